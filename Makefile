@@ -1,0 +1,75 @@
+# The one door.  `make` lists what is behind it; every target installs what it needs.
+
+PYTHON ?= python3
+BIN    := .venv/bin
+READY  := .venv/.ready
+LOCK   := requirements
+
+# Parts of torch's CUDA build that `import torch` does without on a machine without a GPU: 1.6 GB of 5.
+# The others are linked by libtorch.so itself and cannot be left out.
+TORCH_UNUSED := triton cuda-bindings cuda-pathfinder cuda-toolkit nvidia-cusolver nvidia-nvjitlink nvidia-nvtx nvidia-cuda-cccl
+
+export UV_HTTP_TIMEOUT ?= 300
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test e2e tiny check layers format golden bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(READY) ## install everything, locked and hashed, into .venv
+
+# `--without-pip` and the outer pip: Debian ships python3 without ensurepip.
+$(READY): pyproject.toml $(LOCK)/bootstrap.txt $(LOCK)/dev.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip .venv
+	@test -x $(BIN)/uv || $(PYTHON) -m pip --python $(BIN)/python install --quiet --require-hashes -r $(LOCK)/bootstrap.txt
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK)/dev.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY) ## build a checkpoint of more than 1 GB, convert it, verify it with torch
+	$(BIN)/python examples/demo.py
+
+test: $(READY) ## the whole suite but the end-to-end tests
+	$(BIN)/pytest -m "not e2e" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+e2e: $(READY) ## the program end to end, as it is installed
+	$(BIN)/pytest tests/e2e $(ARGS)
+
+tiny: $(READY) ## ten seconds: one small checkpoint converted and read by torch
+	$(BIN)/pytest -q tests/e2e/test_tiny.py
+
+check: $(READY) layers ## what CI checks besides the tests: ruff, mypy, pyright, imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright
+
+layers: $(READY) ## the import rules of docs/architecture.md
+	$(BIN)/lint-imports
+
+format: $(READY) ## mend what ruff can mend
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+golden: $(READY) ## rewrite the golden texts, then show what changed
+	GOLDEN=update $(BIN)/pytest -q -m "not e2e"
+	git diff --stat -- tests/golden
+
+bench: $(READY) ## measure against cp and the reference's method; results in benchmarks/results
+	$(BIN)/python benchmarks/run.py
+
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+          --no-emit-find-links --custom-compile-command "make lock"
+
+lock: $(READY) ## resolve the requirements anew (UPGRADE=1 takes newer versions)
+	printf 'uv\n' | $(COMPILE) $(if $(UPGRADE),--upgrade) - -o $(LOCK)/bootstrap.txt
+	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml -o $(LOCK)/core.txt
+	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra operator -o $(LOCK)/operator.txt
+	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra torch --group dev $(TORCH_UNUSED:%=--no-emit-package %) -o $(LOCK)/dev.txt
+	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra mindspore -o $(LOCK)/mindspore.txt
+
+clean: ## remove what make and the tests made, .venv included
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

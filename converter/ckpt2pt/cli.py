@@ -1,0 +1,215 @@
+"""The edge: options in, exit codes out.  Nothing heavy is imported before a command asks for it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from ckpt2pt import __version__
+from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, InterruptedRunError, UsageError
+from ckpt2pt.options import add_conversion_options, add_output_options, add_run_options
+
+log = logging.getLogger("ckpt2pt")
+
+Command = Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our exit code for wrong usage, and flags only as they are spelled."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, where=f"the command line of {self.prog}", mend=f"see {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command and option; ``docs/cli.md`` is made from it."""
+    codes = "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
+    parser = _Parser(
+        prog="ckpt2pt",
+        description="Convert MindSpeed-Core-MS checkpoints into Megatron-LM checkpoints: exact, streaming, resumable, verified.",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ckpt2pt {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, summary: str, command: Command) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(run=command)
+        return sub
+
+    convert = add("convert", "convert a MindSpore checkpoint into a Megatron one", _convert)
+    add_conversion_options(convert)
+    add_run_options(convert)
+    add_output_options(convert)
+
+    plan = add("plan", "print what convert would do; reads only headers, writes nothing", _plan)
+    add_conversion_options(plan)
+    plan.add_argument("--names", action="store_true", help="list every parameter with both its names")
+    plan.add_argument("--process-limit", type=int, default=1, help="workers to predict memory for")
+    add_output_options(plan)
+
+    inspect = add("inspect", "show what a checkpoint holds: .ckpt, .safetensors, .pt or a whole directory", _inspect)
+    inspect.add_argument("path", type=Path, help="a file, a rank folder, a training output, pt_meta or a Megatron folder")
+    inspect.add_argument("--details", action="store_true", help="list every tensor instead of one line for all layers")
+    add_output_options(inspect)
+
+    verify = add("verify", "prove a result against its source, or compare two checkpoints element by element", _verify)
+    verify.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="two checkpoints to compare; none to prove a result")
+    verify.add_argument("--level", choices=("digest", "full"), default="full", help="digest: sizes and CRC-32 against the manifests; full: every element against the source")
+    verify.add_argument("--reader", choices=("own", "torch"), default="own", help="read the result with our own reader or with real torch.load")
+    verify.add_argument("--ignore", action="append", default=[], metavar="LEAF", help="when comparing: a leaf such as /args/save to leave out (repeat)")
+    add_conversion_options(verify, required=False)
+    add_output_options(verify)
+
+    document = add("run", "carry out a CheckpointConversion document on this machine", _run)
+    document.add_argument("-f", "--filename", type=Path, required=True, help="the CheckpointConversion (YAML or JSON)")
+    document.add_argument("--volume", action="append", default=[], metavar="NAME=DIR", help="folder that stands for a claim, an NFS export or a CSI volume of the document (repeat)")
+    document.add_argument("--print-job", action="store_true", help="print the Job that a cluster would get, and stop")
+    add_output_options(document)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a bug keeps its traceback and exits 70."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    options = argparse.Namespace(log_format="text")
+    try:
+        options = build_parser().parse_args(argv)
+        _set_up_logging(options)
+        command: Command = options.run
+        return command(options)
+    except Ckpt2ptError as error:
+        return _fail(error, options)
+    except KeyboardInterrupt:
+        return _fail(InterruptedRunError("stopped by SIGINT", where="this run", mend="run the same command again"), options)
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 74
+    except MemoryError:
+        return _fail(
+            InterruptedRunError("out of memory", where="this process", mend="give it more memory (spec.workers.resources)"), options
+        )
+    except Exception:
+        traceback.print_exc()
+        print("ckpt2pt: this is a bug; please report it with the lines above", file=sys.stderr)
+        return 70
+
+
+def _interrupt(number: int, _: FrameType | None) -> NoReturn:
+    raise InterruptedRunError(
+        f"stopped by {signal.Signals(number).name}", where="before the first byte", mend="run the same command again"
+    )
+
+
+def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
+    if getattr(options, "log_format", "text") == "json":
+        document = {
+            "level": "error",
+            "error": type(error).__name__,
+            "what": error.what,
+            "where": error.where,
+            "mend": error.mend,
+            "exitCode": error.exit_code,
+        }
+        print(json.dumps(document), file=sys.stderr)
+    else:
+        print(f"ckpt2pt: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _set_up_logging(options: argparse.Namespace) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    if options.log_format == "json":
+        from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415 - only when asked for
+
+        handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(message)s", rename_fields={"levelname": "level"}))
+    else:
+        handler.setFormatter(logging.Formatter("ckpt2pt: %(message)s"))
+    logging.getLogger().handlers[:] = [handler]
+    log.setLevel(logging.INFO)
+
+
+def _show(document: object, text: str, options: argparse.Namespace) -> None:
+    print(json.dumps(document, indent=1) if options.output == "json" else text)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
+    from ckpt2pt.progress import reporter  # noqa: PLC0415
+    from ckpt2pt.run import run  # noqa: PLC0415
+
+    request = request_of(options)
+    outcome = run(request, stages_of(options, request), reporter(options.progress))
+    for doubt in outcome.doubts:
+        log.warning("iteration %d was chosen, but %s", outcome.target.iteration, doubt)
+    _show(outcome.document(), outcome.sentence(), options)
+    return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
+    from ckpt2pt.preview import preview, render  # noqa: PLC0415
+    from ckpt2pt.run import check_space, target_of  # noqa: PLC0415
+    from ckpt2pt.survey import prepare_all, survey  # noqa: PLC0415
+
+    request = request_of(options)
+    chosen = survey(request)
+    target = target_of(request, chosen)
+    ranks = prepare_all(request, chosen, stages_of(options, request))
+    document = preview(request, chosen, target, ranks, names=options.names)
+    _show(document, render(document), options)
+    target.check(overwrite=request.overwrite)
+    check_space(target, int(str(document["bytesToWrite"])))
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from ckpt2pt.show import inspect, render  # noqa: PLC0415
+
+    document = inspect(options.path, details=options.details)
+    _show(document, render(document), options)
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    if options.paths:
+        return _compare(options)
+    from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
+    from ckpt2pt.verify import verify_target  # noqa: PLC0415
+
+    request = request_of(options)
+    report = verify_target(request, stages_of(options, request), level=options.level, reader=options.reader)
+    _show(report.document(), report.render(), options)
+    report.raise_differences()
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from ckpt2pt.compare import compare  # noqa: PLC0415
+
+    if len(options.paths) != 2:
+        raise UsageError(
+            f"{len(options.paths)} path given", where="ckpt2pt verify", mend="give two checkpoints to compare, or none and the flags of convert"
+        )
+    result = compare(*options.paths, ignore=tuple(options.ignore))
+    _show(result.document(), result.render(), options)
+    result.raise_differences()
+    return 0
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ckpt2pt.local import run_document  # noqa: PLC0415
+
+    return run_document(options, _show)

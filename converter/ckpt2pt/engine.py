@@ -1,0 +1,413 @@
+"""Carry out one rank's moves: every byte read once, written once to each place it goes, in bounded memory.
+
+    source extents --preadv--> 512 KiB buffer --crc, pwrite--> distrib_optim.pt  (float32)
+                                      '------cast, crc, pwrite--> model_optim_rng.pt
+
+Decides nothing: offsets come from the plan and the archive's layout.  Buffers larger than a core's cache, and mmap as
+a copy source, were slower (docs/adr/0003-own-pt-writer.md).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from isal import isal_zlib
+
+from ckpt2pt.casts import find_cast
+from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError
+from ckpt2pt.plan.moves import Move, Sink
+from ckpt2pt.pt.archive import Layout, finish, lay_out
+from ckpt2pt.pt.payload import FilePayload
+from ckpt2pt.publish import access_error, partial_name, sync_folder
+from ckpt2pt.tensors import DTYPE_BYTES, Extent
+
+BLOCK_BYTES = 512 << 10
+THREADS = 2
+
+Piece = tuple[int, int, int]
+"""(first byte in the storage, bytes, CRC-32)"""
+
+
+class Stop:
+    """Asks running moves to end; the first reason counts."""
+
+    def __init__(self) -> None:
+        self.error: TryAgainError | None = None
+        self._asked = threading.Event()
+
+    def ask(self, error: TryAgainError) -> None:
+        """End soon, with this error.  Safe in a signal handler."""
+        self.error = self.error or error
+        self._asked.set()
+
+    def check(self) -> None:
+        """Raise if somebody asked."""
+        if self._asked.is_set():
+            raise self.error or InterruptedRunError("stopped", where="this run", mend="run the same command again")
+
+
+@dataclass(slots=True)
+class Output:
+    """One file being written under its temporary name."""
+
+    path: Path
+    partial: Path
+    layout: Layout
+    fd: int
+    pieces: list[list[Piece]]
+    crc: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """A published file."""
+
+    path: Path
+    nbytes: int
+    crc32: int
+
+
+@dataclass(slots=True)
+class _Carrier:
+    """What the threads of one rank share."""
+
+    outputs: Mapping[str, Output]
+    sources: Mapping[str, int]
+    stop: Stop
+    advance: Callable[[int], None]
+    digests: dict[str, list[Piece]] = field(default_factory=dict[str, list[Piece]])
+
+    def carry(self, moves: Iterator[tuple[Move, ...]], buffers: _Buffers) -> None:
+        """Take moves until none is left."""
+        for batch in moves:
+            for move in batch:
+                self._carry_one(move, buffers)
+
+    def _carry_one(self, move: Move, buffers: _Buffers) -> None:
+        width = DTYPE_BYTES[move.dtype]
+        first = move.first
+        for extent in move.extents:
+            done = 0
+            # An extent may end inside an element (MindSpore cuts slices at bytes): blocks are joined until they do not.
+            while done < extent.nbytes:
+                self.stop.check()
+                size = min(BLOCK_BYTES - buffers.held, extent.nbytes - done)
+                self._read(extent, done, buffers, size)
+                done += size
+                whole = buffers.filled // width * width
+                first += self._write(move, first, buffers, whole)
+                self.advance(size)
+        if buffers.held:
+            raise FormatError(
+                f"{move.name} ends inside an element", where=move.extents[-1].path, mend="copy the checkpoint again"
+            )
+
+    def _read(self, extent: Extent, done: int, buffers: _Buffers, size: int) -> None:
+        start = buffers.held
+        got = 0
+        while got < size:
+            try:
+                count = os.preadv(
+                    self.sources[extent.path], [buffers.raw[start + got : start + size]], extent.offset + done + got
+                )
+            except OSError as error:
+                raise access_error(error, extent.path, "reading") from error
+            if not count:
+                raise TryAgainError(
+                    f"the file ended at byte {extent.offset + done + got} while it was being read",
+                    where=extent.path,
+                    mend="make sure that nothing writes the source, and run the same command again",
+                )
+            got += count
+        buffers.filled = start + size
+
+    def _write(self, move: Move, first: int, buffers: _Buffers, nbytes: int) -> int:
+        """Write whole elements to every sink and keep the rest for the next block; returns elements written."""
+        numel = nbytes // DTYPE_BYTES[move.dtype]
+        if nbytes:
+            source_crc = isal_zlib.crc32(buffers.raw[:nbytes])
+            for sink in move.sinks:
+                start = sink.start + (first - move.first)
+                self._put(move, sink, start, numel, buffers, nbytes, source_crc)
+            label = f"{move.role}:{move.name}"
+            self.digests.setdefault(label, []).append((first * DTYPE_BYTES[move.dtype], nbytes, source_crc))
+        rest = buffers.filled - nbytes
+        if rest:
+            buffers.raw[:rest] = bytes(buffers.raw[nbytes : nbytes + rest])
+        buffers.held = buffers.filled = rest
+        return numel
+
+    def _put(
+        self, move: Move, sink: Sink, start: int, numel: int, buffers: _Buffers, nbytes: int, source_crc: int
+    ) -> None:
+        output = self.outputs[sink.file]
+        cast = find_cast(move.dtype, sink.dtype)
+        data, crc = buffers.raw[:nbytes], source_crc
+        size = numel * DTYPE_BYTES[sink.dtype]
+        if cast is not None:
+            out = buffers.second(size)
+            cast(np.frombuffer(buffers.raw, np.uint8, nbytes), out)
+            data = memoryview(out)
+            crc = isal_zlib.crc32(data)
+        offset = start * DTYPE_BYTES[sink.dtype]
+        write_at(output.fd, data, output.layout.storage_offset(sink.storage) + offset, output.path)
+        output.pieces[sink.storage].append((offset, size, crc))
+
+
+class _Buffers:
+    """One thread's memory: the block, and its converted twin."""
+
+    def __init__(self) -> None:
+        self.raw = memoryview(bytearray(BLOCK_BYTES))
+        self.held = 0
+        self.filled = 0
+        self._second = np.empty(BLOCK_BYTES, np.uint8)
+
+    def second(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Room for converted elements; grows only for types that widen."""
+        if nbytes > self._second.size:
+            self._second = np.empty(nbytes, np.uint8)
+        return self._second[:nbytes]
+
+
+def write_at(fd: int, data: memoryview, offset: int, path: Path) -> None:
+    """pwrite all of ``data``; the kernel may take less at a time."""
+    while data:
+        try:
+            count = os.pwrite(fd, data, offset)
+        except OSError as error:
+            raise access_error(error, path, "writing") from error
+        data, offset = data[count:], offset + count
+
+
+def write_files(
+    folder: Path,
+    payloads: Sequence[FilePayload],
+    moves: Sequence[Move],
+    *,
+    stop: Stop,
+    advance: Callable[[int], None],
+    check: bool,
+) -> tuple[tuple[Written, ...], dict[str, int]]:
+    """Write a rank's files and give them their names when all of them are whole, synced and (``check``) read back.
+
+    Returns the files, and for each ``role:parameter`` the CRC-32 of its source bytes.  On any failure the temporary
+    files are removed and no final name has changed.
+    """
+    with ExitStack() as stack:
+        outputs = {p.name: stack.enter_context(_output(folder, p)) for p in payloads}
+        sources = _open_sources(stack, [extent.path for move in moves for extent in move.extents])
+        carrier = _Carrier(outputs=outputs, sources=sources, stop=stop, advance=advance)
+        _carry_all(carrier, moves)
+        for payload in payloads:
+            _copy_template(outputs[payload.name], payload)
+        for output in outputs.values():
+            _finish(output)
+            stop.check()
+        if check:
+            for output in outputs.values():
+                read_back(output.partial, output.crc, stop)
+        return _publish(outputs.values()), {
+            label: combine(pieces, sum(size for _, size, _ in pieces)) for label, pieces in carrier.digests.items()
+        }
+
+
+def _carry_all(carrier: _Carrier, moves: Sequence[Move]) -> None:
+    """Share the moves between threads.  A batch keeps neighbours in the source together."""
+    queue = iter(_batches(moves))
+    lock = threading.Lock()
+
+    def take() -> Iterator[tuple[Move, ...]]:
+        while True:
+            with lock:
+                batch = next(queue, None)
+            if batch is None:
+                return
+            yield batch
+
+    # Two threads may meet in one tensor's list of digests; list.append is atomic and order does not matter.
+    with ThreadPoolExecutor(THREADS) as pool:
+        futures = [pool.submit(carrier.carry, take(), _Buffers()) for _ in range(THREADS)]
+        first: BaseException | None = None
+        for future in as_completed(futures):
+            error = future.exception()
+            if error is not None and first is None:
+                first = error
+                carrier.stop.ask(
+                    error
+                    if isinstance(error, TryAgainError)
+                    else TryAgainError("another thread failed", where="this rank", mend="see the first error")
+                )
+        if first is not None:
+            raise first
+
+
+def _batches(moves: Sequence[Move], size: int = 1 << 20) -> Iterator[tuple[Move, ...]]:
+    batch: list[Move] = []
+    held = 0
+    for move in moves:
+        batch.append(move)
+        held += move.nbytes
+        if held >= size:
+            yield tuple(batch)
+            batch, held = [], 0
+    if batch:
+        yield tuple(batch)
+
+
+@contextmanager
+def _output(folder: Path, payload: FilePayload) -> Iterator[Output]:
+    """A temporary file with its room reserved; removed unless it was published."""
+    path = folder / payload.name
+    layout = lay_out(Path(payload.name).stem, payload.pickle, payload.storages)
+    partial = partial_name(path)
+    fd = -1
+    try:
+        try:
+            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            os.posix_fallocate(fd, 0, layout.nbytes)
+        except OSError as error:
+            raise access_error(error, path, f"reserving {layout.nbytes} bytes") from error
+        yield Output(path=path, partial=partial, layout=layout, fd=fd, pieces=[[] for _ in payload.storages])
+    finally:
+        if fd >= 0:
+            os.close(fd)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _open_sources(stack: ExitStack, paths: Sequence[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for path in dict.fromkeys(paths):
+        try:
+            found[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise access_error(error, path, "opening") from error
+        stack.callback(os.close, found[path])
+        os.posix_fadvise(found[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    return found
+
+
+def _copy_template(output: Output, payload: FilePayload) -> None:
+    first = len(payload.storages) - len(payload.copied)
+    for number, extent in enumerate(payload.copied, first):
+        with Path(extent.path).open("rb") as file:
+            data = os.pread(file.fileno(), extent.nbytes, extent.offset)
+        if len(data) != extent.nbytes:
+            raise FormatError("the file is shorter than its index says", where=extent.path, mend="copy it again")
+        write_at(output.fd, memoryview(data), output.layout.storage_offset(number), output.path)
+        output.pieces[number].append((0, len(data), isal_zlib.crc32(data)))
+
+
+def _finish(output: Output) -> None:
+    crcs = [
+        combine(pieces, output.layout.storage_nbytes(number)) for number, pieces in enumerate(output.pieces)
+    ]
+    try:
+        output.crc = finish(output.fd, output.layout, crcs)
+        os.fsync(output.fd)
+    except OSError as error:
+        raise access_error(error, output.path, "writing") from error
+
+
+def _publish(outputs: Iterable[Output]) -> tuple[Written, ...]:
+    written: list[Written] = []
+    for output in outputs:
+        try:
+            output.partial.replace(output.path)
+        except OSError as error:
+            raise access_error(error, output.path, "publishing") from error
+        written.append(Written(path=output.path, nbytes=output.layout.nbytes, crc32=output.crc))
+    for folder in {file.path.parent for file in written}:
+        sync_folder(folder)
+    return tuple(written)
+
+
+def combine(pieces: Sequence[Piece], nbytes: int) -> int:
+    """CRC-32 of a storage from those of its pieces, in any order; what no piece covers is zeros."""
+    crc = 0
+    position = 0
+    for start, size, piece in sorted(pieces):
+        if start > position:
+            crc = isal_zlib.crc32_combine(crc, crc_of_zeros(start - position), start - position)
+        crc = isal_zlib.crc32_combine(crc, piece, size)
+        position = start + size
+    if nbytes > position:
+        crc = isal_zlib.crc32_combine(crc, crc_of_zeros(nbytes - position), nbytes - position)
+    return crc
+
+
+def crc_of_zeros(nbytes: int) -> int:
+    """CRC-32 of ``nbytes`` zero bytes by doubling: no memory, a few dozen steps."""
+    crc, power, size = 0, isal_zlib.crc32(b"\0"), 1
+    while nbytes:
+        if nbytes & 1:
+            crc = isal_zlib.crc32_combine(crc, power, size)
+        power = isal_zlib.crc32_combine(power, power, size)
+        size *= 2
+        nbytes >>= 1
+    return crc
+
+
+def read_back(path: Path, crc32: int, stop: Stop | None = None) -> None:
+    """Read a file from the disk rather than from memory and compare its CRC-32."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
+    crc = 0
+    try:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            position = 0
+            while count := os.preadv(fd, [buffer], position):
+                crc = isal_zlib.crc32(buffer[:count], crc)
+                position += count
+                if stop:
+                    stop.check()
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise access_error(error, path, "reading back") from error
+    if crc != crc32:
+        raise VerificationError(
+            f"CRC-32 is {crc:08x} on the disk, {crc32:08x} was written",
+            where=path,
+            mend="check the target volume (dmesg, quota, mount options), remove the file and run the same command again",
+        )
+
+
+class Meter:
+    """Counts bytes from several threads and passes them on at most every ``interval`` seconds."""
+
+    def __init__(self, report: Callable[[int], None], interval: float = 0.2) -> None:
+        self._report, self._interval = report, interval
+        self._lock = threading.Lock()
+        self._held = 0
+        self._last = time.monotonic()
+
+    def advance(self, nbytes: int) -> None:
+        """Count bytes."""
+        with self._lock:
+            self._held += nbytes
+            if time.monotonic() - self._last < self._interval:
+                return
+            self._flush()
+
+    def flush(self) -> None:
+        """Pass on what is left."""
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        held, self._held, self._last = self._held, 0, time.monotonic()
+        if held:
+            self._report(held)
+

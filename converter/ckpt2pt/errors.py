@@ -1,0 +1,120 @@
+"""Every error a user can meet, and its exit code: one table, read by the command line and by the Job's failure policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class Ckpt2ptError(Exception):
+    """Base of every error a user can meet.
+
+    ``what`` holds the value found and the value expected, ``where`` a path, rank or tensor, and
+    ``mend`` an instruction in the user's words (the flag and the field of the CheckpointConversion).
+    """
+
+    exit_code = 70
+
+    def __init__(self, what: str, *, where: str | Path, mend: str) -> None:
+        super().__init__(what, str(where), mend)
+        self.what, self.where, self.mend = what, str(where), mend
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  where: {self.where}\n  mend:  {self.mend}"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors cross process borders; keyword-only arguments need help to be pickled.
+        return _rebuild, (type(self), self.what, self.where, self.mend)
+
+
+def _rebuild(kind: type[Ckpt2ptError], what: str, where: str, mend: str) -> Ckpt2ptError:
+    return kind(what, where=where, mend=mend)
+
+
+class UsageError(Ckpt2ptError):
+    """The command line or the document asks for something that cannot be."""
+
+    exit_code = 64
+
+
+class InputError(Ckpt2ptError):
+    """The checkpoint or its metadata is wrong: trying again cannot help."""
+
+    exit_code = 65
+
+
+class FormatError(InputError):
+    """A file is not what its format says: truncated, overlapping, absurd lengths, wrong types."""
+
+
+class UnsafePickleError(InputError):
+    """A pickle names something that has no business in a checkpoint."""
+
+
+class TopologyError(InputError):
+    """The degrees given do not describe the files found."""
+
+
+class UnmappedNameError(InputError):
+    """A parameter name has no entry in the name table."""
+
+
+class CoverageError(InputError):
+    """A target slot has no source tensor, or a source tensor has no target slot."""
+
+
+class MissingInputError(Ckpt2ptError):
+    """A file or folder that the conversion needs is not there."""
+
+    exit_code = 66
+
+
+class FileAccessError(Ckpt2ptError):
+    """Reading or writing failed: permissions, a broken mount, a device error."""
+
+    exit_code = 74
+
+
+class TryAgainError(Ckpt2ptError):
+    """Nothing is wrong with the input; the same command may succeed later."""
+
+    exit_code = 75
+
+
+class NoSpaceError(TryAgainError):
+    """The target has no room."""
+
+
+class TimedOutError(TryAgainError):
+    """The time allowed ran out."""
+
+
+class InterruptedRunError(TryAgainError):
+    """A signal asked the run to stop."""
+
+
+class VerificationError(Ckpt2ptError):
+    """The result differs from its source."""
+
+    exit_code = 76
+
+
+EXIT_CODES: dict[int, str] = {
+    0: "done",
+    64: "wrong usage or configuration",
+    65: "the input is wrong; retrying cannot help",
+    66: "an input is missing",
+    70: "a bug in ckpt2pt",
+    74: "input/output error; retrying may help",
+    75: "try again (no space, timeout, interrupted)",
+    76: "verification found a difference",
+}
+"""What each exit code means. The Job's podFailurePolicy is made from :data:`RETRIED` and :data:`FAILS_JOB`."""
+
+FAILS_JOB = frozenset({64})
+"""Codes that are true for every stage alike: the whole Job fails at once."""
+
+FAILS_STAGE = frozenset({65, 66, 76})
+"""Codes that retrying cannot change: the stage fails, the others go on."""
+
+RETRIED = frozenset({70, 74, 75})
+"""Codes after which the stage is tried again, as after a kill."""

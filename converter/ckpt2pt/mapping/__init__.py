@@ -1,0 +1,1 @@
+"""Names and layers: what a parameter is called on each side, and which rank holds it.  Pure: no files."""

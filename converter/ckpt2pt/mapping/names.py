@@ -1,0 +1,231 @@
+"""The one table of names, Megatron-LM (0.6, legacy GPT) <-> MindSpeed-Core-MS, and what else a source file may hold.
+
+Pure: no files.  Names are compared segment by segment and never by substring.  The pairs are those of
+MindSpeed-Core-MS feature-0.1 (mindspeed_ms/tools/converter) and of Megatron-LM cac60ce4
+(megatron/model/transformer.py, language_model.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from ckpt2pt.errors import UnmappedNameError, UsageError
+
+# Parameters of one kind of module: Megatron's name -> MindSpore's spellings, the one we write first.
+LINEAR = MappingProxyType({"weight": ("weight",), "bias": ("bias",)})
+NORM = MappingProxyType({"weight": ("weight", "gamma"), "bias": ("bias", "beta")})
+_KINDS = {"linear": LINEAR, "norm": NORM}
+
+#   Megatron module in a layer           MindSpore module           parameters
+_LAYER_MODULES = {
+    "input_norm":                        ("input_norm",             "norm"),
+    "self_attention.query_key_value":    ("attention.qkv_proj",     "linear"),
+    "self_attention.dense":              ("attention.out_proj",     "linear"),
+    "post_attention_norm":               ("post_attention_norm",    "norm"),
+    "mlp.dense_h_to_4h":                 ("mlp.mapping",            "linear"),
+    "mlp.dense_4h_to_h":                 ("mlp.projection",         "linear"),
+}  # fmt: skip
+
+_EMBEDDING = "language_model.embedding.word_embeddings"
+_OUTPUT = "language_model.output_layer"
+#   Megatron module outside the layers   the same in MindSpore unless said otherwise
+_MODULES = {
+    _EMBEDDING:                                      (_EMBEDDING,                                        "linear"),
+    "language_model.embedding.position_embeddings":  ("language_model.embedding.position_embeddings",    "linear"),
+    "language_model.encoder.final_norm":             ("language_model.encoder.final_norm",               "norm"),
+    _OUTPUT:                                         (_OUTPUT,                                           "linear"),
+}  # fmt: skip
+
+TIED_HEAD = "word_embeddings.weight"
+"""The last stage's copy of tied embeddings, as Megatron's parameter buffers call it."""
+
+_TIED_HEAD_SPELLINGS = frozenset({TIED_HEAD, "word_embeddings_for_head.weight"})
+# The last stage's own file names its copy after the output layer; converted ones keep Megatron's names.
+_TIED_HEAD_SOURCES = (f"{_OUTPUT}.weight", *sorted(_TIED_HEAD_SPELLINGS), f"{_EMBEDDING}.weight")
+
+HAS_EXTRA_STATE = frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "output_layer"})
+"""Modules whose ``_extra_state`` (None) Megatron 0.6 saves after the module's own parameters."""
+
+MOMENT_PREFIXES = {
+    "exp_avg.": 0, "adam_m.": 0, "moment1.": 0,
+    "exp_avg_sq.": 1, "adam_v.": 1, "moment2.": 1,
+}  # fmt: skip
+"""Prefix of an optimizer entry -> 0 for the first moment of Adam, 1 for the second."""
+
+SHARD = re.compile(r"(?:exp_avg\.|exp_avg_sq\.)?buffer_\d+_bucket_\d+")
+"""A flat shard of the distributed optimizer; the names inside are in ``opt_shard_info``."""
+
+# What a training file holds besides parameters and moments (MindSpeed-Core-MS feature-0.1, br_master; MindFormers).
+_IGNORED = {
+    "training progress": r"epoch_num|step_num|iteration|global_step|state_step|checkpoint_version|global_batch_size",
+    "scheduler state": r"max_lr|min_lr|start_wd|end_wd|lr_warmup_steps|num_steps|lr_decay_style|lr_decay_steps"
+    r"|wd_incr_style|wd_incr_steps|learning_rate",
+    "optimizer scalar": r"(?:wd_mult|lr_mult|is_expert_parallel|is_decoupled_lr|max_lr|min_lr|learning_rate|betas?\d?"
+    r"|bias_correction|eps|weight_decay)_group_\d+|beta1_power|beta2_power",
+    "loss scaling": r"loss_scale|scale_sense|current_iterator_step|last_overflow_iterator_step",
+    "random generator": r"(?:dp_rng|tp_rng|exp_rng|default)_generator",
+    "activation buffer": r"set_hidden_states.*",
+    "gradient accumulator": r"accu_grads\..*",
+    "moment of amsgrad, which Megatron does not have": r"max_exp_avg_sq\..*",
+}
+_IGNORED_PATTERNS = tuple((reason, re.compile(pattern)) for reason, pattern in _IGNORED.items())
+
+_LAYER = re.compile(r"language_model\.encoder\.layers\.(\d{1,9})(?:_pp\w+)?\.(.+)")
+_PREFIX = re.compile(r"(?:module|model\d*)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """House-specific additions to the table, from a rule file (``--rules``, ``spec.model.rules``)."""
+
+    layer_modules: Mapping[str, str] = field(default_factory=dict[str, str])
+    modules: Mapping[str, str] = field(default_factory=dict[str, str])
+    ignore: tuple[str, ...] = ()
+    pickle_globals: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SourceName:
+    """What one entry of a MindSpore file is: a parameter, its first or second moment, or nothing we carry."""
+
+    role: Literal["param", "exp_avg", "exp_avg_sq", "ignored"]
+    name: str
+    """The MindSpore parameter name without the optimizer's prefix; the reason when ignored."""
+
+
+class NameTable:
+    """The built-in table with the rules of one house."""
+
+    def __init__(self, rules: Rules | None = None) -> None:
+        rules = rules or Rules()
+        self._layer = dict(_LAYER_MODULES) | {
+            megatron: (mindspore, _kind_of(megatron)) for megatron, mindspore in rules.layer_modules.items()
+        }
+        self._outside = dict(_MODULES) | {
+            megatron: (mindspore, _kind_of(megatron)) for megatron, mindspore in rules.modules.items()
+        }
+        self._ignore = rules.ignore
+        self._layer_back = _inverse(self._layer)
+        self._outside_back = _inverse(self._outside)
+
+    def to_mindspore(self, megatron: str, layer_of: Callable[[int], int]) -> tuple[str, ...]:
+        """Spellings that the MindSpore file may use for a Megatron parameter, the usual one first.
+
+        ``megatron`` has no ``module.`` prefix and a local layer number; ``layer_of`` turns it into the global one.
+        """
+        if megatron in _TIED_HEAD_SPELLINGS:
+            return _TIED_HEAD_SOURCES
+        found = _LAYER.fullmatch(megatron)
+        if found:
+            prefix = f"language_model.encoder.layers.{layer_of(int(found[1]))}."
+            module, _, leaf = found[2].rpartition(".")
+            target = self._layer.get(module)
+        else:
+            prefix = ""
+            module, _, leaf = megatron.rpartition(".")
+            target = self._outside.get(module)
+        spellings = _KINDS[target[1]].get(leaf) if target else None
+        if target is None or spellings is None:
+            raise _unmapped(megatron, "Megatron", "layer_modules" if found else "modules")
+        return tuple(f"{prefix}{target[0]}.{spelling}" for spelling in spellings)
+
+    def to_megatron(self, mindspore: str) -> str:
+        """The Megatron name of a MindSpore parameter; the layer number stays global."""
+        found = _LAYER.fullmatch(mindspore)
+        module, _, leaf = (found[2] if found else mindspore).rpartition(".")
+        target = (self._layer_back if found else self._outside_back).get(module)
+        if target is not None:
+            for megatron_leaf, spellings in _KINDS[target[1]].items():
+                if leaf in spellings:
+                    prefix = f"language_model.encoder.layers.{found[1]}." if found else ""
+                    return f"{prefix}{target[0]}.{megatron_leaf}"
+        raise _unmapped(mindspore, "MindSpore", "layer_modules" if found else "modules")
+
+    def classify(self, entry: str) -> SourceName:
+        """Say what an entry of a MindSpore file is, by its name alone."""
+        for pattern in self._ignore:
+            if entry == pattern or (pattern.endswith("*") and entry.startswith(pattern[:-1])):
+                return SourceName("ignored", "rule file")
+        for reason, known in _IGNORED_PATTERNS:
+            if known.fullmatch(entry):
+                return SourceName("ignored", reason)
+        for prefix, which in MOMENT_PREFIXES.items():
+            if entry.startswith(prefix):
+                return SourceName("exp_avg_sq" if which else "exp_avg", entry[len(prefix) :])
+        return SourceName("param", entry)
+
+
+def bare(name: str) -> str:
+    """Take the wrapper's prefix off: ``module.`` in a param map, ``model.`` or ``model1.`` in a name list."""
+    return _PREFIX.sub("", name, count=1)
+
+
+def local_layer(megatron: str) -> int | None:
+    """The local layer number in a Megatron name; None outside the layers."""
+    found = _LAYER.fullmatch(megatron)
+    return int(found[1]) if found else None
+
+
+def without_pipeline_suffix(mindspore: str) -> str:
+    """``layers.3_pp1_id3.`` -> ``layers.3.``: a suffix that br_master keeps in memory and may leave in a file."""
+    found = _LAYER.fullmatch(mindspore)
+    return f"language_model.encoder.layers.{int(found[1])}.{found[2]}" if found else mindspore
+
+
+def is_tied_head(megatron: str) -> bool:
+    """True for the last stage's copy of tied word embeddings."""
+    return megatron in _TIED_HEAD_SPELLINGS
+
+
+def state_dict_path(megatron: str) -> tuple[str, ...]:
+    """Where Megatron 0.6 nests a parameter in ``model``: the dictionaries, then the key in the innermost.
+
+    ``encoder`` and ``output_layer`` are flat below their name; ``embedding`` nests once more
+    (Megatron-LM cac60ce4, megatron/model/language_model.py, ``state_dict_for_save_checkpoint``).
+    """
+    if is_tied_head(megatron):
+        return ("word_embeddings_for_head", "weight")
+    segments = megatron.split(".")
+    depth = 3 if segments[1:2] == ["embedding"] else 2
+    return (*segments[:depth], ".".join(segments[depth:]))
+
+
+def _kind_of(module: str) -> str:
+    return "norm" if module.endswith(("norm", "layernorm")) else "linear"
+
+
+def _inverse(table: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    back: dict[str, tuple[str, str]] = {}
+    for megatron, (mindspore, kind) in table.items():
+        if mindspore in back:
+            raise UsageError(
+                f"two Megatron modules, {back[mindspore][0]} and {megatron}, map to {mindspore}",
+                where="the table of names",
+                mend="give each module a MindSpore name of its own in the rule file (--rules, spec.model.rules)",
+            )
+        back[mindspore] = (megatron, kind)
+    return back
+
+
+def _unmapped(name: str, side: str, section: str) -> UnmappedNameError:
+    return UnmappedNameError(
+        f"no mapping for the {side} parameter {name}",
+        where=name,
+        mend=f"if it is a module of your own, list it under {section} in a rule file (--rules, spec.model.rules); "
+        "if every user has it, add it to mapping/names.py",
+    )
+
+
+def nearest(wanted: str, names: Sequence[str]) -> str:
+    """The name that looks most like ``wanted``, for an error message; empty when none does."""
+    import difflib  # noqa: PLC0415 - only on the way to an error
+
+    return next(iter(difflib.get_close_matches(wanted, names, n=1, cutoff=0.7)), "")
+
+
+_inverse(_LAYER_MODULES)
+_inverse(_MODULES)

@@ -1,0 +1,132 @@
+"""Parallel degrees -> ranks, directories and global layers.  Pure: no files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ckpt2pt.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """How the model is cut; the constructor proves that the cut is possible.
+
+    ``num_layers`` counts layer slots, no-op layers included.  ``layers_per_stage`` holds one count per pipeline
+    stage, or with virtual pipeline parallelism one per chunk, chunk-major (all stages of chunk 0 first).
+    """
+
+    num_layers: int
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    data: int = 1
+    context: int = 1
+    noop: frozenset[int] = frozenset()
+    layers_per_stage: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        degrees = {
+            "numLayers (--num-layers)": self.num_layers,
+            "tensor (--tp-size)": self.tensor,
+            "pipeline (--pp-size)": self.pipeline,
+            "virtualPipeline (--vpp-size)": self.virtual,
+            "data (--dp-size)": self.data,
+            "context (--cp-size)": self.context,
+        }
+        for name, value in degrees.items():
+            if value < 1:
+                raise _refused(f"{name} is {value}, and must be at least 1", f"set {name} to 1 or more")
+        outside = sorted(layer for layer in self.noop if not 0 <= layer < self.num_layers)
+        if outside:
+            raise _refused(
+                f"no-op layers {outside} do not exist among {self.num_layers} layers",
+                f"give spec.model.noopLayers (--noop) numbers from 0 to {self.num_layers - 1}",
+            )
+        if len(self.noop) == self.num_layers:
+            raise _refused("every layer is a no-op layer", "list fewer layers in spec.model.noopLayers (--noop)")
+        self._check_split()
+
+    def _check_split(self) -> None:
+        chunks = self.pipeline * self.virtual
+        if self.layers_per_stage is None:
+            if self.num_layers % chunks:
+                raise _refused(
+                    f"{self.num_layers} layers do not divide into {self.pipeline} stages of {self.virtual} chunks",
+                    "set spec.model.numLayers (--num-layers) to the count with no-op layers included, "
+                    "or give the split in spec.model.layersPerStage (--stage-list)",
+                )
+            return
+        counts = self.layers_per_stage
+        if len(counts) != chunks:
+            raise _refused(
+                f"layersPerStage has {len(counts)} counts, {self.pipeline} stages of {self.virtual} chunks need {chunks}",
+                "give spec.model.layersPerStage (--stage-list) one count per stage, "
+                "with virtual pipeline parallelism one per chunk, all stages of the first chunk first",
+            )
+        if min(counts) < 0 or sum(counts) != self.num_layers:
+            raise _refused(
+                f"layersPerStage {list(counts)} adds up to {sum(counts)} layers, not {self.num_layers}",
+                "make spec.model.layersPerStage (--stage-list) add up to spec.model.numLayers (--num-layers)",
+            )
+
+    def slots(self, pp: int, vpp: int) -> range:
+        """Global layer slots of one chunk; local slot 0 is the first of them.
+
+        Interleaved stages take turns chunk by chunk (Megatron-LM cac60ce4, megatron/model/transformer.py, ``offset``).
+        """
+        turn = vpp * self.pipeline + pp
+        if self.layers_per_stage is None:
+            each = self.num_layers // (self.pipeline * self.virtual)
+            return range(turn * each, (turn + 1) * each)
+        start = sum(self.layers_per_stage[:turn])
+        return range(start, start + self.layers_per_stage[turn])
+
+    def real_slots(self, pp: int, vpp: int) -> dict[int, int]:
+        """Local slot -> global layer for the layers of a chunk that carry parameters.
+
+        A no-op layer keeps its slot as a module without parameters, so local numbers may have gaps.
+        """
+        return {local: layer for local, layer in enumerate(self.slots(pp, vpp)) if layer not in self.noop}
+
+    def holds_embedding(self, pp: int, vpp: int) -> bool:
+        """True for the chunk that begins the model."""
+        return pp == 0 and vpp == 0
+
+    def holds_head(self, pp: int, vpp: int) -> bool:
+        """True for the chunk that ends the model."""
+        return pp == self.pipeline - 1 and vpp == self.virtual - 1
+
+    def filled_chunks(self, pp: int) -> tuple[int, ...]:
+        """Chunks of a stage that have parameters: only these have a buffer and a param map."""
+        return tuple(
+            vpp
+            for vpp in range(self.virtual)
+            if self.real_slots(pp, vpp) or self.holds_embedding(pp, vpp) or self.holds_head(pp, vpp)
+        )
+
+    def source_rank(self, tp: int, pp: int) -> int:
+        """The first global rank that holds (tp, pp): order tp-cp-dp-pp, tensor parallel fastest.
+
+        MindSpeed-Core-MS feature-0.1, mindspeed_ms/core/parallel_state.py, order "tp-cp-ep-dp-pp".
+        """
+        return pp * self.data * self.context * self.tensor + tp
+
+    def ranks(self) -> Iterator[tuple[int, int]]:
+        """Every (tp, pp)."""
+        return ((tp, pp) for pp in range(self.pipeline) for tp in range(self.tensor))
+
+    def directory(self, tp: int, pp: int) -> str:
+        """``mp_rank_01`` or ``mp_rank_01_003``: the loader looks for the suffix only when there is more than one stage.
+
+        Megatron-LM cac60ce4, megatron/checkpointing.py, ``get_checkpoint_name``.
+        """
+        return f"mp_rank_{tp:02d}" if self.pipeline == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
+
+    def model_key(self, vpp: int) -> str:
+        """``model``, or ``model0`` and on when a stage has several chunks."""
+        return "model" if self.virtual == 1 else f"model{vpp}"
+
+
+def _refused(what: str, mend: str) -> UsageError:
+    return UsageError(what, where="spec.parallelism and spec.model (the command line)", mend=mend)

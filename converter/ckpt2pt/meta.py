@@ -1,0 +1,173 @@
+"""The ``pt_meta`` folder: what a Megatron run of the same model says of itself.
+
+    args_tp00_pp003.pt                          -> Template   (arguments, scheduler, RNG; never executed)
+    param_map_buffer0_dp0tp0pp3vpp1.json        -> Buffer     (order, buckets, padding)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError
+from ckpt2pt.mapping.names import bare
+from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.plan.buckets import Buffer, parse_param_map
+from ckpt2pt.plan.stage import ChunkMap
+from ckpt2pt.pt.archive import Archive
+from ckpt2pt.pt.payload import Template
+from ckpt2pt.pt.pickles import Global, read_pickle
+
+MAX_JSON_BYTES = 256 << 20
+_MEND = "point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankMeta:
+    """The metadata of one (tp, pp)."""
+
+    template: Template
+    chunks: tuple[ChunkMap, ...]
+    files: tuple[Path, ...]
+
+    @property
+    def sizes(self) -> dict[str, int | bool]:
+        """The integer arguments: hidden_size, num_attention_heads, padded_vocab_size, ..."""
+        return {name: value for name, value in self.template.args.items() if isinstance(value, int)}
+
+    @property
+    def params_dtype(self) -> str:
+        """The model's parameter type: args.params_dtype, bfloat16 if it does not say."""
+        value = self.template.args.get("params_dtype")
+        return value.name if isinstance(value, Global) else "bfloat16"
+
+    @property
+    def tied(self) -> bool:
+        """True when embedding and output layer share their weights."""
+        return self.template.args.get("untie_embeddings_and_output_weights") is False
+
+    @property
+    def global_batch_size(self) -> int | None:
+        """Samples per iteration, None where the batch size was ramped up."""
+        size = self.template.args.get("global_batch_size")
+        return size if isinstance(size, int) and size > 0 and not self.template.args.get("rampup_batch_size") else None
+
+
+def read_rank_meta(
+    folder: Path, topology: Topology, *, tp: int, pp: int, target_data: int | None = None, allow: tuple[str, ...] = ()
+) -> RankMeta:
+    """Read and prove the metadata of one rank.
+
+    ``target_data`` is the data x context size of the Megatron run to come; None takes it from the arguments.
+    """
+    if not folder.is_dir():
+        raise MissingInputError("the metadata folder is not there", where=folder, mend=_MEND)
+    template = read_template(folder / f"args_tp{tp:02d}_pp{pp:03d}.pt", allow=allow)
+    divisor = target_data or data_parallel_size(template)
+    maps = _param_maps(folder, tp, pp)
+    if maps:
+        buffers = [parse_param_map(_load_json(path), where=str(path), divisor=divisor) for path in maps]
+        order = [(tuple(p.name for p in reversed(buffer.placements)), buffer) for buffer in buffers]
+    else:
+        order = [(names, None) for names in _name_lists(template)]
+    return RankMeta(
+        template=template,
+        chunks=_assign(order, topology, pp, where=str(folder)),
+        files=(Path(template.path), *maps),
+    )
+
+
+def data_parallel_size(template: Template) -> int | None:
+    """Ranks that share the optimizer's buffers in the run that wrote the template: data x context."""
+    data, context = template.args.get("data_parallel_size"), template.args.get("context_parallel_size", 1)
+    return data * context if isinstance(data, int) and isinstance(context, int) and data * context > 0 else None
+
+
+def read_template(path: Path, *, allow: tuple[str, ...] = ()) -> Template:
+    """Read an ``args_*.pt`` without executing it; whatever torch or numpy wrote it."""
+    archive = Archive.open(path)
+    tree = read_pickle(archive.pickle, where=str(path), allow=allow)
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise FormatError("the file does not hold a dictionary with text keys", where=path, mend=_MEND)
+    return Template(path=str(path), tree=cast("dict[str, object]", tree), storages=dict(archive.storages))  # type: ignore[arg-type]
+
+
+def _param_maps(folder: Path, tp: int, pp: int) -> list[Path]:
+    """Maps of one rank in the order of its chunks.  Only data-parallel rank 0's are read: all ranks write the same."""
+    pattern = re.compile(rf"param_map_buffer(\d+)_dp0tp{tp}pp{pp}vpp(\d+)\.json")
+    try:
+        found = [(int(m[1]), int(m[2]), path) for path in folder.iterdir() if (m := pattern.fullmatch(path.name))]
+    except OSError as error:
+        raise FileAccessError(f"cannot be listed: {error.strerror}", where=folder, mend="give this user read permission") from error
+    more = sorted(path.name for buffer, _, path in found if buffer)
+    if more:
+        raise FormatError(
+            f"a second buffer: {more[0]} (parameters of several types in one chunk)",
+            where=folder,
+            mend="convert with spec.mode ParamsOnly (--convert-param-only); the optimizer of such a model is not supported",
+        )
+    found.sort()
+    if [chunk for _, chunk, _ in found] != list(range(len(found))):
+        raise FormatError(
+            f"param maps of tp {tp} pp {pp} are numbered vpp {[chunk for _, chunk, _ in found]}, not 0, 1, 2, ...",
+            where=folder,
+            mend="copy all of them; a run that was restarted in one folder numbers on, so start with an empty one",
+        )
+    return [path for _, _, path in found]
+
+
+def _name_lists(template: Template) -> list[tuple[str, ...]]:
+    """``param_name_list`` of a params-only pt_meta: for each chunk the names in buffer order."""
+    lists = template.tree.get("param_name_list")
+    if lists is None:
+        raise MissingInputError(
+            "there is neither a param map (param_map_buffer0_*.json) nor a param_name_list in the args file",
+            where=template.path,
+            mend=_MEND,
+        )
+    if not isinstance(lists, list) or not all(isinstance(names, list) for names in lists):
+        raise FormatError("param_name_list is not a list of lists", where=template.path, mend=_MEND)
+    found: list[tuple[str, ...]] = []
+    for names in cast("list[list[object]]", lists):
+        if not all(isinstance(name, str) for name in names) or len(set(map(str, names))) != len(names):
+            raise FormatError("param_name_list holds something else than distinct names", where=template.path, mend=_MEND)
+        found.append(tuple(bare(str(name)) for name in reversed(names)))
+    return found
+
+
+def _assign(
+    order: list[tuple[tuple[str, ...], Buffer | None]], topology: Topology, pp: int, *, where: str
+) -> tuple[ChunkMap, ...]:
+    """Give each map its chunk.  A chunk of no-op layers alone has no buffer, and the maps are numbered without it."""
+    filled = topology.filled_chunks(pp)
+    if len(order) == topology.virtual:
+        chunks = [(vpp, item) for vpp, item in enumerate(order) if item[0]]
+    elif len(order) == len(filled):
+        chunks = list(zip(filled, order, strict=True))
+    else:
+        raise FormatError(
+            f"{len(order)} model chunks are described for stage {pp}, the options ask for {len(filled)}",
+            where=where,
+            mend="set spec.parallelism.virtualPipeline (--vpp-size) to that of the run that wrote pt_meta",
+        )
+    return tuple(ChunkMap(vpp=vpp, names=names, buffer=buffer) for vpp, (names, buffer) in chunks)
+
+
+def _load_json(path: Path) -> object:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a name appears twice")
+        return found
+
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise FormatError(f"larger than {MAX_JSON_BYTES >> 20} MiB", where=path, mend=_MEND)
+        return cast("object", json.loads(path.read_bytes(), object_pairs_hook=once))
+    except OSError as error:
+        raise FileAccessError(f"cannot be read: {error.strerror}", where=path, mend="give this user read permission") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"not a JSON document: {error}", where=path, mend=_MEND) from error

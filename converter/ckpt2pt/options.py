@@ -1,0 +1,136 @@
+"""Flags of the commands, spelled as the reference converter spells them, and the Request they make."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckpt2pt.errors import UsageError
+from ckpt2pt.mapping.topology import Topology
+
+if TYPE_CHECKING:
+    from ckpt2pt.request import Request
+
+
+def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """What is converted: the reference's own flags, then ours."""
+    group = parser.add_argument_group("the model and how it is cut")
+    group.add_argument("--num-layers", type=int, required=required, help="layers, no-op layers included (spec.model.numLayers)")
+    group.add_argument("--tp-size", type=int, default=1, help="tensor parallel size (spec.parallelism.tensor)")
+    group.add_argument("--pp-size", type=int, default=1, help="pipeline parallel size (spec.parallelism.pipeline)")
+    group.add_argument("--vpp-size", type=int, default=1, help="model chunks of each stage (spec.parallelism.virtualPipeline)")
+    group.add_argument("--dp-size", type=int, default=1, help="data parallel size of the MindSpore training (spec.parallelism.data)")
+    group.add_argument("--cp-size", type=int, default=1, help="context parallel size of the MindSpore training (spec.parallelism.context)")
+    group.add_argument("--noop", type=int, nargs="*", default=[], metavar="LAYER", help="no-op layers; each keeps its slot (spec.model.noopLayers)")
+    group.add_argument("--stage-list", type=_counts, metavar="N,N,..", help="layers of each stage where they are uneven; with --vpp-size of each chunk, all stages of chunk 0 first (spec.model.layersPerStage)")
+    group.add_argument("--rules", type=Path, help="rule file (YAML) for names of your own (spec.model.rules)")
+    group = parser.add_argument_group("where")
+    group.add_argument("--ms-path", type=Path, required=required, help="MindSpore training output with rank_R folders (spec.source.path)")
+    group.add_argument("--src-model-format", choices=("auto", "ckpt", "safetensors"), default="auto", help="format of the source (spec.source.format)")
+    group.add_argument("--iteration", type=int, help="which checkpoint to convert; default the newest that all ranks have (spec.source.iteration)")
+    group.add_argument("--param-map-path", type=Path, required=required, help="the pt_meta folder (spec.metadata.path)")
+    group.add_argument("--megatron-path", type=Path, required=required, help="folder that gets iter_* and the tracker (spec.target.path)")
+    group.add_argument("--target-format", choices=("megatron06",), default="megatron06", help="what to write (spec.target.format)")
+    group.add_argument("--target-dp-size", type=int, metavar="N", help="data x context parallel size of the Megatron run to come, for the padding of buckets; default that of pt_meta (spec.target.dataParallel)")
+    group.add_argument("--overwrite", action="store_true", help="replace another conversion's result of the same iteration (spec.target.overwrite)")
+    group = parser.add_argument_group("what")
+    group.add_argument("--convert-param-only", action="store_true", help="weights without the optimizer (spec.mode ParamsOnly)")
+    group.add_argument("--zero-consumed-samples", action="store_true", help="write consumed_train_samples 0 as the reference does (spec.target.zeroConsumedSamples)")
+    group.add_argument("--stage", type=int, action="append", metavar="K", help="convert only this pipeline stage (repeat); default $JOB_COMPLETION_INDEX, else all")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """How it is carried out."""
+    group = parser.add_argument_group("how")
+    group.add_argument("--process-limit", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="ranks converted at a time (spec.workers.processes)")
+    group.add_argument("--multiprocess-off", action="store_true", help="convert rank after rank in this process")
+    group.add_argument("--process_timeout", "--process-timeout", type=float, metavar="SECONDS", help="give up on a rank after this long, with exit code 75")
+    group.add_argument("--verify", choices=("none", "digest", "full"), default="digest", help="digest: read every file back from the disk; full: also compare every element with the source (spec.verify)")
+    group.add_argument("--progress", choices=("auto", "bar", "json", "none"), default="auto", help="auto: bars on a terminal, JSON lines elsewhere")
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    """What is printed, and how."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", choices=("text", "json"), default="text", help="form of the result on stdout")
+    group.add_argument("--log-format", choices=("text", "json"), default="text", help="form of logs and errors on stderr")
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """The frozen request that the flags describe."""
+    from ckpt2pt.request import Request, load_rules  # noqa: PLC0415
+
+    for flag, value in {
+        "--num-layers": options.num_layers,
+        "--ms-path": options.ms_path,
+        "--param-map-path": options.param_map_path,
+        "--megatron-path": options.megatron_path,
+    }.items():
+        if value is None:
+            raise UsageError(f"{flag} is missing", where="the command line", mend=f"give {flag}")
+    for flag, number in {
+        "--process-limit": getattr(options, "process_limit", 1),
+        "--process_timeout": getattr(options, "process_timeout", None),
+        "--target-dp-size": options.target_dp_size,
+        "--iteration": options.iteration,
+    }.items():
+        if number is not None and number <= 0:
+            raise UsageError(f"{flag} is {number}", where="the command line", mend=f"give {flag} a number above 0")
+    topology = Topology(
+        num_layers=options.num_layers,
+        tensor=options.tp_size,
+        pipeline=options.pp_size,
+        virtual=options.vpp_size,
+        data=options.dp_size,
+        context=options.cp_size,
+        noop=frozenset(options.noop),
+        layers_per_stage=options.stage_list,
+    )
+    return Request(
+        topology=topology,
+        source=options.ms_path,
+        metadata=options.param_map_path,
+        target=options.megatron_path,
+        full=not options.convert_param_only,
+        source_format=None if options.src_model_format == "auto" else options.src_model_format,
+        iteration=options.iteration,
+        target_data=options.target_dp_size,
+        rules=load_rules(options.rules),
+        reference_samples=options.zero_consumed_samples,
+        overwrite=options.overwrite,
+        verify=getattr(options, "verify", "digest"),
+        workers=getattr(options, "process_limit", 1),
+        in_process=getattr(options, "multiprocess_off", False),
+        timeout=getattr(options, "process_timeout", None),
+    )
+
+
+def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
+    """The pipeline stages to work on: ``--stage``, else this pod's completion index, else all."""
+    stages: list[int] | None = options.stage
+    index = os.environ.get("JOB_COMPLETION_INDEX", "")
+    origin = "--stage"
+    if stages is None and index:
+        origin = "$JOB_COMPLETION_INDEX"
+        if not index.isdecimal():
+            raise UsageError(f"{origin} is {index!r}", where="the environment", mend="run it in an Indexed Job, or unset it")
+        stages = [int(index)]
+    if stages is None:
+        return tuple(range(request.topology.pipeline))
+    wrong = [stage for stage in stages if not 0 <= stage < request.topology.pipeline]
+    if wrong:
+        raise UsageError(
+            f"{origin} {wrong[0]} does not exist among {request.topology.pipeline} stages",
+            where="the command line",
+            mend=f"give a stage from 0 to {request.topology.pipeline - 1}, or check --pp-size (spec.parallelism.pipeline)",
+        )
+    return tuple(sorted(set(stages)))
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace(" ", ",").split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 3,5") from None

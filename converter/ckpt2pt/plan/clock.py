@@ -1,0 +1,65 @@
+"""How far the training had come: iteration and consumed samples from what the checkpoint says of itself.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ckpt2pt.errors import InputError
+
+CLOCK_ENTRIES = ("iteration", "epoch_num", "step_num", "num_steps", "state_step", "global_step")
+"""Entries of a MindSpore file that tell the time; all are scalars."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """The time of a checkpoint; ``because`` names the evidence, ``doubts`` what contradicts it."""
+
+    iteration: int
+    samples: int | None
+    because: str
+    doubts: tuple[str, ...] = ()
+
+
+def read_clock(
+    facts: Mapping[str, float], *, global_batch_size: int | None, named: tuple[int, int] | None, where: str
+) -> Clock:
+    """Weigh the evidence.
+
+    ``facts`` are scalars of the file (:data:`CLOCK_ENTRIES`), ``named`` the (epoch, step) in its file name.  ``step_num``
+    counts inside the epoch, so it is the iteration only in epoch 0; later the scheduler's sample count divided by
+    the batch size is, and last the optimizer's own ``state_step`` (MindSpeed-Core-MS feature-0.1,
+    mindspeed_ms/training/training.py and core/optimizer).  Raises :class:`InputError` when nothing tells the time.
+    """
+    epoch = int(facts["epoch_num"]) if "epoch_num" in facts else named[0] if named else None
+    step = int(facts["step_num"]) if "step_num" in facts else named[1] if named else None
+    samples = int(facts["num_steps"]) if facts.get("num_steps", 0) > 0 else None
+    by_samples = samples // global_batch_size if samples and global_batch_size and not samples % global_batch_size else None
+    evidence = {
+        "the entry iteration": _positive(facts.get("iteration")),
+        "step_num in epoch 0": step if epoch == 0 else None,
+        f"num_steps / global_batch_size ({samples} / {global_batch_size})": by_samples,
+        "state_step": _positive(facts.get("state_step")),
+        "global_step": _positive(facts.get("global_step")),
+    }
+    known = {why: value for why, value in evidence.items() if value is not None}
+    if not known:
+        raise InputError(
+            "nothing in the checkpoint tells its iteration (no iteration, step_num in epoch 0, num_steps or state_step)",
+            where=where,
+            mend="say it with spec.source.iteration (--iteration)",
+        )
+    because, iteration = next(iter(known.items()))
+    # mint.AdamW starts its count at -1: one less than the iteration is no contradiction.
+    doubts = tuple(
+        f"{why} says {value}"
+        for why, value in known.items()
+        if value != iteration and not (why == "state_step" and value == iteration - 1)
+    )
+    if samples is None and global_batch_size:
+        samples = iteration * global_batch_size
+    return Clock(iteration=iteration, samples=samples, because=because, doubts=doubts)
+
+
+def _positive(value: float | None) -> int | None:
+    return int(value) if value is not None and value > 0 and value == int(value) else None

@@ -1,0 +1,146 @@
+"""RankPlan -> storages of both target files and the moves that fill them.  Pure.
+
+A storage is one contiguous run of elements in a ``.pt`` archive.  ``model_optim_rng.pt`` has one for each weight,
+``distrib_optim.pt`` one for each bucket and each of param, exp_avg, exp_avg_sq.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ckpt2pt.plan.stage import RankPlan
+from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
+
+MODEL_FILE = "model_optim_rng.pt"
+OPTIM_FILE = "distrib_optim.pt"
+OPTIM_KINDS = ("param", "exp_avg", "exp_avg_sq")
+
+PIECE_BYTES = 32 << 20
+"""A move reads at most this much, so that several threads share one huge tensor.  A multiple of every element."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """``numel`` elements of ``dtype``; ``shape`` is the tensor's that lies in it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    numel: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the record."""
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sink:
+    """Where a move's elements go: ``start`` elements into a storage of a file, as ``dtype``."""
+
+    file: str
+    storage: int
+    start: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """Elements that are read once and written to one sink or two.
+
+    ``role`` is param, exp_avg or exp_avg_sq; ``first`` is the move's first element inside the tensor.
+    """
+
+    name: str
+    role: str
+    dtype: str
+    extents: tuple[Extent, ...]
+    first: int
+    sinks: tuple[Sink, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to read."""
+        return sum(extent.nbytes for extent in self.extents)
+
+
+def model_storages(plan: RankPlan) -> tuple[Storage, ...]:
+    """One storage for each weight, chunk by chunk in registration order."""
+    return tuple(Storage(dtype=w.dtype, shape=w.shape, numel=w.source.numel) for w in plan.weights)
+
+
+def optim_storages(plan: RankPlan) -> tuple[Storage, ...]:
+    """Buffers in chunk order; in each: every bucket of param, then of exp_avg, then of exp_avg_sq.  All float32."""
+    return tuple(
+        Storage(dtype="float32", shape=(bucket.numel,), numel=bucket.numel)
+        for chunk in plan.chunks
+        if chunk.buffer
+        for _ in OPTIM_KINDS
+        for bucket in chunk.buffer.buckets
+    )
+
+
+def moves(plan: RankPlan) -> tuple[Move, ...]:
+    """Every move of a rank in the order of the source, so that a cold disk is read from front to back."""
+    found = [piece for move in _whole_moves(plan) for piece in _pieces(move)]
+    return tuple(sorted(found, key=lambda move: (move.extents[0].path, move.extents[0].offset) if move.extents else ("", 0)))
+
+
+def _whole_moves(plan: RankPlan) -> Iterator[Move]:
+    model_storage = 0
+    first_storage = 0
+    for chunk in plan.chunks:
+        buckets = chunk.buffer.buckets if chunk.buffer else ()
+        homes = {p.name: (number, p.start - bucket.start) for number, bucket in enumerate(buckets) for p in bucket.placements}
+        for weight in chunk.weights:
+            sinks = {role: () for role in OPTIM_KINDS} if weight.moments else {"param": ()}
+            sources = dict(zip(OPTIM_KINDS, (weight.source, *(weight.moments or ())), strict=False))
+            for kind, role in enumerate(sinks):
+                targets: list[Sink] = []
+                if role == "param":
+                    targets.append(Sink(file=MODEL_FILE, storage=model_storage, start=0, dtype=weight.dtype))
+                if weight.name in homes:
+                    number, start = homes[weight.name]
+                    storage = first_storage + kind * len(buckets) + number
+                    targets.append(Sink(file=OPTIM_FILE, storage=storage, start=start, dtype="float32"))
+                yield _move(weight.name, role, sources[role], tuple(targets))
+            model_storage += 1
+        first_storage += len(OPTIM_KINDS) * len(buckets)
+
+
+def _move(name: str, role: str, source: TensorRef, sinks: tuple[Sink, ...]) -> Move:
+    return Move(name=name, role=role, dtype=source.dtype, extents=source.extents, first=0, sinks=sinks)
+
+
+def _pieces(move: Move) -> Iterator[Move]:
+    if move.nbytes <= PIECE_BYTES:
+        if move.nbytes:
+            yield move
+        return
+    width = DTYPE_BYTES[move.dtype]
+    done = 0
+    while done < move.nbytes:
+        size = min(PIECE_BYTES, move.nbytes - done)
+        first = done // width
+        yield Move(
+            name=move.name,
+            role=move.role,
+            dtype=move.dtype,
+            extents=cut(move.extents, done, size),
+            first=first,
+            sinks=tuple(Sink(file=s.file, storage=s.storage, start=s.start + first, dtype=s.dtype) for s in move.sinks),
+        )
+        done += size
+
+
+def cut(extents: tuple[Extent, ...], start: int, nbytes: int) -> tuple[Extent, ...]:
+    """The ``nbytes`` bytes of joined extents from byte ``start`` on."""
+    found: list[Extent] = []
+    for extent in extents:
+        skip = min(start, extent.nbytes)
+        take = min(nbytes, extent.nbytes - skip)
+        if take:
+            found.append(Extent(extent.path, extent.offset + skip, take))
+        start -= skip
+        nbytes -= take
+    return tuple(found)

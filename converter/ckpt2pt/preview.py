@@ -1,0 +1,190 @@
+"""What ``ckpt2pt plan`` says: layers, files, bytes, memory and room, from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from ckpt2pt.plan.moves import moves
+from ckpt2pt.plan.stage import ChunkPlan, RankPlan
+from ckpt2pt.plan.stage import spans as stage_spans
+from ckpt2pt.pt.archive import lay_out
+from ckpt2pt.pt.payload import payloads
+from ckpt2pt.publish import Json, Target, free_bytes
+from ckpt2pt.request import Request
+from ckpt2pt.survey import Prepared, Rank, Survey
+
+WORKER_BYTES = 48 << 20
+"""What one worker needs at most (benchmarks/), whatever the size of the checkpoint."""
+
+
+def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Rank, Prepared], *, names: bool) -> Json:
+    """The plan as a document for ``--output json``."""
+    stages: list[Json] = []
+    read = written = 0
+    for (tp, pp), prepared in ranks.items():
+        plan = prepared.plan
+        files = _files(request, prepared)
+        nbytes = sum(move.nbytes for move in moves(plan))
+        read += nbytes
+        written += sum(files.values())
+        stages.append(
+            {
+                "stage": pp,
+                "tp": tp,
+                "source": plan.source,
+                "directory": plan.directory,
+                "bytesToRead": nbytes,
+                "files": [{"name": name, "nbytes": size} for name, size in files.items()],
+                "chunks": [_chunk(chunk, plan, request, names=names) for chunk in plan.chunks],
+                "ignored": dict(Counter(reason for _, reason in plan.ignored)),
+                "comparedCopies": [f"{kept.name} = {copy.name}" for kept, copy in plan.twins],
+                "done": target.rank_manifest(tp, pp) is not None,
+            }
+        )
+    workers = min(request.workers, len(ranks)) or 1
+    return {
+        "iteration": chosen.clock.iteration,
+        "because": chosen.clock.because,
+        "doubts": list(chosen.clock.doubts),
+        "consumedSamples": chosen.clock.samples,
+        "identity": chosen.identity,
+        "target": str(target.folder),
+        "options": request.meaning(),
+        "ranks": stages,
+        "bytesToRead": read,
+        "bytesToWrite": written,
+        "bytesFree": free_bytes(target.root),
+        "workers": workers,
+        "memoryBytes": workers * WORKER_BYTES,
+    }
+
+
+def _files(request: Request, prepared: Prepared) -> dict[str, int]:
+    found = payloads(prepared.plan, prepared.template, reference_samples=request.reference_samples)
+    return {p.name: lay_out(Path(p.name).stem, p.pickle, p.storages).nbytes for p in found}
+
+
+def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -> Json:
+    topology = request.topology
+    slots = topology.slots(plan.pp, chunk.vpp)
+    document: Json = {
+        "chunk": chunk.vpp,
+        "key": chunk.key,
+        "layers": [layer for layer in slots if layer not in topology.noop],
+        "noopLayers": [layer for layer in slots if layer in topology.noop],
+        "embedding": topology.holds_embedding(plan.pp, chunk.vpp),
+        "head": topology.holds_head(plan.pp, chunk.vpp),
+        "parameters": len(chunk.weights),
+        "numel": sum(weight.source.numel for weight in chunk.weights),
+        "buckets": [
+            {"numel": bucket.numel, "numelUnpadded": bucket.numel_unpadded} for bucket in (chunk.buffer.buckets if chunk.buffer else ())
+        ],
+    }
+    if names:
+        document["names"] = [
+            {
+                "megatron": weight.name,
+                "mindspore": weight.source.name,
+                "shape": list(weight.shape),
+                "dtype": f"{weight.source.dtype} -> {weight.dtype}",
+                "bucketStart": weight.placement.start if weight.placement else None,
+            }
+            for weight in chunk.weights
+        ]
+    return document
+
+
+def render(document: Json) -> str:
+    """The plan as text."""
+    options = _mapping(document["options"])
+    lines = [
+        f"iteration  {document['iteration']} (from {document['because']}), {document['consumedSamples']} samples consumed",
+        *(f"  DOUBT: {doubt}" for doubt in _list(document["doubts"])),
+        f"target     {document['target']}",
+        f"mode       {options['mode']}, Megatron 0.6; tp {options['tensor']}, pp {options['pipeline']}, "
+        f"vpp {options['virtualPipeline']}",
+        "",
+        *_table(("stage", "tp", "chunk", "layers", "ends", "parameters", "elements", "buckets", "padding"), _chunk_rows(document)),
+        "",
+        *_table(("file", "bytes", "", "source"), _file_rows(document)),
+        "",
+    ]
+    ignored: Counter[str] = Counter()
+    for rank in _list(document["ranks"]):
+        ignored.update(_mapping(_mapping(rank)["ignored"]))  # type: ignore[arg-type]
+    if ignored:
+        lines.append("not carried: " + ", ".join(f"{count} x {reason}" for reason, count in sorted(ignored.items())))
+    lines += _name_lines(document)
+    lines.append(
+        f"reads {size(document['bytesToRead'])}, writes {size(document['bytesToWrite'])}; {size(document['bytesFree'])} free; "
+        f"{document['workers']} workers, at most {size(document['memoryBytes'])} of memory"
+    )
+    return "\n".join(lines)
+
+
+def _chunk_rows(document: Json) -> Iterable[tuple[object, ...]]:
+    for rank in map(_mapping, _list(document["ranks"])):
+        for chunk in map(_mapping, _list(rank["chunks"])):
+            buckets = [_mapping(bucket) for bucket in _list(chunk["buckets"])]
+            ends = [name for name in ("embedding", "head") if chunk[name]]
+            noop = spans(chunk["noopLayers"])
+            yield (
+                rank["stage"],
+                rank["tp"],
+                chunk["chunk"],
+                spans(chunk["layers"]) + (f" (no-op {noop})" if noop != "none" else ""),
+                "+".join(ends) or "-",
+                chunk["parameters"],
+                chunk["numel"],
+                len(buckets) or "-",
+                sum(int(str(b["numel"])) - int(str(b["numelUnpadded"])) for b in buckets) if buckets else "-",
+            )
+
+
+def _file_rows(document: Json) -> Iterable[tuple[object, ...]]:
+    for rank in map(_mapping, _list(document["ranks"])):
+        for file in map(_mapping, _list(rank["files"])):
+            yield f"{rank['directory']}/{file['name']}", size(file["nbytes"]), "there" if rank["done"] else "", rank["source"]
+
+
+def _name_lines(document: Json) -> list[str]:
+    rows: list[tuple[object, ...]] = [
+        (rank["stage"], rank["tp"], chunk["chunk"], name["mindspore"], name["megatron"], name["shape"], name["dtype"])
+        for rank in map(_mapping, _list(document["ranks"]))
+        for chunk in map(_mapping, _list(rank["chunks"]))
+        for name in map(_mapping, _list(chunk.get("names", [])))
+    ]
+    return [*_table(("stage", "tp", "chunk", "MindSpore", "Megatron", "shape", "type"), rows), ""] if rows else []
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> list[str]:
+    cells = [head, *(tuple(str(cell) for cell in row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def size(nbytes: object) -> str:
+    """``1536`` -> ``1.5 KiB``."""
+    value = float(str(nbytes))
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+def spans(numbers: object) -> str:
+    """``[0, 1, 2, 5]`` -> ``0-2,5``."""
+
+
+    return stage_spans({int(str(n)) for n in _list(numbers)})
+
+
+def _mapping(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}  # pyright: ignore[reportUnknownVariableType]
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []  # pyright: ignore[reportUnknownVariableType]

@@ -1,0 +1,137 @@
+"""Progress for people and for machines: bars on a terminal, one JSON line at a time elsewhere.  Always on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from ckpt2pt.run import Reporter
+    from ckpt2pt.survey import Rank
+
+INTERVAL_SECONDS = 2.0
+
+
+def reporter(kind: str) -> Reporter:
+    """``bar``, ``json``, ``none``, or ``auto``: bars on a terminal, JSON lines otherwise."""
+    if kind == "auto":
+        kind = "bar" if sys.stderr.isatty() else "json"
+    return {"bar": Bars, "json": Lines, "none": Silence}[kind]()
+
+
+class Silence:
+    """Says nothing."""
+
+    def begin(self, totals: Mapping[Rank, int]) -> None:
+        """Nothing to do."""
+
+    def advance(self, rank: Rank, nbytes: int) -> None:
+        """Nothing to do."""
+
+    def end(self, rank: Rank) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class Lines:
+    """One JSON line every two seconds, and one for each finished rank."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._total = self._done = 0
+        self._began = self._last = time.monotonic()
+
+    def begin(self, totals: Mapping[Rank, int]) -> None:
+        """Start the clock."""
+        self._total = sum(totals.values())
+        self._began = self._last = time.monotonic()
+        self._say("begin", ranks=len(totals))
+
+    def advance(self, rank: Rank, nbytes: int) -> None:
+        """Count, and speak when it is time."""
+        self._done += nbytes
+        if time.monotonic() - self._last >= INTERVAL_SECONDS:
+            self._last = time.monotonic()
+            self._say("progress")
+
+    def end(self, rank: Rank) -> None:
+        """Name the rank."""
+        self._say("rank", tp=rank[0], pp=rank[1])
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def _say(self, event: str, **more: int) -> None:
+        seconds = time.monotonic() - self._began
+        speed = self._done / seconds if seconds > 0 else 0
+        left = (self._total - self._done) / speed if speed else None
+        line = {
+            "event": event,
+            **more,
+            "bytesDone": self._done,
+            "bytesTotal": self._total,
+            "bytesPerSecond": round(speed),
+            "etaSeconds": None if left is None else round(left, 1),
+        }
+        self._stream.write(json.dumps(line) + "\n")
+        self._stream.flush()
+
+
+class Bars:
+    """One bar for each stage: bytes, speed, time left."""
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._tasks: dict[int, TaskID] = {}
+        self._left = 0
+
+    def begin(self, totals: Mapping[Rank, int]) -> None:
+        """Draw the bars."""
+        from rich.console import Console  # noqa: PLC0415 - only on a terminal
+        from rich.progress import (  # noqa: PLC0415
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
+        self._left = len(totals)
+        stages: dict[int, int] = {}
+        for (_, pp), nbytes in totals.items():
+            stages[pp] = stages.get(pp, 0) + nbytes
+        self._tasks = {pp: self._progress.add_task(f"stage {pp}", total=nbytes) for pp, nbytes in stages.items()}
+        if stages:
+            self._progress.start()
+
+    def advance(self, rank: Rank, nbytes: int) -> None:
+        """Move a bar."""
+        if self._progress:
+            self._progress.advance(self._tasks[rank[1]], nbytes)
+
+    def end(self, rank: Rank) -> None:
+        """Leave the screen tidy after the last rank."""
+        self._left -= 1
+        if not self._left:
+            self.close()
+
+    def close(self) -> None:
+        """Stop drawing; also after a failure."""
+        if self._progress:
+            self._progress.stop()

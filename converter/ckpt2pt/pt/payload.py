@@ -1,0 +1,209 @@
+"""The trees inside Megatron's two files, from a rank's plan and the template that pt_meta holds.
+
+Megatron-LM cac60ce4: megatron/checkpointing.py (``save_checkpoint``) and
+megatron/core/optimizer/distrib_optimizer.py (``save_parameter_state``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from ckpt2pt.errors import FormatError
+from ckpt2pt.mapping import names
+from ckpt2pt.plan.clock import Clock
+from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS, Storage, model_storages, optim_storages
+from ckpt2pt.plan.stage import ChunkPlan, RankPlan
+from ckpt2pt.pt.pickles import Call, Global, Persistent, Value, as_tensor, namespace_attrs, ordered_dict, tensor, write_pickle, with_attrs
+from ckpt2pt.tensors import Extent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """One ``args_tp*_pp*.pt`` of pt_meta: the model file of a Megatron run without its weights."""
+
+    path: str
+    tree: dict[str, Value]
+    storages: dict[str, Extent]
+
+    @property
+    def args(self) -> dict[str, Value]:
+        """Megatron's training arguments."""
+        found = self.tree.get("args")
+        return namespace_attrs(found) if isinstance(found, Call) else {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FilePayload:
+    """One target file before its bytes: the pickle, and for each storage its size.
+
+    The first ``len(storages) - len(copied)`` storages are filled by moves, the last ones are ``copied`` as they are.
+    """
+
+    name: str
+    pickle: bytes
+    storages: tuple[int, ...]
+    copied: tuple[Extent, ...]
+
+
+def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool = False) -> FilePayload:
+    """``model_optim_rng.pt``: the template with the weights and the true time put in.
+
+    ``reference_samples`` zeroes ``consumed_train_samples`` as the reference converter does.
+    """
+    storages = model_storages(plan)
+    weights = iter(range(len(storages)))
+    model = {chunk.key: _model(chunk, storages, weights) for chunk in plan.chunks}
+    tree: dict[Value, Value] = {}
+    for key, value in template.tree.items():
+        if key != "param_name_list" and key not in model:
+            tree[key] = value
+        if key == "iteration":
+            tree.update(model)
+    if "iteration" not in tree:
+        tree["iteration"] = plan.clock.iteration
+        tree.update(model)
+    _set_time(tree, plan.clock, template.path, reference_samples=reference_samples)
+    copied: list[str] = []
+    tree = cast("dict[Value, Value]", _renumber(tree, copied, len(storages)))
+    missing = sorted(set(copied) - set(template.storages))
+    if missing:
+        raise FormatError(
+            f"the pickle names storages {missing[:4]} that the archive does not hold",
+            where=template.path,
+            mend="copy the file again from where it was made",
+        )
+    extents = tuple(template.storages[key] for key in copied)
+    return FilePayload(
+        name=MODEL_FILE,
+        pickle=write_pickle(tree),
+        storages=(*(storage.nbytes for storage in storages), *(extent.nbytes for extent in extents)),
+        copied=extents,
+    )
+
+
+def optim_payload(plan: RankPlan) -> FilePayload:
+    """``distrib_optim.pt`` as Megatron 0.6 keeps it: padded buckets with their true and padded sizes."""
+    storages = optim_storages(plan)
+    numbers = iter(range(len(storages)))
+    padded: list[Value] = []
+    unpadded: list[Value] = []
+    buffers: list[dict[Value, Value]] = []
+    for chunk in plan.chunks:
+        if chunk.buffer is None:
+            continue
+        key = (Global("torch", chunk.buffer.dtype), Global("torch", "float32"))
+        buckets = chunk.buffer.buckets
+        padded.append({key: [bucket.numel for bucket in buckets]})
+        unpadded.append({key: [bucket.numel_unpadded for bucket in buckets]})
+        buffers.append({key: {kind: [_tensor(storages, next(numbers)) for _ in buckets] for kind in OPTIM_KINDS}})
+    tree: dict[Value, Value] = {"per_bucket_numel": padded, "per_bucket_numel_unpadded": unpadded}
+    tree.update(enumerate(buffers))
+    return FilePayload(
+        name=OPTIM_FILE, pickle=write_pickle(tree), storages=tuple(storage.nbytes for storage in storages), copied=()
+    )
+
+
+def payloads(plan: RankPlan, template: Template, *, reference_samples: bool = False) -> tuple[FilePayload, ...]:
+    """The files of one rank: the model's, and the optimizer's in a full conversion."""
+    model = model_payload(plan, template, reference_samples=reference_samples)
+    return (model, optim_payload(plan)) if plan.full else (model,)
+
+
+def _tensor(storages: Sequence[Storage], number: int) -> Call:
+    storage = storages[number]
+    return tensor(storage.dtype, str(number), storage.numel, 0, storage.shape)
+
+
+def _model(chunk: ChunkPlan, storages: Sequence[Storage], numbers: "Iterator[int]") -> Value:
+    """Nest the weights as Megatron does; a module's ``_extra_state`` follows its last parameter."""
+    root: dict[Value, Value] = {}
+    inner: dict[tuple[str, ...], list[tuple[Value, Value]]] = {("language_model", "encoder"): []}
+    for position, weight in enumerate(chunk.weights):
+        *path, leaf = names.state_dict_path(weight.name)
+        pairs = inner.setdefault(tuple(path), [])
+        pairs.append((leaf, _tensor(storages, next(numbers))))
+        module = weight.name.rpartition(".")[0]
+        following = chunk.weights[position + 1].name if position + 1 < len(chunk.weights) else ""
+        if module.rpartition(".")[2] in names.HAS_EXTRA_STATE and following.rpartition(".")[0] != module:
+            pairs.append((f"{leaf.rpartition('.')[0]}._extra_state".removeprefix("."), None))
+    # Megatron fills language_model in this order whatever came first in the buffer.
+    order = {"embedding": 0, "encoder": 1, "output_layer": 2}
+    for path, pairs in sorted(inner.items(), key=lambda item: (len(item[0]) == 1, order.get(item[0][1] if len(item[0]) > 1 else "", 3))):
+        node = root
+        for segment in path[:-1]:
+            node = cast("dict[Value, Value]", node.setdefault(segment, {}))
+        node[path[-1]] = dict(pairs) if len(path) == 1 else ordered_dict(pairs)
+    return root
+
+
+def _set_time(tree: dict[Value, Value], clock: Clock, where: str, *, reference_samples: bool) -> None:
+    """Put the source's iteration and sample count where Megatron looks for them."""
+    tree["iteration"] = clock.iteration
+    args = tree.get("args")
+    if isinstance(args, Call):
+        known = namespace_attrs(args)
+        changes: dict[str, Value] = {"iteration": clock.iteration} if "iteration" in known else {}
+        if reference_samples:
+            changes["consumed_train_samples"] = 0
+        elif clock.samples is not None:
+            changes["consumed_train_samples"] = clock.samples
+        tree["args"] = with_attrs(args, changes)
+    scheduler = tree.get("opt_param_scheduler")
+    if isinstance(scheduler, dict) and "num_steps" in scheduler and clock.samples is not None:
+        tree["opt_param_scheduler"] = scheduler | {"num_steps": clock.samples}
+    optimizer = tree.get("optimizer")
+    if optimizer is not None:
+        tree["optimizer"] = _map_groups(optimizer, clock.iteration, where)
+
+
+def _map_groups(optimizer: Value, iteration: int, where: str) -> Value:
+    """Set ``step`` in each parameter group of ``{'optimizer': {'param_groups': [...]}}``."""
+    try:
+        outer = cast("dict[str, dict[str, Value]]", optimizer)
+        groups = cast("list[dict[str, Value]]", outer["optimizer"]["param_groups"])
+        stepped = [group | {"step": iteration} for group in groups]
+        return cast("Value", outer | {"optimizer": outer["optimizer"] | {"param_groups": stepped}})
+    except (KeyError, TypeError, AttributeError):
+        raise FormatError(
+            "the optimizer entry is not {'optimizer': {'param_groups': [...]}}",
+            where=where,
+            mend="make pt_meta from a Megatron run with --use-distributed-optimizer",
+        ) from None
+
+
+def _renumber(tree: Value, copied: list[str], first: int) -> Value:
+    """Give each storage that the template brings a number after those of the weights; ``copied`` takes their keys."""
+    numbers: dict[str, str] = {}
+    seen: dict[int, Value] = {}
+
+    def walk(value: Value) -> Value:
+        if id(value) in seen:
+            return seen[id(value)]
+        new: Value = value
+        if isinstance(value, dict):
+            new = {key: walk(item) for key, item in value.items()}
+        elif isinstance(value, list):
+            new = [walk(item) for item in value]
+        elif isinstance(value, tuple):
+            new = tuple(walk(item) for item in value)
+        elif isinstance(value, Persistent):
+            kind, storage_class, key, location, numel = cast("tuple[Value, ...]", value.id)
+            number = numbers.setdefault(cast("str", key), str(first + len(numbers)))
+            new = Persistent((kind, storage_class, number, location, numel))
+        elif isinstance(value, Call):
+            new = Call(
+                func=value.func,
+                args=cast("tuple[Value, ...]", walk(value.args)),
+                new=value.new,
+                state=walk(value.state),
+                items=[walk(item) for item in value.items],
+                pairs=[(key, walk(item)) for key, item in value.pairs],
+            )
+        seen[id(value)] = new
+        return new
+
+    renumbered = walk(tree)
+    copied.extend(numbers)
+    return renumbered

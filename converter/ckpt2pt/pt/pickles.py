@@ -1,0 +1,183 @@
+"""Pickles without execution: bytes to a tree of inert values, and the tree back to bytes as torch.save writes them.
+
+    data.pkl --unpickle--> stack of inert values --vetting--> tree (trees) --write_pickle--> data.pkl
+
+Reading looks nothing up: a call becomes a :class:`Call`, a class a :class:`Global`, and a name that has no business
+in a checkpoint is refused when it is mentioned, called or not.  Pure: bytes in, tree out, no files.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Final
+
+# The nodes belong to this module's interface: whoever reads or writes a pickle needs them.
+from ckpt2pt.pt.trees import MISSING as MISSING
+from ckpt2pt.pt.trees import STORAGE_CLASSES as STORAGE_CLASSES
+from ckpt2pt.pt.trees import Call as Call
+from ckpt2pt.pt.trees import Global as Global
+from ckpt2pt.pt.trees import Missing as Missing
+from ckpt2pt.pt.trees import Persistent as Persistent
+from ckpt2pt.pt.trees import StoredTensor as StoredTensor
+from ckpt2pt.pt.trees import Value as Value
+from ckpt2pt.pt.trees import as_storage as as_storage
+from ckpt2pt.pt.trees import as_tensor as as_tensor
+from ckpt2pt.pt.trees import entries as entries
+from ckpt2pt.pt.trees import is_namespace as is_namespace
+from ckpt2pt.pt.trees import namespace as namespace
+from ckpt2pt.pt.trees import namespace_attrs as namespace_attrs
+from ckpt2pt.pt.trees import ordered_dict as ordered_dict
+from ckpt2pt.pt.trees import tensor as tensor
+from ckpt2pt.pt.trees import with_attrs as with_attrs
+from ckpt2pt.pt.trees import ENCODE
+from ckpt2pt.pt.unpickle import Reader
+from ckpt2pt.pt.vetting import check_tree
+
+_BATCH = 1000  # CPython's Pickler fills lists and dicts in portions of this many
+
+
+def read_pickle(data: bytes, *, where: str, allow: Collection[str] = ()) -> Value:
+    """The tree a pickle describes; nothing it names is imported or called.
+
+    ``allow`` holds further names, as ``module.name``; the standard library, numpy and torch cannot be among them.
+    """
+    return Reader(data, where, frozenset(allow)).read()
+
+
+def write_pickle(value: Value) -> bytes:
+    """Pickle ``value`` in protocol 2 as torch.save does; what is shared, and any string, is written once."""
+    check_tree(value, "the tree to be written")
+    writer = _Writer()
+    writer.save(value)
+    return b"\x80\x02" + writer.out + b"."
+
+
+class _Writer:
+    """Follows CPython's C Pickler, whose choices torch.save inherits, except that equal strings are one string."""
+
+    __slots__ = ("memo", "out")
+
+    def __init__(self) -> None:
+        self.out = bytearray()
+        # Strings, bytes and names by value, containers by identity: the tree keeps them alive, so ids stay unique.
+        self.memo: dict[object, int] = {}
+
+    def save(self, value: Value) -> None:
+        save = _SAVERS.get(type(value))
+        if save is None:
+            raise TypeError(f"{type(value).__name__} is no node of a tree")
+        index = self.memo.get(value if isinstance(value, str | bytes | Global) else id(value))
+        if index is None:
+            save(self, value)
+        else:
+            self.out += b"h%c" % index if index < 256 else b"j" + index.to_bytes(4, "little")
+
+    def keep(self, key: object) -> None:
+        index = self.memo[key] = len(self.memo)
+        self.out += b"q%c" % index if index < 256 else b"r" + index.to_bytes(4, "little")
+
+    def save_int(self, value: int) -> None:
+        if 0 <= value < 256:
+            self.out += b"K%c" % value
+        elif 0 <= value < 65536:
+            self.out += b"M" + value.to_bytes(2, "little")
+        elif -(2**31) <= value < 2**31:
+            self.out += b"J" + value.to_bytes(4, "little", signed=True)
+        else:
+            # One bit more than the magnitude for the sign, none for -2**(8n - 1).
+            nbytes = (value if value >= 0 else ~value).bit_length() // 8 + 1
+            self.out += b"\x8a%c" % nbytes if nbytes < 256 else b"\x8b" + nbytes.to_bytes(4, "little")
+            self.out += value.to_bytes(nbytes, "little", signed=True)
+
+    def save_float(self, value: float) -> None:
+        self.out += b"G" + struct.pack(">d", value)
+
+    def save_str(self, value: str) -> None:
+        text = value.encode("utf-8", "surrogatepass")
+        self.out += b"X" + len(text).to_bytes(4, "little") + text
+        self.keep(value)
+
+    def save_bytes(self, value: bytes) -> None:
+        # Protocol 2 knows no bytes.
+        self.save(ENCODE)
+        self.save(value.decode("latin1"))
+        self.save("latin1")
+        self.out += b"\x86R"
+        self.keep(value)
+
+    def save_tuple(self, value: tuple[Value, ...]) -> None:
+        if not value:
+            self.out += b")"
+            return
+        if len(value) > 3:
+            self.out += b"("
+        for item in value:
+            self.save(item)
+        self.out += b"t" if len(value) > 3 else b"%c" % (0x84 + len(value))
+        self.keep(id(value))
+
+    def save_list(self, value: list[Value]) -> None:
+        self.out += b"]"
+        self.keep(id(value))
+        self.fill([(item,) for item in value], b"a", b"e", known_length=True)
+
+    def save_dict(self, value: dict[Value, Value]) -> None:
+        self.out += b"}"
+        self.keep(id(value))
+        self.fill(list(value.items()), b"s", b"u", known_length=True)
+
+    def save_global(self, value: Global) -> None:
+        self.out += f"c{value.module}\n{value.name}\n".encode()
+        self.keep(value)
+
+    def save_persistent(self, value: Persistent) -> None:
+        self.save(value.id)
+        self.out += b"Q"
+
+    def save_call(self, value: Call) -> None:
+        self.save(value.func)
+        self.save(value.args)
+        self.out += b"\x81" if value.new else b"R"
+        self.keep(id(value))
+        self.fill([(item,) for item in value.items], b"a", b"e", known_length=False)
+        self.fill(value.pairs, b"s", b"u", known_length=False)
+        if value.state is not MISSING:
+            self.save(value.state)
+            self.out += b"b"
+
+    def fill(self, rows: Sequence[tuple[Value, ...]], one: bytes, many: bytes, *, known_length: bool) -> None:
+        """Put ``rows`` into the container just made; a portion of one needs no mark unless it is the rest of a list."""
+        for start in range(0, len(rows), _BATCH):
+            batch = rows[start : start + _BATCH]
+            alone = len(batch) == 1 and not (known_length and start)
+            self.out += b"" if alone else b"("
+            for row in batch:
+                for item in row:
+                    self.save(item)
+            self.out += one if alone else many
+
+
+def _save_none(writer: _Writer, value: None) -> None:
+    writer.out += b"N"
+
+
+def _save_bool(writer: _Writer, value: bool) -> None:
+    writer.out += b"\x88" if value else b"\x89"
+
+
+# By exact type: a subclass, such as numpy's float64, would lose what it is.
+_SAVERS: Final[dict[type, Callable[[_Writer, Any], None]]] = {
+    type(None): _save_none,
+    bool: _save_bool,
+    int: _Writer.save_int,
+    float: _Writer.save_float,
+    str: _Writer.save_str,
+    bytes: _Writer.save_bytes,
+    tuple: _Writer.save_tuple,
+    list: _Writer.save_list,
+    dict: _Writer.save_dict,
+    Global: _Writer.save_global,
+    Call: _Writer.save_call,
+    Persistent: _Writer.save_persistent,
+}

@@ -1,0 +1,254 @@
+"""The target folder: claim, locks, manifests, tracker.  A name appears only when its bytes are whole.
+
+    megatron_pt/latest_checkpointed_iteration.txt      last of all
+    megatron_pt/iter_0000500/.ckpt2pt/claim.json       whose folder this is
+                                     /rank-01-003.json both files of a rank are there
+                                     /stage-003.json   every rank of a stage is there and verified
+                                     /report.json      written with the tracker
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from ckpt2pt.errors import Ckpt2ptError, FileAccessError, NoSpaceError, TryAgainError, UsageError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+STATE = ".ckpt2pt"
+PARTIAL = ".partial"
+Json = dict[str, object]
+
+
+def access_error(error: OSError, path: Path | str, doing: str) -> Ckpt2ptError:
+    """The user's error for a failed system call."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        return NoSpaceError(
+            f"{doing} failed: {os.strerror(error.errno)}",
+            where=path,
+            mend="make room on the target volume and run the same command again; what is finished is kept",
+        )
+    return FileAccessError(
+        f"{doing} failed: {os.strerror(error.errno or 0)}",
+        where=path,
+        mend=f"give uid {os.getuid()} permission there, or check the mount (dmesg); then run the same command again",
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        # Some network file systems do not sync folders and say so.
+        with suppress(OSError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def partial_name(path: Path) -> Path:
+    """A name beside ``path`` that no reader of either framework picks up."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+
+
+def publish_bytes(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all."""
+    partial = partial_name(path)
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise access_error(error, path, "writing") from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> Json | None:
+    """A small document of ours; None when it is not there or not whole."""
+    try:
+        document: object = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError as error:
+        raise access_error(error, path, "reading") from error
+    return cast("Json", document) if isinstance(document, dict) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One iteration's folder, owned by one conversion."""
+
+    root: Path
+    iteration: int
+    identity: str
+    stages: int
+    tensor: int
+
+    @property
+    def folder(self) -> Path:
+        """``root/iter_0000500``."""
+        return self.root / f"iter_{self.iteration:07d}"
+
+    @property
+    def state(self) -> Path:
+        """Where claim, manifests and locks lie."""
+        return self.folder / STATE
+
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse a folder that is somebody else's; touches nothing."""
+        claim = read_json(self.state / "claim.json")
+        if overwrite or (claim and claim.get("identity") == self.identity):
+            return
+        if claim is not None:
+            raise UsageError(
+                f"iteration {self.iteration} there is the result of another conversion "
+                f"(begun {claim.get('begun')} by {claim.get('host')}): other options, another source, or a source that changed since",
+                where=self.folder,
+                mend="choose another spec.target.path (--megatron-path), or replace it with spec.target.overwrite (--overwrite)",
+            )
+        with suppress(FileNotFoundError):
+            strangers = sorted(p.name for p in self.folder.iterdir() if p.name != STATE)
+            if strangers:
+                raise UsageError(
+                    f"the folder holds {strangers[0]}, which ckpt2pt did not write",
+                    where=self.folder,
+                    mend="choose another spec.target.path (--megatron-path), or replace it with spec.target.overwrite (--overwrite)",
+                )
+
+    def claim(self, facts: Json, *, overwrite: bool) -> None:
+        """Take the folder.  A worker of the same conversion finds it taken and goes on."""
+        self.check(overwrite=overwrite)
+        try:
+            self.state.mkdir(parents=True, exist_ok=True)
+            with self._lock("claim", wait=True):
+                self.check(overwrite=overwrite)
+                old = read_json(self.state / "claim.json")
+                if old and old.get("identity") == self.identity:
+                    return
+                self._retire()
+                publish_bytes(
+                    self.state / "claim.json",
+                    _dump({"identity": self.identity, "host": socket.gethostname(), **facts}),
+                )
+        except OSError as error:
+            raise access_error(error, self.folder, "taking the target folder") from error
+
+    def _retire(self) -> None:
+        """Take back what an older conversion published here: the tracker first, then its manifests."""
+        tracker = self.root / TRACKER
+        with suppress(FileNotFoundError):
+            if tracker.read_text().strip() == str(self.iteration):
+                tracker.unlink()
+                sync_folder(self.root)
+        for path in (*self.state.glob("*.json"), *self.folder.glob("mp_rank_*/*.pt")):
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def stage_lock(self, pp: int) -> Iterator[None]:
+        """Hold a stage; a second run on it is told who has it."""
+        with self._lock(f"stage-{pp:03d}", wait=False):
+            yield
+
+    @contextmanager
+    def _lock(self, name: str, *, wait: bool) -> Iterator[None]:
+        path = self.state / f"{name}.lock"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+                raise TryAgainError(
+                    f"another run is converting this stage: {holder}",
+                    where=path,
+                    mend="wait for it to finish, or stop it; then run the same command again",
+                ) from None
+            except OSError as error:
+                # A file system without locks (ENOLCK, ENOTSUP): renames keep the result whole all the same.
+                if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}:
+                    raise
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{socket.gethostname()} pid {os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(fd)
+
+    def sweep(self, directory: str) -> None:
+        """Remove what a killed run left behind; call with the stage's lock held."""
+        for path in (self.folder / directory).glob(f".*{PARTIAL}"):
+            with suppress(OSError):
+                path.unlink()
+
+    def rank_manifest(self, tp: int, pp: int) -> Json | None:
+        """The manifest of a finished rank whose files are still there with their sizes; None otherwise."""
+        manifest = read_json(self.state / f"rank-{tp:02d}-{pp:03d}.json")
+        if manifest is None or manifest.get("identity") != self.identity:
+            return None
+        for file in cast("list[Json]", manifest.get("files", [])):
+            try:
+                if (self.folder / str(file["path"])).stat().st_size != file["nbytes"]:
+                    return None
+            except OSError:
+                return None
+        return manifest
+
+    def publish_rank(self, tp: int, pp: int, manifest: Json) -> None:
+        """Say that a rank's files are there."""
+        publish_bytes(self.state / f"rank-{tp:02d}-{pp:03d}.json", _dump({"identity": self.identity, **manifest}))
+
+    def stage_manifest(self, pp: int) -> Json | None:
+        """The manifest of a finished stage of this conversion, None while a rank is missing."""
+        manifest = read_json(self.state / f"stage-{pp:03d}.json")
+        if manifest is None or manifest.get("identity") != self.identity:
+            return None
+        return manifest if all(self.rank_manifest(tp, pp) for tp in range(self.tensor)) else None
+
+    def publish_stage(self, pp: int, facts: Mapping[str, object]) -> None:
+        """Join the ranks' manifests.  The ranks' own stay: a rerun looks at them."""
+        ranks = [self.rank_manifest(tp, pp) for tp in range(self.tensor)]
+        publish_bytes(
+            self.state / f"stage-{pp:03d}.json", _dump({"identity": self.identity, "stage": pp, **facts, "ranks": ranks})
+        )
+
+    def publish_iteration(self) -> bool:
+        """Write report and tracker when every stage is there.  Any worker may; all write the same."""
+        manifests = [self.stage_manifest(pp) for pp in range(self.stages)]
+        if not all(manifests):
+            return False
+        report = {"identity": self.identity, "iteration": self.iteration, "stages": [_brief(m) for m in manifests if m]}
+        publish_bytes(self.state / "report.json", _dump(report))
+        publish_bytes(self.root / TRACKER, str(self.iteration).encode())
+        return True
+
+    @property
+    def published(self) -> bool:
+        """True when the tracker names this iteration and every stage is there."""
+        try:
+            named = (self.root / TRACKER).read_text().strip() == str(self.iteration)
+        except OSError:
+            return False
+        return named and all(self.stage_manifest(pp) for pp in range(self.stages))
+
+
+def _brief(manifest: Json) -> Json:
+    """A stage's manifest without the digests of single tensors, which stay in the stage's own file."""
+    ranks = cast("list[Json]", manifest.get("ranks", []))
+    return {**manifest, "ranks": [{key: value for key, value in rank.items() if key != "tensors"} for rank in ranks]}
+
+
+def _dump(document: Mapping[str, object]) -> bytes:
+    return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()

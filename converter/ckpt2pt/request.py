@@ -1,0 +1,122 @@
+"""What a conversion was asked for: one frozen value, the same from the command line and from a CheckpointConversion."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+from ckpt2pt.errors import FileAccessError, MissingInputError, UsageError
+from ckpt2pt.mapping.names import Rules
+from ckpt2pt.mapping.topology import Topology
+
+Verify = Literal["none", "digest", "full"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """All options of ``ckpt2pt convert``.
+
+    ``target_data`` is the data x context parallel size of the Megatron run to come (None: that of pt_meta);
+    ``timeout`` is in seconds and for each rank; ``workers`` is the number of ranks converted at a time.
+    """
+
+    topology: Topology
+    source: Path
+    metadata: Path
+    target: Path
+    full: bool = True
+    source_format: str | None = None
+    iteration: int | None = None
+    target_data: int | None = None
+    rules: Rules = field(default_factory=Rules)
+    reference_samples: bool = False
+    overwrite: bool = False
+    verify: Verify = "digest"
+    workers: int = 1
+    in_process: bool = False
+    timeout: float | None = None
+
+    def meaning(self) -> dict[str, object]:
+        """The options that decide what is written, for the conversion's identity and the manifest."""
+        topology = self.topology
+        return {
+            "mode": "Full" if self.full else "ParamsOnly",
+            "format": "Megatron06",
+            "numLayers": topology.num_layers,
+            "noopLayers": sorted(topology.noop),
+            "layersPerStage": list(topology.layers_per_stage) if topology.layers_per_stage else None,
+            "tensor": topology.tensor,
+            "pipeline": topology.pipeline,
+            "virtualPipeline": topology.virtual,
+            "data": topology.data,
+            "context": topology.context,
+            "targetDataParallel": self.target_data,
+            "referenceSamples": self.reference_samples,
+            "rules": {
+                "layer_modules": dict(self.rules.layer_modules),
+                "modules": dict(self.rules.modules),
+                "ignore": list(self.rules.ignore),
+            },
+        }
+
+
+def digest(document: object) -> str:
+    """SHA-256 of a JSON document in canonical form."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def load_rules(path: Path | None) -> Rules:
+    """Read a rule file (YAML).  Sections: layer_modules, modules (Megatron: MindSpore), ignore, pickle_globals."""
+    if path is None:
+        return Rules()
+    import yaml  # noqa: PLC0415 - only when a rule file is given
+
+    mend = "see docs/rules.md for the sections layer_modules, modules, ignore and pickle_globals"
+    try:
+        document: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MissingInputError("the rule file is not there", where=path, mend="check --rules (spec.model.rules)") from None
+    except OSError as error:
+        raise FileAccessError(f"cannot be read: {error.strerror}", where=path, mend="give this user read permission") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"not a YAML document: {error}", where=path, mend=mend) from error
+    return parse_rules(document, where=str(path), mend=mend)
+
+
+def parse_rules(document: object, *, where: str, mend: str) -> Rules:
+    """Rules from a parsed document; the same shape in a rule file and in ``spec.model.rules``."""
+    if document is None:
+        return Rules()
+    if not isinstance(document, dict):
+        raise UsageError("the rules are not a mapping of sections", where=where, mend=mend)
+    sections = cast("dict[str, object]", document)
+    unknown = sorted(map(str, set(sections) - {"layer_modules", "modules", "ignore", "pickle_globals"}))
+    if unknown:
+        raise UsageError(f"unknown section {unknown[0]}", where=where, mend=mend)
+    return Rules(
+        layer_modules=_names(sections, "layer_modules", where, mend),
+        modules=_names(sections, "modules", where, mend),
+        ignore=_list(sections, "ignore", where, mend),
+        pickle_globals=_list(sections, "pickle_globals", where, mend),
+    )
+
+
+def _names(sections: Mapping[str, object], section: str, where: str, mend: str) -> dict[str, str]:
+    value = sections.get(section) or {}
+    if not isinstance(value, dict):
+        raise UsageError(f"{section} is not a mapping of Megatron name to MindSpore name", where=where, mend=mend)
+    pairs = cast("dict[object, object]", value)
+    if not all(isinstance(part, str) and part for pair in pairs.items() for part in pair):
+        raise UsageError(f"{section} holds something else than names", where=where, mend=mend)
+    return cast("dict[str, str]", pairs)
+
+
+def _list(sections: Mapping[str, object], section: str, where: str, mend: str) -> tuple[str, ...]:
+    value = sections.get(section) or []
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in cast("list[object]", value)):
+        raise UsageError(f"{section} is not a list of names", where=where, mend=mend)
+    return tuple(cast("list[str]", value))

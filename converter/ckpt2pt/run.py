@@ -1,0 +1,380 @@
+"""Carry out a conversion: preflight, claim, ranks in parallel, publish.
+
+    survey -> plans of every rank asked for        nothing has been written; everything that can be wrong is found here
+           -> claim, lock of the stage
+           -> one process a rank (engine)          a rank's files appear together, by rename
+           -> stage manifest                       when every rank of the stage is there and verified
+           -> report, tracker                      when every stage is there; by whoever sees it first
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import FrameType
+from typing import Protocol
+
+from ckpt2pt import __version__
+from ckpt2pt.engine import Meter, Stop, write_files
+from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, NoSpaceError, TimedOutError, TryAgainError
+from ckpt2pt.plan.moves import moves
+from ckpt2pt.pt.archive import lay_out
+from ckpt2pt.pt.payload import payloads
+from ckpt2pt.publish import Json, Target, access_error
+from ckpt2pt.request import Request
+from ckpt2pt.survey import Prepared, Rank, Survey, prepare, survey
+
+
+class Reporter(Protocol):
+    """Who is told how it goes."""
+
+    def begin(self, totals: Mapping[Rank, int]) -> None:
+        """Bytes to read for each rank."""
+
+    def advance(self, rank: Rank, nbytes: int) -> None:
+        """Bytes read since the last call."""
+
+    def end(self, rank: Rank) -> None:
+        """A rank's files are published."""
+
+    def close(self) -> None:
+        """Nothing more will come, for whatever reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run did."""
+
+    target: Target
+    stages: tuple[int, ...]
+    converted: tuple[Rank, ...]
+    kept: tuple[Rank, ...]
+    bytes_written: int
+    seconds: float
+    published: bool
+    doubts: tuple[str, ...]
+
+    def document(self) -> Json:
+        """For ``--output json`` and the termination message."""
+        return {
+            "iteration": self.target.iteration,
+            "folder": str(self.target.folder),
+            "stages": list(self.stages),
+            "ranksConverted": len(self.converted),
+            "ranksKept": len(self.kept),
+            "bytesWritten": self.bytes_written,
+            "seconds": round(self.seconds, 3),
+            "published": self.published,
+            "doubts": list(self.doubts),
+        }
+
+
+    def sentence(self) -> str:
+        """For a person."""
+        stages = f"{len(self.stages)} of {self.target.stages} stages"
+        did = f"wrote {len(self.converted)} ranks ({self.bytes_written} bytes) in {self.seconds:.1f} s"
+        if not self.converted:
+            did = "everything was there already"
+        elif self.kept:
+            did += f", kept {len(self.kept)} that were there"
+        end = "published; Megatron can load it" if self.published else "the tracker waits for the other stages"
+        return f"iteration {self.target.iteration}, {stages}: {did}\n{self.target.folder}\n{end}"
+
+
+def target_of(request: Request, chosen: Survey) -> Target:
+    """The folder that the chosen checkpoint goes into."""
+    return Target(
+        root=request.target,
+        iteration=chosen.clock.iteration,
+        identity=chosen.identity,
+        stages=request.topology.pipeline,
+        tensor=request.topology.tensor,
+    )
+
+
+def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
+    """Convert the given pipeline stages; what an earlier run finished is kept."""
+    began = time.monotonic()
+    chosen = survey(request)
+    target = target_of(request, chosen)
+    target.check(overwrite=request.overwrite)
+    ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
+    kept = tuple(rank for rank in ranks if target.rank_manifest(*rank))
+    todo = tuple(rank for rank in ranks if rank not in kept)
+    plans = {rank: prepare(request, chosen, rank) for rank in todo}
+    sizes = {rank: output_bytes(request, prepared) for rank, prepared in plans.items()}
+    totals = {rank: sum(move.nbytes for move in moves(prepared.plan)) for rank, prepared in plans.items()}
+    del plans
+    check_space(target, sum(sizes.values()))
+    with stopped_by_signals() as stop:
+        target.claim({"version": __version__, "begun": _now(), "options": request.meaning()}, overwrite=request.overwrite)
+        with ExitStack() as locks:
+            for pp in stages:
+                locks.enter_context(target.stage_lock(pp))
+            reporter.begin(totals)
+            try:
+                _convert(request, chosen, todo, reporter, stop)
+            finally:
+                reporter.close()
+            for pp in stages:
+                target.publish_stage(
+                    pp, {"version": __version__, "iteration": target.iteration, "options": request.meaning(), "inputs": chosen.inputs}
+                )
+        published = target.publish_iteration()
+    return Outcome(
+        target=target,
+        stages=tuple(stages),
+        converted=todo,
+        kept=kept,
+        bytes_written=sum(sizes.values()),
+        seconds=time.monotonic() - began,
+        published=published,
+        doubts=chosen.clock.doubts,
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def output_bytes(request: Request, prepared: Prepared) -> int:
+    """Exact size of a rank's files."""
+    found = payloads(prepared.plan, prepared.template, reference_samples=request.reference_samples)
+    return sum(lay_out(Path(p.name).stem, p.pickle, p.storages).nbytes for p in found)
+
+
+def free_bytes(folder: Path) -> int:
+    """Room for this user on the volume that will hold ``folder``."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise access_error(error, folder, "asking for free space") from error
+
+
+def check_space(target: Target, needed: int) -> None:
+    """Refuse before the first byte what cannot fit."""
+    free = free_bytes(target.root)
+    if needed > free:
+        raise NoSpaceError(
+            f"{needed} bytes are needed, {free} are free",
+            where=target.root,
+            mend=f"free {needed - free} bytes there, or choose another spec.target.path (--megatron-path)",
+        )
+
+
+def convert_rank(request: Request, chosen: Survey, rank: Rank, stop: Stop, advance: Callable[[int], None]) -> None:
+    """Convert one rank and publish it."""
+    prepared = prepare(request, chosen, rank)
+    target = target_of(request, chosen)
+    folder = target.folder / prepared.plan.directory
+    _check_twins(prepared)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise access_error(error, folder, "making the folder") from error
+    target.sweep(prepared.plan.directory)
+    files, digests = write_files(
+        folder,
+        payloads(prepared.plan, prepared.template, reference_samples=request.reference_samples),
+        moves(prepared.plan),
+        stop=stop,
+        advance=advance,
+        check=request.verify != "none",
+    )
+    if request.verify == "full":
+        from ckpt2pt.verify import verify_rank  # noqa: PLC0415 - a second reader, loaded only when asked for
+
+        verify_rank(request, chosen, rank, target.folder).raise_differences()
+    target.publish_rank(
+        rank[0],
+        rank[1],
+        {
+            "tp": rank[0],
+            "pp": rank[1],
+            "source": prepared.plan.source,
+            "verified": request.verify,
+            "files": [
+                {"path": str(file.path.relative_to(target.folder)), "nbytes": file.nbytes, "crc32": f"{file.crc32:08x}"}
+                for file in files
+            ],
+            "tensors": {label: f"{crc:08x}" for label, crc in sorted(digests.items())},
+            "ignored": dict(prepared.plan.ignored),
+        },
+    )
+
+
+def _check_twins(prepared: Prepared) -> None:
+    """Compare tied copies of which only one is carried."""
+    from ckpt2pt.compare import same_bytes  # noqa: PLC0415 - rare
+
+    for kept, copy in prepared.plan.twins:
+        same_bytes(kept, copy)
+
+
+def _convert(request: Request, chosen: Survey, todo: Sequence[Rank], reporter: Reporter, stop: Stop) -> None:
+    if request.in_process or len(todo) <= 1:
+        for rank in todo:
+            with _deadline(request.timeout, rank, stop):
+                meter = Meter(lambda n, rank=rank: reporter.advance(rank, n))
+                convert_rank(request, chosen, rank, stop, meter.advance)
+                meter.flush()
+            reporter.end(rank)
+        return
+    crew = _Crew(request, chosen, reporter, stop)
+    crew.work(todo)
+
+
+@contextmanager
+def _deadline(seconds: float | None, rank: Rank, stop: Stop) -> Iterator[None]:
+    timer = threading.Timer(seconds, stop.ask, [_timed_out(rank, seconds)]) if seconds else None
+    if timer:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        if timer:
+            timer.cancel()
+
+
+def _timed_out(rank: Rank, seconds: float) -> TimedOutError:
+    return TimedOutError(
+        f"the rank was not converted within {seconds:g} seconds",
+        where=f"tp {rank[0]} pp {rank[1]}",
+        mend="give more time with --process_timeout, and run the same command again: what is finished is kept",
+    )
+
+
+@contextmanager
+def stopped_by_signals() -> Iterator[Stop]:
+    """SIGTERM and SIGINT ask the run to stop; a second one ends the process at once."""
+    stop = Stop()
+
+    def ask(number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        stop.ask(
+            InterruptedRunError(
+                f"stopped by {name}", where="this run", mend="run the same command again: what is finished is kept"
+            )
+        )
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(slots=True)
+class _Hand:
+    """A worker process and what it is doing."""
+
+    rank: Rank
+    process: SpawnProcess
+    pipe: Connection
+    deadline: float | None
+
+
+class _Crew:
+    """Runs ranks in processes of their own, at most ``workers`` at a time; every failure is heard."""
+
+    def __init__(self, request: Request, chosen: Survey, reporter: Reporter, stop: Stop) -> None:
+        self._request, self._chosen, self._reporter, self._stop = request, chosen, reporter, stop
+        self._hands: list[_Hand] = []
+
+    def work(self, todo: Sequence[Rank]) -> None:
+        waiting = list(todo)
+        try:
+            while waiting or self._hands:
+                self._stop.check()
+                while waiting and len(self._hands) < max(1, self._request.workers):
+                    self._hands.append(self._start(waiting.pop(0)))
+                for ready in wait([hand.pipe for hand in self._hands], timeout=0.2):
+                    self._hear(next(hand for hand in self._hands if hand.pipe is ready))
+                late = next((h for h in self._hands if h.deadline and time.monotonic() > h.deadline), None)
+                if late:
+                    raise _timed_out(late.rank, self._request.timeout or 0)
+        finally:
+            self._dismiss()
+
+    def _start(self, rank: Rank) -> _Hand:
+        context = get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=work_on_rank, args=(self._request, self._chosen, rank, theirs), name=f"tp{rank[0]}-pp{rank[1]}"
+        )
+        process.start()
+        theirs.close()
+        timeout = self._request.timeout
+        return _Hand(rank, process, ours, time.monotonic() + timeout if timeout else None)
+
+    def _hear(self, hand: _Hand) -> None:
+        try:
+            message: object = hand.pipe.recv()
+        except EOFError:
+            hand.process.join()
+            raise TryAgainError(
+                f"the worker died with exit code {hand.process.exitcode} (-9 is a kill, often for want of memory)",
+                where=f"tp {hand.rank[0]} pp {hand.rank[1]}",
+                mend="give it more memory (spec.workers.resources) or fewer workers (--process-limit), and run again",
+            ) from None
+        if isinstance(message, int):
+            self._reporter.advance(hand.rank, message)
+        elif isinstance(message, BaseException):
+            raise message
+        else:
+            self._hands.remove(hand)
+            hand.pipe.close()
+            hand.process.join()
+            self._reporter.end(hand.rank)
+
+    def _dismiss(self) -> None:
+        """Ask every worker left to stop, and make sure of it."""
+        for hand in self._hands:
+            hand.process.terminate()
+        for hand in self._hands:
+            hand.process.join(5)
+            if hand.process.is_alive():
+                hand.process.kill()
+                hand.process.join()
+            hand.pipe.close()
+
+
+def work_on_rank(request: Request, chosen: Survey, rank: Rank, pipe: Connection) -> None:
+    """The body of a worker process: bytes done as integers, then None, or the error."""
+    with stopped_by_signals() as stop:
+
+        def report(nbytes: int) -> None:
+            try:
+                pipe.send(nbytes)
+            except OSError:
+                stop.ask(InterruptedRunError("the parent process is gone", where=f"pid {os.getppid()}", mend="run it again"))
+
+        meter = Meter(report)
+        try:
+            convert_rank(request, chosen, rank, stop, meter.advance)
+            meter.flush()
+            pipe.send(None)
+        except Ckpt2ptError as error:
+            pipe.send(error)
+        except Exception as bug:
+            pipe.send(bug)
+            raise

@@ -1,0 +1,185 @@
+"""Find everything a conversion needs and prove that it fits together: headers only, nothing is written.
+
+    source/rank_R/*  --ckpt.ranks-->  one file for each rank, at one iteration
+    pt_meta/*        --meta------->   template, buffers                          } -> RankPlan for each rank
+    file headers     --ckpt------->   {name: TensorRef}, the clock
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckpt2pt.ckpt import index_file, read_scalar
+from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_sources, last_saved
+from ckpt2pt.errors import FileAccessError, InputError
+from ckpt2pt.mapping.names import TIED_HEAD, NameTable, is_tied_head
+from ckpt2pt.meta import RankMeta, read_rank_meta
+from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
+from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
+from ckpt2pt.pt.payload import Template
+from ckpt2pt.request import Request, digest
+from ckpt2pt.tensors import TensorRef
+
+Rank = tuple[int, int]
+"""(tp, pp)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """The chosen checkpoint: a file for each rank, the time they agree on, and the identity of the conversion."""
+
+    files: Mapping[Rank, SourceFile]
+    clock: Clock
+    identity: str
+    inputs: tuple[dict[str, object], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """One rank, ready to run."""
+
+    plan: RankPlan
+    template: Template
+
+
+def survey(request: Request) -> Survey:
+    """Choose the checkpoint, and make sure that all ranks are at the same step."""
+    found = find_sources(request.source, request.topology, wanted_format=request.source_format)
+    first = next(iter(request.topology.ranks()))
+    meta = _meta(request, first)
+    if request.iteration is None:
+        when = choose(found, last_saved(request.source, request.topology))
+        clock = _clock(found[when][first], meta)
+    else:
+        when, clock = _choose_iteration(found, first, meta, request)
+    _agree(found[when], request)
+    inputs = _inputs(found[when], request)
+    return Survey(
+        files=found[when],
+        clock=clock,
+        identity=digest({"options": request.meaning(), "iteration": clock.iteration, "inputs": inputs}),
+        inputs=inputs,
+    )
+
+
+def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
+    """Index one rank's file and plan every copy."""
+    topology = request.topology
+    tp, pp = rank
+    meta = _meta(request, rank)
+    path = chosen.files[rank].path
+    tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
+    found = RankInput(
+        tp=tp,
+        pp=pp,
+        source=str(path),
+        index=index_file(path),
+        clock=chosen.clock,
+        chunks=meta.chunks,
+        sizes=meta.sizes,
+        params_dtype=meta.params_dtype,
+        tied=meta.tied,
+        first_stage=index_file(chosen.files[tp, 0].path) if tied_head and pp else None,
+    )
+    plan = plan_rank(found, topology, NameTable(request.rules), full=request.full)
+    return Prepared(plan=plan, template=meta.template)
+
+
+def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:
+    """Every rank of the given stages."""
+    return {(tp, pp): prepare(request, chosen, (tp, pp)) for pp in stages for tp in range(request.topology.tensor)}
+
+
+def _meta(request: Request, rank: Rank) -> RankMeta:
+    return read_rank_meta(
+        request.metadata,
+        request.topology,
+        tp=rank[0],
+        pp=rank[1],
+        target_data=request.target_data,
+        allow=request.rules.pickle_globals,
+    )
+
+
+def _facts(index: Mapping[str, TensorRef]) -> dict[str, float]:
+    facts: dict[str, float] = {}
+    for name in CLOCK_ENTRIES:
+        if name in index:
+            value = read_scalar(index[name])
+            if isinstance(value, int | float) and math.isfinite(value):
+                facts[name] = value
+    return facts
+
+
+def _clock(file: SourceFile, meta: RankMeta) -> Clock:
+    facts = _facts(index_file(file.path))
+    return read_clock(facts, global_batch_size=meta.global_batch_size, named=file.named, where=str(file.path))
+
+
+def _choose_iteration(
+    found: Mapping[When, Mapping[Rank, SourceFile]], first: Rank, meta: RankMeta, request: Request
+) -> tuple[When, Clock]:
+    """The checkpoint of ``--iteration``; a single one that does not tell its time is taken at the user's word."""
+    wanted = request.iteration or 0
+    clocks: dict[When, Clock] = {}
+    for when, files in found.items():
+        try:
+            clocks[when] = _clock(files[first], meta)
+        except InputError:
+            if len(found) > 1:
+                raise
+            samples = wanted * meta.global_batch_size if meta.global_batch_size else None
+            return when, Clock(iteration=wanted, samples=samples, because="--iteration")
+    matching = [when for when, clock in clocks.items() if clock.iteration == wanted]
+    if len(matching) != 1:
+        there = ", ".join(str(clock.iteration) for clock in clocks.values())
+        raise InputError(
+            f"iteration {wanted} is there {len(matching)} times; the checkpoints are of iterations {there}",
+            where=request.source,
+            mend="set spec.source.iteration (--iteration) to one of them",
+        )
+    return matching[0], clocks[matching[0]]
+
+
+def _agree(files: Mapping[Rank, SourceFile], request: Request) -> None:
+    """Refuse ranks that saved at different steps: the names may agree where the contents do not."""
+    seen: dict[tuple[tuple[str, float], ...], Path] = {}
+    for file in files.values():
+        seen.setdefault(tuple(sorted(_facts(index_file(file.path)).items())), file.path)
+    if len(seen) > 1:
+        (one, path), (other, rival) = list(seen.items())[:2]
+        differing = sorted(dict(set(one) ^ set(other)))
+        raise InputError(
+            "ranks are at different steps: "
+            + "; ".join(f"{name} is {dict(one).get(name)} and {dict(other).get(name)}" for name in differing),
+            where=f"{path} and {rival}",
+            mend="choose a checkpoint that every rank has finished (spec.source.iteration, --iteration), "
+            f"or remove the files of the broken save from {request.source}",
+        )
+
+
+def _inputs(files: Mapping[Rank, SourceFile], request: Request) -> tuple[dict[str, object], ...]:
+    """What the conversion reads: sources by name, size and time, the small metadata files by content.
+
+    The time matters: a retrained checkpoint has the same header and size.
+    """
+    found: list[dict[str, object]] = []
+    metadata: dict[str, Path] = {}
+    for rank, file in files.items():
+        found.append(_stat(file.path, request.source))
+        metadata |= {path.name: path for path in _meta(request, rank).files}
+    for name, path in sorted(metadata.items()):
+        found.append({"metadata": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+    return tuple(found)
+
+
+def _stat(path: Path, root: Path) -> dict[str, object]:
+    try:
+        seen = path.stat()
+    except OSError as error:
+        raise FileAccessError(f"cannot be examined: {error.strerror}", where=path, mend="check the mount") from error
+    return {"source": str(path.relative_to(root)), "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns}

@@ -1,0 +1,164 @@
+"""The second opinion: the leaves of a ``.pt`` as real torch loads it, still without running anything the file names.
+
+``distrib_optim.pt`` is loaded with ``weights_only=True``.  ``model_optim_rng.pt`` names classes that torch refuses
+there (argparse.Namespace, Megatron's enumerations), so its pickle is read by an unpickler that vets every name and puts
+an inert stand-in for all but the handful that build tensors.
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib
+import pickle
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import IO, Any
+
+from ckpt2pt.errors import FormatError, UsageError
+from ckpt2pt.leaves import Bytes, Files, Leaves, TensorLeaf, flatten, is_archive
+from ckpt2pt.pt.pickles import MISSING, Call, Global, Value, ordered_dict
+from ckpt2pt.pt.vetting import check_name
+
+_REAL = frozenset(
+    {
+        ("collections", "OrderedDict"),
+        ("_codecs", "encode"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("torch._utils", "_rebuild_parameter"),
+        ("torch._utils", "_rebuild_parameter_with_state"),
+    }
+)
+"""What a loaded tree needs the real thing of; torch resolves its storage classes before it asks."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """The elements of a torch tensor."""
+
+    flat: Any
+
+    def block(self, files: Files, start: int, stop: int) -> Bytes:
+        """Copy them out."""
+        found: Bytes = self.flat[start:stop].contiguous().view(self._bytes).numpy().copy()
+        return found
+
+    @property
+    def _bytes(self) -> object:
+        return _torch().uint8
+
+
+class _StandIn:
+    """An object that was described and not made."""
+
+    _global: Global
+    _args: tuple[object, ...]
+    _state: object
+
+    def __new__(cls, *args: object, **_: object) -> _StandIn:  # noqa: PYI034 - the subclasses are made here alone
+        made = super().__new__(cls)
+        made._args, made._state = args, MISSING
+        return made
+
+    def __init__(self, *args: object) -> None:
+        self._items: list[object] = []
+        self._pairs: list[tuple[object, object]] = []
+
+    def __setstate__(self, state: object) -> None:
+        self._state = state
+
+    def __hash__(self) -> int:
+        return hash((self._global, len(self._args)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _StandIn) and (self._global, self._args) == (other._global, other._args)
+
+    def append(self, item: object) -> None:
+        """As a list subclass takes an item."""
+        self.__dict__.setdefault("_items", []).append(item)
+
+    def extend(self, items: Collection[object]) -> None:
+        """As a list subclass takes several."""
+        self.__dict__.setdefault("_items", []).extend(items)
+
+    def __setitem__(self, key: object, value: object) -> None:
+        self.__dict__.setdefault("_pairs", []).append((key, value))
+
+    def node(self) -> Call:
+        """The same as our own reader's node."""
+        held: dict[str, Any] = self.__dict__
+        args: Any = self._args
+        state: Any = self._state
+        return Call(self._global, args, state=state, items=held.get("_items", ()), pairs=held.get("_pairs", ()))
+
+
+def open_with_torch(path: Path, *, allow: Collection[str] = (), weights_only: bool = False) -> Leaves:
+    """Every leaf of a ``.pt`` as ``torch.load(mmap=True)`` gives it."""
+    torch = _torch()
+    if not is_archive(path):
+        raise FormatError("not a torch archive", where=path, mend="copy the file again from where it was made")
+    options: dict[str, Any] = {} if weights_only else {"pickle_module": _vetting_pickle(path, frozenset(allow))}
+    try:
+        tree: object = torch.load(str(path), map_location="cpu", mmap=True, weights_only=weights_only, **options)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"torch {torch.__version__} cannot load it: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            where=path,
+            mend="copy the file again from where it was made, or convert again with --overwrite (spec.target.overwrite)",
+        ) from error
+    return flatten(tree, _translator(torch), where=str(path))
+
+
+def _torch() -> ModuleType:
+    try:
+        return importlib.import_module("torch")
+    except ImportError as error:
+        raise UsageError(
+            f"torch cannot be imported ({error})", where="--reader torch", mend='pip install "ckpt2pt[torch]", or use --reader own'
+        ) from error
+
+
+def _translator(torch: Any) -> Callable[[object], object]:
+    def translate(value: object) -> object:
+        if isinstance(value, torch.Tensor):
+            tensor: Any = value.detach()
+            return TensorLeaf(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _Loaded(tensor.reshape(-1)))
+        if isinstance(value, torch.dtype):
+            return Global("torch", str(value).removeprefix("torch."))
+        if isinstance(value, _StandIn):
+            return value.node()
+        if isinstance(value, collections.OrderedDict):
+            pairs: list[tuple[Any, Any]] = list(value.items())
+            return ordered_dict([(_key(key), item) for key, item in pairs], attrs=vars(value) or None)
+        if isinstance(value, dict):
+            return {_key(key): item for key, item in value.items()}
+        return value
+
+    def _key(key: object) -> Value:
+        if isinstance(key, tuple):
+            return tuple(map(_key, key))
+        found: Any = translate(key)
+        return found
+
+    return translate
+
+
+def _vetting_pickle(path: Path, allow: frozenset[str]) -> SimpleNamespace:
+    """What torch.load takes for the module ``pickle``."""
+
+    class Unpickler(pickle.Unpickler):
+        """Vets every name and looks up almost none."""
+
+        def find_class(self, module: str, name: str) -> object:
+            check_name(module, name, allow, str(path))
+            if (module, name) in _REAL:
+                return super().find_class(module, name)
+            if module == "torch" and isinstance(real := getattr(_torch(), name, None), _torch().dtype):
+                return real
+            return type(name, (_StandIn,), {"_global": Global(module, name)})
+
+    def load(file: IO[bytes], **options: Any) -> object:
+        return Unpickler(file, **options).load()
+
+    return SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=load, UnpicklingError=pickle.UnpicklingError)

@@ -1,0 +1,205 @@
+"""Prove a result: against its manifests (digest) or against its source, element by element (full).
+
+    digest   sizes and CRC-32 of all files, as the manifests say
+    full     a second, independent reading of every slice, bucket, weight and key (``examine``)
+    both     manifests of every stage, and the tracker once all stages are there
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, cast
+
+from isal import isal_zlib
+
+from ckpt2pt.errors import MissingInputError, VerificationError
+from ckpt2pt.examine import OPTIM_FILE, Difference, Examination, Opener
+from ckpt2pt.leaves import BLOCK_BYTES, Files, open_pt, spans
+from ckpt2pt.publish import TRACKER, Json, Target, read_json
+from ckpt2pt.request import Request
+from ckpt2pt.survey import Rank, Survey, survey
+from ckpt2pt.text import short, size, table
+
+Reader = Literal["own", "torch"]
+_NAMED_IN_ERROR = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was compared, and every difference."""
+
+    folder: str
+    level: str
+    differences: tuple[Difference, ...]
+    checked_tensors: int
+    checked_bytes: int
+    ranks: int = 1
+
+    def document(self) -> Json:
+        """For ``--output json``."""
+        return {
+            "folder": self.folder,
+            "level": self.level,
+            "equal": not self.differences,
+            "ranks": self.ranks,
+            "checkedTensors": self.checked_tensors,
+            "checkedBytes": self.checked_bytes,
+            "differences": [
+                {
+                    "file": d.file,
+                    "tensor": d.tensor,
+                    "problem": d.problem,
+                    "count": d.count,
+                    "index": d.index,
+                    "expected": d.expected,
+                    "found": d.found,
+                }
+                for d in self.differences
+            ],
+        }
+
+    def render(self) -> str:
+        """A table of the differences and one sentence."""
+        rows = [
+            (d.file, d.tensor, d.problem, "" if d.index is None else d.index, d.expected, d.found) for d in self.differences
+        ]
+        what = {"digest": "sizes and CRC-32 of all files", "full": f"{self.checked_tensors} tensors and every other key"}
+        verdict = f"{len(rows)} differences" if rows else "no difference"
+        lines = table(("file", "tensor or key", "problem", "element", "expected", "found"), rows)
+        done = f"{self.folder}: {self.ranks} ranks, {what[self.level]}, {size(self.checked_bytes)} read: {verdict}"
+        return "\n".join([*lines, *([""] if lines else []), done])
+
+    def raise_differences(self) -> None:
+        """Raise :class:`VerificationError` naming the first few; nothing when there are none."""
+        if not self.differences:
+            return
+        shown = "\n  ".join(map(str, self.differences[:_NAMED_IN_ERROR]))
+        more = len(self.differences) - _NAMED_IN_ERROR
+        raise VerificationError(
+            f"{len(self.differences)} differences between the result and its source:\n  {shown}"
+            + (f"\n  and {more} more" if more > 0 else ""),
+            where=self.folder,
+            mend="convert again with --overwrite (spec.target.overwrite); if the source changed since, verify what it was",
+        )
+
+
+def verify_rank(request: Request, chosen: Survey, rank: Rank, folder: Path, *, reader: Reader = "own") -> Report:
+    """Compare one rank's files in the iteration's ``folder`` with the source and the metadata, all of them."""
+    with Files() as files:
+        found = Examination(request, chosen, rank, folder, _opener(request, reader), files)
+        found.run()
+    return Report(
+        folder=str(folder),
+        level="full",
+        differences=tuple(found.differences),
+        checked_tensors=found.tensors,
+        checked_bytes=found.nbytes,
+    )
+
+
+def verify_target(
+    request: Request, stages: Sequence[int], *, level: Literal["digest", "full"], reader: Reader = "own"
+) -> Report:
+    """Verify the given stages of the checkpoint that the request chooses, where the request puts it."""
+    chosen, topology = survey(request), request.topology
+    target = Target(
+        root=request.target,
+        iteration=chosen.clock.iteration,
+        identity=chosen.identity,
+        stages=topology.pipeline,
+        tensor=topology.tensor,
+    )
+    if not target.folder.is_dir():
+        raise MissingInputError(
+            f"there is no result of iteration {target.iteration}",
+            where=target.folder,
+            mend="convert first, or point spec.target.path (--megatron-path) at the result",
+        )
+    ranks = [(tp, pp) for pp in stages for tp in range(topology.tensor)]
+    reports = [
+        _digest_rank(target, rank) if level == "digest" else verify_rank(request, chosen, rank, target.folder, reader=reader)
+        for rank in ranks
+    ]
+    differences = [*_published(target, stages), *(d for report in reports for d in report.differences)]
+    return Report(
+        folder=str(target.folder),
+        level=level,
+        differences=tuple(differences),
+        checked_tensors=sum(report.checked_tensors for report in reports),
+        checked_bytes=sum(report.checked_bytes for report in reports),
+        ranks=len(ranks),
+    )
+
+
+def _published(target: Target, stages: Sequence[int]) -> Iterable[Difference]:
+    """The manifests of the stages, and the tracker once all of them are there."""
+    for pp in stages:
+        name = f"stage-{pp:03d}.json"
+        manifest = read_json(target.state / name)
+        if manifest is None:
+            yield Difference(file=f".ckpt2pt/{name}", tensor="stage", problem="is not finished: its manifest is not there")
+        elif manifest.get("identity") != target.identity:
+            yield Difference(file=f".ckpt2pt/{name}", tensor="identity", problem="is of another conversion or another source")
+    if all(read_json(target.state / f"stage-{pp:03d}.json") for pp in range(target.stages)):
+        try:
+            named = (target.root / TRACKER).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            named = ""
+        # A later iteration in the same folder is none of our business, a tracker that leads nowhere is.
+        if not named.isdigit() or not (target.root / f"iter_{int(named):07d}").is_dir():
+            yield Difference(
+                file=TRACKER, tensor="iteration", problem="does not lead to an iteration",
+                expected=str(target.iteration), found=short(named),
+            )  # fmt: skip
+
+
+def _digest_rank(target: Target, rank: Rank) -> Report:
+    """Sizes and CRC-32 of a rank's files against its manifest."""
+    name = f"rank-{rank[0]:02d}-{rank[1]:03d}.json"
+    manifest = read_json(target.state / name)
+    differences: list[Difference] = []
+    total = 0
+    if manifest is None or manifest.get("identity") != target.identity:
+        why = "is not there" if manifest is None else "is of another conversion or another source"
+        differences.append(Difference(file=f".ckpt2pt/{name}", tensor="manifest", problem=why))
+        manifest = {}
+    for file in cast("list[Json]", manifest.get("files", [])):
+        path = str(file["path"])
+        try:
+            nbytes = (target.folder / path).stat().st_size
+        except OSError:
+            differences.append(Difference(file=path, tensor="file", problem="is not there"))
+            continue
+        if nbytes != file["nbytes"]:
+            differences.append(
+                Difference(file=path, tensor="file", problem="has another size", expected=str(file["nbytes"]), found=str(nbytes))
+            )
+        elif (crc := f"{_crc32(target.folder / path, nbytes):08x}") != file["crc32"]:
+            differences.append(
+                Difference(file=path, tensor="file", problem="has another CRC-32", expected=str(file["crc32"]), found=crc)
+            )
+        total += nbytes
+    return Report(
+        folder=str(target.folder), level="digest", differences=tuple(differences), checked_tensors=0, checked_bytes=total
+    )
+
+
+def _crc32(path: Path, nbytes: int) -> int:
+    block, crc = memoryview(bytearray(BLOCK_BYTES)), 0
+    with Files() as files:
+        for start, stop in spans(nbytes, 1):
+            files.read(str(path), start, block[: stop - start])
+            crc = isal_zlib.crc32(block[: stop - start], crc)
+    return crc
+
+
+def _opener(request: Request, reader: Reader) -> Opener:
+    allow = request.rules.pickle_globals
+    if reader == "own":
+        return partial(open_pt, allow=allow)
+    from ckpt2pt.torch_reader import open_with_torch  # noqa: PLC0415 - torch only when asked for
+
+    return lambda path: open_with_torch(path, allow=allow, weights_only=path.name == OPTIM_FILE)

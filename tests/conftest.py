@@ -1,0 +1,38 @@
+"""Fixtures for every room: the golden checkpoints and the comparison with committed golden text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from goldens import golden_root, golden_sets
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder that holds the golden data: ``megatron06/<set>/`` and ``mindspore/``."""
+    return golden_root()
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test that takes ``golden_set`` runs once for each Megatron 0.6 set that is at hand."""
+    if "golden_set" in metafunc.fixturenames:
+        sets = golden_sets()
+        metafunc.parametrize("golden_set", sets, ids=[folder.name for folder in sets], scope="session")
+
+
+@pytest.fixture
+def assert_golden() -> Callable[[str, Path], None]:
+    """Compare text with a committed file; ``GOLDEN=update pytest`` rewrites the file, to be reviewed as a diff."""
+
+    def compare(text: str, path: Path) -> None:
+        if os.environ.get("GOLDEN") == "update":
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        assert path.is_file(), f"{path} is missing; GOLDEN=update pytest writes it"
+        assert text == path.read_text(encoding="utf-8"), f"differs from {path.name}; if meant: GOLDEN=update pytest"
+
+    return compare

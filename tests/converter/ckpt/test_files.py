@@ -1,0 +1,80 @@
+"""Exact reads of a file that may shrink, fail or give less than was asked for.  Refusals to open: test_reader_contract.py."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+
+from ckpt2pt.ckpt.files import InputFile, quoted, refused
+from ckpt2pt.errors import FileAccessError, MissingInputError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "x").write_bytes(bytes(range(256)) * 8192)
+    return tmp_path / "x"
+
+
+def test_reads_are_exact_and_the_size_is_known(path: Path) -> None:
+    with InputFile(path) as file:
+        assert file.size == 2 << 20
+        assert file.read(255, 3) == b"\xff\0\1"
+        assert file.read(file.size, 0) == b""
+        assert len(file.read(0, file.size)) == file.size
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (0, 2 << 20), (1, (1 << 19) + 2), (5, 6)])
+def test_crc32_is_that_of_the_stretch(path: Path, start: int, stop: int) -> None:
+    content = path.read_bytes()
+    with InputFile(path) as file:
+        assert file.crc32(start, stop) == zlib.crc32(content[start:stop])
+        assert file.crc32(start, stop, zlib.crc32(b"before")) == zlib.crc32(b"before" + content[start:stop])
+
+
+def test_a_file_that_shrinks_meanwhile_is_an_error_that_may_pass(path: Path) -> None:
+    with InputFile(path) as file:
+        os.truncate(path, 1000)
+        assert len(file.read(0, 1000)) == 1000
+        with pytest.raises(FileAccessError, match="became shorter"):
+            file.read(900, 200)
+        with pytest.raises(FileAccessError, match="became shorter"):
+            file.crc32(0, file.size)
+
+
+def test_reads_that_the_kernel_refuses_are_errors_of_ours() -> None:
+    # The memory of a process is a regular file whose first page may not be read.
+    with (
+        InputFile(Path("/proc/self/mem")) as file,
+        pytest.raises(FileAccessError, match="Input/output error") as caught,
+    ):
+        file.read(0, 8)
+    assert caught.value.where == "/proc/self/mem"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.ENOENT, MissingInputError),
+        (errno.ENOTDIR, MissingInputError),
+        (errno.EACCES, FileAccessError),
+        (errno.EPERM, FileAccessError),
+        (errno.EIO, FileAccessError),
+        (errno.ESTALE, FileAccessError),
+        (errno.ELOOP, FileAccessError),
+    ],
+    ids=errno.errorcode.get,
+)
+def test_every_refusal_has_a_kind(path: Path, number: int, kind: type[Exception]) -> None:
+    error = refused(OSError(number, os.strerror(number)), path)
+    assert type(error) is kind
+    assert error.where == str(path)
+
+
+def test_quoted_text_is_short_and_printable() -> None:
+    assert quoted("naïve\n") == "'naïve\\n'"
+    assert len(quoted("x" * 1000)) < 130
+    assert quoted([1, 2]) == "[1, 2]"

@@ -1,0 +1,305 @@
+"""The rules of the house, executable.  A rule that fails says what to do."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ckpt2pt import __version__, errors
+from goldens import REPOSITORY
+
+MODULES = sorted(path for folder in ("converter", "operator") for path in (REPOSITORY / folder).rglob("*.py"))
+MAX_MODULES, MAX_LINES, MAX_FUNCTION_LINES, MAX_BYTES = 40, 450, 60, 500_000
+
+WITHOUT_MIRROR: frozenset[str] = frozenset()
+"""Modules that have no test of their own yet, as ``converter/run.py``.  A debt: it may only shrink."""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+each_module = pytest.mark.parametrize("module", MODULES, ids=name_of)
+
+
+@cache
+def tree_of(module: Path) -> ast.Module:
+    return ast.parse(module.read_text(encoding="utf-8"), filename=str(module))
+
+
+@cache
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@cache
+def project_files() -> tuple[Path, ...]:
+    """Every file that is, or would be, committed."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        check=True,
+    )
+    found = (REPOSITORY / name for name in listing.stdout.decode().split("\0") if name)
+    return tuple(path for path in found if path.is_file())
+
+
+def text_files() -> Iterator[tuple[Path, str]]:
+    for path in project_files():
+        data = path.read_bytes()
+        if b"\0" not in data:
+            yield path, data.decode("utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------- layout
+
+
+def test_folders_that_are_no_packages_have_no_init() -> None:
+    """operator/__init__.py replaces the standard library's module (docs/adr/0001)."""
+    roots = [REPOSITORY / "converter" / "__init__.py", REPOSITORY / "operator" / "__init__.py"]
+    wrong = [name_of(path) for path in (*roots, *(REPOSITORY / "tests").rglob("__init__.py")) if path.exists()]
+    assert not wrong, f"remove {wrong}"
+
+
+def test_there_are_not_too_many_modules() -> None:
+    assert len(MODULES) <= MAX_MODULES, f"{len(MODULES)} modules: join two that are always read together"
+
+
+@each_module
+def test_module_is_short_enough_to_be_read_in_one_go(module: Path) -> None:
+    lines = module.read_text(encoding="utf-8").count("\n")
+    assert lines <= MAX_LINES, f"{lines} lines: split it along a seam that has a name"
+
+
+@each_module
+def test_functions_fit_on_a_screen(module: Path) -> None:
+    functions = (node for node in ast.walk(tree_of(module)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    long = {f.name: n for f in functions if (n := (f.end_lineno or 0) - f.lineno + 1) > MAX_FUNCTION_LINES}
+    assert not long, f"split {long}"
+
+
+@each_module
+def test_module_says_what_it_is_for(module: Path) -> None:
+    docstring = ast.get_docstring(tree_of(module)) or ""
+    assert len(docstring.split()) >= 4, "begin with a docstring that says what the module is for"
+
+
+def mirror_of(module: Path) -> Path:
+    """``converter/ckpt2pt/plan/buckets.py`` -> ``tests/converter/plan/test_buckets.py``."""
+    root, _, *rooms = module.relative_to(REPOSITORY).parts
+    return REPOSITORY.joinpath("tests", root, *rooms[:-1], f"test_{module.name}")
+
+
+@pytest.mark.parametrize("module", [path for path in MODULES if not path.stem.startswith("__")], ids=name_of)
+def test_module_has_its_mirror_among_the_tests(module: Path) -> None:
+    mirror = mirror_of(module)
+    # A large subject may have several files: test_pickles.py, test_pickles_abuse.py.
+    there = any(mirror.parent.glob(f"{mirror.stem}*.py"))
+    if name_of(module) in WITHOUT_MIRROR:
+        assert not there, f"take {name_of(module)} out of WITHOUT_MIRROR"
+    else:
+        assert there, f"write {name_of(mirror)}"
+
+
+# --------------------------------------------------------------------------------------------------------------- code
+
+
+@each_module
+def test_no_global_statement(module: Path) -> None:
+    lines = [node.lineno for node in ast.walk(tree_of(module)) if isinstance(node, ast.Global)]
+    assert not lines, f"lines {lines}: pass the value, or make it an attribute"
+
+
+@pytest.mark.parametrize("module", [path for path in MODULES if path.name != "cli.py"], ids=name_of)
+def test_only_the_command_line_prints(module: Path) -> None:
+    calls = (node for node in ast.walk(tree_of(module)) if isinstance(node, ast.Call))
+    lines = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+    assert not lines, f"lines {lines}: return it, log it, or raise"
+
+
+def is_broad(handler: ast.ExceptHandler) -> bool:
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return any(kind is None or (isinstance(kind, ast.Name) and kind.id.endswith("Exception")) for kind in kinds)
+
+
+@each_module
+def test_broad_except_raises_again(module: Path) -> None:
+    handlers = (node for node in ast.walk(tree_of(module)) if isinstance(node, ast.ExceptHandler))
+    silent = [h for h in handlers if is_broad(h) and not any(isinstance(n, ast.Raise) for n in ast.walk(h))]
+    if module.name == "cli.py":  # at the edge a bug becomes an exit code, once, and its traceback is shown
+        silent = [h for h in silent if "traceback.print_exc()" not in ast.unparse(h)]
+    assert not silent, f"lines {[h.lineno for h in silent]}: name the exceptions, or raise again"
+
+
+@pytest.mark.parametrize(
+    ("code", "broad"),
+    [
+        pytest.param("except: ...", True, id="bare"),
+        pytest.param("except Exception: ...", True, id="exception"),
+        pytest.param("except (OSError, BaseException): ...", True, id="hidden-in-a-tuple"),
+        pytest.param("except (OSError, ValueError): ...", False, id="named"),
+    ],
+)
+def test_the_rule_on_broad_excepts_sees_them(code: str, broad: bool) -> None:
+    handler = next(node for node in ast.walk(ast.parse(f"try: ...\n{code}")) if isinstance(node, ast.ExceptHandler))
+    assert is_broad(handler) is broad
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    heavy = {"numpy", "torch", "mindspore", "yaml", "isal", "rich", "jsonschema", "json", "multiprocessing"}
+    code = "import sys, ckpt2pt; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not heavy & set(loaded.split())
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def all_errors(base: type[errors.Ckpt2ptError] = errors.Ckpt2ptError) -> list[type[errors.Ckpt2ptError]]:
+    return [kind for child in base.__subclasses__() for kind in (child, *all_errors(child))]
+
+
+@pytest.mark.parametrize("kind", all_errors(), ids=lambda kind: kind.__name__)
+def test_every_error_is_in_one_module_and_has_an_exit_code(kind: type[errors.Ckpt2ptError]) -> None:
+    assert kind.__module__ == errors.__name__
+    assert kind.exit_code in errors.EXIT_CODES
+    assert kind.exit_code not in {0, errors.Ckpt2ptError.exit_code}, "70 is for bugs, and a bug is no error of ours"
+
+
+def test_every_exit_code_but_success_has_one_fate_in_a_job() -> None:
+    fates = [errors.FAILS_JOB, errors.FAILS_STAGE, errors.RETRIED]
+    assert sorted(code for fate in fates for code in fate) == sorted(set(errors.EXIT_CODES) - {0})
+
+
+def test_readme_lists_the_exit_codes_of_the_code() -> None:
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|([^|]*)\|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    fates = {0: ""}
+    for codes, fate in (
+        (errors.FAILS_JOB, "fails"),
+        (errors.FAILS_STAGE, "fails the stage"),
+        (errors.RETRIED, "tries again"),
+    ):
+        fates |= dict.fromkeys(codes, fate)
+    assert {int(code): fate.strip() for code, _, fate in rows} == fates
+
+
+# -------------------------------------------------------------------------------------------------- versions and locks
+
+
+def test_one_version_everywhere() -> None:
+    changelog = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", changelog, re.MULTILINE)
+    assert newest, "CHANGELOG.md has no version"
+    assert newest.group(1) == __version__ == pyproject()["project"]["version"]
+
+
+LOCKS = sorted((REPOSITORY / "requirements").glob("*.txt"))
+
+
+def locked(lock: Path) -> dict[str, str]:
+    """Distribution -> the rest of its entry, with every continued line."""
+    entries = re.sub(r"#.*", "", lock.read_text()).replace("\\\n", " ").splitlines()
+    return {line.split("==")[0].strip().lower(): line for line in entries if line.strip()}
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.name)
+def test_lock_pins_and_hashes_everything_and_names_no_host(lock: Path) -> None:
+    assert not re.search(r"://|^\s*--?(index|extra|find|f |i )", lock.read_text(), re.MULTILINE), "make lock"
+    for entry in locked(lock).values():
+        assert "==" in entry, entry
+        assert "--hash=sha256:" in entry, entry
+
+
+@pytest.mark.parametrize("lock", [path for path in LOCKS if path.name != "bootstrap.txt"], ids=lambda path: path.name)
+def test_lock_knows_the_dependencies_of_the_project(lock: Path) -> None:
+    project, groups = pyproject()["project"], pyproject()["dependency-groups"]
+    wanted = list(project["dependencies"])
+    wanted += project["optional-dependencies"].get(lock.stem, [])
+    if lock.stem == "dev":
+        wanted += groups["test"] + groups["check"] + groups["build"]
+    names = {re.split(r"[\[<>=;~ ]", requirement)[0].lower() for requirement in wanted}
+    assert names <= set(locked(lock)), "make lock"
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_no_file_holds_a_machine_path_or_the_host_of_a_registry() -> None:
+    # Put together here, so that this file does not hold them.
+    machine = [
+        f"{REPOSITORY.parent}/" if len(REPOSITORY.parts) > 2 else f"{REPOSITORY}/",
+        *(f"/{top}/" for top in ("work", "root")),
+    ]
+    hosts = [
+        ".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("crates", "io"))
+    ]
+    pattern = re.compile(
+        "|".join([rf"(?<![\w./$}}]){re.escape(path)}" for path in machine] + [re.escape(h) for h in hosts])
+    )
+    found = [
+        f"{name_of(path)}:{number}"
+        for path, text in text_files()
+        for number, line in enumerate(text.splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found, f"take the path or the host out of {found}"
+
+
+def test_large_files_are_golden_data() -> None:
+    large = [name_of(path) for path in project_files() if path.stat().st_size > MAX_BYTES]
+    assert not [name for name in large if not name.startswith("tests/golden/")]
+
+
+def test_text_files_end_with_a_line_feed_and_have_no_carriage_return() -> None:
+    wrong = [name_of(path) for path, text in text_files() if text and (not text.endswith("\n") or "\r" in text)]
+    assert not [name for name in wrong if not name.startswith("tests/golden/")]
+
+
+def test_yaml_files_parse() -> None:
+    for path in project_files():
+        if path.suffix in {".yaml", ".yml"} and "templates" not in path.parts:
+            list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    documents = [path for path in project_files() if path.suffix == ".md"]
+    links = [(path, link) for path in documents for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())]
+    assert links
+    dead = [f"{name_of(path)} -> {link}" for path, link in links if not (path.parent / link).exists()]
+    assert not dead
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z0-9]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_the_door_lists_every_target() -> None:
+    listed = subprocess.run(
+        ["make", "--no-print-directory"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert {line.split()[1] for line in listed.stdout.splitlines()} == make_targets()
+
+
+@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", ".ci/run", ".pre-commit-config.yaml"])
+def test_targets_that_are_named_exist(path: str) -> None:
+    named = set(re.findall(r"(?:`|^|entry: )make ([a-z0-9]+)", (REPOSITORY / path).read_text(), re.MULTILINE))
+    assert named
+    assert named <= make_targets()
+
+
+def test_continuous_integration_goes_through_the_door() -> None:
+    script = REPOSITORY / ".ci" / "run"
+    commands = [line for line in script.read_text().splitlines() if line.startswith("make ")]
+    assert commands == ["make check", "make test", "make e2e"]
+    assert script.stat().st_mode & 0o111
