@@ -161,7 +161,8 @@ def _convert(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
     from ckpt2pt.preview import preview, render  # noqa: PLC0415
-    from ckpt2pt.run import check_space, target_of  # noqa: PLC0415
+    from ckpt2pt.publish import check_space  # noqa: PLC0415
+    from ckpt2pt.run import target_of  # noqa: PLC0415
     from ckpt2pt.survey import prepare_all, survey  # noqa: PLC0415
 
     request = request_of(options)

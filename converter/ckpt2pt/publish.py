@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -242,6 +243,27 @@ class Target:
         except OSError:
             return False
         return named and all(self.stage_manifest(pp) for pp in range(self.stages))
+
+
+def free_bytes(folder: Path) -> int:
+    """Room for this user on the volume that will hold ``folder``."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise access_error(error, folder, "asking for free space") from error
+
+
+def check_space(target: Target, needed: int) -> None:
+    """Refuse before the first byte what cannot fit."""
+    free = free_bytes(target.root)
+    if needed > free:
+        raise NoSpaceError(
+            f"{needed} bytes are needed, {free} are free",
+            where=target.root,
+            mend=f"free {needed - free} bytes there, or choose another spec.target.path (--megatron-path)",
+        )
 
 
 def _brief(manifest: Json) -> Json:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import threading
 import time
@@ -27,11 +26,11 @@ from typing import Protocol
 
 from ckpt2pt import __version__
 from ckpt2pt.engine import Meter, Stop, write_files
-from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, NoSpaceError, TimedOutError, TryAgainError
+from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError
 from ckpt2pt.plan.moves import moves
 from ckpt2pt.pt.archive import lay_out
 from ckpt2pt.pt.payload import payloads
-from ckpt2pt.publish import Json, Target, access_error
+from ckpt2pt.publish import Json, Target, access_error, check_space
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Prepared, Rank, Survey, prepare, survey
 
@@ -154,27 +153,6 @@ def output_bytes(request: Request, prepared: Prepared) -> int:
     return sum(lay_out(Path(p.name).stem, p.pickle, p.storages).nbytes for p in found)
 
 
-def free_bytes(folder: Path) -> int:
-    """Room for this user on the volume that will hold ``folder``."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError as error:
-        raise access_error(error, folder, "asking for free space") from error
-
-
-def check_space(target: Target, needed: int) -> None:
-    """Refuse before the first byte what cannot fit."""
-    free = free_bytes(target.root)
-    if needed > free:
-        raise NoSpaceError(
-            f"{needed} bytes are needed, {free} are free",
-            where=target.root,
-            mend=f"free {needed - free} bytes there, or choose another spec.target.path (--megatron-path)",
-        )
-
-
 def convert_rank(request: Request, chosen: Survey, rank: Rank, stop: Stop, advance: Callable[[int], None]) -> None:
     """Convert one rank and publish it."""
     prepared = prepare(request, chosen, rank)
@@ -218,6 +196,8 @@ def convert_rank(request: Request, chosen: Survey, rank: Rank, stop: Stop, advan
 
 def _check_twins(prepared: Prepared) -> None:
     """Compare tied copies of which only one is carried."""
+    if not prepared.plan.twins:
+        return
     from ckpt2pt.compare import same_bytes  # noqa: PLC0415 - rare
 
     for kept, copy in prepared.plan.twins:

@@ -212,7 +212,7 @@ def _local_header(slot: Slot) -> bytes:
     extra = _zip64_field(slot, compressed=0) if slot.is_wide else b""
     extra += _FILLERS[slot.payload - slot.header - LOCAL.size - len(slot.name) - len(extra) - len(_FILLERS[0])]
     flags = _UTF8 | _DATA_FOLLOWS if slot.nbytes else _UTF8
-    return LOCAL.pack(b"PK\3\4", 0, flags, 0, 0, 0, 0, 0, 0, len(slot.name), len(extra)) + slot.name + extra
+    return LOCAL.pack(b"PK\3\4", flags, 0, 0, 0, 0, len(slot.name), len(extra)) + slot.name + extra
 
 
 def _descriptor_nbytes(nbytes: int, *, wide: bool) -> int:
@@ -231,8 +231,8 @@ def _central_header(slot: Slot, crc: int) -> bytes:
     extra = _zip64_field(slot, slot.nbytes) if slot.is_wide else b""
     flags = _UTF8 | _DATA_FOLLOWS if slot.nbytes else _UTF8
     nbytes, header = min(slot.nbytes, U32_MAX), min(slot.header, U32_MAX)
-    sizes = (crc, nbytes, nbytes, len(slot.name), len(extra))
-    return CENTRAL.pack(b"PK\1\2", 0, 0, flags, 0, 0, 0, *sizes, 0, 0, 0, 0, header) + slot.name + extra
+    fixed = CENTRAL.pack(b"PK\1\2", flags, 0, crc, nbytes, nbytes, len(slot.name), len(extra), 0, 0, header)
+    return fixed + slot.name + extra
 
 
 def _end_records(entries: int, nbytes: int, offset: int) -> bytes:
@@ -337,5 +337,7 @@ def _wrong_crc(file: PtFile, record: Record, found: int) -> FormatError:
             mend=SAVE_AGAIN,
         )
     return FormatError(
-        f"the CRC-32 of {record.name} is {found:08x}, but {record.crc32:08x} is stored", where=file.path, mend=COPY_AGAIN
+        f"the CRC-32 of {record.name} is {found:08x}, but {record.crc32:08x} is stored",
+        where=file.path,
+        mend=COPY_AGAIN,
     )

@@ -6,7 +6,7 @@ megatron/core/optimizer/distrib_optimizer.py (``save_parameter_state``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -55,8 +55,10 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
     storages = model_storages(plan)
     weights = iter(range(len(storages)))
     model = {chunk.key: _model(chunk, storages, weights) for chunk in plan.chunks}
+    copied: list[str] = []
+    rest = cast("dict[str, Value]", _renumber(cast("Value", template.tree), copied, len(storages)))
     tree: dict[Value, Value] = {}
-    for key, value in template.tree.items():
+    for key, value in rest.items():
         if key != "param_name_list" and key not in model:
             tree[key] = value
         if key == "iteration":
@@ -65,8 +67,6 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
         tree["iteration"] = plan.clock.iteration
         tree.update(model)
     _set_time(tree, plan.clock, template.path, reference_samples=reference_samples)
-    copied: list[str] = []
-    tree = cast("dict[Value, Value]", _renumber(tree, copied, len(storages)))
     missing = sorted(set(copied) - set(template.storages))
     if missing:
         raise FormatError(
@@ -116,7 +116,7 @@ def _tensor(storages: Sequence[Storage], number: int) -> Call:
     return tensor(storage.dtype, str(number), storage.numel, 0, storage.shape)
 
 
-def _model(chunk: ChunkPlan, storages: Sequence[Storage], numbers: "Iterator[int]") -> Value:
+def _model(chunk: ChunkPlan, storages: Sequence[Storage], numbers: Iterator[int]) -> Value:
     """Nest the weights as Megatron does; a module's ``_extra_state`` follows its last parameter."""
     root: dict[Value, Value] = {}
     inner: dict[tuple[str, ...], list[tuple[Value, Value]]] = {("language_model", "encoder"): []}

@@ -12,6 +12,8 @@ import struct
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
+from ckpt2pt.pt.trees import ENCODE
+
 # The nodes belong to this module's interface: whoever reads or writes a pickle needs them.
 from ckpt2pt.pt.trees import MISSING as MISSING
 from ckpt2pt.pt.trees import STORAGE_CLASSES as STORAGE_CLASSES
@@ -30,7 +32,6 @@ from ckpt2pt.pt.trees import namespace_attrs as namespace_attrs
 from ckpt2pt.pt.trees import ordered_dict as ordered_dict
 from ckpt2pt.pt.trees import tensor as tensor
 from ckpt2pt.pt.trees import with_attrs as with_attrs
-from ckpt2pt.pt.trees import ENCODE
 from ckpt2pt.pt.unpickle import Reader
 from ckpt2pt.pt.vetting import check_tree
 
@@ -60,14 +61,14 @@ class _Writer:
 
     def __init__(self) -> None:
         self.out = bytearray()
-        # Strings, bytes and names by value, containers by identity: the tree keeps them alive, so ids stay unique.
+        # Names by value, the rest by identity as in CPython: the tree keeps it alive, so ids stay unique.
         self.memo: dict[object, int] = {}
 
     def save(self, value: Value) -> None:
         save = _SAVERS.get(type(value))
         if save is None:
             raise TypeError(f"{type(value).__name__} is no node of a tree")
-        index = self.memo.get(value if isinstance(value, str | bytes | Global) else id(value))
+        index = self.memo.get(value if isinstance(value, Global) else id(value))
         if index is None:
             save(self, value)
         else:
@@ -76,6 +77,9 @@ class _Writer:
     def keep(self, key: object) -> None:
         index = self.memo[key] = len(self.memo)
         self.out += b"q%c" % index if index < 256 else b"r" + index.to_bytes(4, "little")
+
+    def save_constant(self, value: bool | None) -> None:
+        self.out += b"N" if value is None else b"\x88" if value else b"\x89"
 
     def save_int(self, value: int) -> None:
         if 0 <= value < 256:
@@ -96,7 +100,7 @@ class _Writer:
     def save_str(self, value: str) -> None:
         text = value.encode("utf-8", "surrogatepass")
         self.out += b"X" + len(text).to_bytes(4, "little") + text
-        self.keep(value)
+        self.keep(id(value))
 
     def save_bytes(self, value: bytes) -> None:
         # Protocol 2 knows no bytes.
@@ -104,7 +108,7 @@ class _Writer:
         self.save(value.decode("latin1"))
         self.save("latin1")
         self.out += b"\x86R"
-        self.keep(value)
+        self.keep(id(value))
 
     def save_tuple(self, value: tuple[Value, ...]) -> None:
         if not value:
@@ -158,18 +162,10 @@ class _Writer:
             self.out += one if alone else many
 
 
-def _save_none(writer: _Writer, value: None) -> None:
-    writer.out += b"N"
-
-
-def _save_bool(writer: _Writer, value: bool) -> None:
-    writer.out += b"\x88" if value else b"\x89"
-
-
 # By exact type: a subclass, such as numpy's float64, would lose what it is.
 _SAVERS: Final[dict[type, Callable[[_Writer, Any], None]]] = {
-    type(None): _save_none,
-    bool: _save_bool,
+    type(None): _Writer.save_constant,
+    bool: _Writer.save_constant,
     int: _Writer.save_int,
     float: _Writer.save_float,
     str: _Writer.save_str,

@@ -21,12 +21,15 @@ from isal import isal_zlib
 from ckpt2pt.errors import Ckpt2ptError, FileAccessError, FormatError, MissingInputError
 from ckpt2pt.tensors import Extent
 
-LOCAL = struct.Struct("<4s5H3I2H")
-CENTRAL = struct.Struct("<4s6H3I5H2I")
+LOCAL = struct.Struct("<4s2x2H4x3I2H")
+CENTRAL = struct.Struct("<4s4x2H4x3I4H6xI")
 END64 = struct.Struct("<4sQ2H2I4Q")
 LOCATOR = struct.Struct("<4sIQI")
 END = struct.Struct("<4s4H2IH")
-"""The five kinds of header of a zip file, in the order in which they stand (APPNOTE.TXT 4.3)."""
+"""The five kinds of header of a zip file, in the order in which they stand (APPNOTE.TXT 4.3).
+
+Skipped are versions, times and attributes: torch writes zeros there, and nothing reads them.
+"""
 
 U32_MAX = 0xFFFFFFFF
 _U16_MAX = 0xFFFF
@@ -218,7 +221,7 @@ def _entries(file: PtFile, data: bytes, count: int) -> Iterator[_Entry]:
         if at + CENTRAL.size > len(data):
             file.broken(f"the directory ends within entry {number} of {count}")
         header = CENTRAL.unpack_from(data, at)
-        kind, _, _, flags, method, _, _, crc, compressed, nbytes, n_name, n_extra, n_comment, disk, _, _, offset = header
+        kind, flags, method, crc, compressed, nbytes, n_name, n_extra, n_comment, disk, offset = header
         begin = at + CENTRAL.size
         at = begin + n_name + n_extra + n_comment
         if kind != b"PK\1\2" or at > len(data):
@@ -304,17 +307,18 @@ def _payloads(file: PtFile, entries: list[_Entry], limit: int) -> dict[int, int]
 def _local_payload(file: PtFile, window: _Window, entry: _Entry) -> int:
     """Where the payload begins, by the local header, which must not contradict the directory."""
     header = window.read(entry.header, LOCAL.size + len(entry.name))
-    kind, _, flags, method, _, _, crc, _, nbytes, n_name, n_extra = LOCAL.unpack_from(header)
+    kind, flags, method, crc, _, nbytes, n_name, n_extra = LOCAL.unpack_from(header)
     if kind != b"PK\3\4" or n_name != len(entry.name) or header[LOCAL.size :] != entry.name:
         file.broken(f"no local header for {_quoted(entry.name)} is at byte {entry.header}")
     # Zero where the numbers follow the payload, all ones where a zip64 field has them.
     if flags & _ENCRYPTED or method or nbytes not in (0, U32_MAX, entry.nbytes) or crc not in (0, entry.crc32):
         file.broken(f"the local header of {_quoted(entry.name)} contradicts the directory")
-    return entry.header + LOCAL.size + n_name + int(n_extra)
+    extra: int = n_extra
+    return entry.header + LOCAL.size + len(entry.name) + extra
 
 
 class _Window:
-    """Reads ahead by a page, so that small records cost one call for many."""
+    """Reads ahead, so that small records cost one call for many."""
 
     __slots__ = ("_data", "_file", "_start")
 

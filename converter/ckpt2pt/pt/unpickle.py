@@ -18,6 +18,7 @@ _MAX_OPCODES = 10_000_000
 _MAX_LONG_NBYTES = 1024
 _MAX_LINE_NBYTES = 1024
 _MAX_PROTOCOL = 5
+_STOP = ord(".")
 
 
 class Reader:
@@ -43,14 +44,16 @@ class Reader:
             for _ in range(_MAX_OPCODES):
                 code = data[self.pos]
                 self.pos += 1
-                if code == 0x2E:
-                    return self.stop()
+                if code == _STOP:
+                    break
                 do[code](self)
-        except (IndexError, struct.error):
+            else:
+                self.fail(f"has more than {_MAX_OPCODES} opcodes")
+        except IndexError:
             self.fail("ends too early" if self.pos >= len(data) else "takes more from its stack than is there")
         except UnicodeError:
             self.fail("holds text that is not text")
-        self.fail(f"has more than {_MAX_OPCODES} opcodes")
+        return self.stop()
 
     def stop(self) -> Value:
         if self.marks or len(self.stack) != 1:
