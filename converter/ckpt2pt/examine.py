@@ -149,7 +149,9 @@ class Examination:
         for tensor, problem in expected.problems:
             self._differ("", tensor, problem)
         for kept, copy in expected.twins:
-            self._same(self.chosen.files[self.rank].path.name, f"{copy.name} = {kept.name}", leaf_of(kept), leaf_of(copy))
+            self._same(
+                self.chosen.files[self.rank].path.name, f"{copy.name} = {kept.name}", leaf_of(kept), leaf_of(copy)
+            )
         model = self._open_result(MODEL_FILE)
         optim = self._open_result(OPTIM_FILE) if self.request.full else {}
         if not self.request.full and (self.folder / self.directory / OPTIM_FILE).exists():
@@ -226,7 +228,9 @@ class Examination:
         common = [path for path in there if path in wanted]
         for folder in sorted({path.rpartition("/")[0] for path in common}):
             one, other = ([p for p in paths if p.rpartition("/")[0] == folder] for paths in (wanted, common))
-            moved = next((pair for pair in zip((p for p in one if p in model), other, strict=True) if pair[0] != pair[1]), None)
+            moved = next(
+                (pair for pair in zip((p for p in one if p in model), other, strict=True) if pair[0] != pair[1]), None
+            )
             if moved:
                 self._differ(MODEL_FILE, folder, "keys are in another order than Megatron registers them", *moved)
 

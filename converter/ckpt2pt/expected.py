@@ -85,7 +85,9 @@ class _Entry:
 class _Found:
     """Source tensors by (chunk, Megatron name) and role."""
 
-    weights: dict[tuple[int, str], dict[str, TensorRef]] = field(default_factory=dict[tuple[int, str], dict[str, TensorRef]])
+    weights: dict[tuple[int, str], dict[str, TensorRef]] = field(
+        default_factory=dict[tuple[int, str], dict[str, TensorRef]]
+    )
     twins: list[tuple[TensorRef, TensorRef]] = field(default_factory=list[tuple[TensorRef, TensorRef]])
     problems: list[Problem] = field(default_factory=list[Problem])
 
@@ -95,15 +97,21 @@ def expect(request: Request, chosen: Survey, rank: Rank, template: Mapping[str, 
     tp, pp = rank
     lists = _listed(request.metadata, tp, pp, template)
     filled = request.topology.filled_chunks(pp)
-    listed = dict(enumerate(lists)) if len(lists) == request.topology.virtual else dict(zip(filled, lists, strict=False))
-    found = _sources(request, chosen, rank, listed, tied=template.get("/args/untie_embeddings_and_output_weights") is False)
-    divisor = request.target_data or _integer(template, "data_parallel_size") * _integer(template, "context_parallel_size")
-    chunks = tuple(
-        _chunk(vpp, listed.get(vpp, []), found, request, divisor) for vpp in range(request.topology.virtual)
+    listed = (
+        dict(enumerate(lists)) if len(lists) == request.topology.virtual else dict(zip(filled, lists, strict=False))
     )
+    found = _sources(
+        request, chosen, rank, listed, tied=template.get("/args/untie_embeddings_and_output_weights") is False
+    )
+    divisor = request.target_data or _integer(template, "data_parallel_size") * _integer(
+        template, "context_parallel_size"
+    )
+    chunks = tuple(_chunk(vpp, listed.get(vpp, []), found, request, divisor) for vpp in range(request.topology.virtual))
     for (_, name), roles in found.weights.items():
         # What a chunk took was taken out; the rest has no slot.
-        found.problems.extend((ref.name, f"the source has it, and pt_meta no slot for {name}") for ref in roles.values())
+        found.problems.extend(
+            (ref.name, f"the source has it, and pt_meta no slot for {name}") for ref in roles.values()
+        )
     return Expected(chunks=chunks, twins=tuple(found.twins), problems=tuple(found.problems))
 
 
@@ -150,7 +158,9 @@ def _lay(
             used += numel
         padded = begins[number + 1] - begin if number + 1 < len(begins) else math.ceil(used / divisor) * divisor
         if begin != end or padded % divisor or not 0 <= padded - used < divisor:
-            problems.append((f"bucket {number}", f"[{begin}, {begin + padded}) holds {used} elements, data parallel {divisor}"))
+            problems.append(
+                (f"bucket {number}", f"[{begin}, {begin + padded}) holds {used} elements, data parallel {divisor}")
+            )
         sizes.append((padded, used))
         end = begin + padded
     return homes, tuple(sizes)
@@ -186,9 +196,7 @@ def _read_map(path: Path) -> list[_Entry]:
         ) from error
 
 
-def _sources(
-    request: Request, chosen: Survey, rank: Rank, listed: Mapping[int, list[_Entry]], *, tied: bool
-) -> _Found:
+def _sources(request: Request, chosen: Survey, rank: Rank, listed: Mapping[int, list[_Entry]], *, tied: bool) -> _Found:
     """Give every parameter and moment of the source its chunk and its Megatron name."""
     tp, pp = rank
     table, found = NameTable(request.rules), _Found()
@@ -219,7 +227,9 @@ def _home(megatron: str, pp: int, request: Request, listed: Mapping[int, list[_E
     """(chunk, name with the local layer number); outside the layers the chunk that lists the name."""
     layer = _LAYER.fullmatch(megatron)
     if layer is None:
-        return next(((vpp, megatron) for vpp, entries in listed.items() if any(e.name == megatron for e in entries)), None)
+        return next(
+            ((vpp, megatron) for vpp, entries in listed.items() if any(e.name == megatron for e in entries)), None
+        )
     for vpp in range(request.topology.virtual):
         slots = request.topology.slots(pp, vpp)
         if int(layer[2]) in slots:
@@ -246,7 +256,9 @@ def _tie(
         if is_copy and not copies:
             # A last stage without a copy of its own takes the first stage's: both ends hold the same values.
             first = index_file(chosen.files[rank[0], 0].path)
-            copies = {_EMBEDDING: ref for entry, ref in first.items() if table.classify(entry) == SourceName(role, _EMBEDDING)}
+            copies = {
+                _EMBEDDING: ref for entry, ref in first.items() if table.classify(entry) == SourceName(role, _EMBEDDING)
+            }
         order = sorted(copies, key=lambda name: (name != _HEAD if is_copy else name != _EMBEDDING, name))
         if order:
             found.weights.setdefault(home, {})[role] = copies[order[0]]
@@ -260,7 +272,9 @@ def _integer(template: Mapping[str, Leaf], name: str) -> int:
 
 def others(template: Leaves, chosen: Survey, *, reference_samples: bool) -> Leaves:
     """The leaves outside the model: the template's, with the true time put in."""
-    found = {path: leaf for path, leaf in template.items() if not is_model(path) and not path.startswith("/param_name_list")}
+    found = {
+        path: leaf for path, leaf in template.items() if not is_model(path) and not path.startswith("/param_name_list")
+    }
     iteration, samples = chosen.clock.iteration, chosen.clock.samples
     found["/iteration"] = iteration
     if "/args/iteration" in found:

@@ -149,13 +149,13 @@ class Strided:
         return span.reshape(-1, self.itemsize)[where - first].reshape(-1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Symbol:
     """A name: of a type, an enumeration's class, or the kind of container that stands at a path."""
 
     text: str
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.text
 
 
@@ -163,7 +163,7 @@ CONTAINERS = frozenset({Symbol("dict"), Symbol("collections.OrderedDict"), Symbo
 """What stands at the path of a plain container; its items follow as leaves of their own."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class TensorLeaf:
     """A tensor that has not been read."""
 
@@ -182,7 +182,7 @@ class TensorLeaf:
         """Bytes of the elements."""
         return self.numel * width(self.dtype)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"
 
 
@@ -298,6 +298,8 @@ def _children(value: object) -> tuple[str, Sequence[tuple[str, object]]]:
     pairs = entries(value) if isinstance(value, dict) else None
     if pairs is not None:
         return "dict", [(key_text(key), item) for key, item in pairs]
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{type(value).__name__} is no node of a tree")
     return ("tuple" if isinstance(value, tuple) else "list"), [(str(n), item) for n, item in enumerate(_as_list(value))]
 
 

@@ -17,8 +17,9 @@ from types import ModuleType, SimpleNamespace
 from typing import IO, Any
 
 from ckpt2pt.errors import FormatError, UsageError
-from ckpt2pt.leaves import Bytes, Files, Leaves, TensorLeaf, flatten, is_archive
-from ckpt2pt.pt.pickles import MISSING, Call, Global, Value, ordered_dict
+from ckpt2pt.leaves import Bytes, Files, Leaves, TensorLeaf, flatten
+from ckpt2pt.pt.archive import Archive
+from ckpt2pt.pt.pickles import MISSING, Call, Global, Value, ordered_dict, read_pickle
 from ckpt2pt.pt.vetting import check_name
 
 _REAL = frozenset(
@@ -52,7 +53,8 @@ class _Loaded:
 class _StandIn:
     """An object that was described and not made."""
 
-    _global: Global
+    named: Global
+    """The name that it stands for."""
     _args: tuple[object, ...]
     _state: object
 
@@ -69,10 +71,10 @@ class _StandIn:
         self._state = state
 
     def __hash__(self) -> int:
-        return hash((self._global, len(self._args)))
+        return hash((self.named, len(self._args)))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _StandIn) and (self._global, self._args) == (other._global, other._args)
+        return isinstance(other, _StandIn) and (self.named, self._args) == (other.named, other._args)
 
     def append(self, item: object) -> None:
         """As a list subclass takes an item."""
@@ -90,14 +92,14 @@ class _StandIn:
         held: dict[str, Any] = self.__dict__
         args: Any = self._args
         state: Any = self._state
-        return Call(self._global, args, state=state, items=held.get("_items", ()), pairs=held.get("_pairs", ()))
+        return Call(self.named, args, state=state, items=held.get("_items", ()), pairs=held.get("_pairs", ()))
 
 
 def open_with_torch(path: Path, *, allow: Collection[str] = (), weights_only: bool = False) -> Leaves:
     """Every leaf of a ``.pt`` as ``torch.load(mmap=True)`` gives it."""
     torch = _torch()
-    if not is_archive(path):
-        raise FormatError("not a torch archive", where=path, mend="copy the file again from where it was made")
+    # Our own reader goes first: it refuses names, nesting and cycles before torch sees the file.
+    read_pickle(Archive.open(path).pickle, where=str(path), allow=allow)
     options: dict[str, Any] = {} if weights_only else {"pickle_module": _vetting_pickle(path, frozenset(allow))}
     try:
         tree: object = torch.load(str(path), map_location="cpu", mmap=True, weights_only=weights_only, **options)
@@ -115,7 +117,9 @@ def _torch() -> ModuleType:
         return importlib.import_module("torch")
     except ImportError as error:
         raise UsageError(
-            f"torch cannot be imported ({error})", where="--reader torch", mend='pip install "ckpt2pt[torch]", or use --reader own'
+            f"torch cannot be imported ({error})",
+            where="--reader torch",
+            mend='pip install "ckpt2pt[torch]", or use --reader own',
         ) from error
 
 
@@ -123,11 +127,15 @@ def _translator(torch: Any) -> Callable[[object], object]:
     def translate(value: object) -> object:
         if isinstance(value, torch.Tensor):
             tensor: Any = value.detach()
-            return TensorLeaf(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _Loaded(tensor.reshape(-1)))
+            return TensorLeaf(
+                str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _Loaded(tensor.reshape(-1))
+            )
         if isinstance(value, torch.dtype):
             return Global("torch", str(value).removeprefix("torch."))
         if isinstance(value, _StandIn):
             return value.node()
+        if isinstance(value, type) and issubclass(value, _StandIn):
+            return value.named
         if isinstance(value, collections.OrderedDict):
             pairs: list[tuple[Any, Any]] = list(value.items())
             return ordered_dict([(_key(key), item) for key, item in pairs], attrs=vars(value) or None)
@@ -156,7 +164,7 @@ def _vetting_pickle(path: Path, allow: frozenset[str]) -> SimpleNamespace:
                 return super().find_class(module, name)
             if module == "torch" and isinstance(real := getattr(_torch(), name, None), _torch().dtype):
                 return real
-            return type(name, (_StandIn,), {"_global": Global(module, name)})
+            return type(name, (_StandIn,), {"named": Global(module, name)})
 
     def load(file: IO[bytes], **options: Any) -> object:
         return Unpickler(file, **options).load()

@@ -1,8 +1,8 @@
 """Prove a result: against its manifests (digest) or against its source, element by element (full).
 
-    digest   sizes and CRC-32 of all files, as the manifests say
-    full     a second, independent reading of every slice, bucket, weight and key (``examine``)
-    both     manifests of every stage, and the tracker once all stages are there
+digest   sizes and CRC-32 of all files, as the manifests say
+full     a second, independent reading of every slice, bucket, weight and key (``examine``)
+both     manifests of every stage, and the tracker once all stages are there
 """
 
 from __future__ import annotations
@@ -64,9 +64,13 @@ class Report:
     def render(self) -> str:
         """A table of the differences and one sentence."""
         rows = [
-            (d.file, d.tensor, d.problem, "" if d.index is None else d.index, d.expected, d.found) for d in self.differences
+            (d.file, d.tensor, d.problem, "" if d.index is None else d.index, d.expected, d.found)
+            for d in self.differences
         ]
-        what = {"digest": "sizes and CRC-32 of all files", "full": f"{self.checked_tensors} tensors and every other key"}
+        what = {
+            "digest": "sizes and CRC-32 of all files",
+            "full": f"{self.checked_tensors} tensors and every other key",
+        }
         verdict = f"{len(rows)} differences" if rows else "no difference"
         lines = table(("file", "tensor or key", "problem", "element", "expected", "found"), rows)
         done = f"{self.folder}: {self.ranks} ranks, {what[self.level]}, {size(self.checked_bytes)} read: {verdict}"
@@ -120,7 +124,9 @@ def verify_target(
         )
     ranks = [(tp, pp) for pp in stages for tp in range(topology.tensor)]
     reports = [
-        _digest_rank(target, rank) if level == "digest" else verify_rank(request, chosen, rank, target.folder, reader=reader)
+        _digest_rank(target, rank)
+        if level == "digest"
+        else verify_rank(request, chosen, rank, target.folder, reader=reader)
         for rank in ranks
     ]
     differences = [*_published(target, stages), *(d for report in reports for d in report.differences)]
@@ -140,9 +146,13 @@ def _published(target: Target, stages: Sequence[int]) -> Iterable[Difference]:
         name = f"stage-{pp:03d}.json"
         manifest = read_json(target.state / name)
         if manifest is None:
-            yield Difference(file=f".ckpt2pt/{name}", tensor="stage", problem="is not finished: its manifest is not there")
+            yield Difference(
+                file=f".ckpt2pt/{name}", tensor="stage", problem="is not finished: its manifest is not there"
+            )
         elif manifest.get("identity") != target.identity:
-            yield Difference(file=f".ckpt2pt/{name}", tensor="identity", problem="is of another conversion or another source")
+            yield Difference(
+                file=f".ckpt2pt/{name}", tensor="identity", problem="is of another conversion or another source"
+            )
     if all(read_json(target.state / f"stage-{pp:03d}.json") for pp in range(target.stages)):
         try:
             named = (target.root / TRACKER).read_text(encoding="utf-8").strip()
@@ -175,15 +185,27 @@ def _digest_rank(target: Target, rank: Rank) -> Report:
             continue
         if nbytes != file["nbytes"]:
             differences.append(
-                Difference(file=path, tensor="file", problem="has another size", expected=str(file["nbytes"]), found=str(nbytes))
+                Difference(
+                    file=path,
+                    tensor="file",
+                    problem="has another size",
+                    expected=str(file["nbytes"]),
+                    found=str(nbytes),
+                )
             )
         elif (crc := f"{_crc32(target.folder / path, nbytes):08x}") != file["crc32"]:
             differences.append(
-                Difference(file=path, tensor="file", problem="has another CRC-32", expected=str(file["crc32"]), found=crc)
+                Difference(
+                    file=path, tensor="file", problem="has another CRC-32", expected=str(file["crc32"]), found=crc
+                )
             )
         total += nbytes
     return Report(
-        folder=str(target.folder), level="digest", differences=tuple(differences), checked_tensors=0, checked_bytes=total
+        folder=str(target.folder),
+        level="digest",
+        differences=tuple(differences),
+        checked_tensors=0,
+        checked_bytes=total,
     )
 
 

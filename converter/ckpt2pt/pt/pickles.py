@@ -13,8 +13,6 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
 from ckpt2pt.pt.trees import ENCODE
-
-# The nodes belong to this module's interface: whoever reads or writes a pickle needs them.
 from ckpt2pt.pt.trees import MISSING as MISSING
 from ckpt2pt.pt.trees import STORAGE_CLASSES as STORAGE_CLASSES
 from ckpt2pt.pt.trees import Call as Call
@@ -47,7 +45,7 @@ def read_pickle(data: bytes, *, where: str, allow: Collection[str] = ()) -> Valu
 
 
 def write_pickle(value: Value) -> bytes:
-    """Pickle ``value`` in protocol 2 as torch.save does; what is shared, and any string, is written once."""
+    """Pickle ``value`` in protocol 2 as torch.save does, to the byte; what is shared is written once."""
     check_tree(value, "the tree to be written")
     writer = _Writer()
     writer.save(value)
@@ -55,7 +53,7 @@ def write_pickle(value: Value) -> bytes:
 
 
 class _Writer:
-    """Follows CPython's C Pickler, whose choices torch.save inherits, except that equal strings are one string."""
+    """Follows CPython's C Pickler, whose choices torch.save inherits."""
 
     __slots__ = ("memo", "out")
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeGuard
 
 
 class Missing(Enum):
@@ -44,7 +44,7 @@ class Persistent:
 class Call:
     """An object made by a call that is not carried out: what it would take to make it.
 
-    ``new`` tells ``func.__new__(func, *args)`` from ``func(*args)``; ``items`` are appended, ``pairs`` set and ``state``
+    ``new`` tells ``func.__new__(func, *args)`` from ``func(*args)``; ``items`` are appended, ``pairs`` set, ``state``
     given to the object afterwards.  A set is ``Call(Global("__builtin__", "set"), ([...],))``, as protocol 2 writes it.
     """
 
@@ -158,21 +158,23 @@ def as_tensor(value: Value) -> StoredTensor | None:
 
 def as_storage(value: Persistent) -> tuple[str, str, str, int] | None:
     """dtype, key, location and number of elements of a storage; ``None`` if it is not a storage of a torch archive."""
-    match value.id:
-        case ("storage", Global() as kind, str(key), str(location), int(numel)) if kind in _DTYPES and key:
-            return (_DTYPES[kind], key, location, numel) if _counts((numel,)) else None
-        case _:
-            return None
+    if not isinstance(value.id, tuple) or len(value.id) != 5:
+        return None
+    word, kind, key, location, numel = value.id
+    dtype = _DTYPES.get(kind) if word == "storage" and isinstance(kind, Global) else None
+    if dtype is None or not isinstance(key, str) or not isinstance(location, str) or not _is_count(numel):
+        return None
+    return (dtype, key, location, numel) if key else None
 
 
 def _view(storage: Persistent, offset: int, shape: tuple[Value, ...], stride: tuple[Value, ...]) -> StoredTensor | None:
     """The view, if it lies inside its storage."""
     found = as_storage(storage)
     sizes, steps = _counts(shape), _counts(stride)
-    if found is None or sizes is None or steps is None or len(sizes) != len(steps) or not _counts((offset,)):
+    if found is None or sizes is None or steps is None or len(sizes) != len(steps) or not _is_count(offset):
         return None
     dtype, key, location, numel = found
-    last = offset + sum((n - 1) * step for n, step in zip(sizes, steps, strict=True))
+    last = offset + sum([(n - 1) * step for n, step in zip(sizes, steps, strict=True)])
     if last >= numel and 0 not in sizes:
         return None
     return StoredTensor(
@@ -180,9 +182,13 @@ def _view(storage: Persistent, offset: int, shape: tuple[Value, ...], stride: tu
     )
 
 
+def _is_count(value: Value) -> TypeGuard[int]:
+    """Whether ``value`` is an integer torch can count with; a bool is not."""
+    return type(value) is int and 0 <= value < _MAX_INT
+
+
 def _counts(values: tuple[Value, ...]) -> tuple[int, ...] | None:
-    """``values`` if each is an integer that torch can count with; a bool is not."""
-    counts = tuple(n for n in values if type(n) is int and 0 <= n < _MAX_INT)
+    counts = tuple([n for n in values if _is_count(n)])
     return counts if len(counts) == len(values) else None
 
 

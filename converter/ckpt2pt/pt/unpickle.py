@@ -10,15 +10,21 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
-from ckpt2pt.pt.trees import MISSING, Call, Global, Persistent, Value, as_storage
+from ckpt2pt.pt.trees import MISSING, Call, Global, Persistent, Value
 from ckpt2pt.pt.vetting import check_name, check_tree, damaged, is_key
 
 _MAX_NBYTES = 256 << 20
 _MAX_OPCODES = 10_000_000
 _MAX_LONG_NBYTES = 1024
 _MAX_LINE_NBYTES = 1024
+_MAX_MARKS = 1000
 _MAX_PROTOCOL = 5
 _STOP = ord(".")
+# As protocol 2 spells them, so that a set looks the same whatever protocol it came in, and keeps its order.
+_SET = Global("__builtin__", "set")
+_FROZENSET = Global("__builtin__", "frozenset")
+_BYTEARRAY = Global("__builtin__", "bytearray")
+_NEWOBJ_EX = Global("copyreg", "__newobj_ex__")
 
 
 class Reader:
@@ -79,7 +85,11 @@ class Reader:
         return self.data[start : self.pos]
 
     def uint(self, nbytes: int) -> int:
-        return int.from_bytes(self.take(nbytes), "little")
+        start = self.pos
+        self.pos = start + nbytes
+        if self.pos > len(self.data):
+            self.fail("ends too early")
+        return int.from_bytes(self.data[start : self.pos], "little")
 
     def line(self, limit: int = _MAX_LINE_NBYTES) -> bytes:
         end = self.data.find(b"\n", self.pos, self.pos + limit)
@@ -87,12 +97,6 @@ class Reader:
             self.fail("holds a line that does not end")
         start, self.pos = self.pos, end + 1
         return self.data[start:end]
-
-    def number(self) -> int:
-        text = self.line()
-        if not re.fullmatch(rb"-?\d+L?", text):
-            self.fail("holds a number that is none")
-        return int(text.removesuffix(b"L"))
 
     # Names.
 
@@ -113,8 +117,7 @@ class Reader:
         self.name(module, name)
 
     def op_inst(self) -> None:
-        self.name(self.line().decode(), self.line().decode())
-        self.pos -= 1
+        self.op_global()
         self.fail("makes an object by opcode INST, which torch.save never writes")
 
     def op_extension(self) -> None:
@@ -138,7 +141,7 @@ class Reader:
     def op_newobj_ex(self) -> None:
         keywords, args, kind = self.stack.pop(), self.stack.pop(), self.stack.pop()
         # Protocol 2 has no such opcode; copyreg's function of the same meaning is called instead.
-        self.stack.append(Call(Global("copyreg", "__newobj_ex__"), (kind, args, keywords)))
+        self.stack.append(Call(_NEWOBJ_EX, (kind, args, keywords)))
 
     def op_build(self) -> None:
         state, made = self.stack.pop(), self.stack[-1]
@@ -148,14 +151,13 @@ class Reader:
         made.state = state
 
     def op_persistent(self) -> None:
-        storage = Persistent(self.stack.pop())
-        if as_storage(storage) is None:
-            self.fail("refers outside itself to something that is not a storage")
-        self.stack.append(storage)
+        self.stack.append(Persistent(self.stack.pop()))
 
     # Containers.
 
     def op_mark(self) -> None:
+        if len(self.marks) >= _MAX_MARKS:
+            self.fail(f"has {_MAX_MARKS} containers open at once")
         self.marks.append(self.stack)
         self.stack = []
 
@@ -185,9 +187,10 @@ class Reader:
 
     def op_add_items(self) -> None:
         values, target = self.since_mark(), self.stack[-1]
-        if not isinstance(target, Call) or not target.args or not isinstance(target.args[0], list):
+        held = target.args[0] if isinstance(target, Call) and target.func == _SET and target.args else None
+        if not isinstance(held, list):
             self.fail("adds to something that is not a set")
-        target.args[0].extend(values)
+        held.extend(values)
 
     def set_items(self, values: list[Value]) -> None:
         target = self.stack[-1]
@@ -219,9 +222,10 @@ class Reader:
         self.memo[index] = self.stack[-1]
 
     def get(self, index: int) -> None:
-        if index not in self.memo:
+        value = self.memo.get(index, MISSING)
+        if value is MISSING:
             self.fail(f"recalls value {index}, which it never kept")
-        self.stack.append(self.memo[index])
+        self.stack.append(value)
 
     def op_protocol(self) -> None:
         if self.uint(1) > _MAX_PROTOCOL:
@@ -260,12 +264,22 @@ class Reader:
     def text(self, nbytes: int) -> None:
         self.stack.append(self.take(nbytes).decode("utf-8", "surrogatepass"))
 
+    # The opcodes a torch archive is full of, so without a lambda between.
+
     def op_binput(self) -> None:
-        self.memo[self.data[self.pos]] = self.stack[-1]
-        self.pos += 1
+        self.put(self.uint(1))
+
+    def op_long_binput(self) -> None:
+        self.put(self.uint(4))
 
     def op_binget(self) -> None:
         self.get(self.uint(1))
+
+    def op_binint1(self) -> None:
+        self.stack.append(self.uint(1))
+
+    def op_binunicode(self) -> None:
+        self.text(self.uint(4))
 
 
 _Op = Callable[[Reader], None]
@@ -289,34 +303,29 @@ def _push(make: Callable[[Reader], Value]) -> _Op:
     return op
 
 
-def _set_of(name: str, items: Callable[[Reader], list[Value]]) -> _Op:
-    # As protocol 2 has it, so that a set looks the same whatever protocol it came in, and keeps its order.
-    return _push(lambda reader: Call(Global("__builtin__", name), (items(reader),)))
-
-
 # Left out on purpose: text persistent ids (P), Python 2 strings (S T U), OBJ (o), out-of-band buffers (0x97 0x98).
 _OPS: Final[dict[bytes, _Op]] = {
     b"\x80": Reader.op_protocol, b"\x95": Reader.op_frame,
     b"N": _push(lambda r: None), b"\x88": _push(lambda r: True), b"\x89": _push(lambda r: False),
     b"I": Reader.op_int, b"L": Reader.op_int, b"F": Reader.op_float,
-    b"K": _push(lambda r: r.uint(1)), b"M": _push(lambda r: r.uint(2)), b"J": lambda r: r.long(4),
+    b"K": Reader.op_binint1, b"M": _push(lambda r: r.uint(2)), b"J": lambda r: r.long(4),
     b"\x8a": lambda r: r.long(r.uint(1)), b"\x8b": lambda r: r.long(r.uint(4)),
     b"G": _push(lambda r: struct.unpack(">d", r.take(8))[0]),
     b"V": _push(lambda r: str(r.line(_MAX_NBYTES), "raw-unicode-escape")),
-    b"\x8c": lambda r: r.text(r.uint(1)), b"X": lambda r: r.text(r.uint(4)), b"\x8d": lambda r: r.text(r.uint(8)),
+    b"\x8c": lambda r: r.text(r.uint(1)), b"X": Reader.op_binunicode, b"\x8d": lambda r: r.text(r.uint(8)),
     b"C": _push(lambda r: r.take(r.uint(1))), b"B": _push(lambda r: r.take(r.uint(4))),
     b"\x8e": _push(lambda r: r.take(r.uint(8))),
-    b"\x96": _push(lambda r: Call(Global("__builtin__", "bytearray"), (r.take(r.uint(8)),))),
+    b"\x96": _push(lambda r: Call(_BYTEARRAY, (r.take(r.uint(8)),))),
     b")": _push(lambda r: ()), b"t": _push(lambda r: tuple(r.since_mark())),
     b"\x85": _tuple_of(1), b"\x86": _tuple_of(2), b"\x87": _tuple_of(3),
     b"]": _push(lambda r: []), b"l": _push(lambda r: r.since_mark()),
     b"a": lambda r: r.append((r.stack.pop(),)), b"e": lambda r: r.append(r.since_mark()),
     b"}": _push(lambda r: {}), b"d": Reader.op_dict,
     b"s": Reader.op_set_item, b"u": lambda r: r.set_items(r.since_mark()),
-    b"\x8f": _set_of("set", lambda r: []), b"\x90": Reader.op_add_items,
-    b"\x91": _set_of("frozenset", lambda r: r.since_mark()),
+    b"\x8f": _push(lambda r: Call(_SET, ([],))), b"\x90": Reader.op_add_items,
+    b"\x91": _push(lambda r: Call(_FROZENSET, (r.since_mark(),))),
     b"(": Reader.op_mark, b"0": Reader.op_pop, b"1": Reader.op_pop_mark, b"2": _push(lambda r: r.stack[-1]),
-    b"p": lambda r: r.put(r.op_index()), b"q": Reader.op_binput, b"r": lambda r: r.put(r.uint(4)),
+    b"p": lambda r: r.put(r.op_index()), b"q": Reader.op_binput, b"r": Reader.op_long_binput,
     b"\x94": lambda r: r.put(len(r.memo)),
     b"g": lambda r: r.get(r.op_index()), b"h": Reader.op_binget, b"j": lambda r: r.get(r.uint(4)),
     b"c": Reader.op_global, b"\x93": Reader.op_stack_global, b"i": Reader.op_inst,

@@ -27,7 +27,9 @@ from ckpt2pt.pt.trees import (
     Missing,
     Persistent,
     Value,
+    as_storage,
     as_tensor,
+    is_namespace,
 )
 
 _MAX_DEPTH = 200
@@ -130,8 +132,9 @@ def check_tree(root: Value, where: str) -> None:
     depths: dict[int, int] = {}
 
     def depth(node: Value, above: int) -> int:
-        if isinstance(node, Call) and (fault := _flaw(node)):
-            raise damaged(f"the pickle holds a call it should not: {fault}", where)
+        fault = _flaw(node)
+        if fault is not None:
+            raise damaged(f"the pickle holds something it should not: {fault}", where)
         depths[id(node)] = _OPEN
         deepest = 0
         for child in _children(node):
@@ -142,7 +145,8 @@ def check_tree(root: Value, where: str) -> None:
                 below = depth(child, above + 1) if above < _MAX_DEPTH else _MAX_DEPTH
             if below == _OPEN:
                 raise damaged("the pickle holds a value that contains itself", where)
-            deepest = max(deepest, below + 1)
+            if below >= deepest:
+                deepest = below + 1
         if deepest > _MAX_DEPTH:
             raise damaged(f"the pickle is nested more than {_MAX_DEPTH} deep", where)
         depths[id(node)] = deepest
@@ -161,30 +165,39 @@ def _children(node: Value) -> Iterable[Value]:
         return chain(node.keys(), node.values())
     if isinstance(node, Call):
         return chain((node.args, node.state), node.items, chain.from_iterable(node.pairs))
-    if isinstance(node, Persistent):
-        return (node.id,)
+    # A storage's id is a flat tuple of known form.
     return node if isinstance(node, list | tuple) else ()
 
 
-def _flaw(call: Call) -> str | None:
-    """What is wrong with a call whose form is known, ``None`` if nothing is or the form is not known."""
-    known = _FORMS.get(call.func)
-    return None if known is None or known[0](call) else f"{call.func} is not {known[1]}"
+def _flaw(node: Value) -> str | None:
+    """What is wrong with a node whose form is known, ``None`` if nothing is or the form is not known."""
+    if isinstance(node, Persistent) and as_storage(node) is None:
+        return "a reference outside that is not to a storage"
+    known = _FORMS.get(node.func) if isinstance(node, Call) else None
+    if known is None or not isinstance(node, Call) or known[0](node):
+        return None
+    return f"{node.func} is not {known[1]}"
 
 
-def _is_bare(call: Call) -> bool:
-    return not call.args
+def _is_filled_later(call: Call) -> bool:
+    # torch would keep the last of two equal keys, whoever reads pairs the first.
+    keys = [key for key, _ in call.pairs if isinstance(key, str)]
+    return not call.args and len(set(keys)) == len(keys)
 
 
-def _is_namespace_with_names(call: Call) -> bool:
+def _has_names(call: Call) -> bool:
     names: Iterable[Value] = call.state if isinstance(call.state, dict) else ()
-    return not call.args and isinstance(call.state, dict | Missing) and all(isinstance(name, str) for name in names)
+    return isinstance(call.state, dict | Missing) and all(isinstance(name, str) for name in names)
+
+
+def _is_new_namespace(call: Call) -> bool:
+    return not call.args and _has_names(call)
 
 
 def _is_reconstructed(call: Call) -> bool:
     match call.args:
         case (Global(), Global(module="__builtin__" | "builtins", name="object"), None):
-            return not call.new
+            return not call.new and (_has_names(call) or not is_namespace(call))
         case _:
             return False
 
@@ -217,7 +230,9 @@ def _is_array(call: Call) -> bool:
 
 def _is_plain_data(call: Call) -> bool:
     # bytearray(10**12) is a terabyte of zeros.
-    return not any(type(arg) is int for arg in call.args)
+    return all(
+        isinstance(arg, str | bytes | list) or (isinstance(arg, Call) and arg.func == ENCODE) for arg in call.args
+    )
 
 
 _Form: TypeAlias = tuple[Callable[[Call], bool], str]
@@ -225,7 +240,7 @@ _TENSOR: Final[_Form] = (
     lambda call: as_tensor(call) is not None,
     "a tensor: it needs a storage, an offset, a shape and a stride that lie inside it",
 )
-_ATTRS: Final[_Form] = (_is_namespace_with_names, "a namespace: it takes no arguments and its attributes have names")
+_ATTRS: Final[_Form] = (_is_new_namespace, "a namespace: it takes no arguments and its attributes have names")
 _ARRAY: Final[_Form] = (_is_array, "an array as numpy writes it: (ndarray, (0,), b'b')")
 _DATA: Final[_Form] = (_is_plain_data, "given data: a number of bytes is not data")
 _FORMS: Final[dict[Global, _Form]] = {
@@ -234,10 +249,11 @@ _FORMS: Final[dict[Global, _Form]] = {
     REBUILD_PARAMETER_WITH_STATE: _TENSOR,
     NAMESPACE: _ATTRS,
     SIMPLE_NAMESPACE: _ATTRS,
-    ORDERED_DICT: (_is_bare, "an empty OrderedDict that is filled afterwards"),
+    ORDERED_DICT: (_is_filled_later, "an OrderedDict that starts empty and has each key once"),
     ENCODE: (_is_bytes_as_text, "bytes written as latin1 text"),
     Global("numpy.core.multiarray", "_reconstruct"): _ARRAY,
     Global("numpy._core.multiarray", "_reconstruct"): _ARRAY,
+    Global("numpy", "ndarray"): (lambda call: False, "called in any pickle numpy writes"),
     Global("copyreg", "_reconstructor"): (_is_reconstructed, "given a class, object and None"),
     Global("copy_reg", "_reconstructor"): (_is_reconstructed, "given a class, object and None"),
     Global("copyreg", "__newobj_ex__"): (_is_new_with_keywords, "given a class, a tuple and a dict"),

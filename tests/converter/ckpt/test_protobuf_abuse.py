@@ -49,6 +49,7 @@ def in_tensor(*fields: bytes) -> bytes:
         pytest.param(value("w", chunk(2, TYPE + CONTENT, nbytes=99)) + GOOD * 5, "beyond its message", id="tensor-longer-than-entry"),
         pytest.param(in_tensor(TYPE, chunk(3, ONE, nbytes=5)) + GOOD, "beyond its message", id="content-overlaps-next-entry"),
         pytest.param(in_tensor(CONTENT, chunk(2, b"Float32", nbytes=8)) + GOOD, "beyond its message", id="type-overlaps-next-entry"),
+        pytest.param(in_tensor(chunk(2, b"Float32", nbytes=6), CONTENT), "wire type|cut short", id="type-longer-than-it-says"),
         pytest.param(in_tensor(chunk(1, b"\1", nbytes=999), TYPE, CONTENT) + GOOD * 99, "beyond its message", id="dims-overlap-next-entry"),
         pytest.param(map_entry("t", chunk(2, TYPE, nbytes=99)) + GOOD * 5, "beyond its message", id="map-member-overlaps-next-entry"),
         pytest.param(b"\x0a", "cut short", id="key-without-length"),
@@ -140,6 +141,13 @@ def test_the_limits_on_numbers_of_things_hold(tmp_path: Path, monkeypatch: pytes
     path.write_bytes(GOOD + entry("b", "Float32", (), ONE) + entry("c", "Float32", (), ONE))
     assert len(index_ckpt(path)) == 3
     assert "more than 3 parameters" in refusal(tmp_path, path.read_bytes(), GOOD).what
+
+
+def test_unknown_fields_are_skipped_but_not_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(GOOD + number(7, 1) * 100_000)
+    assert list(index_ckpt(path)) == ["good"]
+    assert "more than 100000 fields" in refusal(tmp_path, path.read_bytes(), number(7, 1)).what
 
 
 @pytest.mark.parametrize(

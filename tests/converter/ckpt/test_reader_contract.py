@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -80,6 +81,13 @@ def test_suffix_does_not_matter_where_the_content_speaks(reader: Reader, tmp_pat
     for name in ("x.ckpt", "x.safetensors", "x"):
         (tmp_path / name).write_bytes(data)
         assert len(index_file(tmp_path / name)) == len(some_tensors())
+
+
+def test_a_brace_where_a_json_header_would_begin_does_not_make_a_checkpoint_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(ckpt([Tensor("abcd{}", "int8", (1,), b"x")]))
+    assert path.read_bytes()[8:9] == b"{"
+    assert list(index_file(path)) == ["abcd{}"]
 
 
 @each_reader
@@ -177,6 +185,20 @@ def test_payload_is_never_read(reader: Reader, tmp_path: Path) -> None:
     assert after[0] - before[0] < 100_000
 
 
+def test_heads_between_large_payloads_are_all_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    nbytes = 16 << 20
+    head = large(CKPT, nbytes)
+    with path.open("wb") as file:
+        for n in range(200):
+            file.write(head.replace(b"big", b"%03d" % n))
+            file.seek(nbytes, os.SEEK_CUR)
+        file.truncate()
+    before = read_bytes_and_calls()
+    assert len(index_ckpt(path)) == 200
+    assert read_bytes_and_calls()[0] - before[0] < 200 * 5000
+
+
 @each_reader
 def test_many_small_tensors_take_few_reads_and_little_time(reader: Reader, tmp_path: Path) -> None:
     path = tmp_path / f"x{reader.suffix}"
@@ -204,17 +226,17 @@ def test_no_file_stays_open(reader: Reader, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder, and this process as somebody who does not own what is in it (only root can become somebody else)."""
-    folder = tmp_path_factory.mktemp("owned")
-    for parent in (folder, *folder.parents):
-        if parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 0o001:
-            parent.chmod(parent.stat().st_mode | 0o011)
-    yield folder
-    os.seteuid(os.getuid())
+def stranger() -> Iterator[Path]:
+    """A folder for files that this process then does not own; pytest's own folders are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        yield folder
+        os.seteuid(os.getuid())
 
 
 def become_a_stranger() -> None:
+    """Only root can become somebody else; anybody else closes the file to himself."""
     if os.getuid() == 0:
         os.seteuid(65534)
 
