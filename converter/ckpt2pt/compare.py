@@ -8,19 +8,22 @@ two folders                      files of the same place; a Megatron root throug
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
-from ckpt2pt.errors import InputError, MissingInputError, UsageError, VerificationError
+from ckpt2pt.errors import InputError, UsageError, VerificationError
+from ckpt2pt.folders import pairs
 from ckpt2pt.leaves import (
     Bytes,
     Files,
     Leaf,
     Leaves,
+    Symbol,
     TensorLeaf,
     bits,
     is_archive,
@@ -32,12 +35,12 @@ from ckpt2pt.leaves import (
     values,
     width,
 )
-from ckpt2pt.publish import TRACKER, Json
+from ckpt2pt.publish import Json
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import short, size, table
 
-SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors"})
 _NAMED_IN_ERROR = 5
+_CAMEL = {"bits_only": "bitsOnly", "max_abs": "maxAbs"}
 _BUFFER_ROLES = frozenset({"param", "exp_avg", "exp_avg_sq"})
 
 
@@ -59,6 +62,13 @@ class Row:
     bits_only: int = 0
     max_abs: float | None = None
     index: int | None = None
+
+    def document(self) -> Json:
+        """For ``--output json``, which has no NaN and no infinity."""
+        found: Json = {_CAMEL.get(name, name): value for name, value in asdict(self).items()}
+        if not math.isfinite(self.max_abs or 0):
+            found["maxAbs"] = str(self.max_abs)
+        return found
 
     def __str__(self) -> str:
         if self.differing is None:
@@ -96,22 +106,7 @@ class Comparison:
             "equalLeaves": self.equal,
             "bytesCompared": self.nbytes,
             "notes": list(self.notes),
-            "differences": [
-                {
-                    "file": row.file,
-                    "name": row.name,
-                    "kind": row.kind,
-                    "left": row.left,
-                    "right": row.right,
-                    "numel": row.numel,
-                    "differing": row.differing,
-                    "bitsOnly": row.bits_only,
-                    # JSON has no NaN and no infinity.
-                    "maxAbs": row.max_abs if row.max_abs is None or math.isfinite(row.max_abs) else str(row.max_abs),
-                    "index": row.index,
-                }
-                for row in self.rows
-            ],
+            "differences": [row.document() for row in self.rows],
         }
 
     def render(self) -> str:
@@ -152,21 +147,22 @@ class Comparison:
 def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
     """Refuse two copies of tied weights of which only the first is carried, unless they are equal bit for bit."""
     one, other = leaf_of(kept), leaf_of(copy)
+    what = "they differ in type or shape" if repr(one) != repr(other) else ""
     with Files() as files:
-        found = _Elements(one, other, one.numel, files).compare() if repr(one) == repr(other) else None
-    if found is not None and not found.unequal_bits:
-        return
-    what = (
-        f"differ at element {found.bits_index}: {found.bits_left} and {found.bits_right}"
-        if found
-        else "differ in type or shape"
-    )
-    raise InputError(
-        f"{kept} and {copy} are one tied weight, but {what}",
-        where=" and ".join(dict.fromkeys(ref.extents[0].path for ref in (kept, copy) if ref.extents)),
-        mend="train with tied embeddings as pt_meta says, or point spec.metadata.path (--param-map-path) at the pt_meta "
-        "of an untied model",
-    )
+        for start, stop in () if what else spans(one.numel, width(one.dtype)):
+            x, y = one.elements.block(files, start, stop), other.elements.block(files, start, stop)
+            if not np.array_equal(x, y):
+                first = int((x != y).argmax()) // width(one.dtype)
+                shown = " and ".join(show_element(data, one.dtype, first) for data in (x, y))
+                what = f"they differ at element {start + first}: {shown}"
+                break
+    if what:
+        raise InputError(
+            f"{kept} and {copy} are one tied weight, but {what}",
+            where=" and ".join(dict.fromkeys(ref.extents[0].path for ref in (kept, copy) if ref.extents)),
+            mend="save the checkpoint again with tied embeddings, or point spec.metadata.path (--param-map-path) at the "
+            "pt_meta of an untied model",
+        )
 
 
 def compare(
@@ -183,9 +179,9 @@ def compare(
     ``distrib_optim.pt`` up to ``per_bucket_numel_unpadded``: what follows is uninitialised memory in Megatron's own files.
     """
     run = _Run(frozenset(ignore), ignore_padding, frozenset(allow))
-    pairs = list(_pairs(left, right))
+    places = list(pairs(left, right))
     with Files() as files:
-        for name, one, other in pairs:
+        for name, one, other in places:
             if one and other:
                 run.compare_files(name, one, other, files)
             else:
@@ -196,7 +192,7 @@ def compare(
         right=str(right),
         rows=tuple(run.rows),
         notes=tuple(run.notes),
-        files=sum(1 for _, one, other in pairs if one and other),
+        files=sum(1 for _, one, other in places if one and other),
         equal=run.equal,
         nbytes=run.nbytes,
     )
@@ -209,59 +205,49 @@ class _Elements:
     left: TensorLeaf
     right: TensorLeaf
     numel: int
-    files: Files
     differing: int = 0
     bits_only: int = 0
-    unequal_bits: int = 0
     max_abs: float | None = None
     index: int | None = None
     shown: tuple[str, str] = ("", "")
-    bits_index: int | None = None
-    bits_left: str = ""
-    bits_right: str = ""
 
-    def compare(self) -> _Elements:
+    def compare(self, files: Files) -> _Elements:
         widest = max(width(self.left.dtype), width(self.right.dtype))
         for start, stop in spans(self.numel, widest):
-            one = self.left.elements.block(self.files, start, stop)
-            other = self.right.elements.block(self.files, start, stop)
+            one, other = (side.elements.block(files, start, stop) for side in (self.left, self.right))
             if self.left.dtype != self.right.dtype or not np.array_equal(one, other):
-                self._block(start, one, other)
+                self._see(start, one, other)
         return self
 
-    def _block(self, start: int, one: Bytes, other: Bytes) -> None:
+    def _see(self, start: int, one: Bytes, other: Bytes) -> None:
         left, right = self.left.dtype, self.right.dtype
         x, y = values(one, left), values(other, right)
-        if left == right:
-            unlike = bits(one, left) != bits(other, right)
-            if width(left) == 16:
-                unlike = unlike.reshape(-1, 2).any(axis=1)
-            self.unequal_bits += int(unlike.sum())
-            if self.bits_index is None and unlike.any():
-                first = int(unlike.argmax())
-                self.bits_index = start + first
-                self.bits_left, self.bits_right = show_element(one, left, first), show_element(other, right, first)
-            is_float = x is not None and y is not None and "float" in left
-            value = unlike & (x != y) & ~(np.isnan(x) & np.isnan(y)) if is_float else unlike
-            # What is left is 0.0 against -0.0: a NaN has many forms and none of them says anything.
-            sign_only = unlike & (x == y) if is_float else np.zeros_like(unlike)
-        else:
-            value = (
-                (x != y) & ~(np.isnan(x) & np.isnan(y)) if x is not None and y is not None else np.ones(len(one), bool)
-            )
-            sign_only = np.zeros_like(value)
-        self.differing += int(value.sum())
+        exact = left == right and "float" not in left
+        unlike = _unlike_bits(one, other, left) if left == right else np.ones(len(one) // width(left), np.bool_)
+        sign_only = np.zeros_like(unlike)
+        if x is not None and y is not None and not exact:
+            # Equal values of unlike bits are 0.0 and -0.0; a NaN has many forms, and none of them says anything.
+            sign_only = unlike & (x == y) & (left == right)
+            unlike &= (x != y) & ~(np.isnan(x) & np.isnan(y))
+        self.differing += int(unlike.sum())
         self.bits_only += int(sign_only.sum())
-        either = value | sign_only
+        either = unlike | sign_only
         if self.index is None and either.any():
             first = int(either.argmax())
             self.index = start + first
             self.shown = (show_element(one, left, first), show_element(other, right, first))
-        if x is not None and y is not None and value.any():
+        if x is not None and y is not None and unlike.any():
             with np.errstate(invalid="ignore", over="ignore"):
-                far = np.abs(x - y)[value]
+                far = np.abs(x - y)[unlike]
             # maximum, unlike max, lets a NaN win: a NaN against a number is as far as can be.
             self.max_abs = float(np.maximum(far.max(), self.max_abs or 0.0))
+
+
+def _unlike_bits(one: Bytes, other: Bytes, dtype: str) -> npt.NDArray[np.bool_]:
+    # Whole words, and for complex128 both of them.
+    unlike = (bits(one, dtype) != bits(other, dtype)).reshape(-1, max(1, width(dtype) // 8))
+    found: npt.NDArray[np.bool_] = unlike.any(axis=1)
+    return found
 
 
 @dataclass(slots=True)
@@ -314,7 +300,7 @@ class _Run:
         if left.shape != right.shape and (None in both or both[0] != both[1]):
             self.rows.append(Row(file=file, name=path, kind="type", left=repr(left), right=repr(right)))
             return
-        found = _Elements(left, right, min(numel, left.numel, right.numel), files).compare()
+        found = _Elements(left, right, min(numel, left.numel, right.numel)).compare(files)
         self.nbytes += found.numel * (width(left.dtype) + width(right.dtype))
         if left.dtype == right.dtype and not found.differing and not found.bits_only:
             self.equal += 1
@@ -342,9 +328,10 @@ def _one_sided(file: str, there: Leaves, missing: Leaves, kind: str) -> list[Row
     tops = [path for path in there if path not in missing and (path.rpartition("/")[0] or "/") in missing]
     rows: list[Row] = []
     for path in tops or [path for path in there if path not in missing]:
-        below = sum(1 for other in there if other.startswith(f"{path}/"))
+        below = sum(other.startswith(f"{path}/") for other in there) if isinstance(there[path], Symbol) else 0
         text = short(there[path]) + (f" with {below} leaves" if below else "")
-        rows.append(Row(file=file, name=path, kind=kind, **{kind.split()[0]: text}))
+        left, right = (text, "") if kind == "left only" else ("", text)
+        rows.append(Row(file=file, name=path, kind=kind, left=left, right=right))
     return rows
 
 
@@ -355,73 +342,3 @@ def _unpadded(path: str, leaves: Mapping[str, Leaf]) -> int | None:
         return None
     numel = leaves.get(f"/per_bucket_numel_unpadded/{parts[1]}/{parts[2]}/{parts[4]}")
     return numel if isinstance(numel, int) else None
-
-
-def _pairs(left: Path, right: Path) -> Iterator[tuple[str, Path | None, Path | None]]:
-    """Files that belong together, by their place; a file without a partner is paired with None."""
-    for path in (left, right):
-        if not path.exists():
-            raise MissingInputError("it is not there", where=path, mend="check the two paths")
-    if left.is_dir() != right.is_dir():
-        raise UsageError(
-            "one is a folder, the other a file", where=f"{left} and {right}", mend="give two files or two folders"
-        )
-    if not left.is_dir():
-        yield (left.name, left, right)
-        return
-    one, other = _files(_iteration(left)), _files(_iteration(right))
-    if not one and not other:
-        raise MissingInputError(
-            "neither folder holds a .pt, .ckpt or .safetensors file",
-            where=f"{left} and {right}",
-            mend="name the folders that hold the checkpoints",
-        )
-    _rename(one, other)
-    _rename(other, one)
-    for name in sorted(one.keys() | other.keys()):
-        yield name, one.get(name), other.get(name)
-
-
-def _iteration(folder: Path) -> Path:
-    """The iteration that a Megatron root's tracker names, or its only one; any other folder itself."""
-    try:
-        named = (folder / TRACKER).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        named = ""
-    if named:
-        return folder / (f"iter_{int(named):07d}" if named.isdigit() else "release")
-    iterations = sorted(path for path in folder.glob("iter_*") if path.is_dir())
-    if len(iterations) > 1:
-        raise InputError(
-            f"{len(iterations)} iterations and no {TRACKER}",
-            where=folder,
-            mend=f"name one of them, such as {iterations[-1]}",
-        )
-    return iterations[0] if iterations else folder
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Checkpoint files by their place below ``folder``; names with a dot in front are unfinished or not ours."""
-    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES}
-    return {
-        place.as_posix(): path
-        for place, path in found.items()
-        if path.is_file() and not any(part.startswith(".") for part in place.parts)
-    }
-
-
-def _rename(one: dict[str, Path], other: Mapping[str, Path]) -> None:
-    """Give files of ``one`` the place they have in ``other``, where it is clear.
-
-    ``mp_rank_00_000`` is ``mp_rank_00``: the reference writes the suffix with one stage too.  The only file of a rank
-    folder is that of the other side, whatever it is called.
-    """
-    for place in [place for place in one if place not in other]:
-        folder, _, name = place.rpartition("/")
-        plain = f"{folder.removesuffix('_000')}/{name}"
-        rivals = [p for p in one if p.rpartition("/")[0] == folder]
-        partners = [p for p in other if p.rpartition("/")[0] == folder and p not in one]
-        if folder.endswith("_000") and plain in other and plain not in one:
-            one[plain] = one.pop(place)
-        elif not place.endswith(".pt") and len(rivals) == len(partners) == 1:
-            one[partners[0]] = one.pop(place)

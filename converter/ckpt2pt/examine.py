@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError
 from ckpt2pt.expected import ROLES, Expected, ExpectedChunk, ExpectedWeight, expect, is_model, others
@@ -115,11 +116,12 @@ def rounded(data: Bytes, source: str, target: str) -> Bytes:
     return out.view(np.uint8)
 
 
-def _nearest_half(exact: np.ndarray[tuple[int], np.dtype[np.float64]]) -> np.ndarray[tuple[int], np.dtype[np.float16]]:
+def _nearest_half(exact: npt.NDArray[np.float64]) -> npt.NDArray[np.float16]:
     """float16 has 11 significant bits, at the least 2**-24; ``rint`` takes the even neighbour of a half."""
     _, exponent = np.frexp(exact)
     place = np.maximum(exponent - 11, -24)
-    return np.ldexp(np.rint(np.ldexp(exact, -place)), place).astype("<f2")
+    halves: npt.NDArray[np.float16] = np.ldexp(np.rint(np.ldexp(exact, -place)), place).astype("<f2")
+    return halves
 
 
 @dataclass(slots=True)

@@ -198,7 +198,7 @@ def _read_map(path: Path) -> list[_Entry]:
 
 def _sources(request: Request, chosen: Survey, rank: Rank, listed: Mapping[int, list[_Entry]], *, tied: bool) -> _Found:
     """Give every parameter and moment of the source its chunk and its Megatron name."""
-    tp, pp = rank
+    pp = rank[1]
     table, found = NameTable(request.rules), _Found()
     tied_names: dict[str, dict[str, TensorRef]] = {}
     for entry, ref in index_file(chosen.files[rank].path).items():
@@ -255,10 +255,9 @@ def _tie(
         copies = dict(tied.get(role, {}))
         if is_copy and not copies:
             # A last stage without a copy of its own takes the first stage's: both ends hold the same values.
-            first = index_file(chosen.files[rank[0], 0].path)
-            copies = {
-                _EMBEDDING: ref for entry, ref in first.items() if table.classify(entry) == SourceName(role, _EMBEDDING)
-            }
+            for entry, ref in index_file(chosen.files[rank[0], 0].path).items():
+                if table.classify(entry) == SourceName(role, _EMBEDDING):
+                    copies[_EMBEDDING] = ref
         order = sorted(copies, key=lambda name: (name != _HEAD if is_copy else name != _EMBEDDING, name))
         if order:
             found.weights.setdefault(home, {})[role] = copies[order[0]]

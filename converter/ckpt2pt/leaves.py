@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, TypeAlias
+from typing import Protocol, Self, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -31,7 +31,6 @@ from ckpt2pt.pt.pickles import (
     StoredTensor,
     as_storage,
     as_tensor,
-    entries,
     is_namespace,
     namespace_attrs,
     read_pickle,
@@ -46,7 +45,7 @@ _MAX_SPAN_BYTES = 8 << 20
 _MAX_OPEN = 16
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
-Scalar: TypeAlias = None | bool | int | float | str | bytes
+Scalar: TypeAlias = bool | int | float | str | bytes | None
 
 
 def width(dtype: str) -> int:
@@ -99,6 +98,7 @@ class Elements(Protocol):
 
     def block(self, files: Files, start: int, stop: int) -> Bytes:
         """The bytes of elements ``[start, stop)``; the caller may keep them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class Stored:
     def block(self, files: Files, start: int, stop: int) -> Bytes:
         """Read them; an extent may end inside an element."""
         out = np.empty((stop - start) * self.itemsize, np.uint8)
-        view, skip = memoryview(out), start * self.itemsize
+        view, skip = out.data, start * self.itemsize
         for extent in self.extents:
             size = min(extent.nbytes - skip, len(view))
             if size > 0:
@@ -145,7 +145,7 @@ class Strided:
             middle = (start + stop) // 2
             return np.concatenate([self.block(files, start, middle), self.block(files, middle, stop)])
         span = np.empty((last - first) * self.itemsize, np.uint8)
-        files.read(self.extent.path, self.extent.offset + first * self.itemsize, memoryview(span))
+        files.read(self.extent.path, self.extent.offset + first * self.itemsize, span.data)
         return span.reshape(-1, self.itemsize)[where - first].reshape(-1)
 
 
@@ -203,7 +203,7 @@ def is_archive(path: Path) -> bool:
     with Files() as files:
         head = bytearray(min(4, _size(path)))
         files.read(str(path), 0, memoryview(head))
-    return head == b"PK\x03\x04"
+    return head.startswith(b"PK\x03\x04")
 
 
 def open_file(path: Path, *, allow: Collection[str] = ()) -> Leaves:
@@ -295,16 +295,17 @@ def _children(value: object) -> tuple[str, Sequence[tuple[str, object]]]:
         return str(value), ()
     if isinstance(value, Persistent):
         return "storage", [(str(number), part) for number, part in enumerate(_as_list(value.id))]
-    pairs = entries(value) if isinstance(value, dict) else None
-    if pairs is not None:
+    if isinstance(value, dict):
+        pairs = cast("dict[object, object]", value).items()
         return "dict", [(key_text(key), item) for key, item in pairs]
     if not isinstance(value, list | tuple):
         raise TypeError(f"{type(value).__name__} is no node of a tree")
-    return ("tuple" if isinstance(value, tuple) else "list"), [(str(n), item) for n, item in enumerate(_as_list(value))]
+    items = _as_list(cast("object", value))
+    return ("tuple" if isinstance(value, tuple) else "list"), [(str(number), item) for number, item in enumerate(items)]
 
 
 def _as_list(value: object) -> list[object]:
-    return list(value) if isinstance(value, tuple | list) else [value]  # pyright: ignore[reportUnknownArgumentType]
+    return list(cast("list[object]", value)) if isinstance(value, tuple | list) else [value]
 
 
 def key_text(key: object) -> str:
@@ -312,7 +313,7 @@ def key_text(key: object) -> str:
     if isinstance(key, str):
         return repr(key) if key.lstrip("-").isdigit() or not key else key
     if isinstance(key, tuple):
-        return f"({', '.join(map(key_text, _as_list(key)))})"  # pyright: ignore[reportUnknownArgumentType]
+        return f"({', '.join(map(key_text, cast('tuple[object, ...]', key)))})"
     return str(key)
 
 

@@ -1,21 +1,26 @@
-"""Plain text for people: aligned columns, human sizes, short forms of values."""
+"""Plain text for people: aligned columns, human sizes, short forms of values, and whole documents."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+Document = Mapping[str, object]
+"""Plain JSON: facts, groups of facts, and tables (lists of rows)."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: frozenset[int] = frozenset()) -> list[str]:
-    """Lines with aligned columns; those numbered in ``right`` are set flush right.  Nothing when there are no rows."""
-    cells = [tuple(head), *(tuple(str(cell) for cell in row) for row in rows)]
-    if len(cells) == 1:
-        return []
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    """Lines with aligned columns, those numbered in ``right`` flush right.  Nothing without rows, no column without cells."""
+    body = [tuple(str(cell) for cell in row) for row in rows]
+    kept = [column for column in range(len(head)) if any(row[column] for row in body)]
+    cells = [[row[column] for column in kept] for row in (head, *body)] if body else []
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
 
     def line(row: Sequence[str]) -> str:
         padded = (
             cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            for cell, width, column in zip(row, widths, kept, strict=True)
         )
         return "  ".join(padded).rstrip()
 
@@ -36,3 +41,61 @@ def short(value: object, limit: int = 60) -> str:
     """``repr`` of a value on one line, cut when it is long."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def render(document: Document) -> str:
+    """A document as text: facts, then groups, then tables."""
+    lines = [f"{document['kind']}  {document['path']}"]
+    facts = {
+        key: value
+        for key, value in document.items()
+        if key not in {"kind", "path"} and not isinstance(value, dict | list)
+    }
+    lines += table(("", ""), [(_words(key), _cell(key, value)) for key, value in facts.items()])[1:]
+    for key, value in document.items():
+        if isinstance(value, list) and value:
+            lines += ["", _words(key), *_render_list(cast("list[object]", value))]
+        elif isinstance(value, dict) and value:
+            lines += ["", *_render_group(_words(key), cast("Document", value))]
+    return "\n".join(lines)
+
+
+def _render_list(rows: list[object]) -> list[str]:
+    if not isinstance(rows[0], dict):
+        return [f"  {row}" for row in rows]
+    found = cast("list[Document]", rows)
+    head = list(dict.fromkeys(key for row in found for key in row))
+    numbers = {column for column, key in enumerate(head) if all(_is_number(row.get(key)) for row in found)}
+    cells = ([_cell(key, row.get(key, "")) for key in head] for row in found)
+    return [f"  {line}" for line in table([_words(key) for key in head], cells, right=frozenset(numbers))]
+
+
+def _render_group(title: str, group: Document) -> list[str]:
+    plain = {key: value for key, value in group.items() if not isinstance(value, dict)}
+    lines = [title, *(f"  {line}" for line in table(("", ""), [(key, _cell(key, v)) for key, v in plain.items()])[1:])]
+    for key, value in group.items():
+        if isinstance(value, dict):
+            inner = cast("Document", value)
+            lines += [
+                f"  {key}",
+                *(f"    {line}" for line in table(("", ""), [(k, short(v)) for k, v in inner.items()])[1:]),
+            ]
+    return lines
+
+
+def _is_number(value: object) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def _cell(key: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if key == "bytes" and isinstance(value, int):
+        return size(value)
+    if key == "elements" and isinstance(value, int):
+        return f"{value:,}"
+    return "" if value is None else str(value)
+
+
+def _words(key: str) -> str:
+    return re.sub(r"(?<=[a-z])[A-Z]", lambda found: f" {found[0].lower()}", key)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from ckpt2pt.errors import FormatError, UsageError
 from ckpt2pt.leaves import Bytes, Files, Leaves, TensorLeaf, flatten
@@ -58,12 +58,13 @@ class _StandIn:
     _args: tuple[object, ...]
     _state: object
 
-    def __new__(cls, *args: object, **_: object) -> _StandIn:  # noqa: PYI034 - the subclasses are made here alone
+    def __new__(cls, *args: object, **_: object) -> _StandIn:
         made = super().__new__(cls)
         made._args, made._state = args, MISSING
         return made
 
-    def __init__(self, *args: object) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
+        # Called or not: NEWOBJ makes an object without it.
         self._items: list[object] = []
         self._pairs: list[tuple[object, object]] = []
 
@@ -123,13 +124,12 @@ def _torch() -> ModuleType:
         ) from error
 
 
-def _translator(torch: Any) -> Callable[[object], object]:
+def _translator(torch: ModuleType) -> Callable[[object], object]:
     def translate(value: object) -> object:
+        found: Any = value
         if isinstance(value, torch.Tensor):
-            tensor: Any = value.detach()
-            return TensorLeaf(
-                str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), _Loaded(tensor.reshape(-1))
-            )
+            dtype = str(found.dtype).removeprefix("torch.")
+            return TensorLeaf(dtype, tuple(found.shape), _Loaded(found.detach().reshape(-1)))
         if isinstance(value, torch.dtype):
             return Global("torch", str(value).removeprefix("torch."))
         if isinstance(value, _StandIn):
@@ -137,17 +137,18 @@ def _translator(torch: Any) -> Callable[[object], object]:
         if isinstance(value, type) and issubclass(value, _StandIn):
             return value.named
         if isinstance(value, collections.OrderedDict):
-            pairs: list[tuple[Any, Any]] = list(value.items())
-            return ordered_dict([(_key(key), item) for key, item in pairs], attrs=vars(value) or None)
+            pairs = cast("dict[Value, Value]", value).items()
+            return ordered_dict(
+                [(key_of(key), item) for key, item in pairs], attrs=cast("dict[str, Value]", found.__dict__) or None
+            )
         if isinstance(value, dict):
-            return {_key(key): item for key, item in value.items()}
-        return value
-
-    def _key(key: object) -> Value:
-        if isinstance(key, tuple):
-            return tuple(map(_key, key))
-        found: Any = translate(key)
+            return {key_of(key): item for key, item in cast("dict[Value, object]", value).items()}
         return found
+
+    def key_of(key: object) -> Value:
+        if isinstance(key, tuple):
+            return tuple(map(key_of, cast("tuple[object, ...]", key)))
+        return cast("Value", translate(key))
 
     return translate
 
@@ -166,7 +167,7 @@ def _vetting_pickle(path: Path, allow: frozenset[str]) -> SimpleNamespace:
                 return real
             return type(name, (_StandIn,), {"named": Global(module, name)})
 
-    def load(file: IO[bytes], **options: Any) -> object:
-        return Unpickler(file, **options).load()
+    def load(file: IO[bytes], **_: object) -> object:
+        return Unpickler(file).load()
 
     return SimpleNamespace(__name__="pickle", Unpickler=Unpickler, load=load, UnpicklingError=pickle.UnpicklingError)

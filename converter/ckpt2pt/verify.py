@@ -17,6 +17,7 @@ from isal import isal_zlib
 
 from ckpt2pt.errors import MissingInputError, VerificationError
 from ckpt2pt.examine import OPTIM_FILE, Difference, Examination, Opener
+from ckpt2pt.folders import iteration_name, read_tracker
 from ckpt2pt.leaves import BLOCK_BYTES, Files, open_pt, spans
 from ckpt2pt.publish import TRACKER, Json, Target, read_json
 from ckpt2pt.request import Request
@@ -154,12 +155,9 @@ def _published(target: Target, stages: Sequence[int]) -> Iterable[Difference]:
                 file=f".ckpt2pt/{name}", tensor="identity", problem="is of another conversion or another source"
             )
     if all(read_json(target.state / f"stage-{pp:03d}.json") for pp in range(target.stages)):
-        try:
-            named = (target.root / TRACKER).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            named = ""
+        named = read_tracker(target.root)
         # A later iteration in the same folder is none of our business, a tracker that leads nowhere is.
-        if not named.isdigit() or not (target.root / f"iter_{int(named):07d}").is_dir():
+        if not named or not (target.root / iteration_name(named)).is_dir():
             yield Difference(
                 file=TRACKER, tensor="iteration", problem="does not lead to an iteration",
                 expected=str(target.iteration), found=short(named),
@@ -214,7 +212,7 @@ def _crc32(path: Path, nbytes: int) -> int:
     with Files() as files:
         for start, stop in spans(nbytes, 1):
             files.read(str(path), start, block[: stop - start])
-            crc = isal_zlib.crc32(block[: stop - start], crc)
+            crc = isal_zlib.crc32(block[: stop - start], crc)  # pyright: ignore[reportUnknownMemberType]
     return crc
 
 

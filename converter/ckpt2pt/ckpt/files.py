@@ -209,7 +209,7 @@ def refused(error: OSError, path: Path) -> Ckpt2ptError:
     )
 
 
-def quoted(value: str | int | list[int]) -> str:
+def quoted(value: str | bytes | int | list[int]) -> str:
     """``value`` for a message: printable, and not longer than a line."""
     text = repr(value)
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."

@@ -271,7 +271,7 @@ def _dtype(window: Window, start: int, stop: int) -> str:
     if known is not None:
         return known
     if len(raw) > _MAX_RANK or not raw.isascii() or not raw.decode().isidentifier():
-        raise window.bad(f"{raw!r} is no type of a tensor", start)
+        raise window.bad(f"{quoted(raw)} is no type of a tensor", start)
     # Not an error yet: what nobody wants may have a type nobody knows, as `random_op` of before mindspore 2.4.
     return raw.decode()
 

@@ -33,6 +33,7 @@ from ckpt2pt.pt.trees import with_attrs as with_attrs
 from ckpt2pt.pt.unpickle import Reader
 from ckpt2pt.pt.vetting import check_tree
 
+_BYTES = Global("__builtin__", "bytes")
 _BATCH = 1000  # CPython's Pickler fills lists and dicts in portions of this many
 
 
@@ -55,12 +56,14 @@ def write_pickle(value: Value) -> bytes:
 class _Writer:
     """Follows CPython's C Pickler, whose choices torch.save inherits."""
 
-    __slots__ = ("memo", "out")
+    __slots__ = ("made", "memo", "out")
 
     def __init__(self) -> None:
         self.out = bytearray()
-        # Names by value, the rest by identity as in CPython: the tree keeps it alive, so ids stay unique.
+        # Names by value, the rest by identity as in CPython. An id stays unique while its object lives: the tree keeps
+        # its own nodes alive, ``made`` those that are not in the tree.
         self.memo: dict[object, int] = {}
+        self.made: list[Call] = []
 
     def save(self, value: Value) -> None:
         save = _SAVERS.get(type(value))
@@ -101,12 +104,11 @@ class _Writer:
         self.keep(id(value))
 
     def save_bytes(self, value: bytes) -> None:
-        # Protocol 2 knows no bytes.
-        self.save(ENCODE)
-        self.save(value.decode("latin1"))
-        self.save("latin1")
-        self.out += b"\x86R"
-        self.keep(id(value))
+        # Protocol 2 knows no bytes, so they are made by a call.
+        made = Call(ENCODE, (value.decode("latin1"), "latin1")) if value else Call(_BYTES)
+        self.made.append(made)
+        self.save_call(made)
+        self.memo[id(value)] = self.memo.pop(id(made))
 
     def save_tuple(self, value: tuple[Value, ...]) -> None:
         if not value:

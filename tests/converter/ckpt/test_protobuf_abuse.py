@@ -78,6 +78,7 @@ def in_tensor(*fields: bytes) -> bytes:
         pytest.param(in_tensor(chunk(2, b"Float\xff"), CONTENT), "is no type", id="type-is-not-ascii"),
         pytest.param(in_tensor(chunk(2, b"Float 32"), CONTENT), "is no type", id="type-has-a-space"),
         pytest.param(in_tensor(chunk(2, b"F" * 65), CONTENT), "is no type", id="type-of-65-bytes"),
+        pytest.param(in_tensor(chunk(2, b"F" * 60_000), CONTENT), "is no type", id="type-of-60000-bytes"),
         pytest.param(in_tensor(chunk(2, b"F" * 70_000), CONTENT), "the name of a type, 70000 bytes", id="type-of-70000-bytes"),
         # wire types
         pytest.param(number(1, 5), "field 1 has wire type 0", id="entry-is-a-number"),

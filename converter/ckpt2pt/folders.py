@@ -1,0 +1,91 @@
+"""Folders of checkpoints: the iteration that counts, the files below it, and which file of one folder is which of another's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ckpt2pt.errors import InputError, MissingInputError, UsageError
+from ckpt2pt.publish import TRACKER
+
+SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors"})
+
+
+def read_tracker(folder: Path) -> str:
+    """What Megatron's tracker says: digits or ``release``; empty when there is none."""
+    try:
+        return (folder / TRACKER).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def iteration_name(named: str) -> str:
+    """``500`` -> ``iter_0000500``, ``release`` -> ``release``."""
+    return f"iter_{int(named):07d}" if named.isdecimal() and named.isascii() else "release"
+
+
+def pairs(left: Path, right: Path) -> Iterator[tuple[str, Path | None, Path | None]]:
+    """Files that belong together, by their place; a file without a partner is paired with None."""
+    for path in (left, right):
+        if not path.exists():
+            raise MissingInputError("it is not there", where=path, mend="check the two paths")
+    if left.is_dir() != right.is_dir():
+        raise UsageError(
+            "one is a folder, the other a file", where=f"{left} and {right}", mend="give two files or two folders"
+        )
+    if not left.is_dir():
+        yield (left.name, left, right)
+        return
+    one, other = checkpoint_files(iteration_folder(left)), checkpoint_files(iteration_folder(right))
+    if not one and not other:
+        raise MissingInputError(
+            "neither folder holds a .pt, .ckpt or .safetensors file",
+            where=f"{left} and {right}",
+            mend="name the folders that hold the checkpoints",
+        )
+    _rename(one, other)
+    _rename(other, one)
+    for name in sorted(one.keys() | other.keys()):
+        yield name, one.get(name), other.get(name)
+
+
+def iteration_folder(folder: Path) -> Path:
+    """The iteration that a Megatron root's tracker names, or its only one; any other folder itself."""
+    named = read_tracker(folder)
+    if named:
+        return folder / iteration_name(named)
+    iterations = sorted(path for path in folder.glob("iter_*") if path.is_dir())
+    if len(iterations) > 1:
+        raise InputError(
+            f"{len(iterations)} iterations and no {TRACKER}",
+            where=folder,
+            mend=f"name one of them, such as {iterations[-1]}",
+        )
+    return iterations[0] if iterations else folder
+
+
+def checkpoint_files(folder: Path) -> dict[str, Path]:
+    """Checkpoint files by their place below ``folder``; names with a dot in front are unfinished or not ours."""
+    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES}
+    return {
+        place.as_posix(): path
+        for place, path in found.items()
+        if path.is_file() and not any(part.startswith(".") for part in place.parts)
+    }
+
+
+def _rename(one: dict[str, Path], other: Mapping[str, Path]) -> None:
+    """Give files of ``one`` the place they have in ``other``, where it is clear.
+
+    ``mp_rank_00_000`` is ``mp_rank_00``: the reference writes the suffix with one stage too.  The only file of a rank
+    folder is that of the other side, whatever it is called.
+    """
+    for place in [place for place in one if place not in other]:
+        folder, _, name = place.rpartition("/")
+        plain = f"{folder.removesuffix('_000')}/{name}"
+        rivals = [p for p in one if p.rpartition("/")[0] == folder]
+        partners = [p for p in other if p.rpartition("/")[0] == folder and p not in one]
+        if folder.endswith("_000") and plain in other and plain not in one:
+            one[plain] = one.pop(place)
+        elif not place.endswith(".pt") and len(rivals) == len(partners) == 1:
+            one[partners[0]] = one.pop(place)

@@ -1,0 +1,388 @@
+"""What a checkpoint holds, from headers alone: a file, a rank folder, a training output, pt_meta or a Megatron folder.
+
+A document is plain JSON: facts, groups of facts, and tables (lists of rows).  :func:`render` turns any of them into text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from ckpt2pt.ckpt import index_file, read_scalar
+from ckpt2pt.ckpt.ranks import UNNAMED, choose, find_sources, last_saved
+from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
+from ckpt2pt.folders import SUFFIXES, checkpoint_files, iteration_name, read_tracker
+from ckpt2pt.leaves import CONTAINERS, Leaf, Leaves, TensorLeaf, is_archive, leaf_of, open_pt
+from ckpt2pt.mapping.names import SHARD, NameTable
+from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
+from ckpt2pt.plan.stage import spans
+from ckpt2pt.pt.archive import Archive
+from ckpt2pt.publish import PARTIAL, STATE, TRACKER, Json, access_error, read_json
+from ckpt2pt.tensors import TensorRef
+from ckpt2pt.text import render as render
+from ckpt2pt.text import short
+
+_LAYER = re.compile(r"(?<=layers\.)\d+(?=[._])")
+_RANK = re.compile(r"rank_(\d+)")
+_MODEL_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
+_ARGS = re.compile(r"args_tp(\d+)_pp(\d+)\.pt")
+_MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(\d+)pp(\d+)vpp(\d+)\.json")
+_MAX_VALUES = 500
+
+_ROLES = {"param": "parameters", "exp_avg": "first moments", "exp_avg_sq": "second moments"}
+
+_ARGUMENTS = {
+    "parallelism": "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size"
+    " data_parallel_size context_parallel_size expert_model_parallel_size sequence_parallel use_distributed_optimizer"
+    " overlap_grad_reduce",
+    "model": "num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups kv_channels"
+    " seq_length max_position_embeddings position_embedding_type padded_vocab_size swiglu normalization add_bias_linear"
+    " add_qkv_bias untie_embeddings_and_output_weights params_dtype",
+    "training": "iteration consumed_train_samples train_iters global_batch_size micro_batch_size optimizer lr min_lr"
+    " lr_decay_style weight_decay adam_beta1 adam_beta2 adam_eps clip_grad seed",
+}
+"""What a reader of a checkpoint looks for first among Megatron's three hundred arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A tensor in a table."""
+
+    name: str
+    leaf: TensorLeaf
+
+    def row(self) -> Json:
+        extents = self.leaf.extents
+        return {
+            "name": self.name,
+            "count": 1,
+            "dtype": self.leaf.dtype,
+            "shape": list(self.leaf.shape),
+            "bytes": self.leaf.nbytes,
+            "offset": extents[0].offset if extents else None,
+            **({"slices": len(extents)} if len(extents) > 1 else {}),
+        }
+
+
+def inspect(path: Path, *, details: bool = False) -> Json:
+    """Look at a file or a folder.  ``details`` lists every tensor and argument instead of what is usually asked for."""
+    if not path.exists():
+        raise MissingInputError("it is not there", where=path, mend="check the path")
+    if path.is_dir():
+        return _folder(path, details=details)
+    return _archive(path, details=details) if is_archive(path) else _mindspore(path, details=details)
+
+
+def _mindspore(path: Path, *, details: bool) -> Json:
+    index, table_of_names = index_file(path, partial=True), NameTable()
+    kind = ".safetensors" if path.suffix == ".safetensors" else ".ckpt"
+    totals: dict[str, list[TensorRef]] = {}
+    layers: set[int] = set()
+    for name, ref in index.items():
+        what = table_of_names.classify(name)
+        role = "shards of the distributed optimizer" if SHARD.fullmatch(name) else _ROLES.get(what.role, what.name)
+        totals.setdefault(role, []).append(ref)
+        layers |= {int(number) for number in _LAYER.findall(what.name if what.role != "ignored" else "")}
+    scalars = {name: ref for name, ref in index.items() if _is_scalar(ref)}
+    tensors = [_Entry(name, leaf_of(ref)) for name, ref in index.items() if details or name not in scalars]
+    return {
+        "kind": f"MindSpore checkpoint ({kind})",
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "entries": len(index),
+        "layers": spans(layers),
+        **_clock(path, index),
+        "totals": [
+            {
+                "role": role,
+                "count": len(refs),
+                "elements": sum(ref.numel for ref in refs),
+                "bytes": sum(ref.nbytes for ref in refs),
+            }
+            for role, refs in totals.items()
+        ],
+        "tensors": [entry.row() for entry in tensors] if details else _collapse(tensors),
+        "scalars": {name: _value(ref) for name, ref in list(scalars.items())[:_MAX_VALUES]},
+    }
+
+
+def _is_scalar(ref: TensorRef) -> bool:
+    return ref.dtype == "str" or (ref.numel == 1 and len(ref.shape) <= 1)
+
+
+def _value(ref: TensorRef) -> object:
+    try:
+        value = read_scalar(ref)
+    except FormatError:
+        return f"{ref.dtype}{list(ref.shape)}"
+    return value if not isinstance(value, float) or math.isfinite(value) else str(value)
+
+
+def _clock(path: Path, index: Mapping[str, TensorRef]) -> Json:
+    """Epoch and step as the file states them, and the iteration they amount to."""
+    facts: dict[str, float] = {}
+    for name in CLOCK_ENTRIES:
+        value = _value(index[name]) if name in index else None
+        if isinstance(value, int | float):
+            facts[name] = value
+    named = re.search(r"-(\d{1,12})_(\d{1,12})(?:_dp_merged)?\.\w+$", path.name)
+    try:
+        clock = read_clock(
+            facts, global_batch_size=None, named=(int(named[1]), int(named[2])) if named else None, where=str(path)
+        )
+    except InputError:
+        return {"iteration": "unknown"}
+    return {"iteration": clock.iteration, "because": clock.because, "doubts": list(clock.doubts)}
+
+
+def _collapse(entries: Iterable[_Entry]) -> list[Json]:
+    """One row for the same tensor of many layers: ``layers.{0-31}.attention.qkv_proj.weight``."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[_Entry]] = {}
+    for entry in entries:
+        groups.setdefault((_LAYER.sub("{}", entry.name), entry.leaf.dtype, entry.leaf.shape), []).append(entry)
+    rows: list[Json] = []
+    for (pattern, _, _), same in groups.items():
+        row = same[0].row()
+        if len(same) > 1:
+            numbers = {int(number) for entry in same for number in _LAYER.findall(entry.name)}
+            row["name"] = pattern.replace("{}", f"{{{spans(numbers)}}}")
+            row["count"] = len(same)
+            row["bytes"] = sum(entry.leaf.nbytes for entry in same)
+        rows.append(row)
+    return rows
+
+
+def _archive(path: Path, *, details: bool) -> Json:
+    archive, leaves = Archive.open(path), open_pt(path)
+    tensors = [_Entry(name, leaf) for name, leaf in leaves.items() if isinstance(leaf, TensorLeaf)]
+    tops = dict.fromkeys(name.split("/")[1] for name in leaves if name != "/")
+    holds = "a Megatron model" if any(re.fullmatch(r"model\d*", top) for top in tops) else "other data"
+    if "per_bucket_numel" in tops:
+        holds = "a Megatron distributed optimizer"
+    elif "args" in tops and holds == "other data":
+        holds = "a template of pt_meta: a Megatron model file without its weights"
+    rest = {name: leaf for name, leaf in leaves.items() if not name.startswith(("/args/", "/per_bucket_numel"))}
+    return {
+        "kind": "torch archive (.pt)",
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "records": len(archive.records),
+        "holds": holds,
+        "tree": [_branch(top, leaves) for top in tops],
+        "buckets": _buckets(leaves),
+        "tensors": [entry.row() for entry in tensors] if details else _collapse(tensors),
+        "scalars": _scalars(rest, details=details),
+        "arguments": _arguments(leaves, details=details),
+    }
+
+
+def _branch(top: str, leaves: Leaves) -> Json:
+    """One key of the tree with what is below it."""
+    below = [leaf for name, leaf in leaves.items() if name.startswith(f"/{top}/")]
+    tensors = [leaf for leaf in below if isinstance(leaf, TensorLeaf)]
+    leaf = leaves[f"/{top}"]
+    return {
+        "key": top,
+        "holds": short(leaf),
+        "tensors": len(tensors),
+        "others": sum(1 for item in below if item not in CONTAINERS) - len(tensors),
+        "bytes": sum(item.nbytes for item in tensors),
+    }
+
+
+def _buckets(leaves: Leaves) -> list[Json]:
+    found: list[Json] = []
+    for name, leaf in leaves.items():
+        parts = name.split("/")
+        if parts[1] == "per_bucket_numel" and len(parts) == 5 and isinstance(leaf, int):
+            used = leaves.get(name.replace("per_bucket_numel", "per_bucket_numel_unpadded", 1))
+            found.append(
+                {
+                    "buffer": int(parts[2]),
+                    "types": parts[3],
+                    "bucket": int(parts[4]),
+                    "elements": leaf,
+                    "padding": leaf - used if isinstance(used, int) else None,
+                }
+            )
+    return found
+
+
+def _scalars(leaves: Mapping[str, Leaf], *, details: bool) -> Json:
+    """Numbers and texts of the tree; a long list of numbers, such as the state of a generator, in one line."""
+    lists: dict[str, list[str]] = {}
+    for name, leaf in leaves.items():
+        if not isinstance(leaf, TensorLeaf) and leaf not in CONTAINERS and leaf is not None:
+            lists.setdefault(name.rpartition("/")[0], []).append(name)
+    found: Json = {}
+    for folder, names in lists.items():
+        if len(names) > 32 and folder:
+            found[f"{folder}/*"] = f"{len(names)} values"
+        elif details or folder.count("/") < 2 or folder.endswith(tuple("0123456789")):
+            found |= {name: _plain(leaves[name]) for name in names if details or not folder.startswith("/rng_state")}
+    return found
+
+
+def _plain(leaf: Leaf) -> object:
+    if isinstance(leaf, bool | int) or leaf is None:
+        return leaf
+    return leaf if isinstance(leaf, float) and math.isfinite(leaf) else short(leaf, 120)
+
+
+def _arguments(leaves: Leaves, *, details: bool) -> Json:
+    args = {
+        name[6:]: _plain(leaf) for name, leaf in leaves.items() if name.startswith("/args/") and "/" not in name[6:]
+    }
+    if not args:
+        return {}
+    groups: Json = {
+        group: {name: args[name] for name in names.split() if name in args} for group, names in _ARGUMENTS.items()
+    }
+    shown = {name for names in _ARGUMENTS.values() for name in names.split()}
+    rest = {name: value for name, value in args.items() if name not in shown}
+    groups["others"] = rest if details else f"{len(rest)} more arguments (--details)"
+    return groups
+
+
+def _folder(path: Path, *, details: bool) -> Json:
+    try:
+        names = sorted(entry.name for entry in path.iterdir())
+    except OSError as error:
+        raise access_error(error, path, "listing") from error
+    if any(_ARGS.fullmatch(name) or _MAP.fullmatch(name) for name in names):
+        return _metadata(path, names, details=details)
+    if TRACKER in names or any(re.fullmatch(r"iter_\d{7}|release", name) for name in names):
+        return _megatron(path, names)
+    if any(_MODEL_RANK.fullmatch(name) for name in names):
+        return {"kind": "Megatron iteration", "path": str(path), **_iteration(path, read_tracker(path.parent))}
+    if any(_RANK.fullmatch(name) for name in names):
+        return _training(path, names)
+    files = checkpoint_files(path)
+    if not files:
+        raise UsageError(
+            "the folder holds no checkpoint that is known here",
+            where=path,
+            mend=f"name a file ({', '.join(sorted(SUFFIXES))}), a folder of rank_* folders, a pt_meta or a Megatron folder",
+        )
+    return {"kind": "folder of checkpoints", "path": str(path), "files": _listing(files)}
+
+
+def _listing(files: Mapping[str, Path]) -> list[Json]:
+    return [{"file": name, "bytes": path.stat().st_size} for name, path in files.items()]
+
+
+def _metadata(path: Path, names: Sequence[str], *, details: bool) -> Json:
+    args = [found for name in names if (found := _ARGS.fullmatch(name))]
+    maps = [found for name in names if (found := _MAP.fullmatch(name))]
+    first = _arguments(open_pt(path / args[0][0]), details=details) if args else {}
+    return {
+        "kind": "pt_meta of a Megatron run",
+        "path": str(path),
+        "mode": "parameters and optimizer" if maps else "parameters only: no param maps",
+        "ranks": [{"tp": int(found[1]), "pp": int(found[2]), "file": found[0]} for found in args],
+        "paramMaps": [_param_map(path / found[0], found) for found in maps],
+        "arguments": first,
+    }
+
+
+def _param_map(path: Path, found: re.Match[str]) -> Json:
+    try:
+        document = cast("dict[str, tuple[str, list[int], int, int, int]]", json.loads(path.read_bytes()))
+        rows = [(str(dtype), int(start), int(stop), int(bucket)) for dtype, _, start, stop, bucket in document.values()]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise FormatError(
+            f"cannot be read as a param map: {error}", where=path, mend="copy it again from where it was made"
+        ) from error
+    return {
+        "tp": int(found[2]),
+        "pp": int(found[3]),
+        "chunk": int(found[4]),
+        "parameters": len(rows),
+        "elements": sum(stop - start for _, start, stop, _ in rows),
+        "buckets": len({bucket for *_, bucket in rows}),
+        "type": ", ".join(sorted({dtype for dtype, *_ in rows})),
+    }
+
+
+def _training(path: Path, names: Sequence[str]) -> Json:
+    """A folder of rank folders: the steps that every rank has, and the one that would be converted."""
+    ranks = sorted(int(found[1]) for name in names if (found := _RANK.fullmatch(name)))
+    document: Json = {"kind": "MindSpore training output", "path": str(path), "ranks": spans(set(ranks))}
+    layout = _layout(ranks)
+    if layout is None:
+        return document | {"files": _listing(checkpoint_files(path))}
+    try:
+        steps = find_sources(path, layout)
+    except Ckpt2ptError as error:
+        return document | {"problem": error.what, "files": _listing(checkpoint_files(path))}
+    chosen = choose(steps, last_saved(path, layout))
+    first = next(iter(steps[chosen].values())).path
+    return document | {
+        "steps": [
+            {
+                "name": "no step in the name" if when == UNNAMED else f"epoch {when[0]} step {when[1]}",
+                "format": "+".join(sorted({file.path.suffix[1:] for file in files.values()})),
+                "files": len(files),
+                "bytes": sum(file.path.stat().st_size for file in files.values()),
+                "merged": any(file.merged for file in files.values()),
+                "chosen": when == chosen,
+            }
+            for when, files in steps.items()
+        ],
+        "chosen": str(first.relative_to(path)),
+        **_clock(first, index_file(first, partial=True)),
+    }
+
+
+def _layout(ranks: Sequence[int]) -> Topology | None:
+    """Degrees under which exactly these ranks are the representatives: ``0 1 4 5`` is a run of 2, every 4."""
+    run = next((n for n, rank in enumerate(ranks) if rank != n), len(ranks))
+    if not run or len(ranks) % run:
+        return None
+    every = ranks[run] if len(ranks) > run else run
+    if every % run:
+        return None
+    stages = len(ranks) // run
+    layout = Topology(num_layers=stages, tensor=run, pipeline=stages, data=every // run)
+    return layout if sorted(layout.source_rank(*rank) for rank in layout.ranks()) == list(ranks) else None
+
+
+def _megatron(path: Path, names: Sequence[str]) -> Json:
+    named = read_tracker(path)
+    folders = [path / name for name in names if re.fullmatch(r"iter_\d{7}|release", name)]
+    return {
+        "kind": "Megatron checkpoints",
+        "path": str(path),
+        "tracker": named or "none",
+        "loads": iteration_name(named) if named and path / iteration_name(named) in folders else "nothing",
+        "iterations": [{"name": folder.name, **_iteration(folder, named)} for folder in folders],
+    }
+
+
+def _iteration(folder: Path, named: str) -> Json:
+    """One iteration: its ranks and files, and how far a conversion has come."""
+    ranks = sorted(
+        (found[1], found[2] or "000") for path in folder.iterdir() if (found := _MODEL_RANK.fullmatch(path.name))
+    )
+    files = checkpoint_files(folder)
+    state = folder / STATE
+    stages = sorted(path.name[6:9] for path in state.glob("stage-*.json"))
+    claim = read_json(state / "claim.json")
+    current = bool(named) and iteration_name(named) == folder.name
+    partial = sum(1 for _ in folder.glob(f"mp_rank_*/.*{PARTIAL}"))
+    return {
+        "tp": len({tp for tp, _ in ranks}),
+        "pp": len({pp for _, pp in ranks}),
+        "files": len(files),
+        "bytes": sum(path.stat().st_size for path in files.values()),
+        "optimizer": any(name.endswith("distrib_optim.pt") for name in files),
+        "state": ("published" if current else "not named by the tracker")
+        + (f", {partial} unfinished files" if partial else ""),
+        "converted": f"stages {spans({int(pp) for pp in stages})}" if claim else "not by ckpt2pt",
+    }

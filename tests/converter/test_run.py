@@ -1,0 +1,287 @@
+"""Runs: resumed, refused, interrupted, side by side."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from ckpt2pt import engine
+from ckpt2pt import run as run_module
+from ckpt2pt.errors import FormatError, InputError, NoSpaceError, TimedOutError, TryAgainError, UsageError
+from ckpt2pt.request import Request
+from ckpt2pt.run import run
+from conversions import Quiet, flags_for, request_for
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@pytest.fixture
+def pipelined(golden: Path) -> Path:
+    return golden / "megatron06" / "j_tp1pp2dp2"
+
+
+def convert(request: Request, *stages: int) -> run_module.Outcome:
+    return run(request, stages or range(request.topology.pipeline), Quiet())
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*.pt"))}
+
+
+def test_the_tracker_waits_for_every_stage(pipelined: Path, tmp_path: Path) -> None:
+    request = request_for(pipelined, tmp_path)
+    first = convert(request, 1)
+    assert not first.published
+    assert not (tmp_path / TRACKER).exists()
+    assert convert(request, 0).published
+    assert (tmp_path / TRACKER).read_text() == "2"
+    report = json.loads((first.target.state / "report.json").read_text())
+    assert [stage["stage"] for stage in report["stages"]] == [0, 1]
+
+
+def test_a_second_run_keeps_what_is_there(pipelined: Path, tmp_path: Path) -> None:
+    request = request_for(pipelined, tmp_path)
+    convert(request)
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")}
+    again = convert(request)
+    assert (again.converted, len(again.kept), again.published) == ((), 2, True)
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")} == before
+
+
+def test_a_file_that_was_lost_is_made_again_with_the_same_bytes(pipelined: Path, tmp_path: Path) -> None:
+    request = request_for(pipelined, tmp_path)
+    convert(request)
+    before = contents(tmp_path)
+    (tmp_path / "iter_0000002" / "mp_rank_00_001" / "distrib_optim.pt").unlink()
+    again = convert(request)
+    assert again.converted == ((0, 1),)
+    assert contents(tmp_path) == before
+
+
+def test_processes_write_the_same_bytes_as_one(golden: Path, tmp_path: Path) -> None:
+    folder = sorted((golden / "megatron06").glob("b_*"))[0]
+    convert(request_for(folder, tmp_path / "one"))
+    convert(request_for(folder, tmp_path / "many", in_process=False, workers=3))
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+
+
+def test_the_manifest_holds_the_true_size_and_crc_of_each_file(pipelined: Path, tmp_path: Path) -> None:
+    from zlib import crc32
+
+    outcome = convert(request_for(pipelined, tmp_path))
+    manifest = json.loads((outcome.target.state / "stage-000.json").read_text())
+    files = [file for rank in manifest["ranks"] for file in rank["files"]]
+    assert len(files) == 2
+    for file in files:
+        data = (outcome.target.folder / file["path"]).read_bytes()
+        assert (file["nbytes"], file["crc32"]) == (len(data), f"{crc32(data):08x}")
+
+
+def test_another_conversion_is_refused_and_leaves_the_first_alone(pipelined: Path, tmp_path: Path) -> None:
+    convert(request_for(pipelined, tmp_path))
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match="another conversion") as caught:
+        convert(request_for(pipelined, tmp_path, full=False))
+    assert "--overwrite" in caught.value.mend
+    assert contents(tmp_path) == before
+    assert (tmp_path / TRACKER).read_text() == "2"
+
+
+def test_a_source_that_changed_is_another_conversion(pipelined: Path, tmp_path: Path) -> None:
+    shutil.copytree(pipelined / "ms", tmp_path / "ms")
+    request = request_for(pipelined, tmp_path / "out", source=tmp_path / "ms")
+    convert(request)
+    path = tmp_path / "ms" / "rank_0" / "network.ckpt"
+    os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
+    with pytest.raises(UsageError, match="a source that changed since"):
+        convert(request)
+
+
+def test_overwrite_takes_the_old_tracker_down_first(pipelined: Path, tmp_path: Path) -> None:
+    convert(request_for(pipelined, tmp_path))
+    half = convert(request_for(pipelined, tmp_path, full=False, overwrite=True), 0)
+    assert not half.published
+    assert not (tmp_path / TRACKER).exists()
+    assert sorted(p.name for p in half.target.folder.rglob("*.pt")) == ["model_optim_rng.pt"]
+    assert convert(request_for(pipelined, tmp_path, full=False, overwrite=True)).published
+
+
+def test_a_folder_of_megatron_is_not_touched(pipelined: Path, tmp_path: Path) -> None:
+    stranger = tmp_path / "iter_0000002" / "mp_rank_00_000" / "model_optim_rng.pt"
+    stranger.parent.mkdir(parents=True)
+    stranger.write_text("theirs")
+    with pytest.raises(UsageError, match="did not write"):
+        convert(request_for(pipelined, tmp_path))
+    assert stranger.read_text() == "theirs"
+
+
+def test_two_runs_on_one_stage_one_wins_and_the_other_says_why(pipelined: Path, tmp_path: Path) -> None:
+    request = request_for(pipelined, tmp_path)
+    outcome = convert(request, 0)
+    with (outcome.target.state / "stage-001.lock").open("w+") as held:
+        held.write("node-7 pid 42\n")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(TryAgainError, match="node-7 pid 42"):
+            convert(request)
+    assert convert(request).published
+
+
+def test_a_target_without_room_is_refused_before_anything_is_made(
+    pipelined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckpt2pt.publish.free_bytes", lambda _: 1000)
+    with pytest.raises(NoSpaceError, match="1000 are free"):
+        convert(request_for(pipelined, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_in_the_middle_leaves_nothing_half_done(
+    pipelined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_for(pipelined, tmp_path / "out")
+    convert(request_for(pipelined, tmp_path / "undisturbed"))
+    real, calls = os.pwrite, iter(range(10_000))
+
+    def full_disk(fd: int, data: bytes, offset: int) -> int:
+        if next(calls) == 40:
+            raise OSError(28, "No space left on device")
+        return real(fd, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.os, "pwrite", full_disk)
+        with pytest.raises(NoSpaceError, match="No space left") as caught:
+            convert(request)
+    assert "run the same command again" in caught.value.mend
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    assert not (tmp_path / "out" / TRACKER).exists()
+    assert convert(request).published
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_a_short_write_is_continued(pipelined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(request_for(pipelined, tmp_path / "undisturbed"))
+    real = os.pwrite
+    monkeypatch.setattr(engine.os, "pwrite", lambda fd, data, offset: real(fd, memoryview(data)[:1000], offset))
+    convert(request_for(pipelined, tmp_path / "out"))
+    monkeypatch.undo()
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_bytes_that_changed_on_the_disk_are_noticed(
+    pipelined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ckpt2pt.errors import VerificationError
+
+    real = os.pwrite
+    calls = iter(range(10_000))
+
+    def bad_cable(fd: int, data: bytes, offset: int) -> int:
+        if next(calls) == 7:
+            flipped = bytearray(data)
+            flipped[0] ^= 1
+            return real(fd, flipped, offset)
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(engine.os, "pwrite", bad_cable)
+    with pytest.raises(VerificationError, match="CRC-32"):
+        convert(request_for(pipelined, tmp_path, verify="digest"))
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_rank_that_takes_too_long_ends_the_run(
+    pipelined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = engine.find_cast
+
+    def slow(source: str, target: str) -> engine.Cast | None:  # type: ignore[name-defined]
+        time.sleep(0.1)
+        return real(source, target)
+
+    monkeypatch.setattr(engine, "find_cast", slow)
+    with pytest.raises(TimedOutError, match=r"0\.3 seconds"):
+        convert(request_for(pipelined, tmp_path, timeout=0.3))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def spoil(folder: Path, change: Callable[[bytes], bytes]) -> Path:
+    path = next((folder / "rank_2").iterdir())
+    path.chmod(0o600)
+    path.write_bytes(change(path.read_bytes()))
+    return path
+
+
+def test_bad_input_of_one_rank_is_found_before_anything_is_written(pipelined: Path, tmp_path: Path) -> None:
+    shutil.copytree(pipelined / "ms", tmp_path / "ms")
+    spoil(tmp_path / "ms", lambda data: data[: len(data) // 2])
+    with pytest.raises(FormatError):
+        convert(request_for(pipelined, tmp_path / "out", source=tmp_path / "ms"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranks_at_different_steps_are_refused(pipelined: Path, tmp_path: Path) -> None:
+    shutil.copytree(pipelined / "ms", tmp_path / "ms")
+    key = b"step_num\x12\x11\x12\x05Int64\x1a\x08"
+    path = next((tmp_path / "ms" / "rank_2").iterdir())
+    assert path.read_bytes().count(key + b"\x02") == 1
+    spoil(tmp_path / "ms", lambda data: data.replace(key + b"\x02", key + b"\x03"))
+    with pytest.raises(InputError, match="step_num is 2.0 and 3.0|step_num is 2 and 3"):
+        convert(request_for(pipelined, tmp_path / "out", source=tmp_path / "ms"))
+
+
+def command(folder: Path, target: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "ckpt2pt", "convert", *flags_for(folder, target), "--progress", "none", *more]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_with_75_and_the_next_run_finishes(
+    pipelined: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    convert(request_for(pipelined, tmp_path / "undisturbed"))
+    process = subprocess.Popen(command(pipelined, tmp_path / "out", "--process-limit", "2"), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 20
+    while not list((tmp_path / "out").rglob("*.lock")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    began = time.monotonic()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - began < 6
+    assert process.returncode in {75, 0}
+    if process.returncode:
+        assert number.name in stderr.decode()
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    subprocess.run(command(pipelined, tmp_path / "out"), check=True, capture_output=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def test_a_worker_that_is_killed_is_not_taken_for_done(pipelined: Path, tmp_path: Path) -> None:
+    request = replace(request_for(pipelined, tmp_path), in_process=False, workers=2)
+
+    class Killer(Quiet):
+        def begin(self, totals: object) -> None:
+            import threading
+
+            def kill() -> None:
+                import multiprocessing
+
+                for _ in range(2000):
+                    for child in multiprocessing.active_children():
+                        child.kill()
+                    time.sleep(0.001)
+
+            threading.Thread(target=kill, daemon=True).start()
+
+    with pytest.raises(TryAgainError, match="exit code -9"):
+        run(request, range(2), Killer())
+    assert not (tmp_path / TRACKER).exists()
