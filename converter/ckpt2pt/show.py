@@ -29,11 +29,14 @@ from ckpt2pt.text import render as render
 from ckpt2pt.text import short
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=[._])")
+_NUMBER = re.compile(r"(?<=layers\.)\d+(?=[._])|(?<=_bucket_)\d+$")
 _RANK = re.compile(r"rank_(\d+)")
 _MODEL_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _ARGS = re.compile(r"args_tp(\d+)_pp(\d+)\.pt")
 _MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(\d+)pp(\d+)vpp(\d+)\.json")
 _MAX_VALUES = 500
+_LONG_LIST = 32
+_TIMES = ("/num_steps", "/step")
 
 _ROLES = {"param": "parameters", "exp_avg": "first moments", "exp_avg_sq": "second moments"}
 
@@ -80,17 +83,20 @@ def inspect(path: Path, *, details: bool = False) -> Json:
 
 
 def _mindspore(path: Path, *, details: bool) -> Json:
-    index, table_of_names = index_file(path, partial=True), NameTable()
+    index, names = index_file(path, partial=True), NameTable()
     kind = ".safetensors" if path.suffix == ".safetensors" else ".ckpt"
     totals: dict[str, list[TensorRef]] = {}
     layers: set[int] = set()
     for name, ref in index.items():
-        what = table_of_names.classify(name)
+        what = names.classify(name)
         role = "shards of the distributed optimizer" if SHARD.fullmatch(name) else _ROLES.get(what.role, what.name)
         totals.setdefault(role, []).append(ref)
         layers |= {int(number) for number in _LAYER.findall(what.name if what.role != "ignored" else "")}
     scalars = {name: ref for name, ref in index.items() if _is_scalar(ref)}
     tensors = [_Entry(name, leaf_of(ref)) for name, ref in index.items() if details or name not in scalars]
+    if not details:
+        order = list(_ROLES)
+        tensors.sort(key=lambda entry: order.index(role) if (role := names.classify(entry.name).role) in order else 9)
     return {
         "kind": f"MindSpore checkpoint ({kind})",
         "path": str(path),
@@ -142,17 +148,20 @@ def _clock(path: Path, index: Mapping[str, TensorRef]) -> Json:
 
 
 def _collapse(entries: Iterable[_Entry]) -> list[Json]:
-    """One row for the same tensor of many layers: ``layers.{0-31}.attention.qkv_proj.weight``."""
-    groups: dict[tuple[str, str, tuple[int, ...]], list[_Entry]] = {}
+    """One row for the same tensor of many layers: ``layers.{0-31}.attention.qkv_proj.weight``; buckets differ in size."""
+    groups: dict[tuple[str, str, tuple[int, ...] | None], list[_Entry]] = {}
     for entry in entries:
-        groups.setdefault((_LAYER.sub("{}", entry.name), entry.leaf.dtype, entry.leaf.shape), []).append(entry)
+        shape = None if SHARD.fullmatch(entry.name) else entry.leaf.shape
+        groups.setdefault((_NUMBER.sub("{}", entry.name), entry.leaf.dtype, shape), []).append(entry)
     rows: list[Json] = []
     for (pattern, _, _), same in groups.items():
         row = same[0].row()
         if len(same) > 1:
-            numbers = {int(number) for entry in same for number in _LAYER.findall(entry.name)}
+            numbers = {int(number) for entry in same for number in _NUMBER.findall(entry.name)}
             row["name"] = pattern.replace("{}", f"{{{spans(numbers)}}}")
             row["count"] = len(same)
+            if len({entry.leaf.shape for entry in same}) > 1:
+                row["shape"] = "various"
             row["bytes"] = sum(entry.leaf.nbytes for entry in same)
         rows.append(row)
     return rows
@@ -167,7 +176,6 @@ def _archive(path: Path, *, details: bool) -> Json:
         holds = "a Megatron distributed optimizer"
     elif "args" in tops and holds == "other data":
         holds = "a template of pt_meta: a Megatron model file without its weights"
-    rest = {name: leaf for name, leaf in leaves.items() if not name.startswith(("/args/", "/per_bucket_numel"))}
     return {
         "kind": "torch archive (.pt)",
         "path": str(path),
@@ -176,8 +184,13 @@ def _archive(path: Path, *, details: bool) -> Json:
         "holds": holds,
         "tree": [_branch(top, leaves) for top in tops],
         "buckets": _buckets(leaves),
-        "tensors": [entry.row() for entry in tensors] if details else _collapse(tensors),
-        "scalars": _scalars(rest, details=details),
+        # The buckets say it all in fewer lines.
+        "tensors": [entry.row() for entry in tensors]
+        if details
+        else []
+        if "per_bucket_numel" in tops
+        else _collapse(tensors),
+        "scalars": _scalars(leaves, details=details),
         "arguments": _arguments(leaves, details=details),
     }
 
@@ -216,16 +229,16 @@ def _buckets(leaves: Leaves) -> list[Json]:
 
 def _scalars(leaves: Mapping[str, Leaf], *, details: bool) -> Json:
     """Numbers and texts of the tree; a long list of numbers, such as the state of a generator, in one line."""
-    lists: dict[str, list[str]] = {}
+    folders: dict[str, list[str]] = {}
     for name, leaf in leaves.items():
-        if not isinstance(leaf, TensorLeaf) and leaf not in CONTAINERS and leaf is not None:
-            lists.setdefault(name.rpartition("/")[0], []).append(name)
+        if isinstance(leaf, bool | int | float | str) and not name.startswith(("/args/", "/per_bucket_numel")):
+            folders.setdefault(name.rpartition("/")[0], []).append(name)
     found: Json = {}
-    for folder, names in lists.items():
-        if len(names) > 32 and folder:
-            found[f"{folder}/*"] = f"{len(names)} values"
-        elif details or folder.count("/") < 2 or folder.endswith(tuple("0123456789")):
-            found |= {name: _plain(leaves[name]) for name in names if details or not folder.startswith("/rng_state")}
+    for folder, names in folders.items():
+        if folder and len(names) > _LONG_LIST:
+            found |= {f"{folder}/*": f"{len(names)} values"} if details else {}
+        else:
+            found |= {name: _plain(leaves[name]) for name in names if details or not folder or name.endswith(_TIMES)}
     return found
 
 

@@ -17,7 +17,7 @@ import pytest
 from ckpt2pt.mapping.topology import Topology
 from synthetic import Model, build
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 KILLS = 50
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -26,7 +26,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
-    build(folder, Model(topology=Topology(num_layers=8, tensor=2, pipeline=2, virtual=2), hidden=512, ffn=1536, vocab=8192))
+    build(folder, Model(topology=Topology(num_layers=8, tensor=2, pipeline=2, virtual=2), hidden=384, ffn=1024, vocab=4096))
     return folder
 
 

@@ -1,36 +1,31 @@
-"""The ten-second proof (`make tiny`): the reference's command line, a small real checkpoint, read by real torch."""
+"""Ten seconds: one small checkpoint through the installed program, read by torch."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from conversions import flags_for
 
-SET = "megatron06/a2_tp1pp1_tied_bias"
+pytestmark = pytest.mark.e2e
 
 
-def test_a_small_checkpoint_is_converted_and_torch_reads_what_megatron_wrote(golden: Path, tmp_path: Path) -> None:
-    source, target = golden / SET, tmp_path / "megatron_pt"
-    flags = (
-        "--num-layers 2 --dp-size 1 --cp-size 1 --tp-size 1 --pp-size 1 --vpp-size 1 --src-model-format ckpt "
-        "--multiprocess-off"
+@pytest.mark.parametrize("full", [True, False], ids=["full", "params-only"])
+def test_a_checkpoint_converts_and_torch_loads_it(golden: Path, tmp_path: Path, full: bool) -> None:
+    folder = golden / "megatron06" / "j_tp1pp2dp2"
+    result = subprocess.run(
+        [sys.executable, "-m", "ckpt2pt", "convert", *flags_for(folder, tmp_path, full=full), "--output", "json"],
+        check=True,
+        capture_output=True,
+        text=True,
     )
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "ckpt2pt", "convert", *flags.split(),
-            "--ms-path", str(source / "ms"), "--param-map-path", str(source / "pt_meta"), "--megatron-path", str(target),
-        ],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (target / "latest_checkpointed_iteration.txt").read_text() == "2"
-    ours = torch.load(target / "iter_0000002" / "mp_rank_00" / "distrib_optim.pt", weights_only=True)
-    theirs = torch.load(source / "A" / "iter_0000002" / "mp_rank_00" / "distrib_optim.pt", weights_only=True)
-    assert ours.keys() == theirs.keys()
-    key = next(iter(theirs[0]))
-    for kind in ("param", "exp_avg", "exp_avg_sq"):
-        assert len(ours[0][key][kind]) == len(theirs[0][key][kind])
-        for mine, judge in zip(ours[0][key][kind], theirs[0][key][kind], strict=True):
-            assert torch.equal(mine, judge)
+    assert json.loads(result.stdout)["published"] is True
+    assert json.loads(result.stderr.splitlines()[-1])["bytesDone"] == json.loads(result.stderr.splitlines()[-1])["bytesTotal"]
+    optimizer = tmp_path / "iter_0000002" / "mp_rank_00_001" / "distrib_optim.pt"
+    assert optimizer.exists() == full
+    if full:
+        assert torch.load(optimizer, weights_only=True)["per_bucket_numel"]

@@ -237,16 +237,10 @@ def test_lock_knows_the_dependencies_of_the_project(lock: Path) -> None:
 
 def test_no_file_holds_a_machine_path_or_the_host_of_a_registry() -> None:
     # Put together here, so that this file does not hold them.
-    machine = [
-        f"{REPOSITORY.parent}/" if len(REPOSITORY.parts) > 2 else f"{REPOSITORY}/",
-        *(f"/{top}/" for top in ("work", "root")),
-    ]
-    hosts = [
-        ".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("crates", "io"))
-    ]
-    pattern = re.compile(
-        "|".join([rf"(?<![\w./$}}]){re.escape(path)}" for path in machine] + [re.escape(h) for h in hosts])
-    )
+    machine = [f"{REPOSITORY}/", *(f"/{top}/" for top in ("work", "root"))]
+    hosts = [".".join(name) for name in (("pypi", "org"), ("pythonhosted", "org"), ("npmjs", "org"), ("crates", "io"))]
+    spelled = [rf"(?<![\w.$}}]){re.escape(path)}" for path in machine] + [re.escape(host) for host in hosts]
+    pattern = re.compile("|".join(spelled))
     found = [
         f"{name_of(path)}:{number}"
         for path, text in text_files()

@@ -1,0 +1,408 @@
+"""A CheckpointConversion document -> one frozen, proved value, and the command line it stands for.
+
+Pure: no files, no cluster.  The operator reads its objects with this, and ``ckpt2pt run`` its document, so a wrong
+topology is refused by the same code in both places, before anything starts.  Defaults and rules are those of
+crds/checkpointconversions.yaml (the tests hold them together): an API server has applied them, a file has not.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from ckpt2pt.errors import UsageError
+from ckpt2pt.mapping.topology import Topology
+
+Json = dict[str, object]
+
+API_VERSION = "ckpt2pt.dev/v1alpha1"
+KIND = "CheckpointConversion"
+ROLES = ("source", "metadata", "target")
+VOLUME_KINDS = ("persistentVolumeClaim", "hostPath", "nfs", "csi", "emptyDir")
+MAX_NAME = 45
+"""``<name>-<attempt>-<index>`` is a host name and ends at 63 characters."""
+
+#   spec.model.rules    the same in a rule file
+_RULES = {
+    "layerModules":     "layer_modules",
+    "modules":          "modules",
+    "ignore":           "ignore",
+    "pickleGlobals":    "pickle_globals",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is wrong with a document."""
+
+    field: str
+    what: str
+    mend: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A folder on a volume: ``volume`` as in a pod, ``path`` relative to its root."""
+
+    volume: Json
+    path: str
+
+    def below(self, root: str) -> str:
+        """The folder, where the volume is mounted at ``root``."""
+        return root if self.path == "." else f"{root}/{self.path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers:
+    """How the work is done; ``pod`` holds the fields that only matter to the pods of a cluster."""
+
+    max_parallel_stages: int | None
+    processes: int
+    rank_timeout_seconds: int | None
+    pod: Json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retries:
+    """What happens to a stage that fails for a reason that may pass."""
+
+    per_stage: int
+    memory_growth_percent: int
+    max_failed_stages: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """One CheckpointConversion with every default applied."""
+
+    name: str
+    namespace: str | None
+    uid: str | None
+    mode: str
+    dry_run: bool
+    topology: Topology
+    rules: Json
+    source: Place
+    source_format: str
+    iteration: int | None
+    metadata: Place
+    target: Place
+    target_format: str
+    overwrite: bool
+    target_data: int | None
+    zero_consumed_samples: bool
+    verify: str
+    start_after: Json | None
+    workers: Workers
+    retries: Retries
+    pending_deadline_seconds: int
+    active_deadline_seconds: int | None
+    ttl_seconds_after_finished: int | None
+    suspend: bool
+    cancel: bool
+
+    def place(self, role: str) -> Place:
+        """The folder of ``source``, ``metadata`` or ``target``."""
+        return {"source": self.source, "metadata": self.metadata, "target": self.target}[role]
+
+
+def refusal(findings: Sequence[Finding], where: str) -> UsageError:
+    """One error for everything that is wrong."""
+    if len(findings) == 1:
+        return UsageError(findings[0].what, where=f"{where}: {findings[0].field}", mend=findings[0].mend)
+    lines = "".join(f"\n  - {finding.field}: {finding.what}; {finding.mend}" for finding in findings)
+    return UsageError(f"{len(findings)} fields are wrong:{lines}", where=where, mend="correct these fields")
+
+
+def parse(document: Mapping[str, object]) -> Conversion:
+    """Apply the defaults and prove the rules; all that is wrong is told at once."""
+    findings: list[Finding] = []
+    root = Fields(document, "", findings)
+    meta, spec = root.child("metadata"), root.child("spec")
+    name = meta.text("name", "")
+    _check_head(root, name)
+    model, cut = spec.child("model"), spec.child("parallelism")
+    source, metadata, target = (spec.child(role) for role in ROLES)
+    source_volume = _volume(source, None)
+    conversion = dict(
+        name=name,
+        namespace=meta.text("namespace", "") or None,
+        uid=meta.text("uid", "") or None,
+        mode=spec.choice("mode", "Full", "ParamsOnly"),
+        dry_run=spec.flag("dryRun"),
+        rules=_rules(model.child("rules")),
+        source=Place(volume=source_volume, path=_path(source, ".")),
+        source_format=source.choice("format", "Auto", "Ckpt", "Safetensors"),
+        iteration=source.optional("iteration"),
+        metadata=Place(volume=_volume(metadata, source_volume), path=_path(metadata)),
+        target=Place(volume=_volume(target, source_volume), path=_path(target)),
+        target_format=target.choice("format", "Megatron06"),
+        overwrite=target.flag("overwrite"),
+        target_data=target.optional("dataParallel"),
+        zero_consumed_samples=target.flag("zeroConsumedSamples"),
+        verify=spec.choice("verify", "Digest", "None", "Full"),
+        start_after=_start_after(spec),
+        workers=_workers(spec.child("workers")),
+        retries=_retries(spec.child("retries")),
+        pending_deadline_seconds=spec.number("pendingDeadlineSeconds", 900),
+        active_deadline_seconds=spec.optional("activeDeadlineSeconds"),
+        ttl_seconds_after_finished=spec.optional("ttlSecondsAfterFinished", low=0),
+        suspend=spec.flag("suspend"),
+        cancel=spec.flag("cancel"),
+    )
+    topology = _topology(model, cut)
+    if not findings:
+        _check_places(cast("dict[str, Place]", conversion), findings)
+    if findings or topology is None:
+        raise refusal(findings, f"{KIND} {name or 'without a name'}")
+    return Conversion(topology=topology, **conversion)  # type: ignore[arg-type]
+
+
+class Fields:
+    """One object of the document.  What is wrong with a field is noted, and a harmless value goes on."""
+
+    def __init__(self, value: object, path: str, findings: list[Finding]) -> None:
+        self.path = path
+        self._findings = findings
+        self._value: Mapping[str, object] = {}
+        self.broken = value is not None and not isinstance(value, Mapping)
+        if isinstance(value, Mapping):
+            self._value = cast("Mapping[str, object]", value)
+        elif self.broken:
+            self.note("", "is not a mapping of fields", "write its fields below it, one on a line")
+
+    def note(self, name: str, what: str, mend: str) -> None:
+        """Keep what is wrong with a field."""
+        field = ".".join(part for part in (self.path, name) if part)
+        self._findings.append(Finding(field=field, what=what, mend=mend))
+
+    def get(self, name: str) -> object:
+        """The raw value; null is as good as absent, as it is for an API server."""
+        return self._value.get(name)
+
+    def items(self) -> list[tuple[str, object]]:
+        """Every field that is there and not null."""
+        return [(name, value) for name, value in self._value.items() if value is not None]
+
+    def child(self, name: str) -> Fields:
+        """An object inside this one; an empty one if it is not there."""
+        return Fields(self.get(name), ".".join(part for part in (self.path, name) if part), self._findings)
+
+    def text(self, name: str, default: str) -> str:
+        """A string."""
+        value = self.get(name)
+        if value is None or isinstance(value, str):
+            return default if value is None else value
+        self.note(name, f"is {value!r}, and must be text", "put it in quotes")
+        return default
+
+    def choice(self, name: str, default: str, *others: str) -> str:
+        """One of a few words, the first of them by default."""
+        value = self.get(name)
+        if value is None or value in {default, *others}:
+            return default if value is None else str(value)
+        self.note(name, f"is {value!r}", f"write {' or '.join((default, *others))}")
+        return default
+
+    def flag(self, name: str) -> bool:
+        """True or false, false by default."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            self.note(name, f"is {value!r}", "write true or false")
+        return value is True
+
+    def number(self, name: str, default: int, *, low: int = 1) -> int:
+        """A whole number of at least ``low``."""
+        found = self.optional(name, low=low)
+        return default if found is None else found
+
+    def optional(self, name: str, *, low: int = 1) -> int | None:
+        """A whole number of at least ``low``, or None."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if type(value) is int and value >= low:
+            return value
+        self.note(name, f"is {value!r}", f"write a whole number of at least {low}")
+        return None
+
+    def numbers(self, name: str) -> tuple[int, ...] | None:
+        """A list of whole numbers of at least 0, or None."""
+        value = self.get(name)
+        if value is None:
+            return None
+        items = cast("list[object]", value) if isinstance(value, list | tuple) else [None]
+        if all(type(item) is int and item >= 0 for item in items):
+            return tuple(cast("list[int]", items))
+        self.note(name, f"is {value!r}", "write a list of whole numbers, as [62, 63]")
+        return None
+
+
+def _check_head(root: Fields, name: str) -> None:
+    for field, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):
+        if root.get(field) != wanted:
+            root.note(field, f"is {root.get(field)!r}", f"write {wanted}")
+    meta = root.child("metadata")
+    if len(name) > MAX_NAME:
+        meta.note("name", f"has {len(name)} characters", f"choose a name of at most {MAX_NAME}; those of its Job and pods are made from it")
+    elif not re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", name):
+        meta.note("name", f"is {name!r}", "choose a name of lower-case letters, digits and dashes")
+    if root.get("spec") is None:
+        root.note("spec", "is missing", "say there what to convert")
+
+
+def _topology(model: Fields, cut: Fields) -> Topology | None:
+    layers = model.optional("numLayers")
+    if layers is None:
+        if model.get("numLayers") is None:
+            model.note("numLayers", "is missing", "give the number of layers, no-op layers included")
+        return None
+    try:
+        return Topology(
+            num_layers=layers,
+            tensor=cut.number("tensor", 1),
+            pipeline=cut.number("pipeline", 1),
+            virtual=cut.number("virtualPipeline", 1),
+            data=cut.number("data", 1),
+            context=cut.number("context", 1),
+            noop=frozenset(model.numbers("noopLayers") or ()),
+            layers_per_stage=model.numbers("layersPerStage"),
+        )
+    except UsageError as error:
+        model.note("", error.what, error.mend)
+        return None
+
+
+def _path(fields: Fields, default: str | None = None) -> str:
+    path = fields.text("path", default or "")
+    if not path:
+        fields.note("path", "is missing", "give the folder, relative to the root of its volume")
+    elif path != "." and any(part in {"", ".", ".."} for part in path.split("/")):
+        fields.note(
+            "path",
+            f"is {path!r}",
+            "write it relative to the root of its volume, as run7/ms_ckpt, without '..' and without a slash at either end; "
+            "'.' is the root itself",
+        )
+    return path
+
+
+def _volume(fields: Fields, default: Json | None) -> Json:
+    if fields.get("volume") is None and default is not None:
+        return default
+    volume = fields.child("volume")
+    kinds = [kind for kind in VOLUME_KINDS if volume.get(kind) is not None]
+    if len(kinds) != 1:
+        volume.note(
+            "",
+            f"names {' and '.join(kinds) or 'no volume'}",
+            f"name exactly one of {', '.join(VOLUME_KINDS[:-1])} or {VOLUME_KINDS[-1]}",
+        )
+        return {}
+    [kind] = kinds
+    inner = volume.child(kind)
+    for needed in {"persistentVolumeClaim": ("claimName",), "nfs": ("server", "path"), "hostPath": ("path",), "csi": ("driver",)}.get(kind, ()):
+        if not inner.text(needed, ""):
+            inner.note(needed, "is missing", "give it")
+    path = inner.text("path", "")
+    if path and (not path.startswith("/") or ".." in path.split("/")):
+        inner.note("path", f"is {path!r}", "give an absolute path, as /data/training, without '..'")
+    found = dict(inner.items())
+    return {kind: {"type": "Directory"} | found if kind == "hostPath" else found}
+
+
+def _check_places(places: Mapping[str, Place], findings: list[Finding]) -> None:
+    for role, what in (("source", "its source"), ("metadata", "pt_meta")):
+        if places["target"] == places[role]:
+            findings.append(
+                Finding(
+                    field="spec.target.path",
+                    what=f"is {places['target'].path!r} on the same volume as {what}",
+                    mend=f"choose another target.path; the result cannot take the place of {what}",
+                )
+            )
+
+
+def _rules(fields: Fields) -> Json:
+    """The rules in the spelling of a rule file, without empty sections."""
+    found = {snake: fields.get(camel) for camel, snake in _RULES.items()}
+    for camel, snake in _RULES.items():
+        wanted: type = dict if camel.lower().endswith("modules") else list
+        if found[snake] is not None and not isinstance(found[snake], wanted):
+            fields.note(camel, f"is {found[snake]!r}", f"write a {'mapping' if wanted is dict else 'list'} of names")
+    return {section: value for section, value in found.items() if value}
+
+
+def _start_after(spec: Fields) -> Json | None:
+    if spec.get("startAfter") is None:
+        return None
+    fields = spec.child("startAfter")
+    found: Json = {name: fields.text(name, "") for name in ("apiVersion", "kind", "name")}
+    for name in (name for name, value in found.items() if not value):
+        fields.note(name, "is missing", "name the workload fully, as {apiVersion: batch/v1, kind: Job, name: pretrain}")
+    return found
+
+
+def _workers(fields: Fields) -> Workers:
+    ours = {"maxParallelStages", "processes", "rankTimeoutSeconds"}
+    return Workers(
+        max_parallel_stages=fields.optional("maxParallelStages"),
+        processes=fields.number("processes", 2),
+        rank_timeout_seconds=fields.optional("rankTimeoutSeconds"),
+        pod={name: value for name, value in fields.items() if name not in ours},
+    )
+
+
+def _retries(fields: Fields) -> Retries:
+    return Retries(
+        per_stage=fields.number("perStage", 3, low=0),
+        memory_growth_percent=fields.number("memoryGrowthPercent", 50, low=0),
+        max_failed_stages=fields.optional("maxFailedStages", low=0),
+    )
+
+
+def convert_args(conversion: Conversion, mounts: Mapping[str, str]) -> list[str]:
+    """The command of one worker, ``plan`` for a dry run; ``mounts`` says where the volume of each role is mounted."""
+    cut = conversion.topology
+    paths = {role: conversion.place(role).below(mounts[role]) for role in ROLES}
+    words: list[object] = [
+        "plan" if conversion.dry_run else "convert",
+        "--num-layers", cut.num_layers,
+        "--tp-size", cut.tensor,
+        "--pp-size", cut.pipeline,
+        "--vpp-size", cut.virtual,
+        "--dp-size", cut.data,
+        "--cp-size", cut.context,
+        "--ms-path", paths["source"],
+        "--src-model-format", conversion.source_format.lower(),
+        "--param-map-path", paths["metadata"],
+        "--megatron-path", paths["target"],
+        "--target-format", conversion.target_format.lower(),
+        "--process-limit", conversion.workers.processes,
+    ]  # fmt: skip
+    given: dict[str, object] = {
+        "--noop": sorted(cut.noop),
+        "--stage-list": ",".join(map(str, cut.layers_per_stage or ())),
+        "--rules": json.dumps(conversion.rules) if conversion.rules else None,
+        "--iteration": conversion.iteration,
+        "--target-dp-size": conversion.target_data,
+    }
+    flags = {
+        "--convert-param-only": conversion.mode == "ParamsOnly",
+        "--overwrite": conversion.overwrite,
+        "--zero-consumed-samples": conversion.zero_consumed_samples,
+    }
+    if not conversion.dry_run:
+        words += ["--verify", conversion.verify.lower(), "--progress", "json"]
+        given["--process-timeout"] = conversion.workers.rank_timeout_seconds
+    for flag, value in given.items():
+        if value:
+            words += [flag, *(cast("list[object]", value) if isinstance(value, list) else [value])]
+    words += [flag for flag, wanted in flags.items() if wanted]
+    if conversion.dry_run:
+        # The one worker has index 0, and would plan stage 0 alone.
+        words += [word for stage in range(cut.pipeline) for word in ("--stage", stage)]
+    return [str(word) for word in (*words, "--output", "json", "--log-format", "json")]
