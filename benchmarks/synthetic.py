@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from isal import isal_zlib
 
+from ckpt2pt.checksums import crc32
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.pt.archive import finish, lay_out
@@ -101,7 +101,7 @@ def _write_rank(folder: Path, model: Model, tp: int, pp: int, noise: bytes, *, h
 
 def _write_tensor(fd: int, name: str, shape: tuple[int, ...], noise: bytes, rank: int, *, headers_only: bool) -> None:
     left = 4 * int(np.prod(shape))
-    shift = (isal_zlib.crc32(name.encode()) + rank) % (len(noise) // 2)
+    shift = (crc32(name.encode(), 0) + rank) % (len(noise) // 2)
     while left:
         size = min(left, SLICE_BYTES)
         os.write(fd, _entry(name, "Float32", shape, size))
@@ -138,7 +138,9 @@ def _entry(name: str, kind: str, shape: tuple[int, ...], nbytes: int) -> bytes:
     tensor_head = dims + b"\x12" + _varint(len(kind)) + kind.encode() + b"\x1a" + _varint(nbytes)
     tag = b"\x0a" + _varint(len(name.encode())) + name.encode()
     tensor_field = b"\x12" + _varint(len(tensor_head) + nbytes)
-    return b"\x0a" + _varint(len(tag) + len(tensor_field) + len(tensor_head) + nbytes) + tag + tensor_field + tensor_head
+    return (
+        b"\x0a" + _varint(len(tag) + len(tensor_field) + len(tensor_head) + nbytes) + tag + tensor_field + tensor_head
+    )
 
 
 def _write_meta(folder: Path, model: Model, tp: int, pp: int) -> None:
@@ -158,7 +160,7 @@ def _write_meta(folder: Path, model: Model, tp: int, pp: int) -> None:
     with (folder / f"{stem}.pt").open("wb") as file:
         for number, data in enumerate(storages):
             os.pwrite(file.fileno(), data, layout.storage_offset(number))
-        finish(file.fileno(), layout, [isal_zlib.crc32(data) for data in storages])
+        finish(file.fileno(), layout, [crc32(data, 0) for data in storages])
 
 
 def _template(model: Model) -> Value:

@@ -14,7 +14,10 @@ import numpy.typing as npt
 Cast = Callable[["npt.NDArray[np.uint8]", "npt.NDArray[np.uint8]"], None]
 """Convert all elements of the first array of bytes into the second, which has the exact size."""
 
-_PLAIN = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2")}
+_PLAIN: dict[str, np.dtype[np.float32] | np.dtype[np.float16]] = {
+    "float32": np.dtype(np.float32).newbyteorder("<"),
+    "float16": np.dtype(np.float16).newbyteorder("<"),
+}
 
 
 def find_cast(source: str, target: str) -> Cast | None:

@@ -60,21 +60,47 @@ def build_parser() -> argparse.ArgumentParser:
     add_output_options(plan)
 
     inspect = add("inspect", "show what a checkpoint holds: .ckpt, .safetensors, .pt or a whole directory", _inspect)
-    inspect.add_argument("path", type=Path, help="a file, a rank folder, a training output, pt_meta or a Megatron folder")
+    inspect.add_argument(
+        "path", type=Path, help="a file, a rank folder, a training output, pt_meta or a Megatron folder"
+    )
     inspect.add_argument("--details", action="store_true", help="list every tensor instead of one line for all layers")
     add_output_options(inspect)
 
     verify = add("verify", "prove a result against its source, or compare two checkpoints element by element", _verify)
-    verify.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="two checkpoints to compare; none to prove a result")
-    verify.add_argument("--level", choices=("digest", "full"), default="full", help="digest: sizes and CRC-32 against the manifests; full: every element against the source")
-    verify.add_argument("--reader", choices=("own", "torch"), default="own", help="read the result with our own reader or with real torch.load")
-    verify.add_argument("--ignore", action="append", default=[], metavar="LEAF", help="when comparing: a leaf such as /args/save to leave out (repeat)")
+    verify.add_argument(
+        "paths", nargs="*", type=Path, metavar="PATH", help="two checkpoints to compare; none to prove a result"
+    )
+    verify.add_argument(
+        "--level",
+        choices=("digest", "full"),
+        default="full",
+        help="digest: sizes and CRC-32 against the manifests; full: every element against the source",
+    )
+    verify.add_argument(
+        "--reader",
+        choices=("own", "torch"),
+        default="own",
+        help="read the result with our own reader or with real torch.load",
+    )
+    verify.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="LEAF",
+        help="when comparing: a leaf such as /args/save to leave out (repeat)",
+    )
     add_conversion_options(verify, required=False)
     add_output_options(verify)
 
     document = add("run", "carry out a CheckpointConversion document on this machine", _run)
     document.add_argument("-f", "--filename", type=Path, required=True, help="the CheckpointConversion (YAML or JSON)")
-    document.add_argument("--volume", action="append", default=[], metavar="NAME=DIR", help="folder that stands for a claim, an NFS export or a CSI volume of the document (repeat)")
+    document.add_argument(
+        "--volume",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="folder that stands for a claim, an NFS export or a CSI volume of the document (repeat)",
+    )
     document.add_argument("--print-job", action="store_true", help="print the Job that a cluster would get, and stop")
     add_output_options(document)
     return parser
@@ -92,14 +118,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Ckpt2ptError as error:
         return _fail(error, options)
     except KeyboardInterrupt:
-        return _fail(InterruptedRunError("stopped by SIGINT", where="this run", mend="run the same command again"), options)
+        return _fail(
+            InterruptedRunError("stopped by SIGINT", where="this run", mend="run the same command again"), options
+        )
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 74
     except MemoryError:
         return _fail(
-            InterruptedRunError("out of memory", where="this process", mend="give it more memory (spec.workers.resources)"), options
+            InterruptedRunError(
+                "out of memory", where="this process", mend="give it more memory (spec.workers.resources)"
+            ),
+            options,
         )
     except Exception:
         traceback.print_exc()
@@ -134,7 +165,9 @@ def _set_up_logging(options: argparse.Namespace) -> None:
     if options.log_format == "json":
         from pythonjsonlogger.json import JsonFormatter  # noqa: PLC0415 - only when asked for
 
-        handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(message)s", rename_fields={"levelname": "level"}))
+        handler.setFormatter(
+            JsonFormatter("%(asctime)s %(levelname)s %(message)s", rename_fields={"levelname": "level"})
+        )
     else:
         handler.setFormatter(logging.Formatter("ckpt2pt: %(message)s"))
     logging.getLogger().handlers[:] = [handler]
@@ -202,7 +235,9 @@ def _compare(options: argparse.Namespace) -> int:
 
     if len(options.paths) != 2:
         raise UsageError(
-            f"{len(options.paths)} path given", where="ckpt2pt verify", mend="give two checkpoints to compare, or none and the flags of convert"
+            f"{len(options.paths)} path given",
+            where="ckpt2pt verify",
+            mend="give two checkpoints to compare, or none and the flags of convert",
         )
     result = compare(*options.paths, ignore=tuple(options.ignore))
     _show(result.document(), result.render(), options)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
 from ckpt2pt.errors import UsageError
+from ckpt2pt.fields import Fields, Finding, refusal
 from ckpt2pt.mapping.topology import Topology
 
 Json = dict[str, object]
@@ -21,9 +22,17 @@ Json = dict[str, object]
 API_VERSION = "ckpt2pt.dev/v1alpha1"
 KIND = "CheckpointConversion"
 ROLES = ("source", "metadata", "target")
-VOLUME_KINDS = ("persistentVolumeClaim", "hostPath", "nfs", "csi", "emptyDir")
 MAX_NAME = 45
 """``<name>-<attempt>-<index>`` is a host name and ends at 63 characters."""
+
+#   kind of volume           fields without which it means nothing
+_NEEDED = {
+    "persistentVolumeClaim": ("claimName",),
+    "hostPath":              ("path",),
+    "nfs":                   ("server", "path"),
+    "csi":                   ("driver",),
+    "emptyDir":              (),
+}  # fmt: skip
 
 #   spec.model.rules    the same in a rule file
 _RULES = {
@@ -32,15 +41,6 @@ _RULES = {
     "ignore":           "ignore",
     "pickleGlobals":    "pickle_globals",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One thing that is wrong with a document."""
-
-    field: str
-    what: str
-    mend: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,31 +109,23 @@ class Conversion:
         return {"source": self.source, "metadata": self.metadata, "target": self.target}[role]
 
 
-def refusal(findings: Sequence[Finding], where: str) -> UsageError:
-    """One error for everything that is wrong."""
-    if len(findings) == 1:
-        return UsageError(findings[0].what, where=f"{where}: {findings[0].field}", mend=findings[0].mend)
-    lines = "".join(f"\n  - {finding.field}: {finding.what}; {finding.mend}" for finding in findings)
-    return UsageError(f"{len(findings)} fields are wrong:{lines}", where=where, mend="correct these fields")
-
-
 def parse(document: Mapping[str, object]) -> Conversion:
     """Apply the defaults and prove the rules; all that is wrong is told at once."""
     findings: list[Finding] = []
     root = Fields(document, "", findings)
     meta, spec = root.child("metadata"), root.child("spec")
     name = meta.text("name", "")
-    _check_head(root, name)
-    model, cut = spec.child("model"), spec.child("parallelism")
+    _check_head(root, meta, name)
     source, metadata, target = (spec.child(role) for role in ROLES)
     source_volume = _volume(source, None)
-    conversion = dict(
+    conversion = Conversion(
         name=name,
         namespace=meta.text("namespace", "") or None,
         uid=meta.text("uid", "") or None,
         mode=spec.choice("mode", "Full", "ParamsOnly"),
         dry_run=spec.flag("dryRun"),
-        rules=_rules(model.child("rules")),
+        topology=_topology(spec.child("model"), spec.child("parallelism")),
+        rules=_rules(spec.child("model").child("rules")),
         source=Place(volume=source_volume, path=_path(source, ".")),
         source_format=source.choice("format", "Auto", "Ckpt", "Safetensors"),
         iteration=source.optional("iteration"),
@@ -153,113 +145,35 @@ def parse(document: Mapping[str, object]) -> Conversion:
         suspend=spec.flag("suspend"),
         cancel=spec.flag("cancel"),
     )
-    topology = _topology(model, cut)
     if not findings:
-        _check_places(cast("dict[str, Place]", conversion), findings)
-    if findings or topology is None:
+        _check_places(conversion, findings)
+    if findings:
         raise refusal(findings, f"{KIND} {name or 'without a name'}")
-    return Conversion(topology=topology, **conversion)  # type: ignore[arg-type]
+    return conversion
 
 
-class Fields:
-    """One object of the document.  What is wrong with a field is noted, and a harmless value goes on."""
-
-    def __init__(self, value: object, path: str, findings: list[Finding]) -> None:
-        self.path = path
-        self._findings = findings
-        self._value: Mapping[str, object] = {}
-        self.broken = value is not None and not isinstance(value, Mapping)
-        if isinstance(value, Mapping):
-            self._value = cast("Mapping[str, object]", value)
-        elif self.broken:
-            self.note("", "is not a mapping of fields", "write its fields below it, one on a line")
-
-    def note(self, name: str, what: str, mend: str) -> None:
-        """Keep what is wrong with a field."""
-        field = ".".join(part for part in (self.path, name) if part)
-        self._findings.append(Finding(field=field, what=what, mend=mend))
-
-    def get(self, name: str) -> object:
-        """The raw value; null is as good as absent, as it is for an API server."""
-        return self._value.get(name)
-
-    def items(self) -> list[tuple[str, object]]:
-        """Every field that is there and not null."""
-        return [(name, value) for name, value in self._value.items() if value is not None]
-
-    def child(self, name: str) -> Fields:
-        """An object inside this one; an empty one if it is not there."""
-        return Fields(self.get(name), ".".join(part for part in (self.path, name) if part), self._findings)
-
-    def text(self, name: str, default: str) -> str:
-        """A string."""
-        value = self.get(name)
-        if value is None or isinstance(value, str):
-            return default if value is None else value
-        self.note(name, f"is {value!r}, and must be text", "put it in quotes")
-        return default
-
-    def choice(self, name: str, default: str, *others: str) -> str:
-        """One of a few words, the first of them by default."""
-        value = self.get(name)
-        if value is None or value in {default, *others}:
-            return default if value is None else str(value)
-        self.note(name, f"is {value!r}", f"write {' or '.join((default, *others))}")
-        return default
-
-    def flag(self, name: str) -> bool:
-        """True or false, false by default."""
-        value = self.get(name)
-        if value is not None and not isinstance(value, bool):
-            self.note(name, f"is {value!r}", "write true or false")
-        return value is True
-
-    def number(self, name: str, default: int, *, low: int = 1) -> int:
-        """A whole number of at least ``low``."""
-        found = self.optional(name, low=low)
-        return default if found is None else found
-
-    def optional(self, name: str, *, low: int = 1) -> int | None:
-        """A whole number of at least ``low``, or None."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if type(value) is int and value >= low:
-            return value
-        self.note(name, f"is {value!r}", f"write a whole number of at least {low}")
-        return None
-
-    def numbers(self, name: str) -> tuple[int, ...] | None:
-        """A list of whole numbers of at least 0, or None."""
-        value = self.get(name)
-        if value is None:
-            return None
-        items = cast("list[object]", value) if isinstance(value, list | tuple) else [None]
-        if all(type(item) is int and item >= 0 for item in items):
-            return tuple(cast("list[int]", items))
-        self.note(name, f"is {value!r}", "write a list of whole numbers, as [62, 63]")
-        return None
-
-
-def _check_head(root: Fields, name: str) -> None:
+def _check_head(root: Fields, meta: Fields, name: str) -> None:
     for field, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):
         if root.get(field) != wanted:
             root.note(field, f"is {root.get(field)!r}", f"write {wanted}")
-    meta = root.child("metadata")
     if len(name) > MAX_NAME:
-        meta.note("name", f"has {len(name)} characters", f"choose a name of at most {MAX_NAME}; those of its Job and pods are made from it")
+        meta.note(
+            "name",
+            f"has {len(name)} characters",
+            f"choose a name of at most {MAX_NAME}; those of its Job and pods are made from it",
+        )
     elif not re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", name):
         meta.note("name", f"is {name!r}", "choose a name of lower-case letters, digits and dashes")
     if root.get("spec") is None:
         root.note("spec", "is missing", "say there what to convert")
 
 
-def _topology(model: Fields, cut: Fields) -> Topology | None:
-    layers = model.optional("numLayers")
-    if layers is None:
+def _topology(model: Fields, cut: Fields) -> Topology:
+    layers = model.number("numLayers", 0)
+    if not layers:
         if model.get("numLayers") is None:
             model.note("numLayers", "is missing", "give the number of layers, no-op layers included")
-        return None
+        return Topology(num_layers=1)
     try:
         return Topology(
             num_layers=layers,
@@ -273,7 +187,7 @@ def _topology(model: Fields, cut: Fields) -> Topology | None:
         )
     except UsageError as error:
         model.note("", error.what, error.mend)
-        return None
+        return Topology(num_layers=1)
 
 
 def _path(fields: Fields, default: str | None = None) -> str:
@@ -294,17 +208,22 @@ def _volume(fields: Fields, default: Json | None) -> Json:
     if fields.get("volume") is None and default is not None:
         return default
     volume = fields.child("volume")
-    kinds = [kind for kind in VOLUME_KINDS if volume.get(kind) is not None]
+    kinds = [kind for kind in _NEEDED if volume.get(kind) is not None]
     if len(kinds) != 1:
         volume.note(
             "",
             f"names {' and '.join(kinds) or 'no volume'}",
-            f"name exactly one of {', '.join(VOLUME_KINDS[:-1])} or {VOLUME_KINDS[-1]}",
+            f"name exactly one of {', '.join(_NEEDED)}",
         )
         return {}
     [kind] = kinds
     inner = volume.child(kind)
-    for needed in {"persistentVolumeClaim": ("claimName",), "nfs": ("server", "path"), "hostPath": ("path",), "csi": ("driver",)}.get(kind, ()):
+    for needed in {
+        "persistentVolumeClaim": ("claimName",),
+        "nfs": ("server", "path"),
+        "hostPath": ("path",),
+        "csi": ("driver",),
+    }.get(kind, ()):
         if not inner.text(needed, ""):
             inner.note(needed, "is missing", "give it")
     path = inner.text("path", "")
@@ -314,13 +233,13 @@ def _volume(fields: Fields, default: Json | None) -> Json:
     return {kind: {"type": "Directory"} | found if kind == "hostPath" else found}
 
 
-def _check_places(places: Mapping[str, Place], findings: list[Finding]) -> None:
-    for role, what in (("source", "its source"), ("metadata", "pt_meta")):
-        if places["target"] == places[role]:
+def _check_places(conversion: Conversion, findings: list[Finding]) -> None:
+    for other, what in ((conversion.source, "its source"), (conversion.metadata, "pt_meta")):
+        if conversion.target == other:
             findings.append(
                 Finding(
                     field="spec.target.path",
-                    what=f"is {places['target'].path!r} on the same volume as {what}",
+                    what=f"is {other.path!r} on the same volume as {what}",
                     mend=f"choose another target.path; the result cannot take the place of {what}",
                 )
             )

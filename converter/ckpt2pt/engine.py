@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from isal import isal_zlib
 
 from ckpt2pt.casts import find_cast
+from ckpt2pt.checksums import Piece, crc32, join
 from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError
 from ckpt2pt.plan.moves import Move, Sink
 from ckpt2pt.pt.archive import Layout, finish, lay_out
@@ -32,9 +32,6 @@ from ckpt2pt.tensors import DTYPE_BYTES, Extent
 
 BLOCK_BYTES = 512 << 10
 THREADS = 2
-
-Piece = tuple[int, int, int]
-"""(first byte in the storage, bytes, CRC-32)"""
 
 
 class Stop:
@@ -134,7 +131,7 @@ class _Carrier:
         """Write whole elements to every sink and keep the rest for the next block; returns elements written."""
         numel = nbytes // DTYPE_BYTES[move.dtype]
         if nbytes:
-            source_crc = isal_zlib.crc32(buffers.raw[:nbytes])
+            source_crc = crc32(buffers.raw[:nbytes], 0)
             for sink in move.sinks:
                 start = sink.start + (first - move.first)
                 self._put(move, sink, start, numel, buffers, nbytes, source_crc)
@@ -156,8 +153,8 @@ class _Carrier:
         if cast is not None:
             out = buffers.second(size)
             cast(np.frombuffer(buffers.raw, np.uint8, nbytes), out)
-            data = memoryview(out)
-            crc = isal_zlib.crc32(data)
+            data = memoryview(out.data)
+            crc = crc32(data, 0)
         offset = start * DTYPE_BYTES[sink.dtype]
         write_at(output.fd, data, output.layout.storage_offset(sink.storage) + offset, output.path)
         output.pieces[sink.storage].append((offset, size, crc))
@@ -217,7 +214,7 @@ def write_files(
             for output in outputs.values():
                 read_back(output.partial, output.crc, stop)
         return _publish(outputs.values()), {
-            label: combine(pieces, sum(size for _, size, _ in pieces)) for label, pieces in carrier.digests.items()
+            label: join(pieces, sum(size for _, size, _ in pieces)) for label, pieces in carrier.digests.items()
         }
 
 
@@ -265,7 +262,7 @@ def _batches(moves: Sequence[Move], size: int = 1 << 20) -> Iterator[tuple[Move,
 
 
 @contextmanager
-def _output(folder: Path, payload: FilePayload) -> Iterator[Output]:
+def _output(folder: Path, payload: FilePayload) -> Generator[Output]:
     """A temporary file with its room reserved; removed unless it was published."""
     path = folder / payload.name
     layout = lay_out(Path(payload.name).stem, payload.pickle, payload.storages)
@@ -305,13 +302,11 @@ def _copy_template(output: Output, payload: FilePayload) -> None:
         if len(data) != extent.nbytes:
             raise FormatError("the file is shorter than its index says", where=extent.path, mend="copy it again")
         write_at(output.fd, memoryview(data), output.layout.storage_offset(number), output.path)
-        output.pieces[number].append((0, len(data), isal_zlib.crc32(data)))
+        output.pieces[number].append((0, len(data), crc32(data, 0)))
 
 
 def _finish(output: Output) -> None:
-    crcs = [
-        combine(pieces, output.layout.storage_nbytes(number)) for number, pieces in enumerate(output.pieces)
-    ]
+    crcs = [join(pieces, output.layout.storage_nbytes(number)) for number, pieces in enumerate(output.pieces)]
     try:
         output.crc = finish(output.fd, output.layout, crcs)
         os.fsync(output.fd)
@@ -332,33 +327,7 @@ def _publish(outputs: Iterable[Output]) -> tuple[Written, ...]:
     return tuple(written)
 
 
-def combine(pieces: Sequence[Piece], nbytes: int) -> int:
-    """CRC-32 of a storage from those of its pieces, in any order; what no piece covers is zeros."""
-    crc = 0
-    position = 0
-    for start, size, piece in sorted(pieces):
-        if start > position:
-            crc = isal_zlib.crc32_combine(crc, crc_of_zeros(start - position), start - position)
-        crc = isal_zlib.crc32_combine(crc, piece, size)
-        position = start + size
-    if nbytes > position:
-        crc = isal_zlib.crc32_combine(crc, crc_of_zeros(nbytes - position), nbytes - position)
-    return crc
-
-
-def crc_of_zeros(nbytes: int) -> int:
-    """CRC-32 of ``nbytes`` zero bytes by doubling: no memory, a few dozen steps."""
-    crc, power, size = 0, isal_zlib.crc32(b"\0"), 1
-    while nbytes:
-        if nbytes & 1:
-            crc = isal_zlib.crc32_combine(crc, power, size)
-        power = isal_zlib.crc32_combine(power, power, size)
-        size *= 2
-        nbytes >>= 1
-    return crc
-
-
-def read_back(path: Path, crc32: int, stop: Stop | None = None) -> None:
+def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
     """Read a file from the disk rather than from memory and compare its CRC-32."""
     buffer = memoryview(bytearray(BLOCK_BYTES))
     crc = 0
@@ -368,7 +337,7 @@ def read_back(path: Path, crc32: int, stop: Stop | None = None) -> None:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             position = 0
             while count := os.preadv(fd, [buffer], position):
-                crc = isal_zlib.crc32(buffer[:count], crc)
+                crc = crc32(buffer[:count], crc)
                 position += count
                 if stop:
                     stop.check()
@@ -376,9 +345,9 @@ def read_back(path: Path, crc32: int, stop: Stop | None = None) -> None:
             os.close(fd)
     except OSError as error:
         raise access_error(error, path, "reading back") from error
-    if crc != crc32:
+    if crc != expected:
         raise VerificationError(
-            f"CRC-32 is {crc:08x} on the disk, {crc32:08x} was written",
+            f"CRC-32 is {crc:08x} on the disk, {expected:08x} was written",
             where=path,
             mend="check the target volume (dmesg, quota, mount options), remove the file and run the same command again",
         )
@@ -410,4 +379,3 @@ class Meter:
         held, self._held, self._last = self._held, 0, time.monotonic()
         if held:
             self._report(held)
-

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ckpt2pt.errors import InputError, MissingInputError, UsageError
+from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.publish import TRACKER
 
 SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors"})
@@ -22,6 +23,19 @@ def read_tracker(folder: Path) -> str:
 def iteration_name(named: str) -> str:
     """``500`` -> ``iter_0000500``, ``release`` -> ``release``."""
     return f"iter_{int(named):07d}" if named.isdecimal() and named.isascii() else "release"
+
+
+def layout_of(ranks: Sequence[int]) -> Topology | None:
+    """Degrees under which exactly these ranks are the representatives: ``0 1 4 5`` is a run of 2, every 4."""
+    run = next((n for n, rank in enumerate(ranks) if rank != n), len(ranks))
+    if not run or len(ranks) % run:
+        return None
+    every = ranks[run] if len(ranks) > run else run
+    if every % run:
+        return None
+    stages = len(ranks) // run
+    layout = Topology(num_layers=stages, tensor=run, pipeline=stages, data=every // run)
+    return layout if sorted(layout.source_rank(*rank) for rank in layout.ranks()) == list(ranks) else None
 
 
 def pairs(left: Path, right: Path) -> Iterator[tuple[str, Path | None, Path | None]]:

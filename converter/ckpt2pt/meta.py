@@ -1,7 +1,7 @@
 """The ``pt_meta`` folder: what a Megatron run of the same model says of itself.
 
-    args_tp00_pp003.pt                          -> Template   (arguments, scheduler, RNG; never executed)
-    param_map_buffer0_dp0tp0pp3vpp1.json        -> Buffer     (order, buckets, padding)
+args_tp00_pp003.pt                          -> Template   (arguments, scheduler, RNG; never executed)
+param_map_buffer0_dp0tp0pp3vpp1.json        -> Buffer     (order, buckets, padding)
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, read_pickle
 
+_Described = tuple[tuple[str, ...], Buffer | None]
+"""A chunk's names in registration order, and its buffer when there is a map."""
 MAX_JSON_BYTES = 256 << 20
 _MEND = "point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees"
 
@@ -70,7 +72,7 @@ def read_rank_meta(
     maps = _param_maps(folder, tp, pp)
     if maps:
         buffers = [parse_param_map(_load_json(path), where=str(path), divisor=divisor) for path in maps]
-        order = [(tuple(p.name for p in reversed(buffer.placements)), buffer) for buffer in buffers]
+        order: list[_Described] = [(tuple(p.name for p in reversed(buffer.placements)), buffer) for buffer in buffers]
     else:
         order = [(names, None) for names in _name_lists(template)]
     return RankMeta(
@@ -101,7 +103,9 @@ def _param_maps(folder: Path, tp: int, pp: int) -> list[Path]:
     try:
         found = [(int(m[1]), int(m[2]), path) for path in folder.iterdir() if (m := pattern.fullmatch(path.name))]
     except OSError as error:
-        raise FileAccessError(f"cannot be listed: {error.strerror}", where=folder, mend="give this user read permission") from error
+        raise FileAccessError(
+            f"cannot be listed: {error.strerror}", where=folder, mend="give this user read permission"
+        ) from error
     more = sorted(path.name for buffer, _, path in found if buffer)
     if more:
         raise FormatError(
@@ -133,14 +137,14 @@ def _name_lists(template: Template) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for names in cast("list[list[object]]", lists):
         if not all(isinstance(name, str) for name in names) or len(set(map(str, names))) != len(names):
-            raise FormatError("param_name_list holds something else than distinct names", where=template.path, mend=_MEND)
+            raise FormatError(
+                "param_name_list holds something else than distinct names", where=template.path, mend=_MEND
+            )
         found.append(tuple(bare(str(name)) for name in reversed(names)))
     return found
 
 
-def _assign(
-    order: list[tuple[tuple[str, ...], Buffer | None]], topology: Topology, pp: int, *, where: str
-) -> tuple[ChunkMap, ...]:
+def _assign(order: list[_Described], topology: Topology, pp: int, *, where: str) -> tuple[ChunkMap, ...]:
     """Give each map its chunk.  A chunk of no-op layers alone has no buffer, and the maps are numbered without it."""
     filled = topology.filled_chunks(pp)
     if len(order) == topology.virtual:
@@ -168,6 +172,8 @@ def _load_json(path: Path) -> object:
             raise FormatError(f"larger than {MAX_JSON_BYTES >> 20} MiB", where=path, mend=_MEND)
         return cast("object", json.loads(path.read_bytes(), object_pairs_hook=once))
     except OSError as error:
-        raise FileAccessError(f"cannot be read: {error.strerror}", where=path, mend="give this user read permission") from error
+        raise FileAccessError(
+            f"cannot be read: {error.strerror}", where=path, mend="give this user read permission"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"not a JSON document: {error}", where=path, mend=_MEND) from error

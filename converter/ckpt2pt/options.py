@@ -17,45 +17,134 @@ if TYPE_CHECKING:
 def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What is converted: the reference's own flags, then ours."""
     group = parser.add_argument_group("the model and how it is cut")
-    group.add_argument("--num-layers", type=int, required=required, help="layers, no-op layers included (spec.model.numLayers)")
+    group.add_argument(
+        "--num-layers", type=int, required=required, help="layers, no-op layers included (spec.model.numLayers)"
+    )
     group.add_argument("--tp-size", type=int, default=1, help="tensor parallel size (spec.parallelism.tensor)")
     group.add_argument("--pp-size", type=int, default=1, help="pipeline parallel size (spec.parallelism.pipeline)")
-    group.add_argument("--vpp-size", type=int, default=1, help="model chunks of each stage (spec.parallelism.virtualPipeline)")
-    group.add_argument("--dp-size", type=int, default=1, help="data parallel size of the MindSpore training (spec.parallelism.data)")
-    group.add_argument("--cp-size", type=int, default=1, help="context parallel size of the MindSpore training (spec.parallelism.context)")
-    group.add_argument("--noop", type=int, nargs="*", default=[], metavar="LAYER", help="no-op layers; each keeps its slot (spec.model.noopLayers)")
-    group.add_argument("--stage-list", type=_counts, metavar="N,N,..", help="layers of each stage where they are uneven; with --vpp-size of each chunk, all stages of chunk 0 first (spec.model.layersPerStage)")
+    group.add_argument(
+        "--vpp-size", type=int, default=1, help="model chunks of each stage (spec.parallelism.virtualPipeline)"
+    )
+    group.add_argument(
+        "--dp-size", type=int, default=1, help="data parallel size of the MindSpore training (spec.parallelism.data)"
+    )
+    group.add_argument(
+        "--cp-size",
+        type=int,
+        default=1,
+        help="context parallel size of the MindSpore training (spec.parallelism.context)",
+    )
+    group.add_argument(
+        "--noop",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="LAYER",
+        help="no-op layers; each keeps its slot (spec.model.noopLayers)",
+    )
+    group.add_argument(
+        "--stage-list",
+        type=_counts,
+        metavar="N,N,..",
+        help="layers of each stage where they are uneven; with --vpp-size of each chunk, all stages of chunk 0 first (spec.model.layersPerStage)",
+    )
     group.add_argument("--rules", type=Path, help="rule file (YAML) for names of your own (spec.model.rules)")
     group = parser.add_argument_group("where")
-    group.add_argument("--ms-path", type=Path, required=required, help="MindSpore training output with rank_R folders (spec.source.path)")
-    group.add_argument("--src-model-format", choices=("auto", "ckpt", "safetensors"), default="auto", help="format of the source (spec.source.format)")
-    group.add_argument("--iteration", type=int, help="which checkpoint to convert; default the newest that all ranks have (spec.source.iteration)")
+    group.add_argument(
+        "--ms-path",
+        type=Path,
+        required=required,
+        help="MindSpore training output with rank_R folders (spec.source.path)",
+    )
+    group.add_argument(
+        "--src-model-format",
+        choices=("auto", "ckpt", "safetensors"),
+        default="auto",
+        help="format of the source (spec.source.format)",
+    )
+    group.add_argument(
+        "--iteration",
+        type=int,
+        help="which checkpoint to convert; default the newest that all ranks have (spec.source.iteration)",
+    )
     group.add_argument("--param-map-path", type=Path, required=required, help="the pt_meta folder (spec.metadata.path)")
-    group.add_argument("--megatron-path", type=Path, required=required, help="folder that gets iter_* and the tracker (spec.target.path)")
-    group.add_argument("--target-format", choices=("megatron06",), default="megatron06", help="what to write (spec.target.format)")
-    group.add_argument("--target-dp-size", type=int, metavar="N", help="data x context parallel size of the Megatron run to come, for the padding of buckets; default that of pt_meta (spec.target.dataParallel)")
-    group.add_argument("--overwrite", action="store_true", help="replace another conversion's result of the same iteration (spec.target.overwrite)")
+    group.add_argument(
+        "--megatron-path",
+        type=Path,
+        required=required,
+        help="folder that gets iter_* and the tracker (spec.target.path)",
+    )
+    group.add_argument(
+        "--target-format", choices=("megatron06",), default="megatron06", help="what to write (spec.target.format)"
+    )
+    group.add_argument(
+        "--target-dp-size",
+        type=int,
+        metavar="N",
+        help="data x context parallel size of the Megatron run to come, for the padding of buckets; default that of pt_meta (spec.target.dataParallel)",
+    )
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace another conversion's result of the same iteration (spec.target.overwrite)",
+    )
     group = parser.add_argument_group("what")
-    group.add_argument("--convert-param-only", action="store_true", help="weights without the optimizer (spec.mode ParamsOnly)")
-    group.add_argument("--zero-consumed-samples", action="store_true", help="write consumed_train_samples 0 as the reference does (spec.target.zeroConsumedSamples)")
-    group.add_argument("--stage", type=int, action="append", metavar="K", help="convert only this pipeline stage (repeat); default $JOB_COMPLETION_INDEX, else all")
+    group.add_argument(
+        "--convert-param-only", action="store_true", help="weights without the optimizer (spec.mode ParamsOnly)"
+    )
+    group.add_argument(
+        "--zero-consumed-samples",
+        action="store_true",
+        help="write consumed_train_samples 0 as the reference does (spec.target.zeroConsumedSamples)",
+    )
+    group.add_argument(
+        "--stage",
+        type=int,
+        action="append",
+        metavar="K",
+        help="convert only this pipeline stage (repeat); default $JOB_COMPLETION_INDEX, else all",
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """How it is carried out."""
     group = parser.add_argument_group("how")
-    group.add_argument("--process-limit", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help="ranks converted at a time (spec.workers.processes)")
+    group.add_argument(
+        "--process-limit",
+        type=int,
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="ranks converted at a time (spec.workers.processes)",
+    )
     group.add_argument("--multiprocess-off", action="store_true", help="convert rank after rank in this process")
-    group.add_argument("--process_timeout", "--process-timeout", type=float, metavar="SECONDS", help="give up on a rank after this long, with exit code 75")
-    group.add_argument("--verify", choices=("none", "digest", "full"), default="digest", help="digest: read every file back from the disk; full: also compare every element with the source (spec.verify)")
-    group.add_argument("--progress", choices=("auto", "bar", "json", "none"), default="auto", help="auto: bars on a terminal, JSON lines elsewhere")
+    group.add_argument(
+        "--process_timeout",
+        "--process-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="give up on a rank after this long, with exit code 75",
+    )
+    group.add_argument(
+        "--verify",
+        choices=("none", "digest", "full"),
+        default="digest",
+        help="digest: read every file back from the disk; full: also compare every element with the source (spec.verify)",
+    )
+    group.add_argument(
+        "--progress",
+        choices=("auto", "bar", "json", "none"),
+        default="auto",
+        help="auto: bars on a terminal, JSON lines elsewhere",
+    )
 
 
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """What is printed, and how."""
     group = parser.add_argument_group("output")
     group.add_argument("--output", choices=("text", "json"), default="text", help="form of the result on stdout")
-    group.add_argument("--log-format", choices=("text", "json"), default="text", help="form of logs and errors on stderr")
+    group.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="form of logs and errors on stderr"
+    )
 
 
 def request_of(options: argparse.Namespace) -> Request:
@@ -115,7 +204,9 @@ def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
     if stages is None and index:
         origin = "$JOB_COMPLETION_INDEX"
         if not index.isdecimal():
-            raise UsageError(f"{origin} is {index!r}", where="the environment", mend="run it in an Indexed Job, or unset it")
+            raise UsageError(
+                f"{origin} is {index!r}", where="the environment", mend="run it in an Indexed Job, or unset it"
+            )
         stages = [int(index)]
     if stages is None:
         return tuple(range(request.topology.pipeline))

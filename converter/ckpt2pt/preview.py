@@ -79,7 +79,8 @@ def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -
         "parameters": len(chunk.weights),
         "numel": sum(weight.source.numel for weight in chunk.weights),
         "buckets": [
-            {"numel": bucket.numel, "numelUnpadded": bucket.numel_unpadded} for bucket in (chunk.buffer.buckets if chunk.buffer else ())
+            {"numel": bucket.numel, "numelUnpadded": bucket.numel_unpadded}
+            for bucket in (chunk.buffer.buckets if chunk.buffer else ())
         ],
     }
     if names:
@@ -106,14 +107,18 @@ def render(document: Json) -> str:
         f"mode       {options['mode']}, Megatron 0.6; tp {options['tensor']}, pp {options['pipeline']}, "
         f"vpp {options['virtualPipeline']}",
         "",
-        *_table(("stage", "tp", "chunk", "layers", "ends", "parameters", "elements", "buckets", "padding"), _chunk_rows(document)),
+        *_table(
+            ("stage", "tp", "chunk", "layers", "ends", "parameters", "elements", "buckets", "padding"),
+            _chunk_rows(document),
+        ),
         "",
         *_table(("file", "bytes", "", "source"), _file_rows(document)),
         "",
     ]
     ignored: Counter[str] = Counter()
     for rank in _list(document["ranks"]):
-        ignored.update(_mapping(_mapping(rank)["ignored"]))  # type: ignore[arg-type]
+        for reason, count in _mapping(_mapping(rank)["ignored"]).items():
+            ignored[reason] += int(str(count))
     if ignored:
         lines.append("not carried: " + ", ".join(f"{count} x {reason}" for reason, count in sorted(ignored.items())))
     lines += _name_lines(document)
@@ -146,7 +151,12 @@ def _chunk_rows(document: Json) -> Iterable[tuple[object, ...]]:
 def _file_rows(document: Json) -> Iterable[tuple[object, ...]]:
     for rank in map(_mapping, _list(document["ranks"])):
         for file in map(_mapping, _list(rank["files"])):
-            yield f"{rank['directory']}/{file['name']}", size(file["nbytes"]), "there" if rank["done"] else "", rank["source"]
+            yield (
+                f"{rank['directory']}/{file['name']}",
+                size(file["nbytes"]),
+                "there" if rank["done"] else "",
+                rank["source"],
+            )
 
 
 def _name_lines(document: Json) -> list[str]:
@@ -177,8 +187,6 @@ def size(nbytes: object) -> str:
 
 def spans(numbers: object) -> str:
     """``[0, 1, 2, 5]`` -> ``0-2,5``."""
-
-
     return stage_spans({int(str(n)) for n in _list(numbers)})
 
 

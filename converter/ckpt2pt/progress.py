@@ -21,7 +21,8 @@ def reporter(kind: str) -> Reporter:
     """``bar``, ``json``, ``none``, or ``auto``: bars on a terminal, JSON lines otherwise."""
     if kind == "auto":
         kind = "bar" if sys.stderr.isatty() else "json"
-    return {"bar": Bars, "json": Lines, "none": Silence}[kind]()
+    kinds: dict[str, type[Bars | Lines | Silence]] = {"bar": Bars, "json": Lines, "none": Silence}
+    return kinds[kind]()
 
 
 class Silence:

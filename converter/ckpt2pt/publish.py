@@ -1,10 +1,10 @@
 """The target folder: claim, locks, manifests, tracker.  A name appears only when its bytes are whole.
 
-    megatron_pt/latest_checkpointed_iteration.txt      last of all
-    megatron_pt/iter_0000500/.ckpt2pt/claim.json       whose folder this is
-                                     /rank-01-003.json both files of a rank are there
-                                     /stage-003.json   every rank of a stage is there and verified
-                                     /report.json      written with the tracker
+megatron_pt/latest_checkpointed_iteration.txt      last of all
+megatron_pt/iter_0000500/.ckpt2pt/claim.json       whose folder this is
+/rank-01-003.json both files of a rank are there
+/stage-003.json   every rank of a stage is there and verified
+/report.json      written with the tracker
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,13 +159,13 @@ class Target:
             path.unlink(missing_ok=True)
 
     @contextmanager
-    def stage_lock(self, pp: int) -> Iterator[None]:
+    def stage_lock(self, pp: int) -> Generator[None]:
         """Hold a stage; a second run on it is told who has it."""
         with self._lock(f"stage-{pp:03d}", wait=False):
             yield
 
     @contextmanager
-    def _lock(self, name: str, *, wait: bool) -> Iterator[None]:
+    def _lock(self, name: str, *, wait: bool) -> Generator[None]:
         path = self.state / f"{name}.lock"
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -222,7 +222,8 @@ class Target:
         """Join the ranks' manifests.  The ranks' own stay: a rerun looks at them."""
         ranks = [self.rank_manifest(tp, pp) for tp in range(self.tensor)]
         publish_bytes(
-            self.state / f"stage-{pp:03d}.json", _dump({"identity": self.identity, "stage": pp, **facts, "ranks": ranks})
+            self.state / f"stage-{pp:03d}.json",
+            _dump({"identity": self.identity, "stage": pp, **facts, "ranks": ranks}),
         )
 
     def publish_iteration(self) -> bool:

@@ -79,9 +79,13 @@ def load_rules(path: Path | None) -> Rules:
     try:
         document: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MissingInputError("the rule file is not there", where=path, mend="check --rules (spec.model.rules)") from None
+        raise MissingInputError(
+            "the rule file is not there", where=path, mend="check --rules (spec.model.rules)"
+        ) from None
     except OSError as error:
-        raise FileAccessError(f"cannot be read: {error.strerror}", where=path, mend="give this user read permission") from error
+        raise FileAccessError(
+            f"cannot be read: {error.strerror}", where=path, mend="give this user read permission"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"not a YAML document: {error}", where=path, mend=mend) from error
     return parse_rules(document, where=str(path), mend=mend)
@@ -106,7 +110,7 @@ def parse_rules(document: object, *, where: str, mend: str) -> Rules:
 
 
 def _names(sections: Mapping[str, object], section: str, where: str, mend: str) -> dict[str, str]:
-    value = sections.get(section) or {}
+    value: object = sections.get(section) or {}
     if not isinstance(value, dict):
         raise UsageError(f"{section} is not a mapping of Megatron name to MindSpore name", where=where, mend=mend)
     pairs = cast("dict[object, object]", value)
@@ -116,7 +120,7 @@ def _names(sections: Mapping[str, object], section: str, where: str, mend: str) 
 
 
 def _list(sections: Mapping[str, object], section: str, where: str, mend: str) -> tuple[str, ...]:
-    value = sections.get(section) or []
+    value: object = sections.get(section) or []
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in cast("list[object]", value)):
         raise UsageError(f"{section} is not a list of names", where=where, mend=mend)
     return tuple(cast("list[str]", value))

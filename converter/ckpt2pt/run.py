@@ -1,10 +1,10 @@
 """Carry out a conversion: preflight, claim, ranks in parallel, publish.
 
-    survey -> plans of every rank asked for        nothing has been written; everything that can be wrong is found here
-           -> claim, lock of the stage
-           -> one process a rank (engine)          a rank's files appear together, by rename
-           -> stage manifest                       when every rank of the stage is there and verified
-           -> report, tracker                      when every stage is there; by whoever sees it first
+survey -> plans of every rank asked for        nothing has been written; everything that can be wrong is found here
+-> claim, lock of the stage
+-> one process a rank (engine)          a rank's files appear together, by rename
+-> stage manifest                       when every rank of the stage is there and verified
+-> report, tracker                      when every stage is there; by whoever sees it first
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -78,7 +79,6 @@ class Outcome:
             "doubts": list(self.doubts),
         }
 
-
     def sentence(self) -> str:
         """For a person."""
         stages = f"{len(self.stages)} of {self.target.stages} stages"
@@ -117,7 +117,9 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     del plans
     check_space(target, sum(sizes.values()))
     with stopped_by_signals() as stop:
-        target.claim({"version": __version__, "begun": _now(), "options": request.meaning()}, overwrite=request.overwrite)
+        target.claim(
+            {"version": __version__, "begun": _now(), "options": request.meaning()}, overwrite=request.overwrite
+        )
         with ExitStack() as locks:
             for pp in stages:
                 locks.enter_context(target.stage_lock(pp))
@@ -128,7 +130,13 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
                 reporter.close()
             for pp in stages:
                 target.publish_stage(
-                    pp, {"version": __version__, "iteration": target.iteration, "options": request.meaning(), "inputs": chosen.inputs}
+                    pp,
+                    {
+                        "version": __version__,
+                        "iteration": target.iteration,
+                        "options": request.meaning(),
+                        "inputs": chosen.inputs,
+                    },
                 )
         published = target.publish_iteration()
     return Outcome(
@@ -208,7 +216,7 @@ def _convert(request: Request, chosen: Survey, todo: Sequence[Rank], reporter: R
     if request.in_process or len(todo) <= 1:
         for rank in todo:
             with _deadline(request.timeout, rank, stop):
-                meter = Meter(lambda n, rank=rank: reporter.advance(rank, n))
+                meter = Meter(partial(reporter.advance, rank))
                 convert_rank(request, chosen, rank, stop, meter.advance)
                 meter.flush()
             reporter.end(rank)
@@ -218,7 +226,7 @@ def _convert(request: Request, chosen: Survey, todo: Sequence[Rank], reporter: R
 
 
 @contextmanager
-def _deadline(seconds: float | None, rank: Rank, stop: Stop) -> Iterator[None]:
+def _deadline(seconds: float | None, rank: Rank, stop: Stop) -> Generator[None]:
     timer = threading.Timer(seconds, stop.ask, [_timed_out(rank, seconds)]) if seconds else None
     if timer:
         timer.daemon = True
@@ -239,7 +247,7 @@ def _timed_out(rank: Rank, seconds: float) -> TimedOutError:
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[Stop]:
+def stopped_by_signals() -> Generator[Stop]:
     """SIGTERM and SIGINT ask the run to stop; a second one ends the process at once."""
     stop = Stop()
 
@@ -346,7 +354,9 @@ def work_on_rank(request: Request, chosen: Survey, rank: Rank, pipe: Connection)
             try:
                 pipe.send(nbytes)
             except OSError:
-                stop.ask(InterruptedRunError("the parent process is gone", where=f"pid {os.getppid()}", mend="run it again"))
+                stop.ask(
+                    InterruptedRunError("the parent process is gone", where=f"pid {os.getppid()}", mend="run it again")
+                )
 
         meter = Meter(report)
         try:

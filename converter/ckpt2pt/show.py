@@ -16,10 +16,9 @@ from typing import cast
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import UNNAMED, choose, find_sources, last_saved
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
-from ckpt2pt.folders import SUFFIXES, checkpoint_files, iteration_name, read_tracker
+from ckpt2pt.folders import SUFFIXES, checkpoint_files, iteration_name, layout_of, read_tracker
 from ckpt2pt.leaves import CONTAINERS, Leaf, Leaves, TensorLeaf, is_archive, leaf_of, open_pt
 from ckpt2pt.mapping.names import SHARD, NameTable
-from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
 from ckpt2pt.plan.stage import spans
 from ckpt2pt.pt.archive import Archive
@@ -170,7 +169,7 @@ def _collapse(entries: Iterable[_Entry]) -> list[Json]:
 def _archive(path: Path, *, details: bool) -> Json:
     archive, leaves = Archive.open(path), open_pt(path)
     tensors = [_Entry(name, leaf) for name, leaf in leaves.items() if isinstance(leaf, TensorLeaf)]
-    tops = dict.fromkeys(name.split("/")[1] for name in leaves if name != "/")
+    tops = {name.split("/")[1] for name in leaves}
     holds = "a Megatron model" if any(re.fullmatch(r"model\d*", top) for top in tops) else "other data"
     if "per_bucket_numel" in tops:
         holds = "a Megatron distributed optimizer"
@@ -182,7 +181,7 @@ def _archive(path: Path, *, details: bool) -> Json:
         "bytes": path.stat().st_size,
         "records": len(archive.records),
         "holds": holds,
-        "tree": [_branch(top, leaves) for top in tops],
+        "tree": _branches(leaves),
         "buckets": _buckets(leaves),
         # The buckets say it all in fewer lines.
         "tensors": [entry.row() for entry in tensors]
@@ -195,18 +194,25 @@ def _archive(path: Path, *, details: bool) -> Json:
     }
 
 
-def _branch(top: str, leaves: Leaves) -> Json:
-    """One key of the tree with what is below it."""
-    below = [leaf for name, leaf in leaves.items() if name.startswith(f"/{top}/")]
-    tensors = [leaf for leaf in below if isinstance(leaf, TensorLeaf)]
-    leaf = leaves[f"/{top}"]
-    return {
-        "key": top,
-        "holds": short(leaf),
-        "tensors": len(tensors),
-        "others": sum(1 for item in below if item not in CONTAINERS) - len(tensors),
-        "bytes": sum(item.nbytes for item in tensors),
-    }
+def _branches(leaves: Leaves) -> list[Json]:
+    """Each key at the top of the tree with what is below it; a tensor up there is in the table of tensors."""
+    below: dict[str, list[Leaf]] = {}
+    for name, leaf in leaves.items():
+        _, top, *rest = name.split("/")
+        if rest:
+            below.setdefault(top, []).append(leaf)
+        elif top and not isinstance(leaf, TensorLeaf):
+            below.setdefault(top, [])
+    return [
+        {
+            "key": top,
+            "holds": short(leaves[f"/{top}"]),
+            "tensors": sum(isinstance(leaf, TensorLeaf) for leaf in inner),
+            "others": sum(not isinstance(leaf, TensorLeaf) and leaf not in CONTAINERS for leaf in inner),
+            "bytes": sum(leaf.nbytes for leaf in inner if isinstance(leaf, TensorLeaf)),
+        }
+        for top, inner in below.items()
+    ]
 
 
 def _buckets(leaves: Leaves) -> list[Json]:
@@ -327,7 +333,7 @@ def _training(path: Path, names: Sequence[str]) -> Json:
     """A folder of rank folders: the steps that every rank has, and the one that would be converted."""
     ranks = sorted(int(found[1]) for name in names if (found := _RANK.fullmatch(name)))
     document: Json = {"kind": "MindSpore training output", "path": str(path), "ranks": spans(set(ranks))}
-    layout = _layout(ranks)
+    layout = layout_of(ranks)
     if layout is None:
         return document | {"files": _listing(checkpoint_files(path))}
     try:
@@ -351,19 +357,6 @@ def _training(path: Path, names: Sequence[str]) -> Json:
         "chosen": str(first.relative_to(path)),
         **_clock(first, index_file(first, partial=True)),
     }
-
-
-def _layout(ranks: Sequence[int]) -> Topology | None:
-    """Degrees under which exactly these ranks are the representatives: ``0 1 4 5`` is a run of 2, every 4."""
-    run = next((n for n, rank in enumerate(ranks) if rank != n), len(ranks))
-    if not run or len(ranks) % run:
-        return None
-    every = ranks[run] if len(ranks) > run else run
-    if every % run:
-        return None
-    stages = len(ranks) // run
-    layout = Topology(num_layers=stages, tensor=run, pipeline=stages, data=every // run)
-    return layout if sorted(layout.source_rank(*rank) for rank in layout.ranks()) == list(ranks) else None
 
 
 def _megatron(path: Path, names: Sequence[str]) -> Json:

@@ -1,8 +1,8 @@
 """Find everything a conversion needs and prove that it fits together: headers only, nothing is written.
 
-    source/rank_R/*  --ckpt.ranks-->  one file for each rank, at one iteration
-    pt_meta/*        --meta------->   template, buffers                          } -> RankPlan for each rank
-    file headers     --ckpt------->   {name: TensorRef}, the clock
+source/rank_R/*  --ckpt.ranks-->  one file for each rank, at one iteration
+pt_meta/*        --meta------->   template, buffers                          } -> RankPlan for each rank
+file headers     --ckpt------->   {name: TensorRef}, the clock
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_sources, last_saved
 from ckpt2pt.errors import FileAccessError, InputError
-from ckpt2pt.mapping.names import TIED_HEAD, NameTable, is_tied_head
+from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.meta import RankMeta, read_rank_meta
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank

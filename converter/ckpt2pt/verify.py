@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
-from isal import isal_zlib
-
+from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import MissingInputError, VerificationError
 from ckpt2pt.examine import OPTIM_FILE, Difference, Examination, Opener
 from ckpt2pt.folders import iteration_name, read_tracker
@@ -212,7 +211,7 @@ def _crc32(path: Path, nbytes: int) -> int:
     with Files() as files:
         for start, stop in spans(nbytes, 1):
             files.read(str(path), start, block[: stop - start])
-            crc = isal_zlib.crc32(block[: stop - start], crc)  # pyright: ignore[reportUnknownMemberType]
+            crc = crc32(block[: stop - start], crc)
     return crc
 
 

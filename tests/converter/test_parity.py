@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ckpt2pt.run import run
 from conversions import Quiet, request_for
 from torchload import differences
@@ -14,8 +15,6 @@ MODES = [pytest.param(True, id="full"), pytest.param(False, id="params-only")]
 
 # The reference zeroes it; Megatron's number is true.
 SAMPLES = "/args/consumed_train_samples"
-
-
 
 
 def convert(golden_set: Path, target: Path, *, full: bool, **more: object) -> dict[str, Path]:

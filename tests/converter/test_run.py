@@ -16,8 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from ckpt2pt import engine
 from ckpt2pt import run as run_module
+from ckpt2pt.casts import Cast, find_cast
 from ckpt2pt.errors import FormatError, InputError, NoSpaceError, TimedOutError, TryAgainError, UsageError
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
@@ -36,7 +38,9 @@ def convert(request: Request, *stages: int) -> run_module.Outcome:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*.pt"))}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*.pt"))
+    }
 
 
 def test_the_tracker_waits_for_every_stage(pipelined: Path, tmp_path: Path) -> None:
@@ -70,7 +74,7 @@ def test_a_file_that_was_lost_is_made_again_with_the_same_bytes(pipelined: Path,
 
 
 def test_processes_write_the_same_bytes_as_one(golden: Path, tmp_path: Path) -> None:
-    folder = sorted((golden / "megatron06").glob("b_*"))[0]
+    folder = min((golden / "megatron06").glob("b_*"))
     convert(request_for(folder, tmp_path / "one"))
     convert(request_for(folder, tmp_path / "many", in_process=False, workers=3))
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
@@ -160,7 +164,7 @@ def test_a_disk_that_fills_in_the_middle_leaves_nothing_half_done(
         return real(fd, data, offset)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.os, "pwrite", full_disk)
+        patch.setattr(os, "pwrite", full_disk)
         with pytest.raises(NoSpaceError, match="No space left") as caught:
             convert(request)
     assert "run the same command again" in caught.value.mend
@@ -173,7 +177,7 @@ def test_a_disk_that_fills_in_the_middle_leaves_nothing_half_done(
 def test_a_short_write_is_continued(pipelined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(request_for(pipelined, tmp_path / "undisturbed"))
     real = os.pwrite
-    monkeypatch.setattr(engine.os, "pwrite", lambda fd, data, offset: real(fd, memoryview(data)[:1000], offset))
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, memoryview(data)[:1000], offset))
     convert(request_for(pipelined, tmp_path / "out"))
     monkeypatch.undo()
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
@@ -194,7 +198,7 @@ def test_bytes_that_changed_on_the_disk_are_noticed(
             return real(fd, flipped, offset)
         return real(fd, data, offset)
 
-    monkeypatch.setattr(engine.os, "pwrite", bad_cable)
+    monkeypatch.setattr(os, "pwrite", bad_cable)
     with pytest.raises(VerificationError, match="CRC-32"):
         convert(request_for(pipelined, tmp_path, verify="digest"))
     assert not list(tmp_path.rglob("*.pt"))
@@ -203,9 +207,9 @@ def test_bytes_that_changed_on_the_disk_are_noticed(
 def test_a_rank_that_takes_too_long_ends_the_run(
     pipelined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = engine.find_cast
+    real = find_cast
 
-    def slow(source: str, target: str) -> engine.Cast | None:  # type: ignore[name-defined]
+    def slow(source: str, target: str) -> Cast | None:
         time.sleep(0.1)
         return real(source, target)
 
@@ -236,7 +240,7 @@ def test_ranks_at_different_steps_are_refused(pipelined: Path, tmp_path: Path) -
     path = next((tmp_path / "ms" / "rank_2").iterdir())
     assert path.read_bytes().count(key + b"\x02") == 1
     spoil(tmp_path / "ms", lambda data: data.replace(key + b"\x02", key + b"\x03"))
-    with pytest.raises(InputError, match="step_num is 2.0 and 3.0|step_num is 2 and 3"):
+    with pytest.raises(InputError, match="step_num is 2 and 3"):
         convert(request_for(pipelined, tmp_path / "out", source=tmp_path / "ms"))
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from ckpt2pt.cli import main
 from conversions import flags_for
 
@@ -18,7 +19,14 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 ROUNDS = 2500
 SECONDS_EACH = 5.0
 MEMORY_KIB = 200 << 10
-INTERESTING = (b"\0", b"\xff", b"\x80", b"\x0a", b"\xff\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01")
+INTERESTING = (
+    b"\0",
+    b"\xff",
+    b"\x80",
+    b"\x0a",
+    b"\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+    b"\x80\x80\x80\x80\x80\x80\x80\x80\x80\x01",
+)
 
 KINDS = {
     "ckpt": ("j_tp1pp2dp2", "ms/rank_2/network.ckpt"),

@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from ckpt2pt.mapping.topology import Topology
 from synthetic import Model, build
 
@@ -26,7 +27,10 @@ TRACKER = "latest_checkpointed_iteration.txt"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("source")
-    build(folder, Model(topology=Topology(num_layers=8, tensor=2, pipeline=2, virtual=2), hidden=384, ffn=1024, vocab=4096))
+    build(
+        folder,
+        Model(topology=Topology(num_layers=8, tensor=2, pipeline=2, virtual=2), hidden=384, ffn=1024, vocab=4096),
+    )
     return folder
 
 
@@ -83,7 +87,9 @@ def test_fifty_kills_and_the_result_is_byte_identical(checkpoint: Path, tmp_path
 
 def test_of_two_runs_at_once_one_wins_and_the_other_says_why_not(checkpoint: Path, tmp_path: Path) -> None:
     both = [
-        subprocess.Popen(command(checkpoint, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command(checkpoint, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for _ in range(2)
     ]
     outputs = [process.communicate(timeout=100) for process in both]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from conversions import flags_for
 
 pytestmark = pytest.mark.e2e
@@ -24,7 +25,10 @@ def test_a_checkpoint_converts_and_torch_loads_it(golden: Path, tmp_path: Path, 
         text=True,
     )
     assert json.loads(result.stdout)["published"] is True
-    assert json.loads(result.stderr.splitlines()[-1])["bytesDone"] == json.loads(result.stderr.splitlines()[-1])["bytesTotal"]
+    assert (
+        json.loads(result.stderr.splitlines()[-1])["bytesDone"]
+        == json.loads(result.stderr.splitlines()[-1])["bytesTotal"]
+    )
     optimizer = tmp_path / "iter_0000002" / "mp_rank_00_001" / "distrib_optim.pt"
     assert optimizer.exists() == full
     if full:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.pt.pickles import read_pickle, namespace_attrs
 from ckpt2pt.pt.archive import Archive
+from ckpt2pt.pt.pickles import namespace_attrs, read_pickle
 from ckpt2pt.request import Request
 
 
@@ -23,7 +23,9 @@ class Quiet:
 
 def topology_of(folder: Path) -> Topology:
     """The degrees in a set's name, its layers from its arguments, its no-op layers from the one set that has some."""
-    degrees = {name: int(value) for name, value in re.findall(r"(tp|pp|vpp|dp)(\d+)", folder.name.replace("vpp", " vpp"))}
+    degrees = {
+        name: int(value) for name, value in re.findall(r"(tp|pp|vpp|dp)(\d+)", folder.name.replace("vpp", " vpp"))
+    }
     pipeline = re.search(r"(?<!v)pp(\d+)", folder.name)
     args = read_pickle(Archive.open(folder / "pt_meta" / "args_tp00_pp000.pt").pickle, where=folder.name)
     assert isinstance(args, dict)
@@ -57,7 +59,16 @@ def flags_for(folder: Path, target: Path, *, full: bool = True) -> list[str]:
     """The same as :func:`request_for` on the reference's command line."""
     request = request_for(folder, target, full=full)
     cut = request.topology
-    flags = ["--num-layers", cut.num_layers, "--tp-size", cut.tensor, "--pp-size", cut.pipeline, "--vpp-size", cut.virtual]
+    flags = [
+        "--num-layers",
+        cut.num_layers,
+        "--tp-size",
+        cut.tensor,
+        "--pp-size",
+        cut.pipeline,
+        "--vpp-size",
+        cut.virtual,
+    ]
     flags += ["--dp-size", cut.data, "--cp-size", 1, "--ms-path", request.source, "--param-map-path", request.metadata]
     flags += ["--megatron-path", target, *(["--noop", *sorted(cut.noop)] if cut.noop else [])]
     return [*map(str, flags), *([] if full else ["--convert-param-only"])]

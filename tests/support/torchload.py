@@ -84,5 +84,9 @@ def same(left: Any, right: Any) -> bool:
 def differences(left: Path, right: Path) -> list[str]:
     """Paths of leaves that are on one side only or differ; ``order`` when the keys come in another order."""
     one, other = leaves(left), leaves(right)
-    found = [path for path in dict.fromkeys([*one, *other]) if path not in one or path not in other or not same(one[path], other[path])]
+    found = [
+        path
+        for path in dict.fromkeys([*one, *other])
+        if path not in one or path not in other or not same(one[path], other[path])
+    ]
     return found if found or list(one) == list(other) else ["order"]

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from isal import isal_zlib
-
+from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import Ckpt2ptError, FileAccessError, FormatError, MissingInputError
 
 # mindspore 2.10.0 renames into place and then sets mode 0400 (serialization.py, _exec_save).
@@ -71,7 +70,7 @@ class InputFile:
         """CRC-32 of the bytes ``[start, stop)``, continuing ``value``."""
         while start < stop:
             piece = self._pread(start, min(_PIECE_BYTES, stop - start))
-            value = isal_zlib.crc32(piece, value)
+            value = crc32(piece, value)
             start += len(piece)
         return value
 

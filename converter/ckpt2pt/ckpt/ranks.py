@@ -45,7 +45,9 @@ def rank_folder(root: Path, rank: int) -> Path:
     return root / f"rank_{rank}"
 
 
-def find_sources(root: Path, topology: Topology, *, wanted_format: str | None = None) -> dict[When, dict[tuple[int, int], SourceFile]]:
+def find_sources(
+    root: Path, topology: Topology, *, wanted_format: str | None = None
+) -> dict[When, dict[tuple[int, int], SourceFile]]:
     """Every checkpoint that is there in all ranks: (epoch, step) -> (tp, pp) -> file.  Newest last.
 
     ``wanted_format`` is ``ckpt``, ``safetensors`` or None for either.  Raises :class:`MissingInputError` for missing
@@ -53,7 +55,9 @@ def find_sources(root: Path, topology: Topology, *, wanted_format: str | None = 
     """
     if not root.is_dir():
         raise MissingInputError(
-            "the source folder is not there", where=root, mend="point spec.source.path (--ms-path) at the training output"
+            "the source folder is not there",
+            where=root,
+            mend="point spec.source.path (--ms-path) at the training output",
         )
     ranks = {key: topology.source_rank(*key) for key in topology.ranks()}
     missing = [rank for rank in ranks.values() if not rank_folder(root, rank).is_dir()]
@@ -67,11 +71,14 @@ def find_sources(root: Path, topology: Topology, *, wanted_format: str | None = 
             "the training that wrote it, and spec.source.path (--ms-path)",
         )
     by_rank = {key: _candidates(rank_folder(root, rank), wanted_format) for key, rank in ranks.items()}
-    common = set.intersection(*(set(found) for found in by_rank.values()))
+    first, *others = (set(found) for found in by_rank.values())
+    common = first.intersection(*others)
     if not common:
         raise InputError(
-            "no checkpoint is there in all ranks: " + "; ".join(
-                f"rank_{ranks[key]} has {_some(sorted(found), '{0[0]}_{0[1]}')}" for key, found in list(by_rank.items())[:6]
+            "no checkpoint is there in all ranks: "
+            + "; ".join(
+                f"rank_{ranks[key]} has {_some(sorted(found), '{0[0]}_{0[1]}')}"
+                for key, found in list(by_rank.items())[:6]
             ),
             where=root,
             mend="wait until every rank has saved, or remove what a broken save has left",
@@ -147,7 +154,9 @@ def _listing(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError as error:
         raise FileAccessError(
-            f"the folder cannot be listed: {error.strerror}", where=folder, mend="give this user read and search permission"
+            f"the folder cannot be listed: {error.strerror}",
+            where=folder,
+            mend="give this user read and search permission",
         ) from error
 
 

@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from isal import isal_zlib
-
+from ckpt2pt.checksums import crc32
 from ckpt2pt.ckpt.files import COPY_AGAIN, InputFile, quoted
 from ckpt2pt.errors import FormatError
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
@@ -152,7 +151,7 @@ def _check_cover(file: InputFile, refs: Mapping[str, TensorRef], data_start: int
 def _check_crc(file: InputFile, refs: Mapping[str, TensorRef], spelled: str) -> None:
     found = 0
     for name in sorted(refs):
-        found = isal_zlib.crc32(name.encode(), found)
+        found = crc32(name.encode(), found)
         for extent in refs[name].extents:
             found = file.crc32(extent.offset, extent.offset + extent.nbytes, found)
     if spelled != str(found):

@@ -112,7 +112,9 @@ def parse_param_map(document: object, *, where: str, divisor: int | None) -> Buf
 def _buckets(entries: list[tuple[int, Placement]], divisor: int | None) -> tuple[Bucket, ...]:
     groups = [(index, tuple(p for _, p in group)) for index, group in groupby(entries, key=lambda entry: entry[0])]
     if [index for index, _ in groups] != list(range(len(groups))):
-        raise _broken(f"bucket numbers run {[index for index, _ in groups][:8]}, not 0, 1, 2, ...", groups[0][1][0].name)
+        raise _broken(
+            f"bucket numbers run {[index for index, _ in groups][:8]}, not 0, 1, 2, ...", groups[0][1][0].name
+        )
     buckets: list[Bucket] = []
     start = 0
     for (index, placements), following in zip(groups, [*groups[1:], None], strict=True):
@@ -142,7 +144,9 @@ def _entry(name: str, entry: object, where: str) -> tuple[str, int, Placement]:
         raise _broken(f"shape, start, end and bucket must be integers from 0 to {MAX_NUMEL}", at)
     *shape, start, stop, bucket = cast("list[int]", numbers)
     if len(shape) > 8 or math.prod(shape) != stop - start:
-        raise _broken(f"shape {shape} has {math.prod(shape)} elements, start {start} and end {stop} leave {stop - start}", at)
+        raise _broken(
+            f"shape {shape} has {math.prod(shape)} elements, start {start} and end {stop} leave {stop - start}", at
+        )
     dtype = items[0].removeprefix("torch.")
     return dtype, bucket, Placement(name=bare(name), shape=tuple(shape), start=start, stop=stop)
 
@@ -171,7 +175,9 @@ def expected_shape(name: str, sizes: Mapping[str, int | bool], tensor: int) -> t
             rows = int(sizes["kv_channels"]) * (heads + 2 * groups) // tensor
             return (rows, hidden) if leaf == "weight" else (rows,)
         if module == "dense":
-            return (hidden, int(sizes["kv_channels"]) * int(sizes["num_attention_heads"]) // tensor)[: 2 if leaf == "weight" else 1]
+            return (hidden, int(sizes["kv_channels"]) * int(sizes["num_attention_heads"]) // tensor)[
+                : 2 if leaf == "weight" else 1
+            ]
         if module == "dense_h_to_4h":
             rows = int(sizes["ffn_hidden_size"]) * (2 if sizes.get("swiglu") else 1) // tensor
             return (rows, hidden) if leaf == "weight" else (rows,)

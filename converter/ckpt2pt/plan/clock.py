@@ -34,7 +34,9 @@ def read_clock(
     epoch = int(facts["epoch_num"]) if "epoch_num" in facts else named[0] if named else None
     step = int(facts["step_num"]) if "step_num" in facts else named[1] if named else None
     samples = int(facts["num_steps"]) if facts.get("num_steps", 0) > 0 else None
-    by_samples = samples // global_batch_size if samples and global_batch_size and not samples % global_batch_size else None
+    by_samples = (
+        samples // global_batch_size if samples and global_batch_size and not samples % global_batch_size else None
+    )
     evidence = {
         "the entry iteration": _positive(facts.get("iteration")),
         "step_num in epoch 0": step if epoch == 0 else None,

@@ -14,7 +14,7 @@ from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 MODEL_FILE = "model_optim_rng.pt"
 OPTIM_FILE = "distrib_optim.pt"
-OPTIM_KINDS = ("param", "exp_avg", "exp_avg_sq")
+OPTIM_KINDS: tuple[str, ...] = ("param", "exp_avg", "exp_avg_sq")
 
 PIECE_BYTES = 32 << 20
 """A move reads at most this much, so that several threads share one huge tensor.  A multiple of every element."""
@@ -83,7 +83,9 @@ def optim_storages(plan: RankPlan) -> tuple[Storage, ...]:
 def moves(plan: RankPlan) -> tuple[Move, ...]:
     """Every move of a rank in the order of the source, so that a cold disk is read from front to back."""
     found = [piece for move in _whole_moves(plan) for piece in _pieces(move)]
-    return tuple(sorted(found, key=lambda move: (move.extents[0].path, move.extents[0].offset) if move.extents else ("", 0)))
+    return tuple(
+        sorted(found, key=lambda move: (move.extents[0].path, move.extents[0].offset) if move.extents else ("", 0))
+    )
 
 
 def _whole_moves(plan: RankPlan) -> Iterator[Move]:
@@ -91,11 +93,13 @@ def _whole_moves(plan: RankPlan) -> Iterator[Move]:
     first_storage = 0
     for chunk in plan.chunks:
         buckets = chunk.buffer.buckets if chunk.buffer else ()
-        homes = {p.name: (number, p.start - bucket.start) for number, bucket in enumerate(buckets) for p in bucket.placements}
+        homes = {
+            p.name: (number, p.start - bucket.start) for number, bucket in enumerate(buckets) for p in bucket.placements
+        }
         for weight in chunk.weights:
-            sinks = {role: () for role in OPTIM_KINDS} if weight.moments else {"param": ()}
+            roles = OPTIM_KINDS if weight.moments else OPTIM_KINDS[:1]
             sources = dict(zip(OPTIM_KINDS, (weight.source, *(weight.moments or ())), strict=False))
-            for kind, role in enumerate(sinks):
+            for kind, role in enumerate(roles):
                 targets: list[Sink] = []
                 if role == "param":
                     targets.append(Sink(file=MODEL_FILE, storage=model_storage, start=0, dtype=weight.dtype))

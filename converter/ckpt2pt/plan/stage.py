@@ -1,10 +1,10 @@
 """StagePlan: every copy that one pipeline stage needs, proved complete.  Pure: headers in, a frozen value out.
 
-    {MindSpore name: TensorRef}  +  ChunkMap (names in buffer order, buckets)  +  Topology, NameTable
-                      |
-                      v
-    RankPlan(tp, pp)   chunks -> weights: Megatron name <- TensorRef of the parameter and of both moments
-                       each source tensor used once or listed in ``ignored``, each target slot filled once
+{MindSpore name: TensorRef}  +  ChunkMap (names in buffer order, buckets)  +  Topology, NameTable
+|
+v
+RankPlan(tp, pp)   chunks -> weights: Megatron name <- TensorRef of the parameter and of both moments
+each source tensor used once or listed in ``ignored``, each target slot filled once
 """
 
 from __future__ import annotations

@@ -24,8 +24,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from isal import isal_zlib
-
+from ckpt2pt.checksums import crc32, crc32_combine
 from ckpt2pt.errors import FormatError
 from ckpt2pt.pt.reader import (
     CENTRAL,
@@ -137,11 +136,11 @@ def finish(fd: int, layout: Layout, crcs: Sequence[int], *, serialization_id: st
     if len(crcs) != layout.storages:
         raise ValueError(f"{len(crcs)} CRCs for {layout.storages} storages")
     before = (layout.pickle, _FORMAT_VERSION, str(ALIGNMENT).encode(), _BYTEORDER)
-    known = [*map(isal_zlib.crc32, before), *crcs, isal_zlib.crc32(_VERSION)]
+    known = [*(crc32(record, 0) for record in before), *crcs, crc32(_VERSION, 0)]
     identity = (serialization_id or _serialization_id(layout.slots, known)).encode()
     if len(identity) != _ID_NBYTES:
         raise ValueError(f"a serialization id has {_ID_NBYTES} digits, not {len(identity)}")
-    known.append(isal_zlib.crc32(identity))
+    known.append(crc32(identity, 0))
     contents: Iterable[bytes | None] = chain(before, repeat(None, layout.storages), (_VERSION, identity))
 
     out = _Writer(fd)
@@ -179,11 +178,11 @@ class _Writer:
         """Pass over bytes that are in place already."""
         if nbytes:
             self.flush()
-            self.crc = isal_zlib.crc32_combine(self.crc, crc, nbytes)
+            self.crc = crc32_combine(self.crc, crc, nbytes)
             self.offset += nbytes
 
     def flush(self) -> None:
-        self.crc = isal_zlib.crc32(self._pending, self.crc)
+        self.crc = crc32(self._pending, self.crc)
         done, size = 0, len(self._pending)
         with memoryview(self._pending) as view:
             while done < size:
@@ -309,7 +308,7 @@ def _read_pickle(file: PtFile, records: dict[str, Record]) -> bytes:
             mend="keep tensors in the checkpoint, not lists of numbers: they lie outside the pickle",
         )
     data = file.read(record.extent.offset, record.extent.nbytes)
-    found = isal_zlib.crc32(data)
+    found = crc32(data, 0)
     # torch.serialization.set_crc32_options(False) leaves zeros; such a file is whole all the same.
     if found != record.crc32 and record.crc32:
         raise _wrong_crc(file, record, found)

@@ -15,7 +15,17 @@ from ckpt2pt.mapping import names
 from ckpt2pt.plan.clock import Clock
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS, Storage, model_storages, optim_storages
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
-from ckpt2pt.pt.pickles import Call, Global, Persistent, Value, as_tensor, namespace_attrs, ordered_dict, tensor, write_pickle, with_attrs
+from ckpt2pt.pt.pickles import (
+    Call,
+    Global,
+    Persistent,
+    Value,
+    namespace_attrs,
+    ordered_dict,
+    tensor,
+    with_attrs,
+    write_pickle,
+)
 from ckpt2pt.tensors import Extent
 
 
@@ -121,8 +131,8 @@ def _model(chunk: ChunkPlan, storages: Sequence[Storage], numbers: Iterator[int]
     root: dict[Value, Value] = {}
     inner: dict[tuple[str, ...], list[tuple[Value, Value]]] = {("language_model", "encoder"): []}
     for position, weight in enumerate(chunk.weights):
-        *path, leaf = names.state_dict_path(weight.name)
-        pairs = inner.setdefault(tuple(path), [])
+        *nesting, leaf = names.state_dict_path(weight.name)
+        pairs = inner.setdefault(tuple(nesting), [])
         pairs.append((leaf, _tensor(storages, next(numbers))))
         module = weight.name.rpartition(".")[0]
         following = chunk.weights[position + 1].name if position + 1 < len(chunk.weights) else ""
@@ -130,7 +140,9 @@ def _model(chunk: ChunkPlan, storages: Sequence[Storage], numbers: Iterator[int]
             pairs.append((f"{leaf.rpartition('.')[0]}._extra_state".removeprefix("."), None))
     # Megatron fills language_model in this order whatever came first in the buffer.
     order = {"embedding": 0, "encoder": 1, "output_layer": 2}
-    for path, pairs in sorted(inner.items(), key=lambda item: (len(item[0]) == 1, order.get(item[0][1] if len(item[0]) > 1 else "", 3))):
+    for path, pairs in sorted(
+        inner.items(), key=lambda item: (len(item[0]) == 1, order.get(item[0][1] if len(item[0]) > 1 else "", 3))
+    ):
         node = root
         for segment in path[:-1]:
             node = cast("dict[Value, Value]", node.setdefault(segment, {}))

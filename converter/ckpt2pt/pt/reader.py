@@ -16,8 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, NoReturn, Self
 
-from isal import isal_zlib
-
+from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import Ckpt2ptError, FileAccessError, FormatError, MissingInputError
 from ckpt2pt.tensors import Extent
 
@@ -101,7 +100,7 @@ class PtFile:
         crc = 0
         while start < stop:
             piece = self._pread(start, min(_PIECE_NBYTES, stop - start))
-            crc = isal_zlib.crc32(piece, crc)
+            crc = crc32(piece, crc)
             start += len(piece)
         return crc
 

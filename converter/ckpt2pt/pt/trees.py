@@ -58,7 +58,7 @@ class Call:
 
 _Node: TypeAlias = "Global | Call | Persistent | Missing"
 Value: TypeAlias = (
-    "None | bool | int | float | str | bytes | tuple[Value, ...] | list[Value] | dict[Value, Value] | _Node"
+    "bool | int | float | str | bytes | tuple[Value, ...] | list[Value] | dict[Value, Value] | _Node | None"
 )
 """A node of the tree; :data:`MISSING` only as the state of a :class:`Call`.  Containers may be shared, never cyclic."""
 

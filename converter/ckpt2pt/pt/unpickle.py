@@ -236,19 +236,16 @@ class Reader:
         if nbytes > len(self.data) - self.pos:
             self.fail(f"declares a frame of {nbytes} bytes where {len(self.data) - self.pos} are left")
 
-    def op_int(self) -> None:
+    def decimal(self) -> int:
         text = self.line()
-        if text in (b"00", b"01"):
-            self.stack.append(text == b"01")
-        elif re.fullmatch(rb"-?[0-9]+L?", text):
-            self.stack.append(int(text.removesuffix(b"L")))
-        else:
+        if not re.fullmatch(rb"-?[0-9]+L?", text):
             self.fail("holds a number that is none")
+        return int(text.removesuffix(b"L"))
 
-    def op_index(self) -> int:
-        self.op_int()
-        index = self.stack.pop()
-        return index if isinstance(index, int) else self.fail("counts with something else than numbers")
+    def op_int(self) -> None:
+        flag = self.data[self.pos : self.pos + 3]
+        number = self.decimal()
+        self.stack.append(number == 1 if flag in (b"00\n", b"01\n") else number)
 
     def op_float(self) -> None:
         try:
@@ -307,7 +304,7 @@ def _push(make: Callable[[Reader], Value]) -> _Op:
 _OPS: Final[dict[bytes, _Op]] = {
     b"\x80": Reader.op_protocol, b"\x95": Reader.op_frame,
     b"N": _push(lambda r: None), b"\x88": _push(lambda r: True), b"\x89": _push(lambda r: False),
-    b"I": Reader.op_int, b"L": Reader.op_int, b"F": Reader.op_float,
+    b"I": Reader.op_int, b"L": _push(lambda r: r.decimal()), b"F": Reader.op_float,
     b"K": Reader.op_binint1, b"M": _push(lambda r: r.uint(2)), b"J": lambda r: r.long(4),
     b"\x8a": lambda r: r.long(r.uint(1)), b"\x8b": lambda r: r.long(r.uint(4)),
     b"G": _push(lambda r: struct.unpack(">d", r.take(8))[0]),
@@ -325,9 +322,9 @@ _OPS: Final[dict[bytes, _Op]] = {
     b"\x8f": _push(lambda r: Call(_SET, ([],))), b"\x90": Reader.op_add_items,
     b"\x91": _push(lambda r: Call(_FROZENSET, (r.since_mark(),))),
     b"(": Reader.op_mark, b"0": Reader.op_pop, b"1": Reader.op_pop_mark, b"2": _push(lambda r: r.stack[-1]),
-    b"p": lambda r: r.put(r.op_index()), b"q": Reader.op_binput, b"r": Reader.op_long_binput,
+    b"p": lambda r: r.put(r.decimal()), b"q": Reader.op_binput, b"r": Reader.op_long_binput,
     b"\x94": lambda r: r.put(len(r.memo)),
-    b"g": lambda r: r.get(r.op_index()), b"h": Reader.op_binget, b"j": lambda r: r.get(r.uint(4)),
+    b"g": lambda r: r.get(r.decimal()), b"h": Reader.op_binget, b"j": lambda r: r.get(r.uint(4)),
     b"c": Reader.op_global, b"\x93": Reader.op_stack_global, b"i": Reader.op_inst,
     b"\x82": Reader.op_extension, b"\x83": Reader.op_extension, b"\x84": Reader.op_extension,
     b"R": Reader.op_reduce, b"\x81": Reader.op_newobj, b"\x92": Reader.op_newobj_ex,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from ckpt2pt.errors import UsageError
-from ckpt2pt.mapping.topology import Topology
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ckpt2pt.errors import UsageError
+from ckpt2pt.mapping.topology import Topology
 
 
 def test_interleaved_stages_take_turns() -> None:

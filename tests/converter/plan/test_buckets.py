@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ckpt2pt.errors import FormatError
-from ckpt2pt.plan.buckets import expected_shape, parse_param_map
 from hypothesis import given
 from hypothesis import strategies as st
+
+from ckpt2pt.errors import FormatError
+from ckpt2pt.plan.buckets import expected_shape, parse_param_map
 
 
 def entry(start: int, stop: int, bucket: int = 0) -> list[Any]:
@@ -33,7 +34,7 @@ def test_an_unknown_group_pads_only_what_the_map_shows() -> None:
     assert [(b.numel, b.numel_unpadded) for b in buffer.buckets] == [(9, 8), (4, 4)]
 
 
-BROKEN = {
+BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "gap": ({"module.a": entry(6, 9)}, "starts at element 6"),
     "overlap": ({"module.a": entry(4, 8)}, "starts at element 4"),
     "bucket-skipped": ({"module.c": entry(9, 13, 2)}, r"bucket numbers run \[0, 2\]"),
@@ -64,7 +65,12 @@ def test_a_map_must_be_an_object(document: object) -> None:
         parse_param_map(document, where="map.json", divisor=None)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda c: st.lists(c, max_size=5) | st.dictionaries(st.text(max_size=5), c, max_size=4)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+        lambda c: st.lists(c, max_size=5) | st.dictionaries(st.text(max_size=5), c, max_size=4),
+    )
+)
 def test_any_json_is_parsed_or_refused(document: object) -> None:
     try:
         parse_param_map(document, where="map.json", divisor=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from ckpt2pt.errors import InputError
 from ckpt2pt.plan.clock import read_clock
 
@@ -11,9 +12,13 @@ from ckpt2pt.plan.clock import read_clock
     ("facts", "named", "iteration", "samples", "doubts"),
     [
         pytest.param({"step_num": 2, "epoch_num": 0, "num_steps": 8, "state_step": 2}, None, 2, 8, 0, id="all-agree"),
-        pytest.param({"step_num": 3, "epoch_num": 2, "num_steps": 92}, (2, 3), 23, 92, 0, id="steps-restart-each-epoch"),
+        pytest.param(
+            {"step_num": 3, "epoch_num": 2, "num_steps": 92}, (2, 3), 23, 92, 0, id="steps-restart-each-epoch"
+        ),
         pytest.param({"iteration": 500, "step_num": 2, "epoch_num": 0}, None, 500, 2000, 1, id="entry-iteration-wins"),
-        pytest.param({"step_num": 7, "epoch_num": 0, "state_step": 6}, None, 7, 28, 0, id="mint-adamw-starts-at-minus-one"),
+        pytest.param(
+            {"step_num": 7, "epoch_num": 0, "state_step": 6}, None, 7, 28, 0, id="mint-adamw-starts-at-minus-one"
+        ),
         pytest.param({"step_num": 7, "epoch_num": 1, "state_step": 107}, None, 107, 428, 0, id="optimizer-counts"),
         pytest.param({}, (0, 40), 40, 160, 0, id="file-name-alone"),
         pytest.param({"step_num": 2, "epoch_num": 0, "num_steps": 12}, None, 2, 12, 1, id="samples-disagree"),

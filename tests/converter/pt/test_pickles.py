@@ -113,7 +113,10 @@ def test_numpy_arrays_keep_the_name_of_the_numpy_that_wrote_them(golden_set: Pat
         data = pickle_of(path)
         if b"_reconstruct" in data:
             old, new = b"cnumpy.core.multiarray\n" in data, b"cnumpy._core.multiarray\n" in data
-            assert (b"cnumpy.core.multiarray\n" in again(data), b"cnumpy._core.multiarray\n" in again(data)) == (old, new)
+            assert (b"cnumpy.core.multiarray\n" in again(data), b"cnumpy._core.multiarray\n" in again(data)) == (
+                old,
+                new,
+            )
             assert old != new
 
 
@@ -122,7 +125,9 @@ def test_numpy_arrays_keep_the_name_of_the_numpy_that_wrote_them(golden_set: Pat
 OBJECTS: list[Any] = [
     pytest.param(None, id="none"),
     pytest.param([True, False, 0, 1, 255, 256, 65535, 65536, -1, -(2**31), 2**31 - 1], id="small-integers"),
-    pytest.param([2**31, -(2**31) - 1, 2**63, -(2**63), 2**64, 10**50, -(10**50), 2**2040, -(2**2039)], id="long-integers"),
+    pytest.param(
+        [2**31, -(2**31) - 1, 2**63, -(2**63), 2**64, 10**50, -(10**50), 2**2040, -(2**2039)], id="long-integers"
+    ),
     pytest.param([0.0, -0.0, 1e-300, float("inf"), -float("inf")], id="floats"),
     pytest.param(["", "a", "ä", "模型", "\U0001f600", "\ud800", "x" * 70000, "line\nline\\u0041\x1a\r"], id="text"),
     pytest.param([b"", b"abc", bytes(range(256)), b"y" * 70000], id="bytes"),
@@ -151,7 +156,9 @@ def test_writing_again_what_pickle_wrote_in_protocol_2_changes_no_byte(value: An
 @pytest.mark.parametrize("value", OBJECTS)
 def test_a_pickle_of_any_protocol_means_the_same_after_it_was_written_again(value: Any, protocol: int) -> None:
     loaded = pickle.loads(again(pickle.dumps(value, protocol=protocol)))
-    assert pickle.dumps(loaded, protocol=4) == pickle.dumps(pickle.loads(pickle.dumps(value, protocol=protocol)), protocol=4)
+    assert pickle.dumps(loaded, protocol=4) == pickle.dumps(
+        pickle.loads(pickle.dumps(value, protocol=protocol)), protocol=4
+    )
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -241,7 +248,9 @@ def test_a_value_that_is_no_node_cannot_be_written(value: Any) -> None:
 
 def test_reading_takes_microseconds_a_tensor() -> None:
     words = "experts.local_experts.linear_fc1.weight." * 4
-    tree: dict[Value, Value] = {f"{words}{n}": tensor("float32", str(n), 1 << 20, 0, (1024, 1024)) for n in range(20_000)}
+    tree: dict[Value, Value] = {
+        f"{words}{n}": tensor("float32", str(n), 1 << 20, 0, (1024, 1024)) for n in range(20_000)
+    }
     data = write_pickle(tree)
     start = time.process_time()
     read = read_pickle(data, where="test")

@@ -122,7 +122,9 @@ HOOKS = Call(Global("collections", "OrderedDict"))
         pytest.param((STORAGE, 0, (2, 3), (3, 1), False, {}), id="hooks-are-a-dict"),
         pytest.param(("0", 0, (2, 3), (3, 1), False, HOOKS), id="no-storage"),
         pytest.param((Persistent("0"), 0, (0,), (1,), False, HOOKS), id="storage-without-id"),
-        pytest.param((Persistent(("storage", "FloatStorage", "0", "cpu", 6)), 0, (1,), (1,), False, HOOKS), id="no-class"),
+        pytest.param(
+            (Persistent(("storage", "FloatStorage", "0", "cpu", 6)), 0, (1,), (1,), False, HOOKS), id="no-class"
+        ),
         pytest.param((STORAGE, 0, (2, 3), (3, 1), False, HOOKS, {}, {}), id="too-many"),
     ],
 )
@@ -193,7 +195,9 @@ def test_an_ordered_dict_is_written_as_pickle_writes_it(count: int) -> None:
 
 
 def test_attributes_of_an_ordered_dict_come_back() -> None:
-    loaded = pickle.loads(write_pickle(ordered_dict([("a", 1)], attrs={"_metadata": ordered_dict([("", {"version": 1})])})))
+    loaded = pickle.loads(
+        write_pickle(ordered_dict([("a", 1)], attrs={"_metadata": ordered_dict([("", {"version": 1})])}))
+    )
     assert loaded == OrderedDict(a=1)
     assert loaded._metadata == {"": {"version": 1}}
 

@@ -55,7 +55,7 @@ PLAIN = [
     pytest.param(b"]p7\ng7\n0.", id="PUT-GET"),
     pytest.param(b"]q\x07h\x070.", id="BINPUT-BINGET"),
     pytest.param(b"]r\x07\x00\x00\x00j\x07\x00\x00\x000.", id="LONG_BINPUT-LONG_BINGET"),
-    pytest.param(b"\x80\x04]\x94K\x01\x94h\x01\x86.", id="MEMOIZE"),
+    pytest.param(b"\x80\x04]\x94K\x01\x94h\x01\x87.", id="MEMOIZE"),
     pytest.param(b"\x80\x04\x95\x02\x00\x00\x00\x00\x00\x00\x00N.", id="FRAME"),
     pytest.param(b"N.", id="NONE"),
     pytest.param(b"(\x88\x89t.", id="NEWTRUE-NEWFALSE"),
@@ -156,7 +156,7 @@ def test_a_byte_that_is_no_opcode_is_refused(code: int) -> None:
     ],
 )
 def test_opcodes_that_torch_never_writes_are_refused(data: bytes) -> None:
-    with pytest.raises(FormatError, match="torch.save never writes"):
+    with pytest.raises(FormatError, match="never writes"):
         read_pickle(data, where="test")
 
 

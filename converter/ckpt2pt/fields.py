@@ -1,0 +1,106 @@
+"""Read a document field by field and tell all that is wrong with it at once.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from ckpt2pt.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that is wrong with a document."""
+
+    field: str
+    what: str
+    mend: str
+
+
+def refusal(findings: Sequence[Finding], where: str) -> UsageError:
+    """One error for everything that is wrong."""
+    if len(findings) == 1:
+        return UsageError(findings[0].what, where=f"{where}: {findings[0].field}", mend=findings[0].mend)
+    lines = "".join(f"\n  - {finding.field}: {finding.what}; {finding.mend}" for finding in findings)
+    return UsageError(f"{len(findings)} fields are wrong:{lines}", where=where, mend="correct these fields")
+
+
+class Fields:
+    """One object of the document.  What is wrong with a field is noted, and a harmless value goes on."""
+
+    def __init__(self, value: object, path: str, findings: list[Finding]) -> None:
+        self.path = path
+        self._findings = findings
+        self._value: Mapping[str, object] = {}
+        self.broken = value is not None and not isinstance(value, Mapping)
+        if isinstance(value, Mapping):
+            self._value = cast("Mapping[str, object]", value)
+        elif self.broken:
+            self.note("", "is not a mapping of fields", "write its fields below it, one on a line")
+
+    def note(self, name: str, what: str, mend: str) -> None:
+        """Keep what is wrong with a field."""
+        field = ".".join(part for part in (self.path, name) if part)
+        self._findings.append(Finding(field=field, what=what, mend=mend))
+
+    def get(self, name: str) -> object:
+        """The raw value; null is as good as absent, as it is for an API server."""
+        return self._value.get(name)
+
+    def items(self) -> list[tuple[str, object]]:
+        """Every field that is there and not null."""
+        return [(name, value) for name, value in self._value.items() if value is not None]
+
+    def child(self, name: str) -> Fields:
+        """An object inside this one; an empty one if it is not there."""
+        return Fields(self.get(name), ".".join(part for part in (self.path, name) if part), self._findings)
+
+    def text(self, name: str, default: str) -> str:
+        """A string."""
+        value = self.get(name)
+        if value is None or isinstance(value, str):
+            return default if value is None else value
+        self.note(name, f"is {value!r}, and must be text", "put it in quotes")
+        return default
+
+    def choice(self, name: str, default: str, *others: str) -> str:
+        """One of a few words, the first of them by default."""
+        value = self.get(name)
+        if value is None or value in {default, *others}:
+            return default if value is None else str(value)
+        self.note(name, f"is {value!r}", f"write {' or '.join((default, *others))}")
+        return default
+
+    def flag(self, name: str) -> bool:
+        """True or false, false by default."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, bool):
+            self.note(name, f"is {value!r}", "write true or false")
+        return value is True
+
+    def number(self, name: str, default: int, *, low: int = 1) -> int:
+        """A whole number of at least ``low``."""
+        found = self.optional(name, low=low)
+        return default if found is None else found
+
+    def optional(self, name: str, *, low: int = 1) -> int | None:
+        """A whole number of at least ``low``, or None."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if type(value) is int and value >= low:
+            return value
+        self.note(name, f"is {value!r}", f"write a whole number of at least {low}")
+        return None
+
+    def numbers(self, name: str) -> tuple[int, ...] | None:
+        """A list of whole numbers of at least 0, or None."""
+        value = self.get(name)
+        if value is None:
+            return None
+        items = cast("list[object]", value) if isinstance(value, list | tuple) else [None]
+        if all(type(item) is int and item >= 0 for item in items):
+            return tuple(cast("list[int]", items))
+        self.note(name, f"is {value!r}", "write a list of whole numbers, as [62, 63]")
+        return None

@@ -1,0 +1,219 @@
+"""A Conversion -> the Indexed Job that carries it out, one index for each pipeline stage.  Pure.
+
+The operator creates this manifest; ``ckpt2pt run`` interprets the same one with local processes.  Field by field it
+needs Kubernetes 1.29 (backoffLimitPerIndex, podReplacementPolicy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from ckpt2pt.conversion import API_VERSION, KIND, ROLES, Conversion, Json, convert_args
+from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE
+
+CONTAINER = "convert"
+STAGES_VARIABLE = "CKPT2PT_STAGES"
+"""Stages of a Job that does not do all of them: index 0 does the first named, index 1 the second."""
+
+_MOUNT_ROOT = "/volumes"
+_GRACE_SECONDS = 60
+_POD_FIELDS = (
+    "nodeSelector", "tolerations", "affinity", "schedulerName", "priorityClassName", "runtimeClassName", "imagePullSecrets",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mount:
+    """One volume of the pod, and the roles that share it."""
+
+    name: str
+    roles: tuple[str, ...]
+    volume: Json
+    read_only: bool
+
+    @property
+    def path(self) -> str:
+        """Where the container sees it."""
+        return f"{_MOUNT_ROOT}/{self.name}"
+
+
+def mounts_of(conversion: Conversion) -> tuple[Mount, ...]:
+    """Each volume once, named after the first role that uses it; writable only where something is written."""
+    roles: list[tuple[Json, list[str]]] = []
+    for role in ROLES:
+        volume = conversion.place(role).volume
+        sharing = next((names for seen, names in roles if seen == volume), None)
+        if sharing is None:
+            roles.append((volume, [role]))
+        else:
+            sharing.append(role)
+    return tuple(
+        Mount(name=names[0], roles=tuple(names), volume=volume, read_only=conversion.dry_run or "target" not in names)
+        for volume, names in roles
+    )
+
+
+def job_name(conversion: Conversion, attempt: int) -> str:
+    """``<conversion>-<attempt>``: known before it exists, so that it can be created twice without harm."""
+    return f"{conversion.name}-{attempt}"
+
+
+def build_job(conversion: Conversion, *, image: str, attempt: int = 1, stages: Sequence[int] | None = None) -> Json:
+    """The Job of one attempt; ``stages`` are those to do when they are not all."""
+    todo = tuple(range(conversion.topology.pipeline)) if stages is None else tuple(sorted(set(stages)))
+    completions = 1 if conversion.dry_run else len(todo)
+    pod = conversion.workers.pod
+    labels = _labels(conversion, attempt)
+    queue: dict[str, str] = {}
+    if "queueName" in pod and pod.get("queueKind", "Kueue") == "Kueue":
+        queue["kueue.x-k8s.io/queue-name"] = str(pod["queueName"])
+    spec: Json = {
+        "completionMode": "Indexed",
+        "completions": completions,
+        "parallelism": min(completions, conversion.workers.max_parallel_stages or completions),
+        "backoffLimitPerIndex": conversion.retries.per_stage,
+        "podReplacementPolicy": "Failed",  # one writer for each stage
+        "podFailurePolicy": _failure_policy(),
+        "template": _template(conversion, image=image, labels=labels, stages=todo),
+    }
+    if conversion.retries.max_failed_stages is not None:
+        spec["maxFailedIndexes"] = min(conversion.retries.max_failed_stages, completions)
+    if conversion.active_deadline_seconds is not None:
+        spec["activeDeadlineSeconds"] = conversion.active_deadline_seconds
+    if conversion.suspend:
+        spec["suspend"] = True
+    # ttlSecondsAfterFinished is not set here: termination messages have to be recorded before the pods may go.
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": job_name(conversion, attempt), **_home(conversion), "labels": {**labels, **queue}},
+        "spec": spec,
+    }
+
+
+def _home(conversion: Conversion) -> Json:
+    """Namespace and owner, as far as they are known: a document in a file has neither."""
+    found: Json = {}
+    if conversion.namespace:
+        found["namespace"] = conversion.namespace
+    if conversion.uid:
+        found["ownerReferences"] = [
+            {
+                "apiVersion": API_VERSION,
+                "kind": KIND,
+                "name": conversion.name,
+                "uid": conversion.uid,
+                "controller": True,
+                "blockOwnerDeletion": False,  # true would need the right to update finalizers
+            }
+        ]
+    return found
+
+
+def _labels(conversion: Conversion, attempt: int) -> dict[str, str]:
+    labels = {
+        "app.kubernetes.io/name": "ckpt2pt",
+        "app.kubernetes.io/component": "worker",
+        "app.kubernetes.io/instance": conversion.name,
+        "app.kubernetes.io/managed-by": "ckpt2pt-operator",
+        "ckpt2pt.dev/attempt": str(attempt),
+    }
+    return labels | ({"ckpt2pt.dev/conversion-uid": conversion.uid} if conversion.uid else {})
+
+
+def _failure_policy() -> Json:
+    """The table of exit codes (errors.py) in the Job's words; what no rule names counts as one try."""
+
+    def rule(action: str, codes: frozenset[int]) -> Json:
+        exits = {"containerName": CONTAINER, "operator": "In", "values": sorted(codes)}
+        return {"action": action, "onExitCodes": exits}
+
+    disruption: Json = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    # The first rule that fits decides, and a pod that was evicted may have ended with any code.
+    return {"rules": [disruption, rule("FailJob", FAILS_JOB), rule("FailIndex", FAILS_STAGE)]}
+
+
+def _template(conversion: Conversion, *, image: str, labels: Mapping[str, str], stages: Sequence[int]) -> Json:
+    pod = conversion.workers.pod
+    mounts = mounts_of(conversion)
+    spec: Json = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": _GRACE_SECONDS,
+        "securityContext": _pod_security(cast("Json", pod.get("security", {}))),
+        "containers": [_container(conversion, image=image, mounts=mounts, stages=stages)],
+        "volumes": [{"name": mount.name, **mount.volume} for mount in mounts],
+        **{name: pod[name] for name in _POD_FIELDS if name in pod},
+    }
+    annotations = dict(cast("dict[str, str]", pod.get("annotations", {})))
+    if "queueName" in pod and pod.get("queueKind") == "Volcano":
+        spec.setdefault("schedulerName", "volcano")
+        annotations["scheduling.volcano.sh/queue-name"] = str(pod["queueName"])
+    metadata: Json = {"labels": {**cast("dict[str, str]", pod.get("labels", {})), **labels}}
+    if annotations:
+        metadata["annotations"] = annotations
+    return cast("Json", _merged({"metadata": metadata, "spec": spec}, pod.get("podOverrides", {})))
+
+
+def _container(conversion: Conversion, *, image: str, mounts: Sequence[Mount], stages: Sequence[int]) -> Json:
+    pod = conversion.workers.pod
+    paths = {role: mount.path for mount in mounts for role in mount.roles}
+    container: Json = {
+        "name": CONTAINER,
+        "image": str(pod.get("image") or image),
+        "args": convert_args(conversion, paths),
+        "resources": pod.get("resources", {}),
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "volumeMounts": [
+            {"name": mount.name, "mountPath": mount.path, **({"readOnly": True} if mount.read_only else {})}
+            for mount in mounts
+        ],
+    }
+    if "imagePullPolicy" in pod:
+        container["imagePullPolicy"] = pod["imagePullPolicy"]
+    # JOB_COMPLETION_INDEX, the stage by default, is given by Kubernetes.
+    if len(stages) != conversion.topology.pipeline and not conversion.dry_run:
+        container["env"] = [{"name": STAGES_VARIABLE, "value": ",".join(map(str, stages))}]
+    return container
+
+
+def _pod_security(given: Json) -> Json:
+    # MindSpore leaves files that only their owner can read, and the owner is often root.
+    security: Json = {
+        "runAsNonRoot": given.get("runAsUser") != 0,
+        "seccompProfile": {"type": "RuntimeDefault"},
+        **given,
+    }
+    if "fsGroup" in given:
+        security["fsGroupChangePolicy"] = "OnRootMismatch"  # a recursive chown of a checkpoint takes hours
+    return security
+
+
+def _merged(base: object, over: object) -> object:
+    """``over`` put into ``base``: objects field by field, containers by name, anything else replaced."""
+    if isinstance(base, dict) and isinstance(over, Mapping):
+        ours, theirs = cast("Json", base), cast("Mapping[str, object]", over)
+        return {
+            **ours,
+            **{
+                key: _merged_containers(ours.get(key), value) if key == "containers" else _merged(ours.get(key), value)
+                for key, value in theirs.items()
+            },
+        }
+    return over
+
+
+def _merged_containers(base: object, over: object) -> object:
+    if not isinstance(base, list) or not isinstance(over, list):
+        return over
+    changes = {str(item.get("name")): item for item in cast("list[Json]", over)}
+    kept = [_merged(item, changes.pop(str(item["name"]), {})) for item in cast("list[Json]", base)]
+    return [*kept, *changes.values()]

@@ -1,0 +1,174 @@
+"""What is known of a run -> the status of its CheckpointConversion.  Pure: times come in as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ckpt2pt.conversion import Conversion, Json
+
+State = Literal["Pending", "Running", "Succeeded", "Failed"]
+
+REASONS = {
+    64: "WrongUsage",
+    65: "InputWrong",
+    66: "InputMissing",
+    70: "Bug",
+    74: "InputOutputError",
+    75: "TryAgain",
+    76: "DigestMismatch",
+}
+"""One word for each exit code; anything above 128 is a kill."""
+
+MAX_MESSAGE = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRecord:
+    """One pipeline stage as it was last seen; ``done`` and ``total`` are bytes to read, total None before they are known."""
+
+    stage: int
+    state: State = "Pending"
+    reason: str = ""
+    message: str = ""
+    done: int = 0
+    total: int | None = None
+    throughput: int = 0
+    attempts: int = 0
+    node: str = ""
+
+    @property
+    def fraction(self) -> float:
+        """Share of this stage that is done."""
+        if self.state == "Succeeded":
+            return 1.0
+        return min(self.done / self.total, 1.0) if self.total else 0.0
+
+    def document(self) -> Json:
+        """Its entry in ``stageStatuses``; what is not known is left out."""
+        optional: Json = {
+            "reason": self.reason,
+            "message": self.message[:MAX_MESSAGE],
+            "bytes": self.done,
+            "bytesTotal": self.total,
+            "throughput": self.throughput,
+            "attempts": self.attempts,
+            "node": self.node,
+        }
+        return {"stage": self.stage, "state": self.state, **{key: value for key, value in optional.items() if value}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """Why a run ended before every stage was done."""
+
+    reason: str
+    message: str
+
+
+def status_of_run(
+    conversion: Conversion,
+    records: Sequence[StageRecord],
+    *,
+    job: str,
+    started: str | None,
+    finished: str | None = None,
+    ended: Ending | None = None,
+    iteration: int | None = None,
+) -> Json:
+    """The status document, as the CRD describes it, from the records of the stages; ``started`` and ``finished`` are RFC 3339."""
+    count = {state: sum(record.state == state for record in records) for state in ("Running", "Succeeded", "Failed")}
+    phase = _phase(conversion, records, started=started, finished=finished, ended=ended)
+    share = sum(record.fraction for record in records) / len(records) if records else 0.0
+    status: Json = {
+        "phase": phase,
+        "progress": f"{int(share * 100)}%",
+        "stageSummary": f"{count['Succeeded']}/{len(records)}",
+        "stages": {
+            "total": len(records),
+            "active": count["Running"],
+            "succeeded": count["Succeeded"],
+            "failed": count["Failed"],
+        },
+        "stageStatuses": [record.document() for record in records],
+        "bytesDone": sum(record.done for record in records),
+        "bytesTotal": sum(record.total or 0 for record in records),
+        "job": job,
+        "conditions": _conditions(conversion, records, phase, ended, finished or started),
+    }
+    if iteration is not None:
+        status["iteration"] = iteration
+        folder = (
+            f"iter_{iteration:07d}"
+            if conversion.target.path == "."
+            else f"{conversion.target.path}/iter_{iteration:07d}"
+        )
+        status["outputPath"] = folder
+        if phase == "Succeeded":
+            status["reportPath"] = f"{folder}/.ckpt2pt/report.json"
+    times = {"startTime": started, "completionTime": finished}
+    return status | {name: time for name, time in times.items() if time}
+
+
+def _phase(
+    conversion: Conversion,
+    records: Sequence[StageRecord],
+    *,
+    started: str | None,
+    finished: str | None,
+    ended: Ending | None,
+) -> str:
+    if not finished:
+        return "Running" if started else "Pending"
+    if ended is not None and ended.reason == "Cancelled":
+        return "Cancelled"
+    if ended is not None or any(record.state != "Succeeded" for record in records):
+        return "Failed"
+    return "Planned" if conversion.dry_run else "Succeeded"
+
+
+def _conditions(
+    conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None, when: str | None
+) -> list[Json]:
+    """Complete and Failed as a Job has them, Verified, and the three that kstatus reads."""
+    done, over = phase in {"Succeeded", "Planned"}, phase in {"Failed", "Cancelled"}
+    reason, message = _why(conversion, records, phase, ended)
+    mismatch = [record.stage for record in records if record.reason == REASONS[76]]
+    if conversion.verify == "None" or conversion.dry_run:
+        verified = ("False", "NotRequested", "verification was not asked for")
+    elif mismatch:
+        verified = ("False", REASONS[76], f"stages {mismatch} differ from what was written, or from their source")
+    elif done:
+        verified = ("True", "DigestsMatch", "every file was read back, and is what was written")
+    else:
+        verified = ("False", "NotYet", "not every stage is verified yet")
+
+    def condition(kind: str, status: str, reason: str, message: str) -> Json:
+        return {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": when or ""}
+
+    def yes(value: bool) -> str:
+        return "True" if value else "False"
+
+    return [
+        condition("Complete", yes(done), reason, message),
+        condition("Failed", yes(over), reason, message),
+        condition("Verified", *verified),
+        condition("Ready", yes(done), reason, message),
+        condition("Reconciling", yes(phase in {"Pending", "Running"}), reason, message),
+        condition("Stalled", yes(over), reason, message),
+    ]
+
+
+def _why(conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None) -> tuple[str, str]:
+    if ended is not None:
+        return ended.reason, ended.message
+    failed = [record for record in records if record.state == "Failed"]
+    if phase == "Failed" and failed:
+        stages = ", ".join(str(record.stage) for record in failed)
+        return "StageFailed", f"stage {stages} failed; stage {failed[0].stage}: {failed[0].message}"[:MAX_MESSAGE]
+    if phase == "Planned":
+        return "Planned", "planned; nothing was written"
+    if phase == "Succeeded":
+        return "AllStagesSucceeded", f"all {len(records)} stages are converted"
+    return "InProgress", f"{sum(record.state == 'Succeeded' for record in records)} of {len(records)} stages are done"
