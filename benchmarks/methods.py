@@ -31,10 +31,9 @@ Loaded = Mapping["TensorRef", "torch.Tensor"]
 
 
 def build(folder: Path, layers: int, hidden: int, vocab: int, tp: int, pp: int, headers_only: int) -> None:
+    from ckpt2pt.mapping.topology import Topology  # noqa: PLC0415
     from synthetic import Model  # noqa: PLC0415
     from synthetic import build as write  # noqa: PLC0415
-
-    from ckpt2pt.mapping.topology import Topology  # noqa: PLC0415
 
     cut = Topology(num_layers=layers, tensor=tp, pipeline=pp)
     model = Model(topology=cut, hidden=hidden, ffn=hidden * 11 // 4, heads=max(hidden // 64, 8), groups=4, vocab=vocab)

@@ -98,7 +98,7 @@ class Contest:
         shutil.rmtree(made)
         self.nbytes = {name: (self.ready / name).stat().st_size for name in FILES}
         pairs = [(self.ready / name, self.out / name) for name in FILES]
-        method = [case.folder, str(case.layers), self.out]
+        method: Words = [case.folder, str(case.layers), self.out]
         self.methods: dict[str, tuple[Words, list[Path]]] = {
             "cp optim": (copy(pairs[:1]), [self.ready / FILES[0]]),
             "ckpt2pt optim": ([*METHODS, "optim", *method], case.sources),
@@ -200,9 +200,10 @@ def compare(work: Path, options: argparse.Namespace) -> dict[str, object]:
 def measured(case: Case, out: Path, *more: str, inside: Path | None = None) -> dict[str, object]:
     """One conversion, for its memory."""
     sample = run(case.convert(out, *more), inside=inside)
-    found = {"output_bytes": size_of(out), "wall": round(sample.wall, 2), "rss": sample.rss}
+    nbytes = size_of(out)
+    found: dict[str, object] = {"output_bytes": nbytes, "wall": round(sample.wall, 2), "rss": sample.rss}
     shutil.rmtree(out)
-    say(f"  {found['output_bytes'] / 1e9:6.2f} GB  {sample.wall:7.2f} s  peak {sample.rss / MIB:5.1f} MiB")
+    say(f"  {nbytes / 1e9:6.2f} GB  {sample.wall:7.2f} s  peak {sample.rss / MIB:5.1f} MiB")
     return found
 
 
@@ -265,7 +266,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory-gb", type=float, default=10, help="output of the largest conversion for memory")
     parser.add_argument("--tensors", type=int, default=100_000)
-    parser.add_argument("--reference", choices=("warm", "both", "none"), default="warm", help="when to run the slow one")
+    parser.add_argument(
+        "--reference", choices=("warm", "both", "none"), default="warm", help="when to run the slow one"
+    )
     parser.add_argument("--work", type=Path, help="folder on the disk to measure; default that for temporary files")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     options = parser.parse_args()
@@ -275,7 +278,14 @@ def main() -> None:
     for theme in options.themes or THEMES:
         with tempfile.TemporaryDirectory(prefix="ckpt2pt-bench-", dir=options.work) as work:
             found = THEMES[theme](Path(work), options)
-        document = {"theme": theme, "date": today(), "commit": commit(), "host": facts, "rounds": options.rounds, **found}
+        document = {
+            "theme": theme,
+            "date": today(),
+            "commit": commit(),
+            "host": facts,
+            "rounds": options.rounds,
+            **found,
+        }
         path = options.results / f"{theme}_{hardware}_{today()}.json"
         path.write_text(json.dumps(document, indent=1) + "\n")
         say(f"written: benchmarks/results/{path.name}")

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 from ckpt2pt import __version__
 from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, InterruptedRunError, UsageError
-from ckpt2pt.options import add_conversion_options, add_output_options, add_run_options
+from ckpt2pt.options import add_conversion_options, add_output_options, add_progress_option, add_run_options
 
 log = logging.getLogger("ckpt2pt")
 
@@ -102,6 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder that stands for a claim, an NFS export or a CSI volume of the document (repeat)",
     )
     document.add_argument("--print-job", action="store_true", help="print the Job that a cluster would get, and stop")
+    add_progress_option(document)
     add_output_options(document)
     return parser
 

@@ -51,8 +51,8 @@ def validate(document: object, *, where: str) -> Json:
     pruned = cast("Json", _without_nulls(document, schema))
     # What status says was written by an operator, and asks for nothing.
     asked = {name: value for name, value in pruned.items() if name != "status"}
-    errors = jsonschema.Draft202012Validator(cast("Any", _strict(schema))).iter_errors(cast("Any", asked))
-    findings = [finding for error in errors for finding in _findings(error)]
+    checker: Any = jsonschema.Draft202012Validator(cast("Any", _strict(schema)))
+    findings = [finding for error in checker.iter_errors(asked) for finding in _findings(error)]
     if findings:
         raise refusal(sorted(findings, key=lambda finding: finding.field), where)
     return cast("Json", _with_defaults(asked, schema))

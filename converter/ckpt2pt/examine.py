@@ -71,6 +71,7 @@ class Tally:
 
     dtype: str
     strict: bool = False
+    seen: int = 0
     count: int = 0
     index: int | None = None
     expected: str = ""
@@ -78,6 +79,7 @@ class Tally:
 
     def see(self, start: int, expected: Bytes, found: Bytes) -> None:
         """Compare a block."""
+        self.seen += len(expected) // width(self.dtype)
         if np.array_equal(expected, found):
             return
         wrong = bits(expected, self.dtype) != bits(found, self.dtype)
@@ -183,7 +185,7 @@ class Examination:
                 Difference(
                     file=f"{self.directory}/{file}",
                     tensor=tensor,
-                    problem=f"{tally.count} {'element' if tally.count == 1 else 'elements'} {problem}",
+                    problem=f"{tally.count} of {tally.seen} elements {problem}",
                     count=tally.count,
                     index=tally.index,
                     expected=tally.expected,

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, cast
@@ -272,7 +272,9 @@ def _integer(template: Mapping[str, Leaf], name: str) -> int:
 def others(template: Leaves, chosen: Survey, *, reference_samples: bool) -> Leaves:
     """The leaves outside the model: the template's, with the true time put in."""
     found = {
-        path: leaf for path, leaf in template.items() if not is_model(path) and not path.startswith("/param_name_list")
+        path: _for_any_numpy(leaf)
+        for path, leaf in template.items()
+        if not is_model(path) and not path.startswith("/param_name_list")
     }
     iteration, samples = chosen.clock.iteration, chosen.clock.samples
     found["/iteration"] = iteration
@@ -290,6 +292,11 @@ def others(template: Leaves, chosen: Survey, *, reference_samples: bool) -> Leav
         found[f"{groups}/{number}/step"] = iteration
         number += 1
     return found
+
+
+def _for_any_numpy(leaf: Leaf) -> Leaf:
+    """The result names numpy's arrays as numpy 1 did, which both majors read, whatever numpy wrote the template."""
+    return replace(leaf, text=leaf.text.replace("numpy._core.", "numpy.core.", 1)) if isinstance(leaf, Symbol) else leaf
 
 
 def is_model(path: str) -> bool:

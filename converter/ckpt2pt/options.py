@@ -48,7 +48,9 @@ def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = 
         metavar="N,N,..",
         help="layers of each stage where they are uneven; with --vpp-size of each chunk, all stages of chunk 0 first (spec.model.layersPerStage)",
     )
-    group.add_argument("--rules", type=Path, help="rule file (YAML) for names of your own (spec.model.rules)")
+    group.add_argument(
+        "--rules", help="rule file (YAML) for names of your own, or the rules themselves as JSON (spec.model.rules)"
+    )
     group = parser.add_argument_group("where")
     group.add_argument(
         "--ms-path",
@@ -122,7 +124,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--process-timeout",
         type=float,
         metavar="SECONDS",
-        help="give up on a rank after this long, with exit code 75",
+        help="give up on a rank after this long, with exit code 75 (spec.workers.rankTimeoutSeconds)",
     )
     group.add_argument(
         "--verify",
@@ -130,7 +132,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default="digest",
         help="digest: read every file back from the disk; full: also compare every element with the source (spec.verify)",
     )
-    group.add_argument(
+    add_progress_option(parser)
+
+
+def add_progress_option(parser: argparse.ArgumentParser) -> None:
+    """How a run is watched."""
+    parser.add_argument(
         "--progress",
         choices=("auto", "bar", "json", "none"),
         default="auto",
@@ -149,7 +156,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 
 def request_of(options: argparse.Namespace) -> Request:
     """The frozen request that the flags describe."""
-    from ckpt2pt.request import Request, load_rules  # noqa: PLC0415
+    from ckpt2pt.request import Request, rules_of  # noqa: PLC0415
 
     for flag, value in {
         "--num-layers": options.num_layers,
@@ -186,7 +193,7 @@ def request_of(options: argparse.Namespace) -> Request:
         source_format=None if options.src_model_format == "auto" else options.src_model_format,
         iteration=options.iteration,
         target_data=options.target_dp_size,
-        rules=load_rules(options.rules),
+        rules=rules_of(options.rules),
         reference_samples=options.zero_consumed_samples,
         overwrite=options.overwrite,
         verify=getattr(options, "verify", "digest"),
@@ -207,7 +214,7 @@ def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
             raise UsageError(
                 f"{origin} is {index!r}", where="the environment", mend="run it in an Indexed Job, or unset it"
             )
-        stages = [int(index)]
+        stages = [_stage_of(int(index))]
     if stages is None:
         return tuple(range(request.topology.pipeline))
     wrong = [stage for stage in stages if not 0 <= stage < request.topology.pipeline]
@@ -218,6 +225,21 @@ def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
             mend=f"give a stage from 0 to {request.topology.pipeline - 1}, or check --pp-size (spec.parallelism.pipeline)",
         )
     return tuple(sorted(set(stages)))
+
+
+def _stage_of(index: int) -> int:
+    """The stage of a completion index: itself, unless the Job does only some stages and lists them."""
+    listed = os.environ.get("CKPT2PT_STAGES", "")
+    if not listed:
+        return index
+    try:
+        return [int(stage) for stage in listed.split(",")][index]
+    except (ValueError, IndexError):
+        raise UsageError(
+            f"$CKPT2PT_STAGES is {listed!r}, and has no stage for index {index}",
+            where="the environment",
+            mend="list a stage for each completion index, as 3,7, or unset it",
+        ) from None
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -69,6 +69,17 @@ def digest(document: object) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def rules_of(given: str | None) -> Rules:
+    """Rules from ``--rules``: the path of a rule file, or a JSON object, as a Job passes those of its document."""
+    if given is None or not given.lstrip().startswith("{"):
+        return load_rules(Path(given) if given else None)
+    mend = "see docs/rules.md for the sections layer_modules, modules, ignore and pickle_globals"
+    try:
+        return parse_rules(json.loads(given), where="--rules", mend=mend)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"not a JSON document: {error}", where="--rules", mend=mend) from error
+
+
 def load_rules(path: Path | None) -> Rules:
     """Read a rule file (YAML).  Sections: layer_modules, modules (Megatron: MindSpore), ignore, pickle_globals."""
     if path is None:

@@ -52,7 +52,7 @@ class Parameter:
 
 @dataclass
 class Handmade:
-    """A model of odd sizes.  ``entries`` may be changed before :meth:`write`."""
+    """A model of odd sizes, each of one tensor-parallel rank.  ``entries`` may be changed before :meth:`write`."""
 
     topology: Topology
     data: int = 1
@@ -150,10 +150,11 @@ class Handmade:
     # ------------------------------------------------------------------------------------------------- the files
 
     def arguments(self) -> dict[str, Value]:
+        tp = self.topology.tensor
         return {
-            "num_layers": self.topology.num_layers, "hidden_size": self.hidden, "ffn_hidden_size": self.ffn,
-            "num_attention_heads": 1, "kv_channels": self.kv, "group_query_attention": False, "num_query_groups": 1,
-            "max_position_embeddings": 16, "swiglu": True, "padded_vocab_size": self.vocab * self.topology.tensor,
+            "num_layers": self.topology.num_layers, "hidden_size": self.hidden, "ffn_hidden_size": self.ffn * tp,
+            "num_attention_heads": tp, "kv_channels": self.kv, "group_query_attention": False, "num_query_groups": 1,
+            "max_position_embeddings": 16, "swiglu": True, "padded_vocab_size": self.vocab * tp,
             "untie_embeddings_and_output_weights": not self.tied, "data_parallel_size": self.data,
             "context_parallel_size": 1, "global_batch_size": self.batch, "consumed_train_samples": 4, "iteration": 1,
             "params_dtype": Global("torch", self.params_dtype),

@@ -182,7 +182,12 @@ class _Source:
         self.ignored: list[tuple[str, str]] = []
         self.roles: dict[str, dict[str, TensorRef]] = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
         self.taken: dict[str, set[str]] = {role: set() for role in self.roles}
-        self.first_stage = found.first_stage or {}
+        # By role as well: both ends may prefix their moments with adam_m., adam_v. and the like.
+        self.first_stage = {
+            (what.role, what.name): ref
+            for name, ref in (found.first_stage or {}).items()
+            for what in (table.classify(name),)
+        }
         shards = [name for name in found.index if names.SHARD.fullmatch(name)]
         if shards:
             raise InputError(
@@ -215,8 +220,8 @@ class _Source:
         if names.is_tied_head(wanted):
             # Both ends hold the same values, so a last stage without a copy of its own takes the first stage's.
             for name in spellings:
-                if prefix + name in self.first_stage:
-                    return name, self.first_stage[prefix + name]
+                if (role, name) in self.first_stage:
+                    return name, self.first_stage[role, name]
         near = names.nearest(spellings[0], [name for name in entries if name not in self.taken[role]])
         raise CoverageError(
             f"{prefix}{spellings[0]} is missing; {wanted} needs it" + (f" (nearest is {prefix}{near})" if near else ""),

@@ -7,7 +7,7 @@ megatron/core/optimizer/distrib_optimizer.py (``save_parameter_state``).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from ckpt2pt.errors import FormatError
@@ -185,6 +185,11 @@ def _map_groups(optimizer: Value, iteration: int, where: str) -> Value:
         ) from None
 
 
+def _for_any_numpy(name: Global) -> Global:
+    """numpy 2 pickles its arrays as numpy._core; the older name is the one that Megatron 0.6 wrote and both majors read."""
+    return replace(name, module=name.module.replace("numpy._core.", "numpy.core.", 1))
+
+
 def _renumber(tree: Value, copied: list[str], first: int) -> Value:
     """Give each storage that the template brings a number after those of the weights; ``copied`` takes their keys."""
     numbers: dict[str, str] = {}
@@ -204,9 +209,11 @@ def _renumber(tree: Value, copied: list[str], first: int) -> Value:
             kind, storage_class, key, location, numel = cast("tuple[Value, ...]", value.id)
             number = numbers.setdefault(cast("str", key), str(first + len(numbers)))
             new = Persistent((kind, storage_class, number, location, numel))
+        elif isinstance(value, Global):
+            new = _for_any_numpy(value)
         elif isinstance(value, Call):
             new = Call(
-                func=value.func,
+                func=_for_any_numpy(value.func),
                 args=cast("tuple[Value, ...]", walk(value.args)),
                 new=value.new,
                 state=walk(value.state),

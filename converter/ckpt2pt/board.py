@@ -1,0 +1,133 @@
+"""What is seen of ``ckpt2pt run`` while it runs: a bar for each stage on a terminal, JSON lines elsewhere.  On stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+from ckpt2pt.conversion import Json
+from ckpt2pt.status import StageRecord
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from ckpt2pt.indexes import Board
+
+
+@contextmanager
+def board(kind: str, log_format: str, stages: int) -> Generator[Board]:
+    """``bar``, ``json``, ``none``, or ``auto``: bars on a terminal, JSON lines otherwise."""
+    if kind == "auto":
+        kind = "bar" if sys.stderr.isatty() else "json"
+    if kind != "bar":
+        yield Lines(sys.stderr, progress=kind == "json", log_format=log_format)
+        return
+    bars = Bars(stages, log_format)
+    try:
+        yield bars
+    finally:
+        bars.close()
+
+
+class Lines:
+    """One JSON object for each step of progress, with its stage; errors and logs as ``--log-format`` says."""
+
+    def __init__(self, stream: TextIO, *, progress: bool, log_format: str) -> None:
+        self._stream, self._progress, self._log_format = stream, progress, log_format
+
+    def changed(self, record: StageRecord) -> None:
+        """The lines of progress tell it."""
+
+    def progress(self, stage: int, line: Json) -> None:
+        """Pass it on."""
+        if self._progress:
+            self._write(json.dumps({"stage": stage, **line}))
+
+    def say(self, stage: int, line: Json | str) -> None:
+        """Pass it on, with the stage in front."""
+        self._write(spoken(stage, line, self._log_format))
+
+    def tick(self) -> None:
+        """Nothing to do."""
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+class Bars:
+    """One bar for each stage: bytes, speed, time left.  Drawn by the caller's own ticks, without a thread."""
+
+    def __init__(self, stages: int, log_format: str) -> None:
+        from rich.console import Console  # noqa: PLC0415 - only on a terminal
+        from rich.progress import (  # noqa: PLC0415
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._log_format = log_format
+        self._progress: Progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[state]}"),
+            console=Console(stderr=True),
+            auto_refresh=False,
+        )
+        self._tasks: list[TaskID] = [
+            self._progress.add_task(f"stage {stage}", total=None, start=False, state="waits") for stage in range(stages)
+        ]
+        self._attempts = [0] * stages
+        self._progress.start()
+
+    def changed(self, record: StageRecord) -> None:
+        """Move the bar of a stage."""
+        task = self._tasks[record.stage]
+        if record.attempts > self._attempts[record.stage]:
+            self._attempts[record.stage] = record.attempts
+            self._progress.reset(task, start=True)
+        again = f", try {record.attempts}" if record.attempts > 1 else ""
+        words = {"Pending": "waits", "Running": "", "Succeeded": "done", "Failed": f"failed: {record.reason}"}
+        # A stage whose files were all there already has nothing to read: its bar is full all the same.
+        full = record.state == "Succeeded" and not record.total
+        self._progress.update(
+            task,
+            completed=1 if full else record.done,
+            total=1 if full else record.total,
+            state=words[record.state] + again,
+        )
+
+    def progress(self, stage: int, line: Json) -> None:
+        """The bar has moved already."""
+
+    def say(self, stage: int, line: Json | str) -> None:
+        """Print above the bars."""
+        self._progress.console.print(spoken(stage, line, self._log_format), markup=False, highlight=False)
+
+    def tick(self) -> None:
+        """Draw."""
+        self._progress.refresh()
+
+    def close(self) -> None:
+        """Leave the last picture."""
+        self._progress.stop()
+
+
+def spoken(stage: int, line: Json | str, log_format: str) -> str:
+    """A worker's line for a person, or for a machine."""
+    if log_format == "json":
+        return json.dumps({"stage": stage, **(line if isinstance(line, dict) else {"level": "INFO", "message": line})})
+    if isinstance(line, str):
+        return f"ckpt2pt: stage {stage}: {line}"
+    if "mend" in line:
+        return f"ckpt2pt: stage {stage}: {line.get('what')}\n  where: {line.get('where')}\n  mend:  {line.get('mend')}"
+    return f"ckpt2pt: stage {stage}: {line.get('message')}"

@@ -1,0 +1,317 @@
+"""Moves carried out: checksums that are joined, elements cut in two, and failures that leave nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import os
+import zlib
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckpt2pt import engine
+from ckpt2pt.engine import Meter, Stop, combine, crc_of_zeros, read_back, write_at, write_files
+from ckpt2pt.errors import (
+    Ckpt2ptError,
+    FileAccessError,
+    FormatError,
+    InterruptedRunError,
+    NoSpaceError,
+    TimedOutError,
+    TryAgainError,
+    VerificationError,
+)
+from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, Move, Sink
+from ckpt2pt.pt.archive import Archive
+from ckpt2pt.pt.payload import FilePayload
+from ckpt2pt.pt.pickles import tensor, write_pickle
+from ckpt2pt.tensors import DTYPE_BYTES, Extent
+
+# -------------------------------------------------------------------------------------------------------------- checksums
+
+
+@given(st.integers(0, 1 << 16))
+def test_the_crc_of_zeros_needs_no_zeros(nbytes: int) -> None:
+    assert crc_of_zeros(nbytes) == zlib.crc32(bytes(nbytes))
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 255, 256, (1 << 24) - 1, 1 << 24, (1 << 24) + 1])
+def test_the_crc_of_many_zeros(nbytes: int) -> None:
+    assert crc_of_zeros(nbytes) == zlib.crc32(bytes(nbytes))
+
+
+def test_the_crc_of_more_zeros_than_32_bits_count_agrees_with_itself() -> None:
+    half = 5 << 30
+    assert crc_of_zeros(2 * half) == combine([(0, half, crc_of_zeros(half)), (half, half, crc_of_zeros(half))], 2 * half)
+
+
+@given(st.binary(max_size=600), st.lists(st.integers(0, 600), max_size=8), st.randoms())
+def test_pieces_in_any_order_give_the_crc_of_the_whole(data: bytes, cuts: list[int], random: object) -> None:
+    marks = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    pieces = [(a, b - a, zlib.crc32(data[a:b])) for a, b in pairwise(marks)]
+    random.shuffle(pieces)  # type: ignore[attr-defined]
+    assert combine(pieces, len(data)) == zlib.crc32(data)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.binary(min_size=1, max_size=40)), max_size=6), st.integers(0, 50))
+def test_what_no_piece_covers_counts_as_zeros(parts: list[tuple[int, bytes]], tail: int) -> None:
+    whole = bytearray()
+    pieces = []
+    for gap, data in parts:
+        whole += bytes(gap)
+        pieces.append((len(whole), len(data), zlib.crc32(data)))
+        whole += data
+    whole += bytes(tail)
+    assert combine(pieces[::-1], len(whole)) == zlib.crc32(whole)
+
+
+# ------------------------------------------------------------------------------------------------------------- whole files
+
+
+def payload(name: str, dtype: str, numel: int, copied: tuple[Extent, ...] = ()) -> FilePayload:
+    sizes = (numel * DTYPE_BYTES[dtype], *(extent.nbytes for extent in copied))
+    return FilePayload(name=name, pickle=write_pickle(tensor(dtype, "0", numel, 0, (numel,))), storages=sizes, copied=copied)
+
+
+def extents_of(path: Path, nbytes: int, cuts: list[int], *, first: int = 0) -> tuple[Extent, ...]:
+    marks = sorted({0, nbytes, *(cut for cut in cuts if 0 < cut < nbytes)})
+    return tuple(Extent(str(path), first + a, b - a) for a, b in pairwise(marks))
+
+
+def move(extents: tuple[Extent, ...], source: str, sinks: tuple[Sink, ...], first: int = 0) -> Move:
+    return Move(name="w", role="param", dtype=source, extents=extents, first=first, sinks=sinks)
+
+
+def both_files(target: str = "bfloat16", start: int = 0) -> tuple[Sink, ...]:
+    return (
+        Sink(file=MODEL_FILE, storage=0, start=start, dtype=target),
+        Sink(file=OPTIM_FILE, storage=0, start=start, dtype="float32"),
+    )
+
+
+def write(folder: Path, payloads: list[FilePayload], moves: list[Move], *, check: bool = True) -> dict[str, int]:
+    folder.mkdir(exist_ok=True)
+    written, digests = write_files(folder, payloads, moves, stop=Stop(), advance=lambda _: None, check=check)
+    for file in written:
+        data = file.path.read_bytes()
+        assert (file.nbytes, file.crc32) == (len(data), zlib.crc32(data))
+    assert not list(folder.glob(".*"))
+    return digests
+
+
+SLICINGS = {
+    "whole": [],
+    "at-elements": [4, 400],
+    "inside-elements": [1, 6, 7, 1001, 1002, 1003],
+    "every-byte": list(range(1200)),
+    "around-a-block": [engine.BLOCK_BYTES - 1, engine.BLOCK_BYTES + 1],
+    "a-block-of-odd-size-first": [3, engine.BLOCK_BYTES + 2],
+}
+
+
+@pytest.mark.parametrize("source", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("slicing", SLICINGS)
+def test_slices_at_any_byte_give_every_element(slicing: str, source: str, tmp_path: Path) -> None:
+    numel = 300_001
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(1)).to(getattr(torch, source))
+    data = values.view(torch.uint8).numpy().tobytes()
+    path = tmp_path / "source"
+    path.write_bytes(b"x" * 5 + data + b"y")
+    extents = extents_of(path, len(data), SLICINGS[slicing], first=5)
+    payloads = [payload(MODEL_FILE, "bfloat16", numel), payload(OPTIM_FILE, "float32", numel)]
+    digests = write(tmp_path / "out", payloads, [move(extents, source, both_files())])
+    assert digests == {"param:w": zlib.crc32(data)}
+    assert torch.equal(torch.load(tmp_path / "out" / MODEL_FILE), values.to(torch.bfloat16))
+    assert torch.equal(torch.load(tmp_path / "out" / OPTIM_FILE), values.float())
+
+
+@given(
+    st.sampled_from(["float32", "bfloat16", "float16"]),
+    st.integers(1, 60),
+    st.lists(st.integers(1, 239), max_size=12),
+    st.integers(1, 13),
+)
+def test_blocks_and_slices_of_any_size_give_every_element(
+    tmp_path_factory: pytest.TempPathFactory, source: str, numel: int, cuts: list[int], block: int
+) -> None:
+    folder = tmp_path_factory.mktemp("sliced")
+    width = DTYPE_BYTES[source]
+    values = torch.arange(numel).to(getattr(torch, source))
+    data = values.view(torch.uint8).numpy().tobytes()
+    (folder / "source").write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "BLOCK_BYTES", width + block)  # a block holds at least one element
+        write(
+            folder / "out",
+            [payload(MODEL_FILE, "float32", numel)],
+            [
+                move(
+                    extents_of(folder / "source", len(data), cuts),
+                    source,
+                    (Sink(file=MODEL_FILE, storage=0, start=0, dtype="float32"),),
+                )
+            ],
+        )
+    assert torch.equal(torch.load(folder / "out" / MODEL_FILE), values.float())
+
+
+def test_extents_of_several_files_join(tmp_path: Path) -> None:
+    data = np.arange(40, dtype="<f4").tobytes()
+    for number, (start, stop) in enumerate([(0, 30), (30, 31), (31, 160)]):
+        (tmp_path / f"part{number}").write_bytes(data[start:stop])
+    extents = tuple(Extent(str(tmp_path / f"part{n}"), 0, size) for n, size in enumerate([30, 1, 129]))
+    write(tmp_path / "out", [payload(MODEL_FILE, "bfloat16", 40)], [move(extents, "float32", both_files()[:1])])
+    assert torch.equal(torch.load(tmp_path / "out" / MODEL_FILE), torch.arange(40).bfloat16())
+
+
+def test_pieces_of_one_tensor_meet_and_padding_is_zero(tmp_path: Path) -> None:
+    values = np.arange(1, 101, dtype="<f4")
+    (tmp_path / "source").write_bytes(values.tobytes())
+    moves = []
+    for first, stop in [(60, 100), (0, 25), (25, 60)]:
+        extents = (Extent(str(tmp_path / "source"), 4 * first, 4 * (stop - first)),)
+        sink = Sink(file=OPTIM_FILE, storage=0, start=7 + first, dtype="float32")
+        moves.append(move(extents, "float32", (sink,), first))
+    digests = write(tmp_path / "out", [payload(OPTIM_FILE, "float32", 120)], moves)
+    assert digests == {"param:w": zlib.crc32(values.tobytes())}
+    expected = torch.zeros(120)
+    expected[7:107] = torch.from_numpy(values)
+    assert torch.equal(torch.load(tmp_path / "out" / OPTIM_FILE), expected)
+
+
+def test_storages_of_the_template_are_copied_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "template").write_bytes(b"ab0123456789")
+    copied = (Extent(str(tmp_path / "template"), 2, 10), Extent(str(tmp_path / "template"), 0, 2))
+    write(tmp_path / "out", [payload(MODEL_FILE, "float32", 3, copied)], [])
+    archive = Archive.open(tmp_path / "out" / MODEL_FILE)
+    data = (tmp_path / "out" / MODEL_FILE).read_bytes()
+    found = {key: data[e.offset : e.offset + e.nbytes] for key, e in archive.storages.items()}
+    assert found == {"0": bytes(12), "1": b"0123456789", "2": b"ab"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- failures
+
+
+def one_move(path: Path, nbytes: int) -> tuple[list[FilePayload], list[Move]]:
+    extents = (Extent(str(path), 0, nbytes),)
+    return [payload(MODEL_FILE, "float32", nbytes // 4)], [
+        move(extents, "float32", (Sink(file=MODEL_FILE, storage=0, start=0, dtype="float32"),))
+    ]
+
+
+def assert_refused(folder: Path, path: Path, nbytes: int, error: type[Ckpt2ptError], message: str) -> None:
+    folder.mkdir()
+    (folder / MODEL_FILE).write_bytes(b"older")
+    with pytest.raises(error, match=message):
+        write(folder, *one_move(path, nbytes))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {MODEL_FILE: b"older"}
+
+
+def test_a_source_that_shrank_is_told_and_leaves_the_older_file(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(400))
+    assert_refused(tmp_path / "out", tmp_path / "source", 800, TryAgainError, "the file ended at byte 400")
+
+
+def test_a_source_that_is_gone_is_told(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "out", tmp_path / "source", 800, FileAccessError, "opening failed")
+
+
+def test_a_source_that_ends_inside_an_element_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(402))
+    assert_refused(tmp_path / "out", tmp_path / "source", 402, FormatError, "ends inside an element")
+
+
+def test_a_target_without_room_is_told_before_a_byte_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, offset: int, nbytes: int) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    (tmp_path / "source").write_bytes(bytes(400))
+    assert_refused(tmp_path / "out", tmp_path / "source", 400, NoSpaceError, "reserving")
+
+
+def test_a_template_that_shrank_is_told(tmp_path: Path) -> None:
+    (tmp_path / "template").write_bytes(b"ab")
+    (tmp_path / "out").mkdir()
+    copied = (Extent(str(tmp_path / "template"), 0, 10),)
+    with pytest.raises(FormatError, match="shorter than its index"):
+        write(tmp_path / "out", [payload(MODEL_FILE, "float32", 3, copied)], [])
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_stop_ends_the_moves_and_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(4 * engine.BLOCK_BYTES))
+    payloads, moves = one_move(tmp_path / "source", 4 * engine.BLOCK_BYTES)
+    stop = Stop()
+    done: list[int] = []
+
+    def advance(nbytes: int) -> None:
+        done.append(nbytes)
+        stop.ask(TimedOutError("late", where="here", mend="wait"))
+
+    (tmp_path / "out").mkdir()
+    with pytest.raises(TimedOutError, match="late"):
+        write_files(tmp_path / "out", payloads, moves, stop=stop, advance=advance, check=False)
+    assert done == [engine.BLOCK_BYTES]
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_first_reason_to_stop_counts() -> None:
+    stop = Stop()
+    stop.check()
+    stop.ask(TimedOutError("first", where="here", mend="wait"))
+    stop.ask(InterruptedRunError("second", where="here", mend="wait"))
+    with pytest.raises(TimedOutError, match="first"):
+        stop.check()
+
+
+def test_a_file_that_differs_on_the_disk_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc" * engine.BLOCK_BYTES)
+    crc = zlib.crc32(b"abc" * engine.BLOCK_BYTES)
+    read_back(tmp_path / "file", crc)
+    with pytest.raises(VerificationError, match=f"{crc ^ 1:08x} was written"):
+        read_back(tmp_path / "file", crc ^ 1)
+
+
+def test_a_kernel_that_writes_less_than_asked_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: real(fd, data[:3], offset))
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        write_at(fd, memoryview(b"0123456789"), 2, tmp_path / "file")
+    finally:
+        os.close(fd)
+    assert (tmp_path / "file").read_bytes() == b"\0\x000123456789"
+
+
+def test_a_kernel_that_reads_less_than_asked_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:1001]], offset))
+    values = np.arange(5000, dtype="<f4")
+    (tmp_path / "source").write_bytes(values.tobytes())
+    write(tmp_path / "out", *one_move(tmp_path / "source", 20_000), check=False)
+    assert torch.equal(torch.load(tmp_path / "out" / MODEL_FILE), torch.from_numpy(values))
+
+
+def test_a_meter_holds_back_and_loses_nothing() -> None:
+    heard: list[int] = []
+    meter = Meter(heard.append, interval=3600)
+    for _ in range(10):
+        meter.advance(7)
+    assert heard == []
+    meter.flush()
+    meter.flush()
+    assert heard == [70]
+
+
+def test_a_meter_without_an_interval_speaks_each_time() -> None:
+    heard: list[int] = []
+    meter = Meter(heard.append, interval=0)
+    meter.advance(3)
+    meter.advance(4)
+    assert heard == [3, 4]
