@@ -37,9 +37,13 @@ class Lines:
 
     def __init__(self, stream: TextIO, *, progress: bool, log_format: str) -> None:
         self._stream, self._progress, self._log_format = stream, progress, log_format
+        self._states: dict[int, str] = {}
 
     def changed(self, record: StageRecord) -> None:
-        """The lines of progress tell it."""
+        """Tell a new state; how far a running stage is stands in its lines of progress."""
+        if self._progress and self._states.get(record.stage) != record.state:
+            self._states[record.stage] = record.state
+            self._write(json.dumps({"stage": record.stage, "event": "stage", **record.document()}))
 
     def progress(self, stage: int, line: Json) -> None:
         """Pass it on."""

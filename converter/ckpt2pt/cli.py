@@ -10,13 +10,20 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
 from ckpt2pt import __version__
 from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, InterruptedRunError, UsageError
-from ckpt2pt.options import add_conversion_options, add_output_options, add_progress_option, add_run_options
+from ckpt2pt.options import (
+    add_conversion_options,
+    add_document_options,
+    add_inspect_options,
+    add_output_options,
+    add_progress_option,
+    add_run_options,
+    add_verify_options,
+)
 
 log = logging.getLogger("ckpt2pt")
 
@@ -31,16 +38,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every command and option; ``docs/cli.md`` is made from it."""
-    codes = "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
-    parser = _Parser(
-        prog="ckpt2pt",
-        description="Convert MindSpeed-Core-MS checkpoints into Megatron-LM checkpoints: exact, streaming, resumable, verified.",
-        epilog=f"exit codes:\n{codes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"ckpt2pt {__version__}")
+    """Every command and option."""
+    parser = _front_door()
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, summary: str, command: Command) -> argparse.ArgumentParser:
@@ -60,50 +59,31 @@ def build_parser() -> argparse.ArgumentParser:
     add_output_options(plan)
 
     inspect = add("inspect", "show what a checkpoint holds: .ckpt, .safetensors, .pt or a whole directory", _inspect)
-    inspect.add_argument(
-        "path", type=Path, help="a file, a rank folder, a training output, pt_meta or a Megatron folder"
-    )
-    inspect.add_argument("--details", action="store_true", help="list every tensor instead of one line for all layers")
+    add_inspect_options(inspect)
     add_output_options(inspect)
 
     verify = add("verify", "prove a result against its source, or compare two checkpoints element by element", _verify)
-    verify.add_argument(
-        "paths", nargs="*", type=Path, metavar="PATH", help="two checkpoints to compare; none to prove a result"
-    )
-    verify.add_argument(
-        "--level",
-        choices=("digest", "full"),
-        default="full",
-        help="digest: sizes and CRC-32 against the manifests; full: every element against the source",
-    )
-    verify.add_argument(
-        "--reader",
-        choices=("own", "torch"),
-        default="own",
-        help="read the result with our own reader or with real torch.load",
-    )
-    verify.add_argument(
-        "--ignore",
-        action="append",
-        default=[],
-        metavar="LEAF",
-        help="when comparing: a leaf such as /args/save to leave out (repeat)",
-    )
+    add_verify_options(verify)
     add_conversion_options(verify, required=False)
     add_output_options(verify)
 
     document = add("run", "carry out a CheckpointConversion document on this machine", _run)
-    document.add_argument("-f", "--filename", type=Path, required=True, help="the CheckpointConversion (YAML or JSON)")
-    document.add_argument(
-        "--volume",
-        action="append",
-        default=[],
-        metavar="NAME=DIR",
-        help="folder that stands for a claim, an NFS export or a CSI volume of the document (repeat)",
-    )
-    document.add_argument("--print-job", action="store_true", help="print the Job that a cluster would get, and stop")
+    add_document_options(document)
     add_progress_option(document)
     add_output_options(document)
+    return parser
+
+
+def _front_door() -> _Parser:
+    codes = "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
+    parser = _Parser(
+        prog="ckpt2pt",
+        description="Convert MindSpeed-Core-MS checkpoints into Megatron-LM checkpoints: exact, streaming, resumable, verified.",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ckpt2pt {__version__}")
     return parser
 
 

@@ -102,15 +102,16 @@ def rounded(data: Bytes, source: str, target: str) -> Bytes:
     """
     if source == target:
         return data
-    exact = values(data, source)
-    if exact is None:
+    exact = None if source == "float32" and target == "bfloat16" else values(data, source)
+    if exact is None and source != "float32":
         raise TypeError(f"{source} is no floating point type")
     with np.errstate(over="ignore", invalid="ignore"):
-        single = exact.astype("<f4")  # every type below float64 is a subset
-        if target == "float32":
-            return single.view(np.uint8)
-        if target == "float16":
+        if exact is not None and target == "float16":
             return _nearest_half(exact).view(np.uint8)
+        # Every type below float64 is a subset of float32.
+        single = data.view("<f4") if exact is None else exact.astype("<f4")
+    if target == "float32":
+        return single.view(np.uint8)
     kept, cut = single.view("<u2")[1::2], single.view("<u2")[0::2]
     up = (cut > 0x8000) | ((cut == 0x8000) & (kept % 2 == 1))
     up &= np.isfinite(single)

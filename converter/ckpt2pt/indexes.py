@@ -239,17 +239,14 @@ class LocalJob:
         index = worker.index
         index.code = code
         if code == 0:
-            index.state = "Succeeded"
+            index.state, index.result = "Succeeded", _result(worker)
             index.done = index.total or 0
-            with suppress(ValueError):
-                found: object = json.loads(bytes(worker.result))
-                index.result = cast("Json", found) if isinstance(found, dict) else None
+            if index.result and index.result.get("ranksConverted") == 0:
+                index.reason, index.message = "AlreadyThere", "everything was there already"
             return
         index.reason = "Killed" if code > 128 else REASONS.get(code, "Bug")
         index.message = _message(worker, code)
-        if worker.result and index.result is None:
-            with suppress(ValueError):
-                index.result = cast("Json", json.loads(bytes(worker.result)))
+        index.result = _result(worker)
         if self._ending is not None:
             index.state = "Pending"
             return
@@ -311,6 +308,15 @@ def action_for(rules: Sequence[Json], code: int) -> str:
         if exits and (code in values) == (exits.get("operator") == "In"):
             return str(rule["action"])
     return "Count"
+
+
+def _result(worker: _Worker) -> Json | None:
+    """What a worker printed on stdout; a plan is there even if it ends with an error."""
+    try:
+        found: object = json.loads(bytes(worker.result))
+    except ValueError:
+        return None
+    return cast("Json", found) if isinstance(found, dict) else None
 
 
 def _number(line: Json, name: str) -> int:

@@ -342,9 +342,11 @@ def values(data: Bytes, dtype: str) -> npt.NDArray[np.float64] | None:
     if dtype == "bfloat16":
         halves = np.zeros(data.size, "<u2")
         halves[1::2] = data.view("<u2")
-        return halves.view("<f4").astype(np.float64)
+        data, dtype = halves.view(np.uint8), "float32"
     code = _VALUES.get(dtype)
-    return None if code is None else data.view(code).astype(np.float64)
+    # A signalling NaN makes numpy warn where it is merely widened.
+    with np.errstate(invalid="ignore"):
+        return None if code is None else data.view(code).astype(np.float64)
 
 
 def show_element(data: Bytes, dtype: str, index: int) -> str:

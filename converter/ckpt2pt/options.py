@@ -15,8 +15,13 @@ if TYPE_CHECKING:
 
 
 def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """What is converted: the reference's own flags, then ours."""
-    group = parser.add_argument_group("the model and how it is cut")
+    """What is converted: the reference's own flags, and ours."""
+    _add_cut(parser.add_argument_group("the model and how it is cut"), required=required)
+    _add_places(parser.add_argument_group("where"), required=required)
+    _add_kind(parser.add_argument_group("what"))
+
+
+def _add_cut(group: argparse._ArgumentGroup, *, required: bool) -> None:
     group.add_argument(
         "--num-layers", type=int, required=required, help="layers, no-op layers included (spec.model.numLayers)"
     )
@@ -51,7 +56,9 @@ def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = 
     group.add_argument(
         "--rules", help="rule file (YAML) for names of your own, or the rules themselves as JSON (spec.model.rules)"
     )
-    group = parser.add_argument_group("where")
+
+
+def _add_places(group: argparse._ArgumentGroup, *, required: bool) -> None:
     group.add_argument(
         "--ms-path",
         type=Path,
@@ -90,7 +97,9 @@ def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = 
         action="store_true",
         help="replace another conversion's result of the same iteration (spec.target.overwrite)",
     )
-    group = parser.add_argument_group("what")
+
+
+def _add_kind(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--convert-param-only", action="store_true", help="weights without the optimizer (spec.mode ParamsOnly)"
     )
@@ -152,6 +161,53 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--log-format", choices=("text", "json"), default="text", help="form of logs and errors on stderr"
     )
+
+
+def add_inspect_options(inspect: argparse.ArgumentParser) -> None:
+    """What is looked at."""
+    inspect.add_argument(
+        "path", type=Path, help="a file, a rank folder, a training output, pt_meta or a Megatron folder"
+    )
+    inspect.add_argument("--details", action="store_true", help="list every tensor instead of one line for all layers")
+
+
+def add_verify_options(verify: argparse.ArgumentParser) -> None:
+    """What is proved or compared."""
+    verify.add_argument(
+        "paths", nargs="*", type=Path, metavar="PATH", help="two checkpoints to compare; none to prove a result"
+    )
+    verify.add_argument(
+        "--level",
+        choices=("digest", "full"),
+        default="full",
+        help="digest: sizes and CRC-32 against the manifests; full: every element against the source",
+    )
+    verify.add_argument(
+        "--reader",
+        choices=("own", "torch"),
+        default="own",
+        help="read the result with our own reader or with real torch.load",
+    )
+    verify.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="LEAF",
+        help="when comparing: a leaf such as /args/save to leave out (repeat)",
+    )
+
+
+def add_document_options(document: argparse.ArgumentParser) -> None:
+    """Which document, and the folders that stand for its volumes."""
+    document.add_argument("-f", "--filename", type=Path, required=True, help="the CheckpointConversion (YAML or JSON)")
+    document.add_argument(
+        "--volume",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="folder that stands for a claim, an NFS export or a CSI volume of the document (repeat)",
+    )
+    document.add_argument("--print-job", action="store_true", help="print the Job that a cluster would get, and stop")
 
 
 def request_of(options: argparse.Namespace) -> Request:

@@ -196,7 +196,9 @@ def test_a_nan_of_another_form_is_the_same_weight_but_not_the_same_slice(
     assert told(result._replace(request=with_nan.request, chosen=with_nan.chosen)), "a NaN is not a number"
     start = 78_080 - 256 * 64 - 64
     assert math.isnan(struct.unpack("<f", set_element(with_nan.optim, f"/0/{PAIR}/param/0", start, b"\0\0\xc0\x7f"))[0])
-    assert told(with_nan) == [("distrib_optim.pt", f"param of {NORM}", f"1 of 64 elements differ from the source {NORM}")]
+    assert told(with_nan) == [
+        ("distrib_optim.pt", f"param of {NORM}", f"1 of 64 elements differ from the source {NORM}")
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------- keys

@@ -43,9 +43,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "stage-of-noops-alone": {"topology": topology(num_layers=6, pipeline=3, noop=frozenset({4, 5}))},
     "uneven-stages": {"topology": topology(num_layers=5, pipeline=3, layers_per_stage=(1, 3, 1)), "data": 2},
     "uneven-chunks": {"topology": topology(num_layers=7, pipeline=2, virtual=2, layers_per_stage=(1, 3, 2, 1))},
-    "uneven-with-noop": {
-        "topology": topology(num_layers=6, pipeline=2, layers_per_stage=(4, 2), noop=frozenset({2}))
-    },
+    "uneven-with-noop": {"topology": topology(num_layers=6, pipeline=2, layers_per_stage=(4, 2), noop=frozenset({2}))},
     "stage-without-layers": {"topology": topology(num_layers=2, pipeline=2, layers_per_stage=(0, 2))},
     "biases": {"topology": topology(pipeline=2), "bias": True, "data": 2},
     "gamma-and-beta": {"topology": topology(pipeline=2), "bias": True, "gamma": True},

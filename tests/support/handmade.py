@@ -98,7 +98,9 @@ class Handmade:
         first, last = pp == 0 and vpp == 0, pp == cut.pipeline - 1 and vpp == cut.virtual - 1
         if first:
             yield Parameter(EMBEDDING, EMBEDDING, (self.vocab, hidden))
-        counts = cut.layers_per_stage or (cut.num_layers // (cut.pipeline * cut.virtual),) * (cut.pipeline * cut.virtual)
+        counts = cut.layers_per_stage or (cut.num_layers // (cut.pipeline * cut.virtual),) * (
+            cut.pipeline * cut.virtual
+        )
         turn = vpp * cut.pipeline + pp
         shapes = {
             "norm": (hidden,), "qkv": (3 * self.kv, hidden), "dense": (hidden, self.kv), "up": (2 * self.ffn, hidden),
