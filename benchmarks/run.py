@@ -188,7 +188,8 @@ def compare(work: Path, options: argparse.Namespace) -> dict[str, object]:
         "output_bytes": contest.nbytes,
     }
     for state in ("warm", "cold"):
-        names = [n for n in contest.methods if n != "reference" or options.reference in (state, "both")]
+        slow = ("prealloc", "reference") if options.reference not in (state, "both") else ()
+        names = [name for name in contest.methods if name not in slow]
         medians = contest.rounds(options.rounds, names, cold=state == "cold")
         table(state, medians)
         result[state] = {"medians": medians, "ratios": ratios(medians)}
@@ -267,7 +268,7 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, default=10, help="output of the largest conversion for memory")
     parser.add_argument("--tensors", type=int, default=100_000)
     parser.add_argument(
-        "--reference", choices=("warm", "both", "none"), default="warm", help="when to run the slow one"
+        "--reference", choices=("warm", "both", "none"), default="warm", help="when to run the slow methods"
     )
     parser.add_argument("--work", type=Path, help="folder on the disk to measure; default that for temporary files")
     parser.add_argument("--results", type=Path, default=HERE / "results")

@@ -96,9 +96,8 @@ def prepare(folder: Path, gigabytes: float) -> bool:
 def build(folder: Path, gigabytes: float) -> int:
     """Write the checkpoint and its pt_meta; the number of layers that makes it large enough."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
+    import synthetic  # noqa: PLC0415 - beside the package, not in it
     from ckpt2pt.mapping.topology import Topology  # noqa: PLC0415
-    from synthetic import Model  # noqa: PLC0415 - beside the package, not in it
-    from synthetic import build as build_checkpoint
 
     layers = PIPELINE
     while checkpoint_bytes(layers) < gigabytes * 1e9:
@@ -108,7 +107,9 @@ def build(folder: Path, gigabytes: float) -> int:
         flush=True,
     )
     began = time.monotonic()
-    build_checkpoint(folder, Model(topology=Topology(num_layers=layers, tensor=TENSOR, pipeline=PIPELINE), **SIZES))
+    synthetic.build(
+        folder, synthetic.Model(topology=Topology(num_layers=layers, tensor=TENSOR, pipeline=PIPELINE), **SIZES)
+    )
     print(f"   {size_of(folder / 'ms') / 1e9:.2f} GB in {folder / 'ms'}, {time.monotonic() - began:.1f} s")
     return layers
 
@@ -132,7 +133,8 @@ def show(folder: Path) -> None:
     print(f"The Megatron checkpoint    {result}  ({size_of(result) / 1e9:.2f} GB)")
     for path in sorted(path for path in result.rglob("*") if path.is_file() and ".ckpt2pt" not in path.parts):
         print(f"  {path.stat().st_size:>13,}  {path.relative_to(result)}")
-    print(f"\nLook inside: ckpt2pt inspect {result}\nRemove it:   rm -rf {folder}")
+    command = Path(sys.executable).with_name("ckpt2pt")
+    print(f"\nLook inside: {command} inspect {result}\nRemove it:   rm -rf {folder}")
 
 
 if __name__ == "__main__":

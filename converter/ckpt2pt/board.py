@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from ckpt2pt.conversion import Json
+from ckpt2pt.progress import INTERVAL_SECONDS
 from ckpt2pt.status import StageRecord
+from ckpt2pt.text import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -34,6 +36,8 @@ def board(kind: str, log_format: str, stages: int) -> Generator[Board]:
 
 class Lines:
     """One JSON object for each step of progress, with its stage; errors and logs as ``--log-format`` says."""
+
+    interval_seconds = INTERVAL_SECONDS
 
     def __init__(self, stream: TextIO, *, progress: bool, log_format: str) -> None:
         self._stream, self._progress, self._log_format = stream, progress, log_format
@@ -65,6 +69,8 @@ class Lines:
 class Bars:
     """One bar for each stage: bytes, speed, time left.  Drawn by the caller's own ticks, without a thread."""
 
+    interval_seconds = 0.25
+
     def __init__(self, stages: int, log_format: str) -> None:
         from rich.console import Console  # noqa: PLC0415 - only on a terminal
         from rich.progress import (  # noqa: PLC0415
@@ -72,8 +78,6 @@ class Bars:
             DownloadColumn,
             Progress,
             TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
         )
 
         self._log_format = log_format
@@ -81,16 +85,19 @@ class Bars:
             TextColumn("{task.description}"),
             BarColumn(),
             DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
+            # Speed and time left are the worker's own: seen from here, bytes come in gusts.
+            TextColumn("{task.fields[speed]}", justify="right"),
+            TextColumn("{task.fields[left]}", justify="right"),
             TextColumn("{task.fields[state]}"),
             console=Console(stderr=True),
             auto_refresh=False,
         )
         self._tasks: list[TaskID] = [
-            self._progress.add_task(f"stage {stage}", total=None, start=False, state="waits") for stage in range(stages)
+            self._progress.add_task(f"stage {stage}", total=None, start=False, speed="", left="", state="waits")
+            for stage in range(stages)
         ]
         self._attempts = [0] * stages
+        self._left = [""] * stages
         self._progress.start()
 
     def changed(self, record: StageRecord) -> None:
@@ -107,11 +114,15 @@ class Bars:
             task,
             completed=1 if full else record.done,
             total=1 if full else record.total,
+            speed=f"{size(record.throughput)}/s" if record.throughput else "",
+            left=self._left[record.stage] if record.state == "Running" else "",
             state=words[record.state] + again,
         )
 
     def progress(self, stage: int, line: Json) -> None:
-        """The bar has moved already."""
+        """Note the time left; the bar itself moves with the record."""
+        left = line.get("etaSeconds")
+        self._left[stage] = f"{left:.0f} s" if isinstance(left, int | float) and left >= 1 else ""
 
     def say(self, stage: int, line: Json | str) -> None:
         """Print above the bars."""

@@ -41,7 +41,9 @@ def to_bfloat16(source: npt.NDArray[np.uint8], target: npt.NDArray[np.uint8]) ->
     rounding &= np.uint32(1)
     rounding += np.uint32(0x7FFF)
     rounding += bits
-    out[:] = rounding.view("<u2")[1::2]
+    # A shift and a narrowing copy are vectorised; taking every second half-word is not, and half as fast.
+    rounding >>= np.uint32(16)
+    np.copyto(out, rounding, casting="unsafe")
     # Two cheap maxima tell whether the block holds a NaN at all; rounding could have turned one into infinity.
     if bits.size and (source.view("<i4").max() > 0x7F800000 or bits.max() > 0xFF800000):
         nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)

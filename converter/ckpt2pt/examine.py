@@ -102,9 +102,9 @@ def rounded(data: Bytes, source: str, target: str) -> Bytes:
     """
     if source == target:
         return data
-    exact = None if source == "float32" and target == "bfloat16" else values(data, source)
-    if exact is None and source != "float32":
+    if "float" not in source:
         raise TypeError(f"{source} is no floating point type")
+    exact = None if source == "float32" and target == "bfloat16" else values(data, source)
     with np.errstate(over="ignore", invalid="ignore"):
         if exact is not None and target == "float16":
             return _nearest_half(exact).view(np.uint8)

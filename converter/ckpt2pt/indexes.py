@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Protocol, cast
 
 from ckpt2pt.conversion import Json
+from ckpt2pt.progress import INTERVAL_VARIABLE
 from ckpt2pt.status import REASONS, Ending, StageRecord, State
 
 GRACE_SECONDS = 30.0
@@ -37,6 +38,10 @@ _TAIL_LINES = 20
 
 class Board(Protocol):
     """Who is shown what happens."""
+
+    @property
+    def interval_seconds(self) -> float:
+        """How often a worker shall tell its progress."""
 
     def changed(self, record: StageRecord) -> None:
         """A stage changed its state, or went on."""
@@ -145,6 +150,7 @@ class LocalJob:
             **os.environ,
             "JOB_COMPLETION_INDEX": str(index.number),
             "CKPT2PT_PARENT": str(os.getpid()),
+            INTERVAL_VARIABLE: str(self._board.interval_seconds),
             "PYTHONUNBUFFERED": "1",
         }
         process = subprocess.Popen(

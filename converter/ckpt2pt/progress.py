@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from ckpt2pt.survey import Rank
 
 INTERVAL_SECONDS = 2.0
+INTERVAL_VARIABLE = "CKPT2PT_PROGRESS_SECONDS"
+"""Seconds between JSON lines; `ckpt2pt run` sets it for its workers when it draws bars from them."""
 
 
 def reporter(kind: str) -> Reporter:
@@ -42,10 +45,14 @@ class Silence:
 
 
 class Lines:
-    """One JSON line every two seconds, and one for each finished rank."""
+    """One JSON line every two seconds (or ``$CKPT2PT_PROGRESS_SECONDS``), and one for each finished rank."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
+        try:
+            self._interval = float(os.environ.get(INTERVAL_VARIABLE, ""))
+        except ValueError:
+            self._interval = INTERVAL_SECONDS
         self._total = self._done = 0
         self._began = self._last = time.monotonic()
 
@@ -58,7 +65,7 @@ class Lines:
     def advance(self, rank: Rank, nbytes: int) -> None:
         """Count, and speak when it is time."""
         self._done += nbytes
-        if time.monotonic() - self._last >= INTERVAL_SECONDS:
+        if time.monotonic() - self._last >= self._interval:
             self._last = time.monotonic()
             self._say("progress")
 

@@ -137,6 +137,7 @@ class Target:
             self.state.mkdir(parents=True, exist_ok=True)
             with self._lock("claim", wait=True):
                 self.check(overwrite=overwrite)
+                _sweep(self.state, "claim.json")
                 old = read_json(self.state / "claim.json")
                 if old and old.get("identity") == self.identity:
                     return
@@ -188,11 +189,11 @@ class Target:
         finally:
             os.close(fd)
 
-    def sweep(self, directory: str) -> None:
-        """Remove what a killed run left behind; call with the stage's lock held."""
-        for path in (self.folder / directory).glob(f".*{PARTIAL}"):
-            with suppress(OSError):
-                path.unlink()
+    def sweep(self, tp: int, pp: int, directory: str) -> None:
+        """Remove what a killed run of this rank left behind; call with the stage's lock held."""
+        _sweep(self.folder / directory, "")
+        _sweep(self.state, f"rank-{tp:02d}-{pp:03d}.json")
+        _sweep(self.state, f"stage-{pp:03d}.json")
 
     def rank_manifest(self, tp: int, pp: int) -> Json | None:
         """The manifest of a finished rank whose files are still there with their sizes; None otherwise."""
@@ -231,10 +232,15 @@ class Target:
         manifests = [self.stage_manifest(pp) for pp in range(self.stages)]
         if not all(manifests):
             return False
+        with self._lock("publish", wait=True):
+            self._publish_iteration(manifests)
+        return True
+
+    def _publish_iteration(self, manifests: list[Json | None]) -> None:
+        _sweep(self.state, "report.json")
         report = {"identity": self.identity, "iteration": self.iteration, "stages": [_brief(m) for m in manifests if m]}
         publish_bytes(self.state / "report.json", _dump(report))
         publish_bytes(self.root / TRACKER, str(self.iteration).encode())
-        return True
 
     @property
     def published(self) -> bool:
@@ -265,6 +271,13 @@ def check_space(target: Target, needed: int) -> None:
             where=target.root,
             mend=f"free {needed - free} bytes there, or choose another spec.target.path (--megatron-path)",
         )
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Remove temporary files that were to become ``name`` (any name when empty)."""
+    for path in folder.glob(f".{name}*{PARTIAL}"):
+        with suppress(OSError):
+            path.unlink()
 
 
 def _brief(manifest: Json) -> Json:

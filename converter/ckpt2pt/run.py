@@ -171,7 +171,7 @@ def convert_rank(request: Request, chosen: Survey, rank: Rank, stop: Stop, advan
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise access_error(error, folder, "making the folder") from error
-    target.sweep(prepared.plan.directory)
+    target.sweep(*rank, prepared.plan.directory)
     files, digests = write_files(
         folder,
         payloads(prepared.plan, prepared.template, reference_samples=request.reference_samples),

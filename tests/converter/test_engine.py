@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt2pt import engine
@@ -94,6 +94,7 @@ def test_slices_at_any_byte_give_every_element(slicing: str, source: str, tmp_pa
     assert torch.equal(torch.load(tmp_path / "out" / OPTIM_FILE), values.float())
 
 
+@settings(deadline=None, max_examples=60)  # each writes files
 @given(
     st.sampled_from(["float32", "bfloat16", "float16"]),
     st.integers(1, 60),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -31,6 +33,12 @@ class Result(NamedTuple):
 
     def file(self, name: str, rank: tuple[int, int] = (0, 0)) -> Path:
         return self.folder / self.request.topology.directory(*rank) / name
+
+    def copied(self, target: Path) -> Result:
+        """The same result in another place, to be damaged."""
+        shutil.copytree(self.request.target, target)
+        request = replace(self.request, target=target)
+        return Result(request, self.chosen, target / self.folder.name)
 
     @property
     def model(self) -> Path:

@@ -75,7 +75,7 @@ _IGNORED = {
 _IGNORED_PATTERNS = tuple((reason, re.compile(pattern)) for reason, pattern in _IGNORED.items())
 
 _LAYER = re.compile(r"language_model\.encoder\.layers\.(\d{1,9})(?:_pp\w+)?\.(.+)")
-_PREFIX = re.compile(r"(?:module|model\d*)\.")
+_PREFIX = re.compile(r"\A(?:module|model\d*)\.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -198,8 +198,7 @@ def _zip64_nbytes(nbytes: int, header: int) -> int:
 
 
 def _zip64_field(slot: Slot, compressed: int) -> bytes:
-    if not slot.is_wide:
-        return b""
+    """That field of a record that is wide."""
     numbers = [slot.nbytes, compressed] if slot.nbytes >= U32_MAX else []
     if slot.header >= U32_MAX:
         numbers.append(slot.header)

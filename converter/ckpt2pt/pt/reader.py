@@ -317,7 +317,7 @@ def _local_payload(file: PtFile, window: _Window, entry: _Entry) -> int:
 
 
 class _Window:
-    """Reads ahead, so that small records cost one call for many."""
+    """Reads ahead, so that small records cost one call for many; offsets rise from call to call."""
 
     __slots__ = ("_data", "_file", "_start")
 
@@ -326,7 +326,7 @@ class _Window:
 
     def read(self, offset: int, nbytes: int) -> bytes:
         at = offset - self._start
-        if at < 0 or at + nbytes > len(self._data):
+        if at + nbytes > len(self._data):
             # The caller has checked that offset + nbytes lies in the file.
             size = min(max(nbytes, _WINDOW_NBYTES), self._file.size - offset)
             self._data, self._start, at = self._file.read(offset, size), offset, 0

@@ -152,10 +152,16 @@ Damage = Callable[[Victim], object]
             lambda v: v.entry("data/0", signature=0), "entry 4 of the directory is damaged", id="no-signature"
         ),
         pytest.param(lambda v: v.entry("data/0", compressed=39), "has 40 bytes and takes 39", id="two-sizes"),
-        pytest.param(lambda v: v.entry("data/0", n_name=0xFFFF), "damaged", id="name-past-the-directory"),
-        pytest.param(lambda v: v.entry(NAMES[-1], n_comment=1), "damaged", id="comment-past-the-directory"),
-        pytest.param(lambda v: v.entry("version", n_extra=8), "damaged", id="entries-out-of-step"),
-        pytest.param(lambda v: v.entry("data/0", n_name=0), "damaged", id="an-entry-without-a-name"),
+        pytest.param(
+            lambda v: v.entry("data/0", n_name=0xFFFF), "of the directory is damaged", id="name-past-the-directory"
+        ),
+        pytest.param(
+            lambda v: v.entry(NAMES[-1], n_comment=1), "of the directory is damaged", id="comment-past-the-directory"
+        ),
+        pytest.param(lambda v: v.entry("version", n_extra=8), "of the directory is damaged", id="entries-out-of-step"),
+        pytest.param(
+            lambda v: v.entry("data/0", n_name=0), "of the directory is damaged", id="an-entry-without-a-name"
+        ),
         # ---- where it lies
         pytest.param(lambda v: v.entry("data/0", nbytes=400, compressed=400), "reaches beyond", id="over-the-next"),
         pytest.param(
@@ -221,6 +227,7 @@ Damage = Callable[[Victim], object]
         pytest.param(lambda v: v.ends64(nbytes=1 << 63), "no zip64 end record", id="zip64-record-of-2^63"),
         pytest.param(lambda v: v.ends64(here=8), "one volume of several", id="zip64-entries-elsewhere"),
         pytest.param(lambda v: v.ends64(disk=1), "one volume of several", id="zip64-another-disk"),
+        pytest.param(lambda v: v.ends64(first_disk=1), "one volume of several", id="zip64-directory-on-another-disk"),
         pytest.param(lambda v: v.locates(disks=2), "one volume of several", id="zip64-two-disks"),
         pytest.param(lambda v: v.locates(disk=1), "one volume of several", id="zip64-record-on-another-disk"),
         pytest.param(lambda v: v.locates(signature=0), "but it ends at byte", id="locator-without-signature"),

@@ -1,0 +1,144 @@
+"""The edge: exit codes, help, and errors that a machine can read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt2pt import cli, errors
+from ckpt2pt.cli import build_parser, main
+from ckpt2pt.mapping.topology import Topology
+from handmade import Handmade
+
+
+@pytest.fixture(autouse=True)
+def process_as_before() -> Iterator[None]:
+    """The command line owns its process: signals and logging."""
+    handlers, before = logging.getLogger().handlers[:], signal.getsignal(signal.SIGTERM)
+    yield
+    logging.getLogger().handlers[:] = handlers
+    signal.signal(signal.SIGTERM, before)
+
+
+def commands() -> dict[str, argparse.ArgumentParser]:
+    actions = build_parser()._actions
+    (found,) = [a for a in actions if isinstance(a, argparse._SubParsersAction)]
+    return dict(found.choices)
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    made = Handmade(topology=Topology(num_layers=2))
+    request = made.write(tmp_path)
+    paths = ["--ms-path", request.source, "--param-map-path", request.metadata, "--megatron-path", request.target]
+    return ["--num-layers", "2", *map(str, paths)]
+
+
+@pytest.mark.parametrize("command", ["", *commands()])
+def test_help_is_there_for_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command.split(), "--help"])
+    assert caught.value.code == 0
+    assert "usage: ckpt2pt" in capsys.readouterr().out
+
+
+def test_help_lists_every_exit_code() -> None:
+    text = build_parser().format_help()
+    for code, meaning in errors.EXIT_CODES.items():
+        assert f"{code}  {meaning}" in text
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_flag_has_help(command: str) -> None:
+    silent = [a.option_strings or a.dest for a in commands()[command]._actions if not a.help]
+    assert not silent
+
+
+def test_a_conversion_ends_with_0_and_a_document(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", *flags, "--multiprocess-off", "--output", "json", "--progress", "none"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["iteration"], document["published"], document["ranksConverted"]) == (12, True, 1)
+    assert main(["verify", *flags, "--output", "json"]) == 0
+
+
+def test_a_plan_writes_nothing(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *flags, "--output", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["iteration"] == 12
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_differs_ends_with_76(flags: list[str], tmp_path: Path) -> None:
+    assert main(["convert", *flags, "--multiprocess-off", "--progress", "none"]) == 0
+    path = next((tmp_path / "out").rglob("distrib_optim.pt"))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert main(["verify", *flags, "--level", "digest"]) == 76
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        pytest.param(["convert"], 64, id="usage"),
+        pytest.param([], 64, id="no-command"),
+        pytest.param(["inspect", "/no/such/file"], 66, id="missing"),
+        pytest.param(["inspect", "{source}/broken.ckpt"], 65, id="input"),
+    ],
+)
+def test_wrong_input_has_its_code(arguments: list[str], code: int, tmp_path: Path) -> None:
+    (tmp_path / "broken.ckpt").write_bytes(b"\xff" * 100)
+    assert main([word.format(source=tmp_path) for word in arguments]) == code
+
+
+class_of_code: dict[str, tuple[BaseException, int]] = {
+    kind.__name__: (kind("w", where="x", mend="m"), kind.exit_code)
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, errors.Ckpt2ptError)
+} | {
+    "bug": (ZeroDivisionError("oops"), 70), "memory": (MemoryError(), 75), "ctrl-c": (KeyboardInterrupt(), 75),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", class_of_code)
+def test_each_kind_of_failure_has_its_code(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error, code = class_of_code[case]
+
+    def fail(_: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_inspect", fail)
+    assert main(["inspect", "x"]) == code
+    seen = capsys.readouterr()
+    assert seen.out == ""
+    assert ("Traceback" in seen.err) is (case == "bug")
+
+
+def test_errors_are_json_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "/no/such/file", "--log-format", "json"]) == 66
+    document: dict[str, Any] = json.loads(capsys.readouterr().err)
+    assert (document["level"], document["error"], document["exitCode"]) == ("error", "MissingInputError", 66)
+    assert document["what"]
+    assert document["where"] == "/no/such/file"
+    assert document["mend"]
+
+
+def test_wrong_usage_is_json_too_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "--log-format", "json", "--unknown"]) == 64
+    assert json.loads(capsys.readouterr().err)["error"] == "UsageError"
+
+
+def test_a_pod_converts_the_stage_of_its_index(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    assert main(["convert", *flags]) == 64
+    assert "JOB_COMPLETION_INDEX 1 does not exist among 1 stages" in capsys.readouterr().err

@@ -1,0 +1,66 @@
+"""Errors: what, where and mend survive every border, and each exit code has one meaning."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+
+from ckpt2pt import errors
+from ckpt2pt.errors import EXIT_CODES, FAILS_JOB, FAILS_STAGE, RETRIED, Ckpt2ptError
+
+KINDS = sorted(
+    (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Ckpt2ptError)),
+    key=lambda kind: kind.__name__,
+)
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+
+
+def test_every_failing_code_has_a_kind_of_error() -> None:
+    assert {kind.exit_code for kind in KINDS} == set(EXIT_CODES) - {0}
+
+
+@each_kind
+def test_an_error_crosses_process_borders_whole(kind: type[Ckpt2ptError]) -> None:
+    error = kind("2 found, 3 expected", where=Path("/data/rank_0"), mend="set --tp-size to 3")
+    for copied in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert type(copied) is kind
+        assert (copied.what, copied.where, copied.mend) == ("2 found, 3 expected", "/data/rank_0", "set --tp-size to 3")
+        assert str(copied) == str(error)
+
+
+@each_kind
+def test_an_error_reads_as_three_lines(kind: type[Ckpt2ptError]) -> None:
+    text = str(kind("it is wrong", where="rank_0", mend="mend it"))
+    assert text.splitlines() == ["it is wrong", "  where: rank_0", "  mend:  mend it"]
+
+
+@each_kind
+def test_an_error_must_say_where_and_how_to_mend_it(kind: type[Ckpt2ptError]) -> None:
+    with pytest.raises(TypeError):
+        kind("it is wrong")  # type: ignore[call-arg]
+
+
+@each_kind
+def test_an_error_has_a_code_that_means_something(kind: type[Ckpt2ptError]) -> None:
+    assert kind.exit_code in EXIT_CODES
+    assert kind.exit_code != 0
+
+
+def test_every_failing_code_has_exactly_one_policy() -> None:
+    assert FAILS_JOB | FAILS_STAGE | RETRIED == set(EXIT_CODES) - {0}
+    assert len(FAILS_JOB) + len(FAILS_STAGE) + len(RETRIED) == len(EXIT_CODES) - 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "retried"),
+    [
+        (errors.NoSpaceError, True), (errors.TimedOutError, True), (errors.InterruptedRunError, True),
+        (errors.FileAccessError, True), (errors.CoverageError, False), (errors.MissingInputError, False),
+        (errors.VerificationError, False), (errors.UsageError, False),
+    ],
+)  # fmt: skip
+def test_only_what_may_pass_by_itself_is_retried(kind: type[Ckpt2ptError], retried: bool) -> None:
+    assert (kind.exit_code in RETRIED) is retried

@@ -1,0 +1,106 @@
+"""Flags: those of the reference unchanged, and what they become."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ckpt2pt.cli import build_parser
+from ckpt2pt.errors import UsageError
+from ckpt2pt.options import request_of, stages_of
+from ckpt2pt.request import Request
+
+NEEDED = ["--num-layers", "8", "--ms-path", "ms", "--param-map-path", "meta", "--megatron-path", "out"]
+
+
+def parse(*flags: str, command: str = "convert") -> argparse.Namespace:
+    return build_parser().parse_args([command, *NEEDED, *flags])
+
+
+def request(*flags: str) -> Request:
+    return request_of(parse(*flags))
+
+
+def test_the_references_own_command_lines_parse_unchanged(golden_set: Path) -> None:
+    text = golden_set / "command.txt"
+    lines = [line for line in text.read_text().splitlines() if "convert_ckpt2pt.py" in line] if text.exists() else []
+    if not lines:
+        pytest.skip("the committed subset does not keep the command lines")
+    for line in lines:
+        words = shlex.split(line)
+        flags = words[next(n for n, w in enumerate(words) if w.endswith("convert_ckpt2pt.py")) + 1 :]
+        made = request_of(build_parser().parse_args(["convert", *flags]))
+        assert made.in_process
+        assert made.full is ("--convert-param-only" not in flags)
+        assert str(made.source) == flags[flags.index("--ms-path") + 1]
+        assert made.topology.tensor == int(flags[flags.index("--tp-size") + 1])
+        assert made.topology.noop == (frozenset({6, 7}) if "--noop" in flags else frozenset())
+
+
+def test_defaults_convert_everything_whole() -> None:
+    made = request()
+    cut = made.topology
+    assert (cut.tensor, cut.pipeline, cut.virtual, cut.data, cut.context) == (1, 1, 1, 1, 1)
+    assert (made.full, made.source_format, made.iteration, made.verify, made.overwrite) == (True, None, None, "digest", False)
+
+
+@pytest.mark.parametrize("text", ["1,3,2,2", "1 3 2 2", "1, 3, 2, 2"])
+def test_uneven_stages_are_a_list(text: str) -> None:
+    made = request("--stage-list", text, "--pp-size", "2", "--vpp-size", "2")
+    assert made.topology.layers_per_stage == (1, 3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--stage-list", "a,b"], ["--tp-size", "0"], ["--tp-size", "x"], ["--pp-size", "3"], ["--noop", "8"],
+        ["--stage-list", "3,4", "--pp-size", "2"], ["--iteration", "0"], ["--iteration", "-1"], ["--process-limit", "0"],
+        ["--process_timeout", "0"], ["--target-dp-size", "0"], ["--src-model-format", "pt"], ["--unknown"], ["--verify", "x"],
+        ["--num-layer", "4"], ["stray"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_flags_are_wrong_usage(flags: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        request(*flags)
+    assert caught.value.mend
+
+
+@pytest.mark.parametrize("flag", ["--num-layers", "--ms-path", "--param-map-path", "--megatron-path"])
+@pytest.mark.parametrize("command", ["convert", "plan", "verify"])
+def test_a_missing_flag_is_named(flag: str, command: str) -> None:
+    at = NEEDED.index(flag)
+    with pytest.raises(UsageError, match=flag):
+        request_of(build_parser().parse_args([command, *NEEDED[:at], *NEEDED[at + 2 :]]))
+
+
+@pytest.mark.parametrize(
+    ("index", "flags", "stages"),
+    [
+        (None, [], (0, 1, 2, 3)), ("", [], (0, 1, 2, 3)), ("2", [], (2,)), ("0", [], (0,)), ("2", ["--stage", "3"], (3,)),
+        (None, ["--stage", "3", "--stage", "1", "--stage", "3"], (1, 3)),
+    ],
+)  # fmt: skip
+def test_the_stages_are_those_given_or_the_pods_or_all(
+    index: str | None, flags: list[str], stages: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    if index is not None:
+        monkeypatch.setenv("JOB_COMPLETION_INDEX", index)
+    options = parse("--pp-size", "4", *flags)
+    assert stages_of(options, request_of(options)) == stages
+
+
+@pytest.mark.parametrize(("index", "flags"), [("4", []), ("x", []), ("-1", []), ("²", []), (None, ["--stage", "4"])])
+def test_a_stage_that_does_not_exist_is_refused(
+    index: str | None, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("JOB_COMPLETION_INDEX", raising=False)
+    if index is not None:
+        monkeypatch.setenv("JOB_COMPLETION_INDEX", index)
+    options = parse("--pp-size", "4", *flags)
+    with pytest.raises(UsageError, match="stage|JOB_COMPLETION_INDEX"):
+        stages_of(options, request_of(options))

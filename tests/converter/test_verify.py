@@ -1,0 +1,220 @@
+"""Results against their manifests and against their source, and what is said about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt2pt.errors import MissingInputError, VerificationError
+from ckpt2pt.examine import Difference
+from ckpt2pt.verify import Report, verify_target
+from results import Result, convert, flip
+
+LEVELS = pytest.mark.parametrize("level", ["digest", "full"])
+MODEL = "mp_rank_00_001/model_optim_rng.pt"
+LEAF = "/model/language_model/encoder/final_norm.weight"
+
+
+@pytest.fixture(scope="module")
+def finished(golden: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return convert(golden / "megatron06" / "j_tp1pp2dp2", tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def result(finished: Result, tmp_path: Path) -> Result:
+    return finished.copied(tmp_path / "out")
+
+
+def verify(result: Result, level: Any, stages: tuple[int, ...] = (0, 1), reader: Any = "own") -> Report:
+    return verify_target(result.request, stages, level=level, reader=reader)
+
+
+@LEVELS
+@pytest.mark.parametrize("reader", ["own", "torch"])
+def test_a_finished_conversion_has_no_difference(result: Result, level: str, reader: str) -> None:
+    report = verify(result, level, reader=reader)
+    assert report.differences == ()
+    report.raise_differences()
+    assert (report.ranks, report.checked_tensors > 0) == (2, level == "full")
+    nbytes = sum(path.stat().st_size for path in result.folder.glob("mp_rank_*/*.pt"))
+    assert report.checked_bytes == nbytes if level == "digest" else report.checked_bytes > nbytes
+
+
+@pytest.mark.parametrize(
+    ("level", "problems"),
+    [
+        pytest.param("digest", ["has another CRC-32"], id="digest"),
+        pytest.param(
+            "full",
+            [
+                "1 of 64 elements differ from the source language_model.encoder.final_norm.weight as bfloat16",
+                "1 of 64 elements differ from param in distrib_optim.pt as bfloat16",
+            ],
+            id="full",
+        ),
+    ],
+)
+def test_one_bit_is_found_by_either_level(result: Result, level: str, problems: list[str]) -> None:
+    flip(result.folder / MODEL, LEAF, 3)
+    found = verify(result, level).differences
+    assert [d.problem for d in found] == problems
+    assert {d.file for d in found} == {MODEL}
+    assert verify(result, level, stages=(0,)).differences == (), "the other stage is right"
+
+
+def _cut(folder: Path) -> None:
+    os.truncate(folder / MODEL, 5000)
+
+
+def _lose(folder: Path) -> None:
+    (folder / MODEL).unlink()
+
+
+def _forget(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / ".ckpt2pt" / name).unlink()
+
+
+def _strange(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / ".ckpt2pt" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"identity": "another"}))
+
+    return edit
+
+
+def _track(text: str) -> Callable[[Path], None]:
+    return lambda folder: (
+        (folder.parent / "latest_checkpointed_iteration.txt").write_text(text) and None  # type: ignore[func-returns-value]
+    )
+
+
+DIGEST = [
+    pytest.param(_cut, [(MODEL, "has another size")], id="a-file-cut"),
+    pytest.param(_lose, [(MODEL, "is not there")], id="a-file-lost"),
+    pytest.param(_forget("rank-00-001.json"), [(".ckpt2pt/rank-00-001.json", "is not there")], id="no-rank-manifest"),
+    pytest.param(
+        _strange("rank-00-001.json"),
+        [(".ckpt2pt/rank-00-001.json", "is of another conversion or another source")],
+        id="a-strange-rank-manifest",
+    ),
+    pytest.param(
+        _forget("stage-001.json"),
+        [(".ckpt2pt/stage-001.json", "is not finished: its manifest is not there")],
+        id="no-stage-manifest",
+    ),
+    pytest.param(
+        _strange("stage-001.json"),
+        [(".ckpt2pt/stage-001.json", "is of another conversion or another source")],
+        id="a-strange-stage-manifest",
+    ),
+    pytest.param(
+        _track("77"), [("latest_checkpointed_iteration.txt", "does not lead to an iteration")], id="tracker-astray"
+    ),
+    pytest.param(
+        _track("²"), [("latest_checkpointed_iteration.txt", "does not lead to an iteration")], id="tracker-no-number"
+    ),
+    pytest.param(
+        lambda folder: (folder.parent / "latest_checkpointed_iteration.txt").unlink(),
+        [("latest_checkpointed_iteration.txt", "does not lead to an iteration")],
+        id="no-tracker",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "expected"), DIGEST)
+def test_the_digest_level_names_what_is_missing_or_strange(
+    result: Result, damage: Callable[[Path], None], expected: list[tuple[str, str]]
+) -> None:
+    damage(result.folder)
+    assert [(d.file, d.problem) for d in verify(result, "digest").differences] == expected
+
+
+def test_a_tracker_that_has_gone_on_to_a_later_iteration_is_right(result: Result) -> None:
+    (result.folder.parent / "iter_0000009").mkdir()
+    _track("9")(result.folder)
+    assert verify(result, "full").differences == ()
+
+
+def test_a_stage_can_be_verified_before_the_others_are_converted(golden: Path, tmp_path: Path) -> None:
+    from ckpt2pt.run import run
+    from conversions import Quiet, request_for
+
+    request = request_for(golden / "megatron06" / "j_tp1pp2dp2", tmp_path)
+    run(request, [1], Quiet())
+    assert verify_target(request, [1], level="full").differences == ()
+    assert [d.file for d in verify_target(request, [0], level="digest").differences] == [
+        ".ckpt2pt/stage-000.json",
+        ".ckpt2pt/rank-00-000.json",
+    ]
+
+
+def test_a_source_that_was_written_again_is_another_source(result: Result, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(result.request.source, source)
+    for path in source.rglob("*.ckpt"):
+        os.utime(path, ns=(1, 1))
+    again = result._replace(request=replace(result.request, source=source))
+    problems = {d.problem for d in verify(again, "full").differences}
+    assert problems == {"is of another conversion or another source"}, "the elements are the same"
+
+
+@LEVELS
+def test_a_result_that_was_never_made_is_a_missing_input(result: Result, tmp_path: Path, level: str) -> None:
+    nowhere = result._replace(request=replace(result.request, target=tmp_path / "nowhere"))
+    with pytest.raises(MissingInputError, match="no result of iteration 2"):
+        verify(nowhere, level)
+
+
+def test_the_conversion_itself_can_ask_for_the_full_level(golden: Path, tmp_path: Path) -> None:
+    result = convert(golden / "megatron06" / "j_tp1pp2dp2", tmp_path, verify="full")
+    manifest = json.loads((result.folder / ".ckpt2pt" / "rank-00-001.json").read_text())
+    assert manifest["verified"] == "full"
+
+
+# ---------------------------------------------------------------------------------------------------- what is said
+
+
+def report_of(*differences: Difference) -> Report:
+    return Report(folder="out", level="full", differences=differences, checked_tensors=3, checked_bytes=2048)
+
+
+ONE = Difference(
+    file="mp_rank_00/distrib_optim.pt", tensor="exp_avg of w", problem="1 of 9 elements differ from the source w",
+    index=4, expected="1 (0x3f800000)", found="2 (0x40000000)",
+)  # fmt: skip
+
+
+def test_the_error_names_file_tensor_element_and_both_values() -> None:
+    with pytest.raises(VerificationError) as caught:
+        report_of(ONE).raise_differences()
+    assert caught.value.exit_code == 76
+    assert (
+        "mp_rank_00/distrib_optim.pt: exp_avg of w: 1 of 9 elements differ from the source w, first at element 4: "
+        "expected 1 (0x3f800000), found 2 (0x40000000)"
+    ) in caught.value.what
+
+
+def test_the_error_names_only_the_first_few() -> None:
+    with pytest.raises(VerificationError) as caught:
+        report_of(*(replace(ONE, index=n) for n in range(40))).raise_differences()
+    assert caught.value.what.count("exp_avg of w") == 5
+    assert caught.value.what.endswith("and 35 more")
+
+
+def test_the_document_is_json_and_the_table_has_the_same_facts() -> None:
+    report = report_of(ONE)
+    document = json.loads(json.dumps(report.document(), allow_nan=False))
+    assert document["equal"] is False
+    assert document["differences"][0]["index"] == 4
+    lines = report.render().splitlines()
+    assert lines[0].split()[:2] == ["file", "tensor"]
+    assert "exp_avg of w" in lines[1]
+    assert lines[-1] == "out: 1 ranks, 3 tensors and every other key, 2.0 KiB read: 1 differences"
+    assert report_of().render() == "out: 1 ranks, 3 tensors and every other key, 2.0 KiB read: no difference"
