@@ -1,6 +1,6 @@
 """float32, bfloat16 and float16 into each other, a block at a time, into a buffer of the caller's.
 
-Down is round to nearest even and keeps NaN a NaN (bfloat16: 0x7fc0 with the sign, as torch's scalar path writes it);
+Down is round to nearest even and keeps NaN a NaN (bfloat16: 0x7fc0 and the sign; torch writes one of several, by CPU path);
 up is exact.
 """
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -90,7 +91,9 @@ def _front_door() -> _Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; a bug keeps its traceback and exits 70."""
     signal.signal(signal.SIGTERM, _interrupt)
-    options = argparse.Namespace(log_format="text")
+    # Wrong usage is found before the flags are known, and a machine that reads JSON needs that error as well.
+    words = " ".join(sys.argv[1:] if argv is None else argv)
+    options = argparse.Namespace(log_format="json" if re.search(r"--log-format[ =]json\b", words) else "text")
     try:
         options = build_parser().parse_args(argv)
         _set_up_logging(options)

@@ -34,6 +34,8 @@ _NEEDED = {
     "emptyDir":              (),
 }  # fmt: skip
 
+_POD_DEFAULTS: Json = {"resources": {}, "queueKind": "Kueue", "security": {}}
+
 #   spec.model.rules    the same in a rule file
 _RULES = {
     "layerModules":     "layer_modules",
@@ -271,7 +273,7 @@ def _workers(fields: Fields) -> Workers:
         max_parallel_stages=fields.optional("maxParallelStages"),
         processes=fields.number("processes", 2),
         rank_timeout_seconds=fields.optional("rankTimeoutSeconds"),
-        pod={name: value for name, value in fields.items() if name not in ours},
+        pod=_POD_DEFAULTS | {name: value for name, value in fields.items() if name not in ours},
     )
 
 

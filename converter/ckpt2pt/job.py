@@ -67,7 +67,7 @@ def build_job(conversion: Conversion, *, image: str, attempt: int = 1, stages: S
     pod = conversion.workers.pod
     labels = _labels(conversion, attempt)
     queue: dict[str, str] = {}
-    if "queueName" in pod and pod.get("queueKind", "Kueue") == "Kueue":
+    if "queueName" in pod and pod["queueKind"] == "Kueue":
         queue["kueue.x-k8s.io/queue-name"] = str(pod["queueName"])
     spec: Json = {
         "completionMode": "Indexed",
@@ -143,13 +143,13 @@ def _template(conversion: Conversion, *, image: str, labels: Mapping[str, str], 
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": _GRACE_SECONDS,
-        "securityContext": _pod_security(cast("Json", pod.get("security", {}))),
+        "securityContext": _pod_security(cast("Json", pod["security"])),
         "containers": [_container(conversion, image=image, mounts=mounts, stages=stages)],
         "volumes": [{"name": mount.name, **mount.volume} for mount in mounts],
         **{name: pod[name] for name in _POD_FIELDS if name in pod},
     }
     annotations = dict(cast("dict[str, str]", pod.get("annotations", {})))
-    if "queueName" in pod and pod.get("queueKind") == "Volcano":
+    if "queueName" in pod and pod["queueKind"] == "Volcano":
         spec.setdefault("schedulerName", "volcano")
         annotations["scheduling.volcano.sh/queue-name"] = str(pod["queueName"])
     metadata: Json = {"labels": {**cast("dict[str, str]", pod.get("labels", {})), **labels}}
@@ -165,7 +165,7 @@ def _container(conversion: Conversion, *, image: str, mounts: Sequence[Mount], s
         "name": CONTAINER,
         "image": str(pod.get("image") or image),
         "args": convert_args(conversion, paths),
-        "resources": pod.get("resources", {}),
+        "resources": pod["resources"],
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
             "allowPrivilegeEscalation": False,

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 
 def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What is converted: the reference's own flags, and ours."""
-    _add_cut(parser.add_argument_group("the model and how it is cut"), required=required)
-    _add_places(parser.add_argument_group("where"), required=required)
-    _add_kind(parser.add_argument_group("what"))
+    _add_cut(parser, required=required)
+    _add_places(parser, required=required)
+    _add_kind(parser)
 
 
-def _add_cut(group: argparse._ArgumentGroup, *, required: bool) -> None:
+def _add_cut(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    group = parser.add_argument_group("the model and how it is cut")
     group.add_argument(
         "--num-layers", type=int, required=required, help="layers, no-op layers included (spec.model.numLayers)"
     )
@@ -58,7 +59,8 @@ def _add_cut(group: argparse._ArgumentGroup, *, required: bool) -> None:
     )
 
 
-def _add_places(group: argparse._ArgumentGroup, *, required: bool) -> None:
+def _add_places(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    group = parser.add_argument_group("where")
     group.add_argument(
         "--ms-path",
         type=Path,
@@ -99,7 +101,8 @@ def _add_places(group: argparse._ArgumentGroup, *, required: bool) -> None:
     )
 
 
-def _add_kind(group: argparse._ArgumentGroup) -> None:
+def _add_kind(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what")
     group.add_argument(
         "--convert-param-only", action="store_true", help="weights without the optimizer (spec.mode ParamsOnly)"
     )

@@ -95,7 +95,8 @@ def status_of_run(
         "bytesDone": sum(record.done for record in records),
         "bytesTotal": sum(record.total or 0 for record in records),
         "job": job,
-        "conditions": _conditions(conversion, records, phase, ended, finished or started),
+        # Each condition has a time, and before the start there is none to give.
+        "conditions": _conditions(conversion, records, phase, ended, finished or started) if started else [],
     }
     if iteration is not None:
         status["iteration"] = iteration
@@ -129,7 +130,7 @@ def _phase(
 
 
 def _conditions(
-    conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None, when: str | None
+    conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None, when: str
 ) -> list[Json]:
     """Complete and Failed as a Job has them, Verified, and the three that kstatus reads."""
     done, over = phase in {"Succeeded", "Planned"}, phase in {"Failed", "Cancelled"}
@@ -145,7 +146,7 @@ def _conditions(
         verified = ("False", "NotYet", "not every stage is verified yet")
 
     def condition(kind: str, status: str, reason: str, message: str) -> Json:
-        return {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": when or ""}
+        return {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": when}
 
     def yes(value: bool) -> str:
         return "True" if value else "False"

@@ -17,9 +17,8 @@ from types import ModuleType, SimpleNamespace
 from typing import IO, Any, cast
 
 from ckpt2pt.errors import FormatError, UsageError
-from ckpt2pt.leaves import Bytes, Files, Leaves, TensorLeaf, flatten
-from ckpt2pt.pt.archive import Archive
-from ckpt2pt.pt.pickles import MISSING, Call, Global, Value, ordered_dict, read_pickle
+from ckpt2pt.leaves import Bytes, Files, Leaves, TensorLeaf, flatten, open_pt
+from ckpt2pt.pt.pickles import MISSING, Call, Global, Value, ordered_dict
 from ckpt2pt.pt.vetting import check_name
 
 _REAL = frozenset(
@@ -99,14 +98,16 @@ class _StandIn:
 def open_with_torch(path: Path, *, allow: Collection[str] = (), weights_only: bool = False) -> Leaves:
     """Every leaf of a ``.pt`` as ``torch.load(mmap=True)`` gives it."""
     torch = _torch()
-    # Our own reader goes first: it refuses names, nesting and cycles before torch sees the file.
-    read_pickle(Archive.open(path).pickle, where=str(path), allow=allow)
+    # Our own reader goes first: it refuses names, nesting, cycles, and storages shorter than their tensors, beyond
+    # whose end torch reads on (2.15, mmap=True).
+    open_pt(path, allow=allow)
     options: dict[str, Any] = {} if weights_only else {"pickle_module": _vetting_pickle(path, frozenset(allow))}
     try:
         tree: object = torch.load(str(path), map_location="cpu", mmap=True, weights_only=weights_only, **options)
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, ValueError, TypeError, AttributeError) as error:
+        sentence = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise FormatError(
-            f"torch {torch.__version__} cannot load it: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            f"torch {torch.__version__} cannot load it: {sentence}",
             where=path,
             mend="copy the file again from where it was made, or convert again with --overwrite (spec.target.overwrite)",
         ) from error

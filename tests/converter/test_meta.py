@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -64,7 +64,7 @@ def test_name_lists_of_a_params_only_run_are_read_backwards(tmp_path: Path, pref
     model = Handmade(topology=NOOP)
     lists = [[prefix + p.megatron for p in reversed(model.parameters(0, vpp))] for vpp in range(3)]
     tree = model.template() | {"param_name_list": [names for names in lists if names or empty]}
-    write_args(tmp_path, tree)
+    write_args(tmp_path, cast("Value", tree))
     chunks = read(tmp_path, NOOP).chunks
     assert [(c.vpp, c.buffer) for c in chunks] == [(0, None), (2, None)]
     assert [c.names for c in chunks] == [tuple(p.megatron for p in model.parameters(0, vpp)) for vpp in (0, 2)]

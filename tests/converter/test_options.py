@@ -44,7 +44,13 @@ def test_defaults_convert_everything_whole() -> None:
     made = request()
     cut = made.topology
     assert (cut.tensor, cut.pipeline, cut.virtual, cut.data, cut.context) == (1, 1, 1, 1, 1)
-    assert (made.full, made.source_format, made.iteration, made.verify, made.overwrite) == (True, None, None, "digest", False)
+    assert (made.full, made.source_format, made.iteration, made.verify, made.overwrite) == (
+        True,
+        None,
+        None,
+        "digest",
+        False,
+    )
 
 
 @pytest.mark.parametrize("text", ["1,3,2,2", "1 3 2 2", "1, 3, 2, 2"])
@@ -102,5 +108,5 @@ def test_a_stage_that_does_not_exist_is_refused(
     if index is not None:
         monkeypatch.setenv("JOB_COMPLETION_INDEX", index)
     options = parse("--pp-size", "4", *flags)
-    with pytest.raises(UsageError, match="stage|JOB_COMPLETION_INDEX"):
+    with pytest.raises(UsageError, match=r"stage|JOB_COMPLETION_INDEX"):
         stages_of(options, request_of(options))

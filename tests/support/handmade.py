@@ -198,7 +198,7 @@ class Handmade:
             write_archive(folder / f"{stem}.pt", stem, write_pickle(self.template()), [os.urandom(16)])
 
     def request(self, folder: Path, **more: Any) -> Request:
-        options = {
+        options: dict[str, Any] = {
             "topology": self.topology, "source": folder / "ms", "metadata": folder / "pt_meta", "target": folder / "out",
             "in_process": True, "verify": "full",
         }  # fmt: skip

@@ -95,13 +95,13 @@ def test_one_of_two_formats_can_be_asked_for(tmp_path: Path) -> None:
 
 def test_two_files_without_a_step_are_refused(tmp_path: Path) -> None:
     both(tmp_path, "network.ckpt", "other.ckpt")
-    with pytest.raises(InputError, match="network.ckpt and other.ckpt"):
+    with pytest.raises(InputError, match=r"network.ckpt and other.ckpt"):
         found(tmp_path)
 
 
 def test_files_with_and_without_a_step_are_refused(tmp_path: Path) -> None:
     both(tmp_path, "network.ckpt", "n_rank_@-0_5.ckpt")
-    with pytest.raises(InputError, match="with and without a step in their name: network.ckpt, n_rank_0-0_5.ckpt"):
+    with pytest.raises(InputError, match=r"with and without a step in their name: network.ckpt, n_rank_0-0_5.ckpt"):
         found(tmp_path)
 
 
@@ -115,7 +115,9 @@ def test_ranks_without_a_common_step_are_refused_and_listed(tmp_path: Path) -> N
 def test_a_missing_rank_folder_is_named_with_those_there_are(tmp_path: Path) -> None:
     place(tmp_path, 0, "network.ckpt")
     place(tmp_path, 3, "network.ckpt")
-    with pytest.raises(MissingInputError, match=r"1 of 2 rank folders are missing: rank_1 \(there are rank_0, rank_3\)"):
+    with pytest.raises(
+        MissingInputError, match=r"1 of 2 rank folders are missing: rank_1 \(there are rank_0, rank_3\)"
+    ):
         found(tmp_path)
 
 

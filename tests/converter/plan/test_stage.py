@@ -202,7 +202,7 @@ def test_a_tied_copy_beside_the_embedding_becomes_a_pair_to_compare() -> None:
 
 
 def test_a_copy_is_surplus_when_embeddings_are_not_tied() -> None:
-    with pytest.raises(CoverageError, match="output_layer.weight has no place"):
+    with pytest.raises(CoverageError, match=r"output_layer.weight has no place"):
         plan(with_moments(EMBEDDING, FIRST, HEAD), chunk(EMBEDDING, FIRST), topology=Topology(num_layers=1))
 
 
@@ -221,9 +221,7 @@ def test_a_tied_head_is_the_stages_own_or_else_the_first_stages(own: str | None)
 
 def test_a_chunk_without_parameters_keeps_its_key() -> None:
     topology = Topology(num_layers=3, virtual=3, noop=frozenset({1}))
-    made = plan(
-        with_moments(FIRST, NORM.format(2)), chunk(FIRST), chunk(FIRST, vpp=2), topology=topology
-    )
+    made = plan(with_moments(FIRST, NORM.format(2)), chunk(FIRST), chunk(FIRST, vpp=2), topology=topology)
     assert [(c.key, len(c.weights), c.buffer is None) for c in made.chunks] == [
         ("model0", 1, False), ("model1", 0, True), ("model2", 1, False),
     ]  # fmt: skip

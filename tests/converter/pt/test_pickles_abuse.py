@@ -270,6 +270,7 @@ DAMAGED: list[Any] = [
     pytest.param(b".", "one value", id="no-value"),
     pytest.param(b"NN.", "one value", id="two-values"),
     pytest.param(b"N(.", "one value", id="open-mark"),
+    pytest.param(b"(N.", "one value", id="value-after-an-open-mark"),
     pytest.param(b"N", "ends too early", id="no-STOP"),
     pytest.param(b"N..", "followed by 1", id="a-second-STOP"),
     pytest.param(b"N.N.", "followed by 2", id="a-second-pickle"),

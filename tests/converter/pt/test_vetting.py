@@ -124,6 +124,11 @@ def test_listing_a_dangerous_name_does_not_allow_it(full: str) -> None:
         read_pickle(mention(head, rest), where="test", allow={full})
 
 
+def test_a_listed_name_does_not_allow_to_reach_through_a_class() -> None:
+    with pytest.raises(UnsafePickleError):
+        read_pickle(mention("fork.enums", "Foo.__init__"), where="test", allow={"fork.enums.Foo", "fork.enums.Foo.__init__"})
+
+
 @pytest.mark.filterwarnings("ignore:numpy.core:DeprecationWarning")
 def test_the_allowed_names_that_exist_here_are_what_they_say() -> None:
     """Each is a type, a dtype, or one of the few functions that only put data together."""

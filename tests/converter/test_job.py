@@ -1,0 +1,199 @@
+"""The Job that a conversion becomes: one manifest for the cluster and for this machine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ckpt2pt import errors
+from ckpt2pt.conversion import parse
+from ckpt2pt.indexes import action_for
+from ckpt2pt.job import build_job, mounts_of
+from documents import changed, claim, minimal
+
+FOUR = ("spec.parallelism", {"pipeline": 4})
+
+
+def job_of(*changes: tuple[str, object], **more: Any) -> Any:
+    return build_job(parse(changed(FOUR, *changes)), image="worker:1", **more)
+
+
+def container_of(job: Any) -> Any:
+    [container] = job["spec"]["template"]["spec"]["containers"]
+    return container
+
+
+def test_one_index_for_each_pipeline_stage() -> None:
+    spec = job_of()["spec"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 4, 4)
+    assert (spec["backoffLimitPerIndex"], spec["podReplacementPolicy"]) == (3, "Failed")
+    assert "maxFailedIndexes" not in spec, "the other stages finish"
+    assert "ttlSecondsAfterFinished" not in job_of(("spec.ttlSecondsAfterFinished", 5))["spec"], "results first"
+
+
+def test_limits_of_the_document_are_the_limits_of_the_job() -> None:
+    spec = job_of(
+        ("spec.workers", {"maxParallelStages": 2}),
+        ("spec.retries", {"perStage": 0, "maxFailedStages": 1}),
+        ("spec.activeDeadlineSeconds", 60),
+        ("spec.suspend", True),
+    )["spec"]
+    assert (spec["parallelism"], spec["backoffLimitPerIndex"], spec["maxFailedIndexes"]) == (2, 0, 1)
+    assert (spec["activeDeadlineSeconds"], spec["suspend"]) == (60, True)
+
+
+def test_the_failure_policy_is_the_table_of_exit_codes() -> None:
+    first, *rest = job_of()["spec"]["podFailurePolicy"]["rules"]
+    assert first == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert {rule["onExitCodes"]["containerName"] for rule in rest} == {container_of(job_of())["name"]}
+    fates = {code: action_for([first, *rest], code) for code in errors.EXIT_CODES if code}
+    assert fates == {
+        **dict.fromkeys(errors.FAILS_JOB, "FailJob"),
+        **dict.fromkeys(errors.FAILS_STAGE, "FailIndex"),
+        **dict.fromkeys(errors.RETRIED, "Count"),
+    }
+    assert action_for([first, *rest], 137) == "Count", "a kill is tried again"
+
+
+def test_a_rerun_of_some_stages_tells_the_workers_which() -> None:
+    again = job_of(attempt=2, stages=[3, 1])
+    assert again["metadata"]["name"] == "demo-2"
+    assert again["metadata"]["labels"]["ckpt2pt.dev/attempt"] == "2"
+    assert again["spec"]["completions"] == 2
+    assert container_of(again)["env"] == [{"name": "CKPT2PT_STAGES", "value": "1,3"}]
+    assert "env" not in container_of(job_of(stages=[0, 1, 2, 3]))
+
+
+def test_a_dry_run_is_one_worker_that_cannot_write() -> None:
+    job = job_of(("spec.dryRun", True), ("spec.target", {"path": "out", "volume": claim("results")}))
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 1
+    assert container_of(job)["args"][0] == "plan"
+    assert all(mount["readOnly"] for mount in container_of(job)["volumeMounts"])
+
+
+def test_owner_and_namespace_come_from_the_cluster() -> None:
+    owned = job_of(("metadata", {"name": "demo", "namespace": "ml", "uid": "u-1"}))["metadata"]
+    assert owned["namespace"] == "ml"
+    [owner] = owned["ownerReferences"]
+    assert (owner["kind"], owner["uid"], owner["controller"]) == ("CheckpointConversion", "u-1", True)
+    assert owner["blockOwnerDeletion"] is False
+    assert not {"namespace", "ownerReferences"} & set(job_of()["metadata"])
+
+
+# ------------------------------------------------------------------------------------------------------------- volumes
+
+
+@pytest.mark.parametrize(
+    ("volumes", "expected"),
+    [
+        pytest.param({}, {"source": ("source", "metadata", "target")}, id="one-for-all"),
+        pytest.param({"target": "b"}, {"source": ("source", "metadata"), "target": ("target",)}, id="target-its-own"),
+        pytest.param({"metadata": "b"}, {"source": ("source", "target"), "metadata": ("metadata",)}, id="metadata-its-own"),
+        pytest.param(
+            {"metadata": "b", "target": "b"}, {"source": ("source",), "metadata": ("metadata", "target")}, id="source-its-own"
+        ),
+        pytest.param({"target": "training"}, {"source": ("source", "metadata", "target")}, id="the-same-named-twice"),
+    ],
+)  # fmt: skip
+def test_each_volume_is_mounted_once_and_read_only_unless_it_is_written(
+    volumes: dict[str, str], expected: dict[str, tuple[str, ...]]
+) -> None:
+    conversion = parse(changed(*((f"spec.{role}.volume", claim(name)) for role, name in volumes.items())))
+    mounts = mounts_of(conversion)
+    assert {mount.name: mount.roles for mount in mounts} == expected
+    assert {mount.name: mount.read_only for mount in mounts} == {
+        name: "target" not in roles for name, roles in expected.items()
+    }
+    job: Any = build_job(conversion, image="i")
+    pod = job["spec"]["template"]["spec"]
+    assert [volume["name"] for volume in pod["volumes"]] == list(expected)
+    arguments = container_of(job)["args"]
+    for mount in container_of(job)["volumeMounts"]:
+        assert any(word.startswith(mount["mountPath"] + "/") for word in arguments)
+
+
+def test_a_host_path_must_be_there() -> None:
+    [volume] = job_of(("spec.source.volume", {"hostPath": {"path": "/data"}}))["spec"]["template"]["spec"]["volumes"]
+    assert volume == {"name": "source", "hostPath": {"path": "/data", "type": "Directory"}}
+
+
+# ------------------------------------------------------------------------------------------------------------ the pods
+
+
+def test_pods_are_restricted_and_carry_no_token() -> None:
+    job = job_of()
+    pod, container = job["spec"]["template"]["spec"], container_of(job)
+    assert (pod["restartPolicy"], pod["automountServiceAccountToken"], pod["enableServiceLinks"]) == (
+        "Never",
+        False,
+        False,
+    )
+    assert pod["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    security = container["securityContext"]
+    assert (security["allowPrivilegeEscalation"], security["readOnlyRootFilesystem"]) == (False, True)
+    assert security["capabilities"] == {"drop": ["ALL"]}
+    assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+def test_a_user_may_be_chosen_and_root_must_be_chosen() -> None:
+    security = {"runAsUser": 0, "fsGroup": 7}
+    context = job_of(("spec.workers", {"security": security}))["spec"]["template"]["spec"]["securityContext"]
+    assert (context["runAsUser"], context["runAsNonRoot"]) == (0, False)
+    assert (context["fsGroup"], context["fsGroupChangePolicy"]) == (7, "OnRootMismatch")
+
+
+def test_fields_of_the_pods_are_passed_on() -> None:
+    workers = {
+        "image": "mine:2", "imagePullPolicy": "Always", "imagePullSecrets": [{"name": "s"}],
+        "resources": {"limits": {"memory": "1Gi"}}, "nodeSelector": {"a": "b"}, "tolerations": [{"operator": "Exists"}],
+        "affinity": {"nodeAffinity": {}}, "schedulerName": "x", "priorityClassName": "p", "runtimeClassName": "r",
+        "labels": {"team": "ml", "app.kubernetes.io/name": "stolen"}, "annotations": {"note": "1"},
+    }  # fmt: skip
+    template = job_of(("spec.workers", workers))["spec"]["template"]
+    pod = template["spec"]
+    [container] = pod["containers"]
+    assert {name: container[name] for name in ("image", "imagePullPolicy", "resources")} == {
+        name: workers[name] for name in ("image", "imagePullPolicy", "resources")
+    }
+    for name in ("imagePullSecrets", "nodeSelector", "tolerations", "affinity", "schedulerName", "runtimeClassName"):
+        assert pod[name] == workers[name]
+    assert template["metadata"]["labels"]["team"] == "ml"
+    assert template["metadata"]["labels"]["app.kubernetes.io/name"] == "ckpt2pt", "ours are what we look pods up by"
+    assert template["metadata"]["annotations"] == {"note": "1"}
+
+
+def test_queues() -> None:
+    kueue = job_of(("spec.workers", {"queueName": "q"}))
+    assert kueue["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "q"
+    assert "kueue.x-k8s.io/queue-name" not in kueue["spec"]["template"]["metadata"]["labels"]
+    volcano = job_of(("spec.workers", {"queueName": "q", "queueKind": "Volcano"}))
+    assert "kueue.x-k8s.io/queue-name" not in volcano["metadata"]["labels"]
+    assert volcano["spec"]["template"]["spec"]["schedulerName"] == "volcano"
+    assert volcano["spec"]["template"]["metadata"]["annotations"] == {"scheduling.volcano.sh/queue-name": "q"}
+
+
+def test_overrides_are_merged_last_and_containers_by_name() -> None:
+    overrides = {
+        "metadata": {"labels": {"x": "y"}},
+        "spec": {
+            "hostNetwork": True,
+            "containers": [{"name": "convert", "tty": True, "resources": {"limits": {"cpu": 1}}}, {"name": "side"}],
+        },
+    }
+    template = job_of(("spec.workers", {"podOverrides": overrides}))["spec"]["template"]
+    worker, side = template["spec"]["containers"]
+    assert (worker["name"], worker["image"], worker["tty"], side) == ("convert", "worker:1", True, {"name": "side"})
+    assert worker["resources"] == {"limits": {"cpu": 1}}
+    assert template["spec"]["hostNetwork"] is True
+    assert template["metadata"]["labels"]["x"] == "y"
+    assert template["metadata"]["labels"]["app.kubernetes.io/instance"] == "demo"
+
+
+def test_building_a_job_twice_gives_the_same_and_leaves_the_conversion_alone() -> None:
+    conversion = parse(changed(("spec.workers", {"annotations": {"a": "b"}, "podOverrides": {"spec": {"x": [1]}}})))
+    first: Any = build_job(conversion, image="i")
+    assert first == build_job(conversion, image="i")
+    first["spec"]["template"]["metadata"]["labels"]["z"] = "z"
+    assert "z" not in str(build_job(conversion, image="i")["metadata"])
+    assert parse(minimal()).workers.pod == {"resources": {}, "queueKind": "Kueue", "security": {}}

@@ -1,0 +1,85 @@
+"""Progress: lines a machine can read, bars that add up."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from typing import Any
+
+import pytest
+
+from ckpt2pt import progress
+from ckpt2pt.progress import Bars, Lines, Silence, reporter
+
+TOTALS = {(0, 0): 60, (1, 0): 40, (0, 1): 100}
+
+
+def spoken(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_lines_tell_beginning_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "INTERVAL_SECONDS", 3600.0)
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.begin(TOTALS)
+    lines.advance((0, 1), 50)
+    lines.advance((0, 1), 50)
+    lines.end((0, 1))
+    lines.close()
+    begin, rank = spoken(stream)
+    assert (begin["event"], begin["ranks"], begin["bytesDone"], begin["bytesTotal"]) == ("begin", 3, 0, 200)
+    assert (rank["event"], rank["tp"], rank["pp"], rank["bytesDone"]) == ("rank", 0, 1, 100)
+    assert rank["etaSeconds"] >= 0
+    assert begin["etaSeconds"] is None
+
+
+def test_lines_speak_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0.0)
+    stream = io.StringIO()
+    lines = Lines(stream)
+    lines.begin(TOTALS)
+    for _ in range(3):
+        lines.advance((0, 0), 20)
+    assert [(line["event"], line["bytesDone"]) for line in spoken(stream)[1:]] == [
+        ("progress", 20), ("progress", 40), ("progress", 60),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("totals", [TOTALS, {}], ids=["ranks", "nothing-to-do"])
+def test_bars_go_to_stderr_and_may_be_closed_at_any_time(
+    totals: dict[tuple[int, int], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bars = Bars()
+    bars.close()
+    bars.begin(totals)
+    for rank, nbytes in totals.items():
+        bars.advance(rank, nbytes)
+        bars.end(rank)
+    bars.close()
+    seen = capsys.readouterr()
+    assert seen.out == ""
+    assert ("stage 1" in seen.err) is bool(totals)
+
+
+@pytest.mark.parametrize(
+    ("kind", "terminal", "expected"),
+    [
+        ("auto", True, Bars), ("auto", False, Lines), ("bar", False, Bars), ("json", True, Lines), ("none", True, Silence),
+    ],
+)  # fmt: skip
+def test_a_terminal_gets_bars_and_a_log_gets_lines(
+    kind: str, terminal: bool, expected: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert isinstance(reporter(kind), expected)
+
+
+def test_silence_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet = reporter("none")
+    quiet.begin(TOTALS)
+    quiet.advance((0, 0), 5)
+    quiet.end((0, 0))
+    quiet.close()
+    assert capsys.readouterr() == ("", "")

@@ -1,0 +1,160 @@
+"""The target folder: taken once, finished stage by stage, announced last."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ckpt2pt.errors import FileAccessError, NoSpaceError, TryAgainError, UsageError
+from ckpt2pt.publish import (
+    TRACKER,
+    Target,
+    access_error,
+    check_space,
+    free_bytes,
+    partial_name,
+    publish_bytes,
+    read_json,
+)
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Target:
+    return Target(root=tmp_path / "out", iteration=500, identity="me", stages=2, tensor=1)
+
+
+def finish_rank(target: Target, pp: int) -> None:
+    path = target.folder / f"mp_rank_00_{pp:03d}" / "model_optim_rng.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"12345")
+    target.publish_rank(
+        0, pp, {"files": [{"path": str(path.relative_to(target.folder)), "nbytes": 5}], "tensors": {"a": 1}}
+    )
+
+
+def finish(target: Target, *stages: int) -> None:
+    target.claim({}, overwrite=False)
+    for pp in stages:
+        finish_rank(target, pp)
+        target.publish_stage(pp, {"host": "h"})
+
+
+def test_the_tracker_comes_when_every_stage_is_there(target: Target) -> None:
+    finish(target, 1)
+    assert not target.publish_iteration()
+    assert not (target.root / TRACKER).exists()
+    finish(target, 0)
+    assert target.publish_iteration()
+    assert target.published
+    assert (target.root / TRACKER).read_text() == "500"
+    report = json.loads((target.state / "report.json").read_text())
+    assert [stage["stage"] for stage in report["stages"]] == [0, 1]
+    assert "tensors" not in report["stages"][0]["ranks"][0]
+
+
+@pytest.mark.parametrize("damage", ["gone", "shorter", "other-identity", "manifest-cut"])
+def test_a_rank_counts_only_while_its_files_are_whole(damage: str, target: Target) -> None:
+    finish(target, 0, 1)
+    path = next(target.folder.glob("mp_rank_00_001/*.pt"))
+    manifest = target.state / "rank-00-001.json"
+    if damage == "gone":
+        path.unlink()
+    elif damage == "shorter":
+        path.write_bytes(b"1234")
+    elif damage == "manifest-cut":
+        manifest.write_bytes(manifest.read_bytes()[:-9])
+    found = replace(target, identity="other") if damage == "other-identity" else target
+    assert found.rank_manifest(0, 1) is None
+    assert found.stage_manifest(1) is None
+    assert not found.publish_iteration()
+    assert target.rank_manifest(0, 0) is not None
+
+
+def test_a_folder_of_another_conversion_is_refused_unless_overwritten(target: Target) -> None:
+    finish(target, 0, 1)
+    target.publish_iteration()
+    other = replace(target, identity="other")
+    with pytest.raises(UsageError, match="another conversion"):
+        other.claim({}, overwrite=False)
+    assert target.published
+    other.claim({}, overwrite=True)
+    assert not (target.root / TRACKER).exists()
+    assert not list(target.folder.rglob("*.pt"))
+    assert target.stage_manifest(0) is None
+
+
+def test_overwriting_leaves_the_tracker_of_another_iteration(target: Target) -> None:
+    finish(target, 0)
+    (target.root / TRACKER).write_text("400")
+    replace(target, identity="other").claim({}, overwrite=True)
+    assert (target.root / TRACKER).read_text() == "400"
+
+
+def test_a_folder_with_strangers_is_refused(target: Target) -> None:
+    (target.folder / "mp_rank_00").mkdir(parents=True)
+    with pytest.raises(UsageError, match="holds mp_rank_00, which ckpt2pt did not write"):
+        target.check(overwrite=False)
+    assert not target.state.exists()
+
+
+def test_a_stage_is_converted_by_one_run_at_a_time(target: Target) -> None:
+    target.claim({}, overwrite=False)
+    with (
+        target.stage_lock(0),
+        target.stage_lock(1),
+        pytest.raises(TryAgainError, match=f"pid {os.getpid()}"),
+        target.stage_lock(0),
+    ):
+        pass
+    with target.stage_lock(0):
+        pass
+
+
+def test_a_sweep_takes_only_what_a_killed_run_left(target: Target) -> None:
+    folder = target.folder / "mp_rank_00_000"
+    finish(target, 0)
+    partial_name(folder / "model_optim_rng.pt").write_bytes(b"half")
+    (folder / ".keep").write_bytes(b"")
+    target.sweep(0, 0, "mp_rank_00_000")
+    assert sorted(p.name for p in folder.iterdir()) == [".keep", "model_optim_rng.pt"]
+
+
+def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish_bytes(tmp_path / "a", b"old")
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NoSpaceError):
+        publish_bytes(tmp_path / "a", b"new")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"old"}
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff", None])
+def test_a_document_that_is_not_whole_is_none(data: bytes | None, tmp_path: Path) -> None:
+    if data is not None:
+        (tmp_path / "a.json").write_bytes(data)
+    assert read_json(tmp_path / "a.json") is None
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ENOSPC, NoSpaceError), (errno.EDQUOT, NoSpaceError), (errno.EACCES, FileAccessError), (errno.EIO, FileAccessError)],
+)  # fmt: skip
+def test_a_failed_call_is_told_by_its_reason(number: int, kind: type, tmp_path: Path) -> None:
+    error = access_error(OSError(number, "x"), tmp_path, "writing")
+    assert type(error) is kind
+    assert os.strerror(number) in error.what
+
+
+def test_room_is_asked_of_the_nearest_folder_that_is_there(target: Target) -> None:
+    free = free_bytes(target.root / "not" / "yet")
+    check_space(target, 1)
+    with pytest.raises(NoSpaceError, match="bytes are needed"):
+        check_space(target, 2 * free + 1)

@@ -1,0 +1,285 @@
+"""What `inspect` says of every kind of file and folder, from headers alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from ckpt2pt.errors import FormatError, InputError, MissingInputError, UsageError
+from ckpt2pt.show import inspect, render
+from ckptfiles import Tensor, chunk, ckpt, number, safe, some_tensors, value
+from conversions import request_for
+from results import convert
+
+Rows = list[dict[str, Any]]
+
+
+def shown(path: Path, *, details: bool = False) -> dict[str, Any]:
+    """The document, proved to be plain JSON and to have a text."""
+    document = inspect(path, details=details)
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+    assert render(document).startswith(f"{document['kind']}  {path}")
+    return cast("dict[str, Any]", document)
+
+
+@pytest.fixture(scope="module")
+def pipelined(golden: Path) -> Path:
+    return golden / "megatron06" / "j_tp1pp2dp2"
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def test_a_mindspore_file_by_role_layer_and_time(pipelined: Path) -> None:
+    document = shown(pipelined / "ms" / "rank_2" / "network.ckpt")
+    assert (document["kind"], document["layers"], document["iteration"]) == ("MindSpore checkpoint (.ckpt)", "2-3", 2)
+    totals = {row["role"]: row["count"] for row in document["totals"]}
+    assert (totals["parameters"], totals["first moments"], totals["second moments"]) == (14, 14, 14)
+    assert sum(totals.values()) == document["entries"]
+    assert document["scalars"]["num_steps"] == 8
+    assert document["scalars"]["step_num"] == 2
+    first = document["tensors"][0]
+    assert first["name"] == "language_model.output_layer.weight"
+    norms = next(row for row in document["tensors"] if "{" in row["name"] and "input_norm" in row["name"])
+    assert norms["name"] == "language_model.encoder.layers.{2-3}.input_norm.weight"
+    assert (norms["count"], norms["dtype"], norms["shape"], norms["bytes"]) == (2, "float32", [64], 512)
+
+
+def test_details_list_every_entry_with_its_place(pipelined: Path) -> None:
+    path = pipelined / "ms" / "rank_2" / "network.ckpt"
+    document = shown(path, details=True)
+    assert len(document["tensors"]) == document["entries"]
+    row = next(row for row in document["tensors"] if row["name"] == "step_num")
+    assert int.from_bytes(path.read_bytes()[row["offset"] : row["offset"] + row["bytes"]], "little") == 2
+    assert len(render(inspect(path)).splitlines()) < len(render(document).splitlines())
+
+
+def test_tensors_of_unlike_shape_are_not_joined(tmp_path: Path) -> None:
+    names = [(f"language_model.encoder.layers.{n}.mlp.mapping.weight", 8 if n < 3 else 4) for n in range(5)]
+    (tmp_path / "x.ckpt").write_bytes(ckpt(Tensor(name, "int8", (n,), bytes(n)) for name, n in names))
+    rows = [(row["name"], row["count"], row["shape"]) for row in shown(tmp_path / "x.ckpt")["tensors"]]
+    assert rows == [
+        ("language_model.encoder.layers.{0-2}.mlp.mapping.weight", 3, [8]),
+        ("language_model.encoder.layers.{3-4}.mlp.mapping.weight", 2, [4]),
+    ]
+
+
+def test_shards_are_joined_whatever_their_size(pipelined: Path) -> None:
+    shards = sorted((pipelined / "ms_zero_src").rglob("*.ckpt"))
+    if not shards:
+        pytest.skip("the set has no shards")
+    document = shown(shards[0])
+    assert "shards of the distributed optimizer" in {row["role"] for row in document["totals"]}
+
+
+def test_buckets_of_unlike_size_are_one_row(tmp_path: Path) -> None:
+    tensors = [Tensor(f"buffer_0_bucket_{n}", "int8", (n + 1,), bytes(n + 1)) for n in range(4)]
+    (tmp_path / "x.ckpt").write_bytes(ckpt(tensors))
+    (row,) = [row for row in shown(tmp_path / "x.ckpt")["tensors"] if "bucket" in row["name"]]
+    assert (row["name"], row["count"], row["shape"], row["bytes"]) == ("buffer_0_bucket_{0-3}", 4, "various", 10)
+
+
+@pytest.mark.parametrize(("write", "suffix"), [(ckpt, ".ckpt"), (safe, ".safetensors")], ids=["ckpt", "safetensors"])
+def test_every_type_and_shape_is_shown(tmp_path: Path, write: Any, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(write(some_tensors()))
+    document = shown(path, details=True)
+    assert document["kind"] == f"MindSpore checkpoint ({suffix})"
+    assert {row["name"] for row in document["tensors"]} == {each.name for each in some_tensors()}
+    assert document["iteration"] == "unknown"
+    assert document["scalars"]["one"] == 0
+
+
+def test_golden_mindspore_files_of_every_corner_are_shown(golden: Path) -> None:
+    seen = 0
+    for path in sorted((golden / "mindspore").rglob("*")):
+        if path.suffix in {".ckpt", ".safetensors"} and path.is_file():
+            try:
+                seen += bool(shown(path, details=True)["entries"] >= 0)
+            except InputError:
+                continue  # strategy files and encrypted ones are refused by name, which the readers' tests look at
+    assert seen > 5
+
+
+def test_a_model_file_is_summarised(pipelined: Path) -> None:
+    path = pipelined / "A" / "iter_0000002" / "mp_rank_00_001" / "model_optim_rng.pt"
+    document = shown(path)
+    assert document["holds"] == "a Megatron model"
+    assert [row["key"] for row in document["tree"]][:4] == ["args", "checkpoint_version", "iteration", "model"]
+    model = next(row for row in document["tree"] if row["key"] == "model")
+    assert (model["tensors"], model["bytes"]) == (14, 2 * 78_144)
+    assert document["scalars"]["/iteration"] == 2
+    assert document["scalars"]["/optimizer/optimizer/param_groups/1/step"] == 2
+    assert document["arguments"]["parallelism"]["pipeline_model_parallel_size"] == 2
+    assert document["arguments"]["model"]["params_dtype"] == "torch.bfloat16"
+    assert str(document["arguments"]["others"]).endswith("more arguments (--details)")
+    everything = shown(path, details=True)
+    assert everything["arguments"]["others"]["lr_decay_iters"] == 100
+    assert everything["scalars"]["/rng_state/0/random_rng_state/1/*"] == "625 values"
+    assert everything["scalars"]["/opt_param_scheduler/lr_decay_style"] == "cosine"
+
+
+def test_buckets_of_an_optimizer_file_with_their_padding(pipelined: Path, tmp_path: Path) -> None:
+    result = convert(pipelined, tmp_path, target_data=3)
+    document = shown(result.optim)
+    assert document["holds"] == "a Megatron distributed optimizer"
+    assert document["buckets"] == [
+        {
+            "buffer": 0,
+            "types": "(torch.bfloat16, torch.float32)",
+            "bucket": 0,
+            "elements": 78_081,
+            "padding": 1,
+        }
+    ]
+    assert document["tensors"] == []
+    assert len(shown(result.optim, details=True)["tensors"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("tree", "holds"),
+    [
+        pytest.param({f"layers.{n}.weight": torch.zeros(2) for n in range(3000)}, "other data", id="a-flat-state-dict"),
+        pytest.param([torch.zeros(2), 1], "other data", id="a-list"),
+        pytest.param(torch.zeros(3), "other data", id="a-tensor"),
+        pytest.param(float("nan"), "other data", id="a-number"),
+    ],
+)
+def test_any_torch_archive_is_shown(tmp_path: Path, tree: object, holds: str) -> None:
+    torch.save(tree, tmp_path / "x.pt")
+    document = shown(tmp_path / "x.pt")
+    assert document["holds"] == holds
+    assert len(document["tensors"]) <= 1
+
+
+# ------------------------------------------------------------------------------------------------------------- folders
+
+
+def test_metadata_with_its_maps(golden_set: Path) -> None:
+    topology = request_for(golden_set, Path()).topology
+    document = shown(golden_set / "pt_meta")
+    ranks = sorted((row["tp"], row["pp"]) for row in document["ranks"])
+    assert ranks == sorted(topology.ranks())
+    assert len(document["paramMaps"]) == sum(len(topology.filled_chunks(pp)) for _, pp in topology.ranks())
+    assert all(row["elements"] > 0 for row in document["paramMaps"])
+    assert shown(golden_set / "pt_meta_params")["mode"] == "parameters only: no param maps"
+
+
+def test_metadata_with_a_broken_map_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "param_map_buffer0_dp0tp0pp0vpp0.json").write_text("[1]")
+    with pytest.raises(FormatError, match="cannot be read as a param map"):
+        inspect(tmp_path)
+
+
+def test_a_training_output_with_its_steps_and_the_chosen_one(tmp_path: Path) -> None:
+    for rank in (0, 2):
+        folder = tmp_path / f"rank_{rank}"
+        folder.mkdir()
+        steps = [(0, 100), (0, 200), (1, 10)] if rank == 0 else [(0, 100), (0, 200)]
+        for epoch, step in steps:
+            entries = [Tensor("step_num", "int64", (), step.to_bytes(8, "little"))]
+            entries += [Tensor("epoch_num", "int64", (), epoch.to_bytes(8, "little"))]
+            (folder / f"network_rank_{rank}-{epoch}_{step}.ckpt").write_bytes(ckpt(entries))
+    document = shown(tmp_path)
+    assert document["ranks"] == "0,2"
+    assert [(row["name"], row["files"], row["chosen"]) for row in document["steps"]] == [
+        ("epoch 0 step 100", 2, False),
+        ("epoch 0 step 200", 2, True),
+    ]
+    assert (document["chosen"], document["iteration"]) == ("rank_0/network_rank_0-0_200.ckpt", 200)
+
+
+def test_a_training_output_that_cannot_be_converted_says_why(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / f"rank_{rank}").mkdir()
+        (tmp_path / f"rank_{rank}" / f"n-0_{rank}.ckpt").write_bytes(ckpt(some_tensors()))
+    document = shown(tmp_path)
+    assert document["problem"].startswith("no checkpoint is there in all ranks")
+    assert len(document["files"]) == 2
+
+
+def test_golden_training_outputs(golden_set: Path) -> None:
+    document = shown(golden_set / "ms")
+    assert (document["iteration"], len(document["steps"])) == (2, 1)
+
+
+def test_megatrons_own_folder(golden_set: Path) -> None:
+    topology = request_for(golden_set, Path()).topology
+    document = shown(golden_set / "A")
+    assert (document["tracker"], document["loads"]) == ("2", "iter_0000002")
+    (row,) = document["iterations"]
+    assert (row["tp"], row["pp"]) == (topology.tensor, topology.pipeline)
+    assert (row["state"], row["converted"], row["optimizer"]) == ("published", "not by ckpt2pt", True)
+
+
+def test_a_conversion_half_way_and_finished(pipelined: Path, tmp_path: Path) -> None:
+    from ckpt2pt.run import run
+    from conversions import Quiet
+
+    request = request_for(pipelined, tmp_path)
+    run(request, [1], Quiet())
+    (tmp_path / "iter_0000002" / "mp_rank_00_001" / ".distrib_optim.pt.7-ab.partial").write_bytes(b"")
+    document = shown(tmp_path)
+    assert (document["tracker"], document["loads"]) == ("none", "nothing")
+    (row,) = document["iterations"]
+    assert (row["state"], row["converted"]) == ("not named by the tracker, 1 unfinished files", "stages 1")
+    run(request, [0], Quiet())
+    (row,) = shown(tmp_path)["iterations"]
+    assert row["converted"] == "stages 0-1"
+    assert row["state"].startswith("published")
+    assert shown(tmp_path / "iter_0000002")["kind"] == "Megatron iteration"
+
+
+def test_a_rank_folder_lists_its_files(pipelined: Path) -> None:
+    document = shown(pipelined / "ms" / "rank_0")
+    assert [row["file"] for row in document["files"]] == ["network.ckpt"]
+
+
+def test_what_is_no_checkpoint_is_refused_with_a_mend(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no checkpoint"):
+        inspect(tmp_path)
+    with pytest.raises(MissingInputError):
+        inspect(tmp_path / "nowhere")
+    (tmp_path / "x.txt").write_text("hello, this is no checkpoint at all")
+    with pytest.raises(InputError):
+        inspect(tmp_path / "x.txt")
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+def sparse(path: Path, count: int, nbytes: int) -> None:
+    """A .ckpt of true size whose payloads are holes."""
+    with path.open("wb") as file:
+        for layer in range(count):
+            head = number(1, nbytes) + chunk(2, b"Int8") + b"\x1a"
+            length = _varint(nbytes)
+            field = b"\x12" + _varint(len(head) + len(length) + nbytes) + head + length
+            tag = chunk(1, f"language_model.encoder.layers.{layer}.mlp.mapping.weight".encode())
+            file.write(b"\x0a" + _varint(len(tag) + len(field) + nbytes) + tag + field)
+            file.seek(nbytes, os.SEEK_CUR)
+        file.write(value("end", chunk(2, number(1, 1) + chunk(2, b"Int8") + chunk(3, b"x"))))
+
+
+def _varint(n: int) -> bytes:
+    out = bytearray()
+    while n > 127:
+        out.append(n & 127 | 128)
+        n >>= 7
+    return bytes([*out, n])
+
+
+def test_a_file_of_100_gigabytes_is_shown_at_once(tmp_path: Path) -> None:
+    sparse(tmp_path / "x.ckpt", 80, 1280 << 20)
+    began = time.monotonic()
+    document = shown(tmp_path / "x.ckpt")
+    assert time.monotonic() - began < 2
+    assert document["bytes"] > 100 << 30
+    assert document["tensors"][0]["name"] == "language_model.encoder.layers.{0-79}.mlp.mapping.weight"
+    assert "100.0 GiB" in render(document)
