@@ -100,7 +100,8 @@ def test_a_nan_equals_any_nan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128]
+    "dtype",
+    [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128],
 )
 def test_other_types_are_compared_by_their_bits(tmp_path: Path, dtype: torch.dtype) -> None:
     left = torch.tensor([0, 1, 1, 1], dtype=dtype)

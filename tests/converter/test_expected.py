@@ -115,9 +115,7 @@ def _end(document: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("edit", [_shift, _end], ids=["gap", "end"])
-def test_a_map_that_does_not_add_up_is_a_problem(
-    inputs: Request, edit: Callable[[dict[str, Any]], None]
-) -> None:
+def test_a_map_that_does_not_add_up_is_a_problem(inputs: Request, edit: Callable[[dict[str, Any]], None]) -> None:
     chosen, template = survey(inputs), open_pt(inputs.metadata / "args_tp00_pp000.pt")
     edit_map(inputs, "param_map_buffer0_dp0tp0pp0vpp0.json", edit)
     found = expect(inputs, chosen, (0, 0), template)

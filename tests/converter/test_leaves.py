@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ def test_blocks_cover_every_element_once() -> None:
     found = list(spans(300_001, 4))
     assert found[0] == (0, 131_072)
     assert found[-1][1] == 300_001
-    assert all(left[1] == right[0] for left, right in zip(found, found[1:], strict=False))
+    assert all(left[1] == right[0] for left, right in pairwise(found))
 
 
 @pytest.mark.parametrize(

@@ -185,11 +185,17 @@ def test_a_target_of_another_conversion_fails_the_job(golden_copy: Path, tmp_pat
     assert "spec.target.overwrite" in done.stderr
 
 
+def first_child(parent: int) -> int:
+    """Its number, once it is there."""
+    wait_for(lambda: children(parent))
+    return children(parent)[0]
+
+
 def test_a_worker_that_is_killed_is_tried_again(large: tuple[Path, Path]) -> None:
     document, data = large
     words = command("-f", document, "--volume", f"training={data}", "--output", "json", "--progress", "none")
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
-        [worker] = wait_for(lambda: children(parent.pid))  # type: ignore[misc]
+        worker = first_child(parent.pid)
         os.kill(worker, signal.SIGKILL)
         out, err = parent.communicate(timeout=60)
     assert parent.returncode == 0, err
@@ -204,7 +210,7 @@ def test_a_signal_ends_the_workers_too_and_the_next_run_goes_on(
     document, data = large
     words = command("-f", document, "--volume", f"training={data}", "--output", "json", "--progress", "json")
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as parent:
-        [worker] = wait_for(lambda: children(parent.pid))  # type: ignore[misc]
+        worker = first_child(parent.pid)
         assert parent.stderr
         while '"begin"' not in parent.stderr.readline():
             pass
@@ -223,7 +229,7 @@ def test_workers_do_not_outlive_a_parent_that_is_killed(large: tuple[Path, Path]
     document, data = large
     words = command("-f", document, "--volume", f"training={data}", "--progress", "json")
     with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as parent:
-        [worker] = wait_for(lambda: children(parent.pid))  # type: ignore[misc]
+        worker = first_child(parent.pid)
         assert parent.stderr
         while '"begin"' not in parent.stderr.readline():
             pass

@@ -79,10 +79,10 @@ def test_shards_are_joined_whatever_their_size(pipelined: Path) -> None:
 
 
 def test_buckets_of_unlike_size_are_one_row(tmp_path: Path) -> None:
-    tensors = [Tensor(f"buffer_0_bucket_{n}", "int8", (n + 1,), bytes(n + 1)) for n in range(4)]
+    tensors = [Tensor(f"buffer_0_bucket_{n}", "int8", (n + 2,), bytes(n + 2)) for n in range(4)]
     (tmp_path / "x.ckpt").write_bytes(ckpt(tensors))
     (row,) = [row for row in shown(tmp_path / "x.ckpt")["tensors"] if "bucket" in row["name"]]
-    assert (row["name"], row["count"], row["shape"], row["bytes"]) == ("buffer_0_bucket_{0-3}", 4, "various", 10)
+    assert (row["name"], row["count"], row["shape"], row["bytes"]) == ("buffer_0_bucket_{0-3}", 4, "various", 14)
 
 
 @pytest.mark.parametrize(("write", "suffix"), [(ckpt, ".ckpt"), (safe, ".safetensors")], ids=["ckpt", "safetensors"])

@@ -90,9 +90,10 @@ def _strange(name: str) -> Callable[[Path], None]:
 
 
 def _track(text: str) -> Callable[[Path], None]:
-    return lambda folder: (
-        (folder.parent / "latest_checkpointed_iteration.txt").write_text(text) and None  # type: ignore[func-returns-value]
-    )
+    def edit(folder: Path) -> None:
+        (folder.parent / "latest_checkpointed_iteration.txt").write_text(text, encoding="utf-8")
+
+    return edit
 
 
 DIGEST = [

@@ -19,7 +19,7 @@ from ckpt2pt import __version__, errors
 from goldens import REPOSITORY
 
 MODULES = sorted(path for folder in ("converter", "operator") for path in (REPOSITORY / folder).rglob("*.py"))
-MAX_MODULES, MAX_LINES, MAX_FUNCTION_LINES, MAX_BYTES = 40, 450, 60, 500_000
+MAX_MODULES, MAX_LINES, MAX_FUNCTION_LINES, MAX_BYTES = 60, 450, 60, 500_000
 
 WITHOUT_MIRROR: frozenset[str] = frozenset()
 """Modules that have no test of their own yet, as ``converter/run.py``.  A debt: it may only shrink."""

@@ -183,7 +183,7 @@ class _Source:
         self.roles: dict[str, dict[str, TensorRef]] = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
         self.taken: dict[str, set[str]] = {role: set() for role in self.roles}
         # By role as well: both ends may prefix their moments with adam_m., adam_v. and the like.
-        self.first_stage = {
+        self.first_stage: dict[tuple[str, str], TensorRef] = {
             (what.role, what.name): ref
             for name, ref in (found.first_stage or {}).items()
             for what in (table.classify(name),)

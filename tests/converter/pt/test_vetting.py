@@ -126,7 +126,9 @@ def test_listing_a_dangerous_name_does_not_allow_it(full: str) -> None:
 
 def test_a_listed_name_does_not_allow_to_reach_through_a_class() -> None:
     with pytest.raises(UnsafePickleError):
-        read_pickle(mention("fork.enums", "Foo.__init__"), where="test", allow={"fork.enums.Foo", "fork.enums.Foo.__init__"})
+        read_pickle(
+            mention("fork.enums", "Foo.__init__"), where="test", allow={"fork.enums.Foo", "fork.enums.Foo.__init__"}
+        )
 
 
 @pytest.mark.filterwarnings("ignore:numpy.core:DeprecationWarning")
