@@ -43,7 +43,7 @@ def validate(document: object, *, where: str) -> Json:
     document = cast("Json", document)
     if (document.get("apiVersion"), document.get("kind")) != (API_VERSION, KIND):
         raise UsageError(
-            f"the document is {document.get('kind')} of {document.get('apiVersion')}",
+            f"kind is {document.get('kind')}, apiVersion is {document.get('apiVersion')}",
             where=where,
             mend=f"begin it with apiVersion: {API_VERSION} and kind: {KIND}",
         )

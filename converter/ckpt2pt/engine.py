@@ -32,8 +32,7 @@ from ckpt2pt.publish import access_error, partial_name, sync_folder
 from ckpt2pt.tensors import DTYPE_BYTES, Extent
 
 BLOCK_BYTES = 512 << 10
-THREADS = 1
-"""Of one rank.  Two share a file's readahead and its lock: not faster, and more CPU when the source is cold."""
+THREADS = 1  # of one rank; two share a file's readahead and lock: not faster, and more CPU when the source is cold
 
 
 class Stop:
@@ -94,6 +93,7 @@ class _Carrier:
     def _carry_one(self, move: Move, buffers: _Buffers) -> None:
         width = DTYPE_BYTES[move.dtype]
         first = move.first
+        buffers.crcs = [0] * (1 + len(move.sinks))
         for extent in move.extents:
             done = 0
             # An extent may end inside an element (MindSpore cuts slices at bytes): blocks are joined until they do not.
@@ -109,6 +109,15 @@ class _Carrier:
             raise FormatError(
                 f"{move.name} ends inside an element", where=move.extents[-1].path, mend="copy the checkpoint again"
             )
+        self._record(move, first - move.first, buffers.crcs)
+
+    def _record(self, move: Move, numel: int, crcs: Sequence[int]) -> None:
+        """One piece for a move, not for a block: a list that grew with every block would grow with the model."""
+        width = DTYPE_BYTES[move.dtype]
+        self.digests.setdefault(f"{move.role}:{move.name}", []).append((move.first * width, numel * width, crcs[0]))
+        for sink, crc in zip(move.sinks, crcs[1:], strict=True):
+            size = DTYPE_BYTES[sink.dtype]
+            self.outputs[sink.file].pieces[sink.storage].append((sink.start * size, numel * size, crc))
 
     def _read(self, extent: Extent, done: int, buffers: _Buffers, size: int) -> None:
         start = buffers.held
@@ -133,33 +142,30 @@ class _Carrier:
         """Write whole elements to every sink and keep the rest for the next block; returns elements written."""
         numel = nbytes // DTYPE_BYTES[move.dtype]
         if nbytes:
-            source_crc = crc32(buffers.raw[:nbytes], 0)
-            for sink in move.sinks:
-                start = sink.start + (first - move.first)
-                self._put(move, sink, start, numel, buffers, nbytes, source_crc)
-            label = f"{move.role}:{move.name}"
-            self.digests.setdefault(label, []).append((first * DTYPE_BYTES[move.dtype], nbytes, source_crc))
+            buffers.crcs[0] = crc32(buffers.raw[:nbytes], buffers.crcs[0])
+            for number, sink in enumerate(move.sinks, 1):
+                buffers.crcs[number] = self._put(move, sink, first, buffers, nbytes, buffers.crcs[number])
         rest = buffers.filled - nbytes
         if rest:
             buffers.raw[:rest] = bytes(buffers.raw[nbytes : nbytes + rest])
         buffers.held = buffers.filled = rest
         return numel
 
-    def _put(
-        self, move: Move, sink: Sink, start: int, numel: int, buffers: _Buffers, nbytes: int, source_crc: int
-    ) -> None:
+    def _put(self, move: Move, sink: Sink, first: int, buffers: _Buffers, nbytes: int, crc: int) -> int:
+        """Write one block to one sink; returns the CRC-32 of what it got of this move."""
         output = self.outputs[sink.file]
         cast = find_cast(move.dtype, sink.dtype)
-        data, crc = buffers.raw[:nbytes], source_crc
-        size = numel * DTYPE_BYTES[sink.dtype]
-        if cast is not None:
-            out = buffers.second(size)
+        width = DTYPE_BYTES[sink.dtype]
+        if cast is None:
+            data, crc = buffers.raw[:nbytes], buffers.crcs[0]
+        else:
+            out = buffers.second(nbytes // DTYPE_BYTES[move.dtype] * width)
             cast(np.frombuffer(buffers.raw, np.uint8, nbytes), out)
             data = memoryview(out.data)
-            crc = crc32(data, 0)
-        offset = start * DTYPE_BYTES[sink.dtype]
+            crc = crc32(data, crc)
+        offset = (sink.start + first - move.first) * width
         write_at(output.fd, data, output.layout.storage_offset(sink.storage) + offset, output.path)
-        output.pieces[sink.storage].append((offset, size, crc))
+        return crc
 
 
 class _Buffers:
@@ -169,6 +175,7 @@ class _Buffers:
         self.raw = memoryview(bytearray(BLOCK_BYTES))
         self.held = 0
         self.filled = 0
+        self.crcs: list[int] = []  # of the move so far: its source bytes, then what each sink got
         self._second = np.empty(BLOCK_BYTES, np.uint8)
 
     def second(self, nbytes: int) -> npt.NDArray[np.uint8]:

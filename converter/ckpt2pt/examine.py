@@ -359,9 +359,10 @@ def _pair(chunk: ExpectedChunk) -> str:
 def _model_paths(chunk: ExpectedChunk) -> Iterator[str]:
     """Leaves of a chunk: weights in order, each module's ``_extra_state`` after its last parameter."""
     modules = [weight.name.rpartition(".")[0] for weight in chunk.weights]
-    for number, weight in enumerate(chunk.weights):
+    last = {module: number for number, module in enumerate(modules)}
+    for number, (weight, module) in enumerate(zip(chunk.weights, modules, strict=True)):
         yield weight.leaf
-        if modules[number].rpartition(".")[2] in HAS_EXTRA_STATE and modules[number] not in modules[number + 1 :]:
+        if last[module] == number and module.rpartition(".")[2] in HAS_EXTRA_STATE:
             folder, _, key = weight.leaf.rpartition("/")
-            module, dot, _ = key.rpartition(".")
-            yield f"{folder}/{module}{dot}_extra_state"
+            inner, dot, _ = key.rpartition(".")
+            yield f"{folder}/{inner}{dot}_extra_state"

@@ -39,9 +39,8 @@ _TAIL_LINES = 20
 class Board(Protocol):
     """Who is shown what happens."""
 
-    @property
-    def interval_seconds(self) -> float:
-        """How often a worker shall tell its progress."""
+    interval_seconds: float
+    """How often a worker shall tell its progress."""
 
     def changed(self, record: StageRecord) -> None:
         """A stage changed its state, or went on."""

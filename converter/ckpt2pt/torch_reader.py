@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from ckpt2pt.errors import FormatError, UsageError
 from ckpt2pt.leaves import Bytes, Files, Leaves, TensorLeaf, flatten, open_pt
@@ -154,10 +154,17 @@ def _translator(torch: ModuleType) -> Callable[[object], object]:
     return translate
 
 
+if TYPE_CHECKING:
+    _PurePython = pickle.Unpickler
+else:
+    # The one in C allots its memo up to whatever index a file asks for: 32 GB for five bytes.
+    _PurePython = pickle._Unpickler
+
+
 def _vetting_pickle(path: Path, allow: frozenset[str]) -> SimpleNamespace:
     """What torch.load takes for the module ``pickle``."""
 
-    class Unpickler(pickle.Unpickler):
+    class Unpickler(_PurePython):
         """Vets every name and looks up almost none."""
 
         def find_class(self, module: str, name: str) -> object:

@@ -111,7 +111,7 @@ TEXTS = {
     "billion-laughs": (ALIASES, "100000 values"),
     "a-loop": ("a: &a [*a]\n", "inside each other"),
     "deep": ("[" * 5000, "YAML"),
-    "another-kind": ("apiVersion: v1\nkind: Pod\n", "Pod of v1"),
+    "another-kind": ("apiVersion: v1\nkind: Pod\n", "kind is Pod, apiVersion is v1"),
     "too-large": (b"#" * (MAX_BYTES + 1), "larger than 1 MiB"),
 }
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def document_of(folder: Path, *, full: bool = True) -> dict[str, Any]:
 def golden_copy(golden: Path, tmp_path: Path) -> Path:
     """A set of two stages that may be damaged."""
     found = next(golden / "megatron06" / name for name in SETS if (golden / "megatron06" / name).is_dir())
-    return Path(shutil.copytree(found, tmp_path / "set"))
+    return Path(shutil.copytree(found, tmp_path / found.name))
 
 
 @pytest.fixture
@@ -73,18 +73,32 @@ def results(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def large(tmp_path: Path) -> tuple[Path, Path]:
-    """A checkpoint that takes a worker a moment, and its document, all on one volume."""
-    build(tmp_path / "data", Model(topology=Topology(num_layers=4, pipeline=2)))
+def large(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """A checkpoint that takes a worker a moment, and its document, all on one volume; stages go one by one."""
+    build(tmp_path / "data", Model(topology=Topology(num_layers=4, pipeline=2), hidden=256, heads=4, groups=2, ffn=768))
     document = changed(("spec.parallelism", {"pipeline": 2}), ("spec.workers", {"maxParallelStages": 1}))
-    return write(tmp_path / "a.yaml", document), tmp_path / "data"
+    yield write(tmp_path / "a.yaml", document), tmp_path / "data"
+    shutil.rmtree(tmp_path / "data")
+
+
+def begun(parent: subprocess.Popen[str]) -> int:
+    """The worker of a run that has begun to copy."""
+    [worker] = wait_for(lambda: children(parent.pid))  # type: ignore[misc]
+    assert parent.stderr
+    for line in parent.stderr:
+        if '"begin"' in line:
+            return int(worker)
+    raise AssertionError("it ended before it began")
 
 
 # ------------------------------------------------------------------------------------------------------ golden results
 
 
-@pytest.mark.parametrize("full", [pytest.param(True, id="full"), pytest.param(False, id="params-only")])
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [(name, True) for name in SETS] + [(SETS[1], False), (SETS[3], False)],
+    ids=[f"{name}-full" for name in SETS] + [f"{SETS[1]}-params", f"{SETS[3]}-params"],
+)
 def test_a_document_gives_what_the_command_line_gives(
     golden: Path, tmp_path: Path, results: Path, name: str, full: bool
 ) -> None:
@@ -179,9 +193,11 @@ def test_a_bad_stage_fails_and_the_other_is_finished(golden_copy: Path, tmp_path
 def test_a_target_of_another_conversion_fails_the_job(golden_copy: Path, tmp_path: Path, results: Path) -> None:
     words = ("--volume", f"training={golden_copy}", "--volume", f"results={results}", "--progress", "none")
     assert call("-f", write(tmp_path / "a.yaml", document_of(golden_copy)), *words).returncode == 0
-    done = call("-f", write(tmp_path / "b.yaml", document_of(golden_copy, full=False)), *words)
+    other = write(tmp_path / "b.yaml", document_of(golden_copy, full=False))
+    done = call("-f", other, *words, "--output", "json")
     assert done.returncode == 64
-    assert "FailJob" in call("-f", tmp_path / "b.yaml", *words, "--output", "json").stdout
+    [failed] = [c for c in status_in(done)["conditions"] if c["type"] == "Failed"]
+    assert (failed["status"], failed["reason"]) == ("True", "FailJob")
     assert "spec.target.overwrite" in done.stderr
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -138,3 +140,16 @@ def test_what_torch_refuses_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(FormatError) as caught:
         open_with_torch(path, weights_only=True)
     assert caught.value.what == f"torch {torch.__version__} cannot load it: Weights only load failed"
+
+
+def test_a_pickle_that_asks_for_a_huge_memo_takes_no_memory(tmp_path: Path) -> None:
+    """Five bytes, an index of two thousand million: CPython's own machine would allot 32 GB."""
+    path = tmp_path / "x.pt"
+    write_archive(path, "x", b"\x80\x02}r\xff\xff\xff\x7fX\x01\0\0\0aK\x01s.", [])
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))\n"
+        "from pathlib import Path; from ckpt2pt.torch_reader import open_with_torch\n"
+        "assert open_with_torch(Path(sys.argv[1]))['/a'] == 1"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, env=environment)
