@@ -156,7 +156,7 @@ def _lay(
                 )  # fmt: skip
             homes[entry.name] = (number, used)
             used += numel
-        padded = begins[number + 1] - begin if number + 1 < len(begins) else math.ceil(used / divisor) * divisor
+        padded = begins[number + 1] - begin if number + 1 < len(begins) else -(-used // divisor) * divisor
         if begin != end or padded % divisor or not 0 <= padded - used < divisor:
             problems.append(
                 (f"bucket {number}", f"[{begin}, {begin + padded}) holds {used} elements, data parallel {divisor}")
@@ -187,10 +187,17 @@ def _read_map(path: Path) -> list[_Entry]:
     try:
         document = cast("dict[str, tuple[str, list[int], int, int, int]]", json.loads(path.read_bytes()))
         return [
-            _Entry(names.bare(name), str(dtype).removeprefix("torch."), tuple(map(int, shape)), start, stop, bucket)
+            _Entry(
+                names.bare(name),
+                str(dtype).removeprefix("torch."),
+                tuple(map(int, shape)),
+                int(start),
+                int(stop),
+                int(bucket),
+            )
             for name, (dtype, shape, start, stop, bucket) in document.items()
         ]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(
             f"cannot be read as a param map: {error}", where=path, mend="restore pt_meta as it was for the conversion"
         ) from error

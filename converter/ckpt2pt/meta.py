@@ -33,7 +33,6 @@ class RankMeta:
 
     template: Template
     chunks: tuple[ChunkMap, ...]
-    files: tuple[Path, ...]
 
     @property
     def sizes(self) -> dict[str, int | bool]:
@@ -67,9 +66,9 @@ def read_rank_meta(
     """
     if not folder.is_dir():
         raise MissingInputError("the metadata folder is not there", where=folder, mend=_MEND)
-    template = read_template(folder / f"args_tp{tp:02d}_pp{pp:03d}.pt", allow=allow)
+    args, *maps = metadata_files(folder, tp=tp, pp=pp)
+    template = read_template(args, allow=allow)
     divisor = target_data or data_parallel_size(template)
-    maps = _param_maps(folder, tp, pp)
     if maps:
         buffers = [parse_param_map(_load_json(path), where=str(path), divisor=divisor) for path in maps]
         order: list[_Described] = [(tuple(p.name for p in reversed(buffer.placements)), buffer) for buffer in buffers]
@@ -78,8 +77,12 @@ def read_rank_meta(
     return RankMeta(
         template=template,
         chunks=_assign(order, topology, pp, where=str(folder)),
-        files=(Path(template.path), *maps),
     )
+
+
+def metadata_files(folder: Path, *, tp: int, pp: int) -> tuple[Path, ...]:
+    """The files that describe one rank: its arguments, then its param maps chunk by chunk."""
+    return (folder / f"args_tp{tp:02d}_pp{pp:03d}.pt", *_param_maps(folder, tp, pp))
 
 
 def data_parallel_size(template: Template) -> int | None:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ckpt2pt.plan.moves import moves
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
 from ckpt2pt.pt.archive import lay_out
@@ -26,7 +25,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
     for (tp, pp), prepared in ranks.items():
         plan = prepared.plan
         files = _files(request, prepared)
-        nbytes = sum(move.nbytes for move in moves(plan))
+        nbytes = plan.source_bytes
         read += nbytes
         written += sum(files.values())
         stages.append(

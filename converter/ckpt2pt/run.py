@@ -113,7 +113,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     todo = tuple(rank for rank in ranks if rank not in kept)
     plans = {rank: prepare(request, chosen, rank) for rank in todo}
     sizes = {rank: output_bytes(request, prepared) for rank, prepared in plans.items()}
-    totals = {rank: sum(move.nbytes for move in moves(prepared.plan)) for rank, prepared in plans.items()}
+    totals = {rank: prepared.plan.source_bytes for rank, prepared in plans.items()}
     del plans
     check_space(target, sum(sizes.values()))
     with stopped_by_signals() as stop:

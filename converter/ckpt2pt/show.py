@@ -314,7 +314,7 @@ def _param_map(path: Path, found: re.Match[str]) -> Json:
     try:
         document = cast("dict[str, tuple[str, list[int], int, int, int]]", json.loads(path.read_bytes()))
         rows = [(str(dtype), int(start), int(stop), int(bucket)) for dtype, _, start, stop, bucket in document.values()]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(
             f"cannot be read as a param map: {error}", where=path, mend="copy it again from where it was made"
         ) from error

@@ -17,7 +17,7 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_sources, last_saved
 from ckpt2pt.errors import FileAccessError, InputError
 from ckpt2pt.mapping.names import NameTable, is_tied_head
-from ckpt2pt.meta import RankMeta, read_rank_meta
+from ckpt2pt.meta import RankMeta, metadata_files, read_rank_meta
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
 from ckpt2pt.pt.payload import Template
@@ -171,7 +171,7 @@ def _inputs(files: Mapping[Rank, SourceFile], request: Request) -> tuple[dict[st
     metadata: dict[str, Path] = {}
     for rank, file in files.items():
         found.append(_stat(file.path, request.source))
-        metadata |= {path.name: path for path in _meta(request, rank).files}
+        metadata |= {path.name: path for path in metadata_files(request.metadata, tp=rank[0], pp=rank[1])}
     for name, path in sorted(metadata.items()):
         found.append({"metadata": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
     return tuple(found)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ckpt2pt.ckpt import index_file
+from ckpt2pt.errors import FormatError
 from ckpt2pt.expected import Expected, expect, others
 from ckpt2pt.leaves import open_pt
 from ckpt2pt.mapping.names import Rules
@@ -120,6 +121,14 @@ def test_a_map_that_does_not_add_up_is_a_problem(inputs: Request, edit: Callable
     edit_map(inputs, "param_map_buffer0_dp0tp0pp0vpp0.json", edit)
     found = expect(inputs, chosen, (0, 0), template)
     assert any("running offsets give" in problem for _, problem in found.problems)
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"a": ["t", [1], 1e999, 1, 0]}', "{"], ids=["list", "infinity", "cut"])
+def test_a_map_that_cannot_be_read_is_an_error(inputs: Request, text: str) -> None:
+    chosen, template = survey(inputs), open_pt(inputs.metadata / "args_tp00_pp000.pt")
+    (inputs.metadata / "param_map_buffer0_dp0tp0pp0vpp0.json").write_text(text)
+    with pytest.raises(FormatError, match="cannot be read as a param map"):
+        expect(inputs, chosen, (0, 0), template)
 
 
 def test_a_data_parallel_size_that_does_not_fit_the_buckets_is_a_problem(golden: Path, tmp_path: Path) -> None:

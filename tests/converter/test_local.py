@@ -83,11 +83,11 @@ def large(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
 
 def begun(parent: subprocess.Popen[str]) -> int:
     """The worker of a run that has begun to copy."""
-    [worker] = wait_for(lambda: children(parent.pid))  # type: ignore[misc]
+    [worker] = wait_for(lambda: children(parent.pid))
     assert parent.stderr
     for line in parent.stderr:
         if '"begin"' in line:
-            return int(worker)
+            return worker
     raise AssertionError("it ended before it began")
 
 

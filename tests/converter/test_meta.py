@@ -11,7 +11,7 @@ import pytest
 from archives import write_archive
 from ckpt2pt.errors import FormatError, MissingInputError, UnsafePickleError
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.meta import RankMeta, data_parallel_size, read_rank_meta, read_template
+from ckpt2pt.meta import RankMeta, data_parallel_size, metadata_files, read_rank_meta, read_template
 from ckpt2pt.pt.pickles import Global, Value, namespace, write_pickle
 from handmade import Handmade
 
@@ -45,7 +45,7 @@ def test_names_come_in_registration_order_with_their_buffer(tmp_path: Path) -> N
 
 def test_files_are_listed_for_the_identity_of_the_conversion(tmp_path: Path) -> None:
     made(tmp_path, VIRTUAL)
-    assert [path.name for path in read(tmp_path, VIRTUAL).files] == [
+    assert [path.name for path in metadata_files(tmp_path, tp=0, pp=0)] == [
         "args_tp00_pp000.pt", *(f"param_map_buffer0_dp0tp0pp0vpp{n}.json" for n in range(3)),
     ]  # fmt: skip
 
@@ -110,7 +110,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Value], str, object]] = {
 def test_arguments_say(case: str, tmp_path: Path) -> None:
     args, question, answer = ARGUMENTS[case]
     template = read_template(write_args(tmp_path, {"args": namespace(args)}))
-    assert getattr(RankMeta(template=template, chunks=(), files=()), question) == answer
+    assert getattr(RankMeta(template=template, chunks=()), question) == answer
 
 
 def test_a_group_of_no_ranks_is_no_group(tmp_path: Path) -> None:

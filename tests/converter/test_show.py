@@ -171,8 +171,13 @@ def test_metadata_with_its_maps(golden_set: Path) -> None:
     assert shown(golden_set / "pt_meta_params")["mode"] == "parameters only: no param maps"
 
 
-def test_metadata_with_a_broken_map_is_a_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "param_map_buffer0_dp0tp0pp0vpp0.json").write_text("[1]")
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "", '{"a": 1}', '{"a": ["t", [1], 1e999, 1, 0]}', '{"a": ["t", [1], NaN, 1, 0]}', "[" * 99_999],
+    ids=["list", "empty", "number", "infinity", "nan", "deep"],
+)
+def test_metadata_with_a_broken_map_is_a_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "param_map_buffer0_dp0tp0pp0vpp0.json").write_text(text)
     with pytest.raises(FormatError, match="cannot be read as a param map"):
         inspect(tmp_path)
 

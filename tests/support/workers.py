@@ -6,6 +6,9 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 # Index N at its try T does what the line "N T ..." of the script says: prints, waits, ends with a code or a signal.
 STAND_IN = """
@@ -78,7 +81,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 20) -> object:
+def wait_for(condition: Callable[[], T], seconds: float = 20) -> T:
     """The first true answer of ``condition``."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

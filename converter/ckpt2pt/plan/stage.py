@@ -88,6 +88,11 @@ class RankPlan:
         return any(chunk.buffer is not None for chunk in self.chunks)
 
     @property
+    def source_bytes(self) -> int:
+        """Bytes to read: every parameter, and its moments in a full conversion."""
+        return sum(ref.nbytes for w in self.weights for ref in (w.source, *(w.moments or ())))
+
+    @property
     def payload_bytes(self) -> int:
         """Bytes of tensors to write: the model's weights, and three float32 buffers."""
         model = sum(weight.source.numel * DTYPE_BYTES[weight.dtype] for weight in self.weights)
