@@ -223,7 +223,7 @@ def _compare(options: argparse.Namespace) -> int:
             where="ckpt2pt verify",
             mend="give two checkpoints to compare, or none and the flags of convert",
         )
-    result = compare(*options.paths, ignore=tuple(options.ignore))
+    result = compare(*options.paths, ignore=tuple(options.ignore), ignore_padding=options.ignore_padding)
     _show(result.document(), result.render(), options)
     result.raise_differences()
     return 0

@@ -198,6 +198,11 @@ def add_verify_options(verify: argparse.ArgumentParser) -> None:
         metavar="LEAF",
         help="when comparing: a leaf such as /args/save to leave out (repeat)",
     )
+    verify.add_argument(
+        "--ignore-padding",
+        action="store_true",
+        help="when comparing: leave out the padding of buckets, which Megatron does not initialise",
+    )
 
 
 def add_document_options(document: argparse.ArgumentParser) -> None:
