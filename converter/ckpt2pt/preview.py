@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
-from ckpt2pt.pt.archive import lay_out
-from ckpt2pt.pt.payload import payloads
 from ckpt2pt.publish import Json, Target, free_bytes
 from ckpt2pt.request import Request
+from ckpt2pt.run import file_sizes
 from ckpt2pt.survey import Prepared, Rank, Survey
+from ckpt2pt.text import size, table
 
 WORKER_BYTES = 48 << 20
 """What one worker needs at most (benchmarks/), whatever the size of the checkpoint."""
@@ -24,7 +23,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
     read = written = 0
     for (tp, pp), prepared in ranks.items():
         plan = prepared.plan
-        files = _files(request, prepared)
+        files = file_sizes(request, prepared)
         nbytes = plan.source_bytes
         read += nbytes
         written += sum(files.values())
@@ -58,11 +57,6 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
         "workers": workers,
         "memoryBytes": workers * WORKER_BYTES,
     }
-
-
-def _files(request: Request, prepared: Prepared) -> dict[str, int]:
-    found = payloads(prepared.plan, prepared.template, reference_samples=request.reference_samples)
-    return {p.name: lay_out(Path(p.name).stem, p.pickle, p.storages).nbytes for p in found}
 
 
 def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -> Json:
@@ -106,12 +100,12 @@ def render(document: Json) -> str:
         f"mode       {options['mode']}, Megatron 0.6; tp {options['tensor']}, pp {options['pipeline']}, "
         f"vpp {options['virtualPipeline']}",
         "",
-        *_table(
+        *table(
             ("stage", "tp", "chunk", "layers", "ends", "parameters", "elements", "buckets", "padding"),
             _chunk_rows(document),
         ),
         "",
-        *_table(("file", "bytes", "", "source"), _file_rows(document)),
+        *table(("file", "bytes", "", "source"), _file_rows(document)),
         "",
     ]
     ignored: Counter[str] = Counter()
@@ -122,8 +116,8 @@ def render(document: Json) -> str:
         lines.append("not carried: " + ", ".join(f"{count} x {reason}" for reason, count in sorted(ignored.items())))
     lines += _name_lines(document)
     lines.append(
-        f"reads {size(document['bytesToRead'])}, writes {size(document['bytesToWrite'])}; {size(document['bytesFree'])} free; "
-        f"{document['workers']} workers, at most {size(document['memoryBytes'])} of memory"
+        f"reads {_size(document['bytesToRead'])}, writes {_size(document['bytesToWrite'])}; {_size(document['bytesFree'])} free; "
+        f"{document['workers']} workers, at most {_size(document['memoryBytes'])} of memory"
     )
     return "\n".join(lines)
 
@@ -152,7 +146,7 @@ def _file_rows(document: Json) -> Iterable[tuple[object, ...]]:
         for file in map(_mapping, _list(rank["files"])):
             yield (
                 f"{rank['directory']}/{file['name']}",
-                size(file["nbytes"]),
+                _size(file["nbytes"]),
                 "there" if rank["done"] else "",
                 rank["source"],
             )
@@ -165,23 +159,11 @@ def _name_lines(document: Json) -> list[str]:
         for chunk in map(_mapping, _list(rank["chunks"]))
         for name in map(_mapping, _list(chunk.get("names", [])))
     ]
-    return [*_table(("stage", "tp", "chunk", "MindSpore", "Megatron", "shape", "type"), rows), ""] if rows else []
+    return [*table(("stage", "tp", "chunk", "MindSpore", "Megatron", "shape", "type"), rows), ""] if rows else []
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> list[str]:
-    cells = [head, *(tuple(str(cell) for cell in row) for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
-
-
-def size(nbytes: object) -> str:
-    """``1536`` -> ``1.5 KiB``."""
-    value = float(str(nbytes))
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError
+def _size(nbytes: object) -> str:
+    return size(float(str(nbytes)))
 
 
 def spans(numbers: object) -> str:

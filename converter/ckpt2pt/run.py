@@ -112,7 +112,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     kept = tuple(rank for rank in ranks if target.rank_manifest(*rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
     plans = {rank: prepare(request, chosen, rank) for rank in todo}
-    sizes = {rank: output_bytes(request, prepared) for rank, prepared in plans.items()}
+    sizes = {rank: sum(file_sizes(request, prepared).values()) for rank, prepared in plans.items()}
     totals = {rank: prepared.plan.source_bytes for rank, prepared in plans.items()}
     del plans
     check_space(target, sum(sizes.values()))
@@ -155,10 +155,10 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def output_bytes(request: Request, prepared: Prepared) -> int:
-    """Exact size of a rank's files."""
+def file_sizes(request: Request, prepared: Prepared) -> dict[str, int]:
+    """Exact size of each of a rank's files."""
     found = payloads(prepared.plan, prepared.template, reference_samples=request.reference_samples)
-    return sum(lay_out(Path(p.name).stem, p.pickle, p.storages).nbytes for p in found)
+    return {p.name: lay_out(Path(p.name).stem, p.pickle, p.storages).nbytes for p in found}
 
 
 def convert_rank(request: Request, chosen: Survey, rank: Rank, stop: Stop, advance: Callable[[int], None]) -> None:
