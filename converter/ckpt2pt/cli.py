@@ -205,7 +205,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.paths:
         return _compare(options)
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.verify import verify_target  # noqa: PLC0415
+    from ckpt2pt.verify.prove import verify_target  # noqa: PLC0415
 
     request = request_of(options)
     report = verify_target(request, stages_of(options, request), level=options.level, reader=options.reader)
@@ -215,7 +215,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from ckpt2pt.compare import compare  # noqa: PLC0415
+    from ckpt2pt.verify.compare import compare  # noqa: PLC0415
 
     if len(options.paths) != 2:
         raise UsageError(
@@ -230,6 +230,6 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ckpt2pt.local import run_document  # noqa: PLC0415
+    from ckpt2pt.local.runner import run_document  # noqa: PLC0415
 
     return run_document(options, _show)

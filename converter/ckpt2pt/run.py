@@ -181,7 +181,7 @@ def convert_rank(request: Request, chosen: Survey, rank: Rank, stop: Stop, advan
         check=request.verify != "none",
     )
     if request.verify == "full":
-        from ckpt2pt.verify import verify_rank  # noqa: PLC0415 - a second reader, loaded only when asked for
+        from ckpt2pt.verify.prove import verify_rank  # noqa: PLC0415 - a second reader, loaded only when asked for
 
         verify_rank(request, chosen, rank, target.folder).raise_differences()
     target.publish_rank(
@@ -206,7 +206,7 @@ def _check_twins(prepared: Prepared) -> None:
     """Compare tied copies of which only one is carried."""
     if not prepared.plan.twins:
         return
-    from ckpt2pt.compare import same_bytes  # noqa: PLC0415 - rare
+    from ckpt2pt.verify.compare import same_bytes  # noqa: PLC0415 - rare
 
     for kept, copy in prepared.plan.twins:
         same_bytes(kept, copy)

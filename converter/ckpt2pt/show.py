@@ -17,7 +17,6 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import UNNAMED, choose, find_sources, last_saved
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
 from ckpt2pt.folders import SUFFIXES, checkpoint_files, iteration_name, layout_of, read_tracker
-from ckpt2pt.leaves import CONTAINERS, Leaf, Leaves, TensorLeaf, is_archive, leaf_of, open_pt
 from ckpt2pt.mapping.names import SHARD, NameTable
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
 from ckpt2pt.plan.stage import spans
@@ -26,6 +25,7 @@ from ckpt2pt.publish import PARTIAL, STATE, TRACKER, Json, access_error, read_js
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import render as render
 from ckpt2pt.text import short
+from ckpt2pt.verify.leaves import CONTAINERS, Leaf, Leaves, TensorLeaf, is_archive, leaf_of, open_pt
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=[._])")
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=[._])|(?<=_bucket_)\d+$")

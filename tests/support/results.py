@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from archives import take_apart, write_archive
-from ckpt2pt.leaves import TensorLeaf, open_pt, width
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.pickles import read_pickle, write_pickle
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
 from ckpt2pt.survey import Survey, survey
-from ckpt2pt.verify import Report, verify_rank
+from ckpt2pt.verify.leaves import TensorLeaf, open_pt, width
+from ckpt2pt.verify.prove import Report, verify_rank
 from conversions import Quiet, request_for
 
 Tree = dict[Any, Any]

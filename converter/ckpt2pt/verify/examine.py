@@ -18,8 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError
-from ckpt2pt.expected import ROLES, Expected, ExpectedChunk, ExpectedWeight, expect, is_model, others
-from ckpt2pt.leaves import (
+from ckpt2pt.mapping.names import HAS_EXTRA_STATE
+from ckpt2pt.pt.archive import Archive
+from ckpt2pt.request import Request
+from ckpt2pt.survey import Rank, Survey
+from ckpt2pt.tensors import TensorRef
+from ckpt2pt.text import short
+from ckpt2pt.verify.expected import ROLES, Expected, ExpectedChunk, ExpectedWeight, expect, is_model, others
+from ckpt2pt.verify.leaves import (
     CONTAINERS,
     Bytes,
     Files,
@@ -34,12 +40,6 @@ from ckpt2pt.leaves import (
     values,
     width,
 )
-from ckpt2pt.mapping.names import HAS_EXTRA_STATE
-from ckpt2pt.pt.archive import Archive
-from ckpt2pt.request import Request
-from ckpt2pt.survey import Rank, Survey
-from ckpt2pt.tensors import TensorRef
-from ckpt2pt.text import short
 
 MODEL_FILE, OPTIM_FILE = "model_optim_rng.pt", "distrib_optim.pt"
 

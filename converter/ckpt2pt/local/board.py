@@ -8,15 +8,15 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from ckpt2pt.conversion import Json
+from ckpt2pt.conversion.spec import Json
+from ckpt2pt.conversion.status import StageRecord
 from ckpt2pt.progress import INTERVAL_SECONDS
-from ckpt2pt.status import StageRecord
 from ckpt2pt.text import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from ckpt2pt.indexes import Board
+    from ckpt2pt.local.indexes import Board
 
 
 @contextmanager

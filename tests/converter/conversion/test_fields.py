@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from ckpt2pt.fields import Fields, Finding, refusal
+from ckpt2pt.conversion.fields import Fields, Finding, refusal
 
 
 def test_null_is_as_good_as_absent() -> None:

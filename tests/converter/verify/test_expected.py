@@ -14,12 +14,12 @@ import pytest
 
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.errors import FormatError
-from ckpt2pt.expected import Expected, expect, others
-from ckpt2pt.leaves import open_pt
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.pt.pickles import with_attrs
 from ckpt2pt.request import Request
 from ckpt2pt.survey import survey
+from ckpt2pt.verify.expected import Expected, expect, others
+from ckpt2pt.verify.leaves import open_pt
 from ckptfiles import Tensor, ckpt
 from conversions import request_for
 from results import Result, convert_request, edit_tree, set_element

@@ -13,9 +13,9 @@ import torch
 
 from archives import write_archive
 from ckpt2pt.errors import FormatError, UnsafePickleError, UsageError
-from ckpt2pt.leaves import Files, Leaf, Symbol, TensorLeaf, open_pt, same_scalar
 from ckpt2pt.pt.pickles import MISSING, Call, Global, Value, tensor, write_pickle
-from ckpt2pt.torch_reader import open_with_torch
+from ckpt2pt.verify.leaves import Files, Leaf, Symbol, TensorLeaf, open_pt, same_scalar
+from ckpt2pt.verify.torch_reader import open_with_torch
 
 ENUM = Call(Global("megatron.core.enums", "ModelType"), (1,))
 
@@ -148,7 +148,7 @@ def test_a_pickle_that_asks_for_a_huge_memo_takes_no_memory(tmp_path: Path) -> N
     write_archive(path, "x", b"\x80\x02}r\xff\xff\xff\x7fX\x01\0\0\0aK\x01s.", [])
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))\n"
-        "from pathlib import Path; from ckpt2pt.torch_reader import open_with_torch\n"
+        "from pathlib import Path; from ckpt2pt.verify.torch_reader import open_with_torch\n"
         "assert open_with_torch(Path(sys.argv[1]))['/a'] == 1"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}

@@ -18,7 +18,10 @@ import numpy.typing as npt
 
 from ckpt2pt.errors import InputError, UsageError, VerificationError
 from ckpt2pt.folders import pairs
-from ckpt2pt.leaves import (
+from ckpt2pt.publish import Json
+from ckpt2pt.tensors import TensorRef
+from ckpt2pt.text import short, size, table
+from ckpt2pt.verify.leaves import (
     Bytes,
     Files,
     Leaf,
@@ -35,9 +38,6 @@ from ckpt2pt.leaves import (
     values,
     width,
 )
-from ckpt2pt.publish import Json
-from ckpt2pt.tensors import TensorRef
-from ckpt2pt.text import short, size, table
 
 _NAMED_IN_ERROR = 5
 _CAMEL = {"bits_only": "bitsOnly", "max_abs": "maxAbs"}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt2pt.conversion import Conversion, Json
+from ckpt2pt.conversion.spec import Conversion, Json
 
 State = Literal["Pending", "Running", "Succeeded", "Failed"]
 

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
+from ckpt2pt.conversion.fields import Fields, Finding, refusal
 from ckpt2pt.errors import UsageError
-from ckpt2pt.fields import Fields, Finding, refusal
 from ckpt2pt.mapping.topology import Topology
 
 Json = dict[str, object]

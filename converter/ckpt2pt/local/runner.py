@@ -19,14 +19,14 @@ from typing import cast
 import yaml
 
 from ckpt2pt import __version__
-from ckpt2pt.board import board
-from ckpt2pt.conversion import API_VERSION, KIND, Conversion, Json, parse
-from ckpt2pt.document import read
+from ckpt2pt.conversion.document import read
+from ckpt2pt.conversion.job import Mount, build_job, mounts_of
+from ckpt2pt.conversion.spec import API_VERSION, KIND, Conversion, Json, parse
+from ckpt2pt.conversion.status import Ending, status_of_run
 from ckpt2pt.errors import MissingInputError, UsageError
-from ckpt2pt.indexes import Index, LocalJob
-from ckpt2pt.job import Mount, build_job, mounts_of
+from ckpt2pt.local.board import board
+from ckpt2pt.local.indexes import Index, LocalJob
 from ckpt2pt.preview import render as render_plan
-from ckpt2pt.status import Ending, status_of_run
 from ckpt2pt.text import size, table
 
 log = logging.getLogger("ckpt2pt")

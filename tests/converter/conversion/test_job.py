@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from ckpt2pt import errors
-from ckpt2pt.conversion import parse
-from ckpt2pt.indexes import action_for
-from ckpt2pt.job import build_job, mounts_of
+from ckpt2pt.conversion.job import build_job, mounts_of
+from ckpt2pt.conversion.spec import parse
+from ckpt2pt.local.indexes import action_for
 from documents import changed, claim, minimal
 
 FOUR = ("spec.parallelism", {"pipeline": 4})

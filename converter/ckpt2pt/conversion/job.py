@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from ckpt2pt.conversion import API_VERSION, KIND, ROLES, Conversion, Json, convert_args
+from ckpt2pt.conversion.spec import API_VERSION, KIND, ROLES, Conversion, Json, convert_args
 from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE
 
 CONTAINER = "convert"

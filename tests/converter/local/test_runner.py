@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
-from ckpt2pt.conversion import parse
+from ckpt2pt.conversion.job import mounts_of
+from ckpt2pt.conversion.spec import parse
+from ckpt2pt.conversion.status import Ending
 from ckpt2pt.errors import MissingInputError, UsageError
-from ckpt2pt.indexes import Index
-from ckpt2pt.job import mounts_of
-from ckpt2pt.local import exit_code, map_volumes
+from ckpt2pt.local.indexes import Index
+from ckpt2pt.local.runner import exit_code, map_volumes
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.run import run
-from ckpt2pt.status import Ending
 from conversions import Quiet, request_for, topology_of
 from documents import changed, claim, minimal, write
 from synthetic import Model, build

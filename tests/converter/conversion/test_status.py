@@ -8,9 +8,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from ckpt2pt.conversion import parse
+from ckpt2pt.conversion.spec import parse
+from ckpt2pt.conversion.status import MAX_MESSAGE, REASONS, Ending, StageRecord, status_of_run
 from ckpt2pt.errors import EXIT_CODES
-from ckpt2pt.status import MAX_MESSAGE, REASONS, Ending, StageRecord, status_of_run
 from documents import changed, root_schema
 
 BEGIN, END = "2026-11-24T08:00:00Z", "2026-11-24T09:00:00Z"

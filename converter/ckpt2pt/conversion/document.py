@@ -19,9 +19,9 @@ from typing import Any, cast
 import jsonschema
 import yaml
 
-from ckpt2pt.conversion import API_VERSION, KIND, Json
+from ckpt2pt.conversion.fields import Finding, refusal
+from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
 from ckpt2pt.errors import FileAccessError, MissingInputError, UsageError
-from ckpt2pt.fields import Finding, refusal
 
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
@@ -134,7 +134,7 @@ def crd_path() -> Path:
     """The CRD: beside this module in an installed distribution, in ``crds/`` in a checkout."""
     here = Path(__file__)
     beside = here.with_name(_CRD)
-    return beside if beside.is_file() else here.parents[2] / "crds" / _CRD
+    return beside if beside.is_file() else here.parents[3] / "crds" / _CRD
 
 
 @cache

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from ckpt2pt.errors import MissingInputError, VerificationError
-from ckpt2pt.examine import Difference
-from ckpt2pt.verify import Report, verify_target
+from ckpt2pt.verify.examine import Difference
+from ckpt2pt.verify.prove import Report, verify_target
 from results import Result, convert, flip
 
 LEVELS = pytest.mark.parametrize("level", ["digest", "full"])

@@ -25,9 +25,9 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Protocol, cast
 
-from ckpt2pt.conversion import Json
+from ckpt2pt.conversion.spec import Json
+from ckpt2pt.conversion.status import REASONS, Ending, StageRecord, State
 from ckpt2pt.progress import INTERVAL_VARIABLE
-from ckpt2pt.status import REASONS, Ending, StageRecord, State
 
 GRACE_SECONDS = 30.0
 RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0

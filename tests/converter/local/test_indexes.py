@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt import indexes
-from ckpt2pt.conversion import Json, parse
-from ckpt2pt.indexes import LocalJob, action_for
-from ckpt2pt.job import build_job
-from ckpt2pt.status import StageRecord
+from ckpt2pt.conversion.job import build_job
+from ckpt2pt.conversion.spec import Json, parse
+from ckpt2pt.conversion.status import StageRecord
+from ckpt2pt.local import indexes
+from ckpt2pt.local.indexes import LocalJob, action_for
 from documents import changed
 from workers import stand_in, wait_for
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from ckpt2pt.board import Bars, Lines, board, spoken
-from ckpt2pt.status import StageRecord
+from ckpt2pt.conversion.status import StageRecord
+from ckpt2pt.local.board import Bars, Lines, board, spoken
 
 ERROR = {"level": "error", "what": "num_layers is 2", "where": "ms/rank_0", "mend": "set it to 4", "exitCode": 65}
 

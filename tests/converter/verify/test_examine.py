@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.examine import Difference, rounded
-from ckpt2pt.leaves import TensorLeaf, open_pt
 from ckpt2pt.pt.pickles import Call, Global, ordered_dict, tensor, with_attrs
 from ckpt2pt.survey import survey
+from ckpt2pt.verify.examine import Difference, rounded
+from ckpt2pt.verify.leaves import TensorLeaf, open_pt
 from results import Result, Tree, convert, convert_request, edit_tree, flip, set_element
 
 READERS = pytest.mark.parametrize("reader", ["own", "torch"])

@@ -15,13 +15,13 @@ from typing import Literal, cast
 
 from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import MissingInputError, VerificationError
-from ckpt2pt.examine import OPTIM_FILE, Difference, Examination, Opener
 from ckpt2pt.folders import iteration_name, read_tracker
-from ckpt2pt.leaves import BLOCK_BYTES, Files, open_pt, spans
 from ckpt2pt.publish import TRACKER, Json, Target, read_json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Rank, Survey, survey
 from ckpt2pt.text import short, size, table
+from ckpt2pt.verify.examine import OPTIM_FILE, Difference, Examination, Opener
+from ckpt2pt.verify.leaves import BLOCK_BYTES, Files, open_pt, spans
 
 Reader = Literal["own", "torch"]
 _NAMED_IN_ERROR = 5
@@ -219,6 +219,6 @@ def _opener(request: Request, reader: Reader) -> Opener:
     allow = request.rules.pickle_globals
     if reader == "own":
         return partial(open_pt, allow=allow)
-    from ckpt2pt.torch_reader import open_with_torch  # noqa: PLC0415 - torch only when asked for
+    from ckpt2pt.verify.torch_reader import open_with_torch  # noqa: PLC0415 - torch only when asked for
 
     return lambda path: open_with_torch(path, allow=allow, weights_only=path.name == OPTIM_FILE)

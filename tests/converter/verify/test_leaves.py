@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from archives import write_archive
-from ckpt2pt import leaves as leaves_module
 from ckpt2pt.errors import FileAccessError, FormatError
-from ckpt2pt.leaves import (
+from ckpt2pt.pt.pickles import tensor, write_pickle
+from ckpt2pt.tensors import Extent
+from ckpt2pt.verify import leaves as leaves_module
+from ckpt2pt.verify.leaves import (
     Files,
     Stored,
     Strided,
@@ -28,8 +30,6 @@ from ckpt2pt.leaves import (
     spans,
     values,
 )
-from ckpt2pt.pt.pickles import tensor, write_pickle
-from ckpt2pt.tensors import Extent
 from ckptfiles import ckpt, safe, some_tensors
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from ckpt2pt import leaves as leaves_module
-from ckpt2pt.compare import Comparison, Row, compare, same_bytes
 from ckpt2pt.errors import InputError, UsageError, VerificationError
 from ckpt2pt.tensors import Extent, TensorRef
+from ckpt2pt.verify import leaves as leaves_module
+from ckpt2pt.verify.compare import Comparison, Row, compare, same_bytes
 from ckptfiles import Tensor, ckpt, safe, some_tensors
 from results import Result, convert, edit_tree, flip, set_element
 

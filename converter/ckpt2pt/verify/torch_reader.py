@@ -17,9 +17,9 @@ from types import ModuleType, SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ckpt2pt.errors import FormatError, UsageError
-from ckpt2pt.leaves import Bytes, Files, Leaves, TensorLeaf, flatten, open_pt
 from ckpt2pt.pt.pickles import MISSING, Call, Global, Value, ordered_dict
 from ckpt2pt.pt.vetting import check_name
+from ckpt2pt.verify.leaves import Bytes, Files, Leaves, TensorLeaf, flatten, open_pt
 
 _REAL = frozenset(
     {

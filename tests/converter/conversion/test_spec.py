@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ckpt2pt.cli import build_parser
-from ckpt2pt.conversion import ROLES, Conversion, convert_args, parse
-from ckpt2pt.document import validate
+from ckpt2pt.conversion.document import validate
+from ckpt2pt.conversion.spec import ROLES, Conversion, convert_args, parse
 from ckpt2pt.errors import UsageError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.options import request_of, stages_of
