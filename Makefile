@@ -67,7 +67,7 @@ lock: $(READY) ## resolve the requirements anew (UPGRADE=1 takes newer versions)
 	printf 'uv\n' | $(COMPILE) $(if $(UPGRADE),--upgrade) - -o $(LOCK)/bootstrap.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml -o $(LOCK)/core.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra operator -o $(LOCK)/operator.txt
-	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra torch --group dev $(TORCH_UNUSED:%=--no-emit-package %) -o $(LOCK)/dev.txt
+	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra torch --extra operator --group dev $(TORCH_UNUSED:%=--no-emit-package %) -o $(LOCK)/dev.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra mindspore -o $(LOCK)/mindspore.txt
 
 clean: ## remove what make and the tests made, .venv included
