@@ -6,6 +6,7 @@ needs Kubernetes 1.29 (backoffLimitPerIndex, podReplacementPolicy).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -16,6 +17,12 @@ from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE
 CONTAINER = "convert"
 STAGES_VARIABLE = "CKPT2PT_STAGES"
 """Stages of a Job that does not do all of them: index 0 does the first named, index 1 the second."""
+
+STAGES_ANNOTATION = "ckpt2pt.dev/stages"
+"""The same on the Job, for whoever reads it."""
+UID_LABEL = "ckpt2pt.dev/conversion-uid"
+ATTEMPT_LABEL = "ckpt2pt.dev/attempt"
+MANAGER = "ckpt2pt-operator"
 
 _MOUNT_ROOT = "/volumes"
 _GRACE_SECONDS = 60
@@ -60,8 +67,23 @@ def job_name(conversion: Conversion, attempt: int) -> str:
     return f"{conversion.name}-{attempt}"
 
 
-def build_job(conversion: Conversion, *, image: str, attempt: int = 1, stages: Sequence[int] | None = None) -> Json:
-    """The Job of one attempt; ``stages`` are those to do when they are not all."""
+def parallelism(conversion: Conversion, completions: int) -> int:
+    """Workers at a time."""
+    return min(completions, conversion.workers.max_parallel_stages or completions)
+
+
+def build_job(
+    conversion: Conversion,
+    *,
+    image: str,
+    attempt: int = 1,
+    stages: Sequence[int] | None = None,
+    memory_percent: int = 100,
+) -> Json:
+    """The Job of one attempt; ``stages`` are those to do when they are not all.
+
+    ``memory_percent`` of the memory that the spec gives is asked for, but never more than ``grown_memory`` allows.
+    """
     todo = tuple(range(conversion.topology.pipeline)) if stages is None else tuple(sorted(set(stages)))
     completions = 1 if conversion.dry_run else len(todo)
     pod = conversion.workers.pod
@@ -72,11 +94,11 @@ def build_job(conversion: Conversion, *, image: str, attempt: int = 1, stages: S
     spec: Json = {
         "completionMode": "Indexed",
         "completions": completions,
-        "parallelism": min(completions, conversion.workers.max_parallel_stages or completions),
+        "parallelism": parallelism(conversion, completions),
         "backoffLimitPerIndex": conversion.retries.per_stage,
         "podReplacementPolicy": "Failed",  # one writer for each stage
         "podFailurePolicy": _failure_policy(),
-        "template": _template(conversion, image=image, labels=labels, stages=todo),
+        "template": _template(conversion, image=image, labels=labels, stages=todo, memory_percent=memory_percent),
     }
     if conversion.retries.max_failed_stages is not None:
         spec["maxFailedIndexes"] = min(conversion.retries.max_failed_stages, completions)
@@ -85,12 +107,14 @@ def build_job(conversion: Conversion, *, image: str, attempt: int = 1, stages: S
     if conversion.suspend:
         spec["suspend"] = True
     # ttlSecondsAfterFinished is not set here: termination messages have to be recorded before the pods may go.
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {"name": job_name(conversion, attempt), **_home(conversion), "labels": {**labels, **queue}},
-        "spec": spec,
-    }
+    metadata: Json = {"name": job_name(conversion, attempt), **_home(conversion), "labels": {**labels, **queue}}
+    if _partial(conversion, todo):
+        metadata["annotations"] = {STAGES_ANNOTATION: ",".join(map(str, todo))}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
+
+
+def _partial(conversion: Conversion, stages: Sequence[int]) -> bool:
+    return len(stages) != conversion.topology.pipeline and not conversion.dry_run
 
 
 def _home(conversion: Conversion) -> Json:
@@ -117,10 +141,10 @@ def _labels(conversion: Conversion, attempt: int) -> dict[str, str]:
         "app.kubernetes.io/name": "ckpt2pt",
         "app.kubernetes.io/component": "worker",
         "app.kubernetes.io/instance": conversion.name,
-        "app.kubernetes.io/managed-by": "ckpt2pt-operator",
-        "ckpt2pt.dev/attempt": str(attempt),
+        "app.kubernetes.io/managed-by": MANAGER,
+        ATTEMPT_LABEL: str(attempt),
     }
-    return labels | ({"ckpt2pt.dev/conversion-uid": conversion.uid} if conversion.uid else {})
+    return labels | ({UID_LABEL: conversion.uid} if conversion.uid else {})
 
 
 def _failure_policy() -> Json:
@@ -135,7 +159,9 @@ def _failure_policy() -> Json:
     return {"rules": [disruption, rule("FailJob", FAILS_JOB), rule("FailIndex", FAILS_STAGE)]}
 
 
-def _template(conversion: Conversion, *, image: str, labels: Mapping[str, str], stages: Sequence[int]) -> Json:
+def _template(
+    conversion: Conversion, *, image: str, labels: Mapping[str, str], stages: Sequence[int], memory_percent: int
+) -> Json:
     pod = conversion.workers.pod
     mounts = mounts_of(conversion)
     spec: Json = {
@@ -155,7 +181,65 @@ def _template(conversion: Conversion, *, image: str, labels: Mapping[str, str], 
     metadata: Json = {"labels": {**cast("dict[str, str]", pod.get("labels", {})), **labels}}
     if annotations:
         metadata["annotations"] = annotations
-    return cast("Json", _merged({"metadata": metadata, "spec": spec}, pod.get("podOverrides", {})))
+    if conversion.workers.co_schedule:
+        spec["affinity"] = _beside_each_other(cast("Json", spec.get("affinity", {})), labels)
+    template = cast("Json", _merged({"metadata": metadata, "spec": spec}, pod.get("podOverrides", {})))
+    if memory_percent != 100:
+        _grow(template, conversion, memory_percent)
+    return template
+
+
+def _beside_each_other(affinity: Json, labels: Mapping[str, str]) -> Json:
+    """``affinity``, and every worker on the node of the first."""
+    name = UID_LABEL if UID_LABEL in labels else "app.kubernetes.io/instance"
+    term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {name: labels[name]}}}
+    pods = cast("Json", affinity.get("podAffinity", {}))
+    key = "requiredDuringSchedulingIgnoredDuringExecution"
+    return {**affinity, "podAffinity": {**pods, key: [*cast("list[Json]", pods.get(key, [])), term]}}
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+_SUFFIXES = {"": 1, "m": 1e-3, "u": 1e-6, "n": 1e-9, "k": 1e3} | {
+    letter + binary: (1024 if binary else 1000) ** power
+    for power, letter in enumerate("KMGTPE", 1)
+    for binary in ("", "i")
+}
+
+
+def quantity(text: object) -> float:
+    """A Kubernetes quantity as a number: ``256Mi`` is 268435456."""
+    found = re.fullmatch(r"([0-9.]+)(?:[eE]([+-]?[0-9]+))?([A-Za-z]{0,2})", str(text))
+    if not found or found[3] not in _SUFFIXES:
+        return 0.0
+    return float(found[1]) * 10.0 ** int(found[2] or 0) * _SUFFIXES[found[3]]
+
+
+def grown_memory(conversion: Conversion, percent: int) -> int | None:
+    """Bytes of memory of a worker at ``percent`` of its limit; None where it has no limit and cannot grow."""
+    override = cast("Json", cast("Json", conversion.workers.pod.get("podOverrides", {})).get("spec", {}))
+    containers = cast("list[Json]", override.get("containers", []))
+    given = next(
+        (item["resources"] for item in containers if item.get("name") == CONTAINER and "resources" in item), {}
+    )
+    resources = cast("Json", _merged(conversion.workers.pod["resources"], given))
+    limit = quantity(cast("Json", resources.get("limits", {})).get("memory", 0))
+    if not limit:
+        return None
+    most = quantity(conversion.retries.max_memory) if conversion.retries.max_memory else 4 * limit
+    return int(max(limit, min(limit * percent / 100, most)))
+
+
+def _grow(template: Json, conversion: Conversion, percent: int) -> None:
+    grown = grown_memory(conversion, percent)
+    containers = cast("list[Json]", cast("Json", template["spec"])["containers"])
+    for container in (item for item in containers if item["name"] == CONTAINER and grown is not None):
+        resources = cast("dict[str, Json]", container["resources"])
+        container["resources"] = {
+            **resources,
+            "requests": {**resources.get("requests", {}), "memory": str(grown)},
+            "limits": {**resources.get("limits", {}), "memory": str(grown)},
+        }
 
 
 def _container(conversion: Conversion, *, image: str, mounts: Sequence[Mount], stages: Sequence[int]) -> Json:
@@ -180,7 +264,7 @@ def _container(conversion: Conversion, *, image: str, mounts: Sequence[Mount], s
     if "imagePullPolicy" in pod:
         container["imagePullPolicy"] = pod["imagePullPolicy"]
     # JOB_COMPLETION_INDEX, the stage by default, is given by Kubernetes.
-    if len(stages) != conversion.topology.pipeline and not conversion.dry_run:
+    if _partial(conversion, stages):
         container["env"] = [{"name": STAGES_VARIABLE, "value": ",".join(map(str, stages))}]
     return container
 

@@ -64,6 +64,7 @@ class Workers:
     max_parallel_stages: int | None
     processes: int
     rank_timeout_seconds: int | None
+    co_schedule: bool
     pod: Json
 
 
@@ -73,6 +74,7 @@ class Retries:
 
     per_stage: int
     memory_growth_percent: int
+    max_memory: str | None
     max_failed_stages: int | None
 
 
@@ -268,11 +270,12 @@ def _start_after(spec: Fields) -> Json | None:
 
 
 def _workers(fields: Fields) -> Workers:
-    ours = {"maxParallelStages", "processes", "rankTimeoutSeconds"}
+    ours = {"maxParallelStages", "processes", "rankTimeoutSeconds", "coSchedule"}
     return Workers(
         max_parallel_stages=fields.optional("maxParallelStages"),
         processes=fields.number("processes", 2),
         rank_timeout_seconds=fields.optional("rankTimeoutSeconds"),
+        co_schedule=fields.flag("coSchedule"),
         pod=_POD_DEFAULTS | {name: value for name, value in fields.items() if name not in ours},
     )
 
@@ -281,6 +284,7 @@ def _retries(fields: Fields) -> Retries:
     return Retries(
         per_stage=fields.number("perStage", 3, low=0),
         memory_growth_percent=fields.number("memoryGrowthPercent", 50, low=0),
+        max_memory=None if fields.get("maxMemory") is None else str(fields.get("maxMemory")),
         max_failed_stages=fields.optional("maxFailedStages", low=0),
     )
 

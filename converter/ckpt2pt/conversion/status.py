@@ -36,6 +36,7 @@ class StageRecord:
     total: int | None = None
     throughput: int = 0
     attempts: int = 0
+    disruptions: int = 0
     node: str = ""
 
     @property
@@ -54,6 +55,7 @@ class StageRecord:
             "bytesTotal": self.total,
             "throughput": self.throughput,
             "attempts": self.attempts,
+            "disruptions": self.disruptions,
             "node": self.node,
         }
         return {"stage": self.stage, "state": self.state, **{key: value for key, value in optional.items() if value}}

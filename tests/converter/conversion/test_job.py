@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ckpt2pt import errors
-from ckpt2pt.conversion.job import build_job, mounts_of
+from ckpt2pt.conversion.job import CONTAINER, STAGES_ANNOTATION, build_job, grown_memory, mounts_of, quantity
 from ckpt2pt.conversion.spec import parse
 from ckpt2pt.local.indexes import action_for
 from documents import changed, claim, minimal
@@ -197,3 +197,56 @@ def test_building_a_job_twice_gives_the_same_and_leaves_the_conversion_alone() -
     first["spec"]["template"]["metadata"]["labels"]["z"] = "z"
     assert "z" not in str(build_job(conversion, image="i")["metadata"])
     assert parse(minimal()).workers.pod == {"resources": {}, "queueKind": "Kueue", "security": {}}
+
+
+LIMITED = ("spec.workers", {"resources": {"requests": {"cpu": "1"}, "limits": {"memory": "256Mi"}}})
+
+
+def memory_of(job: Any) -> tuple[Any, Any]:
+    resources = container_of(job)["resources"]
+    return resources["requests"].get("memory"), resources["limits"]["memory"]
+
+
+def test_memory_grows_after_a_worker_ran_out_of_it() -> None:
+    assert memory_of(job_of(LIMITED)) == (None, "256Mi")
+    assert memory_of(job_of(LIMITED, memory_percent=150)) == (str(384 << 20),) * 2
+    assert container_of(job_of(LIMITED, memory_percent=150))["resources"]["requests"]["cpu"] == "1"
+
+
+def test_memory_grows_no_further_than_it_may() -> None:
+    assert memory_of(job_of(LIMITED, memory_percent=900))[1] == str(1 << 30), "four times what it was"
+    capped = job_of(LIMITED, ("spec.retries", {"maxMemory": "300Mi"}), memory_percent=150)
+    assert memory_of(capped)[1] == str(300 << 20)
+
+
+def test_memory_without_a_limit_cannot_grow() -> None:
+    assert grown_memory(parse(changed(FOUR)), 150) is None
+    assert container_of(job_of(memory_percent=150))["resources"] == {}
+
+
+def test_memory_of_an_override_counts() -> None:
+    override = {"spec": {"containers": [{"name": CONTAINER, "resources": {"limits": {"memory": "1G"}}}]}}
+    overridden = ("spec.workers", {"podOverrides": override})
+    assert grown_memory(parse(changed(FOUR, overridden)), 200) == 2_000_000_000
+    assert container_of(job_of(overridden, memory_percent=200))["resources"]["limits"]["memory"] == "2000000000"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("256Mi", 256 << 20), ("1.5G", 1.5e9), ("128974848", 128974848), ("100m", 0.1), ("2e3", 2000), ("odd", 0)],
+)
+def test_quantities_are_numbers(text: str, value: float) -> None:
+    assert quantity(text) == pytest.approx(value)
+
+
+def test_workers_that_belong_together_share_a_node() -> None:
+    given = {"coSchedule": True, "affinity": {"podAffinity": {}, "nodeAffinity": {"x": 1}}}
+    affinity = job_of(("spec.workers", given))["spec"]["template"]["spec"]["affinity"]
+    [term] = affinity["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["topologyKey"] == "kubernetes.io/hostname"
+    assert affinity["nodeAffinity"] == {"x": 1}
+
+
+def test_a_job_of_some_stages_says_so() -> None:
+    assert job_of(stages=[3, 1])["metadata"]["annotations"] == {STAGES_ANNOTATION: "1,3"}
+    assert "annotations" not in job_of()["metadata"]
