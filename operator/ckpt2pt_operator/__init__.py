@@ -1,5 +1,10 @@
-"""The operator: CheckpointConversion -> Indexed Job -> status.
+"""A CheckpointConversion becomes an Indexed Job, and the Job its status::
 
-Not built yet.  This package holds its place, so that the import contracts and the packaging are settled before the
-first handler is written: it may use ``ckpt2pt.mapping`` and ``ckpt2pt.plan`` and none of the rooms that touch bytes.
+    CheckpointConversion, Job --kopf: handlers--.
+    Pod ----------------------------- informer --+--> store --> workqueue --> reconcile --> API server
+    worker:8080/progress ------------ progress --'                               |
+                                                                       rules: pure; it decides
+
+kopf is transport: there is no finalizer, no webhook and no annotation of kopf's on any object, and after a restart
+everything goes on where it was.
 """

@@ -21,6 +21,8 @@ STAGES_VARIABLE = "CKPT2PT_STAGES"
 STAGES_ANNOTATION = "ckpt2pt.dev/stages"
 """The same on the Job, for whoever reads it."""
 UID_LABEL = "ckpt2pt.dev/conversion-uid"
+PROGRESS_PORT = 8080
+"""Where a worker tells how far it is."""
 ATTEMPT_LABEL = "ckpt2pt.dev/attempt"
 MANAGER = "ckpt2pt-operator"
 
@@ -200,7 +202,7 @@ def _beside_each_other(affinity: Json, labels: Mapping[str, str]) -> Json:
 
 # -------------------------------------------------------------------------------------------------------------- memory
 
-_SUFFIXES = {"": 1, "m": 1e-3, "u": 1e-6, "n": 1e-9, "k": 1e3} | {
+_SUFFIXES: dict[str, float] = {"": 1, "m": 1e-3, "u": 1e-6, "n": 1e-9, "k": 1e3} | {
     letter + binary: (1024 if binary else 1000) ** power
     for power, letter in enumerate("KMGTPE", 1)
     for binary in ("", "i")

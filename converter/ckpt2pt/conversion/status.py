@@ -78,10 +78,15 @@ def status_of_run(
     finished: str | None = None,
     ended: Ending | None = None,
     iteration: int | None = None,
+    now: str | None = None,
 ) -> Json:
-    """The status document, as the CRD describes it, from the records of the stages; ``started`` and ``finished`` are RFC 3339."""
+    """The status document, as the CRD describes it, from the records of the stages; all times are RFC 3339.
+
+    ``now`` is the time of conditions before the end; that of the start when it is not given.
+    """
     count = {state: sum(record.state == state for record in records) for state in ("Running", "Succeeded", "Failed")}
     phase = _phase(conversion, records, started=started, finished=finished, ended=ended)
+    when = finished or now or started
     share = sum(record.fraction for record in records) / len(records) if records else 0.0
     status: Json = {
         "phase": phase,
@@ -97,8 +102,8 @@ def status_of_run(
         "bytesDone": sum(record.done for record in records),
         "bytesTotal": sum(record.total or 0 for record in records),
         "job": job,
-        # Each condition has a time, and before the start there is none to give.
-        "conditions": _conditions(conversion, records, phase, ended, finished or started) if started else [],
+        # Each condition has a time, and before the start there may be none to give.
+        "conditions": _conditions(conversion, records, phase, ended, when) if when else [],
     }
     if iteration is not None:
         status["iteration"] = iteration

@@ -1,0 +1,222 @@
+"""The few requests that the operator makes, as raw JSON, through ``kubernetes``' own async client.
+
+Typed models cost several times the memory and time of the objects themselves, and drop what they do not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import cast
+
+import aiohttp
+from kubernetes.aio import client, config
+from kubernetes.aio.client.exceptions import ApiException
+from kubernetes.aio.client.rest import RESTResponse
+
+from ckpt2pt.conversion.spec import API_VERSION, Json
+from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.rules.views import child, number, text
+
+_TIMEOUT = 30
+_MERGE_PATCH = "application/merge-patch+json"
+_WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+
+CONVERSIONS = f"apis/{API_VERSION}", "checkpointconversions"
+JOBS = "apis/batch/v1", "jobs"
+PODS = "api/v1", "pods"
+EVENTS = "api/v1", "events"
+CLAIMS = "api/v1", "persistentvolumeclaims"
+Resource = tuple[str, str]
+"""Where a kind is served, and its plural."""
+
+
+class ApiError(Exception):
+    """The API server answered with an error, or not at all (``code`` 0).  ``pause`` is the least time to wait, in seconds."""
+
+    def __init__(self, code: int, reason: str, message: str, *, pause: float = 0.0, what: str = "") -> None:
+        super().__init__(f"{what}: {code} {reason}: {message}")
+        self.code, self.reason, self.message, self.pause, self.what = code, reason, message, pause, what
+
+    @property
+    def passing(self) -> bool:
+        """Trying again may help, and nothing is wrong with the request."""
+        return self.code in {0, 408, 429} or self.code >= 500
+
+
+class Bucket:
+    """``qps`` a second, ``burst`` at once."""
+
+    def __init__(self, qps: float, burst: int) -> None:
+        self._qps, self._burst, self._tokens, self._at = qps, float(burst), float(burst), 0.0
+
+    async def take(self) -> None:
+        """Wait for a turn."""
+        now = asyncio.get_running_loop().time()
+        self._tokens = min(self._burst, self._tokens + (now - self._at) * self._qps) if self._at else self._tokens
+        self._at = now
+        self._tokens -= 1
+        if self._tokens < 0:
+            await asyncio.sleep(-self._tokens / self._qps)
+
+
+class Api:
+    """Requests to one API server.  ``create`` makes it, ``close`` ends it."""
+
+    def __init__(self, inner: client.ApiClient, metrics: Metrics, bucket: Bucket) -> None:
+        self._inner, self._metrics, self._bucket = inner, metrics, bucket
+
+    @classmethod
+    async def create(cls, metrics: Metrics, *, qps: float, burst: int) -> Api:
+        """As the service account of the pod, or as the kubeconfig says."""
+        configuration = client.Configuration()
+        try:
+            config.load_incluster_config(client_configuration=configuration)
+        except config.ConfigException:
+            await config.load_kube_config(client_configuration=configuration)
+        configuration.connection_pool_maxsize = 64
+        return cls(client.ApiClient(configuration), metrics, Bucket(qps, burst))
+
+    @property
+    def inner(self) -> client.ApiClient:
+        """The library's own client, for its lease lock."""
+        return self._inner
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._inner.close()
+
+    # ------------------------------------------------------------------------------------------------------- requests
+
+    async def get(self, resource: Resource, namespace: str, name: str) -> Json:
+        """One object."""
+        return await self._request("GET", resource, namespace, name)
+
+    async def list(self, resource: Resource, namespace: str, **query: str) -> Json:
+        """One page of a list; ``namespace`` may be empty."""
+        return await self._request("GET", resource, namespace, query=query, verb="list")
+
+    async def create_object(self, resource: Resource, namespace: str, body: Json) -> Json:
+        """Create an object; returns it as it was stored."""
+        return await self._request("POST", resource, namespace, body=body)
+
+    async def patch(self, resource: Resource, namespace: str, name: str, body: Json) -> Json:
+        """A JSON merge patch; with ``metadata.uid`` and ``resourceVersion`` in it, of that very object."""
+        return await self._request("PATCH", resource, namespace, name, body=body, content=_MERGE_PATCH)
+
+    async def put_status(self, resource: Resource, namespace: str, name: str, body: Json) -> Json:
+        """Replace the status; 409 if the object has changed since."""
+        return await self._request("PUT", resource, namespace, f"{name}/status", body=body)
+
+    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> Json:
+        """Delete that very object, and what it owns in the background."""
+        body: Json = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        return await self._request("DELETE", resource, namespace, name, body=body)
+
+    async def review_access(self, attributes: Json) -> Json:
+        """May this operator do that."""
+        review: Json = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": attributes},
+        }
+        return await self._request(
+            "POST", ("apis/authorization.k8s.io/v1", "selfsubjectaccessreviews"), "", body=review
+        )
+
+    async def version(self) -> str:
+        """The version of the API server."""
+        return text(await self._request("GET", ("version", ""), ""), "gitVersion")
+
+    async def watch(self, resource: Resource, namespace: str, **query: str) -> AsyncIterator[Json]:
+        """Events of a watch, one JSON object each, until the server ends it."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=330)
+        response = await self._send(
+            "GET", resource, namespace, "", {**query, "watch": "true"}, None, "", timeout, "watch"
+        )
+        stream = cast("aiohttp.ClientResponse", response.response)
+        try:
+            if stream.status >= 400:
+                raise _error(stream.status, await stream.read(), stream.headers, f"watch {resource[1]}")
+            async for line in stream.content:
+                yield cast("Json", json.loads(line))
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=f"watch {resource[1]}") from error
+        finally:
+            stream.close()
+
+    async def _request(
+        self,
+        method: str,
+        resource: Resource,
+        namespace: str,
+        name: str = "",
+        *,
+        query: Mapping[str, str] | None = None,
+        body: Json | None = None,
+        content: str = "application/json",
+        verb: str = "",
+    ) -> Json:
+        if method in _WRITES:
+            await self._bucket.take()
+        what = f"{verb or method.lower()} {resource[1]} {name}".rstrip()
+        timeout = aiohttp.ClientTimeout(total=_TIMEOUT, sock_connect=10)
+        response = await self._send(method, resource, namespace, name, query or {}, body, content, timeout, verb)
+        try:
+            data = await response.read()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=what) from error
+        if response.status >= 400:
+            raise _error(response.status, data, response.headers, what)
+        return cast("Json", json.loads(data)) if data else {}
+
+    async def _send(
+        self,
+        method: str,
+        resource: Resource,
+        namespace: str,
+        name: str,
+        query: Mapping[str, str],
+        body: Json | None,
+        content: str,
+        timeout: aiohttp.ClientTimeout,
+        verb: str,
+    ) -> RESTResponse:
+        base, plural = resource
+        parts = [base, *(("namespaces", namespace) if namespace else ()), plural, *((name,) if name else ())]
+        headers = {"Accept": "application/json"} | ({"Content-Type": content} if content else {})
+        verb, kind, code = verb or method.lower(), f"{plural}/status" if name.endswith("/status") else plural, "error"
+        try:
+            _, url, sent, payload, _ = await self._inner.param_serialize(
+                method,
+                "/" + "/".join(part for part in parts if part),
+                query_params=list(query.items()),
+                header_params=headers,
+                body=body,
+                auth_settings=["BearerToken"],
+            )
+            response: RESTResponse = await self._inner.rest_client.request(
+                method, url, headers=sent, body=payload, _request_timeout=timeout
+            )
+            code = str(response.status)
+        except ApiException as error:
+            code = str(error.status)
+            raise _error(error.status or 0, str(error.body or "").encode(), error.headers or {}, kind) from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise ApiError(0, "Unreachable", str(error) or type(error).__name__, what=f"{verb} {kind}") from error
+        else:
+            return response
+        finally:
+            self._metrics.api_requests.labels(verb, kind or "version", code).inc()
+
+
+def _error(code: int, data: bytes, headers: Mapping[str, str], what: str) -> ApiError:
+    try:
+        status = cast("Json", json.loads(data))
+    except ValueError:
+        status = {"message": data[:512].decode("utf-8", "replace")}
+    told = number(child(status, "details"), "retryAfterSeconds")
+    after = headers.get("Retry-After", "")
+    pause = float(after) if after.isdecimal() else float(told)
+    return ApiError(code, text(status, "reason"), text(status, "message"), pause=pause, what=what)

@@ -1,0 +1,75 @@
+"""What kopf hands over: events of conversions and of their Jobs.  They are put into the store, and nothing else.
+
+An ``on.event`` handler is never tried again and its errors are swallowed, so nothing that can fail is done here; and
+it writes nothing: no annotation, no finalizer.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import kopf
+
+from ckpt2pt.conversion.job import MANAGER
+from ckpt2pt.conversion.spec import API_VERSION, Json
+from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.rules.views import job_view
+from ckpt2pt_operator.store import Store
+
+GROUP, VERSION = API_VERSION.split("/")
+PLURAL = "checkpointconversions"
+
+
+def registry(store: Store, metrics: Metrics) -> kopf.OperatorRegistry:
+    """The handlers, for a store of ours."""
+    found = kopf.OperatorRegistry()
+
+    def heard(resource: str) -> None:
+        metrics.watch_last_event.labels(resource).set_to_current_time()
+
+    async def on_conversion(event: kopf.RawEvent, **_: object) -> None:
+        heard(PLURAL)
+        raw = cast("Json", dict(event["object"]))
+        if event["type"] == "DELETED":
+            store.drop_conversion(raw)
+        else:
+            store.put_conversion(raw)
+
+    async def on_job(event: kopf.RawEvent, **_: object) -> None:
+        heard("jobs")
+        job = job_view(cast("Json", dict(event["object"])))
+        if event["type"] == "DELETED":
+            store.drop_job(job)
+        else:
+            store.put_job(job)
+
+    async def login(**more: object) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(**more) or kopf.login_with_kubeconfig(**more)
+
+    kopf.on.login(registry=found)(login)
+    kopf.on.event(GROUP, VERSION, PLURAL, registry=found)(on_conversion)
+    kopf.on.event("batch", "v1", "jobs", registry=found)(on_job)
+    return found
+
+
+def settings(*, namespaced: bool) -> kopf.OperatorSettings:
+    """kopf as a transport: every default that writes, waits or scans is off."""
+    found = kopf.OperatorSettings()
+    found.peering.standalone = True
+    found.posting.enabled = False
+    found.scanning.disabled = namespaced
+    found.watching.label_selectors["batch", "jobs"] = f"app.kubernetes.io/managed-by={MANAGER}"
+    found.watching.field_selectors["apiextensions.k8s.io", "customresourcedefinitions"] = (
+        f"metadata.name={PLURAL}.{GROUP}"
+    )
+    found.watching.chunk_size = 500
+    found.watching.server_timeout = 300
+    found.watching.client_timeout = 330
+    found.watching.connect_timeout = 10
+    found.networking.request_timeout = 30
+    found.networking.error_backoffs = (1, 2, 4, 8, 16)
+    found.networking.enforce_retry_after = True
+    found.queueing.idle_timeout = 1.0
+    found.queueing.worker_limit = None
+    found.execution.max_workers = 4
+    return found

@@ -1,0 +1,50 @@
+"""Hold a Lease, so that of several operators one works.  The election is that of the ``kubernetes`` client."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import uuid
+from pathlib import Path
+
+from kubernetes.aio.leaderelection import electionconfig, leaderelection
+from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
+
+from ckpt2pt_operator.api import Api
+
+LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15.0, 10.0, 2.0
+_OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+
+
+class LeaseLostError(Exception):
+    """Another operator may work now: this one has to end."""
+
+
+def own_namespace(given: str) -> str:
+    """The namespace that was given, or that of this pod."""
+    if given:
+        return given
+    return _OWN_NAMESPACE.read_text(encoding="utf-8").strip() if _OWN_NAMESPACE.is_file() else "default"
+
+
+async def hold(api: Api, *, name: str, namespace: str, held: asyncio.Event) -> None:
+    """Wait for the lease, set ``held``, renew it; raises LeaseLostError when it cannot be renewed in time."""
+    identity = f"{os.environ.get('HOSTNAME') or socket.gethostname()}_{uuid.uuid4().hex[:8]}"
+
+    async def lead() -> None:
+        held.set()
+
+    async def stop() -> None:
+        held.clear()
+
+    configuration = electionconfig.Config(
+        LeaseLock(name, namespace, identity, api.inner),
+        lease_duration=LEASE_SECONDS,
+        renew_deadline=RENEW_SECONDS,
+        retry_period=RETRY_SECONDS,
+        onstarted_leading=lead,
+        onstopped_leading=stop,
+    )
+    await leaderelection.LeaderElection(configuration).run()
+    raise LeaseLostError(f"the lease {namespace}/{name} could not be renewed for {RENEW_SECONDS:.0f} s")

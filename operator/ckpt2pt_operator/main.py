@@ -1,0 +1,236 @@
+"""``ckpt2pt-operator``: start everything, and end when any part of it ends.
+
+settings -> health -> access proved -> (lease) -> watches -> workers
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+
+import kopf
+from pythonjsonlogger.json import JsonFormatter
+
+from ckpt2pt import __version__
+from ckpt2pt.errors import Ckpt2ptError
+from ckpt2pt_operator import access, handlers, lease, settings
+from ckpt2pt_operator.api import CONVERSIONS, Api, ApiError
+from ckpt2pt_operator.health import Health
+from ckpt2pt_operator.informer import PodInformer, refresh
+from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.reconcile import Reconciler
+from ckpt2pt_operator.rules.seen import House
+from ckpt2pt_operator.rules.views import child, text
+from ckpt2pt_operator.settings import Settings
+from ckpt2pt_operator.store import Key, Store
+from ckpt2pt_operator.workqueue import WorkQueue
+
+_CRD_SECONDS = 60.0
+_SILENT_SECONDS = 400.0
+"""Longer than the server lets a watch last: it is begun anew every five minutes at least."""
+_DRAIN_SECONDS = 5.0
+_NOT_FOUND, _CONFLICT = 404, 409
+
+log = logging.getLogger("ckpt2pt_operator")
+
+
+class CannotServeError(Exception):
+    """Something is missing that only somebody else can give: a right, or the CRD."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve until a signal comes: 0; 64 for a wrong flag or file, 1 when it cannot go on."""
+    try:
+        given = settings.read(sys.argv[1:] if arguments is None else arguments)
+    except Ckpt2ptError as error:
+        sys.stderr.write(f"ckpt2pt-operator: {error}\n")
+        return error.exit_code
+    set_up_logging(given)
+    log.info("ckpt2pt-operator %s", __version__, extra={"settings": {k: str(v) for k, v in given.told().items()}})
+    code = 0
+    try:
+        asyncio.run(Operator(given).serve())
+    except* (CannotServeError, lease.LeaseLostError, ApiError) as group:
+        for problem in group.exceptions:
+            log.critical("%s", problem)
+        code = 1
+    except* KeyboardInterrupt:
+        code = 130
+    return code
+
+
+def set_up_logging(given: Settings) -> None:
+    """One line for each record on standard error, as JSON with every extra field, or as text."""
+    handler = logging.StreamHandler()
+    if given.log_format == "json":
+        names = {"asctime": "time", "levelname": "level", "name": "logger"}
+        handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=names))
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    logging.basicConfig(level=given.log_level.upper(), handlers=[handler], force=True)
+    if given.log_level != "debug":
+        logging.getLogger("kopf").setLevel(logging.WARNING)
+
+
+class Operator:
+    """Everything that lives as long as the process."""
+
+    def __init__(self, given: Settings) -> None:
+        self._given = given
+        self._metrics = Metrics(__version__)
+        self._queue: WorkQueue[Key] = WorkQueue()
+        self._store = Store(self._queue.add)
+        self._health = Health(self._metrics, refresh=self._refresh_metrics)
+        self._leading, self._kopf_ready = asyncio.Event(), asyncio.Event()
+        self._informers: list[PodInformer] = []
+
+    async def serve(self) -> None:
+        """Until a signal comes, or a part of it fails."""
+        given = self._given
+        runner = await self._health.serve(given.metrics_port)
+        api = await Api.create(self._metrics, qps=given.qps, burst=given.burst)
+        house = House(image=given.worker_image, pod=given.worker_defaults)
+        reconciler = Reconciler(api, self._store, self._metrics, house, check_volumes=given.check_volumes)
+        self._health.ready, self._health.stale = self._not_ready, self._silent
+        try:
+            async with asyncio.TaskGroup() as group:
+                helpers = [group.create_task(self._health.tick(), name="tick")]
+                if given.leader_elect:
+                    namespace = lease.own_namespace(given.lease_namespace)
+                    holding = lease.hold(api, name=given.lease_name, namespace=namespace, held=self._leading)
+                    helpers.append(group.create_task(holding, name="lease"))
+                    log.info("waiting for the lease %s/%s", namespace, given.lease_name)
+                    await self._leading.wait()
+                self._leading.set()
+                await self._prove(api)
+                await refresh(api, self._store, given.namespaces)
+                helpers += [group.create_task(part, name=name) for name, part in self._parts(api, reconciler)]
+                await self._run_kopf()
+                for helper in helpers:
+                    helper.cancel()
+        finally:
+            await reconciler.close()
+            await api.close()
+            await runner.cleanup()
+
+    def _parts(self, api: Api, reconciler: Reconciler) -> list[tuple[str, Coroutine[None, None, None]]]:
+        namespaces = self._given.namespaces or ("",)
+        self._informers = [PodInformer(api, self._store, self._metrics, namespace) for namespace in namespaces]
+        workers = range(self._given.concurrency)
+        return [
+            *((f"pods {informer.namespace}", informer.run()) for informer in self._informers),
+            *((f"worker {number}", self._work(reconciler)) for number in workers),
+            ("resync", self._resync(api)),
+        ]
+
+    async def _run_kopf(self) -> None:
+        """kopf ends when a signal comes, and takes care of its own."""
+        namespaces = self._given.namespaces
+        await kopf.operator(
+            registry=handlers.registry(self._store, self._metrics),
+            settings=handlers.settings(namespaced=bool(namespaces)),
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+            ready_flag=self._kopf_ready,
+        )
+
+    # ----------------------------------------------------------------------------------------------------------- parts
+
+    async def _prove(self, api: Api) -> None:
+        """The API server is there, the CRD is there, and the rights are."""
+        waited = time.monotonic()
+        while True:
+            try:
+                version = await api.version()
+                for namespace in self._given.namespaces or ("",):
+                    await api.list(CONVERSIONS, namespace, limit="1")
+                break
+            except ApiError as error:
+                if time.monotonic() - waited > _CRD_SECONDS:
+                    mend = "apply crds/ of this version" if error.code == _NOT_FOUND else "see the RBAC of the chart"
+                    raise CannotServeError(f"CheckpointConversions cannot be listed; {mend}: {error}") from error
+                log.warning("CheckpointConversions cannot be listed yet", extra={"error": str(error)})
+                await asyncio.sleep(2.0)
+        lacking = await access.missing(api, self._given.namespaces, check_volumes=self._given.check_volumes)
+        if lacking:
+            raise CannotServeError(f"the service account may not {'; '.join(lacking)}: see the RBAC of the chart")
+        log.info("API server %s", version)
+
+    async def _work(self, reconciler: Reconciler) -> None:
+        """Look at one conversion after another.  A bug in one look must not end the others, and is told each time."""
+        for informer in self._informers:
+            await informer.synced.wait()
+        while True:
+            key, waited = await self._queue.get()
+            self._metrics.queue_latency.observe(waited)
+            began = time.monotonic()
+            look = asyncio.create_task(reconciler.reconcile(key))
+            try:
+                await asyncio.wait({look})
+            except asyncio.CancelledError:
+                await asyncio.wait({look}, timeout=_DRAIN_SECONDS)
+                raise
+            finally:
+                self._queue.done(key)
+            self._metrics.reconcile_seconds.observe(time.monotonic() - began)
+            self._metrics.reconciles.labels(self._after(key, look)).inc()
+
+    def _after(self, key: Key, look: asyncio.Task[float | None]) -> str:
+        """When the next look is due; returns how this one went."""
+        name = "/".join(key)
+        error = look.exception()
+        if error is None:
+            again = look.result()
+            self._queue.forget(key)
+            if again is not None:
+                self._queue.add(key, again)
+            return "success"
+        if isinstance(error, ApiError):
+            pause = self._queue.retry(key, error.pause)
+            level = logging.DEBUG if error.code == _CONFLICT else logging.WARNING
+            log.log(level, "again in %.1f s", pause, extra={"conversion": name, "error": str(error)})
+            return "conflict" if error.code == _CONFLICT else "error"
+        pause = self._queue.retry(key)
+        log.error("a bug; again in %.1f s", pause, exc_info=error, extra={"conversion": name})
+        return "bug"
+
+    async def _resync(self, api: Api) -> None:
+        """Look at everything now and then: a watch that missed something is made up for."""
+        while True:
+            await asyncio.sleep(self._given.resync_seconds)
+            try:
+                await refresh(api, self._store, self._given.namespaces)
+            except ApiError as error:
+                log.warning("no resync", extra={"error": str(error)})
+            for key in list(self._store.conversions):
+                self._queue.add(key)
+
+    # ---------------------------------------------------------------------------------------------------------- health
+
+    def _not_ready(self) -> str:
+        if not self._leading.is_set():
+            return ""  # a standby is as ready as it can be
+        if not self._kopf_ready.is_set():
+            return "conversions are not watched yet"
+        if not all(informer.synced.is_set() for informer in self._informers):
+            return "pods are not listed yet"
+        return ""
+
+    def _silent(self) -> str:
+        quiet = [now for informer in self._informers if (now := time.monotonic() - informer.heard) > _SILENT_SECONDS]
+        return f"nothing was heard of pods for {max(quiet):.0f} s" if quiet else ""
+
+    def _refresh_metrics(self) -> None:
+        phases = Counter(text(child(raw, "status"), "phase") or "Pending" for raw in self._store.conversions.values())
+        for phase in ("Pending", "Queued", "Suspended", "Running", "Succeeded", "Planned", "Failed", "Cancelled"):
+            self._metrics.conversions.labels(phase).set(phases[phase])
+        self._metrics.queue_depth.set(self._queue.ready(asyncio.get_running_loop().time()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Ask running workers how far they are: ``GET http://<pod>:8080/progress``.  Best effort, and never trusted.
+
+A worker that cannot be reached costs two seconds and nothing else: the end of a stage is told by its Job and by its
+termination message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import aiohttp
+
+from ckpt2pt.conversion.job import PROGRESS_PORT
+from ckpt2pt_operator.rules.views import Pod, Report, report_of
+
+_SECONDS = 2.0
+_AT_ONCE = 32
+_MAX_BYTES = 4096
+
+
+class Progress:
+    """``latest`` gives what each running worker told last."""
+
+    def __init__(self) -> None:
+        self._session: aiohttp.ClientSession | None = None
+        self._slots = asyncio.Semaphore(_AT_ONCE)
+
+    async def ask(self, pods: Sequence[Pod]) -> dict[str, Report]:
+        """The answers of those that answered, by pod uid."""
+        running = [pod for pod in pods if pod.running and pod.ip]
+        answers = await asyncio.gather(*(self._one(pod) for pod in running))
+        return {pod.uid: answer for pod, answer in zip(running, answers, strict=True) if answer is not None}
+
+    async def _one(self, pod: Pod) -> Report | None:
+        if self._session is None:
+            timeout = aiohttp.ClientTimeout(total=_SECONDS)
+            self._session = aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(force_close=True))
+        host = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
+        async with self._slots:
+            try:
+                async with self._session.get(
+                    f"http://{host}:{PROGRESS_PORT}/progress", allow_redirects=False
+                ) as answer:
+                    if answer.status != 200:
+                        return None
+                    data = await answer.content.read(_MAX_BYTES)
+            except (aiohttp.ClientError, TimeoutError, OSError):
+                return None
+        return report_of(data.decode("utf-8", "replace"))
+
+    async def close(self) -> None:
+        """Close every connection."""
+        if self._session is not None:
+            await self._session.close()

@@ -1,0 +1,294 @@
+"""Look at one conversion: gather what is known, let ``rules.plan`` decide, and obey.
+
+The status is written first, and only if it says something new; actions come after it.  An error of the API server ends
+the look, and the queue brings the conversion back later: nothing is lost, because everything is decided anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import cast
+
+from ckpt2pt.conversion.spec import Json
+from ckpt2pt.errors import UsageError
+from ckpt2pt_operator.api import CLAIMS, CONVERSIONS, EVENTS, JOBS, Api, ApiError
+from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.progress import Progress
+from ckpt2pt_operator.recorder import Recorder
+from ckpt2pt_operator.rules.conditions import TERMINAL
+from ckpt2pt_operator.rules.notes import notes
+from ckpt2pt_operator.rules.plan import conversion_of, plan
+from ckpt2pt_operator.rules.seen import (
+    Action,
+    CreateJob,
+    House,
+    PatchJob,
+    Plan,
+    Refusal,
+    Seen,
+    Training,
+    wants_warnings,
+)
+from ckpt2pt_operator.rules.views import Claim, Pod, Report, child, claim_view, items, job_view, number, text
+from ckpt2pt_operator.rules.views import time as moment
+from ckpt2pt_operator.rules.volumes import claims_of
+from ckpt2pt_operator.store import Key, Store, key_of
+
+_VOLATILE = frozenset({"progress", "bytesDone", "bytesTotal"})
+_VOLATILE_OF_STAGE = frozenset({"bytes", "bytesTotal", "throughput"})
+_PROGRESS_SECONDS = 10.0
+_RUNNING_FOR_ONE_SECOND = 10
+_FORBIDDEN, _NOT_FOUND, _CONFLICT, _INVALID = 403, 404, 409, 422
+
+log = logging.getLogger(__name__)
+
+
+class Trainings:
+    """What is known of the workload a conversion waits for; this one knows of none."""
+
+    async def look(self, conversion: Json, after: Json) -> Training | None:
+        """How the workload stands; None where its kind is not watched."""
+        del conversion, after
+        return None
+
+
+class Reconciler:
+    """One for the process; ``reconcile`` may run for several keys at a time."""
+
+    def __init__(
+        self,
+        api: Api,
+        store: Store,
+        metrics: Metrics,
+        house: House,
+        *,
+        check_volumes: bool,
+        trainings: Trainings | None = None,
+    ) -> None:
+        self._api, self._store, self._metrics, self._house = api, store, metrics, house
+        self._check_volumes = check_volumes
+        self._trainings = trainings or Trainings()
+        self._progress, self._recorder = Progress(), Recorder(api)
+        self._written_at: dict[str, float] = {}
+
+    async def close(self) -> None:
+        """Close what is open."""
+        await self._progress.close()
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Do what is due for one conversion; returns in how many seconds it wants to be looked at again."""
+        raw = self._store.conversions.get(key)
+        if raw is None or "deletionTimestamp" in child(raw, "metadata"):
+            return None  # its Jobs and pods are collected by the API server
+        seen = await self._look(raw)
+        decided = plan(seen, self._house)
+        written = await self._write(raw, decided.status)
+        for action in decided.actions:
+            refusal = await self._act(action)
+            if refusal is not None:
+                decided = plan(replace(seen, conversion=written, refusal=refusal), self._house)
+                written = await self._write(written, decided.status)
+                break
+        return self._again(decided, raw)
+
+    def _again(self, decided: Plan, raw: Json) -> float | None:
+        if decided.again is None or decided.again < _PROGRESS_SECONDS:
+            return decided.again
+        del raw
+        return max(decided.again, self._progress_interval())
+
+    def _progress_interval(self) -> float:
+        """Progress is told less often when there is much of it, so that writes stay bounded."""
+        running = sum(1 for raw in self._store.conversions.values() if child(raw, "status").get("phase") == "Running")
+        return max(_PROGRESS_SECONDS, running / _RUNNING_FOR_ONE_SECOND)
+
+    # ------------------------------------------------------------------------------------------------------------ look
+
+    async def _look(self, raw: Json) -> Seen:
+        meta = child(raw, "metadata")
+        uid = text(meta, "uid")
+        seen = Seen(conversion=raw, now=datetime.now(UTC), jobs=self._store.jobs(uid), pods=self._store.pods(uid))
+        if child(raw, "status").get("phase") in TERMINAL:
+            return seen
+        await self._find_job(raw, seen)
+        try:
+            conversion = conversion_of(raw, self._house)
+        except UsageError:
+            return seen
+        claims, live, warnings = await asyncio.gather(
+            self._claims(text(meta, "namespace"), list(claims_of(conversion))),
+            self._live(seen.pods),
+            self._warnings(text(meta, "namespace"), wants_warnings(seen)),
+        )
+        training = None
+        if conversion.start_after is not None and "startTime" not in child(raw, "status"):
+            training = await self._trainings.look(raw, conversion.start_after)
+        return replace(
+            seen, claims=claims, live=live, warnings=warnings, training=training, now=datetime.now(UTC),
+            jobs=self._store.jobs(uid), pods=self._store.pods(uid),
+        )  # fmt: skip
+
+    async def _find_job(self, raw: Json, seen: Seen) -> None:
+        """A Job that the status knows and the store does not: a watch may lag behind, so it is looked for."""
+        status = child(raw, "status")
+        uid, name = text(status, "jobUID"), text(status, "job")
+        if not uid or any(job.uid == uid for job in seen.jobs):
+            return
+        try:
+            self._store.put_job(job_view(await self._api.get(JOBS, key_of(raw)[0], name)))
+        except ApiError as error:
+            if error.code != _NOT_FOUND:
+                raise
+
+    async def _claims(self, namespace: str, names: list[str]) -> dict[str, Claim | None] | None:
+        if not self._check_volumes:
+            return None
+        found: dict[str, Claim | None] = {}
+        for name in names:
+            try:
+                found[name] = claim_view(await self._api.get(CLAIMS, namespace, name))
+            except ApiError as error:
+                if error.code == _FORBIDDEN:
+                    return None
+                if error.code != _NOT_FOUND:
+                    raise
+                found[name] = None
+        return found
+
+    async def _live(self, pods: Sequence[Pod]) -> dict[str, Report]:
+        answers = await self._progress.ask(pods)
+        self._store.live.update(answers)
+        return {pod.uid: self._store.live[pod.uid] for pod in pods if pod.uid in self._store.live}
+
+    async def _warnings(self, namespace: str, uids: tuple[str, ...]) -> dict[str, str]:
+        """The newest warning event about each."""
+        found: dict[str, str] = {}
+        for uid in uids:
+            query = {"fieldSelector": f"involvedObject.uid={uid},type=Warning", "limit": "50"}
+            try:
+                events = items(await self._api.list(EVENTS, namespace, **query), "items")
+            except ApiError as error:
+                if error.code != _FORBIDDEN:
+                    raise
+                return {}
+            told = [
+                event
+                for event in events
+                if text(event, "reason") in {"FailedCreate", "FailedMount", "FailedAttachVolume"}
+            ]
+            if told:
+                newest = max(told, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
+                found[uid] = text(newest, "message", 700)
+        return found
+
+    # ----------------------------------------------------------------------------------------------------------- write
+
+    async def _write(self, raw: Json, status: Json) -> Json:
+        """Write the status if it says something new; returns the object as it is then."""
+        before = child(raw, "status")
+        uid = text(child(raw, "metadata"), "uid")
+        if before == status or (steady(before) == steady(status) and not self._progress_is_due(uid)):
+            self._metrics.status_writes_suppressed.inc()
+            return raw
+        namespace, name = key_of(raw)
+        # The whole object goes back as it came: what this version of the schema does not know has to stay.
+        try:
+            written = await self._api.put_status(CONVERSIONS, namespace, name, {**raw, "status": status})
+        except ApiError as error:
+            if error.code == _NOT_FOUND:
+                self._store.drop_conversion(raw)
+                return raw
+            raise
+        self._written_at[uid] = time.monotonic()
+        self._metrics.status_writes.inc()
+        self._store.put_conversion(written)
+        self._count(before, status)
+        for note in notes(before, status):
+            await self._recorder.write(raw, note)
+        return written
+
+    def _progress_is_due(self, uid: str) -> bool:
+        return time.monotonic() - self._written_at.get(uid, 0.0) >= self._progress_interval()
+
+    def _count(self, before: Json, after: Json) -> None:
+        if after.get("phase") in TERMINAL and before.get("phase") not in TERMINAL:
+            ready = next((c for c in items(after, "conditions") if c.get("type") == "Ready"), {})
+            self._metrics.finished.labels(str(after["phase"]), text(ready, "reason", 64)).inc()
+            started, ended = moment(after, "startTime"), moment(after, "completionTime")
+            if started and ended:
+                self._metrics.conversion_seconds.observe((ended - started).total_seconds())
+        known = {number(item, "stage"): item for item in items(before, "stageStatuses")}
+        for item in items(after, "stageStatuses"):
+            old = known.get(number(item, "stage"), {})
+            if item.get("state") == old.get("state"):
+                continue
+            if item.get("state") in {"Succeeded", "Failed"}:
+                reason = text(item, "reason", 64) or "Converted"
+                self._metrics.attempts.labels(str(item["state"]), reason).inc()
+            if item.get("state") == "Succeeded":
+                self._metrics.converted_bytes.inc(number(item, "bytes"))
+
+    # ------------------------------------------------------------------------------------------------------------- act
+
+    async def _act(self, action: Action) -> Refusal | None:
+        """Do it; returns why the API server will not have the Job, if it will not."""
+        if isinstance(action, CreateJob):
+            return await self._create(action.manifest)
+        job = action.job
+        try:
+            if isinstance(action, PatchJob):
+                body: Json = {"metadata": {"uid": job.uid, "resourceVersion": job.version}, "spec": action.spec}
+                self._store.put_job(job_view(await self._api.patch(JOBS, job.namespace, job.name, body)))
+            else:
+                await self._api.delete(JOBS, job.namespace, job.name, uid=job.uid)
+        except ApiError as error:
+            if error.code not in {_NOT_FOUND, _CONFLICT}:
+                raise
+            log.info("a Job has changed meanwhile", extra={"job": f"{job.namespace}/{job.name}", "error": str(error)})
+        return None
+
+    async def _create(self, manifest: Json) -> Refusal | None:
+        namespace, name = key_of(manifest)
+        try:
+            created = await self._api.create_object(JOBS, namespace, manifest)
+        except ApiError as error:
+            if error.code in {_FORBIDDEN, _INVALID}:
+                kind = "InvalidSpec" if error.code == _INVALID else "JobRefused"
+                return Refusal(
+                    reason="QuotaExceeded" if "exceeded quota" in error.message else kind, message=error.message
+                )
+            if error.code != _CONFLICT:
+                raise
+            return await self._adopt(manifest)
+        self._store.put_job(job_view(created))
+        log.info("Job created", extra={"job": f"{namespace}/{name}"})
+        return None
+
+    async def _adopt(self, manifest: Json) -> Refusal | None:
+        """The name is taken: by the same Job, created before a restart, or by somebody else's."""
+        namespace, name = key_of(manifest)
+        found = job_view(await self._api.get(JOBS, namespace, name))
+        [owner] = cast("list[Json]", child(manifest, "metadata")["ownerReferences"])
+        if found.owner == owner["uid"]:
+            self._store.put_job(found)
+            return None
+        if found.ours:
+            # It belonged to an earlier conversion of this name, and the API server is about to collect it.
+            raise ApiError(_CONFLICT, "AlreadyExists", f"Job {name} of an earlier conversion is still there", pause=2.0)
+        mend = "delete it, or choose another name for the conversion"
+        return Refusal(reason="NameConflict", message=f"there is a Job {name} that is not of this conversion; {mend}")
+
+
+def steady(status: Json) -> Json:
+    """A status without what changes all the time."""
+    kept = {name: value for name, value in status.items() if name not in _VOLATILE}
+    stages = [
+        {name: value for name, value in item.items() if name not in _VOLATILE_OF_STAGE}
+        for item in items(status, "stageStatuses")
+    ]
+    return kept | ({"stageStatuses": stages} if stages else {})

@@ -1,0 +1,160 @@
+"""What was decided -> the status of a CheckpointConversion, conditions and all.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Literal, cast
+
+from ckpt2pt.conversion.spec import Conversion, Json
+from ckpt2pt.conversion.status import MAX_MESSAGE, Ending, StageRecord, status_of_run
+from ckpt2pt_operator.rules.stages import Obstacle
+from ckpt2pt_operator.rules.views import condition, items
+
+TERMINAL = frozenset({"Succeeded", "Planned", "Failed", "Cancelled"})
+_MESSAGES = 256 << 10
+"""Characters for the messages of all stages together: an object may have 1.5 MB."""
+
+_NEEDS_SOMEBODY = frozenset(
+    {
+        "PVCNotFound",
+        "PVCLost",
+        "AccessModeConflict",
+        "ImagePullBackOff",
+        "CreateContainerError",
+        "PodRejected",
+        "JobRefused",
+    }
+)
+"""What does not pass by itself."""
+
+Verdict = tuple[Literal["True", "False", "Unknown"], str, str]
+"""Status, reason and message of a condition."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How a conversion stands.  ``waits`` is why no worker was asked for, ``degraded`` why workers do not get on."""
+
+    records: Sequence[StageRecord]
+    attempt: int = 1
+    job: str = ""
+    job_uid: str = ""
+    recreations: int = 0
+    retry_token: str = ""
+    memory_percent: int = 100
+    started: str | None = None
+    finished: str | None = None
+    ended: Ending | None = None
+    iteration: int | None = None
+    training_uid: str = ""
+    accepted: Verdict = ("True", "Valid", "the document describes a conversion")
+    volumes: Verdict = ("Unknown", "NotChecked", "the operator was told not to look at claims")
+    suspended: Obstacle | None = None
+    waits: Obstacle | None = None
+    degraded: Obstacle | None = None
+
+
+def stamp(moment: datetime) -> str:
+    """A time as an API server writes it."""
+    return moment.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def status_document(
+    conversion: Conversion, standing: Standing, *, before: Json, generation: int, now: datetime
+) -> Json:
+    """The whole status; a condition keeps its time until its status changes."""
+    spoken = sum(bool(record.message) for record in standing.records)
+    limit = min(MAX_MESSAGE, _MESSAGES // max(spoken, 1))
+    found = status_of_run(
+        conversion,
+        [replace(record, message=record.message[:limit]) for record in standing.records],
+        job=standing.job,
+        started=standing.started,
+        finished=standing.finished,
+        ended=standing.ended,
+        iteration=standing.iteration,
+        now=stamp(now),
+    )
+    if not standing.finished:
+        found["phase"] = _phase(standing)
+    own: Json = {
+        "observedGeneration": generation,
+        "attempt": standing.attempt,
+        "jobUID": standing.job_uid,
+        "jobRecreations": standing.recreations,
+        "retryToken": standing.retry_token,
+        "trainingUID": standing.training_uid,
+        "memoryPercent": standing.memory_percent if standing.memory_percent != 100 else 0,
+    }
+    conditions = _conditions(standing, {str(c["type"]): c for c in cast("list[Json]", found["conditions"])})
+    told = items(before, "conditions")
+    found["conditions"] = [
+        {**new, "observedGeneration": generation, "lastTransitionTime": _since(condition(told, str(new["type"])), new)}
+        for new in conditions
+    ]
+    return {name: value for name, value in (found | own).items() if value not in (None, "", 0) or name == "bytesDone"}
+
+
+def refused_document(message: str, *, before: Json, generation: int, now: datetime) -> Json:
+    """The status of a document that describes no conversion."""
+    told, when, message = items(before, "conditions"), stamp(now), message[:MAX_MESSAGE]
+    conditions = [
+        {"type": kind, "status": status, "reason": "InvalidSpec", "message": message, "lastTransitionTime": when}
+        for kind, status in (
+            ("Accepted", "False"), ("Complete", "False"), ("Failed", "True"), ("Ready", "False"), ("Reconciling", "False"),
+            ("Stalled", "True"),
+        )
+    ]  # fmt: skip
+    return {
+        "phase": "Failed",
+        "observedGeneration": generation,
+        "completionTime": when,
+        "conditions": [
+            {**new, "observedGeneration": generation, "lastTransitionTime": _since(condition(told, new["type"]), new)}
+            for new in conditions
+        ],
+    }
+
+
+def _since(old: Json, new: Mapping[str, object]) -> object:
+    same = old.get("status") == new["status"] and "lastTransitionTime" in old
+    return old["lastTransitionTime"] if same else new["lastTransitionTime"]
+
+
+def _phase(standing: Standing) -> str:
+    if standing.suspended is not None:
+        return "Suspended" if standing.suspended.reason == "UserRequested" else "Queued"
+    begun = any(record.state != "Pending" or record.attempts for record in standing.records)
+    return "Running" if begun else "Pending"
+
+
+def _conditions(standing: Standing, found: Mapping[str, Json]) -> list[Json]:
+    """Ours first, in the order of the road; then those of every run, with the reason that matters now."""
+    when = found["Ready"]["lastTransitionTime"]
+    over = standing.finished is not None
+
+    def told(kind: str, verdict: Verdict) -> Json:
+        status, reason, message = verdict
+        return {
+            "type": kind, "status": status, "reason": reason, "message": message[:MAX_MESSAGE], "lastTransitionTime": when,
+        }  # fmt: skip
+
+    def obstacle(seen: Obstacle | None, reason: str, message: str) -> Verdict:
+        return ("True", seen.reason, seen.message) if seen else ("False", reason, message)
+
+    ours = [
+        told("Accepted", standing.accepted),
+        told("VolumesReady", standing.volumes),
+        told("Suspended", obstacle(None if over else standing.suspended, "Resumed", "it may go on")),
+        told("Degraded", obstacle(standing.degraded, "AsExpected", "workers get on as expected")),
+    ]
+    now = None if over else standing.suspended or standing.waits or standing.degraded
+    if now is None:
+        return [*ours, *found.values()]
+    said: Json = {"reason": now.reason, "message": now.message[:MAX_MESSAGE]}
+    theirs = {kind: {**c, **said} if kind in {"Ready", "Reconciling", "Stalled"} else c for kind, c in found.items()}
+    if now.reason in _NEEDS_SOMEBODY:
+        theirs["Stalled"] = {**theirs["Stalled"], "status": "True"}
+    return [*ours, *theirs.values()]

@@ -1,0 +1,83 @@
+"""What changed between two statuses -> the events that tell it.  Pure.
+
+An event is for a person who runs ``kubectl describe``: one for each turn, none for progress.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ckpt2pt.conversion.spec import Json
+from ckpt2pt_operator.rules.views import child, condition, items, number, text
+
+_MAX = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """One event."""
+
+    kind: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+def notes(before: Json, after: Json) -> tuple[Note, ...]:
+    """The events between two statuses, in the order of the road."""
+    return tuple(
+        Note(kind=note.kind, reason=note.reason, message=note.message[:_MAX])
+        for note in (*_of_the_job(before, after), *_of_stages(before, after), *_of_conditions(before, after))
+    )
+
+
+def _of_the_job(before: Json, after: Json) -> Iterator[Note]:
+    job, old, new = text(after, "job"), text(before, "jobUID"), text(after, "jobUID")
+    total = number(child(after, "stages"), "total")
+    if number(after, "memoryPercent") > max(number(before, "memoryPercent"), 100):
+        percent = number(after, "memoryPercent")
+        yield Note(kind="Normal", reason="MemoryGrown", message=f"workers get {percent} % of the memory of the spec")
+    if number(after, "jobRecreations") > number(before, "jobRecreations"):
+        yield Note(kind="Warning", reason="JobRecreated", message=f"Job {job} was deleted and is made anew")
+    if text(after, "retryToken") != text(before, "retryToken") and before:
+        yield Note(kind="Normal", reason="RetryRequested", message="the stages that are not done are tried again")
+    if new and new != old:
+        yield Note(kind="Normal", reason="JobCreated", message=f"Job {job} converts {total} stages")
+
+
+def _of_stages(before: Json, after: Json) -> Iterator[Note]:
+    known = {number(item, "stage"): text(item, "state") for item in items(before, "stageStatuses")}
+    for item in items(after, "stageStatuses"):
+        stage, state = number(item, "stage"), text(item, "state")
+        if state == "Failed" != known.get(stage):
+            why = f"stage {stage}: {text(item, 'reason')}: {text(item, 'message')}"
+            yield Note(kind="Warning", reason="StageFailed", message=why)
+
+
+#   condition       kind when it is True       also when its reason changes
+_TOLD: dict[str, tuple[Literal["Normal", "Warning"], bool]] = {
+    "Degraded":     ("Warning", True),
+    "Suspended":    ("Normal", True),
+    "Complete":     ("Normal", False),
+    "Failed":       ("Warning", False),
+}  # fmt: skip
+
+
+def _of_conditions(before: Json, after: Json) -> Iterator[Note]:
+    old, new = items(before, "conditions"), items(after, "conditions")
+    for item in new:
+        name, reason, message = text(item, "type"), text(item, "reason"), text(item, "message")
+        was = condition(old, name)
+        turned = item.get("status") != was.get("status")
+        if name == "VolumesReady" and item.get("status") == "False" and (turned or reason != was.get("reason")):
+            yield Note(kind="Warning", reason=reason, message=message)
+        if name == "Reconciling" and reason == "WaitingForTraining" != was.get("reason"):
+            yield Note(kind="Normal", reason=reason, message=message)
+        if name not in _TOLD:
+            continue
+        kind, follows = _TOLD[name]
+        if item.get("status") == "True" and (turned or (follows and reason != was.get("reason"))):
+            yield Note(kind="Normal" if reason == "Cancelled" else kind, reason=reason, message=message)
+        if name == "Suspended" and turned and was.get("status") == "True" and after.get("phase") == "Running":
+            yield Note(kind="Normal", reason="Resumed", message=message)

@@ -1,0 +1,381 @@
+"""What to do next for one CheckpointConversion, from what was seen and the time.  Pure::
+
+    (object, Jobs, pods, claims, now) --plan--> status to write, actions to take after that, when to look again
+
+A status is written before anything is done, and every step can be repeated, so an operator that dies anywhere goes on
+where it was.  Results of stages are taken from the Job while it is there and stay in the status when it is gone; a
+phase that is terminal stays so, unless the annotation ``ckpt2pt.dev/retry`` gets a new value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timedelta
+
+from ckpt2pt.conversion.job import build_job, grown_memory, job_name, parallelism
+from ckpt2pt.conversion.spec import Conversion, Json, parse
+from ckpt2pt.conversion.status import Ending, StageRecord
+from ckpt2pt.errors import FAILS_JOB, UsageError
+from ckpt2pt_operator.rules import volumes
+from ckpt2pt_operator.rules.conditions import TERMINAL, Standing, refused_document, stamp, status_document
+from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen, Training
+from ckpt2pt_operator.rules.stages import OUT_OF_MEMORY, Obstacle, observed, pod_obstacle, recorded, setback
+from ckpt2pt_operator.rules.views import Job, Pod, child, condition, items, number, report_of, text, time
+
+RETRY_ANNOTATION = "ckpt2pt.dev/retry"
+MAX_RECREATIONS = 3
+POLL_SECONDS = 10.0
+"""How often a conversion with running workers is looked at for its progress."""
+_WAIT_SECONDS = 30.0
+_SETTLE = timedelta(seconds=5)
+"""How long a finished Job may be ahead of its pods in what the API server sends."""
+_ENDINGS = {
+    "DeadlineExceeded": "ActiveDeadline",
+    "MaxFailedIndexesExceeded": "MaxFailedStages",
+    "FailedIndexes": "StageFailed",
+    "BackoffLimitExceeded": "StageFailed",
+    "PodFailurePolicy": "StageFailed",
+}
+
+
+def conversion_of(document: Json, house: House) -> Conversion:
+    """The document with the operator's defaults; UsageError where it is wrong."""
+    conversion = parse(document)
+    own = {name: value for name, value in conversion.workers.pod.items() if value not in ({}, [], None)}
+    pod = {**conversion.workers.pod, **house.pod, **own}
+    return replace(conversion, workers=replace(conversion.workers, pod=pod))
+
+
+def plan(seen: Seen, house: House) -> Plan:
+    """Decide."""
+    before = child(seen.conversion, "status")
+    try:
+        conversion = conversion_of(seen.conversion, house)
+    except UsageError as error:
+        return _refused(seen, before, str(error).replace("\n", " "))
+    case = _Case(seen, house, conversion, before)
+    if before.get("phase") in TERMINAL:
+        return case.again() if case.wants_retry() else case.afterwards()
+    if conversion.cancel:
+        return case.cancelled()
+    job = case.job
+    if job is None:
+        return case.without_job()
+    return case.with_job(job)
+
+
+def _refused(seen: Seen, before: Json, message: str) -> Plan:
+    generation = number(child(seen.conversion, "metadata"), "generation")
+    if before.get("phase") in TERMINAL:
+        return Plan(status=before)
+    return Plan(status=refused_document(message, before=before, generation=generation, now=seen.now))
+
+
+class _Case:
+    """One conversion while it is decided on."""
+
+    def __init__(self, seen: Seen, house: House, conversion: Conversion, before: Json) -> None:
+        self.seen, self.house, self.conversion, self.before = seen, house, conversion, before
+        metadata = child(seen.conversion, "metadata")
+        self.generation = number(metadata, "generation")
+        self.token = text(child(metadata, "annotations"), RETRY_ANNOTATION, 253)
+        total = 1 if conversion.dry_run else conversion.topology.pipeline
+        self.records = recorded(before, total)
+        attempt = number(before, "attempt", 0) or max((job.attempt for job in seen.jobs), default=1)
+        self.job = next((job for job in seen.jobs if job.attempt == attempt and job.owner == conversion.uid), None)
+        self.alive = [pod for pod in seen.pods if not pod.over]
+        self.standing = Standing(
+            records=tuple(self.records.values()),
+            attempt=attempt,
+            job=job_name(conversion, attempt),
+            job_uid=text(before, "jobUID"),
+            recreations=number(before, "jobRecreations"),
+            retry_token=text(before, "retryToken", 253) if before else self.token,
+            memory_percent=number(before, "memoryPercent") or 100,
+            started=text(before, "startTime") or None,
+            iteration=number(before, "iteration") if "iteration" in before else None,
+            training_uid=text(before, "trainingUID"),
+        )
+
+    # ------------------------------------------------------------------------------------------------------- endings
+
+    def plan(self, standing: Standing, *actions: Action, again: float | None = None) -> Plan:
+        status = status_document(
+            self.conversion, standing, before=self.before, generation=self.generation, now=self.seen.now
+        )
+        return Plan(status=status, actions=actions, again=again)
+
+    def end(self, standing: Standing, ended: Ending | None, *actions: Action) -> Plan:
+        started = standing.started or stamp(self.seen.now)
+        records = tuple(
+            replace(record, state="Pending") if record.state == "Running" else record for record in standing.records
+        )
+        return self.plan(
+            replace(standing, ended=ended, started=started, finished=stamp(self.seen.now), records=records), *actions
+        )
+
+    def wants_retry(self) -> bool:
+        return self.before.get("phase") == "Failed" and bool(self.token) and self.token != self.standing.retry_token
+
+    def again(self) -> Plan:
+        """A new attempt, for the stages that are not done."""
+        if any(not job.ending for job in self.seen.jobs) or self.alive:
+            # What the failed attempt left has to be gone: one writer for each stage.
+            return replace(self.afterwards(), again=2.0)
+        records = tuple(
+            record if record.state == "Succeeded" else StageRecord(stage=record.stage)
+            for record in self.records.values()
+        )
+        return self.plan(
+            replace(
+                self.standing,
+                records=records,
+                attempt=self.standing.attempt + (1 if self.standing.job_uid else 0),
+                job=job_name(self.conversion, self.standing.attempt + (1 if self.standing.job_uid else 0)),
+                job_uid="",
+                recreations=0,
+                retry_token=self.token,
+            ),
+            again=0.0,
+        )
+
+    def afterwards(self) -> Plan:
+        """Nothing more happens, but what is left of the Jobs goes: at once if it still works, else in its time."""
+        ttl = self.conversion.ttl_seconds_after_finished
+        actions: list[Action] = [DeleteJob(job=job) for job in self.seen.jobs if not job.ending and not job.deleted]
+        actions += [
+            PatchJob(job=job, spec={"ttlSecondsAfterFinished": ttl})
+            for job in self.seen.jobs
+            if job.ending and not job.deleted and ttl is not None and job.ttl != ttl
+        ]
+        return Plan(status=self.before | {"observedGeneration": self.generation}, actions=tuple(actions))
+
+    def cancelled(self) -> Plan:
+        left = [job for job in self.seen.jobs if not job.ending]
+        if left or self.alive:
+            waits = Obstacle(reason="Cancelling", message=f"{len(self.alive)} workers are told to stop")
+            deletions = [DeleteJob(job=job) for job in left if not job.deleted]
+            return self.plan(replace(self.standing, waits=waits), *deletions, again=_WAIT_SECONDS)
+        done = sum(record.state == "Succeeded" for record in self.records.values())
+        message = f"spec.cancel was set; {done} of {len(self.records)} stages were done, and their files stay"
+        return self.end(self.standing, Ending(reason="Cancelled", message=message))
+
+    # --------------------------------------------------------------------------------------------------- before a Job
+
+    def todo(self) -> list[int]:
+        return [stage for stage, record in self.records.items() if record.state not in {"Succeeded", "Failed"}]
+
+    def without_job(self) -> Plan:
+        standing = self.standing
+        refusal = self.seen.refusal
+        if refusal is not None and refusal.reason in {"NameConflict", "InvalidSpec"}:
+            return self.end(standing, Ending(reason=refusal.reason, message=refusal.message))
+        if standing.started is None and self.conversion.start_after is not None:
+            held = self.training()
+            if held is not None:
+                return held
+            standing = self.standing
+        if self.alive:
+            waits = Obstacle(reason="WaitingForPods", message=f"{len(self.alive)} pods of an earlier Job are ending")
+            return self.plan(replace(standing, waits=waits), again=_WAIT_SECONDS)
+        todo = self.todo()
+        workers = parallelism(self.conversion, 1 if self.conversion.dry_run else max(len(todo), 1))
+        verdict = volumes.verdict(self.conversion, self.seen.claims, workers)
+        standing = replace(standing, volumes=verdict)
+        if verdict[0] == "False":
+            return self.held(standing, Obstacle(reason=verdict[1], message=verdict[2]))
+        if standing.job_uid:
+            if standing.recreations >= MAX_RECREATIONS:
+                message = f"the Job was deleted {MAX_RECREATIONS + 1} times; set spec.cancel to stop a conversion"
+                return self.end(standing, Ending(reason="JobDeleted", message=message))
+            standing = replace(standing, recreations=standing.recreations + 1, job_uid="")
+        manifest = build_job(
+            self.conversion,
+            image=self.house.image,
+            attempt=standing.attempt,
+            stages=None if self.conversion.dry_run else todo,
+            memory_percent=standing.memory_percent,
+        )
+        if refusal is not None:
+            waits = Obstacle(reason=refusal.reason, message=refusal.message)
+            return self.plan(replace(standing, waits=waits), again=_WAIT_SECONDS)
+        started = standing.started or stamp(self.seen.now)
+        return self.plan(replace(standing, started=started), CreateJob(manifest=manifest), again=_WAIT_SECONDS)
+
+    def training(self) -> Plan | None:
+        """Wait for the training; None once it has succeeded."""
+        after = self.conversion.start_after or {}
+        name = f"{after.get('kind')} {after.get('name')}"
+        training = self.seen.training or Training(state="Unwatched")
+        standing = replace(self.standing, training_uid=training.uid or self.standing.training_uid)
+        if training.state == "Succeeded":
+            self.standing = standing
+            return None
+        if training.state == "Failed":
+            message = f"{name} failed, so there is nothing whole to convert: {training.message}"
+            return self.end(standing, Ending(reason="TrainingFailed", message=message))
+        if training.state == "Missing" and standing.training_uid:
+            message = f"{name} was deleted before it was seen to complete; if it did, make the conversion anew without startAfter"
+            return self.end(standing, Ending(reason="TrainingDeleted", message=message))
+        if training.state == "Unwatched":
+            mend = "add the kind to trainingKinds in the values of the chart"
+            said = Obstacle(reason="TrainingKindUnknown", message=f"this operator does not watch {name}; {mend}")
+        else:
+            what = (
+                "is not there yet" if training.state == "Missing" else f"runs: {training.message or 'not complete yet'}"
+            )
+            said = Obstacle(reason="WaitingForTraining", message=f"{name} {what}")
+        return self.plan(replace(standing, waits=said), again=None)
+
+    def held(self, standing: Standing, obstacle: Obstacle) -> Plan:
+        """Wait for a volume, but not for ever."""
+        told = condition(items(self.before, "conditions"), "VolumesReady")
+        since = time(told, "lastTransitionTime") if told.get("status") == "False" else None
+        left = self.left(since or self.seen.now)
+        if left <= 0:
+            return self.end(standing, self.too_late(obstacle))
+        return self.plan(replace(standing, waits=obstacle), again=min(left, 15.0))
+
+    def left(self, since: datetime) -> float:
+        """Seconds until the pending deadline."""
+        waited = (self.seen.now - since).total_seconds()
+        return self.conversion.pending_deadline_seconds - waited
+
+    def too_late(self, obstacle: Obstacle | None) -> Ending:
+        seconds = self.conversion.pending_deadline_seconds
+        why = f"{obstacle.reason}: {obstacle.message}" if obstacle else "no reason is known"
+        return Ending(reason="PendingDeadline", message=f"no worker could start for {seconds} s; {why}")
+
+    # ----------------------------------------------------------------------------------------------------- with a Job
+
+    def with_job(self, job: Job) -> Plan:
+        pods = [pod for pod in self.seen.pods if pod.job == job.name]
+        records = observed(self.records, job, pods, self.seen.live)
+        self.standing = standing = replace(
+            self.standing,
+            records=tuple(records.values()),
+            job_uid=job.uid,
+            started=self.standing.started or stamp(job.created or self.seen.now),
+            iteration=self.iteration(pods),
+            volumes=volumes.verdict(self.conversion, self.seen.claims, min(job.parallelism, job.completions)),
+        )
+        if job.ending:
+            return self.finished(job, pods)
+        if job.deleted:
+            waits = Obstacle(reason="JobDeleted", message="the Job is being deleted; it is made anew when it is gone")
+            return self.plan(replace(standing, waits=waits), again=_WAIT_SECONDS)
+        actions = self.changes(job)
+        if job.suspended:
+            return self.plan(replace(standing, suspended=self.suspension(job)), *actions)
+        obstacle = self.refusal(job, pods) or pod_obstacle(pods, self.seen.warnings, self.seen.now)
+        since = self.stuck_since(job, pods)
+        if since is not None and self.left(since) <= 0:
+            return self.end(replace(standing, degraded=obstacle), self.too_late(obstacle), DeleteJob(job=job))
+        degraded = obstacle or setback(self.conversion, standing.records)
+        if degraded is None and not job.per_index:
+            degraded = Obstacle(
+                reason="PerIndexRetryUnsupported",
+                message="this Kubernetes has no backoffLimitPerIndex (1.29 has): stages share their retries",
+            )
+        missing = 'persistentvolumeclaim "' in (obstacle.message if obstacle else "")
+        if obstacle and missing and "not found" in obstacle.message:
+            standing = replace(standing, volumes=("False", "PVCNotFound", obstacle.message))
+        wait = POLL_SECONDS if any(pod.running for pod in pods) else 15.0
+        if since is not None:
+            wait = max(min(wait, self.left(since)), 0.5)
+        return self.plan(replace(standing, degraded=degraded), *actions, again=wait)
+
+    def iteration(self, pods: Sequence[Pod]) -> int | None:
+        reports = [self.seen.live.get(pod.uid) or report_of(pod.report) for pod in pods]
+        return next((r.iteration for r in reports if r and r.iteration is not None), self.standing.iteration)
+
+    def changes(self, job: Job) -> list[Action]:
+        """What may be changed while it runs.  A queue decides for itself when its Jobs run and how wide."""
+        if job.queued:
+            return []
+        spec: Json = {}
+        if job.suspended != self.conversion.suspend:
+            spec["suspend"] = self.conversion.suspend
+        wanted = parallelism(self.conversion, job.completions)
+        if job.parallelism != wanted:
+            spec["parallelism"] = wanted
+        if not job.per_index:
+            spec["backoffLimit"] = self.conversion.retries.per_stage * job.completions
+        return [PatchJob(job=job, spec=spec)] if spec.keys() - {"backoffLimit"} else []
+
+    def suspension(self, job: Job) -> Obstacle:
+        if not job.queued:
+            return Obstacle(reason="UserRequested", message="spec.suspend is true; set it to false to go on")
+        begun = any(record.attempts or record.state != "Pending" for record in self.standing.records)
+        if begun:
+            return Obstacle(
+                reason="Preempted", message="the queue has taken the workers back; they go on when it lets them"
+            )
+        queue = self.conversion.workers.pod.get("queueName")
+        return Obstacle(reason="QueuedByKueue", message=f"queue {queue} has not admitted it yet")
+
+    def refusal(self, job: Job, pods: Sequence[Pod]) -> Obstacle | None:
+        """Why the API server refuses the pods of a Job, if it does."""
+        message = self.seen.warnings.get(job.uid)
+        if message is None or any(not pod.over for pod in pods):
+            return None
+        return Obstacle(reason="QuotaExceeded" if "exceeded quota" in message else "PodRejected", message=message)
+
+    def stuck_since(self, job: Job, pods: Sequence[Pod]) -> datetime | None:
+        """Since when no worker could start; None while one runs, and between two tries."""
+        if any(pod.running for pod in pods) or (pods and all(pod.over for pod in pods)):
+            return None
+        moments = [job.started or job.created, *(pod.finished for pod in pods)]
+        return max((moment for moment in moments if moment), default=None)
+
+    def finished(self, job: Job, pods: Sequence[Pod]) -> Plan:
+        """The Job is over: end, or give the stages that ran out of memory more of it."""
+        standing = self.standing
+        told = {pod.index for pod in pods if pod.phase == "Succeeded"}
+        ahead = job.completed_at is not None and self.seen.now - job.completed_at < _SETTLE
+        if ahead and (job.completed - told or any(pod.owner and not pod.over for pod in pods)):
+            return self.plan(standing, again=1.0)
+        failed = [record for record in standing.records if record.state == "Failed"]
+        reason = "StageFailed" if job.ending == "Complete" else _ENDINGS.get(job.reason, job.reason or "JobFailed")
+        starved = [record for record in failed if record.reason == OUT_OF_MEMORY]
+        if starved and reason == "StageFailed":
+            percent = -(-standing.memory_percent * (100 + self.conversion.retries.memory_growth_percent) // 100)
+            now, then = (grown_memory(self.conversion, p) for p in (standing.memory_percent, percent))
+            if now is not None and then is not None and then > now:
+                return self.grown(percent, {record.stage for record in starved})
+        if job.ending == "Complete" and not failed:
+            return self.end(standing, None)
+        return self.end(standing, self.why(job, pods, reason, failed))
+
+    def grown(self, percent: int, stages: set[int]) -> Plan:
+        attempt = self.standing.attempt + 1
+        records = tuple(
+            replace(record, state="Pending", attempts=0) if record.stage in stages else record
+            for record in self.standing.records
+        )
+        return self.plan(
+            replace(
+                self.standing, records=records, attempt=attempt, job=job_name(self.conversion, attempt), job_uid="",
+                memory_percent=percent,
+            ),
+            again=0.0,
+        )  # fmt: skip
+
+    def why(self, job: Job, pods: Sequence[Pod], reason: str, failed: Sequence[StageRecord]) -> Ending:
+        wrong = next((pod for pod in pods if pod.exit_code in FAILS_JOB), None)
+        if wrong is not None:
+            report = report_of(wrong.report)
+            return Ending(
+                reason="InvalidSpec", message=report.message if report else f"pod {wrong.name} refused its arguments"
+            )
+        if reason == "ActiveDeadline":
+            seconds = self.conversion.active_deadline_seconds
+            return Ending(reason=reason, message=f"not done after spec.activeDeadlineSeconds, {seconds} s")
+        stages = ", ".join(str(record.stage) for record in failed)
+        if not failed:
+            return Ending(reason=reason, message=job.message or "the Job failed")
+        first = failed[0]
+        hint = f"mend it, then: kubectl annotate ckc {self.conversion.name} --overwrite {RETRY_ANNOTATION}=1"
+        message = f"stage {stages} failed; stage {first.stage}: {first.reason}: {first.message}"
+        return Ending(reason=reason, message=f"{message[:800]}; {hint}")

@@ -1,0 +1,134 @@
+"""What the operator is told at its start: flags, each of which is also an environment variable."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, cast
+
+import yaml
+
+from ckpt2pt import __version__
+from ckpt2pt.conversion.spec import Json
+from ckpt2pt.errors import FileAccessError, UsageError
+
+_PREFIX = "CKPT2PT_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """``namespaces`` empty means all of them; ``qps`` and ``burst`` limit writes to the API server."""
+
+    namespaces: tuple[str, ...]
+    worker_image: str
+    worker_defaults: Json
+    training_kinds: tuple[Json, ...]
+    metrics_port: int
+    leader_elect: bool
+    lease_name: str
+    lease_namespace: str
+    qps: float
+    burst: int
+    concurrency: int
+    resync_seconds: float
+    check_volumes: bool
+    log_format: Literal["json", "text"]
+    log_level: str
+
+    def told(self) -> dict[str, object]:
+        """All of it, for the log."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Settings:
+    """Flags before variables; UsageError where a value or a file is wrong."""
+    environ = os.environ if environment is None else environment
+    given = _parser(environ).parse_args(arguments)
+    names = cast("list[str] | None", given.namespace)
+    if names is None:
+        names = [name.strip() for name in environ.get(f"{_PREFIX}NAMESPACE", "").split(",") if name.strip()]
+    return Settings(
+        namespaces=tuple(dict.fromkeys(names)),
+        worker_image=_image(given.worker_image),
+        worker_defaults=cast("Json", _yaml(given.worker_defaults, dict)) or {},
+        training_kinds=tuple(cast("list[Json]", _yaml(given.training_kinds, list)) or ()),
+        metrics_port=given.metrics_port,
+        leader_elect=given.leader_elect,
+        lease_name=given.lease_name,
+        lease_namespace=given.lease_namespace,
+        qps=given.qps,
+        burst=given.burst,
+        concurrency=given.concurrency,
+        resync_seconds=given.resync_seconds,
+        check_volumes=given.check_volumes,
+        log_format=given.log_format,
+        log_level=given.log_level,
+    )
+
+
+def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ckpt2pt-operator",
+        description="Carry out the CheckpointConversions of a cluster.",
+        epilog=f"Each flag is also a variable: --worker-image is {_PREFIX}WORKER_IMAGE.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"ckpt2pt-operator {__version__}")
+
+    def add(flag: str, default: object, kind: type = str, **more: object) -> None:
+        variable = _PREFIX + flag.removeprefix("--").replace("-", "_").upper()
+        value: object = environ.get(variable, default)
+        if kind is bool:
+            truth = value if isinstance(value, bool) else str(value).lower() in {"1", "true", "yes"}
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=truth, help=str(more["help"]))
+        else:
+            parser.add_argument(flag, default=value, type=kind, **more)  # type: ignore[arg-type]
+
+    parser.add_argument("--namespace", action="append", metavar="NS", help="watch this namespace only; repeatable")
+    add("--worker-image", "", metavar="IMAGE", help="image of the workers")
+    add(
+        "--worker-defaults",
+        None,
+        Path,
+        metavar="FILE",
+        help="YAML: fields of spec.workers for conversions without them",
+    )
+    add("--training-kinds", None, Path, metavar="FILE", help="YAML: the kinds that spec.startAfter may name")
+    add("--metrics-port", 8080, int, metavar="PORT", help="/metrics, /healthz and /readyz")
+    add("--leader-elect", False, bool, help="hold a Lease, so that one of several operators works")
+    add("--lease-name", "ckpt2pt-operator", metavar="NAME", help="name of the Lease")
+    add("--lease-namespace", "", metavar="NS", help="namespace of the Lease; that of the pod by default")
+    add("--qps", 20.0, float, metavar="N", help="writes to the API server per second")
+    add("--burst", 40, int, metavar="N", help="writes at once before --qps holds")
+    add("--concurrency", 4, int, metavar="N", help="conversions looked at at a time")
+    add("--resync-seconds", 300.0, float, metavar="S", help="look at each conversion at least this often")
+    add("--check-volumes", True, bool, help="look at PersistentVolumeClaims before a Job is made")
+    add("--log-format", "json", choices=("json", "text"), help="one JSON object a line, or text")
+    add("--log-level", "info", choices=("debug", "info", "warning", "error"), help="least that is logged")
+    return parser
+
+
+def _image(given: str) -> str:
+    if not given:
+        raise UsageError(
+            "no image is given for the workers", where="the command line", mend="give --worker-image, as the chart does"
+        )
+    return given
+
+
+def _yaml(path: Path | None, kind: type) -> object:
+    if path is None:
+        return None
+    try:
+        found: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileAccessError(f"cannot be read: {error.strerror}", where=path, mend="check its ConfigMap") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"is not YAML: {error}", where=path, mend="correct it") from error
+    if found is not None and not isinstance(found, kind):
+        wanted = "a mapping of fields" if kind is dict else "a list"
+        raise UsageError(f"is not {wanted}", where=path, mend="see the values of the chart")
+    return found

@@ -1,0 +1,116 @@
+"""What has been seen of the cluster, in memory: conversions whole, Jobs and pods as their views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from ckpt2pt.conversion.spec import Json
+from ckpt2pt_operator.rules.views import Job, Pod, Report, child, text
+
+Key = tuple[str, str]
+"""Namespace and name of a conversion."""
+
+
+def key_of(raw: Json) -> Key:
+    """The key of an object."""
+    meta = child(raw, "metadata")
+    return text(meta, "namespace"), text(meta, "name")
+
+
+def version_of(raw: Json) -> int:
+    """Its resource version: those of one kind only grow."""
+    version = child(raw, "metadata").get("resourceVersion")
+    return int(version) if isinstance(version, str) and version.isdecimal() else 0
+
+
+class Store:
+    """Written by the watches and by whoever wrote to the API server; ``changed`` is told the key of a conversion."""
+
+    def __init__(self, changed: Callable[[Key], None]) -> None:
+        self._changed = changed
+        self.conversions: dict[Key, Json] = {}
+        self.live: dict[str, Report] = {}
+        self._keys: dict[str, Key] = {}
+        self._jobs: dict[str, dict[str, Job]] = {}
+        self._pods: dict[str, dict[str, Pod]] = {}
+
+    # ---------------------------------------------------------------------------------------------------- conversions
+
+    def put_conversion(self, raw: Json) -> None:
+        """It is there, and this is how; one that is older than what is known is not news."""
+        key, uid = key_of(raw), text(child(raw, "metadata"), "uid")
+        known = self.conversions.get(key)
+        same = known is not None and text(child(known, "metadata"), "uid") == uid
+        if known is not None and same and version_of(raw) <= version_of(known):
+            return
+        if known is not None and not same:
+            self._keys.pop(text(child(known, "metadata"), "uid"), None)
+        self.conversions[key] = raw
+        self._keys[uid] = key
+        self._changed(key)
+
+    def drop_conversion(self, raw: Json) -> None:
+        """It is gone; what it owned is collected by the API server."""
+        key, uid = key_of(raw), text(child(raw, "metadata"), "uid")
+        known = self.conversions.get(key)
+        if known is not None and text(child(known, "metadata"), "uid") == uid:
+            del self.conversions[key]
+        self._keys.pop(uid, None)
+        self._changed(key)
+
+    # ---------------------------------------------------------------------------------------------------- Jobs and pods
+
+    def put_job(self, job: Job) -> None:
+        """A Job as it is now."""
+        known = self._jobs.get(job.owner, {}).get(job.uid)
+        if known is not None and int(job.version or 0) < int(known.version or 0):
+            return
+        self._jobs.setdefault(job.owner, {})[job.uid] = job
+        self._tell(job.owner)
+
+    def drop_job(self, job: Job) -> None:
+        """A Job is gone."""
+        self._drop(self._jobs, job.owner, job.uid)
+
+    def put_pod(self, pod: Pod) -> None:
+        """A pod as it is now."""
+        self._pods.setdefault(pod.owner, {})[pod.uid] = pod
+        self._tell(pod.owner)
+
+    def drop_pod(self, pod: Pod) -> None:
+        """A pod is gone."""
+        self.live.pop(pod.uid, None)
+        self._drop(self._pods, pod.owner, pod.uid)
+
+    def keep_pods(self, namespace: str, uids: Iterable[str]) -> None:
+        """After a new list: every other pod of that namespace (empty: of all) is gone."""
+        kept = frozenset(uids)
+        held = [pod for pods in self._pods.values() for pod in pods.values()]
+        for pod in held:
+            if pod.uid not in kept and namespace in {"", pod.namespace}:
+                self.drop_pod(pod)
+
+    def held_jobs(self) -> tuple[Job, ...]:
+        """Every Job that is known."""
+        return tuple(job for jobs in self._jobs.values() for job in jobs.values())
+
+    def jobs(self, uid: str) -> tuple[Job, ...]:
+        """The Jobs of a conversion."""
+        return tuple(self._jobs.get(uid, {}).values())
+
+    def pods(self, uid: str) -> tuple[Pod, ...]:
+        """The pods of a conversion."""
+        return tuple(self._pods.get(uid, {}).values())
+
+    def _drop(self, kind: dict[str, dict[str, Job]] | dict[str, dict[str, Pod]], owner: str, uid: str) -> None:
+        objects = kind.get(owner, {})
+        if objects.pop(uid, None) is None:
+            return
+        if not objects:
+            del kind[owner]
+        self._tell(owner)
+
+    def _tell(self, owner: str) -> None:
+        key = self._keys.get(owner)
+        if key is not None:
+            self._changed(key)
