@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import NoReturn
 
@@ -24,7 +25,10 @@ from ckpt2pt.options import (
     add_progress_option,
     add_run_options,
     add_verify_options,
+    add_worker_options,
 )
+from ckpt2pt.worker import termination
+from ckpt2pt.worker.account import Account, Both
 
 log = logging.getLogger("ckpt2pt")
 
@@ -51,11 +55,13 @@ def build_parser() -> argparse.ArgumentParser:
     convert = add("convert", "convert a MindSpore checkpoint into a Megatron one", _convert)
     add_conversion_options(convert)
     add_run_options(convert)
+    add_worker_options(convert)
     add_output_options(convert)
 
     plan = add("plan", "print what convert would do; reads only headers, writes nothing", _plan)
     add_conversion_options(plan)
     plan.add_argument("--names", action="store_true", help="list every parameter with both its names")
+    add_worker_options(plan)
     plan.add_argument("--process-limit", type=int, default=1, help="workers to predict memory for")
     add_output_options(plan)
 
@@ -89,13 +95,26 @@ def _front_door() -> _Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a bug keeps its traceback and exits 70."""
+    """Run one command; a bug keeps its traceback and exits 70.  A worker's end is told in its termination message."""
     signal.signal(signal.SIGTERM, _interrupt)
+    words = list(sys.argv[1:] if argv is None else argv)
+    account = Account()
+    code = _attempt(words, account)
+    path = termination.path_of(words, os.environ)
+    if path:
+        from ckpt2pt.conversion.status import REASONS  # noqa: PLC0415 - a worker's alone
+
+        reason = REASONS.get(code) or ("Planned" if words[0] == "plan" else "Converted")
+        termination.write(path, termination.render(code, reason, account.message, account.facts()))
+    return code
+
+
+def _attempt(words: Sequence[str], account: Account) -> int:
     # Wrong usage is found before the flags are known, and a machine that reads JSON needs that error as well.
-    words = " ".join(sys.argv[1:] if argv is None else argv)
-    options = argparse.Namespace(log_format="json" if re.search(r"--log-format[ =]json\b", words) else "text")
+    as_json = re.search(r"--log-format[ =]json\b", " ".join(words))
+    options = argparse.Namespace(log_format="json" if as_json else "text", account=account)
     try:
-        options = build_parser().parse_args(argv)
+        options = build_parser().parse_args(words, argparse.Namespace(account=account))
         _set_up_logging(options)
         command: Command = options.run
         return command(options)
@@ -106,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             InterruptedRunError("stopped by SIGINT", where="this run", mend="run the same command again"), options
         )
     except BrokenPipeError:
+        account.message = "whoever read the result has gone"
         # Whoever read our output has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 74
@@ -116,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             options,
         )
-    except Exception:
+    except Exception as bug:
+        account.message = f"{type(bug).__name__}: {bug}; this is a bug, please report it with the log"
         traceback.print_exc()
         print("ckpt2pt: this is a bug; please report it with the lines above", file=sys.stderr)
         return 70
@@ -129,6 +150,7 @@ def _interrupt(number: int, _: FrameType | None) -> NoReturn:
 
 
 def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
+    options.account.message = termination.message_of(error)
     if getattr(options, "log_format", "text") == "json":
         document = {
             "level": "error",
@@ -167,12 +189,24 @@ def _convert(options: argparse.Namespace) -> int:
     from ckpt2pt.progress import reporter  # noqa: PLC0415
     from ckpt2pt.run import run  # noqa: PLC0415
 
+    account: Account = options.account
     request = request_of(options)
-    outcome = run(request, stages_of(options, request), reporter(options.progress))
+    account.stages = stages = stages_of(options, request)
+    with _served(account, options.progress_port):
+        outcome = run(request, stages, Both(account, reporter(options.progress)))
+    account.converted(outcome)
     for doubt in outcome.doubts:
         log.warning("iteration %d was chosen, but %s", outcome.target.iteration, doubt)
     _show(outcome.document(), outcome.sentence(), options)
     return 0
+
+
+def _served(account: Account, port: int) -> AbstractContextManager[int]:
+    if not port:
+        return nullcontext(0)
+    from ckpt2pt.worker.endpoint import served  # noqa: PLC0415 - a server of HTTP, only when asked for
+
+    return served(account, port)
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -182,11 +216,15 @@ def _plan(options: argparse.Namespace) -> int:
     from ckpt2pt.run import target_of  # noqa: PLC0415
     from ckpt2pt.survey import prepare_all, survey  # noqa: PLC0415
 
+    account: Account = options.account
     request = request_of(options)
-    chosen = survey(request)
-    target = target_of(request, chosen)
-    ranks = prepare_all(request, chosen, stages_of(options, request))
-    document = preview(request, chosen, target, ranks, names=options.names)
+    account.stages = stages = stages_of(options, request)
+    with _served(account, options.progress_port):
+        chosen = survey(request)
+        target = target_of(request, chosen)
+        ranks = prepare_all(request, chosen, stages)
+        document = preview(request, chosen, target, ranks, names=options.names)
+    account.planned(document)
     _show(document, render(document), options)
     target.check(overwrite=request.overwrite)
     check_space(target, int(str(document["bytesToWrite"])))

@@ -157,6 +157,23 @@ def add_progress_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_worker_options(parser: argparse.ArgumentParser) -> None:
+    """What a worker tells whoever started it; a Job sets these."""
+    group = parser.add_argument_group("in a pod")
+    group.add_argument(
+        "--termination-log",
+        metavar="FILE",
+        help="write how it ended as one JSON object of at most 4096 bytes; default $CKPT2PT_TERMINATION_LOG",
+    )
+    group.add_argument(
+        "--progress-port",
+        type=int,
+        default=0,
+        metavar="PORT",
+        help="serve /progress, /metrics and /healthz by HTTP while it runs; default 0, not at all",
+    )
+
+
 def add_output_options(parser: argparse.ArgumentParser) -> None:
     """What is printed, and how."""
     group = parser.add_argument_group("output")

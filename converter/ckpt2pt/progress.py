@@ -31,7 +31,7 @@ def reporter(kind: str) -> Reporter:
 class Silence:
     """Says nothing."""
 
-    def begin(self, totals: Mapping[Rank, int]) -> None:
+    def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:
         """Nothing to do."""
 
     def advance(self, rank: Rank, nbytes: int) -> None:
@@ -56,11 +56,11 @@ class Lines:
         self._total = self._done = 0
         self._began = self._last = time.monotonic()
 
-    def begin(self, totals: Mapping[Rank, int]) -> None:
+    def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:
         """Start the clock."""
         self._total = sum(totals.values())
         self._began = self._last = time.monotonic()
-        self._say("begin", ranks=len(totals))
+        self._say("begin", ranks=len(totals), iteration=iteration)
 
     def advance(self, rank: Rank, nbytes: int) -> None:
         """Count, and speak when it is time."""
@@ -100,7 +100,7 @@ class Bars:
         self._tasks: dict[int, TaskID] = {}
         self._left = 0
 
-    def begin(self, totals: Mapping[Rank, int]) -> None:
+    def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:
         """Draw the bars."""
         from rich.console import Console  # noqa: PLC0415 - only on a terminal
         from rich.progress import (  # noqa: PLC0415

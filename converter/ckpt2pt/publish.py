@@ -30,6 +30,11 @@ PARTIAL = ".partial"
 Json = dict[str, object]
 
 
+def host() -> str:
+    """Who we are, for whoever finds our lock: the pod's name, which its host name cuts short, else the machine's."""
+    return os.environ.get("CKPT2PT_POD_NAME") or socket.gethostname()
+
+
 def access_error(error: OSError, path: Path | str, doing: str) -> Ckpt2ptError:
     """The user's error for a failed system call."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
@@ -144,7 +149,7 @@ class Target:
                 self._retire()
                 publish_bytes(
                     self.state / "claim.json",
-                    _dump({"identity": self.identity, "host": socket.gethostname(), **facts}),
+                    _dump({"identity": self.identity, "host": host(), **facts}),
                 )
         except OSError as error:
             raise access_error(error, self.folder, "taking the target folder") from error
@@ -184,7 +189,7 @@ class Target:
                 if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}:
                     raise
             os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{socket.gethostname()} pid {os.getpid()}\n".encode(), 0)
+            os.pwrite(fd, f"{host()} pid {os.getpid()}\n".encode(), 0)
             yield
         finally:
             os.close(fd)
@@ -207,6 +212,10 @@ class Target:
             except OSError:
                 return None
         return manifest
+
+    def file_count(self, tp: int, pp: int) -> int:
+        """Files of a finished rank, 0 while it is not finished."""
+        return len(cast("list[Json]", (self.rank_manifest(tp, pp) or {}).get("files", [])))
 
     def publish_rank(self, tp: int, pp: int, manifest: Json) -> None:
         """Say that a rank's files are there."""

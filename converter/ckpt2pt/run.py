@@ -39,8 +39,8 @@ from ckpt2pt.survey import Prepared, Rank, Survey, prepare, survey
 class Reporter(Protocol):
     """Who is told how it goes."""
 
-    def begin(self, totals: Mapping[Rank, int]) -> None:
-        """Bytes to read for each rank."""
+    def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:
+        """Bytes to read for each rank of the chosen iteration."""
 
     def advance(self, rank: Rank, nbytes: int) -> None:
         """Bytes read since the last call."""
@@ -61,6 +61,7 @@ class Outcome:
     converted: tuple[Rank, ...]
     kept: tuple[Rank, ...]
     bytes_written: int
+    files: int
     seconds: float
     published: bool
     doubts: tuple[str, ...]
@@ -123,7 +124,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         with ExitStack() as locks:
             for pp in stages:
                 locks.enter_context(target.stage_lock(pp))
-            reporter.begin(totals)
+            reporter.begin(totals, target.iteration)
             try:
                 _convert(request, chosen, todo, reporter, stop)
             finally:
@@ -145,6 +146,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         converted=todo,
         kept=kept,
         bytes_written=sum(sizes.values()),
+        files=sum(target.file_count(*rank) for rank in ranks),
         seconds=time.monotonic() - began,
         published=published,
         doubts=chosen.clock.doubts,

@@ -23,7 +23,7 @@ def test_lines_tell_beginning_and_ranks(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(progress, "INTERVAL_SECONDS", 3600.0)
     stream = io.StringIO()
     lines = Lines(stream)
-    lines.begin(TOTALS)
+    lines.begin(TOTALS, 500)
     lines.advance((0, 1), 50)
     lines.advance((0, 1), 50)
     lines.end((0, 1))
@@ -39,7 +39,7 @@ def test_lines_speak_when_it_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0.0)
     stream = io.StringIO()
     lines = Lines(stream)
-    lines.begin(TOTALS)
+    lines.begin(TOTALS, 500)
     for _ in range(3):
         lines.advance((0, 0), 20)
     assert [(line["event"], line["bytesDone"]) for line in spoken(stream)[1:]] == [
@@ -53,7 +53,7 @@ def test_bars_go_to_stderr_and_may_be_closed_at_any_time(
 ) -> None:
     bars = Bars()
     bars.close()
-    bars.begin(totals)
+    bars.begin(totals, 500)
     for rank, nbytes in totals.items():
         bars.advance(rank, nbytes)
         bars.end(rank)
@@ -78,7 +78,7 @@ def test_a_terminal_gets_bars_and_a_log_gets_lines(
 
 def test_silence_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     quiet = reporter("none")
-    quiet.begin(TOTALS)
+    quiet.begin(TOTALS, 500)
     quiet.advance((0, 0), 5)
     quiet.end((0, 0))
     quiet.close()

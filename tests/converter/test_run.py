@@ -273,7 +273,7 @@ def test_a_worker_that_is_killed_is_not_taken_for_done(pipelined: Path, tmp_path
     request = replace(request_for(pipelined, tmp_path), in_process=False, workers=2)
 
     class Killer(Quiet):
-        def begin(self, totals: object) -> None:
+        def begin(self, totals: object, iteration: int) -> None:
             import threading
 
             def kill() -> None:

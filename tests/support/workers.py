@@ -34,6 +34,8 @@ try:
             print(text, file=sys.stderr, flush=True)
         elif verb == "out":
             print(text, flush=True)
+        elif verb == "word":
+            Path(sys.argv[sys.argv.index("--termination-log") + 1]).write_text(text)
         elif verb == "sleep":
             time.sleep(float(text))
         elif verb == "kill":

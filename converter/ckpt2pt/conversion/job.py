@@ -18,6 +18,9 @@ CONTAINER = "convert"
 STAGES_VARIABLE = "CKPT2PT_STAGES"
 """Stages of a Job that does not do all of them: index 0 does the first named, index 1 the second."""
 
+POD_VARIABLE = "CKPT2PT_POD_NAME"
+"""The pod's own name: its host name lacks the last part, by which tries of one index differ."""
+
 STAGES_ANNOTATION = "ckpt2pt.dev/stages"
 """The same on the Job, for whoever reads it."""
 UID_LABEL = "ckpt2pt.dev/conversion-uid"
@@ -25,6 +28,10 @@ PROGRESS_PORT = 8080
 """Where a worker tells how far it is."""
 ATTEMPT_LABEL = "ckpt2pt.dev/attempt"
 MANAGER = "ckpt2pt-operator"
+
+TERMINATION_PATH = "/dev/termination-log"
+PROGRESS_PORT = 8080
+PROGRESS_PORT_NAME = "progress"
 
 _MOUNT_ROOT = "/volumes"
 _GRACE_SECONDS = 60
@@ -250,8 +257,14 @@ def _container(conversion: Conversion, *, image: str, mounts: Sequence[Mount], s
     container: Json = {
         "name": CONTAINER,
         "image": str(pod.get("image") or image),
-        "args": convert_args(conversion, paths),
+        "args": [
+            *convert_args(conversion, paths),
+            *("--termination-log", TERMINATION_PATH, "--progress-port", str(PROGRESS_PORT)),
+        ],
+        "ports": [{"name": PROGRESS_PORT_NAME, "containerPort": PROGRESS_PORT}],
         "resources": pod["resources"],
+        "env": _environment(conversion, stages),
+        "terminationMessagePath": TERMINATION_PATH,
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -265,10 +278,16 @@ def _container(conversion: Conversion, *, image: str, mounts: Sequence[Mount], s
     }
     if "imagePullPolicy" in pod:
         container["imagePullPolicy"] = pod["imagePullPolicy"]
-    # JOB_COMPLETION_INDEX, the stage by default, is given by Kubernetes.
-    if _partial(conversion, stages):
-        container["env"] = [{"name": STAGES_VARIABLE, "value": ",".join(map(str, stages))}]
     return container
+
+
+def _environment(conversion: Conversion, stages: Sequence[int]) -> list[Json]:
+    # JOB_COMPLETION_INDEX, the stage by default, is given by Kubernetes.
+    own = {"fieldRef": {"fieldPath": "metadata.name"}}
+    found: list[Json] = [{"name": POD_VARIABLE, "valueFrom": own}]
+    if _partial(conversion, stages):
+        found.append({"name": STAGES_VARIABLE, "value": ",".join(map(str, stages))})
+    return found
 
 
 def _pod_security(given: Json) -> Json:

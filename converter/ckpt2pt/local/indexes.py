@@ -22,12 +22,15 @@ from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Protocol, cast
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import REASONS, Ending, StageRecord, State
 from ckpt2pt.progress import INTERVAL_VARIABLE
+from ckpt2pt.publish import read_json
 
 GRACE_SECONDS = 30.0
 RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0
@@ -93,6 +96,7 @@ class _Worker:
 
     index: Index
     process: subprocess.Popen[bytes]
+    last_word: Path
     result: bytearray = field(default_factory=bytearray)
     line: bytearray = field(default_factory=bytearray)
     error: Json | None = None
@@ -114,13 +118,15 @@ class LocalJob:
         self._rules = cast("list[Json]", cast("Json", spec["podFailurePolicy"])["rules"])
         self._running: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
+        self._words = Path()
         self._signals: list[int] = []
         self._ending: Ending | None = None
 
     def run(self) -> Ending | None:
         """Until every index is done or given up; says why if it ended before that."""
         deadline = time.monotonic() + self._deadline_seconds if self._deadline_seconds else None
-        with self._listening_to_signals(), self._selector:
+        with self._listening_to_signals(), self._selector, TemporaryDirectory(prefix="ckpt2pt-") as folder:
+            self._words = Path(folder)
             try:
                 while self._ending is None and self._go_on():
                     self._listen()
@@ -152,8 +158,11 @@ class LocalJob:
             INTERVAL_VARIABLE: str(self._board.interval_seconds),
             "PYTHONUNBUFFERED": "1",
         }
+        last_word = self._words / f"{index.number}-{index.attempts}.json"
+        # The last of a flag counts.  Here nobody asks a port, and each index would want the same.
+        own = ("--termination-log", str(last_word), "--progress-port", "0")
         process = subprocess.Popen(
-            [sys.executable, "-m", "ckpt2pt", *self._args],
+            [sys.executable, "-m", "ckpt2pt", *self._args, *own],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -161,7 +170,7 @@ class LocalJob:
             # A group of its own: Ctrl-C is ours to pass on, and what a killed worker leaves behind can be ended.
             start_new_session=True,
         )
-        worker = _Worker(index, process)
+        worker = _Worker(index, process, last_word)
         self._running.append(worker)
         index.state, index.attempts = "Running", index.attempts + 1
         index.reason = index.message = ""
@@ -236,9 +245,18 @@ class LocalJob:
             self._hear(worker, worker.line.decode(errors="replace"))
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.process.pid, signal.SIGKILL)
+        self._take_last_word(worker)
         code = worker.process.returncode
         self._judge(worker, code if code >= 0 else 128 - code)
         self._board.changed(worker.index.record)
+
+    def _take_last_word(self, worker: _Worker) -> None:
+        """The facts of its termination message, which the operator has too; a killed worker leaves none."""
+        found = read_json(worker.last_word) or {}
+        index = worker.index
+        if "bytes" in found:
+            index.done, index.total = _number(found, "bytes"), _number(found, "bytesTotal")
+            index.throughput = _number(found, "throughput")
 
     def _judge(self, worker: _Worker, code: int) -> None:
         index = worker.index

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from ckpt2pt import errors
+from ckpt2pt.cli import build_parser
 from ckpt2pt.conversion.job import CONTAINER, STAGES_ANNOTATION, build_job, grown_memory, mounts_of, quantity
 from ckpt2pt.conversion.spec import parse
 from ckpt2pt.local.indexes import action_for
@@ -61,8 +63,20 @@ def test_a_rerun_of_some_stages_tells_the_workers_which() -> None:
     assert again["metadata"]["name"] == "demo-2"
     assert again["metadata"]["labels"]["ckpt2pt.dev/attempt"] == "2"
     assert again["spec"]["completions"] == 2
-    assert container_of(again)["env"] == [{"name": "CKPT2PT_STAGES", "value": "1,3"}]
-    assert "env" not in container_of(job_of(stages=[0, 1, 2, 3]))
+    assert container_of(again)["env"][1:] == [{"name": "CKPT2PT_STAGES", "value": "1,3"}]
+    assert len(container_of(job_of(stages=[0, 1, 2, 3]))["env"]) == 1
+
+
+def test_a_worker_reports_to_the_kubelet_and_to_whoever_asks_its_port() -> None:
+    container = container_of(job_of())
+    flags = dict(pairwise(container["args"]))
+    assert flags["--termination-log"] == container["terminationMessagePath"] == "/dev/termination-log"
+    assert container["ports"] == [{"name": "progress", "containerPort": 8080}]
+    assert flags["--progress-port"] == "8080"
+    [pod] = container["env"]
+    assert pod == {"name": "CKPT2PT_POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
+    assert build_parser().parse_args(container["args"]).progress_port == 8080
+    assert build_parser().parse_args(container_of(job_of(("spec.dryRun", True)))["args"]).progress_port == 8080
 
 
 def test_a_dry_run_is_one_worker_that_cannot_write() -> None:

@@ -81,7 +81,13 @@ def test_every_index_runs_once_with_the_arguments_of_the_container(start: Any, t
     assert job.run() is None
     assert states(job) == ["Succeeded", "Succeeded"]
     for index in (0, 1):
-        assert tries(tmp_path, index) == [{"args": ["convert", "--x"], "parent": str(os.getpid())}]
+        [once] = tries(tmp_path, index)
+        assert once["parent"] == str(os.getpid())
+        *given, flag, _, port_flag, port = once["args"]
+        assert given == ["convert", "--x"]
+        assert (flag, port_flag, port) == ("--termination-log", "--progress-port", "0"), (
+            "no port, where all are one host"
+        )
         assert job.indexes[index].result == {"iteration": 5}
 
 
@@ -93,6 +99,24 @@ def test_progress_lines_move_the_record_and_reach_the_board(start: Any, notes: N
     record = job.indexes[0].record
     assert (record.done, record.total, record.throughput, record.fraction) == (9, 9, 3, 1.0)
     assert notes.states == [(0, "Running"), (0, "Running"), (0, "Succeeded")]
+
+
+def test_each_try_has_a_termination_message_of_its_own_and_its_facts_count(start: Any, tmp_path: Path) -> None:
+    word = {"version": 1, "exitCode": 75, "bytes": 5, "bytesTotal": 9, "throughput": 2}
+    job = start(f"* 1 word {json.dumps(word)}", "* 1 exit 75", "* * exit 65")
+    job.run()
+    paths = [each["args"][-3] for index in (0, 1) for each in tries(tmp_path, index)]
+    assert len(set(paths)) == 4
+    assert not any(Path(path).parent.exists() for path in paths), "nothing is left behind"
+    record = job.indexes[0].record
+    assert (record.done, record.total, record.throughput) == (0, None, 0), "the second try left no word"
+
+
+def test_the_last_word_of_a_failed_try_is_in_its_record(start: Any) -> None:
+    job = start('0 * word {"bytes": 5, "bytesTotal": 9, "throughput": 2}', "0 * exit 65", pipeline=1)
+    job.run()
+    record = job.indexes[0].record
+    assert (record.state, record.done, record.total, record.throughput) == ("Failed", 5, 9, 2)
 
 
 def test_a_stage_whose_files_were_there_says_so(start: Any) -> None:
