@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt_operator.api import Api
 from ckpt2pt_operator.handlers import GROUP, PLURAL
+from ckpt2pt_operator.rules.views import child
 
 #   group    resource    subresource    verbs
 NEEDED: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
@@ -38,8 +39,7 @@ async def missing(api: Api, namespaces: Sequence[str], *, check_volumes: bool) -
 async def _allowed(api: Api, verb: str, group: str, resource: str, sub: str, namespace: str) -> bool:
     attributes: Json = {"verb": verb, "group": group, "resource": resource, "subresource": sub, "namespace": namespace}
     review = await api.review_access({name: value for name, value in attributes.items() if value})
-    status = review.get("status")
-    return isinstance(status, dict) and status.get("allowed") is True
+    return child(review, "status").get("allowed") is True
 
 
 def _words(verb: str, group: str, resource: str, sub: str, namespace: str) -> str:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from typing import cast
+from typing import Any, cast
 
 import aiohttp
 from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
-from kubernetes.aio.client.rest import RESTResponse
 
 from ckpt2pt.conversion.spec import API_VERSION, Json
 from ckpt2pt_operator.metrics import Metrics
@@ -65,23 +64,24 @@ class Api:
     """Requests to one API server.  ``create`` makes it, ``close`` ends it."""
 
     def __init__(self, inner: client.ApiClient, metrics: Metrics, bucket: Bucket) -> None:
-        self._inner, self._metrics, self._bucket = inner, metrics, bucket
+        self._inner: Any = inner  # half of it has no types
+        self._metrics, self._bucket = metrics, bucket
 
     @classmethod
     async def create(cls, metrics: Metrics, *, qps: float, burst: int) -> Api:
         """As the service account of the pod, or as the kubeconfig says."""
-        configuration = client.Configuration()
+        configuration, load = client.Configuration(), cast("Any", config)
         try:
-            config.load_incluster_config(client_configuration=configuration)
+            load.load_incluster_config(client_configuration=configuration)
         except config.ConfigException:
-            await config.load_kube_config(client_configuration=configuration)
+            await load.load_kube_config(client_configuration=configuration)
         configuration.connection_pool_maxsize = 64
         return cls(client.ApiClient(configuration), metrics, Bucket(qps, burst))
 
     @property
     def inner(self) -> client.ApiClient:
         """The library's own client, for its lease lock."""
-        return self._inner
+        return cast("client.ApiClient", self._inner)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -132,10 +132,9 @@ class Api:
     async def watch(self, resource: Resource, namespace: str, **query: str) -> AsyncIterator[Json]:
         """Events of a watch, one JSON object each, until the server ends it."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=330)
-        response = await self._send(
+        stream = await self._send(
             "GET", resource, namespace, "", {**query, "watch": "true"}, None, "", timeout, "watch"
         )
-        stream = cast("aiohttp.ClientResponse", response.response)
         try:
             if stream.status >= 400:
                 raise _error(stream.status, await stream.read(), stream.headers, f"watch {resource[1]}")
@@ -182,7 +181,7 @@ class Api:
         content: str,
         timeout: aiohttp.ClientTimeout,
         verb: str,
-    ) -> RESTResponse:
+    ) -> aiohttp.ClientResponse:
         base, plural = resource
         parts = [base, *(("namespaces", namespace) if namespace else ()), plural, *((name,) if name else ())]
         headers = {"Accept": "application/json"} | ({"Content-Type": content} if content else {})
@@ -196,13 +195,15 @@ class Api:
                 body=body,
                 auth_settings=["BearerToken"],
             )
-            response: RESTResponse = await self._inner.rest_client.request(
+            answer = await self._inner.rest_client.request(
                 method, url, headers=sent, body=payload, _request_timeout=timeout
             )
+            response = cast("aiohttp.ClientResponse", answer.response)
             code = str(response.status)
-        except ApiException as error:
+        except ApiException as raised:
+            error = cast("Any", raised)
             code = str(error.status)
-            raise _error(error.status or 0, str(error.body or "").encode(), error.headers or {}, kind) from error
+            raise _error(error.status or 0, str(error.body or "").encode(), error.headers or {}, kind) from raised
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise ApiError(0, "Unreachable", str(error) or type(error).__name__, what=f"{verb} {kind}") from error
         else:

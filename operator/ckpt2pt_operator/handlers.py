@@ -6,12 +6,10 @@ it writes nothing: no annotation, no finalizer.
 
 from __future__ import annotations
 
-from typing import cast
-
 import kopf
 
 from ckpt2pt.conversion.job import MANAGER
-from ckpt2pt.conversion.spec import API_VERSION, Json
+from ckpt2pt.conversion.spec import API_VERSION
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.views import job_view
 from ckpt2pt_operator.store import Store
@@ -29,7 +27,7 @@ def registry(store: Store, metrics: Metrics) -> kopf.OperatorRegistry:
 
     async def on_conversion(event: kopf.RawEvent, **_: object) -> None:
         heard(PLURAL)
-        raw = cast("Json", dict(event["object"]))
+        raw = dict(event["object"])
         if event["type"] == "DELETED":
             store.drop_conversion(raw)
         else:
@@ -37,14 +35,14 @@ def registry(store: Store, metrics: Metrics) -> kopf.OperatorRegistry:
 
     async def on_job(event: kopf.RawEvent, **_: object) -> None:
         heard("jobs")
-        job = job_view(cast("Json", dict(event["object"])))
+        job = job_view(dict(event["object"]))
         if event["type"] == "DELETED":
             store.drop_job(job)
         else:
             store.put_job(job)
 
-    async def login(**more: object) -> kopf.ConnectionInfo | None:
-        return kopf.login_with_service_account(**more) or kopf.login_with_kubeconfig(**more)
+    async def login(settings: kopf.OperatorSettings, **_: object) -> kopf.ConnectionInfo | None:
+        return kopf.login_with_service_account(settings=settings) or kopf.login_with_kubeconfig(settings=settings)
 
     kopf.on.login(registry=found)(login)
     kopf.on.event(GROUP, VERSION, PLURAL, registry=found)(on_conversion)

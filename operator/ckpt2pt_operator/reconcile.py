@@ -34,7 +34,7 @@ from ckpt2pt_operator.rules.seen import (
     Training,
     wants_warnings,
 )
-from ckpt2pt_operator.rules.views import Claim, Pod, Report, child, claim_view, items, job_view, number, text
+from ckpt2pt_operator.rules.views import Claim, Pod, Report, child, claim_view, condition, items, job_view, number, text
 from ckpt2pt_operator.rules.views import time as moment
 from ckpt2pt_operator.rules.volumes import claims_of
 from ckpt2pt_operator.store import Key, Store, key_of
@@ -217,7 +217,7 @@ class Reconciler:
 
     def _count(self, before: Json, after: Json) -> None:
         if after.get("phase") in TERMINAL and before.get("phase") not in TERMINAL:
-            ready = next((c for c in items(after, "conditions") if c.get("type") == "Ready"), {})
+            ready = condition(items(after, "conditions"), "Ready")
             self._metrics.finished.labels(str(after["phase"]), text(ready, "reason", 64)).inc()
             started, ended = moment(after, "startTime"), moment(after, "completionTime")
             if started and ended:

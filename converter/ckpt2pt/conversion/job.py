@@ -24,8 +24,6 @@ POD_VARIABLE = "CKPT2PT_POD_NAME"
 STAGES_ANNOTATION = "ckpt2pt.dev/stages"
 """The same on the Job, for whoever reads it."""
 UID_LABEL = "ckpt2pt.dev/conversion-uid"
-PROGRESS_PORT = 8080
-"""Where a worker tells how far it is."""
 ATTEMPT_LABEL = "ckpt2pt.dev/attempt"
 MANAGER = "ckpt2pt-operator"
 
@@ -228,9 +226,10 @@ def grown_memory(conversion: Conversion, percent: int) -> int | None:
     """Bytes of memory of a worker at ``percent`` of its limit; None where it has no limit and cannot grow."""
     override = cast("Json", cast("Json", conversion.workers.pod.get("podOverrides", {})).get("spec", {}))
     containers = cast("list[Json]", override.get("containers", []))
-    given = next(
-        (item["resources"] for item in containers if item.get("name") == CONTAINER and "resources" in item), {}
-    )
+    given: Json = {}
+    for item in containers:
+        if item.get("name") == CONTAINER:
+            given = cast("Json", item.get("resources", given))
     resources = cast("Json", _merged(conversion.workers.pod["resources"], given))
     limit = quantity(cast("Json", resources.get("limits", {})).get("memory", 0))
     if not limit:

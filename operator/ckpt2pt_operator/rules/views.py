@@ -7,7 +7,7 @@ control characters, because they end in the status and on terminals.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
@@ -21,6 +21,7 @@ _FAILURES = "batch.kubernetes.io/job-index-failure-count"
 _IGNORED = "batch.kubernetes.io/job-index-ignored-failure-count"
 _MAX_REPORT = 12 << 10
 _MOST = 1 << 63
+_NOTHING: Json = {}
 
 
 def child(value: Mapping[str, object], *names: str) -> Json:
@@ -86,7 +87,7 @@ def indexes(intervals: str) -> frozenset[int]:
 
 def condition(conditions: list[Json], kind: str) -> Json:
     """The condition of that type; an empty object where there is none."""
-    return next((item for item in conditions if item.get("type") == kind), {})
+    return next((item for item in conditions if item.get("type") == kind), _NOTHING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +171,7 @@ def pod_view(raw: Json) -> Pod:
     meta, spec, status = child(raw, "metadata"), child(raw, "spec"), child(raw, "status")
     labels, annotations = child(meta, "labels"), child(meta, "annotations")
     conditions = items(status, "conditions")
-    container = next((item for item in items(status, "containerStatuses") if item.get("name") == CONTAINER), {})
+    container = next((item for item in items(status, "containerStatuses") if item.get("name") == CONTAINER), _NOTHING)
     state = child(container, "state")
     ended = child(state, "terminated") or child(container, "lastState", "terminated")
     waiting, scheduled, disruption = (
@@ -244,7 +245,7 @@ def job_view(raw: Json) -> Job:
     labels = child(meta, "labels")
     conditions = [item for item in items(status, "conditions") if item.get("status") == "True"]
     end = condition(conditions, "Complete") or condition(conditions, "Failed")
-    owner = next((item for item in items(meta, "ownerReferences") if item.get("controller")), {})
+    owner = next((item for item in items(meta, "ownerReferences") if item.get("controller")), _NOTHING)
     stages = text(child(meta, "annotations"), STAGES_ANNOTATION, 8192)
     return Job(
         name=text(meta, "name"),
@@ -284,5 +285,5 @@ class Claim:
 
 def claim_view(raw: Json) -> Claim:
     """A claim as an API server gives it."""
-    modes = child(raw, "status").get("accessModes") or child(raw, "spec").get("accessModes") or []
-    return Claim(phase=text(child(raw, "status"), "phase"), modes=frozenset(map(str, cast("list[object]", modes))))
+    modes = child(raw, "status").get("accessModes") or child(raw, "spec").get("accessModes") or ()
+    return Claim(phase=text(child(raw, "status"), "phase"), modes=frozenset(map(str, cast("Sequence[object]", modes))))

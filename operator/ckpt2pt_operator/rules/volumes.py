@@ -54,7 +54,7 @@ def verdict(conversion: Conversion, claims: Mapping[str, Claim | None] | None, w
 
 def _conflict(conversion: Conversion, name: str, claim: Claim, mount: Mount, workers: int) -> str:
     modes = ", ".join(sorted(claim.modes))
-    if claim.modes == {"ReadOnlyMany"} and not mount.read_only:
+    if claim.modes == frozenset({"ReadOnlyMany"}) and not mount.read_only:
         return f"persistentvolumeclaim {name} is {modes}, and the result is written there; name another in spec.target"
     if workers > 1 and claim.modes and not claim.modes & _SHARED:
         alone = _ONE_POD in claim.modes and len(claim.modes) == 1

@@ -24,9 +24,9 @@ def test_the_phases_of_a_run() -> None:
     account.begin(TOTALS, 500)
     account.advance((0, 3), 60)
     account.end((0, 3))
-    assert account.phase == "Converting"
+    assert account.progress()["phase"] == "Converting"
     account.advance((1, 3), 40)
-    assert account.phase == "Verifying", "all is read, and a rank is not published yet"
+    assert account.progress()["phase"] == "Verifying", "all is read, and a rank is not published yet"
     account.end((1, 3))
     seen = account.progress()
     assert seen.pop("throughput")
