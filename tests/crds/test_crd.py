@@ -144,7 +144,9 @@ def test_columns_show_fields_that_exist() -> None:
 # ---------------------------------------------------------------------------------------------------- flags and fields
 
 # How one process is watched and cut up, which is no matter of the conversion.
-WITHOUT_FIELD = {"-h", "--stage", "--multiprocess-off", "--progress", "--output", "--log-format"}
+WITHOUT_FIELD = {
+    "-h", "--stage", "--multiprocess-off", "--progress", "--output", "--log-format", "--termination-log", "--progress-port",
+}  # fmt: skip
 # What only a cluster has, or what `ckpt2pt run` does itself.
 WITHOUT_FLAG = re.compile(
     r"spec\.(dryRun|startAfter|pendingDeadlineSeconds|activeDeadlineSeconds|ttlSecondsAfterFinished|suspend|cancel)"
