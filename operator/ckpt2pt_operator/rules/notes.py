@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckpt2pt.conversion.spec import Json
-from ckpt2pt_operator.rules.views import child, condition, items, number, text
+from ckpt2pt_operator.rules.views import condition, items, number, text
 
 _MAX = 1024
 
@@ -34,7 +34,6 @@ def notes(before: Json, after: Json) -> tuple[Note, ...]:
 
 def _of_the_job(before: Json, after: Json) -> Iterator[Note]:
     job, old, new = text(after, "job"), text(before, "jobUID"), text(after, "jobUID")
-    total = number(child(after, "stages"), "total")
     if number(after, "memoryPercent") > max(number(before, "memoryPercent"), 100):
         percent = number(after, "memoryPercent")
         yield Note(kind="Normal", reason="MemoryGrown", message=f"workers get {percent} % of the memory of the spec")
@@ -43,7 +42,10 @@ def _of_the_job(before: Json, after: Json) -> Iterator[Note]:
     if text(after, "retryToken") != text(before, "retryToken") and before:
         yield Note(kind="Normal", reason="RetryRequested", message="the stages that are not done are tried again")
     if new and new != old:
-        yield Note(kind="Normal", reason="JobCreated", message=f"Job {job} converts {total} stages")
+        stages = items(after, "stageStatuses")
+        todo = [str(number(item, "stage")) for item in stages if text(item, "state") not in {"Succeeded", "Failed"}]
+        what = f"stage {', '.join(todo)}" if len(todo) < len(stages) else f"all {len(stages)} stages"
+        yield Note(kind="Normal", reason="JobCreated", message=f"Job {job} was made for {what}")
 
 
 def _of_stages(before: Json, after: Json) -> Iterator[Note]:

@@ -376,6 +376,6 @@ class _Case:
         if not failed:
             return Ending(reason=reason, message=job.message or "the Job failed")
         first = failed[0]
-        hint = f"mend it, then: kubectl annotate ckc {self.conversion.name} --overwrite {RETRY_ANNOTATION}=1"
+        hint = f"mend it, then: kubectl annotate ckc {self.conversion.name} --overwrite {RETRY_ANNOTATION}=$(date +%s)"
         message = f"stage {stages} failed; stage {first.stage}: {first.reason}: {first.message}"
         return Ending(reason=reason, message=f"{message[:800]}; {hint}")

@@ -13,11 +13,15 @@ from typing import cast
 
 from ckpt2pt.conversion.spec import Conversion, Json
 from ckpt2pt.conversion.status import REASONS, StageRecord, State
+from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE
 from ckpt2pt_operator.rules.views import Job, Pod, Report, items, number, report_of, text
 
 OUT_OF_MEMORY = "OOMKilled"
 _LOST_AFTER = timedelta(seconds=90)
 """Longer than the grace of a worker: a pod that is still there has no kubelet to end it."""
+
+_FINAL = frozenset(REASONS[code] for code in FAILS_STAGE | FAILS_JOB)
+"""What is not tried again: the Job is about to say so."""
 
 _WAITING = {
     "ErrImagePull": "ImagePullBackOff",
@@ -168,7 +172,12 @@ def _obstacle(pod: Pod, warnings: Mapping[str, str], now: datetime) -> Obstacle 
 
 def setback(conversion: Conversion, records: Iterable[StageRecord]) -> Obstacle | None:
     """A stage that did not go well the first time and is tried again."""
-    again = [r for r in records if r.state in {"Pending", "Running"} and r.reason and (r.attempts or r.disruptions)]
+    again = [
+        record
+        for record in records
+        if record.state in {"Pending", "Running"} and record.reason and record.reason not in _FINAL
+        if record.attempts or record.disruptions
+    ]
     if not again:
         return None
     worst = next((record for record in again if record.reason == OUT_OF_MEMORY), again[0])
