@@ -85,7 +85,10 @@ class PodInformer:
         if kind == "ERROR":
             raise ApiError(number(raw, "code"), text(raw, "reason"), text(raw, "message"), what="watch pods")
         if kind in {"ADDED", "MODIFIED"}:
-            self._store.put_pod(pod_view(raw))
+            pod = pod_view(raw)
+            before = self._store.put_pod(pod)
+            if before and before.finished is None and pod.started and pod.finished:
+                self._metrics.stage_seconds.observe((pod.finished - pod.started).total_seconds())
         elif kind == "DELETED":
             self._store.drop_pod(pod_view(raw))
         return text(child(raw, "metadata"), "resourceVersion")

@@ -72,10 +72,13 @@ class Store:
         """A Job is gone."""
         self._drop(self._jobs, job.owner, job.uid)
 
-    def put_pod(self, pod: Pod) -> None:
-        """A pod as it is now."""
-        self._pods.setdefault(pod.owner, {})[pod.uid] = pod
+    def put_pod(self, pod: Pod) -> Pod | None:
+        """A pod as it is now; returns what it was before."""
+        pods = self._pods.setdefault(pod.owner, {})
+        before = pods.get(pod.uid)
+        pods[pod.uid] = pod
         self._tell(pod.owner)
+        return before
 
     def drop_pod(self, pod: Pod) -> None:
         """A pod is gone."""
