@@ -220,7 +220,7 @@ def _plan(options: argparse.Namespace) -> int:
     request = request_of(options)
     account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
-        chosen = survey(request)
+        chosen = survey(request, keep=[(tp, pp) for pp in stages for tp in range(request.topology.tensor)])
         target = target_of(request, chosen)
         ranks = prepare_all(request, chosen, stages)
         document = preview(request, chosen, target, ranks, names=options.names)

@@ -50,12 +50,6 @@ class RankMeta:
         """True when embedding and output layer share their weights."""
         return self.template.args.get("untie_embeddings_and_output_weights") is False
 
-    @property
-    def global_batch_size(self) -> int | None:
-        """Samples per iteration, None where the batch size was ramped up."""
-        size = self.template.args.get("global_batch_size")
-        return size if isinstance(size, int) and size > 0 and not self.template.args.get("rampup_batch_size") else None
-
 
 def read_rank_meta(
     folder: Path, topology: Topology, *, tp: int, pp: int, target_data: int | None = None, allow: tuple[str, ...] = ()
@@ -64,10 +58,8 @@ def read_rank_meta(
 
     ``target_data`` is the data x context size of the Megatron run to come; None takes it from the arguments.
     """
-    if not folder.is_dir():
-        raise MissingInputError("the metadata folder is not there", where=folder, mend=_MEND)
-    args, *maps = metadata_files(folder, tp=tp, pp=pp)
-    template = read_template(args, allow=allow)
+    template = read_arguments(folder, (tp, pp), allow=allow)
+    maps = _param_maps(folder, tp, pp)
     divisor = target_data or data_parallel_size(template)
     if maps:
         buffers = [parse_param_map(_load_json(path), where=str(path), divisor=divisor) for path in maps]
@@ -80,9 +72,20 @@ def read_rank_meta(
     )
 
 
+def read_arguments(folder: Path, rank: tuple[int, int], *, allow: tuple[str, ...] = ()) -> Template:
+    """The template of one (tp, pp) alone."""
+    if not folder.is_dir():
+        raise MissingInputError("the metadata folder is not there", where=folder, mend=_MEND)
+    return read_template(_arguments_file(folder, *rank), allow=allow)
+
+
 def metadata_files(folder: Path, *, tp: int, pp: int) -> tuple[Path, ...]:
     """The files that describe one rank: its arguments, then its param maps chunk by chunk."""
-    return (folder / f"args_tp{tp:02d}_pp{pp:03d}.pt", *_param_maps(folder, tp, pp))
+    return (_arguments_file(folder, tp, pp), *_param_maps(folder, tp, pp))
+
+
+def _arguments_file(folder: Path, tp: int, pp: int) -> Path:
+    return folder / f"args_tp{tp:02d}_pp{pp:03d}.pt"
 
 
 def data_parallel_size(template: Template) -> int | None:

@@ -9,7 +9,6 @@ from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
 from ckpt2pt.publish import Json, Target, free_bytes
 from ckpt2pt.request import Request
-from ckpt2pt.run import file_sizes
 from ckpt2pt.survey import Prepared, Rank, Survey
 from ckpt2pt.text import size, table
 
@@ -23,7 +22,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
     read = written = 0
     for (tp, pp), prepared in ranks.items():
         plan = prepared.plan
-        files = file_sizes(request, prepared)
+        files = prepared.sizes
         nbytes = plan.source_bytes
         read += nbytes
         written += sum(files.values())

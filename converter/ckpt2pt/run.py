@@ -15,13 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -29,8 +28,6 @@ from ckpt2pt import __version__
 from ckpt2pt.engine import Meter, Stop, write_files
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.pt.archive import lay_out
-from ckpt2pt.pt.payload import payloads
 from ckpt2pt.publish import Json, Target, access_error, check_space
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Prepared, Rank, Survey, prepare, survey
@@ -106,17 +103,23 @@ def target_of(request: Request, chosen: Survey) -> Target:
 def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     """Convert the given pipeline stages; what an earlier run finished is kept."""
     began = time.monotonic()
-    chosen = survey(request)
+    ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
+    chosen = survey(request, keep=ranks if len(ranks) == 1 else ())
     target = target_of(request, chosen)
     target.check(overwrite=request.overwrite)
-    ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
     kept = tuple(rank for rank in ranks if target.rank_manifest(*rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
-    plans = {rank: prepare(request, chosen, rank) for rank in todo}
-    sizes = {rank: sum(file_sizes(request, prepared).values()) for rank, prepared in plans.items()}
-    totals = {rank: prepared.plan.source_bytes for rank, prepared in plans.items()}
-    del plans
-    check_space(target, sum(sizes.values()))
+    totals: dict[Rank, int] = {}
+    size = 0
+    alone: Prepared | None = None
+    for rank in todo:
+        # One at a time: the plans of many ranks would not fit into the memory of one.
+        prepared = prepare(request, chosen, rank)
+        totals[rank] = prepared.plan.source_bytes
+        size += sum(prepared.sizes.values())
+        alone = prepared if len(todo) == 1 else None
+    chosen = replace(chosen, indexes={})
+    check_space(target, size)
     with stopped_by_signals() as stop:
         target.claim(
             {"version": __version__, "begun": _now(), "options": request.meaning()}, overwrite=request.overwrite
@@ -126,7 +129,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
                 locks.enter_context(target.stage_lock(pp))
             reporter.begin(totals, target.iteration)
             try:
-                _convert(request, chosen, todo, reporter, stop)
+                _convert(request, chosen, todo, alone, reporter, stop)
             finally:
                 reporter.close()
             for pp in stages:
@@ -145,7 +148,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         stages=tuple(stages),
         converted=todo,
         kept=kept,
-        bytes_written=sum(sizes.values()),
+        bytes_written=size,
         files=sum(target.file_count(*rank) for rank in ranks),
         seconds=time.monotonic() - began,
         published=published,
@@ -157,15 +160,11 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def file_sizes(request: Request, prepared: Prepared) -> dict[str, int]:
-    """Exact size of each of a rank's files."""
-    found = payloads(prepared.plan, prepared.template, reference_samples=request.reference_samples)
-    return {p.name: lay_out(Path(p.name).stem, p.pickle, p.storages).nbytes for p in found}
-
-
-def convert_rank(request: Request, chosen: Survey, rank: Rank, stop: Stop, advance: Callable[[int], None]) -> None:
+def convert_rank(
+    request: Request, chosen: Survey, prepared: Prepared, stop: Stop, advance: Callable[[int], None]
+) -> None:
     """Convert one rank and publish it."""
-    prepared = prepare(request, chosen, rank)
+    rank = prepared.plan.tp, prepared.plan.pp
     target = target_of(request, chosen)
     folder = target.folder / prepared.plan.directory
     _check_twins(prepared)
@@ -176,7 +175,7 @@ def convert_rank(request: Request, chosen: Survey, rank: Rank, stop: Stop, advan
     target.sweep(*rank, prepared.plan.directory)
     files, digests = write_files(
         folder,
-        payloads(prepared.plan, prepared.template, reference_samples=request.reference_samples),
+        prepared.files,
         moves(prepared.plan),
         stop=stop,
         advance=advance,
@@ -214,12 +213,20 @@ def _check_twins(prepared: Prepared) -> None:
         same_bytes(kept, copy)
 
 
-def _convert(request: Request, chosen: Survey, todo: Sequence[Rank], reporter: Reporter, stop: Stop) -> None:
+def _convert(
+    request: Request,
+    chosen: Survey,
+    todo: Sequence[Rank],
+    alone: Prepared | None,
+    reporter: Reporter,
+    stop: Stop,
+) -> None:
+    """Here or in processes; ``alone`` is the only rank, as it was planned before."""
     if request.in_process or len(todo) <= 1:
         for rank in todo:
             with _deadline(request.timeout, rank, stop):
                 meter = Meter(partial(reporter.advance, rank))
-                convert_rank(request, chosen, rank, stop, meter.advance)
+                convert_rank(request, chosen, alone or prepare(request, chosen, rank), stop, meter.advance)
                 meter.flush()
             reporter.end(rank)
         return
@@ -362,7 +369,7 @@ def work_on_rank(request: Request, chosen: Survey, rank: Rank, pipe: Connection)
 
         meter = Meter(report)
         try:
-            convert_rank(request, chosen, rank, stop, meter.advance)
+            convert_rank(request, chosen, prepare(request, chosen, rank), stop, meter.advance)
             meter.flush()
             pipe.send(None)
         except Ckpt2ptError as error:

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_sources, last_saved
 from ckpt2pt.errors import FileAccessError, InputError
 from ckpt2pt.mapping.names import NameTable, is_tied_head
-from ckpt2pt.meta import RankMeta, metadata_files, read_rank_meta
+from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
-from ckpt2pt.pt.payload import Template
+from ckpt2pt.pt.archive import lay_out
+from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.request import Request, digest
 from ckpt2pt.tensors import TensorRef
 
 Rank = tuple[int, int]
 """(tp, pp)"""
+Index = Mapping[str, TensorRef]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,8 @@ class Survey:
     clock: Clock
     identity: str
     inputs: tuple[dict[str, object], ...]
+    indexes: Mapping[Rank, Index] = field(default_factory=dict[Rank, Index])
+    """Indexes that :func:`survey` was asked to keep, so that :func:`prepare` need not read those files again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,25 +48,36 @@ class Prepared:
 
     plan: RankPlan
     template: Template
+    files: tuple[FilePayload, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Exact size of each file."""
+        return {file.name: lay_out(Path(file.name).stem, file.pickle, file.storages).nbytes for file in self.files}
 
 
-def survey(request: Request) -> Survey:
-    """Choose the checkpoint, and make sure that all ranks are at the same step."""
+def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
+    """Choose the checkpoint, and make sure that all ranks are at the same step.
+
+    Every file is indexed to learn its step; the indexes of ``keep`` stay in the result.
+    """
     found = find_sources(request.source, request.topology, wanted_format=request.source_format)
     first = next(iter(request.topology.ranks()))
-    meta = _meta(request, first)
+    batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size
+    headers = _Headers({files[rank].path for files in found.values() for rank in keep})
     if request.iteration is None:
         when = choose(found, last_saved(request.source, request.topology))
-        clock = _clock(found[when][first], meta)
+        clock = _clock(found[when][first], batch, headers)
     else:
-        when, clock = _choose_iteration(found, first, meta, request)
-    _agree(found[when], request)
+        when, clock = _choose_iteration(found, first, batch, headers, request)
+    _agree(found[when], headers, request)
     inputs = _inputs(found[when], request)
     return Survey(
         files=found[when],
         clock=clock,
         identity=digest({"options": request.meaning(), "iteration": clock.iteration, "inputs": inputs}),
         inputs=inputs,
+        indexes={rank: headers.indexes[found[when][rank].path] for rank in keep},
     )
 
 
@@ -77,7 +92,7 @@ def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
         tp=tp,
         pp=pp,
         source=str(path),
-        index=index_file(path),
+        index=chosen.indexes.get(rank) or index_file(path),
         clock=chosen.clock,
         chunks=meta.chunks,
         sizes=meta.sizes,
@@ -86,7 +101,8 @@ def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
         first_stage=index_file(chosen.files[tp, 0].path) if tied_head and pp else None,
     )
     plan = plan_rank(found, topology, NameTable(request.rules), full=request.full)
-    return Prepared(plan=plan, template=meta.template)
+    files = payloads(plan, meta.template, reference_samples=request.reference_samples)
+    return Prepared(plan=plan, template=meta.template, files=files)
 
 
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:
@@ -105,7 +121,25 @@ def _meta(request: Request, rank: Rank) -> RankMeta:
     )
 
 
-def _facts(index: Mapping[str, TensorRef]) -> dict[str, float]:
+class _Headers:
+    """What each file says of its step, read once; and the indexes of the files that are kept."""
+
+    def __init__(self, keep: Collection[Path]) -> None:
+        self._keep = keep
+        self._facts: dict[Path, dict[str, float]] = {}
+        self.indexes: dict[Path, Index] = {}
+
+    def facts(self, path: Path) -> dict[str, float]:
+        """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
+        if path not in self._facts:
+            index = index_file(path)
+            self._facts[path] = _facts(index)
+            if path in self._keep:
+                self.indexes[path] = index
+        return self._facts[path]
+
+
+def _facts(index: Index) -> dict[str, float]:
     facts: dict[str, float] = {}
     for name in CLOCK_ENTRIES:
         if name in index:
@@ -115,24 +149,28 @@ def _facts(index: Mapping[str, TensorRef]) -> dict[str, float]:
     return facts
 
 
-def _clock(file: SourceFile, meta: RankMeta) -> Clock:
-    facts = _facts(index_file(file.path))
-    return read_clock(facts, global_batch_size=meta.global_batch_size, named=file.named, where=str(file.path))
+def _clock(file: SourceFile, batch: int | None, headers: _Headers) -> Clock:
+    facts = headers.facts(file.path)
+    return read_clock(facts, global_batch_size=batch, named=file.named, where=str(file.path))
 
 
 def _choose_iteration(
-    found: Mapping[When, Mapping[Rank, SourceFile]], first: Rank, meta: RankMeta, request: Request
+    found: Mapping[When, Mapping[Rank, SourceFile]],
+    first: Rank,
+    batch: int | None,
+    headers: _Headers,
+    request: Request,
 ) -> tuple[When, Clock]:
     """The checkpoint of ``--iteration``; a single one that does not tell its time is taken at the user's word."""
     wanted = request.iteration or 0
     clocks: dict[When, Clock] = {}
     for when, files in found.items():
         try:
-            clocks[when] = _clock(files[first], meta)
+            clocks[when] = _clock(files[first], batch, headers)
         except InputError:
             if len(found) > 1:
                 raise
-            samples = wanted * meta.global_batch_size if meta.global_batch_size else None
+            samples = wanted * batch if batch else None
             return when, Clock(iteration=wanted, samples=samples, because="--iteration")
     matching = [when for when, clock in clocks.items() if clock.iteration == wanted]
     if len(matching) != 1:
@@ -145,11 +183,11 @@ def _choose_iteration(
     return matching[0], clocks[matching[0]]
 
 
-def _agree(files: Mapping[Rank, SourceFile], request: Request) -> None:
+def _agree(files: Mapping[Rank, SourceFile], headers: _Headers, request: Request) -> None:
     """Refuse ranks that saved at different steps: the names may agree where the contents do not."""
     seen: dict[tuple[tuple[str, float], ...], Path] = {}
     for file in files.values():
-        seen.setdefault(tuple(sorted(_facts(index_file(file.path)).items())), file.path)
+        seen.setdefault(tuple(sorted(headers.facts(file.path).items())), file.path)
     if len(seen) > 1:
         (one, path), (other, rival) = list(seen.items())[:2]
         differing = sorted(dict(set(one) ^ set(other)))

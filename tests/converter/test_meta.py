@@ -11,7 +11,7 @@ import pytest
 from archives import write_archive
 from ckpt2pt.errors import FormatError, MissingInputError, UnsafePickleError
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.meta import RankMeta, data_parallel_size, metadata_files, read_rank_meta, read_template
+from ckpt2pt.meta import RankMeta, data_parallel_size, metadata_files, read_arguments, read_rank_meta, read_template
 from ckpt2pt.pt.pickles import Global, Value, namespace, write_pickle
 from handmade import Handmade
 
@@ -99,9 +99,6 @@ ARGUMENTS: dict[str, tuple[dict[str, Value], str, object]] = {
     "tied": ({"untie_embeddings_and_output_weights": False}, "tied", True),
     "untied": ({"untie_embeddings_and_output_weights": True}, "tied", False),
     "tied-not-said": ({}, "tied", False),
-    "batch": ({"global_batch_size": 16}, "global_batch_size", 16),
-    "batch-ramped-up": ({"global_batch_size": 16, "rampup_batch_size": ["1", "2", "3"]}, "global_batch_size", None),
-    "batch-of-nothing": ({"global_batch_size": 0}, "global_batch_size", None),
     "sizes": ({"hidden_size": 4, "swiglu": True, "lr": 0.1, "name": "x"}, "sizes", {"hidden_size": 4, "swiglu": True}),
 }
 
@@ -111,6 +108,21 @@ def test_arguments_say(case: str, tmp_path: Path) -> None:
     args, question, answer = ARGUMENTS[case]
     template = read_template(write_args(tmp_path, {"args": namespace(args)}))
     assert getattr(RankMeta(template=template, chunks=()), question) == answer
+
+
+BATCHES: dict[str, tuple[dict[str, Value], int | None]] = {
+    "said": ({"global_batch_size": 16}, 16),
+    "ramped-up": ({"global_batch_size": 16, "rampup_batch_size": ["1", "2", "3"]}, None),
+    "of-nothing": ({"global_batch_size": 0}, None),
+    "not-said": ({}, None),
+}
+
+
+@pytest.mark.parametrize("case", BATCHES)
+def test_batch(case: str, tmp_path: Path) -> None:
+    args, answer = BATCHES[case]
+    write_args(tmp_path, {"args": namespace(args)})
+    assert read_arguments(tmp_path, (0, 0)).global_batch_size == answer
 
 
 def test_a_group_of_no_ranks_is_no_group(tmp_path: Path) -> None:

@@ -72,7 +72,8 @@ _IGNORED = {
     "gradient accumulator": r"accu_grads\..*",
     "moment of amsgrad, which Megatron does not have": r"max_exp_avg_sq\..*",
 }
-_IGNORED_PATTERNS = tuple((reason, re.compile(pattern)) for reason, pattern in _IGNORED.items())
+_IGNORED_PATTERN = re.compile("|".join(f"({pattern})" for pattern in _IGNORED.values()))
+_REASONS = tuple(_IGNORED)
 
 _LAYER = re.compile(r"language_model\.encoder\.layers\.(\d{1,9})(?:_pp\w+)?\.(.+)")
 _PREFIX = re.compile(r"\A(?:module|model\d*)\.")
@@ -150,9 +151,9 @@ class NameTable:
         for pattern in self._ignore:
             if entry == pattern or (pattern.endswith("*") and entry.startswith(pattern[:-1])):
                 return SourceName("ignored", "rule file")
-        for reason, known in _IGNORED_PATTERNS:
-            if known.fullmatch(entry):
-                return SourceName("ignored", reason)
+        known = _IGNORED_PATTERN.fullmatch(entry)
+        if known and known.lastindex:
+            return SourceName("ignored", _REASONS[known.lastindex - 1])
         for prefix, which in MOMENT_PREFIXES.items():
             if entry.startswith(prefix):
                 return SourceName("exp_avg_sq" if which else "exp_avg", entry[len(prefix) :])

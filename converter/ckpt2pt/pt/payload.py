@@ -43,6 +43,13 @@ class Template:
         found = self.tree.get("args")
         return namespace_attrs(found) if isinstance(found, Call) else {}
 
+    @property
+    def global_batch_size(self) -> int | None:
+        """Samples per iteration, None where the batch size was ramped up."""
+        args = self.args
+        size = args.get("global_batch_size")
+        return size if isinstance(size, int) and size > 0 and not args.get("rampup_batch_size") else None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilePayload:
@@ -87,7 +94,7 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
     extents = tuple(template.storages[key] for key in copied)
     return FilePayload(
         name=MODEL_FILE,
-        pickle=write_pickle(tree),
+        pickle=write_pickle(tree, check=False),
         storages=(*(storage.nbytes for storage in storages), *(extent.nbytes for extent in extents)),
         copied=extents,
     )
@@ -111,7 +118,10 @@ def optim_payload(plan: RankPlan) -> FilePayload:
     tree: dict[Value, Value] = {"per_bucket_numel": padded, "per_bucket_numel_unpadded": unpadded}
     tree.update(enumerate(buffers))
     return FilePayload(
-        name=OPTIM_FILE, pickle=write_pickle(tree), storages=tuple(storage.nbytes for storage in storages), copied=()
+        name=OPTIM_FILE,
+        pickle=write_pickle(tree, check=False),
+        storages=tuple(storage.nbytes for storage in storages),
+        copied=(),
     )
 
 
