@@ -64,7 +64,7 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
           --no-emit-find-links --custom-compile-command "make lock"
 
 lock: $(READY) ## resolve the requirements anew (UPGRADE=1 takes newer versions)
-	printf 'uv\n' | $(COMPILE) $(if $(UPGRADE),--upgrade) - -o $(LOCK)/bootstrap.txt
+	printf 'uv\nhatchling>=1.27\n' | $(COMPILE) $(if $(UPGRADE),--upgrade) - -o $(LOCK)/bootstrap.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml -o $(LOCK)/core.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra operator -o $(LOCK)/operator.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra torch --extra operator --group dev $(TORCH_UNUSED:%=--no-emit-package %) -o $(LOCK)/dev.txt
