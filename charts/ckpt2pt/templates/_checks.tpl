@@ -8,7 +8,7 @@
 {{- fail "serviceAccount.create is false: give the name of an existing ServiceAccount in serviceAccount.name" -}}
 {{- end -}}
 {{- with $values.podDisruptionBudget -}}
-{{- if and .enabled (kindIs "float64" .minAvailable) (ge (int .minAvailable) (int $values.operator.replicas)) -}}
+{{- if and .enabled (not (kindIs "string" .minAvailable)) (ge (int .minAvailable) (int $values.operator.replicas)) -}}
 {{- fail "podDisruptionBudget.minAvailable keeps every operator: no node that runs one could be drained; make it less than operator.replicas" -}}
 {{- end -}}
 {{- end -}}
