@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import socket
 import ssl
 import sys
 import time
@@ -19,24 +20,41 @@ def wait_until_ready(url, seconds=60):
     while True:
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
-                print(f"ready: {url} answers {answer.status}")
+                print(f"ok: {url} answers {answer.status}")
                 return True
         except OSError as error:
             last = error
+        if isinstance(getattr(last, "reason", None), socket.gaierror):
+            return is_available(f"{url} cannot be looked up, as if the cluster had no DNS")
         if time.monotonic() > deadline:
             print(f"FAILED: {url} does not answer 200: {last}")
             return False
         time.sleep(1)
 
 
+def is_available(why):
+    """What the kubelet found at /readyz, by way of the API server."""
+    namespace, name = os.environ["NAMESPACE"], os.environ["DEPLOYMENT"]
+    code, deployment = ask(f"/apis/apps/v1/namespaces/{namespace}/deployments/{name}")
+    ready = deployment.get("status", {}).get("readyReplicas", 0)
+    print(f"{'ok' if ready else 'FAILED'}: {why}; deployment {name} gets {code} and has {ready} ready replicas")
+    return bool(ready)
+
+
 def dry_run(conversion):
     """Let the API server check a conversion without keeping it: (status code, what it says)."""
+    path = f"/apis/{conversion['apiVersion']}/namespaces/{os.environ['NAMESPACE']}/checkpointconversions"
+    code, answer = ask(f"{path}?dryRun=All&fieldValidation=Strict", conversion)
+    return code, answer.get("message", "accepted")
+
+
+def ask(path, document=None):
+    """One request to the API server: (status code, answer)."""
     host, port = os.environ["KUBERNETES_SERVICE_HOST"], os.environ["KUBERNETES_SERVICE_PORT"]
     host = f"[{host}]" if ":" in host else host
-    path = f"/apis/{conversion['apiVersion']}/namespaces/{os.environ['NAMESPACE']}/checkpointconversions"
     request = urllib.request.Request(
-        f"https://{host}:{port}{path}?dryRun=All&fieldValidation=Strict",
-        data=json.dumps(conversion).encode(),
+        f"https://{host}:{port}{path}",
+        data=None if document is None else json.dumps(document).encode(),
         headers={
             "Authorization": f"Bearer {(ACCOUNT / 'token').read_text().strip()}",
             "Content-Type": "application/json",
@@ -45,9 +63,9 @@ def dry_run(conversion):
     trust = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
     try:
         with urllib.request.urlopen(request, timeout=30, context=trust) as answer:
-            return answer.status, "accepted"
+            return answer.status, json.loads(answer.read())
     except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read()).get("message", "")
+        return error.code, json.loads(error.read())
 
 
 def main():
