@@ -166,10 +166,10 @@ WRONG = [
     ("podDisruptionBudget.maxUnavailable", "half", "podDisruptionBudget.maxUnavailable: 'half' is not valid"),
     ("metrics.serviceMonitor.interval", 30, "metrics.serviceMonitor.interval: 30 is not of type 'string'"),
     ("metrics.prometheusRule.disabled", ["OperatorDown"], "'OperatorDown' is not one of"),
-    ("trainings.kinds.job.plural", "Jobs", "trainings.kinds.job.plural: 'Jobs' does not match"),
-    ("trainings.kinds.ours", {"enabled": True}, "'apiVersion' is a required property"),
-    ("trainings.kinds.job.succeeded", {}, "trainings.kinds.job.succeeded: {} is not valid"),
-    ("trainings.kinds.job.failed", {"phases": ["Failed"]}, "trainings.kinds.job.failed: {'phases': ['Failed']} is not valid"),
+    ("trainingKinds.job.plural", "Jobs", "trainingKinds.job.plural: 'Jobs' does not match"),
+    ("trainingKinds.ours", {"enabled": True}, "'apiVersion' is a required property"),
+    ("trainingKinds.job.succeeded", {}, "trainingKinds.job.succeeded: {} is not valid"),
+    ("trainingKinds.job.failed", {"phases": ["Failed"]}, "trainingKinds.job.failed: {'phases': ['Failed']} is not valid"),
     ("extraObjects", [1], "extraObjects.0: 1 is not valid"),
 ]  # fmt: skip
 

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from charts import CASES, CHART, KUBERNETES, Object, Rendered, case_file, rendered_case, run, template, template_of
+from ckpt2pt import __version__
+from ckpt2pt_operator import access, settings
 from documents import crd
 from goldens import COMMITTED
 from helm import VERSIONS, MissingError, helm, helm_docs
@@ -174,15 +176,12 @@ def test_the_check_of_the_standard_sees_what_is_wrong() -> None:
 # ----------------------------------------------------------------------------------------------------------------- rights
 
 SERVED = {
-    ("ckpt2pt.dev", "checkpointconversions"): {"get", "list", "watch"},
-    ("ckpt2pt.dev", "checkpointconversions/status"): {"get", "update", "patch"},
-    ("batch", "jobs"): {"get", "list", "watch", "create", "patch", "delete"},
-    ("", "pods"): {"list", "watch"},
-    ("", "events"): {"list", "create", "patch"},
-    ("", "persistentvolumeclaims"): {"get"},
+    (group, f"{resource}/{sub}" if sub else resource): set(verbs)
+    for group, resource, sub, verbs in access.NEEDED + access.CLAIMS
 }
+"""What the operator asks for at its start; without one of them it does not begin."""
 CRD_ONLY = {
-    ("apiextensions.k8s.io", "customresourcedefinitions", "checkpointconversions.ckpt2pt.dev"): {"get", "list", "watch"}
+    ("apiextensions.k8s.io", "customresourcedefinitions", "checkpointconversions.ckpt2pt.dev"): {"list", "watch"}
 }
 ASCEND = {("mindxdl.gitee.com", "ascendjobs"): {"get", "list", "watch"}}
 LEASE = {
@@ -314,15 +313,33 @@ def test_workers_are_found_by_the_labels_that_they_are_given(major: str) -> None
     assert workers["spec"]["podSelector"]["matchLabels"].items() <= labels
 
 
-def test_the_operator_gets_the_configuration_that_is_mounted(major: str) -> None:
+def test_the_operator_reads_its_flags_and_the_configuration_that_is_mounted(major: str, tmp_path: Path) -> None:
     rendered = rendered_case(major, "full")
     [config] = [found for found in rendered.of("ConfigMap") if found["metadata"]["name"] == "converter-operator"]
     [container] = rendered.of("Deployment")[0]["spec"]["template"]["spec"]["containers"]
     files = {flag.partition("=")[2] for flag in container["args"] if "=/etc/ckpt2pt/" in flag}
     assert files == {f"/etc/ckpt2pt/{name}" for name in config["data"]}
-    kinds = yaml.safe_load(config["data"]["training-kinds.yaml"])["kinds"]
-    assert {"apiVersion", "kind", "plural", "succeeded", "failed"} == set.union(*map(set, kinds))
-    assert yaml.safe_load(config["data"]["worker-defaults.yaml"])["nodeSelector"] == {"kubernetes.io/arch": "arm64"}
+    for name, text in config["data"].items():
+        (tmp_path / name).write_text(text)
+    given = settings.read([flag.replace("/etc/ckpt2pt", str(tmp_path)) for flag in container["args"]], {})
+    assert given.namespaces == ()
+    assert given.worker_image == "registry.example.com/tools/ckpt2pt:9"
+    assert given.worker_defaults["nodeSelector"] == {"kubernetes.io/arch": "arm64"}
+    assert len(given.training_kinds) == 7
+    assert all({"apiVersion", "kind", "plural", "succeeded", "failed"} == set(kind) for kind in given.training_kinds)
+    assert (given.metrics_port, given.leader_elect, given.lease_name, given.lease_namespace) == (
+        9090,
+        True,
+        "converter-operator",
+        "ops",
+    )
+    assert (given.check_volumes, given.log_format, given.log_level) == (False, "text", "debug")
+
+
+def test_the_defaults_of_the_chart_are_those_of_the_operator(major: str) -> None:
+    [container] = rendered_case(major, "default").of("Deployment")[0]["spec"]["template"]["spec"]["containers"]
+    flags = [flag for flag in container["args"] if "=/etc/ckpt2pt/" not in flag]
+    assert settings.read(flags, {}) == settings.read([f"--worker-image=ckpt2pt:{__version__}"], {})
 
 
 def test_a_changed_configuration_restarts_the_operator(major: str) -> None:

@@ -21,8 +21,8 @@ CASES = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci")
 KUBERNETES = "1.32.0"
 MONITORING = "monitoring.coreos.com/v1"
 
-NOT_DEFAULTS = {"maxParallelStages", "processes", "rankTimeoutSeconds", "image"}
-"""Fields of spec.workers that are a matter of the conversion, or have a value of their own."""
+NOT_DEFAULTS = {"maxParallelStages", "rankTimeoutSeconds", "image"}
+"""Fields of spec.workers that are a matter of the conversion, or have a value of their own in the chart."""
 
 Object = dict[str, Any]
 
@@ -62,7 +62,9 @@ def worker_defaults_schema() -> Object:
     """What ``worker.defaults`` may hold: the CRD's own schema of spec.workers, in the words of JSON Schema."""
     workers = root_schema()["properties"]["spec"]["properties"]["workers"]
     plain: Object = _plain({**workers, "description": "Fields of spec.workers for every conversion that gives none."})
-    plain["properties"] = {name: schema for name, schema in plain["properties"].items() if name not in NOT_DEFAULTS}
+    # What the API server fills in, every conversion gives.
+    given = NOT_DEFAULTS | {name for name, schema in workers["properties"].items() if schema.get("default")}
+    plain["properties"] = {name: schema for name, schema in plain["properties"].items() if name not in given}
     return plain
 
 

@@ -53,10 +53,10 @@ app.kubernetes.io/managed-by: ckpt2pt-operator
 {{/* Kinds of trainings that are enabled, as the operator reads them with --training-kinds. */}}
 {{- define "ckpt2pt.trainingKinds" -}}
 {{- $kinds := list -}}
-{{- range $name, $kind := .Values.trainings.kinds -}}
+{{- range $name, $kind := .Values.trainingKinds -}}
 {{- if $kind.enabled -}}
 {{- $kinds = append $kinds (omit $kind "enabled") -}}
 {{- end -}}
 {{- end -}}
-{{- toYaml (dict "kinds" $kinds) -}}
+{{- toYaml $kinds -}}
 {{- end -}}

@@ -5,10 +5,10 @@ tests compare this with what it asks for.
 {{- define "ckpt2pt.operatorRules" -}}
 - apiGroups: [ckpt2pt.dev]
   resources: [checkpointconversions]
-  verbs: [get, list, watch{{ if .Values.trainings.annotationTrigger.enabled }}, create{{ end }}]
+  verbs: [get, list, watch{{ if .Values.trainingTrigger.enabled }}, create{{ end }}]
 - apiGroups: [ckpt2pt.dev]
   resources: [checkpointconversions/status]
-  verbs: [get, update, patch]
+  verbs: [update]
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, patch, delete]
@@ -23,12 +23,12 @@ tests compare this with what it asks for.
   resources: [persistentvolumeclaims]
   verbs: [get]
 {{- end }}
-{{- if .Values.trainings.annotationTrigger.enabled }}
+{{- if .Values.trainingTrigger.enabled }}
 - apiGroups: [""]
   resources: [configmaps]
   verbs: [get]
 {{- end }}
-{{- range $name, $kind := .Values.trainings.kinds }}
+{{- range $name, $kind := .Values.trainingKinds }}
 {{- $group := "" }}
 {{- if contains "/" $kind.apiVersion }}{{ $group = first (splitList "/" $kind.apiVersion) }}{{ end }}
 {{- if and $kind.enabled (not (and (eq $group "batch") (eq $kind.plural "jobs"))) }}
@@ -44,7 +44,7 @@ tests compare this with what it asks for.
 - apiGroups: [apiextensions.k8s.io]
   resources: [customresourcedefinitions]
   resourceNames: [checkpointconversions.ckpt2pt.dev]
-  verbs: [get, list, watch]
+  verbs: [list, watch]
 {{- end -}}
 
 {{- define "ckpt2pt.viewRules" -}}
