@@ -13,7 +13,7 @@ export UV_HTTP_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test e2e tiny check layers format golden bench lock clean
+.PHONY: help setup demo test e2e tiny check layers format golden bench lock crds helm chart clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,8 +34,8 @@ demo: $(READY) ## build a checkpoint of more than 1 GB, convert it, verify it wi
 test: $(READY) ## the whole suite but the end-to-end tests
 	$(BIN)/pytest -m "not e2e" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
-e2e: $(READY) ## the program end to end, as it is installed
-	$(BIN)/pytest tests/e2e $(ARGS)
+e2e: $(READY) helm ## the program end to end, as it is installed, and the chart as helm renders it
+	$(BIN)/pytest -m e2e $(ARGS)
 
 tiny: $(READY) ## ten seconds: one small checkpoint converted and read by torch
 	$(BIN)/pytest -q tests/e2e/test_tiny.py
@@ -55,6 +55,7 @@ format: $(READY) ## mend what ruff can mend
 
 golden: $(READY) ## rewrite the golden texts, then show what changed
 	GOLDEN=update $(BIN)/pytest -q -m "not e2e"
+	GOLDEN=update $(BIN)/pytest -q tests/charts
 	git diff --stat -- tests/golden
 
 bench: $(READY) ## measure against cp and the reference's method; results in benchmarks/results
@@ -69,6 +70,16 @@ lock: $(READY) ## resolve the requirements anew (UPGRADE=1 takes newer versions)
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra operator -o $(LOCK)/operator.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra torch --extra operator --group dev $(TORCH_UNUSED:%=--no-emit-package %) -o $(LOCK)/dev.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra mindspore -o $(LOCK)/mindspore.txt
+
+crds: ## copy the CRD into the chart
+	cp crds/*.yaml charts/ckpt2pt/files/crds/
+
+helm: $(READY) ## build helm 3, helm 4 and helm-docs into the cache; says so where there is no Go
+	$(BIN)/python tests/support/helm.py
+
+chart: $(READY) crds helm ## the chart's copy of the CRD, its README and its schema, from their sources
+	"$${XDG_CACHE_HOME:-$$HOME/.cache}"/ckpt2pt/helm-docs-*/helm-docs --chart-search-root charts --log-level warning
+	GOLDEN=update $(BIN)/pytest -q tests/charts/test_chart.py -k worker_defaults
 
 clean: ## remove what make and the tests made, .venv included
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
