@@ -1,7 +1,4 @@
-"""Keep the pods of all Jobs in memory: a list in pages, then a watch, for ever.
-
-kopf would hold each pod whole and give each a task; ten thousand of them need a quarter of the memory this way.
-"""
+"""Keep objects of the cluster in memory, as few fields of each as are needed: a list in pages, then a watch, for ever."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from ckpt2pt.conversion.job import MANAGER
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
@@ -26,13 +23,29 @@ _GONE = 410
 log = logging.getLogger(__name__)
 
 
-class PodInformer:
-    """One namespace, or all of them where it is empty.  ``synced`` is set after the first list."""
+class Informer:
+    """List in pages, then watch, for ever.  A subclass says what becomes of an object.
 
-    def __init__(self, api: Api, store: Store, metrics: Metrics, namespace: str) -> None:
-        self._api, self._store, self._metrics, self.namespace = api, store, metrics, namespace
+    One namespace, or all of them where it is empty.  ``synced`` is set after the first list.
+    """
+
+    def __init__(self, api: Api, metrics: Metrics, resource: Resource, namespace: str, selector: str = "") -> None:
+        self._api, self._metrics, self._resource, self.namespace = api, metrics, resource, namespace
+        self._query = {"labelSelector": selector} if selector else dict[str, str]()
         self.synced = asyncio.Event()
         self.heard = time.monotonic()
+
+    def put(self, raw: Json) -> str:
+        """It is there, and this is how; returns its uid."""
+        raise NotImplementedError
+
+    def drop(self, raw: Json) -> None:
+        """It is gone."""
+        raise NotImplementedError
+
+    def keep(self, uids: Iterable[str]) -> None:
+        """These are all that there are."""
+        raise NotImplementedError
 
     async def run(self) -> None:
         """List and watch; ends only when it is cancelled."""
@@ -47,24 +60,23 @@ class PodInformer:
                     continue
                 failures += 1
                 pause = max(min(0.5 * 2.0 ** min(failures, 6), 30.0) * random.uniform(0.8, 1.2), error.pause)
-                log.warning("pods cannot be watched; again in %.1f s", pause, extra={"error": str(error)})
+                log.warning(
+                    "%s cannot be watched; again in %.1f s", self._resource[1], pause, extra={"error": str(error)}
+                )
                 await asyncio.sleep(pause)
 
     async def _list(self) -> str:
-        """Every pod, in pages; returns the version that a watch goes on from."""
+        """Every object, in pages; returns the version that a watch goes on from."""
         more, seen = "", set[str]()
         while True:
-            query = {"labelSelector": SELECTOR, "limit": _PAGE} | ({"continue": more} if more else {})
-            page = await self._api.list(PODS, self.namespace, **query)
-            for raw in items(page, "items"):
-                pod = pod_view(raw)
-                seen.add(pod.uid)
-                self._store.put_pod(pod)
+            query = {**self._query, "limit": _PAGE} | ({"continue": more} if more else {})
+            page = await self._api.list(self._resource, self.namespace, **query)
+            seen.update(self.put(raw) for raw in items(page, "items"))
             self._hear()
             meta = child(page, "metadata")
             more = text(meta, "continue", 4096)
             if not more:
-                self._store.keep_pods(self.namespace, seen)
+                self.keep(seen)
                 self.synced.set()
                 return text(meta, "resourceVersion")
 
@@ -72,30 +84,54 @@ class PodInformer:
         """Watch from ``version`` on; a watch that the server ends is begun again where it was."""
         while True:
             query = {
-                "labelSelector": SELECTOR,
+                **self._query,
                 "resourceVersion": version,
                 "allowWatchBookmarks": "true",
                 "timeoutSeconds": _SERVER_SECONDS,
             }
-            async for event in self._api.watch(PODS, self.namespace, **query):
+            async for event in self._api.watch(self._resource, self.namespace, **query):
                 self._hear()
                 version = self._take(text(event, "type"), child(event, "object")) or version
 
     def _take(self, kind: str, raw: Json) -> str:
         if kind == "ERROR":
-            raise ApiError(number(raw, "code"), text(raw, "reason"), text(raw, "message"), what="watch pods")
+            raise ApiError(number(raw, "code"), text(raw, "reason"), text(raw, "message"), what="watch")
         if kind in {"ADDED", "MODIFIED"}:
-            pod = pod_view(raw)
-            before = self._store.put_pod(pod)
-            if before and before.finished is None and pod.started and pod.finished:
-                self._metrics.stage_seconds.observe((pod.finished - pod.started).total_seconds())
+            self.put(raw)
         elif kind == "DELETED":
-            self._store.drop_pod(pod_view(raw))
+            self.drop(raw)
         return text(child(raw, "metadata"), "resourceVersion")
 
     def _hear(self) -> None:
         self.heard = time.monotonic()
-        self._metrics.watch_last_event.labels("pods").set_to_current_time()
+        self._metrics.watch_last_event.labels(self._resource[1]).set_to_current_time()
+
+
+class PodInformer(Informer):
+    """The pods of all our Jobs.
+
+    kopf would hold each pod whole and give each a task; ten thousand of them need a quarter of the memory this way.
+    """
+
+    def __init__(self, api: Api, store: Store, metrics: Metrics, namespace: str) -> None:
+        super().__init__(api, metrics, PODS, namespace, SELECTOR)
+        self._store = store
+
+    def put(self, raw: Json) -> str:
+        """Keep its view, and count a worker that has just ended."""
+        pod = pod_view(raw)
+        before = self._store.put_pod(pod)
+        if before and before.finished is None and pod.started and pod.finished:
+            self._metrics.stage_seconds.observe((pod.finished - pod.started).total_seconds())
+        return pod.uid
+
+    def drop(self, raw: Json) -> None:
+        """Forget it."""
+        self._store.drop_pod(pod_view(raw))
+
+    def keep(self, uids: Iterable[str]) -> None:
+        """Forget all others."""
+        self._store.keep_pods(self.namespace, uids)
 
 
 async def pages(api: Api, resource: Resource, namespace: str, **query: str) -> AsyncIterator[Json]:

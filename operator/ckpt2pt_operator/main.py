@@ -27,6 +27,7 @@ from ckpt2pt_operator.rules.seen import House
 from ckpt2pt_operator.rules.views import child, text
 from ckpt2pt_operator.settings import Settings
 from ckpt2pt_operator.store import Key, Store
+from ckpt2pt_operator.trainings import Trainings
 from ckpt2pt_operator.workqueue import WorkQueue
 
 _CRD_SECONDS = 60.0
@@ -94,7 +95,13 @@ class Operator:
         runner = await self._health.serve(given.metrics_port)
         api = await Api.create(self._metrics, qps=given.qps, burst=given.burst)
         house = House(image=given.worker_image, pod=given.worker_defaults)
-        reconciler = Reconciler(api, self._store, self._metrics, house, check_volumes=given.check_volumes)
+        trainings = Trainings(
+            api, self._store, self._metrics, given.training_kinds, given.namespaces, trigger=given.training_trigger,
+            changed=self._queue.add,
+        )  # fmt: skip
+        reconciler = Reconciler(
+            api, self._store, self._metrics, house, check_volumes=given.check_volumes, trainings=trainings
+        )
         self._health.ready, self._health.stale = self._not_ready, self._silent
         try:
             async with asyncio.TaskGroup() as group:
@@ -108,7 +115,9 @@ class Operator:
                 self._leading.set()
                 await self._prove(api)
                 await refresh(api, self._store, given.namespaces)
-                helpers += [group.create_task(part, name=name) for name, part in self._parts(api, reconciler)]
+                helpers += [
+                    group.create_task(part, name=name) for name, part in self._parts(api, reconciler, trainings)
+                ]
                 await self._run_kopf()
                 for helper in helpers:
                     helper.cancel()
@@ -117,13 +126,17 @@ class Operator:
             await api.close()
             await runner.cleanup()
 
-    def _parts(self, api: Api, reconciler: Reconciler) -> list[tuple[str, Coroutine[None, None, None]]]:
+    def _parts(
+        self, api: Api, reconciler: Reconciler, trainings: Trainings
+    ) -> list[tuple[str, Coroutine[None, None, None]]]:
         namespaces = self._given.namespaces or ("",)
         self._informers = [PodInformer(api, self._store, self._metrics, namespace) for namespace in namespaces]
         workers = range(self._given.concurrency)
         return [
             *((f"pods {informer.namespace}", informer.run()) for informer in self._informers),
             *((f"worker {number}", self._work(reconciler)) for number in workers),
+            *((f"trainings {watch.kind.plural}", watch.run()) for watch in trainings.informers),
+            ("annotated trainings", trainings.run()),
             ("resync", self._resync(api)),
         ]
 

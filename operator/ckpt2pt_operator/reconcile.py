@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import cast
+from typing import Protocol, cast
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.errors import UsageError
@@ -48,13 +48,11 @@ _FORBIDDEN, _NOT_FOUND, _CONFLICT, _INVALID = 403, 404, 409, 422
 log = logging.getLogger(__name__)
 
 
-class Trainings:
-    """What is known of the workload a conversion waits for; this one knows of none."""
+class Workloads(Protocol):
+    """Who knows how the workload stands that a conversion waits for."""
 
     async def look(self, conversion: Json, after: Json) -> Training | None:
-        """How the workload stands; None where its kind is not watched."""
-        del conversion, after
-        return None
+        """How it stands; None where its kind is not watched."""
 
 
 class Reconciler:
@@ -68,11 +66,11 @@ class Reconciler:
         house: House,
         *,
         check_volumes: bool,
-        trainings: Trainings | None = None,
+        trainings: Workloads | None = None,
     ) -> None:
         self._api, self._store, self._metrics, self._house = api, store, metrics, house
         self._check_volumes = check_volumes
-        self._trainings = trainings or Trainings()
+        self._trainings = trainings
         self._progress, self._recorder = Progress(), Recorder(api)
         self._written_at: dict[str, float] = {}
 
@@ -126,7 +124,11 @@ class Reconciler:
             self._warnings(text(meta, "namespace"), wants_warnings(seen)),
         )
         training = None
-        if conversion.start_after is not None and "startTime" not in child(raw, "status"):
+        if (
+            self._trainings is not None
+            and conversion.start_after is not None
+            and "startTime" not in child(raw, "status")
+        ):
             training = await self._trainings.look(raw, conversion.start_after)
         return replace(
             seen, claims=claims, live=live, warnings=warnings, training=training, now=datetime.now(UTC),

@@ -1,4 +1,4 @@
-"""Write Kubernetes events about a conversion.  The same event again within a while raises its count."""
+"""Write Kubernetes events about an object.  The same event again within a while raises its count."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from ckpt2pt.conversion.job import MANAGER
-from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
+from ckpt2pt.conversion.spec import Json
 from ckpt2pt_operator.api import EVENTS, Api, ApiError
 from ckpt2pt_operator.rules.conditions import stamp
 from ckpt2pt_operator.rules.notes import Note
@@ -35,13 +35,13 @@ class Recorder:
         self._api = api
         self._written: dict[tuple[str, str, str], _Written] = {}
 
-    async def write(self, conversion: Json, note: Note) -> None:
-        """Write one event about a conversion."""
-        namespace, name = key_of(conversion)
-        uid = text(child(conversion, "metadata"), "uid")
+    async def write(self, about: Json, note: Note) -> None:
+        """Write one event about an object; its ``apiVersion`` and ``kind`` have to be there."""
+        namespace, name = key_of(about)
+        uid = text(child(about, "metadata"), "uid")
         now, when = time.monotonic(), stamp(datetime.now(UTC))
         level = logging.WARNING if note.kind == "Warning" else logging.INFO
-        log.log(level, note.message, extra={"conversion": f"{namespace}/{name}", "reason": note.reason})
+        log.log(level, note.message, extra={"about": f"{namespace}/{name}", "reason": note.reason})
         known = self._written.get((uid, note.reason, note.message))
         try:
             if known is not None and now - known.at < _WINDOW:
@@ -53,7 +53,7 @@ class Recorder:
                 "kind": "Event",
                 "metadata": {"generateName": f"{name}.", "namespace": namespace},
                 "involvedObject": {
-                    "apiVersion": API_VERSION, "kind": KIND, "namespace": namespace, "name": name, "uid": uid,
+                    "apiVersion": about["apiVersion"], "kind": about["kind"], "namespace": namespace, "name": name, "uid": uid,
                 },
                 "type": note.kind,
                 "reason": note.reason,

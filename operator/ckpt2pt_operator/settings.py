@@ -14,6 +14,7 @@ import yaml
 from ckpt2pt import __version__
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.errors import FileAccessError, UsageError
+from ckpt2pt_operator.rules.trainings import Kind, kinds
 
 _PREFIX = "CKPT2PT_"
 
@@ -25,7 +26,8 @@ class Settings:
     namespaces: tuple[str, ...]
     worker_image: str
     worker_defaults: Json
-    training_kinds: tuple[Json, ...]
+    training_kinds: tuple[Kind, ...]
+    training_trigger: bool
     metrics_port: int
     leader_elect: bool
     lease_name: str
@@ -54,7 +56,8 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         namespaces=tuple(dict.fromkeys(names)),
         worker_image=_image(given.worker_image),
         worker_defaults=cast("Json", _yaml(given.worker_defaults, dict)) or {},
-        training_kinds=tuple(cast("list[Json]", _yaml(given.training_kinds, list)) or ()),
+        training_kinds=kinds(cast("list[Json]", _yaml(given.training_kinds, list)) or ()),
+        training_trigger=given.training_trigger,
         metrics_port=given.metrics_port,
         leader_elect=given.leader_elect,
         lease_name=given.lease_name,
@@ -97,6 +100,7 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
         help="YAML: fields of spec.workers for conversions without them",
     )
     add("--training-kinds", None, Path, metavar="FILE", help="YAML: the kinds that spec.startAfter may name")
+    add("--training-trigger", False, bool, help="make a conversion for each training that is annotated to ask for one")
     add("--metrics-port", 8080, int, metavar="PORT", help="/metrics, /healthz and /readyz")
     add("--leader-elect", False, bool, help="hold a Lease, so that one of several operators works")
     add("--lease-name", "ckpt2pt-operator", metavar="NAME", help="name of the Lease")

@@ -50,7 +50,7 @@ class Standing:
     iteration: int | None = None
     training_uid: str = ""
     accepted: Verdict = ("True", "Valid", "the document describes a conversion")
-    volumes: Verdict = ("Unknown", "NotChecked", "the operator was told not to look at claims")
+    volumes: Verdict = ("Unknown", "NotChecked", "not looked at yet")
     suspended: Obstacle | None = None
     waits: Obstacle | None = None
     degraded: Obstacle | None = None

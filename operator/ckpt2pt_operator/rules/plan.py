@@ -210,7 +210,8 @@ class _Case:
         training = self.seen.training or Training(state="Unwatched")
         standing = replace(self.standing, training_uid=training.uid or self.standing.training_uid)
         if training.state == "Succeeded":
-            self.standing = standing
+            # From here on the training may be deleted.
+            self.standing = replace(standing, started=stamp(self.seen.now))
             return None
         if training.state == "Failed":
             message = f"{name} failed, so there is nothing whole to convert: {training.message}"
@@ -222,9 +223,8 @@ class _Case:
             mend = "add the kind to trainingKinds in the values of the chart"
             said = Obstacle(reason="TrainingKindUnknown", message=f"this operator does not watch {name}; {mend}")
         else:
-            what = (
-                "is not there yet" if training.state == "Missing" else f"runs: {training.message or 'not complete yet'}"
-            )
+            known = {"Missing": "is not there yet", "Unknown": "is not known yet"}
+            what = known.get(training.state, f"runs: {training.message or 'not complete yet'}")
             said = Obstacle(reason="WaitingForTraining", message=f"{name} {what}")
         return self.plan(replace(standing, waits=said), again=None)
 

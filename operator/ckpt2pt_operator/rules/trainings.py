@@ -1,0 +1,181 @@
+"""Workloads that train, of any kind: have they completed, and what is to be converted then.  Pure.
+
+A kind is a row of a table (the chart's values): where it is served, and which conditions or phases mean done and failed.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, cast
+
+import yaml
+
+from ckpt2pt.conversion.spec import API_VERSION, KIND, MAX_NAME, Json
+from ckpt2pt.errors import UsageError
+from ckpt2pt_operator.rules.views import child, items, text, time
+
+CONVERT_ANNOTATION = "ckpt2pt.dev/convert-on-success"
+"""On a training: the ConfigMap that holds the conversion to make when it has completed."""
+TRAINING_LABEL = "ckpt2pt.dev/training-uid"
+TEMPLATE_KEY = "conversion.yaml"
+
+State = Literal["Running", "Succeeded", "Failed"]
+_MAX_PATH = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sign:
+    """What means that it is done, or that it failed: one of these conditions is True, or the phase is one of these."""
+
+    conditions: frozenset[str] = frozenset()
+    path: tuple[str, ...] = ()
+    phases: frozenset[str] = frozenset()
+
+    def shows(self, raw: Json) -> Json | None:
+        """The condition that shows it, an object without reason for a phase; None where it does not show."""
+        for condition in items(child(raw, "status"), "conditions"):
+            if condition.get("status") == "True" and condition.get("type") in self.conditions:
+                return condition
+        if not self.path:
+            return None
+        phase = text(child(raw, *self.path[:-1]), self.path[-1])
+        return {"reason": phase} if phase in self.phases else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """One row of the table."""
+
+    api_version: str
+    kind: str
+    plural: str
+    succeeded: Sign
+    failed: Sign
+
+    @property
+    def base(self) -> str:
+        """Where it is served."""
+        return f"api{'s' if '/' in self.api_version else ''}/{self.api_version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One training as it was last seen."""
+
+    api_version: str
+    kind: str
+    namespace: str
+    name: str
+    uid: str
+    state: State
+    message: str
+    template: str
+    ended: datetime | None
+
+
+def kinds(rows: Sequence[Json]) -> tuple[Kind, ...]:
+    """Read the table; UsageError says which row is wrong."""
+    return tuple(_kind(row, number) for number, row in enumerate(rows))
+
+
+def _kind(row: Json, number: int) -> Kind:
+    found = {name: text(row, name) for name in ("apiVersion", "kind", "plural")}
+    where = f"trainingKinds, row {number} ({found['kind'] or 'without a kind'})"
+    for name, value in found.items():
+        if not value:
+            raise UsageError(
+                f"{name} is missing",
+                where=where,
+                mend="give apiVersion, kind and plural, as kubectl api-resources shows them",
+            )
+    return Kind(
+        api_version=found["apiVersion"],
+        kind=found["kind"],
+        plural=found["plural"],
+        succeeded=_sign(child(row, "succeeded"), where),
+        failed=_sign(child(row, "failed"), where),
+    )
+
+
+def _sign(row: Json, where: str) -> Sign:
+    def names(key: str) -> frozenset[str]:
+        found = row.get(key)
+        return frozenset(map(str, cast("list[object]", found))) if isinstance(found, list) else frozenset()
+
+    sign = Sign(
+        conditions=names("conditions"),
+        path=tuple(text(row, "phasePath").split("."))[:_MAX_PATH],
+        phases=names("phases"),
+    )
+    if sign.path == ("",):
+        sign = Sign(conditions=sign.conditions)
+    if not sign.conditions and not (sign.path and sign.phases):
+        mend = "give conditions: [Complete], or phasePath: status.state.phase and phases: [Completed]"
+        raise UsageError("nothing says when it has succeeded or failed", where=where, mend=mend)
+    return sign
+
+
+def workload(raw: Json, kind: Kind) -> Workload:
+    """A training as an API server gives it.  What shows both signs has failed."""
+    meta = child(raw, "metadata")
+    failed, succeeded = kind.failed.shows(raw), kind.succeeded.shows(raw)
+    end = failed if failed is not None else succeeded
+    state: State = "Failed" if failed is not None else "Succeeded" if succeeded is not None else "Running"
+    said = [text(end, "reason"), text(end, "message", 512)] if end is not None else []
+    return Workload(
+        api_version=kind.api_version,
+        kind=kind.kind,
+        namespace=text(meta, "namespace"),
+        name=text(meta, "name"),
+        uid=text(meta, "uid"),
+        state=state,
+        message=": ".join(filter(None, said)),
+        template=text(child(meta, "annotations"), CONVERT_ANNOTATION, 253),
+        ended=time(end, "lastTransitionTime") if end is not None else None,
+    )
+
+
+def conversion_for(training: Workload, data: Mapping[str, object]) -> Json:
+    """The conversion that the ConfigMap of an annotated training describes; UsageError where it describes none.
+
+    ``${namespace}``, ``${name}`` and ``${uid}`` of the training are filled in.  Its name ends in part of the uid, so
+    the same run makes it once however often it is tried.
+    """
+    where = f"ConfigMap {training.namespace}/{training.template}"
+    found = data.get(TEMPLATE_KEY)
+    if not isinstance(found, str):
+        raise UsageError(f"it has no key {TEMPLATE_KEY}", where=where, mend="put the CheckpointConversion there")
+    fields = {"namespace": training.namespace, "name": training.name, "uid": training.uid}
+    try:
+        document: object = yaml.safe_load(string.Template(found).substitute(fields))
+    except KeyError as error:
+        mend = "use ${namespace}, ${name} and ${uid}, and $$ for a dollar sign"
+        raise UsageError(f"it names ${{{error.args[0]}}}, which is not known here", where=where, mend=mend) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{TEMPLATE_KEY} cannot be read: {error}", where=where, mend="correct it") from error
+    if not isinstance(document, dict) or cast("Json", document).get("kind", KIND) != KIND:
+        raise UsageError(f"{TEMPLATE_KEY} is no {KIND}", where=where, mend="see examples/conversion.yaml")
+    template = cast("Json", document)
+    meta = child(template, "metadata")
+    labels = {**child(meta, "labels"), TRAINING_LABEL: training.uid}
+    return {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {
+            "name": _name(text(meta, "name") or training.name, training.uid),
+            "namespace": training.namespace,
+            "labels": labels,
+            "annotations": child(meta, "annotations"),
+        },
+        "spec": child(template, "spec"),
+    }
+
+
+def _name(base: str, uid: str) -> str:
+    tail = re.sub("[^a-z0-9]", "", uid.lower())[:8]
+    head = re.sub("[^a-z0-9-]+", "-", base.lower())[: MAX_NAME - len(tail) - 1].strip("-")
+    return f"{head}-{tail}" if head else tail

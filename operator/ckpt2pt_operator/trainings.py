@@ -1,0 +1,173 @@
+"""Watch the workloads that conversions wait for, and make the conversions that annotated ones ask for.
+
+The operator only reads trainings.  A conversion made for one has a name that comes from its uid, so a second try is a
+conflict and no harm; runs that ended more than a day ago are left alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+
+from ckpt2pt.conversion.spec import Json
+from ckpt2pt.errors import UsageError
+from ckpt2pt_operator.api import CONVERSIONS, Api, ApiError
+from ckpt2pt_operator.informer import Informer
+from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.recorder import Recorder
+from ckpt2pt_operator.rules.notes import Note
+from ckpt2pt_operator.rules.seen import Training
+from ckpt2pt_operator.rules.trainings import Kind, Workload, conversion_for, workload
+from ckpt2pt_operator.rules.views import child, text
+from ckpt2pt_operator.store import Key, Store, key_of
+from ckpt2pt_operator.workqueue import WorkQueue
+
+CONFIG_MAPS = "api/v1", "configmaps"
+_TOO_OLD = timedelta(days=1)
+_CONFLICT = 409
+
+log = logging.getLogger(__name__)
+
+Name = tuple[str, str, str, str]
+"""apiVersion, kind, namespace and name."""
+
+
+class Trainings:
+    """Every training of the kinds of the table, and the conversions that wait for them."""
+
+    def __init__(
+        self, api: Api, store: Store, metrics: Metrics, kinds: Sequence[Kind], namespaces: Sequence[str], *, trigger: bool,
+        changed: Callable[[Key], None],
+    ) -> None:  # fmt: skip
+        self._api, self._store, self._trigger, self._changed = api, store, trigger, changed
+        self._recorder = Recorder(api)
+        self._known: dict[Name, Workload] = {}
+        self._due: WorkQueue[Name] = WorkQueue()
+        self._kinds = {(kind.api_version, kind.kind): kind for kind in kinds}
+        self.informers = [
+            _Watch(api, metrics, kind, namespace, self) for kind in kinds for namespace in namespaces or ("",)
+        ]
+
+    async def look(self, conversion: Json, after: Json) -> Training | None:
+        """How the workload of ``spec.startAfter`` stands; None where its kind is not in the table."""
+        pair = text(after, "apiVersion"), text(after, "kind")
+        if pair not in self._kinds:
+            return None
+        namespace = key_of(conversion)[0]
+        listed = [
+            watch for watch in self.informers if watch.kind == self._kinds[pair] and watch.namespace in {"", namespace}
+        ]
+        if not all(watch.synced.is_set() for watch in listed):
+            return Training(state="Unknown")
+        found = self._known.get((*pair, namespace, text(after, "name")))
+        if found is None:
+            return Training(state="Missing")
+        return Training(state=found.state, uid=found.uid, message=found.message)
+
+    # ----------------------------------------------------------------------------------------------------- what is seen
+
+    def put(self, found: Workload) -> None:
+        """A training as it is now."""
+        name = found.api_version, found.kind, found.namespace, found.name
+        if self._known.get(name) == found:
+            return
+        self._known[name] = found
+        self._tell(name)
+        recent = found.ended is None or datetime.now(UTC) - found.ended < _TOO_OLD
+        if self._trigger and found.template and found.state == "Succeeded" and recent:
+            self._due.add(name)
+
+    def drop(self, found: Workload) -> None:
+        """A training is gone."""
+        name = found.api_version, found.kind, found.namespace, found.name
+        known = self._known.get(name)
+        if known is not None and known.uid == found.uid:
+            del self._known[name]
+            self._tell(name)
+
+    def keep(self, kind: Kind, namespace: str, uids: Iterable[str]) -> None:
+        """After a new list: every other training of that kind and namespace is gone."""
+        kept = frozenset(uids)
+        for found in list(self._known.values()):
+            same = (found.api_version, found.kind) == (kind.api_version, kind.kind) and namespace in {
+                "",
+                found.namespace,
+            }
+            if same and found.uid not in kept:
+                self.drop(found)
+
+    def _tell(self, name: Name) -> None:
+        """Wake the conversions that wait for it."""
+        for key, raw in self._store.conversions.items():
+            after = child(raw, "spec", "startAfter")
+            waits = after and "startTime" not in child(raw, "status")
+            if waits and (after.get("apiVersion"), after.get("kind"), key[0], after.get("name")) == name:
+                self._changed(key)
+
+    # ------------------------------------------------------------------------------------------------------- annotated
+
+    async def run(self) -> None:
+        """Make the conversions of annotated trainings; ends only when it is cancelled."""
+        while True:
+            name, _ = await self._due.get()
+            found = self._known.get(name)
+            try:
+                if found is not None:
+                    await self._make(found)
+                self._due.forget(name)
+            except ApiError as error:
+                pause = self._due.retry(name, error.pause)
+                log.warning(
+                    "no conversion yet; again in %.1f s", pause, extra={"training": "/".join(name), "error": str(error)}
+                )
+            finally:
+                self._due.done(name)
+
+    async def _make(self, training: Workload) -> None:
+        reference: Json = {
+            "apiVersion": training.api_version,
+            "kind": training.kind,
+            "metadata": {"namespace": training.namespace, "name": training.name, "uid": training.uid},
+        }
+        try:
+            template = await self._api.get(CONFIG_MAPS, training.namespace, training.template)
+            conversion = conversion_for(training, child(template, "data"))
+            await self._api.create_object(CONVERSIONS, training.namespace, conversion)
+        except UsageError as error:
+            message = str(error).replace("\n", " ")
+            await self._recorder.write(
+                reference, Note(kind="Warning", reason="ConversionTemplateWrong", message=message)
+            )
+        except ApiError as error:
+            if error.code == _CONFLICT:
+                return
+            if error.passing:
+                raise
+            what = f"the conversion that ConfigMap {training.template} describes was not made: {error}"
+            await self._recorder.write(reference, Note(kind="Warning", reason="ConversionNotMade", message=what))
+            raise
+        else:
+            name = child(conversion, "metadata")["name"]
+            await self._recorder.write(
+                reference, Note(kind="Normal", reason="ConversionMade", message=f"CheckpointConversion {name} was made")
+            )
+
+
+class _Watch(Informer):
+    """The trainings of one kind."""
+
+    def __init__(self, api: Api, metrics: Metrics, kind: Kind, namespace: str, trainings: Trainings) -> None:
+        super().__init__(api, metrics, (kind.base, kind.plural), namespace)
+        self.kind, self._trainings = kind, trainings
+
+    def put(self, raw: Json) -> str:
+        found = workload(raw, self.kind)
+        self._trainings.put(found)
+        return found.uid
+
+    def drop(self, raw: Json) -> None:
+        self._trainings.drop(workload(raw, self.kind))
+
+    def keep(self, uids: Iterable[str]) -> None:
+        self._trainings.keep(self.kind, self.namespace, uids)
