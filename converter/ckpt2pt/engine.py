@@ -1,10 +1,10 @@
 """Carry out one rank's moves: every byte read once, written once to each place it goes, in bounded memory.
 
-    source extents --preadv--> 512 KiB buffer --crc, pwrite--> distrib_optim.pt  (float32)
-                                      '------cast, crc, pwrite--> model_optim_rng.pt
+    source extents --preadv--> 1 MiB block --crc, write--> distrib_optim.pt  (float32)
+                                    '------cast, crc, write--> model_optim_rng.pt
 
-Decides nothing: offsets come from the plan and the archive's layout.  Buffers larger than a core's cache, and mmap as
-a copy source, were slower (docs/adr/0003-own-pt-writer.md).
+Decides nothing: offsets come from the plan and the archive's layout.  One thread reads, sums and converts; writes of
+whole pages go on beside it (blocks.py).  What else was measured: docs/adr/0003-own-pt-writer.md.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
+from ckpt2pt.blocks import Blocks, OutputFile, open_direct, write_at
 from ckpt2pt.casts import find_cast
 from ckpt2pt.checksums import Piece, crc32, join
 from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError
@@ -31,8 +28,7 @@ from ckpt2pt.pt.payload import FilePayload
 from ckpt2pt.publish import access_error, partial_name, sync_folder
 from ckpt2pt.tensors import DTYPE_BYTES, Extent
 
-BLOCK_BYTES = 512 << 10
-THREADS = 1  # of one rank; two share a file's readahead and lock: not faster, and more CPU when the source is cold
+BLOCK_BYTES = 1 << 20
 
 
 class Stop:
@@ -60,9 +56,13 @@ class Output:
     path: Path
     partial: Path
     layout: Layout
-    fd: int
+    file: OutputFile
     pieces: list[list[Piece]]
     crc: int = 0
+
+    def offset(self, sink: Sink, numel: int) -> int:
+        """Where the element ``numel`` elements after the start of a sink lies in the file."""
+        return self.layout.storage_offset(sink.storage) + (sink.start + numel) * DTYPE_BYTES[sink.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,40 +76,51 @@ class Written:
 
 @dataclass(slots=True)
 class _Carrier:
-    """What the threads of one rank share."""
+    """Carries the moves of one rank."""
 
     outputs: Mapping[str, Output]
     sources: Mapping[str, int]
+    blocks: Blocks
     stop: Stop
     advance: Callable[[int], None]
     digests: dict[str, list[Piece]] = field(default_factory=dict[str, list[Piece]])
 
-    def carry(self, moves: Iterator[tuple[Move, ...]], buffers: _Buffers) -> None:
-        """Take moves until none is left."""
-        for batch in moves:
-            for move in batch:
-                self._carry_one(move, buffers)
-
-    def _carry_one(self, move: Move, buffers: _Buffers) -> None:
+    def carry(self, move: Move) -> None:
+        """Read, sum, convert and write all elements of a move."""
         width = DTYPE_BYTES[move.dtype]
-        first = move.first
-        buffers.crcs = [0] * (1 + len(move.sinks))
+        widest = max(width, *(DTYPE_BYTES[sink.dtype] for sink in move.sinks))
+        as_is = next((sink for sink in reversed(move.sinks) if sink.dtype == move.dtype), None)
+        crcs = [0] * (1 + len(move.sinks))  # of the source bytes so far, then of what each sink got
+        numel, held = 0, b""
         for extent in move.extents:
             done = 0
-            # An extent may end inside an element (MindSpore cuts slices at bytes): blocks are joined until they do not.
+            # An extent may end inside an element (MindSpore cuts slices at bytes): what is left over is held.
             while done < extent.nbytes:
                 self.stop.check()
-                size = min(BLOCK_BYTES - buffers.held, extent.nbytes - done)
-                self._read(extent, done, buffers, size)
-                done += size
-                whole = buffers.filled // width * width
-                first += self._write(move, first, buffers, whole)
+                block, origin = self.blocks.take(), self._origin(as_is, numel)
+                room = max(1, (BLOCK_BYTES - origin) // widest) * width - len(held)
+                size = min(room, extent.nbytes - done)
+                filled = len(held) + size
+                data = block[origin : origin + filled]
+                data[: len(held)] = held
+                self._read(extent, done, data[len(held) :])
+                whole = filled // width * width
+                held = bytes(data[whole:])
+                self._write(move, as_is, numel, block, origin, whole, crcs)
+                numel, done = numel + whole // width, done + size
                 self.advance(size)
-        if buffers.held:
+        if held:
             raise FormatError(
                 f"{move.name} ends inside an element", where=move.extents[-1].path, mend="copy the checkpoint again"
             )
-        self._record(move, first - move.first, buffers.crcs)
+        self._record(move, numel, crcs)
+
+    def _origin(self, sink: Sink | None, numel: int) -> int:
+        """Where in its block the next element lies: as in its page of the file that takes the block as it is."""
+        if sink is None:
+            return 0
+        output = self.outputs[sink.file]
+        return output.file.origin(output.offset(sink, numel))
 
     def _record(self, move: Move, numel: int, crcs: Sequence[int]) -> None:
         """One piece for a move, not for a block: a list that grew with every block would grow with the model."""
@@ -119,14 +130,12 @@ class _Carrier:
             size = DTYPE_BYTES[sink.dtype]
             self.outputs[sink.file].pieces[sink.storage].append((sink.start * size, numel * size, crc))
 
-    def _read(self, extent: Extent, done: int, buffers: _Buffers, size: int) -> None:
-        start = buffers.held
+    def _read(self, extent: Extent, done: int, into: memoryview) -> None:
+        """Fill ``into`` from byte ``done`` of an extent on."""
         got = 0
-        while got < size:
+        while got < len(into):
             try:
-                count = os.preadv(
-                    self.sources[extent.path], [buffers.raw[start + got : start + size]], extent.offset + done + got
-                )
+                count = os.preadv(self.sources[extent.path], [into[got:]], extent.offset + done + got)
             except OSError as error:
                 raise access_error(error, extent.path, "reading") from error
             if not count:
@@ -136,63 +145,32 @@ class _Carrier:
                     mend="make sure that nothing writes the source, and run the same command again",
                 )
             got += count
-        buffers.filled = start + size
 
-    def _write(self, move: Move, first: int, buffers: _Buffers, nbytes: int) -> int:
-        """Write whole elements to every sink and keep the rest for the next block; returns elements written."""
-        numel = nbytes // DTYPE_BYTES[move.dtype]
-        if nbytes:
-            buffers.crcs[0] = crc32(buffers.raw[:nbytes], buffers.crcs[0])
-            for number, sink in enumerate(move.sinks, 1):
-                buffers.crcs[number] = self._put(move, sink, first, buffers, nbytes, buffers.crcs[number])
-        rest = buffers.filled - nbytes
-        if rest:
-            buffers.raw[:rest] = bytes(buffers.raw[nbytes : nbytes + rest])
-        buffers.held = buffers.filled = rest
-        return numel
-
-    def _put(self, move: Move, sink: Sink, first: int, buffers: _Buffers, nbytes: int, crc: int) -> int:
-        """Write one block to one sink; returns the CRC-32 of what it got of this move."""
-        output = self.outputs[sink.file]
-        cast = find_cast(move.dtype, sink.dtype)
-        width = DTYPE_BYTES[sink.dtype]
-        if cast is None:
-            data, crc = buffers.raw[:nbytes], buffers.crcs[0]
+    def _write(
+        self, move: Move, as_is: Sink | None, numel: int, block: memoryview, origin: int, nbytes: int, crcs: list[int]
+    ) -> None:
+        """Send whole elements to every sink, ``numel`` elements after its start; the block itself goes last."""
+        data = block[origin : origin + nbytes]
+        crcs[0] = crc32(data, crcs[0])
+        for number, sink in enumerate(move.sinks, 1):
+            output = self.outputs[sink.file]
+            cast = find_cast(move.dtype, sink.dtype)
+            offset = output.offset(sink, numel)
+            if cast:
+                twin, start = self.blocks.take(), output.file.origin(offset)
+                size = nbytes // DTYPE_BYTES[move.dtype] * DTYPE_BYTES[sink.dtype]
+                cast(data, twin[start : start + size])
+                crcs[number] = crc32(twin[start : start + size], crcs[number])
+                self.blocks.write(output.file, offset, twin, start, size)
+                continue
+            crcs[number] = crcs[0]
+            if sink is not as_is:
+                write_at(output.file.fd, data, offset, output.path)
+        if as_is is None:
+            self.blocks.give(block)
         else:
-            out = buffers.second(nbytes // DTYPE_BYTES[move.dtype] * width)
-            cast(np.frombuffer(buffers.raw, np.uint8, nbytes), out)
-            data = memoryview(out.data)
-            crc = crc32(data, crc)
-        offset = (sink.start + first - move.first) * width
-        write_at(output.fd, data, output.layout.storage_offset(sink.storage) + offset, output.path)
-        return crc
-
-
-class _Buffers:
-    """One thread's memory: the block, and its converted twin."""
-
-    def __init__(self) -> None:
-        self.raw = memoryview(bytearray(BLOCK_BYTES))
-        self.held = 0
-        self.filled = 0
-        self.crcs: list[int] = []  # of the move so far: its source bytes, then what each sink got
-        self._second = np.empty(BLOCK_BYTES, np.uint8)
-
-    def second(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """Room for converted elements; grows only for types that widen."""
-        if nbytes > self._second.size:
-            self._second = np.empty(nbytes, np.uint8)
-        return self._second[:nbytes]
-
-
-def write_at(fd: int, data: memoryview, offset: int, path: Path) -> None:
-    """pwrite all of ``data``; the kernel may take less at a time."""
-    while data:
-        try:
-            count = os.pwrite(fd, data, offset)
-        except OSError as error:
-            raise access_error(error, path, "writing") from error
-        data, offset = data[count:], offset + count
+            output = self.outputs[as_is.file]
+            self.blocks.write(output.file, output.offset(as_is, numel), block, origin, nbytes)
 
 
 def write_files(
@@ -212,8 +190,11 @@ def write_files(
     with ExitStack() as stack:
         outputs = {p.name: stack.enter_context(_output(folder, p)) for p in payloads}
         sources = _open_sources(stack, [extent.path for move in moves for extent in move.extents])
-        carrier = _Carrier(outputs=outputs, sources=sources, stop=stop, advance=advance)
-        _carry_all(carrier, moves)
+        blocks = stack.enter_context(Blocks(BLOCK_BYTES))
+        carrier = _Carrier(outputs=outputs, sources=sources, blocks=blocks, stop=stop, advance=advance)
+        for move in moves:
+            carrier.carry(move)
+        blocks.drain()
         for payload in payloads:
             _copy_template(outputs[payload.name], payload)
         for output in outputs.values():
@@ -227,68 +208,30 @@ def write_files(
         }
 
 
-def _carry_all(carrier: _Carrier, moves: Sequence[Move]) -> None:
-    """Share the moves between threads.  A batch keeps neighbours in the source together."""
-    queue = iter(_batches(moves))
-    lock = threading.Lock()
-
-    def take() -> Iterator[tuple[Move, ...]]:
-        while True:
-            with lock:
-                batch = next(queue, None)
-            if batch is None:
-                return
-            yield batch
-
-    # Two threads may meet in one tensor's list of digests; list.append is atomic and order does not matter.
-    with ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(carrier.carry, take(), _Buffers()) for _ in range(THREADS)]
-        first: BaseException | None = None
-        for future in as_completed(futures):
-            error = future.exception()
-            if error is not None and first is None:
-                first = error
-                carrier.stop.ask(
-                    error
-                    if isinstance(error, TryAgainError)
-                    else TryAgainError("another thread failed", where="this rank", mend="see the first error")
-                )
-        if first is not None:
-            raise first
-
-
-def _batches(moves: Sequence[Move], size: int = 1 << 20) -> Iterator[tuple[Move, ...]]:
-    batch: list[Move] = []
-    held = 0
-    for move in moves:
-        batch.append(move)
-        held += move.nbytes
-        if held >= size:
-            yield tuple(batch)
-            batch, held = [], 0
-    if batch:
-        yield tuple(batch)
-
-
 @contextmanager
 def _output(folder: Path, payload: FilePayload) -> Generator[Output]:
     """A temporary file with its room reserved; removed unless it was published."""
     path = folder / payload.name
     layout = lay_out(Path(payload.name).stem, payload.pickle, payload.storages)
     partial = partial_name(path)
-    fd = -1
-    try:
+    with ExitStack() as stack:
+        stack.callback(_remove, partial)
         try:
             fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            stack.callback(os.close, fd)
             _reserve(fd, layout.nbytes)
         except OSError as error:
             raise access_error(error, path, f"reserving {layout.nbytes} bytes") from error
-        yield Output(path=path, partial=partial, layout=layout, fd=fd, pieces=[[] for _ in payload.storages])
-    finally:
-        if fd >= 0:
-            os.close(fd)
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        direct = open_direct(partial)
+        if direct is not None:
+            stack.callback(os.close, direct)
+        file = OutputFile(path=path, fd=fd, direct=direct)
+        yield Output(path=path, partial=partial, layout=layout, file=file, pieces=[[] for _ in payload.storages])
+
+
+def _remove(partial: Path) -> None:
+    with suppress(OSError):
+        partial.unlink(missing_ok=True)
 
 
 def _reserve(fd: int, nbytes: int) -> None:
@@ -321,15 +264,15 @@ def _copy_template(output: Output, payload: FilePayload) -> None:
             data = os.pread(file.fileno(), extent.nbytes, extent.offset)
         if len(data) != extent.nbytes:
             raise FormatError("the file is shorter than its index says", where=extent.path, mend="copy it again")
-        write_at(output.fd, memoryview(data), output.layout.storage_offset(number), output.path)
+        write_at(output.file.fd, memoryview(data), output.layout.storage_offset(number), output.path)
         output.pieces[number].append((0, len(data), crc32(data, 0)))
 
 
 def _finish(output: Output) -> None:
     crcs = [join(pieces, output.layout.storage_nbytes(number)) for number, pieces in enumerate(output.pieces)]
     try:
-        output.crc = finish(output.fd, output.layout, crcs)
-        os.fsync(output.fd)
+        output.crc = finish(output.file.fd, output.layout, crcs)
+        os.fsync(output.file.fd)
     except OSError as error:
         raise access_error(error, output.path, "writing") from error
 

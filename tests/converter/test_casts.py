@@ -20,7 +20,7 @@ def convert(data: Bytes, source: str, target: str) -> Bytes:
     cast = find_cast(source, target)
     assert cast is not None
     out = np.full(data.size // WIDTH[source] * WIDTH[target], 0xAB, np.uint8)
-    cast(data, out)
+    cast(data.data, out.data)
     return out
 
 
