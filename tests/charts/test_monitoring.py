@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import Counter, Gauge, Histogram, Metric
+from prometheus_client import Counter, Gauge, Histogram
 
 from charts import CHART
 from ckpt2pt_operator.metrics import Metrics
@@ -19,18 +19,18 @@ METRICS = list(Metrics("0").registry.collect())
 HISTOGRAMS = {metric.name.removeprefix(PREFIX) for metric in METRICS if metric.type == "histogram"}
 
 
-def labels_of(metric: Metric) -> set[str]:
-    """Names of its labels, asked of the operator's own object: a metric with labels has no sample at first."""
-    [own] = [
-        collector
-        for collector in vars(Metrics("0")).values()
-        if isinstance(collector, Counter | Gauge | Histogram) and collector.describe()[0].name == metric.name
-    ] or [None]
-    return {"version"} if own is None else set(own._labelnames)
-
-
+# A metric with labels has no sample at first, so its labels are asked of the operator's own object.
+OWN = {
+    described.name: set(collector._labelnames)
+    for collector in vars(Metrics("0")).values()
+    if isinstance(collector, Counter | Gauge | Histogram)
+    for described in collector.describe()
+}
 SUFFIX = {"counter": "_total", "info": "_info"}
-LABELS = {metric.name.removeprefix(PREFIX) + SUFFIX.get(metric.type, ""): labels_of(metric) for metric in METRICS}
+LABELS = {
+    metric.name.removeprefix(PREFIX) + SUFFIX.get(metric.type, ""): OWN.get(metric.name, {"version"})
+    for metric in METRICS
+}
 """The operator's metrics and their labels; a scrape adds ``namespace``."""
 
 ALERTS: list[dict[str, Any]] = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text())
