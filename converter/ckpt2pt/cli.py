@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ckpt2pt import __version__
 from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, InterruptedRunError, UsageError
@@ -23,12 +23,16 @@ from ckpt2pt.options import (
     add_inspect_options,
     add_output_options,
     add_progress_option,
+    add_readiness_options,
     add_run_options,
     add_verify_options,
     add_worker_options,
 )
 from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
+
+if TYPE_CHECKING:
+    from ckpt2pt.request import Request
 
 log = logging.getLogger("ckpt2pt")
 
@@ -55,12 +59,14 @@ def build_parser() -> argparse.ArgumentParser:
     convert = add("convert", "convert a MindSpore checkpoint into a Megatron one", _convert)
     add_conversion_options(convert)
     add_run_options(convert)
+    add_readiness_options(convert)
     add_worker_options(convert)
     add_output_options(convert)
 
     plan = add("plan", "print what convert would do; reads only headers, writes nothing", _plan)
     add_conversion_options(plan)
     plan.add_argument("--names", action="store_true", help="list every parameter with both its names")
+    add_readiness_options(plan)
     add_worker_options(plan)
     plan.add_argument("--process-limit", type=int, default=1, help="workers to predict memory for")
     add_output_options(plan)
@@ -193,12 +199,21 @@ def _convert(options: argparse.Namespace) -> int:
     request = request_of(options)
     account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
+        _wait(request, options)
         outcome = run(request, stages, Both(account, reporter(options.progress)))
     account.converted(outcome)
     for doubt in outcome.doubts:
         log.warning("iteration %d was chosen, but %s", outcome.target.iteration, doubt)
     _show(outcome.document(), outcome.sentence(), options)
     return 0
+
+
+def _wait(request: Request, options: argparse.Namespace) -> None:
+    if options.readiness_timeout > 0:
+        from ckpt2pt.worker.waiting import wait_until_whole  # noqa: PLC0415 - only when asked for
+
+        timeout, settle = options.readiness_timeout, options.readiness_settle
+        wait_until_whole(request, timeout=timeout, settle=settle, account=options.account)
 
 
 def _served(account: Account, port: int) -> AbstractContextManager[int]:
@@ -220,6 +235,7 @@ def _plan(options: argparse.Namespace) -> int:
     request = request_of(options)
     account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
+        _wait(request, options)
         chosen = survey(request, keep=[(tp, pp) for pp in stages for tp in range(request.topology.tensor)])
         target = target_of(request, chosen)
         ranks = prepare_all(request, chosen, stages)

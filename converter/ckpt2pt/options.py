@@ -157,6 +157,25 @@ def add_progress_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_readiness_options(parser: argparse.ArgumentParser) -> None:
+    """Whether to wait until a training has finished saving."""
+    group = parser.add_argument_group("when")
+    group.add_argument(
+        "--readiness-timeout",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="first wait this long until every rank has saved the newest checkpoint, or that of --iteration; default 0, begin with what is there (spec.readiness.timeoutSeconds)",
+    )
+    group.add_argument(
+        "--readiness-settle",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="a file that may be written to counts as whole when it has rested this long (spec.readiness.settleSeconds)",
+    )
+
+
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
     """What a worker tells whoever started it; a Job sets these."""
     group = parser.add_argument_group("in a pod")

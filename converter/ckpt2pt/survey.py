@@ -81,6 +81,16 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     )
 
 
+def when_of_iteration(request: Request, files: Mapping[When, SourceFile]) -> When | None:
+    """Which of the first rank's files is of ``request.iteration``; None while there is none, or more than one."""
+    first = next(iter(request.topology.ranks()))
+    meta = _meta(request, first)
+    try:
+        return _choose_iteration({when: {first: file} for when, file in files.items()}, first, meta, request)[0]
+    except InputError:
+        return None
+
+
 def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     """Index one rank's file and plan every copy."""
     topology = request.topology
