@@ -71,8 +71,13 @@ def flags_of(request: Request) -> list[str]:
 
 def test_a_directory_that_grows_rank_by_rank(request_: Request, growing: Callable[..., threading.Thread]) -> None:
     account, phases = Account(), list[str]()
-    training = growing()
-    watcher = threading.Thread(target=lambda: [phases.append(account.phase) or time.sleep(0.01) for _ in range(30)])
+
+    def watch() -> None:
+        for _ in range(30):
+            phases.append(account.phase)
+            time.sleep(0.01)
+
+    training, watcher = growing(), threading.Thread(target=watch)
     watcher.start()
     wait_until_whole(request_, timeout=60, settle=10, account=account)
     whole = sorted(path.name for path in request_.source.rglob("*.ckpt"))
