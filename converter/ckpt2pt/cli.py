@@ -26,6 +26,7 @@ from ckpt2pt.options import (
     add_readiness_options,
     add_run_options,
     add_verify_options,
+    add_watch_options,
     add_worker_options,
 )
 from ckpt2pt.worker import termination
@@ -70,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_worker_options(plan)
     plan.add_argument("--process-limit", type=int, default=1, help="workers to predict memory for")
     add_output_options(plan)
+
+    watch = add("watch", "convert each new checkpoint of a running training as it becomes whole", _watch)
+    add_watch_options(watch)
+    add_conversion_options(watch, required=False)
+    add_run_options(watch)
+    add_output_options(watch)
 
     inspect = add("inspect", "show what a checkpoint holds: .ckpt, .safetensors, .pt or a whole directory", _inspect)
     add_inspect_options(inspect)
@@ -214,6 +221,32 @@ def _wait(request: Request, options: argparse.Namespace) -> None:
 
         timeout, settle = options.readiness_timeout, options.readiness_settle
         wait_until_whole(request, timeout=timeout, settle=settle, account=options.account)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from ckpt2pt.follow.watch import Following, watch  # noqa: PLC0415
+    from ckpt2pt.options import request_of  # noqa: PLC0415
+    from ckpt2pt.progress import reporter  # noqa: PLC0415
+    from ckpt2pt.run import Outcome  # noqa: PLC0415
+
+    wanted = options
+    if options.filename:
+        from ckpt2pt.local.runner import words_of_document  # noqa: PLC0415
+
+        wanted = build_parser().parse_args(words_of_document(options.filename, options.volume))
+
+    def hear(outcome: Outcome, removed: list[int]) -> None:
+        text = outcome.sentence() + (f"\nremoved the results of iterations {removed}" if removed else "")
+        _show({**outcome.document(), "removed": removed}, text, options)
+
+    how = Following(
+        keep=options.keep,
+        interval=options.interval,
+        settle=options.settle,
+        once=options.once,
+        stop_on_error=options.stop_on_error,
+    )
+    return watch(request_of(wanted), how, reporter=lambda: reporter(options.progress), hear=hear)
 
 
 def _served(account: Account, port: int) -> AbstractContextManager[int]:

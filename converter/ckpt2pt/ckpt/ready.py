@@ -108,25 +108,31 @@ class Watcher:
         self._settle, self._choose = settle_seconds, choose
         self._traces: dict[Path, _Trace] = {}
 
-    def look(self) -> Look:
-        """What is there now.  Raises :class:`InputError` where a rank has two files of one step."""
+    def steps(self) -> list[When]:
+        """(epoch, step) of the files under final names that every rank has; oldest first."""
+        found = [set(self._files(self._topology.source_rank(*key))) for key in self._topology.ranks()]
+        return sorted(set.intersection(*found))
+
+    def look(self, wanted: When | None = None) -> Look:
+        """What is there now, of ``wanted`` where it is given.  Raises :class:`InputError` where a rank has two files of one step."""
         ranks = [self._topology.source_rank(*key) for key in self._topology.ranks()]
         files = {rank: self._files(rank) for rank in ranks}
         writing = {rank: _temporary(rank_folder(self._root, rank)) for rank in ranks}
-        if self._choose:
+        chosen = wanted is not None or self._choose is not None
+        if wanted is None and self._choose:
             wanted = self._choose(files[ranks[0]]) if files[ranks[0]] else None
             if wanted is None:
                 return self._lacks(
                     None, [Obstacle(kind="missing", text=_has(ranks[0], files[ranks[0]], "not that one"))]
                 )
-        else:
+        elif wanted is None:
             seen = {when for found in files.values() for when in found}
             wanted = max(seen.union(*writing.values()), default=None)
         peers = {peer for rank in ranks for peer in self._peers(rank, files[rank], wanted)} - set(ranks)
         for rank in sorted(peers):
             files[rank], writing[rank] = self._files(rank), _temporary(rank_folder(self._root, rank))
         found = [o for rank in files if (o := self._obstacle(rank, files[rank], writing[rank], wanted))]
-        if not found and not self._choose:
+        if not found and not chosen:
             found += self._report(wanted)
         return self._lacks(wanted, found)
 

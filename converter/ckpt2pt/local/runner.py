@@ -81,6 +81,18 @@ def run_document(options: argparse.Namespace, show: Show) -> int:
     return exit_code(job.indexes, ended)
 
 
+def words_of_document(filename: Path, volumes: Sequence[str]) -> list[str]:
+    """The command of one worker, for every stage and with local folders; its port and its message are a pod's alone."""
+    conversion = parse(read(filename))
+    _refuse_what_waits(conversion)
+    if conversion.dry_run:
+        mend = "set spec.dryRun to false, or plan it with ckpt2pt run"
+        raise UsageError("spec.dryRun is true, so nothing is to be done", where=f"{KIND} {conversion.name}", mend=mend)
+    manifest = build_job(conversion, image=IMAGE)
+    words = local_args(manifest, map_volumes(mounts_of(conversion), volumes))
+    return words[: words.index("--termination-log")]
+
+
 def _refuse_what_waits(conversion: Conversion) -> None:
     for field, given in (("suspend", conversion.suspend), ("cancel", conversion.cancel)):
         if given:
