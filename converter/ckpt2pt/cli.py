@@ -16,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from ckpt2pt import __version__
+from ckpt2pt.cluster.flags import add_submit_options, add_target_options
 from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, InterruptedRunError, UsageError
 from ckpt2pt.options import (
     add_conversion_options,
@@ -91,7 +92,45 @@ def build_parser() -> argparse.ArgumentParser:
     add_document_options(document)
     add_progress_option(document)
     add_output_options(document)
+
+    add_submit_options(
+        add("submit", "make a CheckpointConversion on the cluster, exactly once", _on_the_cluster("submit"))
+    )
     return parser
+
+
+def build_kubectl_parser() -> argparse.ArgumentParser:
+    """The commands of ``kubectl ckpt2pt``."""
+    parser = _Parser(prog="kubectl ckpt2pt", description="CheckpointConversions on the cluster.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(run=_on_the_cluster(name))
+        return sub
+
+    add_submit_options(add("submit", "make a CheckpointConversion, exactly once"))
+    add_target_options(add("watch", "follow one to its end, and end with its exit code"), wait=True)
+    add_target_options(add("retry", "try its failed stages again"))
+    add_target_options(add("cancel", "stop it; what is finished stays"))
+    add_target_options(add("logs", "what the newest worker of a stage has written"), stage=True)
+    return parser
+
+
+def _on_the_cluster(name: str) -> Command:
+    def command(options: argparse.Namespace) -> int:
+        from ckpt2pt.cluster import commands  # noqa: PLC0415
+
+        found = {
+            "submit": commands.submit_command,
+            "watch": commands.watch_command,
+            "retry": commands.retry_command,
+            "cancel": commands.cancel_command,
+            "logs": commands.logs_command,
+        }
+        return found[name](options, print)
+
+    return command
 
 
 def _front_door() -> _Parser:
@@ -107,12 +146,17 @@ def _front_door() -> _Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def kubectl(argv: Sequence[str] | None = None) -> int:
+    """``kubectl ckpt2pt``: kubectl runs the ``kubectl-ckpt2pt`` that it finds on the PATH."""
+    return main(argv, build_kubectl_parser)
+
+
+def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.ArgumentParser] | None = None) -> int:
     """Run one command; a bug keeps its traceback and exits 70.  A worker's end is told in its termination message."""
     signal.signal(signal.SIGTERM, _interrupt)
     words = list(sys.argv[1:] if argv is None else argv)
     account = Account()
-    code = _attempt(words, account)
+    code = _attempt(words, account, build or build_parser)
     path = termination.path_of(words, os.environ)
     if path:
         from ckpt2pt.conversion.status import REASONS  # noqa: PLC0415 - a worker's alone
@@ -122,12 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _attempt(words: Sequence[str], account: Account) -> int:
+def _attempt(words: Sequence[str], account: Account, build: Callable[[], argparse.ArgumentParser]) -> int:
     # Wrong usage is found before the flags are known, and a machine that reads JSON needs that error as well.
     as_json = re.search(r"--log-format[ =]json\b", " ".join(words))
     options = argparse.Namespace(log_format="json" if as_json else "text", account=account)
     try:
-        options = build_parser().parse_args(words, argparse.Namespace(account=account))
+        options = build().parse_args(words, argparse.Namespace(account=account))
         _set_up_logging(options)
         command: Command = options.run
         return command(options)

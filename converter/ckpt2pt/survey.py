@@ -95,7 +95,7 @@ def when_of_iteration(request: Request, files: Mapping[When, SourceFile]) -> Whe
     batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size
     found = {when: {first: file} for when, file in files.items()}
     try:
-        return _choose_iteration(found, first, batch, _Headers(), request)[0]
+        return _choose_iteration(found, first, batch, _Headers(()), request)[0]
     except InputError:
         return None
 

@@ -40,7 +40,7 @@ class _Memory:
 
     done: set[When] = field(default_factory=set[When])
     told: dict[When, str] = field(default_factory=dict[When, str])
-    error: Ckpt2ptError | None = None
+    errors: list[Ckpt2ptError] = field(default_factory=list[Ckpt2ptError])
 
 
 def watch(
@@ -53,11 +53,11 @@ def watch(
     watcher = Watcher(request.source, request.topology, wanted_format=request.source_format, settle_seconds=how.settle)
     memory = _Memory()
     while True:
-        memory.error = None
+        memory.errors.clear()
         for when in _waiting(watcher, request, how, memory):
             _convert(replace(request, when=when, iteration=None), how, memory, reporter=reporter, hear=hear)
         if how.once:
-            return memory.error.exit_code if memory.error else 0
+            return memory.errors[-1].exit_code if memory.errors else 0
         time.sleep(how.interval)
 
 
@@ -108,7 +108,7 @@ def _is_newer(request: Request) -> bool:
 
 
 def _note(error: Ckpt2ptError, when: When, how: Following, memory: _Memory) -> None:
-    memory.error = error
+    memory.errors.append(error)
     if how.stop_on_error:
         raise error
     if memory.told.get(when) != str(error):

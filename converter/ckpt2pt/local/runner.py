@@ -22,7 +22,7 @@ from ckpt2pt import __version__
 from ckpt2pt.conversion.document import read
 from ckpt2pt.conversion.job import Mount, build_job, mounts_of
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Conversion, Json, parse
-from ckpt2pt.conversion.status import Ending, status_of_run
+from ckpt2pt.conversion.status import WORST_FIRST, Ending, status_of_run
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.local.board import board
 from ckpt2pt.local.indexes import Index, LocalJob
@@ -34,9 +34,6 @@ log = logging.getLogger("ckpt2pt")
 IMAGE = f"ckpt2pt:{__version__}"
 
 Show = Callable[[object, str, argparse.Namespace], None]
-
-# A user mends a wrong document before anything else, then the input; what only wants another try comes last.
-_WORST_FIRST = (64, 65, 66, 76, 70, 74, 75)
 
 
 def run_document(options: argparse.Namespace, show: Show) -> int:
@@ -108,7 +105,7 @@ def exit_code(indexes: Sequence[Index], ended: Ending | None) -> int:
     if ended is not None and ended.reason in {"Interrupted", "DeadlineExceeded"}:
         return 75
     codes = {75 if (index.code or 0) > 128 else index.code for index in indexes if index.code}
-    return next((code for code in _WORST_FIRST if code in codes), 70 if codes else 0)
+    return next((code for code in WORST_FIRST if code in codes), 70 if codes else 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- volumes
