@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/.ready
+MINDSPORE := .venv-mindspore/.ready
 LOCK   := requirements
 
 # Parts of torch's CUDA build that `import torch` does without on a machine without a GPU: 1.6 GB of 5.
@@ -13,7 +14,7 @@ export UV_HTTP_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test e2e tiny check layers format golden bench lock crds helm chart clean
+.PHONY: help setup mindspore demo test e2e tiny check layers format golden bench lock crds helm chart clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +27,13 @@ $(READY): pyproject.toml $(LOCK)/bootstrap.txt $(LOCK)/dev.txt
 	@test -x $(BIN)/uv || $(PYTHON) -m pip --python $(BIN)/python install --quiet --require-hashes -r $(LOCK)/bootstrap.txt
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK)/dev.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+mindspore: $(MINDSPORE) ## real mindspore, for the tests of the hook, in .venv-mindspore
+
+$(MINDSPORE): $(READY) $(LOCK)/mindspore.txt
+	@test -x .venv-mindspore/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-mindspore
+	$(BIN)/uv pip sync --quiet --python .venv-mindspore/bin/python --require-hashes $(LOCK)/mindspore.txt
 	@touch $@
 
 demo: $(READY) ## build a checkpoint of more than 1 GB, convert it, verify it with torch
@@ -82,5 +90,5 @@ chart: $(READY) crds helm ## the chart's copy of the CRD, its README and its sch
 	GOLDEN=update $(BIN)/pytest -q tests/charts/test_chart.py -k worker_defaults
 
 clean: ## remove what make and the tests made, .venv included
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-mindspore build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

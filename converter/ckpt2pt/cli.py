@@ -13,9 +13,10 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ckpt2pt import __version__
+from ckpt2pt.cluster.flags import add_submit_options, add_target_options
 from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, InterruptedRunError, UsageError
 from ckpt2pt.options import (
     add_conversion_options,
@@ -23,12 +24,17 @@ from ckpt2pt.options import (
     add_inspect_options,
     add_output_options,
     add_progress_option,
+    add_readiness_options,
     add_run_options,
     add_verify_options,
+    add_watch_options,
     add_worker_options,
 )
 from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
+
+if TYPE_CHECKING:
+    from ckpt2pt.request import Request
 
 log = logging.getLogger("ckpt2pt")
 
@@ -55,15 +61,23 @@ def build_parser() -> argparse.ArgumentParser:
     convert = add("convert", "convert a MindSpore checkpoint into a Megatron one", _convert)
     add_conversion_options(convert)
     add_run_options(convert)
+    add_readiness_options(convert)
     add_worker_options(convert)
     add_output_options(convert)
 
     plan = add("plan", "print what convert would do; reads only headers, writes nothing", _plan)
     add_conversion_options(plan)
     plan.add_argument("--names", action="store_true", help="list every parameter with both its names")
+    add_readiness_options(plan)
     add_worker_options(plan)
     plan.add_argument("--process-limit", type=int, default=1, help="workers to predict memory for")
     add_output_options(plan)
+
+    watch = add("watch", "convert each new checkpoint of a running training as it becomes whole", _watch)
+    add_watch_options(watch)
+    add_conversion_options(watch, required=False)
+    add_run_options(watch)
+    add_output_options(watch)
 
     inspect = add("inspect", "show what a checkpoint holds: .ckpt, .safetensors, .pt or a whole directory", _inspect)
     add_inspect_options(inspect)
@@ -78,7 +92,45 @@ def build_parser() -> argparse.ArgumentParser:
     add_document_options(document)
     add_progress_option(document)
     add_output_options(document)
+
+    add_submit_options(
+        add("submit", "make a CheckpointConversion on the cluster, exactly once", _on_the_cluster("submit"))
+    )
     return parser
+
+
+def build_kubectl_parser() -> argparse.ArgumentParser:
+    """The commands of ``kubectl ckpt2pt``."""
+    parser = _Parser(prog="kubectl ckpt2pt", description="CheckpointConversions on the cluster.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        sub.set_defaults(run=_on_the_cluster(name))
+        return sub
+
+    add_submit_options(add("submit", "make a CheckpointConversion, exactly once"))
+    add_target_options(add("watch", "follow one to its end, and end with its exit code"), wait=True)
+    add_target_options(add("retry", "try its failed stages again"))
+    add_target_options(add("cancel", "stop it; what is finished stays"))
+    add_target_options(add("logs", "what the newest worker of a stage has written"), stage=True)
+    return parser
+
+
+def _on_the_cluster(name: str) -> Command:
+    def command(options: argparse.Namespace) -> int:
+        from ckpt2pt.cluster import commands  # noqa: PLC0415
+
+        found = {
+            "submit": commands.submit_command,
+            "watch": commands.watch_command,
+            "retry": commands.retry_command,
+            "cancel": commands.cancel_command,
+            "logs": commands.logs_command,
+        }
+        return found[name](options, print)
+
+    return command
 
 
 def _front_door() -> _Parser:
@@ -94,12 +146,17 @@ def _front_door() -> _Parser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def kubectl(argv: Sequence[str] | None = None) -> int:
+    """``kubectl ckpt2pt``: kubectl runs the ``kubectl-ckpt2pt`` that it finds on the PATH."""
+    return main(argv, build_kubectl_parser)
+
+
+def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.ArgumentParser] | None = None) -> int:
     """Run one command; a bug keeps its traceback and exits 70.  A worker's end is told in its termination message."""
     signal.signal(signal.SIGTERM, _interrupt)
     words = list(sys.argv[1:] if argv is None else argv)
     account = Account()
-    code = _attempt(words, account)
+    code = _attempt(words, account, build or build_parser)
     path = termination.path_of(words, os.environ)
     if path:
         from ckpt2pt.conversion.status import REASONS  # noqa: PLC0415 - a worker's alone
@@ -109,12 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _attempt(words: Sequence[str], account: Account) -> int:
+def _attempt(words: Sequence[str], account: Account, build: Callable[[], argparse.ArgumentParser]) -> int:
     # Wrong usage is found before the flags are known, and a machine that reads JSON needs that error as well.
     as_json = re.search(r"--log-format[ =]json\b", " ".join(words))
     options = argparse.Namespace(log_format="json" if as_json else "text", account=account)
     try:
-        options = build_parser().parse_args(words, argparse.Namespace(account=account))
+        options = build().parse_args(words, argparse.Namespace(account=account))
         _set_up_logging(options)
         command: Command = options.run
         return command(options)
@@ -193,12 +250,47 @@ def _convert(options: argparse.Namespace) -> int:
     request = request_of(options)
     account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
+        _wait(request, options)
         outcome = run(request, stages, Both(account, reporter(options.progress)))
     account.converted(outcome)
     for doubt in outcome.doubts:
         log.warning("iteration %d was chosen, but %s", outcome.target.iteration, doubt)
     _show(outcome.document(), outcome.sentence(), options)
     return 0
+
+
+def _wait(request: Request, options: argparse.Namespace) -> None:
+    if options.readiness_timeout > 0:
+        from ckpt2pt.worker.waiting import wait_until_whole  # noqa: PLC0415 - only when asked for
+
+        timeout, settle = options.readiness_timeout, options.readiness_settle
+        wait_until_whole(request, timeout=timeout, settle=settle, account=options.account)
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from ckpt2pt.follow.watch import Following, watch  # noqa: PLC0415
+    from ckpt2pt.options import request_of  # noqa: PLC0415
+    from ckpt2pt.progress import reporter  # noqa: PLC0415
+    from ckpt2pt.run import Outcome  # noqa: PLC0415
+
+    wanted = options
+    if options.filename:
+        from ckpt2pt.local.runner import words_of_document  # noqa: PLC0415
+
+        wanted = build_parser().parse_args(words_of_document(options.filename, options.volume))
+
+    def hear(outcome: Outcome, removed: list[int]) -> None:
+        text = outcome.sentence() + (f"\nremoved the results of iterations {removed}" if removed else "")
+        _show({**outcome.document(), "removed": removed}, text, options)
+
+    how = Following(
+        keep=options.keep,
+        interval=options.interval,
+        settle=options.settle,
+        once=options.once,
+        stop_on_error=options.stop_on_error,
+    )
+    return watch(request_of(wanted), how, reporter=lambda: reporter(options.progress), hear=hear)
 
 
 def _served(account: Account, port: int) -> AbstractContextManager[int]:
@@ -220,6 +312,7 @@ def _plan(options: argparse.Namespace) -> int:
     request = request_of(options)
     account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
+        _wait(request, options)
         chosen = survey(request, keep=[(tp, pp) for pp in stages for tp in range(request.topology.tensor)])
         target = target_of(request, chosen)
         ranks = prepare_all(request, chosen, stages)

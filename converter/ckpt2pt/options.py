@@ -157,6 +157,63 @@ def add_progress_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_watch_options(parser: argparse.ArgumentParser) -> None:
+    """What is followed, and how."""
+    group = parser.add_argument_group("following")
+    group.add_argument(
+        "-f",
+        "--filename",
+        type=Path,
+        metavar="FILE",
+        help="take the conversion from this document instead of the flags",
+    )
+    group.add_argument(
+        "--volume", action="append", default=[], metavar="NAME=DIR", help="local folder of a volume of the document"
+    )
+    group.add_argument(
+        "--keep",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="keep the last N results; older ones of this conversion are removed, but never the tracker's; default all",
+    )
+    group.add_argument(
+        "--interval", type=float, default=30.0, metavar="SECONDS", help="time between two looks at the training output"
+    )
+    group.add_argument(
+        "--settle",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="a file that may be written to counts as whole when it has rested this long",
+    )
+    group.add_argument("--once", action="store_true", help="look once, convert what is whole, and end")
+    group.add_argument(
+        "--stop-on-error",
+        action="store_true",
+        help="end with the first error instead of going on with the next checkpoint",
+    )
+
+
+def add_readiness_options(parser: argparse.ArgumentParser) -> None:
+    """Whether to wait until a training has finished saving."""
+    group = parser.add_argument_group("when")
+    group.add_argument(
+        "--readiness-timeout",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="first wait this long until every rank has saved the newest checkpoint, or that of --iteration; default 0, begin with what is there (spec.readiness.timeoutSeconds)",
+    )
+    group.add_argument(
+        "--readiness-settle",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="a file that may be written to counts as whole when it has rested this long (spec.readiness.settleSeconds)",
+    )
+
+
 def add_worker_options(parser: argparse.ArgumentParser) -> None:
     """What a worker tells whoever started it; a Job sets these."""
     group = parser.add_argument_group("in a pod")
@@ -321,6 +378,12 @@ def _stage_of(index: int) -> int:
             where="the environment",
             mend="list a stage for each completion index, as 3,7, or unset it",
         ) from None
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return int(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ Verify = Literal["none", "digest", "full"]
 class Request:
     """All options of ``ckpt2pt convert``.
 
-    ``target_data`` is the data x context parallel size of the Megatron run to come (None: that of pt_meta);
+    ``when`` is (epoch, step) of the checkpoint, for callers that have looked themselves, ``target_data`` is the data x context parallel size of the Megatron run to come (None: that of pt_meta);
     ``timeout`` is in seconds and for each rank; ``workers`` is the number of ranks converted at a time.
     """
 
@@ -31,6 +31,7 @@ class Request:
     full: bool = True
     source_format: str | None = None
     iteration: int | None = None
+    when: tuple[int, int] | None = None
     target_data: int | None = None
     rules: Rules = field(default_factory=Rules)
     reference_samples: bool = False

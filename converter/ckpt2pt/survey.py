@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_sources, last_saved
-from ckpt2pt.errors import FileAccessError, InputError
+from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
 from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
@@ -66,7 +66,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size
     headers = _Headers({files[rank].path for files in found.values() for rank in keep})
     if request.iteration is None:
-        when = choose(found, last_saved(request.source, request.topology))
+        when = _given(request, found) or choose(found, last_saved(request.source, request.topology))
         clock = _clock(found[when][first], batch, headers)
     else:
         when, clock = _choose_iteration(found, first, batch, headers, request)
@@ -79,6 +79,25 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         inputs=inputs,
         indexes={rank: headers.indexes[found[when][rank].path] for rank in keep},
     )
+
+
+def _given(request: Request, found: Mapping[When, object]) -> When | None:
+    if request.when is not None and request.when not in found:
+        epoch, step = request.when
+        mend = "run it again: the training may have removed it, as it keeps only its last checkpoints"
+        raise MissingInputError(f"checkpoint {epoch}_{step} is gone", where=request.source, mend=mend)
+    return request.when
+
+
+def when_of_iteration(request: Request, files: Mapping[When, SourceFile]) -> When | None:
+    """Which of the first rank's files is of ``request.iteration``; None while there is none, or more than one."""
+    first = next(iter(request.topology.ranks()))
+    batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size
+    found = {when: {first: file} for when, file in files.items()}
+    try:
+        return _choose_iteration(found, first, batch, _Headers(()), request)[0]
+    except InputError:
+        return None
 
 
 def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:

@@ -70,7 +70,7 @@ def find_sources(
             mend="check spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) of "
             "the training that wrote it, and spec.source.path (--ms-path)",
         )
-    by_rank = {key: _candidates(rank_folder(root, rank), wanted_format) for key, rank in ranks.items()}
+    by_rank = {key: candidates(rank_folder(root, rank), wanted_format) for key, rank in ranks.items()}
     first, *others = (set(found) for found in by_rank.values())
     common = first.intersection(*others)
     if not common:
@@ -122,14 +122,20 @@ def choose(found: Iterable[When], reported: When | None) -> When:
     return reported if reported in whens else whens[-1]
 
 
-def _candidates(folder: Path, wanted_format: str | None) -> dict[When, SourceFile]:
+def when_of_name(name: str) -> When:
+    """(epoch, step) as a file's name tells them, ``UNNAMED`` if it does not."""
+    found = _NAMED.fullmatch(name) or _GLOBAL.fullmatch(name)
+    return (int(found.groupdict().get("epoch") or 0), int(found["step"])) if found else UNNAMED
+
+
+def candidates(folder: Path, wanted_format: str | None) -> dict[When, SourceFile]:
+    """The checkpoints of one rank folder; raises :class:`MissingInputError` for none, :class:`InputError` for two of one step."""
     found: dict[When, SourceFile] = {}
     for path in _listing(folder):
         suffix = path.suffix[1:]
         if suffix not in SUFFIXES or (wanted_format and suffix != wanted_format) or _SKIPPED.fullmatch(path.name):
             continue
-        name = _NAMED.fullmatch(path.name) or _GLOBAL.fullmatch(path.name)
-        when = (int(name.groupdict().get("epoch") or 0), int(name["step"])) if name else UNNAMED
+        when = when_of_name(path.name)
         file = SourceFile(path=path, when=when, merged="_dp_merged" in path.name)
         rival = found.get(when)
         if rival is None or (file.merged and not rival.merged):

@@ -36,6 +36,15 @@ def read(path: Path) -> Json:
     return validate(_plain(_load(_text(path), where), where), where=where)
 
 
+def load_mapping(path: Path) -> Json:
+    """A document as it stands in a file, unchecked: a template is no CheckpointConversion yet."""
+    where = "standard input" if str(path) == "-" else str(path)
+    found = _plain(_load(_text(path), where), where)
+    if not isinstance(found, dict):
+        raise UsageError("the document is not a mapping of fields", where=where, mend=_MEND)
+    return cast("Json", found)
+
+
 def validate(document: object, *, where: str) -> Json:
     """Check a document with the schema; returns it without nulls and with the defaults."""
     if not isinstance(document, dict):

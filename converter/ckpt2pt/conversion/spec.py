@@ -79,6 +79,14 @@ class Retries:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """How long a worker waits for a checkpoint to become whole (0: not at all), and when it takes a file for finished."""
+
+    timeout_seconds: int
+    settle_seconds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
     """One CheckpointConversion with every default applied."""
 
@@ -100,6 +108,7 @@ class Conversion:
     zero_consumed_samples: bool
     verify: str
     start_after: Json | None
+    readiness: Readiness
     workers: Workers
     retries: Retries
     pending_deadline_seconds: int
@@ -141,6 +150,7 @@ def parse(document: Mapping[str, object]) -> Conversion:
         zero_consumed_samples=target.flag("zeroConsumedSamples"),
         verify=spec.choice("verify", "Digest", "None", "Full"),
         start_after=_start_after(spec),
+        readiness=_readiness(spec.child("readiness")),
         workers=_workers(spec.child("workers")),
         retries=_retries(spec.child("retries")),
         pending_deadline_seconds=spec.number("pendingDeadlineSeconds", 900),
@@ -269,6 +279,13 @@ def _start_after(spec: Fields) -> Json | None:
     return found
 
 
+def _readiness(fields: Fields) -> Readiness:
+    return Readiness(
+        timeout_seconds=fields.number("timeoutSeconds", 300, low=0),
+        settle_seconds=fields.number("settleSeconds", 10, low=0),
+    )
+
+
 def _workers(fields: Fields) -> Workers:
     ours = {"maxParallelStages", "processes", "rankTimeoutSeconds", "coSchedule"}
     return Workers(
@@ -323,6 +340,9 @@ def convert_args(conversion: Conversion, mounts: Mapping[str, str]) -> list[str]
     if not conversion.dry_run:
         words += ["--verify", conversion.verify.lower(), "--progress", "json"]
         given["--process-timeout"] = conversion.workers.rank_timeout_seconds
+    if conversion.readiness.timeout_seconds:
+        words += ["--readiness-timeout", conversion.readiness.timeout_seconds]
+        words += ["--readiness-settle", conversion.readiness.settle_seconds]
     for flag, value in given.items():
         if value:
             words += [flag, *(cast("list[object]", value) if isinstance(value, list) else [value])]

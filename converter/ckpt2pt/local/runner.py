@@ -22,7 +22,7 @@ from ckpt2pt import __version__
 from ckpt2pt.conversion.document import read
 from ckpt2pt.conversion.job import Mount, build_job, mounts_of
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Conversion, Json, parse
-from ckpt2pt.conversion.status import Ending, status_of_run
+from ckpt2pt.conversion.status import WORST_FIRST, Ending, status_of_run
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.local.board import board
 from ckpt2pt.local.indexes import Index, LocalJob
@@ -34,9 +34,6 @@ log = logging.getLogger("ckpt2pt")
 IMAGE = f"ckpt2pt:{__version__}"
 
 Show = Callable[[object, str, argparse.Namespace], None]
-
-# A user mends a wrong document before anything else, then the input; what only wants another try comes last.
-_WORST_FIRST = (64, 65, 66, 76, 70, 74, 75)
 
 
 def run_document(options: argparse.Namespace, show: Show) -> int:
@@ -81,6 +78,18 @@ def run_document(options: argparse.Namespace, show: Show) -> int:
     return exit_code(job.indexes, ended)
 
 
+def words_of_document(filename: Path, volumes: Sequence[str]) -> list[str]:
+    """The command of one worker, for every stage and with local folders; its port and its message are a pod's alone."""
+    conversion = parse(read(filename))
+    _refuse_what_waits(conversion)
+    if conversion.dry_run:
+        mend = "set spec.dryRun to false, or plan it with ckpt2pt run"
+        raise UsageError("spec.dryRun is true, so nothing is to be done", where=f"{KIND} {conversion.name}", mend=mend)
+    manifest = build_job(conversion, image=IMAGE)
+    words = local_args(manifest, map_volumes(mounts_of(conversion), volumes))
+    return words[: words.index("--termination-log")]
+
+
 def _refuse_what_waits(conversion: Conversion) -> None:
     for field, given in (("suspend", conversion.suspend), ("cancel", conversion.cancel)):
         if given:
@@ -96,7 +105,7 @@ def exit_code(indexes: Sequence[Index], ended: Ending | None) -> int:
     if ended is not None and ended.reason in {"Interrupted", "DeadlineExceeded"}:
         return 75
     codes = {75 if (index.code or 0) > 128 else index.code for index in indexes if index.code}
-    return next((code for code in _WORST_FIRST if code in codes), 70 if codes else 0)
+    return next((code for code in WORST_FIRST if code in codes), 70 if codes else 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- volumes

@@ -170,6 +170,7 @@ def test_a_bad_stage_fails_and_the_other_is_finished(golden_copy: Path, tmp_path
     last.chmod(0o600)
     # The name keeps its length, so the file is whole; but stage 1 has lost a parameter.
     last.write_bytes(last.read_bytes().replace(b"encoder.final_norm", b"encoder.Final_norm"))
+    last.chmod(0o400)  # nobody is writing it
     path = write(tmp_path / "a.yaml", document_of(golden_copy))
     words = ("-f", path, "--volume", f"training={golden_copy}", "--volume", f"results={results}")
     done = call(*words, "--output", "json", "--log-format", "json", "--progress", "none")

@@ -38,7 +38,7 @@ def test_the_phases_of_a_run() -> None:
 def test_nothing_to_read_is_no_throughput() -> None:
     account = Account()
     account.begin({}, 500)
-    assert account.phase == "Converting"
+    assert account.progress()["phase"] == "Converting"
     assert "throughput" not in account.progress()
     assert {"bytes": 0, "bytesTotal": 0}.items() <= account.facts().items()
 

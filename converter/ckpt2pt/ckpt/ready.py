@@ -1,0 +1,225 @@
+"""Whether a checkpoint is whole: every rank that is needed, at one epoch and step, and nobody writes to it any more.
+
+MindSpore 2.10 writes ``<stem>.tmp``, renames it and then takes the right to write away (mode 0400); older ones write
+under the final name and take the right away last (mindspore/train/serialization.py).  So a final name without that
+right is whole; one with it was copied, or is being written, and has to rest for a while.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast
+
+from ckpt2pt.ckpt import index_file
+from ckpt2pt.ckpt.ranks import UNNAMED, SourceFile, When, candidates, last_saved, rank_folder, when_of_name
+from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, TimedOutError
+from ckpt2pt.mapping.topology import Topology
+
+Kind = Literal["missing", "unfinished", "other"]
+Choose = Callable[[Mapping[When, SourceFile]], When | None]
+"""From the files of the first rank to the one that is wanted; None when it is not there (yet)."""
+
+_SHOWN = 8
+_MAX_JSON_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Obstacle:
+    """What is still in the way, of one rank."""
+
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """What was seen at one moment: the checkpoint that ought to become whole, and what it lacks."""
+
+    root: Path
+    wanted: When | None
+    obstacles: tuple[Obstacle, ...]
+
+    @property
+    def ready(self) -> bool:
+        """True when nothing is in the way."""
+        return not self.obstacles
+
+    @property
+    def sentence(self) -> str:
+        """``checkpoint 0_12 is not whole: rank_1 is at 0_10; rank_3 is missing``."""
+        texts = [obstacle.text for obstacle in self.obstacles]
+        more = f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
+        which = f" {_shown(self.wanted)}" if self.wanted not in {None, UNNAMED} else ""
+        return f"checkpoint{which} is not whole: {'; '.join(texts[:_SHOWN])}{more}"
+
+    def refusal(self, waited: float) -> Ckpt2ptError:
+        """The error of a wait in vain: 66 when a rank is missing, 75 when it is only still being written, else 65."""
+        kinds = {obstacle.kind for obstacle in self.obstacles}
+        what = f"after {waited:g} s the {self.sentence}"
+        if "missing" in kinds:
+            mend = (
+                "see that every rank has saved into this folder, check spec.parallelism (--tp-size --pp-size --dp-size "
+                "--cp-size), or wait longer with spec.readiness.timeoutSeconds (--readiness-timeout)"
+            )
+            return MissingInputError(what, where=self.root, mend=mend)
+        if kinds == {"unfinished"}:
+            mend = "wait longer with spec.readiness.timeoutSeconds (--readiness-timeout); remove what a killed save has left"
+            return TimedOutError(what, where=self.root, mend=mend)
+        mend = (
+            "choose a checkpoint that every rank has saved with spec.source.iteration (--iteration), or remove the files "
+            "of the broken save"
+        )
+        return InputError(what, where=self.root, mend=mend)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trace:
+    """A file as it was seen: when nothing of it has changed ``since`` (monotonic), and whether its index was read."""
+
+    size: int
+    mtime_ns: int
+    since: float
+    indexed: bool = False
+
+
+class Watcher:
+    """Looks at one training output again and again.
+
+    ``settle_seconds`` is how long a file that may be written to must have rested; ``choose`` picks the wanted
+    checkpoint, the newest that any rank has or begins to have when it is None.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        topology: Topology,
+        *,
+        wanted_format: str | None = None,
+        settle_seconds: float = 0.0,
+        choose: Choose | None = None,
+    ) -> None:
+        self._root, self._topology, self._format = root, topology, wanted_format
+        self._settle, self._choose = settle_seconds, choose
+        self._traces: dict[Path, _Trace] = {}
+
+    def steps(self) -> list[When]:
+        """(epoch, step) of the files under final names that every rank has; oldest first."""
+        found = [set(self._files(self._topology.source_rank(*key))) for key in self._topology.ranks()]
+        return sorted(set.intersection(*found))
+
+    def look(self, wanted: When | None = None) -> Look:
+        """What is there now, of ``wanted`` where it is given.  Raises :class:`InputError` where a rank has two files of one step."""
+        ranks = [self._topology.source_rank(*key) for key in self._topology.ranks()]
+        files = {rank: self._files(rank) for rank in ranks}
+        writing = {rank: _temporary(rank_folder(self._root, rank)) for rank in ranks}
+        chosen = wanted is not None or self._choose is not None
+        if wanted is None and self._choose:
+            wanted = self._choose(files[ranks[0]]) if files[ranks[0]] else None
+            if wanted is None:
+                return self._lacks(
+                    None, [Obstacle(kind="missing", text=_has(ranks[0], files[ranks[0]], "not that one"))]
+                )
+        elif wanted is None:
+            seen = {when for found in files.values() for when in found}
+            wanted = max(seen.union(*writing.values()), default=None)
+        peers = {peer for rank in ranks for peer in self._peers(rank, files[rank], wanted)} - set(ranks)
+        for rank in sorted(peers):
+            files[rank], writing[rank] = self._files(rank), _temporary(rank_folder(self._root, rank))
+        found = [o for rank in files if (o := self._obstacle(rank, files[rank], writing[rank], wanted))]
+        if not found and not chosen:
+            found += self._report(wanted)
+        return self._lacks(wanted, found)
+
+    def _lacks(self, wanted: When | None, obstacles: list[Obstacle]) -> Look:
+        return Look(root=self._root, wanted=wanted, obstacles=tuple(obstacles))
+
+    def _files(self, rank: int) -> dict[When, SourceFile]:
+        folder = rank_folder(self._root, rank)
+        try:
+            return candidates(folder, self._format) if folder.is_dir() else {}
+        except MissingInputError:
+            return {}
+
+    def _peers(self, rank: int, files: Mapping[When, SourceFile], wanted: When | None) -> Iterator[int]:
+        """Ranks that hold the other shards of this rank's optimizer, unless they are merged already."""
+        file = files.get(wanted) if wanted else None
+        if file and file.merged:
+            return
+        for path in sorted((self._root / "opt_shard_info" / f"rank_{rank}").glob("dist_opt_shard_info*.json")):
+            try:
+                # The training does not truncate it, so that a longer, older text may stand behind (docs/format-ckpt.md).
+                text = path.read_bytes()[:_MAX_JSON_BYTES].decode(errors="replace")
+                document: object = json.JSONDecoder().raw_decode(text.lstrip())[0]
+            except (OSError, ValueError, RecursionError):
+                continue
+            listed: object = (
+                cast("Mapping[str, object]", document).get("dp_rank_list") if isinstance(document, dict) else None
+            )
+            if isinstance(listed, list):
+                yield from (peer for peer in cast("list[object]", listed) if type(peer) is int)
+
+    def _obstacle(
+        self, rank: int, files: Mapping[When, SourceFile], writing: Mapping[When, str], wanted: When | None
+    ) -> Obstacle | None:
+        if wanted in writing:
+            return Obstacle(kind="unfinished", text=f"rank_{rank} is being written ({writing[cast('When', wanted)]})")
+        if wanted is None or not files:
+            there = rank_folder(self._root, rank).is_dir()
+            return Obstacle(kind="missing", text=f"rank_{rank} {'has none yet' if there else 'is missing'}")
+        if wanted not in files:
+            return Obstacle(kind="other", text=_has(rank, files, ""))
+        return self._unfinished(rank, files[wanted].path)
+
+    def _unfinished(self, rank: int, path: Path) -> Obstacle | None:
+        try:
+            status = path.stat()
+        except OSError as error:
+            return Obstacle(kind="unfinished", text=f"rank_{rank}: {path.name} has gone ({error.strerror})")
+        trace = self._traces.get(path)
+        if trace is None or (trace.size, trace.mtime_ns) != (status.st_size, status.st_mtime_ns):
+            trace = _Trace(size=status.st_size, mtime_ns=status.st_mtime_ns, since=time.monotonic())
+            self._traces[path] = trace
+        if status.st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+            rested = max(time.monotonic() - trace.since, time.time() - status.st_mtime)
+            if rested < self._settle:
+                text = f"rank_{rank} may still be written ({path.name} changed {rested:.0f} s ago)"
+                return Obstacle(kind="unfinished", text=text)
+        if trace.indexed:
+            return None
+        try:
+            index_file(path)
+        except FormatError as error:
+            return Obstacle(kind="other", text=f"rank_{rank} is broken ({path.name}: {error.what})")
+        self._traces[path] = replace(trace, indexed=True)
+        return None
+
+    def _report(self, wanted: When | None) -> list[Obstacle]:
+        """What the training itself says it has saved comes after the files, and is what ``convert`` goes by."""
+        reported = last_saved(self._root, self._topology)
+        if reported in {None, wanted} or wanted == UNNAMED:
+            return []
+        return [Obstacle(kind="other", text=f"meta.json of the ranks still says {_shown(reported)}")]
+
+
+def _temporary(folder: Path) -> dict[When, str]:
+    """What MindSpore is writing there: (epoch, step) -> name."""
+    try:
+        names = sorted(path.name for path in folder.glob("*.tmp"))
+    except OSError:
+        return {}
+    return {when_of_name(re.sub(r"tmp$", "ckpt", name)): name for name in names}
+
+
+def _has(rank: int, files: Mapping[When, SourceFile], otherwise: str) -> str:
+    there = ", ".join(_shown(when) for when in sorted(files)[-3:])
+    return f"rank_{rank} is at {there}{', ' if otherwise else ''}{otherwise}" if there else f"rank_{rank} has none yet"
+
+
+def _shown(when: When | None) -> str:
+    return "a file without a step in its name" if when is None or when == UNNAMED else f"{when[0]}_{when[1]}"

@@ -1,0 +1,116 @@
+"""Follow a running training: convert each checkpoint that has become whole and is newer than the tracker's.
+
+    rank_R/*  --ckpt.ready--> whole?  --run--> iter_0000500  --keep--> the last N results
+
+The tracker is all that is remembered: a restarted watch goes on where it stood, and never back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from ckpt2pt.ckpt.ranks import When
+from ckpt2pt.ckpt.ready import Watcher
+from ckpt2pt.errors import RETRIED, Ckpt2ptError, InterruptedRunError, MissingInputError
+from ckpt2pt.follow.keep import prune, tracked
+from ckpt2pt.request import Request
+from ckpt2pt.run import Outcome, Reporter, run
+from ckpt2pt.survey import survey
+
+log = logging.getLogger("ckpt2pt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Following:
+    """How a training is followed; times in seconds.  ``keep`` 0 keeps every result."""
+
+    keep: int = 0
+    interval: float = 30.0
+    settle: float = 10.0
+    once: bool = False
+    stop_on_error: bool = False
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What this process knows of checkpoints: those that are done with, and what was said of the others."""
+
+    done: set[When] = field(default_factory=set[When])
+    told: dict[When, str] = field(default_factory=dict[When, str])
+    errors: list[Ckpt2ptError] = field(default_factory=list[Ckpt2ptError])
+
+
+def watch(
+    request: Request, how: Following, *, reporter: Callable[[], Reporter], hear: Callable[[Outcome, list[int]], None]
+) -> int:
+    """Until a signal comes, or for one round; ``hear`` is told each result and the iterations removed after it.
+
+    Returns 0, or the exit code of the last error of a single round.  Raises what ends it.
+    """
+    watcher = Watcher(request.source, request.topology, wanted_format=request.source_format, settle_seconds=how.settle)
+    memory = _Memory()
+    while True:
+        memory.errors.clear()
+        for when in _waiting(watcher, request, how, memory):
+            _convert(replace(request, when=when, iteration=None), how, memory, reporter=reporter, hear=hear)
+        if how.once:
+            return memory.errors[-1].exit_code if memory.errors else 0
+        time.sleep(how.interval)
+
+
+def _waiting(watcher: Watcher, request: Request, how: Following, memory: _Memory) -> list[When]:
+    """Whole checkpoints to convert, oldest first; of many no more than are kept."""
+    try:
+        steps = [when for when in watcher.steps() if when not in memory.done]
+        whole = [when for when in steps if watcher.look(when).ready]
+    except Ckpt2ptError as error:
+        _note(error, (-1, -1), how, memory)
+        return []
+    return whole[-how.keep :] if how.keep else whole
+
+
+def _convert(
+    request: Request,
+    how: Following,
+    memory: _Memory,
+    *,
+    reporter: Callable[[], Reporter],
+    hear: Callable[[Outcome, list[int]], None],
+) -> None:
+    when = request.when or (-1, -1)
+    try:
+        if not _is_newer(request):
+            memory.done.add(when)
+            return
+        outcome = run(request, range(request.topology.pipeline), reporter())
+        memory.done.add(when)
+        hear(outcome, prune(request, how.keep))
+    except InterruptedRunError:
+        raise
+    except Ckpt2ptError as error:
+        # What a later look may find mended is tried again, until a newer checkpoint is converted.
+        if error.exit_code not in RETRIED and not isinstance(error, MissingInputError):
+            memory.done.add(when)
+        _note(error, when, how, memory)
+
+
+def _is_newer(request: Request) -> bool:
+    named = tracked(request.target)
+    if named is None:
+        return True
+    iteration = survey(request).clock.iteration
+    if iteration < named:
+        log.info("iteration %d is passed over: the tracker names %d", iteration, named)
+    return iteration > named
+
+
+def _note(error: Ckpt2ptError, when: When, how: Following, memory: _Memory) -> None:
+    memory.errors.append(error)
+    if how.stop_on_error:
+        raise error
+    if memory.told.get(when) != str(error):
+        memory.told[when] = str(error)
+        log.error("checkpoint %d_%d is not converted: %s", *when, error)

@@ -1,0 +1,179 @@
+"""A training is followed: every new checkpoint once, when it is whole, and the last results stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt2pt import cli
+from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.publish import TRACKER
+from documents import changed, write
+from handmade import Handmade
+from workers import wait_for
+
+CUT = Topology(num_layers=4, pipeline=2)
+
+
+class Training:
+    """Saves checkpoints as MindSpore does: all under temporary names, then renamed, then without the right to write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source, self.target = folder / "ms", folder / "out"
+        self.metadata = self.write(0, folder / "first").metadata
+
+    def write(self, iteration: int, folder: Path) -> Any:
+        return Handmade(topology=CUT, iteration=iteration).write(folder)
+
+    def save(self, iteration: int, *ranks: int) -> None:
+        """A save of some ranks, of all when none is named."""
+        made = self.write(iteration, self.folder / f"made-{iteration}")
+        for rank in ranks or (0, 1):
+            for path in (made.source / f"rank_{rank}").glob("*.ckpt"):
+                home = self.source / f"rank_{rank}" / path.name
+                home.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, home.with_suffix(".tmp")).rename(home).chmod(0o400)
+
+    def flags(self) -> list[str]:
+        paths = ["--ms-path", self.source, "--param-map-path", self.metadata, "--megatron-path", self.target]
+        return ["--num-layers", "4", "--pp-size", "2", "--multiprocess-off", "--progress", "none", *map(str, paths)]
+
+    def results(self) -> list[str]:
+        return sorted(path.name for path in self.target.glob("*"))
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Training:
+    return Training(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def once(training: Training, *more: str) -> int:
+    return cli.main(["watch", "--once", *training.flags(), *more])
+
+
+def test_nothing_to_do_is_no_error(training: Training) -> None:
+    assert once(training) == 0
+    assert training.results() == []
+
+
+def test_each_whole_checkpoint_is_converted_and_the_last_are_kept(
+    training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training.save(10)
+    training.save(20)
+    training.save(30, 0)
+    assert once(training, "--keep", "2", "--output", "json") == 0
+    assert training.results() == ["iter_0000010", "iter_0000020", TRACKER]
+    training.save(30, 1)
+    assert once(training, "--keep", "2") == 0
+    assert training.results() == ["iter_0000020", "iter_0000030", TRACKER]
+    assert (training.target / TRACKER).read_text() == "30"
+    assert "removed the results of iterations [10]" in capsys.readouterr().out
+
+
+def test_a_restart_does_nothing_twice_and_never_goes_back(
+    training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for iteration in (10, 20):
+        training.save(iteration)
+    once(training, "--keep", "1")
+    capsys.readouterr()
+    assert once(training, "--keep", "1") == 0
+    assert capsys.readouterr().out == ""
+    assert training.results() == ["iter_0000020", TRACKER]
+
+
+def test_of_many_old_checkpoints_only_those_that_are_kept_are_converted(training: Training) -> None:
+    for iteration in (10, 20, 30):
+        training.save(iteration)
+    once(training, "--keep", "1")
+    assert training.results() == ["iter_0000030", TRACKER]
+
+
+def test_one_that_is_being_written_is_left_alone(training: Training) -> None:
+    training.save(10)
+    [file] = (training.source / "rank_1").glob("*.ckpt")
+    file.chmod(0o600)
+    assert once(training) == 0
+    assert training.results() == []
+    assert once(training, "--settle", "0") == 0
+    assert training.results() == ["iter_0000010", TRACKER]
+
+
+def damage(training: Training, iteration: int) -> None:
+    [file] = (training.source / "rank_1").glob(f"*-0_{iteration}.ckpt")
+    file.chmod(0o600)
+    file.write_bytes(file.read_bytes().replace(b"encoder.final_norm", b"encoder.Final_norm"))
+    file.chmod(0o400)
+
+
+def test_an_error_of_one_does_not_stop_the_next(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
+    for iteration in (10, 20):
+        training.save(iteration)
+    damage(training, 10)
+    assert once(training) == 65
+    assert (training.target / TRACKER).read_text() == "20"
+    assert "checkpoint 0_10 is not converted: " in capsys.readouterr().err
+    assert once(training, "--stop-on-error") == 0, "there is a newer one"
+
+
+def test_or_it_does_when_asked_to(training: Training) -> None:
+    training.save(10)
+    damage(training, 10)
+    assert once(training, "--stop-on-error") == 65
+
+
+def test_a_document_says_the_same(training: Training, tmp_path: Path) -> None:
+    training.save(10)
+    document = changed(
+        ("spec.parallelism", {"pipeline": 2}),
+        ("spec.metadata.path", str(training.metadata.relative_to(tmp_path))),
+    )
+    path = write(tmp_path / "a.yaml", document)
+    words = ["watch", "--once", "--progress", "none", "-f", str(path), "--volume", f"training={tmp_path}"]
+    assert cli.main(words) == 0
+    assert training.results() == ["iter_0000010", TRACKER]
+    document["spec"]["dryRun"] = True
+    write(path, document)
+    assert cli.main(words) == 64
+
+
+def test_without_flags_it_says_which_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["watch", "--once"]) == 64
+    assert "--num-layers is missing" in capsys.readouterr().err
+
+
+def test_a_running_watch_hears_of_new_checkpoints_and_ends_with_a_signal(training: Training) -> None:
+    words = [sys.executable, "-m", "ckpt2pt", "watch", "--interval", "0.1", *training.flags(), "--output", "json"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for iteration in (10, 20):
+            training.save(iteration)
+            tracker = training.target / TRACKER
+            wait_for(lambda path=tracker, text=str(iteration): path.exists() and path.read_text() == text, 60)  # type: ignore[misc]
+    finally:
+        process.terminate()
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    decoder, found, text = json.JSONDecoder(), list[int](), out.strip()
+    while text:
+        document, end = decoder.raw_decode(text)
+        found.append(document["iteration"])
+        text = text[end:].strip()
+    assert found == [10, 20]
