@@ -1,4 +1,4 @@
-"""``python -m harness up|down``: the cluster of ``make cluster``."""
+"""``python -m harness up|down|images``: the cluster of ``make cluster`` and the images of ``make images``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import sys
 import time
 
-from harness.cluster import LEFT_RUNNING, OF_THE_SUITE, Cluster
-from harness.machine import ClusterError, Unavailable
+from harness.cluster import LEFT_RUNNING, Cluster
+from harness.images import TARGETS, archive, reference
+from harness.machine import ClusterError, UnavailableError
+from harness.sharing import take_down_unused
 
 
 def up() -> None:
@@ -15,17 +17,29 @@ def up() -> None:
     cluster, began = Cluster(LEFT_RUNNING), time.monotonic()
     print("Kubernetes is built from source the first time: about ten minutes", file=sys.stderr)
     cluster.up()
-    print(f"# ready after {time.monotonic() - began:.0f} s; logs and data in {cluster.state}; `make cluster-down` ends it")
+    print(
+        f"# ready after {time.monotonic() - began:.0f} s; logs and data in {cluster.state}; `make cluster-down` ends it"
+    )
     print(f"export KUBECONFIG={cluster.kubeconfig}")
 
 
 def down() -> None:
     """End it, and what an interrupted test run may have left."""
-    for index in (LEFT_RUNNING, OF_THE_SUITE):
-        Cluster(index).down()
+    Cluster(LEFT_RUNNING).down()
+    take_down_unused()
 
 
-COMMANDS = {"up": up, "down": down}
+def images() -> None:
+    """Build both images and give them to the cluster, if it runs."""
+    cluster = Cluster(LEFT_RUNNING)
+    for target in TARGETS:
+        kept = archive(target)
+        if cluster.is_running:
+            cluster.node.import_image(kept)
+        print(f"{reference(target)}  {kept}")
+
+
+COMMANDS = {"up": up, "down": down, "images": images}
 
 
 def main() -> int:
@@ -34,9 +48,9 @@ def main() -> int:
     parser.add_argument("command", choices=COMMANDS)
     try:
         COMMANDS[parser.parse_args().command]()
-    except (Unavailable, ClusterError) as error:
+    except (UnavailableError, ClusterError) as error:
         print(f"cluster: {error}", file=sys.stderr)
-        return 69 if isinstance(error, Unavailable) else 1
+        return 69 if isinstance(error, UnavailableError) else 1
     return 0
 
 

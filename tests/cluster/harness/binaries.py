@@ -11,7 +11,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from harness.machine import ClusterError, Unavailable, cache_folder, require_go, run
+from harness.machine import ClusterError, UnavailableError, cache_folder, require_go, run
 
 MODULE = Path(__file__).parents[1] / "kubernetes"
 PAUSE_IMAGE = "ckpt2pt.test/pause:1"
@@ -45,7 +45,7 @@ def _built(name: str, source: str, package: str, ldflags: str, env: dict[str, st
         try:
             run(go, "-C", MODULE, "mod", "download", seconds=900)
         except ClusterError as error:
-            raise Unavailable(f"the source of Kubernetes cannot be downloaded: {error}") from error
+            raise UnavailableError(f"the source of Kubernetes cannot be downloaded: {error}") from error
         run(go, "-C", MODULE, "build", "-mod=readonly", "-buildvcs=false", "-ldflags", ldflags, "-o", partial, package,
             env=env, seconds=3600)  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from harness.binaries import kubernetes
 from harness.certificates import Authority
 from harness.daemons import Daemon
 from harness.kubectl import Kubectl
-from harness.machine import ClusterError, require_node, run, wait_until
+from harness.machine import ClusterError, require_node, wait_until
 from harness.network import APISERVER_PORT, SERVICE_ADDRESS, Network
 from harness.node import NAME, Node
 
@@ -69,6 +68,18 @@ class Cluster:
         self.state.mkdir(mode=0o755, exist_ok=True)
         self._write_certificates()
         self.network.up()
+        try:
+            self._start()
+        except ClusterError as error:
+            raise ClusterError(f"{error}\n{self.story()}") from error
+
+    def story(self) -> str:
+        """The end of every log."""
+        return "\n".join(
+            f"--- {log.name}\n{log.read_text(errors='replace')[-1500:]}" for log in self.state.glob("*.log")
+        )
+
+    def _start(self) -> None:
         self.etcd.start()
         self.apiserver.start()
         self.wait_ready()
@@ -90,10 +101,7 @@ class Cluster:
 
     def wait_ready(self) -> None:
         """Wait until the API server answers that it is ready."""
-        try:
-            wait_until("the API server", self._is_ready, seconds=60)
-        except ClusterError as error:
-            raise ClusterError(f"{error}\n{self.apiserver.tail()}") from error
+        wait_until("the API server", self._is_ready, seconds=60)
 
     def restart_apiserver(self) -> None:
         """Kill the API server, as a crash would, and start it again: every connection and every watch breaks."""
@@ -143,7 +151,10 @@ class Cluster:
         """The scheduler."""
         kubeconfig = self.state / "scheduler.kubeconfig"
         return self._daemon(
-            "kube-scheduler", f"--kubeconfig={kubeconfig}", "--leader-elect=false", f"--bind-address={self.network.node_address}"
+            "kube-scheduler",
+            f"--kubeconfig={kubeconfig}",
+            "--leader-elect=false",
+            f"--bind-address={self.network.node_address}",
         )
 
     def _daemon(self, name: str, *flags: str) -> Daemon:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,9 +84,7 @@ def _began(pid: int) -> str | None:
     except OSError:
         return None
     if fields[0] == "Z":
-        try:
+        with suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)  # ours, if this process started it
-        except ChildProcessError:
-            pass
         return None
     return fields[19]

@@ -23,7 +23,7 @@ IMAGE_PACKAGES = {"buildah": "buildah", "debootstrap": "debootstrap"}
 """What images are built with."""
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """This machine cannot run a cluster; the message says what it lacks.  Tests are reported as skipped."""
 
 
@@ -31,7 +31,9 @@ class ClusterError(Exception):
     """The cluster, or a command on it, failed."""
 
 
-def run(*words: str | Path, env: Mapping[str, str] | None = None, stdin: str | None = None, seconds: float = 600) -> str:
+def run(
+    *words: str | Path, env: Mapping[str, str] | None = None, stdin: str | None = None, seconds: float = 600
+) -> str:
     """Run a command to its end; its standard output.  A failure is raised with what the command said."""
     done = subprocess.run(
         [str(word) for word in words],
@@ -76,9 +78,11 @@ def cache_folder() -> Path:
 def require_node() -> None:
     """Have everything a node is made of, installing packages where that is possible."""
     if os.geteuid() != 0:
-        raise Unavailable("a node needs root (network namespaces, cgroups, mounts); CKPT2PT_KUBECONFIG names a cluster to use instead")
+        raise UnavailableError(
+            "a node needs root (network namespaces, cgroups, mounts); CKPT2PT_KUBECONFIG names a cluster to use instead"
+        )
     if not _is_there("kubectl"):
-        raise Unavailable("kubectl is not installed")
+        raise UnavailableError("kubectl is not installed")
     require(PACKAGES)
 
 
@@ -88,7 +92,7 @@ def require(packages: Mapping[str, str]) -> None:
     if not missing:
         return
     if os.geteuid() != 0 or not shutil.which("apt-get"):
-        raise Unavailable(f"{', '.join(missing)} missing, and only root can install them, with apt-get")
+        raise UnavailableError(f"{', '.join(missing)} missing, and only root can install them, with apt-get")
     _install(missing)
 
 
@@ -96,7 +100,7 @@ def require_go() -> str:
     """The Go tool chain."""
     go = shutil.which("go") or shutil.which("/usr/local/go/bin/go")
     if not go:
-        raise Unavailable("Go (1.26 or newer) is not installed; Kubernetes is built with it")
+        raise UnavailableError("Go (1.26 or newer) is not installed; Kubernetes is built with it")
     return go
 
 
@@ -115,4 +119,4 @@ def _install(packages: Sequence[str]) -> None:
             run("apt-get", "update", "--quiet")
             run(*install, env=env)
         except ClusterError as error:
-            raise Unavailable(f"apt-get cannot install {' '.join(packages)}: {error}") from error
+            raise UnavailableError(f"apt-get cannot install {' '.join(packages)}: {error}") from error
