@@ -1,0 +1,339 @@
+"""What a real API server makes of the CRD: which documents it refuses, in which words, and what it puts in by itself.
+
+Every rule of the CRD has a case here; the last tests see to that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+
+from documents import ABSENT, CRD_PATH, EXAMPLE_PATH, changed, claim, root_schema
+from harness.kubectl import Kubectl
+from harness.machine import ClusterError
+
+HOST = {"hostPath": {"path": "/data"}}
+TWO = {**claim("a"), "nfs": {"server": "s", "path": "/x"}}
+PATH = "write the path relative to the root of its volume"
+ONE_KIND = "name exactly one kind of volume"
+ABSOLUTE = "give the absolute path of a folder on the node"
+EXPORT = "give the exported path as the server names it"
+ROLES = ("source", "metadata", "target")
+
+
+def rules(node: dict[str, Any], path: str = "") -> Iterator[tuple[str, str, bool]]:
+    """Field, message, and whether it looks at the old object, of every rule below a schema."""
+    for rule in node.get("x-kubernetes-validations", ()):
+        yield path + rule.get("fieldPath", ""), rule["message"], "oldSelf" in rule["rule"]
+    for name, inner in node.get("properties", {}).items():
+        yield from rules(inner, f"{path}.{name}")
+
+
+RULES = [(field.removeprefix("."), message, old) for field, message, old in rules(root_schema())]
+
+
+@pytest.fixture(scope="module")
+def conversions(kubectl: Kubectl) -> Iterator[Kubectl]:
+    """A namespace with the CRD, which no operator looks after."""
+    kubectl("apply", "--filename", CRD_PATH)
+    kubectl("wait", "--for=condition=Established", "crd/checkpointconversions.ckpt2pt.dev", "--timeout=30s")
+    kubectl("create", "namespace", "test-crd")
+    yield kubectl.within("test-crd")
+    kubectl("delete", "namespace", "test-crd", "--wait=false")
+
+
+def refusal(kubectl: Kubectl, verb: str, document: dict[str, Any]) -> str:
+    with pytest.raises(ClusterError) as refused:
+        kubectl(verb, "--dry-run=server", "--validate=strict", "--filename", "-", stdin=json.dumps(document))
+    return str(refused.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- refused
+
+#     what is changed -> the field that is told, and a piece of the advice
+REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
+    "name-too-long": ([("metadata.name", "a" * 46)], "", "choose a name of at most 45 characters"),
+    "name-with-a-dot": ([("metadata.name", "a.b")], "", "choose a name of lower-case letters, digits and dashes"),
+    "layers-do-not-divide": ([("spec.parallelism", {"pipeline": 3})], "spec.model.numLayers", "make numLayers"),
+    "layers-do-not-divide-by-chunks": (
+        [("spec.parallelism", {"pipeline": 2, "virtualPipeline": 3})], "spec.model.numLayers", "make numLayers",
+    ),
+    "split-of-another-length": (
+        [("spec.parallelism", {"pipeline": 2}), ("spec.model.layersPerStage", [4])],
+        "spec.model.layersPerStage", "give one count for each stage",
+    ),
+    "split-of-another-sum": (
+        [("spec.parallelism", {"pipeline": 2}), ("spec.model.layersPerStage", [3, 2])],
+        "spec.model.layersPerStage", "make the counts add up",
+    ),
+    "noop-out-of-range": ([("spec.model.noopLayers", [4])], "spec.model.noopLayers", "number the no-op layers from 0"),
+    "nothing-but-noop": ([("spec.model.noopLayers", [0, 1, 2, 3])], "spec.model.noopLayers", "leave at least one layer"),
+    "target-is-source": ([("spec.target.path", "ms")], "spec.target.path", "cannot take the place of its source"),
+    "target-is-source-on-a-volume-named-twice": (
+        [("spec.target.path", "ms"), ("spec.target.volume", claim("training"))],
+        "spec.target.path", "cannot take the place of its source",
+    ),
+    "target-is-metadata": ([("spec.target.path", "pt_meta")], "spec.target.path", "cannot take the place of pt_meta"),
+    "target-is-metadata-on-its-volume": (
+        [("spec.target", {"path": "pt_meta", "volume": HOST}), ("spec.metadata.volume", HOST)],
+        "spec.target.path", "cannot take the place of pt_meta",
+    ),
+    **{
+        f"{role}-{name}": ([(f"spec.{role}.{field}", value)], f"spec.{role}.{where}", advice)
+        for role in ROLES
+        for name, field, value, where, advice in (
+            ("two-volumes", "volume", TWO, "volume", ONE_KIND),
+            ("no-kind-of-volume", "volume", {}, "volume", ONE_KIND),
+            ("relative-host-path", "volume", {"hostPath": {"path": "data"}}, "volume.hostPath.path", ABSOLUTE),
+            ("host-path-upwards", "volume", {"hostPath": {"path": "/a/../b"}}, "volume.hostPath.path", ABSOLUTE),
+            ("relative-export", "volume", {"nfs": {"server": "s", "path": "x"}}, "volume.nfs.path", EXPORT),
+            ("absolute-path", "path", "/ms", "path", PATH),
+            ("path-upwards", "path", "a/../b", "path", PATH),
+            ("path-with-a-slash-at-the-end", "path", "a/", "path", PATH),
+        )
+    },
+    "no-model": ([("spec.model", ABSENT)], "spec.model", "Required value"),
+    "no-layers": ([("spec.model.numLayers", ABSENT)], "spec.model.numLayers", "Required value"),
+    "no-source-volume": ([("spec.source.volume", ABSENT)], "spec.source.volume", "Required value"),
+    "no-target-path": ([("spec.target.path", ABSENT)], "spec.target.path", "Required value"),
+    "mode": ([("spec.mode", "Half")], "spec.mode", 'supported values: "Full", "ParamsOnly"'),
+    "verify": ([("spec.verify", "Twice")], "spec.verify", 'supported values: "None", "Digest", "Full"'),
+    "no-stages": ([("spec.parallelism", {"pipeline": 0})], "spec.parallelism.pipeline", "greater than or equal to 1"),
+    "too-many-stages": ([("spec.parallelism", {"pipeline": 1025})], "spec.parallelism.pipeline", "less than or equal to 1024"),
+    "text-for-a-number": ([("spec.model.numLayers", "4")], "spec.model.numLayers", "must be of type integer"),
+    "misspelled": ([("spec.parallelism", {"tensr": 2})], "spec.parallelism.tensr", "unknown field"),
+    "no-quantity": (
+        [("spec.workers", {"resources": {"limits": {"memory": "lots"}}})], "spec.workers.resources.limits.memory", "should match",
+    ),
+    "noop-twice": ([("spec.model.noopLayers", [1, 1])], "spec.model.noopLayers[1]", "Duplicate value"),
+    "retries": ([("spec.retries", {"perStage": 21})], "spec.retries.perStage", "less than or equal to 20"),
+    "start-after-without-a-name": ([("spec.startAfter", {"apiVersion": "batch/v1", "kind": "Job"})], "spec.startAfter.name", "Required"),
+    "no-iteration": ([("spec.source.iteration", 0)], "spec.source.iteration", "greater than or equal to 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "field", "advice"), REFUSED.values(), ids=REFUSED)
+def test_a_wrong_document_is_refused_with_advice(
+    conversions: Kubectl, changes: list[tuple[str, object]], field: str, advice: str
+) -> None:
+    said = refusal(conversions, "create", changed(*changes))
+    assert field in said
+    assert advice in said
+
+
+# --------------------------------------------------------------------------------------------------------------- fixed
+
+CONTAINERS = [{"name": "b", "stdin": True}]
+FULL: dict[str, Any] = changed(
+    ("metadata.name", "fixed"),
+    ("spec.suspend", True),
+    ("spec.cancel", True),
+    ("spec.startAfter", {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}),
+    ("spec.activeDeadlineSeconds", 100),
+    ("spec.ttlSecondsAfterFinished", 100),
+    ("spec.workers", {
+        "processes": 2, "rankTimeoutSeconds": 9, "image": "a:1", "imagePullPolicy": "Always",
+        "imagePullSecrets": [{"name": "a"}], "resources": {"limits": {"memory": "1Gi"}}, "nodeSelector": {"a": "b"},
+        "tolerations": [{"key": "a"}], "affinity": {"nodeAffinity": {"x": 1}}, "schedulerName": "a",
+        "priorityClassName": "a", "runtimeClassName": "a", "queueName": "a", "queueKind": "Kueue",
+        "security": {"runAsUser": 1}, "labels": {"a": "b"}, "annotations": {"a": "b"},
+        "podOverrides": {"spec": {"hostNetwork": True, "containers": CONTAINERS}}, "coSchedule": True, "maxParallelStages": 1,
+    }),
+)  # fmt: skip
+
+#    field -> another value of it
+OTHERS: dict[str, object] = {
+    "spec.mode": "ParamsOnly",
+    "spec.dryRun": True,
+    "spec.model": {"numLayers": 8},
+    "spec.parallelism": {"tensor": 2},
+    "spec.source": {"volume": claim("training"), "path": "other"},
+    "spec.metadata": {"path": "other"},
+    "spec.target": {"path": "other"},
+    "spec.verify": "Full",
+    "spec.startAfter": {"apiVersion": "batch/v1", "kind": "Job", "name": "other"},
+    "spec.readiness": {"timeoutSeconds": 7},
+    "spec.retries": {"perStage": 1},
+    "spec.pendingDeadlineSeconds": 7,
+    "spec.activeDeadlineSeconds": 7,
+    "spec.cancel": False,
+    "spec.workers.processes": 3,
+    "spec.workers.rankTimeoutSeconds": 7,
+    "spec.workers.image": "b:1",
+    "spec.workers.imagePullPolicy": "Never",
+    "spec.workers.imagePullSecrets": [{"name": "b"}],
+    "spec.workers.resources": {"limits": {"memory": "2Gi"}},
+    "spec.workers.nodeSelector": {"a": "c"},
+    "spec.workers.tolerations": [{"key": "b"}],
+    "spec.workers.affinity": {"nodeAffinity": {"x": 2}},
+    "spec.workers.schedulerName": "b",
+    "spec.workers.priorityClassName": "b",
+    "spec.workers.runtimeClassName": "b",
+    "spec.workers.queueName": "b",
+    "spec.workers.queueKind": "Volcano",
+    "spec.workers.security": {"runAsUser": 2},
+    "spec.workers.labels": {"a": "c"},
+    "spec.workers.annotations": {"a": "c"},
+    "spec.workers.podOverrides": {"spec": {"hostNetwork": False}},
+    "spec.workers.coSchedule": False,
+}
+REQUIRED = {"spec.model", "spec.source", "spec.metadata", "spec.target"}
+DEFAULTED = {
+    "spec.mode", "spec.dryRun", "spec.verify", "spec.readiness", "spec.retries", "spec.pendingDeadlineSeconds", "spec.parallelism",
+    "spec.workers.processes", "spec.workers.queueKind", "spec.workers.resources", "spec.workers.security",
+}  # fmt: skip
+#     what is renamed or nested deeper, and escapes a comparison that looks at values alone
+NESTED: dict[str, tuple[str, object]] = {
+    "a-key-renamed-in-an-override": ("spec.workers.podOverrides", {"spec": {"hostPID": True, "containers": CONTAINERS}}),
+    "a-key-added-to-an-override": ("spec.workers.podOverrides", {"spec": {"hostNetwork": True, "hostPID": True, "containers": CONTAINERS}}),
+    "an-override-of-the-metadata": ("spec.workers.podOverrides", {"spec": {"hostNetwork": True, "containers": CONTAINERS}, "metadata": {"labels": {}}}),
+    "a-key-renamed-in-an-affinity": ("spec.workers.affinity", {"nodeAffinity": {"y": 1}}),
+    "an-affinity-of-another-kind": ("spec.workers.affinity", {"podAffinity": {"x": 1}}),
+    "a-key-renamed-deep-in-an-override": ("spec.workers.podOverrides", {"spec": {"hostNetwork": True, "containers": [{"name": "b", "tty": True}]}}),
+    "a-label-renamed": ("spec.workers.labels", {"b": "b"}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fixed(conversions: Kubectl) -> dict[str, Any]:
+    """An object with every field given."""
+    return conversions.create(FULL)
+
+
+def put(document: dict[str, Any], field: str, value: object) -> dict[str, Any]:
+    found = deepcopy(document)
+    *parents, leaf = field.split(".")
+    node = found
+    for name in parents:
+        node = node[name]
+    if value is ABSENT:
+        del node[leaf]
+    else:
+        node[leaf] = value
+    return found
+
+
+def message_of(field: str) -> str:
+    return next(message for path, message, old in RULES if old and path == field)
+
+
+@pytest.mark.parametrize("field", OTHERS)
+def test_a_field_is_fixed(conversions: Kubectl, fixed: dict[str, Any], field: str) -> None:
+    said = refusal(conversions, "replace", put(fixed, field, OTHERS[field]))
+    assert field in said
+    assert message_of(field) in said
+
+
+@pytest.mark.parametrize("field", [field for field in OTHERS if field not in REQUIRED | DEFAULTED | {"spec.cancel"}])
+def test_a_field_that_was_given_cannot_be_taken_away(conversions: Kubectl, fixed: dict[str, Any], field: str) -> None:
+    assert message_of(field) in refusal(conversions, "replace", put(fixed, field, ABSENT))
+
+
+@pytest.mark.parametrize(("field", "value"), NESTED.values(), ids=NESTED)
+def test_nothing_deeper_down_escapes(conversions: Kubectl, fixed: dict[str, Any], field: str, value: object) -> None:
+    assert message_of(field) in refusal(conversions, "replace", put(fixed, field, value))
+
+
+@pytest.fixture(scope="module")
+def bare(conversions: Kubectl) -> dict[str, Any]:
+    """An object with no field that could be left out."""
+    return conversions.create(changed(("metadata.name", "bare"), ("spec.suspend", True)))
+
+
+@pytest.mark.parametrize("field", [field for field in OTHERS if field not in REQUIRED | DEFAULTED | {"spec.cancel"}])
+def test_a_field_that_was_not_given_cannot_be_added(conversions: Kubectl, bare: dict[str, Any], field: str) -> None:
+    assert message_of(field) in refusal(conversions, "replace", put(bare, field, OTHERS[field]))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("spec.suspend", False), ("spec.workers.maxParallelStages", 2), ("spec.workers.maxParallelStages", ABSENT),
+        ("spec.ttlSecondsAfterFinished", 0), ("spec.ttlSecondsAfterFinished", ABSENT),
+    ],
+)  # fmt: skip
+def test_what_may_change_does(conversions: Kubectl, fixed: dict[str, Any], field: str, value: object) -> None:
+    document = json.dumps(put(fixed, field, value))
+    assert "replaced" in conversions("replace", "--dry-run=server", "--filename", "-", stdin=document)
+
+
+def test_a_conversion_can_be_cancelled(conversions: Kubectl, bare: dict[str, Any]) -> None:
+    document = json.dumps(put(bare, "spec.cancel", True))
+    assert "replaced" in conversions("replace", "--dry-run=server", "--filename", "-", stdin=document)
+
+
+# ------------------------------------------------------------------------------------------------------------ accepted
+
+ACCEPTED: dict[str, list[tuple[str, object]]] = {
+    "minimal": [],
+    "longest-name": [("metadata.name", "a" * 45)],
+    "the-root-of-the-volume": [("spec.source.path", ".")],
+    "uneven": [("spec.parallelism", {"pipeline": 3}), ("spec.model.layersPerStage", [2, 1, 1])],
+    "chunks": [("spec.parallelism", {"pipeline": 2, "virtualPipeline": 2}), ("spec.model.noopLayers", [3])],
+    "one-path-on-two-volumes": [("spec.target", {"path": "ms", "volume": HOST})],
+    "nfs": [("spec.source.volume", {"nfs": {"server": "s", "path": "/export"}})],
+    "csi": [("spec.source.volume", {"csi": {"driver": "d", "volumeAttributes": {"a": "b"}}})],
+    "empty-dir": [("spec.target", {"path": "out", "volume": {"emptyDir": {"sizeLimit": "2Gi"}}})],
+    "dry-run": [("spec.dryRun", True)],
+    "rules": [("spec.model.rules", {"ignore": ["x.*"], "layerModules": {"mlp.a": "mlp.b"}})],
+    "null-for-absent": [("spec.verify", None), ("spec.source.iteration", None)],
+    "overrides": [("spec.workers", {"podOverrides": {"spec": {"dnsPolicy": "None", "anything": [{"deep": 1}]}}})],
+    "volcano": [("spec.workers", {"queueName": "q", "queueKind": "Volcano"})],
+    "memory": [("spec.retries", {"maxMemory": "2Gi", "memoryGrowthPercent": 100})],
+}
+
+
+@pytest.mark.parametrize("changes", ACCEPTED.values(), ids=ACCEPTED)
+def test_a_right_document_is_accepted(conversions: Kubectl, changes: list[tuple[str, object]]) -> None:
+    made = conversions(
+        "create", "--dry-run=server", "--validate=strict", "--filename", "-", stdin=json.dumps(changed(*changes))
+    )
+    assert "created" in made
+
+
+def test_the_example_is_accepted_and_kubectl_explains_its_fields(conversions: Kubectl) -> None:
+    assert "created" in conversions("create", "--dry-run=server", "--validate=strict", "--filename", EXAMPLE_PATH)
+    explained = conversions("explain", "checkpointconversion.spec.retries.memoryGrowthPercent")
+    assert "How much more memory a stage gets" in explained
+
+
+def test_the_server_puts_the_defaults_in(conversions: Kubectl, bare: dict[str, Any]) -> None:
+    spec = bare["spec"]
+    assert (spec["mode"], spec["verify"], spec["pendingDeadlineSeconds"], spec["dryRun"]) == (
+        "Full",
+        "Digest",
+        900,
+        False,
+    )
+    assert spec["retries"] == {"perStage": 3, "memoryGrowthPercent": 50}
+    assert spec["parallelism"] == dict.fromkeys(("tensor", "pipeline", "virtualPipeline", "data", "context"), 1)
+
+
+def test_status_is_written_apart_from_the_rest(conversions: Kubectl, bare: dict[str, Any]) -> None:
+    patch = json.dumps({"status": {"phase": "Running", "unknownField": 1}, "spec": {"suspend": False}})
+    conversions("patch", "ckc", "bare", "--subresource=status", "--type=merge", "--patch", patch)
+    found = conversions.get("ckc", "bare")
+    assert found["status"] == {"phase": "Running"}, "a field that the schema does not know is dropped"
+    assert found["spec"]["suspend"] is True
+
+
+def test_plain_kubectl_apply_works_twice(kubectl: Kubectl, conversions: Kubectl) -> None:
+    del conversions
+    assert "checkpointconversions.ckpt2pt.dev" in kubectl("apply", "--filename", CRD_PATH)
+
+
+# ------------------------------------------------------------------------------------------------------------ coverage
+
+
+@pytest.mark.parametrize(("field", "message"), [(field, message) for field, message, old in RULES if not old])
+def test_every_rule_has_a_document_that_breaks_it(field: str, message: str) -> None:
+    assert any(told == field and advice in message for _, told, advice in REFUSED.values())
+
+
+@pytest.mark.parametrize("field", [field for field, _, old in RULES if old])
+def test_every_field_that_is_fixed_is_tried(field: str) -> None:
+    assert field in OTHERS
