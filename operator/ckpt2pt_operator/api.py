@@ -74,7 +74,11 @@ class Api:
         try:
             load.load_incluster_config(client_configuration=configuration)
         except config.ConfigException:
-            await load.load_kube_config(client_configuration=configuration)
+            try:
+                await load.load_kube_config(client_configuration=configuration)
+            except config.ConfigException as error:
+                message = f"neither a pod's service account nor a kubeconfig says where the cluster is ({error})"
+                raise ApiError(0, "NoCluster", message, what="start") from error
         configuration.connection_pool_maxsize = 64
         return cls(client.ApiClient(configuration), metrics, Bucket(qps, burst))
 

@@ -1,0 +1,227 @@
+"""The operator with many conversions, against a real API server (README.md says how).
+
+Workers are held back by a scheduler that does not exist, so that what is measured is the operator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ckpt2pt_operator.api import CONVERSIONS, JOBS, PODS, Api, ApiError
+from ckpt2pt_operator.informer import SELECTOR, pages
+from ckpt2pt_operator.metrics import Metrics
+from measure import commit, host, today
+
+HERE = Path(__file__).parent
+NAMESPACES = "api/v1", "namespaces"
+PORT = 18081
+REST_SECONDS = 30
+
+
+def document(number: int, stages: int) -> dict[str, Any]:
+    """A conversion whose workers never start."""
+    return {
+        "apiVersion": "ckpt2pt.dev/v1alpha1",
+        "kind": "CheckpointConversion",
+        "metadata": {"name": f"scale-{number}"},
+        "spec": {
+            "model": {"numLayers": stages},
+            "parallelism": {"pipeline": stages},
+            "source": {"volume": {"hostPath": {"path": "/srv"}}, "path": "ms"},
+            "metadata": {"path": "pt_meta"},
+            "target": {"path": f"out/{number}"},
+            "pendingDeadlineSeconds": 86400,
+            "workers": {"schedulerName": "nobody", "resources": {"limits": {"memory": "256Mi"}}},
+        },
+    }
+
+
+class Running:
+    """An operator as a process of its own."""
+
+    def __init__(self, namespace: str) -> None:
+        self.began = time.monotonic()
+        words = [
+            "--worker-image",
+            "none:1",
+            "--namespace",
+            namespace,
+            "--metrics-port",
+            str(PORT),
+            "--log-level",
+            "warning",
+        ]
+        self.process = subprocess.Popen([sys.executable, "-m", "ckpt2pt_operator.main", *words])
+
+    def metrics(self) -> str:
+        """What it tells Prometheus; empty before it does."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=10) as answer:
+                text: str = answer.read().decode()
+        except OSError:
+            return ""
+        return text
+
+    def value(self, name: str, text: str | None = None) -> float:
+        """The sum of a metric over its labels."""
+        found = re.findall(rf"^ckpt2pt_operator_{name}(?:{{[^}}]*}})? (\S+)$", text or self.metrics(), re.MULTILINE)
+        return sum(map(float, found))
+
+    def memory(self) -> dict[str, int]:
+        """Resident bytes, now and at most."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return {name: int(re.search(rf"{name}:\s+(\d+)", status)[1]) << 10 for name in ("VmRSS", "VmHWM")}  # type: ignore[index]
+
+    def cpu(self) -> float:
+        """Seconds of processor time."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def quantile(self, name: str, q: float) -> float:
+        """The upper bound of the histogram's bucket in which the quantile lies, in seconds."""
+        buckets = re.findall(rf'^ckpt2pt_operator_{name}_bucket{{le="([^"]+)"}} (\S+)$', self.metrics(), re.MULTILINE)
+        total = float(buckets[-1][1])
+        return next(float(le) for le, count in buckets if float(count) >= q * total)
+
+    async def until(self, what: str, reached: Callable[[str], bool], seconds: float) -> float:
+        """Seconds from its start until ``reached`` is true of its metrics."""
+        while time.monotonic() - self.began < seconds:
+            if self.process.poll() is not None:
+                raise SystemExit(f"the operator ended with {self.process.returncode}")
+            text = self.metrics()
+            if text and reached(text):
+                return time.monotonic() - self.began
+            await asyncio.sleep(0.25)
+        raise SystemExit(f"not within {seconds} s: {what}")
+
+
+@contextmanager
+def operator(namespace: str) -> Iterator[Running]:
+    """Run one."""
+    running = Running(namespace)
+    try:
+        yield running
+    finally:
+        running.process.terminate()
+        running.process.wait(30)
+
+
+async def create(api: Api, namespace: str, count: int, stages: int) -> None:
+    """Make the conversions, many at a time."""
+    slots = asyncio.Semaphore(32)
+
+    async def one(number: int) -> None:
+        async with slots:
+            await api.create_object(CONVERSIONS, namespace, document(number, stages))
+
+    await asyncio.gather(*(one(number) for number in range(count)))
+
+
+async def settled(api: Api, namespace: str, pods: int) -> int:
+    """Wait until the Job controller has made the pods; returns how many there are."""
+    found, since = 0, time.monotonic()
+    while found < pods and time.monotonic() - since < 600:
+        found = len([raw async for raw in pages(api, PODS, namespace, labelSelector=SELECTOR)])
+        await asyncio.sleep(5)
+    return found
+
+
+async def measure(count: int, stages: int) -> dict[str, Any]:
+    """Once from nothing, and once from everything."""
+    api = await Api.create(Metrics("bench"), qps=1000, burst=1000)
+    namespace = f"scale-{int(time.time())}"
+    await api.create_object(NAMESPACES, "", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+    try:
+        await create(api, namespace, count, stages)
+        with operator(namespace) as first:
+            asked = await first.until("Jobs", lambda text: first.value("api_requests_total", jobs(text)) >= count, 1200)
+            pods = await settled(api, namespace, count * stages)
+            await asyncio.sleep(REST_SECONDS)
+            cold = {
+                "jobs_created_seconds": asked,
+                "writes": first.value("status_writes_total"),
+                "memory": first.memory(),
+                "cpu_seconds": first.cpu(),
+                "queue_latency_p99_at_most": first.quantile("queue_latency_seconds", 0.99),
+                "reconcile_duration_p99_at_most": first.quantile("reconcile_duration_seconds", 0.99),
+            }
+        with operator(namespace) as again:
+            seen = await again.until("seen", lambda text: again.value("reconciles_total", text) >= count, 300)
+            at_start = again.value("status_writes_total")
+            await asyncio.sleep(REST_SECONDS)
+            idle = again.metrics()
+            before = {verb: writes(idle, verb) for verb in ("put", "post", "patch", "delete")}
+            cpu = again.cpu()
+            await asyncio.sleep(REST_SECONDS)
+            rest = again.metrics()
+            warm = {
+                "all_reconciled_seconds": seen,
+                "writes_at_start": at_start,
+                "writes_at_rest": sum(writes(rest, verb) - value for verb, value in before.items()),
+                "cpu_share_at_rest": (again.cpu() - cpu) / REST_SECONDS,
+                "memory": again.memory(),
+                "queue_latency_p99_at_most": again.quantile("queue_latency_seconds", 0.99),
+                "reconcile_duration_p99_at_most": again.quantile("reconcile_duration_seconds", 0.99),
+            }
+        jobs_there = len([raw async for raw in pages(api, JOBS, namespace)])
+        return {
+            "conversions": count,
+            "stages": stages,
+            "jobs": jobs_there,
+            "pods": pods,
+            "from_nothing": cold,
+            "restarted": warm,
+        }
+    finally:
+        try:
+            body = {"propagationPolicy": "Background"}
+            await api._request("DELETE", NAMESPACES, "", namespace, body=body)
+        except ApiError as error:
+            print(error, file=sys.stderr)
+        await api.close()
+
+
+def jobs(text: str) -> str:
+    """Of all requests, those that made a Job."""
+    return "\n".join(line for line in text.splitlines() if 'resource="jobs"' in line and 'verb="post"' in line)
+
+
+def writes(text: str, verb: str) -> float:
+    """Requests of a verb that change something."""
+    lines = [line for line in text.splitlines() if f'verb="{verb}"' in line and "requests_total" in line]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if "selfsubjectaccessreviews" not in line)
+
+
+def main() -> None:
+    """Measure, print, keep."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--conversions", type=int, default=1000)
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--no-keep", action="store_true", help="do not write a results file")
+    given = parser.parse_args()
+    if "KUBECONFIG" not in os.environ:
+        parser.error("set KUBECONFIG: `make cluster` prints it")
+    where = host()
+    found = asyncio.run(measure(given.conversions, given.stages))
+    document = {"theme": "scale", "date": today(), "commit": commit(), "host": where} | found
+    text = json.dumps(document, indent=1)
+    print(text)
+    if not given.no_keep:
+        cpu = re.sub(r"\W+", "-", str(where["cpu"]).lower()).strip("-")
+        (HERE / "results" / f"scale_{cpu}-{where['cpus']}cpu_{today()}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
