@@ -13,7 +13,7 @@ from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 
 from ckpt2pt_operator.api import Api
 
-LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15.0, 10.0, 2.0
+LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15, 10, 2  # whole: the Lease holds integers
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
