@@ -9,7 +9,6 @@ import uuid
 from pathlib import Path
 
 from kubernetes.aio import client
-from kubernetes.aio.client.exceptions import ApiException
 from kubernetes.aio.leaderelection import electionconfig, leaderelection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
 from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
@@ -28,7 +27,7 @@ class Lock(LeaseLock):
         body = client.V1Lease(metadata=client.V1ObjectMeta(name=name), spec=self.update_lease(election_record))
         try:
             await self.api_instance.create_namespaced_lease(namespace, body)
-        except ApiException:
+        except client.ApiException:
             return False
         return True
 
