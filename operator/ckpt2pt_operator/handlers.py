@@ -6,6 +6,9 @@ it writes nothing: no annotation, no finalizer.
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+
 import kopf
 
 from ckpt2pt.conversion.job import MANAGER
@@ -42,12 +45,21 @@ def registry(store: Store, metrics: Metrics) -> kopf.OperatorRegistry:
             store.put_job(job)
 
     async def login(settings: kopf.OperatorSettings, **_: object) -> kopf.ConnectionInfo | None:
-        return kopf.login_with_service_account(settings=settings) or kopf.login_with_kubeconfig(settings=settings)
+        return in_pod(settings) or kopf.login_with_kubeconfig(settings=settings)
 
     kopf.on.login(registry=found)(login)
     kopf.on.event(GROUP, VERSION, PLURAL, registry=found)(on_conversion)
     kopf.on.event("batch", "v1", "jobs", registry=found)(on_job)
     return found
+
+
+def in_pod(given: kopf.OperatorSettings) -> kopf.ConnectionInfo | None:
+    """The service account of a pod, by the address that the kubelet names: kopf's own way would need DNS."""
+    found = kopf.login_with_service_account(settings=given)
+    host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT")
+    if found is None or not host or not port:
+        return found
+    return replace(found, server=f"https://{f'[{host}]' if ':' in host else host}:{port}")
 
 
 def settings(*, namespaced: bool) -> kopf.OperatorSettings:
