@@ -30,6 +30,7 @@ def registry(store: Store, metrics: Metrics) -> kopf.OperatorRegistry:
 
     async def on_conversion(event: kopf.RawEvent, **_: object) -> None:
         heard(PLURAL)
+        store.watched = True
         raw = dict(event["object"])
         if event["type"] == "DELETED":
             store.drop_conversion(raw)

@@ -12,7 +12,8 @@ from ckpt2pt.conversion.job import MANAGER
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
 from ckpt2pt_operator.api import CONVERSIONS, JOBS, PODS, Api, ApiError, Resource
 from ckpt2pt_operator.metrics import Metrics
-from ckpt2pt_operator.rules.views import child, items, job_view, number, pod_view, text
+from ckpt2pt_operator.rules.stages import REASON_WORDS, cause
+from ckpt2pt_operator.rules.views import child, items, job_view, number, pod_view, report_of, text
 from ckpt2pt_operator.store import Store
 
 SELECTOR = f"app.kubernetes.io/managed-by={MANAGER}"
@@ -123,6 +124,9 @@ class PodInformer(Informer):
         before = self._store.put_pod(pod)
         if before and before.finished is None and pod.started and pod.finished:
             self._metrics.stage_seconds.observe((pod.finished - pod.started).total_seconds())
+            reason, _ = cause(pod, report_of(pod.report))
+            known = reason if reason in REASON_WORDS else "Other"
+            self._metrics.attempts.labels(*(("Failed", known) if reason else ("Succeeded", "Converted"))).inc()
         return pod.uid
 
     def drop(self, raw: Json) -> None:

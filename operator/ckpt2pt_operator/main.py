@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
+from typing import Any, cast
 
 import kopf
 from pythonjsonlogger.json import JsonFormatter
@@ -146,6 +148,8 @@ class Operator:
         await kopf.operator(
             registry=handlers.registry(self._store, self._metrics),
             settings=handlers.settings(namespaced=bool(namespaces)),
+            # Otherwise it asks for the name of the user, and a pod's user often has none.
+            identity=cast("Any", socket.gethostname()),
             standalone=True,
             clusterwide=not namespaces,
             namespaces=namespaces,
@@ -228,7 +232,8 @@ class Operator:
     def _not_ready(self) -> str:
         if not self._leading.is_set():
             return ""  # a standby is as ready as it can be
-        if not self._kopf_ready.is_set():
+        # kopf tells of each object that is there when its watch begins, and of nothing where there is none.
+        if not self._kopf_ready.is_set() or (self._store.conversions and not self._store.watched):
             return "conversions are not watched yet"
         if not all(informer.synced.is_set() for informer in self._informers):
             return "pods are not listed yet"

@@ -229,9 +229,6 @@ class Reconciler:
             old = known.get(number(item, "stage"), {})
             if item.get("state") == old.get("state"):
                 continue
-            if item.get("state") in {"Succeeded", "Failed"}:
-                reason = text(item, "reason", 64) or "Converted"
-                self._metrics.attempts.labels(str(item["state"]), reason).inc()
             if item.get("state") == "Succeeded":
                 self._metrics.converted_bytes.inc(number(item, "bytes"))
 

@@ -28,6 +28,7 @@ class Store:
 
     def __init__(self, changed: Callable[[Key], None]) -> None:
         self._changed = changed
+        self.watched = False
         self.conversions: dict[Key, Json] = {}
         self.live: dict[str, Report] = {}
         self._keys: dict[str, Key] = {}

@@ -20,6 +20,9 @@ OUT_OF_MEMORY = "OOMKilled"
 _LOST_AFTER = timedelta(seconds=90)
 """Longer than the grace of a worker: a pod that is still there has no kubelet to end it."""
 
+REASON_WORDS = frozenset({*REASONS.values(), OUT_OF_MEMORY, "Evicted", "Killed", "PodDeleted"})
+"""Every reason of a stage that is ours: a worker may write anything into its message."""
+
 _FINAL = frozenset(REASONS[code] for code in FAILS_STAGE | FAILS_JOB)
 """What is not tried again: the Job is about to say so."""
 
