@@ -21,6 +21,7 @@ Json = dict[str, object]
 
 CONVERSIONS = "/apis/ckpt2pt.dev/v1alpha1/namespaces/{namespace}/checkpointconversions"
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+ACCOUNT_VARIABLE = "CKPT2PT_SERVICE_ACCOUNT"
 MAX_ANSWER_BYTES = 64 << 20
 _ONE_TRY_SECONDS = 15.0
 _PASSING = frozenset({408, 429, 500, 502, 503, 504})
@@ -45,8 +46,12 @@ class ApiError(Exception):
         self.status, self.message, self.retry_after = status, message, retry_after
 
 
-def in_cluster(environment: Mapping[str, str] = os.environ, account: Path = ACCOUNT) -> Connection | None:
-    """The connection of a pod with a service account; None elsewhere."""
+def in_cluster(environment: Mapping[str, str] = os.environ) -> Connection | None:
+    """The connection of a pod with a service account; None elsewhere.
+
+    ``$CKPT2PT_SERVICE_ACCOUNT`` names the folder of token, ca.crt and namespace where it is not mounted as usual.
+    """
+    account = Path(environment.get(ACCOUNT_VARIABLE) or ACCOUNT)
     host, port = environment.get("KUBERNETES_SERVICE_HOST"), environment.get("KUBERNETES_SERVICE_PORT", "443")
     if not host or not (account / "token").is_file():
         return None

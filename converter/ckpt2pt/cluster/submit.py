@@ -60,7 +60,7 @@ def _same(api: Api, there: Submitted, document: Json, where: str) -> None:
     try:
         other = api.json("GET", there.path)
     except ApiError as error:
-        log.info("%s is there already, and what it asks for cannot be compared: %s", where, error.message)
+        log.info("%s is there already; this account may not see what it asks for (%d)", where, error.status)
         return
     if not _within(document.get("spec"), other.get("spec")):
         raise UsageError(
