@@ -8,6 +8,7 @@ The model is no Megatron model; what is shown is where the hook stands and what 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def main() -> None:
     model = Model(network, nn.MSELoss(), nn.Momentum(network.trainable_params(), 0.01, 0.9))
     config = CheckpointConfig(save_checkpoint_steps=2, keep_checkpoint_max=2, integrated_save=False)
     saving = ModelCheckpoint(f"network_rank_{rank}", str(output / f"rank_{rank}"), config)
-    hook = ConversionHook(template, run="tiny-run")
+    hook = ConversionHook(template, run="tiny-run", request_seconds=float(os.environ.get("REQUEST_SECONDS", "60")))
     model.train(1, dataset, callbacks=[saving, hook], dataset_sink_mode=False)  # the hook comes last
     print(f"rank {rank}: the training has ended normally")
 

@@ -106,13 +106,13 @@ def _there(api: Api, options: argparse.Namespace) -> Submitted:
 def _fields(options: argparse.Namespace, template: Json, moment: When | None) -> dict[str, str | int]:
     metadata = cast("Json", template.get("metadata") or {})
     epoch, step = moment or (options.epoch, options.step)
-    known = {
+    known: dict[str, str | int | None] = {
         "name": options.training,
         "uid": options.uid,
         "epoch": epoch,
         "step": step,
         "iteration": options.iteration,
-        "namespace": options.namespace or metadata.get("namespace"),
+        "namespace": options.namespace or cast("str | None", metadata.get("namespace")),
     }
     return {name: value for name, value in known.items() if value is not None}
 

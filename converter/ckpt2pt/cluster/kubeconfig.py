@@ -21,22 +21,21 @@ def connect(kubeconfig: Path | None, context: str | None) -> Connection:
         from kubernetes import client, config  # noqa: PLC0415 - an extra
     except ImportError:
         raise UsageError("the package kubernetes is not there", where="this environment", mend=mend) from None
+    loader: Any = config
     settings: Any = client.Configuration()
     file = None if kubeconfig is None else str(kubeconfig)
     try:
-        config.load_kube_config(config_file=file, context=context, client_configuration=settings)
-        _, active = config.list_kube_config_contexts(config_file=file)
-        if context:
-            contexts, _ = config.list_kube_config_contexts(config_file=file)
-            active = next(each for each in contexts if each["name"] == context)
-    except (config.ConfigException, OSError, StopIteration) as error:
+        loader.load_kube_config(config_file=file, context=context, client_configuration=settings)
+        contexts, active = loader.list_kube_config_contexts(config_file=file)
+    except (config.ConfigException, OSError) as error:
         where = kubeconfig or "the kubeconfig"
         raise UsageError(f"no connection: {error}", where=where, mend="check --kubeconfig and --context") from error
+    chosen = next((each for each in contexts if each["name"] == context), active)
     return Connection(
         server=str(settings.host).rstrip("/"),
         context=_context(settings) if str(settings.host).startswith("https") else None,
         token=lambda: _token(settings),
-        namespace=str((active or {}).get("context", {}).get("namespace") or "default"),
+        namespace=str(chosen["context"].get("namespace") or "default"),
     )
 
 

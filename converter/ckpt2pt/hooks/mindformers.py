@@ -4,6 +4,10 @@ MindFormers sorts its own callbacks to the front, CheckpointMonitor among them, 
 (mindformers/trainer/base_trainer.py).
 """
 
+# mindformers is not there where types are checked.
+# pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUnknownMemberType=false
+# pyright: reportUnknownArgumentType=false, reportUntypedBaseClass=false
+
 from __future__ import annotations
 
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister

@@ -4,6 +4,10 @@ Only this module imports mindspore; ``CallbackManager`` calls callbacks in the o
 ``ModelCheckpoint.end`` makes the last save (mindspore/train/callback/_callback.py, _checkpoint.py; mindspore 2.10).
 """
 
+# mindspore is not there where types are checked.
+# pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUnknownMemberType=false
+# pyright: reportUnknownArgumentType=false, reportUntypedBaseClass=false
+
 from __future__ import annotations
 
 import logging
@@ -18,7 +22,7 @@ from ckpt2pt.hooks import rank_of_environment, submit_conversion
 log = logging.getLogger("ckpt2pt.hooks")
 
 
-class ConversionHook(Callback):  # type: ignore[misc]  # mindspore is not there where types are checked
+class ConversionHook(Callback):  # type: ignore[misc]
     """Submits a conversion when the training has ended and saved; arguments as of :func:`ckpt2pt.hooks.submit_conversion`.
 
     With ``every_epoch`` also after each epoch that has saved.  Nothing is raised into the training.
