@@ -110,8 +110,8 @@ class Watcher:
 
     def steps(self) -> list[When]:
         """(epoch, step) of the files under final names that every rank has; oldest first."""
-        found = [set(self._files(self._topology.source_rank(*key))) for key in self._topology.ranks()]
-        return sorted(set.intersection(*found))
+        first, *others = (set(self._files(self._topology.source_rank(*key))) for key in self._topology.ranks())
+        return sorted(first.intersection(*others))
 
     def look(self, wanted: When | None = None) -> Look:
         """What is there now, of ``wanted`` where it is given.  Raises :class:`InputError` where a rank has two files of one step."""
