@@ -176,7 +176,7 @@ class World:
         spec, status = job["spec"], job["status"]
         done = set(indexes(status.get("completedIndexes", "")))
         given_up = set(indexes(status.get("failedIndexes", "")))
-        ends = ""
+        ends = str(job.get("ends", ""))
         for pod in self.of_job(job):
             index, code = pod["index"], self.exit_code(pod)
             if pod["status"]["phase"] == "Succeeded":
@@ -195,6 +195,7 @@ class World:
             ends = "MaxFailedIndexesExceeded"
         if not ends and len(done | given_up) == spec["completions"]:
             ends = "FailedIndexes" if given_up else "CompletionsReached"
+        job["ends"] = ends
         if ends:
             self._end(job, ends)
         elif spec.get("suspend"):
