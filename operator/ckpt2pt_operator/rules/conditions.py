@@ -32,6 +32,8 @@ _NEEDS_SOMEBODY = frozenset(
 Verdict = tuple[Literal["True", "False", "Unknown"], str, str]
 """Status, reason and message of a condition."""
 
+NOT_LOOKED: Verdict = ("Unknown", "NotChecked", "not looked at yet")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
@@ -50,7 +52,7 @@ class Standing:
     iteration: int | None = None
     training_uid: str = ""
     accepted: Verdict = ("True", "Valid", "the document describes a conversion")
-    volumes: Verdict = ("Unknown", "NotChecked", "not looked at yet")
+    volumes: Verdict = NOT_LOOKED
     suspended: Obstacle | None = None
     waits: Obstacle | None = None
     degraded: Obstacle | None = None
@@ -69,7 +71,7 @@ def status_document(
     limit = min(MAX_MESSAGE, _MESSAGES // max(spoken, 1))
     found = status_of_run(
         conversion,
-        [replace(record, message=record.message[:limit]) for record in standing.records],
+        [replace(record, message=record.message[:limit].rstrip()) for record in standing.records],
         job=standing.job,
         started=standing.started,
         finished=standing.finished,
@@ -98,7 +100,7 @@ def status_document(
 
 
 def refused_document(message: str, *, before: Json, generation: int, now: datetime) -> Json:
-    """The status of a document that describes no conversion."""
+    """The status of a document that describes no conversion; results that are recorded stay."""
     told, when, message = items(before, "conditions"), stamp(now), message[:MAX_MESSAGE]
     conditions = [
         {"type": kind, "status": status, "reason": "InvalidSpec", "message": message, "lastTransitionTime": when}
@@ -107,13 +109,27 @@ def refused_document(message: str, *, before: Json, generation: int, now: dateti
             ("Stalled", "True"),
         )
     ]  # fmt: skip
+    kept: Json = dict(before)
+    if "stageStatuses" in before:
+        stages = items(before, "stageStatuses")
+        kept["stageStatuses"] = [{**s, "state": "Pending"} if s.get("state") == "Running" else s for s in stages]
+        kept["stages"] = {**cast("Json", before.get("stages", {})), "active": 0}
+    types = {new["type"] for new in conditions}
     return {
+        **kept,
         "phase": "Failed",
         "observedGeneration": generation,
         "completionTime": when,
         "conditions": [
-            {**new, "observedGeneration": generation, "lastTransitionTime": _since(condition(told, new["type"]), new)}
-            for new in conditions
+            *(old for old in told if old.get("type") not in types),
+            *(
+                {
+                    **new,
+                    "observedGeneration": generation,
+                    "lastTransitionTime": _since(condition(told, new["type"]), new),
+                }
+                for new in conditions
+            ),
         ],
     }
 

@@ -13,6 +13,8 @@ from ckpt2pt.conversion.spec import Json
 from ckpt2pt_operator.rules.views import condition, items, number, text
 
 _MAX = 1024
+_MOST_STAGES = 8
+"""Failed stages that get an event each; an API server takes few of them a second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,11 +52,17 @@ def _of_the_job(before: Json, after: Json) -> Iterator[Note]:
 
 def _of_stages(before: Json, after: Json) -> Iterator[Note]:
     known = {number(item, "stage"): text(item, "state") for item in items(before, "stageStatuses")}
-    for item in items(after, "stageStatuses"):
-        stage, state = number(item, "stage"), text(item, "state")
-        if state == "Failed" != known.get(stage):
-            why = f"stage {stage}: {text(item, 'reason')}: {text(item, 'message')}"
-            yield Note(kind="Warning", reason="StageFailed", message=why)
+    failed = [
+        item
+        for item in items(after, "stageStatuses")
+        if text(item, "state") == "Failed" != known.get(number(item, "stage"))
+    ]
+    for item in failed[:_MOST_STAGES]:
+        why = f"stage {number(item, 'stage')}: {text(item, 'reason')}: {text(item, 'message')}"
+        yield Note(kind="Warning", reason="StageFailed", message=why)
+    if len(failed) > _MOST_STAGES:
+        rest = ", ".join(str(number(item, "stage")) for item in failed[_MOST_STAGES:])
+        yield Note(kind="Warning", reason="StageFailed", message=f"so did stage {rest}; status.stageStatuses says why")
 
 
 #   condition       kind when it is True       also when its reason changes

@@ -18,7 +18,15 @@ from ckpt2pt.conversion.spec import Conversion, Json, parse
 from ckpt2pt.conversion.status import Ending, StageRecord
 from ckpt2pt.errors import FAILS_JOB, UsageError
 from ckpt2pt_operator.rules import volumes
-from ckpt2pt_operator.rules.conditions import TERMINAL, Standing, refused_document, stamp, status_document
+from ckpt2pt_operator.rules.conditions import (
+    NOT_LOOKED,
+    TERMINAL,
+    Standing,
+    Verdict,
+    refused_document,
+    stamp,
+    status_document,
+)
 from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen, Training
 from ckpt2pt_operator.rules.stages import OUT_OF_MEMORY, Obstacle, observed, pod_obstacle, recorded, setback
 from ckpt2pt_operator.rules.views import Job, Pod, child, condition, items, number, report_of, text, time
@@ -67,9 +75,20 @@ def plan(seen: Seen, house: House) -> Plan:
 
 def _refused(seen: Seen, before: Json, message: str) -> Plan:
     generation = number(child(seen.conversion, "metadata"), "generation")
+    # An operator of another version may have begun it.
+    stop = tuple(DeleteJob(job=job) for job in seen.jobs if not job.ending and not job.deleted)
     if before.get("phase") in TERMINAL:
-        return Plan(status=before)
-    return Plan(status=refused_document(message, before=before, generation=generation, now=seen.now))
+        return Plan(status=before, actions=stop)
+    return Plan(status=refused_document(message, before=before, generation=generation, now=seen.now), actions=stop)
+
+
+def _told_of_volumes(before: Json) -> Verdict | None:
+    """The condition as it was written: looking at claims is not part of every decision."""
+    told = condition(items(before, "conditions"), "VolumesReady")
+    for status in ("True", "False", "Unknown"):
+        if told.get("status") == status:
+            return status, text(told, "reason"), text(told, "message")
+    return None
 
 
 class _Case:
@@ -82,8 +101,15 @@ class _Case:
         self.token = text(child(metadata, "annotations"), RETRY_ANNOTATION, 253)
         total = 1 if conversion.dry_run else conversion.topology.pipeline
         self.records = recorded(before, total)
-        attempt = number(before, "attempt", 0) or max((job.attempt for job in seen.jobs), default=1)
-        self.job = next((job for job in seen.jobs if job.attempt == attempt and job.owner == conversion.uid), None)
+        jobs = sorted((job for job in seen.jobs if job.owner == conversion.uid), key=lambda job: job.attempt)
+        attempt = number(before, "attempt", 0) or max((job.attempt for job in jobs), default=1)
+        self.job = next((job for job in jobs if job.attempt == attempt), None)
+        if "stageStatuses" not in before:
+            # The status was lost: what is left of earlier attempts tells what they did.
+            for job in jobs:
+                self.records = (
+                    observed(self.records, job, self.workers(job), {}) if job.attempt < attempt else self.records
+                )
         self.alive = [pod for pod in seen.pods if not pod.over]
         self.standing = Standing(
             records=tuple(self.records.values()),
@@ -96,7 +122,12 @@ class _Case:
             started=text(before, "startTime") or None,
             iteration=number(before, "iteration") if "iteration" in before else None,
             training_uid=text(before, "trainingUID"),
+            volumes=_told_of_volumes(before) or NOT_LOOKED,
         )
+
+    def workers(self, job: Job) -> list[Pod]:
+        """Its pods; a Job of the same name that was deleted may have left some."""
+        return [pod for pod in self.seen.pods if pod.job_uid == job.uid]
 
     # ------------------------------------------------------------------------------------------------------- endings
 
@@ -107,13 +138,10 @@ class _Case:
         return Plan(status=status, actions=actions, again=again)
 
     def end(self, standing: Standing, ended: Ending | None, *actions: Action) -> Plan:
-        started = standing.started or stamp(self.seen.now)
         records = tuple(
             replace(record, state="Pending") if record.state == "Running" else record for record in standing.records
         )
-        return self.plan(
-            replace(standing, ended=ended, started=started, finished=stamp(self.seen.now), records=records), *actions
-        )
+        return self.plan(replace(standing, ended=ended, finished=stamp(self.seen.now), records=records), *actions)
 
     def wants_retry(self) -> bool:
         return self.before.get("phase") == "Failed" and bool(self.token) and self.token != self.standing.retry_token
@@ -136,6 +164,8 @@ class _Case:
                 job_uid="",
                 recreations=0,
                 retry_token=self.token,
+                training_uid=self.standing.training_uid if self.standing.started else "",
+                volumes=NOT_LOOKED,
             ),
             again=0.0,
         )
@@ -153,6 +183,9 @@ class _Case:
 
     def cancelled(self) -> Plan:
         left = [job for job in self.seen.jobs if not job.ending]
+        if self.job is not None:
+            self.records = observed(self.records, self.job, self.workers(self.job), self.seen.live)
+            self.standing = replace(self.standing, records=tuple(self.records.values()))
         if left or self.alive:
             waits = Obstacle(reason="Cancelling", message=f"{len(self.alive)} workers are told to stop")
             deletions = [DeleteJob(job=job) for job in left if not job.deleted]
@@ -168,9 +201,6 @@ class _Case:
 
     def without_job(self) -> Plan:
         standing = self.standing
-        refusal = self.seen.refusal
-        if refusal is not None and refusal.reason in {"NameConflict", "InvalidSpec"}:
-            return self.end(standing, Ending(reason=refusal.reason, message=refusal.message))
         if standing.started is None and self.conversion.start_after is not None:
             held = self.training()
             if held is not None:
@@ -180,7 +210,9 @@ class _Case:
             waits = Obstacle(reason="WaitingForPods", message=f"{len(self.alive)} pods of an earlier Job are ending")
             return self.plan(replace(standing, waits=waits), again=_WAIT_SECONDS)
         todo = self.todo()
-        workers = parallelism(self.conversion, 1 if self.conversion.dry_run else max(len(todo), 1))
+        if not todo:
+            return self.end(standing, None)  # the Job was deleted when it had nothing left to do
+        workers = parallelism(self.conversion, 1 if self.conversion.dry_run else len(todo))
         verdict = volumes.verdict(self.conversion, self.seen.claims, workers)
         standing = replace(standing, volumes=verdict)
         if verdict[0] == "False":
@@ -190,6 +222,11 @@ class _Case:
                 message = f"the Job was deleted {MAX_RECREATIONS + 1} times; set spec.cancel to stop a conversion"
                 return self.end(standing, Ending(reason="JobDeleted", message=message))
             standing = replace(standing, recreations=standing.recreations + 1, job_uid="")
+        return self.create(standing, todo)
+
+    def create(self, standing: Standing, todo: list[int]) -> Plan:
+        """Ask for the Job, or say why the API server would not have it just now."""
+        refusal = self.seen.refusal
         manifest = build_job(
             self.conversion,
             image=self.house.image,
@@ -198,10 +235,19 @@ class _Case:
             memory_percent=standing.memory_percent,
         )
         if refusal is not None:
+            if refusal.reason in {"NameConflict", "InvalidSpec"}:
+                return self.end(standing, Ending(reason=refusal.reason, message=refusal.message))
             waits = Obstacle(reason=refusal.reason, message=refusal.message)
             return self.plan(replace(standing, waits=waits), again=_WAIT_SECONDS)
         started = standing.started or stamp(self.seen.now)
-        return self.plan(replace(standing, started=started), CreateJob(manifest=manifest), again=_WAIT_SECONDS)
+        standing = replace(standing, started=started, waits=self.refused_before())
+        return self.plan(standing, CreateJob(manifest=manifest), again=_WAIT_SECONDS)
+
+    def refused_before(self) -> Obstacle | None:
+        """Why there was no Job when it was asked for last: that is how it stands until there is one."""
+        ready = condition(items(self.before, "conditions"), "Ready")
+        refused = ready.get("reason") in {"QuotaExceeded", "JobRefused"}
+        return Obstacle(reason=text(ready, "reason"), message=text(ready, "message")) if refused else None
 
     def training(self) -> Plan | None:
         """Wait for the training; None once it has succeeded."""
@@ -250,7 +296,7 @@ class _Case:
     # ----------------------------------------------------------------------------------------------------- with a Job
 
     def with_job(self, job: Job) -> Plan:
-        pods = [pod for pod in self.seen.pods if pod.job == job.name]
+        pods = self.workers(job)
         records = observed(self.records, job, pods, self.seen.live)
         self.standing = standing = replace(
             self.standing,
@@ -326,29 +372,36 @@ class _Case:
         """Since when no worker could start; None while one runs, and between two tries."""
         if any(pod.running for pod in pods) or (pods and all(pod.over for pod in pods)):
             return None
-        moments = [job.started or job.created, *(pod.finished for pod in pods)]
-        return max((moment for moment in moments if moment), default=None)
+        if job.started is None:
+            return None  # its controller has not begun, or not again after it was suspended: no pod is late yet
+        return max([job.started, *(pod.finished for pod in pods if pod.finished)])
 
     def finished(self, job: Job, pods: Sequence[Pod]) -> Plan:
         """The Job is over: end, or give the stages that ran out of memory more of it."""
         standing = self.standing
         told = {pod.index for pod in pods if pod.phase == "Succeeded"}
+        ended = {pod.index for pod in pods if pod.over}
         ahead = job.completed_at is not None and self.seen.now - job.completed_at < _SETTLE
-        if ahead and (job.completed - told or any(pod.owner and not pod.over for pod in pods)):
+        if ahead and (job.completed - told or job.failed - ended or any(not pod.over for pod in pods)):
             return self.plan(standing, again=1.0)
         failed = [record for record in standing.records if record.state == "Failed"]
         reason = "StageFailed" if job.ending == "Complete" else _ENDINGS.get(job.reason, job.reason or "JobFailed")
         starved = [record for record in failed if record.reason == OUT_OF_MEMORY]
-        if starved and reason == "StageFailed":
+        if starved and reason == "StageFailed" and job.reason != "PodFailurePolicy":
             percent = -(-standing.memory_percent * (100 + self.conversion.retries.memory_growth_percent) // 100)
             now, then = (grown_memory(self.conversion, p) for p in (standing.memory_percent, percent))
             if now is not None and then is not None and then > now:
-                return self.grown(percent, {record.stage for record in starved})
+                return self.another(percent, {record.stage for record in starved})
         if job.ending == "Complete" and not failed:
-            return self.end(standing, None)
+            # Of a status that was lost some stages may be known to nobody; one that is done ends at once.
+            return self.another(standing.memory_percent, set()) if self.left_out() else self.end(standing, None)
         return self.end(standing, self.why(job, pods, reason, failed))
 
-    def grown(self, percent: int, stages: set[int]) -> Plan:
+    def left_out(self) -> bool:
+        return any(record.state != "Succeeded" for record in self.standing.records)
+
+    def another(self, percent: int, stages: set[int]) -> Plan:
+        """A new attempt for these stages and those that nobody has done, with that much memory."""
         attempt = self.standing.attempt + 1
         records = tuple(
             replace(record, state="Pending", attempts=0) if record.stage in stages else record

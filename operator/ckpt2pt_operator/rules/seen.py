@@ -91,7 +91,7 @@ def wants_warnings(seen: Seen) -> tuple[str, ...]:
         job.uid
         for job in seen.jobs
         if not job.ending and not job.suspended and (job.started or job.created or seen.now) < late
-        and not any(pod.job == job.name and not pod.over for pod in seen.pods)
+        and not any(pod.job_uid == job.uid and not pod.over for pod in seen.pods)
     ]  # fmt: skip
     stuck = [
         pod.uid

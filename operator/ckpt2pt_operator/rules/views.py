@@ -7,6 +7,7 @@ control characters, because they end in the status and on terminals.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,6 +22,10 @@ _FAILURES = "batch.kubernetes.io/job-index-failure-count"
 _IGNORED = "batch.kubernetes.io/job-index-ignored-failure-count"
 _MAX_REPORT = 12 << 10
 _MOST = 1 << 63
+_MOST_BYTES = 1 << 50
+"""Of one stage: the sum of 1024 of them fits into 64 bits."""
+_MOST_TRIES = (1 << 31) - 1
+_MOST_INDEXES = 100_000
 _NOTHING: Json = {}
 
 
@@ -53,6 +58,12 @@ def clean(found: str, limit: int = MAX_MESSAGE) -> str:
     return "".join(char if char.isprintable() else " " for char in found[: limit * 4])[:limit].strip()
 
 
+def word(value: Mapping[str, object], name: str) -> str:
+    """A reason in CamelCase; empty where it is anything else."""
+    found = text(value, name, 128)
+    return found if re.fullmatch(r"[A-Z][A-Za-z0-9]*", found) else ""
+
+
 def number(value: Mapping[str, object], name: str, default: int = 0) -> int:
     """A whole number that is not negative and fits into 64 bits; a fraction is cut off."""
     found = value.get(name)
@@ -81,7 +92,7 @@ def indexes(intervals: str) -> frozenset[int]:
     for part in filter(None, intervals.split(",")):
         first, _, last = part.partition("-")
         if first.isdecimal() and (last or first).isdecimal():
-            found.update(range(int(first), int(last or first) + 1))
+            found.update(range(int(first), min(int(last or first), _MOST_INDEXES) + 1))
     return frozenset(found)
 
 
@@ -118,11 +129,11 @@ def report_of(message: str) -> Report | None:
         return None
     return Report(
         exit_code=number(value, "exitCode", -1) if "exitCode" in value else None,
-        reason=text(value, "reason", 128),
+        reason=word(value, "reason"),
         message=text(value, "message"),
-        done=number(value, "bytes"),
-        total=number(value, "bytesTotal") or None,
-        throughput=number(value, "throughput"),
+        done=min(number(value, "bytes"), _MOST_BYTES),
+        total=min(number(value, "bytesTotal"), _MOST_BYTES) or None,
+        throughput=min(number(value, "throughput"), _MOST_BYTES),
         iteration=number(value, "iteration") if "iteration" in value else None,
     )
 
@@ -135,6 +146,7 @@ class Pod:
     namespace: str
     uid: str
     job: str
+    job_uid: str
     owner: str
     index: int
     phase: str
@@ -183,10 +195,11 @@ def pod_view(raw: Json) -> Pod:
         namespace=text(meta, "namespace"),
         uid=text(meta, "uid"),
         job=text(labels, "batch.kubernetes.io/job-name") or text(labels, "job-name"),
+        job_uid=text(labels, "batch.kubernetes.io/controller-uid") or text(labels, "controller-uid"),
         owner=text(labels, UID_LABEL),
         index=int(index) if isinstance(index, str) and index.isdecimal() else 0,
         phase=text(status, "phase"),
-        reason=text(status, "reason"),
+        reason=word(status, "reason"),
         message=text(status, "message"),
         node=text(spec, "nodeName"),
         ip=text(status, "podIP"),
@@ -200,8 +213,8 @@ def pod_view(raw: Json) -> Pod:
         exit_code=number(ended, "exitCode", -1) if ended else None,
         ending=text(ended, "reason"),
         report=str(ended.get("message", ""))[:_MAX_REPORT],
-        failures=number(annotations, _FAILURES),
-        disruptions=number(annotations, _IGNORED),
+        failures=min(number(annotations, _FAILURES), _MOST_TRIES - 1),
+        disruptions=min(number(annotations, _IGNORED), _MOST_TRIES),
     )
 
 
@@ -268,7 +281,7 @@ def job_view(raw: Json) -> Job:
         completed=indexes(text(status, "completedIndexes", 8192)),
         failed=indexes(text(status, "failedIndexes", 8192)),
         ending=text(end, "type"),
-        reason=text(end, "reason"),
+        reason=word(end, "reason"),
         message=text(end, "message"),
         ttl=number(spec, "ttlSecondsAfterFinished") if "ttlSecondsAfterFinished" in spec else None,
         per_index="backoffLimitPerIndex" in spec,

@@ -1,0 +1,69 @@
+"""Each row of the table of conditions, and times that move only when a status turns."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from ckpt2pt.conversion.spec import parse
+from ckpt2pt.conversion.status import Ending, StageRecord
+from ckpt2pt_operator.rules.conditions import Standing, refused_document, stamp, status_document
+from ckpt2pt_operator.rules.stages import Obstacle
+from simulation import START, conversion
+from statuses import check_status, told
+
+RUNNING = tuple(StageRecord(stage=stage, state="Running") for stage in range(4))
+DONE = tuple(StageRecord(stage=stage, state="Succeeded") for stage in range(4))
+BAD = (*DONE[:3], StageRecord(stage=3, state="Failed", reason="DigestMismatch", message="differs"))
+OVER = stamp(START)
+
+
+def obstacle(reason: str) -> Obstacle:
+    return Obstacle(reason=reason, message="m")
+
+
+@pytest.mark.parametrize(
+    ("standing", "phase", "expected"),
+    [
+        ({"records": RUNNING}, "Running", {"Accepted": ("True", "Valid"), "Reconciling": ("True", "InProgress"), "Stalled": ("False", "InProgress")}),
+        ({"records": [StageRecord(stage=0)]}, "Pending", {"Ready": ("False", "InProgress")}),
+        ({"records": RUNNING, "suspended": obstacle("UserRequested")}, "Suspended", {"Suspended": ("True", "UserRequested")}),
+        ({"records": RUNNING, "suspended": obstacle("QueuedByKueue")}, "Queued", {"Suspended": ("True", "QueuedByKueue")}),
+        ({"records": RUNNING}, "Running", {"Suspended": ("False", "Resumed"), "Degraded": ("False", "AsExpected")}),
+        ({"records": RUNNING, "degraded": obstacle("StageRetrying")}, "Running", {"Degraded": ("True", "StageRetrying"), "Stalled": ("False", "StageRetrying")}),
+        ({"records": RUNNING, "degraded": obstacle("ImagePullBackOff")}, "Running", {"Stalled": ("True", "ImagePullBackOff")}),
+        ({"records": RUNNING, "waits": obstacle("PVCNotFound"), "volumes": ("False", "PVCNotFound", "m")}, "Running", {"VolumesReady": ("False", "PVCNotFound"), "Stalled": ("True", "PVCNotFound")}),
+        ({"records": DONE, "finished": OVER}, "Succeeded", {"Complete": ("True", "AllStagesSucceeded"), "Ready": ("True", "AllStagesSucceeded"), "Verified": ("True", "DigestsMatch"), "Reconciling": ("False", "AllStagesSucceeded")}),
+        ({"records": BAD, "finished": OVER}, "Failed", {"Failed": ("True", "StageFailed"), "Stalled": ("True", "StageFailed"), "Verified": ("False", "DigestMismatch")}),
+        ({"records": RUNNING, "finished": OVER, "ended": Ending(reason="Cancelled", message="m")}, "Cancelled", {"Failed": ("True", "Cancelled")}),
+        ({"records": DONE, "finished": OVER, "ended": Ending(reason="ActiveDeadline", message="m")}, "Failed", {"Failed": ("True", "ActiveDeadline"), "Complete": ("False", "ActiveDeadline")}),
+    ],
+)  # fmt: skip
+def test_conditions(standing: dict[str, object], phase: str, expected: dict[str, tuple[str, str]]) -> None:
+    document = conversion()
+    found = status_document(parse(document), Standing(**standing), before={}, generation=3, now=START)  # type: ignore[arg-type]
+    check_status(found)
+    assert (found["phase"], found["observedGeneration"]) == (phase, 3)
+    assert {kind: told(found, kind) for kind in expected} == expected
+
+
+def test_times_stay_until_the_status_turns() -> None:
+    document = parse(conversion())
+    first = status_document(document, Standing(records=RUNNING), before={}, generation=1, now=START)
+    later = START + timedelta(hours=1)
+    same = status_document(document, Standing(records=RUNNING), before=first, generation=1, now=later)
+    assert same == first
+    worse = Standing(records=RUNNING, degraded=Obstacle(reason="OOMKilled", message="m"))
+    turned = status_document(document, worse, before=first, generation=1, now=later)
+    times = {c["type"]: c["lastTransitionTime"] for c in turned["conditions"]}  # type: ignore[attr-defined]
+    assert times.pop("Degraded") == stamp(later)
+    assert set(times.values()) == {stamp(START)}
+
+
+def test_a_refused_document_keeps_what_is_recorded() -> None:
+    before = status_document(parse(conversion()), Standing(records=(*DONE[:1], *RUNNING[1:])), before={}, generation=1, now=START)  # fmt: skip
+    found = refused_document("wrong " * 1000, before=before, generation=2, now=START)
+    check_status(found)
+    assert [item["state"] for item in found["stageStatuses"]] == ["Succeeded"] + ["Pending"] * 3  # type: ignore[attr-defined]
+    assert told(found, "Accepted") == ("False", "InvalidSpec")  # type: ignore[arg-type]

@@ -1,0 +1,140 @@
+"""Objects of an API server as views; nothing that comes in is trusted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckpt2pt_operator.rules.views import (
+    child,
+    claim_view,
+    clean,
+    condition,
+    indexes,
+    items,
+    job_view,
+    number,
+    pod_view,
+    report_of,
+    text,
+    time,
+    word,
+)
+from simulation import World
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@pytest.mark.parametrize(
+    ("intervals", "expected"),
+    [("", set()), ("0", {0}), ("0-2,4", {0, 1, 2, 4}), ("x,-1,3-,5-4", {3}), ("0-99999999999", set(range(100_001)))],
+)
+def test_indexes(intervals: str, expected: set[int]) -> None:
+    assert indexes(intervals) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3, 3),
+        ("3", 3),
+        (2.9, 2),
+        (-1, 7),
+        (True, 7),
+        (None, 7),
+        (1 << 63, 7),
+        ("1" * 40, 7),
+        (float("nan"), 7),
+        ([], 7),
+    ],
+)
+def test_number(value: object, expected: int) -> None:
+    assert number({"n": value}, "n", 7) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [("StageFailed", "StageFailed"), ("not a word", ""), ("lower", ""), ("A\n", "A"), (3, "")]
+)
+def test_word(value: object, expected: str) -> None:
+    assert word({"reason": value}, "reason") == expected
+
+
+def test_texts_are_cut_and_have_no_control_characters() -> None:
+    assert clean("a\x1b[31m\r\nb\ud800") == "a [31m  b"
+    assert len(text({"m": "x" * 10_000}, "m")) == 1024
+    assert text({"m": 5}, "m") == ""
+
+
+def test_times_have_a_zone() -> None:
+    assert time({"t": "2026-01-02T03:04:05Z"}, "t") is not None
+    for wrong in ("2026-01-02T03:04:05", "yesterday", 5, None):
+        assert time({"t": wrong}, "t") is None
+
+
+@given(ANYTHING)
+def test_any_value_can_be_looked_into(value: object) -> None:
+    raw = {"metadata": value, "spec": value, "status": value}
+    for view in (job_view, pod_view):
+        view(dict(raw))
+        view(
+            {
+                "metadata": {"labels": value, "annotations": value, "ownerReferences": value},
+                "status": {"conditions": value},
+            }
+        )
+    assert isinstance(child(raw, "metadata", "labels"), dict)
+    assert isinstance(items(raw, "spec"), list)
+
+
+@given(ANYTHING)
+def test_any_message_is_a_report_or_none(value: object) -> None:
+    for message in (value, {"version": 1, "bytes": value, "message": value, "reason": value, "exitCode": value}):
+        report = report_of(json.dumps(message))
+        assert report is None or (0 <= report.done <= 1 << 50 and len(report.message) <= 1024)
+
+
+def test_a_report() -> None:
+    told = {"version": 1, "exitCode": 65, "reason": "InputWrong", "message": "m", "bytes": 3, "bytesTotal": 4}
+    report = report_of(json.dumps(told | {"iteration": 500, "throughput": 2}))
+    assert report
+    assert (report.exit_code, report.reason, report.done, report.total) == (65, "InputWrong", 3, 4)
+    assert (report.iteration, report.throughput) == (500, 2)
+    assert report_of(json.dumps(told | {"version": 2})) is None
+    assert report_of("x" * (13 << 10)) is None
+    assert report_of("[" * 5000) is None
+
+
+def test_a_job_and_its_pods() -> None:
+    world = World()
+    world.run()
+    world.start(2)
+    world.end(1, 65)
+    world.control()
+    job = job_view(world.jobs["demo-1"])
+    assert (job.attempt, job.completions, job.parallelism, job.per_index) == (1, 4, 4, True)
+    assert (job.failed, job.completed, job.ending, job.ours) == (frozenset({1}), frozenset(), "", True)
+    assert (job.stages, job.stage_of(3)) == (None, 3)
+    pods = {pod.index: pod for pod in map(pod_view, world.pods.values())}
+    assert {pod.job_uid for pod in pods.values()} == {job.uid}
+    assert (pods[2].running, pods[2].over) == (True, False)
+    assert (pods[1].running, pods[1].over, pods[1].exit_code) == (False, True, 65)
+    assert (pods[0].running, pods[0].over, pods[0].exit_code) == (False, False, None)
+
+
+def test_indexes_of_some_stages() -> None:
+    job = job_view({"metadata": {"annotations": {"ckpt2pt.dev/stages": "3,7"}}})
+    assert (job.stage_of(0), job.stage_of(1), job.stage_of(2)) == (3, 7, -1)
+
+
+def test_conditions_and_claims() -> None:
+    assert condition([{"type": "A"}, {"type": "B", "status": "True"}], "B") == {"type": "B", "status": "True"}
+    assert condition([], "B") == {}
+    claim = claim_view({"spec": {"accessModes": ["ReadWriteOnce"]}, "status": {"phase": "Pending"}})
+    assert (claim.phase, claim.modes) == ("Pending", frozenset({"ReadWriteOnce"}))
