@@ -14,10 +14,10 @@ export UV_HTTP_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mindspore demo test e2e tiny check layers format golden bench lock crds helm chart clean
+.PHONY: help setup mindspore demo test e2e cluster cluster-down images tiny check layers format golden bench lock crds helm chart clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything, locked and hashed, into .venv
 
@@ -42,8 +42,19 @@ demo: $(READY) ## build a checkpoint of more than 1 GB, convert it, verify it wi
 test: $(READY) ## the whole suite but the end-to-end tests
 	$(BIN)/pytest -m "not e2e" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
-e2e: $(READY) helm ## the program end to end, as it is installed, and the chart as helm renders it
+e2e: $(READY) helm ## the program end to end: as it is installed, the chart as helm renders it, a real Kubernetes
 	$(BIN)/pytest -m e2e $(ARGS)
+
+HARNESS = PYTHONPATH=tests/cluster $(BIN)/python -m harness
+
+cluster: $(READY) ## bring up a real Kubernetes on this machine and leave it running
+	@$(HARNESS) up
+
+cluster-down: $(READY) ## end it: its processes, mounts, bridges, rules and files
+	@$(HARNESS) down
+
+images: $(READY) ## build both images with buildah and give them to the cluster, if it runs
+	@$(HARNESS) images
 
 tiny: $(READY) ## ten seconds: one small checkpoint converted and read by torch
 	$(BIN)/pytest -q tests/e2e/test_tiny.py

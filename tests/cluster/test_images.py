@@ -16,14 +16,15 @@ from harness.kubectl import Kubectl
 from harness.machine import UnavailableError
 from harness.pods import finished, pod
 
-MAX_BYTES_ABOVE_BASE = 200 << 20
+MAX_BYTES_ABOVE_BASE = {"ckpt2pt": 120 << 20, "ckpt2pt-operator": 300 << 20}
+"""Half of the converter is numpy; half of the operator is the Kubernetes client."""
 
 
 class Image:
     """An archive of ``docker save``'s form."""
 
-    def __init__(self, archive: Path) -> None:
-        self.tar = tarfile.open(archive)  # noqa: SIM115
+    def __init__(self, tar: tarfile.TarFile) -> None:
+        self.tar = tar
         [self.manifest] = json.loads(self.read("manifest.json"))
         self.config = json.loads(self.read(self.manifest["Config"]))
 
@@ -79,7 +80,8 @@ def test_labels_say_what_it_is(built: Image) -> None:
 
 
 def test_size_above_the_base(built: Image) -> None:
-    assert 10 << 20 < sum(map(len, built.above_base())) < MAX_BYTES_ABOVE_BASE
+    [program] = built.config["config"]["Entrypoint"]
+    assert 10 << 20 < sum(map(len, built.above_base())) < MAX_BYTES_ABOVE_BASE[program]
 
 
 def test_no_framework_and_no_installer_inside(files: dict[str, tuple[tarfile.TarInfo, bytes]]) -> None:
@@ -118,8 +120,8 @@ def test_the_converter_runs_with_nothing_it_could_write_to_and_no_shell(
 def test_the_root_file_system_is_read_only_and_the_user_has_no_rights(namespace: Kubectl, converter_image: str) -> None:
     namespace("label", "namespace", str(namespace.namespace), "pod-security.kubernetes.io/enforce=restricted")
     probe = (
-        "import os; print(os.getuid(), os.getgid(), os.statvfs('/').f_flag & os.ST_RDONLY,"
+        "import os; print(os.getuid(), os.statvfs('/').f_flag & os.ST_RDONLY,"
         " open('/proc/self/status').read().split('CapEff:')[1].split()[0])"
     )
     code, said = finished(namespace, pod("probe", converter_image, "-c", probe, command=["python3"]))
-    assert (code, said.split()) == (0, ["65532", "65532", "1", "0000000000000000"])
+    assert (code, said.split()) == (0, ["65532", "1", "0000000000000000"])

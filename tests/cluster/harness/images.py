@@ -137,7 +137,9 @@ def _pip_secrets() -> Iterator[list[str]]:
     known |= {
         name[4:].lower().replace("_", "-"): value for name, value in os.environ.items() if name.startswith("PIP_")
     }
-    wanted = {name: known[name] for name in ("index-url", "extra-index-url", "trusted-host", "proxy") if name in known}
+    wanted: dict[str, str] = {
+        name: known[name] for name in ("index-url", "extra-index-url", "trusted-host", "proxy") if name in known
+    }
     with tempfile.TemporaryDirectory() as scratch:
         words: list[str] = []
         if "cert" in known:

@@ -53,18 +53,25 @@ class Kubectl:
         return {condition["type"]: condition["status"] for condition in conditions}
 
     def wait(self, kind: str, name: str, condition: str, *, seconds: float = 120) -> None:
-        """Wait for a condition; a failure shows the object and the pods with it."""
+        """Wait for a condition, or for ``Failed`` in its place; then :class:`ClusterError` tells the story."""
+        seen: dict[str, str] = {}
+
+        def over() -> bool:
+            seen.update(self.condition(kind, name))
+            return "True" in (seen.get(condition), seen.get("Failed"))
+
         try:
-            self(
-                "wait",
-                f"--for=condition={condition}",
-                f"--timeout={seconds:.0f}s",
-                f"{kind}/{name}",
-                seconds=seconds + 30,
-            )
+            wait_until(f"{kind}/{name} to be {condition}", over, seconds=seconds)
         except ClusterError as error:
-            story = self("describe", f"{kind}/{name}") + self("get", "pods", "--output=wide")
-            raise ClusterError(f"{error}\n{story}") from error
+            raise ClusterError(f"{error}\n{self.story(kind, name)}") from error
+        if seen.get(condition) != "True":
+            raise ClusterError(f"{kind}/{name} is Failed, not {condition}\n{self.story(kind, name)}")
+
+    def story(self, kind: str, name: str) -> str:
+        """What there is to know about an object and the pods of its namespace."""
+        pods = [pod["metadata"]["name"] for pod in self.get("pods")["items"]] if self.namespace else []
+        logs = [f"--- {pod}\n{self('logs', pod, '--tail=20', '--ignore-errors')}" for pod in pods[:8]]
+        return "\n".join([self("describe", f"{kind}/{name}"), self("get", "pods", "--output=wide"), *logs])
 
     def wait_gone(self, *words: str, seconds: float = 60) -> None:
         """Wait until an object is no longer there."""
