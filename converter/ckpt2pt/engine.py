@@ -25,13 +25,13 @@ import numpy.typing as npt
 from ckpt2pt.casts import find_cast
 from ckpt2pt.checksums import Piece, crc32, join
 from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError
+from ckpt2pt.framing import Layout, Payload
 from ckpt2pt.plan.moves import Move, Sink
-from ckpt2pt.pt.archive import Layout, finish, lay_out
-from ckpt2pt.pt.payload import FilePayload
 from ckpt2pt.publish import access_error, partial_name, sync_folder
 from ckpt2pt.tensors import DTYPE_BYTES, Extent
 
 BLOCK_BYTES = 512 << 10
+WRITTEN_MODE = 0o644  # less the umask
 THREADS = 1  # of one rank; two share a file's readahead and lock: not faster, and more CPU when the source is cold
 
 
@@ -61,6 +61,7 @@ class Output:
     partial: Path
     layout: Layout
     fd: int
+    mode: int
     pieces: list[list[Piece]]
     crc: int = 0
 
@@ -197,7 +198,7 @@ def write_at(fd: int, data: memoryview, offset: int, path: Path) -> None:
 
 def write_files(
     folder: Path,
-    payloads: Sequence[FilePayload],
+    payloads: Sequence[Payload],
     moves: Sequence[Move],
     *,
     stop: Stop,
@@ -271,19 +272,20 @@ def _batches(moves: Sequence[Move], size: int = 1 << 20) -> Iterator[tuple[Move,
 
 
 @contextmanager
-def _output(folder: Path, payload: FilePayload) -> Generator[Output]:
+def _output(folder: Path, payload: Payload) -> Generator[Output]:
     """A temporary file with its room reserved; removed unless it was published."""
     path = folder / payload.name
-    layout = lay_out(Path(payload.name).stem, payload.pickle, payload.storages)
+    layout = payload.lay_out()
     partial = partial_name(path)
     fd = -1
     try:
         try:
-            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, WRITTEN_MODE)
             _reserve(fd, layout.nbytes)
         except OSError as error:
             raise access_error(error, path, f"reserving {layout.nbytes} bytes") from error
-        yield Output(path=path, partial=partial, layout=layout, fd=fd, pieces=[[] for _ in payload.storages])
+        pieces: list[list[Piece]] = [[] for _ in range(layout.storages)]
+        yield Output(path=path, partial=partial, layout=layout, fd=fd, mode=payload.mode, pieces=pieces)
     finally:
         if fd >= 0:
             os.close(fd)
@@ -314,8 +316,8 @@ def _open_sources(stack: ExitStack, paths: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def _copy_template(output: Output, payload: FilePayload) -> None:
-    first = len(payload.storages) - len(payload.copied)
+def _copy_template(output: Output, payload: Payload) -> None:
+    first = output.layout.storages - len(payload.copied)
     for number, extent in enumerate(payload.copied, first):
         with Path(extent.path).open("rb") as file:
             data = os.pread(file.fileno(), extent.nbytes, extent.offset)
@@ -328,7 +330,9 @@ def _copy_template(output: Output, payload: FilePayload) -> None:
 def _finish(output: Output) -> None:
     crcs = [join(pieces, output.layout.storage_nbytes(number)) for number, pieces in enumerate(output.pieces)]
     try:
-        output.crc = finish(output.fd, output.layout, crcs)
+        output.crc = output.layout.finish(output.fd, crcs)
+        if output.mode != WRITTEN_MODE:
+            os.fchmod(output.fd, output.mode)
         os.fsync(output.fd)
     except OSError as error:
         raise access_error(error, output.path, "writing") from error

@@ -20,7 +20,6 @@ from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
-from ckpt2pt.pt.archive import lay_out
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.request import Request, digest
 from ckpt2pt.tensors import TensorRef
@@ -53,7 +52,7 @@ class Prepared:
     @property
     def sizes(self) -> dict[str, int]:
         """Exact size of each file."""
-        return {file.name: lay_out(Path(file.name).stem, file.pickle, file.storages).nbytes for file in self.files}
+        return {file.name: file.lay_out().nbytes for file in self.files}
 
 
 def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:

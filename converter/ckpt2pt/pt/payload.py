@@ -15,6 +15,7 @@ from ckpt2pt.mapping import names
 from ckpt2pt.plan.clock import Clock
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS, Storage, model_storages, optim_storages
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
+from ckpt2pt.pt.archive import Layout, lay_out
 from ckpt2pt.pt.pickles import (
     Call,
     Global,
@@ -62,6 +63,11 @@ class FilePayload:
     pickle: bytes
     storages: tuple[int, ...]
     copied: tuple[Extent, ...]
+    mode: int = 0o644
+
+    def lay_out(self) -> Layout:
+        """The archive, named inside as torch names it: after the file."""
+        return lay_out(self.name.rpartition(".")[0], self.pickle, self.storages)
 
 
 def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool = False) -> FilePayload:
