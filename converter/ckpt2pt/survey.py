@@ -17,7 +17,7 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_sources, last_saved
 from ckpt2pt.errors import FileAccessError, InputError
 from ckpt2pt.mapping.names import NameTable, is_tied_head
-from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta
+from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta, require
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
@@ -60,6 +60,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
 
     Every file is indexed to learn its step; the indexes of ``keep`` stay in the result.
     """
+    require(request.metadata, source=request.source, target=request.target)
     found = find_sources(request.source, request.topology, wanted_format=request.source_format)
     first = next(iter(request.topology.ranks()))
     batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size

@@ -6,7 +6,7 @@ megatron/core/optimizer/distrib_optimizer.py (``save_parameter_state``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -135,6 +135,13 @@ def payloads(plan: RankPlan, template: Template, *, reference_samples: bool = Fa
     """The files of one rank: the model's, and the optimizer's in a full conversion."""
     model = model_payload(plan, template, reference_samples=reference_samples)
     return (model, optim_payload(plan)) if plan.full else (model,)
+
+
+def tree_payload(tree: Mapping[str, Value]) -> tuple[bytes, list[str]]:
+    """The pickle of a small tree, and the keys of the storages it brings, in the order of their new numbers."""
+    keys: list[str] = []
+    renumbered = _renumber(dict(tree.items()), keys, 0)
+    return write_pickle(renumbered), keys
 
 
 def _tensor(storages: Sequence[Storage], number: int) -> Call:
