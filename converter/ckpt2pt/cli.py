@@ -16,6 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from ckpt2pt import __version__
+from ckpt2pt.back.options import add_import_options
 from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, InterruptedRunError, UsageError
 from ckpt2pt.options import (
     add_conversion_options,
@@ -27,6 +28,7 @@ from ckpt2pt.options import (
     add_verify_options,
     add_worker_options,
 )
+from ckpt2pt.ptmeta.options import add_pt_meta_options
 from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
 
@@ -73,6 +75,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_verify_options(verify)
     add_conversion_options(verify, required=False)
     add_output_options(verify)
+
+    back = add("import", "import a Megatron checkpoint into MindSpore, with its pt_meta", _import)
+    add_import_options(back)
+    add_progress_option(back)
+    add_output_options(back)
+
+    meta = add("pt-meta", "make pt_meta from a Megatron checkpoint, or from a description of the run", _pt_meta)
+    add_pt_meta_options(meta)
+    add_output_options(meta)
 
     document = add("run", "carry out a CheckpointConversion document on this machine", _run)
     add_document_options(document)
@@ -264,6 +275,27 @@ def _compare(options: argparse.Namespace) -> int:
     result = compare(*options.paths, ignore=tuple(options.ignore), ignore_padding=options.ignore_padding)
     _show(result.document(), result.render(), options)
     result.raise_differences()
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from ckpt2pt.back.options import import_request_of  # noqa: PLC0415
+    from ckpt2pt.back.run import run_back  # noqa: PLC0415
+    from ckpt2pt.progress import reporter  # noqa: PLC0415
+
+    if options.debug:
+        log.setLevel(logging.DEBUG)
+    outcome = run_back(import_request_of(options), reporter(options.progress))
+    _show(outcome.document(), outcome.sentence(), options)
+    return 0
+
+
+def _pt_meta(options: argparse.Namespace) -> int:
+    from ckpt2pt.ptmeta.options import make_pt_meta  # noqa: PLC0415
+
+    made = make_pt_meta(options)
+    _show(made.document(), made.sentence(), options)
+    made.confirm()
     return 0
 
 

@@ -74,6 +74,10 @@ class Written:
     nbytes: int
     crc32: int
 
+    def entry(self, folder: Path) -> dict[str, object]:
+        """For a manifest of ``folder``."""
+        return {"path": str(self.path.relative_to(folder)), "nbytes": self.nbytes, "crc32": f"{self.crc32:08x}"}
+
 
 @dataclass(slots=True)
 class _Carrier:

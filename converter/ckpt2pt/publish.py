@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +95,43 @@ def read_json(path: Path) -> Json | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """How a target folder is laid out.
+
+    ``folder`` is the iteration's place below the root (the root itself when empty), ``results`` what a conversion puts
+    there, ``alone`` whether nothing else may be there; ``option`` names the folder's option in the user's words.
+    """
+
+    reader: str
+    folder: str
+    results: tuple[str, ...]
+    alone: bool
+    tracker: bool
+    option: str
+    replace: str
+
+
+MEGATRON = Kind(
+    reader="Megatron",
+    folder="iter_{:07d}",
+    results=("mp_rank_*/*.pt",),
+    alone=True,
+    tracker=True,
+    option="spec.target.path (--megatron-path)",
+    replace="spec.target.overwrite (--overwrite)",
+)
+MINDSPORE = Kind(
+    reader="MindSpore",
+    folder="",
+    results=("rank_*/*.ckpt", "rank_*/*.safetensors", "pt_meta/args_tp*.pt", "pt_meta/*.json"),
+    alone=False,
+    tracker=False,
+    option="--ms-path",
+    replace="--overwrite",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """One iteration's folder, owned by one conversion."""
 
@@ -103,11 +140,17 @@ class Target:
     identity: str
     stages: int
     tensor: int
+    kind: Kind = MEGATRON
+
+    @property
+    def reader(self) -> str:
+        """The framework that loads it."""
+        return self.kind.reader
 
     @property
     def folder(self) -> Path:
-        """``root/iter_0000500``."""
-        return self.root / f"iter_{self.iteration:07d}"
+        """``root/iter_0000500``, or the root for MindSpore."""
+        return self.root / self.kind.folder.format(self.iteration)
 
     @property
     def state(self) -> Path:
@@ -124,16 +167,20 @@ class Target:
                 f"iteration {self.iteration} there is the result of another conversion "
                 f"(begun {claim.get('begun')} by {claim.get('host')}): other options, another source, or a source that changed since",
                 where=self.folder,
-                mend="choose another spec.target.path (--megatron-path), or replace it with spec.target.overwrite (--overwrite)",
+                mend=f"choose another {self.kind.option}, or replace it with {self.kind.replace}",
             )
         with suppress(FileNotFoundError):
-            strangers = sorted(p.name for p in self.folder.iterdir() if p.name != STATE)
+            found = self.folder.iterdir() if self.kind.alone else self._results()
+            strangers = sorted(p.name for p in found if p.name != STATE)
             if strangers:
                 raise UsageError(
                     f"the folder holds {strangers[0]}, which ckpt2pt did not write",
                     where=self.folder,
-                    mend="choose another spec.target.path (--megatron-path), or replace it with spec.target.overwrite (--overwrite)",
+                    mend=f"choose another {self.kind.option}, or replace it with {self.kind.replace}",
                 )
+
+    def _results(self) -> Iterator[Path]:
+        return (path for pattern in self.kind.results for path in self.folder.glob(pattern))
 
     def claim(self, facts: Json, *, overwrite: bool) -> None:
         """Take the folder.  A worker of the same conversion finds it taken and goes on."""
@@ -158,10 +205,10 @@ class Target:
         """Take back what an older conversion published here: the tracker first, then its manifests."""
         tracker = self.root / TRACKER
         with suppress(FileNotFoundError):
-            if tracker.read_text().strip() == str(self.iteration):
+            if self.kind.tracker and tracker.read_text().strip() == str(self.iteration):
                 tracker.unlink()
                 sync_folder(self.root)
-        for path in (*self.state.glob("*.json"), *self.folder.glob("mp_rank_*/*.pt")):
+        for path in (*self.state.glob("*.json"), *self._results()):
             path.unlink(missing_ok=True)
 
     @contextmanager
@@ -249,15 +296,19 @@ class Target:
         _sweep(self.state, "report.json")
         report = {"identity": self.identity, "iteration": self.iteration, "stages": [_brief(m) for m in manifests if m]}
         publish_bytes(self.state / "report.json", _dump(report))
-        publish_bytes(self.root / TRACKER, str(self.iteration).encode())
+        if self.kind.tracker:
+            publish_bytes(self.root / TRACKER, str(self.iteration).encode())
 
     @property
     def published(self) -> bool:
         """True when the tracker names this iteration and every stage is there."""
-        try:
-            named = (self.root / TRACKER).read_text().strip() == str(self.iteration)
-        except OSError:
-            return False
+        if self.kind.tracker:
+            try:
+                named = (self.root / TRACKER).read_text().strip() == str(self.iteration)
+            except OSError:
+                return False
+        else:
+            named = (read_json(self.state / "report.json") or {}).get("identity") == self.identity
         return named and all(self.stage_manifest(pp) for pp in range(self.stages))
 
 
@@ -278,7 +329,7 @@ def check_space(target: Target, needed: int) -> None:
         raise NoSpaceError(
             f"{needed} bytes are needed, {free} are free",
             where=target.root,
-            mend=f"free {needed - free} bytes there, or choose another spec.target.path (--megatron-path)",
+            mend=f"free {needed - free} bytes there, or choose another {target.kind.option}",
         )
 
 

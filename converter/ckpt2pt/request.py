@@ -17,6 +17,15 @@ Verify = Literal["none", "digest", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How ranks are worked on: ``workers`` at a time, ``timeout`` seconds for each, or one by one ``in_process``."""
+
+    workers: int = 1
+    in_process: bool = False
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """All options of ``ckpt2pt convert``.
 
@@ -39,6 +48,11 @@ class Request:
     workers: int = 1
     in_process: bool = False
     timeout: float | None = None
+
+    @property
+    def pace(self) -> Pace:
+        """How its ranks are worked on."""
+        return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout)
 
     def meaning(self) -> dict[str, object]:
         """The options that decide what is written, for the conversion's identity and the manifest."""
