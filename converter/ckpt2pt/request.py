@@ -30,7 +30,8 @@ class Request:
     """All options of ``ckpt2pt convert``.
 
     ``target_data`` is the data x context parallel size of the Megatron run to come (None: that of pt_meta);
-    ``timeout`` is in seconds and for each rank; ``workers`` is the number of ranks converted at a time.
+    ``shard_info`` is
+    the folder that describes data-parallel shards (None: ``opt_shard_info`` in the source); ``timeout`` is in seconds and for each rank; ``workers`` is the number of ranks converted at a time.
     """
 
     topology: Topology
@@ -39,6 +40,7 @@ class Request:
     target: Path
     full: bool = True
     source_format: str | None = None
+    shard_info: Path | None = None
     iteration: int | None = None
     target_data: int | None = None
     rules: Rules = field(default_factory=Rules)

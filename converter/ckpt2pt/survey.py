@@ -1,6 +1,6 @@
 """Find everything a conversion needs and prove that it fits together: headers only, nothing is written.
 
-source/rank_R/*  --ckpt.ranks-->  one file for each rank, at one iteration
+source/rank_R/*  --ckpt.ranks-->  one file for each rank, or its group's shards, at one iteration
 pt_meta/*        --meta------->   template, buffers                          } -> RankPlan for each rank
 file headers     --ckpt------->   {name: TensorRef}, the clock
 """
@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt2pt.ckpt import index_file, read_scalar
-from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_sources, last_saved
+from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
+from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import FileAccessError, InputError
 from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta, require
@@ -61,7 +62,14 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     Every file is indexed to learn its step; the indexes of ``keep`` stay in the result.
     """
     require(request.metadata, source=request.source, target=request.target)
-    found = find_sources(request.source, request.topology, wanted_format=request.source_format)
+    found = find_groups(
+        request.source,
+        request.topology,
+        find_sources(request.source, request.topology, wanted_format=request.source_format),
+        sharded=lambda path: has_shards(index_file(path)),
+        info=request.shard_info,
+        wanted_format=request.source_format,
+    )
     first = next(iter(request.topology.ranks()))
     batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size
     headers = _Headers({files[rank].path for files in found.values() for rank in keep})
@@ -82,23 +90,23 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
 
 
 def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
-    """Index one rank's file and plan every copy."""
+    """Index one rank's file, or its group's shards, and plan every copy."""
     topology = request.topology
     tp, pp = rank
     meta = _meta(request, rank)
-    path = chosen.files[rank].path
+    file = chosen.files[rank]
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(
         tp=tp,
         pp=pp,
-        source=str(path),
-        index=chosen.indexes.get(rank) or index_file(path),
+        source=str(file.path),
+        index=(None if file.peers else chosen.indexes.get(rank)) or index_source(file, topology.group(tp, pp)),
         clock=chosen.clock,
         chunks=meta.chunks,
         sizes=meta.sizes,
         params_dtype=meta.params_dtype,
         tied=meta.tied,
-        first_stage=index_file(chosen.files[tp, 0].path) if tied_head and pp else None,
+        first_stage=index_source(chosen.files[tp, 0], topology.group(tp, 0)) if tied_head and pp else None,
     )
     plan = plan_rank(found, topology, NameTable(request.rules), full=request.full)
     files = payloads(plan, meta.template, reference_samples=request.reference_samples)
@@ -186,8 +194,8 @@ def _choose_iteration(
 def _agree(files: Mapping[Rank, SourceFile], headers: _Headers, request: Request) -> None:
     """Refuse ranks that saved at different steps: the names may agree where the contents do not."""
     seen: dict[tuple[tuple[str, float], ...], Path] = {}
-    for file in files.values():
-        seen.setdefault(tuple(sorted(headers.facts(file.path).items())), file.path)
+    for path in (path for file in files.values() for path in file.paths):
+        seen.setdefault(tuple(sorted(headers.facts(path).items())), path)
     if len(seen) > 1:
         (one, path), (other, rival) = list(seen.items())[:2]
         differing = sorted(dict(set(one) ^ set(other)))
@@ -208,11 +216,17 @@ def _inputs(files: Mapping[Rank, SourceFile], request: Request) -> tuple[dict[st
     found: list[dict[str, object]] = []
     metadata: dict[str, Path] = {}
     for rank, file in files.items():
-        found.append(_stat(file.path, request.source))
+        found += [_stat(path, request.source) for path in file.paths]
+        if file.info:
+            found.append({"shards": file.info.name, "ranks": len(file.peers), "sha256": _sha256(file.info)})
         metadata |= {path.name: path for path in metadata_files(request.metadata, tp=rank[0], pp=rank[1])}
     for name, path in sorted(metadata.items()):
-        found.append({"metadata": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+        found.append({"metadata": name, "sha256": _sha256(path)})
     return tuple(found)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _stat(path: Path, root: Path) -> dict[str, object]:
