@@ -150,9 +150,7 @@ def _file_rows(document: Json) -> Iterable[tuple[object, ...]]:
                 f"{rank['directory']}/{file['name']}",
                 _size(file["nbytes"]),
                 "there" if rank["done"] else "",
-                rank["source"]
-                if not rank["shards"]
-                else f"{rank['source']} and {len(_list(rank['shards'])) - 1} more",
+                rank["source"] if not rank["shards"] else f"{rank['source']} and {len(_list(rank['shards'])) - 1} more",
             )
 
 
