@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from ckpt2pt import __version__
 from ckpt2pt.back.options import add_import_options
+from ckpt2pt.combine.flags import add_combine_options
 from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, InterruptedRunError, UsageError
 from ckpt2pt.options import (
     add_conversion_options,
@@ -80,6 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_import_options(back)
     add_progress_option(back)
     add_output_options(back)
+
+    merge = add("combine", "merge data-parallel shards into .ckpt or .safetensors files", _combine)
+    add_combine_options(merge)
+    add_progress_option(merge)
+    add_output_options(merge)
 
     meta = add("pt-meta", "make pt_meta from a Megatron checkpoint, or from a description of the run", _pt_meta)
     add_pt_meta_options(meta)
@@ -275,6 +281,16 @@ def _compare(options: argparse.Namespace) -> int:
     result = compare(*options.paths, ignore=tuple(options.ignore), ignore_padding=options.ignore_padding)
     _show(result.document(), result.render(), options)
     result.raise_differences()
+    return 0
+
+
+def _combine(options: argparse.Namespace) -> int:
+    from ckpt2pt.combine.flags import combination_of  # noqa: PLC0415
+    from ckpt2pt.combine.merge import combine  # noqa: PLC0415
+    from ckpt2pt.progress import reporter  # noqa: PLC0415
+
+    outcome = combine(combination_of(options), reporter(options.progress))
+    _show(outcome.document(), outcome.sentence(), options)
     return 0
 
 

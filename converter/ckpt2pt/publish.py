@@ -17,7 +17,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -81,6 +81,31 @@ def publish_bytes(path: Path, data: bytes) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
+    """Hold a lock file; whoever is second waits, or is told who is at it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+            raise TryAgainError(
+                f"another run is {what}: {holder}",
+                where=path,
+                mend="wait for it to finish, or stop it; then run the same command again",
+            ) from None
+        except OSError as error:
+            # A file system without locks (ENOLCK, ENOTSUP): renames keep the result whole all the same.
+            if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}:
+                raise
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{host()} pid {os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
 
 
 def read_json(path: Path) -> Json | None:
@@ -189,14 +214,14 @@ class Target:
             self.state.mkdir(parents=True, exist_ok=True)
             with self._lock("claim", wait=True):
                 self.check(overwrite=overwrite)
-                _sweep(self.state, "claim.json")
+                sweep_partials(self.state, "claim.json")
                 old = read_json(self.state / "claim.json")
                 if old and old.get("identity") == self.identity:
                     return
                 self._retire()
                 publish_bytes(
                     self.state / "claim.json",
-                    _dump({"identity": self.identity, "host": host(), **facts}),
+                    dump({"identity": self.identity, "host": host(), **facts}),
                 )
         except OSError as error:
             raise access_error(error, self.folder, "taking the target folder") from error
@@ -217,35 +242,14 @@ class Target:
         with self._lock(f"stage-{pp:03d}", wait=False):
             yield
 
-    @contextmanager
-    def _lock(self, name: str, *, wait: bool) -> Generator[None]:
-        path = self.state / f"{name}.lock"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
-                raise TryAgainError(
-                    f"another run is converting this stage: {holder}",
-                    where=path,
-                    mend="wait for it to finish, or stop it; then run the same command again",
-                ) from None
-            except OSError as error:
-                # A file system without locks (ENOLCK, ENOTSUP): renames keep the result whole all the same.
-                if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}:
-                    raise
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{host()} pid {os.getpid()}\n".encode(), 0)
-            yield
-        finally:
-            os.close(fd)
+    def _lock(self, name: str, *, wait: bool) -> AbstractContextManager[None]:
+        return locked(self.state / f"{name}.lock", "converting this stage", wait=wait)
 
     def sweep(self, tp: int, pp: int, directory: str) -> None:
         """Remove what a killed run of this rank left behind; call with the stage's lock held."""
-        _sweep(self.folder / directory, "")
-        _sweep(self.state, f"rank-{tp:02d}-{pp:03d}.json")
-        _sweep(self.state, f"stage-{pp:03d}.json")
+        sweep_partials(self.folder / directory, "")
+        sweep_partials(self.state, f"rank-{tp:02d}-{pp:03d}.json")
+        sweep_partials(self.state, f"stage-{pp:03d}.json")
 
     def rank_manifest(self, tp: int, pp: int) -> Json | None:
         """The manifest of a finished rank whose files are still there with their sizes; None otherwise."""
@@ -266,7 +270,7 @@ class Target:
 
     def publish_rank(self, tp: int, pp: int, manifest: Json) -> None:
         """Say that a rank's files are there."""
-        publish_bytes(self.state / f"rank-{tp:02d}-{pp:03d}.json", _dump({"identity": self.identity, **manifest}))
+        publish_bytes(self.state / f"rank-{tp:02d}-{pp:03d}.json", dump({"identity": self.identity, **manifest}))
 
     def stage_manifest(self, pp: int) -> Json | None:
         """The manifest of a finished stage of this conversion, None while a rank is missing."""
@@ -280,7 +284,7 @@ class Target:
         ranks = [self.rank_manifest(tp, pp) for tp in range(self.tensor)]
         publish_bytes(
             self.state / f"stage-{pp:03d}.json",
-            _dump({"identity": self.identity, "stage": pp, **facts, "ranks": ranks}),
+            dump({"identity": self.identity, "stage": pp, **facts, "ranks": ranks}),
         )
 
     def publish_iteration(self) -> bool:
@@ -293,9 +297,9 @@ class Target:
         return True
 
     def _publish_iteration(self, manifests: list[Json | None]) -> None:
-        _sweep(self.state, "report.json")
+        sweep_partials(self.state, "report.json")
         report = {"identity": self.identity, "iteration": self.iteration, "stages": [_brief(m) for m in manifests if m]}
-        publish_bytes(self.state / "report.json", _dump(report))
+        publish_bytes(self.state / "report.json", dump(report))
         if self.kind.tracker:
             publish_bytes(self.root / TRACKER, str(self.iteration).encode())
 
@@ -333,7 +337,7 @@ def check_space(target: Target, needed: int) -> None:
         )
 
 
-def _sweep(folder: Path, name: str) -> None:
+def sweep_partials(folder: Path, name: str) -> None:
     """Remove temporary files that were to become ``name`` (any name when empty)."""
     for path in folder.glob(f".{name}*{PARTIAL}"):
         with suppress(OSError):
@@ -346,5 +350,6 @@ def _brief(manifest: Json) -> Json:
     return {**manifest, "ranks": [{key: value for key, value in rank.items() if key != "tensors"} for rank in ranks]}
 
 
-def _dump(document: Mapping[str, object]) -> bytes:
+def dump(document: Mapping[str, object]) -> bytes:
+    """A document of ours as a file holds it."""
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()

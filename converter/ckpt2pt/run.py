@@ -68,6 +68,19 @@ class Share(Protocol):
         ...
 
 
+class Work(Protocol):
+    """What is done rank by rank; worker processes get a copy of it."""
+
+    @property
+    def pace(self) -> Pace:
+        """How many ranks at a time, and for how long."""
+        ...
+
+    def plan(self, rank: Rank, /) -> Share:
+        """One rank, ready to be carried."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
     """What is converted, in either direction; worker processes get a copy of it.
@@ -256,7 +269,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
                 locks.enter_context(target.stage_lock(pp))
             reporter.begin(totals, target.iteration)
             try:
-                _convert(conversion, todo, alone, reporter, stop)
+                work_through(conversion, todo, alone, reporter, stop)
             finally:
                 reporter.close()
             for pp in stages:
@@ -279,18 +292,18 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _convert(conversion: Conversion, todo: Sequence[Rank], alone: Share | None, reporter: Reporter, stop: Stop) -> None:
+def work_through(work: Work, todo: Sequence[Rank], alone: Share | None, reporter: Reporter, stop: Stop) -> None:
     """Here or in processes; ``alone`` is the only rank, as it was planned before."""
-    pace = conversion.pace
+    pace = work.pace
     if pace.in_process or len(todo) <= 1:
         for rank in todo:
             with _deadline(pace.timeout, rank, stop):
                 meter = Meter(partial(reporter.advance, rank))
-                (alone or conversion.plan(rank)).carry(stop, meter.advance)
+                (alone or work.plan(rank)).carry(stop, meter.advance)
                 meter.flush()
             reporter.end(rank)
         return
-    _Crew(conversion, reporter, stop).work(todo)
+    _Crew(work, reporter, stop).work(todo)
 
 
 @contextmanager
@@ -352,8 +365,8 @@ class _Hand:
 class _Crew:
     """Runs ranks in processes of their own, at most ``workers`` at a time; every failure is heard."""
 
-    def __init__(self, conversion: Conversion, reporter: Reporter, stop: Stop) -> None:
-        self._conversion, self._reporter, self._stop = conversion, reporter, stop
+    def __init__(self, work: Work, reporter: Reporter, stop: Stop) -> None:
+        self._work, self._reporter, self._stop = work, reporter, stop
         self._hands: list[_Hand] = []
 
     def work(self, todo: Sequence[Rank]) -> None:
@@ -361,25 +374,23 @@ class _Crew:
         try:
             while waiting or self._hands:
                 self._stop.check()
-                while waiting and len(self._hands) < max(1, self._conversion.pace.workers):
+                while waiting and len(self._hands) < max(1, self._work.pace.workers):
                     self._hands.append(self._start(waiting.pop(0)))
                 for ready in wait([hand.pipe for hand in self._hands], timeout=0.2):
                     self._hear(next(hand for hand in self._hands if hand.pipe is ready))
                 late = next((h for h in self._hands if h.deadline and time.monotonic() > h.deadline), None)
                 if late:
-                    raise _timed_out(late.rank, self._conversion.pace.timeout or 0)
+                    raise _timed_out(late.rank, self._work.pace.timeout or 0)
         finally:
             self._dismiss()
 
     def _start(self, rank: Rank) -> _Hand:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(
-            target=work_on_rank, args=(self._conversion, rank, theirs), name=f"tp{rank[0]}-pp{rank[1]}"
-        )
+        process = context.Process(target=work_on_rank, args=(self._work, rank, theirs), name=f"tp{rank[0]}-pp{rank[1]}")
         process.start()
         theirs.close()
-        timeout = self._conversion.pace.timeout
+        timeout = self._work.pace.timeout
         return _Hand(rank, process, ours, time.monotonic() + timeout if timeout else None)
 
     def _hear(self, hand: _Hand) -> None:
@@ -414,7 +425,7 @@ class _Crew:
             hand.pipe.close()
 
 
-def work_on_rank(conversion: Conversion, rank: Rank, pipe: Connection) -> None:
+def work_on_rank(work: Work, rank: Rank, pipe: Connection) -> None:
     """The body of a worker process: bytes done as integers, then None, or the error."""
     with stopped_by_signals() as stop:
 
@@ -428,7 +439,7 @@ def work_on_rank(conversion: Conversion, rank: Rank, pipe: Connection) -> None:
 
         meter = Meter(report)
         try:
-            conversion.plan(rank).carry(stop, meter.advance)
+            work.plan(rank).carry(stop, meter.advance)
             meter.flush()
             pipe.send(None)
         except Ckpt2ptError as error:

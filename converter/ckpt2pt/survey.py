@@ -78,7 +78,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         clock = _clock(found[when][first], batch, headers)
     else:
         when, clock = _choose_iteration(found, first, batch, headers, request)
-    _agree(found[when], headers, request)
+    agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
     inputs = _inputs(found[when], request)
     return Survey(
         files=found[when],
@@ -141,13 +141,14 @@ class _Headers:
         """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
         if path not in self._facts:
             index = index_file(path)
-            self._facts[path] = _facts(index)
+            self._facts[path] = facts_of(index)
             if path in self._keep:
                 self.indexes[path] = index
         return self._facts[path]
 
 
-def _facts(index: Index) -> dict[str, float]:
+def facts_of(index: Index) -> dict[str, float]:
+    """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
     facts: dict[str, float] = {}
     for name in CLOCK_ENTRIES:
         if name in index:
@@ -191,11 +192,11 @@ def _choose_iteration(
     return matching[0], clocks[matching[0]]
 
 
-def _agree(files: Mapping[Rank, SourceFile], headers: _Headers, request: Request) -> None:
+def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
     """Refuse ranks that saved at different steps: the names may agree where the contents do not."""
     seen: dict[tuple[tuple[str, float], ...], Path] = {}
-    for path in (path for file in files.values() for path in file.paths):
-        seen.setdefault(tuple(sorted(headers.facts(path).items())), path)
+    for path, told in facts.items():
+        seen.setdefault(tuple(sorted(told.items())), path)
     if len(seen) > 1:
         (one, path), (other, rival) = list(seen.items())[:2]
         differing = sorted(dict(set(one) ^ set(other)))
@@ -204,7 +205,7 @@ def _agree(files: Mapping[Rank, SourceFile], headers: _Headers, request: Request
             + "; ".join(f"{name} is {dict(one).get(name)} and {dict(other).get(name)}" for name in differing),
             where=f"{path} and {rival}",
             mend="choose a checkpoint that every rank has finished (spec.source.iteration, --iteration), "
-            f"or remove the files of the broken save from {request.source}",
+            f"or remove the files of the broken save from {root}",
         )
 
 
@@ -216,13 +217,19 @@ def _inputs(files: Mapping[Rank, SourceFile], request: Request) -> tuple[dict[st
     found: list[dict[str, object]] = []
     metadata: dict[str, Path] = {}
     for rank, file in files.items():
-        found += [_stat(path, request.source) for path in file.paths]
-        if file.info:
-            found.append({"shards": file.info.name, "ranks": len(file.peers), "sha256": _sha256(file.info)})
+        found += inputs_of(file, request.source)
         metadata |= {path.name: path for path in metadata_files(request.metadata, tp=rank[0], pp=rank[1])}
     for name, path in sorted(metadata.items()):
         found.append({"metadata": name, "sha256": _sha256(path)})
     return tuple(found)
+
+
+def inputs_of(file: SourceFile, root: Path) -> list[dict[str, object]]:
+    """The files that one rank is read from, those below ``root`` by name, size and time."""
+    found = [_stat(path, root) for path in file.paths]
+    if file.info:
+        found.append({"shards": file.info.name, "ranks": len(file.peers), "sha256": _sha256(file.info)})
+    return found
 
 
 def _sha256(path: Path) -> str:

@@ -39,6 +39,8 @@ When = tuple[int, int]
 UNNAMED: When = (-1, -1)
 Key = tuple[int, int]
 """(tp, pp)"""
+Wanted = tuple[str | None, bool]
+"""(format or None for either, whether files merged from shards count)"""
 _Member = tuple[int, int, int]
 """(tp, pp, place in the data x context group)"""
 
@@ -74,15 +76,16 @@ def rank_folder(root: Path, rank: int) -> Path:
 
 
 def find_sources(
-    root: Path, topology: Topology, *, wanted_format: str | None = None
+    root: Path, topology: Topology, *, wanted_format: str | None = None, merged: bool = True
 ) -> dict[When, dict[Key, SourceFile]]:
     """Every checkpoint that is there in all (tp, pp): (epoch, step) -> (tp, pp) -> file.  Newest last.
 
-    ``wanted_format`` is ``ckpt``, ``safetensors`` or None for either.  Raises :class:`MissingInputError` for missing
+    ``wanted_format`` is ``ckpt``, ``safetensors`` or None for either; without ``merged`` what was merged from shards is
+    left out.  Raises :class:`MissingInputError` for missing
     folders and files, :class:`InputError` when ranks disagree or a rank has two files of one step.
     """
     members = [(tp, pp, 0) for tp, pp in topology.ranks()]
-    found = _complete(root, topology, members, wanted_format)
+    found = _complete(root, topology, members, (wanted_format, merged))
     return {when: {(tp, pp): file for (tp, pp, _), file in files.items()} for when, files in found.items()}
 
 
@@ -94,6 +97,7 @@ def find_groups(
     sharded: Callable[[Path], bool],
     info: Path | None = None,
     wanted_format: str | None = None,
+    merged: bool = True,
 ) -> dict[When, dict[Key, SourceFile]]:
     """Give every checkpoint whose files hold shards its groups; one that lacks a rank of them is left out.
 
@@ -106,7 +110,7 @@ def find_groups(
     count = topology.data * topology.context
     members = [(tp, pp, number) for tp, pp in topology.ranks() for number in range(count)]
     try:
-        complete = _complete(root, topology, members, wanted_format)
+        complete = _complete(root, topology, members, (wanted_format, merged))
     except InputError:
         if shards == set(found):
             raise
@@ -140,7 +144,7 @@ def index_source(file: SourceFile, ranks: Sequence[int]) -> dict[str, TensorRef]
 
 
 def _complete(
-    root: Path, topology: Topology, members: Sequence[_Member], wanted_format: str | None
+    root: Path, topology: Topology, members: Sequence[_Member], wanted: Wanted
 ) -> dict[When, dict[_Member, SourceFile]]:
     """The checkpoints that all of ``members`` have."""
     if not root.is_dir():
@@ -151,9 +155,9 @@ def _complete(
         )
     iterations = _iterations(root)
     if iterations:
-        by_member = _by_model_rank(root, iterations, topology, members, wanted_format)
+        by_member = _by_model_rank(root, iterations, topology, members, wanted)
     else:
-        by_member = _by_rank(root, topology, members, wanted_format)
+        by_member = _by_rank(root, topology, members, wanted)
     first, *others = (set(found) for found in by_member.values())
     common = first.intersection(*others)
     if not common:
@@ -198,7 +202,7 @@ def _label(topology: Topology, member: _Member, *, v2: bool) -> str:
 
 
 def _by_rank(
-    root: Path, topology: Topology, members: Sequence[_Member], wanted_format: str | None
+    root: Path, topology: Topology, members: Sequence[_Member], wanted: Wanted
 ) -> dict[_Member, dict[When, SourceFile]]:
     ranks = {member: topology.group(member[0], member[1])[member[2]] for member in members}
     missing = sorted(rank for rank in ranks.values() if not rank_folder(root, rank).is_dir())
@@ -211,7 +215,7 @@ def _by_rank(
             mend="check spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) of "
             "the training that wrote it, and spec.source.path (--ms-path)",
         )
-    return {member: _candidates(rank_folder(root, rank), wanted_format) for member, rank in ranks.items()}
+    return {member: _candidates(rank_folder(root, rank), wanted) for member, rank in ranks.items()}
 
 
 def last_saved(root: Path, topology: Topology) -> When | None:
@@ -245,18 +249,20 @@ def choose(found: Iterable[When], reported: When | None) -> When:
     return reported if reported in whens else whens[-1]
 
 
-def _candidates(folder: Path, wanted_format: str | None) -> dict[When, SourceFile]:
+def _candidates(folder: Path, wanted: Wanted) -> dict[When, SourceFile]:
     found: dict[When, SourceFile] = {}
     for path in _listing(folder):
         suffix = path.suffix[1:]
-        if suffix not in SUFFIXES or (wanted_format and suffix != wanted_format) or _SKIPPED.fullmatch(path.name):
+        if suffix not in SUFFIXES or (wanted[0] and suffix != wanted[0]) or _SKIPPED.fullmatch(path.name):
+            continue
+        if "_dp_merged" in path.name and not wanted[1]:
             continue
         name = _NAMED.fullmatch(path.name) or _GLOBAL.fullmatch(path.name)
         when = (int(name.groupdict().get("epoch") or 0), int(name["step"])) if name else UNNAMED
         _take(found, SourceFile(path=path, when=when, merged="_dp_merged" in path.name))
     if not found:
         raise MissingInputError(
-            f"no {wanted_format or 'ckpt or safetensors'} file",
+            f"no {wanted[0] or 'ckpt or safetensors'} file",
             where=folder,
             mend="check spec.source.path (--ms-path) and spec.source.format (--src-model-format)",
         )
@@ -297,7 +303,7 @@ def _by_model_rank(
     iterations: Mapping[When, Path],
     topology: Topology,
     members: Sequence[_Member],
-    wanted_format: str | None,
+    wanted: Wanted,
 ) -> dict[_Member, dict[When, SourceFile]]:
     found: dict[_Member, dict[When, SourceFile]] = {member: {} for member in members}
     for when, folder in iterations.items():
@@ -305,7 +311,12 @@ def _by_model_rank(
             place = folder / topology.directory(tp, pp)
             for path in _listing(place) if place.is_dir() else ():
                 name = _MODEL.fullmatch(path.name)
-                if name and int(name["member"] or 0) == number and wanted_format in {None, path.suffix[1:]}:
+                if (
+                    name
+                    and int(name["member"] or 0) == number
+                    and wanted[0] in {None, path.suffix[1:]}
+                    and (wanted[1] or not name["merged"])
+                ):
                     _take(found[tp, pp, number], SourceFile(path=path, when=when, merged=bool(name["merged"])))
     missing = [member for member, files in found.items() if not files]
     if missing:

@@ -15,7 +15,9 @@ def up() -> None:
     cluster, began = Cluster(LEFT_RUNNING), time.monotonic()
     print("Kubernetes is built from source the first time: about ten minutes", file=sys.stderr)
     cluster.up()
-    print(f"# ready after {time.monotonic() - began:.0f} s; logs and data in {cluster.state}; `make cluster-down` ends it")
+    print(
+        f"# ready after {time.monotonic() - began:.0f} s; logs and data in {cluster.state}; `make cluster-down` ends it"
+    )
     print(f"export KUBECONFIG={cluster.kubeconfig}")
 
 

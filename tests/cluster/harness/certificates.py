@@ -31,7 +31,12 @@ class Authority:
 
     def issue(self, name: str, subject: str, *alternatives: str) -> None:
         """Key and certificate for ``subject`` (``/O=group/CN=user``), good for servers and clients."""
-        extensions = ["-addext", "extendedKeyUsage=serverAuth,clientAuth", "-addext", "basicConstraints=critical,CA:FALSE"]
+        extensions = [
+            "-addext",
+            "extendedKeyUsage=serverAuth,clientAuth",
+            "-addext",
+            "basicConstraints=critical,CA:FALSE",
+        ]
         if alternatives:
             extensions += ["-addext", f"subjectAltName={','.join(alternatives)}"]
         run("openssl", "req", "-x509", *_EC, "-CA", self.certificate("ca"), "-CAkey", self.key("ca"),
@@ -47,7 +52,10 @@ class Authority:
                     "clusters": [
                         {
                             "name": "ckpt2pt",
-                            "cluster": {"server": server, "certificate-authority-data": _base64(self.certificate("ca"))},
+                            "cluster": {
+                                "server": server,
+                                "certificate-authority-data": _base64(self.certificate("ca")),
+                            },
                         }
                     ],
                     "users": [

@@ -143,7 +143,10 @@ class Cluster:
         """The scheduler."""
         kubeconfig = self.state / "scheduler.kubeconfig"
         return self._daemon(
-            "kube-scheduler", f"--kubeconfig={kubeconfig}", "--leader-elect=false", f"--bind-address={self.network.node_address}"
+            "kube-scheduler",
+            f"--kubeconfig={kubeconfig}",
+            "--leader-elect=false",
+            f"--bind-address={self.network.node_address}",
         )
 
     def _daemon(self, name: str, *flags: str) -> Daemon:

@@ -33,7 +33,9 @@ class Kubectl:
 
     def create(self, thing: Mapping[str, Any]) -> dict[str, Any]:
         """Create an object; as the server has it."""
-        created: dict[str, Any] = json.loads(self("create", "--filename", "-", "--output=json", stdin=json.dumps(thing)))
+        created: dict[str, Any] = json.loads(
+            self("create", "--filename", "-", "--output=json", stdin=json.dumps(thing))
+        )
         return created
 
     def get(self, *words: str) -> dict[str, Any]:
@@ -53,7 +55,13 @@ class Kubectl:
     def wait(self, kind: str, name: str, condition: str, *, seconds: float = 120) -> None:
         """Wait for a condition; a failure shows the object and the pods with it."""
         try:
-            self("wait", f"--for=condition={condition}", f"--timeout={seconds:.0f}s", f"{kind}/{name}", seconds=seconds + 30)
+            self(
+                "wait",
+                f"--for=condition={condition}",
+                f"--timeout={seconds:.0f}s",
+                f"{kind}/{name}",
+                seconds=seconds + 30,
+            )
         except ClusterError as error:
             story = self("describe", f"{kind}/{name}") + self("get", "pods", "--output=wide")
             raise ClusterError(f"{error}\n{story}") from error

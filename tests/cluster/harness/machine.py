@@ -31,7 +31,9 @@ class ClusterError(Exception):
     """The cluster, or a command on it, failed."""
 
 
-def run(*words: str | Path, env: Mapping[str, str] | None = None, stdin: str | None = None, seconds: float = 600) -> str:
+def run(
+    *words: str | Path, env: Mapping[str, str] | None = None, stdin: str | None = None, seconds: float = 600
+) -> str:
     """Run a command to its end; its standard output.  A failure is raised with what the command said."""
     done = subprocess.run(
         [str(word) for word in words],
@@ -76,7 +78,9 @@ def cache_folder() -> Path:
 def require_node() -> None:
     """Have everything a node is made of, installing packages where that is possible."""
     if os.geteuid() != 0:
-        raise Unavailable("a node needs root (network namespaces, cgroups, mounts); CKPT2PT_KUBECONFIG names a cluster to use instead")
+        raise Unavailable(
+            "a node needs root (network namespaces, cgroups, mounts); CKPT2PT_KUBECONFIG names a cluster to use instead"
+        )
     if not _is_there("kubectl"):
         raise Unavailable("kubectl is not installed")
     require(PACKAGES)

@@ -82,7 +82,11 @@ class Network:
         mark = ["-m", "comment", "--comment", f"ckpt2pt-{self.index}"]
         service = ["-s", self.pods, "-d", f"{SERVICE_ADDRESS}/32", "-p", "tcp", "--dport", "443"]
         return [
-            ("nat", "PREROUTING", [*service, *mark, "-j", "DNAT", "--to-destination", f"{self.node_address}:{APISERVER_PORT}"]),
+            (
+                "nat",
+                "PREROUTING",
+                [*service, *mark, "-j", "DNAT", "--to-destination", f"{self.node_address}:{APISERVER_PORT}"],
+            ),
             # Where something else, as Docker, drops what it does not know.
             ("filter", "FORWARD", ["-s", self.pods, *mark, "-j", "ACCEPT"]),
             ("filter", "FORWARD", ["-d", self.pods, *mark, "-j", "ACCEPT"]),

@@ -181,7 +181,9 @@ class Node:
                     os.kill(int(folder.name), signal.SIGKILL)
 
     def _unmount(self) -> None:
-        mounts = [line.split()[1].encode().decode("unicode_escape") for line in Path("/proc/mounts").read_text().splitlines()]
+        mounts = [
+            line.split()[1].encode().decode("unicode_escape") for line in Path("/proc/mounts").read_text().splitlines()
+        ]
         for mount in reversed(mounts):
             if mount.startswith(f"{self.state}/"):
                 run("umount", "--lazy", mount)
