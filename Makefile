@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/.ready
+MINDSPORE := .venv-mindspore/.ready
 LOCK   := requirements
 
 # Parts of torch's CUDA build that `import torch` does without on a machine without a GPU: 1.6 GB of 5.
@@ -13,10 +14,10 @@ export UV_HTTP_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test e2e tiny check layers format golden bench lock crds helm chart clean
+.PHONY: help setup mindspore demo test e2e tiny check layers format golden bench lock crds helm chart clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything, locked and hashed, into .venv
 
@@ -28,11 +29,22 @@ $(READY): pyproject.toml $(LOCK)/bootstrap.txt $(LOCK)/dev.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
+mindspore: $(MINDSPORE) ## real mindspore, for the tests of the hook, in .venv-mindspore
+
+$(MINDSPORE): $(READY) $(LOCK)/mindspore.txt
+	@test -x .venv-mindspore/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-mindspore
+	$(BIN)/uv pip sync --quiet --python .venv-mindspore/bin/python --require-hashes $(LOCK)/mindspore.txt
+	@touch $@
+
 demo: $(READY) ## build a checkpoint of more than 1 GB, convert it, verify it with torch
 	$(BIN)/python examples/demo.py
 
 test: $(READY) ## the whole suite but the end-to-end tests
-	$(BIN)/pytest -m "not e2e" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(BIN)/pytest -m "not e2e and not mindspore" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+.PHONY: test-mindspore
+test-mindspore: $(MINDSPORE) ## files that we write, loaded by real mindspore
+	$(BIN)/pytest -m mindspore tests/judges $(ARGS)
 
 e2e: $(READY) helm ## the program end to end, as it is installed, and the chart as helm renders it
 	$(BIN)/pytest -m e2e $(ARGS)
@@ -54,7 +66,7 @@ format: $(READY) ## mend what ruff can mend
 	$(BIN)/ruff format
 
 golden: $(READY) ## rewrite the golden texts, then show what changed
-	GOLDEN=update $(BIN)/pytest -q -m "not e2e"
+	GOLDEN=update $(BIN)/pytest -q -m "not e2e and not mindspore"
 	GOLDEN=update $(BIN)/pytest -q tests/charts
 	git diff --stat -- tests/golden
 
@@ -82,5 +94,5 @@ chart: $(READY) crds helm ## the chart's copy of the CRD, its README and its sch
 	GOLDEN=update $(BIN)/pytest -q tests/charts/test_chart.py -k worker_defaults
 
 clean: ## remove what make and the tests made, .venv included
-	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-mindspore build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -279,7 +279,7 @@ def test_links_between_documents_lead_somewhere() -> None:
 
 
 def make_targets() -> set[str]:
-    return set(re.findall(r"^([a-z0-9]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    return set(re.findall(r"^([a-z0-9-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
 
 
 def test_the_door_lists_every_target() -> None:
@@ -291,7 +291,7 @@ def test_the_door_lists_every_target() -> None:
 
 @pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", ".ci/run", ".pre-commit-config.yaml"])
 def test_targets_that_are_named_exist(path: str) -> None:
-    named = set(re.findall(r"(?:`|^|entry: )make ([a-z0-9]+)", (REPOSITORY / path).read_text(), re.MULTILINE))
+    named = set(re.findall(r"(?:`|^|entry: )make ([a-z0-9-]+)", (REPOSITORY / path).read_text(), re.MULTILINE))
     assert named
     assert named <= make_targets()
 
