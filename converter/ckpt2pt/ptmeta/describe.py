@@ -111,7 +111,7 @@ def _words(text: str) -> Iterator[str]:
     for word in shlex.split(text.replace("\\\n", " "), comments=True):
         found = _ASSIGNMENT.fullmatch(word)
         if found and not word.startswith("-"):
-            value = _fill(found[2], variables)
+            value = _fill(found[2], variables).rstrip(";")
             variables[found[1]] = value
             if "--" in value:
                 yield from value.lstrip("(").rstrip(")").split()

@@ -28,6 +28,7 @@ from ckpt2pt.ptmeta.rng import rng_state
 from ckpt2pt.ptmeta.schedule import param_groups, scheduler
 from ckpt2pt.tensors import TensorRef
 
+_SET_HERE = ("rank", "model_type", "iteration", "consumed_train_samples")
 _MODEL_TYPE = Call(Global("megatron.core.enums", "ModelType"), (1,))  # encoder_or_decoder
 
 
@@ -213,7 +214,7 @@ def _assumed(said: Description, arguments: Arguments, wanted: Wanted) -> dict[st
         "opt_param_scheduler": "worked out from the arguments",
         "rng_state": f"as at the start of a run with seed {arguments.values['seed']}; the MindSpore run's has no counterpart",
         "num_floating_point_operations_so_far": 0.0,
-        "args at their default": dict(arguments.defaults),
+        "args at their default": {k: v for k, v in arguments.defaults.items() if k not in _SET_HERE},
         "args worked out": dict(arguments.derived) | {"rank": "the first rank of each stage", "model_type": 1},
         **({"args unknown to Megatron-LM 0.6, kept": dict(said.unknown)} if said.unknown else {}),
     }
