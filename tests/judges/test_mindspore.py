@@ -7,18 +7,24 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
+import torch
 
+from ckpt2pt.back.request import BackRequest
+from ckpt2pt.back.run import run_back
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.writer import CkptFile, mindspore_file
 from ckpt2pt.combine.merge import Combination, combine
 from ckpt2pt.engine import Stop, write_files
 from ckpt2pt.plan.entries import Entry, number_entry, text_entry
+from ckpt2pt.request import Pace
 from ckptfiles import some_tensors
 from conversions import Quiet
 from goldens import REPOSITORY, golden_root
+from torchload import leaves
 
 pytestmark = [pytest.mark.mindspore, pytest.mark.timeout(600)]  # importing mindspore alone takes a good while
 
@@ -71,6 +77,31 @@ def test_merged_files_are_loaded_with_equal_values(name: str, tmp_path: Path) ->
             assert {key: found[key][2] for key in expected.files} == {
                 key: hashlib.sha256(expected[key].tobytes()).hexdigest() for key in expected.files
             }
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_imported_files_are_loaded_with_equal_values(
+    suffix: Literal["ckpt", "safetensors"], full: bool, tmp_path: Path
+) -> None:
+    source = golden_root() / "megatron06" / "b_tp2pp2" / "A"
+    run_back(BackRequest(source=source, target=tmp_path, format=suffix, full=full, pace=Pace(in_process=True)), Quiet())
+    paths = sorted(tmp_path.glob("rank_*/network.*"))
+    assert len(paths) == 4
+    loaded = load(*paths)
+    assert loaded == [indexed(path) for path in paths]
+    # And the values are Megatron's, as torch sees them.
+    place, name = source / "iter_0000002" / "mp_rank_00_000", "language_model.embedding.word_embeddings.weight"
+    if full:
+        ((_, kinds),) = torch.load(place / "distrib_optim.pt")[0].items()
+        for prefix, kind in {"": "param", "exp_avg.": "exp_avg", "exp_avg_sq.": "exp_avg_sq"}.items():
+            # Registered first, so it lies last in the buffer; 128 words of 64 numbers on each of two ranks.
+            values = kinds[kind][0][-128 * 64 :].numpy().tobytes()
+            assert loaded[0][prefix + name][2] == hashlib.sha256(values).hexdigest()
+    else:
+        found = leaves(place / "model_optim_rng.pt")
+        weight = found["/model/language_model/embedding/word_embeddings/weight"].float().numpy()
+        assert loaded[0][name][2] == hashlib.sha256(weight.tobytes()).hexdigest()
 
 
 def test_slices_checksums_scalars_and_texts_are_loaded(tmp_path: Path) -> None:

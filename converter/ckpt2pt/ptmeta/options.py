@@ -46,6 +46,9 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
         "--description", type=Path, help="Megatron's arguments: a YAML mapping, or the script that starts the training"
     )
     second.add_argument("--ms-path", type=Path, help="MindSpore training output with rank_R folders")
+    second.add_argument(
+        "--opt-shard-info-path", type=Path, help="opt_shard_info folder of a training with data-parallel shards"
+    )
     second.add_argument("--dp-size", type=int, default=1, help="data parallel size of the MindSpore training")
     second.add_argument("--cp-size", type=int, default=1, help="context parallel size of the MindSpore training")
     second.add_argument("--noop", type=int, nargs="*", default=[], metavar="LAYER", help="no-op layers")
@@ -106,6 +109,7 @@ def make_pt_meta(options: argparse.Namespace) -> Made:
         noop=frozenset(options.noop),
         layers_per_stage=options.stage_list,
         bucket_size=options.bucket_size,
+        shard_info=options.opt_shard_info_path,
         rules=rules,
     )
     return from_description(

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt2pt.ckpt import index_file, read_scalar
-from ckpt2pt.ckpt.ranks import SourceFile, choose, find_sources, last_saved
+from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
+from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import InputError
 from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.mapping.topology import Topology
@@ -43,6 +44,7 @@ class Wanted:
     noop: frozenset[int] = frozenset()
     layers_per_stage: tuple[int, ...] | None = None
     bucket_size: int | None = None
+    shard_info: Path | None = None
     rules: Rules = Rules()  # noqa: RUF009 - frozen
 
 
@@ -59,9 +61,8 @@ def synthesize(said: Description, wanted: Wanted) -> Synthesized:
     """Make the metadata of every rank, checked against the headers of the newest MindSpore checkpoint."""
     data = wanted.target_data or wanted.data * wanted.context
     cut = _topology(complete(said, data=data, vocabulary=None), wanted)
-    sources = find_sources(wanted.source, cut)
-    files = sources[choose(sources, last_saved(wanted.source, cut))]
-    vocabulary = _vocabulary(index_file(files[0, 0].path), cut.tensor, wanted)
+    files = _files(wanted, cut)
+    vocabulary = _vocabulary(index_source(files[0, 0], cut.group(0, 0)), cut.tensor, wanted)
     arguments = complete(said, data=data, vocabulary=vocabulary)
     clock = _clock(files[0, 0], arguments)
     ranks: list[RankFiles] = []
@@ -72,7 +73,7 @@ def synthesize(said: Description, wanted: Wanted) -> Synthesized:
             for vpp in range(cut.virtual)
         }
         buffers = _buffers(chunks, arguments, pp, wanted.bucket_size)
-        compared += _check(files[tp, pp], chunks, buffers, cut, arguments, clock, (tp, pp), wanted.rules)
+        compared += _check(files, chunks, buffers, cut, arguments, clock, (tp, pp), wanted.rules)
         ranks.append(_rank(arguments, clock, chunks, buffers, tp, pp, wanted))
     evidence = f"{compared} parameters of {len(ranks)} ranks have the names and shapes that the description gives"
     return Synthesized(ranks=tuple(ranks), evidence=(evidence,), assumed=_assumed(said, arguments, wanted))
@@ -86,6 +87,18 @@ def _topology(arguments: Arguments, wanted: Wanted) -> Topology:
         noop=wanted.noop,
         layers_per_stage=wanted.layers_per_stage,
     )
+
+
+def _files(wanted: Wanted, cut: Topology) -> Mapping[tuple[int, int], SourceFile]:
+    """The newest checkpoint: a file for each rank, or its group's shards."""
+    sources = find_groups(
+        wanted.source,
+        cut,
+        find_sources(wanted.source, cut),
+        sharded=lambda path: has_shards(index_file(path)),
+        info=wanted.shard_info,
+    )
+    return sources[choose(sources, last_saved(wanted.source, cut))]
 
 
 def _vocabulary(index: Mapping[str, TensorRef], tensor: int, wanted: Wanted) -> int | None:
@@ -116,7 +129,7 @@ def _buffers(
 
 
 def _check(
-    file: SourceFile,
+    files: Mapping[tuple[int, int], SourceFile],
     chunks: Mapping[int, tuple[Parameter, ...]],
     buffers: tuple[tuple[Buffer, ...], ...],
     cut: Topology,
@@ -131,16 +144,19 @@ def _check(
         for vpp, parameters in chunks.items()
         if parameters
     ]
+    file, first = files[rank], files[rank[0], 0]
+    tied = arguments.values["untie_embeddings_and_output_weights"] is False
     found = RankInput(
         tp=rank[0],
         pp=rank[1],
         source=str(file.path),
-        index=index_file(file.path),
+        index=index_source(file, cut.group(*rank)),
         clock=clock,
         chunks=maps,
         sizes={name: value for name, value in arguments.values.items() if isinstance(value, int)},
         params_dtype=str(arguments.values["params_dtype"]),
-        tied=arguments.values["untie_embeddings_and_output_weights"] is False,
+        tied=tied,
+        first_stage=index_source(first, cut.group(rank[0], 0)) if tied and rank[1] else None,
     )
     try:
         plan = plan_rank(found, cut, NameTable(rules), full=False)

@@ -62,7 +62,7 @@ def test_counts_of_layers_in_either_spelling() -> None:
 def test_noop_layers_are_learnt_unless_given() -> None:
     assert import_request_of(parse()).noop is None
     assert import_request_of(parse("--noop")).noop == frozenset()
-    assert import_request_of(parse("--noop", "1", "2")).noop == {1, 2}
+    assert import_request_of(parse("--noop", "1", "2")).noop == frozenset({1, 2})
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import cast
 
 import pytest
 
@@ -71,5 +70,5 @@ def test_convert_without_metadata_says_which_way_fits(tmp_path: Path) -> None:
         request = request_for(folder, target, metadata=tmp_path / "none")
         with pytest.raises(MissingInputError) as caught:
             run(request, [0], Quiet())
-        mend = cast("MissingInputError", caught.value).mend
+        mend = caught.value.mend
         assert all(word in mend for word in [*words, "ckpt2pt pt-meta", f"--param-map-path {tmp_path / 'none'}"])

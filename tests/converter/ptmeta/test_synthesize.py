@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ SETS = golden_sets()
 ASSUMED = ("*/rng_state/*", "*/num_floating_point_operations_so_far")
 
 
-def made(folder: Path, tmp_path: Path, **more: object) -> Synthesized:
+def made(folder: Path, tmp_path: Path, **more: Any) -> Synthesized:
     said = describe(write_description(folder, tmp_path / "run.yaml"))
     said = replace(said, given={**said.given, **more})
     return synthesize(said, wanted_for(folder))
@@ -48,7 +49,7 @@ def test_only_what_is_assumed_differs(folder: Path, tmp_path: Path) -> None:
         ({"normalization": "LayerNorm"}, "does not fit the checkpoint.*missing"),
     ],
 )
-def test_a_description_that_does_not_fit_is_refused(more: dict[str, object], what: str, tmp_path: Path) -> None:
+def test_a_description_that_does_not_fit_is_refused(more: dict[str, Any], what: str, tmp_path: Path) -> None:
     folder = next(folder for folder in SETS if folder.name == "a_tp1pp1")
     if "untie_embeddings_and_output_weights" in more:
         # A tied model may bring a copy of its embedding; then it is the values that decide, when it is converted.
@@ -66,3 +67,15 @@ def test_defaults_and_rules_are_told_apart(tmp_path: Path) -> None:
     assert "adam_beta1" in defaults
     assert {"world_size", "padded_vocab_size"} <= set(derived)
     assert not set(defaults) & set(derived)
+
+
+@pytest.mark.skipif(
+    not any(folder.name == "j_tp1pp2dp2" for folder in SETS), reason="the full collection is not at hand"
+)
+def test_shards_of_the_distributed_optimizer_are_a_source_as_well(tmp_path: Path) -> None:
+    folder = next(folder for folder in SETS if folder.name == "j_tp1pp2dp2")
+    said = describe(write_description(folder, tmp_path / "run.yaml"))
+    found = synthesize(said, replace(wanted_for(folder), source=folder / "ms_zero_src"))
+    for name, content in render(found.ranks, with_maps=True).items():
+        if name.endswith(".json"):
+            assert content == (folder / "pt_meta" / name).read_bytes()
