@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help setup mindspore demo test e2e cluster cluster-down images tiny check layers format golden bench lock crds helm chart clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(READY) ## install everything, locked and hashed, into .venv
 
@@ -31,6 +31,9 @@ $(READY): pyproject.toml $(LOCK)/bootstrap.txt $(LOCK)/dev.txt
 
 mindspore: $(MINDSPORE) ## real mindspore, for the tests of the hook, in .venv-mindspore
 
+.PHONY: mindspore-env
+mindspore-env: mindspore
+
 $(MINDSPORE): $(READY) $(LOCK)/mindspore.txt
 	@test -x .venv-mindspore/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-mindspore
 	$(BIN)/uv pip sync --quiet --python .venv-mindspore/bin/python --require-hashes $(LOCK)/mindspore.txt
@@ -40,7 +43,11 @@ demo: $(READY) ## build a checkpoint of more than 1 GB, convert it, verify it wi
 	$(BIN)/python examples/demo.py
 
 test: $(READY) ## the whole suite but the end-to-end tests
-	$(BIN)/pytest -m "not e2e" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+	$(BIN)/pytest -m "not e2e and not mindspore" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+
+.PHONY: test-mindspore
+test-mindspore: $(MINDSPORE) ## files that we write, loaded by real mindspore
+	$(BIN)/pytest -m mindspore tests/judges $(ARGS)
 
 e2e: $(READY) helm ## the program end to end: as it is installed, the chart as helm renders it, a real Kubernetes
 	$(BIN)/pytest -m e2e $(ARGS)
@@ -73,7 +80,7 @@ format: $(READY) ## mend what ruff can mend
 	$(BIN)/ruff format
 
 golden: $(READY) ## rewrite the golden texts, then show what changed
-	GOLDEN=update $(BIN)/pytest -q -m "not e2e"
+	GOLDEN=update $(BIN)/pytest -q -m "not e2e and not mindspore"
 	GOLDEN=update $(BIN)/pytest -q tests/charts
 	git diff --stat -- tests/golden
 

@@ -16,7 +16,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from ckpt2pt import __version__
+from ckpt2pt.back.options import add_import_options
 from ckpt2pt.cluster.flags import add_submit_options, add_target_options
+from ckpt2pt.combine.flags import add_combine_options
 from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, InterruptedRunError, UsageError
 from ckpt2pt.options import (
     add_conversion_options,
@@ -30,6 +32,7 @@ from ckpt2pt.options import (
     add_watch_options,
     add_worker_options,
 )
+from ckpt2pt.ptmeta.options import add_pt_meta_options
 from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
 
@@ -87,6 +90,20 @@ def build_parser() -> argparse.ArgumentParser:
     add_verify_options(verify)
     add_conversion_options(verify, required=False)
     add_output_options(verify)
+
+    back = add("import", "import a Megatron checkpoint into MindSpore, with its pt_meta", _import)
+    add_import_options(back)
+    add_progress_option(back)
+    add_output_options(back)
+
+    merge = add("combine", "merge data-parallel shards into .ckpt or .safetensors files", _combine)
+    add_combine_options(merge)
+    add_progress_option(merge)
+    add_output_options(merge)
+
+    meta = add("pt-meta", "make pt_meta from a Megatron checkpoint, or from a description of the run", _pt_meta)
+    add_pt_meta_options(meta)
+    add_output_options(meta)
 
     document = add("run", "carry out a CheckpointConversion document on this machine", _run)
     add_document_options(document)
@@ -357,6 +374,37 @@ def _compare(options: argparse.Namespace) -> int:
     result = compare(*options.paths, ignore=tuple(options.ignore), ignore_padding=options.ignore_padding)
     _show(result.document(), result.render(), options)
     result.raise_differences()
+    return 0
+
+
+def _combine(options: argparse.Namespace) -> int:
+    from ckpt2pt.combine.flags import combination_of  # noqa: PLC0415
+    from ckpt2pt.combine.merge import combine  # noqa: PLC0415
+    from ckpt2pt.progress import reporter  # noqa: PLC0415
+
+    outcome = combine(combination_of(options), reporter(options.progress))
+    _show(outcome.document(), outcome.sentence(), options)
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from ckpt2pt.back.options import import_request_of  # noqa: PLC0415
+    from ckpt2pt.back.run import run_back  # noqa: PLC0415
+    from ckpt2pt.progress import reporter  # noqa: PLC0415
+
+    if options.debug:
+        log.setLevel(logging.DEBUG)
+    outcome = run_back(import_request_of(options), reporter(options.progress))
+    _show(outcome.document(), outcome.sentence(), options)
+    return 0
+
+
+def _pt_meta(options: argparse.Namespace) -> int:
+    from ckpt2pt.ptmeta.options import make_pt_meta  # noqa: PLC0415
+
+    made = make_pt_meta(options)
+    _show(made.document(), made.sentence(), options)
+    made.confirm()
     return 0
 
 

@@ -22,13 +22,13 @@ from ckpt2pt.blocks import Blocks, OutputFile, open_direct, write_at
 from ckpt2pt.casts import find_cast
 from ckpt2pt.checksums import Piece, crc32, join
 from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError
+from ckpt2pt.framing import Layout, Payload
 from ckpt2pt.plan.moves import Move, Sink
-from ckpt2pt.pt.archive import Layout, finish, lay_out
-from ckpt2pt.pt.payload import FilePayload
 from ckpt2pt.publish import access_error, partial_name, sync_folder
 from ckpt2pt.tensors import DTYPE_BYTES, Extent
 
 BLOCK_BYTES = 1 << 20
+WRITTEN_MODE = 0o644  # less the umask
 
 
 class Stop:
@@ -57,6 +57,7 @@ class Output:
     partial: Path
     layout: Layout
     file: OutputFile
+    mode: int
     pieces: list[list[Piece]]
     crc: int = 0
 
@@ -72,6 +73,10 @@ class Written:
     path: Path
     nbytes: int
     crc32: int
+
+    def entry(self, folder: Path) -> dict[str, object]:
+        """For a manifest of ``folder``."""
+        return {"path": str(self.path.relative_to(folder)), "nbytes": self.nbytes, "crc32": f"{self.crc32:08x}"}
 
 
 @dataclass(slots=True)
@@ -175,7 +180,7 @@ class _Carrier:
 
 def write_files(
     folder: Path,
-    payloads: Sequence[FilePayload],
+    payloads: Sequence[Payload],
     moves: Sequence[Move],
     *,
     stop: Stop,
@@ -209,15 +214,15 @@ def write_files(
 
 
 @contextmanager
-def _output(folder: Path, payload: FilePayload) -> Generator[Output]:
+def _output(folder: Path, payload: Payload) -> Generator[Output]:
     """A temporary file with its room reserved; removed unless it was published."""
     path = folder / payload.name
-    layout = lay_out(Path(payload.name).stem, payload.pickle, payload.storages)
+    layout = payload.lay_out()
     partial = partial_name(path)
     with ExitStack() as stack:
         stack.callback(_remove, partial)
         try:
-            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, WRITTEN_MODE)
             stack.callback(os.close, fd)
             _reserve(fd, layout.nbytes)
         except OSError as error:
@@ -226,7 +231,8 @@ def _output(folder: Path, payload: FilePayload) -> Generator[Output]:
         if direct is not None:
             stack.callback(os.close, direct)
         file = OutputFile(path=path, fd=fd, direct=direct)
-        yield Output(path=path, partial=partial, layout=layout, file=file, pieces=[[] for _ in payload.storages])
+        pieces: list[list[Piece]] = [[] for _ in range(layout.storages)]
+        yield Output(path=path, partial=partial, layout=layout, file=file, mode=payload.mode, pieces=pieces)
 
 
 def _remove(partial: Path) -> None:
@@ -257,8 +263,8 @@ def _open_sources(stack: ExitStack, paths: Sequence[str]) -> dict[str, int]:
     return found
 
 
-def _copy_template(output: Output, payload: FilePayload) -> None:
-    first = len(payload.storages) - len(payload.copied)
+def _copy_template(output: Output, payload: Payload) -> None:
+    first = output.layout.storages - len(payload.copied)
     for number, extent in enumerate(payload.copied, first):
         with Path(extent.path).open("rb") as file:
             data = os.pread(file.fileno(), extent.nbytes, extent.offset)
@@ -271,7 +277,9 @@ def _copy_template(output: Output, payload: FilePayload) -> None:
 def _finish(output: Output) -> None:
     crcs = [join(pieces, output.layout.storage_nbytes(number)) for number, pieces in enumerate(output.pieces)]
     try:
-        output.crc = finish(output.file.fd, output.layout, crcs)
+        output.crc = output.layout.finish(output.file.fd, crcs)
+        if output.mode != WRITTEN_MODE:
+            os.fchmod(output.file.fd, output.mode)
         os.fsync(output.file.fd)
     except OSError as error:
         raise access_error(error, output.path, "writing") from error

@@ -62,7 +62,7 @@ def read_rank_meta(
     maps = _param_maps(folder, tp, pp)
     divisor = target_data or data_parallel_size(template)
     if maps:
-        buffers = [parse_param_map(_load_json(path), where=str(path), divisor=divisor) for path in maps]
+        buffers = [_param_map(path, divisor) for path in maps]
         order: list[_Described] = [(tuple(p.name for p in reversed(buffer.placements)), buffer) for buffer in buffers]
     else:
         order = [(names, None) for names in _name_lists(template)]
@@ -79,6 +79,36 @@ def read_arguments(folder: Path, rank: tuple[int, int], *, allow: tuple[str, ...
     return read_template(_arguments_file(folder, *rank), allow=allow)
 
 
+def require(folder: Path, *, source: Path, target: Path) -> None:
+    """Refuse a folder without metadata, with the command that would make it."""
+    if any(folder.glob("args_tp*_pp*.pt")):
+        return
+    made = f"--param-map-path {folder}"
+    checkpoint = next((path.parents[2] for path in sorted(target.glob("*/mp_rank_*/model_optim_rng.pt"))), None)
+    captured = f"ckpt2pt pt-meta --megatron-path {checkpoint or 'MEGATRON'} {made}"
+    described = f"ckpt2pt pt-meta --description FILE --ms-path {source} {made}"
+    if checkpoint:
+        mend = f"there is a Megatron checkpoint; if it is of the same model and cut, run: {captured}"
+    else:
+        mend = (
+            f"with any checkpoint of the same model and cut that Megatron wrote (one step is enough), run: {captured}; "
+            f"without one, describe Megatron's arguments (YAML or the training script), and run: {described}"
+        )
+    what = (
+        "there is no args_tp*_pp*.pt in the metadata folder" if folder.is_dir() else "the metadata folder is not there"
+    )
+    raise MissingInputError(what, where=folder, mend=mend)
+
+
+def assumed(folder: Path) -> dict[str, object]:
+    """What the metadata rests on besides what was read: ``assumed`` of ``origin.json`` (ckpt2pt.ptmeta.files)."""
+    if not (folder / "origin.json").is_file():
+        return {}
+    document = _load_json(folder / "origin.json")
+    found = cast("dict[str, object]", document).get("assumed") if isinstance(document, dict) else None
+    return cast("dict[str, object]", found) if isinstance(found, dict) else {}
+
+
 def metadata_files(folder: Path, *, tp: int, pp: int) -> tuple[Path, ...]:
     """The files that describe one rank: its arguments, then its param maps chunk by chunk."""
     return (_arguments_file(folder, tp, pp), *_param_maps(folder, tp, pp))
@@ -86,6 +116,17 @@ def metadata_files(folder: Path, *, tp: int, pp: int) -> tuple[Path, ...]:
 
 def _arguments_file(folder: Path, tp: int, pp: int) -> Path:
     return folder / f"args_tp{tp:02d}_pp{pp:03d}.pt"
+
+
+def read_param_maps(folder: Path, *, tp: int, pp: int, divisor: int | None) -> tuple[Buffer, ...]:
+    """The buffers of one rank, chunk by chunk, as the maps in ``folder`` describe them."""
+    if not folder.is_dir():
+        raise MissingInputError("the folder of param maps is not there", where=folder, mend=_MEND)
+    return tuple(_param_map(path, divisor) for path in _param_maps(folder, tp, pp))
+
+
+def _param_map(path: Path, divisor: int | None) -> Buffer:
+    return parse_param_map(_load_json(path), where=str(path), divisor=divisor)
 
 
 def data_parallel_size(template: Template) -> int | None:

@@ -74,6 +74,11 @@ def _add_places(parser: argparse.ArgumentParser, *, required: bool) -> None:
         help="format of the source (spec.source.format)",
     )
     group.add_argument(
+        "--opt-shard-info-path",
+        type=Path,
+        help="opt_shard_info folder of a training with data-parallel shards; default the one in --ms-path (spec.source.optShardInfoPath)",
+    )
+    group.add_argument(
         "--iteration",
         type=int,
         help="which checkpoint to convert; default the newest that all ranks have (spec.source.iteration)",
@@ -330,6 +335,7 @@ def request_of(options: argparse.Namespace) -> Request:
         full=not options.convert_param_only,
         source_format=None if options.src_model_format == "auto" else options.src_model_format,
         iteration=options.iteration,
+        shard_info=options.opt_shard_info_path,
         target_data=options.target_dp_size,
         rules=rules_of(options.rules),
         reference_samples=options.zero_consumed_samples,

@@ -35,6 +35,8 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
                 "bytesToRead": nbytes,
                 "files": [{"name": name, "nbytes": size} for name, size in files.items()],
                 "chunks": [_chunk(chunk, plan, request, names=names) for chunk in plan.chunks],
+                "shards": [str(path) for path in chosen.files[tp, pp].peers],
+                "shardInfo": str(chosen.files[tp, pp].info or ""),
                 "ignored": dict(Counter(reason for _, reason in plan.ignored)),
                 "comparedCopies": [f"{kept.name} = {copy.name}" for kept, copy in plan.twins],
                 "done": target.rank_manifest(tp, pp) is not None,
@@ -113,6 +115,7 @@ def render(document: Json) -> str:
             ignored[reason] += int(str(count))
     if ignored:
         lines.append("not carried: " + ", ".join(f"{count} x {reason}" for reason, count in sorted(ignored.items())))
+    lines += _shard_lines(document)
     lines += _name_lines(document)
     lines.append(
         f"reads {_size(document['bytesToRead'])}, writes {_size(document['bytesToWrite'])}; {_size(document['bytesFree'])} free; "
@@ -147,8 +150,17 @@ def _file_rows(document: Json) -> Iterable[tuple[object, ...]]:
                 f"{rank['directory']}/{file['name']}",
                 _size(file["nbytes"]),
                 "there" if rank["done"] else "",
-                rank["source"],
+                rank["source"] if not rank["shards"] else f"{rank['source']} and {len(_list(rank['shards'])) - 1} more",
             )
+
+
+def _shard_lines(document: Json) -> list[str]:
+    """One line for the data-parallel shards that are read in place of whole files."""
+    ranks = [rank for rank in map(_mapping, _list(document["ranks"])) if rank["shards"]]
+    if not ranks:
+        return []
+    count = len(_list(ranks[0]["shards"]))
+    return [f"data-parallel shards, joined in place: {count} files for each rank, described by {ranks[0]['shardInfo']}"]
 
 
 def _name_lines(document: Json) -> list[str]:

@@ -16,8 +16,8 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -83,6 +83,31 @@ def publish_bytes(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
+    """Hold a lock file; whoever is second waits, or is told who is at it."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+            raise TryAgainError(
+                f"another run is {what}: {holder}",
+                where=path,
+                mend="wait for it to finish, or stop it; then run the same command again",
+            ) from None
+        except OSError as error:
+            # A file system without locks (ENOLCK, ENOTSUP): renames keep the result whole all the same.
+            if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}:
+                raise
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{host()} pid {os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(fd)
+
+
 def read_json(path: Path) -> Json | None:
     """A small document of ours; None when it is not there or not whole."""
     try:
@@ -95,6 +120,43 @@ def read_json(path: Path) -> Json | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """How a target folder is laid out.
+
+    ``folder`` is the iteration's place below the root (the root itself when empty), ``results`` what a conversion puts
+    there, ``alone`` whether nothing else may be there; ``option`` names the folder's option in the user's words.
+    """
+
+    reader: str
+    folder: str
+    results: tuple[str, ...]
+    alone: bool
+    tracker: bool
+    option: str
+    replace: str
+
+
+MEGATRON = Kind(
+    reader="Megatron",
+    folder="iter_{:07d}",
+    results=("mp_rank_*/*.pt",),
+    alone=True,
+    tracker=True,
+    option="spec.target.path (--megatron-path)",
+    replace="spec.target.overwrite (--overwrite)",
+)
+MINDSPORE = Kind(
+    reader="MindSpore",
+    folder="",
+    results=("rank_*/*.ckpt", "rank_*/*.safetensors", "pt_meta/args_tp*.pt", "pt_meta/*.json"),
+    alone=False,
+    tracker=False,
+    option="--ms-path",
+    replace="--overwrite",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """One iteration's folder, owned by one conversion."""
 
@@ -103,11 +165,17 @@ class Target:
     identity: str
     stages: int
     tensor: int
+    kind: Kind = MEGATRON
+
+    @property
+    def reader(self) -> str:
+        """The framework that loads it."""
+        return self.kind.reader
 
     @property
     def folder(self) -> Path:
-        """``root/iter_0000500``."""
-        return self.root / f"iter_{self.iteration:07d}"
+        """``root/iter_0000500``, or the root for MindSpore."""
+        return self.root / self.kind.folder.format(self.iteration)
 
     @property
     def state(self) -> Path:
@@ -124,16 +192,20 @@ class Target:
                 f"iteration {self.iteration} there is the result of another conversion "
                 f"(begun {claim.get('begun')} by {claim.get('host')}): other options, another source, or a source that changed since",
                 where=self.folder,
-                mend="choose another spec.target.path (--megatron-path), or replace it with spec.target.overwrite (--overwrite)",
+                mend=f"choose another {self.kind.option}, or replace it with {self.kind.replace}",
             )
         with suppress(FileNotFoundError):
-            strangers = sorted(p.name for p in self.folder.iterdir() if p.name != STATE)
+            found = self.folder.iterdir() if self.kind.alone else self._results()
+            strangers = sorted(p.name for p in found if p.name != STATE)
             if strangers:
                 raise UsageError(
                     f"the folder holds {strangers[0]}, which ckpt2pt did not write",
                     where=self.folder,
-                    mend="choose another spec.target.path (--megatron-path), or replace it with spec.target.overwrite (--overwrite)",
+                    mend=f"choose another {self.kind.option}, or replace it with {self.kind.replace}",
                 )
+
+    def _results(self) -> Iterator[Path]:
+        return (path for pattern in self.kind.results for path in self.folder.glob(pattern))
 
     def claim(self, facts: Json, *, overwrite: bool) -> None:
         """Take the folder.  A worker of the same conversion finds it taken and goes on."""
@@ -142,14 +214,14 @@ class Target:
             self.state.mkdir(parents=True, exist_ok=True)
             with self._lock("claim", wait=True):
                 self.check(overwrite=overwrite)
-                _sweep(self.state, "claim.json")
+                sweep_partials(self.state, "claim.json")
                 old = read_json(self.state / "claim.json")
                 if old and old.get("identity") == self.identity:
                     return
                 self._retire()
                 publish_bytes(
                     self.state / "claim.json",
-                    _dump({"identity": self.identity, "host": host(), **facts}),
+                    dump({"identity": self.identity, "host": host(), **facts}),
                 )
         except OSError as error:
             raise access_error(error, self.folder, "taking the target folder") from error
@@ -158,10 +230,10 @@ class Target:
         """Take back what an older conversion published here: the tracker first, then its manifests."""
         tracker = self.root / TRACKER
         with suppress(FileNotFoundError):
-            if tracker.read_text().strip() == str(self.iteration):
+            if self.kind.tracker and tracker.read_text().strip() == str(self.iteration):
                 tracker.unlink()
                 sync_folder(self.root)
-        for path in (*self.state.glob("*.json"), *self.folder.glob("mp_rank_*/*.pt")):
+        for path in (*self.state.glob("*.json"), *self._results()):
             path.unlink(missing_ok=True)
 
     @contextmanager
@@ -170,35 +242,14 @@ class Target:
         with self._lock(f"stage-{pp:03d}", wait=False):
             yield
 
-    @contextmanager
-    def _lock(self, name: str, *, wait: bool) -> Generator[None]:
-        path = self.state / f"{name}.lock"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
-                raise TryAgainError(
-                    f"another run is converting this stage: {holder}",
-                    where=path,
-                    mend="wait for it to finish, or stop it; then run the same command again",
-                ) from None
-            except OSError as error:
-                # A file system without locks (ENOLCK, ENOTSUP): renames keep the result whole all the same.
-                if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}:
-                    raise
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{host()} pid {os.getpid()}\n".encode(), 0)
-            yield
-        finally:
-            os.close(fd)
+    def _lock(self, name: str, *, wait: bool) -> AbstractContextManager[None]:
+        return locked(self.state / f"{name}.lock", "converting this stage", wait=wait)
 
     def sweep(self, tp: int, pp: int, directory: str) -> None:
         """Remove what a killed run of this rank left behind; call with the stage's lock held."""
-        _sweep(self.folder / directory, "")
-        _sweep(self.state, f"rank-{tp:02d}-{pp:03d}.json")
-        _sweep(self.state, f"stage-{pp:03d}.json")
+        sweep_partials(self.folder / directory, "")
+        sweep_partials(self.state, f"rank-{tp:02d}-{pp:03d}.json")
+        sweep_partials(self.state, f"stage-{pp:03d}.json")
 
     def rank_manifest(self, tp: int, pp: int) -> Json | None:
         """The manifest of a finished rank whose files are still there with their sizes; None otherwise."""
@@ -219,7 +270,7 @@ class Target:
 
     def publish_rank(self, tp: int, pp: int, manifest: Json) -> None:
         """Say that a rank's files are there."""
-        publish_bytes(self.state / f"rank-{tp:02d}-{pp:03d}.json", _dump({"identity": self.identity, **manifest}))
+        publish_bytes(self.state / f"rank-{tp:02d}-{pp:03d}.json", dump({"identity": self.identity, **manifest}))
 
     def stage_manifest(self, pp: int) -> Json | None:
         """The manifest of a finished stage of this conversion, None while a rank is missing."""
@@ -233,7 +284,7 @@ class Target:
         ranks = [self.rank_manifest(tp, pp) for tp in range(self.tensor)]
         publish_bytes(
             self.state / f"stage-{pp:03d}.json",
-            _dump({"identity": self.identity, "stage": pp, **facts, "ranks": ranks}),
+            dump({"identity": self.identity, "stage": pp, **facts, "ranks": ranks}),
         )
 
     def publish_iteration(self) -> bool:
@@ -246,18 +297,22 @@ class Target:
         return True
 
     def _publish_iteration(self, manifests: list[Json | None]) -> None:
-        _sweep(self.state, "report.json")
+        sweep_partials(self.state, "report.json")
         report = {"identity": self.identity, "iteration": self.iteration, "stages": [_brief(m) for m in manifests if m]}
-        publish_bytes(self.state / "report.json", _dump(report))
-        publish_bytes(self.root / TRACKER, str(self.iteration).encode())
+        publish_bytes(self.state / "report.json", dump(report))
+        if self.kind.tracker:
+            publish_bytes(self.root / TRACKER, str(self.iteration).encode())
 
     @property
     def published(self) -> bool:
         """True when the tracker names this iteration and every stage is there."""
-        try:
-            named = (self.root / TRACKER).read_text().strip() == str(self.iteration)
-        except OSError:
-            return False
+        if self.kind.tracker:
+            try:
+                named = (self.root / TRACKER).read_text().strip() == str(self.iteration)
+            except OSError:
+                return False
+        else:
+            named = (read_json(self.state / "report.json") or {}).get("identity") == self.identity
         return named and all(self.stage_manifest(pp) for pp in range(self.stages))
 
 
@@ -278,11 +333,11 @@ def check_space(target: Target, needed: int) -> None:
         raise NoSpaceError(
             f"{needed} bytes are needed, {free} are free",
             where=target.root,
-            mend=f"free {needed - free} bytes there, or choose another spec.target.path (--megatron-path)",
+            mend=f"free {needed - free} bytes there, or choose another {target.kind.option}",
         )
 
 
-def _sweep(folder: Path, name: str) -> None:
+def sweep_partials(folder: Path, name: str) -> None:
     """Remove temporary files that were to become ``name`` (any name when empty)."""
     for path in folder.glob(f".{name}*{PARTIAL}"):
         with suppress(OSError):
@@ -295,5 +350,6 @@ def _brief(manifest: Json) -> Json:
     return {**manifest, "ranks": [{key: value for key, value in rank.items() if key != "tensors"} for rank in ranks]}
 
 
-def _dump(document: Mapping[str, object]) -> bytes:
+def dump(document: Mapping[str, object]) -> bytes:
+    """A document of ours as a file holds it."""
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()

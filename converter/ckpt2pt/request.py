@@ -17,11 +17,22 @@ Verify = Literal["none", "digest", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How ranks are worked on: ``workers`` at a time, ``timeout`` seconds for each, or one by one ``in_process``."""
+
+    workers: int = 1
+    in_process: bool = False
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """All options of ``ckpt2pt convert``.
 
-    ``when`` is (epoch, step) of the checkpoint, for callers that have looked themselves, ``target_data`` is the data x context parallel size of the Megatron run to come (None: that of pt_meta);
-    ``timeout`` is in seconds and for each rank; ``workers`` is the number of ranks converted at a time.
+    ``when`` is (epoch, step) of the checkpoint, for callers that have looked themselves; ``target_data`` is the data x
+    context parallel size of the Megatron run to come (None: that of pt_meta); ``shard_info`` is the folder that describes
+    data-parallel shards (None: ``opt_shard_info`` in the source); ``timeout`` is in seconds and for each rank;
+    ``workers`` is the number of ranks converted at a time.
     """
 
     topology: Topology
@@ -30,6 +41,7 @@ class Request:
     target: Path
     full: bool = True
     source_format: str | None = None
+    shard_info: Path | None = None
     iteration: int | None = None
     when: tuple[int, int] | None = None
     target_data: int | None = None
@@ -40,6 +52,11 @@ class Request:
     workers: int = 1
     in_process: bool = False
     timeout: float | None = None
+
+    @property
+    def pace(self) -> Pace:
+        """How its ranks are worked on."""
+        return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout)
 
     def meaning(self) -> dict[str, object]:
         """The options that decide what is written, for the conversion's identity and the manifest."""

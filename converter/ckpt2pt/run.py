@@ -1,8 +1,8 @@
-"""Carry out a conversion: preflight, claim, ranks in parallel, publish.
+"""Carry out a conversion, in either direction: preflight, claim, ranks in parallel, publish.
 
-survey -> plans of every rank asked for        nothing has been written; everything that can be wrong is found here
+measure every rank asked for            nothing has been written; everything that can be wrong is found here
 -> claim, lock of the stage
--> one process a rank (engine)          a rank's files appear together, by rename
+-> one process a rank                   a rank's files appear together, by rename
 -> stage manifest                       when every rank of the stage is there and verified
 -> report, tracker                      when every stage is there; by whoever sees it first
 """
@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from multiprocessing import get_context
@@ -27,9 +27,10 @@ from typing import Protocol
 from ckpt2pt import __version__
 from ckpt2pt.engine import Meter, Stop, write_files
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError
+from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
 from ckpt2pt.publish import Json, Target, access_error, check_space
-from ckpt2pt.request import Request
+from ckpt2pt.request import Pace, Request
 from ckpt2pt.survey import Prepared, Rank, Survey, prepare, survey
 
 
@@ -47,6 +48,54 @@ class Reporter(Protocol):
 
     def close(self) -> None:
         """Nothing more will come, for whatever reason."""
+
+
+class Share(Protocol):
+    """One rank, planned completely and sized."""
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes to read."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to write."""
+        ...
+
+    def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
+        """Write its files and publish them."""
+        ...
+
+
+class Work(Protocol):
+    """What is done rank by rank; worker processes get a copy of it."""
+
+    @property
+    def pace(self) -> Pace:
+        """How many ranks at a time, and for how long."""
+        ...
+
+    def plan(self, rank: Rank, /) -> Share:
+        """One rank, ready to be carried."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """What is converted, in either direction; worker processes get a copy of it.
+
+    ``meaning`` are the options that decide what is written, ``facts`` what else the manifest of a stage tells,
+    ``doubts`` what contradicts the chosen iteration.
+    """
+
+    target: Target
+    pace: Pace
+    overwrite: bool
+    meaning: Json
+    facts: Json
+    doubts: tuple[str, ...]
+    plan: Callable[[Rank], Share]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +134,11 @@ class Outcome:
             did = "everything was there already"
         elif self.kept:
             did += f", kept {len(self.kept)} that were there"
-        end = "published; Megatron can load it" if self.published else "the tracker waits for the other stages"
+        end = (
+            f"published; {self.target.reader} can load it"
+            if self.published
+            else "the tracker waits for the other stages"
+        )
         return f"iteration {self.target.iteration}, {stages}: {did}\n{self.target.folder}\n{end}"
 
 
@@ -100,64 +153,45 @@ def target_of(request: Request, chosen: Survey) -> Target:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Forward:
+    """One rank on its way to Megatron."""
+
+    request: Request
+    chosen: Survey
+    prepared: Prepared
+
+    @property
+    def source_bytes(self) -> int:
+        return self.prepared.plan.source_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.prepared.sizes.values())
+
+    def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
+        convert_rank(self.request, self.chosen, self.prepared, stop, advance)
+
+
+def _plan(request: Request, chosen: Survey, rank: Rank) -> _Forward:
+    return _Forward(request, chosen, prepare(request, chosen, rank))
+
+
 def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     """Convert the given pipeline stages; what an earlier run finished is kept."""
     began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
     chosen = survey(request, keep=ranks if len(ranks) == 1 else ())
-    target = target_of(request, chosen)
-    target.check(overwrite=request.overwrite)
-    kept = tuple(rank for rank in ranks if target.rank_manifest(*rank))
-    todo = tuple(rank for rank in ranks if rank not in kept)
-    totals: dict[Rank, int] = {}
-    size = 0
-    alone: Prepared | None = None
-    for rank in todo:
-        # One at a time: the plans of many ranks would not fit into the memory of one.
-        prepared = prepare(request, chosen, rank)
-        totals[rank] = prepared.plan.source_bytes
-        size += sum(prepared.sizes.values())
-        alone = prepared if len(todo) == 1 else None
-    chosen = replace(chosen, indexes={})
-    check_space(target, size)
-    with stopped_by_signals() as stop:
-        target.claim(
-            {"version": __version__, "begun": _now(), "options": request.meaning()}, overwrite=request.overwrite
-        )
-        with ExitStack() as locks:
-            for pp in stages:
-                locks.enter_context(target.stage_lock(pp))
-            reporter.begin(totals, target.iteration)
-            try:
-                _convert(request, chosen, todo, alone, reporter, stop)
-            finally:
-                reporter.close()
-            for pp in stages:
-                target.publish_stage(
-                    pp,
-                    {
-                        "version": __version__,
-                        "iteration": target.iteration,
-                        "options": request.meaning(),
-                        "inputs": chosen.inputs,
-                    },
-                )
-        published = target.publish_iteration()
-    return Outcome(
-        target=target,
-        stages=tuple(stages),
-        converted=todo,
-        kept=kept,
-        bytes_written=size,
-        files=sum(target.file_count(*rank) for rank in ranks),
-        seconds=time.monotonic() - began,
-        published=published,
+    conversion = Conversion(
+        target=target_of(request, chosen),
+        pace=request.pace,
+        overwrite=request.overwrite,
+        meaning=request.meaning(),
+        facts={"inputs": chosen.inputs, "assumed": assumed(request.metadata)},
         doubts=chosen.clock.doubts,
+        plan=partial(_plan, request, chosen),
     )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return carry_out(conversion, stages, reporter, began)
 
 
 def convert_rank(
@@ -193,10 +227,7 @@ def convert_rank(
             "pp": rank[1],
             "source": prepared.plan.source,
             "verified": request.verify,
-            "files": [
-                {"path": str(file.path.relative_to(target.folder)), "nbytes": file.nbytes, "crc32": f"{file.crc32:08x}"}
-                for file in files
-            ],
+            "files": [file.entry(target.folder) for file in files],
             "tensors": {label: f"{crc:08x}" for label, crc in sorted(digests.items())},
             "ignored": dict(prepared.plan.ignored),
         },
@@ -213,25 +244,66 @@ def _check_twins(prepared: Prepared) -> None:
         same_bytes(kept, copy)
 
 
-def _convert(
-    request: Request,
-    chosen: Survey,
-    todo: Sequence[Rank],
-    alone: Prepared | None,
-    reporter: Reporter,
-    stop: Stop,
-) -> None:
+def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter, began: float) -> Outcome:
+    """Convert the given pipeline stages; what an earlier run finished is kept."""
+    target = conversion.target
+    target.check(overwrite=conversion.overwrite)
+    ranks = [(tp, pp) for pp in stages for tp in range(target.tensor)]
+    kept = tuple(rank for rank in ranks if target.rank_manifest(*rank))
+    todo = tuple(rank for rank in ranks if rank not in kept)
+    totals: dict[Rank, int] = {}
+    size = 0
+    alone: Share | None = None
+    for rank in todo:
+        # One at a time: the plans of many ranks would not fit into the memory of one.
+        share = conversion.plan(rank)
+        totals[rank] = share.source_bytes
+        size += share.nbytes
+        alone = share if len(todo) == 1 else None
+    check_space(target, size)
+    options = {"version": __version__, "options": conversion.meaning}
+    with stopped_by_signals() as stop:
+        target.claim({**options, "begun": _now()}, overwrite=conversion.overwrite)
+        with ExitStack() as locks:
+            for pp in stages:
+                locks.enter_context(target.stage_lock(pp))
+            reporter.begin(totals, target.iteration)
+            try:
+                work_through(conversion, todo, alone, reporter, stop)
+            finally:
+                reporter.close()
+            for pp in stages:
+                target.publish_stage(pp, {**options, "iteration": target.iteration, **conversion.facts})
+        published = target.publish_iteration()
+    return Outcome(
+        target=target,
+        stages=tuple(stages),
+        converted=todo,
+        kept=kept,
+        bytes_written=size,
+        files=sum(target.file_count(*rank) for rank in ranks),
+        seconds=time.monotonic() - began,
+        published=published,
+        doubts=conversion.doubts,
+    )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def work_through(work: Work, todo: Sequence[Rank], alone: Share | None, reporter: Reporter, stop: Stop) -> None:
     """Here or in processes; ``alone`` is the only rank, as it was planned before."""
-    if request.in_process or len(todo) <= 1:
+    pace = work.pace
+    if pace.in_process or len(todo) <= 1:
         for rank in todo:
-            with _deadline(request.timeout, rank, stop):
+            with _deadline(pace.timeout, rank, stop):
                 meter = Meter(partial(reporter.advance, rank))
-                convert_rank(request, chosen, alone or prepare(request, chosen, rank), stop, meter.advance)
+                (alone or work.plan(rank)).carry(stop, meter.advance)
                 meter.flush()
             reporter.end(rank)
         return
-    crew = _Crew(request, chosen, reporter, stop)
-    crew.work(todo)
+    _Crew(work, reporter, stop).work(todo)
 
 
 @contextmanager
@@ -293,8 +365,8 @@ class _Hand:
 class _Crew:
     """Runs ranks in processes of their own, at most ``workers`` at a time; every failure is heard."""
 
-    def __init__(self, request: Request, chosen: Survey, reporter: Reporter, stop: Stop) -> None:
-        self._request, self._chosen, self._reporter, self._stop = request, chosen, reporter, stop
+    def __init__(self, work: Work, reporter: Reporter, stop: Stop) -> None:
+        self._work, self._reporter, self._stop = work, reporter, stop
         self._hands: list[_Hand] = []
 
     def work(self, todo: Sequence[Rank]) -> None:
@@ -302,25 +374,23 @@ class _Crew:
         try:
             while waiting or self._hands:
                 self._stop.check()
-                while waiting and len(self._hands) < max(1, self._request.workers):
+                while waiting and len(self._hands) < max(1, self._work.pace.workers):
                     self._hands.append(self._start(waiting.pop(0)))
                 for ready in wait([hand.pipe for hand in self._hands], timeout=0.2):
                     self._hear(next(hand for hand in self._hands if hand.pipe is ready))
                 late = next((h for h in self._hands if h.deadline and time.monotonic() > h.deadline), None)
                 if late:
-                    raise _timed_out(late.rank, self._request.timeout or 0)
+                    raise _timed_out(late.rank, self._work.pace.timeout or 0)
         finally:
             self._dismiss()
 
     def _start(self, rank: Rank) -> _Hand:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(
-            target=work_on_rank, args=(self._request, self._chosen, rank, theirs), name=f"tp{rank[0]}-pp{rank[1]}"
-        )
+        process = context.Process(target=work_on_rank, args=(self._work, rank, theirs), name=f"tp{rank[0]}-pp{rank[1]}")
         process.start()
         theirs.close()
-        timeout = self._request.timeout
+        timeout = self._work.pace.timeout
         return _Hand(rank, process, ours, time.monotonic() + timeout if timeout else None)
 
     def _hear(self, hand: _Hand) -> None:
@@ -355,7 +425,7 @@ class _Crew:
             hand.pipe.close()
 
 
-def work_on_rank(request: Request, chosen: Survey, rank: Rank, pipe: Connection) -> None:
+def work_on_rank(work: Work, rank: Rank, pipe: Connection) -> None:
     """The body of a worker process: bytes done as integers, then None, or the error."""
     with stopped_by_signals() as stop:
 
@@ -369,7 +439,7 @@ def work_on_rank(request: Request, chosen: Survey, rank: Rank, pipe: Connection)
 
         meter = Meter(report)
         try:
-            convert_rank(request, chosen, prepare(request, chosen, rank), stop, meter.advance)
+            work.plan(rank).carry(stop, meter.advance)
             meter.flush()
             pipe.send(None)
         except Ckpt2ptError as error:

@@ -1,6 +1,6 @@
 """Find everything a conversion needs and prove that it fits together: headers only, nothing is written.
 
-source/rank_R/*  --ckpt.ranks-->  one file for each rank, at one iteration
+source/rank_R/*  --ckpt.ranks-->  one file for each rank, or its group's shards, at one iteration
 pt_meta/*        --meta------->   template, buffers                          } -> RankPlan for each rank
 file headers     --ckpt------->   {name: TensorRef}, the clock
 """
@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt2pt.ckpt import index_file, read_scalar
-from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_sources, last_saved
+from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
+from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
 from ckpt2pt.mapping.names import NameTable, is_tied_head
-from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta
+from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta, require
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
-from ckpt2pt.pt.archive import lay_out
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.request import Request, digest
 from ckpt2pt.tensors import TensorRef
@@ -53,7 +53,7 @@ class Prepared:
     @property
     def sizes(self) -> dict[str, int]:
         """Exact size of each file."""
-        return {file.name: lay_out(Path(file.name).stem, file.pickle, file.storages).nbytes for file in self.files}
+        return {file.name: file.lay_out().nbytes for file in self.files}
 
 
 def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
@@ -61,7 +61,15 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
 
     Every file is indexed to learn its step; the indexes of ``keep`` stay in the result.
     """
-    found = find_sources(request.source, request.topology, wanted_format=request.source_format)
+    require(request.metadata, source=request.source, target=request.target)
+    found = find_groups(
+        request.source,
+        request.topology,
+        find_sources(request.source, request.topology, wanted_format=request.source_format),
+        sharded=lambda path: has_shards(index_file(path)),
+        info=request.shard_info,
+        wanted_format=request.source_format,
+    )
     first = next(iter(request.topology.ranks()))
     batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size
     headers = _Headers({files[rank].path for files in found.values() for rank in keep})
@@ -70,7 +78,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         clock = _clock(found[when][first], batch, headers)
     else:
         when, clock = _choose_iteration(found, first, batch, headers, request)
-    _agree(found[when], headers, request)
+    agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
     inputs = _inputs(found[when], request)
     return Survey(
         files=found[when],
@@ -101,23 +109,23 @@ def when_of_iteration(request: Request, files: Mapping[When, SourceFile]) -> Whe
 
 
 def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
-    """Index one rank's file and plan every copy."""
+    """Index one rank's file, or its group's shards, and plan every copy."""
     topology = request.topology
     tp, pp = rank
     meta = _meta(request, rank)
-    path = chosen.files[rank].path
+    file = chosen.files[rank]
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(
         tp=tp,
         pp=pp,
-        source=str(path),
-        index=chosen.indexes.get(rank) or index_file(path),
+        source=str(file.path),
+        index=(None if file.peers else chosen.indexes.get(rank)) or index_source(file, topology.group(tp, pp)),
         clock=chosen.clock,
         chunks=meta.chunks,
         sizes=meta.sizes,
         params_dtype=meta.params_dtype,
         tied=meta.tied,
-        first_stage=index_file(chosen.files[tp, 0].path) if tied_head and pp else None,
+        first_stage=index_source(chosen.files[tp, 0], topology.group(tp, 0)) if tied_head and pp else None,
     )
     plan = plan_rank(found, topology, NameTable(request.rules), full=request.full)
     files = payloads(plan, meta.template, reference_samples=request.reference_samples)
@@ -152,13 +160,14 @@ class _Headers:
         """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
         if path not in self._facts:
             index = index_file(path)
-            self._facts[path] = _facts(index)
+            self._facts[path] = facts_of(index)
             if path in self._keep:
                 self.indexes[path] = index
         return self._facts[path]
 
 
-def _facts(index: Index) -> dict[str, float]:
+def facts_of(index: Index) -> dict[str, float]:
+    """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
     facts: dict[str, float] = {}
     for name in CLOCK_ENTRIES:
         if name in index:
@@ -202,11 +211,11 @@ def _choose_iteration(
     return matching[0], clocks[matching[0]]
 
 
-def _agree(files: Mapping[Rank, SourceFile], headers: _Headers, request: Request) -> None:
+def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
     """Refuse ranks that saved at different steps: the names may agree where the contents do not."""
     seen: dict[tuple[tuple[str, float], ...], Path] = {}
-    for file in files.values():
-        seen.setdefault(tuple(sorted(headers.facts(file.path).items())), file.path)
+    for path, told in facts.items():
+        seen.setdefault(tuple(sorted(told.items())), path)
     if len(seen) > 1:
         (one, path), (other, rival) = list(seen.items())[:2]
         differing = sorted(dict(set(one) ^ set(other)))
@@ -215,7 +224,7 @@ def _agree(files: Mapping[Rank, SourceFile], headers: _Headers, request: Request
             + "; ".join(f"{name} is {dict(one).get(name)} and {dict(other).get(name)}" for name in differing),
             where=f"{path} and {rival}",
             mend="choose a checkpoint that every rank has finished (spec.source.iteration, --iteration), "
-            f"or remove the files of the broken save from {request.source}",
+            f"or remove the files of the broken save from {root}",
         )
 
 
@@ -227,11 +236,23 @@ def _inputs(files: Mapping[Rank, SourceFile], request: Request) -> tuple[dict[st
     found: list[dict[str, object]] = []
     metadata: dict[str, Path] = {}
     for rank, file in files.items():
-        found.append(_stat(file.path, request.source))
+        found += inputs_of(file, request.source)
         metadata |= {path.name: path for path in metadata_files(request.metadata, tp=rank[0], pp=rank[1])}
     for name, path in sorted(metadata.items()):
-        found.append({"metadata": name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()})
+        found.append({"metadata": name, "sha256": _sha256(path)})
     return tuple(found)
+
+
+def inputs_of(file: SourceFile, root: Path) -> list[dict[str, object]]:
+    """The files that one rank is read from, those below ``root`` by name, size and time."""
+    found = [_stat(path, root) for path in file.paths]
+    if file.info:
+        found.append({"shards": file.info.name, "ranks": len(file.peers), "sha256": _sha256(file.info)})
+    return found
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _stat(path: Path, root: Path) -> dict[str, object]:

@@ -159,7 +159,8 @@ class Handmade:
             "max_position_embeddings": 16, "swiglu": True, "padded_vocab_size": self.vocab * tp,
             "untie_embeddings_and_output_weights": not self.tied, "data_parallel_size": self.data,
             "context_parallel_size": 1, "global_batch_size": self.batch, "consumed_train_samples": 4, "iteration": 1,
-            "params_dtype": Global("torch", self.params_dtype),
+            "params_dtype": Global("torch", self.params_dtype), "use_distributed_optimizer": True,
+            "pipeline_model_parallel_size": self.topology.pipeline, "overlap_grad_reduce": bool(self.bucket_numel),
         }  # fmt: skip
 
     def template(self) -> dict[Value, Value]:

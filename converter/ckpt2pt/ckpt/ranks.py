@@ -1,43 +1,73 @@
-"""(tp, pp) -> rank folder -> the one file to convert.  Refuses none, refuses two, and never looks at mtime.
+"""(tp, pp) -> the file to convert, or the files of a whole data-parallel group.  Refuses none, refuses two, and never
+looks at mtime.
 
-The layout is that of MindSpeed-Core-MS feature-0.1 (mindspeed_ms/training/utils.py): ``rank_R/`` with
-``{prefix}_rank_{R}-{epoch}_{step}.{ckpt|safetensors}`` and ``meta.json``; converted ones hold ``network.ckpt``.
+    V1   rank_{R}/{prefix}_rank_{R}-{epoch}_{step}.{ckpt|safetensors}, meta.json        MindSpeed-Core-MS feature-0.1
+    V2   iter_{it}/mp_rank_{tp}[_{pp}]/[{prefix}_]model_optim_rng[_{k}].ckpt, tracker   MindSpeed-Core-MS br_master
+    both opt_shard_info/{the same folder}/dist_opt_shard_info*.json                     where there are shards
+
+Which of the two it is, is told by what is there (feature-0.1 83d0ef1 and br_master 07c5198, mindspeed_ms/training).
+Converted checkpoints hold ``rank_{R}/network.ckpt``.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
+from ckpt2pt.ckpt import index_file
+from ckpt2pt.ckpt.shards import check_ranks, join_shards, read_info
 from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.tensors import TensorRef
 
 SUFFIXES = ("ckpt", "safetensors")
 _NAMED = re.compile(r".*-(?P<epoch>\d{1,12})_(?P<step>\d{1,12})(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
 _GLOBAL = re.compile(r".*_rank_\d+_(?P<step>\d{1,12})(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
 _SKIPPED = re.compile(r"\..*|.*_best_rank_\d+-.*|.*_breakpoint\.ckpt|.*\.tmp|stratey\d+\.ckpt|strategy\d+\.ckpt")
+_MODEL = re.compile(r"(?:.*_)?model_optim_rng(?:_(?P<member>\d{3}))?(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
+_ITERATION = re.compile(r"iter_(\d{1,12})|release")
+_MODEL_RANK = re.compile(r"mp_rank_\d{2,}(?:_\d{3,})?")
+_TRACKER = "latest_checkpointed_iteration.txt"
+SHARD_INFO = "opt_shard_info"
 
 When = tuple[int, int]
 """(epoch, step) as in a file's name; files without one share ``UNNAMED``."""
 UNNAMED: When = (-1, -1)
+Key = tuple[int, int]
+"""(tp, pp)"""
+Wanted = tuple[str | None, bool]
+"""(format or None for either, whether files merged from shards count)"""
+_Member = tuple[int, int, int]
+"""(tp, pp, place in the data x context group)"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceFile:
-    """One candidate in a rank folder."""
+    """One candidate; with ``peers`` a group of them that is read as one.
+
+    ``peers`` are the files of the data x context group in ascending order of their ranks, this one first, and ``info``
+    describes the shards in them.
+    """
 
     path: Path
     when: When
     merged: bool
+    peers: tuple[Path, ...] = ()
+    info: Path | None = None
 
     @property
     def named(self) -> When | None:
         """(epoch, step) of the name, None when the name does not say."""
         return None if self.when == UNNAMED else self.when
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every checkpoint file that is read."""
+        return self.peers or (self.path,)
 
 
 def rank_folder(root: Path, rank: int) -> Path:
@@ -46,21 +76,136 @@ def rank_folder(root: Path, rank: int) -> Path:
 
 
 def find_sources(
-    root: Path, topology: Topology, *, wanted_format: str | None = None
-) -> dict[When, dict[tuple[int, int], SourceFile]]:
-    """Every checkpoint that is there in all ranks: (epoch, step) -> (tp, pp) -> file.  Newest last.
+    root: Path, topology: Topology, *, wanted_format: str | None = None, merged: bool = True
+) -> dict[When, dict[Key, SourceFile]]:
+    """Every checkpoint that is there in all (tp, pp): (epoch, step) -> (tp, pp) -> file.  Newest last.
 
-    ``wanted_format`` is ``ckpt``, ``safetensors`` or None for either.  Raises :class:`MissingInputError` for missing
+    ``wanted_format`` is ``ckpt``, ``safetensors`` or None for either; without ``merged`` what was merged from shards is
+    left out.  Raises :class:`MissingInputError` for missing
     folders and files, :class:`InputError` when ranks disagree or a rank has two files of one step.
     """
+    members = [(tp, pp, 0) for tp, pp in topology.ranks()]
+    found = _complete(root, topology, members, (wanted_format, merged))
+    return {when: {(tp, pp): file for (tp, pp, _), file in files.items()} for when, files in found.items()}
+
+
+def find_groups(
+    root: Path,
+    topology: Topology,
+    found: Mapping[When, Mapping[Key, SourceFile]],
+    *,
+    sharded: Callable[[Path], bool],
+    info: Path | None = None,
+    wanted_format: str | None = None,
+    merged: bool = True,
+) -> dict[When, dict[Key, SourceFile]]:
+    """Give every checkpoint whose files hold shards its groups; one that lacks a rank of them is left out.
+
+    ``sharded`` looks into a file; ``info`` is the folder of the shard descriptions (None: ``opt_shard_info`` beside the
+    ranks).  Raises :class:`InputError` when no checkpoint is left, :class:`MissingInputError` when a description is missing.
+    """
+    shards = {when for when, files in found.items() if sharded(next(iter(files.values())).path)}
+    if not shards:
+        return {when: dict(files) for when, files in found.items()}
+    count = topology.data * topology.context
+    members = [(tp, pp, number) for tp, pp in topology.ranks() for number in range(count)]
+    try:
+        complete = _complete(root, topology, members, (wanted_format, merged))
+    except InputError:
+        if shards == set(found):
+            raise
+        complete = {}
+    kept = {when: dict(files) for when, files in found.items() if when not in shards or when in complete}
+    if not kept:
+        raise InputError(
+            "no checkpoint with shards is there in all data-parallel ranks; those of all ranks are of steps "
+            + _some(sorted(complete), "{0[0]}_{0[1]}"),
+            where=root,
+            mend="wait until every rank has saved, or remove what a broken save has left",
+        )
+    folder = info or _info_folder(root)
+    for when in shards & kept.keys():
+        for tp, pp in kept[when]:
+            peers = tuple(complete[when][tp, pp, number].path for number in range(count))
+            file = _info_file(folder, topology, (tp, pp))
+            if (tp, pp) == (0, 0):  # a wrong degree is told as such, and not as a file missing further on
+                check_ranks(read_info(file), topology.group(tp, pp))
+            kept[when][tp, pp] = replace(kept[when][tp, pp], peers=peers, info=file)
+    return kept
+
+
+def index_source(file: SourceFile, ranks: Sequence[int]) -> dict[str, TensorRef]:
+    """The tensors of one (tp, pp), whose group are ``ranks``; shards are joined in place."""
+    if file.info is None:
+        return index_file(file.path)
+    info = read_info(file.info)
+    check_ranks(info, ranks)
+    return join_shards(file.peers, info)
+
+
+def _complete(
+    root: Path, topology: Topology, members: Sequence[_Member], wanted: Wanted
+) -> dict[When, dict[_Member, SourceFile]]:
+    """The checkpoints that all of ``members`` have."""
     if not root.is_dir():
         raise MissingInputError(
             "the source folder is not there",
             where=root,
             mend="point spec.source.path (--ms-path) at the training output",
         )
-    ranks = {key: topology.source_rank(*key) for key in topology.ranks()}
-    missing = [rank for rank in ranks.values() if not rank_folder(root, rank).is_dir()]
+    iterations = _iterations(root)
+    if iterations:
+        by_member = _by_model_rank(root, iterations, topology, members, wanted)
+    else:
+        by_member = _by_rank(root, topology, members, wanted)
+    first, *others = (set(found) for found in by_member.values())
+    common = first.intersection(*others)
+    if not common:
+        raise InputError(
+            "no checkpoint is there in all ranks: "
+            + "; ".join(
+                f"{_label(topology, member, v2=bool(iterations))} has {_some(sorted(found), '{0[0]}_{0[1]}')}"
+                for member, found in _telling(by_member)
+            ),
+            where=root,
+            mend="wait until every rank has saved, or remove what a broken save has left",
+        )
+    if UNNAMED in common and len(common) > 1 and not iterations:
+        files = next(iter(by_member.values()))
+        raise InputError(
+            f"files with and without a step in their name: {', '.join(files[when].path.name for when in sorted(common)[:6])}",
+            where=files[UNNAMED].path.parent,
+            mend="leave one kind in the rank folders, or move the other away",
+        )
+    return {when: {member: found[when] for member, found in by_member.items()} for when in sorted(common)}
+
+
+def _telling(
+    by_member: Mapping[_Member, Mapping[When, SourceFile]], limit: int = 6
+) -> list[tuple[_Member, Mapping[When, SourceFile]]]:
+    """A few members, the first of each different set of steps before others."""
+    seen: dict[frozenset[When], _Member] = {}
+    for member, found in by_member.items():
+        seen.setdefault(frozenset(found), member)
+    order = [*seen.values(), *(member for member in by_member if member not in seen.values())]
+    return [(member, by_member[member]) for member in sorted(order[:limit], key=list(by_member).index)]
+
+
+def _label(topology: Topology, member: _Member, *, v2: bool) -> str:
+    tp, pp, number = member
+    if v2:
+        return topology.directory(tp, pp) + (f" member {number}" if number else "")
+    return f"rank_{topology.group(tp, pp)[number]}"
+
+
+# ---------------------------------------------------------------------------------------------------- V1: rank folders
+
+
+def _by_rank(
+    root: Path, topology: Topology, members: Sequence[_Member], wanted: Wanted
+) -> dict[_Member, dict[When, SourceFile]]:
+    ranks = {member: topology.group(member[0], member[1])[member[2]] for member in members}
+    missing = sorted(rank for rank in ranks.values() if not rank_folder(root, rank).is_dir())
     if missing:
         there = sorted(int(p.name[5:]) for p in _listing(root) if re.fullmatch(r"rank_\d+", p.name))
         raise MissingInputError(
@@ -70,34 +215,16 @@ def find_sources(
             mend="check spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) of "
             "the training that wrote it, and spec.source.path (--ms-path)",
         )
-    by_rank = {key: candidates(rank_folder(root, rank), wanted_format) for key, rank in ranks.items()}
-    first, *others = (set(found) for found in by_rank.values())
-    common = first.intersection(*others)
-    if not common:
-        raise InputError(
-            "no checkpoint is there in all ranks: "
-            + "; ".join(
-                f"rank_{ranks[key]} has {_some(sorted(found), '{0[0]}_{0[1]}')}"
-                for key, found in list(by_rank.items())[:6]
-            ),
-            where=root,
-            mend="wait until every rank has saved, or remove what a broken save has left",
-        )
-    if UNNAMED in common and len(common) > 1:
-        both = [str(by_rank[next(iter(by_rank))][when].path.name) for when in sorted(common)]
-        raise InputError(
-            f"files with and without a step in their name: {', '.join(both[:6])}",
-            where=rank_folder(root, next(iter(ranks.values()))),
-            mend="leave one kind in the rank folders, or move the other away",
-        )
-    return {when: {key: found[when] for key, found in by_rank.items()} for when in sorted(common)}
+    return {member: candidates(rank_folder(root, rank), wanted) for member, rank in ranks.items()}
 
 
 def last_saved(root: Path, topology: Topology) -> When | None:
-    """The last save that every rank reports in ``meta.json``, None unless all do.
+    """The last save that every rank reports: V2's tracker, or V1's ``meta.json`` if all of them have one; else None.
 
-    The training opens meta.json without truncating it, so a shorter rewrite leaves the tail of the older one.
+    The training opens both without truncating them, so a shorter rewrite leaves the tail of the older one.
     """
+    if _iterations(root):
+        return _tracked(root)
     seen: list[When] = []
     for key in topology.ranks():
         path = rank_folder(root, topology.source_rank(*key)) / "meta.json"
@@ -128,31 +255,124 @@ def when_of_name(name: str) -> When:
     return (int(found.groupdict().get("epoch") or 0), int(found["step"])) if found else UNNAMED
 
 
-def candidates(folder: Path, wanted_format: str | None) -> dict[When, SourceFile]:
+def candidates(folder: Path, wanted: Wanted) -> dict[When, SourceFile]:
     """The checkpoints of one rank folder; raises :class:`MissingInputError` for none, :class:`InputError` for two of one step."""
     found: dict[When, SourceFile] = {}
     for path in _listing(folder):
         suffix = path.suffix[1:]
-        if suffix not in SUFFIXES or (wanted_format and suffix != wanted_format) or _SKIPPED.fullmatch(path.name):
+        if suffix not in SUFFIXES or (wanted[0] and suffix != wanted[0]) or _SKIPPED.fullmatch(path.name):
             continue
-        when = when_of_name(path.name)
-        file = SourceFile(path=path, when=when, merged="_dp_merged" in path.name)
-        rival = found.get(when)
-        if rival is None or (file.merged and not rival.merged):
-            found[when] = file
-        elif file.merged == rival.merged:
-            raise InputError(
-                f"two files of one step: {rival.path.name} and {path.name}",
-                where=folder,
-                mend="choose with spec.source.format (--src-model-format), or move one of them away",
-            )
+        if "_dp_merged" in path.name and not wanted[1]:
+            continue
+        _take(found, SourceFile(path=path, when=when_of_name(path.name), merged="_dp_merged" in path.name))
     if not found:
         raise MissingInputError(
-            f"no {wanted_format or 'ckpt or safetensors'} file",
+            f"no {wanted[0] or 'ckpt or safetensors'} file",
             where=folder,
             mend="check spec.source.path (--ms-path) and spec.source.format (--src-model-format)",
         )
     return found
+
+
+def _take(found: dict[When, SourceFile], file: SourceFile) -> None:
+    """Keep a candidate; a merged file goes before shards of the same step, and two alike are one too many."""
+    rival = found.get(file.when)
+    if rival is None or (file.merged and not rival.merged):
+        found[file.when] = file
+    elif file.merged == rival.merged:
+        raise InputError(
+            f"two files of one step: {rival.path.name} and {file.path.name}",
+            where=file.path.parent,
+            mend="choose with spec.source.format (--src-model-format), or move one of them away",
+        )
+
+
+# ----------------------------------------------------------------------------------------------- V2: iteration folders
+
+
+def _iterations(root: Path) -> dict[When, Path]:
+    """Folders of iterations in ``root``, or ``root`` itself when it is one; empty for any other layout."""
+    found: dict[When, Path] = {}
+    for folder in (root, *_listing(root)) if root.is_dir() else ():
+        named = _ITERATION.fullmatch(folder.name)
+        if folder == root or (named and folder.is_dir()):
+            holds = any(_MODEL_RANK.fullmatch(path.name) and path.is_dir() for path in _listing(folder))
+            when = (0, int(named[1])) if named and named[1] else UNNAMED
+            if holds:
+                found[when] = folder
+    return found
+
+
+def _by_model_rank(
+    root: Path,
+    iterations: Mapping[When, Path],
+    topology: Topology,
+    members: Sequence[_Member],
+    wanted: Wanted,
+) -> dict[_Member, dict[When, SourceFile]]:
+    found: dict[_Member, dict[When, SourceFile]] = {member: {} for member in members}
+    for when, folder in iterations.items():
+        for tp, pp, number in members:
+            place = folder / topology.directory(tp, pp)
+            for path in _listing(place) if place.is_dir() else ():
+                name = _MODEL.fullmatch(path.name)
+                if (
+                    name
+                    and int(name["member"] or 0) == number
+                    and wanted[0] in {None, path.suffix[1:]}
+                    and (wanted[1] or not name["merged"])
+                ):
+                    _take(found[tp, pp, number], SourceFile(path=path, when=when, merged=bool(name["merged"])))
+    missing = [member for member, files in found.items() if not files]
+    if missing:
+        newest = iterations[max(iterations)]
+        there = sorted(path.name for path in _listing(newest) if _MODEL_RANK.fullmatch(path.name))
+        raise MissingInputError(
+            f"{len(missing)} of {len(members)} model files are in no iteration, first that of "
+            f"{_label(topology, missing[0], v2=True)} (there are {', '.join(there[:8]) or 'none'})",
+            where=newest,
+            mend="check spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) of "
+            "the training that wrote it, and spec.source.format (--src-model-format)",
+        )
+    return found
+
+
+def _tracked(root: Path) -> When | None:
+    try:
+        text = (root / _TRACKER).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    digits = re.match(r"\s*(\d{1,12})", text)
+    return (0, int(digits[1])) if digits else UNNAMED if text.strip().startswith("release") else None
+
+
+# ------------------------------------------------------------------------------------------- descriptions of the shards
+
+
+def _info_folder(root: Path) -> Path:
+    """``opt_shard_info`` beside the ranks or the iterations."""
+    above = [root, root.parent] if root in _iterations(root).values() else [root]
+    return next((folder / SHARD_INFO for folder in above if (folder / SHARD_INFO).is_dir()), root / SHARD_INFO)
+
+
+def _info_file(folder: Path, topology: Topology, key: Key) -> Path:
+    """The description of one group: its first rank's, whichever layout wrote it."""
+    places = [f"rank_{rank}" for rank in topology.group(*key)] + [topology.directory(*key)]
+    for place in places:
+        found = sorted((folder / place).glob("dist_opt_shard_info*.json"))
+        if len(found) > 1:
+            raise InputError(
+                f"two descriptions of one group's shards: {found[0].name} and {found[1].name}",
+                where=folder / place,
+                mend="leave the one of the run that wrote the shards",
+            )
+        if found:
+            return found[0]
+    raise MissingInputError(
+        f"the ranks hold data-parallel shards, and nothing describes them: no {places[0]}/dist_opt_shard_info*.json",
+        where=folder,
+        mend="point spec.source.optShardInfoPath (--opt-shard-info-path) at the opt_shard_info folder of the training",
+    )
 
 
 def _listing(folder: Path) -> list[Path]:
@@ -166,6 +386,6 @@ def _listing(folder: Path) -> list[Path]:
         ) from error
 
 
-def _some(items: list[int] | list[When], form: str) -> str:
+def _some(items: Sequence[int] | Sequence[When], form: str) -> str:
     shown = ", ".join(form.format(item) for item in items[:8])
     return (shown or "none") + (f" and {len(items) - 8} more" if len(items) > 8 else "")

@@ -142,7 +142,7 @@ class Watcher:
     def _files(self, rank: int) -> dict[When, SourceFile]:
         folder = rank_folder(self._root, rank)
         try:
-            return candidates(folder, self._format) if folder.is_dir() else {}
+            return candidates(folder, (self._format, True)) if folder.is_dir() else {}
         except MissingInputError:
             return {}
 

@@ -99,6 +99,7 @@ class Conversion:
     rules: Json
     source: Place
     source_format: str
+    shard_info: str | None
     iteration: int | None
     metadata: Place
     target: Place
@@ -141,6 +142,7 @@ def parse(document: Mapping[str, object]) -> Conversion:
         rules=_rules(spec.child("model").child("rules")),
         source=Place(volume=source_volume, path=_path(source, ".")),
         source_format=source.choice("format", "Auto", "Ckpt", "Safetensors"),
+        shard_info=_path(source, field="optShardInfoPath") if source.get("optShardInfoPath") is not None else None,
         iteration=source.optional("iteration"),
         metadata=Place(volume=_volume(metadata, source_volume), path=_path(metadata)),
         target=Place(volume=_volume(target, source_volume), path=_path(target)),
@@ -204,13 +206,13 @@ def _topology(model: Fields, cut: Fields) -> Topology:
         return Topology(num_layers=1)
 
 
-def _path(fields: Fields, default: str | None = None) -> str:
-    path = fields.text("path", default or "")
+def _path(fields: Fields, default: str | None = None, *, field: str = "path") -> str:
+    path = fields.text(field, default or "")
     if not path:
-        fields.note("path", "is missing", "give the folder, relative to the root of its volume")
+        fields.note(field, "is missing", "give the folder, relative to the root of its volume")
     elif path != "." and any(part in {"", ".", ".."} for part in path.split("/")):
         fields.note(
-            "path",
+            field,
             f"is {path!r}",
             "write it relative to the root of its volume, as run7/ms_ckpt, without '..' and without a slash at either end; "
             "'.' is the root itself",
@@ -329,6 +331,9 @@ def convert_args(conversion: Conversion, mounts: Mapping[str, str]) -> list[str]
         "--noop": sorted(cut.noop),
         "--stage-list": ",".join(map(str, cut.layers_per_stage or ())),
         "--rules": json.dumps(conversion.rules) if conversion.rules else None,
+        "--opt-shard-info-path": Place(volume={}, path=conversion.shard_info).below(mounts["source"])
+        if conversion.shard_info
+        else None,
         "--iteration": conversion.iteration,
         "--target-dp-size": conversion.target_data,
     }

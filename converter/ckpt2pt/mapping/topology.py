@@ -112,6 +112,11 @@ class Topology:
         """
         return pp * self.data * self.context * self.tensor + tp
 
+    def group(self, tp: int, pp: int) -> tuple[int, ...]:
+        """The global ranks that share (tp, pp): data x context parallel, ascending, :meth:`source_rank` first."""
+        first = self.source_rank(tp, pp)
+        return tuple(first + number * self.tensor for number in range(self.data * self.context))
+
     def ranks(self) -> Iterator[tuple[int, int]]:
         """Every (tp, pp)."""
         return ((tp, pp) for pp in range(self.pipeline) for tp in range(self.tensor))

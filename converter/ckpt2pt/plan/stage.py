@@ -198,8 +198,8 @@ class _Source:
             raise InputError(
                 f"the file holds {len(shards)} data-parallel shards ({shards[0]}, ...) instead of named parameters",
                 where=found.source,
-                mend="merge the shards first (combine_ckpt_dp_zero of MindSpeed-Core-MS) "
-                "and point spec.source.path (--ms-path) at the merged files",
+                mend="the first rank holds named parameters: convert a checkpoint whose ranks were all saved alike "
+                "(spec.source.iteration, --iteration)",
             )
         for name, ref in found.index.items():
             what = table.classify(name)

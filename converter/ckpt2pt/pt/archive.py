@@ -16,7 +16,6 @@ From pytorch ``caffe2/serialize/inline_container.cc`` (getPadding, writeRecord, 
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,8 +23,9 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from ckpt2pt.checksums import crc32, crc32_combine
+from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import FormatError
+from ckpt2pt.framing import Framer
 from ckpt2pt.pt.reader import (
     CENTRAL,
     COPY_AGAIN,
@@ -94,6 +94,10 @@ class Layout:
         """Size of the payload of ``data/{index}``."""
         return self._storage(index).nbytes
 
+    def finish(self, fd: int, crcs: Sequence[int]) -> int:
+        """:func:`finish` with a serialization id of our own."""
+        return finish(fd, self, crcs)
+
     def _storage(self, index: int) -> Slot:
         if not 0 <= index < self.storages:
             raise IndexError(f"storage {index} of {self.storages}")
@@ -143,7 +147,7 @@ def finish(fd: int, layout: Layout, crcs: Sequence[int], *, serialization_id: st
     known.append(crc32(identity, 0))
     contents: Iterable[bytes | None] = chain(before, repeat(None, layout.storages), (_VERSION, identity))
 
-    out = _Writer(fd)
+    out = Framer(fd)
     directory = bytearray()
     for slot, crc, content in zip(layout.slots, known, contents, strict=True):
         if crc and not slot.nbytes:
@@ -160,35 +164,6 @@ def finish(fd: int, layout: Layout, crcs: Sequence[int], *, serialization_id: st
     out.flush()
     assert out.offset == layout.nbytes, "headers and layout disagree"
     return out.crc
-
-
-class _Writer:
-    """Writes forwards around the payloads, adjacent pieces at once; keeps the CRC-32 of all it has passed."""
-
-    __slots__ = ("_fd", "_pending", "crc", "offset")
-
-    def __init__(self, fd: int) -> None:
-        self._fd, self._pending = fd, bytearray()
-        self.offset = self.crc = 0
-
-    def put(self, data: bytes | bytearray) -> None:
-        self._pending += data
-
-    def skip(self, nbytes: int, crc: int) -> None:
-        """Pass over bytes that are in place already."""
-        if nbytes:
-            self.flush()
-            self.crc = crc32_combine(self.crc, crc, nbytes)
-            self.offset += nbytes
-
-    def flush(self) -> None:
-        self.crc = crc32(self._pending, self.crc)
-        done, size = 0, len(self._pending)
-        with memoryview(self._pending) as view:
-            while done < size:
-                done += os.pwrite(self._fd, view[done:], self.offset + done)
-        self.offset += size
-        self._pending.clear()
 
 
 def _zip64_nbytes(nbytes: int, header: int) -> int:

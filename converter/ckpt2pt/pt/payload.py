@@ -6,7 +6,7 @@ megatron/core/optimizer/distrib_optimizer.py (``save_parameter_state``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -15,6 +15,7 @@ from ckpt2pt.mapping import names
 from ckpt2pt.plan.clock import Clock
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS, Storage, model_storages, optim_storages
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
+from ckpt2pt.pt.archive import Layout, lay_out
 from ckpt2pt.pt.pickles import (
     Call,
     Global,
@@ -62,6 +63,11 @@ class FilePayload:
     pickle: bytes
     storages: tuple[int, ...]
     copied: tuple[Extent, ...]
+    mode: int = 0o644
+
+    def lay_out(self) -> Layout:
+        """The archive, named inside as torch names it: after the file."""
+        return lay_out(self.name.rpartition(".")[0], self.pickle, self.storages)
 
 
 def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool = False) -> FilePayload:
@@ -129,6 +135,13 @@ def payloads(plan: RankPlan, template: Template, *, reference_samples: bool = Fa
     """The files of one rank: the model's, and the optimizer's in a full conversion."""
     model = model_payload(plan, template, reference_samples=reference_samples)
     return (model, optim_payload(plan)) if plan.full else (model,)
+
+
+def tree_payload(tree: Mapping[str, Value]) -> tuple[bytes, list[str]]:
+    """The pickle of a small tree, and the keys of the storages it brings, in the order of their new numbers."""
+    keys: list[str] = []
+    renumbered = _renumber(dict(tree.items()), keys, 0)
+    return write_pickle(renumbered), keys
 
 
 def _tensor(storages: Sequence[Storage], number: int) -> Call:

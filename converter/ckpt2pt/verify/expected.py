@@ -18,7 +18,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal, cast
 
-from ckpt2pt.ckpt import index_file
 from ckpt2pt.errors import FormatError, UnmappedNameError
 from ckpt2pt.mapping import names
 from ckpt2pt.mapping.names import TIED_HEAD, NameTable, SourceName, is_tied_head
@@ -26,6 +25,7 @@ from ckpt2pt.request import Request
 from ckpt2pt.survey import Rank, Survey
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.verify.leaves import Leaf, Leaves, Symbol
+from ckpt2pt.verify.sharded import expected_index
 
 Role = Literal["param", "exp_avg", "exp_avg_sq"]
 ROLES: tuple[Role, ...] = ("param", "exp_avg", "exp_avg_sq")
@@ -208,7 +208,7 @@ def _sources(request: Request, chosen: Survey, rank: Rank, listed: Mapping[int, 
     pp = rank[1]
     table, found = NameTable(request.rules), _Found()
     tied_names: dict[str, dict[str, TensorRef]] = {}
-    for entry, ref in index_file(chosen.files[rank].path).items():
+    for entry, ref in expected_index(chosen.files[rank]).items():
         what = table.classify(entry)
         if what.role == "ignored" or (what.role != "param" and not request.full):
             continue
@@ -262,7 +262,7 @@ def _tie(
         copies = dict(tied.get(role, {}))
         if is_copy and not copies:
             # A last stage without a copy of its own takes the first stage's: both ends hold the same values.
-            for entry, ref in index_file(chosen.files[rank[0], 0].path).items():
+            for entry, ref in expected_index(chosen.files[rank[0], 0]).items():
                 if table.classify(entry) == SourceName(role, _EMBEDDING):
                     copies[_EMBEDDING] = ref
         order = sorted(copies, key=lambda name: (name != _HEAD if is_copy else name != _EMBEDDING, name))

@@ -1,0 +1,65 @@
+"""What an import was asked for: one frozen value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ckpt2pt.mapping.names import Rules
+from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.plan.moves import OPTIM_KINDS
+from ckpt2pt.request import Pace, Verify
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackRequest:
+    """All options of ``ckpt2pt import``; None is what the checkpoint itself says.
+
+    ``contents`` are the kinds of ``distrib_optim.pt`` to be taken; ``copies`` writes a file for every data- and
+    context-parallel rank instead of the first alone.
+    """
+
+    source: Path
+    target: Path
+    maps: Path | None = None
+    num_layers: int | None = None
+    tensor: int | None = None
+    pipeline: int | None = None
+    virtual: int | None = None
+    data: int = 1
+    context: int = 1
+    noop: frozenset[int] | None = None
+    layers_per_stage: tuple[int, ...] | None = None
+    full: bool = True
+    contents: tuple[str, ...] = OPTIM_KINDS
+    prefix: str = "network"
+    format: Literal["ckpt", "safetensors"] = "ckpt"
+    copies: bool = False
+    rules: Rules = Rules()  # noqa: RUF009 - frozen
+    overwrite: bool = False
+    verify: Verify = "digest"
+    pace: Pace = Pace()  # noqa: RUF009 - frozen
+
+    def meaning(self, cut: Topology) -> dict[str, object]:
+        """What decides what is written, for the identity and the manifest."""
+        return {
+            "direction": "import",
+            "mode": "Full" if self.full else "ParamsOnly",
+            "format": self.format,
+            "prefix": self.prefix,
+            "contents": list(self.contents),
+            "copies": self.copies,
+            "numLayers": cut.num_layers,
+            "noopLayers": sorted(cut.noop),
+            "layersPerStage": list(cut.layers_per_stage) if cut.layers_per_stage else None,
+            "tensor": cut.tensor,
+            "pipeline": cut.pipeline,
+            "virtualPipeline": cut.virtual,
+            "data": cut.data,
+            "context": cut.context,
+            "rules": {
+                "layer_modules": dict(self.rules.layer_modules),
+                "modules": dict(self.rules.modules),
+            },
+        }

@@ -1,0 +1,108 @@
+"""Carry out an import: each rank's files by the engine, then its metadata, then its manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ckpt2pt.back.request import BackRequest
+from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, survey_back
+from ckpt2pt.checksums import crc32
+from ckpt2pt.engine import Stop, write_files
+from ckpt2pt.plan.imported import payload_bytes
+from ckpt2pt.publish import MINDSPORE, Json, Target, access_error, publish_bytes
+from ckpt2pt.run import Conversion, Outcome, Reporter, carry_out
+from ckpt2pt.survey import Rank
+
+META = "pt_meta"
+"""Where the metadata goes below the MindSpore folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Back:
+    """One rank on its way to MindSpore."""
+
+    request: BackRequest
+    found: BackSurvey
+    rank: Rank
+    prepared: BackPrepared
+
+    @property
+    def source_bytes(self) -> int:
+        return payload_bytes(self.prepared.entries)
+
+    @property
+    def nbytes(self) -> int:
+        written = sum(file.lay_out().nbytes for file in self.prepared.files)
+        return written + sum(map(len, self.prepared.metadata.values()))
+
+    def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
+        """The files, then the metadata, then the manifest."""
+        prepared, target = self.prepared, target_back(self.request, self.found)
+        metadata = target.folder / META
+        for folder in (metadata, *(target.folder / Path(file.name).parent for file in prepared.files)):
+            try:
+                folder.mkdir(exist_ok=True)
+            except OSError as error:
+                raise access_error(error, folder, "making the folder") from error
+            if folder != metadata:
+                target.sweep(*self.rank, folder.name)
+        files, digests = write_files(
+            target.folder,
+            prepared.files,
+            prepared.moves(),
+            stop=stop,
+            advance=advance,
+            check=self.request.verify != "none",
+        )
+        described: list[Json] = []
+        for name, content in prepared.metadata.items():
+            publish_bytes(metadata / name, content)
+            described.append({"path": f"{META}/{name}", "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"})
+        target.publish_rank(
+            *self.rank,
+            {
+                "tp": self.rank[0],
+                "pp": self.rank[1],
+                "source": str(self.found.ranks[self.rank]),
+                "verified": self.request.verify,
+                "evidence": prepared.evidence,
+                "files": [*(file.entry(target.folder) for file in files), *described],
+                "tensors": {label: f"{crc:08x}" for label, crc in sorted(digests.items())},
+            },
+        )
+
+
+def _plan(request: BackRequest, found: BackSurvey, rank: Rank) -> _Back:
+    return _Back(request, found, rank, prepare_back(request, found, rank))
+
+
+def target_back(request: BackRequest, found: BackSurvey) -> Target:
+    """The MindSpore folder."""
+    return Target(
+        root=request.target,
+        iteration=found.iteration,
+        identity=found.identity,
+        stages=found.topology.pipeline,
+        tensor=found.topology.tensor,
+        kind=MINDSPORE,
+    )
+
+
+def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
+    """Import every rank; what an earlier run finished is kept."""
+    began = time.monotonic()
+    found = survey_back(request)
+    conversion = Conversion(
+        target=target_back(request, found),
+        pace=request.pace,
+        overwrite=request.overwrite,
+        meaning=request.meaning(found.topology),
+        facts={"inputs": found.inputs},
+        doubts=(),
+        plan=partial(_plan, request, found),
+    )
+    return carry_out(conversion, range(found.topology.pipeline), reporter, began)

@@ -1,0 +1,230 @@
+"""Find a Megatron checkpoint, prove its buffers and plan every copy: headers only, nothing is written.
+
+mp_rank_*/*.pt --pt.megatron--> headers --ptmeta.capture--> proved buffers --plan.imported--> entries --> files
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+from ckpt2pt.back.request import BackRequest
+from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
+from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError, TopologyError
+from ckpt2pt.folders import iteration_folder
+from ckpt2pt.mapping.names import NameTable
+from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.meta import data_parallel_size, read_param_maps
+from ckpt2pt.plan.buckets import Buffer
+from ckpt2pt.plan.entries import Entry
+from ckpt2pt.plan.imported import ImportedChunk, missing_layers, scalar_entries, tensor_entries
+from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, Move
+from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
+from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_given, rank_files
+from ckpt2pt.ptmeta.files import render
+from ckpt2pt.request import digest
+from ckpt2pt.survey import Rank
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackSurvey:
+    """The checkpoint that was found: a folder for each rank, its cut with the no-op layers, its iteration."""
+
+    ranks: Mapping[Rank, Path]
+    topology: Topology
+    iteration: int
+    identity: str
+    inputs: tuple[dict[str, object], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackPrepared:
+    """One rank, ready to run: what goes into each of its files, and its metadata."""
+
+    files: tuple[MindSporeFile, ...]
+    entries: tuple[Entry, ...]
+    metadata: Mapping[str, bytes]
+    evidence: str
+
+    def moves(self) -> tuple[Move, ...]:
+        """Every element read once and written to each copy."""
+        first, *others = (file.moves() for file in self.files)
+        return tuple(
+            replace(move, sinks=tuple(sink for one in (move, *same) for sink in one.sinks))
+            for move, *same in zip(first, *others, strict=True)
+        )
+
+
+def survey_back(request: BackRequest) -> BackSurvey:
+    """Find the ranks, learn the cut from the arguments and the layers from the names, and check that all ranks agree."""
+    folders = rank_folders(iteration_folder(request.source))
+    first = read_rank(folders[0, 0], optimizer=False, allow=request.rules.pickle_globals)
+    cut = _topology(request, first, folders)
+    empty: set[int] = set()
+    for (tp, pp), folder in folders.items():
+        rank = read_rank(folder, optimizer=False, allow=request.rules.pickle_globals)
+        _agree(rank, first, cut)
+        if not tp:
+            names = {vpp: [name for name, _ in chunk] for vpp, chunk in enumerate(rank.chunks)}
+            empty |= missing_layers(names, cut, pp=pp, where=str(folder))
+    if request.noop is None:
+        cut = replace(cut, noop=frozenset(empty))
+    iteration = _iteration(first)
+    inputs = tuple(_inputs(request, folders))
+    return BackSurvey(
+        ranks=folders,
+        topology=cut,
+        iteration=iteration,
+        identity=digest({"options": request.meaning(cut), "iteration": iteration, "inputs": inputs}),
+        inputs=inputs,
+    )
+
+
+def _topology(request: BackRequest, first: MegatronRank, folders: Mapping[Rank, Path]) -> Topology:
+    args = first.template.args
+    tensor, pipeline = (1 + max(rank[axis] for rank in folders) for axis in (0, 1))
+    found = {
+        "--tp-size": (request.tensor, tensor),
+        "--pp-size": (request.pipeline, pipeline),
+        "--vpp-size": (request.virtual, len(first.chunks)),
+        "--num-layers": (request.num_layers, args.get("num_layers")),
+    }
+    for flag, (asked, there) in found.items():
+        if asked is not None and asked != there:
+            raise TopologyError(
+                f"{flag} is {asked}, the checkpoint has {there!r}",
+                where=first.folder,
+                mend=f"leave {flag} out, or give {there!r}",
+            )
+    layers = args.get("num_layers")
+    if type(layers) is not int:
+        raise FormatError("the arguments have no num_layers", where=first.folder, mend="give another checkpoint")
+    return Topology(
+        num_layers=layers,
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual=len(first.chunks),
+        data=request.data,
+        context=request.context,
+        noop=request.noop or frozenset(),
+        layers_per_stage=request.layers_per_stage,
+    )
+
+
+def _iteration(rank: MegatronRank) -> int:
+    value = rank.template.tree.get("iteration")
+    if type(value) is not int or value < 0:
+        raise FormatError(f"iteration is {value!r}", where=rank.folder, mend="give a checkpoint of a training run")
+    return value
+
+
+def _agree(rank: MegatronRank, first: MegatronRank, cut: Topology) -> None:
+    if _iteration(rank) != _iteration(first) or len(rank.chunks) != cut.virtual:
+        raise FormatError(
+            f"iteration {_iteration(rank)} in {len(rank.chunks)} chunks, the first rank is at iteration "
+            f"{_iteration(first)} in {cut.virtual}",
+            where=rank.folder,
+            mend="copy one whole iteration",
+        )
+
+
+def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict[str, object]]:
+    """What is read: large files by size and time, param maps by content."""
+    found: list[dict[str, object]] = []
+    files = [MODEL_FILE, OPTIM_FILE] if request.full else [MODEL_FILE]
+    for folder in folders.values():
+        for name in files:
+            try:
+                seen = (folder / name).stat()
+            except FileNotFoundError:
+                raise MissingInputError(
+                    f"{name} is not there",
+                    where=folder,
+                    mend="save with --use-distributed-optimizer and without --no-save-optim, or give --convert-param-only",
+                ) from None
+            except OSError as error:
+                raise FileAccessError(
+                    f"cannot be examined: {error.strerror}", where=folder / name, mend="check the mount"
+                ) from error
+            place = f"{folder.name}/{name}"
+            found.append({"source": place, "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
+    if request.full and request.maps:
+        maps = sorted(request.maps.glob("param_map_*.json"))
+        found.extend({"metadata": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in maps)
+    return found
+
+
+def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPrepared:
+    """Read a rank's headers, prove its buffers, and plan every copy."""
+    tp, pp = rank
+    stored = read_rank(found.ranks[rank], optimizer=request.full, allow=request.rules.pickle_globals)
+    layout = _layout(request, stored, rank) if request.full else Layout(buffers=(), bucket_numel=None, evidence="")
+    entries = (
+        *tensor_entries(
+            _chunks(stored, layout.buffers, full=request.full),
+            found.topology,
+            NameTable(request.rules),
+            pp=pp,
+            kinds=request.contents,
+            full=request.full,
+            sizes={name: value for name, value in stored.template.args.items() if isinstance(value, int)},
+            where=str(stored.folder),
+        ),
+        *_scalars(stored, found.iteration),
+    )
+    files = tuple(
+        mindspore_file(request.format, f"rank_{number}/{request.prefix}.{request.format}", entries)
+        for number in _rank_numbers(request, found.topology, tp, pp)
+    )
+    metadata = render([rank_files(stored, tp, pp, layout.buffers)], with_maps=request.full)
+    return BackPrepared(files=files, entries=entries, metadata=metadata, evidence=layout.evidence)
+
+
+def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:
+    """The buffers by the maps given, else by Megatron's rules; either way proved by the checkpoint itself."""
+    compare = request.verify == "full"
+    if request.maps is None:
+        return lay_out_rank(stored, rank[1], compare=compare)
+    given = read_param_maps(request.maps, tp=rank[0], pp=rank[1], divisor=data_parallel_size(stored.template))
+    return prove_given(stored, given, compare=compare, where=request.maps)
+
+
+def _chunks(stored: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, full: bool) -> tuple[ImportedChunk, ...]:
+    if not full:
+        return tuple(ImportedChunk(vpp=vpp, weights=weights) for vpp, weights in enumerate(stored.chunks))
+    held = iter(stored.buffers or ())
+    return tuple(
+        ImportedChunk(
+            vpp=vpp,
+            weights=weights,
+            buffers=buffers[vpp],
+            buckets=tuple(tuple(bucket.tensors for bucket in next(held)) for _ in buffers[vpp]),
+        )
+        for vpp, weights in enumerate(stored.chunks)
+    )
+
+
+def _scalars(stored: MegatronRank, iteration: int) -> tuple[Entry, ...]:
+    """Groups and scheduler of the checkpoint, as far as it has them."""
+    tree = stored.template.tree
+    outer = tree.get("optimizer")
+    inner = outer.get("optimizer") if isinstance(outer, dict) else None
+    groups = inner.get("param_groups") if isinstance(inner, dict) else None
+    scheduler = tree.get("opt_param_scheduler")
+    return scalar_entries(
+        iteration,
+        [cast("dict[str, object]", group) for group in groups or () if isinstance(group, dict)]
+        if isinstance(groups, list)
+        else [],
+        cast("dict[str, object]", scheduler) if isinstance(scheduler, dict) else {},
+        where=str(stored.folder / MODEL_FILE),
+    )
+
+
+def _rank_numbers(request: BackRequest, cut: Topology, tp: int, pp: int) -> list[int]:
+    """Global ranks that get this file: order tp-cp-dp-pp, as :meth:`Topology.source_rank` counts."""
+    replicas = cut.data * cut.context if request.copies else 1
+    return [cut.source_rank(tp, pp) + cut.tensor * replica for replica in range(replicas)]

@@ -1,0 +1,345 @@
+"""Carry out a merge: survey, preflight, then one group after the other through the engine.
+
+opt_shard_info/*   -> groups of ranks -> the newest step that all ranks have -> entries of each merged file
+preflight             every header, every size, free space; nothing has been written
+write                 a group's files appear together by rename, and its manifest after them
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckpt2pt import __version__
+from ckpt2pt.ckpt import index_file, read_scalar
+from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
+from ckpt2pt.ckpt.shards import has_shards, read_info
+from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
+from ckpt2pt.engine import Stop, write_files
+from ckpt2pt.errors import InputError, MissingInputError, NoSpaceError, UsageError
+from ckpt2pt.folders import layout_of
+from ckpt2pt.mapping.names import MOMENT_PREFIXES
+from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.plan.entries import Entry, text_entry
+from ckpt2pt.plan.moves import Move
+from ckpt2pt.publish import (
+    STATE,
+    Json,
+    access_error,
+    dump,
+    free_bytes,
+    locked,
+    publish_bytes,
+    read_json,
+    sweep_partials,
+)
+from ckpt2pt.request import Pace, digest
+from ckpt2pt.run import Reporter, stopped_by_signals, work_through
+from ckpt2pt.survey import Rank, agree, facts_of, inputs_of
+from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
+
+_INFO = "dist_opt_shard_info*.json"
+_MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+_MOMENTS = (*MOMENT_PREFIXES, "max_exp_avg_sq.", "moments.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combination:
+    """All options of ``ckpt2pt combine``; ``section`` is half open, as the reference's."""
+
+    strategy: Path
+    source: Path
+    output: Path
+    source_format: str = "ckpt"
+    target_format: str = "ckpt"
+    copies: bool = False
+    section: tuple[int, int] | None = None
+    optimizer: bool = True
+    crc: bool = False
+    overwrite: bool = False
+    workers: int = 1
+    in_process: bool = False
+
+    def meaning(self) -> Json:
+        """The options that decide what is written."""
+        return {
+            "format": self.target_format,
+            "copies": self.copies,
+            "optimizer": self.optimizer,
+            "crc": self.crc,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combined:
+    """What a merge did."""
+
+    output: str
+    when: When
+    ranks: int
+    written: int
+    kept: int
+    bytes_written: int
+    seconds: float
+
+    def document(self) -> Json:
+        """For ``--output json``."""
+        return {
+            "output": self.output,
+            "epoch": self.when[0],
+            "step": self.when[1],
+            "ranksMerged": self.written,
+            "ranksKept": self.kept,
+            "shardsPerRank": self.ranks,
+            "bytesWritten": self.bytes_written,
+            "seconds": round(self.seconds, 3),
+        }
+
+    def sentence(self) -> str:
+        """For a person."""
+        did = f"merged {self.written} ranks of {self.ranks} shards each ({self.bytes_written} bytes) in {self.seconds:.1f} s"
+        if not self.written:
+            did = "everything was there already"
+        elif self.kept:
+            did += f", kept {self.kept} that were there"
+        return f"epoch {self.when[0]}, step {self.when[1]}: {did}\n{self.output}"
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A combination and the groups chosen for it; worker processes get a copy."""
+
+    asked: Combination
+    topology: Topology
+    files: Mapping[Rank, SourceFile]
+
+    @property
+    def pace(self) -> Pace:
+        """Workers as asked for."""
+        return Pace(workers=self.asked.workers, in_process=self.asked.in_process)
+
+    def plan(self, rank: Rank, /) -> Group:
+        """Index a group and lay its files out: the name of its first rank's, or of each of them."""
+        asked, file = self.asked, self.files[rank]
+        entries = merged_entries(index_source(file, self.topology.group(*rank)), optimizer=asked.optimizer)
+        paths = file.peers if asked.copies else file.peers[:1]
+        suffix = asked.target_format
+        names = [f"{path.parent.relative_to(asked.source)}/{path.stem}_dp_merged.{suffix}" for path in paths]
+        return Group(
+            asked=asked,
+            manifest=asked.output / STATE / "combined" / f"rank_{self.topology.source_rank(*rank)}-{_step(file)}.json",
+            inputs=tuple(inputs_of(file, asked.source)),
+            files=tuple(mindspore_file(suffix, name, entries, crc=asked.crc) for name in names),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The ranks of one (tp, pp), ready to be merged into ``files``, which hold the same."""
+
+    asked: Combination
+    manifest: Path
+    inputs: tuple[Json, ...]
+    files: tuple[MindSporeFile, ...]
+
+    @property
+    def identity(self) -> str:
+        """What the result depends on."""
+        return digest({"options": self.asked.meaning(), "inputs": self.inputs})
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes to read."""
+        return sum(entry.source.nbytes for entry in self.files[0].entries if isinstance(entry.source, TensorRef))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes to write."""
+        return sum(file.lay_out().nbytes for file in self.files)
+
+    @property
+    def is_done(self) -> bool:
+        """True when this very merge is there; raises for files that are there and are another's."""
+        manifest = read_json(self.manifest) or {}
+        there = [path for file in self.files if (path := self.asked.output / file.name).exists()]
+        if manifest.get("identity") == self.identity:
+            sizes = [file.lay_out().nbytes for file in self.files]
+            return len(there) == len(sizes) and [path.stat().st_size for path in there] == sizes
+        if there and not self.asked.overwrite:
+            raise UsageError(
+                "a merged file is there that this command did not make: other options, another source, or a source that "
+                "changed since",
+                where=there[0],
+                mend="choose another --output-dir, or replace it with --overwrite",
+            )
+        return False
+
+    def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
+        """Write the files, then the manifest."""
+        output = self.asked.output
+        paths = [output / file.name for file in self.files]
+        try:
+            for folder in {self.manifest.parent, *(path.parent for path in paths)}:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise access_error(error, output, "making the folders") from error
+        with locked(self.manifest.with_suffix(".lock"), "merging this group", wait=False):
+            for path in paths:
+                sweep_partials(path.parent, path.name)
+            written, digests = write_files(
+                output, self.files, merged_moves(self.files), stop=stop, advance=advance, check=True
+            )
+            facts: Json = {
+                "identity": self.identity,
+                "version": __version__,
+                "options": self.asked.meaning(),
+                "inputs": list(self.inputs),
+                "files": [file.entry(output) for file in written],
+                "tensors": {label.partition(":")[2]: f"{crc:08x}" for label, crc in sorted(digests.items())},
+            }
+            publish_bytes(self.manifest, dump(facts))
+
+
+def _step(file: SourceFile) -> str:
+    return f"{file.when[0]}_{file.when[1]}"
+
+
+def combine(asked: Combination, reporter: Reporter) -> Combined:
+    """Merge the newest step that all ranks have; what an earlier run finished is kept."""
+    began = time.monotonic()
+    merge = choose_groups(asked)
+    chosen = [rank for rank in merge.files if _in_section(merge.topology.source_rank(*rank), asked.section)]
+    if not chosen:
+        raise UsageError(
+            f"--rank-section {asked.section} holds the first rank of no group",
+            where=asked.strategy,
+            mend=f"first ranks are {sorted(merge.topology.source_rank(*rank) for rank in merge.files)}",
+        )
+    todo: dict[Rank, int] = {}
+    needed = 0
+    for rank in chosen:
+        # One at a time: the plans of many ranks would not fit into the memory of one.
+        group = merge.plan(rank)
+        if not group.is_done:
+            todo[rank] = group.source_bytes
+            needed += group.nbytes
+    free = free_bytes(asked.output)
+    if needed > free:
+        raise NoSpaceError(
+            f"{needed} bytes are needed, {free} are free",
+            where=asked.output,
+            mend=f"free {needed - free} bytes there, or choose another --output-dir; convert needs no merged copy at all",
+        )
+    when = next(iter(merge.files.values())).when
+    with stopped_by_signals() as stop:
+        reporter.begin(todo, max(when[1], 0))
+        try:
+            work_through(merge, list(todo), None, reporter, stop)
+        finally:
+            reporter.close()
+    return Combined(
+        output=str(asked.output),
+        when=when,
+        ranks=merge.topology.data,
+        written=len(todo),
+        kept=len(chosen) - len(todo),
+        bytes_written=needed,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _in_section(rank: int, section: tuple[int, int] | None) -> bool:
+    return section is None or section[0] <= rank < section[1]
+
+
+def choose_groups(asked: Combination) -> Merge:
+    """The groups that the descriptions tell of, at the newest step that all their ranks have."""
+    topology = described_topology(asked.strategy)
+    found = find_sources(asked.source, topology, wanted_format=asked.source_format, merged=False)
+    found = find_groups(
+        asked.source,
+        topology,
+        found,
+        sharded=lambda path: has_shards(index_file(path)),
+        info=asked.strategy,
+        wanted_format=asked.source_format,
+        merged=False,
+    )
+    files = found[choose(found, last_saved(asked.source, topology))]
+    if not all(file.info for file in files.values()):
+        raise InputError(
+            "the files hold named parameters and no shards: there is nothing to merge",
+            where=next(iter(files.values())).path,
+            mend="convert them as they are (ckpt2pt convert)",
+        )
+    agree({path: facts_of(index_file(path)) for file in files.values() for path in file.paths}, asked.source)
+    return Merge(asked, topology, files)
+
+
+def described_topology(strategy: Path) -> Topology:
+    """Degrees from the folders that hold descriptions, ``rank_R`` or ``mp_rank_T_P``, and the first one's list of ranks."""
+    try:
+        infos = {path.parent.name: path for path in sorted(strategy.glob(f"*/{_INFO}"))}
+    except OSError as error:
+        raise access_error(error, strategy, "listing") from error
+    if not infos:
+        raise MissingInputError(
+            f"no */{_INFO} there",
+            where=strategy,
+            mend="point --strategy-dir at the opt_shard_info folder of the training",
+        )
+    data = len(read_info(next(iter(infos.values()))).ranks)
+    ranks = sorted(int(name[5:]) for name in infos if re.fullmatch(r"rank_\d{1,9}", name))
+    models = [found for name in infos if (found := _MODEL_RANK.fullmatch(name))]
+    layout: Topology | None
+    if models:
+        tensor = 1 + max(int(found[1]) for found in models)
+        pipeline = 1 + max(int(found[2] or 0) for found in models)
+        layout = Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline)
+    else:
+        layout = layout_of(ranks)
+    if layout is not None:
+        made = replace(layout, data=data)
+        wanted = len(models) or [made.source_rank(*rank) for rank in made.ranks()]
+        if wanted in (ranks, made.tensor * made.pipeline):
+            return made
+    raise InputError(
+        f"descriptions are there for {', '.join(list(infos)[:8])}, the first of {data} ranks: "
+        "they are not the first ranks of equal groups",
+        where=strategy,
+        mend="copy the whole opt_shard_info folder of the training, and nothing else into it",
+    )
+
+
+def merged_entries(index: Mapping[str, TensorRef], *, optimizer: bool) -> list[Entry]:
+    """The entries of a merged file in the order of the index, with or without the optimizer's moments."""
+    entries: list[Entry] = []
+    for name, ref in index.items():
+        if not optimizer and name.startswith(_MOMENTS):
+            continue
+        if ref.dtype == "str":
+            entries.append(text_entry(name, str(read_scalar(ref))))
+        elif ref.dtype in DTYPE_BYTES and ref.dtype != "complex64":
+            entries.append(Entry(name=name, dtype=ref.dtype, shape=ref.shape, source=ref))
+        else:
+            raise InputError(
+                f"{ref} is of a type that mindspore does not load",
+                where=ref.extents[0].path if ref.extents else name,
+                mend="convert the shards directly (ckpt2pt convert), which leaves such entries out",
+            )
+    return entries
+
+
+def merged_moves(files: tuple[MindSporeFile, ...]) -> tuple[Move, ...]:
+    """Moves that read once and write to every copy."""
+    first, *copies = files
+    return tuple(
+        replace(
+            move,
+            sinks=(*move.sinks, *(replace(sink, file=copy.name) for copy in copies for sink in move.sinks)),
+        )
+        for move in first.moves()
+    )

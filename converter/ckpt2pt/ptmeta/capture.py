@@ -1,0 +1,204 @@
+"""``pt_meta`` from any checkpoint that Megatron-LM 0.6 wrote of the same model; a run of one step is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt2pt.errors import FormatError
+from ckpt2pt.folders import iteration_folder
+from ckpt2pt.mapping.names import is_tied_head
+from ckpt2pt.meta import data_parallel_size
+from ckpt2pt.plan.buckets import Buffer
+from ckpt2pt.plan.layout import Parameter, bucket_numel, find_bucket_numel, lay_out
+from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
+from ckpt2pt.ptmeta.files import RankFiles
+from ckpt2pt.ptmeta.proof import check_sizes, check_slices, check_views
+
+_EMBEDDING = "language_model.embedding.word_embeddings.weight"
+_MEND = "make pt_meta from a run of Megatron-LM 0.6 with --use-distributed-optimizer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The buffers of a rank, chunk by chunk, and what proves them."""
+
+    buffers: tuple[tuple[Buffer, ...], ...]
+    bucket_numel: int | None
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """All ranks of a checkpoint.  ``with_maps`` is False for a run without the distributed optimizer."""
+
+    ranks: tuple[RankFiles, ...]
+    evidence: tuple[str, ...]
+    with_maps: bool
+
+
+def capture(
+    checkpoint: Path,
+    *,
+    target_data: int | None = None,
+    bucket_size: int | None = None,
+    compare: bool = True,
+    allow: tuple[str, ...] = (),
+) -> Captured:
+    """Compute every rank's metadata; ``checkpoint`` is a Megatron folder or one iteration of it.
+
+    ``target_data`` is the data x context parallel size of the run to come (None: that of this one), ``bucket_size`` the
+    elements of a bucket in a Megatron that was changed; ``compare`` reads every weight and compares it with its slice.
+    """
+    ranks: list[RankFiles] = []
+    evidence: list[str] = []
+    with_maps = True
+    for (tp, pp), folder in rank_folders(iteration_folder(checkpoint)).items():
+        rank = read_rank(folder, allow=allow)
+        with_maps = rank.template.args.get("use_distributed_optimizer") is True and with_maps
+        layout = lay_out_rank(rank, pp, bucket_size=bucket_size, compare=compare) if with_maps else None
+        buffers = layout.buffers if layout else ()
+        if layout:
+            evidence.append(f"tp {tp} pp {pp}: {layout.evidence}")
+            if target_data not in (None, _divisor(rank)):
+                buffers = _laid_out(rank, pp, divisor=target_data, bucket_size=layout.bucket_numel)
+        ranks.append(rank_files(rank, tp, pp, buffers))
+    return Captured(ranks=tuple(ranks), evidence=tuple(evidence), with_maps=with_maps)
+
+
+def rank_files(rank: MegatronRank, tp: int, pp: int, buffers: tuple[tuple[Buffer, ...], ...]) -> RankFiles:
+    """What ``pt_meta`` holds of a rank."""
+    virtual = len(rank.chunks) > 1
+    return RankFiles(
+        tp=tp,
+        pp=pp,
+        tree=rank.template.tree,
+        storages=rank.template.storages,
+        buffers=buffers,
+        names=tuple(
+            tuple(f"{f'model{vpp}' if virtual else 'model'}.{name}" for name, _ in reversed(chunk))
+            for vpp, chunk in enumerate(rank.chunks)
+        ),
+    )
+
+
+def lay_out_rank(rank: MegatronRank, pp: int, *, bucket_size: int | None = None, compare: bool = True) -> Layout:
+    """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds."""
+    divisor = _divisor(rank)
+    buffers = _laid_out(rank, pp, divisor=divisor, bucket_size=bucket_size)
+    notes: list[str] = []
+    if rank.buffers is not None and bucket_size is None and not _fits(buffers, rank.buffers):
+        bucket_size = _infer(rank, pp, divisor)
+        if bucket_size:
+            buffers = _laid_out(rank, pp, divisor=divisor, bucket_size=bucket_size)
+            notes.append(f"buckets of {bucket_size} elements, by the header of distrib_optim.pt")
+    notes += _prove(rank, buffers, compare=compare)
+    return Layout(buffers=buffers, bucket_numel=bucket_size, evidence="; ".join(notes))
+
+
+def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, compare: bool, where: Path) -> Layout:
+    """Buffers by param maps that somebody wrote, proved like computed ones; chunks without parameters have no map."""
+    filled = [vpp for vpp, chunk in enumerate(rank.chunks) if chunk]
+    if len(maps) != len(filled):
+        raise FormatError(
+            f"{len(maps)} param maps for {len(filled)} chunks of {rank.folder.name}",
+            where=where,
+            mend="copy all maps of the run, or leave --param-map-path out to have them computed",
+        )
+    placed = dict(zip(filled, maps, strict=True))
+    buffers = tuple((placed[vpp],) if vpp in placed else () for vpp in range(len(rank.chunks)))
+    for vpp, buffer in placed.items():
+        names = {name for name, _ in rank.chunks[vpp]}
+        strange = sorted(names ^ {placement.name for placement in buffer.placements})
+        if strange:
+            raise FormatError(
+                f"{strange[0]} is not in both the map and the model file of chunk {vpp}",
+                where=where,
+                mend="point --param-map-path at the maps of this run, or leave it out to have them computed",
+            )
+    return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(_prove(rank, buffers, compare=compare)))
+
+
+def _prove(rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, compare: bool) -> list[str]:
+    stored = list(rank.buffers or ())
+    flat = [(buffer, weights) for chunk, weights in zip(buffers, rank.chunks, strict=True) for buffer in chunk]
+    notes: list[str] = []
+    if rank.buffers is not None and len(stored) != len(flat):
+        raise FormatError(
+            f"distrib_optim.pt holds {len(stored)} buffers, the model makes {len(flat)}", where=rank.folder, mend=_MEND
+        )
+    views = [check_views(buffer, weights, where=str(rank.folder)) for buffer, weights in flat]
+    if all(views):
+        notes.append("offsets equal those of the weights in the model file")
+    if rank.buffers is None:
+        return notes or ["computed from order, shapes and arguments; there is no distrib_optim.pt to compare with"]
+    count = 0
+    for (buffer, weights), buckets in zip(flat, stored, strict=True):
+        check_sizes(buffer, buckets, where=str(rank.folder))
+        if compare:
+            count += check_slices(buffer, buckets, weights, where=str(rank.folder))
+    if not compare and not all(views):
+        # Without offsets to go by, only the values tell the order.
+        return _prove(rank, buffers, compare=True)
+    compared = f"{count} elements of distrib_optim.pt equal their weights"
+    return [*notes, compared if compare else "sizes equal those of distrib_optim.pt"]
+
+
+def _fits(buffers: tuple[tuple[Buffer, ...], ...], stored: Sequence[Sequence[StoredBucket]]) -> bool:
+    computed = [[bucket.numel_unpadded for bucket in buffer.buckets] for chunk in buffers for buffer in chunk]
+    return computed == [[bucket.numel_unpadded for bucket in buffer] for buffer in stored]
+
+
+def _infer(rank: MegatronRank, pp: int, divisor: int) -> int | None:
+    """The bucket size of a changed Megatron; only the first chunk of the first stage has buckets that end by size."""
+    if bucket_numel(overlap=_overlaps(rank), pp=pp, chunk=0) is None or not rank.buffers:
+        return None
+    parameters = _parameters(rank, 0)
+    first = len({parameter.dtype for parameter in parameters})
+    sizes = [[bucket.numel_unpadded for bucket in buffer] for buffer in rank.buffers[:first]]
+    return find_bucket_numel(parameters, divisor=divisor, unpadded=sizes)
+
+
+def _laid_out(
+    rank: MegatronRank, pp: int, *, divisor: int | None, bucket_size: int | None
+) -> tuple[tuple[Buffer, ...], ...]:
+    return tuple(
+        lay_out(
+            _parameters(rank, chunk),
+            divisor=divisor or 1,
+            bucket_numel=bucket_numel(overlap=_overlaps(rank), pp=pp, chunk=chunk, size=bucket_size),
+        )
+        for chunk in range(len(rank.chunks))
+    )
+
+
+def _parameters(rank: MegatronRank, chunk: int) -> list[Parameter]:
+    """Parameters of a chunk; embeddings are shared when they are tied over a pipeline.
+
+    Megatron-LM cac60ce4, megatron/model/module.py, ``initialize_word_embeddings``.
+    """
+    args = rank.template.args
+    pipeline = args.get("pipeline_model_parallel_size")
+    tied = args.get("untie_embeddings_and_output_weights") is False and isinstance(pipeline, int) and pipeline > 1
+    return [
+        Parameter(
+            name=name,
+            shape=ref.shape,
+            dtype=ref.dtype,
+            shared=tied and (is_tied_head(name) or name == _EMBEDDING),
+        )
+        for name, ref in rank.chunks[chunk]
+    ]
+
+
+def _overlaps(rank: MegatronRank) -> bool:
+    return rank.template.args.get("overlap_grad_reduce") is True
+
+
+def _divisor(rank: MegatronRank) -> int:
+    found = data_parallel_size(rank.template)
+    if found is None:
+        value = rank.template.args.get("data_parallel_size")
+        raise FormatError(f"the arguments say data_parallel_size {value!r}", where=rank.folder, mend=_MEND)
+    return found

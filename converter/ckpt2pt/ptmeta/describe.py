@@ -1,0 +1,184 @@
+"""What a user says of a Megatron run: arguments from a YAML mapping or a training script.  The script is never run.
+
+GPT_ARGS="--num-layers 24 --swiglu"      -> {"num_layers": 24, "swiglu": True}
+num-layers: 24                           -> the same
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import cast
+
+import yaml
+
+from ckpt2pt.errors import FileAccessError, MissingInputError, UsageError
+from ckpt2pt.plan.gpt import Argument
+
+_MEND = "see docs/pt-meta.md: a YAML mapping of Megatron's arguments, or the script that starts the training"
+_ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)\+?=(.*)", re.DOTALL)
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
+_LAUNCHER = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_id", "rdzv_backend",
+             "rdzv_endpoint", "max_restarts", "log_dir", "redirects", "tee"}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """The arguments of Megatron-LM 0.6: defaults in order, negating flags, those of several words, bare switches."""
+
+    arguments: Mapping[str, Argument]
+    negations: Mapping[str, str]
+    lists: frozenset[str]
+    switches: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """``given`` are Megatron's arguments, ``unknown`` those that Megatron-LM 0.6 does not have."""
+
+    path: str
+    given: Mapping[str, Argument]
+    unknown: Mapping[str, Argument]
+    world_size: int | None
+
+
+@cache
+def known() -> Known:
+    """The table ``megatron06.yaml``."""
+    document = yaml.safe_load(Path(__file__).with_name("megatron06.yaml").read_text(encoding="utf-8"))
+    return Known(
+        arguments=document["arguments"],
+        negations=document["negations"],
+        lists=frozenset(document["lists"]),
+        switches=frozenset(document["switches"]),
+    )
+
+
+def describe(path: Path) -> Description:
+    """Read a description: YAML by the suffix ``.yaml``, ``.yml`` or ``.json``, a script otherwise."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise MissingInputError("the description is not there", where=path, mend=_MEND) from None
+    except OSError as error:
+        raise FileAccessError(f"cannot be read: {error.strerror}", where=path, mend="give read permission") from error
+    except UnicodeDecodeError as error:
+        raise UsageError("the description is not text", where=path, mend=_MEND) from error
+    if path.suffix in {".yaml", ".yml", ".json"}:
+        return _sort(dict(_of_mapping(text, path)), path)
+    return _sort(dict(_of_script(text, path)), path)
+
+
+def _of_mapping(text: str, path: Path) -> Iterator[tuple[str, Argument]]:
+    try:
+        document: object = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"not a YAML document: {error}", where=path, mend=_MEND) from error
+    if not isinstance(document, dict):
+        raise UsageError("not a mapping of arguments", where=path, mend=_MEND)
+    for name, value in cast("dict[object, object]", document).items():
+        if not isinstance(name, str) or not isinstance(value, bool | int | float | str | list | None):
+            raise UsageError(f"{name} is not an argument with a plain value", where=path, mend=_MEND)
+        yield name.lstrip("-").replace("-", "_"), _number(value) if isinstance(value, str) else value
+
+
+def _of_script(text: str, path: Path) -> Iterator[tuple[str, Argument]]:
+    try:
+        words = list(_words(text))
+    except ValueError as error:
+        raise UsageError(f"the script cannot be read: {error}", where=path, mend=_MEND) from error
+    at = 0
+    while at < len(words):
+        flag, at = words[at], at + 1
+        if not re.fullmatch(r"--[A-Za-z][\w-]*(=.*)?", flag, re.DOTALL):
+            continue
+        name, _, inline = flag[2:].partition("=")
+        name = name.replace("-", "_")
+        values = [inline] if inline else []
+        if not inline:
+            stop = next((n for n in range(at, len(words)) if words[n].startswith("--")), len(words))
+            values = words[at:stop]
+        yield name, _value(name, values, path)
+
+
+def _words(text: str) -> Iterator[str]:
+    """The words of a script with variables filled in, also those inside the values of assignments."""
+    variables: dict[str, str] = {}
+    for word in shlex.split(text.replace("\\\n", " "), comments=True):
+        found = _ASSIGNMENT.fullmatch(word)
+        if found and not word.startswith("-"):
+            value = _fill(found[2], variables).rstrip(";")
+            variables[found[1]] = value
+            if "--" in value:
+                yield from value.lstrip("(").rstrip(")").split()
+                continue
+        yield from (
+            _fill(word, variables).split()
+            if "$" in word and "--" in _fill(word, variables)
+            else [_fill(word, variables)]
+        )
+
+
+def _fill(text: str, variables: Mapping[str, str]) -> str:
+    def value(found: re.Match[str]) -> str:
+        given = variables.get(found[1] or found[2])
+        return given if given is not None else found[3] if found[3] is not None else found[0]
+
+    return _VARIABLE.sub(value, text)
+
+
+def _value(name: str, words: Sequence[str], path: Path) -> Argument:
+    table = known()
+    default = table.arguments.get(name)
+    if (
+        isinstance(default, bool)
+        or name in table.switches
+        or name in table.negations
+        or name == "recompute_activations"
+    ):
+        return True
+    if not words:
+        if name in table.arguments:
+            raise UsageError(f"--{name.replace('_', '-')} has no value", where=path, mend=_MEND)
+        return True
+    if name in table.lists:
+        return cast("list[object]", [_number(word) for word in words])
+    if "$" in words[0] and name in table.arguments:
+        raise UsageError(
+            f"--{name.replace('_', '-')} is {words[0]}, which the script does not say",
+            where=path,
+            mend="give the value itself in a YAML description",
+        )
+    return _number(words[0])
+
+
+def _number(word: str) -> Argument:
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
+
+
+def _sort(found: dict[str, Argument], path: Path) -> Description:
+    """Tell Megatron's arguments from the launcher's and from those of other programs."""
+    table = known()
+    given: dict[str, Argument] = {}
+    unknown: dict[str, Argument] = {}
+    for name, value in found.items():
+        if name in table.arguments:
+            given[name] = value
+        elif name in table.negations:
+            given[table.negations[name]] = not value
+        elif name == "recompute_activations":
+            given["recompute_granularity"] = "selective"
+        elif name not in _LAUNCHER:
+            unknown[name] = value
+    each, nodes = found.get("nproc_per_node"), found.get("nnodes", 1)
+    world = each * nodes if isinstance(each, int) and isinstance(nodes, int) else None
+    return Description(path=str(path), given=given, unknown=unknown, world_size=world)

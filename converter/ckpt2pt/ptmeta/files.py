@@ -1,0 +1,143 @@
+"""The files of ``pt_meta``, made in memory and published whole; what is there already and differs is not overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt2pt import __version__
+from ckpt2pt.checksums import crc32
+from ckpt2pt.errors import FormatError, UsageError
+from ckpt2pt.plan.buckets import Buffer
+from ckpt2pt.plan.layout import param_map
+from ckpt2pt.pt.archive import finish, lay_out
+from ckpt2pt.pt.payload import tree_payload
+from ckpt2pt.pt.pickles import Value
+from ckpt2pt.publish import access_error, publish_bytes
+from ckpt2pt.tensors import Extent
+
+ORIGIN = "origin.json"
+ARGS_KEYS = (
+    "args",
+    "checkpoint_version",
+    "iteration",
+    "optimizer",
+    "opt_param_scheduler",
+    "rng_state",
+    "num_floating_point_operations_so_far",
+)
+"""What the reference keeps of a model file (MindSpeed-Core-MS feature-0.1, tools/converter/convert_pt2ckpt.py)."""
+
+_OURS = re.compile(r"param_map_buffer\d+_dp0tp\d+pp\d+vpp\d+\.json|args_tp\d+_pp\d+\.pt")
+_MAX_STORAGE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFiles:
+    """The metadata of one rank: the tree of its arguments file, its storages, its chunks' buffers.
+
+    ``names`` holds for each chunk its parameters in buffer order, for a conversion of parameters only.
+    """
+
+    tp: int
+    pp: int
+    tree: Mapping[str, Value]
+    storages: Mapping[str, Extent | bytes]
+    buffers: tuple[tuple[Buffer, ...], ...]
+    names: tuple[tuple[str, ...], ...]
+
+
+def render(ranks: Sequence[RankFiles], *, with_maps: bool) -> dict[str, bytes]:
+    """File name -> content for all ranks; maps before arguments.  Without maps the name lists take their place."""
+    files: dict[str, bytes] = {}
+    for rank in ranks:
+        # Maps are numbered by the buffers there are: a chunk of no-op layers alone has none.
+        filled = [buffers for buffers in rank.buffers if buffers] if with_maps else []
+        for vpp, buffers in enumerate(filled):
+            for number, buffer in enumerate(buffers):
+                name = f"param_map_buffer{number}_dp0tp{rank.tp}pp{rank.pp}vpp{vpp}.json"
+                files[name] = json.dumps(param_map(buffer)).encode()
+    for rank in ranks:
+        tree: dict[str, Value] = {key: rank.tree[key] for key in ARGS_KEYS if key in rank.tree}
+        if not with_maps:
+            tree["param_name_list"] = [list(names) for names in rank.names]
+        name = f"args_tp{rank.tp:02d}_pp{rank.pp:03d}.pt"
+        files[name] = _archive(name.removesuffix(".pt"), tree, rank.storages)
+    return files
+
+
+def _archive(stem: str, tree: dict[str, Value], storages: Mapping[str, Extent | bytes]) -> bytes:
+    """A ``.pt`` file of a tree; it is small: what is large in a model file are the weights."""
+    pickle, keys = tree_payload(tree)
+    payloads = [_content(storages[key]) for key in keys]
+    layout = lay_out(stem, pickle, [len(payload) for payload in payloads])
+    with tempfile.TemporaryFile() as file:
+        fd = file.fileno()
+        os.truncate(fd, layout.nbytes)
+        for number, payload in enumerate(payloads):
+            os.pwrite(fd, payload, layout.storage_offset(number))
+        finish(fd, layout, [crc32(payload, 0) for payload in payloads])
+        file.seek(0)
+        return file.read()
+
+
+def _content(storage: Extent | bytes) -> bytes:
+    if isinstance(storage, bytes):
+        return storage
+    if storage.nbytes > _MAX_STORAGE_BYTES:
+        raise FormatError(
+            f"a tensor of {storage.nbytes} bytes beside the weights", where=storage.path, mend="report this checkpoint"
+        )
+    try:
+        with Path(storage.path).open("rb") as file:
+            data = os.pread(file.fileno(), storage.nbytes, storage.offset)
+    except OSError as error:
+        raise access_error(error, storage.path, "reading") from error
+    if len(data) != storage.nbytes:
+        raise FormatError("the file is shorter than its index says", where=storage.path, mend="copy it again")
+    return data
+
+
+def origin(*, way: str, evidence: Sequence[str], assumed: Mapping[str, object]) -> bytes:
+    """``origin.json``: how the folder came to be; a conversion copies ``assumed`` into its manifest."""
+    document = {"version": 1, "program": f"ckpt2pt {__version__}", "from": way, "evidence": list(evidence)}
+    return (json.dumps({**document, "assumed": dict(assumed)}, indent=1) + "\n").encode()
+
+
+def publish(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tuple[str, ...]:
+    """Write what is not there yet; returns the names written.
+
+    A file of the same name and another content, or metadata of other ranks, is refused unless ``overwrite``.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        there = {path.name: path for path in folder.iterdir()}
+    except OSError as error:
+        raise access_error(error, folder, "making the folder") from error
+    strangers = sorted(name for name in there if _OURS.fullmatch(name) and name not in files)
+    changed = sorted(name for name in files if name in there and not _same(there[name], files[name]))
+    if (strangers or changed) and not overwrite:
+        what = f"{changed[0]} is there and differs" if changed else f"{strangers[0]} is of another model or cut"
+        raise UsageError(
+            what, where=folder, mend="choose another --param-map-path, or replace what is there with --overwrite"
+        )
+    missing = [name for name in files if name not in there or name in changed]
+    for name in strangers:
+        with suppress(FileNotFoundError):
+            there[name].unlink()
+    for name in missing:
+        publish_bytes(folder / name, files[name])
+    return tuple(missing)
+
+
+def _same(path: Path, content: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(content) and path.read_bytes() == content
+    except OSError as error:
+        raise access_error(error, path, "reading") from error

@@ -1,0 +1,121 @@
+"""``ckpt2pt pt-meta``: one of the two ways, then the files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from ckpt2pt.errors import UsageError
+from ckpt2pt.ptmeta.capture import capture
+from ckpt2pt.ptmeta.describe import describe
+from ckpt2pt.ptmeta.files import ORIGIN, RankFiles, origin, publish, render
+from ckpt2pt.ptmeta.synthesize import Wanted, synthesize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What was made; ``written`` is None while assumptions wait to be accepted."""
+
+    folder: Path
+    way: str
+    ranks: int
+    maps: int
+    evidence: tuple[str, ...]
+    assumed: Mapping[str, object]
+    written: tuple[str, ...] | None
+
+    def document(self) -> dict[str, object]:
+        """For ``--output json``."""
+        return {
+            "kind": "pt_meta",
+            "path": str(self.folder),
+            "from": self.way,
+            "ranks": self.ranks,
+            "paramMaps": self.maps,
+            "written": None if self.written is None else len(self.written),
+            "evidence": list(self.evidence),
+            "assumed": dict(self.assumed),
+        }
+
+    def sentence(self) -> str:
+        """For a person."""
+        lines = [f"{self.folder}: {self.ranks} ranks, {self.maps} param maps, from a {self.way}"]
+        lines += [f"  proved   {fact}" for fact in self.evidence]
+        for what, value in self.assumed.items():
+            if isinstance(value, dict):
+                inner = cast("dict[str, object]", value)
+                lines.append(f"  assumed  {what}:")
+                lines += [f"             {name}: {item}" for name, item in inner.items()]
+            else:
+                lines.append(f"  assumed  {what}: {value}")
+        if self.written is not None:
+            lines.append(f"wrote {len(self.written)} files" if self.written else "everything was there already")
+        return "\n".join(lines)
+
+    def confirm(self) -> None:
+        """Raise :class:`UsageError` while the assumptions are not accepted."""
+        if self.written is None:
+            raise UsageError(
+                "the metadata rests on the assumptions above, and nothing was written",
+                where=self.folder,
+                mend="check them, correct the description where it is wrong, and run the command again with --accept-assumptions",
+            )
+
+
+def from_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    target_data: int | None,
+    bucket_size: int | None,
+    compare: bool,
+    overwrite: bool,
+    allow: tuple[str, ...] = (),
+) -> Made:
+    """Make ``folder`` from a checkpoint that Megatron wrote."""
+    found = capture(checkpoint, target_data=target_data, bucket_size=bucket_size, compare=compare, allow=allow)
+    assumed: dict[str, object] = {}
+    if not found.with_maps:
+        assumed["optimizer"] = "the run had no --use-distributed-optimizer: good for parameters only"
+    if target_data:
+        assumed["data x context parallel size"] = (
+            f"{target_data}, give --target-dp-size {target_data} to convert as well"
+        )
+    return _made(folder, "checkpoint", found.ranks, found.evidence, assumed, found.with_maps, overwrite=overwrite)
+
+
+def from_description(path: Path, folder: Path, wanted: Wanted, *, accepted: bool, overwrite: bool) -> Made:
+    """Make ``folder`` from a description; without ``accepted`` nothing is written."""
+    found = synthesize(describe(path), wanted)
+    if accepted:
+        return _made(folder, "description", found.ranks, found.evidence, found.assumed, True, overwrite=overwrite)
+    return Made(
+        folder=folder,
+        way="description",
+        ranks=len(found.ranks),
+        maps=sum(len(buffers) for rank in found.ranks for buffers in rank.buffers),
+        evidence=found.evidence,
+        assumed=found.assumed,
+        written=None,
+    )
+
+
+def _made(
+    folder: Path,
+    way: str,
+    ranks: tuple[RankFiles, ...],
+    evidence: tuple[str, ...],
+    assumed: Mapping[str, object],
+    with_maps: bool,
+    *,
+    overwrite: bool,
+) -> Made:
+    files = render(ranks, with_maps=with_maps)
+    maps = sum(name.endswith(".json") for name in files)
+    files[ORIGIN] = origin(way=way, evidence=evidence, assumed=assumed)
+    written = publish(folder, files, overwrite=overwrite)
+    return Made(
+        folder=folder, way=way, ranks=len(ranks), maps=maps, evidence=evidence, assumed=assumed, written=written
+    )

@@ -1,0 +1,121 @@
+"""Flags of ``ckpt2pt pt-meta``, and what they make."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckpt2pt.errors import UsageError
+
+if TYPE_CHECKING:
+    from ckpt2pt.ptmeta.make import Made
+
+
+def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
+    """One of two sources, and the folder."""
+    parser.add_argument(
+        "--param-map-path", type=Path, required=True, help="the pt_meta folder to be made (spec.metadata.path)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace metadata that is there and differs")
+    parser.add_argument(
+        "--target-dp-size",
+        type=int,
+        metavar="N",
+        help="data x context parallel size of the Megatron run to come; default that of the source",
+    )
+    parser.add_argument(
+        "--bucket-size",
+        type=int,
+        metavar="N",
+        help="elements of a bucket in a Megatron that was changed (default 40000000, or what distrib_optim.pt shows)",
+    )
+    parser.add_argument("--rules", help="rule file (YAML) for names of your own, or the rules themselves as JSON")
+    first = parser.add_argument_group(
+        "from a checkpoint of the same model that Megatron-LM 0.6 wrote (one step is enough)"
+    )
+    first.add_argument("--megatron-path", type=Path, help="folder with iter_*, or one iteration of it")
+    first.add_argument(
+        "--compare",
+        choices=("full", "sizes"),
+        default="full",
+        help="full: compare every weight with its slice of distrib_optim.pt; sizes: only the sizes of buckets",
+    )
+    second = parser.add_argument_group("from a description and the MindSpore checkpoint")
+    second.add_argument(
+        "--description", type=Path, help="Megatron's arguments: a YAML mapping, or the script that starts the training"
+    )
+    second.add_argument("--ms-path", type=Path, help="MindSpore training output with rank_R folders")
+    second.add_argument(
+        "--opt-shard-info-path", type=Path, help="opt_shard_info folder of a training with data-parallel shards"
+    )
+    second.add_argument("--dp-size", type=int, default=1, help="data parallel size of the MindSpore training")
+    second.add_argument("--cp-size", type=int, default=1, help="context parallel size of the MindSpore training")
+    second.add_argument("--noop", type=int, nargs="*", default=[], metavar="LAYER", help="no-op layers")
+    second.add_argument(
+        "--stage-list", type=counts, metavar="N,N,..", help="layers of each stage (of each chunk) where they are uneven"
+    )
+    second.add_argument(
+        "--accept-assumptions", action="store_true", help="write, after the listed assumptions have been checked"
+    )
+
+
+def counts(text: str) -> tuple[int, ...]:
+    """``14,16,16,18`` as a tuple."""
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
+
+
+def make_pt_meta(options: argparse.Namespace) -> Made:
+    """Carry out ``pt-meta``."""
+    from ckpt2pt.ptmeta.make import from_checkpoint, from_description  # noqa: PLC0415
+    from ckpt2pt.ptmeta.synthesize import Wanted  # noqa: PLC0415
+    from ckpt2pt.request import rules_of  # noqa: PLC0415
+
+    for flag, number in {
+        "--target-dp-size": options.target_dp_size,
+        "--bucket-size": options.bucket_size,
+        "--dp-size": options.dp_size,
+        "--cp-size": options.cp_size,
+    }.items():
+        if number is not None and number <= 0:
+            raise UsageError(f"{flag} is {number}", where="the command line", mend=f"give {flag} a number above 0")
+    if (options.megatron_path is None) == (options.description is None):
+        raise UsageError(
+            "one source is needed",
+            where="ckpt2pt pt-meta",
+            mend="give --megatron-path, a checkpoint that Megatron wrote, or --description with --ms-path",
+        )
+    rules = rules_of(options.rules)
+    if options.megatron_path:
+        return from_checkpoint(
+            options.megatron_path,
+            options.param_map_path,
+            target_data=options.target_dp_size,
+            bucket_size=options.bucket_size,
+            compare=options.compare == "full",
+            overwrite=options.overwrite,
+            allow=rules.pickle_globals,
+        )
+    if options.ms_path is None:
+        raise UsageError("--ms-path is missing", where="the command line", mend="give --ms-path")
+    wanted = Wanted(
+        source=options.ms_path,
+        data=options.dp_size,
+        context=options.cp_size,
+        target_data=options.target_dp_size,
+        noop=frozenset(options.noop),
+        layers_per_stage=options.stage_list,
+        bucket_size=options.bucket_size,
+        shard_info=options.opt_shard_info_path,
+        rules=rules,
+    )
+    return from_description(
+        options.description,
+        options.param_map_path,
+        wanted,
+        accepted=options.accept_assumptions,
+        overwrite=options.overwrite,
+    )

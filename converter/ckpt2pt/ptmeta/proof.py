@@ -1,0 +1,123 @@
+"""Prove a computed layout against a checkpoint that Megatron wrote: sizes first, then every slice against its weight."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ckpt2pt.casts import find_cast
+from ckpt2pt.errors import FormatError
+from ckpt2pt.plan.buckets import Buffer, Placement
+from ckpt2pt.pt.megatron import StoredBucket
+from ckpt2pt.publish import access_error
+from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
+
+_BLOCK_NUMEL = 1 << 17
+_MEND = (
+    "make sure that both files are of one checkpoint of Megatron-LM 0.6, saved with --use-distributed-optimizer; "
+    "give --bucket-size if that Megatron's number of elements for a bucket was changed"
+)
+
+
+def check_sizes(buffer: Buffer, stored: Sequence[StoredBucket], *, where: str) -> None:
+    """Compare the buckets with the header, padded and unpadded."""
+    computed = [(bucket.numel_unpadded, bucket.numel) for bucket in buffer.buckets]
+    found = [(bucket.numel_unpadded, bucket.numel) for bucket in stored]
+    if computed != found:
+        raise FormatError(
+            f"the buckets are {_few(found)} (elements, padded); computed are {_few(computed)}", where=where, mend=_MEND
+        )
+
+
+def check_views(buffer: Buffer, weights: Sequence[tuple[str, TensorRef]], *, where: str) -> bool:
+    """Compare offsets where the weights of the model file are views into one storage, as in Megatron's own files.
+
+    Returns False when each has a storage of its own, as in converted files, and nothing can be said.
+    """
+    homes = {placement.name: placement for placement in buffer.placements}
+    width = DTYPE_BYTES[buffer.dtype]
+    found = [(homes[name], ref) for name, ref in weights if name in homes and ref.extents]
+    bases = {ref.extents[0].offset - placement.start * width for placement, ref in found}
+    if len(bases) == 1:
+        return len(found) > 1
+    spread = max(ref.extents[0].offset for _, ref in found) - min(ref.extents[0].offset for _, ref in found)
+    if spread + DTYPE_BYTES[buffer.dtype] * max(p.stop - p.start for p, _ in found) <= buffer.numel * width:
+        raise FormatError("the weights lie in the model file in another order", where=where, mend=_MEND)
+    return False
+
+
+def check_slices(
+    buffer: Buffer, stored: Sequence[StoredBucket], weights: Sequence[tuple[str, TensorRef]], *, where: str
+) -> int:
+    """Compare every float32 slice, rounded, with the weight of the model file; returns the elements compared."""
+    refs = dict(weights)
+    count = 0
+    with ExitStack() as stack:
+        read = _reader(stack)
+        for bucket, held in zip(buffer.buckets, stored, strict=True):
+            for placement in bucket.placements:
+                _check_slice(placement, placement.start - bucket.start, held.tensors["param"], refs, read, where)
+                count += placement.stop - placement.start
+    return count
+
+
+_Read = Callable[[TensorRef, int, int], "npt.NDArray[np.uint8]"]
+
+
+def _check_slice(
+    placement: Placement, start: int, param: TensorRef, refs: dict[str, TensorRef], read: _Read, where: str
+) -> None:
+    weight = refs[placement.name]
+    cast = find_cast("float32", weight.dtype)
+    width = DTYPE_BYTES[weight.dtype]
+    for first in range(0, weight.numel, _BLOCK_NUMEL):
+        numel = min(_BLOCK_NUMEL, weight.numel - first)
+        main = read(param, (start + first) * 4, numel * 4)
+        rounded = main
+        if cast is not None:
+            rounded = np.empty(numel * width, np.uint8)
+            cast(memoryview(main), memoryview(rounded))
+        found = read(weight, first * width, numel * width)
+        if not np.array_equal(rounded, found) and not _same_but_nan(rounded, found, main, width):
+            raise FormatError(
+                f"{placement.name} is not what the optimizer holds at element {placement.start} of its buffer",
+                where=where,
+                mend=_MEND,
+            )
+
+
+def _same_but_nan(
+    one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8], main: npt.NDArray[np.uint8], width: int
+) -> bool:
+    """A NaN is rounded to one of several by different CPUs."""
+    rows = (one.reshape(-1, width) != other.reshape(-1, width)).any(axis=1)
+    return bool(np.isnan(main.view("<f4")[rows]).all())
+
+
+def _reader(stack: ExitStack) -> _Read:
+    files: dict[str, int] = {}
+
+    def read(ref: TensorRef, start: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        extent = ref.extents[0]
+        try:
+            if extent.path not in files:
+                files[extent.path] = os.open(Path(extent.path), os.O_RDONLY | os.O_CLOEXEC)
+                stack.callback(os.close, files[extent.path])
+            data = os.pread(files[extent.path], nbytes, extent.offset + start)
+        except OSError as error:
+            raise access_error(error, extent.path, "reading") from error
+        if len(data) != nbytes:
+            raise FormatError("the file is shorter than its index says", where=extent.path, mend="copy it again")
+        return np.frombuffer(data, np.uint8)
+
+    return read
+
+
+def _few(items: Sequence[tuple[int, int]]) -> str:
+    shown = ", ".join(f"{numel} ({padded})" for numel, padded in items[:4])
+    return shown + (f" and {len(items) - 4} more" if len(items) > 4 else "")

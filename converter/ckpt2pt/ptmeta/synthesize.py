@@ -1,0 +1,236 @@
+"""``pt_meta`` from a model description and the headers of the MindSpore checkpoint; nothing of Megatron is needed.
+
+Everything that neither of them says is an assumption: it is listed, has to be accepted, and goes into the manifest.
+Every name and shape of the MindSpore files is checked against the description, both ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt2pt.ckpt import index_file, read_scalar
+from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
+from ckpt2pt.ckpt.shards import has_shards
+from ckpt2pt.errors import InputError
+from ckpt2pt.mapping.names import NameTable, Rules
+from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.plan.buckets import Buffer
+from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
+from ckpt2pt.plan.gpt import EMBEDDING, Argument, chunk_parameters
+from ckpt2pt.plan.layout import Parameter, bucket_numel, lay_out
+from ckpt2pt.plan.stage import ChunkMap, RankInput, plan_rank
+from ckpt2pt.pt.pickles import Call, Global, Value, namespace
+from ckpt2pt.ptmeta.arguments import Arguments, complete, integer, topology_of
+from ckpt2pt.ptmeta.describe import Description
+from ckpt2pt.ptmeta.files import RankFiles
+from ckpt2pt.ptmeta.rng import rng_state
+from ckpt2pt.ptmeta.schedule import param_groups, scheduler
+from ckpt2pt.tensors import TensorRef
+
+_SET_HERE = ("rank", "model_type", "iteration", "consumed_train_samples")
+_MODEL_TYPE = Call(Global("megatron.core.enums", "ModelType"), (1,))  # encoder_or_decoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What the caller knows besides the description: the cut of the MindSpore training and of the run to come."""
+
+    source: Path
+    data: int = 1
+    context: int = 1
+    target_data: int | None = None
+    noop: frozenset[int] = frozenset()
+    layers_per_stage: tuple[int, ...] | None = None
+    bucket_size: int | None = None
+    shard_info: Path | None = None
+    rules: Rules = Rules()  # noqa: RUF009 - frozen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Synthesized:
+    """Metadata of all ranks, what proves it and what was assumed."""
+
+    ranks: tuple[RankFiles, ...]
+    evidence: tuple[str, ...]
+    assumed: Mapping[str, object]
+
+
+def synthesize(said: Description, wanted: Wanted) -> Synthesized:
+    """Make the metadata of every rank, checked against the headers of the newest MindSpore checkpoint."""
+    data = wanted.target_data or wanted.data * wanted.context
+    cut = _topology(complete(said, data=data, vocabulary=None), wanted)
+    files = _files(wanted, cut)
+    vocabulary = _vocabulary(index_source(files[0, 0], cut.group(0, 0)), cut.tensor, wanted)
+    arguments = complete(said, data=data, vocabulary=vocabulary)
+    clock = _clock(files[0, 0], arguments)
+    ranks: list[RankFiles] = []
+    compared = 0
+    for tp, pp in cut.ranks():
+        chunks = {
+            vpp: chunk_parameters(arguments.values, cut, pp=pp, vpp=vpp, dtype=str(arguments.values["params_dtype"]))
+            for vpp in range(cut.virtual)
+        }
+        buffers = _buffers(chunks, arguments, pp, wanted.bucket_size)
+        compared += _check(files, chunks, buffers, cut, arguments, clock, (tp, pp), wanted.rules)
+        ranks.append(_rank(arguments, clock, chunks, buffers, tp, pp, wanted))
+    evidence = f"{compared} parameters of {len(ranks)} ranks have the names and shapes that the description gives"
+    return Synthesized(ranks=tuple(ranks), evidence=(evidence,), assumed=_assumed(said, arguments, wanted))
+
+
+def _topology(arguments: Arguments, wanted: Wanted) -> Topology:
+    return topology_of(
+        arguments.values,
+        data=wanted.data,
+        context=wanted.context,
+        noop=wanted.noop,
+        layers_per_stage=wanted.layers_per_stage,
+    )
+
+
+def _files(wanted: Wanted, cut: Topology) -> Mapping[tuple[int, int], SourceFile]:
+    """The newest checkpoint: a file for each rank, or its group's shards."""
+    sources = find_groups(
+        wanted.source,
+        cut,
+        find_sources(wanted.source, cut),
+        sharded=lambda path: has_shards(index_file(path)),
+        info=wanted.shard_info,
+    )
+    return sources[choose(sources, last_saved(wanted.source, cut))]
+
+
+def _vocabulary(index: Mapping[str, TensorRef], tensor: int, wanted: Wanted) -> int | None:
+    """The padded vocabulary: rows of the first stage's embedding on all tensor-parallel ranks."""
+    for name in NameTable(wanted.rules).to_mindspore(EMBEDDING, lambda layer: layer):
+        if name in index and index[name].shape:
+            return index[name].shape[0] * tensor
+    return None
+
+
+def _clock(file: SourceFile, arguments: Arguments) -> Clock:
+    index = index_file(file.path)
+    facts = {name: value for name in CLOCK_ENTRIES if name in index for value in [read_scalar(index[name])]}
+    numbers = {name: value for name, value in facts.items() if isinstance(value, int | float)}
+    batch = arguments.number("global_batch_size")
+    return read_clock(numbers, global_batch_size=batch, named=file.named, where=str(file.path))
+
+
+def _buffers(
+    chunks: Mapping[int, tuple[Parameter, ...]], arguments: Arguments, pp: int, size: int | None
+) -> tuple[tuple[Buffer, ...], ...]:
+    overlap = arguments.values["overlap_grad_reduce"] is True
+    divisor = arguments.number("data_parallel_size") * arguments.number("context_parallel_size")
+    return tuple(
+        lay_out(parameters, divisor=divisor, bucket_numel=bucket_numel(overlap=overlap, pp=pp, chunk=vpp, size=size))
+        for vpp, parameters in chunks.items()
+    )
+
+
+def _check(
+    files: Mapping[tuple[int, int], SourceFile],
+    chunks: Mapping[int, tuple[Parameter, ...]],
+    buffers: tuple[tuple[Buffer, ...], ...],
+    cut: Topology,
+    arguments: Arguments,
+    clock: Clock,
+    rank: tuple[int, int],
+    rules: Rules,
+) -> int:
+    """Plan a conversion of parameters with this metadata: it refuses what is missing, left over or of another shape."""
+    maps = [
+        ChunkMap(vpp=vpp, names=tuple(p.name for p in parameters), buffer=buffers[vpp][0])
+        for vpp, parameters in chunks.items()
+        if parameters
+    ]
+    file, first = files[rank], files[rank[0], 0]
+    tied = arguments.values["untie_embeddings_and_output_weights"] is False
+    found = RankInput(
+        tp=rank[0],
+        pp=rank[1],
+        source=str(file.path),
+        index=index_source(file, cut.group(*rank)),
+        clock=clock,
+        chunks=maps,
+        sizes={name: value for name, value in arguments.values.items() if isinstance(value, int)},
+        params_dtype=str(arguments.values["params_dtype"]),
+        tied=tied,
+        first_stage=index_source(first, cut.group(rank[0], 0)) if tied and rank[1] else None,
+    )
+    try:
+        plan = plan_rank(found, cut, NameTable(rules), full=False)
+    except InputError as error:
+        raise type(error)(
+            f"the description does not fit the checkpoint: {error.what}", where=error.where, mend=error.mend
+        ) from error
+    return sum(1 for _ in plan.weights)
+
+
+def _rank(
+    arguments: Arguments,
+    clock: Clock,
+    chunks: Mapping[int, tuple[Parameter, ...]],
+    buffers: tuple[tuple[Buffer, ...], ...],
+    tp: int,
+    pp: int,
+    wanted: Wanted,
+) -> RankFiles:
+    args = arguments.values
+    samples = clock.samples if clock.samples is not None else clock.iteration * arguments.number("global_batch_size")
+    state = scheduler(args, samples)
+    flat = [parameter for parameters in chunks.values() for parameter in parameters]
+    rng, storages = rng_state(integer(args, "seed"), tp=tp, pp=pp)
+    groups = param_groups(args, state, flat, step=clock.iteration)
+    tree: dict[str, Value] = {
+        "args": namespace(_namespace(arguments, clock, samples, tp, pp)),
+        "checkpoint_version": 3.0,
+        "iteration": clock.iteration,
+        "optimizer": {"optimizer": {"param_groups": groups}},
+        "opt_param_scheduler": dict(state.items()),
+        "rng_state": rng,
+        "num_floating_point_operations_so_far": 0.0,
+    }
+    key = "model{}" if len(chunks) > 1 else "model"
+    return RankFiles(
+        tp=tp,
+        pp=pp,
+        tree=tree,
+        storages=dict(storages),
+        buffers=buffers,
+        names=tuple(
+            tuple(f"{key.format(vpp)}.{parameter.name}" for parameter in reversed(parameters))
+            for vpp, parameters in chunks.items()
+        ),
+    )
+
+
+def _namespace(arguments: Arguments, clock: Clock, samples: int, tp: int, pp: int) -> dict[str, Value]:
+    data = arguments.number("data_parallel_size") * arguments.number("context_parallel_size")
+    values: dict[str, Argument | Value] = dict(arguments.values)
+    values |= {
+        "rank": pp * data * arguments.number("tensor_model_parallel_size") + tp,
+        "params_dtype": Global("torch", str(arguments.values["params_dtype"])),
+        "model_type": _MODEL_TYPE,
+        "iteration": clock.iteration,
+        "consumed_train_samples": samples,
+    }
+    return values  # type: ignore[return-value]  # lists of plain values are trees as well
+
+
+def _assumed(said: Description, arguments: Arguments, wanted: Wanted) -> dict[str, object]:
+    size = wanted.bucket_size or "40000000 elements"
+    overlap = arguments.values["overlap_grad_reduce"] is True
+    return {
+        "parameter order": "the built-in order of a legacy GPT model of Megatron-LM 0.6",
+        "buckets": f"end after {size}" if overlap else "one for each chunk (no --overlap-grad-reduce)",
+        "data x context parallel size": arguments.number("data_parallel_size")
+        * arguments.number("context_parallel_size"),
+        "optimizer.param_groups": "two groups, by the rules of Adam in Megatron-LM 0.6 and the arguments",
+        "opt_param_scheduler": "worked out from the arguments",
+        "rng_state": f"as at the start of a run with seed {arguments.values['seed']}; the MindSpore run's has no counterpart",
+        "num_floating_point_operations_so_far": 0.0,
+        "args at their default": {k: v for k, v in arguments.defaults.items() if k not in _SET_HERE},
+        "args worked out": dict(arguments.derived) | {"rank": "the first rank of each stage", "model_type": 1},
+        **({"args unknown to Megatron-LM 0.6, kept": dict(said.unknown)} if said.unknown else {}),
+    }

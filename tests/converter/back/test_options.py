@@ -1,0 +1,90 @@
+"""The command line of import: the reference's own, as the golden sets record it, and ours."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from ckpt2pt.back.options import add_import_options, import_request_of
+from ckpt2pt.cli import main
+from ckpt2pt.errors import UsageError
+from goldens import golden_sets
+
+FOLDER = next(folder for folder in golden_sets() if folder.name == "b_tp2pp2")
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_import_options(parser)
+    return parser.parse_args(["--megatron-path", "A", "--ms-path", "B", *words])
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_the_reference_command_line_does_the_same(full: bool, tmp_path: Path) -> None:
+    lines = [line for line in (FOLDER / "command.txt").read_text().splitlines() if "convert_pt2ckpt.py" in line]
+    (line,) = [line for line in lines if ("--convert-param-only" not in line) == full]
+    words = shlex.split(line.partition("convert_pt2ckpt.py")[2])
+    words = [re.sub(r".*/b_tp2pp2/A", str(FOLDER / "A"), word) for word in words]
+    words = [str(tmp_path / "ms") if re.search(r"/ms(_params)?$", word) else word for word in words]
+    assert main(["import", *words, "--progress", "none"]) == 0
+    expected = FOLDER / ("ms" if full else "ms_params")
+    for path in expected.glob("rank_*/*"):
+        assert (tmp_path / "ms" / path.relative_to(expected)).read_bytes() == path.read_bytes()
+
+
+def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        "import",
+        "--megatron-path",
+        str(FOLDER / "A"),
+        "--ms-path",
+        str(tmp_path),
+        "--multiprocess-off",
+        "--debug",
+    ]
+    assert main([*flags, "--progress", "none", "--output", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ranksConverted"] == 4
+    assert main([*flags, "--progress", "none"]) == 0
+    assert "MindSpore can load it" in capsys.readouterr().out
+
+
+def test_counts_of_layers_in_either_spelling() -> None:
+    assert import_request_of(parse("--stage-list", "2", "3")).layers_per_stage == (2, 3)
+    assert import_request_of(parse("--stage-list", "2,3")).layers_per_stage == (2, 3)
+    assert import_request_of(parse()).layers_per_stage is None
+
+
+def test_noop_layers_are_learnt_unless_given() -> None:
+    assert import_request_of(parse()).noop is None
+    assert import_request_of(parse("--noop")).noop == frozenset()
+    assert import_request_of(parse("--noop", "1", "2")).noop == frozenset({1, 2})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--parallel-init-order", "tp-dp-pp"],
+        ["--file-prefix", "a/b"],
+        ["--file-prefix", ".hidden"],
+        ["--process-limit", "0"],
+        ["--process_timeout", "-1"],
+    ],
+)
+def test_wrong_usage(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=words[0]):
+        import_request_of(parse(*words))
+
+
+def test_all_flags_of_the_reference_are_known() -> None:
+    text = (
+        "--param-map-path P --pp-size 1 --tp-size 1 --dp-size 1 --cp-size 1 --parallel-init-order tp-cp-ep-dp-pp --vpp-size 1 "
+        "--stage-list 1 --num-layers 1 --generate-all-dp-cp --convert-param-only --file-prefix network --format ckpt "
+        "--dist-opt-content param exp_avg exp_avg_sq --debug --multiprocess-off --process-limit 4 --process_timeout 3600"
+    )
+    request = import_request_of(parse(*text.split()))
+    assert (request.copies, request.full, request.pace.timeout, request.maps) == (True, False, 3600.0, Path("P"))
