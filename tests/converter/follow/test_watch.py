@@ -159,6 +159,7 @@ def test_without_flags_it_says_which_is_missing(capsys: pytest.CaptureFixture[st
     assert "--num-layers is missing" in capsys.readouterr().err
 
 
+@pytest.mark.timeout(300)
 def test_a_running_watch_hears_of_new_checkpoints_and_ends_with_a_signal(training: Training) -> None:
     words = [sys.executable, "-m", "ckpt2pt", "watch", "--interval", "0.1", *training.flags(), "--output", "json"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -166,10 +167,10 @@ def test_a_running_watch_hears_of_new_checkpoints_and_ends_with_a_signal(trainin
         for iteration in (10, 20):
             training.save(iteration)
             tracker = training.target / TRACKER
-            wait_for(lambda path=tracker, text=str(iteration): path.exists() and path.read_text() == text, 60)  # type: ignore[misc]
+            wait_for(lambda path=tracker, text=str(iteration): path.exists() and path.read_text() == text, 100)  # type: ignore[misc]
     finally:
         process.terminate()
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
     decoder, found, text = json.JSONDecoder(), list[int](), out.strip()
     while text:

@@ -206,7 +206,7 @@ def test_a_message_that_cannot_be_written_changes_nothing(flags: list[str], tmp_
 
 
 def test_sigterm_before_and_in_the_middle(flags: list[str], log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stopped(*args: Any) -> None:
+    def stopped(*args: Any, **_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         next(arg for arg in args if isinstance(arg, Stop)).check()
 
