@@ -19,6 +19,9 @@ from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.views import child, number, text
 
 _TIMEOUT = 30
+_MAX_LINE = 8 << 20
+"""Bytes of one event of a watch: an object may have 1.5 MB, and twice that in JSON."""
+_MAX_PAUSE = 300.0
 _MERGE_PATCH = "application/merge-patch+json"
 _WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
@@ -142,8 +145,8 @@ class Api:
         try:
             if stream.status >= 400:
                 raise _error(stream.status, await stream.read(), stream.headers, f"watch {resource[1]}")
-            async for line in stream.content:
-                yield cast("Json", json.loads(line))
+            async for line in _lines(stream.content):
+                yield _object(line)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=f"watch {resource[1]}") from error
         finally:
@@ -172,7 +175,11 @@ class Api:
             raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=what) from error
         if response.status >= 400:
             raise _error(response.status, data, response.headers, what)
-        return cast("Json", json.loads(data)) if data else {}
+        try:
+            return _object(data) if data else {}
+        except ValueError as error:
+            # Something between here and there answered in its place.
+            raise ApiError(0, "NotJson", str(error), what=what) from error
 
     async def _send(
         self,
@@ -216,12 +223,36 @@ class Api:
             self._metrics.api_requests.labels(verb, kind or "version", code).inc()
 
 
+async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """Lines of any length up to ``_MAX_LINE``: aiohttp's own end at 128 KiB, and a large object would end every watch."""
+    rest = bytearray()
+    async for data in content.iter_any():
+        *lines, last = data.split(b"\n")
+        for line in lines:
+            rest += line
+            if rest:
+                yield bytes(rest)
+            rest.clear()
+        rest += last
+        if len(rest) > _MAX_LINE:
+            raise ValueError(f"a line of more than {_MAX_LINE} bytes")
+    if rest:
+        raise ValueError("the last line is not whole")
+
+
+def _object(data: bytes) -> Json:
+    found: object = json.loads(data)
+    if not isinstance(found, dict):
+        raise ValueError("not a JSON object")
+    return cast("Json", found)
+
+
 def _error(code: int, data: bytes, headers: Mapping[str, str], what: str) -> ApiError:
     try:
-        status = cast("Json", json.loads(data))
+        status = _object(data)
     except ValueError:
         status = {"message": data[:512].decode("utf-8", "replace")}
     told = number(child(status, "details"), "retryAfterSeconds")
     after = headers.get("Retry-After", "")
     pause = float(after) if after.isdecimal() else float(told)
-    return ApiError(code, text(status, "reason"), text(status, "message"), pause=pause, what=what)
+    return ApiError(code, text(status, "reason"), text(status, "message"), pause=min(pause, _MAX_PAUSE), what=what)

@@ -35,6 +35,7 @@ class Informer:
         self._query = {"labelSelector": selector} if selector else dict[str, str]()
         self.synced = asyncio.Event()
         self.heard = time.monotonic()
+        self._failures = 0
 
     def put(self, raw: Json) -> str:
         """It is there, and this is how; returns its uid."""
@@ -50,17 +51,14 @@ class Informer:
 
     async def run(self) -> None:
         """List and watch; ends only when it is cancelled."""
-        failures = 0
         while True:
             try:
-                version = await self._list()
-                failures = 0
-                await self._follow(version)
+                await self._follow(await self._list())
             except ApiError as error:
-                if error.code == _GONE:
+                self._failures += 1
+                if error.code == _GONE and self._failures == 1:
                     continue
-                failures += 1
-                pause = max(min(0.5 * 2.0 ** min(failures, 6), 30.0) * random.uniform(0.8, 1.2), error.pause)
+                pause = max(min(0.5 * 2.0 ** min(self._failures, 6), 30.0) * random.uniform(0.8, 1.2), error.pause)
                 log.warning(
                     "%s cannot be watched; again in %.1f s", self._resource[1], pause, extra={"error": str(error)}
                 )
@@ -93,6 +91,7 @@ class Informer:
             async for event in self._api.watch(self._resource, self.namespace, **query):
                 self._hear()
                 version = self._take(text(event, "type"), child(event, "object")) or version
+                self._failures = 0  # a list alone does not show that a watch works
 
     def _take(self, kind: str, raw: Json) -> str:
         if kind == "ERROR":

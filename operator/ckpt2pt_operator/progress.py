@@ -16,11 +16,13 @@ from ckpt2pt_operator.rules.views import Pod, Report, report_of
 
 _SECONDS = 2.0
 _AT_ONCE = 32
+_SECONDS_FOR_ALL = 4.0
+"""For one conversion: a thousand workers that cannot be reached must not hold up the others."""
 _MAX_BYTES = 4096
 
 
 class Progress:
-    """``latest`` gives what each running worker told last."""
+    """``ask`` gives what running workers tell now."""
 
     def __init__(self) -> None:
         self._session: aiohttp.ClientSession | None = None
@@ -29,8 +31,15 @@ class Progress:
     async def ask(self, pods: Sequence[Pod]) -> dict[str, Report]:
         """The answers of those that answered, by pod uid."""
         running = [pod for pod in pods if pod.running and pod.ip]
-        answers = await asyncio.gather(*(self._one(pod) for pod in running))
-        return {pod.uid: answer for pod, answer in zip(running, answers, strict=True) if answer is not None}
+        if not running:
+            return {}
+        asked = {asyncio.create_task(self._one(pod)): pod.uid for pod in running}
+        try:
+            done, _ = await asyncio.wait(asked, timeout=_SECONDS_FOR_ALL)
+        finally:
+            for task in asked:
+                task.cancel()
+        return {asked[task]: answer for task in done if (answer := task.result()) is not None}
 
     async def _one(self, pod: Pod) -> Report | None:
         if self._session is None:

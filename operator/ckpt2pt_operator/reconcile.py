@@ -72,7 +72,7 @@ class Reconciler:
         self._check_volumes = check_volumes
         self._trainings = trainings
         self._progress, self._recorder = Progress(), Recorder(api)
-        self._written_at: dict[str, float] = {}
+        self._written_at: dict[Key, float] = {}
 
     async def close(self) -> None:
         """Close what is open."""
@@ -82,6 +82,7 @@ class Reconciler:
         """Do what is due for one conversion; returns in how many seconds it wants to be looked at again."""
         raw = self._store.conversions.get(key)
         if raw is None or "deletionTimestamp" in child(raw, "metadata"):
+            self._written_at.pop(key, None)
             return None  # its Jobs and pods are collected by the API server
         seen = await self._look(raw)
         decided = plan(seen, self._house)
@@ -164,7 +165,8 @@ class Reconciler:
 
     async def _live(self, pods: Sequence[Pod]) -> dict[str, Report]:
         answers = await self._progress.ask(pods)
-        self._store.live.update(answers)
+        there = {pod.uid for owner in {pod.owner for pod in pods} for pod in self._store.pods(owner)}
+        self._store.live.update({uid: answer for uid, answer in answers.items() if uid in there})
         return {pod.uid: self._store.live[pod.uid] for pod in pods if pod.uid in self._store.live}
 
     async def _warnings(self, namespace: str, uids: tuple[str, ...]) -> dict[str, str]:
@@ -193,11 +195,11 @@ class Reconciler:
     async def _write(self, raw: Json, status: Json) -> Json:
         """Write the status if it says something new; returns the object as it is then."""
         before = child(raw, "status")
-        uid = text(child(raw, "metadata"), "uid")
-        if before == status or (steady(before) == steady(status) and not self._progress_is_due(uid)):
+        key = key_of(raw)
+        if before == status or (steady(before) == steady(status) and not self._progress_is_due(key)):
             self._metrics.status_writes_suppressed.inc()
             return raw
-        namespace, name = key_of(raw)
+        namespace, name = key
         # The whole object goes back as it came: what this version of the schema does not know has to stay.
         try:
             written = await self._api.put_status(CONVERSIONS, namespace, name, {**raw, "status": status})
@@ -206,7 +208,7 @@ class Reconciler:
                 self._store.drop_conversion(raw)
                 return raw
             raise
-        self._written_at[uid] = time.monotonic()
+        self._written_at[key] = time.monotonic()
         self._metrics.status_writes.inc()
         self._store.put_conversion(written)
         self._count(before, status)
@@ -214,8 +216,8 @@ class Reconciler:
             await self._recorder.write(raw, note)
         return written
 
-    def _progress_is_due(self, uid: str) -> bool:
-        return time.monotonic() - self._written_at.get(uid, 0.0) >= self._progress_interval()
+    def _progress_is_due(self, key: Key) -> bool:
+        return time.monotonic() - self._written_at.get(key, float("-inf")) >= self._progress_interval()
 
     def _count(self, before: Json, after: Json) -> None:
         if after.get("phase") in TERMINAL and before.get("phase") not in TERMINAL:

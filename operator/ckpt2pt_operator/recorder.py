@@ -66,6 +66,7 @@ class Recorder:
             }  # fmt: skip
             written = await self._api.create_object(EVENTS, namespace, body)
         except ApiError as error:
+            self._written.pop((uid, note.reason, note.message), None)  # it may be the event that is gone
             log.warning("an event could not be written", extra={"error": str(error)})
             return
         if len(self._written) >= _MOST:
