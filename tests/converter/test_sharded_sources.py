@@ -214,7 +214,7 @@ def add(made: Handmade, *tensors: Tensor) -> None:
 
 
 SCALARS = [Tensor(name, "float32", (), bytes(4)) for name in ("beta1_power", "beta2_power", "learning_rate")]
-MODES: dict[str, tuple[Callable[[Handmade], None], bool]] = {
+MODES: dict[str, tuple[Callable[[Handmade], object], bool]] = {
     "B-named-main-copies": (lambda made: None, True),
     "C-adam": (lambda m: (renamed(m, {"exp_avg.": "moment1.", "exp_avg_sq.": "moment2."}), add(m, *SCALARS))[1], True),
     "D-zero": (lambda m: renamed(m, {"exp_avg.": "adam_m.", "exp_avg_sq.": "adam_v."}), True),

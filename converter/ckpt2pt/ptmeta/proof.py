@@ -81,7 +81,7 @@ def _check_slice(
         rounded = main
         if cast is not None:
             rounded = np.empty(numel * width, np.uint8)
-            cast(memoryview(main), memoryview(rounded))
+            cast(main.data, rounded.data)
         found = read(weight, first * width, numel * width)
         if not np.array_equal(rounded, found) and not _same_but_nan(rounded, found, main, width):
             raise FormatError(

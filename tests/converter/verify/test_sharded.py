@@ -49,10 +49,10 @@ def test_a_description_that_does_not_add_up_is_refused(text: str, tmp_path: Path
 
 def test_a_joining_that_swaps_two_ranks_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer's joining is broken on purpose; the proof must not share the mistake."""
-    from ckpt2pt.ckpt import ranks
+    from ckpt2pt.ckpt import ranks, shards
 
     made = made_in(tmp_path)
-    right = ranks.join_shards
+    right = shards.join_shards
     with monkeypatch.context() as patch:
         patch.setattr(ranks, "join_shards", lambda paths, info: right((paths[1], paths[0], *paths[2:]), info))
         run(made.request(tmp_path, verify="digest"), [0], Quiet())
