@@ -62,17 +62,18 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     Every file is indexed to learn its step; the indexes of ``keep`` stay in the result.
     """
     require(request.metadata, source=request.source, target=request.target)
+    files = find_sources(request.source, request.topology, wanted_format=request.source_format)
+    headers = _Headers({ranks[rank].path for ranks in files.values() for rank in keep})
     found = find_groups(
         request.source,
         request.topology,
-        find_sources(request.source, request.topology, wanted_format=request.source_format),
-        sharded=lambda path: has_shards(index_file(path)),
+        files,
+        sharded=headers.has_shards,
         info=request.shard_info,
         wanted_format=request.source_format,
     )
     first = next(iter(request.topology.ranks()))
     batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size
-    headers = _Headers({files[rank].path for files in found.values() for rank in keep})
     if request.iteration is None:
         when = _given(request, found) or choose(found, last_saved(request.source, request.topology))
         clock = _clock(found[when][first], batch, headers)
@@ -154,6 +155,7 @@ class _Headers:
     def __init__(self, keep: Collection[Path]) -> None:
         self._keep = keep
         self._facts: dict[Path, dict[str, float]] = {}
+        self._sharded: set[Path] = set()
         self.indexes: dict[Path, Index] = {}
 
     def facts(self, path: Path) -> dict[str, float]:
@@ -161,9 +163,16 @@ class _Headers:
         if path not in self._facts:
             index = index_file(path)
             self._facts[path] = facts_of(index)
+            if has_shards(index):
+                self._sharded.add(path)
             if path in self._keep:
                 self.indexes[path] = index
         return self._facts[path]
+
+    def has_shards(self, path: Path) -> bool:
+        """Whether a file holds data-parallel shards."""
+        self.facts(path)
+        return path in self._sharded
 
 
 def facts_of(index: Index) -> dict[str, float]:

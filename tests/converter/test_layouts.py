@@ -211,8 +211,6 @@ REFUSED: dict[str, tuple[Any, type[Ckpt2ptError], str]] = {
     ),
     "int8": (lambda m: change(m, FIRST_NORM, dtype="int8", data=bytes(5)), InputError, "is of type int8"),
     "float64": (lambda m: change(m, FIRST_NORM, dtype="float64", data=bytes(40)), InputError, "is of type float64"),
-    "shards": (lambda m: add(m, "buffer_0_bucket_0"), InputError, "1 data-parallel shards"),
-    "shards-of-a-moment": (lambda m: add(m, "exp_avg.buffer_0_bucket_0"), InputError, "data-parallel shards"),
 }
 
 
@@ -225,6 +223,16 @@ def test_a_source_that_does_not_fit_is_refused_before_anything_is_written(case: 
         made.convert(tmp_path)
     assert "rank_0" in caught.value.where
     assert caught.value.exit_code == 65
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["buffer_0_bucket_0", "exp_avg.buffer_0_bucket_0"])
+def test_a_stage_of_shards_beside_one_of_parameters_is_refused(name: str, tmp_path: Path) -> None:
+    made = Handmade(topology=topology(pipeline=2))
+    made.entries[0, 1][name] = Tensor(name, "float32", (5,), bytes(20))
+    with pytest.raises(InputError, match="1 data-parallel shards") as caught:
+        made.convert(tmp_path)
+    assert "rank_1" in caught.value.where
     assert not (tmp_path / "out").exists()
 
 

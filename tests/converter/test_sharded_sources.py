@@ -214,17 +214,25 @@ def add(made: Handmade, *tensors: Tensor) -> None:
 
 
 SCALARS = [Tensor(name, "float32", (), bytes(4)) for name in ("beta1_power", "beta2_power", "learning_rate")]
-MODES: dict[str, tuple[Callable[[Handmade], object], bool]] = {
-    "B-named-main-copies": (lambda made: None, True),
-    "C-adam": (lambda m: (renamed(m, {"exp_avg.": "moment1.", "exp_avg_sq.": "moment2."}), add(m, *SCALARS))[1], True),
-    "D-zero": (lambda m: renamed(m, {"exp_avg.": "adam_m.", "exp_avg_sq.": "adam_v."}), True),
-    "E-no-optimizer": (
-        lambda m: (
-            [entries.pop(n) for entries in m.entries.values() for n in list(entries) if n.startswith("exp_avg")],
-            add(m, Tensor("set_hidden_states", "float32", (2, 2), bytes(16))),
-        )[1],
-        False,
-    ),
+
+
+def adam(made: Handmade) -> None:
+    renamed(made, {"exp_avg.": "moment1.", "exp_avg_sq.": "moment2."})
+    add(made, *SCALARS)
+
+
+def without_optimizer(made: Handmade) -> None:
+    for entries in made.entries.values():
+        for name in [name for name in entries if name.startswith("exp_avg")]:
+            del entries[name]
+    add(made, Tensor("set_hidden_states", "float32", (2, 2), bytes(16)))
+
+
+MODES: dict[str, tuple[Callable[[Handmade], None], bool]] = {
+    "B-named-main-copies": (lambda _: None, True),
+    "C-adam": (adam, True),
+    "D-zero": (lambda made: renamed(made, {"exp_avg.": "adam_m.", "exp_avg_sq.": "adam_v."}), True),
+    "E-no-optimizer": (without_optimizer, False),
 }
 
 

@@ -30,4 +30,4 @@ def load(path: str) -> dict[str, list[object]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([load(path) for path in sys.argv[1:]]))
+    sys.stdout.write(json.dumps([load(path) for path in sys.argv[1:]]) + "\n")
