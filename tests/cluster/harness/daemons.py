@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +38,20 @@ class Daemon:
         """Start it in a session of its own; one that runs is left alone."""
         if self.pid is not None:
             return
-        with self.log.open("ab") as log:
-            process = subprocess.Popen(
-                self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=self.folder
-            )
-        self._pid_file.write_text(json.dumps({"pid": process.pid, "began": _began(process.pid)}))
+        output = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        # Not subprocess.Popen, which complains when it is forgotten while the process runs.
+        pid = os.posix_spawnp(
+            self.command[0],
+            self.command,
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, str(self.log), output, 0o644),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+            setsid=True,
+        )
+        self._pid_file.write_text(json.dumps({"pid": pid, "began": _began(pid)}))
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal: SIGKILL kills, SIGSTOP pauses, SIGCONT goes on."""
