@@ -290,11 +290,14 @@ def _join_map(path: str, name: str, slices: Sequence[_Entry]) -> dict[str, Tenso
 
 def _join(path: str, name: str, slices: Sequence[_Entry]) -> TensorRef:
     """The tensor that adjacent entries make up."""
-    dtype, dims, _, nbytes = slices[0].tensors[0]
-    parts = [entry.tensors[0] for entry in slices]
-    extents = tuple([Extent(path, part.offset, part.nbytes) for part in parts if part.nbytes])
-    if len(slices) > 1:
+    dtype, dims, offset, nbytes = slices[0].tensors[0]
+    extents: tuple[Extent, ...]
+    if len(slices) == 1:
+        extents = (Extent(path, offset, nbytes),) if nbytes else ()
+    else:
         _check_alike(path, name, slices)
+        parts = [entry.tensors[0] for entry in slices]
+        extents = tuple([Extent(path, part.offset, part.nbytes) for part in parts if part.nbytes])
         nbytes = sum(part.nbytes for part in parts)
     width = DTYPE_BYTES.get(dtype)
     if dtype == "str":

@@ -70,14 +70,19 @@ class _Writer:
         self.made: list[Call] = []
 
     def save(self, value: Value) -> None:
-        save = _SAVERS.get(type(value))
-        if save is None:
-            raise TypeError(f"{type(value).__name__} is no node of a tree")
-        index = self.memo.get(value if isinstance(value, Global) else id(value))
-        if index is None:
-            save(self, value)
-        else:
+        kind = type(value)
+        plain = _PLAIN.get(kind)
+        if plain is not None:
+            plain(self, value)
+            return
+        index = self.memo.get(value if kind is Global else id(value))
+        if index is not None:
             self.out += b"h%c" % index if index < 256 else b"j" + index.to_bytes(4, "little")
+            return
+        save = _SAVERS.get(kind)
+        if save is None:
+            raise TypeError(f"{kind.__name__} is no node of a tree")
+        save(self, value)
 
     def keep(self, key: object) -> None:
         index = self.memo[key] = len(self.memo)
@@ -166,12 +171,14 @@ class _Writer:
             self.out += one if alone else many
 
 
-# By exact type: a subclass, such as numpy's float64, would lose what it is.
-_SAVERS: Final[dict[type, Callable[[_Writer, Any], None]]] = {
+# By exact type: a subclass, such as numpy's float64, would lose what it is.  Plain values are written each time.
+_PLAIN: Final[dict[type, Callable[[_Writer, Any], None]]] = {
     type(None): _Writer.save_constant,
     bool: _Writer.save_constant,
     int: _Writer.save_int,
     float: _Writer.save_float,
+}
+_SAVERS: Final[dict[type, Callable[[_Writer, Any], None]]] = {
     str: _Writer.save_str,
     bytes: _Writer.save_bytes,
     tuple: _Writer.save_tuple,

@@ -65,5 +65,5 @@ def test_a_refused_document_keeps_what_is_recorded() -> None:
     before = status_document(parse(conversion()), Standing(records=(*DONE[:1], *RUNNING[1:])), before={}, generation=1, now=START)  # fmt: skip
     found = refused_document("wrong " * 1000, before=before, generation=2, now=START)
     check_status(found)
-    assert [item["state"] for item in found["stageStatuses"]] == ["Succeeded"] + ["Pending"] * 3  # type: ignore[attr-defined]
+    assert [item["state"] for item in found["stageStatuses"]] == ["Succeeded"] + ["Pending"] * 3
     assert told(found, "Accepted") == ("False", "InvalidSpec")  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ def a_pod(**more: object) -> Pod:
 
 
 def test_records_are_those_of_the_status_and_what_is_odd_is_pending() -> None:
-    status = {"stageStatuses": [{"stage": 1, "state": "Succeeded", "bytes": 3}, {"stage": 9, "state": "Failed"}, {"stage": 0, "state": "Odd"}]}  # fmt: skip
+    status: Json = {"stageStatuses": [{"stage": 1, "state": "Succeeded", "bytes": 3}, {"stage": 9, "state": "Failed"}, {"stage": 0, "state": "Odd"}]}  # fmt: skip
     assert recorded(status, 2) == {0: StageRecord(stage=0), 1: StageRecord(stage=1, state="Succeeded", done=3)}
 
 
