@@ -34,6 +34,7 @@ class Life(RuleBasedStateMachine):
         self.really_done: set[int] = set()
         self.tokens = 0
         self.ended = ""
+        self.token: object = ""
         self.retried = False
 
     # ------------------------------------------------------------------------------------------------- the operator

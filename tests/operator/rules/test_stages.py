@@ -7,7 +7,7 @@ from datetime import timedelta
 
 import pytest
 
-from ckpt2pt.conversion.spec import parse
+from ckpt2pt.conversion.spec import Json, parse
 from ckpt2pt.conversion.status import StageRecord
 from ckpt2pt_operator.rules.stages import cause, observed, pod_obstacle, recorded, setback
 from ckpt2pt_operator.rules.views import Pod, Report, job_view, pod_view
