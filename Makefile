@@ -31,9 +31,6 @@ $(READY): pyproject.toml $(LOCK)/bootstrap.txt $(LOCK)/dev.txt
 
 mindspore: $(MINDSPORE) ## real mindspore, for the tests of the hook, in .venv-mindspore
 
-.PHONY: mindspore-env
-mindspore-env: mindspore
-
 $(MINDSPORE): $(READY) $(LOCK)/mindspore.txt
 	@test -x .venv-mindspore/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-mindspore
 	$(BIN)/uv pip sync --quiet --python .venv-mindspore/bin/python --require-hashes $(LOCK)/mindspore.txt

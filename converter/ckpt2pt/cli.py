@@ -61,6 +61,25 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=command)
         return sub
 
+    _add_road_there(add)
+    _add_proof(add)
+    _add_road_back(add)
+    document = add("run", "carry out a CheckpointConversion document on this machine", _run)
+    add_document_options(document)
+    add_progress_option(document)
+    add_output_options(document)
+    add_submit_options(
+        add("submit", "make a CheckpointConversion on the cluster, exactly once", _on_the_cluster("submit"))
+    )
+    return parser
+
+
+Add = Callable[[str, str, Command], argparse.ArgumentParser]
+"""Make a command of a name, a summary and what it does."""
+
+
+def _add_road_there(add: Add) -> None:
+    """MindSpore -> Megatron."""
     convert = add("convert", "convert a MindSpore checkpoint into a Megatron one", _convert)
     add_conversion_options(convert)
     add_run_options(convert)
@@ -82,6 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_run_options(watch)
     add_output_options(watch)
 
+
+def _add_proof(add: Add) -> None:
+    """What there is, and whether it is right."""
     inspect = add("inspect", "show what a checkpoint holds: .ckpt, .safetensors, .pt or a whole directory", _inspect)
     add_inspect_options(inspect)
     add_output_options(inspect)
@@ -91,6 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_conversion_options(verify, required=False)
     add_output_options(verify)
 
+
+def _add_road_back(add: Add) -> None:
+    """Megatron -> MindSpore, and what a conversion needs besides the checkpoint."""
     back = add("import", "import a Megatron checkpoint into MindSpore, with its pt_meta", _import)
     add_import_options(back)
     add_progress_option(back)
@@ -104,16 +129,6 @@ def build_parser() -> argparse.ArgumentParser:
     meta = add("pt-meta", "make pt_meta from a Megatron checkpoint, or from a description of the run", _pt_meta)
     add_pt_meta_options(meta)
     add_output_options(meta)
-
-    document = add("run", "carry out a CheckpointConversion document on this machine", _run)
-    add_document_options(document)
-    add_progress_option(document)
-    add_output_options(document)
-
-    add_submit_options(
-        add("submit", "make a CheckpointConversion on the cluster, exactly once", _on_the_cluster("submit"))
-    )
-    return parser
 
 
 def build_kubectl_parser() -> argparse.ArgumentParser:
@@ -260,8 +275,8 @@ def _show(document: object, text: str, options: argparse.Namespace) -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.progress import reporter  # noqa: PLC0415
     from ckpt2pt.run import run  # noqa: PLC0415
+    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
     account: Account = options.account
     request = request_of(options)
@@ -287,8 +302,8 @@ def _wait(request: Request, options: argparse.Namespace) -> None:
 def _watch(options: argparse.Namespace) -> int:
     from ckpt2pt.follow.watch import Following, watch  # noqa: PLC0415
     from ckpt2pt.options import request_of  # noqa: PLC0415
-    from ckpt2pt.progress import reporter  # noqa: PLC0415
     from ckpt2pt.run import Outcome  # noqa: PLC0415
+    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
     wanted = options
     if options.filename:
@@ -320,9 +335,9 @@ def _served(account: Account, port: int) -> AbstractContextManager[int]:
 
 def _plan(options: argparse.Namespace) -> int:
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.preview import preview, render  # noqa: PLC0415
     from ckpt2pt.publish import check_space  # noqa: PLC0415
     from ckpt2pt.run import target_of  # noqa: PLC0415
+    from ckpt2pt.show.preview import preview, render  # noqa: PLC0415
     from ckpt2pt.survey import prepare_all, survey  # noqa: PLC0415
 
     account: Account = options.account
@@ -342,7 +357,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ckpt2pt.show import inspect, render  # noqa: PLC0415
+    from ckpt2pt.show.checkpoint import inspect, render  # noqa: PLC0415
 
     document = inspect(options.path, details=options.details)
     _show(document, render(document), options)
@@ -380,7 +395,7 @@ def _compare(options: argparse.Namespace) -> int:
 def _combine(options: argparse.Namespace) -> int:
     from ckpt2pt.combine.flags import combination_of  # noqa: PLC0415
     from ckpt2pt.combine.merge import combine  # noqa: PLC0415
-    from ckpt2pt.progress import reporter  # noqa: PLC0415
+    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
     outcome = combine(combination_of(options), reporter(options.progress))
     _show(outcome.document(), outcome.sentence(), options)
@@ -390,7 +405,7 @@ def _combine(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from ckpt2pt.back.options import import_request_of  # noqa: PLC0415
     from ckpt2pt.back.run import run_back  # noqa: PLC0415
-    from ckpt2pt.progress import reporter  # noqa: PLC0415
+    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
     if options.debug:
         log.setLevel(logging.DEBUG)

@@ -66,6 +66,8 @@ def _waiting(watcher: Watcher, request: Request, how: Following, memory: _Memory
     try:
         steps = [when for when in watcher.steps() if when not in memory.done]
         whole = [when for when in steps if watcher.look(when).ready]
+    except InterruptedRunError:
+        raise
     except Ckpt2ptError as error:
         _note(error, (-1, -1), how, memory)
         return []

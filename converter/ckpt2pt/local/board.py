@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import StageRecord
-from ckpt2pt.progress import INTERVAL_SECONDS
+from ckpt2pt.show.progress import INTERVAL_SECONDS
 from ckpt2pt.text import size
 
 if TYPE_CHECKING:

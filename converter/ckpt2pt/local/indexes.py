@@ -29,8 +29,8 @@ from typing import Protocol, cast
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import REASONS, Ending, StageRecord, State
-from ckpt2pt.progress import INTERVAL_VARIABLE
 from ckpt2pt.publish import read_json
+from ckpt2pt.show.progress import INTERVAL_VARIABLE
 
 GRACE_SECONDS = 30.0
 RETRY_SECONDS, MAX_RETRY_SECONDS = 1.0, 30.0

@@ -26,7 +26,7 @@ from ckpt2pt.conversion.status import WORST_FIRST, Ending, status_of_run
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.local.board import board
 from ckpt2pt.local.indexes import Index, LocalJob
-from ckpt2pt.preview import render as render_plan
+from ckpt2pt.show.preview import render as render_plan
 from ckpt2pt.text import size, table
 
 log = logging.getLogger("ckpt2pt")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.progress import Silence
 from ckpt2pt.run import run
+from ckpt2pt.show.progress import Silence
 from ckpt2pt.worker.account import Account, Both
 from handmade import Handmade
 

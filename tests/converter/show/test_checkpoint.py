@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ckpt2pt.errors import FormatError, InputError, MissingInputError, UsageError
-from ckpt2pt.show import inspect, render
+from ckpt2pt.show.checkpoint import inspect, render
 from ckptfiles import Tensor, chunk, ckpt, number, safe, some_tensors, value
 from conversions import request_for
 from results import convert

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt import progress
-from ckpt2pt.progress import Bars, Lines, Silence, reporter
+from ckpt2pt.show import progress
+from ckpt2pt.show.progress import Bars, Lines, Silence, reporter
 
 TOTALS = {(0, 0): 60, (1, 0): 40, (0, 1): 100}
 

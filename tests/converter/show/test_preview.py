@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.preview import preview, render
 from ckpt2pt.request import Request
 from ckpt2pt.run import run, target_of
+from ckpt2pt.show.preview import preview, render
 from ckpt2pt.survey import prepare_all, survey
 from conversions import Quiet
 from handmade import Handmade
