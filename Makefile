@@ -32,7 +32,7 @@ $(READY): pyproject.toml $(LOCK)/bootstrap.txt $(LOCK)/dev.txt
 mindspore: $(MINDSPORE) ## real mindspore, for the tests of the hook, in .venv-mindspore
 
 .PHONY: mindspore-env
-mindspore-env: mindspore
+mindspore-env: mindspore ## the same, under its other name
 
 $(MINDSPORE): $(READY) $(LOCK)/mindspore.txt
 	@test -x .venv-mindspore/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-mindspore

@@ -91,19 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_conversion_options(verify, required=False)
     add_output_options(verify)
 
-    back = add("import", "import a Megatron checkpoint into MindSpore, with its pt_meta", _import)
-    add_import_options(back)
-    add_progress_option(back)
-    add_output_options(back)
-
-    merge = add("combine", "merge data-parallel shards into .ckpt or .safetensors files", _combine)
-    add_combine_options(merge)
-    add_progress_option(merge)
-    add_output_options(merge)
-
-    meta = add("pt-meta", "make pt_meta from a Megatron checkpoint, or from a description of the run", _pt_meta)
-    add_pt_meta_options(meta)
-    add_output_options(meta)
+    _add_other_directions(add)
 
     document = add("run", "carry out a CheckpointConversion document on this machine", _run)
     add_document_options(document)
@@ -148,6 +136,23 @@ def _on_the_cluster(name: str) -> Command:
         return found[name](options, print)
 
     return command
+
+
+def _add_other_directions(add: Callable[[str, str, Command], argparse.ArgumentParser]) -> None:
+    """What makes MindSpore files, or the metadata that convert needs."""
+    back = add("import", "import a Megatron checkpoint into MindSpore, with its pt_meta", _import)
+    add_import_options(back)
+    add_progress_option(back)
+    add_output_options(back)
+
+    merge = add("combine", "merge data-parallel shards into .ckpt or .safetensors files", _combine)
+    add_combine_options(merge)
+    add_progress_option(merge)
+    add_output_options(merge)
+
+    meta = add("pt-meta", "make pt_meta from a Megatron checkpoint, or from a description of the run", _pt_meta)
+    add_pt_meta_options(meta)
+    add_output_options(meta)
 
 
 def _front_door() -> _Parser:
