@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ from harness.machine import ClusterError, require_node, wait_until
 from harness.network import APISERVER_PORT, SERVICE_ADDRESS, Network
 from harness.node import NAME, Node
 
-LEFT_RUNNING, OF_THE_SUITE = 0, 1
-"""Cluster 0 is that of ``make cluster``; cluster 1 is the test suite's own, started and stopped by it."""
+LEFT_RUNNING, OF_THE_SUITE = int(os.environ.get("CKPT2PT_CLUSTER_INDEX", "0")), 1
+"""Cluster 0 is that of ``make cluster``, another one for each checkout that wants its own; cluster 1 is the test suite's,
+started and stopped by it."""
 
 
 @dataclass(frozen=True)
