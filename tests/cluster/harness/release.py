@@ -126,7 +126,7 @@ class Release:
         def is_back() -> bool:
             [again] = self.pods()
             status = again["status"]["containerStatuses"][0]
-            return status["restartCount"] > restarts and status["ready"]
+            return bool(status["restartCount"] > restarts and status["ready"])
 
         wait_until("the operator to be back", is_back, seconds=120)
 
