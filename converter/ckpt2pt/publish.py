@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import Ckpt2ptError, FileAccessError, NoSpaceError, TryAgainError, UsageError
+from ckpt2pt.mapping.topology import Rank
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = ".ckpt2pt"
 PARTIAL = ".partial"
 Json = dict[str, object]
-Rank = tuple[int, int]
-"""(tp, pp)"""
 
 
 def host() -> str:

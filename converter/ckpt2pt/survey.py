@@ -18,6 +18,7 @@ from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sourc
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
 from ckpt2pt.mapping.names import NameTable, is_tied_head
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta, require
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
@@ -25,8 +26,6 @@ from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.request import Request, digest
 from ckpt2pt.tensors import TensorRef
 
-Rank = tuple[int, int]
-"""(tp, pp)"""
 Index = Mapping[str, TensorRef]
 
 

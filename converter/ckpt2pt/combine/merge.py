@@ -18,11 +18,12 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
+from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
 from ckpt2pt.engine import Stop, write_files
 from ckpt2pt.errors import InputError, MissingInputError, NoSpaceError, UsageError
 from ckpt2pt.folders import layout_of
 from ckpt2pt.mapping.names import MOMENT_PREFIXES
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.entries import Entry, text_entry
 from ckpt2pt.plan.moves import Move
 from ckpt2pt.publish import (
@@ -37,8 +38,7 @@ from ckpt2pt.publish import (
     sweep_partials,
 )
 from ckpt2pt.request import Pace, digest
-from ckpt2pt.run import Reporter, stopped_by_signals, work_through
-from ckpt2pt.survey import Rank, agree, facts_of, inputs_of
+from ckpt2pt.survey import agree, facts_of, inputs_of
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 _INFO = "dist_opt_shard_info*.json"

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from ckpt2pt.ckpt.ranks import When
 from ckpt2pt.ckpt.ready import Watcher
+from ckpt2pt.crew import Reporter
 from ckpt2pt.errors import RETRIED, Ckpt2ptError, InterruptedRunError, MissingInputError
 from ckpt2pt.follow.keep import prune, tracked
 from ckpt2pt.request import Request
-from ckpt2pt.run import Outcome, Reporter, run
+from ckpt2pt.run import Outcome, run
 from ckpt2pt.survey import survey
 
 log = logging.getLogger("ckpt2pt")

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from ckpt2pt.errors import UsageError
 
+Rank = tuple[int, int]
+"""(tp, pp): one file of MindSpore, or one group of shards, and one folder of Megatron."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
@@ -117,7 +120,7 @@ class Topology:
         first = self.source_rank(tp, pp)
         return tuple(first + number * self.tensor for number in range(self.data * self.context))
 
-    def ranks(self) -> Iterator[tuple[int, int]]:
+    def ranks(self) -> Iterator[Rank]:
         """Every (tp, pp)."""
         return ((tp, pp) for pp in range(self.pipeline) for tp in range(self.tensor))
 

@@ -19,9 +19,10 @@ import numpy.typing as npt
 
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError
 from ckpt2pt.mapping.names import HAS_EXTRA_STATE
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Rank, Survey
+from ckpt2pt.survey import Survey
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import short
 from ckpt2pt.verify.expected import ROLES, Expected, ExpectedChunk, ExpectedWeight, expect, is_model, others

@@ -21,8 +21,9 @@ from typing import Literal, cast
 from ckpt2pt.errors import FormatError, UnmappedNameError
 from ckpt2pt.mapping import names
 from ckpt2pt.mapping.names import TIED_HEAD, NameTable, SourceName, is_tied_head
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Rank, Survey
+from ckpt2pt.survey import Survey
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.verify.leaves import Leaf, Leaves, Symbol
 from ckpt2pt.verify.sharded import expected_index

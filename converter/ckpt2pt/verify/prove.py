@@ -16,9 +16,10 @@ from typing import Literal, cast
 from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import MissingInputError, VerificationError
 from ckpt2pt.folders import iteration_name, read_tracker
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import TRACKER, Json, Target, read_json
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Rank, Survey, survey
+from ckpt2pt.survey import Survey, survey
 from ckpt2pt.text import short, size, table
 from ckpt2pt.verify.examine import OPTIM_FILE, Difference, Examination, Opener
 from ckpt2pt.verify.leaves import BLOCK_BYTES, Files, open_pt, spans
