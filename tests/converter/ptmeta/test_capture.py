@@ -13,10 +13,13 @@ from ckpt2pt.errors import FormatError, InputError
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.buckets import Buffer
-from ckpt2pt.pt.megatron import rank_folders, read_rank
-from ckpt2pt.pt.pickles import with_attrs
+from ckpt2pt.plan.gpt import EMBEDDING
+from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
+from ckpt2pt.pt.payload import Template
+from ckpt2pt.pt.pickles import namespace, with_attrs
 from ckpt2pt.ptmeta.capture import capture, lay_out_rank, prove_given
 from ckpt2pt.ptmeta.files import render
+from ckpt2pt.tensors import Extent, TensorRef
 from ckpt2pt.verify.compare import compare
 from goldens import golden_sets
 from handmade import Handmade
@@ -70,6 +73,29 @@ def test_the_evidence_counts_every_element(folder: Path) -> None:
 def test_a_changed_bucket_size_is_found_in_the_header() -> None:
     found = capture(golden("f_") / "A")
     assert "buckets of 22592 elements" in found.evidence[0]
+
+
+def test_a_changed_bucket_size_is_found_where_the_usual_one_would_have_stopped_megatron() -> None:
+    """In one bucket the shared embedding would begin at element 9, which 2 does not divide."""
+    homes = {EMBEDDING: (10, 6), "language_model.a": (6, 4), "language_model.b": (0, 5)}
+    args = namespace(
+        {"data_parallel_size": 2, "context_parallel_size": 1, "pipeline_model_parallel_size": 2,
+         "untie_embeddings_and_output_weights": False, "overlap_grad_reduce": True}
+    )  # fmt: skip
+    chunk = tuple(
+        (name, TensorRef(name, "bfloat16", (numel,), (Extent("views", 2 * start, 2 * numel),)))
+        for name, (start, numel) in homes.items()
+    )
+    stored = tuple(StoredBucket(numel=n + n % 2, numel_unpadded=n, tensors={}) for n in (5, 4, 6))
+    rank = MegatronRank(
+        folder=Path("here"),
+        template=Template(path="", tree={"args": args}, storages={}),
+        chunks=(chunk,),
+        buffers=(stored,),
+    )
+    ((buffer,),) = (found := lay_out_rank(rank, 0, compare=False)).buffers
+    assert [(p.name, p.start) for p in buffer.placements] == [(n, start) for n, (start, _) in reversed(homes.items())]
+    assert found.evidence.startswith("buckets of 5 elements")
 
 
 def test_without_an_optimizer_file_the_offsets_of_the_weights_prove_the_layout(tmp_path: Path) -> None:
