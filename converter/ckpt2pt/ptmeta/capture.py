@@ -12,7 +12,7 @@ from ckpt2pt.mapping.names import is_tied_head
 from ckpt2pt.meta import data_parallel_size
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.layout import Parameter, bucket_numel, find_bucket_numel, lay_out
-from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
+from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.ptmeta.files import RankFiles
 from ckpt2pt.ptmeta.proof import check_sizes, check_slices, check_views
 

@@ -53,6 +53,20 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "MindSpore can load it" in capsys.readouterr().out
 
 
+def test_debug_tells_ranks_files_and_evidence_and_where_an_error_arose(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["import", "--megatron-path", str(FOLDER / "A"), "--ms-path", str(tmp_path), "--progress", "none"]
+    assert main([*words, "--debug"]) == 0
+    told = capsys.readouterr().err
+    assert "cut as Topology(num_layers=4, tensor=2, pipeline=2" in told
+    assert re.search(r"tp 1 pp 1: \S+mp_rank_01_001 -> rank_3", told)
+    assert re.search(r"tp 1 pp 1: wrote .*rank_3/network.ckpt.*offsets equal those of the weights", told)
+    for more, there in (([], False), (["--debug"], True)):
+        assert main([*words, "--tp-size", "4", *more]) == 65
+        assert ("Traceback" in capsys.readouterr().err) == there
+
+
 def test_counts_of_layers_in_either_spelling() -> None:
     assert import_request_of(parse("--stage-list", "2", "3")).layers_per_stage == (2, 3)
     assert import_request_of(parse("--stage-list", "2,3")).layers_per_stage == (2, 3)

@@ -95,7 +95,7 @@ def test_a_changed_bucket_size_is_found_where_the_usual_one_would_have_stopped_m
     )
     ((buffer,),) = (found := lay_out_rank(rank, 0, compare=False)).buffers
     assert [(p.name, p.start) for p in buffer.placements] == [(n, start) for n, (start, _) in reversed(homes.items())]
-    assert found.evidence.startswith("buckets of 5 elements")
+    assert found.evidence.startswith("buckets of 4 elements")
 
 
 def test_without_an_optimizer_file_the_offsets_of_the_weights_prove_the_layout(tmp_path: Path) -> None:
