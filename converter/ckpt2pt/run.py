@@ -111,6 +111,8 @@ class Outcome:
     seconds: float
     published: bool
     doubts: tuple[str, ...]
+    asked_to_stop: InterruptedRunError | None = None
+    """A signal that came too late to stop this run; whoever would go on must heed it."""
 
     def document(self) -> Json:
         """For ``--output json`` and the termination message."""
@@ -285,6 +287,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         seconds=time.monotonic() - began,
         published=published,
         doubts=conversion.doubts,
+        asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
 
 

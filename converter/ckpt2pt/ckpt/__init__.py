@@ -12,10 +12,10 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
-from ckpt2pt.ckpt.files import InputFile
 from ckpt2pt.ckpt.protobuf import index_ckpt
 from ckpt2pt.ckpt.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, index_safetensors
 from ckpt2pt.errors import FormatError
+from ckpt2pt.inputs import InputFile
 from ckpt2pt.tensors import TensorRef
 
 __all__ = ["index_ckpt", "index_file", "index_safetensors", "read_scalar"]

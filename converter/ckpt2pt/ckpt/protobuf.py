@@ -23,8 +23,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt2pt.ckpt.files import COPY_AGAIN, InputFile, Window, quoted
+from ckpt2pt.ckpt.window import COPY_AGAIN, Window
 from ckpt2pt.errors import FormatError
+from ckpt2pt.inputs import InputFile, quoted
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 _ENTRY, _STRATEGY = 0x0A, 0x08  # the first byte of a checkpoint, and of the other kind of file named .ckpt

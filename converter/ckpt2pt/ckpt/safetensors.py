@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.checksums import crc32
-from ckpt2pt.ckpt.files import COPY_AGAIN, InputFile, quoted
+from ckpt2pt.ckpt.window import COPY_AGAIN
 from ckpt2pt.errors import FormatError
+from ckpt2pt.inputs import InputFile, quoted
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 LENGTH_BYTES = 8

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.ckpt.files import InputFile
 from ckpt2pt.errors import CoverageError, FormatError, InputError, TopologyError
+from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.names import SHARD
 from ckpt2pt.plan.moves import cut
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef

@@ -90,6 +90,8 @@ def _convert(
         outcome = run(request, range(request.topology.pipeline), reporter())
         memory.done.add(when)
         hear(outcome, prune(request, how.keep))
+        if outcome.asked_to_stop:
+            raise outcome.asked_to_stop
     except InterruptedRunError:
         raise
     except Ckpt2ptError as error:

@@ -8,16 +8,12 @@ compressed, doubled, overlapping or outside the file, and there is one end recor
 
 from __future__ import annotations
 
-import os
-import stat
 import struct
 from collections.abc import Iterator
-from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, NoReturn, Self
+from typing import NamedTuple, NoReturn
 
-from ckpt2pt.checksums import crc32
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, FormatError, MissingInputError
+from ckpt2pt.errors import FormatError
+from ckpt2pt.inputs import InputFile, quoted
 from ckpt2pt.tensors import Extent
 
 LOCAL = struct.Struct("<4s2x2H4x3I2H")
@@ -39,7 +35,6 @@ SAVE_AGAIN = "load it with torch.load and write it again with torch.save of torc
 _MAX_COMMENT = _U16_MAX
 _MAX_DIRECTORY_NBYTES = 256 << 20  # two million storages
 _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, or with its header masked
-_PIECE_NBYTES = 1 << 19
 _WINDOW_NBYTES = 1 << 12
 
 # The long integer 0x1950a86a20f9469cfc6c, pickled after the protocol: torch/serialization.py, MAGIC_NUMBER.
@@ -61,65 +56,16 @@ class _Entry(NamedTuple):
     crc32: int
 
 
-class PtFile:
-    """A file open for reading, of a size that is known; what the operating system refuses becomes an error with a mend."""
+class PtFile(InputFile):
+    """A .pt file open for reading."""
 
-    __slots__ = ("_fd", "path", "size")
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-        try:
-            # O_NONBLOCK: opening a named pipe must not wait for a writer.
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise _refused(error, self.path) from error
-        found = os.fstat(self._fd)
-        self.size = found.st_size
-        if not stat.S_ISREG(found.st_mode):
-            os.close(self._fd)
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-            raise FormatError(f"expected a .pt file, found {kind}", where=path, mend="name the file itself")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._fd)
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """Exactly ``nbytes`` bytes from ``offset`` on."""
-        data = self._pread(offset, nbytes)
-        while len(data) < nbytes:  # a network file system may give less than is there
-            data += self._pread(offset + len(data), nbytes - len(data))
-        return data
-
-    def crc32(self, start: int, stop: int) -> int:
-        """CRC-32 of the bytes ``[start, stop)``, read in pieces."""
-        crc = 0
-        while start < stop:
-            piece = self._pread(start, min(_PIECE_NBYTES, stop - start))
-            crc = crc32(piece, crc)
-            start += len(piece)
-        return crc
+    __slots__ = ()
+    kind = ".pt file"
+    option = "the path of the .pt file"
 
     def broken(self, what: str, mend: str = COPY_AGAIN) -> NoReturn:
         """Refuse the file."""
         raise FormatError(what, where=self.path, mend=mend)
-
-    def _pread(self, offset: int, nbytes: int) -> bytes:
-        try:
-            data = os.pread(self._fd, nbytes, offset)
-        except OSError as error:
-            raise _refused(error, self.path) from error
-        if not data and nbytes:
-            raise FileAccessError(
-                f"the file became shorter while it was read: nothing at byte {offset} of {self.size}",
-                where=self.path,
-                mend="let whatever writes this file end; then run the command again",
-            )
-        return data
 
 
 def read_records(file: PtFile) -> tuple[str, dict[str, Record]]:
@@ -342,23 +288,4 @@ def _is_text(name: bytes) -> bool:
 
 
 def _quoted(name: bytes) -> str:
-    """``name`` for a message: printable, and not longer than a line."""
-    text = name.decode(errors="backslashreplace")
-    return repr(text if len(text) <= 120 else f"{text[:120]}...")
-
-
-def _refused(error: OSError, path: str) -> Ckpt2ptError:
-    """What opening or reading ``path`` came to, in the user's words."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return MissingInputError("the file is not there", where=path, mend="check the path of the .pt file")
-    if isinstance(error, PermissionError):
-        return FileAccessError(
-            f"permission denied: this process runs as uid {os.geteuid()}, gid {os.getegid()}",
-            where=path,
-            mend="run as the owner of the file (runAsUser of the pod), or let the owner chmod it a+r",
-        )
-    return FileAccessError(
-        f"reading failed: {error.strerror or error}",
-        where=path,
-        mend="check that the volume is mounted and healthy, then run the command again",
-    )
+    return quoted(name.decode(errors="backslashreplace"))

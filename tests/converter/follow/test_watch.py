@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,10 @@ from typing import Any
 import pytest
 
 from ckpt2pt import cli
+from ckpt2pt.errors import InterruptedRunError
+from ckpt2pt.follow.watch import Following, watch
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.options import request_of
 from ckpt2pt.publish import TRACKER
 from documents import changed, write
 from handmade import Handmade
@@ -157,6 +161,30 @@ def test_a_document_says_the_same(training: Training, tmp_path: Path) -> None:
 def test_without_flags_it_says_which_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["watch", "--once"]) == 64
     assert "--num-layers is missing" in capsys.readouterr().err
+
+
+class LastWord:
+    """Sends the signal when every rank is done, and nothing looks for it any more."""
+
+    def begin(self, totals: object, iteration: int) -> None: ...
+    def advance(self, rank: object, nbytes: int) -> None: ...
+    def end(self, rank: object) -> None: ...
+    def close(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_that_comes_too_late_for_a_conversion_ends_the_watch(training: Training) -> None:
+    training.save(10)
+    request = request_of(cli.build_parser().parse_args(["watch", *training.flags()]))
+    heard: list[int] = []
+    with pytest.raises(InterruptedRunError, match="SIGTERM"):
+        watch(
+            request,
+            Following(interval=0.01),
+            reporter=LastWord,
+            hear=lambda outcome, _: heard.append(outcome.target.iteration),
+        )
+    assert heard == [10], "what was converted is told"
 
 
 @pytest.mark.timeout(300)

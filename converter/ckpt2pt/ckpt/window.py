@@ -1,28 +1,17 @@
-"""Read a checkpoint file: exact stretches of it, or the fields of protobuf messages through a small window.
-
-What the operating system refuses becomes an error with a mend.
-"""
+"""The fields of protobuf messages, seen through a small window of a checkpoint file."""
 
 from __future__ import annotations
 
-import os
 import re
-import stat
 from collections.abc import Iterator
-from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from ckpt2pt.checksums import crc32
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, FormatError, MissingInputError
+from ckpt2pt.errors import FormatError
+from ckpt2pt.inputs import InputFile
 
 # mindspore 2.10.0 renames into place and then sets mode 0400 (serialization.py, _exec_save).
 COPY_AGAIN = (
     "the file is incomplete or damaged: wait until training has written it (it then has mode 0400), or copy it again"
 )
-
-_PIECE_BYTES = 1 << 19
-_QUOTED = 120
 
 _SKIM_BYTES, _WINDOW_BYTES = 1 << 12, 1 << 16
 _BYTES_WIRE, _FIXED_WIRES = 2, {1: 8, 5: 4}  # and 0, a varint
@@ -30,62 +19,6 @@ _VARINT_BYTES = 10
 _HEAD_BYTES = 2 * _VARINT_BYTES  # a key and a length
 _MAX_PACKED_BYTES = 64 * _VARINT_BYTES
 _MAX_UNKNOWN_FIELDS = 100_000
-
-
-class InputFile:
-    """A file open for reading, of a size that is known."""
-
-    __slots__ = ("_fd", "path", "size")
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-        try:
-            # O_NONBLOCK: opening a named pipe must not wait for a writer.
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            raise refused(error, path) from error
-        found = os.fstat(self._fd)
-        self.size = found.st_size
-        if not stat.S_ISREG(found.st_mode):
-            os.close(self._fd)
-            kind = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-            raise FormatError(f"expected a checkpoint file, found {kind}", where=path, mend="name the file itself")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._fd)
-
-    def read(self, offset: int, nbytes: int) -> bytes:
-        """Exactly ``nbytes`` bytes from ``offset`` on."""
-        data = self._pread(offset, nbytes)
-        while len(data) < nbytes:  # a network file system may give less than is there
-            data += self._pread(offset + len(data), nbytes - len(data))
-        return data
-
-    def crc32(self, start: int, stop: int, value: int = 0) -> int:
-        """CRC-32 of the bytes ``[start, stop)``, continuing ``value``."""
-        while start < stop:
-            piece = self._pread(start, min(_PIECE_BYTES, stop - start))
-            value = crc32(piece, value)
-            start += len(piece)
-        return value
-
-    def _pread(self, offset: int, nbytes: int) -> bytes:
-        try:
-            data = os.pread(self._fd, nbytes, offset)
-        except OSError as error:
-            raise refused(error, Path(self.path)) from error
-        if not data and nbytes:
-            raise FileAccessError(
-                f"the file became shorter while it was read: nothing at byte {offset} of {self.size}",
-                where=self.path,
-                mend="convert only checkpoints whose writing has ended; then run the command again",
-            )
-        return data
 
 
 class Window:
@@ -193,46 +126,3 @@ class Window:
                 f"the file is cut short: a field runs to byte {end}, the file ends at byte {self._file.size}", pos
             )
         return self.bad(f"a field runs to byte {end}, beyond its message, which ends at byte {stop}", pos)
-
-
-def refused(error: OSError, path: Path) -> Ckpt2ptError:
-    """What opening or reading ``path`` came to, in the user's words."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return MissingInputError("the file is not there", where=path, mend="check spec.source.path (--ms-path)")
-    if isinstance(error, PermissionError):
-        return _denied(path)
-    return FileAccessError(
-        f"reading failed: {error.strerror or error}",
-        where=path,
-        mend="check that the volume is mounted and healthy, then run the command again",
-    )
-
-
-def quoted(value: str | bytes | int | list[int]) -> str:
-    """``value`` for a message: printable, and not longer than a line."""
-    text = repr(value)
-    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
-
-
-def _denied(path: Path) -> FileAccessError:
-    place, found = _barrier(path)
-    kind, allow = ("folder", "a+rx") if stat.S_ISDIR(found.st_mode) else ("file", "a+r")
-    return FileAccessError(
-        f"permission denied: the {kind} {place.name or place} belongs to uid {found.st_uid}, gid {found.st_gid} "
-        f"and has mode {stat.S_IMODE(found.st_mode):04o}; this process runs as uid {os.geteuid()}, gid {os.getegid()} "
-        "(MindSpore leaves its checkpoints at mode 0400)",
-        where=path,
-        mend=f"run as uid {found.st_uid} (runAsUser of the pod), or let the owner `chmod {allow} {place}`",
-    )
-
-
-def _barrier(path: Path) -> tuple[Path, os.stat_result]:
-    """What is closed to us: the file, or the folder above it that may not be searched."""
-    place = path.absolute()
-    while True:
-        try:
-            return place, place.stat()
-        except OSError:
-            if place == place.parent:
-                raise
-            place = place.parent

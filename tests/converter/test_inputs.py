@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.ckpt.files import InputFile, quoted, refused
 from ckpt2pt.errors import FileAccessError, MissingInputError
+from ckpt2pt.inputs import InputFile, quoted, refused
+from ckpt2pt.pt.reader import PtFile
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_reads_that_the_kernel_refuses_are_errors_of_ours() -> None:
     ids=errno.errorcode.get,
 )
 def test_every_refusal_has_a_kind(path: Path, number: int, kind: type[Exception]) -> None:
-    error = refused(OSError(number, os.strerror(number)), path)
+    error = refused(OSError(number, os.strerror(number)), path, "--ms-path")
     assert type(error) is kind
     assert error.where == str(path)
 
@@ -78,3 +79,12 @@ def test_quoted_text_is_short_and_printable() -> None:
     assert quoted("naïve\n") == "'naïve\\n'"
     assert len(quoted("x" * 1000)) < 130
     assert quoted([1, 2]) == "[1, 2]"
+
+
+@pytest.mark.parametrize(("opened", "option"), [(InputFile, "--ms-path"), (PtFile, "the path of the .pt file")])
+def test_a_file_that_is_not_there_is_named_as_the_user_named_it(
+    tmp_path: Path, opened: type[InputFile], option: str
+) -> None:
+    with pytest.raises(MissingInputError) as caught:
+        opened(tmp_path / "nowhere")
+    assert option in caught.value.mend
