@@ -33,7 +33,7 @@ def golden(name: str) -> Path:
     return next(folder for folder in SETS if folder.name.startswith(name))
 
 
-def checkpoint(tmp_path: Path, name: str = "a_") -> Path:
+def checkpoint(tmp_path: Path, name: str = "a2_") -> Path:
     """A golden checkpoint to be damaged."""
     shutil.copytree(golden(name) / "A", tmp_path / "A", copy_function=shutil.copyfile)
     for path in tmp_path.rglob("*"):
@@ -152,7 +152,7 @@ def test_a_run_without_the_distributed_optimizer_gives_names_alone(tmp_path: Pat
     edit_tree(next(folder.rglob("model_optim_rng.pt")), change)
     found = capture(folder)
     assert not found.with_maps
-    assert found.ranks[0].names == capture(golden("a_") / "A").ranks[0].names
+    assert found.ranks[0].names == capture(golden("a2_") / "A").ranks[0].names
 
 
 def test_another_group_pads_the_buckets_anew() -> None:
@@ -172,7 +172,7 @@ def test_what_convert_wrote_gives_the_map_that_convert_was_given(layout: str, tm
 
 
 def test_a_given_map_of_another_model_is_refused(tmp_path: Path) -> None:
-    rank = read_rank(rank_folders(iteration_folder(golden("a_") / "A"))[0, 0])
+    rank = read_rank(rank_folders(iteration_folder(golden("a2_") / "A"))[0, 0])
     ((buffer,),) = lay_out_rank(rank, 0).buffers
     assert prove_given(rank, [buffer], compare=True, where=tmp_path).buffers == ((buffer,),)
     with pytest.raises(FormatError, match="0 param maps for 1 chunks"):
