@@ -42,7 +42,11 @@ def add_combine_options(parser: argparse.ArgumentParser) -> None:
         metavar=("FIRST", "STOP"),
         help="merge only the groups whose first rank is FIRST or more and less than STOP",
     )
-    parser.add_argument("--no-save-optim", action="store_true", help="leave the optimizer's moments out")
+    parser.add_argument(
+        "--no-save-optim",
+        action="store_true",
+        help="leave out the moments, the learning rate, the weight decay and the counters of steps",
+    )
     parser.add_argument("--crc", action="store_true", help="add mindspore's checksum (.ckpt only)")
     parser.add_argument("--multiprocess-off", action="store_true", help="merge file after file in this process")
     parser.add_argument("--overwrite", action="store_true", help="replace merged files that are there and differ")

@@ -44,6 +44,11 @@ from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 _INFO = "dist_opt_shard_info*.json"
 _MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MOMENTS = (*MOMENT_PREFIXES, "max_exp_avg_sq.", "moments.")
+# What the reference leaves out with the moments, but by whole names: it looks for "step" and "epoch" anywhere in them.
+_PROGRESS = re.compile(
+    r"(?:learning_rate|weight_decay)(?:_group_\d+)?|epoch_num|step_num|num_steps|state_step|global_step|default_generator"
+    r"|(?:lr_warmup|lr_decay|wd_incr)_steps|(?:current|last_overflow)_iterator_step"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,10 +320,10 @@ def described_topology(strategy: Path) -> Topology:
 
 
 def merged_entries(index: Mapping[str, TensorRef], *, optimizer: bool) -> list[Entry]:
-    """The entries of a merged file in the order of the index, with or without the optimizer's moments."""
+    """The entries of a merged file in the order of the index, with or without the optimizer's moments and progress."""
     entries: list[Entry] = []
     for name, ref in index.items():
-        if not optimizer and name.startswith(_MOMENTS):
+        if not optimizer and (name.startswith(_MOMENTS) or _PROGRESS.fullmatch(name)):
             continue
         if ref.dtype == "str":
             entries.append(text_entry(name, str(read_scalar(ref))))

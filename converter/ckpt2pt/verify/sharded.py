@@ -40,7 +40,7 @@ def expected_index(file: SourceFile) -> Index:
 
 def _whole(indexes: Sequence[Index], document: Any) -> Index:  # noqa: ANN401 - proved by use
     first = indexes[0]
-    found = {name: ref for name, ref in first.items() if not _SHARD.fullmatch(name)}
+    found = {name: ref for index in reversed(indexes) for name, ref in index.items() if not _SHARD.fullmatch(name)}
     kinds = sorted({(match[1] or "") for name in first if (match := _SHARD.fullmatch(name))})
     begins = {key: _begins(info["buckets"]) for key, info in document["buffer_info"].items()}
     for name, param in document["param_info"].items():

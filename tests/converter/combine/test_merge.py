@@ -18,6 +18,7 @@ from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceE
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.run import run
 from ckpt2pt.tensors import TensorRef
+from ckptfiles import Tensor
 from conversions import Quiet
 from goldens import golden_root
 from handmade import Handmade
@@ -101,14 +102,22 @@ def test_merged_files_beside_their_shards_are_converted_first_and_merged_no_seco
     made.check(run(made.request(tmp_path), [0], Quiet()))
 
 
-def test_without_the_optimizer_only_moments_are_missing(tmp_path: Path) -> None:
-    made_in(tmp_path)
+def test_without_the_optimizer_its_moments_and_its_progress_are_missing(tmp_path: Path) -> None:
+    """The reference leaves out what has ``step``, ``epoch``, ``learning_rate``, ``weight_decay`` or ``default_generator``."""
+    topology, cut = CASES["dp4"]
+    made = Handmade(topology, hidden=8, vocab=12)
+    progress = {"lr_warmup_steps", "learning_rate_group_0", "weight_decay_group_1", "default_generator", "state_step"}
+    for entries in made.entries.values():
+        for name in (*progress, "max_lr", "lr_decay_style", "dp_rng_generator", "timestep.weight"):
+            entries[name] = Tensor(name, "float32", (1,), bytes(4))
+    cut.write(made, tmp_path / "ms")
     combine(asked(tmp_path / "ms", tmp_path / "all"), Quiet())
     combine(asked(tmp_path / "ms", tmp_path / "some", optimizer=False), Quiet())
     for path in (tmp_path / "all").glob("rank_*/*"):
         everything = index_file(path)
         some = index_file(tmp_path / "some" / path.relative_to(tmp_path / "all"))
-        assert everything.keys() - some.keys() == {name for name in everything if name.startswith("exp_avg")}
+        moments = {name for name in everything if name.startswith("exp_avg")}
+        assert everything.keys() - some.keys() == moments | progress | {"epoch_num", "step_num", "num_steps"}
         assert {name: payload(ref) for name, ref in some.items()} == {name: payload(everything[name]) for name in some}
 
 
