@@ -20,6 +20,7 @@ from ckpt2pt.request import Pace
 from ckpt2pt.run import Outcome, run
 from ckpt2pt.verify.compare import compare
 from conversions import Quiet, request_for, topology_of
+from disk import fill_at_every_step
 from goldens import golden_sets
 from handmade import Handmade
 from layouts import LAYOUTS
@@ -192,6 +193,21 @@ def test_no_room_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(NoSpaceError, match="--ms-path"):
         imported(SETS[0], tmp_path / "ms")
     assert not (tmp_path / "ms").exists()
+
+
+def test_a_disk_that_fills_up_at_any_write_leaves_only_whole_files_and_the_next_run_ends_it(tmp_path: Path) -> None:
+    folder = next(folder for folder in SETS if folder.name == "j_tp1pp2dp2")
+    expected, target = files(folder / "ms"), tmp_path / "ms"
+    failures = 0
+    for _ in fill_at_every_step(lambda: imported(folder, target), target):
+        failures += 1
+        assert files(target).items() <= expected.items()
+        assert not (target / ".ckpt2pt" / "report.json").exists()
+        if failures % 3 == 0:  # now and then from the beginning, so that the first rank fails late as well
+            shutil.rmtree(target)
+    assert failures > 10
+    assert files(target) == expected
+    assert (target / ".ckpt2pt" / "report.json").exists()
 
 
 @pytest.mark.parametrize(

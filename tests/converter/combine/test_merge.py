@@ -20,6 +20,7 @@ from ckpt2pt.run import run
 from ckpt2pt.tensors import TensorRef
 from ckptfiles import Tensor
 from conversions import Quiet
+from disk import fill_at_every_step
 from goldens import golden_root
 from handmade import Handmade
 from sharding import Sharding
@@ -215,6 +216,18 @@ def test_a_full_disk_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: p
     with pytest.raises(NoSpaceError, match="100 are free"):
         combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_disk_that_fills_up_at_any_write_leaves_only_whole_files_and_the_next_run_ends_it(tmp_path: Path) -> None:
+    expected, out = files_of(J / "ms_zero_merged"), tmp_path / "merged"
+    failures = 0
+    for _ in fill_at_every_step(lambda: combine(asked(J / "ms_zero_src", out), Quiet()), out):
+        failures += 1
+        assert files_of(out).items() <= expected.items()
+        if failures % 3 == 0:  # now and then from the beginning, so that the first group fails late as well
+            shutil.rmtree(out)
+    assert failures > 10
+    assert files_of(out) == expected
 
 
 def test_the_manifest_names_inputs_and_digests(tmp_path: Path) -> None:
