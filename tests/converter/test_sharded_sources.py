@@ -24,6 +24,7 @@ from handmade import Handmade
 from sharding import Sharding
 
 LAYOUTS: dict[str, tuple[Topology, Sharding]] = {
+    "dp1": (Topology(num_layers=2), Sharding()),
     "dp2": (Topology(num_layers=2, data=2), Sharding()),
     "dp4-tp2-pp2": (Topology(num_layers=4, tensor=2, pipeline=2, data=4), Sharding(per_bucket=2)),
     "dp8-buffers": (Topology(num_layers=2, data=8), Sharding(per_bucket=1, buffers=2)),

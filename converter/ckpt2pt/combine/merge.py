@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sourc
 from ckpt2pt.ckpt.shards import has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.engine import Stop, write_files
-from ckpt2pt.errors import InputError, MissingInputError, NoSpaceError, UsageError
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceError, UsageError
 from ckpt2pt.folders import layout_of
 from ckpt2pt.mapping.names import MOMENT_PREFIXES
 from ckpt2pt.mapping.topology import Topology
@@ -42,6 +43,17 @@ from ckpt2pt.survey import Rank, agree, facts_of, inputs_of
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 _INFO = "dist_opt_shard_info*.json"
+# Flags of convert, as the rooms that both use name them in their mends, and what they are called here.
+_FLAGS = {
+    "spec.source.path (--ms-path)": "--checkpoint-dir",
+    "spec.source.format (--src-model-format)": "--src-format",
+    "spec.source.optShardInfoPath (--opt-shard-info-path)": "--strategy-dir",
+    "spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size)": "--strategy-dir",
+    "set spec.parallelism.data, context, tensor and pipeline (--dp-size --cp-size --tp-size --pp-size) to those":
+        "copy the whole --strategy-dir",
+    "check spec.parallelism.data and context (--dp-size --cp-size)": "copy all of it",
+    "choose a checkpoint that every rank has finished (spec.source.iteration, --iteration), or remove": "remove",
+}  # fmt: skip
 _MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MOMENTS = (*MOMENT_PREFIXES, "max_exp_avg_sq.", "moments.")
 # What the reference leaves out with the moments, but by whole names: it looks for "step" and "epoch" anywhere in them.
@@ -215,7 +227,8 @@ def _step(file: SourceFile) -> str:
 def combine(asked: Combination, reporter: Reporter) -> Combined:
     """Merge the newest step that all ranks have; what an earlier run finished is kept."""
     began = time.monotonic()
-    merge = choose_groups(asked)
+    with _own_words():
+        merge = choose_groups(asked)
     chosen = [rank for rank in merge.files if _in_section(merge.topology.source_rank(*rank), asked.section)]
     if not chosen:
         raise UsageError(
@@ -227,7 +240,8 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
     needed = 0
     for rank in chosen:
         # One at a time: the plans of many ranks would not fit into the memory of one.
-        group = merge.plan(rank)
+        with _own_words():
+            group = merge.plan(rank)
         if not group.is_done:
             todo[rank] = group.source_bytes
             needed += group.nbytes
@@ -258,6 +272,18 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
 
 def _in_section(rank: int, section: tuple[int, int] | None) -> bool:
     return section is None or section[0] <= rank < section[1]
+
+
+@contextmanager
+def _own_words() -> Generator[None]:
+    """Errors of the rooms that ``convert`` uses as well, with the names of this command's flags."""
+    try:
+        yield
+    except Ckpt2ptError as error:
+        mend = error.mend
+        for theirs, ours in _FLAGS.items():
+            mend = mend.replace(theirs, ours)
+        raise type(error)(error.what, where=error.where, mend=mend) from error
 
 
 def choose_groups(asked: Combination) -> Merge:

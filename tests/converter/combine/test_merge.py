@@ -65,6 +65,7 @@ def test_the_golden_shards_merge_to_the_expected_values(tp: int, suffix: str, tm
 
 
 CASES = {
+    "dp1": (Topology(num_layers=2), Sharding()),
     "dp4": (Topology(num_layers=2, tensor=2, data=4), Sharding(per_bucket=2)),
     "dp8-buffers": (Topology(num_layers=2, data=8), Sharding(per_bucket=1, buffers=2)),
     "dp2-cp2-pp2": (Topology(num_layers=2, pipeline=2, data=2, context=2), Sharding()),
@@ -208,6 +209,17 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(case: str, 
     with pytest.raises(kind, match=what):
         combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_format_that_is_not_there_is_told_with_the_flags_of_this_command(tmp_path: Path) -> None:
+    made_in(tmp_path)
+    with pytest.raises(MissingInputError, match="no safetensors file") as caught:
+        combine(asked(tmp_path / "ms", tmp_path / "merged", source_format="safetensors"), Quiet())
+    assert caught.value.mend == "check --checkpoint-dir and --src-format"
+    (tmp_path / "ms" / "rank_0").rename(tmp_path / "ms" / "other")
+    with pytest.raises(MissingInputError) as caught:
+        combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+    assert caught.value.mend == "check --strategy-dir of the training that wrote it, and --checkpoint-dir"
 
 
 def test_a_full_disk_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
