@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,14 +39,14 @@ class Road:
     kills: int
 
 
-def flags(given: dict[str, object]) -> list[str]:
+def flags(given: Mapping[str, object]) -> list[str]:
     return [str(word) for pair in given.items() for word in pair]
 
 
 def convert(source: Path, target: Path) -> list[str]:
     cut = {"--num-layers": 8, "--tp-size": 2, "--pp-size": 2, "--vpp-size": 2, "--process-limit": 2}
     places = {"--ms-path": source / "ms", "--param-map-path": source / "pt_meta", "--megatron-path": target}
-    return ["convert", *flags(cut | places)]
+    return ["convert", *flags(cut), *flags(places)]
 
 
 def import_back(source: Path, target: Path) -> list[str]:
@@ -55,7 +55,7 @@ def import_back(source: Path, target: Path) -> list[str]:
 
 def combine(source: Path, target: Path) -> list[str]:
     places = {"--checkpoint-dir": source / "shards", "--strategy-dir": source / "shards" / "opt_shard_info"}
-    return ["combine", *flags(places | {"--output-dir": target, "--max-proccess-limit": 2})]
+    return ["combine", *flags(places), *flags({"--output-dir": target, "--max-proccess-limit": 2})]
 
 
 ROADS = {

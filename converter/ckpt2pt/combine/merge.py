@@ -65,7 +65,7 @@ _PROGRESS = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combination:
-    """All options of ``ckpt2pt combine``; ``section`` is half open, as the reference's."""
+    """All options of ``ckpt2pt combine``; ``section`` is half open, as the reference's; ``check`` reads files back."""
 
     strategy: Path
     source: Path
@@ -77,6 +77,7 @@ class Combination:
     optimizer: bool = True
     crc: bool = False
     overwrite: bool = False
+    check: bool = True
     workers: int = 1
     in_process: bool = False
 
@@ -207,7 +208,7 @@ class Group:
             for path in paths:
                 sweep_partials(path.parent, path.name)
             written, digests = write_files(
-                output, self.files, merged_moves(self.files), stop=stop, advance=advance, check=True
+                output, self.files, merged_moves(self.files), stop=stop, advance=advance, check=self.asked.check
             )
             facts: Json = {
                 "identity": self.identity,

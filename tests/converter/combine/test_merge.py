@@ -135,6 +135,17 @@ def test_a_section_does_its_ranks_and_the_next_run_the_others(tmp_path: Path) ->
     assert "[0, 1]" in caught.value.mend
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_files_are_read_back_unless_told_otherwise(
+    check: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_in(tmp_path)
+    read: list[Path] = []
+    monkeypatch.setattr("ckpt2pt.engine.read_back", lambda path, *_: read.append(path))
+    combine(asked(tmp_path / "ms", tmp_path / "merged", check=check), Quiet())
+    assert len(read) == (2 if check else 0)
+
+
 def test_workers_write_the_same(tmp_path: Path) -> None:
     made_in(tmp_path)
     combine(asked(tmp_path / "ms", tmp_path / "one"), Quiet())
