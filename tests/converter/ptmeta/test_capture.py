@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from ckpt2pt.errors import FormatError, InputError
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.meta import read_param_maps
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.gpt import EMBEDDING
 from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
@@ -21,7 +25,7 @@ from ckpt2pt.ptmeta.capture import capture, lay_out_rank, prove_given
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.tensors import Extent, TensorRef
 from ckpt2pt.verify.compare import compare
-from goldens import golden_sets
+from goldens import REPOSITORY, golden_sets
 from handmade import Handmade
 from layouts import LAYOUTS
 from results import edit_tree, flip
@@ -171,6 +175,35 @@ def test_what_convert_wrote_gives_the_map_that_convert_was_given(layout: str, tm
     assert {name: content for name, content in found.items() if name.endswith(".json")} == maps
 
 
+def test_the_documented_recipe_writes_maps_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code block of docs/pt-meta.md, run as it stands, in a Megatron that holds only what it touches."""
+    module = torch.nn.Module()
+    module.module = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3, bias=False) for name in ("a", "b")})
+    one, other = module.parameters()
+    chunk = SimpleNamespace(
+        module=module, buffers=[SimpleNamespace(param_index_map={other: (0, 6, 0), one: (8, 14, 1)})]
+    )
+    empty = SimpleNamespace(module=torch.nn.Module(), buffers=[])
+    mpu: Any = ModuleType("megatron.core.mpu")
+    mpu.get_data_parallel_rank = lambda with_context_parallel: 0
+    mpu.get_tensor_model_parallel_rank, mpu.get_pipeline_model_parallel_rank = (lambda: 1), (lambda: 2)
+    core, training, megatron = (ModuleType(f"megatron{end}") for end in (".core", ".training", ""))
+    monkeypatch.setattr(core, "mpu", mpu, raising=False)
+    monkeypatch.setattr(megatron, "training", training, raising=False)
+    monkeypatch.setattr(megatron, "get_args", lambda: SimpleNamespace(save=str(tmp_path)), raising=False)
+    monkeypatch.setattr(
+        training, "setup_model_and_optimizer", lambda *_, **__: ([empty, chunk], "o", "s"), raising=False
+    )
+    for each in (megatron, core, training):
+        monkeypatch.setitem(sys.modules, each.__name__, each)
+    (code,) = re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / "pt-meta.md").read_text(), re.DOTALL)
+    exec(code, {})  # noqa: S102 - our own documentation
+    assert training.setup_model_and_optimizer("provider", model_type=1)[1:] == ("o", "s")
+    (buffer,) = read_param_maps(tmp_path / "param_map", tp=1, pp=2, divisor=8)
+    assert [(p.name, p.shape, p.start) for p in buffer.placements] == [("b.weight", (3, 2), 0), ("a.weight", (3, 2), 8)]
+    assert buffer.dtype == "float32"
+
+
 def test_a_given_map_of_another_model_is_refused(tmp_path: Path) -> None:
     rank = read_rank(rank_folders(iteration_folder(golden("a2_") / "A"))[0, 0])
     ((buffer,),) = lay_out_rank(rank, 0).buffers
@@ -179,8 +212,6 @@ def test_a_given_map_of_another_model_is_refused(tmp_path: Path) -> None:
         prove_given(rank, [], compare=True, where=tmp_path)
     other = Handmade(topology=Topology(num_layers=1))
     other.write_meta(tmp_path)
-    from ckpt2pt.meta import read_param_maps
-
     strange: tuple[Buffer, ...] = read_param_maps(tmp_path, tp=0, pp=0, divisor=1)
     with pytest.raises(InputError, match="not in both"):
         prove_given(rank, strange, compare=True, where=tmp_path)
