@@ -298,7 +298,6 @@ def choose_groups(asked: Combination) -> Merge:
         sharded=lambda path: has_shards(index_file(path)),
         info=asked.strategy,
         wanted_format=asked.source_format,
-        merged=False,
     )
     files = found[choose(found, last_saved(asked.source, topology))]
     if not all(file.info for file in files.values()):

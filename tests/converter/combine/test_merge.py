@@ -104,6 +104,15 @@ def test_merged_files_beside_their_shards_are_converted_first_and_merged_no_seco
     made.check(run(made.request(tmp_path), [0], Quiet()))
 
 
+@pytest.mark.parametrize("case", ["dp4", "br-master"])
+def test_a_merge_that_was_broken_off_leaves_the_shards_as_good_as_before(case: str, tmp_path: Path) -> None:
+    made = made_in(tmp_path, case)
+    source = tmp_path / "ms"
+    combine(asked(source, source, section=(1, 2), target_format="safetensors"), Quiet())
+    assert len([*source.rglob("*_dp_merged.safetensors")]) == 1
+    made.check(run(made.request(tmp_path), range(made.topology.pipeline), Quiet()))
+
+
 def test_without_the_optimizer_its_moments_and_its_progress_are_missing(tmp_path: Path) -> None:
     """The reference leaves out what has ``step``, ``epoch``, ``learning_rate``, ``weight_decay`` or ``default_generator``."""
     topology, cut = CASES["dp4"]
