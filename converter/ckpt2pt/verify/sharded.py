@@ -52,7 +52,10 @@ def _whole(indexes: Sequence[Index], document: Any) -> Index:  # noqa: ANN401 - 
                 return indexes[rank][f"{kind}buffer_{buffer}_bucket_{bucket}"]
 
             found[kind + name] = _gather(kind + name, tuple(param["shape"]), addresses, shard)
-    for name in cast("list[str]", document.get("zero3_params", [])):
+    apart = cast("list[str]", document.get("zero3_params", []))
+    # The moments are cut like their parameter, whether they are listed or not.
+    apart += [moment for name in apart for moment in (f"exp_avg.{name}", f"exp_avg_sq.{name}") if moment in first]
+    for name in dict.fromkeys(apart):
         parts = [index[name] for index in indexes]
         rows = sum(part.shape[0] for part in parts)
         extents = tuple(extent for part in parts for extent in part.extents)

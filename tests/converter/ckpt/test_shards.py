@@ -87,7 +87,8 @@ def test_any_group_and_any_buckets_give_every_parameter(case: str, data: int, co
         assert largest == data * context
 
 
-def test_zero3_parameters_are_joined_along_their_first_axis(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_moments", [True, False])
+def test_zero3_parameters_are_joined_along_their_first_axis(with_moments: bool, tmp_path: Path) -> None:
     made = small(4)
     apart = tuple(
         name
@@ -96,6 +97,10 @@ def test_zero3_parameters_are_joined_along_their_first_axis(tmp_path: Path) -> N
     )
     assert len(apart) == 3
     paths, info = sources(made, Sharding(zero3=apart), tmp_path)
+    document = json.loads(info.read_text())
+    assert len(document["zero3_params"]) == 9
+    if not with_moments:
+        info.write_text(json.dumps(document | {"zero3_params": list(apart)}))
     found = both_readings(paths, info)
     assert {n: (r.shape, payload(r)) for n, r in found.items()} == {
         n: (t.shape, t.data) for n, t in made.entries[0, 0].items()
