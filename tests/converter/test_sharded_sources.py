@@ -229,9 +229,18 @@ def without_optimizer(made: Handmade) -> None:
     add(made, Tensor("set_hidden_states", "float32", (2, 2), bytes(16)))
 
 
+def momentum(made: Handmade) -> None:
+    for entries in made.entries.values():
+        for name in [name for name in entries if name.startswith("exp_avg_sq.")]:
+            del entries[name]
+    renamed(made, {"exp_avg.": "moments."})
+    add(made, *SCALARS, Tensor("momentum", "float32", (), bytes(4)))
+
+
 MODES: dict[str, tuple[Callable[[Handmade], None], bool]] = {
     "B-named-main-copies": (lambda _: None, True),
     "C-adam": (adam, True),
+    "C-momentum": (momentum, False),
     "D-zero": (lambda made: renamed(made, {"exp_avg.": "adam_m.", "exp_avg_sq.": "adam_v."}), True),
     "E-no-optimizer": (without_optimizer, False),
 }
