@@ -240,6 +240,8 @@ def _interrupt(number: int, _: FrameType | None) -> NoReturn:
 
 def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
     options.account.message = termination.message_of(error)
+    if getattr(options, "debug", False):
+        traceback.print_exc()
     if getattr(options, "log_format", "text") == "json":
         document = {
             "level": "error",

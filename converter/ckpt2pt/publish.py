@@ -88,7 +88,10 @@ def publish_bytes(path: Path, data: bytes) -> None:
 @contextmanager
 def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
     """Hold a lock file; whoever is second waits, or is told who is at it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise access_error(error, path, "locking") from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -102,9 +105,10 @@ def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
         except OSError as error:
             # A file system without locks (ENOLCK, ENOTSUP): renames keep the result whole all the same.
             if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}:
-                raise
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{host()} pid {os.getpid()}\n".encode(), 0)
+                raise access_error(error, path, "locking") from error
+        with suppress(OSError):  # only whoever is second reads it; a full disk is told by what needs the room
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{host()} pid {os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(fd)

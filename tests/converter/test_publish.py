@@ -17,6 +17,7 @@ from ckpt2pt.publish import (
     access_error,
     check_space,
     free_bytes,
+    locked,
     partial_name,
     publish_bytes,
     read_json,
@@ -159,6 +160,20 @@ def test_a_stage_is_converted_by_one_run_at_a_time(target: Target) -> None:
         pass
     with target.stage_lock(0):
         pass
+
+
+def test_a_lock_that_cannot_be_made_is_an_error_with_a_mend_and_its_holders_name_is_a_courtesy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileAccessError, match="locking"), locked(tmp_path, "working", wait=False):
+        pass
+    monkeypatch.setattr("os.pwrite", full)
+    with locked(tmp_path / "lock", "working", wait=False):
+        pass
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_sweep_takes_only_what_a_killed_run_left(target: Target) -> None:

@@ -71,6 +71,7 @@ _IGNORED = {
     "activation buffer": r"set_hidden_states.*",
     "gradient accumulator": r"accu_grads\..*",
     "moment of amsgrad, which Megatron does not have": r"max_exp_avg_sq\..*",
+    "momentum without a second moment, which Adam needs": r"moments\..*|momentum",
 }
 _IGNORED_PATTERN = re.compile("|".join(f"({pattern})" for pattern in _IGNORED.values()))
 _REASONS = tuple(_IGNORED)

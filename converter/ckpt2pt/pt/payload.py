@@ -51,6 +51,11 @@ class Template:
         size = args.get("global_batch_size")
         return size if isinstance(size, int) and size > 0 and not args.get("rampup_batch_size") else None
 
+    @property
+    def gradients_as_parameters(self) -> bool:
+        """True when gradients have the type of their parameters, as in fp16 unless told otherwise; bf16 keeps float32."""
+        return self.args.get("accumulate_allreduce_grads_in_fp32") is False
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilePayload:
@@ -106,8 +111,11 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
     )
 
 
-def optim_payload(plan: RankPlan) -> FilePayload:
-    """``distrib_optim.pt`` as Megatron 0.6 keeps it: padded buckets with their true and padded sizes."""
+def optim_payload(plan: RankPlan, template: Template) -> FilePayload:
+    """``distrib_optim.pt`` as Megatron 0.6 keeps it: padded buckets with their true and padded sizes.
+
+    A buffer's key are the types of its parameters and of their gradients.
+    """
     storages = optim_storages(plan)
     numbers = iter(range(len(storages)))
     padded: list[Value] = []
@@ -116,7 +124,8 @@ def optim_payload(plan: RankPlan) -> FilePayload:
     for chunk in plan.chunks:
         if chunk.buffer is None:
             continue
-        key = (Global("torch", chunk.buffer.dtype), Global("torch", "float32"))
+        dtype = chunk.buffer.dtype
+        key = (Global("torch", dtype), Global("torch", dtype if template.gradients_as_parameters else "float32"))
         buckets = chunk.buffer.buckets
         padded.append({key: [bucket.numel for bucket in buckets]})
         unpadded.append({key: [bucket.numel_unpadded for bucket in buckets]})
@@ -134,7 +143,7 @@ def optim_payload(plan: RankPlan) -> FilePayload:
 def payloads(plan: RankPlan, template: Template, *, reference_samples: bool = False) -> tuple[FilePayload, ...]:
     """The files of one rank: the model's, and the optimizer's in a full conversion."""
     model = model_payload(plan, template, reference_samples=reference_samples)
-    return (model, optim_payload(plan)) if plan.full else (model,)
+    return (model, optim_payload(plan, template)) if plan.full else (model,)
 
 
 def tree_payload(tree: Mapping[str, Value]) -> tuple[bytes, list[str]]:
@@ -169,7 +178,7 @@ def _model(chunk: ChunkPlan, storages: Sequence[Storage], numbers: Iterator[int]
         node = root
         for segment in path[:-1]:
             node = cast("dict[Value, Value]", node.setdefault(segment, {}))
-        node[path[-1]] = dict(pairs) if len(path) == 1 else ordered_dict(pairs)
+        node[path[-1]] = ordered_dict(pairs)
     return root
 
 

@@ -87,6 +87,8 @@ def test_two_modules_may_not_share_a_mindspore_name() -> None:
         ("step_num", "ignored", "training progress"),
         ("learning_rate_group_3", "ignored", "optimizer scalar"),
         ("max_exp_avg_sq.a", "ignored", "moment of amsgrad, which Megatron does not have"),
+        ("moments.a", "ignored", "momentum without a second moment, which Adam needs"),
+        ("momentum", "ignored", "momentum without a second moment, which Adam needs"),
         # A substring is no match: these are parameters and must be mapped or refused.
         ("my_step_num", "param", "my_step_num"),
         ("language_model.state_step.weight", "param", "language_model.state_step.weight"),
