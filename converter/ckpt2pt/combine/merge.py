@@ -21,7 +21,7 @@ from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.engine import Stop, write_files
 from ckpt2pt.errors import InputError, MissingInputError, NoSpaceError, UsageError
 from ckpt2pt.folders import layout_of
-from ckpt2pt.mapping.names import MOMENT_PREFIXES
+from ckpt2pt.mapping.names import MOMENTS
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.entries import Entry, text_entry
 from ckpt2pt.plan.moves import Move
@@ -43,7 +43,7 @@ from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 _INFO = "dist_opt_shard_info*.json"
 _MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_MOMENTS = (*MOMENT_PREFIXES, "max_exp_avg_sq.", "moments.")
+_MOMENTS = (*(f"{moment}." for moment in MOMENTS), "max_exp_avg_sq.", "moments.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
