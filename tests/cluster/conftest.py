@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from harness import images
 from harness.cluster import Cluster
 from harness.kubectl import Kubectl
 from harness.machine import UnavailableError
+from harness.release import Release
 from harness.sharing import KUBECONFIG, given_kubeconfig, suite_cluster
 
 WORKER_UID = 65532
@@ -120,6 +121,29 @@ def image(target: str, cluster: Cluster | None, config: pytest.Config) -> str:
         except UnavailableError as error:
             lacking(config, f"no images: {error}")
     return reference
+
+
+@pytest.fixture(scope="session")
+def releases(kubectl: Kubectl, operator_image: str, converter_image: str) -> Iterator[Callable[..., Release]]:
+    """Install the chart: ``releases(major="v3")`` gives a Release that is not installed yet; what is left goes at the end."""
+    made: list[Release] = []
+
+    def make(major: str = "v4", name: str = "ckpt2pt") -> Release:
+        made.append(Release(kubectl, (operator_image, converter_image), major, name))
+        return made[-1]
+
+    yield make
+    for release in made:
+        release.uninstall()
+
+
+@pytest.fixture(scope="module")
+def operator(releases: Callable[..., Release]) -> Iterator[Release]:
+    """The operator of all namespaces, installed by its chart, while the tests of a module run."""
+    release = releases()
+    release.install()
+    yield release
+    release.uninstall()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE
 from ckpt2pt_operator.rules.conditions import stamp
 from ckpt2pt_operator.rules.plan import plan
 from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, House, PatchJob, Plan, Refusal, Seen, Training
-from ckpt2pt_operator.rules.views import Claim, claim_view, indexes, job_view, pod_view
+from ckpt2pt_operator.rules.views import Claim, Report, claim_view, indexes, job_view, pod_view
 from documents import changed
 
 Raw = dict[str, Any]
@@ -49,6 +49,7 @@ class World:
         self.pods: dict[str, Raw] = {}
         self.claims: dict[str, Claim | None] | None = {"training": BOUND}
         self.training: Training | None = None
+        self.live: dict[str, Report] = {}
         self.warnings: dict[str, str] = {}
         self.written: list[Raw] = []
         self.made: list[Raw] = []
@@ -75,6 +76,7 @@ class World:
             jobs=tuple(job_view(job) for job in self.jobs.values()),
             pods=tuple(pod_view(pod) for pod in self.pods.values()),
             claims=self.claims,
+            live=self.live,
             warnings=self.warnings,
             training=self.training,
         )

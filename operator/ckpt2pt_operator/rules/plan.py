@@ -333,8 +333,9 @@ class _Case:
         return self.plan(replace(standing, degraded=degraded), *actions, again=wait)
 
     def iteration(self, pods: Sequence[Pod]) -> int | None:
-        reports = [self.seen.live.get(pod.uid) or report_of(pod.report) for pod in pods]
-        return next((r.iteration for r in reports if r and r.iteration is not None), self.standing.iteration)
+        # What a worker said while it waited for the checkpoint had no iteration yet.
+        reports = [report for pod in pods for report in (report_of(pod.report), self.seen.live.get(pod.uid)) if report]
+        return next((r.iteration for r in reports if r.iteration is not None), self.standing.iteration)
 
     def changes(self, job: Job) -> list[Action]:
         """What may be changed while it runs.  A queue decides for itself when its Jobs run and how wide."""

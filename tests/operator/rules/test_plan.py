@@ -9,7 +9,7 @@ import pytest
 
 from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, PatchJob, Refusal, Training
-from ckpt2pt_operator.rules.views import claim_view
+from ckpt2pt_operator.rules.views import Report, claim_view
 from simulation import World
 from statuses import check_status, told
 
@@ -74,6 +74,18 @@ def test_a_conversion_from_its_first_look_to_its_end() -> None:
     assert told(world.status, "Failed")[0] == "False"
     assert reasons(world) == ["JobCreated", "AllStagesSucceeded"]
     check_status(world.status)
+
+
+def test_what_a_worker_said_before_it_knew_the_iteration_does_not_hide_it() -> None:
+    world = ready()
+    world.live = {pod["metadata"]["uid"]: Report(message="waiting for ranks") for pod in world.alive}
+    world.run(1)
+    assert "iteration" not in world.status
+    for number in range(4):
+        world.end(number, report=json.dumps({"version": 1, "exitCode": 0, "iteration": 500}))
+    world.run(5)
+    assert world.status["iteration"] == 500
+    assert world.status["outputPath"] == "out/iter_0000500"
 
 
 def test_a_plan_needs_one_worker_and_ends_as_planned() -> None:
