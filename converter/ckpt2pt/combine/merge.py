@@ -23,7 +23,7 @@ from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
 from ckpt2pt.engine import Stop, write_files
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceError, UsageError
 from ckpt2pt.folders import layout_of
-from ckpt2pt.mapping.names import MOMENT_PREFIXES
+from ckpt2pt.mapping.names import MOMENTS
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.entries import Entry, text_entry
 from ckpt2pt.plan.moves import Move
@@ -55,7 +55,7 @@ _FLAGS = {
     "choose a checkpoint that every rank has finished (spec.source.iteration, --iteration), or remove": "remove",
 }  # fmt: skip
 _MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_MOMENTS = (*MOMENT_PREFIXES, "max_exp_avg_sq.", "moments.")
+_MOMENTS = (*(f"{moment}." for moment in MOMENTS), "max_exp_avg_sq.", "moments.")
 # What the reference leaves out with the moments, but by whole names: it looks for "step" and "epoch" anywhere in them.
 _PROGRESS = re.compile(
     r"(?:learning_rate|weight_decay)(?:_group_\d+)?|epoch_num|step_num|num_steps|state_step|global_step|default_generator"

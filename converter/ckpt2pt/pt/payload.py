@@ -20,6 +20,7 @@ from ckpt2pt.pt.pickles import (
     Call,
     Global,
     Persistent,
+    StoredTensor,
     Value,
     namespace_attrs,
     ordered_dict,
@@ -153,7 +154,7 @@ def tree_payload(tree: Mapping[str, Value]) -> tuple[bytes, list[str]]:
     return write_pickle(renumbered), keys
 
 
-def _tensor(storages: Sequence[Storage], number: int) -> Call:
+def _tensor(storages: Sequence[Storage], number: int) -> StoredTensor:
     storage = storages[number]
     return tensor(storage.dtype, str(number), storage.numel, 0, storage.shape)
 
@@ -241,6 +242,8 @@ def _renumber(tree: Value, copied: list[str], first: int) -> Value:
             kind, storage_class, key, location, numel = cast("tuple[Value, ...]", value.id)
             number = numbers.setdefault(cast("str", key), str(first + len(numbers)))
             new = Persistent((kind, storage_class, number, location, numel))
+        elif isinstance(value, StoredTensor):
+            new = replace(value, key=numbers.setdefault(value.key, str(first + len(numbers))))
         elif isinstance(value, Global):
             new = _for_any_numpy(value)
         elif isinstance(value, Call):
