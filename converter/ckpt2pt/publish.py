@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -18,7 +19,7 @@ import shutil
 import socket
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -28,6 +29,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 STATE = ".ckpt2pt"
 PARTIAL = ".partial"
 Json = dict[str, object]
+Rank = tuple[int, int]
+"""(tp, pp)"""
 
 
 def host() -> str:
@@ -158,13 +161,19 @@ MINDSPORE = Kind(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One iteration's folder, owned by one conversion."""
+    """One iteration's folder, owned by one conversion.
+
+    ``identity`` is the digest of everything that decides what is written, ``purpose`` that of the options alone, and
+    ``ranks`` those of the options and what each rank is read from.  Without ``purpose`` any change makes another conversion.
+    """
 
     root: Path
     iteration: int
     identity: str
     stages: int
     tensor: int
+    purpose: str = ""
+    ranks: Mapping[Rank, str] = field(default_factory=dict[Rank, str])
     kind: Kind = MEGATRON
 
     @property
@@ -185,7 +194,7 @@ class Target:
     def check(self, *, overwrite: bool) -> None:
         """Refuse a folder that is somebody else's; touches nothing."""
         claim = read_json(self.state / "claim.json")
-        if overwrite or (claim and claim.get("identity") == self.identity):
+        if overwrite or (claim and (claim.get("identity") == self.identity or self._goes_on(claim))):
             return
         if claim is not None:
             raise UsageError(
@@ -204,6 +213,10 @@ class Target:
                     mend=f"choose another {self.kind.option}, or replace it with {self.kind.replace}",
                 )
 
+    def _goes_on(self, claim: Json) -> bool:
+        """Whether the same was begun with a source that was mended since, and nothing is published yet."""
+        return bool(self.purpose) and claim.get("purpose") == self.purpose and not (self.state / "report.json").exists()
+
     def _results(self) -> Iterator[Path]:
         return (path for pattern in self.kind.results for path in self.folder.glob(pattern))
 
@@ -218,10 +231,11 @@ class Target:
                 old = read_json(self.state / "claim.json")
                 if old and old.get("identity") == self.identity:
                     return
-                self._retire()
+                if not (old and self._goes_on(old)):
+                    self._retire()
                 publish_bytes(
                     self.state / "claim.json",
-                    dump({"identity": self.identity, "host": host(), **facts}),
+                    dump({"identity": self.identity, "purpose": self.purpose, "host": host(), **facts}),
                 )
         except OSError as error:
             raise access_error(error, self.folder, "taking the target folder") from error
@@ -240,6 +254,13 @@ class Target:
     def stage_lock(self, pp: int) -> Generator[None]:
         """Hold a stage; a second run on it is told who has it."""
         with self._lock(f"stage-{pp:03d}", wait=False):
+            claim = read_json(self.state / "claim.json") or {}
+            if claim.get("identity") != self.identity:
+                raise TryAgainError(
+                    f"a conversion of another source, or of this one as it is now, took the folder over ({claim.get('host')})",
+                    where=self.folder,
+                    mend="run the same command again, if both were not meant for the same place",
+                )
             yield
 
     def _lock(self, name: str, *, wait: bool) -> AbstractContextManager[None]:
@@ -254,7 +275,7 @@ class Target:
     def rank_manifest(self, tp: int, pp: int) -> Json | None:
         """The manifest of a finished rank whose files are still there with their sizes; None otherwise."""
         manifest = read_json(self.state / f"rank-{tp:02d}-{pp:03d}.json")
-        if manifest is None or manifest.get("identity") != self.identity:
+        if manifest is None or not self.is_of_rank((tp, pp), manifest):
             return None
         for file in cast("list[Json]", manifest.get("files", [])):
             try:
@@ -270,21 +291,34 @@ class Target:
 
     def publish_rank(self, tp: int, pp: int, manifest: Json) -> None:
         """Say that a rank's files are there."""
-        publish_bytes(self.state / f"rank-{tp:02d}-{pp:03d}.json", dump({"identity": self.identity, **manifest}))
+        facts = {"identity": self.ranks.get((tp, pp), self.identity), **manifest}
+        publish_bytes(self.state / f"rank-{tp:02d}-{pp:03d}.json", dump(facts))
 
     def stage_manifest(self, pp: int) -> Json | None:
         """The manifest of a finished stage of this conversion, None while a rank is missing."""
         manifest = read_json(self.state / f"stage-{pp:03d}.json")
-        if manifest is None or manifest.get("identity") != self.identity:
+        if manifest is None or not self.is_of_stage(pp, manifest):
             return None
         return manifest if all(self.rank_manifest(tp, pp) for tp in range(self.tensor)) else None
+
+    def is_of_stage(self, pp: int, manifest: Json) -> bool:
+        """Whether a stage's manifest joins ranks of this conversion and of what they read now."""
+        return manifest.get("identity") == self._stage_identity(pp)
+
+    def _stage_identity(self, pp: int) -> str:
+        ranks = [self.ranks[tp, pp] for tp in range(self.tensor) if (tp, pp) in self.ranks]
+        return hashlib.sha256("".join(ranks).encode()).hexdigest() if ranks else self.identity
+
+    def is_of_rank(self, rank: Rank, manifest: Json) -> bool:
+        """Whether a rank's manifest is of this conversion and of what it reads now."""
+        return manifest.get("identity") == self.ranks.get(rank, self.identity)
 
     def publish_stage(self, pp: int, facts: Mapping[str, object]) -> None:
         """Join the ranks' manifests.  The ranks' own stay: a rerun looks at them."""
         ranks = [self.rank_manifest(tp, pp) for tp in range(self.tensor)]
         publish_bytes(
             self.state / f"stage-{pp:03d}.json",
-            dump({"identity": self.identity, "stage": pp, **facts, "ranks": ranks}),
+            dump({"identity": self._stage_identity(pp), "stage": pp, **facts, "ranks": ranks}),
         )
 
     def publish_iteration(self) -> bool:

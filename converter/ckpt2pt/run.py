@@ -150,6 +150,8 @@ def target_of(request: Request, chosen: Survey) -> Target:
         root=request.target,
         iteration=chosen.clock.iteration,
         identity=chosen.identity,
+        purpose=chosen.purpose,
+        ranks=chosen.ranks,
         stages=request.topology.pipeline,
         tensor=request.topology.tensor,
     )

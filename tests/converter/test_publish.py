@@ -88,6 +88,52 @@ def test_a_folder_of_another_conversion_is_refused_unless_overwritten(target: Ta
     assert target.stage_manifest(0) is None
 
 
+@pytest.fixture
+def mended(target: Target) -> tuple[Target, Target]:
+    """The same conversion before and after the source of its second stage was mended."""
+    before = replace(target, identity="a", purpose="p", ranks={(0, 0): "r0", (0, 1): "r1"})
+    return before, replace(before, identity="b", ranks={(0, 0): "r0", (0, 1): "mended"})
+
+
+def test_a_source_that_was_mended_goes_on_with_what_is_finished(mended: tuple[Target, Target]) -> None:
+    before, after = mended
+    finish(before, 0)
+    finish_rank(before, 1)
+    finish(after)
+    assert after.rank_manifest(0, 0)
+    assert after.stage_manifest(0)
+    assert after.rank_manifest(0, 1) is None, "it was read from what is no longer there"
+    finish(after, 1)
+    assert after.publish_iteration()
+    assert after.published
+
+
+def test_a_published_result_is_not_replaced_because_its_source_changed(mended: tuple[Target, Target]) -> None:
+    before, after = mended
+    finish(before, 0, 1)
+    before.publish_iteration()
+    with pytest.raises(UsageError, match="a source that changed since"):
+        after.claim({}, overwrite=False)
+    assert before.published
+
+
+def test_whoever_lost_the_folder_meanwhile_writes_nothing(mended: tuple[Target, Target]) -> None:
+    before, after = mended
+    before.claim({}, overwrite=False)
+    after.claim({}, overwrite=False)
+    with pytest.raises(TryAgainError, match="took the folder over"), before.stage_lock(0):
+        pass
+    with after.stage_lock(0):
+        pass
+
+
+def test_another_purpose_is_another_conversion(mended: tuple[Target, Target]) -> None:
+    before, after = mended
+    before.claim({}, overwrite=False)
+    with pytest.raises(UsageError, match="another conversion"):
+        replace(after, purpose="q").claim({}, overwrite=False)
+
+
 def test_overwriting_leaves_the_tracker_of_another_iteration(target: Target) -> None:
     finish(target, 0)
     (target.root / TRACKER).write_text("400")

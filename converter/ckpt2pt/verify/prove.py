@@ -113,6 +113,7 @@ def verify_target(
         root=request.target,
         iteration=chosen.clock.iteration,
         identity=chosen.identity,
+        ranks=chosen.ranks,
         stages=topology.pipeline,
         tensor=topology.tensor,
     )
@@ -149,7 +150,7 @@ def _published(target: Target, stages: Sequence[int]) -> Iterable[Difference]:
             yield Difference(
                 file=f".ckpt2pt/{name}", tensor="stage", problem="is not finished: its manifest is not there"
             )
-        elif manifest.get("identity") != target.identity:
+        elif not target.is_of_stage(pp, manifest):
             yield Difference(
                 file=f".ckpt2pt/{name}", tensor="identity", problem="is of another conversion or another source"
             )
@@ -169,7 +170,7 @@ def _digest_rank(target: Target, rank: Rank) -> Report:
     manifest = read_json(target.state / name)
     differences: list[Difference] = []
     total = 0
-    if manifest is None or manifest.get("identity") != target.identity:
+    if manifest is None or not target.is_of_rank(rank, manifest):
         why = "is not there" if manifest is None else "is of another conversion or another source"
         differences.append(Difference(file=f".ckpt2pt/{name}", tensor="manifest", problem=why))
         manifest = {}
