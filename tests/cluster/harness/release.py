@@ -46,6 +46,7 @@ class Release:
     images: tuple[str, str]
     major: str = "v4"
     name: str = "ckpt2pt"
+    chart: Path = CHART
     namespace: str = field(default_factory=lambda: f"system-{uuid.uuid4().hex[:6]}")
     installed: bool = False
 
@@ -69,6 +70,11 @@ class Release:
         return run(helm(self.major), "--kubeconfig", self.cluster.kubeconfig, "--namespace", self.namespace, *words,
                    stdin=stdin, seconds=seconds)  # fmt: skip
 
+    def values(self, **values: Any) -> dict[str, Any]:
+        """Values of the chart: the images of this checkout, and these."""
+        operator, converter = self.images
+        return merged({"image": image_values(operator), "worker": {"image": image_values(converter)}}, values)
+
     def install(self, **values: Any) -> str:
         """Install the chart, and wait until the operator is ready; what helm says (its notes)."""
         self.installed = True  # what fails half-way is taken away as well
@@ -79,11 +85,9 @@ class Release:
         return self._carry_out("upgrade", **values)
 
     def _carry_out(self, verb: str, *words: str, **values: Any) -> str:
-        operator, converter = self.images
-        base = {"image": image_values(operator), "worker": {"image": image_values(converter)}}
         try:
-            return self.helm(verb, self.name, CHART, *words, "--values", "-", "--wait", "--timeout", "120s",
-                             stdin=json.dumps(merged(base, values)))  # fmt: skip
+            return self.helm(verb, self.name, self.chart, *words, "--values", "-", "--wait", "--timeout", "120s",
+                             stdin=json.dumps(self.values(**values)))  # fmt: skip
         except ClusterError as error:
             raise ClusterError(f"{error}\n{self.kubectl('get', 'pods', '--output=wide')}\n{self.logs()}") from error
 
