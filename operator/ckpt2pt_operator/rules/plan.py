@@ -269,10 +269,13 @@ class _Case:
             mend = "add the kind to trainingKinds in the values of the chart"
             said = Obstacle(reason="TrainingKindUnknown", message=f"this operator does not watch {name}; {mend}")
         else:
-            known = {"Missing": "is not there yet", "Unknown": "is not known yet"}
+            unknown = f"is not known yet{f' ({training.message})' if training.message else ''}"
+            known = {"Missing": "is not there yet", "Unknown": unknown}
             what = known.get(training.state, f"runs: {training.message or 'not complete yet'}")
             said = Obstacle(reason="WaitingForTraining", message=f"{name} {what}")
-        return self.plan(replace(standing, waits=said), again=None)
+        # The training's own events bring it back; of a kind that nobody serves there are none.
+        again = _WAIT_SECONDS if training.state == "Unknown" else None
+        return self.plan(replace(standing, waits=said), again=again)
 
     def held(self, standing: Standing, obstacle: Obstacle) -> Plan:
         """Wait for a volume, but not for ever."""
