@@ -16,6 +16,7 @@ from ckpt2pt_operator.api import CONVERSIONS, Api, ApiError
 from ckpt2pt_operator.informer import Informer
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.recorder import Recorder
+from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.notes import Note
 from ckpt2pt_operator.rules.seen import Training
 from ckpt2pt_operator.rules.trainings import Kind, Workload, conversion_for, workload
@@ -53,7 +54,7 @@ class Trainings:
         ]
 
     async def look(self, conversion: Json, after: Json) -> Training | None:
-        """How the workload of ``spec.startAfter`` stands; None where its kind is not in the table."""
+        """How the workload that it waits for stands; None where its kind is not in the table."""
         pair = text(after, "apiVersion"), text(after, "kind")
         if pair not in self._kinds:
             return None
@@ -125,8 +126,8 @@ class Trainings:
 
     def _wake(self, wanted: Callable[[Name], bool]) -> None:
         for key, raw in self._store.conversions.items():
-            after = child(raw, "spec", "startAfter")
-            if after and "startTime" not in child(raw, "status"):
+            after = awaited(raw)
+            if after:
                 name = text(after, "apiVersion"), text(after, "kind"), key[0], text(after, "name")
                 if wanted(name):
                     self._changed(key)
