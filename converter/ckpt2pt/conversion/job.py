@@ -184,6 +184,8 @@ def _template(
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
+        # As process 1 of its own it would not hear SIGTERM before Python has set up a handler.
+        "shareProcessNamespace": True,
         "terminationGracePeriodSeconds": _GRACE_SECONDS,
         "securityContext": _pod_security(cast("Json", pod["security"])),
         "containers": [_container(conversion, image=image, mounts=mounts, stages=stages, ended=ended)],
