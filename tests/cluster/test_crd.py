@@ -113,6 +113,9 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     "noop-twice": ([("spec.model.noopLayers", [1, 1])], "spec.model.noopLayers[1]", "Duplicate value"),
     "retries": ([("spec.retries", {"perStage": 21})], "spec.retries.perStage", "less than or equal to 20"),
     "start-after-without-a-name": ([("spec.startAfter", {"apiVersion": "batch/v1", "kind": "Job"})], "spec.startAfter.name", "Required"),
+    "shard-info-with-dots": (
+        [("spec.source.optShardInfoPath", "a/../b")], "spec.source.optShardInfoPath", "write the path relative",
+    ),
     "a-training-without-a-name": ([("spec.follow", {"until": {"kind": "Job"}})], "spec.follow.until.name", "Required value"),
     "follow-and-start-after": ([("spec.follow", {}), ("spec.startAfter", AFTER)], "spec.follow", "give one of startAfter and follow"),
     "follow-one-iteration": ([("spec.follow", {}), ("spec.source.iteration", 5)], "spec.follow", "leave source.iteration out"),

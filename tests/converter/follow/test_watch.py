@@ -158,6 +158,25 @@ def test_a_document_says_the_same(training: Training, tmp_path: Path) -> None:
     assert cli.main(words) == 64
 
 
+def test_a_document_says_how_the_training_is_followed(training: Training, tmp_path: Path) -> None:
+    for iteration in (10, 20, 30):
+        training.save(iteration)
+    until = {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}
+    document = changed(
+        ("spec.parallelism", {"pipeline": 2}),
+        ("spec.metadata.path", str(training.metadata.relative_to(tmp_path))),
+        ("spec.follow", {"keep": 2, "until": until}),
+    )
+    path = write(tmp_path / "a.yaml", document)
+    words = ["--progress", "none", "-f", str(path), "--volume", f"training={tmp_path}"]
+    assert cli.main(["watch", "--once", *words]) == 0
+    assert training.results() == ["iter_0000020", "iter_0000030", TRACKER]
+    assert cli.main(["watch", "--once", "--keep", "1", *words]) == 0, "a flag decides"
+    training.save(40)
+    assert cli.main(["watch", "--once", "--keep", "1", *words]) == 0
+    assert training.results() == ["iter_0000040", TRACKER]
+
+
 def test_without_flags_it_says_which_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["watch", "--once"]) == 64
     assert "--num-layers is missing" in capsys.readouterr().err
