@@ -16,7 +16,7 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import Protocol
 
-from ckpt2pt.engine import Meter, Stop
+from ckpt2pt.engine.write import Meter, Stop
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.request import Pace

@@ -18,7 +18,7 @@ from functools import partial
 
 from ckpt2pt import __version__
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
-from ckpt2pt.engine import Stop, write_files
+from ckpt2pt.engine.write import Stop, write_files
 from ckpt2pt.errors import InterruptedRunError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt import engine
 from ckpt2pt.casts import Cast, find_cast
+from ckpt2pt.engine import write as engine
 from ckpt2pt.errors import TimedOutError, TryAgainError
 from ckpt2pt.publish import TRACKER
 from ckpt2pt.run import run

@@ -13,7 +13,7 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, survey_back
 from ckpt2pt.checksums import crc32
 from ckpt2pt.crew import Reporter
-from ckpt2pt.engine import Stop, write_files
+from ckpt2pt.engine.write import Stop, write_files
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
 from ckpt2pt.publish import MINDSPORE, Json, Target, access_error, publish_bytes

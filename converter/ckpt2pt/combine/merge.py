@@ -20,7 +20,7 @@ from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sourc
 from ckpt2pt.ckpt.shards import has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
-from ckpt2pt.engine import Stop, write_files
+from ckpt2pt.engine.write import Stop, write_files
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceError, UsageError
 from ckpt2pt.folders import layout_of
 from ckpt2pt.mapping.names import MOMENTS

@@ -13,7 +13,7 @@ import pytest
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.run import run_back
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.engine import Stop
+from ckpt2pt.engine.write import Stop
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, MissingInputError, NoSpaceError, TopologyError, UsageError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Pace

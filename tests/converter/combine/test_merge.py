@@ -13,7 +13,7 @@ import pytest
 
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.combine.merge import Combination, combine, described_topology
-from ckpt2pt.engine import write_files
+from ckpt2pt.engine.write import write_files
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceError, TryAgainError, UsageError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.run import run
@@ -150,7 +150,7 @@ def test_files_are_read_back_unless_told_otherwise(
 ) -> None:
     made_in(tmp_path)
     read: list[Path] = []
-    monkeypatch.setattr("ckpt2pt.engine.read_back", lambda path, *_: read.append(path))
+    monkeypatch.setattr("ckpt2pt.engine.write.read_back", lambda path, *_: read.append(path))
     combine(asked(tmp_path / "ms", tmp_path / "merged", check=check), Quiet())
     assert len(read) == (2 if check else 0)
 

@@ -18,14 +18,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckpt2pt.blocks import Blocks, OutputFile, open_direct, write_at
 from ckpt2pt.casts import find_cast
 from ckpt2pt.checksums import Piece, crc32, join
+from ckpt2pt.engine.blocks import Blocks, OutputFile, open_direct, write_at
+from ckpt2pt.engine.sources import Sources, drop_from_cache
 from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError
 from ckpt2pt.framing import Layout, Payload
 from ckpt2pt.plan.moves import Move, Sink
 from ckpt2pt.publish import access_error, partial_name, sync_folder
-from ckpt2pt.sources import Sources, drop_from_cache
 from ckpt2pt.tensors import DTYPE_BYTES, Extent
 
 BLOCK_BYTES = 1 << 20

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ckpt2pt.blocks import ALIGNMENT, open_direct
+from ckpt2pt.engine.blocks import ALIGNMENT, open_direct
 from ckpt2pt.errors import TryAgainError
 from ckpt2pt.publish import access_error
 from ckpt2pt.tensors import Extent

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt import blocks as module
-from ckpt2pt.blocks import ALIGNMENT, Blocks, OutputFile, file_system, open_direct, write_at
+from ckpt2pt.engine import blocks as module
+from ckpt2pt.engine.blocks import ALIGNMENT, Blocks, OutputFile, file_system, open_direct, write_at
 from ckpt2pt.errors import FileAccessError, NoSpaceError
 
 NBYTES = 1 << 20

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt2pt.blocks import ALIGNMENT, open_direct
+from ckpt2pt.engine.blocks import ALIGNMENT, open_direct
+from ckpt2pt.engine.sources import WINDOW_BYTES, WINDOWS, Sources, drop_from_cache, is_cached
 from ckpt2pt.errors import FileAccessError, TryAgainError
-from ckpt2pt.sources import WINDOW_BYTES, WINDOWS, Sources, drop_from_cache, is_cached
 from ckpt2pt.tensors import Extent
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
@@ -180,7 +180,7 @@ def test_what_nobody_wants_to_read_is_not_opened(tmp_path: Path) -> None:
 
 
 def test_an_unknown_file_system_is_read_through_the_cache(direct: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt2pt.blocks.file_system", lambda path: "nfs4")
+    monkeypatch.setattr("ckpt2pt.engine.blocks.file_system", lambda path: "nfs4")
     calls = counted(monkeypatch)
     read_all([Extent(str(direct), 7, 100)])
     assert calls == [(7, 100)]
