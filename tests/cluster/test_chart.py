@@ -18,6 +18,8 @@ from harness.release import CHART, Release
 
 CRD = "checkpointconversions.ckpt2pt.dev"
 CLUSTER_WIDE = "clusterroles,clusterrolebindings"
+pytestmark = pytest.mark.usefixtures("cluster")  # one that is ours to disturb
+
 Releases = Callable[..., Release]
 
 

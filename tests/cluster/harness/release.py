@@ -15,6 +15,7 @@ from typing import Any
 from harness.images import REPOSITORY
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError, run, wait_until
+from harness.pods import processes_of
 from helm import helm
 
 CHART = REPOSITORY / "charts" / "ckpt2pt"
@@ -124,7 +125,7 @@ class Release:
         """Kill its process as a crash would; the kubelet starts it again."""
         [pod] = self.pods()
         restarts = pod["status"]["containerStatuses"][0]["restartCount"]
-        for pid in _processes_of(pod["metadata"]["uid"]):
+        for pid in processes_of(pod, "ckpt2pt-operator"):
             os.kill(pid, signal.SIGKILL)
 
         def is_back() -> bool:
@@ -144,17 +145,3 @@ class Release:
         """The sum of a metric over its labels."""
         found = re.findall(rf"^ckpt2pt_operator_{name}(?:{{[^}}]*}})? (\S+)$", self.metrics(), re.MULTILINE)
         return sum(map(float, found))
-
-
-def _processes_of(uid: str) -> list[int]:
-    """The operator's processes of a pod on this machine, by their cgroup."""
-    found: list[int] = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                groups, words = (folder / "cgroup").read_text(), (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if uid in groups and b"ckpt2pt-operator" in words:
-                found.append(int(folder.name))
-    return found
