@@ -169,7 +169,7 @@ def _model(chunk: ChunkPlan, storages: Sequence[Storage], numbers: Iterator[int]
         node = root
         for segment in path[:-1]:
             node = cast("dict[Value, Value]", node.setdefault(segment, {}))
-        node[path[-1]] = dict(pairs) if len(path) == 1 else ordered_dict(pairs)
+        node[path[-1]] = ordered_dict(pairs)
     return root
 
 
