@@ -17,7 +17,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -43,10 +43,11 @@ def access_error(error: OSError, path: Path | str, doing: str) -> Ckpt2ptError:
             where=path,
             mend="make room on the target volume and run the same command again; what is finished is kept",
         )
+    mend = f"give uid {os.getuid()} permission there, or check the mount (dmesg)"
+    if error.errno in {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}:
+        mend = "a file stands where a folder is to be, or a folder where a file: choose another path, or move it away"
     return FileAccessError(
-        f"{doing} failed: {os.strerror(error.errno or 0)}",
-        where=path,
-        mend=f"give uid {os.getuid()} permission there, or check the mount (dmesg); then run the same command again",
+        f"{doing} failed: {os.strerror(error.errno or 0)}", where=path, mend=f"{mend}; then run the same command again"
     )
 
 
@@ -86,7 +87,10 @@ def publish_bytes(path: Path, data: bytes) -> None:
 @contextmanager
 def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
     """Hold a lock file; whoever is second waits, or is told who is at it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise access_error(error, path, "opening the lock file") from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -218,19 +222,28 @@ class Target:
                 old = read_json(self.state / "claim.json")
                 if old and old.get("identity") == self.identity:
                     return
-                self._retire()
-                publish_bytes(
-                    self.state / "claim.json",
-                    dump({"identity": self.identity, "host": host(), **facts}),
-                )
+                with self._nobody_at_work():
+                    self._retire()
+                    publish_bytes(
+                        self.state / "claim.json",
+                        dump({"identity": self.identity, "host": host(), **facts}),
+                    )
         except OSError as error:
             raise access_error(error, self.folder, "taking the target folder") from error
+
+    @contextmanager
+    def _nobody_at_work(self) -> Generator[None]:
+        """Hold every stage that a run has begun here, so that none is at it; call with the claim's lock held."""
+        with ExitStack() as locks:
+            for path in sorted(self.state.glob("stage-*.lock")):
+                locks.enter_context(locked(path, "converting a stage of what is to be replaced", wait=False))
+            yield
 
     def _retire(self) -> None:
         """Take back what an older conversion published here: the tracker first, then its manifests."""
         tracker = self.root / TRACKER
         with suppress(FileNotFoundError):
-            if self.kind.tracker and tracker.read_text().strip() == str(self.iteration):
+            if self.kind.tracker and tracker.read_text(errors="replace").strip() == str(self.iteration):
                 tracker.unlink()
                 sync_folder(self.root)
         for path in (*self.state.glob("*.json"), *self._results()):
@@ -238,8 +251,10 @@ class Target:
 
     @contextmanager
     def stage_lock(self, pp: int) -> Generator[None]:
-        """Hold a stage; a second run on it is told who has it."""
+        """Hold a stage; a second run on it is told who has it.  Refused when the folder was taken away meanwhile."""
         with self._lock(f"stage-{pp:03d}", wait=False):
+            with self._lock("claim", wait=True):
+                self.check(overwrite=False)
             yield
 
     def _lock(self, name: str, *, wait: bool) -> AbstractContextManager[None]:
@@ -282,6 +297,12 @@ class Target:
     def publish_stage(self, pp: int, facts: Mapping[str, object]) -> None:
         """Join the ranks' manifests.  The ranks' own stay: a rerun looks at them."""
         ranks = [self.rank_manifest(tp, pp) for tp in range(self.tensor)]
+        if not all(ranks):
+            raise TryAgainError(
+                f"files of tp {ranks.index(None)} pp {pp} were removed while the stage was converted",
+                where=self.folder,
+                mend="keep other programs out of this folder, and run the same command again",
+            )
         publish_bytes(
             self.state / f"stage-{pp:03d}.json",
             dump({"identity": self.identity, "stage": pp, **facts, "ranks": ranks}),
@@ -308,7 +329,7 @@ class Target:
         """True when the tracker names this iteration and every stage is there."""
         if self.kind.tracker:
             try:
-                named = (self.root / TRACKER).read_text().strip() == str(self.iteration)
+                named = (self.root / TRACKER).read_text(errors="replace").strip() == str(self.iteration)
             except OSError:
                 return False
         else:
