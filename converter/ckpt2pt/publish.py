@@ -18,7 +18,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -45,10 +45,11 @@ def access_error(error: OSError, path: Path | str, doing: str) -> Ckpt2ptError:
             where=path,
             mend="make room on the target volume and run the same command again; what is finished is kept",
         )
+    mend = f"give uid {os.getuid()} permission there, or check the mount (dmesg)"
+    if error.errno in {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}:
+        mend = "a file stands where a folder is to be, or a folder where a file: choose another path, or move it away"
     return FileAccessError(
-        f"{doing} failed: {os.strerror(error.errno or 0)}",
-        where=path,
-        mend=f"give uid {os.getuid()} permission there, or check the mount (dmesg); then run the same command again",
+        f"{doing} failed: {os.strerror(error.errno or 0)}", where=path, mend=f"{mend}; then run the same command again"
     )
 
 
@@ -91,7 +92,7 @@ def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise access_error(error, path, "locking") from error
+        raise access_error(error, path, "opening the lock file") from error
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -234,20 +235,30 @@ class Target:
                 old = read_json(self.state / "claim.json")
                 if old and old.get("identity") == self.identity:
                     return
-                if not (old and self._goes_on(old)):
-                    self._retire()
-                publish_bytes(
-                    self.state / "claim.json",
-                    dump({"identity": self.identity, "purpose": self.purpose, "host": host(), **facts}),
-                )
+                with ExitStack() as alone:
+                    if not (old and self._goes_on(old)):
+                        alone.enter_context(self._nobody_at_work())
+                        self._retire()
+                    publish_bytes(
+                        self.state / "claim.json",
+                        dump({"identity": self.identity, "purpose": self.purpose, "host": host(), **facts}),
+                    )
         except OSError as error:
             raise access_error(error, self.folder, "taking the target folder") from error
+
+    @contextmanager
+    def _nobody_at_work(self) -> Generator[None]:
+        """Hold every stage that a run has begun here, so that none is at it; call with the claim's lock held."""
+        with ExitStack() as locks:
+            for path in sorted(self.state.glob("stage-*.lock")):
+                locks.enter_context(locked(path, "converting a stage of what is to be replaced", wait=False))
+            yield
 
     def _retire(self) -> None:
         """Take back what an older conversion published here: the tracker first, then its manifests."""
         tracker = self.root / TRACKER
         with suppress(FileNotFoundError):
-            if self.kind.tracker and tracker.read_text().strip() == str(self.iteration):
+            if self.kind.tracker and tracker.read_text(errors="replace").strip() == str(self.iteration):
                 tracker.unlink()
                 sync_folder(self.root)
         for path in (*self.state.glob("*.json"), *self._results()):
@@ -255,9 +266,11 @@ class Target:
 
     @contextmanager
     def stage_lock(self, pp: int) -> Generator[None]:
-        """Hold a stage; a second run on it is told who has it."""
+        """Hold a stage; a second run on it is told who has it.  Refused when the folder was taken away meanwhile."""
         with self._lock(f"stage-{pp:03d}", wait=False):
-            claim = read_json(self.state / "claim.json") or {}
+            with self._lock("claim", wait=True):
+                self.check(overwrite=False)
+                claim = read_json(self.state / "claim.json") or {}
             if claim.get("identity") != self.identity:
                 raise TryAgainError(
                     f"a conversion of another source, or of this one as it is now, took the folder over ({claim.get('host')})",
@@ -319,6 +332,12 @@ class Target:
     def publish_stage(self, pp: int, facts: Mapping[str, object]) -> None:
         """Join the ranks' manifests.  The ranks' own stay: a rerun looks at them."""
         ranks = [self.rank_manifest(tp, pp) for tp in range(self.tensor)]
+        if not all(ranks):
+            raise TryAgainError(
+                f"files of tp {ranks.index(None)} pp {pp} were removed while the stage was converted",
+                where=self.folder,
+                mend="keep other programs out of this folder, and run the same command again",
+            )
         publish_bytes(
             self.state / f"stage-{pp:03d}.json",
             dump({"identity": self._stage_identity(pp), "stage": pp, **facts, "ranks": ranks}),
@@ -345,7 +364,7 @@ class Target:
         """True when the tracker names this iteration and every stage is there."""
         if self.kind.tracker:
             try:
-                named = (self.root / TRACKER).read_text().strip() == str(self.iteration)
+                named = (self.root / TRACKER).read_text(errors="replace").strip() == str(self.iteration)
             except OSError:
                 return False
         else:

@@ -120,7 +120,8 @@ def test_the_copy_is_written_where_megatron_looks_for_it(tmp_path: Path) -> None
     last = torch.load(folder / "mp_rank_00_001" / "model_optim_rng.pt", weights_only=False)["model"]
     assert list(last) == ["language_model", "word_embeddings_for_head"]
     assert list(last["word_embeddings_for_head"]) == ["weight"]
-    assert isinstance(last["word_embeddings_for_head"], OrderedDict)  # a module's state, as Megatron saves it
+    # A module's own state dict, as Megatron-LM cac60ce4 saves it (megatron/model/gpt_model.py).
+    assert type(last["word_embeddings_for_head"]) is OrderedDict
     first = torch.load(folder / "mp_rank_00_000" / "model_optim_rng.pt", weights_only=False)["model"]
     assert list(first) == ["language_model"]
 

@@ -165,7 +165,7 @@ def test_a_stage_is_converted_by_one_run_at_a_time(target: Target) -> None:
 def test_a_lock_that_cannot_be_made_is_an_error_with_a_mend_and_its_holders_name_is_a_courtesy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(FileAccessError, match="locking"), locked(tmp_path, "working", wait=False):
+    with pytest.raises(FileAccessError, match="opening the lock file"), locked(tmp_path, "working", wait=False):
         pass
     monkeypatch.setattr("os.pwrite", full)
     with locked(tmp_path / "lock", "working", wait=False):
@@ -174,6 +174,46 @@ def test_a_lock_that_cannot_be_made_is_an_error_with_a_mend_and_its_holders_name
 
 def full(*_: object) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_what_a_run_is_working_on_is_not_overwritten(target: Target) -> None:
+    finish(target, 0)
+    other = replace(target, identity="other", stages=1)
+    with target.stage_lock(1), pytest.raises(TryAgainError, match=f"what is to be replaced: .* pid {os.getpid()}"):
+        other.claim({}, overwrite=True)
+    assert target.stage_manifest(0)
+    assert list(target.folder.rglob("*.pt"))
+    other.claim({}, overwrite=True)
+
+
+def test_a_run_whose_folder_was_taken_before_it_began_a_stage_ends(target: Target) -> None:
+    target.claim({}, overwrite=False)
+    replace(target, identity="other").claim({}, overwrite=True)
+    with pytest.raises(UsageError, match="another conversion"), target.stage_lock(0):
+        pass
+
+
+def test_a_stage_whose_files_have_gone_is_not_published(target: Target) -> None:
+    finish(target, 0)
+    next(target.folder.rglob("*.pt")).unlink()
+    with pytest.raises(TryAgainError, match="tp 0 pp 0"):
+        target.publish_stage(0, {})
+
+
+def test_a_tracker_that_is_no_text_is_somebody_elses(target: Target) -> None:
+    finish(target, 0, 1)
+    (target.root / TRACKER).write_bytes(b"\xff\xfe5")
+    assert not target.published
+    replace(target, identity="other").claim({}, overwrite=True)
+    assert (target.root / TRACKER).read_bytes() == b"\xff\xfe5"
+
+
+def test_a_lock_that_cannot_be_opened_is_an_error_with_a_mend(target: Target) -> None:
+    target.claim({}, overwrite=False)
+    (target.state / "stage-000.lock").mkdir()
+    with pytest.raises(FileAccessError, match="Is a directory") as caught, target.stage_lock(0):
+        pass
+    assert "move it away" in caught.value.mend
 
 
 def test_a_sweep_takes_only_what_a_killed_run_left(target: Target) -> None:

@@ -4,7 +4,7 @@
                                      '-----cast, crc, blocks--> model_optim_rng.pt
 
 Decides nothing: offsets come from the plan and the archive's layout.  One thread sums and converts; reads and writes past
-the page cache go on beside it (sources.py, blocks.py).  What else was measured: docs/adr/0003-own-pt-writer.md.
+the page cache go on beside it (sources.py, blocks.py).  Why so: docs/adr/0003 and 0008.
 """
 
 from __future__ import annotations
@@ -179,12 +179,7 @@ def write_files(
     """
     with ExitStack() as stack:
         outputs = {p.name: stack.enter_context(_output(folder, p)) for p in payloads}
-        sources = stack.enter_context(Sources(extent for move in moves for extent in move.extents))
-        blocks = stack.enter_context(Blocks(BLOCK_BYTES))
-        carrier = _Carrier(outputs=outputs, sources=sources, blocks=blocks, stop=stop, advance=advance)
-        for move in moves:
-            carrier.carry(move)
-        blocks.drain()
+        digests = _carry(moves, outputs, stop, advance)
         for payload in payloads:
             _copy_template(outputs[payload.name], payload)
         for output in outputs.values():
@@ -193,9 +188,19 @@ def write_files(
         if check:
             for output in outputs.values():
                 read_back(output.partial, output.crc, stop)
-        return _publish(outputs.values()), {
-            label: join(pieces, sum(size for _, size, _ in pieces)) for label, pieces in carrier.digests.items()
-        }
+        return _publish(outputs.values()), digests
+
+
+def _carry(
+    moves: Sequence[Move], outputs: Mapping[str, Output], stop: Stop, advance: Callable[[int], None]
+) -> dict[str, int]:
+    """Carry the moves out; the CRC-32 of each ``role:parameter``."""
+    with Sources(extent for move in moves for extent in move.extents) as sources, Blocks(BLOCK_BYTES) as blocks:
+        carrier = _Carrier(outputs=outputs, sources=sources, blocks=blocks, stop=stop, advance=advance)
+        for move in moves:
+            carrier.carry(move)
+        blocks.drain()
+    return {label: join(pieces, sum(size for _, size, _ in pieces)) for label, pieces in carrier.digests.items()}
 
 
 @contextmanager
