@@ -7,7 +7,6 @@ file headers     --ckpt------->   {name: TensorRef}, the clock
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
+from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta, require
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
@@ -248,7 +248,7 @@ def _inputs(files: Mapping[Rank, SourceFile], request: Request) -> tuple[dict[st
         found += inputs_of(file, request.source)
         metadata |= {path.name: path for path in metadata_files(request.metadata, tp=rank[0], pp=rank[1])}
     for name, path in sorted(metadata.items()):
-        found.append({"metadata": name, "sha256": _sha256(path)})
+        found.append({"metadata": name, "sha256": sha256(path)})
     return tuple(found)
 
 
@@ -256,12 +256,8 @@ def inputs_of(file: SourceFile, root: Path) -> list[dict[str, object]]:
     """The files that one rank is read from, those below ``root`` by name, size and time."""
     found = [_stat(path, root) for path in file.paths]
     if file.info:
-        found.append({"shards": file.info.name, "ranks": len(file.peers), "sha256": _sha256(file.info)})
+        found.append({"shards": file.info.name, "ranks": len(file.peers), "sha256": sha256(file.info)})
     return found
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _stat(path: Path, root: Path) -> dict[str, object]:
