@@ -210,7 +210,12 @@ def test_a_job_of_somebody_else_under_the_same_name_is_left_alone(
     processes: Callable[..., Process], namespace: Kubectl, checkpoint: Path, volume: Path, converter_image: str
 ) -> None:
     pod = {"restartPolicy": "Never", "containers": [{"name": "x", "image": converter_image, "args": ["--version"]}]}
-    theirs = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "golden-1"}, "spec": {"template": {"spec": pod}}}
+    theirs = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "golden-1"},
+        "spec": {"template": {"spec": pod}},
+    }
     namespace.apply(theirs)
     made = jobs(namespace)
     process = processes()

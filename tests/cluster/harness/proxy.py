@@ -107,7 +107,8 @@ class Proxy:
 
     def cut_watches(self) -> None:
         """End every watch that is open, as a load balancer does."""
-        self._loop.call_soon_threadsafe(lambda: [watch.cut.set() for watch in self._watches])
+        for watch in tuple(self._watches):
+            self._loop.call_soon_threadsafe(watch.cut.set)
 
     def mute_watches(self) -> None:
         """Let every watch that is open say nothing more, and stay open: a connection whose other end is gone."""
