@@ -31,9 +31,10 @@ $(READY): pyproject.toml $(LOCK)/bootstrap.txt $(LOCK)/dev.txt
 
 mindspore: $(MINDSPORE) ## real mindspore, which judges our files and runs the hook, in .venv-mindspore
 
-$(MINDSPORE): $(READY) $(LOCK)/mindspore.txt
+$(MINDSPORE): $(READY) $(LOCK)/mindspore.txt $(LOCK)/mindformers.txt
 	@test -x .venv-mindspore/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-mindspore
 	$(BIN)/uv pip sync --quiet --python .venv-mindspore/bin/python --require-hashes $(LOCK)/mindspore.txt
+	$(BIN)/uv pip install --quiet --python .venv-mindspore/bin/python --no-deps --require-hashes -r $(LOCK)/mindformers.txt
 	@touch $@
 
 demo: $(READY) ## build a checkpoint of more than 1 GB, convert it, verify it with torch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,13 @@ def assert_golden() -> Callable[[str, Path], None]:
         assert text == path.read_text(encoding="utf-8"), f"differs from {path.name}; if meant: GOLDEN=update pytest"
 
     return compare
+
+
+@pytest.fixture
+def stranger() -> Iterator[Path]:
+    """A folder for files that this process then does not own; pytest's own folders are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o711)
+        yield folder
+        os.seteuid(os.getuid())

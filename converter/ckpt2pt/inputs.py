@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -77,6 +78,12 @@ class InputFile:
         return data
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a small file."""
+    with InputFile(path) as file:
+        return hashlib.sha256(file.read(0, file.size)).hexdigest()
+
+
 def refused(error: OSError, path: Path, option: str) -> Ckpt2ptError:
     """What opening or reading ``path`` came to, in the user's words."""
     if isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -101,8 +108,8 @@ def _denied(path: Path) -> FileAccessError:
     kind, allow = ("folder", "a+rx") if stat.S_ISDIR(found.st_mode) else ("file", "a+r")
     return FileAccessError(
         f"permission denied: the {kind} {place.name or place} belongs to uid {found.st_uid}, gid {found.st_gid} "
-        f"and has mode {stat.S_IMODE(found.st_mode):04o}; this process runs as uid {os.geteuid()}, gid {os.getegid()} "
-        "(MindSpore leaves its checkpoints at mode 0400)",
+        f"and has mode {stat.S_IMODE(found.st_mode):04o}; this process runs as uid {os.geteuid()}, gid {os.getegid()}"
+        + (" (MindSpore leaves its checkpoints at mode 0400)" if stat.S_IMODE(found.st_mode) == 0o400 else ""),
         where=path,
         mend=f"run as uid {found.st_uid} (runAsUser of the pod), or let the owner `chmod {allow} {place}`",
     )

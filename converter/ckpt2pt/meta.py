@@ -6,13 +6,16 @@ param_map_buffer0_dp0tp0pp3vpp1.json        -> Buffer     (order, buckets, paddi
 
 from __future__ import annotations
 
+import fnmatch
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError
+from ckpt2pt.inputs import refused
 from ckpt2pt.mapping.names import bare
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.buckets import Buffer, parse_param_map
@@ -81,7 +84,13 @@ def read_arguments(folder: Path, rank: tuple[int, int], *, allow: tuple[str, ...
 
 def require(folder: Path, *, source: Path, target: Path) -> None:
     """Refuse a folder without metadata, with the command that would make it."""
-    if any(folder.glob("args_tp*_pp*.pt")):
+    try:
+        found = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        found = []
+    except OSError as error:
+        raise refused(error, folder, "spec.metadata.path (--param-map-path)") from error
+    if fnmatch.filter(found, "args_tp*_pp*.pt"):
         return
     made = f"--param-map-path {folder}"
     checkpoint = next((path.parents[2] for path in sorted(target.glob("*/mp_rank_*/model_optim_rng.pt"))), None)

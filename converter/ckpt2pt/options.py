@@ -13,6 +13,8 @@ from ckpt2pt.mapping.topology import Topology
 if TYPE_CHECKING:
     from ckpt2pt.request import Request
 
+_MAX_NUMBER = 1 << 31
+
 
 def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What is converted: the reference's own flags, and ours."""
@@ -51,6 +53,7 @@ def _add_cut(parser: argparse.ArgumentParser, *, required: bool) -> None:
     group.add_argument(
         "--stage-list",
         type=_counts,
+        nargs="+",
         metavar="N,N,..",
         help="layers of each stage where they are uneven; with --vpp-size of each chunk, all stages of chunk 0 first (spec.model.layersPerStage)",
     )
@@ -323,8 +326,12 @@ def request_of(options: argparse.Namespace) -> Request:
         "--target-dp-size": options.target_dp_size,
         "--iteration": options.iteration,
     }.items():
-        if number is not None and number <= 0:
-            raise UsageError(f"{flag} is {number}", where="the command line", mend=f"give {flag} a number above 0")
+        if number is not None and not 0 < number <= _MAX_NUMBER:
+            raise UsageError(
+                f"{flag} is {number}",
+                where="the command line",
+                mend=f"give {flag} a number above 0, at most {_MAX_NUMBER}",
+            )
     topology = Topology(
         num_layers=options.num_layers,
         tensor=options.tp_size,
@@ -333,7 +340,7 @@ def request_of(options: argparse.Namespace) -> Request:
         data=options.dp_size,
         context=options.cp_size,
         noop=frozenset(options.noop),
-        layers_per_stage=options.stage_list,
+        layers_per_stage=tuple(count for part in options.stage_list for count in part) if options.stage_list else None,
     )
     return Request(
         topology=topology,

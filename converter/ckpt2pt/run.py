@@ -24,7 +24,7 @@ from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
 from ckpt2pt.publish import Json, Target, access_error, check_space
-from ckpt2pt.request import Pace, Request
+from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, prepare, survey
 
 
@@ -38,6 +38,7 @@ class Conversion:
 
     target: Target
     pace: Pace
+    verify: Verify
     overwrite: bool
     meaning: Json
     facts: Json
@@ -136,6 +137,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     conversion = Conversion(
         target=target_of(request, chosen),
         pace=request.pace,
+        verify=request.verify,
         overwrite=request.overwrite,
         meaning=request.meaning(),
         facts={"inputs": chosen.inputs, "assumed": assumed(request.metadata)},
@@ -200,7 +202,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     target = conversion.target
     target.check(overwrite=conversion.overwrite)
     ranks = [(tp, pp) for pp in stages for tp in range(target.tensor)]
-    kept = tuple(rank for rank in ranks if target.rank_manifest(*rank))
+    kept = tuple(rank for rank in ranks if _is_proved(target.rank_manifest(*rank), conversion.verify))
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals: dict[Rank, int] = {}
     size = 0
@@ -238,6 +240,14 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         doubts=conversion.doubts,
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
+
+
+def _is_proved(manifest: Json | None, verify: Verify) -> bool:
+    """True for a finished rank that was verified as thoroughly as is asked for now."""
+    return manifest is not None and _PROOFS.get(str(manifest.get("verified")), -1) >= _PROOFS[verify]
+
+
+_PROOFS = {"none": 0, "digest": 1, "full": 2}
 
 
 def _now() -> str:

@@ -8,7 +8,6 @@ file headers     --ckpt------->   {name: TensorRef}, the clock
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 from collections.abc import Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
+from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta, require
@@ -269,7 +269,7 @@ def _inputs(rank: Rank, file: SourceFile, request: Request) -> list[dict[str, ob
     """
     found = inputs_of(file, request.source)
     for path in sorted(metadata_files(request.metadata, tp=rank[0], pp=rank[1]), key=lambda path: path.name):
-        found.append({"metadata": path.name, "sha256": _sha256(path)})
+        found.append({"metadata": path.name, "sha256": sha256(path)})
     return found
 
 
@@ -277,12 +277,8 @@ def inputs_of(file: SourceFile, root: Path) -> list[dict[str, object]]:
     """The files that one rank is read from, those below ``root`` by name, size and time."""
     found = [_stat(path, root) for path in file.paths]
     if file.info:
-        found.append({"shards": file.info.name, "ranks": len(file.peers), "sha256": _sha256(file.info)})
+        found.append({"shards": file.info.name, "ranks": len(file.peers), "sha256": sha256(file.info)})
     return found
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _stat(path: Path, root: Path) -> dict[str, object]:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Sequence
 
 from ckpt2pt.conversion.spec import Json
-from ckpt2pt_operator.api import Api
+from ckpt2pt_operator.api import Api, patiently
 from ckpt2pt_operator.handlers import GROUP, PLURAL
 from ckpt2pt_operator.rules.views import child
 
@@ -38,7 +38,8 @@ async def missing(api: Api, namespaces: Sequence[str], *, check_volumes: bool) -
 
 async def _allowed(api: Api, verb: str, group: str, resource: str, sub: str, namespace: str) -> bool:
     attributes: Json = {"verb": verb, "group": group, "resource": resource, "subresource": sub, "namespace": namespace}
-    review = await api.review_access({name: value for name, value in attributes.items() if value})
+    given = {name: value for name, value in attributes.items() if value}
+    review = await patiently(lambda: api.review_access(given))
     return child(review, "status").get("allowed") is True
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, cast
 
 import aiohttp
@@ -22,6 +23,8 @@ _TIMEOUT = 30
 _MAX_LINE = 8 << 20
 """Bytes of one event of a watch: an object may have 1.5 MB, and twice that in JSON."""
 _MAX_PAUSE = 300.0
+_TRIES = 7
+"""Of what is asked patiently: a quarter of a minute in all, or as long as the API server asks for."""
 _MERGE_PATCH = "application/merge-patch+json"
 _WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
@@ -45,6 +48,18 @@ class ApiError(Exception):
     def passing(self) -> bool:
         """Trying again may help, and nothing is wrong with the request."""
         return self.code in {0, 408, 429} or self.code >= 500
+
+
+async def patiently(ask: Callable[[], Awaitable[Json]]) -> Json:
+    """Ask again while the API server is busy or does not answer; it must be something that changes nothing."""
+    for failures in range(1, _TRIES):
+        try:
+            return await ask()
+        except ApiError as error:
+            if not error.passing:
+                raise
+            await asyncio.sleep(max(min(0.2 * 2.0**failures, 5.0) * random.uniform(0.8, 1.2), error.pause))
+    return await ask()
 
 
 class Bucket:

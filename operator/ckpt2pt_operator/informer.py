@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 
 from ckpt2pt.conversion.job import MANAGER
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
-from ckpt2pt_operator.api import CONVERSIONS, JOBS, PODS, Api, ApiError, Resource
+from ckpt2pt_operator.api import CONVERSIONS, JOBS, PODS, Api, ApiError, Resource, patiently
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.stages import REASON_WORDS, cause
 from ckpt2pt_operator.rules.views import child, items, job_view, number, pod_view, report_of, text
@@ -142,13 +142,13 @@ class PodInformer(Informer):
 
 async def pages(api: Api, resource: Resource, namespace: str, **query: str) -> AsyncIterator[Json]:
     """Every object of a list, page by page."""
-    more = ""
+    query["limit"] = _PAGE
     while True:
-        page = await api.list(resource, namespace, limit=_PAGE, **query, **({"continue": more} if more else {}))
+        page = await patiently(lambda: api.list(resource, namespace, **query))
         for raw in items(page, "items"):
             yield raw
-        more = text(child(page, "metadata"), "continue", 4096)
-        if not more:
+        query["continue"] = text(child(page, "metadata"), "continue", 4096)
+        if not query["continue"]:
             return
 
 

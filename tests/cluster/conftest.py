@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from documents import CRD_PATH
 from harness import images
+from harness.checkpoints import Large, Unfinished
 from harness.cluster import Cluster
+from harness.golden import owner_of
 from harness.kubectl import Kubectl
 from harness.machine import UnavailableError
+from harness.process import Process
+from harness.proxy import Proxy
 from harness.release import Release
 from harness.sharing import KUBECONFIG, given_kubeconfig, suite_cluster
 
@@ -153,3 +158,56 @@ def volume(tmp_path: Path, cluster: Cluster) -> Path:
     folder.mkdir()
     os.chown(folder, WORKER_UID, WORKER_UID)
     return folder
+
+
+@pytest.fixture
+def checkpoint(golden: Path, volume: Path) -> Path:
+    """A golden set; its owner may write the volume, since a worker has no capabilities."""
+    folder = golden / "megatron06" / "b_tp2pp2"
+    os.chown(volume, owner_of(folder), -1)
+    return folder
+
+
+@pytest.fixture
+def unfinished(checkpoint: Path, volume: Path) -> Unfinished:
+    """The same on the volume, with one rank that has not saved yet."""
+    return Unfinished(checkpoint, volume)
+
+
+@pytest.fixture
+def large(volume: Path) -> Large:
+    """A checkpoint of two stages that takes a worker with little processor time a while."""
+    return Large(volume)
+
+
+@pytest.fixture(scope="session")
+def crd(kubectl: Kubectl) -> None:
+    """The CRD without the chart, for an operator that is a process."""
+    kubectl("apply", "--filename", CRD_PATH)
+    kubectl("wait", "--for=condition=Established", "crd/checkpointconversions.ckpt2pt.dev", "--timeout=30s")
+
+
+@pytest.fixture
+def proxy(cluster: Cluster) -> Iterator[Proxy]:
+    """A network that can be made bad, in front of the API server."""
+    with Proxy(cluster.server, cluster.state / "certificates").running() as found:
+        yield found
+
+
+@pytest.fixture
+def processes(
+    crd: None, cluster: Cluster, namespace: Kubectl, converter_image: str, tmp_path: Path
+) -> Iterator[Callable[..., Process]]:
+    """Make operators of the test's namespace that are processes of this machine; ``processes(proxy)`` comes through it."""
+    made: list[Process] = []
+
+    def make(through: Proxy | None = None, *flags: str) -> Process:
+        number = len(made)
+        kubeconfig = through.kubeconfig(tmp_path / f"kubeconfig-{number}") if through else cluster.kubeconfig
+        log = tmp_path / f"operator-{number}.log"
+        made.append(Process(kubeconfig, str(namespace.namespace), converter_image, log, flags))
+        return made[-1]
+
+    yield make
+    for process in made:
+        process.kill()

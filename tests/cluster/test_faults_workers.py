@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,26 +17,6 @@ from harness.release import Release
 from statuses import check_status
 
 pytestmark = pytest.mark.usefixtures("operator")
-
-
-@pytest.fixture
-def checkpoint(golden: Path, volume: Path) -> Path:
-    """The set that is converted; its owner may write the volume, since a worker has no capabilities."""
-    folder = golden / "megatron06" / "b_tp2pp2"
-    os.chown(volume, owner_of(folder), -1)
-    return folder
-
-
-@pytest.fixture
-def unfinished(checkpoint: Path, volume: Path) -> Unfinished:
-    """The same on the volume, with one rank that has not saved yet."""
-    return Unfinished(checkpoint, volume)
-
-
-@pytest.fixture
-def large(volume: Path) -> Large:
-    """A checkpoint of two stages that takes a worker with little processor time a while."""
-    return Large(volume)
 
 
 def jobs(namespace: Kubectl) -> list[str]:

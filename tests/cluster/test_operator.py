@@ -7,18 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from harness.golden import KIND, by_command, digests, document, events, message, owner_of, reach, status, told
+from harness.golden import KIND, by_command, digests, document, events, message, reach, status, told
 from harness.kubectl import Kubectl
 from harness.release import Release
 from statuses import check_status
-
-
-@pytest.fixture
-def checkpoint(golden: Path, volume: Path) -> Path:
-    """The set that is converted; its owner may write the volume, since a worker has no capabilities."""
-    folder = golden / "megatron06" / "b_tp2pp2"
-    os.chown(volume, owner_of(folder), -1)
-    return folder
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "params-only"])

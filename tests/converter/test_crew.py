@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -71,19 +73,19 @@ def test_a_signal_ends_the_run_with_75_and_the_next_run_finishes(
 def test_a_worker_that_is_killed_is_not_taken_for_done(pipelined: Path, tmp_path: Path) -> None:
     request = replace(request_for(pipelined, tmp_path), in_process=False, workers=2)
 
+    over = threading.Event()
+
     class Killer(Quiet):
         def begin(self, totals: object, iteration: int) -> None:
-            import threading
+            threading.Thread(target=self.kill, daemon=True).start()
 
-            def kill() -> None:
-                import multiprocessing
+        def kill(self) -> None:
+            while not over.wait(0.001):
+                for child in multiprocessing.active_children():
+                    child.kill()
 
-                for _ in range(2000):
-                    for child in multiprocessing.active_children():
-                        child.kill()
-                    time.sleep(0.001)
-
-            threading.Thread(target=kill, daemon=True).start()
+        def close(self) -> None:
+            over.set()
 
     with pytest.raises(TryAgainError, match="exit code -9"):
         run(request, range(2), Killer())

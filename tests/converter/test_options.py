@@ -53,9 +53,11 @@ def test_defaults_convert_everything_whole() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["1,3,2,2", "1 3 2 2", "1, 3, 2, 2"])
-def test_uneven_stages_are_a_list(text: str) -> None:
-    made = request("--stage-list", text, "--pp-size", "2", "--vpp-size", "2")
+@pytest.mark.parametrize(
+    "words", [["1,3,2,2"], ["1 3 2 2"], ["1, 3, 2, 2"], ["1", "3", "2", "2"], ["1,3", "2,2"]], ids=str
+)
+def test_uneven_stages_are_a_list(words: list[str]) -> None:
+    made = request("--stage-list", *words, "--pp-size", "2", "--vpp-size", "2")
     assert made.topology.layers_per_stage == (1, 3, 2, 2)
 
 
@@ -64,7 +66,7 @@ def test_uneven_stages_are_a_list(text: str) -> None:
     [
         ["--stage-list", "a,b"], ["--tp-size", "0"], ["--tp-size", "x"], ["--pp-size", "3"], ["--noop", "8"],
         ["--stage-list", "3,4", "--pp-size", "2"], ["--iteration", "0"], ["--iteration", "-1"], ["--process-limit", "0"],
-        ["--process_timeout", "0"], ["--target-dp-size", "0"], ["--src-model-format", "pt"], ["--unknown"], ["--verify", "x"],
+        ["--process_timeout", "0"], ["--process_timeout", "nan"], ["--process_timeout", "1e30"], ["--target-dp-size", "0"], ["--src-model-format", "pt"], ["--unknown"], ["--verify", "x"],
         ["--num-layer", "4"], ["stray"],
     ],
     ids=" ".join,

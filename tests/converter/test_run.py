@@ -58,6 +58,18 @@ def test_a_second_run_keeps_what_is_there(pipelined: Path, tmp_path: Path) -> No
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.pt")} == before
 
 
+def test_a_second_run_that_asks_for_more_proof_gives_it(pipelined: Path, tmp_path: Path) -> None:
+    request = request_for(pipelined, tmp_path, verify="digest")
+    folder = run(request, range(2), Quiet()).target.folder
+    path = folder / "mp_rank_00_001" / "distrib_optim.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:70_000] + bytes([whole[70_000] ^ 1]) + whole[70_001:])
+    assert not run(replace(request, verify="none"), range(2), Quiet()).converted
+    assert len(run(replace(request, verify="full"), range(2), Quiet()).converted) == 2
+    assert path.read_bytes() == whole
+    assert not run(replace(request, verify="full"), range(2), Quiet()).converted
+
+
 def test_a_file_that_was_lost_is_made_again_with_the_same_bytes(pipelined: Path, tmp_path: Path) -> None:
     request = request_for(pipelined, tmp_path)
     convert(request)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.errors import InputError, MissingInputError
+from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Request
 from ckpt2pt.survey import only_growing, prepare_all, survey
 from ckptfiles import Tensor, ckpt
 from handmade import Handmade
+from strangers import become_a_stranger
 
 TWO = Topology(num_layers=2, pipeline=2)
 
@@ -162,3 +163,19 @@ def test_cycles_are_looked_for_again_after_a_plan_whatever_became_of_it(before: 
         assert gc.isenabled() == before
     finally:
         (gc.enable if was else gc.disable)()
+
+
+@pytest.mark.parametrize(
+    ("closed", "mode"),
+    [
+        ("pt_meta", 0o700),
+        ("pt_meta/args_tp00_pp000.pt", 0o600),
+        ("pt_meta/param_map_buffer0_dp0tp0pp0vpp0.json", 0o600),
+    ],
+)
+def test_metadata_of_another_user_names_who_may_read_it(closed: str, mode: int, stranger: Path) -> None:
+    request = Handmade(topology=Topology(num_layers=2)).write(stranger)
+    (stranger / closed).chmod(mode if os.getuid() == 0 else 0)
+    become_a_stranger()
+    with pytest.raises(FileAccessError, match=f"{Path(closed).name} belongs to uid {os.getuid()},"):
+        survey(request)

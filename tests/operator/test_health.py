@@ -19,7 +19,8 @@ def asked(path: str, prepare: Callable[[Health], None] = lambda _: None) -> tupl
         prepare(health)
         runner = await health.serve(0)
         try:
-            port = runner.addresses[0][1]
+            # With port 0 each family gets a port of its own, and the order of the two is anybody's.
+            port = next(address[1] for address in runner.addresses if ":" not in address[0])
             async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}{path}") as answer:
                 return answer.status, await answer.text()
         finally:
@@ -63,7 +64,8 @@ def test_metrics_are_refreshed_before_they_are_shown() -> None:
         health = Health(metrics, refresh=lambda: metrics.queue_depth.set(3))
         runner = await health.serve(0)
         try:
-            port = runner.addresses[0][1]
+            # With port 0 each family gets a port of its own, and the order of the two is anybody's.
+            port = next(address[1] for address in runner.addresses if ":" not in address[0])
             async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{port}/metrics") as answer:
                 assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
                 return await answer.text()

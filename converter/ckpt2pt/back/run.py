@@ -106,6 +106,7 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     conversion = Conversion(
         target=target_back(request, found),
         pace=request.pace,
+        verify=request.verify,
         overwrite=request.overwrite,
         meaning=request.meaning(found.topology),
         facts={"inputs": found.inputs},

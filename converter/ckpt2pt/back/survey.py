@@ -5,7 +5,6 @@ mp_rank_*/*.pt --pt.megatron--> headers --ptmeta.capture--> proved buffers --pla
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
+from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import data_parallel_size, read_param_maps
@@ -152,7 +152,7 @@ def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict
             found.append({"source": place, "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
     if request.full and request.maps:
         maps = sorted(request.maps.glob("param_map_*.json"))
-        found.extend({"metadata": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in maps)
+        found.extend({"metadata": path.name, "sha256": sha256(path)} for path in maps)
     return found
 
 

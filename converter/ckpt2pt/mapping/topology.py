@@ -10,6 +10,10 @@ from ckpt2pt.errors import UsageError
 Rank = tuple[int, int]
 """(tp, pp): one file of MindSpore, or one group of shards, and one folder of Megatron."""
 
+MAX_DEGREE = 65536
+MAX_RANKS = 1 << 20
+"""More layers, or ranks in one direction and in all, than any training has; guards against absurd numbers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
@@ -40,6 +44,14 @@ class Topology:
         for name, value in degrees.items():
             if value < 1:
                 raise _refused(f"{name} is {value}, and must be at least 1", f"set {name} to 1 or more")
+            if value > MAX_DEGREE:
+                raise _refused(f"{name} is {value}, more than {MAX_DEGREE}", f"set {name} to that of the training")
+        ranks = self.tensor * self.pipeline * self.data * self.context
+        if ranks > MAX_RANKS:
+            raise _refused(
+                f"the degrees multiply to {ranks} ranks, more than {MAX_RANKS}",
+                "set tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) to those of the training",
+            )
         outside = sorted(layer for layer in self.noop if not 0 <= layer < self.num_layers)
         if outside:
             raise _refused(
@@ -67,7 +79,12 @@ class Topology:
                 "give spec.model.layersPerStage (--stage-list) one count per stage, "
                 "with virtual pipeline parallelism one per chunk, all stages of the first chunk first",
             )
-        if min(counts) < 0 or sum(counts) != self.num_layers:
+        if min(counts) < 0:
+            raise _refused(
+                f"layersPerStage {list(counts)} holds a count below 0",
+                "give spec.model.layersPerStage (--stage-list) counts of 0 or more",
+            )
+        if sum(counts) != self.num_layers:
             raise _refused(
                 f"layersPerStage {list(counts)} adds up to {sum(counts)} layers, not {self.num_layers}",
                 "make spec.model.layersPerStage (--stage-list) add up to spec.model.numLayers (--num-layers)",

@@ -87,7 +87,8 @@ class Report:
             f"{len(self.differences)} differences between the result and its source:\n  {shown}"
             + (f"\n  and {more} more" if more > 0 else ""),
             where=self.folder,
-            mend="convert again with --overwrite (spec.target.overwrite); if the source changed since, verify what it was",
+            mend="remove the files that differ and convert again; "
+            "if the source or the options changed since, with --overwrite (spec.target.overwrite)",
         )
 
 

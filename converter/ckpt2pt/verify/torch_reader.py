@@ -109,7 +109,7 @@ def open_with_torch(path: Path, *, allow: Collection[str] = (), weights_only: bo
         raise FormatError(
             f"torch {torch.__version__} cannot load it: {sentence}",
             where=path,
-            mend="copy the file again from where it was made, or convert again with --overwrite (spec.target.overwrite)",
+            mend="copy the file again from where it was made, or remove it and convert again",
         ) from error
     return flatten(tree, _translator(torch), where=str(path))
 

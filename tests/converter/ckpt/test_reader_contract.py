@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from ckpt2pt.errors import FileAccessError, FormatError, InputError, MissingInpu
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 from ckptfiles import MINDSPORE, Tensor, chunk, ckpt, safe, safe_entry, safe_file, some_tensors, varint
 from goldens import golden_root
+from strangers import become_a_stranger
 
 
 @dataclass(frozen=True)
@@ -223,22 +223,6 @@ def test_no_file_stays_open(reader: Reader, tmp_path: Path) -> None:
         with pytest.raises(FormatError):
             index_file(path)
     assert os.listdir("/proc/self/fd") == before
-
-
-@pytest.fixture
-def stranger() -> Iterator[Path]:
-    """A folder for files that this process then does not own; pytest's own folders are closed to others."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o711)
-        yield folder
-        os.seteuid(os.getuid())
-
-
-def become_a_stranger() -> None:
-    """Only root can become somebody else; anybody else closes the file to himself."""
-    if os.getuid() == 0:
-        os.seteuid(65534)
 
 
 @each_reader

@@ -1,4 +1,7 @@
-"""The registration is tested with the hook itself, in test_mindspore.py, where the stand-ins are."""
+"""The registration is tested with the hook itself, in test_mindspore.py, where the stand-ins are.
+
+The real registry has its say in tests/judges/test_mindformers.py.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,14 @@ def test_the_folder_has_a_pipeline_suffix_only_when_there_are_stages(pipeline: i
         pytest.param({"num_layers": 2, "noop": frozenset({0, 1})}, "every layer", id="all-noop"),
         pytest.param({"num_layers": 4, "pipeline": 2, "layers_per_stage": (4,)}, "1 counts, 2 stages", id="short-list"),
         pytest.param({"num_layers": 4, "pipeline": 2, "layers_per_stage": (1, 2)}, "adds up to 3", id="wrong-sum"),
-        pytest.param({"num_layers": 4, "pipeline": 2, "layers_per_stage": (-1, 5)}, "adds up to", id="negative"),
+        pytest.param(
+            {"num_layers": 4, "pipeline": 2, "layers_per_stage": (-1, 5)}, "holds a count below 0", id="negative"
+        ),
+        pytest.param({"num_layers": 4 * 10**12}, "more than 65536", id="layers-without-end"),
+        pytest.param({"num_layers": 4, "tensor": 10**11}, "more than 65536", id="ranks-without-end"),
+        pytest.param(
+            {"num_layers": 4, "tensor": 8192, "data": 8192}, "67108864 ranks, more than", id="product-without-end"
+        ),
     ],
 )
 def test_an_impossible_cut_is_refused_with_the_flag_to_mend(degrees: dict[str, Any], message: str) -> None:
