@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoints import Unfinished
-from harness.golden import KIND, by_command, digests, document, message, reach, status, told
+from harness.golden import KIND, document, message, reach, status, told
 from harness.kubectl import Kubectl
 from harness.machine import wait_until
 from harness.process import Process
 from harness.proxy import Call, Fault, Proxy
-from harness.release import Release
 from statuses import check_status
 
 
@@ -32,22 +31,6 @@ def check_told(namespace: Kubectl) -> dict[str, Any]:
         assert (stage["state"], stage["attempts"]) == ("Succeeded", 1)
         assert stage["bytes"] == stage["bytesTotal"] > 0
     return found
-
-
-def test_an_operator_that_is_killed_while_workers_run_goes_on_where_it_was(
-    operator: Release, namespace: Kubectl, unfinished: Unfinished, tmp_path: Path
-) -> None:
-    namespace.apply(unfinished.document())
-    before = reach(namespace, "Running")
-    made = jobs(namespace)
-    operator.kill()
-    after = status(namespace)
-    assert (after["phase"], after["startTime"]) == ("Running", before["startTime"])
-    unfinished.finish()
-    reach(namespace, "Succeeded")
-    check_told(namespace)
-    assert jobs(namespace) == made
-    assert digests(unfinished.target) == by_command(unfinished.folder, tmp_path / "by-command", full=True)
 
 
 def test_an_operator_that_is_killed_after_each_write_gets_there(

@@ -316,3 +316,22 @@ def test_and_neither_does_one_that_is_deleted_while_the_operator_is_down(
         assert large.partials() == []
     finally:
         operator.scale(1)
+
+
+# --------------------------------------------------------------------------------------------------------- the operator
+
+
+def test_an_operator_that_is_killed_while_workers_run_goes_on_where_it_was(
+    operator: Release, namespace: Kubectl, unfinished: Unfinished, tmp_path: Path
+) -> None:
+    namespace.apply(unfinished.document())
+    before = reach(namespace, "Running")
+    made = namespace.get("job", "golden-1")["metadata"]["uid"]
+    operator.kill()
+    after = status(namespace)
+    assert (after["phase"], after["startTime"]) == ("Running", before["startTime"])
+    unfinished.finish()
+    reach(namespace, "Succeeded")
+    assert namespace.get("job", "golden-1")["metadata"]["uid"] == made
+    assert jobs(namespace) == ["golden-1"]
+    assert digests(unfinished.target) == by_command(unfinished.folder, tmp_path / "by-command", full=True)
