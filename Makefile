@@ -29,7 +29,7 @@ $(READY): pyproject.toml $(LOCK)/bootstrap.txt $(LOCK)/dev.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
-mindspore: $(MINDSPORE) ## real mindspore, for the tests of the hook, in .venv-mindspore
+mindspore: $(MINDSPORE) ## real mindspore, which judges our files and runs the hook, in .venv-mindspore
 
 $(MINDSPORE): $(READY) $(LOCK)/mindspore.txt
 	@test -x .venv-mindspore/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-mindspore

@@ -17,12 +17,16 @@ from statistics import median
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One process with all of its children: ``rss`` is the largest of any single one."""
+    """One process with all of its children: ``rss`` is the largest of any single one, ``read`` and ``written`` are bytes
+    that passed through system calls, whoever served them.
+    """
 
     wall: float
     user: float
     system: float
     rss: int
+    read: int
+    written: int
     resident_before: int | None = None
 
     @property
@@ -38,14 +42,23 @@ def run(command: Sequence[str | Path], *, inside: Path | None = None) -> Sample:
         words = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(inside / "cgroup.procs"), *words]
     # An installed program has its bytecode; a developer's switch that keeps it from being written doubles the start-up.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    began = time.perf_counter()
+    before, began = _passed(), time.perf_counter()
     child = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=environment)
     _, status, usage = os.wait4(child.pid, 0)
     wall = time.perf_counter() - began
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise SystemExit(f"{words[:4]} ended with {child.returncode}")
-    return Sample(wall=wall, user=usage.ru_utime, system=usage.ru_stime, rss=usage.ru_maxrss << 10)
+    read, written = (after - count for after, count in zip(_passed(), before, strict=True))
+    return Sample(
+        wall=wall, user=usage.ru_utime, system=usage.ru_stime, rss=usage.ru_maxrss << 10, read=read, written=written
+    )
+
+
+def _passed() -> tuple[int, int]:
+    """Bytes read and written by this process and by its children that it has waited for."""
+    told = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(told["rchar"]), int(told["wchar"])
 
 
 def summary(samples: Sequence[Sample]) -> dict[str, object]:
@@ -54,6 +67,8 @@ def summary(samples: Sequence[Sample]) -> dict[str, object]:
         "wall": round(median(s.wall for s in samples), 3),
         "cpu": round(median(s.cpu for s in samples), 3),
         "rss": max(s.rss for s in samples),
+        "read": round(median(s.read for s in samples)),
+        "written": round(median(s.written for s in samples)),
         "samples": [
             {key: round(value, 3) if isinstance(value, float) else value for key, value in asdict(s).items()}
             for s in samples

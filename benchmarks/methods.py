@@ -56,7 +56,7 @@ def prepared(folder: Path, layers: int, target: Path) -> tuple[Request, Prepared
 
 
 def optim(folder: Path, layers: int, out: Path) -> None:
-    from ckpt2pt.engine import Stop, write_files  # noqa: PLC0415
+    from ckpt2pt.engine.write import Stop, write_files  # noqa: PLC0415
     from ckpt2pt.plan.moves import OPTIM_FILE, moves  # noqa: PLC0415
     from ckpt2pt.pt.payload import payloads  # noqa: PLC0415
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import roads
 from measure import Sample, commit, cool, host, memory_limit, run, summary, today, warm
 
 HERE = Path(__file__).parent
@@ -253,10 +254,22 @@ def names(work: Path, options: argparse.Namespace) -> dict[str, object]:
     return found
 
 
+def shards(work: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Shards, fused and merged."""
+    return roads.shards(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
+
+
+def back(work: Path, options: argparse.Namespace) -> dict[str, object]:
+    """The road back."""
+    return roads.back(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
+
+
 THEMES: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
     "convert": compare,
     "memory": memory,
     "names": names,
+    "shards": shards,
+    "import": back,
 }
 
 

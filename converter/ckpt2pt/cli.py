@@ -99,6 +99,7 @@ def _add_road_there(add: Add) -> None:
     add_watch_options(watch)
     add_conversion_options(watch, required=False)
     add_run_options(watch)
+    add_worker_options(watch)
     add_output_options(watch)
 
 
@@ -240,6 +241,8 @@ def _interrupt(number: int, _: FrameType | None) -> NoReturn:
 
 def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
     options.account.message = termination.message_of(error)
+    if getattr(options, "debug", False):
+        traceback.print_exc()
     if getattr(options, "log_format", "text") == "json":
         document = {
             "level": "error",
@@ -300,29 +303,9 @@ def _wait(request: Request, options: argparse.Namespace) -> None:
 
 
 def _watch(options: argparse.Namespace) -> int:
-    from ckpt2pt.follow.watch import Following, watch  # noqa: PLC0415
-    from ckpt2pt.options import request_of  # noqa: PLC0415
-    from ckpt2pt.run import Outcome  # noqa: PLC0415
-    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
+    from ckpt2pt.follow.command import watch_command  # noqa: PLC0415
 
-    wanted = options
-    if options.filename:
-        from ckpt2pt.local.runner import words_of_document  # noqa: PLC0415
-
-        wanted = build_parser().parse_args(words_of_document(options.filename, options.volume))
-
-    def hear(outcome: Outcome, removed: list[int]) -> None:
-        text = outcome.sentence() + (f"\nremoved the results of iterations {removed}" if removed else "")
-        _show({**outcome.document(), "removed": removed}, text, options)
-
-    how = Following(
-        keep=options.keep,
-        interval=options.interval,
-        settle=options.settle,
-        once=options.once,
-        stop_on_error=options.stop_on_error,
-    )
-    return watch(request_of(wanted), how, reporter=lambda: reporter(options.progress), hear=hear)
+    return watch_command(options, _show, build_parser)
 
 
 def _served(account: Account, port: int) -> AbstractContextManager[int]:

@@ -181,19 +181,27 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep",
         type=_count,
-        default=0,
         metavar="N",
-        help="keep the last N results; older ones of this conversion are removed, but never the tracker's; default all",
+        help="keep the last N results; older ones of this conversion are removed, but never the tracker's; default all (spec.follow.keep)",
     )
     group.add_argument(
-        "--interval", type=float, default=30.0, metavar="SECONDS", help="time between two looks at the training output"
+        "--interval",
+        type=float,
+        metavar="SECONDS",
+        help="time between two looks at the training output; default 30 (spec.follow.intervalSeconds)",
     )
     group.add_argument(
         "--settle",
         type=float,
-        default=10.0,
         metavar="SECONDS",
-        help="a file that may be written to counts as whole when it has rested this long",
+        help="a file that may be written to counts as whole when it has rested this long; default 10 (spec.readiness.settleSeconds)",
+    )
+    group.add_argument(
+        "--readiness-timeout",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="with --once: first wait this long until every rank has saved the newest checkpoint; default 0",
     )
     group.add_argument("--once", action="store_true", help="look once, convert what is whole, and end")
     group.add_argument(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -18,11 +19,12 @@ import shutil
 import socket
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import Ckpt2ptError, FileAccessError, NoSpaceError, TryAgainError, UsageError
+from ckpt2pt.mapping.topology import Rank
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = ".ckpt2pt"
@@ -104,9 +106,10 @@ def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
         except OSError as error:
             # A file system without locks (ENOLCK, ENOTSUP): renames keep the result whole all the same.
             if error.errno not in {errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS}:
-                raise
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{host()} pid {os.getpid()}\n".encode(), 0)
+                raise access_error(error, path, "locking") from error
+        with suppress(OSError):  # only whoever is second reads it; a full disk is told by what needs the room
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{host()} pid {os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(fd)
@@ -162,13 +165,19 @@ MINDSPORE = Kind(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One iteration's folder, owned by one conversion."""
+    """One iteration's folder, owned by one conversion.
+
+    ``identity`` is the digest of everything that decides what is written, ``purpose`` that of the options alone, and
+    ``ranks`` those of the options and what each rank is read from.  Without ``purpose`` any change makes another conversion.
+    """
 
     root: Path
     iteration: int
     identity: str
     stages: int
     tensor: int
+    purpose: str = ""
+    ranks: Mapping[Rank, str] = field(default_factory=dict[Rank, str])
     kind: Kind = MEGATRON
 
     @property
@@ -189,7 +198,7 @@ class Target:
     def check(self, *, overwrite: bool) -> None:
         """Refuse a folder that is somebody else's; touches nothing."""
         claim = read_json(self.state / "claim.json")
-        if overwrite or (claim and claim.get("identity") == self.identity):
+        if overwrite or (claim and (claim.get("identity") == self.identity or self._goes_on(claim))):
             return
         if claim is not None:
             raise UsageError(
@@ -208,6 +217,10 @@ class Target:
                     mend=f"choose another {self.kind.option}, or replace it with {self.kind.replace}",
                 )
 
+    def _goes_on(self, claim: Json) -> bool:
+        """Whether the same was begun with a source that was mended since, and nothing is published yet."""
+        return bool(self.purpose) and claim.get("purpose") == self.purpose and not (self.state / "report.json").exists()
+
     def _results(self) -> Iterator[Path]:
         return (path for pattern in self.kind.results for path in self.folder.glob(pattern))
 
@@ -222,11 +235,13 @@ class Target:
                 old = read_json(self.state / "claim.json")
                 if old and old.get("identity") == self.identity:
                     return
-                with self._nobody_at_work():
-                    self._retire()
+                with ExitStack() as alone:
+                    if not (old and self._goes_on(old)):
+                        alone.enter_context(self._nobody_at_work())
+                        self._retire()
                     publish_bytes(
                         self.state / "claim.json",
-                        dump({"identity": self.identity, "host": host(), **facts}),
+                        dump({"identity": self.identity, "purpose": self.purpose, "host": host(), **facts}),
                     )
         except OSError as error:
             raise access_error(error, self.folder, "taking the target folder") from error
@@ -255,6 +270,13 @@ class Target:
         with self._lock(f"stage-{pp:03d}", wait=False):
             with self._lock("claim", wait=True):
                 self.check(overwrite=False)
+                claim = read_json(self.state / "claim.json") or {}
+            if claim.get("identity") != self.identity:
+                raise TryAgainError(
+                    f"a conversion of another source, or of this one as it is now, took the folder over ({claim.get('host')})",
+                    where=self.folder,
+                    mend="run the same command again, if both were not meant for the same place",
+                )
             yield
 
     def _lock(self, name: str, *, wait: bool) -> AbstractContextManager[None]:
@@ -269,7 +291,7 @@ class Target:
     def rank_manifest(self, tp: int, pp: int) -> Json | None:
         """The manifest of a finished rank whose files are still there with their sizes; None otherwise."""
         manifest = read_json(self.state / f"rank-{tp:02d}-{pp:03d}.json")
-        if manifest is None or manifest.get("identity") != self.identity:
+        if manifest is None or not self.is_of_rank((tp, pp), manifest):
             return None
         for file in cast("list[Json]", manifest.get("files", [])):
             try:
@@ -285,14 +307,27 @@ class Target:
 
     def publish_rank(self, tp: int, pp: int, manifest: Json) -> None:
         """Say that a rank's files are there."""
-        publish_bytes(self.state / f"rank-{tp:02d}-{pp:03d}.json", dump({"identity": self.identity, **manifest}))
+        facts = {"identity": self.ranks.get((tp, pp), self.identity), **manifest}
+        publish_bytes(self.state / f"rank-{tp:02d}-{pp:03d}.json", dump(facts))
 
     def stage_manifest(self, pp: int) -> Json | None:
         """The manifest of a finished stage of this conversion, None while a rank is missing."""
         manifest = read_json(self.state / f"stage-{pp:03d}.json")
-        if manifest is None or manifest.get("identity") != self.identity:
+        if manifest is None or not self.is_of_stage(pp, manifest):
             return None
         return manifest if all(self.rank_manifest(tp, pp) for tp in range(self.tensor)) else None
+
+    def is_of_stage(self, pp: int, manifest: Json) -> bool:
+        """Whether a stage's manifest joins ranks of this conversion and of what they read now."""
+        return manifest.get("identity") == self._stage_identity(pp)
+
+    def _stage_identity(self, pp: int) -> str:
+        ranks = [self.ranks[tp, pp] for tp in range(self.tensor) if (tp, pp) in self.ranks]
+        return hashlib.sha256("".join(ranks).encode()).hexdigest() if ranks else self.identity
+
+    def is_of_rank(self, rank: Rank, manifest: Json) -> bool:
+        """Whether a rank's manifest is of this conversion and of what it reads now."""
+        return manifest.get("identity") == self.ranks.get(rank, self.identity)
 
     def publish_stage(self, pp: int, facts: Mapping[str, object]) -> None:
         """Join the ranks' manifests.  The ranks' own stay: a rerun looks at them."""
@@ -305,7 +340,7 @@ class Target:
             )
         publish_bytes(
             self.state / f"stage-{pp:03d}.json",
-            dump({"identity": self.identity, "stage": pp, **facts, "ranks": ranks}),
+            dump({"identity": self._stage_identity(pp), "stage": pp, **facts, "ranks": ranks}),
         )
 
     def publish_iteration(self) -> bool:

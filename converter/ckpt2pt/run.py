@@ -9,76 +9,23 @@ measure every rank asked for            nothing has been written; everything tha
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from types import FrameType
-from typing import Protocol
 
 from ckpt2pt import __version__
-from ckpt2pt.engine import Meter, Stop, write_files
-from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError
+from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
+from ckpt2pt.engine.write import Stop, write_files
+from ckpt2pt.errors import InterruptedRunError
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
 from ckpt2pt.publish import Json, Target, access_error, check_space
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.survey import Prepared, Rank, Survey, prepare, survey
-
-
-class Reporter(Protocol):
-    """Who is told how it goes."""
-
-    def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:
-        """Bytes to read for each rank of the chosen iteration."""
-
-    def advance(self, rank: Rank, nbytes: int) -> None:
-        """Bytes read since the last call."""
-
-    def end(self, rank: Rank) -> None:
-        """A rank's files are published."""
-
-    def close(self) -> None:
-        """Nothing more will come, for whatever reason."""
-
-
-class Share(Protocol):
-    """One rank, planned completely and sized."""
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes to read."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes to write."""
-        ...
-
-    def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
-        """Write its files and publish them."""
-        ...
-
-
-class Work(Protocol):
-    """What is done rank by rank; worker processes get a copy of it."""
-
-    @property
-    def pace(self) -> Pace:
-        """How many ranks at a time, and for how long."""
-        ...
-
-    def plan(self, rank: Rank, /) -> Share:
-        """One rank, ready to be carried."""
-        ...
+from ckpt2pt.survey import Prepared, Survey, prepare, survey
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +98,8 @@ def target_of(request: Request, chosen: Survey) -> Target:
         root=request.target,
         iteration=chosen.clock.iteration,
         identity=chosen.identity,
+        purpose=chosen.purpose,
+        ranks=chosen.ranks,
         stages=request.topology.pipeline,
         tensor=request.topology.tensor,
     )
@@ -303,160 +252,3 @@ _PROOFS = {"none": 0, "digest": 1, "full": 2}
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def work_through(work: Work, todo: Sequence[Rank], alone: Share | None, reporter: Reporter, stop: Stop) -> None:
-    """Here or in processes; ``alone`` is the only rank, as it was planned before."""
-    pace = work.pace
-    if pace.in_process or len(todo) <= 1:
-        for rank in todo:
-            with _deadline(pace.timeout, rank, stop):
-                meter = Meter(partial(reporter.advance, rank))
-                (alone or work.plan(rank)).carry(stop, meter.advance)
-                meter.flush()
-            reporter.end(rank)
-        return
-    _Crew(work, reporter, stop).work(todo)
-
-
-@contextmanager
-def _deadline(seconds: float | None, rank: Rank, stop: Stop) -> Generator[None]:
-    timer = threading.Timer(seconds, stop.ask, [_timed_out(rank, seconds)]) if seconds else None
-    if timer:
-        timer.daemon = True
-        timer.start()
-    try:
-        yield
-    finally:
-        if timer:
-            timer.cancel()
-
-
-def _timed_out(rank: Rank, seconds: float) -> TimedOutError:
-    return TimedOutError(
-        f"the rank was not converted within {seconds:g} seconds",
-        where=f"tp {rank[0]} pp {rank[1]}",
-        mend="give more time with --process_timeout, and run the same command again: what is finished is kept",
-    )
-
-
-@contextmanager
-def stopped_by_signals() -> Generator[Stop]:
-    """SIGTERM and SIGINT ask the run to stop; a second one ends the process at once."""
-    stop = Stop()
-
-    def ask(number: int, _: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        stop.ask(
-            InterruptedRunError(
-                f"stopped by {name}", where="this run", mend="run the same command again: what is finished is kept"
-            )
-        )
-        signal.signal(number, signal.SIG_DFL)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@dataclass(slots=True)
-class _Hand:
-    """A worker process and what it is doing."""
-
-    rank: Rank
-    process: SpawnProcess
-    pipe: Connection
-    deadline: float | None
-
-
-class _Crew:
-    """Runs ranks in processes of their own, at most ``workers`` at a time; every failure is heard."""
-
-    def __init__(self, work: Work, reporter: Reporter, stop: Stop) -> None:
-        self._work, self._reporter, self._stop = work, reporter, stop
-        self._hands: list[_Hand] = []
-
-    def work(self, todo: Sequence[Rank]) -> None:
-        waiting = list(todo)
-        try:
-            while waiting or self._hands:
-                self._stop.check()
-                while waiting and len(self._hands) < max(1, self._work.pace.workers):
-                    self._hands.append(self._start(waiting.pop(0)))
-                for ready in wait([hand.pipe for hand in self._hands], timeout=0.2):
-                    self._hear(next(hand for hand in self._hands if hand.pipe is ready))
-                late = next((h for h in self._hands if h.deadline and time.monotonic() > h.deadline), None)
-                if late:
-                    raise _timed_out(late.rank, self._work.pace.timeout or 0)
-        finally:
-            self._dismiss()
-
-    def _start(self, rank: Rank) -> _Hand:
-        context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work_on_rank, args=(self._work, rank, theirs), name=f"tp{rank[0]}-pp{rank[1]}")
-        process.start()
-        theirs.close()
-        timeout = self._work.pace.timeout
-        return _Hand(rank, process, ours, time.monotonic() + timeout if timeout else None)
-
-    def _hear(self, hand: _Hand) -> None:
-        try:
-            message: object = hand.pipe.recv()
-        except EOFError:
-            hand.process.join()
-            raise TryAgainError(
-                f"the worker died with exit code {hand.process.exitcode} (-9 is a kill, often for want of memory)",
-                where=f"tp {hand.rank[0]} pp {hand.rank[1]}",
-                mend="give it more memory (spec.workers.resources) or fewer workers (--process-limit), and run again",
-            ) from None
-        if isinstance(message, int):
-            self._reporter.advance(hand.rank, message)
-        elif isinstance(message, BaseException):
-            raise message
-        else:
-            self._hands.remove(hand)
-            hand.pipe.close()
-            hand.process.join()
-            self._reporter.end(hand.rank)
-
-    def _dismiss(self) -> None:
-        """Ask every worker left to stop, and make sure of it."""
-        for hand in self._hands:
-            hand.process.terminate()
-        for hand in self._hands:
-            hand.process.join(5)
-            if hand.process.is_alive():
-                hand.process.kill()
-                hand.process.join()
-            hand.pipe.close()
-
-
-def work_on_rank(work: Work, rank: Rank, pipe: Connection) -> None:
-    """The body of a worker process: bytes done as integers, then None, or the error."""
-    with stopped_by_signals() as stop:
-
-        def report(nbytes: int) -> None:
-            try:
-                pipe.send(nbytes)
-            except OSError:
-                stop.ask(
-                    InterruptedRunError("the parent process is gone", where=f"pid {os.getppid()}", mend="run it again")
-                )
-
-        meter = Meter(report)
-        try:
-            work.plan(rank).carry(stop, meter.advance)
-            meter.flush()
-            pipe.send(None)
-        except Ckpt2ptError as error:
-            pipe.send(error)
-        except Exception as bug:
-            pipe.send(bug)
-            raise

@@ -7,8 +7,10 @@ file headers     --ckpt------->   {name: TensorRef}, the clock
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta, require
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
@@ -25,18 +28,21 @@ from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.request import Request, digest
 from ckpt2pt.tensors import TensorRef
 
-Rank = tuple[int, int]
-"""(tp, pp)"""
 Index = Mapping[str, TensorRef]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """The chosen checkpoint: a file for each rank, the time they agree on, and the identity of the conversion."""
+    """The chosen checkpoint: a file for each rank, the time they agree on, and the identity of the conversion.
+
+    ``purpose`` is the digest of what is asked for, ``ranks`` adds what each rank is read from, ``identity`` all of it.
+    """
 
     files: Mapping[Rank, SourceFile]
     clock: Clock
     identity: str
+    purpose: str
+    ranks: Mapping[Rank, str]
     inputs: tuple[dict[str, object], ...]
     indexes: Mapping[Rank, Index] = field(default_factory=dict[Rank, Index])
     """Indexes that :func:`survey` was asked to keep, so that :func:`prepare` need not read those files again."""
@@ -56,6 +62,19 @@ class Prepared:
         return {file.name: file.lay_out().nbytes for file in self.files}
 
 
+@contextmanager
+def only_growing() -> Generator[None]:
+    """Do not look for cycles: an index and a plan only grow and hold none, and looking again and again takes a fifth longer."""
+    looks = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looks:
+            gc.enable()
+
+
+@only_growing()
 def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     """Choose the checkpoint, and make sure that all ranks are at the same step.
 
@@ -80,12 +99,16 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     else:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
-    inputs = _inputs(found[when], request)
+    inputs = {rank: _inputs(rank, file, request) for rank, file in found[when].items()}
+    every = tuple({digest(one): one for listed in inputs.values() for one in listed}.values())
+    purpose = digest({"options": request.meaning(), "iteration": clock.iteration})
     return Survey(
         files=found[when],
         clock=clock,
-        identity=digest({"options": request.meaning(), "iteration": clock.iteration, "inputs": inputs}),
-        inputs=inputs,
+        identity=digest([purpose, every]),
+        purpose=purpose,
+        ranks={rank: digest([purpose, [*inputs[rank], *inputs[rank[0], 0]]]) for rank in inputs},
+        inputs=every,
         indexes={rank: headers.indexes[found[when][rank].path] for rank in keep},
     )
 
@@ -109,6 +132,7 @@ def when_of_iteration(request: Request, files: Mapping[When, SourceFile]) -> Whe
         return None
 
 
+@only_growing()
 def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     """Index one rank's file, or its group's shards, and plan every copy."""
     topology = request.topology
@@ -237,19 +261,16 @@ def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
         )
 
 
-def _inputs(files: Mapping[Rank, SourceFile], request: Request) -> tuple[dict[str, object], ...]:
-    """What the conversion reads: sources by name, size and time, the small metadata files by content.
+def _inputs(rank: Rank, file: SourceFile, request: Request) -> list[dict[str, object]]:
+    """What a rank is read from: sources by name, size and time, the small metadata files by content.
 
-    The time matters: a retrained checkpoint has the same header and size.
+    The time matters: a retrained checkpoint has the same header and size.  A rank of the last stage may read a tied
+    embedding of the first, so that is counted with every rank.
     """
-    found: list[dict[str, object]] = []
-    metadata: dict[str, Path] = {}
-    for rank, file in files.items():
-        found += inputs_of(file, request.source)
-        metadata |= {path.name: path for path in metadata_files(request.metadata, tp=rank[0], pp=rank[1])}
-    for name, path in sorted(metadata.items()):
-        found.append({"metadata": name, "sha256": sha256(path)})
-    return tuple(found)
+    found = inputs_of(file, request.source)
+    for path in sorted(metadata_files(request.metadata, tp=rank[0], pp=rank[1]), key=lambda path: path.name):
+        found.append({"metadata": path.name, "sha256": sha256(path)})
+    return found
 
 
 def inputs_of(file: SourceFile, root: Path) -> list[dict[str, object]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 DTYPE_BYTES: dict[str, int] = {
     "bool": 1, "int8": 1, "uint8": 1, "int4": 1,
@@ -14,8 +14,7 @@ DTYPE_BYTES: dict[str, int] = {
 """Bytes of one element as stored. MindSpore stores an ``int4`` element in a whole byte."""
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """``nbytes`` bytes of ``path`` from ``offset`` on."""
 
     path: str
@@ -23,8 +22,7 @@ class Extent:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class TensorRef:
+class TensorRef(NamedTuple):
     """Where a tensor lies; its payload has not been read.
 
     ``dtype`` is spelled as numpy and torch spell it (``float32``, ``bfloat16``); ``str`` marks a MindSpore

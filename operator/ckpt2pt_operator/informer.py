@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 class Informer:
     """List in pages, then watch, for ever.  A subclass says what becomes of an object.
 
-    One namespace, or all of them where it is empty.  ``synced`` is set after the first list.
+    One namespace, or all of them where it is empty.  ``synced`` is set after the first list; ``trouble`` says why it is
+    not, or why nothing is heard.
     """
 
     def __init__(self, api: Api, metrics: Metrics, resource: Resource, namespace: str, selector: str = "") -> None:
@@ -35,6 +36,7 @@ class Informer:
         self._query = {"labelSelector": selector} if selector else dict[str, str]()
         self.synced = asyncio.Event()
         self.heard = time.monotonic()
+        self.trouble = ""
         self._failures = 0
 
     def put(self, raw: Json) -> str:
@@ -58,6 +60,7 @@ class Informer:
                 self._failures += 1
                 if error.code == _GONE and self._failures == 1:
                     continue
+                self.trouble = str(error)
                 pause = max(min(0.5 * 2.0 ** min(self._failures, 6), 30.0) * random.uniform(0.8, 1.2), error.pause)
                 log.warning(
                     "%s cannot be watched; again in %.1f s", self._resource[1], pause, extra={"error": str(error)}
@@ -103,7 +106,7 @@ class Informer:
         return text(child(raw, "metadata"), "resourceVersion")
 
     def _hear(self) -> None:
-        self.heard = time.monotonic()
+        self.heard, self.trouble = time.monotonic(), ""
         self._metrics.watch_last_event.labels(self._resource[1]).set_to_current_time()
 
 

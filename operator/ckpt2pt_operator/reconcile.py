@@ -20,6 +20,7 @@ from ckpt2pt_operator.api import CLAIMS, CONVERSIONS, EVENTS, JOBS, Api, ApiErro
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.progress import Progress
 from ckpt2pt_operator.recorder import Recorder
+from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.conditions import TERMINAL
 from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.plan import conversion_of, plan
@@ -124,13 +125,8 @@ class Reconciler:
             self._live(seen.pods),
             self._warnings(text(meta, "namespace"), wants_warnings(seen)),
         )
-        training = None
-        if (
-            self._trainings is not None
-            and conversion.start_after is not None
-            and "startTime" not in child(raw, "status")
-        ):
-            training = await self._trainings.look(raw, conversion.start_after)
+        after = awaited(raw)
+        training = await self._trainings.look(raw, after) if self._trainings is not None and after else None
         return replace(
             seen, claims=claims, live=live, warnings=warnings, training=training, now=datetime.now(UTC),
             jobs=self._store.jobs(uid), pods=self._store.pods(uid),

@@ -16,6 +16,7 @@ from ckpt2pt_operator.api import CONVERSIONS, Api, ApiError
 from ckpt2pt_operator.informer import Informer
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.recorder import Recorder
+from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.notes import Note
 from ckpt2pt_operator.rules.seen import Training
 from ckpt2pt_operator.rules.trainings import Kind, Workload, conversion_for, workload
@@ -25,6 +26,8 @@ from ckpt2pt_operator.workqueue import WorkQueue
 
 CONFIG_MAPS = "api/v1", "configmaps"
 _TOO_OLD = timedelta(days=1)
+_REMEMBERED = 4096
+"""Trainings that are gone whose end is still known: a Job with ttlSecondsAfterFinished 0 goes as soon as it has ended."""
 _CONFLICT = 409
 
 log = logging.getLogger(__name__)
@@ -43,14 +46,15 @@ class Trainings:
         self._api, self._store, self._trigger, self._changed = api, store, trigger, changed
         self._recorder = Recorder(api)
         self._known: dict[Name, Workload] = {}
-        self._due: WorkQueue[Name] = WorkQueue()
+        self._gone: dict[str, Workload] = {}
+        self._due: WorkQueue[Workload] = WorkQueue()
         self._kinds = {(kind.api_version, kind.kind): kind for kind in kinds}
         self.informers = [
             _Watch(api, metrics, kind, namespace, self) for kind in kinds for namespace in namespaces or ("",)
         ]
 
     async def look(self, conversion: Json, after: Json) -> Training | None:
-        """How the workload of ``spec.startAfter`` stands; None where its kind is not in the table."""
+        """How the workload that it waits for stands; None where its kind is not in the table."""
         pair = text(after, "apiVersion"), text(after, "kind")
         if pair not in self._kinds:
             return None
@@ -59,8 +63,14 @@ class Trainings:
             watch for watch in self.informers if watch.kind == self._kinds[pair] and watch.namespace in {"", namespace}
         ]
         if not all(watch.synced.is_set() for watch in listed):
-            return Training(state="Unknown")
-        found = self._known.get((*pair, namespace, text(after, "name")))
+            return Training(state="Unknown", message="; ".join(watch.trouble for watch in listed if watch.trouble))
+        found, seen = (
+            self._known.get((*pair, namespace, text(after, "name"))),
+            text(child(conversion, "status"), "trainingUID"),
+        )
+        if seen and (found is None or found.uid != seen):
+            # It is gone, whether or not there is another one of its name by now.
+            found = self._gone.get(seen)
         if found is None:
             return Training(state="Missing")
         return Training(state=found.state, uid=found.uid, message=found.message)
@@ -70,13 +80,16 @@ class Trainings:
     def put(self, found: Workload) -> None:
         """A training as it is now."""
         name = found.api_version, found.kind, found.namespace, found.name
-        if self._known.get(name) == found:
+        before = self._known.get(name)
+        if before == found:
             return
+        if before is not None and before.uid != found.uid:
+            self._remember(before)
         self._known[name] = found
         self._tell(name)
         recent = found.ended is None or datetime.now(UTC) - found.ended < _TOO_OLD
         if self._trigger and found.template and found.state == "Succeeded" and recent:
-            self._due.add(name)
+            self._due.add(found)
 
     def drop(self, found: Workload) -> None:
         """A training is gone."""
@@ -84,7 +97,15 @@ class Trainings:
         known = self._known.get(name)
         if known is not None and known.uid == found.uid:
             del self._known[name]
+            self._remember(known)
             self._tell(name)
+
+    def _remember(self, gone: Workload) -> None:
+        """How it ended: whoever waits for it may not have looked in time."""
+        if gone.state != "Running":
+            self._gone[gone.uid] = gone
+            while len(self._gone) > _REMEMBERED:
+                del self._gone[next(iter(self._gone))]
 
     def keep(self, kind: Kind, namespace: str, uids: Iterable[str]) -> None:
         """After a new list: every other training of that kind and namespace is gone."""
@@ -96,33 +117,36 @@ class Trainings:
             }
             if same and found.uid not in kept:
                 self.drop(found)
+        # Also those that wait for one that is not there: nothing else would tell them.
+        self._wake(lambda name: name[:2] == (kind.api_version, kind.kind) and namespace in {"", name[2]})
 
     def _tell(self, name: Name) -> None:
         """Wake the conversions that wait for it."""
+        self._wake(lambda other: other == name)
+
+    def _wake(self, wanted: Callable[[Name], bool]) -> None:
         for key, raw in self._store.conversions.items():
-            after = child(raw, "spec", "startAfter")
-            waits = after and "startTime" not in child(raw, "status")
-            if waits and (after.get("apiVersion"), after.get("kind"), key[0], after.get("name")) == name:
-                self._changed(key)
+            after = awaited(raw)
+            if after:
+                name = text(after, "apiVersion"), text(after, "kind"), key[0], text(after, "name")
+                if wanted(name):
+                    self._changed(key)
 
     # ------------------------------------------------------------------------------------------------------- annotated
 
     async def run(self) -> None:
         """Make the conversions of annotated trainings; ends only when it is cancelled."""
         while True:
-            name, _ = await self._due.get()
-            found = self._known.get(name)
+            training, _ = await self._due.get()
             try:
-                if found is not None:
-                    await self._make(found)
-                self._due.forget(name)
+                await self._make(training)
+                self._due.forget(training)
             except ApiError as error:
-                pause = self._due.retry(name, error.pause)
-                log.warning(
-                    "no conversion yet; again in %.1f s", pause, extra={"training": "/".join(name), "error": str(error)}
-                )
+                pause = self._due.retry(training, error.pause)
+                name = f"{training.kind} {training.namespace}/{training.name}"
+                log.warning("no conversion yet; again in %.1f s", pause, extra={"training": name, "error": str(error)})
             finally:
-                self._due.done(name)
+                self._due.done(training)
 
     async def _make(self, training: Workload) -> None:
         reference: Json = {

@@ -16,6 +16,7 @@ from documents import ABSENT, CRD_PATH, EXAMPLE_PATH, changed, claim, root_schem
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError
 
+AFTER = {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}
 HOST = {"hostPath": {"path": "/data"}}
 TWO = {**claim("a"), "nfs": {"server": "s", "path": "/x"}}
 PATH = "write the path relative to the root of its volume"
@@ -112,6 +113,13 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     "noop-twice": ([("spec.model.noopLayers", [1, 1])], "spec.model.noopLayers[1]", "Duplicate value"),
     "retries": ([("spec.retries", {"perStage": 21})], "spec.retries.perStage", "less than or equal to 20"),
     "start-after-without-a-name": ([("spec.startAfter", {"apiVersion": "batch/v1", "kind": "Job"})], "spec.startAfter.name", "Required"),
+    "shard-info-with-dots": (
+        [("spec.source.optShardInfoPath", "a/../b")], "spec.source.optShardInfoPath", "write the path relative",
+    ),
+    "a-training-without-a-name": ([("spec.follow", {"until": {"kind": "Job"}})], "spec.follow.until.name", "Required value"),
+    "follow-and-start-after": ([("spec.follow", {}), ("spec.startAfter", AFTER)], "spec.follow", "give one of startAfter and follow"),
+    "follow-one-iteration": ([("spec.follow", {}), ("spec.source.iteration", 5)], "spec.follow", "leave source.iteration out"),
+    "no-interval": ([("spec.follow", {"intervalSeconds": 0})], "spec.follow.intervalSeconds", "greater than or equal to 1"),
     "no-iteration": ([("spec.source.iteration", 0)], "spec.source.iteration", "greater than or equal to 1"),
 }  # fmt: skip
 
@@ -132,7 +140,7 @@ FULL: dict[str, Any] = changed(
     ("metadata.name", "fixed"),
     ("spec.suspend", True),
     ("spec.cancel", True),
-    ("spec.startAfter", {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}),
+    ("spec.startAfter", AFTER),
     ("spec.activeDeadlineSeconds", 100),
     ("spec.ttlSecondsAfterFinished", 100),
     ("spec.workers", {
@@ -156,6 +164,7 @@ OTHERS: dict[str, object] = {
     "spec.target": {"path": "other"},
     "spec.verify": "Full",
     "spec.startAfter": {"apiVersion": "batch/v1", "kind": "Job", "name": "other"},
+    "spec.follow": {"keep": 1},
     "spec.readiness": {"timeoutSeconds": 7},
     "spec.retries": {"perStage": 1},
     "spec.pendingDeadlineSeconds": 7,
@@ -228,7 +237,19 @@ def test_a_field_is_fixed(conversions: Kubectl, fixed: dict[str, Any], field: st
     assert message_of(field) in said
 
 
-@pytest.mark.parametrize("field", [field for field in OTHERS if field not in REQUIRED | DEFAULTED | {"spec.cancel"}])
+@pytest.mark.parametrize("value", [ABSENT, {"keep": 2}, {"keep": 1, "until": AFTER}], ids=["absent", "another", "more"])
+def test_how_a_training_is_followed_is_fixed(conversions: Kubectl, value: object) -> None:
+    # Of one that begins after a training nothing is followed, so this is an object of its own.
+    given = json.dumps(changed(("metadata.name", "follows"), ("spec.suspend", True), ("spec.follow", {"keep": 1})))
+    conversions("apply", "--filename", "-", stdin=given)
+    found = conversions.get("ckc", "follows")
+    assert found["spec"]["follow"] == {"keep": 1, "intervalSeconds": 30}
+    assert message_of("spec.follow") in refusal(conversions, "replace", put(found, "spec.follow", value))
+
+
+@pytest.mark.parametrize(
+    "field", [field for field in OTHERS if field not in REQUIRED | DEFAULTED | {"spec.cancel", "spec.follow"}]
+)
 def test_a_field_that_was_given_cannot_be_taken_away(conversions: Kubectl, fixed: dict[str, Any], field: str) -> None:
     assert message_of(field) in refusal(conversions, "replace", put(fixed, field, ABSENT))
 
@@ -279,6 +300,7 @@ ACCEPTED: dict[str, list[tuple[str, object]]] = {
     "csi": [("spec.source.volume", {"csi": {"driver": "d", "volumeAttributes": {"a": "b"}}})],
     "empty-dir": [("spec.target", {"path": "out", "volume": {"emptyDir": {"sizeLimit": "2Gi"}}})],
     "dry-run": [("spec.dryRun", True)],
+    "follow": [("spec.follow", {"until": AFTER, "keep": 2, "intervalSeconds": 5})],
     "rules": [("spec.model.rules", {"ignore": ["x.*"], "layerModules": {"mlp.a": "mlp.b"}})],
     "null-for-absent": [("spec.verify", None), ("spec.source.iteration", None)],
     "overrides": [("spec.workers", {"podOverrides": {"spec": {"dnsPolicy": "None", "anything": [{"deep": 1}]}}})],

@@ -19,8 +19,6 @@ from statuses import check_status
 
 pytestmark = pytest.mark.usefixtures("operator")
 
-QUICK = {"retries": {"perStage": 1}}
-
 
 @pytest.fixture
 def checkpoint(golden: Path, volume: Path) -> Path:
@@ -118,13 +116,13 @@ def test_a_worker_that_runs_out_of_memory_gets_more(namespace: Kubectl, checkpoi
 def test_only_a_bad_stage_is_done_again_after_it_was_mended(
     namespace: Kubectl, unfinished: Unfinished, tmp_path: Path
 ) -> None:
-    unfinished.finish(cut_short_by=1000)
-    namespace.apply(unfinished.document(readiness={"timeoutSeconds": 0}))
+    unfinished.finish(spoilt=(b"encoder.final_norm", b"encoder.Final_norm"))
+    namespace.apply(unfinished.document())
     found = reach(namespace, "Failed")
     good, bad = found["stageStatuses"]
     assert (good["state"], bad["state"], bad["reason"]) == ("Succeeded", "Failed", "InputWrong")
     assert f"rank_{unfinished.last}" in bad["message"], "it names the file"
-    assert "copy it again" in bad["message"], "and how to mend it"
+    assert "language_model.encoder.Final_norm" in bad["message"], "and what is wrong with it"
     assert told(found, "Failed") == ("True", "StageFailed")
     assert "kubectl annotate ckc golden" in message(found, "Failed")
     assert not (unfinished.target / "latest_checkpointed_iteration.txt").exists()

@@ -17,6 +17,7 @@ from ckpt2pt.publish import (
     access_error,
     check_space,
     free_bytes,
+    locked,
     partial_name,
     publish_bytes,
     read_json,
@@ -88,6 +89,52 @@ def test_a_folder_of_another_conversion_is_refused_unless_overwritten(target: Ta
     assert target.stage_manifest(0) is None
 
 
+@pytest.fixture
+def mended(target: Target) -> tuple[Target, Target]:
+    """The same conversion before and after the source of its second stage was mended."""
+    before = replace(target, identity="a", purpose="p", ranks={(0, 0): "r0", (0, 1): "r1"})
+    return before, replace(before, identity="b", ranks={(0, 0): "r0", (0, 1): "mended"})
+
+
+def test_a_source_that_was_mended_goes_on_with_what_is_finished(mended: tuple[Target, Target]) -> None:
+    before, after = mended
+    finish(before, 0)
+    finish_rank(before, 1)
+    finish(after)
+    assert after.rank_manifest(0, 0)
+    assert after.stage_manifest(0)
+    assert after.rank_manifest(0, 1) is None, "it was read from what is no longer there"
+    finish(after, 1)
+    assert after.publish_iteration()
+    assert after.published
+
+
+def test_a_published_result_is_not_replaced_because_its_source_changed(mended: tuple[Target, Target]) -> None:
+    before, after = mended
+    finish(before, 0, 1)
+    before.publish_iteration()
+    with pytest.raises(UsageError, match="a source that changed since"):
+        after.claim({}, overwrite=False)
+    assert before.published
+
+
+def test_whoever_lost_the_folder_meanwhile_writes_nothing(mended: tuple[Target, Target]) -> None:
+    before, after = mended
+    before.claim({}, overwrite=False)
+    after.claim({}, overwrite=False)
+    with pytest.raises(TryAgainError, match="took the folder over"), before.stage_lock(0):
+        pass
+    with after.stage_lock(0):
+        pass
+
+
+def test_another_purpose_is_another_conversion(mended: tuple[Target, Target]) -> None:
+    before, after = mended
+    before.claim({}, overwrite=False)
+    with pytest.raises(UsageError, match="another conversion"):
+        replace(after, purpose="q").claim({}, overwrite=False)
+
+
 def test_overwriting_leaves_the_tracker_of_another_iteration(target: Target) -> None:
     finish(target, 0)
     (target.root / TRACKER).write_text("400")
@@ -113,6 +160,20 @@ def test_a_stage_is_converted_by_one_run_at_a_time(target: Target) -> None:
         pass
     with target.stage_lock(0):
         pass
+
+
+def test_a_lock_that_cannot_be_made_is_an_error_with_a_mend_and_its_holders_name_is_a_courtesy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(FileAccessError, match="opening the lock file"), locked(tmp_path, "working", wait=False):
+        pass
+    monkeypatch.setattr("os.pwrite", full)
+    with locked(tmp_path / "lock", "working", wait=False):
+        pass
+
+
+def full(*_: object) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_what_a_run_is_working_on_is_not_overwritten(target: Target) -> None:

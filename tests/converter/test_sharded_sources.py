@@ -24,6 +24,7 @@ from handmade import Handmade
 from sharding import Sharding
 
 LAYOUTS: dict[str, tuple[Topology, Sharding]] = {
+    "dp1": (Topology(num_layers=2), Sharding()),
     "dp2": (Topology(num_layers=2, data=2), Sharding()),
     "dp4-tp2-pp2": (Topology(num_layers=4, tensor=2, pipeline=2, data=4), Sharding(per_bucket=2)),
     "dp8-buffers": (Topology(num_layers=2, data=8), Sharding(per_bucket=1, buffers=2)),
@@ -228,9 +229,18 @@ def without_optimizer(made: Handmade) -> None:
     add(made, Tensor("set_hidden_states", "float32", (2, 2), bytes(16)))
 
 
+def momentum(made: Handmade) -> None:
+    for entries in made.entries.values():
+        for name in [name for name in entries if name.startswith("exp_avg_sq.")]:
+            del entries[name]
+    renamed(made, {"exp_avg.": "moments."})
+    add(made, *SCALARS, Tensor("momentum", "float32", (), bytes(4)))
+
+
 MODES: dict[str, tuple[Callable[[Handmade], None], bool]] = {
     "B-named-main-copies": (lambda _: None, True),
     "C-adam": (adam, True),
+    "C-momentum": (momentum, False),
     "D-zero": (lambda made: renamed(made, {"exp_avg.": "adam_m.", "exp_avg_sq.": "adam_v."}), True),
     "E-no-optimizer": (without_optimizer, False),
 }

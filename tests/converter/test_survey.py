@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import struct
@@ -13,7 +14,7 @@ import pytest
 from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Request
-from ckpt2pt.survey import prepare_all, survey
+from ckpt2pt.survey import only_growing, prepare_all, survey
 from ckptfiles import Tensor, ckpt
 from handmade import Handmade
 from strangers import become_a_stranger
@@ -163,3 +164,18 @@ def test_metadata_of_another_user_names_who_may_read_it(closed: str, mode: int, 
     become_a_stranger()
     with pytest.raises(FileAccessError, match=f"{Path(closed).name} belongs to uid {os.getuid()},"):
         survey(request)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_cycles_are_looked_for_again_after_a_plan_whatever_became_of_it(before: bool) -> None:
+    was = gc.isenabled()
+    (gc.enable if before else gc.disable)()
+    try:
+        with only_growing(), only_growing():
+            assert not gc.isenabled()
+        assert gc.isenabled() == before
+        with pytest.raises(ZeroDivisionError), only_growing():
+            raise ZeroDivisionError
+        assert gc.isenabled() == before
+    finally:
+        (gc.enable if was else gc.disable)()

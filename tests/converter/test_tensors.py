@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
@@ -28,8 +26,8 @@ def test_a_reference_reads_as_name_type_and_shape() -> None:
 def test_references_are_values() -> None:
     ref = TensorRef("w", "float32", (1,), (Extent("a", 0, 4),))
     assert ref == TensorRef("w", "float32", (1,), (Extent("a", 0, 4),))
-    assert len({ref, dataclasses.replace(ref)}) == 1
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    assert len({ref, ref._replace()}) == 1
+    with pytest.raises(AttributeError):
         ref.name = "v"  # type: ignore[misc]
 
 

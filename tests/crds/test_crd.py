@@ -151,7 +151,7 @@ WITHOUT_FIELD = {
 WITHOUT_FLAG = re.compile(
     r"spec\.(dryRun|startAfter|pendingDeadlineSeconds|activeDeadlineSeconds|ttlSecondsAfterFinished|suspend|cancel)"
     r"|spec\.retries\..*|spec\..*volume.*|spec\.model\.rules\..*"
-    r"|spec\.workers\.(?!processes|rankTimeoutSeconds).*|spec\.startAfter\..*"
+    r"|spec\.workers\.(?!processes|rankTimeoutSeconds).*|spec\.startAfter\..*|spec\.follow.*"
 )
 
 

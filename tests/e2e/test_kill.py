@@ -11,52 +11,99 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from ckpt2pt.mapping.topology import Topology
+from handmade import Handmade
+from sharding import Sharding
 from synthetic import Model, build
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-KILLS = 50
 TRACKER = "latest_checkpointed_iteration.txt"
+CUT = Topology(num_layers=8, tensor=2, pipeline=2, virtual=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Road:
+    """A command from one folder to another, what it writes, how many files, and what is there when all of them are."""
+
+    words: Callable[[Path, Path], list[str]]
+    pattern: str
+    files: int
+    marker: str
+    kills: int
+
+
+def flags(given: Mapping[str, object]) -> list[str]:
+    return [str(word) for pair in given.items() for word in pair]
+
+
+def convert(source: Path, target: Path) -> list[str]:
+    cut = {"--num-layers": 8, "--tp-size": 2, "--pp-size": 2, "--vpp-size": 2, "--process-limit": 2}
+    places = {"--ms-path": source / "ms", "--param-map-path": source / "pt_meta", "--megatron-path": target}
+    return ["convert", *flags(cut), *flags(places)]
+
+
+def import_back(source: Path, target: Path) -> list[str]:
+    return ["import", *flags({"--megatron-path": source / "A", "--ms-path": target, "--process-limit": 2})]
+
+
+def combine(source: Path, target: Path) -> list[str]:
+    places = {"--checkpoint-dir": source / "shards", "--strategy-dir": source / "shards" / "opt_shard_info"}
+    return ["combine", *flags(places), *flags({"--output-dir": target, "--max-proccess-limit": 2})]
+
+
+ROADS = {
+    "convert": Road(words=convert, pattern="*.pt", files=8, marker=TRACKER, kills=50),
+    "import": Road(words=import_back, pattern="*.[cp]*t", files=8, marker=".ckpt2pt/report.json", kills=15),
+    "combine": Road(words=combine, pattern="*.ckpt", files=4, marker="", kills=15),
+}
+
+
+def command(road: str, source: Path, target: Path) -> list[str]:
+    return [sys.executable, "-m", "ckpt2pt", *ROADS[road].words(source, target), "--progress", "none"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``ms`` and ``pt_meta``; the Megatron checkpoint that they become in ``A``; data-parallel shards in ``shards``."""
     folder = tmp_path_factory.mktemp("source")
-    build(
-        folder,
-        Model(topology=Topology(num_layers=8, tensor=2, pipeline=2, virtual=2), hidden=384, ffn=1024, vocab=4096),
-    )
+    build(folder, Model(topology=CUT, hidden=384, ffn=1024, vocab=4096))
+    subprocess.run(command("convert", folder, folder / "A"), check=True, capture_output=True)
+    made = Handmade(replace(CUT, virtual=1, data=2), hidden=256, ffn=700, vocab=4096)
+    Sharding(per_bucket=5).write(made, folder / "shards")
     return folder
 
 
-def command(checkpoint: Path, target: Path) -> list[str]:
-    return [
-        *(sys.executable, "-m", "ckpt2pt", "convert", "--num-layers", "8", "--tp-size", "2", "--pp-size", "2", "--vpp-size", "2"),
-        *("--ms-path", str(checkpoint / "ms"), "--param-map-path", str(checkpoint / "pt_meta"), "--megatron-path", str(target)),
-        *("--process-limit", "2", "--progress", "none"),
-    ]  # fmt: skip
+def digests(folder: Path, pattern: str) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob(pattern)
+        if path.is_file() and path.suffix != ".json"
+    }
 
 
-def digests(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.pt")}
-
-
-def test_fifty_kills_and_the_result_is_byte_identical(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("road", ROADS)
+def test_after_many_kills_the_result_is_byte_identical(road: str, checkpoint: Path, tmp_path: Path) -> None:
+    way = ROADS[road]
     began = time.monotonic()
-    subprocess.run(command(checkpoint, tmp_path / "undisturbed"), check=True, capture_output=True)
+    subprocess.run(command(road, checkpoint, tmp_path / "undisturbed"), check=True, capture_output=True)
     duration = time.monotonic() - began
-    expected = digests(tmp_path / "undisturbed")
-    assert len(expected) == 8
+    expected = digests(tmp_path / "undisturbed", way.pattern)
+    assert len(expected) == way.files
     dice = random.Random(20261124)
-    target, killed, finished = tmp_path / "out", 0, 0
-    while killed < KILLS:
+    target, killed = tmp_path / "out", 0
+    while killed < way.kills:
         process = subprocess.Popen(
-            command(checkpoint, target), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command(road, checkpoint, target),
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         try:
             process.wait(dice.uniform(0.05, 1.1 * duration))
@@ -67,19 +114,17 @@ def test_fifty_kills_and_the_result_is_byte_identical(checkpoint: Path, tmp_path
             (os.killpg if killed % 2 else os.kill)(process.pid, signal.SIGKILL)
             process.wait()
         # Whatever has its final name is whole, at any moment.
-        for name, digest in digests(target).items():
+        for name, digest in digests(target, way.pattern).items():
             assert digest == expected[name]
         for path in target.rglob("*.json"):
             json.loads(path.read_text())
-        if (target / TRACKER).exists():
-            assert digests(target) == expected
-            finished += 1
+        if (target / way.marker).exists() and (way.marker or len(digests(target, way.pattern)) == way.files):
+            assert digests(target, way.pattern) == expected
             time.sleep(0.5)  # orphans of a parent killed alone
             subprocess.run(["rm", "-rf", str(target)], check=True)
     time.sleep(1)
-    result = subprocess.run(command(checkpoint, target), check=True, capture_output=True, text=True)
-    assert "published" in result.stdout
-    assert digests(target) == expected
+    subprocess.run(command(road, checkpoint, target), check=True, capture_output=True)
+    assert digests(target, way.pattern) == expected
     assert not list(target.rglob("*.partial")), "a temporary file was left behind"
     for path in target.rglob("*.pt"):
         assert zipfile.ZipFile(path).testzip() is None
@@ -88,7 +133,7 @@ def test_fifty_kills_and_the_result_is_byte_identical(checkpoint: Path, tmp_path
 def test_of_two_runs_at_once_one_wins_and_the_other_says_why_not(checkpoint: Path, tmp_path: Path) -> None:
     both = [
         subprocess.Popen(
-            command(checkpoint, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command("convert", checkpoint, tmp_path / "out"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for _ in range(2)
     ]

@@ -18,7 +18,7 @@ from ckpt2pt.back.run import run_back
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.writer import CkptFile, mindspore_file
 from ckpt2pt.combine.merge import Combination, combine
-from ckpt2pt.engine import Stop, write_files
+from ckpt2pt.engine.write import Stop, write_files
 from ckpt2pt.plan.entries import Entry, number_entry, text_entry
 from ckpt2pt.request import Pace
 from ckptfiles import some_tensors
@@ -84,7 +84,7 @@ def test_merged_files_are_loaded_with_equal_values(name: str, tmp_path: Path) ->
 def test_imported_files_are_loaded_with_equal_values(
     suffix: Literal["ckpt", "safetensors"], full: bool, tmp_path: Path
 ) -> None:
-    source = golden_root() / "megatron06" / "b_tp2pp2" / "A"
+    source = golden_root() / "megatron06" / "b_st_tp2pp2_safetensors" / "A"
     run_back(BackRequest(source=source, target=tmp_path, format=suffix, full=full, pace=Pace(in_process=True)), Quiet())
     paths = sorted(tmp_path.glob("rank_*/network.*"))
     assert len(paths) == 4

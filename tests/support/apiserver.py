@@ -38,7 +38,7 @@ class Server:
                 self.end_headers()
                 self.wfile.write(text)
 
-            do_GET = do_POST = do_PATCH = _handle  # noqa: N815 - names in http.server
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _handle  # noqa: N815 - names in http.server
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name in http.server
                 pass

@@ -67,6 +67,7 @@ class Handmade:
     batch: int = 4
     iteration: int = 12
     params_dtype: str = "bfloat16"
+    grads_dtype: str = "float32"
     entries: dict[Rank, dict[str, Tensor]] = field(default_factory=dict[Rank, dict[str, Tensor]])
     truth: dict[tuple[int, int, str, str], np.ndarray[Any, np.dtype[np.float32]]] = field(default_factory=dict)
 
@@ -160,6 +161,7 @@ class Handmade:
             "untie_embeddings_and_output_weights": not self.tied, "data_parallel_size": self.data,
             "context_parallel_size": 1, "global_batch_size": self.batch, "consumed_train_samples": 4, "iteration": 1,
             "params_dtype": Global("torch", self.params_dtype), "use_distributed_optimizer": True,
+            "accumulate_allreduce_grads_in_fp32": self.grads_dtype != self.params_dtype,
             "pipeline_model_parallel_size": self.topology.pipeline, "overlap_grad_reduce": bool(self.bucket_numel),
         }  # fmt: skip
 
@@ -244,7 +246,7 @@ class Handmade:
 
     def _check_optimizer(self, tp: int, pp: int, tree: dict[Any, Any]) -> None:
         filled = [vpp for vpp in range(self.topology.virtual) if self.parameters(pp, vpp)]
-        key = (getattr(torch, self.params_dtype), torch.float32)
+        key = (getattr(torch, self.params_dtype), getattr(torch, self.grads_dtype))
         assert [number for number in tree if isinstance(number, int)] == list(range(len(filled)))
         assert len(tree["per_bucket_numel"]) == len(tree["per_bucket_numel_unpadded"]) == len(filled)
         for number, vpp in enumerate(filled):

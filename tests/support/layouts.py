@@ -40,6 +40,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "gamma-and-beta": {"topology": topology(pipeline=2), "bias": True, "gamma": True},
     "gamma-alone": {"topology": topology(), "gamma": True},
     "float16": {"topology": topology(), "params_dtype": "float16"},
+    "float16-gradients": {"topology": topology(), "params_dtype": "float16", "grads_dtype": "float16", "data": 2},
     "float32": {"topology": topology(), "params_dtype": "float32"},
     "tied-one-stage": {"topology": topology(), "tied": True},
     "tied-two-stages": {"topology": topology(pipeline=2), "tied": True, "data": 3},

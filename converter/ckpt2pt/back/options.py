@@ -84,7 +84,9 @@ def _add_import_run(parser: argparse.ArgumentParser) -> None:
         default="digest",
         help="digest: read every file back from the disk; full: also compare every weight with its slice of distrib_optim.pt",
     )
-    group.add_argument("--debug", action="store_true", help="log more")
+    group.add_argument(
+        "--debug", action="store_true", help="log ranks, files and evidence, and where in the code an error arose"
+    )
 
 
 def import_request_of(options: argparse.Namespace) -> BackRequest:

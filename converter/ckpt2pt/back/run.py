@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +12,14 @@ from pathlib import Path
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, survey_back
 from ckpt2pt.checksums import crc32
-from ckpt2pt.engine import Stop, write_files
+from ckpt2pt.crew import Reporter
+from ckpt2pt.engine.write import Stop, write_files
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
 from ckpt2pt.publish import MINDSPORE, Json, Target, access_error, publish_bytes
-from ckpt2pt.run import Conversion, Outcome, Reporter, carry_out
-from ckpt2pt.survey import Rank
+from ckpt2pt.run import Conversion, Outcome, carry_out
+
+log = logging.getLogger("ckpt2pt")
 
 META = "pt_meta"
 """Where the metadata goes below the MindSpore folder."""
@@ -96,6 +100,9 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     """Import every rank; what an earlier run finished is kept."""
     began = time.monotonic()
     found = survey_back(request)
+    log.debug("iteration %d of %s, cut as %s", found.iteration, request.source, found.topology)
+    for (tp, pp), folder in found.ranks.items():
+        log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, folder, found.topology.source_rank(tp, pp))
     conversion = Conversion(
         target=target_back(request, found),
         pace=request.pace,
@@ -106,4 +113,8 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         doubts=(),
         plan=partial(_plan, request, found),
     )
-    return carry_out(conversion, range(found.topology.pipeline), reporter, began)
+    outcome = carry_out(conversion, range(found.topology.pipeline), reporter, began)
+    for tp, pp in outcome.converted:
+        done = outcome.target.rank_manifest(tp, pp) or {}
+        log.debug("tp %d pp %d: wrote %s; %s", tp, pp, done.get("files"), done.get("evidence") or "parameters alone")
+    return outcome

@@ -16,7 +16,7 @@ from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError, Topo
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import data_parallel_size, read_param_maps
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.entries import Entry
@@ -26,7 +26,6 @@ from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_given, rank_files
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.request import digest
-from ckpt2pt.survey import Rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

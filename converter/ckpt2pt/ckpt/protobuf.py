@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,9 +48,11 @@ _DTYPES = {name.encode(): name.lower() for name in _SPELLED} | {name.encode(): n
 _NUMBER = rb"[\x80-\xff]{0,9}[\x00-\x7f]"
 _PLAIN = re.compile(
     rb"\x0a(#)\x0a(#)([\x00-\x11\x13-\x7f]{0,255})"
-    rb"\x12(#)((?:\x08#){0,64})\x12(#)([A-Za-z0-9]{1,16})\x1a(#)".replace(b"#", _NUMBER)
+    rb"(\x12#(?:\x08#){0,64}\x12#[A-Za-z0-9]{1,16}\x1a#)".replace(b"#", _NUMBER)
 )
 """Value, tag, tensor, dims, tensor_type and the length of tensor_content: what nearly every entry looks like, at half the price."""
+_PLAIN_HEAD = re.compile(rb"\x12(#)((?:\x08#){0,64})\x12(#)([A-Za-z0-9]{1,16})\x1a(#)".replace(b"#", _NUMBER))
+"""The last part of it, from the tensor on."""
 
 
 class _Tensor(NamedTuple):
@@ -81,8 +81,8 @@ def index_ckpt(path: Path, *, check_crc: bool = False) -> dict[str, TensorRef]:
     with InputFile(path) as file:
         _recognise(file)
         stop, crc = _trailer(file)
-        for name, run in groupby(_entries(Window(file), stop), attrgetter("name")):
-            slices = list(run)
+        for slices in _runs(_entries(Window(file), stop)):
+            name = slices[0].name
             if slices[0].is_map:
                 maps += slices
                 refs.update(_join_map(file.path, name, slices))
@@ -148,6 +148,18 @@ def _check_crc(file: InputFile, stop: int, wanted: int, maps: Sequence[_Entry]) 
         )
 
 
+def _runs(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:
+    """Entries of one name that stand in a row."""
+    run: list[_Entry] = []
+    for entry in entries:
+        if run and entry.name != run[0].name:
+            yield run
+            run = []
+        run.append(entry)
+    if run:
+        yield run
+
+
 def _entries(window: Window, stop: int) -> Iterator[_Entry]:
     count = pos = 0
     while pos < stop:
@@ -172,21 +184,16 @@ def _plain_entry(window: Window, pos: int, stop: int) -> _Entry | None:
     if plain is None:
         return None
     base, found = plain
-    size, name_size, name, tensor_size, raw_dims, dtype_size, dtype, content_size = found.groups()
-    content = base + found.end()
-    end = content + _number(content_size)
-    dims = _dims(raw_dims)
-    if (
-        base + found.end(1) + _number(size) != end
-        or base + found.end(4) + _number(tensor_size) != end
-        or _number(name_size) != len(name)
-        or _number(dtype_size) != len(dtype)
-        or end > stop
-        or dims is None
-        or dtype not in _DTYPES
-    ):
+    size, name_size, name, head = found.groups()
+    known = _plain_head(head)
+    if known is None:
         return None
-    return _Entry(name.decode(), (_Tensor(_DTYPES[dtype], dims, content, end - content),), False, pos, end)
+    dtype, dims, nbytes = known
+    content = base + found.end()
+    end = content + nbytes
+    if base + found.end(1) + _number(size) != end or _number(name_size) != len(name) or end > stop:
+        return None
+    return _Entry(name.decode(), (_Tensor(dtype, dims, content, nbytes),), False, pos, end)
 
 
 @lru_cache(4096)
@@ -195,9 +202,22 @@ def _number(varint: bytes) -> int:
 
 
 @lru_cache(4096)
-def _dims(fields: bytes) -> tuple[int, ...] | None:
+def _plain_head(head: bytes) -> tuple[str, tuple[int, ...], int] | None:
+    """Type, dimensions and bytes of payload: most of a file's tensors share theirs with many others."""
+    found = _PLAIN_HEAD.fullmatch(head)
+    if found is None:
+        return None
+    size, fields, dtype_size, dtype, content_size = found.groups()
     dims = tuple(_number(field[1:]) for field in re.findall(rb"\x08" + _NUMBER, fields))
-    return dims if max(dims, default=0) <= _MAX_DIM else None
+    nbytes = _number(content_size)
+    if (
+        len(head) - found.end(1) + nbytes != _number(size)
+        or len(dtype) != _number(dtype_size)
+        or dtype not in _DTYPES
+        or max(dims, default=0) > _MAX_DIM
+    ):
+        return None
+    return _DTYPES[dtype], dims, nbytes
 
 
 def _entry(window: Window, pos: int, start: int, stop: int) -> _Entry:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -81,11 +82,16 @@ def find_sources(
     """Every checkpoint that is there in all (tp, pp): (epoch, step) -> (tp, pp) -> file.  Newest last.
 
     ``wanted_format`` is ``ckpt``, ``safetensors`` or None for either; without ``merged`` what was merged from shards is
-    left out.  Raises :class:`MissingInputError` for missing
-    folders and files, :class:`InputError` when ranks disagree or a rank has two files of one step.
+    left out, and so it is while only some ranks have it: their shards are whole.  Raises :class:`MissingInputError` for
+    missing folders and files, :class:`InputError` when ranks disagree or a rank has two files of one step.
     """
     members = [(tp, pp, 0) for tp, pp in topology.ranks()]
     found = _complete(root, topology, members, (wanted_format, merged))
+    if any(len({file.merged for file in files.values()}) > 1 for files in found.values()):
+        with suppress(InputError, MissingInputError):  # nothing but the mixture is there
+            alike = {when: files for when, files in found.items() if len({f.merged for f in files.values()}) == 1}
+            found = _complete(root, topology, members, (wanted_format, False)) | alike
+            found = {when: found[when] for when in sorted(found)}
     return {when: {(tp, pp): file for (tp, pp, _), file in files.items()} for when, files in found.items()}
 
 
@@ -97,7 +103,6 @@ def find_groups(
     sharded: Callable[[Path], bool],
     info: Path | None = None,
     wanted_format: str | None = None,
-    merged: bool = True,
 ) -> dict[When, dict[Key, SourceFile]]:
     """Give every checkpoint whose files hold shards its groups; one that lacks a rank of them is left out.
 
@@ -110,7 +115,7 @@ def find_groups(
     count = topology.data * topology.context
     members = [(tp, pp, number) for tp, pp in topology.ranks() for number in range(count)]
     try:
-        complete = _complete(root, topology, members, (wanted_format, merged))
+        complete = _complete(root, topology, members, (wanted_format, False))
     except InputError:
         if shards == set(found):
             raise

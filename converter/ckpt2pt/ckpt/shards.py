@@ -162,8 +162,8 @@ def has_shards(index: Mapping[str, TensorRef]) -> bool:
 def join_shards(paths: Sequence[Path], info: ShardInfo) -> dict[str, TensorRef]:
     """Index a group's files, in ascending order of their ranks, as one checkpoint.
 
-    Parameters and moments come first, in the description's order; what is the same on every rank (frozen parameters,
-    scheduler, counters) is the first file's.  Raises :class:`InputError` for shards that are missing, of another size or
+    Parameters and moments come first, in the description's order, those of ZeRO-3 next; what else there is (frozen
+    parameters, scheduler, counters) is the same on every rank, and taken from the first that has it.  Raises :class:`InputError` for shards that are missing, of another size or
     too short for a parameter, and for a description that belongs to other files.
     """
     indexes = [index_file(path) for path in paths]
@@ -176,7 +176,11 @@ def join_shards(paths: Sequence[Path], info: ShardInfo) -> dict[str, TensorRef]:
             dtype, pieces = buffers[prefix][place.buffer]
             found[prefix + name] = _parameter(prefix + name, place, dtype, pieces, info, len(paths))
     zero3 = _zero3(indexes, info, paths)
-    rest = {name: zero3.get(name, ref) for name, ref in indexes[0].items() if not SHARD.fullmatch(name)}
+    rest = dict(zero3)
+    for index in indexes:
+        for name, ref in index.items():
+            if not SHARD.fullmatch(name):
+                rest.setdefault(name, ref)
     twice = sorted(found.keys() & rest.keys())
     if twice:
         raise CoverageError(
@@ -270,9 +274,8 @@ def _short(name: str, place: Place, reached: int, info: ShardInfo, count: int) -
 def _zero3(indexes: Sequence[Mapping[str, TensorRef]], info: ShardInfo, paths: Sequence[Path]) -> dict[str, TensorRef]:
     """ZeRO-3 parameters lie under their own names, cut along their first axis; their moments likewise."""
     found: dict[str, TensorRef] = {}
-    listed = {name for name in info.zero3 if not name.startswith(PREFIXES[1:])}
-    listed |= {name.partition(".")[2] for name in info.zero3 if name.startswith(PREFIXES[1:])}
-    for bare in sorted(listed):
+    listed = (name.partition(".")[2] if name.startswith(PREFIXES[1:]) else name for name in info.zero3)
+    for bare in dict.fromkeys(listed):
         for name in (prefix + bare for prefix in PREFIXES):
             parts = [index[name] for index in indexes if name in index]
             if not parts and name != bare:

@@ -42,7 +42,14 @@ def add_combine_options(parser: argparse.ArgumentParser) -> None:
         metavar=("FIRST", "STOP"),
         help="merge only the groups whose first rank is FIRST or more and less than STOP",
     )
-    parser.add_argument("--no-save-optim", action="store_true", help="leave the optimizer's moments out")
+    parser.add_argument(
+        "--no-save-optim",
+        action="store_true",
+        help="leave out the moments, the learning rate, the weight decay and the counters of steps",
+    )
+    parser.add_argument(
+        "--verify", choices=("none", "digest"), default="digest", help="digest: read every file back from the disk"
+    )
     parser.add_argument("--crc", action="store_true", help="add mindspore's checksum (.ckpt only)")
     parser.add_argument("--multiprocess-off", action="store_true", help="merge file after file in this process")
     parser.add_argument("--overwrite", action="store_true", help="replace merged files that are there and differ")
@@ -80,6 +87,7 @@ def combination_of(options: argparse.Namespace) -> Combination:
         optimizer=not options.no_save_optim,
         crc=options.crc,
         overwrite=options.overwrite,
+        check=options.verify != "none",
         workers=options.max_proccess_limit,
         in_process=options.multiprocess_off,
     )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +19,12 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
-from ckpt2pt.engine import Stop, write_files
-from ckpt2pt.errors import InputError, MissingInputError, NoSpaceError, UsageError
+from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
+from ckpt2pt.engine.write import Stop, write_files
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceError, UsageError
 from ckpt2pt.folders import layout_of
-from ckpt2pt.mapping.names import MOMENT_PREFIXES
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.mapping.names import MOMENTS
+from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.entries import Entry, text_entry
 from ckpt2pt.plan.moves import Move
 from ckpt2pt.publish import (
@@ -37,18 +39,33 @@ from ckpt2pt.publish import (
     sweep_partials,
 )
 from ckpt2pt.request import Pace, digest
-from ckpt2pt.run import Reporter, stopped_by_signals, work_through
-from ckpt2pt.survey import Rank, agree, facts_of, inputs_of
+from ckpt2pt.survey import agree, facts_of, inputs_of
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 _INFO = "dist_opt_shard_info*.json"
+# Flags of convert, as the rooms that both use name them in their mends, and what they are called here.
+_FLAGS = {
+    "spec.source.path (--ms-path)": "--checkpoint-dir",
+    "spec.source.format (--src-model-format)": "--src-format",
+    "spec.source.optShardInfoPath (--opt-shard-info-path)": "--strategy-dir",
+    "spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size)": "--strategy-dir",
+    "set spec.parallelism.data, context, tensor and pipeline (--dp-size --cp-size --tp-size --pp-size) to those":
+        "copy the whole --strategy-dir",
+    "check spec.parallelism.data and context (--dp-size --cp-size)": "copy all of it",
+    "choose a checkpoint that every rank has finished (spec.source.iteration, --iteration), or remove": "remove",
+}  # fmt: skip
 _MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_MOMENTS = (*MOMENT_PREFIXES, "max_exp_avg_sq.", "moments.")
+_MOMENTS = (*(f"{moment}." for moment in MOMENTS), "max_exp_avg_sq.", "moments.")
+# What the reference leaves out with the moments, but by whole names: it looks for "step" and "epoch" anywhere in them.
+_PROGRESS = re.compile(
+    r"(?:learning_rate|weight_decay)(?:_group_\d+)?|epoch_num|step_num|num_steps|state_step|global_step|default_generator"
+    r"|(?:lr_warmup|lr_decay|wd_incr)_steps|(?:current|last_overflow)_iterator_step"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Combination:
-    """All options of ``ckpt2pt combine``; ``section`` is half open, as the reference's."""
+    """All options of ``ckpt2pt combine``; ``section`` is half open, as the reference's; ``check`` reads files back."""
 
     strategy: Path
     source: Path
@@ -60,6 +77,7 @@ class Combination:
     optimizer: bool = True
     crc: bool = False
     overwrite: bool = False
+    check: bool = True
     workers: int = 1
     in_process: bool = False
 
@@ -190,7 +208,7 @@ class Group:
             for path in paths:
                 sweep_partials(path.parent, path.name)
             written, digests = write_files(
-                output, self.files, merged_moves(self.files), stop=stop, advance=advance, check=True
+                output, self.files, merged_moves(self.files), stop=stop, advance=advance, check=self.asked.check
             )
             facts: Json = {
                 "identity": self.identity,
@@ -210,7 +228,8 @@ def _step(file: SourceFile) -> str:
 def combine(asked: Combination, reporter: Reporter) -> Combined:
     """Merge the newest step that all ranks have; what an earlier run finished is kept."""
     began = time.monotonic()
-    merge = choose_groups(asked)
+    with _own_words():
+        merge = choose_groups(asked)
     chosen = [rank for rank in merge.files if _in_section(merge.topology.source_rank(*rank), asked.section)]
     if not chosen:
         raise UsageError(
@@ -222,7 +241,8 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
     needed = 0
     for rank in chosen:
         # One at a time: the plans of many ranks would not fit into the memory of one.
-        group = merge.plan(rank)
+        with _own_words():
+            group = merge.plan(rank)
         if not group.is_done:
             todo[rank] = group.source_bytes
             needed += group.nbytes
@@ -255,6 +275,18 @@ def _in_section(rank: int, section: tuple[int, int] | None) -> bool:
     return section is None or section[0] <= rank < section[1]
 
 
+@contextmanager
+def _own_words() -> Generator[None]:
+    """Errors of the rooms that ``convert`` uses as well, with the names of this command's flags."""
+    try:
+        yield
+    except Ckpt2ptError as error:
+        mend = error.mend
+        for theirs, ours in _FLAGS.items():
+            mend = mend.replace(theirs, ours)
+        raise type(error)(error.what, where=error.where, mend=mend) from error
+
+
 def choose_groups(asked: Combination) -> Merge:
     """The groups that the descriptions tell of, at the newest step that all their ranks have."""
     topology = described_topology(asked.strategy)
@@ -266,7 +298,6 @@ def choose_groups(asked: Combination) -> Merge:
         sharded=lambda path: has_shards(index_file(path)),
         info=asked.strategy,
         wanted_format=asked.source_format,
-        merged=False,
     )
     files = found[choose(found, last_saved(asked.source, topology))]
     if not all(file.info for file in files.values()):
@@ -315,10 +346,10 @@ def described_topology(strategy: Path) -> Topology:
 
 
 def merged_entries(index: Mapping[str, TensorRef], *, optimizer: bool) -> list[Entry]:
-    """The entries of a merged file in the order of the index, with or without the optimizer's moments."""
+    """The entries of a merged file in the order of the index, with or without the optimizer's moments and progress."""
     entries: list[Entry] = []
     for name, ref in index.items():
-        if not optimizer and name.startswith(_MOMENTS):
+        if not optimizer and (name.startswith(_MOMENTS) or _PROGRESS.fullmatch(name)):
             continue
         if ref.dtype == "str":
             entries.append(text_entry(name, str(read_scalar(ref))))

@@ -86,13 +86,14 @@ def build_job(
     attempt: int = 1,
     stages: Sequence[int] | None = None,
     memory_percent: int = 100,
+    ended: str = "",
 ) -> Json:
-    """The Job of one attempt; ``stages`` are those to do when they are not all.
+    """The Job of one attempt; ``stages`` are those to do when they are not all, ``ended`` as of ``convert_args``.
 
     ``memory_percent`` of the memory that the spec gives is asked for, but never more than ``grown_memory`` allows.
     """
     todo = tuple(range(conversion.topology.pipeline)) if stages is None else tuple(sorted(set(stages)))
-    completions = 1 if conversion.dry_run else len(todo)
+    completions = 1 if conversion.one_worker else len(todo)
     pod = conversion.workers.pod
     labels = _labels(conversion, attempt)
     queue: dict[str, str] = {}
@@ -105,7 +106,9 @@ def build_job(
         "backoffLimitPerIndex": conversion.retries.per_stage,
         "podReplacementPolicy": "Failed",  # one writer for each stage
         "podFailurePolicy": _failure_policy(),
-        "template": _template(conversion, image=image, labels=labels, stages=todo, memory_percent=memory_percent),
+        "template": _template(
+            conversion, image=image, labels=labels, stages=todo, memory_percent=memory_percent, ended=ended
+        ),
     }
     if conversion.retries.max_failed_stages is not None:
         spec["maxFailedIndexes"] = min(conversion.retries.max_failed_stages, completions)
@@ -121,7 +124,7 @@ def build_job(
 
 
 def _partial(conversion: Conversion, stages: Sequence[int]) -> bool:
-    return len(stages) != conversion.topology.pipeline and not conversion.dry_run
+    return len(stages) != conversion.topology.pipeline and not conversion.one_worker
 
 
 def _home(conversion: Conversion) -> Json:
@@ -167,7 +170,13 @@ def _failure_policy() -> Json:
 
 
 def _template(
-    conversion: Conversion, *, image: str, labels: Mapping[str, str], stages: Sequence[int], memory_percent: int
+    conversion: Conversion,
+    *,
+    image: str,
+    labels: Mapping[str, str],
+    stages: Sequence[int],
+    memory_percent: int,
+    ended: str,
 ) -> Json:
     pod = conversion.workers.pod
     mounts = mounts_of(conversion)
@@ -179,7 +188,7 @@ def _template(
         "shareProcessNamespace": True,
         "terminationGracePeriodSeconds": _GRACE_SECONDS,
         "securityContext": _pod_security(cast("Json", pod["security"])),
-        "containers": [_container(conversion, image=image, mounts=mounts, stages=stages)],
+        "containers": [_container(conversion, image=image, mounts=mounts, stages=stages, ended=ended)],
         "volumes": [{"name": mount.name, **mount.volume} for mount in mounts],
         **{name: pod[name] for name in _POD_FIELDS if name in pod},
     }
@@ -252,14 +261,16 @@ def _grow(template: Json, conversion: Conversion, percent: int) -> None:
         }
 
 
-def _container(conversion: Conversion, *, image: str, mounts: Sequence[Mount], stages: Sequence[int]) -> Json:
+def _container(
+    conversion: Conversion, *, image: str, mounts: Sequence[Mount], stages: Sequence[int], ended: str
+) -> Json:
     pod = conversion.workers.pod
     paths = {role: mount.path for mount in mounts for role in mount.roles}
     container: Json = {
         "name": CONTAINER,
         "image": str(pod.get("image") or image),
         "args": [
-            *convert_args(conversion, paths),
+            *convert_args(conversion, paths, ended=ended),
             *("--termination-log", TERMINATION_PATH, "--progress-port", str(PROGRESS_PORT)),
         ],
         "ports": [{"name": PROGRESS_PORT_NAME, "containerPort": PROGRESS_PORT}],

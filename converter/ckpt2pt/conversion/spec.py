@@ -87,6 +87,15 @@ class Readiness:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Follow:
+    """Each new checkpoint of a running training is converted; ``until`` names the training, ``keep`` 0 keeps every result."""
+
+    until: Json | None
+    keep: int
+    interval_seconds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
     """One CheckpointConversion with every default applied."""
 
@@ -109,6 +118,7 @@ class Conversion:
     zero_consumed_samples: bool
     verify: str
     start_after: Json | None
+    follow: Follow | None
     readiness: Readiness
     workers: Workers
     retries: Retries
@@ -117,6 +127,11 @@ class Conversion:
     ttl_seconds_after_finished: int | None
     suspend: bool
     cancel: bool
+
+    @property
+    def one_worker(self) -> bool:
+        """One worker does all stages: to plan them, or to follow a training."""
+        return self.dry_run or self.follow is not None
 
     def place(self, role: str) -> Place:
         """The folder of ``source``, ``metadata`` or ``target``."""
@@ -151,7 +166,8 @@ def parse(document: Mapping[str, object]) -> Conversion:
         target_data=target.optional("dataParallel"),
         zero_consumed_samples=target.flag("zeroConsumedSamples"),
         verify=spec.choice("verify", "Digest", "None", "Full"),
-        start_after=_start_after(spec),
+        start_after=_workload(spec, "startAfter"),
+        follow=_follow(spec),
         readiness=_readiness(spec.child("readiness")),
         workers=_workers(spec.child("workers")),
         retries=_retries(spec.child("retries")),
@@ -271,10 +287,25 @@ def _rules(fields: Fields) -> Json:
     return {section: value for section, value in found.items() if value}
 
 
-def _start_after(spec: Fields) -> Json | None:
-    if spec.get("startAfter") is None:
+def _follow(spec: Fields) -> Follow | None:
+    if spec.get("follow") is None:
         return None
-    fields = spec.child("startAfter")
+    fields = spec.child("follow")
+    if spec.get("startAfter") is not None:
+        fields.note("", "is given beside spec.startAfter", "give one of them; follow.until names the training")
+    if spec.child("source").get("iteration") is not None:
+        fields.note("", "is given beside spec.source.iteration", "leave the iteration out; every new one is converted")
+    return Follow(
+        until=_workload(fields, "until"),
+        keep=fields.number("keep", 0, low=0),
+        interval_seconds=fields.number("intervalSeconds", 30),
+    )
+
+
+def _workload(parent: Fields, field: str) -> Json | None:
+    if parent.get(field) is None:
+        return None
+    fields = parent.child(field)
     found: Json = {name: fields.text(name, "") for name in ("apiVersion", "kind", "name")}
     for name in (name for name, value in found.items() if not value):
         fields.note(name, "is missing", "name the workload fully, as {apiVersion: batch/v1, kind: Job, name: pretrain}")
@@ -308,12 +339,15 @@ def _retries(fields: Fields) -> Retries:
     )
 
 
-def convert_args(conversion: Conversion, mounts: Mapping[str, str]) -> list[str]:
-    """The command of one worker, ``plan`` for a dry run; ``mounts`` says where the volume of each role is mounted."""
+def convert_args(conversion: Conversion, mounts: Mapping[str, str], *, ended: str = "") -> list[str]:
+    """The command of one worker, ``plan`` for a dry run; ``mounts`` says where the volume of each role is mounted.
+
+    ``ended`` is how a training that was followed has ended: Succeeded, Failed or Deleted.
+    """
     cut = conversion.topology
     paths = {role: conversion.place(role).below(mounts[role]) for role in ROLES}
     words: list[object] = [
-        "plan" if conversion.dry_run else "convert",
+        "plan" if conversion.dry_run else "watch" if conversion.follow else "convert",
         "--num-layers", cut.num_layers,
         "--tp-size", cut.tensor,
         "--pp-size", cut.pipeline,
@@ -345,7 +379,9 @@ def convert_args(conversion: Conversion, mounts: Mapping[str, str]) -> list[str]
     if not conversion.dry_run:
         words += ["--verify", conversion.verify.lower(), "--progress", "json"]
         given["--process-timeout"] = conversion.workers.rank_timeout_seconds
-    if conversion.readiness.timeout_seconds:
+    if conversion.follow and not conversion.dry_run:
+        words += _watch_args(conversion.follow, conversion.readiness, ended)
+    elif conversion.readiness.timeout_seconds:
         words += ["--readiness-timeout", conversion.readiness.timeout_seconds]
         words += ["--readiness-settle", conversion.readiness.settle_seconds]
     for flag, value in given.items():
@@ -356,3 +392,10 @@ def convert_args(conversion: Conversion, mounts: Mapping[str, str]) -> list[str]
         # The one worker has index 0, and would plan stage 0 alone.
         words += [word for stage in range(cut.pipeline) for word in ("--stage", stage)]
     return [str(word) for word in (*words, "--output", "json", "--log-format", "json")]
+
+
+def _watch_args(follow: Follow, readiness: Readiness, ended: str) -> list[object]:
+    """How a training is followed; when it has ended, one last look.  A failed training has left its last save as it was."""
+    words: list[object] = ["--keep", follow.keep, "--interval", follow.interval_seconds]
+    words += ["--settle", readiness.settle_seconds, *(["--once"] if ended else [])]
+    return [*words, *(["--readiness-timeout", readiness.timeout_seconds] if ended == "Succeeded" else [])]

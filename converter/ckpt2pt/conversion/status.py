@@ -178,6 +178,10 @@ def _why(conversion: Conversion, records: Sequence[StageRecord], phase: str, end
     if phase == "Failed" and failed:
         stages = ", ".join(str(record.stage) for record in failed)
         return "StageFailed", f"stage {stages} failed; stage {failed[0].stage}: {failed[0].message}"[:MAX_MESSAGE]
+    if conversion.follow and not conversion.dry_run:
+        if phase == "Succeeded":
+            return "TrainingFollowed", "the training has ended, and what it saved is converted"
+        return "Following", "each new checkpoint of the training is converted as it becomes whole"
     if phase == "Planned":
         return "Planned", "planned; nothing was written"
     if phase == "Succeeded":

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from ckpt2pt.ckpt.ranks import When
 from ckpt2pt.ckpt.ready import Watcher
+from ckpt2pt.crew import Reporter
 from ckpt2pt.errors import RETRIED, Ckpt2ptError, InterruptedRunError, MissingInputError
 from ckpt2pt.follow.keep import prune, tracked
 from ckpt2pt.request import Request
-from ckpt2pt.run import Outcome, Reporter, run
+from ckpt2pt.run import Outcome, run
 from ckpt2pt.survey import survey
 
 log = logging.getLogger("ckpt2pt")
@@ -38,20 +39,27 @@ class Following:
 class _Memory:
     """What this process knows of checkpoints: those that are done with, and what was said of the others."""
 
+    lament: Callable[[Ckpt2ptError], None]
     done: set[When] = field(default_factory=set[When])
     told: dict[When, str] = field(default_factory=dict[When, str])
     errors: list[Ckpt2ptError] = field(default_factory=list[Ckpt2ptError])
 
 
 def watch(
-    request: Request, how: Following, *, reporter: Callable[[], Reporter], hear: Callable[[Outcome, list[int]], None]
+    request: Request,
+    how: Following,
+    *,
+    reporter: Callable[[], Reporter],
+    hear: Callable[[Outcome, list[int]], None],
+    lament: Callable[[Ckpt2ptError], None] = lambda _: None,
 ) -> int:
-    """Until a signal comes, or for one round; ``hear`` is told each result and the iterations removed after it.
+    """Until a signal comes, or for one round; ``hear`` is told each result and the iterations removed after it,
+    ``lament`` why a checkpoint is not converted.
 
     Returns 0, or the exit code of the last error of a single round.  Raises what ends it.
     """
     watcher = Watcher(request.source, request.topology, wanted_format=request.source_format, settle_seconds=how.settle)
-    memory = _Memory()
+    memory = _Memory(lament)
     while True:
         memory.errors.clear()
         for when in _waiting(watcher, request, how, memory):
@@ -113,6 +121,7 @@ def _is_newer(request: Request) -> bool:
 
 def _note(error: Ckpt2ptError, when: When, how: Following, memory: _Memory) -> None:
     memory.errors.append(error)
+    memory.lament(error)
     if how.stop_on_error:
         raise error
     if memory.told.get(when) != str(error):

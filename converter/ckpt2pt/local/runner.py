@@ -48,6 +48,12 @@ def run_document(options: argparse.Namespace, show: Show) -> int:
         show(manifest, yaml.safe_dump(manifest, sort_keys=False).rstrip(), options)
         return 0
     _refuse_what_waits(conversion)
+    if conversion.follow and not conversion.dry_run:
+        raise UsageError(
+            "spec.follow is given, and run carries out one conversion",
+            where=f"{KIND} {conversion.name}",
+            mend=f"follow the training with ckpt2pt watch -f {options.filename}, which ends with a signal",
+        )
     folders = map_volumes(mounts_of(conversion), options.volume)
     if conversion.start_after:
         log.warning("startAfter %s is not waited for: there is no cluster here", conversion.start_after["name"])

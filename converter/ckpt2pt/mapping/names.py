@@ -8,7 +8,8 @@ MindSpeed-Core-MS feature-0.1 (mindspeed_ms/tools/converter) and of Megatron-LM 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
@@ -50,11 +51,12 @@ _TIED_HEAD_SOURCES = (f"{_OUTPUT}.weight", *sorted(_TIED_HEAD_SPELLINGS), f"{_EM
 HAS_EXTRA_STATE = frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "output_layer"})
 """Modules whose ``_extra_state`` (None) Megatron 0.6 saves after the module's own parameters."""
 
-MOMENT_PREFIXES = {
-    "exp_avg.": 0, "adam_m.": 0, "moment1.": 0,
-    "exp_avg_sq.": 1, "adam_v.": 1, "moment2.": 1,
+Role = Literal["param", "exp_avg", "exp_avg_sq", "ignored"]
+MOMENTS: dict[str, Role] = {
+    "exp_avg": "exp_avg", "adam_m": "exp_avg", "moment1": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq", "adam_v": "exp_avg_sq", "moment2": "exp_avg_sq",
 }  # fmt: skip
-"""Prefix of an optimizer entry -> 0 for the first moment of Adam, 1 for the second."""
+"""First segment of an optimizer entry -> the moment of Adam that it is."""
 
 SHARD = re.compile(r"(?:exp_avg\.|exp_avg_sq\.)?buffer_\d+_bucket_\d+")
 """A flat shard of the distributed optimizer; the names inside are in ``opt_shard_info``."""
@@ -71,11 +73,14 @@ _IGNORED = {
     "activation buffer": r"set_hidden_states.*",
     "gradient accumulator": r"accu_grads\..*",
     "moment of amsgrad, which Megatron does not have": r"max_exp_avg_sq\..*",
+    "momentum without a second moment, which Adam needs": r"moments\..*|momentum",
 }
 _IGNORED_PATTERN = re.compile("|".join(f"({pattern})" for pattern in _IGNORED.values()))
 _REASONS = tuple(_IGNORED)
 
+_LAYERS = "language_model.encoder.layers."
 _LAYER = re.compile(r"language_model\.encoder\.layers\.(\d{1,9})(?:_pp\w+)?\.(.+)")
+_NEIGHBOURS, _LONGEST = 32, 512
 _PREFIX = re.compile(r"\A(?:module|model\d*)\.")
 
 
@@ -93,7 +98,7 @@ class Rules:
 class SourceName:
     """What one entry of a MindSpore file is: a parameter, its first or second moment, or nothing we carry."""
 
-    role: Literal["param", "exp_avg", "exp_avg_sq", "ignored"]
+    role: Role
     name: str
     """The MindSpore parameter name without the optimizer's prefix; the reason when ignored."""
 
@@ -103,12 +108,8 @@ class NameTable:
 
     def __init__(self, rules: Rules | None = None) -> None:
         rules = rules or Rules()
-        self._layer = dict(_LAYER_MODULES) | {
-            megatron: (mindspore, _kind_of(megatron)) for megatron, mindspore in rules.layer_modules.items()
-        }
-        self._outside = dict(_MODULES) | {
-            megatron: (mindspore, _kind_of(megatron)) for megatron, mindspore in rules.modules.items()
-        }
+        self._layer = _parameters(_LAYER_MODULES, rules.layer_modules)
+        self._outside = _parameters(_MODULES, rules.modules)
         self._ignore = rules.ignore
         self._layer_back = _inverse(self._layer)
         self._outside_back = _inverse(self._outside)
@@ -121,42 +122,33 @@ class NameTable:
         if megatron in _TIED_HEAD_SPELLINGS:
             return _TIED_HEAD_SOURCES
         found = _LAYER.fullmatch(megatron)
-        if found:
-            prefix = f"language_model.encoder.layers.{layer_of(int(found[1]))}."
-            module, _, leaf = found[2].rpartition(".")
-            target = self._layer.get(module)
-        else:
-            prefix = ""
-            module, _, leaf = megatron.rpartition(".")
-            target = self._outside.get(module)
-        spellings = _KINDS[target[1]].get(leaf) if target else None
-        if target is None or spellings is None:
+        spellings = self._layer.get(found[2]) if found else self._outside.get(megatron)
+        if spellings is None:
             raise _unmapped(megatron, "Megatron", "layer_modules" if found else "modules")
-        return tuple(f"{prefix}{target[0]}.{spelling}" for spelling in spellings)
+        if found is None:
+            return spellings
+        prefix = f"{_LAYERS}{layer_of(int(found[1]))}."
+        return tuple([prefix + spelling for spelling in spellings])
 
     def to_megatron(self, mindspore: str) -> str:
         """The Megatron name of a MindSpore parameter; the layer number stays global."""
         found = _LAYER.fullmatch(mindspore)
-        module, _, leaf = (found[2] if found else mindspore).rpartition(".")
-        target = (self._layer_back if found else self._outside_back).get(module)
-        if target is not None:
-            for megatron_leaf, spellings in _KINDS[target[1]].items():
-                if leaf in spellings:
-                    prefix = f"language_model.encoder.layers.{found[1]}." if found else ""
-                    return f"{prefix}{target[0]}.{megatron_leaf}"
-        raise _unmapped(mindspore, "MindSpore", "layer_modules" if found else "modules")
+        megatron = self._layer_back.get(found[2]) if found else self._outside_back.get(mindspore)
+        if megatron is None:
+            raise _unmapped(mindspore, "MindSpore", "layer_modules" if found else "modules")
+        return f"{_LAYERS}{found[1]}.{megatron}" if found else megatron
 
     def classify(self, entry: str) -> SourceName:
         """Say what an entry of a MindSpore file is, by its name alone."""
         for pattern in self._ignore:
             if entry == pattern or (pattern.endswith("*") and entry.startswith(pattern[:-1])):
                 return SourceName("ignored", "rule file")
+        head, _, rest = entry.partition(".")
+        if rest and head in MOMENTS:
+            return SourceName(MOMENTS[head], rest)
         known = _IGNORED_PATTERN.fullmatch(entry)
         if known and known.lastindex:
             return SourceName("ignored", _REASONS[known.lastindex - 1])
-        for prefix, which in MOMENT_PREFIXES.items():
-            if entry.startswith(prefix):
-                return SourceName("exp_avg_sq" if which else "exp_avg", entry[len(prefix) :])
         return SourceName("param", entry)
 
 
@@ -173,8 +165,8 @@ def local_layer(megatron: str) -> int | None:
 
 def without_pipeline_suffix(mindspore: str) -> str:
     """``layers.3_pp1_id3.`` -> ``layers.3.``: a suffix that br_master keeps in memory and may leave in a file."""
-    found = _LAYER.fullmatch(mindspore)
-    return f"language_model.encoder.layers.{int(found[1])}.{found[2]}" if found else mindspore
+    found = _LAYER.fullmatch(mindspore) if "_pp" in mindspore else None
+    return f"{_LAYERS}{int(found[1])}.{found[2]}" if found else mindspore
 
 
 def is_tied_head(megatron: str) -> bool:
@@ -199,16 +191,27 @@ def _kind_of(module: str) -> str:
     return "norm" if module.endswith(("norm", "layernorm")) else "linear"
 
 
-def _inverse(table: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    back: dict[str, tuple[str, str]] = {}
-    for megatron, (mindspore, kind) in table.items():
-        if mindspore in back:
-            raise UsageError(
-                f"two Megatron modules, {back[mindspore][0]} and {megatron}, map to {mindspore}",
-                where="the table of names",
-                mend="give each module a MindSpore name of its own in the rule file (--rules, spec.model.rules)",
-            )
-        back[mindspore] = (megatron, kind)
+def _parameters(built_in: Mapping[str, tuple[str, str]], more: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Megatron's parameters of these modules -> MindSpore's spellings."""
+    modules = dict(built_in) | {megatron: (mindspore, _kind_of(megatron)) for megatron, mindspore in more.items()}
+    return {
+        f"{megatron}.{leaf}": tuple(f"{mindspore}.{spelling}" for spelling in spellings)
+        for megatron, (mindspore, kind) in modules.items()
+        for leaf, spellings in _KINDS[kind].items()
+    }
+
+
+def _inverse(table: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    back: dict[str, str] = {}
+    for megatron, spellings in table.items():
+        for mindspore in spellings:
+            if mindspore in back:
+                raise UsageError(
+                    f"two Megatron parameters, {back[mindspore]} and {megatron}, map to {mindspore}",
+                    where="the table of names",
+                    mend="give each module a MindSpore name of its own in the rule file (--rules, spec.model.rules)",
+                )
+            back[mindspore] = megatron
     return back
 
 
@@ -222,11 +225,24 @@ def _unmapped(name: str, side: str, section: str) -> UnmappedNameError:
 
 
 def nearest(wanted: str, names: Sequence[str]) -> str:
-    """The name that looks most like ``wanted``, for an error message; empty when none does."""
+    """The name that looks most like ``wanted``, for an error message; empty when none does.
+
+    Comparing is slow, and very slow for long texts: of many names only those are looked at that stand beside it in a
+    dictionary, or in one of the names read backwards.
+    """
     import difflib  # noqa: PLC0415 - only on the way to an error
 
-    return next(iter(difflib.get_close_matches(wanted, names, n=1, cutoff=0.7)), "")
+    short = [name for name in names if len(name) <= _LONGEST]
+    backward = _around(wanted[::-1], [name[::-1] for name in short])
+    likely = dict.fromkeys([*_around(wanted, short), *(name[::-1] for name in backward)])
+    return next(iter(difflib.get_close_matches(wanted[:_LONGEST], likely, n=1, cutoff=0.7)), "")
 
 
-_inverse(_LAYER_MODULES)
-_inverse(_MODULES)
+def _around(wanted: str, names: Iterable[str]) -> list[str]:
+    """The names before and after ``wanted`` in a dictionary of them."""
+    found = sorted(names)
+    at = bisect_left(found, wanted)
+    return found[max(0, at - _NEIGHBOURS) : at + _NEIGHBOURS]
+
+
+NameTable()  # refuses a name that stands twice, at import

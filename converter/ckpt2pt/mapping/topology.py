@@ -11,6 +11,9 @@ MAX_DEGREE = 65536
 MAX_RANKS = 1 << 20
 """More layers, or ranks in one direction and in all, than any training has; guards against absurd numbers."""
 
+Rank = tuple[int, int]
+"""(tp, pp): one file of MindSpore, or one group of shards, and one folder of Megatron."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Topology:
@@ -134,7 +137,7 @@ class Topology:
         first = self.source_rank(tp, pp)
         return tuple(first + number * self.tensor for number in range(self.data * self.context))
 
-    def ranks(self) -> Iterator[tuple[int, int]]:
+    def ranks(self) -> Iterator[Rank]:
         """Every (tp, pp)."""
         return ((tp, pp) for pp in range(self.pipeline) for tp in range(self.tensor))
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckpt2pt.plan.moves import PIECE_BYTES, Move, Sink, cut
+from ckpt2pt.plan.moves import Move, Sink, cut, in_source_order
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 
@@ -66,22 +66,20 @@ def entry_moves(file: str, entries: Iterable[Entry], limit: int | None) -> tuple
     for entry in entries:
         if isinstance(entry.source, TensorRef):
             for start, nbytes in slices(entry.nbytes, limit):
-                found += _slice_moves(file, storage, entry, entry.source, start, nbytes)
+                if nbytes:
+                    found.append(_slice_move(file, storage, entry, entry.source, start, nbytes))
                 storage += 1
-    return tuple(sorted(found, key=lambda move: (move.extents[0].path, move.extents[0].offset)))
+    return in_source_order(found)
 
 
-def _slice_moves(file: str, storage: int, entry: Entry, source: TensorRef, start: int, nbytes: int) -> Iterator[Move]:
-    """The moves of one slice, each of at most :data:`PIECE_BYTES` to read."""
+def _slice_move(file: str, storage: int, entry: Entry, source: TensorRef, start: int, nbytes: int) -> Move:
     width, read = DTYPE_BYTES[entry.dtype], DTYPE_BYTES[source.dtype]
-    first, stop, step = start // width, (start + nbytes) // width, PIECE_BYTES // read
-    for begin in range(first, stop, step):
-        numel = min(step, stop - begin)
-        yield Move(
-            name=entry.name,
-            role=entry.role,
-            dtype=source.dtype,
-            extents=cut(source.extents, begin * read, numel * read),
-            first=begin,
-            sinks=(Sink(file=file, storage=storage, start=begin - first, dtype=entry.dtype),),
-        )
+    first = start // width
+    return Move(
+        name=entry.name,
+        role=entry.role,
+        dtype=source.dtype,
+        extents=cut(source.extents, first * read, nbytes // width * read),
+        first=first,
+        sinks=(Sink(file=file, storage=storage, start=0, dtype=entry.dtype),),
+    )

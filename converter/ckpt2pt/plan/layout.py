@@ -92,7 +92,10 @@ def find_bucket_numel(
     A bucket that was ended by its size is itself a size that ends it there.
     """
     for size in sorted({numel for sizes in unpadded for numel in sizes}):
-        buffers = lay_out(parameters, divisor=divisor, bucket_numel=size)
+        try:
+            buffers = lay_out(parameters, divisor=divisor, bucket_numel=size)
+        except InputError:
+            continue
         if [[bucket.numel_unpadded for bucket in buffer.buckets] for buffer in buffers] == [*map(list, unpadded)]:
             return size
     return None

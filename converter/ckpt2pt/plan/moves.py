@@ -6,7 +6,7 @@ A storage is one contiguous run of elements in a ``.pt`` archive.  ``model_optim
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ckpt2pt.plan.stage import RankPlan
@@ -15,9 +15,6 @@ from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 MODEL_FILE = "model_optim_rng.pt"
 OPTIM_FILE = "distrib_optim.pt"
 OPTIM_KINDS: tuple[str, ...] = ("param", "exp_avg", "exp_avg_sq")
-
-PIECE_BYTES = 32 << 20
-"""A move reads at most this much, so that several threads share one huge tensor.  A multiple of every element."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +79,15 @@ def optim_storages(plan: RankPlan) -> tuple[Storage, ...]:
 
 def moves(plan: RankPlan) -> tuple[Move, ...]:
     """Every move of a rank in the order of the source, so that a cold disk is read from front to back."""
-    found = [piece for move in _whole_moves(plan) for piece in _pieces(move)]
-    return tuple(
-        sorted(found, key=lambda move: (move.extents[0].path, move.extents[0].offset) if move.extents else ("", 0))
-    )
+    return in_source_order(move for move in _moves(plan) if move.nbytes)
 
 
-def _whole_moves(plan: RankPlan) -> Iterator[Move]:
+def in_source_order(found: Iterable[Move]) -> tuple[Move, ...]:
+    """Moves by the place of their first byte."""
+    return tuple(sorted(found, key=lambda move: move.extents[0]))
+
+
+def _moves(plan: RankPlan) -> Iterator[Move]:
     model_storage = 0
     first_storage = 0
     for chunk in plan.chunks:
@@ -114,27 +113,6 @@ def _whole_moves(plan: RankPlan) -> Iterator[Move]:
 
 def _move(name: str, role: str, source: TensorRef, sinks: tuple[Sink, ...]) -> Move:
     return Move(name=name, role=role, dtype=source.dtype, extents=source.extents, first=0, sinks=sinks)
-
-
-def _pieces(move: Move) -> Iterator[Move]:
-    if move.nbytes <= PIECE_BYTES:
-        if move.nbytes:
-            yield move
-        return
-    width = DTYPE_BYTES[move.dtype]
-    done = 0
-    while done < move.nbytes:
-        size = min(PIECE_BYTES, move.nbytes - done)
-        first = done // width
-        yield Move(
-            name=move.name,
-            role=move.role,
-            dtype=move.dtype,
-            extents=cut(move.extents, done, size),
-            first=first,
-            sinks=tuple(Sink(file=s.file, storage=s.storage, start=s.start + first, dtype=s.dtype) for s in move.sinks),
-        )
-        done += size
 
 
 def cut(extents: tuple[Extent, ...], start: int, nbytes: int) -> tuple[Extent, ...]:

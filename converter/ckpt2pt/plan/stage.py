@@ -215,19 +215,19 @@ class _Source:
                     mend="remove one of the two, or list it under ignore in a rule file (--rules, spec.model.rules)",
                 )
 
-    def take(self, role: str, spellings: Sequence[str], wanted: str) -> tuple[str, TensorRef]:
-        entries = self.roles[role]
+    def take(self, role: str, spellings: Sequence[str], wanted: str) -> TensorRef:
+        entries, taken = self.roles[role], self.taken[role]
         for name in spellings:
-            if name in entries and name not in self.taken[role]:
-                self.taken[role].add(name)
-                return name, entries[name]
+            if name in entries and name not in taken:
+                taken.add(name)
+                return entries[name]
         prefix = "" if role == "param" else f"{role}."
         if names.is_tied_head(wanted):
             # Both ends hold the same values, so a last stage without a copy of its own takes the first stage's.
             for name in spellings:
                 if (role, name) in self.first_stage:
-                    return name, self.first_stage[role, name]
-        near = names.nearest(spellings[0], [name for name in entries if name not in self.taken[role]])
+                    return self.first_stage[role, name]
+        near = names.nearest(spellings[0], [name for name in entries if name not in taken])
         raise CoverageError(
             f"{prefix}{spellings[0]} is missing; {wanted} needs it" + (f" (nearest is {prefix}{near})" if near else ""),
             where=self.where,
@@ -268,19 +268,19 @@ def _plan_chunk(
     weights: list[Weight] = []
     for name in chunk.names:
         spellings = table.to_mindspore(name, slots.__getitem__)
-        _, ref = source.take("param", spellings, name)
-        moments = None
-        if full:
-            moments = (source.take("exp_avg", spellings, name)[1], source.take("exp_avg_sq", spellings, name)[1])
-        local = names.local_layer(name)
+        ref = source.take("param", spellings, name)
+        moments = (
+            (source.take("exp_avg", spellings, name), source.take("exp_avg_sq", spellings, name)) if full else None
+        )
+        local, home = names.local_layer(name), homes.get(name)
         weight = Weight(
             name=name,
             layer=None if local is None else slots[local],
-            shape=homes[name].shape if name in homes else ref.shape,
+            shape=home.shape if home else ref.shape,
             dtype=chunk.buffer.dtype if chunk.buffer else found.params_dtype,
             source=ref,
             moments=moments,
-            placement=homes.get(name) if full else None,
+            placement=home if full else None,
         )
         _check_weight(weight, found, topology.tensor)
         weights.append(weight)

@@ -20,6 +20,7 @@ from ckpt2pt.pt.pickles import (
     Call,
     Global,
     Persistent,
+    StoredTensor,
     Value,
     namespace_attrs,
     ordered_dict,
@@ -50,6 +51,11 @@ class Template:
         args = self.args
         size = args.get("global_batch_size")
         return size if isinstance(size, int) and size > 0 and not args.get("rampup_batch_size") else None
+
+    @property
+    def gradients_as_parameters(self) -> bool:
+        """True when gradients have the type of their parameters, as in fp16 unless told otherwise; bf16 keeps float32."""
+        return self.args.get("accumulate_allreduce_grads_in_fp32") is False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +112,11 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
     )
 
 
-def optim_payload(plan: RankPlan) -> FilePayload:
-    """``distrib_optim.pt`` as Megatron 0.6 keeps it: padded buckets with their true and padded sizes."""
+def optim_payload(plan: RankPlan, template: Template) -> FilePayload:
+    """``distrib_optim.pt`` as Megatron 0.6 keeps it: padded buckets with their true and padded sizes.
+
+    A buffer's key are the types of its parameters and of their gradients.
+    """
     storages = optim_storages(plan)
     numbers = iter(range(len(storages)))
     padded: list[Value] = []
@@ -116,7 +125,8 @@ def optim_payload(plan: RankPlan) -> FilePayload:
     for chunk in plan.chunks:
         if chunk.buffer is None:
             continue
-        key = (Global("torch", chunk.buffer.dtype), Global("torch", "float32"))
+        dtype = chunk.buffer.dtype
+        key = (Global("torch", dtype), Global("torch", dtype if template.gradients_as_parameters else "float32"))
         buckets = chunk.buffer.buckets
         padded.append({key: [bucket.numel for bucket in buckets]})
         unpadded.append({key: [bucket.numel_unpadded for bucket in buckets]})
@@ -134,7 +144,7 @@ def optim_payload(plan: RankPlan) -> FilePayload:
 def payloads(plan: RankPlan, template: Template, *, reference_samples: bool = False) -> tuple[FilePayload, ...]:
     """The files of one rank: the model's, and the optimizer's in a full conversion."""
     model = model_payload(plan, template, reference_samples=reference_samples)
-    return (model, optim_payload(plan)) if plan.full else (model,)
+    return (model, optim_payload(plan, template)) if plan.full else (model,)
 
 
 def tree_payload(tree: Mapping[str, Value]) -> tuple[bytes, list[str]]:
@@ -144,7 +154,7 @@ def tree_payload(tree: Mapping[str, Value]) -> tuple[bytes, list[str]]:
     return write_pickle(renumbered), keys
 
 
-def _tensor(storages: Sequence[Storage], number: int) -> Call:
+def _tensor(storages: Sequence[Storage], number: int) -> StoredTensor:
     storage = storages[number]
     return tensor(storage.dtype, str(number), storage.numel, 0, storage.shape)
 
@@ -232,6 +242,8 @@ def _renumber(tree: Value, copied: list[str], first: int) -> Value:
             kind, storage_class, key, location, numel = cast("tuple[Value, ...]", value.id)
             number = numbers.setdefault(cast("str", key), str(first + len(numbers)))
             new = Persistent((kind, storage_class, number, location, numel))
+        elif isinstance(value, StoredTensor):
+            new = replace(value, key=numbers.setdefault(value.key, str(first + len(numbers))))
         elif isinstance(value, Global):
             new = _for_any_numpy(value)
         elif isinstance(value, Call):

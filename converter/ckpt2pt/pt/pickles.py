@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final
 
-from ckpt2pt.pt.trees import ENCODE
+from ckpt2pt.pt.trees import ENCODE, ORDERED_DICT, REBUILD_TENSOR, STORAGES
 from ckpt2pt.pt.trees import MISSING as MISSING
 from ckpt2pt.pt.trees import STORAGE_CLASSES as STORAGE_CLASSES
 from ckpt2pt.pt.trees import Call as Call
@@ -34,6 +34,8 @@ from ckpt2pt.pt.unpickle import Reader
 from ckpt2pt.pt.vetting import check_tree
 
 _BYTES = Global("__builtin__", "bytes")
+_U32 = struct.Struct("<I").pack
+_TUPLE_ENDS = (b")", b"\x85", b"\x86", b"\x87", b"t")
 _BATCH = 1000  # CPython's Pickler fills lists and dicts in portions of this many
 
 
@@ -60,24 +62,24 @@ def write_pickle(value: Value, *, check: bool = True) -> bytes:
 class _Writer:
     """Follows CPython's C Pickler, whose choices torch.save inherits."""
 
-    __slots__ = ("made", "memo", "out")
+    __slots__ = ("count", "made", "memo", "out")
 
     def __init__(self) -> None:
         self.out = bytearray()
         # Names by value, the rest by identity as in CPython. An id stays unique while its object lives: the tree keeps
         # its own nodes alive, ``made`` those that are not in the tree.
         self.memo: dict[object, int] = {}
+        self.count = 0
         self.made: list[Call] = []
 
     def save(self, value: Value) -> None:
         kind = type(value)
-        plain = _PLAIN.get(kind)
-        if plain is not None:
-            plain(self, value)
+        if kind in _PLAIN:
+            _PLAIN[kind](self, value)
             return
         index = self.memo.get(value if kind is Global else id(value))
         if index is not None:
-            self.out += b"h%c" % index if index < 256 else b"j" + index.to_bytes(4, "little")
+            self.out += b"j%b" % _U32(index) if index > 255 else b"h%c" % index
             return
         save = _SAVERS.get(kind)
         if save is None:
@@ -85,8 +87,14 @@ class _Writer:
         save(self, value)
 
     def keep(self, key: object) -> None:
-        index = self.memo[key] = len(self.memo)
-        self.out += b"q%c" % index if index < 256 else b"r" + index.to_bytes(4, "little")
+        self.memo[key] = self.count
+        self.pass_by()
+
+    def pass_by(self) -> None:
+        """The pickle remembers what was just made; nothing will ask for it again."""
+        index = self.count
+        self.out += b"r%b" % _U32(index) if index > 255 else b"q%c" % index
+        self.count += 1
 
     def save_constant(self, value: bool | None) -> None:
         self.out += b"N" if value is None else b"\x88" if value else b"\x89"
@@ -109,7 +117,7 @@ class _Writer:
 
     def save_str(self, value: str) -> None:
         text = value.encode("utf-8", "surrogatepass")
-        self.out += b"X" + len(text).to_bytes(4, "little") + text
+        self.out += b"X%b%b" % (_U32(len(text)), text)
         self.keep(id(value))
 
     def save_bytes(self, value: bytes) -> None:
@@ -123,11 +131,10 @@ class _Writer:
         if not value:
             self.out += b")"
             return
-        if len(value) > 3:
-            self.out += b"("
+        self.out += b"(" if len(value) > 3 else b""
         for item in value:
             self.save(item)
-        self.out += b"t" if len(value) > 3 else b"%c" % (0x84 + len(value))
+        self.out += _TUPLE_ENDS[min(len(value), 4)]
         self.keep(id(value))
 
     def save_list(self, value: list[Value]) -> None:
@@ -147,6 +154,37 @@ class _Writer:
     def save_persistent(self, value: Persistent) -> None:
         self.save(value.id)
         self.out += b"Q"
+
+    def save_tensor(self, value: StoredTensor) -> None:
+        """The call that rebuilds it: of its parts only names and key can be anywhere else in the tree."""
+        self.save(REBUILD_TENSOR)
+        self.out += b"(("
+        for part in ("storage", STORAGES[value.dtype], value.key, value.location):
+            self.save(part)
+        self.save_int(value.storage_numel)
+        self.out += b"t"
+        self.pass_by()
+        self.out += b"Q"
+        self.save_int(value.offset)
+        self.save_ints(value.shape)
+        self.save_ints(value.stride)
+        self.out += b"\x89"
+        self.save(ORDERED_DICT)
+        self.out += b")R"
+        self.pass_by()
+        self.out += b"t"
+        self.pass_by()
+        self.out += b"R"
+        self.keep(id(value))
+
+    def save_ints(self, value: tuple[int, ...]) -> None:
+        """A tuple that is nowhere else."""
+        self.out += b"(" if len(value) > 3 else b""
+        for number in value:
+            self.save_int(number)
+        self.out += _TUPLE_ENDS[min(len(value), 4)]
+        if value:
+            self.pass_by()
 
     def save_call(self, value: Call) -> None:
         self.save(value.func)
@@ -187,4 +225,5 @@ _SAVERS: Final[dict[type, Callable[[_Writer, Any], None]]] = {
     Global: _Writer.save_global,
     Call: _Writer.save_call,
     Persistent: _Writer.save_persistent,
+    StoredTensor: _Writer.save_tensor,
 }

@@ -56,45 +56,12 @@ class Call:
     pairs: Sequence[tuple[Value, Value]] = ()
 
 
-_Node: TypeAlias = "Global | Call | Persistent | Missing"
-Value: TypeAlias = (
-    "bool | int | float | str | bytes | tuple[Value, ...] | list[Value] | dict[Value, Value] | _Node | None"
-)
-"""A node of the tree; :data:`MISSING` only as the state of a :class:`Call`.  Containers may be shared, never cyclic."""
-
-#   dtype         torch class, the first argument of a storage's persistent id
-STORAGE_CLASSES: Final[dict[str, str]] = {
-    "float32":    "FloatStorage",
-    "bfloat16":   "BFloat16Storage",
-    "float16":    "HalfStorage",
-    "float64":    "DoubleStorage",
-    "int64":      "LongStorage",
-    "int32":      "IntStorage",
-    "int16":      "ShortStorage",
-    "int8":       "CharStorage",
-    "uint8":      "ByteStorage",
-    "bool":       "BoolStorage",
-    "complex64":  "ComplexFloatStorage",
-    "complex128": "ComplexDoubleStorage",
-}  # fmt: skip
-_DTYPES = {Global("torch", storage): dtype for dtype, storage in STORAGE_CLASSES.items()}
-assert len(_DTYPES) == len(STORAGE_CLASSES), "two dtypes share one storage class"
-# torch.load counts an untyped storage in bytes (torch 2.15, serialization.py, persistent_load).
-_DTYPES[Global("torch.storage", "UntypedStorage")] = _DTYPES[Global("torch", "UntypedStorage")] = "uint8"
-
-NAMESPACE = Global("argparse", "Namespace")
-SIMPLE_NAMESPACE = Global("types", "SimpleNamespace")
-ORDERED_DICT = Global("collections", "OrderedDict")
-REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
-REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
-REBUILD_PARAMETER_WITH_STATE = Global("torch._utils", "_rebuild_parameter_with_state")
-ENCODE = Global("_codecs", "encode")
-_MAX_INT = 2**63
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor of the tree: a view into the storage ``data/{key}`` of the archive.  Everything counts elements."""
+    """A tensor of the tree: a view into the storage ``data/{key}`` of the archive.  Everything counts elements.
+
+    A tree to be written holds it as it is; in one that was read a :class:`Call` stands in its place (:func:`as_tensor`).
+    """
 
     dtype: str
     key: str
@@ -118,6 +85,43 @@ class StoredTensor:
         )
 
 
+_Node: TypeAlias = "Global | Call | Persistent | StoredTensor | Missing"
+Value: TypeAlias = (
+    "bool | int | float | str | bytes | tuple[Value, ...] | list[Value] | dict[Value, Value] | _Node | None"
+)
+"""A node of the tree; :data:`MISSING` only as the state of a :class:`Call`.  Containers may be shared, never cyclic."""
+
+#   dtype         torch class, the first argument of a storage's persistent id
+STORAGE_CLASSES: Final[dict[str, str]] = {
+    "float32":    "FloatStorage",
+    "bfloat16":   "BFloat16Storage",
+    "float16":    "HalfStorage",
+    "float64":    "DoubleStorage",
+    "int64":      "LongStorage",
+    "int32":      "IntStorage",
+    "int16":      "ShortStorage",
+    "int8":       "CharStorage",
+    "uint8":      "ByteStorage",
+    "bool":       "BoolStorage",
+    "complex64":  "ComplexFloatStorage",
+    "complex128": "ComplexDoubleStorage",
+}  # fmt: skip
+STORAGES: Final = {dtype: Global("torch", storage) for dtype, storage in STORAGE_CLASSES.items()}
+_DTYPES = {storage: dtype for dtype, storage in STORAGES.items()}
+assert len(_DTYPES) == len(STORAGE_CLASSES), "two dtypes share one storage class"
+# torch.load counts an untyped storage in bytes (torch 2.15, serialization.py, persistent_load).
+_DTYPES[Global("torch.storage", "UntypedStorage")] = _DTYPES[Global("torch", "UntypedStorage")] = "uint8"
+
+NAMESPACE = Global("argparse", "Namespace")
+SIMPLE_NAMESPACE = Global("types", "SimpleNamespace")
+ORDERED_DICT = Global("collections", "OrderedDict")
+REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
+REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
+REBUILD_PARAMETER_WITH_STATE = Global("torch._utils", "_rebuild_parameter_with_state")
+ENCODE = Global("_codecs", "encode")
+_MAX_INT = 2**63
+
+
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     """Stride of a C-ordered tensor as torch states it: a dimension of 0 counts as 1."""
     stride: list[int] = []
@@ -130,15 +134,23 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 def tensor(
     dtype: str, key: str, storage_numel: int, offset: int, shape: Sequence[int], stride: Sequence[int] | None = None
-) -> Call:
-    """The node torch.save writes for a tensor on the CPU: a view into storage ``data/{key}``, counted in elements."""
-    storage = Persistent(("storage", Global("torch", STORAGE_CLASSES[dtype]), key, "cpu", storage_numel))
-    strides = contiguous_stride(shape) if stride is None else tuple(stride)
-    return Call(REBUILD_TENSOR, (storage, offset, tuple(shape), strides, False, Call(ORDERED_DICT)))
+) -> StoredTensor:
+    """A tensor on the CPU: a view into storage ``data/{key}``, counted in elements; without ``stride`` in C order."""
+    return StoredTensor(
+        dtype=dtype,
+        key=key,
+        location="cpu",
+        storage_numel=storage_numel,
+        offset=offset,
+        shape=tuple(shape),
+        stride=contiguous_stride(shape) if stride is None else tuple(stride),
+    )
 
 
 def as_tensor(value: Value) -> StoredTensor | None:
     """The tensor (or parameter) ``value`` stands for; ``None`` for anything else and for one torch could not build."""
+    if isinstance(value, StoredTensor):
+        return value
     if not isinstance(value, Call) or value.new or value.items or value.pairs:
         return None
     if value.func in (REBUILD_PARAMETER, REBUILD_PARAMETER_WITH_STATE):

@@ -26,6 +26,7 @@ from ckpt2pt.pt.trees import (
     Global,
     Missing,
     Persistent,
+    StoredTensor,
     Value,
     as_storage,
     as_tensor,
@@ -156,7 +157,7 @@ def check_tree(root: Value, where: str) -> None:
 
 
 _OPEN = -1
-_LEAVES = frozenset({type(None), bool, int, float, str, bytes, Global, Missing})
+_LEAVES = frozenset({type(None), bool, int, float, str, bytes, Global, StoredTensor, Missing})
 
 
 def _children(node: Value) -> Iterable[Value]:

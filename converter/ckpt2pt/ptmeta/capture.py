@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt2pt.errors import FormatError
+from ckpt2pt.errors import FormatError, InputError
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.mapping.names import is_tied_head
 from ckpt2pt.meta import data_parallel_size
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.layout import Parameter, bucket_numel, find_bucket_numel, lay_out
-from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
+from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.ptmeta.files import RankFiles
 from ckpt2pt.ptmeta.proof import check_sizes, check_slices, check_views
 
@@ -86,13 +86,12 @@ def rank_files(rank: MegatronRank, tp: int, pp: int, buffers: tuple[tuple[Buffer
 def lay_out_rank(rank: MegatronRank, pp: int, *, bucket_size: int | None = None, compare: bool = True) -> Layout:
     """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds."""
     divisor = _divisor(rank)
-    buffers = _laid_out(rank, pp, divisor=divisor, bucket_size=bucket_size)
     notes: list[str] = []
-    if rank.buffers is not None and bucket_size is None and not _fits(buffers, rank.buffers):
+    if bucket_size is None and rank.buffers is not None and not _fits(rank, pp, divisor):
         bucket_size = _infer(rank, pp, divisor)
         if bucket_size:
-            buffers = _laid_out(rank, pp, divisor=divisor, bucket_size=bucket_size)
             notes.append(f"buckets of {bucket_size} elements, by the header of distrib_optim.pt")
+    buffers = _laid_out(rank, pp, divisor=divisor, bucket_size=bucket_size)
     notes += _prove(rank, buffers, compare=compare)
     return Layout(buffers=buffers, bucket_numel=bucket_size, evidence="; ".join(notes))
 
@@ -145,9 +144,14 @@ def _prove(rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, compa
     return [*notes, compared if compare else "sizes equal those of distrib_optim.pt"]
 
 
-def _fits(buffers: tuple[tuple[Buffer, ...], ...], stored: Sequence[Sequence[StoredBucket]]) -> bool:
+def _fits(rank: MegatronRank, pp: int, divisor: int) -> bool:
+    """Whether Megatron's own number of elements for a bucket gives the sizes of the header."""
+    try:
+        buffers = _laid_out(rank, pp, divisor=divisor, bucket_size=None)
+    except InputError:  # Megatron stops at such a layout, so this one had another number
+        return False
     computed = [[bucket.numel_unpadded for bucket in buffer.buckets] for chunk in buffers for buffer in chunk]
-    return computed == [[bucket.numel_unpadded for bucket in buffer] for buffer in stored]
+    return computed == [[bucket.numel_unpadded for bucket in buffer] for buffer in rank.buffers or ()]
 
 
 def _infer(rank: MegatronRank, pp: int, divisor: int) -> int | None:

@@ -6,9 +6,10 @@ num-layers: 24                           -> the same
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,11 @@ from ckpt2pt.plan.gpt import Argument
 
 _MEND = "see docs/pt-meta.md: a YAML mapping of Megatron's arguments, or the script that starts the training"
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)\+?=(.*)", re.DOTALL)
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?[-=]([^}]*))?\})")
+_ARITHMETIC = re.compile(r"\$\(\((.+?)\)\)", re.DOTALL)
+_OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__, ast.Div: int.__floordiv__, ast.Mod: int.__mod__,
+}  # fmt: skip
 _LAUNCHER = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_id", "rdzv_backend",
              "rdzv_endpoint", "max_restarts", "log_dir", "redirects", "tee"}  # fmt: skip
 
@@ -108,7 +113,8 @@ def _of_script(text: str, path: Path) -> Iterator[tuple[str, Argument]]:
 def _words(text: str) -> Iterator[str]:
     """The words of a script with variables filled in, also those inside the values of assignments."""
     variables: dict[str, str] = {}
-    for word in shlex.split(text.replace("\\\n", " "), comments=True):
+    joined = _ARITHMETIC.sub(lambda found: "".join(found[0].split()), text.replace("\\\n", " "))
+    for word in shlex.split(joined, comments=True):
         found = _ASSIGNMENT.fullmatch(word)
         if found and not word.startswith("-"):
             value = _fill(found[2], variables).rstrip(";")
@@ -128,7 +134,25 @@ def _fill(text: str, variables: Mapping[str, str]) -> str:
         given = variables.get(found[1] or found[2])
         return given if given is not None else found[3] if found[3] is not None else found[0]
 
-    return _VARIABLE.sub(value, text)
+    def computed(found: re.Match[str]) -> str:
+        named = re.sub(r"[A-Za-z_]\w*", lambda name: variables.get(name[0], name[0]), found[1])
+        try:
+            return str(_compute(ast.parse(named, mode="eval").body))
+        except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+            return found[0]
+
+    return _ARITHMETIC.sub(computed, _VARIABLE.sub(value, text))
+
+
+def _compute(node: ast.expr) -> int:
+    """``2*(3+4)``: the arithmetic of a shell, as far as scripts use it.  ``ValueError`` for anything else."""
+    match node:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_compute(left), _compute(right))
+        case _:
+            raise ValueError("no arithmetic of integers")
 
 
 def _value(name: str, words: Sequence[str], path: Path) -> Argument:

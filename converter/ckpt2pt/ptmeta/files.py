@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -77,7 +76,8 @@ def _archive(stem: str, tree: dict[str, Value], storages: Mapping[str, Extent | 
     pickle, keys = tree_payload(tree)
     payloads = [_content(storages[key]) for key in keys]
     layout = lay_out(stem, pickle, [len(payload) for payload in payloads])
-    with tempfile.TemporaryFile() as file:
+    # In memory, and not in a temporary folder: a pod's root may be read-only.
+    with open(os.memfd_create(stem), "r+b") as file:
         fd = file.fileno()
         os.truncate(fd, layout.nbytes)
         for number, payload in enumerate(payloads):

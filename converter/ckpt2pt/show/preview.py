@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
 from ckpt2pt.publish import Json, Target, free_bytes
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Prepared, Rank, Survey
+from ckpt2pt.survey import Prepared, Survey
 from ckpt2pt.text import size, table
 
 WORKER_BYTES = 48 << 20

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from ckpt2pt.run import Reporter
-    from ckpt2pt.survey import Rank
+    from ckpt2pt.crew import Reporter
+    from ckpt2pt.mapping.topology import Rank
 
 INTERVAL_SECONDS = 2.0
 INTERVAL_VARIABLE = "CKPT2PT_PROGRESS_SECONDS"

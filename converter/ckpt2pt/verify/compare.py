@@ -81,7 +81,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Two checkpoints side by side; ``notes`` tell what differs without being a difference, such as an order of keys."""
+    """Two checkpoints side by side; ``notes`` tell what differs without being a difference, such as an order of keys.
+
+    ``padding`` counts the rows of buckets that differ behind their last parameter alone.
+    """
 
     left: str
     right: str
@@ -90,6 +93,7 @@ class Comparison:
     files: int
     equal: int
     nbytes: int
+    padding: int = 0
 
     @property
     def same(self) -> bool:
@@ -140,7 +144,8 @@ class Comparison:
         raise VerificationError(
             f"{len(self.rows)} leaves differ:\n  {shown}" + (f"\n  and {more} more" if more > 0 else ""),
             where=f"{self.left} and {self.right}",
-            mend="see the table; leave out what may differ with --ignore LEAF",
+            mend="see the table; leave out what may differ with --ignore LEAF"
+            + (f", and the padding of {self.padding} buckets with --ignore-padding" if self.padding else ""),
         )
 
 
@@ -195,6 +200,7 @@ def compare(
         files=sum(1 for _, one, other in places if one and other),
         equal=run.equal,
         nbytes=run.nbytes,
+        padding=run.padding,
     )
 
 
@@ -261,6 +267,7 @@ class _Run:
     notes: list[str] = field(default_factory=list[str])
     equal: int = 0
     nbytes: int = 0
+    padding: int = 0
 
     def compare_files(self, name: str, left: Path, right: Path, files: Files) -> None:
         """Every leaf of two files."""
@@ -274,6 +281,8 @@ class _Run:
             {path: leaf for path, leaf in open_file(file, allow=self.allow).items() if not self._ignored(path)}
             for file in (left, right)
         )
+        for side, there, missing in (("left", one, other), ("right", other, one)):
+            self._drop_metadata(f"{name}: on the {side} only", there, missing)
         for path in one:
             if path in other:
                 self._compare_leaves(name, path, one, other, files)
@@ -282,6 +291,24 @@ class _Run:
         moved = next(((a, b) for a, b in zip(mine, theirs, strict=True) if a != b), None)
         if moved:
             self.notes.append(f"{name}: keys are in another order, first {moved[0]} | {moved[1]}")
+
+    def _drop_metadata(self, where: str, there: Leaves, missing: Leaves) -> None:
+        """A module's state dict may bring its ``_metadata`` or not: no loader needs it."""
+        tops = [
+            path
+            for path in there
+            if path.endswith("/@state/_metadata")
+            and path.removesuffix("/@state/_metadata") in missing
+            and path.removesuffix("/_metadata") not in missing
+        ]
+        for path in [path for path in there if any(path == top or path.startswith(f"{top}/") for top in tops)]:
+            del there[path]
+        for top in tops:
+            state = top.removesuffix("/_metadata")
+            if not any(path.startswith(f"{state}/") for path in there):
+                del there[state]
+        if tops:
+            self.notes.append(f"{where}: _metadata of {len(tops)} state dicts, which no loader needs")
 
     def _ignored(self, path: str) -> bool:
         return any(fnmatchcase(path, leaf) or fnmatchcase(path, f"{leaf}/*") for leaf in self.ignore)
@@ -295,7 +322,8 @@ class _Run:
                 kind = "value" if type(left) is type(right) else "type"
                 self.rows.append(Row(file=file, name=path, kind=kind, left=short(left), right=short(right)))
             return
-        both = (_unpadded(path, one), _unpadded(path, other)) if self.ignore_padding else (None, None)
+        used = _unpadded(path, one), _unpadded(path, other)
+        both = used if self.ignore_padding else (None, None)
         numel = both[0] if both[0] is not None and both[0] == both[1] else left.numel
         if left.shape != right.shape and (None in both or both[0] != both[1]):
             self.rows.append(Row(file=file, name=path, kind="type", left=repr(left), right=repr(right)))
@@ -305,6 +333,7 @@ class _Run:
         if left.dtype == right.dtype and not found.differing and not found.bits_only:
             self.equal += 1
             return
+        self.padding += used[0] is not None and used[0] == used[1] and used[0] <= (found.index or 0)
         kind = "type" if left.dtype != right.dtype else "value" if found.differing else "bits"
         text = [f"{leaf!r} {value}".rstrip() for leaf, value in zip((left, right), found.shown, strict=True)]
         self.rows.append(

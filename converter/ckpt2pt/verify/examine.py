@@ -19,9 +19,10 @@ import numpy.typing as npt
 
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError
 from ckpt2pt.mapping.names import HAS_EXTRA_STATE
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Rank, Survey
+from ckpt2pt.survey import Survey
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import short
 from ckpt2pt.verify.expected import ROLES, Expected, ExpectedChunk, ExpectedWeight, expect, is_model, others
@@ -170,7 +171,7 @@ class Examination:
         if optim:
             self._check_optim_keys(optim, expected)
         for chunk in expected.chunks:
-            buffer = f"/{numbers[chunk.key]}/{_pair(chunk)}" if chunk.key in numbers else ""
+            buffer = f"/{numbers[chunk.key]}/{chunk.pair}" if chunk.key in numbers else ""
             for weight in chunk.weights:
                 self._check_weight(weight, chunk, model, optim, buffer)
             if optim and buffer:
@@ -243,7 +244,7 @@ class Examination:
         """Sizes of every bucket, as the file states them and as its tensors are."""
         wanted: dict[str, Leaf] = {}
         for number, chunk in enumerate(c for c in expected.chunks if c.buckets):
-            key = _pair(chunk)
+            key = chunk.pair
             for bucket, (padded, used) in enumerate(chunk.buckets):
                 wanted[f"/per_bucket_numel/{number}/{key}/{bucket}"] = padded
                 wanted[f"/per_bucket_numel_unpadded/{number}/{key}/{bucket}"] = used
@@ -349,11 +350,6 @@ class Examination:
 
 def _first_line(error: Ckpt2ptError) -> str:
     return error.what.splitlines()[0]
-
-
-def _pair(chunk: ExpectedChunk) -> str:
-    """Megatron's key of a buffer: the types of its parameters and of their gradients."""
-    return f"(torch.{chunk.dtype}, torch.float32)"
 
 
 def _model_paths(chunk: ExpectedChunk) -> Iterator[str]:

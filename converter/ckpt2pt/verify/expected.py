@@ -21,8 +21,9 @@ from typing import Literal, cast
 from ckpt2pt.errors import FormatError, UnmappedNameError
 from ckpt2pt.mapping import names
 from ckpt2pt.mapping.names import TIED_HEAD, NameTable, SourceName, is_tied_head
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Rank, Survey
+from ckpt2pt.survey import Survey
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.verify.leaves import Leaf, Leaves, Symbol
 from ckpt2pt.verify.sharded import expected_index
@@ -54,10 +55,13 @@ class ExpectedWeight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpectedChunk:
-    """One model chunk: weights in registration order, and (padded, unpadded) elements of each bucket."""
+    """One model chunk: weights in registration order, and (padded, unpadded) elements of each bucket.
+
+    ``pair`` is Megatron's key of its buffer: the types of its parameters and of their gradients.
+    """
 
     key: str
-    dtype: str
+    pair: str
     weights: tuple[ExpectedWeight, ...]
     buckets: tuple[tuple[int, int], ...]
 
@@ -106,7 +110,11 @@ def expect(request: Request, chosen: Survey, rank: Rank, template: Mapping[str, 
     divisor = request.target_data or _integer(template, "data_parallel_size") * _integer(
         template, "context_parallel_size"
     )
-    chunks = tuple(_chunk(vpp, listed.get(vpp, []), found, request, divisor) for vpp in range(request.topology.virtual))
+    alike = template.get("/args/accumulate_allreduce_grads_in_fp32") is False
+    chunks = tuple(
+        _chunk(vpp, listed.get(vpp, []), found, request, divisor, grads_alike=alike)
+        for vpp in range(request.topology.virtual)
+    )
     for (_, name), roles in found.weights.items():
         # What a chunk took was taken out; the rest has no slot.
         found.problems.extend(
@@ -115,7 +123,9 @@ def expect(request: Request, chosen: Survey, rank: Rank, template: Mapping[str, 
     return Expected(chunks=chunks, twins=tuple(found.twins), problems=tuple(found.problems))
 
 
-def _chunk(vpp: int, listed: list[_Entry], found: _Found, request: Request, divisor: int) -> ExpectedChunk:
+def _chunk(
+    vpp: int, listed: list[_Entry], found: _Found, request: Request, divisor: int, *, grads_alike: bool
+) -> ExpectedChunk:
     key = "model" if request.topology.virtual == 1 else f"model{vpp}"
     homes, buckets = _lay(listed, divisor, found.problems) if request.full else ({}, ())
     weights: list[ExpectedWeight] = []
@@ -133,7 +143,8 @@ def _chunk(vpp: int, listed: list[_Entry], found: _Found, request: Request, divi
             ExpectedWeight(name=entry.name, leaf=leaf, dtype=entry.dtype, sources=sources, bucket=bucket, start=start)
         )
     dtype = listed[0].dtype if listed else ""
-    return ExpectedChunk(key=key, dtype=dtype, weights=tuple(weights), buckets=buckets)
+    pair = f"(torch.{dtype}, torch.{dtype if grads_alike else 'float32'})"
+    return ExpectedChunk(key=key, pair=pair, weights=tuple(weights), buckets=buckets)
 
 
 def _lay(

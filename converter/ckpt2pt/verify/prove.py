@@ -16,9 +16,10 @@ from typing import Literal, cast
 from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import MissingInputError, VerificationError
 from ckpt2pt.folders import iteration_name, read_tracker
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import TRACKER, Json, Target, read_json
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Rank, Survey, survey
+from ckpt2pt.survey import Survey, survey
 from ckpt2pt.text import short, size, table
 from ckpt2pt.verify.examine import OPTIM_FILE, Difference, Examination, Opener
 from ckpt2pt.verify.leaves import BLOCK_BYTES, Files, open_pt, spans
@@ -114,6 +115,7 @@ def verify_target(
         root=request.target,
         iteration=chosen.clock.iteration,
         identity=chosen.identity,
+        ranks=chosen.ranks,
         stages=topology.pipeline,
         tensor=topology.tensor,
     )
@@ -150,7 +152,7 @@ def _published(target: Target, stages: Sequence[int]) -> Iterable[Difference]:
             yield Difference(
                 file=f".ckpt2pt/{name}", tensor="stage", problem="is not finished: its manifest is not there"
             )
-        elif manifest.get("identity") != target.identity:
+        elif not target.is_of_stage(pp, manifest):
             yield Difference(
                 file=f".ckpt2pt/{name}", tensor="identity", problem="is of another conversion or another source"
             )
@@ -170,7 +172,7 @@ def _digest_rank(target: Target, rank: Rank) -> Report:
     manifest = read_json(target.state / name)
     differences: list[Difference] = []
     total = 0
-    if manifest is None or manifest.get("identity") != target.identity:
+    if manifest is None or not target.is_of_rank(rank, manifest):
         why = "is not there" if manifest is None else "is of another conversion or another source"
         differences.append(Difference(file=f".ckpt2pt/{name}", tensor="manifest", problem=why))
         manifest = {}

@@ -40,7 +40,7 @@ def expected_index(file: SourceFile) -> Index:
 
 def _whole(indexes: Sequence[Index], document: Any) -> Index:  # noqa: ANN401 - proved by use
     first = indexes[0]
-    found = {name: ref for name, ref in first.items() if not _SHARD.fullmatch(name)}
+    found = {name: ref for index in reversed(indexes) for name, ref in index.items() if not _SHARD.fullmatch(name)}
     kinds = sorted({(match[1] or "") for name in first if (match := _SHARD.fullmatch(name))})
     begins = {key: _begins(info["buckets"]) for key, info in document["buffer_info"].items()}
     for name, param in document["param_info"].items():
@@ -52,7 +52,10 @@ def _whole(indexes: Sequence[Index], document: Any) -> Index:  # noqa: ANN401 - 
                 return indexes[rank][f"{kind}buffer_{buffer}_bucket_{bucket}"]
 
             found[kind + name] = _gather(kind + name, tuple(param["shape"]), addresses, shard)
-    for name in cast("list[str]", document.get("zero3_params", [])):
+    apart = cast("list[str]", document.get("zero3_params", []))
+    # The moments are cut like their parameter, whether they are listed or not.
+    apart += [moment for name in apart for moment in (f"exp_avg.{name}", f"exp_avg_sq.{name}") if moment in first]
+    for name in dict.fromkeys(apart):
         parts = [index[name] for index in indexes]
         rows = sum(part.shape[0] for part in parts)
         extents = tuple(extent for part in parts for extent in part.extents)

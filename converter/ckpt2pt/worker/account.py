@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from ckpt2pt.run import Outcome, Reporter
-    from ckpt2pt.survey import Rank
+    from ckpt2pt.crew import Reporter
+    from ckpt2pt.errors import Ckpt2ptError
+    from ckpt2pt.mapping.topology import Rank
+    from ckpt2pt.run import Outcome
 
 Json = dict[str, object]
 Phase = Literal["Planning", "Waiting", "Converting", "Verifying"]
@@ -20,14 +22,16 @@ VERSION = 1
 class Account:
     """A reporter that remembers.  Sizes are in bytes, times in seconds; None is what is not known (yet).
 
-    ``message`` says in one line why the run ended without success.
+    ``message`` says in one line why the run ended without success.  Of a worker that follows a training the iteration
+    is the last that is converted, and ``reason`` and ``message`` tell of a checkpoint that could not be.
     """
 
     def __init__(self) -> None:
         self.stages: Sequence[int] | None = None
         self.iteration: int | None = None
         self.plan: Json | None = None
-        self.message = ""
+        self.message = self.reason = ""
+        self.following = False
         self._began = time.monotonic()
         self._converting: float | None = None
         self._waiting = False
@@ -41,8 +45,9 @@ class Account:
 
     def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:
         """The first byte is about to move."""
-        self.iteration, self._left = iteration, len(totals)
-        self._total = sum(totals.values())
+        if not self.following:
+            self.iteration = iteration
+        self._done, self._left, self._total = 0, len(totals), sum(totals.values())
         self._converting = time.monotonic()
 
     def advance(self, rank: Rank, nbytes: int) -> None:
@@ -59,11 +64,19 @@ class Account:
     def converted(self, outcome: Outcome) -> None:
         """Note the result."""
         self.iteration = outcome.target.iteration
+        self.message = self.reason = ""
         self._result = {
             "bytesWritten": outcome.bytes_written,
             "outputPath": outcome.target.folder.name,
             "files": outcome.files,
         }
+
+    def lament(self, error: Ckpt2ptError) -> None:
+        """A checkpoint of a training that is followed could not be converted; the next one may be."""
+        from ckpt2pt.conversion.status import REASONS  # noqa: PLC0415 - a worker's alone
+        from ckpt2pt.worker.termination import message_of  # noqa: PLC0415
+
+        self.reason, self.message, self._left = REASONS[error.exit_code], message_of(error), 0
 
     def planned(self, document: Mapping[str, object]) -> None:
         """Note what ``ckpt2pt plan`` found (preview.py)."""
@@ -83,8 +96,8 @@ class Account:
     @property
     def phase(self) -> Phase:
         """Where the run stands; once every source byte is read, only reading back is left."""
-        if self._converting is None:
-            return "Waiting" if self._waiting else "Planning"
+        if self._converting is None or (self.following and not self._left):
+            return "Waiting" if self._waiting or self.following else "Planning"
         return "Verifying" if self._done == self._total and self._left > 0 else "Converting"
 
     @property
@@ -97,7 +110,8 @@ class Account:
     def progress(self) -> Json:
         """For ``GET /progress``."""
         found: Json = {"version": VERSION, "stages": _listed(self.stages), "phase": self.phase, "bytes": self._done}
-        return _known(found | {"bytesTotal": self._total, "throughput": self.throughput, "iteration": self.iteration})
+        found |= {"bytesTotal": self._total, "throughput": self.throughput, "iteration": self.iteration}
+        return _known(found | ({"reason": self.reason, "message": self.message} if self.reason else {}))
 
     def facts(self) -> Json:
         """For the termination message: what is known at the end."""

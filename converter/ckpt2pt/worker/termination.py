@@ -21,7 +21,7 @@ log = logging.getLogger("ckpt2pt")
 
 FLAG = "--termination-log"
 VARIABLE = "CKPT2PT_TERMINATION_LOG"
-COMMANDS = ("convert", "plan")
+COMMANDS = ("convert", "plan", "watch")
 MAX_BYTES = 4096
 """What the kubelet keeps of one container's message."""
 MAX_MESSAGE = 1024

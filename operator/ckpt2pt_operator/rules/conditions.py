@@ -51,6 +51,7 @@ class Standing:
     ended: Ending | None = None
     iteration: int | None = None
     training_uid: str = ""
+    follow_end: str = ""
     accepted: Verdict = ("True", "Valid", "the document describes a conversion")
     volumes: Verdict = NOT_LOOKED
     suspended: Obstacle | None = None
@@ -88,6 +89,7 @@ def status_document(
         "jobRecreations": standing.recreations,
         "retryToken": standing.retry_token,
         "trainingUID": standing.training_uid,
+        "followEnd": standing.follow_end,
         "memoryPercent": standing.memory_percent if standing.memory_percent != 100 else 0,
     }
     conditions = _conditions(standing, {str(c["type"]): c for c in cast("list[Json]", found["conditions"])})

@@ -17,7 +17,7 @@ from ckpt2pt.conversion.job import build_job, grown_memory, job_name, parallelis
 from ckpt2pt.conversion.spec import Conversion, Json, parse
 from ckpt2pt.conversion.status import Ending, StageRecord
 from ckpt2pt.errors import FAILS_JOB, UsageError
-from ckpt2pt_operator.rules import volumes
+from ckpt2pt_operator.rules import awaits, volumes
 from ckpt2pt_operator.rules.conditions import (
     NOT_LOOKED,
     TERMINAL,
@@ -27,7 +27,7 @@ from ckpt2pt_operator.rules.conditions import (
     stamp,
     status_document,
 )
-from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen, Training
+from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
 from ckpt2pt_operator.rules.stages import OUT_OF_MEMORY, Obstacle, observed, pod_obstacle, recorded, setback
 from ckpt2pt_operator.rules.views import Job, Pod, child, condition, items, number, report_of, text, time
 
@@ -99,7 +99,7 @@ class _Case:
         metadata = child(seen.conversion, "metadata")
         self.generation = number(metadata, "generation")
         self.token = text(child(metadata, "annotations"), RETRY_ANNOTATION, 253)
-        total = 1 if conversion.dry_run else conversion.topology.pipeline
+        total = 1 if conversion.one_worker else conversion.topology.pipeline
         self.records = recorded(before, total)
         jobs = sorted((job for job in seen.jobs if job.owner == conversion.uid), key=lambda job: job.attempt)
         attempt = number(before, "attempt", 0) or max((job.attempt for job in jobs), default=1)
@@ -122,6 +122,7 @@ class _Case:
             started=text(before, "startTime") or None,
             iteration=number(before, "iteration") if "iteration" in before else None,
             training_uid=text(before, "trainingUID"),
+            follow_end=text(before, "followEnd"),
             volumes=_told_of_volumes(before) or NOT_LOOKED,
         )
 
@@ -205,14 +206,20 @@ class _Case:
             held = self.training()
             if held is not None:
                 return held
-            standing = self.standing
-        if self.alive:
+        self.follow()
+        standing = self.standing
+        earlier = [
+            DeleteJob(job=job)
+            for job in self.seen.jobs
+            if job.attempt < standing.attempt and not job.ending and not job.deleted
+        ]
+        if self.alive or earlier:
             waits = Obstacle(reason="WaitingForPods", message=f"{len(self.alive)} pods of an earlier Job are ending")
-            return self.plan(replace(standing, waits=waits), again=_WAIT_SECONDS)
+            return self.plan(replace(standing, waits=waits), *earlier, again=_WAIT_SECONDS)
         todo = self.todo()
         if not todo:
             return self.end(standing, None)  # the Job was deleted when it had nothing left to do
-        workers = parallelism(self.conversion, 1 if self.conversion.dry_run else len(todo))
+        workers = parallelism(self.conversion, 1 if self.conversion.one_worker else len(todo))
         verdict = volumes.verdict(self.conversion, self.seen.claims, workers)
         standing = replace(standing, volumes=verdict)
         if verdict[0] == "False":
@@ -231,8 +238,9 @@ class _Case:
             self.conversion,
             image=self.house.image,
             attempt=standing.attempt,
-            stages=None if self.conversion.dry_run else todo,
+            stages=None if self.conversion.one_worker else todo,
             memory_percent=standing.memory_percent,
+            ended=standing.follow_end,
         )
         if refusal is not None:
             if refusal.reason in {"NameConflict", "InvalidSpec"}:
@@ -251,28 +259,23 @@ class _Case:
 
     def training(self) -> Plan | None:
         """Wait for the training; None once it has succeeded."""
-        after = self.conversion.start_after or {}
-        name = f"{after.get('kind')} {after.get('name')}"
-        training = self.seen.training or Training(state="Unwatched")
-        standing = replace(self.standing, training_uid=training.uid or self.standing.training_uid)
-        if training.state == "Succeeded":
+        training = self.seen.training
+        standing = awaits.recognised(self.standing, training)
+        found = awaits.start(self.conversion, standing, training)
+        if found is None:
             # From here on the training may be deleted.
             self.standing = replace(standing, started=stamp(self.seen.now))
             return None
-        if training.state == "Failed":
-            message = f"{name} failed, so there is nothing whole to convert: {training.message}"
-            return self.end(standing, Ending(reason="TrainingFailed", message=message))
-        if training.state == "Missing" and standing.training_uid:
-            message = f"{name} was deleted before it was seen to complete; if it did, make the conversion anew without startAfter"
-            return self.end(standing, Ending(reason="TrainingDeleted", message=message))
-        if training.state == "Unwatched":
-            mend = "add the kind to trainingKinds in the values of the chart"
-            said = Obstacle(reason="TrainingKindUnknown", message=f"this operator does not watch {name}; {mend}")
-        else:
-            known = {"Missing": "is not there yet", "Unknown": "is not known yet"}
-            what = known.get(training.state, f"runs: {training.message or 'not complete yet'}")
-            said = Obstacle(reason="WaitingForTraining", message=f"{name} {what}")
-        return self.plan(replace(standing, waits=said), again=None)
+        if isinstance(found, Ending):
+            return self.end(standing, found)
+        # The training's own events bring it back; of a kind that nobody serves there are none.
+        again = _WAIT_SECONDS if training and training.state == "Unknown" else None
+        return self.plan(replace(standing, waits=found), again=again)
+
+    def follow(self) -> None:
+        """Notice how the training that is followed stands."""
+        standing = awaits.recognised(self.standing, self.seen.training)
+        self.standing = replace(standing, follow_end=awaits.follow_end(self.conversion, standing, self.seen.training))
 
     def held(self, standing: Standing, obstacle: Obstacle) -> Plan:
         """Wait for a volume, but not for ever."""
@@ -311,6 +314,11 @@ class _Case:
         if job.deleted:
             waits = Obstacle(reason="JobDeleted", message="the Job is being deleted; it is made anew when it is gone")
             return self.plan(replace(standing, waits=waits), again=_WAIT_SECONDS)
+        self.follow()
+        if self.standing.follow_end != standing.follow_end:
+            # Its follower goes; one more Job takes the last look.
+            return self.another(standing.memory_percent, {0})
+        standing = self.standing
         actions = self.changes(job)
         if job.suspended:
             return self.plan(replace(standing, suspended=self.suspension(job)), *actions)
@@ -319,6 +327,7 @@ class _Case:
         if since is not None and self.left(since) <= 0:
             return self.end(replace(standing, degraded=obstacle), self.too_late(obstacle), DeleteJob(job=job))
         degraded = obstacle or setback(self.conversion, standing.records)
+        degraded = degraded or awaits.unfollowed(self.conversion, standing, self.seen.training)
         if degraded is None and not job.per_index:
             degraded = Obstacle(
                 reason="PerIndexRetryUnsupported",

@@ -38,17 +38,17 @@ class Unfinished:
             self.folder, self.volume, source={"volume": volume, "path": "ms"}, target={"path": "out"}, **spec
         )
 
-    def finish(self, *, cut_short_by: int = 0) -> None:
-        """The last rank saves: whole, or without the end of its file."""
+    def finish(self, *, spoilt: tuple[bytes, bytes] | None = None) -> None:
+        """The last rank saves; ``spoilt`` puts the second text in the place of the first."""
         partial = self.volume / "saving"
         place = self.volume / "ms" / f"rank_{self.last}"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(self._saved, partial)
         for file in partial.iterdir():
-            if cut_short_by:
+            if spoilt:
                 mode = file.stat().st_mode
                 file.chmod(0o600)
-                os.truncate(file, file.stat().st_size - cut_short_by)
+                file.write_bytes(file.read_bytes().replace(*spoilt))
                 file.chmod(mode)
         self._own(partial)
         partial.rename(place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,17 @@ def finished(kubectl: Kubectl, manifest: dict[str, Any], *, seconds: float = 90)
     except ClusterError as error:
         raise ClusterError(f"{error}\n{kubectl('describe', 'pod', name)}") from error
     return state["terminated"]["exitCode"], kubectl("logs", name)
+
+
+def processes_of(pod: Mapping[str, Any], program: str) -> list[int]:
+    """Processes of a pod on this machine that run a program, the first one first."""
+    found: list[int] = []
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                groups, words = (folder / "cgroup").read_text(), (folder / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if pod["metadata"]["uid"] in groups and program.encode() in words:
+                found.append(int(folder.name))
+    return sorted(found)

@@ -15,6 +15,7 @@ from typing import Any
 from harness.images import REPOSITORY
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError, run, wait_until
+from harness.pods import processes_of
 from helm import helm
 
 CHART = REPOSITORY / "charts" / "ckpt2pt"
@@ -46,6 +47,7 @@ class Release:
     images: tuple[str, str]
     major: str = "v4"
     name: str = "ckpt2pt"
+    chart: Path = CHART
     namespace: str = field(default_factory=lambda: f"system-{uuid.uuid4().hex[:6]}")
     installed: bool = False
 
@@ -69,6 +71,11 @@ class Release:
         return run(helm(self.major), "--kubeconfig", self.cluster.kubeconfig, "--namespace", self.namespace, *words,
                    stdin=stdin, seconds=seconds)  # fmt: skip
 
+    def values(self, **values: Any) -> dict[str, Any]:
+        """Values of the chart: the images of this checkout, and these."""
+        operator, converter = self.images
+        return merged({"image": image_values(operator), "worker": {"image": image_values(converter)}}, values)
+
     def install(self, **values: Any) -> str:
         """Install the chart, and wait until the operator is ready; what helm says (its notes)."""
         self.installed = True  # what fails half-way is taken away as well
@@ -79,11 +86,9 @@ class Release:
         return self._carry_out("upgrade", **values)
 
     def _carry_out(self, verb: str, *words: str, **values: Any) -> str:
-        operator, converter = self.images
-        base = {"image": image_values(operator), "worker": {"image": image_values(converter)}}
         try:
-            return self.helm(verb, self.name, CHART, *words, "--values", "-", "--wait", "--timeout", "120s",
-                             stdin=json.dumps(merged(base, values)))  # fmt: skip
+            return self.helm(verb, self.name, self.chart, *words, "--values", "-", "--wait", "--timeout", "120s",
+                             stdin=json.dumps(self.values(**values)))  # fmt: skip
         except ClusterError as error:
             raise ClusterError(f"{error}\n{self.kubectl('get', 'pods', '--output=wide')}\n{self.logs()}") from error
 
@@ -120,7 +125,7 @@ class Release:
         """Kill its process as a crash would; the kubelet starts it again."""
         [pod] = self.pods()
         restarts = pod["status"]["containerStatuses"][0]["restartCount"]
-        for pid in _processes_of(pod["metadata"]["uid"]):
+        for pid in processes_of(pod, "ckpt2pt-operator"):
             os.kill(pid, signal.SIGKILL)
 
         def is_back() -> bool:
@@ -140,17 +145,3 @@ class Release:
         """The sum of a metric over its labels."""
         found = re.findall(rf"^ckpt2pt_operator_{name}(?:{{[^}}]*}})? (\S+)$", self.metrics(), re.MULTILINE)
         return sum(map(float, found))
-
-
-def _processes_of(uid: str) -> list[int]:
-    """The operator's processes of a pod on this machine, by their cgroup."""
-    found: list[int] = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                groups, words = (folder / "cgroup").read_text(), (folder / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if uid in groups and b"ckpt2pt-operator" in words:
-                found.append(int(folder.name))
-    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,9 @@ from ckpt2pt.cli import main
 from ckpt2pt.errors import UsageError
 from goldens import golden_sets
 
-FOLDER = next(folder for folder in golden_sets() if folder.name == "b_tp2pp2")
+FOLDER = next(folder for folder in golden_sets() if folder.name == "b_st_tp2pp2_safetensors")
+# As in the set's command.txt.
+COMMAND = "--format safetensors --num-layers 4 --dp-size 1 --cp-size 1 --tp-size 2 --pp-size 2 --vpp-size 1 --multiprocess-off"
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -26,12 +27,9 @@ def parse(*words: str) -> argparse.Namespace:
 
 @pytest.mark.parametrize("full", [True, False])
 def test_the_reference_command_line_does_the_same(full: bool, tmp_path: Path) -> None:
-    lines = [line for line in (FOLDER / "command.txt").read_text().splitlines() if "convert_pt2ckpt.py" in line]
-    (line,) = [line for line in lines if ("--convert-param-only" not in line) == full]
-    words = shlex.split(line.partition("convert_pt2ckpt.py")[2])
-    words = [re.sub(r".*/b_tp2pp2/A", str(FOLDER / "A"), word) for word in words]
-    words = [str(tmp_path / "ms") if re.search(r"/ms(_params)?$", word) else word for word in words]
-    assert main(["import", *words, "--progress", "none"]) == 0
+    more = ["--param-map-path", str(FOLDER / "A" / "param_map")] if full else ["--convert-param-only"]
+    places = ["--megatron-path", str(FOLDER / "A" / "iter_0000002"), "--ms-path", str(tmp_path / "ms")]
+    assert main(["import", *places, *more, *COMMAND.split(), "--progress", "none"]) == 0
     expected = FOLDER / ("ms" if full else "ms_params")
     for path in expected.glob("rank_*/*"):
         assert (tmp_path / "ms" / path.relative_to(expected)).read_bytes() == path.read_bytes()
@@ -51,6 +49,20 @@ def test_what_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert json.loads(capsys.readouterr().out)["ranksConverted"] == 4
     assert main([*flags, "--progress", "none"]) == 0
     assert "MindSpore can load it" in capsys.readouterr().out
+
+
+def test_debug_tells_ranks_files_and_evidence_and_where_an_error_arose(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["import", "--megatron-path", str(FOLDER / "A"), "--ms-path", str(tmp_path), "--progress", "none"]
+    assert main([*words, "--debug"]) == 0
+    told = capsys.readouterr().err
+    assert "cut as Topology(num_layers=4, tensor=2, pipeline=2" in told
+    assert re.search(r"tp 1 pp 1: \S+mp_rank_01_001 -> rank_3", told)
+    assert re.search(r"tp 1 pp 1: wrote .*rank_3/network\.ckpt.*offsets equal those of the weights", told)
+    for more, there in (([], False), (["--debug"], True)):
+        assert main([*words, "--tp-size", "4", *more]) == 65
+        assert ("Traceback" in capsys.readouterr().err) == there
 
 
 def test_counts_of_layers_in_either_spelling() -> None:

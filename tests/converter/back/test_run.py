@@ -13,13 +13,14 @@ import pytest
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.run import run_back
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.engine import Stop
+from ckpt2pt.engine.write import Stop
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, MissingInputError, NoSpaceError, TopologyError, UsageError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Pace
 from ckpt2pt.run import Outcome, run
 from ckpt2pt.verify.compare import compare
 from conversions import Quiet, request_for, topology_of
+from disk import fill_at_every_step
 from goldens import golden_sets
 from handmade import Handmade
 from layouts import LAYOUTS
@@ -112,14 +113,14 @@ def test_every_layout_comes_back_as_it_was(layout: str, tmp_path: Path) -> None:
 
 
 def test_a_file_for_every_replica(tmp_path: Path) -> None:
-    folder = next(folder for folder in SETS if folder.name == "b_tp2pp2")
+    folder = next(folder for folder in SETS if folder.name == "b_st_tp2pp2_safetensors")
     imported(folder, tmp_path / "one")
     imported(folder, tmp_path / "all", data=2, context=2, copies=True)
     found, single = files(tmp_path / "all"), files(tmp_path / "one")
     assert len(found) == 16
     for number in range(16):
         tp, pp = number % 2, number // 8
-        assert found[f"rank_{number}/network.ckpt"] == single[f"rank_{pp * 2 + tp}/network.ckpt"]
+        assert found[f"rank_{number}/network.safetensors"] == single[f"rank_{pp * 2 + tp}/network.safetensors"]
 
 
 def test_some_of_the_optimizer(tmp_path: Path) -> None:
@@ -131,20 +132,20 @@ def test_some_of_the_optimizer(tmp_path: Path) -> None:
 
 
 def test_processes_give_the_same_files(tmp_path: Path) -> None:
-    folder = next(folder for folder in SETS if folder.name == "b_tp2pp2")
+    folder = next(folder for folder in SETS if folder.name == "b_st_tp2pp2_safetensors")
     imported(folder, tmp_path / "here")
     imported(folder, tmp_path / "there", pace=Pace(workers=2))
     assert files(tmp_path / "here") == files(tmp_path / "there")
 
 
 def test_running_it_again_keeps_what_is_there(tmp_path: Path) -> None:
-    folder = next(folder for folder in SETS if folder.name == "b_tp2pp2")
+    folder = next(folder for folder in SETS if folder.name == "b_st_tp2pp2_safetensors")
     imported(folder, tmp_path)
     again = imported(folder, tmp_path)
     assert (len(again.converted), len(again.kept), again.published) == (0, 4, True)
     (tmp_path / "pt_meta" / "args_tp01_pp000.pt").unlink()
     os.chmod(tmp_path / "rank_2", 0o755)
-    (tmp_path / "rank_2" / "network.ckpt").unlink()
+    (tmp_path / "rank_2" / "network.safetensors").unlink()
     mended = imported(folder, tmp_path)
     assert sorted(mended.converted) == [(0, 1), (1, 0)]
     assert files(tmp_path) == files(folder / "ms")
@@ -194,6 +195,21 @@ def test_no_room_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "ms").exists()
 
 
+def test_a_disk_that_fills_up_at_any_write_leaves_only_whole_files_and_the_next_run_ends_it(tmp_path: Path) -> None:
+    folder = next(folder for folder in SETS if folder.name == "j_tp1pp2dp2")
+    expected, target = files(folder / "ms"), tmp_path / "ms"
+    failures = 0
+    for _ in fill_at_every_step(lambda: imported(folder, target), target):
+        failures += 1
+        assert files(target).items() <= expected.items()
+        assert not (target / ".ckpt2pt" / "report.json").exists()
+        if failures % 3 == 0:  # now and then from the beginning, so that the first rank fails late as well
+            shutil.rmtree(target)
+    assert failures > 10
+    assert files(target) == expected
+    assert (target / ".ckpt2pt" / "report.json").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "error", "what"),
     [
@@ -211,7 +227,7 @@ def test_no_room_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: pytes
 def test_wrong_options_are_refused_and_nothing_is_written(
     more: dict[str, Any], error: type[Ckpt2ptError], what: str, tmp_path: Path
 ) -> None:
-    folder = next(folder for folder in SETS if folder.name == "b_tp2pp2")
+    folder = next(folder for folder in SETS if folder.name == "b_st_tp2pp2_safetensors")
     with pytest.raises(error, match=what):
         imported(folder, tmp_path / "ms", **more)
     assert not (tmp_path / "ms").exists()

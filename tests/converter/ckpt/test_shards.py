@@ -87,7 +87,8 @@ def test_any_group_and_any_buckets_give_every_parameter(case: str, data: int, co
         assert largest == data * context
 
 
-def test_zero3_parameters_are_joined_along_their_first_axis(tmp_path: Path) -> None:
+@pytest.mark.parametrize("with_moments", [True, False])
+def test_zero3_parameters_are_joined_along_their_first_axis(with_moments: bool, tmp_path: Path) -> None:
     made = small(4)
     apart = tuple(
         name
@@ -96,10 +97,32 @@ def test_zero3_parameters_are_joined_along_their_first_axis(tmp_path: Path) -> N
     )
     assert len(apart) == 3
     paths, info = sources(made, Sharding(zero3=apart), tmp_path)
+    document = json.loads(info.read_text())
+    assert len(document["zero3_params"]) == 9
+    if not with_moments:
+        info.write_text(json.dumps(document | {"zero3_params": list(apart)}))
     found = both_readings(paths, info)
     assert {n: (r.shape, payload(r)) for n, r in found.items()} == {
         n: (t.shape, t.data) for n, t in made.entries[0, 0].items()
     }
+
+
+def test_what_only_a_later_rank_holds_is_not_lost_and_what_all_hold_is_the_firsts(tmp_path: Path) -> None:
+    made = small(2)
+    apart = "language_model.embedding.word_embeddings.weight"
+    paths, info = sources(made, Sharding(zero3=(apart,)), tmp_path)
+    change(paths[0], lambda tensors: [Tensor("seed", "int64", (), bytes(8)), *tensors])
+    change(
+        paths[1],
+        lambda tensors: [*tensors, Tensor("seed", "int64", (), b"1" * 8), Tensor("late", "int64", (), bytes(8))],
+    )
+    found = both_readings(paths, info)
+    assert payload(found["seed"]) == bytes(8)
+    assert payload(found["late"]) == bytes(8)
+    # Shards first, then ZeRO-3, then the rest: the order in which the reference merges them.
+    places = [list(found).index(name) for name in (apart, f"exp_avg.{apart}", f"exp_avg_sq.{apart}", "seed", "late")]
+    assert places == sorted(places)
+    assert places[0] == len(read_info(info).places) * 3
 
 
 def test_a_zero3_parameter_that_a_rank_lacks_is_refused(tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ import pytest
 
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.combine.merge import Combination, combine, described_topology
-from ckpt2pt.engine import write_files
+from ckpt2pt.engine.write import write_files
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceError, TryAgainError, UsageError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.run import run
 from ckpt2pt.tensors import TensorRef
+from ckptfiles import Tensor
 from conversions import Quiet
+from disk import fill_at_every_step
 from goldens import golden_root
 from handmade import Handmade
 from sharding import Sharding
@@ -63,6 +65,7 @@ def test_the_golden_shards_merge_to_the_expected_values(tp: int, suffix: str, tm
 
 
 CASES = {
+    "dp1": (Topology(num_layers=2), Sharding()),
     "dp4": (Topology(num_layers=2, tensor=2, data=4), Sharding(per_bucket=2)),
     "dp8-buffers": (Topology(num_layers=2, data=8), Sharding(per_bucket=1, buffers=2)),
     "dp2-cp2-pp2": (Topology(num_layers=2, pipeline=2, data=2, context=2), Sharding()),
@@ -101,14 +104,31 @@ def test_merged_files_beside_their_shards_are_converted_first_and_merged_no_seco
     made.check(run(made.request(tmp_path), [0], Quiet()))
 
 
-def test_without_the_optimizer_only_moments_are_missing(tmp_path: Path) -> None:
-    made_in(tmp_path)
+@pytest.mark.parametrize("case", ["dp4", "br-master"])
+def test_a_merge_that_was_broken_off_leaves_the_shards_as_good_as_before(case: str, tmp_path: Path) -> None:
+    made = made_in(tmp_path, case)
+    source = tmp_path / "ms"
+    combine(asked(source, source, section=(1, 2), target_format="safetensors"), Quiet())
+    assert len([*source.rglob("*_dp_merged.safetensors")]) == 1
+    made.check(run(made.request(tmp_path), range(made.topology.pipeline), Quiet()))
+
+
+def test_without_the_optimizer_its_moments_and_its_progress_are_missing(tmp_path: Path) -> None:
+    """The reference leaves out what has ``step``, ``epoch``, ``learning_rate``, ``weight_decay`` or ``default_generator``."""
+    topology, cut = CASES["dp4"]
+    made = Handmade(topology, hidden=8, vocab=12)
+    progress = {"lr_warmup_steps", "learning_rate_group_0", "weight_decay_group_1", "default_generator", "state_step"}
+    for entries in made.entries.values():
+        for name in (*progress, "max_lr", "lr_decay_style", "dp_rng_generator", "timestep.weight"):
+            entries[name] = Tensor(name, "float32", (1,), bytes(4))
+    cut.write(made, tmp_path / "ms")
     combine(asked(tmp_path / "ms", tmp_path / "all"), Quiet())
     combine(asked(tmp_path / "ms", tmp_path / "some", optimizer=False), Quiet())
     for path in (tmp_path / "all").glob("rank_*/*"):
         everything = index_file(path)
         some = index_file(tmp_path / "some" / path.relative_to(tmp_path / "all"))
-        assert everything.keys() - some.keys() == {name for name in everything if name.startswith("exp_avg")}
+        moments = {name for name in everything if name.startswith("exp_avg")}
+        assert everything.keys() - some.keys() == moments | progress | {"epoch_num", "step_num", "num_steps"}
         assert {name: payload(ref) for name, ref in some.items()} == {name: payload(everything[name]) for name in some}
 
 
@@ -122,6 +142,17 @@ def test_a_section_does_its_ranks_and_the_next_run_the_others(tmp_path: Path) ->
     with pytest.raises(UsageError, match=r"holds the first rank of no group") as caught:
         combine(asked(source, out, section=(2, 9)), Quiet())
     assert "[0, 1]" in caught.value.mend
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_files_are_read_back_unless_told_otherwise(
+    check: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_in(tmp_path)
+    read: list[Path] = []
+    monkeypatch.setattr("ckpt2pt.engine.write.read_back", lambda path, *_: read.append(path))
+    combine(asked(tmp_path / "ms", tmp_path / "merged", check=check), Quiet())
+    assert len(read) == (2 if check else 0)
 
 
 def test_workers_write_the_same(tmp_path: Path) -> None:
@@ -200,12 +231,35 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(case: str, 
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_format_that_is_not_there_is_told_with_the_flags_of_this_command(tmp_path: Path) -> None:
+    made_in(tmp_path)
+    with pytest.raises(MissingInputError, match="no safetensors file") as caught:
+        combine(asked(tmp_path / "ms", tmp_path / "merged", source_format="safetensors"), Quiet())
+    assert caught.value.mend == "check --checkpoint-dir and --src-format"
+    (tmp_path / "ms" / "rank_0").rename(tmp_path / "ms" / "other")
+    with pytest.raises(MissingInputError) as caught:
+        combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+    assert caught.value.mend == "check --strategy-dir of the training that wrote it, and --checkpoint-dir"
+
+
 def test_a_full_disk_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_in(tmp_path)
     monkeypatch.setattr("ckpt2pt.combine.merge.free_bytes", lambda _: 100)
     with pytest.raises(NoSpaceError, match="100 are free"):
         combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_disk_that_fills_up_at_any_write_leaves_only_whole_files_and_the_next_run_ends_it(tmp_path: Path) -> None:
+    expected, out = files_of(J / "ms_zero_merged"), tmp_path / "merged"
+    failures = 0
+    for _ in fill_at_every_step(lambda: combine(asked(J / "ms_zero_src", out), Quiet()), out):
+        failures += 1
+        assert files_of(out).items() <= expected.items()
+        if failures % 3 == 0:  # now and then from the beginning, so that the first group fails late as well
+            shutil.rmtree(out)
+    assert failures > 10
+    assert files_of(out) == expected
 
 
 def test_the_manifest_names_inputs_and_digests(tmp_path: Path) -> None:

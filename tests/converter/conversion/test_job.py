@@ -86,6 +86,14 @@ def test_a_dry_run_is_one_worker_that_cannot_write() -> None:
     assert all(mount["readOnly"] for mount in container_of(job)["volumeMounts"])
 
 
+def test_a_training_is_followed_by_one_worker_that_can_write() -> None:
+    job = job_of(("spec.follow", {"keep": 2}))
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == 1
+    assert container_of(job)["args"][0] == "watch"
+    assert "--once" in container_of(job_of(("spec.follow", {}), ended="Failed"))["args"]
+    assert len(container_of(job)["env"]) == 1, "it does every stage"
+
+
 def test_owner_and_namespace_come_from_the_cluster() -> None:
     owned = job_of(("metadata", {"name": "demo", "namespace": "ml", "uid": "u-1"}))["metadata"]
     assert owned["namespace"] == "ml"

@@ -51,6 +51,7 @@ def test_topology_comes_from_model_and_parallelism() -> None:
     )  # fmt: skip
 
 
+AFTER = {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}
 NFS = {"nfs": {"server": "s", "path": "/e"}}
 #     what is changed -> the field that the refusal names, and a word of its advice
 REFUSED = {
@@ -80,6 +81,9 @@ REFUSED = {
     "target-is-pt-meta": ([("spec.target.path", "pt_meta")], "spec.target.path", "another target.path"),
     "unknown-mode": ([("spec.mode", "Weights")], "spec.mode", "ParamsOnly"),
     "half-a-workload": ([("spec.startAfter", {"kind": "Job"})], "spec.startAfter", "name the workload"),
+    "half-a-training": ([("spec.follow", {"until": {"kind": "Job"}})], "spec.follow.until", "name the workload"),
+    "two-ways-to-begin": ([("spec.follow", {}), ("spec.startAfter", AFTER)], "spec.follow", "give one of them"),
+    "follow-one-iteration": ([("spec.follow", {}), ("spec.source.iteration", 5)], "spec.follow", "leave the iteration out"),
     "rules-as-a-list": ([("spec.model.rules", {"modules": ["a"]})], "spec.model.rules.modules", "mapping"),
 }  # fmt: skip
 
@@ -177,6 +181,24 @@ def test_a_dry_run_plans_every_stage_in_one_worker(monkeypatch: pytest.MonkeyPat
     assert options.command == "plan"
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
     assert stages_of(options, request_of(options)) == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("ended", "once", "patience"), [("", False, 0), ("Succeeded", True, 300), ("Failed", True, 0), ("Deleted", True, 0)]
+)
+def test_a_training_is_followed_by_one_worker(ended: str, once: bool, patience: float) -> None:
+    follow = {"until": AFTER, "keep": 3, "intervalSeconds": 5}
+    conversion = parse(changed(("spec.follow", follow), ("spec.parallelism", {"pipeline": 4})))
+    assert conversion.one_worker
+    options = build_parser().parse_args(convert_args(conversion, MOUNTS, ended=ended))
+    assert (options.command, options.keep, options.interval, options.settle) == ("watch", 3, 5, 10)
+    assert (options.once, options.readiness_timeout) == (once, patience)
+    assert request_of(options).topology.pipeline == 4
+
+
+def test_a_dry_run_of_one_that_follows_is_a_dry_run() -> None:
+    conversion = parse(changed(("spec.follow", {}), ("spec.dryRun", True)))
+    assert options_of(conversion).command == "plan"
 
 
 def test_parsing_touches_no_file_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,25 @@ def test_a_document_says_the_same(training: Training, tmp_path: Path) -> None:
     assert cli.main(words) == 64
 
 
+def test_a_document_says_how_the_training_is_followed(training: Training, tmp_path: Path) -> None:
+    for iteration in (10, 20, 30):
+        training.save(iteration)
+    until = {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}
+    document = changed(
+        ("spec.parallelism", {"pipeline": 2}),
+        ("spec.metadata.path", str(training.metadata.relative_to(tmp_path))),
+        ("spec.follow", {"keep": 2, "until": until}),
+    )
+    path = write(tmp_path / "a.yaml", document)
+    words = ["--progress", "none", "-f", str(path), "--volume", f"training={tmp_path}"]
+    assert cli.main(["watch", "--once", *words]) == 0
+    assert training.results() == ["iter_0000020", "iter_0000030", TRACKER]
+    assert cli.main(["watch", "--once", "--keep", "1", *words]) == 0, "a flag decides"
+    training.save(40)
+    assert cli.main(["watch", "--once", "--keep", "1", *words]) == 0
+    assert training.results() == ["iter_0000040", TRACKER]
+
+
 def test_without_flags_it_says_which_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["watch", "--once"]) == 64
     assert "--num-layers is missing" in capsys.readouterr().err
@@ -187,20 +206,51 @@ def test_a_signal_that_comes_too_late_for_a_conversion_ends_the_watch(training: 
     assert heard == [10], "what was converted is told"
 
 
+def test_with_once_it_waits_for_the_newest_and_then_converts_what_is_whole(
+    training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training.save(10)
+    training.save(20, 0)
+    message = training.folder / "last-word"
+    words = ["--readiness-timeout", "0.2", "--termination-log", str(message)]
+    assert once(training, *words) == 65
+    assert training.results() == ["iter_0000010", TRACKER]
+    assert "after 0.2 s the checkpoint 0_20 is not whole: rank_1 is at 0_10" in capsys.readouterr().err
+    said = json.loads(message.read_text())
+    assert (said["exitCode"], said["reason"], said["iteration"]) == (65, "InputWrong", 10)
+    training.save(20, 1)
+    assert once(training, *words) == 0
+    said = json.loads(message.read_text())
+    assert (said["reason"], said["iteration"], said["message"]) == ("Converted", 20, "")
+
+
+def test_of_one_that_cannot_be_converted_the_last_word_says_why(training: Training) -> None:
+    training.save(10)
+    damage(training, 10)
+    message = training.folder / "last-word"
+    assert once(training, "--termination-log", str(message)) == 65
+    said = json.loads(message.read_text())
+    assert said["reason"] == "InputWrong"
+    assert "rank_1" in said["message"]
+
+
 @pytest.mark.timeout(300)
 def test_a_running_watch_hears_of_new_checkpoints_and_ends_with_a_signal(training: Training) -> None:
     words = [sys.executable, "-m", "ckpt2pt", "watch", "--interval", "0.1", *training.flags(), "--output", "json"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    told = training.folder / "told"
+    with told.open("w") as out:
+        process = subprocess.Popen(words, stdout=out, stderr=subprocess.PIPE, text=True)
     try:
         for iteration in (10, 20):
             training.save(iteration)
-            tracker = training.target / TRACKER
-            wait_for(lambda path=tracker, text=str(iteration): path.exists() and path.read_text() == text, 100)  # type: ignore[misc]
+            # It is told after the tracker has been written, and a signal between the two would end the watch as well.
+            wait_for(lambda text=f'"iteration": {iteration}': text in told.read_text(), 100)  # type: ignore[misc]
+            assert (training.target / TRACKER).read_text() == str(iteration)
     finally:
         process.terminate()
-        out, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    decoder, found, text = json.JSONDecoder(), list[int](), out.strip()
+    decoder, found, text = json.JSONDecoder(), list[int](), told.read_text().strip()
     while text:
         document, end = decoder.raw_decode(text)
         found.append(document["iteration"])

@@ -277,6 +277,14 @@ def test_what_shall_not_run_is_not_run(tmp_path: Path, field: str) -> None:
     assert f"set spec.{field} to false" in done.stderr
 
 
+def test_one_that_follows_a_training_is_sent_to_watch(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", changed(("spec.follow", {"keep": 2})))
+    done = call("-f", path)
+    assert done.returncode == 64
+    assert f"ckpt2pt watch -f {path}" in done.stderr
+    assert "- watch" in call("-f", path, "--print-job").stdout
+
+
 def test_an_unknown_field_is_refused_with_a_hint(tmp_path: Path) -> None:
     done = call("-f", write(tmp_path / "a.yaml", changed(("spec.parallelism.pipelin", 2))))
     assert done.returncode == 64

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt2pt.errors import UnmappedNameError, UsageError
-from ckpt2pt.mapping.names import NameTable, Rules, bare, local_layer, state_dict_path, without_pipeline_suffix
+from ckpt2pt.mapping.names import (
+    NameTable,
+    Rules,
+    bare,
+    local_layer,
+    nearest,
+    state_dict_path,
+    without_pipeline_suffix,
+)
 
 TABLE = NameTable()
 LAYER = "language_model.encoder.layers"
@@ -87,6 +97,8 @@ def test_two_modules_may_not_share_a_mindspore_name() -> None:
         ("step_num", "ignored", "training progress"),
         ("learning_rate_group_3", "ignored", "optimizer scalar"),
         ("max_exp_avg_sq.a", "ignored", "moment of amsgrad, which Megatron does not have"),
+        ("moments.a", "ignored", "momentum without a second moment, which Adam needs"),
+        ("momentum", "ignored", "momentum without a second moment, which Adam needs"),
         # A substring is no match: these are parameters and must be mapped or refused.
         ("my_step_num", "param", "my_step_num"),
         ("language_model.state_step.weight", "param", "language_model.state_step.weight"),
@@ -122,6 +134,37 @@ def test_a_rule_ignores_by_name_or_by_prefix() -> None:
 )
 def test_weights_nest_as_megatron_nests_them(name: str, path: tuple[str, ...]) -> None:
     assert state_dict_path(name) == path
+
+
+PARTS = (
+    "input_norm.weight", "attention.qkv_proj.weight", "attention.out_proj.weight", "post_attention_norm.weight",
+    "mlp.mapping.weight", "mlp.projection.weight",
+)  # fmt: skip
+MANY = [f"{LAYER}.{layer}.{part}" for layer in range(17_000) for part in PARTS]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "near"),
+    [
+        pytest.param(f"{LAYER}.3000.mlp.mapping.gamma", f"{LAYER}.3000.mlp.mapping.weight", id="its-end"),
+        pytest.param(f"model.encoder.layers.42.{PARTS[0]}", f"{LAYER}.42.{PARTS[0]}", id="its-beginning"),
+        pytest.param(f"{LAYER}.30.attention.qkv_prj.weight", f"{LAYER}.30.attention.qkv_proj.weight", id="its-middle"),
+        pytest.param("visual.patches", "", id="nothing-like-it"),
+        pytest.param("a" * 50_000, "", id="absurdly-long"),
+    ],
+)
+def test_the_nearest_of_a_hundred_thousand_names_is_found_at_once(wanted: str, near: str) -> None:
+    began = time.process_time()
+    assert nearest(wanted, MANY) == near
+    assert time.process_time() - began < 1
+
+
+def test_absurdly_long_names_are_not_compared() -> None:
+    # Texts like these take difflib minutes.
+    words = ["".join(chr(200 + (seed * number) % 199) for number in range(20_000)) for seed in range(3, 40)]
+    began = time.process_time()
+    assert nearest(words[0], [*words[1:], "short"]) == ""
+    assert time.process_time() - began < 1
 
 
 def test_prefixes_and_suffixes_come_off_once() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +12,6 @@ from ckpt2pt.plan.clock import Clock
 from ckpt2pt.plan.moves import (
     MODEL_FILE,
     OPTIM_FILE,
-    PIECE_BYTES,
     cut,
     model_storages,
     moves,
@@ -120,18 +118,6 @@ def test_params_only_moves_parameters_into_one_file() -> None:
     plan = rank([[5], [6]], full=False)
     assert optim_storages(plan) == ()
     assert [(m.role, len(m.sinks)) for m in moves(plan)] == [("param", 1), ("param", 1)]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_huge_tensor_is_shared_in_pieces_of_whole_elements(dtype: str) -> None:
-    numel = 2 * PIECE_BYTES // DTYPE_BYTES[dtype] + 3
-    plan = rank([[3, numel]], dtype=dtype)
-    pieces = [m for m in moves(plan) if m.name == "c0.b0.p1" and m.role == "param"]
-    assert len(pieces) == 3
-    assert all(m.nbytes <= PIECE_BYTES and m.nbytes % DTYPE_BYTES[dtype] == 0 for m in pieces)
-    assert [m.first for m in pieces] == [0, PIECE_BYTES // DTYPE_BYTES[dtype], 2 * PIECE_BYTES // DTYPE_BYTES[dtype]]
-    assert [[s.start - m.first for s in m.sinks] for m in pieces] == [[0, 3]] * 3
-    assert sum(m.nbytes for m in pieces) == numel * DTYPE_BYTES[dtype]
 
 
 def test_a_tensor_without_elements_has_a_storage_and_no_move() -> None:

@@ -132,8 +132,28 @@ def test_what_torch_could_not_build_is_no_tensor(args: tuple[Value, ...]) -> Non
     assert as_tensor(Call(Global("torch._utils", "_rebuild_tensor_v2"), args)) is None
 
 
-def test_other_values_are_no_tensors() -> None:
-    good = tensor("float32", "0", 6, 0, (2, 3))
+def test_tensors_among_others_are_written_as_torch_writes_them(tmp_path: Path) -> None:
+    shape = (2, 3)
+    reals = [torch.zeros(shape), torch.ones(shape), torch.zeros((1, 2, 3, 4), dtype=torch.int64), torch.zeros(())]
+    nodes: list[Value] = [
+        tensor("float32", "0", 6, 0, shape),
+        tensor("float32", "2", 6, 0, shape),  # neither its shape nor its stride is the first one's
+        tensor("int64", "1", 24, 0, (1, 2, 3, 4)),
+        tensor("float32", "3", 1, 0, ()),
+    ]
+    first: dict[str, torch.Tensor] = {"a": reals[0], "b": reals[2]}
+    tree: Value = [nodes[0], {"a": nodes[0], "b": nodes[2]}, nodes[1], nodes[2], nodes[3]]
+    assert write_pickle(tree) == saved_pickle([reals[0], first, reals[1], reals[2], reals[3]], tmp_path)
+
+
+def test_a_tensor_to_be_written_is_a_tensor() -> None:
+    node = tensor("float32", "0", 6, 0, (2, 3))
+    assert as_tensor(node) is node
+
+
+def test_other_values_are_no_tensors(tmp_path: Path) -> None:
+    good = read(torch.zeros(2, 3), tmp_path)
+    assert isinstance(good, Call)
     assert as_tensor(good)
     assert as_tensor(Call(good.func, good.args, new=True)) is None
     assert as_tensor(Call(good.func, good.args, state={})) is None

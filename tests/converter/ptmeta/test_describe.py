@@ -51,6 +51,25 @@ def test_a_training_script(tmp_path: Path) -> None:
     assert said.world_size == 8
 
 
+def test_arithmetic_of_the_shell_is_worked_out(tmp_path: Path) -> None:
+    text = """
+    GPUS=8; HIDDEN=1024
+    FFN=$((HIDDEN * 4))
+    WORLD=$(($GPUS*$(($NODES))))
+    ARGS="--hidden-size ${HIDDEN} --ffn-hidden-size $FFN --seq-length ${SEQ:=2048}"
+    torchrun --nproc_per_node $((GPUS / 2)) --nnodes 2 pretrain_gpt.py $ARGS --train-iters $(( (100 + 5) * 2 - 7 % 4 ))
+    """
+    said = read(tmp_path, text)
+    assert said.given == {"hidden_size": 1024, "ffn_hidden_size": 4096, "seq_length": 2048, "train_iters": 207}
+    assert said.world_size == 8
+
+
+@pytest.mark.parametrize("text", ["$((UNKNOWN * 4))", "$((2 ** 99999))", "$((1 / 0))", "$((f(1)))"])
+def test_what_cannot_be_worked_out_has_to_be_said(text: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--num-layers is .*which the script does not say"):
+        read(tmp_path, f"python pretrain_gpt.py --num-layers {text}")
+
+
 def test_a_script_is_never_run(tmp_path: Path) -> None:
     read(tmp_path, f"touch {tmp_path}/ran; $(touch {tmp_path}/ran) `touch {tmp_path}/ran` --num-layers 2")
     assert not (tmp_path / "ran").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,11 @@ def test_maps_are_numbered_by_the_buffers_there_are() -> None:
     assert sorted(render([rank()], with_maps=True)) == [
         "args_tp01_pp002.pt", "param_map_buffer0_dp0tp1pp2vpp0.json", "param_map_buffer0_dp0tp1pp2vpp1.json",
     ]  # fmt: skip
+
+
+def test_no_temporary_folder_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")  # as in a pod whose root is read-only
+    assert render([rank()], with_maps=True)
 
 
 def test_torch_loads_the_arguments(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_nothing_is_written_before_the_assumptions_are_accepted(tmp_path: Path) 
 
 def test_a_checkpoint_gives_metadata_without_assumptions(tmp_path: Path) -> None:
     made = from_checkpoint(
-        golden("b_tp2pp2") / "A", tmp_path, target_data=None, bucket_size=None, compare=True, overwrite=False
+        golden("b_st_") / "A", tmp_path, target_data=None, bucket_size=None, compare=True, overwrite=False
     )
     document = made.document()
     assert (document["ranks"], document["paramMaps"], document["assumed"]) == (4, 4, {})
@@ -62,7 +62,7 @@ def test_a_checkpoint_gives_metadata_without_assumptions(tmp_path: Path) -> None
 
 
 def test_convert_without_metadata_says_which_way_fits(tmp_path: Path) -> None:
-    folder = golden("a_tp1pp1")
+    folder = golden("a2_")
     for target, words in {
         tmp_path / "out": ["--megatron-path MEGATRON", "--description FILE"],
         folder / "A": [str(folder / "A")],

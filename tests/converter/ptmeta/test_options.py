@@ -11,7 +11,7 @@ from ckpt2pt.cli import main
 from descriptions import write_description
 from goldens import golden_sets
 
-FOLDER = next(folder for folder in golden_sets() if folder.name == "a_tp1pp1")
+FOLDER = next(folder for folder in golden_sets() if folder.name == "a2_tp1pp1_tied_bias")
 
 
 def test_from_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ def test_only_what_is_assumed_differs(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(more: dict[str, Any], what: str, tmp_path: Path) -> None:
-    folder = next(folder for folder in SETS if folder.name == "a_tp1pp1")
+    folder = next(folder for folder in SETS if folder.name == "f_tp1pp1dp2_buckets")
     if "untie_embeddings_and_output_weights" in more:
         # A tied model may bring a copy of its embedding; then it is the values that decide, when it is converted.
         assert made(folder, tmp_path, **more).ranks[0].buffers != made(folder, tmp_path).ranks[0].buffers
@@ -69,9 +69,6 @@ def test_defaults_and_rules_are_told_apart(tmp_path: Path) -> None:
     assert not set(defaults) & set(derived)
 
 
-@pytest.mark.skipif(
-    not any(folder.name == "j_tp1pp2dp2" for folder in SETS), reason="the full collection is not at hand"
-)
 def test_shards_of_the_distributed_optimizer_are_a_source_as_well(tmp_path: Path) -> None:
     folder = next(folder for folder in SETS if folder.name == "j_tp1pp2dp2")
     said = describe(write_description(folder, tmp_path / "run.yaml"))

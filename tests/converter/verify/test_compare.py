@@ -256,6 +256,33 @@ def test_padding_may_be_left_out(pair: tuple[Result, Result]) -> None:
     assert (row.index, row.numel) == (78_079, 78_080)
 
 
+def test_padding_alone_is_told_as_such(pair: tuple[Result, Result]) -> None:
+    one, other = pair
+    set_element(other.optim, f"/0/{PAIR}/param/0", 78_080, struct.pack("<f", 1))
+    with pytest.raises(VerificationError) as caught:
+        compare(one.optim, other.optim).raise_differences()
+    assert "and the padding of 1 buckets with --ignore-padding" in caught.value.mend
+    flip(other.optim, f"/0/{PAIR}/param/0", 78_079)
+    with pytest.raises(VerificationError) as caught:
+        compare(one.optim, other.optim).raise_differences()
+    assert "padding" not in caught.value.mend
+
+
+def test_metadata_of_a_state_dict_may_be_on_one_side_but_not_two_unlike_ones(tmp_path: Path) -> None:
+    module = torch.nn.Linear(2, 2)
+    with_it, without, other = (module.state_dict() for _ in range(3))
+    del without._metadata
+    other._metadata[""]["version"] = 2
+    for name, state in {"a": with_it, "b": without, "c": other}.items():
+        torch.save({"model": state}, tmp_path / f"{name}.pt")
+    for left, right, side in (("a", "b", "left"), ("b", "a", "right")):
+        found = compare(tmp_path / f"{left}.pt", tmp_path / f"{right}.pt")
+        assert found.same, found.render()
+        assert found.notes == (f"{left}.pt: on the {side} only: _metadata of 1 state dicts, which no loader needs",)
+    (row,) = compare(tmp_path / "a.pt", tmp_path / "c.pt").rows
+    assert row.name == "/model/@state/_metadata/''/version"
+
+
 def test_padding_of_another_length_may_be_left_out(pair: tuple[Result, Result], golden: Path, tmp_path: Path) -> None:
     one, _ = pair
     bare = convert(golden / "megatron06" / "j_tp1pp2dp2", tmp_path / "bare", target_data=1)

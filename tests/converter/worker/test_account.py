@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ckpt2pt.errors import InputError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.run import run
 from ckpt2pt.show.progress import Silence
@@ -33,6 +34,23 @@ def test_the_phases_of_a_run() -> None:
     assert seen == {
         "version": 1, "stages": [3], "phase": "Converting", "bytes": 100, "bytesTotal": 100, "iteration": 500,
     }  # fmt: skip
+
+
+def test_a_worker_that_follows_tells_the_last_that_is_converted_and_what_could_not_be() -> None:
+    account = Account()
+    account.following = True
+    assert account.progress()["phase"] == "Waiting"
+    account.begin({(0, 0): 10}, 500)
+    assert (account.progress()["phase"], account.progress().get("iteration")) == ("Converting", None)
+    account.advance((0, 0), 10)
+    account.end((0, 0))
+    account.iteration = 500
+    assert account.progress()["phase"] == "Waiting", "for the next"
+    account.begin({(0, 0): 10}, 600)
+    assert (account.progress()["bytes"], account.progress()["iteration"]) == (0, 500)
+    account.lament(InputError("a shape is wrong", where="rank_0", mend="save it again"))
+    assert account.progress()["reason"] == "InputWrong"
+    assert account.progress()["message"] == "a shape is wrong; rank_0; save it again"
 
 
 def test_nothing_to_read_is_no_throughput() -> None:

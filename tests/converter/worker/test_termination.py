@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ckpt2pt import cli, run
 from ckpt2pt.cli import main
-from ckpt2pt.engine import Stop
+from ckpt2pt.engine.write import Stop
 from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.worker.termination import MAX_BYTES, MAX_MESSAGE, message_of, path_of, plain, render, write

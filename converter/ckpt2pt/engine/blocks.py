@@ -128,13 +128,13 @@ def write_at(fd: int, data: memoryview, offset: int, path: Path) -> None:
         data, offset = data[count:], offset + count
 
 
-def open_direct(path: Path) -> int | None:
-    """A descriptor for direct writes, None where the file system is not known to be good at them."""
+def open_direct(path: Path, mode: int) -> int | None:
+    """A descriptor past the page cache, None where the file system is not known to be good at that."""
     flag = getattr(os, "O_DIRECT", 0)
     if not flag or file_system(path) not in _DIRECT_SYSTEMS:
         return None
     try:
-        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | flag)
+        return os.open(path, mode | os.O_CLOEXEC | flag)
     except OSError:
         return None
 

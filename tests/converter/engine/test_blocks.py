@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt import blocks as module
-from ckpt2pt.blocks import ALIGNMENT, Blocks, OutputFile, file_system, open_direct, write_at
+from ckpt2pt.engine import blocks as module
+from ckpt2pt.engine.blocks import ALIGNMENT, Blocks, OutputFile, file_system, open_direct, write_at
 from ckpt2pt.errors import FileAccessError, NoSpaceError
 
 NBYTES = 1 << 20
@@ -21,7 +21,7 @@ def file(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OutputFile]
     path = tmp_path / "file"
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     os.ftruncate(fd, 6 * NBYTES)
-    direct = open_direct(path) if request.param == "direct" else None
+    direct = open_direct(path, os.O_WRONLY) if request.param == "direct" else None
     if direct is None and request.param == "direct":
         pytest.skip("direct writes are not used on this file system")
     yield OutputFile(path=path, fd=fd, direct=direct)
@@ -131,4 +131,4 @@ def test_kernel_file_systems_go_by_their_names(tmp_path: Path) -> None:
 def test_an_unknown_file_system_is_written_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(module, "file_system", lambda path: "nfs4")
-    assert open_direct(tmp_path / "file") is None
+    assert open_direct(tmp_path / "file", os.O_WRONLY) is None

@@ -1,10 +1,10 @@
 """Carry out one rank's moves: every byte read once, written once to each place it goes, in bounded memory.
 
-    source extents --preadv--> 1 MiB block --crc, write--> distrib_optim.pt  (float32)
-                                    '------cast, crc, write--> model_optim_rng.pt
+    source extents --sources--> 1 MiB block --crc, blocks--> distrib_optim.pt  (float32)
+                                     '-----cast, crc, blocks--> model_optim_rng.pt
 
-Decides nothing: offsets come from the plan and the archive's layout.  One thread reads, sums and converts; writes of
-whole pages go on beside it (blocks.py).  What else was measured: docs/adr/0003-own-pt-writer.md.
+Decides nothing: offsets come from the plan and the archive's layout.  One thread sums and converts; reads and writes past
+the page cache go on beside it (sources.py, blocks.py).  Why so: docs/adr/0003 and 0008.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckpt2pt.blocks import Blocks, OutputFile, open_direct, write_at
 from ckpt2pt.casts import find_cast
 from ckpt2pt.checksums import Piece, crc32, join
+from ckpt2pt.engine.blocks import Blocks, OutputFile, open_direct, write_at
+from ckpt2pt.engine.sources import Sources, drop_from_cache
 from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError
 from ckpt2pt.framing import Layout, Payload
 from ckpt2pt.plan.moves import Move, Sink
@@ -84,7 +85,7 @@ class _Carrier:
     """Carries the moves of one rank."""
 
     outputs: Mapping[str, Output]
-    sources: Mapping[str, int]
+    sources: Sources
     blocks: Blocks
     stop: Stop
     advance: Callable[[int], None]
@@ -108,7 +109,7 @@ class _Carrier:
                 filled = len(held) + size
                 data = block[origin : origin + filled]
                 data[: len(held)] = held
-                self._read(extent, done, data[len(held) :])
+                self.sources.read(extent.path, extent.offset + done, data[len(held) :])
                 whole = filled // width * width
                 held = bytes(data[whole:])
                 self._write(move, as_is, numel, block, origin, whole, crcs)
@@ -134,22 +135,6 @@ class _Carrier:
         for sink, crc in zip(move.sinks, crcs[1:], strict=True):
             size = DTYPE_BYTES[sink.dtype]
             self.outputs[sink.file].pieces[sink.storage].append((sink.start * size, numel * size, crc))
-
-    def _read(self, extent: Extent, done: int, into: memoryview) -> None:
-        """Fill ``into`` from byte ``done`` of an extent on."""
-        got = 0
-        while got < len(into):
-            try:
-                count = os.preadv(self.sources[extent.path], [into[got:]], extent.offset + done + got)
-            except OSError as error:
-                raise access_error(error, extent.path, "reading") from error
-            if not count:
-                raise TryAgainError(
-                    f"the file ended at byte {extent.offset + done + got} while it was being read",
-                    where=extent.path,
-                    mend="make sure that nothing writes the source, and run the same command again",
-                )
-            got += count
 
     def _write(
         self, move: Move, as_is: Sink | None, numel: int, block: memoryview, origin: int, nbytes: int, crcs: list[int]
@@ -194,12 +179,7 @@ def write_files(
     """
     with ExitStack() as stack:
         outputs = {p.name: stack.enter_context(_output(folder, p)) for p in payloads}
-        sources = _open_sources(stack, [extent.path for move in moves for extent in move.extents])
-        blocks = stack.enter_context(Blocks(BLOCK_BYTES))
-        carrier = _Carrier(outputs=outputs, sources=sources, blocks=blocks, stop=stop, advance=advance)
-        for move in moves:
-            carrier.carry(move)
-        blocks.drain()
+        digests = _carry(moves, outputs, stop, advance)
         for payload in payloads:
             _copy_template(outputs[payload.name], payload)
         for output in outputs.values():
@@ -208,9 +188,19 @@ def write_files(
         if check:
             for output in outputs.values():
                 read_back(output.partial, output.crc, stop)
-        return _publish(outputs.values()), {
-            label: join(pieces, sum(size for _, size, _ in pieces)) for label, pieces in carrier.digests.items()
-        }
+        return _publish(outputs.values()), digests
+
+
+def _carry(
+    moves: Sequence[Move], outputs: Mapping[str, Output], stop: Stop, advance: Callable[[int], None]
+) -> dict[str, int]:
+    """Carry the moves out; the CRC-32 of each ``role:parameter``."""
+    with Sources(extent for move in moves for extent in move.extents) as sources, Blocks(BLOCK_BYTES) as blocks:
+        carrier = _Carrier(outputs=outputs, sources=sources, blocks=blocks, stop=stop, advance=advance)
+        for move in moves:
+            carrier.carry(move)
+        blocks.drain()
+    return {label: join(pieces, sum(size for _, size, _ in pieces)) for label, pieces in carrier.digests.items()}
 
 
 @contextmanager
@@ -227,7 +217,7 @@ def _output(folder: Path, payload: Payload) -> Generator[Output]:
             _reserve(fd, layout.nbytes)
         except OSError as error:
             raise access_error(error, path, f"reserving {layout.nbytes} bytes") from error
-        direct = open_direct(partial)
+        direct = open_direct(partial, os.O_WRONLY)
         if direct is not None:
             stack.callback(os.close, direct)
         file = OutputFile(path=path, fd=fd, direct=direct)
@@ -249,18 +239,6 @@ def _reserve(fd: int, nbytes: int) -> None:
         if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
             raise
         os.ftruncate(fd, nbytes)
-
-
-def _open_sources(stack: ExitStack, paths: Sequence[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for path in dict.fromkeys(paths):
-        try:
-            found[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise access_error(error, path, "opening") from error
-        stack.callback(os.close, found[path])
-        os.posix_fadvise(found[path], 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    return found
 
 
 def _copy_template(output: Output, payload: Payload) -> None:
@@ -300,22 +278,18 @@ def _publish(outputs: Iterable[Output]) -> tuple[Written, ...]:
 
 def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
     """Read a file from the disk rather than from memory and compare its CRC-32."""
-    buffer = memoryview(bytearray(BLOCK_BYTES))
-    crc = 0
+    block, crc = memoryview(bytearray(BLOCK_BYTES)), 0
     try:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            position = 0
-            while count := os.preadv(fd, [buffer], position):
-                crc = crc32(buffer[:count], crc)
-                position += count
-                if stop:
-                    stop.check()
-        finally:
-            os.close(fd)
+        nbytes = drop_from_cache(path)
     except OSError as error:
         raise access_error(error, path, "reading back") from error
+    with Sources([Extent(str(path), 0, nbytes)]) as sources:
+        for position in range(0, nbytes, BLOCK_BYTES):
+            data = block[: nbytes - position]
+            sources.read(str(path), position, data)
+            crc = crc32(data, crc)
+            if stop:
+                stop.check()
     if crc != expected:
         raise VerificationError(
             f"CRC-32 is {crc:08x} on the disk, {expected:08x} was written",
@@ -325,28 +299,21 @@ def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
 
 
 class Meter:
-    """Counts bytes from several threads and passes them on at most every ``interval`` seconds."""
+    """Counts bytes and passes them on at most every ``interval`` seconds."""
 
     def __init__(self, report: Callable[[int], None], interval: float = 0.2) -> None:
         self._report, self._interval = report, interval
-        self._lock = threading.Lock()
         self._held = 0
         self._last = time.monotonic()
 
     def advance(self, nbytes: int) -> None:
         """Count bytes."""
-        with self._lock:
-            self._held += nbytes
-            if time.monotonic() - self._last < self._interval:
-                return
-            self._flush()
+        self._held += nbytes
+        if time.monotonic() - self._last >= self._interval:
+            self.flush()
 
     def flush(self) -> None:
         """Pass on what is left."""
-        with self._lock:
-            self._flush()
-
-    def _flush(self) -> None:
         held, self._held, self._last = self._held, 0, time.monotonic()
         if held:
             self._report(held)

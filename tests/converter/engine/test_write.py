@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt2pt import engine
-from ckpt2pt.engine import Meter, Stop, read_back, write_files
+from ckpt2pt.engine import write as engine
+from ckpt2pt.engine.write import Meter, Stop, read_back, write_files
 from ckpt2pt.errors import (
     Ckpt2ptError,
     FileAccessError,

@@ -1,0 +1,1 @@
+"""Obey a plan: bytes are read once, in order (``sources``), cast, and written once (``blocks``), by one loop (``write``)."""

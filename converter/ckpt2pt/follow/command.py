@@ -1,0 +1,67 @@
+"""``ckpt2pt watch``: from options, or from a document, to a training that is followed, and what is said of it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError
+from ckpt2pt.follow.watch import Following, watch
+from ckpt2pt.local.runner import words_of_document
+from ckpt2pt.options import request_of
+from ckpt2pt.request import Request
+from ckpt2pt.run import Outcome
+from ckpt2pt.show.progress import reporter
+from ckpt2pt.worker.account import Account, Both
+from ckpt2pt.worker.endpoint import served
+from ckpt2pt.worker.waiting import wait_until_whole
+
+Show = Callable[[object, str, argparse.Namespace], None]
+
+
+def watch_command(options: argparse.Namespace, show: Show, build: Callable[[], argparse.ArgumentParser]) -> int:
+    """Flags that are given decide, then spec.follow of the document, then the defaults."""
+    wanted = options
+    if options.filename:
+        wanted = build().parse_args(words_of_document(options.filename, options.volume))
+    request, account = request_of(wanted), options.account
+    account.following, account.stages = True, range(request.topology.pipeline)
+
+    def given(name: str, default: float) -> float:
+        values = (getattr(each, name, None) for each in (options, wanted))
+        return next((value for value in values if value is not None), default)
+
+    def hear(outcome: Outcome, removed: list[int]) -> None:
+        account.converted(outcome)
+        text = outcome.sentence() + (f"\nremoved the results of iterations {removed}" if removed else "")
+        show({**outcome.document(), "removed": removed}, text, options)
+
+    how = Following(
+        keep=int(given("keep", 0)),
+        interval=given("interval", 30.0),
+        settle=given("settle", 10.0),
+        once=options.once,
+        stop_on_error=options.stop_on_error,
+    )
+    with served(account, options.progress_port) if options.progress_port else nullcontext(0):
+        patience = options.readiness_timeout if options.once else 0.0
+        late = _late(request, patience, how.settle, account)
+        code = watch(
+            request, how, reporter=lambda: Both(account, reporter(options.progress)), hear=hear, lament=account.lament
+        )
+    if late is not None and not code:
+        raise late
+    return code
+
+
+def _late(request: Request, patience: float, settle: float, account: Account) -> Ckpt2ptError | None:
+    """Why the newest checkpoint has not become whole in time; what is whole is converted nevertheless."""
+    try:
+        if patience > 0:
+            wait_until_whole(request, timeout=patience, settle=settle, account=account)
+    except InterruptedRunError:
+        raise
+    except Ckpt2ptError as error:
+        return error
+    return None

@@ -1,0 +1,74 @@
+"""The training that a conversion waits for, or follows: what its end means, and what is said until then.  Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ckpt2pt.conversion.spec import Conversion, Json
+from ckpt2pt.conversion.status import Ending
+from ckpt2pt_operator.rules.conditions import Standing
+from ckpt2pt_operator.rules.seen import Training
+from ckpt2pt_operator.rules.stages import Obstacle
+from ckpt2pt_operator.rules.views import child
+
+_UNWATCHED = Training(state="Unwatched")
+
+
+def awaited(document: Json) -> Json:
+    """The workload whose end a conversion waits for; an empty object where there is none, or not any more."""
+    spec, status = child(document, "spec"), child(document, "status")
+    if "follow" in spec:
+        over = "followEnd" in status or spec.get("dryRun") is True
+        return {} if over else child(spec, "follow", "until")
+    return {} if "startTime" in status else child(spec, "startAfter")
+
+
+def recognised(standing: Standing, training: Training | None) -> Standing:
+    """From now on it is this very training, and another one of its name is another."""
+    return replace(standing, training_uid=training.uid) if training and training.uid else standing
+
+
+def start(conversion: Conversion, standing: Standing, training: Training | None) -> Obstacle | Ending | None:
+    """What keeps a conversion from beginning, for now or for good; None once its training has succeeded."""
+    training = training or _UNWATCHED
+    name = _name(conversion.start_after or {})
+    if training.state == "Succeeded":
+        return None
+    if training.state == "Failed":
+        message = f"{name} failed, so there is nothing whole to convert: {training.message}"
+        return Ending(reason="TrainingFailed", message=message)
+    if training.state == "Missing" and standing.training_uid:
+        mend = "if it did, make the conversion anew without startAfter"
+        return Ending(reason="TrainingDeleted", message=f"{name} was deleted before it was seen to complete; {mend}")
+    if training.state == "Unwatched":
+        return _unwatched(name)
+    unknown = f"is not known yet{f' ({training.message})' if training.message else ''}"
+    known = {"Missing": "is not there yet", "Unknown": unknown}
+    what = known.get(training.state, f"runs: {training.message or 'not complete yet'}")
+    return Obstacle(reason="WaitingForTraining", message=f"{name} {what}")
+
+
+def follow_end(conversion: Conversion, standing: Standing, training: Training | None) -> str:
+    """How the training that is followed has ended, as it is recorded; empty while it has not."""
+    if standing.follow_end or conversion.follow is None or conversion.dry_run or training is None:
+        return standing.follow_end
+    if training.state in {"Succeeded", "Failed"}:
+        return training.state
+    return "Deleted" if training.state == "Missing" and standing.training_uid else ""
+
+
+def unfollowed(conversion: Conversion, standing: Standing, training: Training | None) -> Obstacle | None:
+    """The end of the training that is followed would not be noticed."""
+    follow = conversion.follow
+    if follow is None or follow.until is None or conversion.dry_run or standing.follow_end or training is not None:
+        return None
+    return _unwatched(_name(follow.until))
+
+
+def _unwatched(name: str) -> Obstacle:
+    mend = "add the kind to trainingKinds in the values of the chart"
+    return Obstacle(reason="TrainingKindUnknown", message=f"this operator does not watch {name}; {mend}")
+
+
+def _name(workload: Json) -> str:
+    return f"{workload.get('kind')} {workload.get('name')}"

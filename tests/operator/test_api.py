@@ -1,0 +1,169 @@
+"""What the operator's client sends, and what it makes of refusals, silence and nonsense."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from apiserver import Answer
+from ckpt2pt_operator.api import CLAIMS, CONVERSIONS, EVENTS, JOBS, PODS, Api, ApiError, Bucket
+from talking import api_of, talk
+
+CONVERSION_PATH = "/apis/ckpt2pt.dev/v1alpha1/namespaces/team/checkpointconversions/a"
+Use = Callable[[Api], Awaitable[object]]
+
+
+@pytest.mark.parametrize(
+    ("use", "method", "path", "body"),
+    [
+        (lambda api: api.get(CLAIMS, "team", "a"), "GET", "/api/v1/namespaces/team/persistentvolumeclaims/a", None),
+        (lambda api: api.list(PODS, "", limit="5"), "GET", "/api/v1/pods?limit=5", None),
+        (lambda api: api.create_object(JOBS, "team", {"a": 1}), "POST", "/apis/batch/v1/namespaces/team/jobs", {"a": 1}),
+        (lambda api: api.patch(EVENTS, "team", "e", {"count": 2}), "PATCH", "/api/v1/namespaces/team/events/e", {"count": 2}),
+        (lambda api: api.put_status(CONVERSIONS, "team", "a", {"b": 1}), "PUT", f"{CONVERSION_PATH}/status", {"b": 1}),
+        (
+            lambda api: api.delete(JOBS, "team", "a", uid="u"), "DELETE", "/apis/batch/v1/namespaces/team/jobs/a",
+            {"propagationPolicy": "Background", "preconditions": {"uid": "u"}},
+        ),
+        (lambda api: api.version(), "GET", "/version", None),
+    ],
+    ids=["get", "list", "create", "patch", "status", "delete", "version"],
+)  # fmt: skip
+def test_each_request(use: Use, method: str, path: str, body: object) -> None:
+    _, asked = talk(lambda *_: (200, {"gitVersion": "v1"}), use)
+    assert [one[:3] for one in asked] == [(method, path, body)]
+
+
+REFUSED = {"kind": "Status", "reason": "Forbidden", "message": "exceeded quota: none"}
+
+
+def refused(answer: Answer, **headers: str) -> ApiError:
+    async def use(api: Api) -> ApiError:
+        with pytest.raises(ApiError) as caught:
+            await api.create_object(JOBS, "team", {})
+        return caught.value
+
+    return talk(lambda *_: answer, use, **headers)[0]
+
+
+def test_a_refusal_is_told_in_the_servers_words() -> None:
+    error = refused((403, REFUSED))
+    assert (error.code, error.reason, error.message, error.passing) == (403, "Forbidden", "exceeded quota: none", False)
+
+
+@pytest.mark.parametrize("code", [408, 429, 500, 503])
+def test_what_may_pass_says_so(code: int) -> None:
+    assert refused((code, "a proxy says no")).passing
+
+
+def test_a_server_that_is_busy_says_how_long_to_wait() -> None:
+    assert refused((429, {}), Retry_After="7").pause == 7
+    assert refused((429, {"details": {"retryAfterSeconds": 3}})).pause == 3
+    assert refused((429, {}), Retry_After="86400").pause == 300, "but nobody holds us up for a day"
+
+
+@pytest.mark.parametrize("text", ["<html>please sign in</html>", "[1]", '"a"'])
+def test_an_answer_that_is_no_object_is_an_error(text: str) -> None:
+    error = refused((200, text))
+    assert (error.code, error.reason, error.passing) == (0, "NotJson", True)
+
+
+def test_a_server_that_is_not_there_is_an_error_that_passes() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+
+    async def use() -> ApiError:
+        api = api_of(url)
+        try:
+            with pytest.raises(ApiError) as caught:
+                await api.get(JOBS, "team", "a")
+        finally:
+            await api.close()
+        return caught.value
+
+    error = asyncio.run(use())
+    assert (error.code, error.passing) == (0, True)
+
+
+# --------------------------------------------------------------------------------------------------------------- watches
+
+
+def watched(text: str, status: int = 200) -> tuple[list[Any], ApiError | None]:
+    """The events of a watch whose stream is ``text``, and what ended it."""
+
+    async def use(api: Api) -> tuple[list[Any], ApiError | None]:
+        found: list[Any] = []
+        try:
+            async for event in api.watch(PODS, "", labelSelector="a=b"):
+                found.append(event)  # noqa: PERF401 - what came before it broke counts
+        except ApiError as error:
+            return found, error
+        return found, None
+
+    found, asked = talk(lambda *_: (status, text), use)
+    assert asked[0][1].startswith("/api/v1/pods?")
+    assert "watch=true" in asked[0][1]
+    return found
+
+
+def line(number: int, *, length: int = 0) -> str:
+    return json.dumps({"type": "ADDED", "object": {"number": number, "text": "x" * length}}) + "\n"
+
+
+def test_a_watch_gives_each_line_and_ends_with_the_server() -> None:
+    events, error = watched(line(1) + line(2))
+    assert [event["object"]["number"] for event in events] == [1, 2]
+    assert error is None
+
+
+def test_an_object_of_a_megabyte_does_not_end_a_watch() -> None:
+    events, error = watched(line(1, length=1 << 20) + line(2))
+    assert [event["object"]["number"] for event in events] == [1, 2]
+    assert error is None
+
+
+@pytest.mark.parametrize("text", [line(1) + line(2)[:-9], line(1) + "<html>\n", line(1) + "[]\n"])
+def test_a_watch_that_breaks_off_is_an_error_after_what_was_whole(text: str) -> None:
+    events, error = watched(text)
+    assert [event["object"]["number"] for event in events] == [1]
+    assert error
+    assert (error.code, error.passing) == (0, True)
+
+
+def test_a_line_without_end_is_refused() -> None:
+    events, error = watched("x" * (9 << 20))
+    assert not events
+    assert error
+    assert "more than" in error.message
+
+
+def test_a_watch_that_is_refused_says_why() -> None:
+    _, error = watched(json.dumps({"reason": "Expired", "message": "too old"}), 410)
+    assert error
+    assert (error.code, error.reason) == (410, "Expired")
+
+
+def test_requests_are_counted_by_verb_resource_and_code() -> None:
+    async def use(api: Api) -> float | None:
+        await api.list(PODS, "")
+        return api._metrics.registry.get_sample_value(
+            "ckpt2pt_operator_api_requests_total", {"verb": "list", "resource": "pods", "code": "200"}
+        )
+
+    assert talk(lambda *_: (200, {}), use)[0] == 1
+
+
+def test_writes_are_held_back_but_for_a_burst() -> None:
+    async def use() -> float:
+        bucket, began = Bucket(50.0, 5), time.monotonic()
+        for _ in range(15):
+            await bucket.take()
+        return time.monotonic() - began
+
+    assert asyncio.run(use()) >= 0.15

@@ -1,0 +1,158 @@
+"""Lists in pages, watches that go on where they were, and what is told of pods that ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from apiserver import Answer
+from ckpt2pt_operator.api import Api
+from ckpt2pt_operator.informer import PodInformer, refresh
+from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.store import Store
+from talking import talk
+
+Raw = dict[str, Any]
+
+
+def pod(uid: str, version: int = 1, **status: object) -> Raw:
+    labels = {"ckpt2pt.dev/conversion-uid": "u"}
+    meta = {"namespace": "team", "name": uid, "uid": uid, "resourceVersion": str(version), "labels": labels}
+    return {"metadata": meta, "status": status}
+
+
+def ended(code: int, message: str = "") -> Raw:
+    times = {"startedAt": "2026-01-02T03:04:05Z", "finishedAt": "2026-01-02T03:05:05Z"}
+    terminated = {"exitCode": code, "message": message, "reason": "Error" if code else "Completed", **times}
+    return {
+        "phase": "Failed" if code else "Succeeded",
+        "containerStatuses": [{"name": "convert", "state": {"terminated": terminated}}],
+    }
+
+
+RUNNING: Raw = {
+    "phase": "Running",
+    "containerStatuses": [{"name": "convert", "state": {"running": {"startedAt": "2026-01-02T03:04:05Z"}}}],
+}
+
+
+def event(kind: str, raw: Raw) -> str:
+    return json.dumps({"type": kind, "object": raw}) + "\n"
+
+
+class Pods:
+    """Two pages of pods, then one watch after another as they are scripted; the last one is the end of the test."""
+
+    def __init__(self, *watches: Answer, pages: tuple[Raw, ...] | None = None) -> None:
+        self.watches = list(watches)
+        self.lists = 0
+        self.versions: list[str] = []
+        self.over = asyncio.Event()
+        first: Raw = {"metadata": {"resourceVersion": "7", "continue": "more"}, "items": [pod("a")]}
+        self.pages = pages or (first, {"metadata": {"resourceVersion": "7"}, "items": [pod("b")]})
+
+    def __call__(self, method: str, path: str, body: Any) -> Answer:
+        query = {name: values[0] for name, values in parse_qs(urlsplit(path).query).items()}
+        assert query["labelSelector"] == "app.kubernetes.io/managed-by=ckpt2pt-operator"
+        if "watch" in query:
+            self.versions.append(query["resourceVersion"])
+            return self.watches.pop(0) if self.watches else (500, "the script is over")
+        self.lists += 1
+        return 200, self.pages[1 if query.get("continue") == "more" else 0]
+
+
+def follow(pods: Pods, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, Metrics, PodInformer]:
+    """Run an informer until the script is over."""
+    store, metrics = Store(lambda _: None), Metrics("0")
+    found: list[PodInformer] = []
+    real = asyncio.sleep
+
+    async def sleep(_: float) -> None:
+        await real(0)
+        if not pods.watches:
+            raise asyncio.CancelledError
+
+    async def use(api: Api) -> None:
+        informer = PodInformer(api, store, metrics, "")
+        found.append(informer)
+        monkeypatch.setattr(asyncio, "sleep", sleep)
+        try:
+            await informer.run()
+        except asyncio.CancelledError:
+            pass
+        finally:
+            monkeypatch.undo()
+
+    talk(pods, use)
+    return store, metrics, found[0]
+
+
+def test_every_page_is_read_and_a_watch_goes_on_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    pods = Pods(
+        (200, event("ADDED", pod("c", 9)) + event("DELETED", pod("a", 10))), (200, event("BOOKMARK", pod("", 30)))
+    )
+    store, _, informer = follow(pods, monkeypatch)
+    assert sorted(found.uid for found in store.pods("u")) == ["b", "c"]
+    assert pods.versions == ["7", "10", "30"], "a watch that the server ends is begun again where it was"
+    assert pods.lists == 2
+    assert informer.synced.is_set()
+
+
+def test_a_version_that_is_too_old_is_listed_anew_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = event("ERROR", {"code": 410, "reason": "Expired", "message": "too old"})
+    pods = Pods((200, gone), (200, event("ADDED", pod("c", 9))))
+    store, _, _ = follow(pods, monkeypatch)
+    assert pods.lists == 4
+    assert sorted(found.uid for found in store.pods("u")) == ["a", "b", "c"]
+
+
+def test_what_a_new_list_does_not_name_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = event("ADDED", pod("lost", 8)) + event("ERROR", {"code": 410, "reason": "Expired"})
+    store, _, _ = follow(Pods((200, gone), (200, "")), monkeypatch)
+    assert sorted(found.uid for found in store.pods("u")) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "broken", [(200, event("ADDED", pod("c", 9))[:-20]), (200, "<html>\n"), (503, "busy"), (429, {})]
+)
+def test_a_watch_that_breaks_is_begun_anew_and_says_so(broken: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pods = Pods(broken, (200, event("ADDED", pod("d", 12))))
+    store, _, informer = follow(pods, monkeypatch)
+    assert "d" in {found.uid for found in store.pods("u")}
+    assert informer.trouble, "the last watch of the script was refused"
+
+
+def test_a_worker_that_ends_is_counted_once_with_a_reason_that_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    report = json.dumps({"version": 1, "exitCode": 65, "reason": "ChosenByAUser", "message": "m"})
+    told = "".join(
+        event("MODIFIED", pod(uid, version, **status))
+        for version, (uid, status) in enumerate(
+            [("a", RUNNING), ("b", RUNNING), ("a", ended(0)), ("a", ended(0)), ("b", ended(65, report))], 10
+        )
+    )
+    _, metrics, _ = follow(Pods((200, told)), monkeypatch)
+    found = {
+        (sample.labels["result"], sample.labels["reason"]): sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "ckpt2pt_operator_stage_attempts_total"
+    }
+    assert found == {("Succeeded", "Converted"): 1, ("Failed", "Other"): 1}
+
+
+def test_what_was_deleted_while_nobody_listened_is_forgotten() -> None:
+    store = Store(lambda _: None)
+
+    def answer(_: str, path: str, __: Any) -> Answer:
+        kept = {"metadata": {"namespace": "team", "name": "kept", "uid": "k", "resourceVersion": "3"}}
+        return 200, {"metadata": {}, "items": [kept] if "checkpointconversions" in path else []}
+
+    for name in ("kept", "gone"):
+        store.put_conversion({"metadata": {"namespace": "team", "name": name, "uid": name[0], "resourceVersion": "1"}})
+    talk(answer, lambda api: refresh(api, store, ()))
+    assert list(store.conversions) == [("team", "kept")]
+    assert store.conversions["team", "kept"]["kind"] == "CheckpointConversion", "items of a list have no kind"

@@ -1,0 +1,94 @@
+"""The process: what ends it, and with which code.  The whole of it runs in tests/cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from apiserver import Answer, Server
+from ckpt2pt import __version__
+from ckpt2pt_operator import main as module
+from ckpt2pt_operator.api import ApiError
+from ckpt2pt_operator.main import Operator, main
+from ckpt2pt_operator.settings import read
+
+IMAGE = ["--worker-image", "i:1", "--metrics-port", "0"]
+
+
+def run(tmp_path: Path, answer: Any, *flags: str) -> tuple[int, list[dict[str, Any]]]:
+    """The operator as a process against a server; its exit code and what it logged."""
+    server = Server(answer)
+    cluster = {"name": "c", "cluster": {"server": server.url}}
+    context = {"name": "c", "context": {"cluster": "c", "user": "c"}}
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [cluster],
+        "contexts": [context],
+        "current-context": "c",
+    }
+    file = tmp_path / "kubeconfig"
+    file.write_text(json.dumps({**config, "users": [{"name": "c", "user": {"token": "t"}}]}))
+    with server.running():
+        done = subprocess.run(
+            [sys.executable, "-m", "ckpt2pt_operator.main", *IMAGE, *flags],
+            env={**os.environ, "KUBECONFIG": str(file)}, capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    return done.returncode, [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+
+
+def test_a_right_that_is_missing_ends_it_and_is_named(tmp_path: Path) -> None:
+    def answer(_: str, path: str, body: Any) -> Answer:
+        if "selfsubjectaccessreviews" in path:
+            attributes = body["spec"]["resourceAttributes"]
+            return 201, {"status": {"allowed": (attributes["verb"], attributes["resource"]) != ("delete", "jobs")}}
+        return 200, {"gitVersion": "v1.36.3", "items": [], "metadata": {}}
+
+    code, logged = run(tmp_path, answer)
+    assert code == 1
+    assert logged[-1]["level"] == "CRITICAL"
+    assert "delete jobs.batch in all namespaces: see the RBAC of the chart" in logged[-1]["message"]
+
+
+def test_a_cluster_without_the_kind_is_waited_for_and_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_CRD_SECONDS", 0.0)
+
+    class Nothing:
+        async def version(self) -> str:
+            return "v1"
+
+        async def list(self, *_: object, **__: object) -> object:
+            raise ApiError(404, "NotFound", "the server could not find the requested resource")
+
+    async def prove() -> None:
+        operator = Operator(read(IMAGE, {}))
+        await asyncio.sleep(0.01)
+        await operator._prove(Nothing())  # type: ignore[arg-type]
+
+    with pytest.raises(module.CannotServeError, match=r"apply crds/ of this version"):
+        asyncio.run(prove())
+
+
+def test_a_wrong_flag_is_told_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 64
+    assert "no image is given for the workers" in capsys.readouterr().err
+
+
+def test_it_tells_its_version() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ckpt2pt_operator.main", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["ckpt2pt-operator", __version__]
+
+
+def test_settings_are_logged_at_the_start(tmp_path: Path) -> None:
+    code, logged = run(tmp_path, lambda *_: (201, {"items": [], "metadata": {}, "status": {"allowed": False}}))
+    assert code == 1
+    assert logged[0]["settings"]["worker_image"] == "i:1"

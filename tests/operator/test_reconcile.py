@@ -1,0 +1,246 @@
+"""One look: the status first and only if it is news, then what follows; the API server may say no at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from apiserver import Answer, Server
+from ckpt2pt_operator.api import ApiError
+from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.reconcile import Reconciler, steady
+from ckpt2pt_operator.rules.seen import House
+from ckpt2pt_operator.store import Store, key_of
+from documents import changed
+from statuses import told
+from talking import api_of
+
+Raw = dict[str, Any]
+HOUSE = House(image="ckpt2pt:1")
+
+
+def conversion(*changes: tuple[str, object]) -> Raw:
+    document: Raw = changed(("spec.parallelism.pipeline", 4), *changes)
+    document["metadata"] |= {"uid": "u", "namespace": "team", "generation": 1, "resourceVersion": "1"}
+    return document
+
+
+class World:
+    """An API server with one conversion, its claim and its Jobs; ``refuses`` answers in its place where it says anything."""
+
+    def __init__(self, *changes: tuple[str, object]) -> None:
+        self.conversion = conversion(*changes)
+        self.objects: dict[str, Raw] = {}
+        self.refuses: Callable[[str, str], Answer | None] = lambda *_: None
+        self.version = 1
+        self.metrics = Metrics("0")
+
+    def answer(self, method: str, path: str, body: Any) -> Answer:
+        path = path.partition("?")[0]
+        refused = self.refuses(method, path)
+        if refused:
+            return refused
+        if "/persistentvolumeclaims/" in path:
+            return 200, {"status": {"phase": "Bound", "accessModes": ["ReadWriteMany"]}}
+        if path.endswith("/status"):
+            if body["metadata"]["resourceVersion"] != self.conversion["metadata"]["resourceVersion"]:
+                return 409, {"reason": "Conflict"}
+            self.conversion = {**body, "metadata": {**body["metadata"], "resourceVersion": self._next()}}
+            return 200, self.conversion
+        if path.endswith("/jobs") and method == "POST":
+            name = body["metadata"]["name"]
+            if name in self.objects:
+                return 409, {"reason": "AlreadyExists"}
+            meta = {
+                **body["metadata"],
+                "uid": f"uid-of-{name}",
+                "resourceVersion": self._next(),
+                "creationTimestamp": "2026-01-02T03:04:05Z",
+            }
+            self.objects[name] = {**body, "metadata": meta}
+            return 201, self.objects[name]
+        if "/jobs/" in path and method == "GET":
+            found = self.objects.get(path.rsplit("/", 1)[1])
+            return (200, found) if found else (404, {"reason": "NotFound"})
+        if path.endswith("/events"):
+            return (200, {"items": []}) if method == "GET" else (201, {"metadata": {"name": "e"}})
+        raise AssertionError(f"{method} {path}")
+
+    def _next(self) -> str:
+        self.version += 1
+        return str(self.version)
+
+    def look(self, times: int = 1, *, anew: bool = False) -> tuple[list[str], float | None]:
+        """Look so often; what was asked, as ``PUT demo/status``, and when the last look wants the next.
+
+        ``anew`` knows nothing but the conversion each time, as an operator that was just started.
+        """
+        server = Server(self.answer)
+
+        async def run() -> float | None:
+            api, again = api_of(server.url, self.metrics), None
+            store = Store(lambda _: None)
+            reconciler = Reconciler(api, store, self.metrics, HOUSE, check_volumes=True)
+            try:
+                for _ in range(times):
+                    if anew:
+                        store = Store(lambda _: None)
+                        reconciler = Reconciler(api, store, self.metrics, HOUSE, check_volumes=True)
+                    store.put_conversion(self.conversion)
+                    again = await reconciler.reconcile(key_of(self.conversion))
+            finally:
+                await reconciler.close()
+                await api.close()
+            return again
+
+        with server.running():
+            again = asyncio.run(run())
+        return [
+            f"{method} {'/'.join(path.partition('?')[0].split('/')[-2:])}" for method, path, *_ in server.asked
+        ], again
+
+    @property
+    def status(self) -> Raw:
+        found: Raw = self.conversion.get("status", {})
+        return found
+
+
+WRITES = ("PUT", "POST", "PATCH", "DELETE")
+
+
+def writes(asked: list[str]) -> list[str]:
+    return [one for one in asked if one.startswith(WRITES)]
+
+
+def test_the_status_is_written_before_the_job_is_made() -> None:
+    world = World()
+    asked, _ = world.look(2)
+    assert writes(asked) == ["PUT demo/status", "POST team/jobs", "PUT demo/status", "POST team/events"]
+    assert list(world.objects) == ["demo-1"]
+    assert world.status["jobUID"] == "uid-of-demo-1"
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["running", "restarted"])
+def test_at_rest_nothing_is_written(anew: bool) -> None:
+    world = World()
+    world.look(3)
+    asked, _ = world.look(5, anew=anew)
+    assert writes(asked) == []
+
+
+def test_a_job_that_an_earlier_life_made_is_taken_over() -> None:
+    world = World()
+    world.look()
+    world.conversion.pop("status")
+    world.look(2)
+    assert list(world.objects) == ["demo-1"]
+    assert world.status["jobUID"] == "uid-of-demo-1"
+
+
+def test_a_job_of_somebody_else_is_left_alone_and_named() -> None:
+    world = World()
+    world.objects["demo-1"] = {"metadata": {"name": "demo-1", "uid": "x", "ownerReferences": []}}
+    asked, _ = world.look()
+    assert told(world.status, "Failed") == ("True", "NameConflict")
+    assert "delete it, or choose another name" in json.dumps(world.status)
+    assert "DELETE" not in " ".join(asked)
+
+
+def test_a_job_of_an_earlier_conversion_of_this_name_is_waited_for() -> None:
+    world = World()
+    labels = {"app.kubernetes.io/managed-by": "ckpt2pt-operator"}
+    owner = [{"controller": True, "uid": "before"}]
+    world.objects["demo-1"] = {"metadata": {"name": "demo-1", "uid": "x", "labels": labels, "ownerReferences": owner}}
+    with pytest.raises(ApiError) as caught:
+        world.look()
+    assert (caught.value.code, caught.value.pause) == (409, 2.0)
+
+
+QUOTA = {"reason": "Forbidden", "message": "exceeded quota: none, requested: count/jobs.batch=1"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason", "phase"),
+    [
+        ((403, QUOTA), "QuotaExceeded", "Pending"),
+        ((403, {"message": "admission webhook says no"}), "JobRefused", "Pending"),
+        ((422, {"message": "spec.template: Invalid value"}), "InvalidSpec", "Failed"),
+    ],
+)
+def test_a_job_that_the_api_server_refuses_is_told_in_its_words(answer: Answer, reason: str, phase: str) -> None:
+    world = World()
+    world.refuses = lambda method, path: answer if (method, path.endswith("/jobs")) == ("POST", True) else None
+    _, again = world.look()
+    assert (world.status["phase"], told(world.status, "Ready")[1]) == (phase, reason)
+    assert str(answer[1]["message"]) in json.dumps(world.status)  # type: ignore[index]
+    assert (again is not None) == (phase == "Pending")
+    asked, _ = world.look(4)
+    assert "PUT demo/status" not in asked, "the same refusal again is no news"
+
+
+@pytest.mark.parametrize("code", [409, 429, 500, 503])
+def test_when_the_status_cannot_be_written_nothing_else_is_done(code: int) -> None:
+    world = World()
+    world.refuses = lambda method, _: (code, {"reason": "No"}) if method == "PUT" else None
+    with pytest.raises(ApiError) as caught:
+        world.look()
+    assert caught.value.code == code
+    assert not world.objects
+
+
+def test_a_conversion_that_is_gone_is_nothing_to_worry_about() -> None:
+    world = World()
+    world.refuses = lambda method, _: (404, {"reason": "NotFound"}) if method == "PUT" else None
+    _, again = world.look()
+    assert again is None or again > 0, "no error, and no hurry"
+
+
+def test_one_that_is_being_deleted_is_left_to_the_api_server() -> None:
+    world = World()
+    world.conversion["metadata"]["deletionTimestamp"] = "2026-01-02T03:04:05Z"
+    assert world.look() == ([], None)
+
+
+def test_a_document_that_describes_nothing_is_refused_once() -> None:
+    world = World(("spec.parallelism.pipeline", 3))
+    world.look(3)
+    assert told(world.status, "Accepted") == ("False", "InvalidSpec")
+    assert not world.objects
+    assert writes(world.look(2)[0]) == []
+
+
+def test_without_the_right_to_look_at_claims_it_goes_on() -> None:
+    world = World()
+    world.refuses = lambda _, path: (403, {}) if "/persistentvolumeclaims/" in path else None
+    world.look(2)
+    assert told(world.status, "VolumesReady") == ("Unknown", "NotChecked")
+    assert list(world.objects) == ["demo-1"]
+
+
+def test_a_missing_claim_is_looked_for_again_and_again_but_told_once() -> None:
+    world = World()
+    world.refuses = lambda _, path: (404, {"reason": "NotFound"}) if "/persistentvolumeclaims/" in path else None
+    world.look()
+    assert told(world.status, "VolumesReady") == ("False", "PVCNotFound")
+    asked, again = world.look(3)
+    assert writes(asked) == []
+    assert again
+    assert again <= 15
+
+
+def test_numbers_alone_are_no_reason_to_write() -> None:
+    stage = {"stage": 0, "state": "Running", "bytes": 1, "throughput": 5, "bytesTotal": 9}
+    one: Raw = {"phase": "Running", "progress": "1%", "bytesDone": 1, "stageStatuses": [stage]}
+    other = {**one, "progress": "2%", "bytesDone": 2, "stageStatuses": [{**stage, "bytes": 2}]}
+    assert steady(one) == steady(other)
+    assert steady(one) != steady({**one, "stageStatuses": [{**stage, "state": "Failed"}]})
+
+
+def test_what_a_newer_schema_has_stays_in_the_object() -> None:
+    world = World(("spec.fieldOfTomorrow", 1))
+    world.look()
+    assert world.conversion["spec"]["fieldOfTomorrow"] == 1

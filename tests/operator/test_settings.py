@@ -1,0 +1,78 @@
+"""Flags, variables and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ckpt2pt.errors import FileAccessError, UsageError
+from ckpt2pt_operator.settings import read
+
+IMAGE = ["--worker-image", "i:1"]
+
+
+def test_defaults_are_those_of_the_chart() -> None:
+    found = read(IMAGE, {})
+    assert found.namespaces == ()
+    assert (found.qps, found.burst, found.concurrency, found.resync_seconds) == (20.0, 40, 4, 300.0)
+    assert (found.leader_elect, found.training_trigger, found.check_volumes) == (False, False, True)
+    assert (found.log_format, found.log_level, found.metrics_port) == ("json", "info", 8080)
+
+
+def test_each_flag_is_a_variable_and_the_flag_counts() -> None:
+    environ = {
+        "CKPT2PT_WORKER_IMAGE": "i:2",
+        "CKPT2PT_QPS": "7",
+        "CKPT2PT_LEADER_ELECT": "yes",
+        "CKPT2PT_NAMESPACE": "a, b,a",
+    }
+    found = read([], environ)
+    assert (found.worker_image, found.qps, found.leader_elect, found.namespaces) == ("i:2", 7.0, True, ("a", "b"))
+    found = read([*IMAGE, "--qps", "3", "--no-leader-elect", "--namespace", "c"], environ)
+    assert (found.worker_image, found.qps, found.leader_elect, found.namespaces) == ("i:1", 3.0, False, ("c",))
+
+
+def test_files_are_read(tmp_path: Path) -> None:
+    defaults, kinds = tmp_path / "defaults.yaml", tmp_path / "kinds.yaml"
+    defaults.write_text("nodeSelector: {disk: fast}")
+    kinds.write_text(
+        "- {apiVersion: batch/v1, kind: Job, plural: jobs, succeeded: {conditions: [Complete]}, failed: {conditions: [Failed]}}"
+    )
+    found = read([*IMAGE, "--worker-defaults", str(defaults), "--training-kinds", str(kinds)], {})
+    assert found.worker_defaults == {"nodeSelector": {"disk": "fast"}}
+    assert [kind.plural for kind in found.training_kinds] == ["jobs"]
+
+
+def test_without_an_image_nothing_begins() -> None:
+    with pytest.raises(UsageError, match="no image is given") as caught:
+        read([], {})
+    assert "--worker-image" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("text", "what"), [("[1]", "is not a mapping"), ("{", "is not YAML"), ("a: \x00", "is not YAML")]
+)
+def test_a_file_of_another_kind_is_refused(text: str, what: str, tmp_path: Path) -> None:
+    file = tmp_path / "defaults.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=what) as caught:
+        read([*IMAGE, "--worker-defaults", str(file)], {})
+    assert caught.value.where == str(file)
+
+
+def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileAccessError, match="No such file"):
+        read([*IMAGE, "--worker-defaults", str(tmp_path / "nowhere")], {})
+
+
+def test_a_wrong_flag_ends_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read([*IMAGE, "--log-format", "xml"], {})
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_everything_is_told_in_the_log() -> None:
+    found = read(IMAGE, {})
+    assert found.told()["worker_image"] == "i:1"
+    assert set(found.told()) == {field for field in found.__slots__ if not field.startswith("_")}

@@ -1,0 +1,115 @@
+"""What is remembered of the cluster, and who is told of a change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ckpt2pt_operator.rules.views import child, job_view, pod_view
+from ckpt2pt_operator.store import Key, Store, key_of, version_of
+
+Raw = dict[str, Any]
+KEY = ("team", "demo")
+
+
+class Watched:
+    def __init__(self) -> None:
+        self.told: list[Key] = []
+        self.store = Store(self.told.append)
+
+    def news(self) -> list[Key]:
+        found, self.told[:] = list(self.told), []
+        return found
+
+
+@pytest.fixture
+def watched() -> Watched:
+    return Watched()
+
+
+def conversion(version: int = 1, uid: str = "u", **more: object) -> Raw:
+    meta = {"namespace": "team", "name": "demo", "uid": uid, "resourceVersion": str(version)}
+    return {"metadata": meta, **more}
+
+
+def job(uid: str = "j", version: int = 1, owner: str = "u") -> Raw:
+    owners = [{"controller": True, "uid": owner}]
+    meta = {
+        "namespace": "team",
+        "name": "demo-1",
+        "uid": uid,
+        "resourceVersion": str(version),
+        "ownerReferences": owners,
+    }
+    return {"metadata": meta}
+
+
+def pod(uid: str = "p", owner: str = "u", namespace: str = "team") -> Raw:
+    return {
+        "metadata": {"namespace": namespace, "name": uid, "uid": uid, "labels": {"ckpt2pt.dev/conversion-uid": owner}}
+    }
+
+
+def test_an_older_version_is_not_news(watched: Watched) -> None:
+    watched.store.put_conversion(conversion(5))
+    watched.store.put_conversion(conversion(5))
+    watched.store.put_conversion(conversion(4))
+    assert watched.news() == [KEY]
+    watched.store.put_conversion(conversion(6))
+    assert watched.news() == [KEY]
+    assert version_of(watched.store.conversions[KEY]) == 6
+
+
+def test_one_that_was_made_anew_takes_the_place_of_the_old_whatever_their_versions(watched: Watched) -> None:
+    watched.store.put_conversion(conversion(9, uid="old"))
+    watched.store.put_conversion(conversion(3, uid="new"))
+    assert child(watched.store.conversions[KEY], "metadata")["uid"] == "new"
+    watched.store.drop_conversion(conversion(10, uid="old"))
+    assert KEY in watched.store.conversions, "the late news of the old one's end is not of the new one"
+
+
+def test_jobs_and_pods_wake_the_conversion_they_belong_to(watched: Watched) -> None:
+    watched.store.put_job(job_view(job()))
+    assert watched.news() == [], "nobody is known whose it is"
+    watched.store.put_conversion(conversion())
+    watched.news()
+    watched.store.put_job(job_view(job(version=2)))
+    watched.store.put_pod(pod_view(pod()))
+    assert watched.news() == [KEY, KEY]
+    watched.store.put_job(job_view(job(version=1)))
+    assert watched.news() == [], "an older version of a Job is not news"
+    watched.store.drop_pod(pod_view(pod()))
+    watched.store.drop_pod(pod_view(pod()))
+    assert watched.news() == [KEY], "what is gone goes once"
+    assert [found.uid for found in watched.store.jobs("u")] == ["j"]
+    watched.store.drop_job(job_view(job()))
+    assert watched.store.jobs("u") == ()
+
+
+def test_after_a_new_list_the_pods_that_are_not_in_it_are_gone(watched: Watched) -> None:
+    watched.store.put_conversion(conversion())
+    for name, namespace in (("a", "team"), ("b", "team"), ("c", "other")):
+        watched.store.put_pod(pod_view(pod(name, namespace=namespace)))
+    watched.store.keep_pods("team", ["a"])
+    assert sorted(found.uid for found in watched.store.pods("u")) == ["a", "c"]
+    watched.store.keep_pods("", [])
+    assert watched.store.pods("u") == ()
+
+
+def test_nothing_is_kept_of_what_is_gone(watched: Watched) -> None:
+    for number in range(50):
+        uid = f"u{number}"
+        watched.store.put_conversion(conversion(number + 1, uid=uid))
+        watched.store.put_job(job_view(job(f"j{number}", owner=uid)))
+        watched.store.put_pod(pod_view(pod(f"p{number}", owner=uid)))
+        watched.store.drop_pod(pod_view(pod(f"p{number}", owner=uid)))
+        watched.store.drop_job(job_view(job(f"j{number}", owner=uid)))
+        watched.store.drop_conversion(conversion(number + 1, uid=uid))
+    kept = {name: value for name, value in vars(watched.store).items() if isinstance(value, dict)}
+    assert not any(kept.values()), kept
+
+
+def test_the_key_of_anything() -> None:
+    assert key_of(conversion()) == KEY
+    assert key_of({}) == ("", "")

@@ -1,0 +1,126 @@
+"""What is remembered of trainings, and whom their events wake.  What the API server does is tested in tests/cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from ckpt2pt_operator.api import Api
+from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.rules.seen import Training
+from ckpt2pt_operator.rules.trainings import Kind, kinds, workload
+from ckpt2pt_operator.store import Key, Store
+from ckpt2pt_operator.trainings import Trainings
+from documents import changed
+
+Raw = dict[str, Any]
+AFTER: Raw = {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}
+
+
+@pytest.fixture
+def kind() -> Kind:
+    row: Raw = {"apiVersion": "batch/v1", "kind": "Job", "plural": "jobs"}
+    signs: Raw = {"succeeded": {"conditions": ["Complete"]}, "failed": {"conditions": ["Failed"]}}
+    return kinds([row | signs])[0]
+
+
+class Watched:
+    """Trainings of one kind, and one conversion that waits for one of them."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind, self.woken = kind, list[Key]()
+        self.store = Store(lambda _: None)
+        self.conversion: Raw = changed(("spec.startAfter", AFTER))
+        self.conversion["metadata"] |= {"namespace": "team", "uid": "c", "resourceVersion": "1"}
+        self.store.put_conversion(self.conversion)
+        nobody = cast("Api", None)
+        self.trainings = Trainings(
+            nobody, self.store, Metrics("0"), [kind], [], trigger=False, changed=self.woken.append
+        )
+        [self.watch] = self.trainings.informers
+        self.watch.synced.set()
+
+    def job(self, uid: str, condition: str = "", name: str = "pretrain") -> Raw:
+        found = [{"type": condition, "status": "True"}] if condition else []
+        return {"metadata": {"name": name, "namespace": "team", "uid": uid}, "status": {"conditions": found}}
+
+    def look(self, seen: str = "") -> Training | None:
+        """As the conversion sees it whose status knows that uid."""
+        status = {"status": {"trainingUID": seen}} if seen else {}
+        return asyncio.run(self.trainings.look({**self.conversion, **status}, AFTER))
+
+
+@pytest.fixture
+def watched(kind: Kind) -> Watched:
+    return Watched(kind)
+
+
+def test_it_stands_as_it_was_last_seen(watched: Watched) -> None:
+    assert watched.look() == Training(state="Missing")
+    watched.watch.put(watched.job("a"))
+    assert watched.look() == Training(state="Running", uid="a")
+    watched.watch.put(watched.job("a", "Complete"))
+    assert watched.look("a") == Training(state="Succeeded", uid="a")
+    watched.watch.put(watched.job("a", "Failed"))
+    assert watched.look("a") == Training(state="Failed", uid="a")
+
+
+@pytest.mark.parametrize(("condition", "state"), [("Complete", "Succeeded"), ("Failed", "Failed"), ("", "Missing")])
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "replaced"])
+def test_how_one_ended_that_is_gone_is_known_to_whoever_has_seen_it(
+    watched: Watched, condition: str, state: str, again: bool
+) -> None:
+    watched.watch.put(watched.job("a"))
+    watched.watch.put(watched.job("a", condition))
+    watched.watch.drop(watched.job("a", condition))
+    if again:
+        watched.watch.put(watched.job("b"))
+    found = watched.look("a")
+    assert found is not None
+    assert found.state == state
+    other = watched.look()
+    assert other is not None
+    assert other.state == ("Running" if again else "Missing"), "to a new conversion it is another training"
+
+
+def test_one_that_was_replaced_between_two_lists(watched: Watched) -> None:
+    watched.watch.put(watched.job("a", "Complete"))
+    watched.watch.put(watched.job("b"))
+    assert watched.look("a") == Training(state="Succeeded", uid="a")
+
+
+def test_not_too_many_are_remembered(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckpt2pt_operator.trainings._REMEMBERED", 2)
+    for uid in "abc":
+        watched.watch.put(watched.job(uid, "Complete"))
+        watched.watch.drop(watched.job(uid, "Complete"))
+    assert [getattr(watched.look(uid), "state", "") for uid in "abc"] == ["Missing", "Succeeded", "Succeeded"]
+
+
+def test_events_wake_whoever_waits_for_that_one(watched: Watched) -> None:
+    watched.watch.put(watched.job("x", name="other"))
+    assert watched.woken == []
+    watched.watch.put(watched.job("a"))
+    watched.watch.put(watched.job("a"))
+    assert watched.woken == [("team", "demo")]
+    watched.watch.drop(watched.job("a"))
+    assert len(watched.woken) == 2
+
+
+def test_a_list_wakes_whoever_waits_for_one_that_is_not_in_it(watched: Watched) -> None:
+    watched.watch.keep([])
+    assert watched.woken == [("team", "demo")], "it may have been deleted while nobody watched"
+
+
+def test_before_the_first_list_nothing_is_known(watched: Watched) -> None:
+    watched.watch.synced.clear()
+    assert watched.look() == Training(state="Unknown")
+    watched.watch.trouble = "404 NotFound"
+    assert watched.look() == Training(state="Unknown", message="404 NotFound")
+
+
+def test_a_kind_that_is_not_in_the_table(watched: Watched) -> None:
+    assert asyncio.run(watched.trainings.look(watched.conversion, {**AFTER, "kind": "CronJob"})) is None
+    assert workload(watched.job("a"), watched.kind).uid == "a"

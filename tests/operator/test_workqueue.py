@@ -1,0 +1,134 @@
+"""The queue: each key once, one at a time, in time, later after each failure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from ckpt2pt_operator.workqueue import WorkQueue
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 20))
+
+
+async def nothing_comes(queue: WorkQueue[str], seconds: float = 0.05) -> bool:
+    try:
+        await asyncio.wait_for(queue.get(), seconds)
+    except TimeoutError:
+        return True
+    return False
+
+
+def test_a_key_that_is_added_often_waits_once() -> None:
+    async def work() -> None:
+        queue: WorkQueue[str] = WorkQueue()
+        for _ in range(1000):
+            queue.add("a")
+        assert len(queue) == 1
+        assert (await queue.get())[0] == "a"
+        assert await nothing_comes(queue)
+
+    run(work())
+
+
+def test_a_key_that_changes_while_it_is_handled_is_handled_again_and_never_twice_at_a_time() -> None:
+    async def work() -> None:
+        queue: WorkQueue[str] = WorkQueue()
+        queue.add("a")
+        await queue.get()
+        queue.add("a")
+        assert await nothing_comes(queue), "it is being handled"
+        queue.done("a")
+        assert (await asyncio.wait_for(queue.get(), 1))[0] == "a"
+        queue.done("a")
+        assert await nothing_comes(queue)
+
+    run(work())
+
+
+def test_a_later_time_does_not_put_off_an_earlier_one_and_an_earlier_one_counts() -> None:
+    async def work() -> None:
+        queue: WorkQueue[str] = WorkQueue()
+        queue.add("a", 0.0)
+        queue.add("a", 60.0)
+        assert (await asyncio.wait_for(queue.get(), 1))[0] == "a"
+        queue.done("a")
+        queue.add("b", 60.0)
+        assert await nothing_comes(queue)
+        queue.add("b")
+        assert (await asyncio.wait_for(queue.get(), 1))[0] == "b"
+
+    run(work())
+
+
+def test_keys_come_when_they_are_due() -> None:
+    async def work() -> None:
+        queue: WorkQueue[str] = WorkQueue()
+        queue.add("late", 0.2)
+        queue.add("soon", 0.1)
+        assert queue.ready(asyncio.get_running_loop().time()) == 0
+        found = [(await queue.get())[0] for _ in range(2)]
+        assert found == ["soon", "late"]
+
+    run(work())
+
+
+def test_pauses_double_with_failures_in_a_row_up_to_two_minutes() -> None:
+    async def work() -> None:
+        queue: WorkQueue[str] = WorkQueue()
+        pauses = [queue.retry("a") for _ in range(12)]
+        for number, pause in enumerate(pauses):
+            wanted = min(0.5 * 2**number, 120)
+            assert 0.8 * wanted <= pause <= 1.2 * wanted
+        queue.forget("a")
+        assert queue.retry("a") <= 0.6
+        assert queue.retry("a", at_least=30) == 30
+
+    run(work())
+
+
+def test_what_is_discarded_does_not_come() -> None:
+    async def work() -> None:
+        queue: WorkQueue[str] = WorkQueue()
+        queue.add("a")
+        queue.discard("a")
+        assert await nothing_comes(queue)
+        assert len(queue) == 0
+
+    run(work())
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_no_change_is_lost_whatever_the_order(workers: int) -> None:
+    async def work() -> None:
+        queue: WorkQueue[int] = WorkQueue()
+        version, handled, busy = [0] * 20, [0] * 20, set[int]()
+
+        async def worker() -> None:
+            while True:
+                key, _ = await queue.get()
+                assert key not in busy
+                busy.add(key)
+                seen = version[key]
+                await asyncio.sleep(0.001 * (key % 3))
+                handled[key] = seen
+                busy.discard(key)
+                queue.done(key)
+
+        tasks = [asyncio.create_task(worker()) for _ in range(workers)]
+        for step in range(400):
+            version[step * 7 % 20] += 1
+            queue.add(step * 7 % 20)
+            if step % 5 == 0:
+                await asyncio.sleep(0.001)
+        while handled != version:
+            assert not any(task.done() for task in tasks)
+            await asyncio.sleep(0.01)
+        for task in tasks:
+            task.cancel()
+
+    run(work())
