@@ -25,6 +25,7 @@ _MAX_LINE = 8 << 20
 _MAX_PAUSE = 300.0
 _TRIES = 7
 """Of what is asked patiently: a quarter of a minute in all, or as long as the API server asks for."""
+_FORBIDDEN = 403
 _MERGE_PATCH = "application/merge-patch+json"
 _WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
@@ -135,6 +136,19 @@ class Api:
         """Delete that very object, and what it owns in the background."""
         body: Json = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         return await self._request("DELETE", resource, namespace, name, body=body)
+
+    async def is_ending(self, namespace: str) -> bool:
+        """Whether a namespace is being deleted, so that nothing can be made in it: asked without making anything."""
+        about = {"kind": "Namespace", "name": namespace, "namespace": namespace}
+        event: Json = {"metadata": {"generateName": "ckpt2pt-"}, "involvedObject": about, "type": "Normal"}
+        try:
+            await self._request("POST", EVENTS, namespace, query={"dryRun": "All"}, body=event)
+        except ApiError as error:
+            if error.code == _FORBIDDEN and "being terminated" in error.message:
+                return True
+            if error.code != _FORBIDDEN:
+                raise
+        return False
 
     async def review_access(self, attributes: Json) -> Json:
         """May this operator do that."""

@@ -8,6 +8,7 @@ import socket
 import uuid
 from pathlib import Path
 
+import aiohttp
 from kubernetes.aio import client
 from kubernetes.aio.leaderelection import electionconfig, leaderelection
 from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
@@ -16,20 +17,44 @@ from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 from ckpt2pt_operator.api import Api
 
 LEASE_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 15, 10, 2  # whole: the Lease holds integers
+_REQUEST_SECONDS = 3.0
+_BROKEN = (aiohttp.ClientError, OSError)  # a TimeoutError is an OSError
 _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
 class Lock(LeaseLock):
-    """The client's own, but for its way to create: version 37 passes ``pretty=True`` where only text is taken."""
+    """The client's own, but for what it does not expect of a network: no answer, a broken one, and one that never comes.
+
+    Each of these is a failure like any other, and tried again until the lease is lost.
+    """
+
+    async def get(
+        self, name: str, namespace: str
+    ) -> tuple[bool, LeaderElectionRecord] | tuple[bool, Exception] | tuple[bool, None]:
+        """True and the record of the holder; False and why there is none."""
+        try:
+            async with asyncio.timeout(_REQUEST_SECONDS):
+                return await super().get(name, namespace)
+        except _BROKEN as error:
+            return False, client.ApiException(status=0, reason=str(error) or type(error).__name__)
 
     async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
-        """True if it is made; False if another was quicker."""
+        """True if it is made; False if another was quicker.  Version 37 passes ``pretty=True`` where only text is taken."""
         body = client.V1Lease(metadata=client.V1ObjectMeta(name=name), spec=self.update_lease(election_record))
         try:
-            await self.api_instance.create_namespaced_lease(namespace, body)
-        except client.ApiException:
+            async with asyncio.timeout(_REQUEST_SECONDS):
+                await self.api_instance.create_namespaced_lease(namespace, body)
+        except (client.ApiException, *_BROKEN):
             return False
         return True
+
+    async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
+        """True if it is renewed."""
+        try:
+            async with asyncio.timeout(_REQUEST_SECONDS):
+                return await super().update(name, namespace, updated_record)
+        except _BROKEN:
+            return False
 
 
 class LeaseLostError(Exception):

@@ -27,6 +27,7 @@ from ckpt2pt_operator.rules.plan import conversion_of, plan
 from ckpt2pt_operator.rules.seen import (
     Action,
     CreateJob,
+    DeleteJob,
     House,
     PatchJob,
     Plan,
@@ -86,6 +87,8 @@ class Reconciler:
             self._written_at.pop(key, None)
             return None  # its Jobs and pods are collected by the API server
         seen = await self._look(raw)
+        if await self._leave(seen, key[0]):
+            return None
         decided = plan(seen, self._house)
         written = await self._write(raw, decided.status)
         for action in decided.actions:
@@ -95,6 +98,21 @@ class Reconciler:
                 written = await self._write(written, decided.status)
                 break
         return self._again(decided, raw)
+
+    async def _leave(self, seen: Seen, namespace: str) -> bool:
+        """Delete the Jobs of a namespace that is being deleted; whether it is.
+
+        Kubernetes deletes pods first, and waits.  The Job controller holds a failed pod of an index that may be tried
+        again until there is another, which cannot be made there: the namespace would never go.
+        """
+        jobs = [job for job in seen.jobs if not job.ending and not job.deleted]
+        if not jobs or not any(pod.over and pod.deleted for pod in seen.pods):
+            return False
+        if not await self._api.is_ending(namespace):
+            return False
+        for job in jobs:
+            await self._act(DeleteJob(job=job))
+        return True
 
     def _again(self, decided: Plan, raw: Json) -> float | None:
         if decided.again is None or decided.again < _PROGRESS_SECONDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +67,23 @@ def test_the_namespace_is_the_given_one_or_that_of_the_pod(tmp_path: Path, monke
     assert own_namespace("") == "default"
     file.write_text("ours\n")
     assert own_namespace("") == "ours"
+
+
+def test_a_network_that_breaks_off_is_a_failure_like_any_other() -> None:
+    server, broken = Server(breaks_after=99), threading.Event()
+
+    def answer(method: str, path: str, body: Any) -> Answer:
+        if broken.is_set():
+            raise ConnectionResetError  # the connection ends without an answer
+        return server(method, path, body)
+
+    async def use(api: Api) -> str:
+        held = asyncio.Event()
+        task = asyncio.create_task(hold(api, name="ours", namespace="system", held=held))
+        await asyncio.wait_for(held.wait(), 20)
+        broken.set()
+        with pytest.raises(LeaseLostError) as caught:
+            await asyncio.wait_for(task, 40)
+        return str(caught.value)
+
+    assert "could not be renewed" in talk(answer, use)[0]

@@ -14,6 +14,7 @@ from ckpt2pt_operator.api import ApiError
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.reconcile import Reconciler, steady
 from ckpt2pt_operator.rules.seen import House
+from ckpt2pt_operator.rules.views import pod_view
 from ckpt2pt_operator.store import Store, key_of
 from documents import changed
 from statuses import told
@@ -36,11 +37,12 @@ class World:
         self.conversion = conversion(*changes)
         self.objects: dict[str, Raw] = {}
         self.refuses: Callable[[str, str], Answer | None] = lambda *_: None
-        self.version = 1
+        self.version, self.ending = 1, False
+        self.pods: list[Raw] = []
         self.metrics = Metrics("0")
 
     def answer(self, method: str, path: str, body: Any) -> Answer:
-        path = path.partition("?")[0]
+        path, _, query = path.partition("?")
         refused = self.refuses(method, path)
         if refused:
             return refused
@@ -51,24 +53,30 @@ class World:
                 return 409, {"reason": "Conflict"}
             self.conversion = {**body, "metadata": {**body["metadata"], "resourceVersion": self._next()}}
             return 200, self.conversion
-        if path.endswith("/jobs") and method == "POST":
+        if path.endswith("/jobs") or "/jobs/" in path:
+            return self.answer_of_jobs(method, path.rsplit("/", 1)[1], body)
+        if path.endswith("/events") and "dryRun" in query:
+            ending = {"message": "unable to create new content in namespace team because it is being terminated"}
+            return (403, ending) if self.ending else (201, {})
+        if path.endswith("/events"):
+            return (200, {"items": []}) if method == "GET" else (201, {"metadata": {"name": "e"}})
+        raise AssertionError(f"{method} {path}")
+
+    def answer_of_jobs(self, method: str, name: str, body: Any) -> Answer:
+        if method == "POST":
             name = body["metadata"]["name"]
             if name in self.objects:
                 return 409, {"reason": "AlreadyExists"}
             meta = {
-                **body["metadata"],
                 "uid": f"uid-of-{name}",
                 "resourceVersion": self._next(),
                 "creationTimestamp": "2026-01-02T03:04:05Z",
             }
-            self.objects[name] = {**body, "metadata": meta}
+            self.objects[name] = {**body, "metadata": {**body["metadata"], **meta}}
             return 201, self.objects[name]
-        if "/jobs/" in path and method == "GET":
-            found = self.objects.get(path.rsplit("/", 1)[1])
-            return (200, found) if found else (404, {"reason": "NotFound"})
-        if path.endswith("/events"):
-            return (200, {"items": []}) if method == "GET" else (201, {"metadata": {"name": "e"}})
-        raise AssertionError(f"{method} {path}")
+        if name not in self.objects:
+            return 404, {"reason": "NotFound"}
+        return 200, self.objects.pop(name) if method == "DELETE" else self.objects[name]
 
     def _next(self) -> str:
         self.version += 1
@@ -91,6 +99,8 @@ class World:
                         store = Store(lambda _: None)
                         reconciler = Reconciler(api, store, self.metrics, HOUSE, check_volumes=True)
                     store.put_conversion(self.conversion)
+                    for pod in self.pods:
+                        store.put_pod(pod_view(pod))
                     again = await reconciler.reconcile(key_of(self.conversion))
             finally:
                 await reconciler.close()
@@ -244,3 +254,26 @@ def test_what_a_newer_schema_has_stays_in_the_object() -> None:
     world = World(("spec.fieldOfTomorrow", 1))
     world.look()
     assert world.conversion["spec"]["fieldOfTomorrow"] == 1
+
+
+def left_behind() -> Raw:
+    """A worker that was deleted and has ended, and that its Job's controller still holds."""
+    labels = {"ckpt2pt.dev/conversion-uid": "u", "batch.kubernetes.io/controller-uid": "uid-of-demo-1"}
+    meta = {
+        "name": "demo-1-0",
+        "uid": "p",
+        "namespace": "team",
+        "labels": labels,
+        "deletionTimestamp": "2026-01-02T03:04:05Z",
+    }
+    return {"metadata": meta, "status": {"phase": "Failed"}}
+
+
+@pytest.mark.parametrize("ending", [True, False])
+def test_the_job_of_a_namespace_that_is_being_deleted_goes_so_that_the_namespace_can(ending: bool) -> None:
+    world = World()
+    world.look(2)
+    world.pods, world.ending = [left_behind()], ending
+    asked, _ = world.look(3)
+    assert ("DELETE jobs/demo-1" in asked) == ending
+    assert bool(world.objects) != ending, "and it is not made anew"

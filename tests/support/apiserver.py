@@ -29,7 +29,11 @@ class Server:
                 data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 body = json.loads(data) if data else None
                 outer.asked.append((self.command, self.path, body, self.headers.get("Authorization", "")))
-                status, found = answer(self.command, self.path, body)
+                try:
+                    status, found = answer(self.command, self.path, body)
+                except ConnectionResetError:
+                    self.close_connection = True
+                    return
                 text = (found if isinstance(found, str) else json.dumps(found)).encode()
                 self.send_response(status)
                 for name, value in outer.headers.items():
