@@ -16,7 +16,8 @@ from typing import Protocol, cast
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.errors import UsageError
-from ckpt2pt_operator.api import CLAIMS, CONVERSIONS, EVENTS, JOBS, Api, ApiError
+from ckpt2pt_operator.api import CLAIMS, CONVERSIONS, EVENTS, JOBS, PODS, Api, ApiError
+from ckpt2pt_operator.informer import pages
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.progress import Progress
 from ckpt2pt_operator.recorder import Recorder
@@ -36,7 +37,20 @@ from ckpt2pt_operator.rules.seen import (
     Training,
     wants_warnings,
 )
-from ckpt2pt_operator.rules.views import Claim, Pod, Report, child, claim_view, condition, items, job_view, number, text
+from ckpt2pt_operator.rules.stages import behind
+from ckpt2pt_operator.rules.views import (
+    Claim,
+    Pod,
+    Report,
+    child,
+    claim_view,
+    condition,
+    items,
+    job_view,
+    number,
+    pod_view,
+    text,
+)
 from ckpt2pt_operator.rules.views import time as moment
 from ckpt2pt_operator.rules.volumes import claims_of
 from ckpt2pt_operator.store import Key, Store, key_of
@@ -45,6 +59,7 @@ _VOLATILE = frozenset({"progress", "bytesDone", "bytesTotal"})
 _VOLATILE_OF_STAGE = frozenset({"bytes", "bytesTotal", "throughput"})
 _PROGRESS_SECONDS = 10.0
 _RUNNING_FOR_ONE_SECOND = 10
+_JOB_NAME = "batch.kubernetes.io/job-name"
 _FORBIDDEN, _NOT_FOUND, _CONFLICT, _INVALID = 403, 404, 409, 422
 
 log = logging.getLogger(__name__)
@@ -134,6 +149,7 @@ class Reconciler:
         if child(raw, "status").get("phase") in TERMINAL:
             return seen
         await self._find_job(raw, seen)
+        await self._find_pods(uid)
         try:
             conversion = conversion_of(raw, self._house)
         except UsageError:
@@ -161,6 +177,14 @@ class Reconciler:
         except ApiError as error:
             if error.code != _NOT_FOUND:
                 raise
+
+    async def _find_pods(self, uid: str) -> None:
+        """The pods of a Job that has ended, where the watch is behind or silent: they have the last word of the workers."""
+        for job in self._store.jobs(uid):
+            pods = [pod for pod in self._store.pods(uid) if pod.job_uid == job.uid]
+            if job.ending and behind(job, pods):
+                async for raw in pages(self._api, PODS, job.namespace, labelSelector=f"{_JOB_NAME}={job.name}"):
+                    self._store.put_pod(pod_view(raw))
 
     async def _claims(self, namespace: str, names: list[str]) -> dict[str, Claim | None] | None:
         if not self._check_volumes:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from harness.checkpoints import Large, Unfinished
+from harness.cluster import Cluster
 from harness.golden import KIND, by_command, digests, document, events, message, owner_of, reach, status, told
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError, wait_until
@@ -335,3 +336,35 @@ def test_an_operator_that_is_killed_while_workers_run_goes_on_where_it_was(
     assert namespace.get("job", "golden-1")["metadata"]["uid"] == made
     assert jobs(namespace) == ["golden-1"]
     assert digests(unfinished.target) == by_command(unfinished.folder, tmp_path / "by-command", full=True)
+
+
+def test_an_api_server_that_is_restarted_while_workers_run_is_no_more_than_a_pause(
+    operator: Release, cluster: Cluster, namespace: Kubectl, unfinished: Unfinished, tmp_path: Path
+) -> None:
+    namespace.apply(unfinished.document())
+    reach(namespace, "Running")
+    made = namespace.get("job", "golden-1")["metadata"]["uid"]
+    cluster.restart_apiserver()
+    unfinished.finish()
+    reach(namespace, "Succeeded")
+    assert namespace.get("job", "golden-1")["metadata"]["uid"] == made
+    assert digests(unfinished.target) == by_command(unfinished.folder, tmp_path / "by-command", full=True)
+    [pod] = operator.pods()
+    assert pod["status"]["containerStatuses"][0]["ready"]
+
+
+def test_a_kubelet_that_is_away_for_a_while_loses_nothing(
+    cluster: Cluster, namespace: Kubectl, unfinished: Unfinished
+) -> None:
+    """What workers write meanwhile is told when it is back."""
+    namespace.apply(unfinished.document())
+    reach(namespace, "Running")
+    cluster.node.kubelet.stop(kill=True)
+    try:
+        unfinished.finish()
+        wait_until("the result", (unfinished.target / "latest_checkpointed_iteration.txt").exists, seconds=60)
+    finally:
+        cluster.node.kubelet.start()
+    found = reach(namespace, "Succeeded")
+    assert [stage["attempts"] for stage in found["stageStatuses"]] == [1, 1]
+    assert found["iteration"] == 2

@@ -277,3 +277,32 @@ def test_the_job_of_a_namespace_that_is_being_deleted_goes_so_that_the_namespace
     asked, _ = world.look(3)
     assert ("DELETE jobs/demo-1" in asked) == ending
     assert bool(world.objects) != ending, "and it is not made anew"
+
+
+def test_the_last_words_of_workers_are_fetched_where_the_watch_is_silent() -> None:
+    world = World(("spec.parallelism.pipeline", 1))
+    world.look(2)
+    done = {
+        "completedIndexes": "0",
+        "conditions": [{"type": "Complete", "status": "True"}],
+        "completionTime": "2026-01-02T03:04:05Z",
+    }
+    world.objects["demo-1"]["status"] = done
+    report = json.dumps({"version": 1, "exitCode": 0, "bytes": 7, "bytesTotal": 7, "iteration": 500})
+    terminated = {
+        "exitCode": 0,
+        "message": report,
+        "startedAt": "2026-01-02T03:04:05Z",
+        "finishedAt": "2026-01-02T03:04:06Z",
+    }
+    worker = left_behind()
+    del worker["metadata"]["deletionTimestamp"]
+    worker["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] = "0"
+    worker["status"] = {
+        "phase": "Succeeded",
+        "containerStatuses": [{"name": "convert", "state": {"terminated": terminated}}],
+    }
+    listed: Raw = {"metadata": {}, "items": [worker]}
+    world.refuses = lambda _, path: (200, listed) if path.endswith("/pods") else None
+    world.look(3)
+    assert (world.status["phase"], world.status["iteration"], world.status["bytesDone"]) == ("Succeeded", 500, 7)

@@ -28,7 +28,7 @@ from ckpt2pt_operator.rules.conditions import (
     status_document,
 )
 from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
-from ckpt2pt_operator.rules.stages import OUT_OF_MEMORY, Obstacle, observed, pod_obstacle, recorded, setback
+from ckpt2pt_operator.rules.stages import OUT_OF_MEMORY, Obstacle, behind, observed, pod_obstacle, recorded, setback
 from ckpt2pt_operator.rules.views import Job, Pod, child, condition, items, number, report_of, text, time
 
 RETRY_ANNOTATION = "ckpt2pt.dev/retry"
@@ -389,10 +389,8 @@ class _Case:
     def finished(self, job: Job, pods: Sequence[Pod]) -> Plan:
         """The Job is over: end, or give the stages that ran out of memory more of it."""
         standing = self.standing
-        told = {pod.index for pod in pods if pod.phase == "Succeeded"}
-        ended = {pod.index for pod in pods if pod.over}
         ahead = job.completed_at is not None and self.seen.now - job.completed_at < _SETTLE
-        if ahead and (job.completed - told or job.failed - ended or any(not pod.over for pod in pods)):
+        if ahead and behind(job, pods):
             return self.plan(standing, again=1.0)
         failed = [record for record in standing.records if record.state == "Failed"]
         reason = "StageFailed" if job.ending == "Complete" else _ENDINGS.get(job.reason, job.reason or "JobFailed")

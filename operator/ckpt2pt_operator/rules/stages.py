@@ -82,6 +82,13 @@ def observed(
     return found
 
 
+def behind(job: Job, pods: Sequence[Pod]) -> bool:
+    """Whether what was seen of the pods is older than what the Job, which has ended, says of them."""
+    told = {pod.index for pod in pods if pod.phase == "Succeeded"}
+    ended = {pod.index for pod in pods if pod.over}
+    return bool(job.completed - told or job.failed - ended or any(not pod.over for pod in pods))
+
+
 def _record(before: StageRecord, job: Job, index: int, pods: Sequence[Pod], live: Mapping[str, Report]) -> StageRecord:
     last = max(pods, key=_recency, default=None)
     if index in job.completed:

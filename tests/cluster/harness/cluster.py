@@ -127,7 +127,7 @@ class Cluster:
         keys = self.state / "certificates"
         return self._daemon(
             "kube-apiserver",
-            f"--bind-address={self.network.node_address}", f"--secure-port={APISERVER_PORT}",
+            f"--bind-address={self.network.node_address}", f"--secure-port={APISERVER_PORT}", "--permit-address-sharing",
             f"--etcd-servers=http://{self.network.node_address}:2379",
             f"--tls-cert-file={keys}/apiserver.crt", f"--tls-private-key-file={keys}/apiserver.key",
             f"--client-ca-file={keys}/ca.crt", "--authorization-mode=Node,RBAC", "--enable-admission-plugins=NodeRestriction",

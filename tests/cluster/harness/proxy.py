@@ -146,9 +146,10 @@ class Proxy:
             self.url = f"http://{host}:{port}"
             ready.set()
             await stop.wait()
-            for watch in self._watches:
+            for watch in tuple(self._watches):
                 watch.cut.set()
             await runner.cleanup()
+        await asyncio.sleep(0.3)  # connections that were aborted close in the loop's next turns
 
     async def _handle(self, session: aiohttp.ClientSession, request: web.Request) -> web.StreamResponse:
         watch = request.query.get("watch") == "true"
@@ -200,6 +201,7 @@ class Proxy:
             self._watches.discard(watch)
             ended.cancel()
             passing.cancel()
+            await asyncio.gather(ended, passing, return_exceptions=True)
         return response
 
     async def _pass_on(
