@@ -55,6 +55,14 @@ def obstacle(namespace: Kubectl, reason: str, *, kind: str = "Degraded", seconds
 # --------------------------------------------------------------------------------------------------------------- workers
 
 
+def test_workers_that_wait_for_a_rank_say_for_which(namespace: Kubectl, unfinished: Unfinished) -> None:
+    namespace.apply(unfinished.document())
+    found = obstacle(namespace, "WaitingForCheckpoint", kind="Ready")
+    assert f"rank_{unfinished.last}" in message(found, "Ready")
+    assert found["phase"] == "Running"
+    assert events(namespace)[-1] == "WaitingForCheckpoint"
+
+
 def test_a_worker_that_is_deleted_is_replaced(namespace: Kubectl, unfinished: Unfinished, tmp_path: Path) -> None:
     namespace.apply(unfinished.document())
     reach(namespace, "Running")

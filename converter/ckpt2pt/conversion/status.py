@@ -161,12 +161,14 @@ def _conditions(
     def yes(value: bool) -> str:
         return "True" if value else "False"
 
+    # What went wrong is said where one looks for it, and not in every condition.
+    count = f"{sum(record.state == 'Succeeded' for record in records)} of {len(records)} stages are done"
     return [
-        condition("Complete", yes(done), reason, message),
+        condition("Complete", yes(done), reason, count if over else message),
         condition("Failed", yes(over), reason, message),
         condition("Verified", *verified),
         condition("Ready", yes(done), reason, message),
-        condition("Reconciling", yes(phase in {"Pending", "Running"}), reason, message),
+        condition("Reconciling", yes(phase in {"Pending", "Running"}), reason, "it has ended" if over else message),
         condition("Stalled", yes(over), reason, message),
     ]
 

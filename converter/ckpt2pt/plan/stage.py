@@ -229,7 +229,8 @@ class _Source:
                     return self.first_stage[role, name]
         near = names.nearest(spellings[0], [name for name in entries if name not in taken])
         raise CoverageError(
-            f"{prefix}{spellings[0]} is missing; {wanted} needs it" + (f" (nearest is {prefix}{near})" if near else ""),
+            f"{prefix}{spellings[0]} is missing, which Megatron's {wanted} is made from"
+            + (f" (nearest is {prefix}{near})" if near else ""),
             where=self.where,
             mend="check the degrees and spec.model.noopLayers (--noop), or add the name to a rule file (--rules)"
             + ("" if role == "param" else ", or convert with spec.mode ParamsOnly (--convert-param-only)"),

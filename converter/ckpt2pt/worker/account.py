@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 Json = dict[str, object]
 Phase = Literal["Planning", "Waiting", "Converting", "Verifying"]
 
+WAITING = "WaitingForCheckpoint"
+"""The reason of a worker that waits until every rank has saved; its message says who has not."""
+
 VERSION = 1
 """Of the documents that leave the worker."""
 
@@ -34,14 +37,14 @@ class Account:
         self.following = False
         self._began = time.monotonic()
         self._converting: float | None = None
-        self._waiting = False
+        self._waiting = ""
         self._done = self._left = 0
         self._total: int | None = None
         self._result: Json = {}
 
-    def wait(self, *, waiting: bool) -> None:
-        """The source is not whole yet, or now it is."""
-        self._waiting = waiting
+    def wait(self, what: str = "") -> None:
+        """The source is not whole yet, and this is what is missing; nothing, now that it is."""
+        self._waiting = what
 
     def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:
         """The first byte is about to move."""
@@ -111,7 +114,8 @@ class Account:
         """For ``GET /progress``."""
         found: Json = {"version": VERSION, "stages": _listed(self.stages), "phase": self.phase, "bytes": self._done}
         found |= {"bytesTotal": self._total, "throughput": self.throughput, "iteration": self.iteration}
-        return _known(found | ({"reason": self.reason, "message": self.message} if self.reason else {}))
+        told = (WAITING, self._waiting) if self._waiting else (self.reason, self.message)
+        return _known(found | ({"reason": told[0], "message": told[1]} if told[0] else {}))
 
     def facts(self) -> Json:
         """For the termination message: what is known at the end."""

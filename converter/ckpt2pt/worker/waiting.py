@@ -36,7 +36,7 @@ def wait_until_whole(request: Request, *, timeout: float, settle: float, account
     watcher, began, pause, told = watcher_of(request, settle), time.monotonic(), FIRST_PAUSE_SECONDS, ""
     try:
         while not (look := watcher.look()).ready:
-            account.wait(waiting=True)
+            account.wait(look.sentence)
             left = began + timeout - time.monotonic()
             if left <= 0:
                 raise look.refusal(timeout)
@@ -46,4 +46,4 @@ def wait_until_whole(request: Request, *, timeout: float, settle: float, account
             time.sleep(min(pause, left))
             pause = min(pause * _GROWTH, MAX_PAUSE_SECONDS)
     finally:
-        account.wait(waiting=False)
+        account.wait()

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckpt2pt.conversion.spec import Json
+from ckpt2pt_operator.rules.stages import WAITING
 from ckpt2pt_operator.rules.views import condition, items, number, text
 
 _MAX = 1024
+_AWAITED = frozenset({"WaitingForTraining", WAITING})
 _MOST_STAGES = 8
 """Failed stages that get an event each; an API server takes few of them a second."""
 
@@ -82,7 +84,7 @@ def _of_conditions(before: Json, after: Json) -> Iterator[Note]:
         turned = item.get("status") != was.get("status")
         if name == "VolumesReady" and item.get("status") == "False" and (turned or reason != was.get("reason")):
             yield Note(kind="Warning", reason=reason, message=message)
-        if name == "Reconciling" and reason == "WaitingForTraining" != was.get("reason"):
+        if name == "Reconciling" and reason in _AWAITED and reason != was.get("reason"):
             yield Note(kind="Normal", reason=reason, message=message)
         if name not in _TOLD:
             continue

@@ -28,7 +28,16 @@ from ckpt2pt_operator.rules.conditions import (
     status_document,
 )
 from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
-from ckpt2pt_operator.rules.stages import OUT_OF_MEMORY, Obstacle, behind, observed, pod_obstacle, recorded, setback
+from ckpt2pt_operator.rules.stages import (
+    OUT_OF_MEMORY,
+    WAITING,
+    Obstacle,
+    behind,
+    observed,
+    pod_obstacle,
+    recorded,
+    setback,
+)
 from ckpt2pt_operator.rules.views import Job, Pod, child, condition, items, number, report_of, text, time
 
 RETRY_ANNOTATION = "ckpt2pt.dev/retry"
@@ -326,6 +335,9 @@ class _Case:
         since = self.stuck_since(job, pods)
         if since is not None and self.left(since) <= 0:
             return self.end(replace(standing, degraded=obstacle), self.too_late(obstacle), DeleteJob(job=job))
+        waiting = next((r for r in standing.records if r.state == "Running" and r.reason == WAITING), None)
+        if waiting is not None:
+            standing = replace(standing, waits=Obstacle(reason=WAITING, message=waiting.message))
         degraded = obstacle or setback(self.conversion, standing.records)
         degraded = degraded or awaits.unfollowed(self.conversion, standing, self.seen.training)
         if degraded is None and not job.per_index:

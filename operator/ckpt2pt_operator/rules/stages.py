@@ -20,6 +20,9 @@ OUT_OF_MEMORY = "OOMKilled"
 _LOST_AFTER = timedelta(seconds=90)
 """Longer than the grace of a worker: a pod that is still there has no kubelet to end it."""
 
+WAITING = "WaitingForCheckpoint"
+"""What a worker says while it waits until every rank has saved."""
+
 REASON_WORDS = frozenset({*REASONS.values(), OUT_OF_MEMORY, "Evicted", "Killed", "PodDeleted"})
 """Every reason of a stage that is ours: a worker may write anything into its message."""
 
@@ -185,7 +188,7 @@ def setback(conversion: Conversion, records: Iterable[StageRecord]) -> Obstacle 
     again = [
         record
         for record in records
-        if record.state in {"Pending", "Running"} and record.reason and record.reason not in _FINAL
+        if record.state in {"Pending", "Running"} and record.reason and record.reason not in _FINAL | {WAITING}
         if record.attempts or record.disruptions
     ]
     if not again:

@@ -139,7 +139,7 @@ def changed(name: str, **more: Any) -> dict[str, TensorRef]:
 
 FIRST = NORM.format(0)
 REFUSED: dict[str, tuple[dict[str, TensorRef], type[Ckpt2ptError], str]] = {
-    "missing": (without(FIRST), CoverageError, f"{FIRST} is missing; {FIRST} needs it"),
+    "missing": (without(FIRST), CoverageError, f"{FIRST} is missing, which Megatron's {FIRST} is made from"),
     "moment-missing": (without(f"exp_avg_sq.{FIRST}"), CoverageError, f"exp_avg_sq.{FIRST} is missing"),
     "surplus": (changed(NORM.format(2)), CoverageError, f"{NORM.format(2)} has no place"),
     "shape": (changed(FIRST, shape=(3, 1)), TopologyError, "has shape [3, 1], the target needs [3]"),

@@ -18,9 +18,13 @@ TOTALS = {(0, 3): 60, (1, 3): 40}
 def test_the_phases_of_a_run() -> None:
     account = Account()
     assert account.progress() == {"version": 1, "phase": "Planning", "bytes": 0}
-    account.wait(waiting=True)
-    assert account.progress()["phase"] == "Waiting"
-    account.wait(waiting=False)
+    account.wait("rank_3 has nothing yet")
+    waiting = account.progress()
+    assert (waiting["phase"], waiting["reason"], waiting["message"]) == (
+        "Waiting", "WaitingForCheckpoint", "rank_3 has nothing yet",
+    )  # fmt: skip
+    account.wait()
+    assert "reason" not in account.progress()
     account.stages = (3,)
     account.begin(TOTALS, 500)
     account.advance((0, 3), 60)

@@ -88,6 +88,23 @@ def test_what_a_worker_said_before_it_knew_the_iteration_does_not_hide_it() -> N
     assert world.status["outputPath"] == "out/iter_0000500"
 
 
+def test_workers_that_wait_for_a_checkpoint_say_so_where_one_looks() -> None:
+    world = ready()
+    why = "the checkpoint is not whole: rank_3 has nothing yet"
+    world.live = {pod["metadata"]["uid"]: Report(reason="WaitingForCheckpoint", message=why) for pod in world.alive}
+    world.run(1)
+    assert told(world.status, "Ready") == ("False", "WaitingForCheckpoint")
+    assert stage(world, 0)["message"] == why
+    assert told(world.status, "Degraded") == ("False", "AsExpected"), "nothing is wrong"
+    assert told(world.status, "Stalled")[0] == "False"
+    assert reasons(world)[-1] == "WaitingForCheckpoint"
+    world.live = {pod["metadata"]["uid"]: Report(done=1, total=9) for pod in world.alive}
+    world.run(1)
+    assert told(world.status, "Ready") == ("False", "InProgress")
+    assert "message" not in stage(world, 0)
+    check_status(world.status)
+
+
 def test_a_plan_needs_one_worker_and_ends_as_planned() -> None:
     world = World(("spec.dryRun", True))
     world.run()
