@@ -331,8 +331,8 @@ class _Case:
         actions = self.changes(job)
         if job.suspended:
             return self.plan(replace(standing, suspended=self.suspension(job)), *actions)
-        obstacle = self.refusal(job, pods) or pod_obstacle(pods, self.seen.warnings, self.seen.now)
-        since = self.stuck_since(job, pods)
+        obstacle = refused_pods(job, pods, self.seen.warnings) or pod_obstacle(pods, self.seen.warnings, self.seen.now)
+        since = stuck_since(job, pods)
         if since is not None and self.left(since) <= 0:
             return self.end(replace(standing, degraded=obstacle), self.too_late(obstacle), DeleteJob(job=job))
         waiting = next((r for r in standing.records if r.state == "Running" and r.reason == WAITING), None)
@@ -382,21 +382,6 @@ class _Case:
             )
         queue = self.conversion.workers.pod.get("queueName")
         return Obstacle(reason="QueuedByKueue", message=f"queue {queue} has not admitted it yet")
-
-    def refusal(self, job: Job, pods: Sequence[Pod]) -> Obstacle | None:
-        """Why the API server refuses the pods of a Job, if it does."""
-        message = self.seen.warnings.get(job.uid)
-        if message is None or any(not pod.over for pod in pods):
-            return None
-        return Obstacle(reason="QuotaExceeded" if "exceeded quota" in message else "PodRejected", message=message)
-
-    def stuck_since(self, job: Job, pods: Sequence[Pod]) -> datetime | None:
-        """Since when no worker could start; None while one runs, and between two tries."""
-        if any(pod.running for pod in pods) or (pods and all(pod.over for pod in pods)):
-            return None
-        if job.started is None:
-            return None  # its controller has not begun, or not again after it was suspended: no pod is late yet
-        return max([job.started, *(pod.finished for pod in pods if pod.finished)])
 
     def finished(self, job: Job, pods: Sequence[Pod]) -> Plan:
         """The Job is over: end, or give the stages that ran out of memory more of it."""

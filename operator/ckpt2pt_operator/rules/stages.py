@@ -166,6 +166,23 @@ def pod_obstacle(pods: Iterable[Pod], warnings: Mapping[str, str], now: datetime
     return min(found, key=lambda obstacle: order.index(obstacle.reason), default=None)
 
 
+def refused_pods(job: Job, pods: Sequence[Pod], warnings: Mapping[str, str]) -> Obstacle | None:
+    """Why the API server refuses the pods of a Job, if it does."""
+    message = warnings.get(job.uid)
+    if message is None or any(not pod.over for pod in pods):
+        return None
+    return Obstacle(reason="QuotaExceeded" if "exceeded quota" in message else "PodRejected", message=message)
+
+
+def stuck_since(job: Job, pods: Sequence[Pod]) -> datetime | None:
+    """Since when no worker could start; None while one runs, and between two tries."""
+    if any(pod.running for pod in pods) or (pods and all(pod.over for pod in pods)):
+        return None
+    if job.started is None:
+        return None  # its controller has not begun, or not again after it was suspended: no pod is late yet
+    return max([job.started, *(pod.finished for pod in pods if pod.finished)])
+
+
 def _obstacle(pod: Pod, warnings: Mapping[str, str], now: datetime) -> Obstacle | None:
     waiting, message = pod.waiting
     if waiting in _WAITING:
