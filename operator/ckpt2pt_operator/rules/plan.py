@@ -28,7 +28,7 @@ from ckpt2pt_operator.rules.conditions import (
     status_document,
 )
 from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
-from ckpt2pt_operator.rules.stages import (
+from ckpt2pt_operator.rules.stages import (, refused_pods, stuck_since
     OUT_OF_MEMORY,
     WAITING,
     Obstacle,
