@@ -28,7 +28,7 @@ from ckpt2pt_operator.rules.conditions import (
     status_document,
 )
 from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
-from ckpt2pt_operator.rules.stages import (, refused_pods, stuck_since
+from ckpt2pt_operator.rules.stages import (
     OUT_OF_MEMORY,
     WAITING,
     Obstacle,
@@ -36,7 +36,9 @@ from ckpt2pt_operator.rules.stages import (, refused_pods, stuck_since
     observed,
     pod_obstacle,
     recorded,
+    refused_pods,
     setback,
+    stuck_since,
 )
 from ckpt2pt_operator.rules.views import Job, Pod, child, condition, items, number, report_of, text, time
 
