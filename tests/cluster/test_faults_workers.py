@@ -123,7 +123,10 @@ def test_only_a_bad_stage_is_done_again_after_it_was_mended(
     assert namespace.get("job", "golden-2")["metadata"]["annotations"]["ckpt2pt.dev/stages"] == "1"
     assert len(namespace.get("pods")["items"]) == len(began) + 1
     assert digests(unfinished.target) == by_command(unfinished.folder, tmp_path / "by-command", full=True)
-    assert events(namespace)[-3:] == ["RetryRequested", "JobCreated", "AllStagesSucceeded"]
+    # Several come within one second, the grain of their times.
+    assert sorted(events(namespace)) == sorted(
+        ["JobCreated", "StageFailed", "StageFailed", "RetryRequested", "JobCreated", "AllStagesSucceeded"]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- waiting

@@ -102,4 +102,6 @@ def events(namespace: Kubectl, name: str = "golden") -> list[str]:
     """Reasons of the operator's events about a conversion, oldest first."""
     words = ("events", f"--field-selector=involvedObject.name={name},involvedObject.kind=CheckpointConversion")
     found = namespace.get(*words)["items"]
-    return [event["reason"] for event in sorted(found, key=lambda event: event["firstTimestamp"])]
+    # Times have a grain of one second; versions tell what came first within it.
+    found.sort(key=lambda event: (event["firstTimestamp"], int(event["metadata"]["resourceVersion"])))
+    return [event["reason"] for event in found]
