@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,8 +109,19 @@ class Cluster:
     def restart_apiserver(self) -> None:
         """Kill the API server, as a crash would, and start it again: every connection and every watch breaks."""
         self.apiserver.stop(kill=True)
+        # A process that was killed is gone before its last thread is, and with that its port.
+        wait_until("the port of the API server", self._port_is_free, seconds=30, every=0.1)
         self.apiserver.start()
         self.wait_ready()
+
+    def _port_is_free(self) -> bool:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.network.node_address, APISERVER_PORT))
+            except OSError:
+                return False
+        return True
 
     @property
     def etcd(self) -> Daemon:
