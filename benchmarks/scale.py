@@ -89,11 +89,12 @@ class Running:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
-    def quantile(self, name: str, q: float) -> float:
-        """The upper bound of the histogram's bucket in which the quantile lies, in seconds."""
+    def quantile(self, name: str, q: float) -> float | None:
+        """The upper bound of the histogram's bucket in which the quantile lies, in seconds; None beyond the last."""
         buckets = re.findall(rf'^ckpt2pt_operator_{name}_bucket{{le="([^"]+)"}} (\S+)$', self.metrics(), re.MULTILINE)
         total = float(buckets[-1][1])
-        return next(float(le) for le, count in buckets if float(count) >= q * total)
+        bound = next(le for le, count in buckets if float(count) >= q * total)
+        return None if bound == "+Inf" else float(bound)
 
     async def until(self, what: str, reached: Callable[[str], bool], seconds: float) -> float:
         """Seconds from its start until ``reached`` is true of its metrics."""
