@@ -77,11 +77,11 @@ def test_damaged_input_is_refused_in_words(
     for number in range(ROUNDS):
         path.write_bytes(mutate(original, dice, 4096))
         capsys.readouterr()
-        began = time.monotonic()
+        began = time.process_time()  # of a busy machine the clock on the wall tells nothing
         code = main(argv)
         codes[code] += 1
         said = capsys.readouterr().err
-        assert time.monotonic() - began < SECONDS_EACH, f"round {number} took too long"
+        assert time.process_time() - began < SECONDS_EACH, f"round {number} took too long"
         assert code in {0, 65, 66}, f"round {number}: exit {code}: {said}"
         assert "Traceback" not in said
         assert code == 0 or ("where:" in said and "mend:" in said)
