@@ -185,7 +185,7 @@ class Group:
         there = [path for file in self.files if (path := self.asked.output / file.name).exists()]
         if manifest.get("identity") == self.identity:
             sizes = [file.lay_out().nbytes for file in self.files]
-            return len(there) == len(sizes) and [path.stat().st_size for path in there] == sizes
+            return "files" in manifest and len(there) == len(sizes) and [path.stat().st_size for path in there] == sizes
         if there and not self.asked.overwrite:
             raise UsageError(
                 "a merged file is there that this command did not make: other options, another source, or a source that "
@@ -196,7 +196,7 @@ class Group:
         return False
 
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
-        """Write the files, then the manifest."""
+        """Say whose files they will be, write them, then complete the manifest."""
         output = self.asked.output
         paths = [output / file.name for file in self.files]
         try:
@@ -204,20 +204,22 @@ class Group:
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise access_error(error, output, "making the folders") from error
+        facts: Json = {
+            "identity": self.identity,
+            "version": __version__,
+            "options": self.asked.meaning(),
+            "inputs": list(self.inputs),
+        }
         with locked(self.manifest.with_suffix(".lock"), "merging this group", wait=False):
+            # A run that is killed between its files and its manifest has to know them again.
+            publish_bytes(self.manifest, dump(facts))
             for path in paths:
                 sweep_partials(path.parent, path.name)
             written, digests = write_files(
                 output, self.files, merged_moves(self.files), stop=stop, advance=advance, check=self.asked.check
             )
-            facts: Json = {
-                "identity": self.identity,
-                "version": __version__,
-                "options": self.asked.meaning(),
-                "inputs": list(self.inputs),
-                "files": [file.entry(output) for file in written],
-                "tensors": {label.partition(":")[2]: f"{crc:08x}" for label, crc in sorted(digests.items())},
-            }
+            facts["files"] = [file.entry(output) for file in written]
+            facts["tensors"] = {label.partition(":")[2]: f"{crc:08x}" for label, crc in sorted(digests.items())}
             publish_bytes(self.manifest, dump(facts))
 
 

@@ -185,6 +185,24 @@ def test_a_run_that_broke_is_taken_up_where_it_stopped(tmp_path: Path, monkeypat
     assert files_of(out) == files_of(tmp_path / "fresh")
 
 
+def test_a_run_that_broke_between_its_files_and_its_manifest_knows_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = J / "ms_zero_src", tmp_path / "merged"
+
+    def breaks(*args: object, **more: object) -> object:
+        write_files(*args, **more)  # type: ignore[arg-type]
+        raise TryAgainError("killed", where="here", mend="again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ckpt2pt.combine.merge.write_files", breaks)
+        with pytest.raises(TryAgainError, match="killed"):
+            combine(asked(source, out, section=(0, 1)), Quiet())
+    assert len(files_of(out)) == 1
+    assert combine(asked(source, out), Quiet()).written == 2
+    assert files_of(out) == files_of(J / "ms_zero_merged")
+
+
 def test_a_later_step_joins_the_earlier_one(tmp_path: Path) -> None:
     topology, cut = CASES["dp4"]
     for step in (12, 20):
