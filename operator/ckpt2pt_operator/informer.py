@@ -20,6 +20,9 @@ SELECTOR = f"app.kubernetes.io/managed-by={MANAGER}"
 _PAGE = "500"
 _SERVER_SECONDS = "300"
 _GONE = 410
+_AT_ONCE = 1.0
+_TRUSTED = 3
+"""Failures in a row after which a watch is not begun again where it was: the API server may not be the same any more."""
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +40,7 @@ class Informer:
         self.synced = asyncio.Event()
         self.heard = time.monotonic()
         self.trouble = ""
-        self._failures = 0
+        self._failures, self._version = 0, ""
 
     def put(self, raw: Json) -> str:
         """It is there, and this is how; returns its uid."""
@@ -55,12 +58,16 @@ class Informer:
         """List and watch; ends only when it is cancelled."""
         while True:
             try:
-                await self._follow(await self._list())
+                self._version = self._version or await self._list()
+                await self._follow()
             except ApiError as error:
                 self._failures += 1
+                if not error.passing or self._failures > _TRUSTED:
+                    self._version = ""
                 if error.code == _GONE and self._failures == 1:
                     continue
-                self.trouble = str(error)
+                # It goes on trying, and to be started anew would not bring the API server back.
+                self.heard, self.trouble = time.monotonic(), str(error)
                 pause = max(min(0.5 * 2.0 ** min(self._failures, 6), 30.0) * random.uniform(0.8, 1.2), error.pause)
                 log.warning(
                     "%s cannot be watched; again in %.1f s", self._resource[1], pause, extra={"error": str(error)}
@@ -82,19 +89,25 @@ class Informer:
                 self.synced.set()
                 return text(meta, "resourceVersion")
 
-    async def _follow(self, version: str) -> None:
-        """Watch from ``version`` on; a watch that the server ends is begun again where it was."""
+    async def _follow(self) -> None:
+        """Watch from the last version on; a watch that ends, in whatever way, is begun again where it was."""
         while True:
+            began, silent = time.monotonic(), True
             query = {
                 **self._query,
-                "resourceVersion": version,
+                "resourceVersion": self._version,
                 "allowWatchBookmarks": "true",
                 "timeoutSeconds": _SERVER_SECONDS,
             }
             async for event in self._api.watch(self._resource, self.namespace, **query):
                 self._hear()
-                version = self._take(text(event, "type"), child(event, "object")) or version
-                self._failures = 0  # a list alone does not show that a watch works
+                self._version = self._take(text(event, "type"), child(event, "object")) or self._version
+                self._failures, silent = 0, False  # a list alone does not show that a watch works
+            if silent and time.monotonic() - began < _AT_ONCE:
+                raise ApiError(
+                    0, "Closed", "the watch ended as soon as it had begun", what=f"watch {self._resource[1]}"
+                )
+            self._hear()
 
     def _take(self, kind: str, raw: Json) -> str:
         if kind == "ERROR":

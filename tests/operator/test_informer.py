@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from apiserver import Answer
-from ckpt2pt_operator.api import Api
+from ckpt2pt_operator import informer as module
+from ckpt2pt_operator.api import Api, ApiError
 from ckpt2pt_operator.informer import PodInformer, refresh
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.store import Store
@@ -65,14 +67,16 @@ class Pods:
         return 200, self.pages[1 if query.get("continue") == "more" else 0]
 
 
-def follow(pods: Pods, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, Metrics, PodInformer]:
+def follow(
+    pods: Pods, monkeypatch: pytest.MonkeyPatch, slept: Callable[[float], Awaitable[None]] = asyncio.sleep
+) -> tuple[Store, Metrics, PodInformer]:
     """Run an informer until the script is over."""
     store, metrics = Store(lambda _: None), Metrics("0")
     found: list[PodInformer] = []
     real = asyncio.sleep
 
-    async def sleep(_: float) -> None:
-        await real(0)
+    async def sleep(seconds: float) -> None:
+        await slept(0 if slept is real else seconds)
         if not pods.watches:
             raise asyncio.CancelledError
 
@@ -124,6 +128,66 @@ def test_a_watch_that_breaks_is_begun_anew_and_says_so(broken: Answer, monkeypat
     store, _, informer = follow(pods, monkeypatch)
     assert "d" in {found.uid for found in store.pods("u")}
     assert informer.trouble, "the last watch of the script was refused"
+
+
+def test_a_watch_that_is_cut_goes_on_where_it_was_and_lists_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = event("ADDED", pod("c", 9)) + event("ADDED", pod("d", 10))[:-20]
+    pods = Pods((200, cut), (503, "busy"), (200, event("ADDED", pod("d", 10))))
+    store, _, _ = follow(pods, monkeypatch)
+    assert pods.versions[:3] == ["7", "9", "9"]
+    assert pods.lists == 2, "two pages, once"
+    assert sorted(found.uid for found in store.pods("u")) == ["a", "b", "c", "d"]
+
+
+def test_a_watch_that_fails_again_and_again_is_listed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    pods = Pods(*[(503, "busy")] * 4, (200, event("ADDED", pod("c", 9))))
+    follow(pods, monkeypatch)
+    assert pods.lists == 4
+
+
+def test_a_server_that_ends_each_watch_at_once_is_not_asked_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    pods = Pods(*[(200, "")] * 3)
+    real, pauses = asyncio.sleep, list[float]()
+
+    async def slept(seconds: float) -> None:
+        pauses.append(seconds)
+        await real(0)
+
+    monkeypatch.setattr(module.random, "uniform", lambda *_: 1.0)
+    _, _, informer = follow(pods, monkeypatch, slept)
+    assert pauses[:3] == [1.0, 2.0, 4.0]
+    assert "ended as soon as it had begun" in informer.trouble
+
+
+def test_an_api_server_that_is_away_is_not_a_watch_that_is_silent() -> None:
+    """A silent watch ends the process; that would not bring an API server back."""
+
+    async def use(api: Api) -> float:
+        informer = PodInformer(api, Store(lambda _: None), Metrics("0"), "")
+        informer.heard = float("-inf")
+        running = asyncio.create_task(informer.run())
+        while not informer.trouble:
+            await asyncio.sleep(0.01)
+        running.cancel()
+        return informer.heard
+
+    assert talk(lambda *_: (503, "away"), use)[0] > 0
+
+
+def test_a_watch_in_which_nothing_happens_and_that_ends_in_its_time_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_AT_ONCE", 0.0)
+    watches: list[Answer] = [(200, ""), (410, {})]
+
+    async def use(api: Api) -> float:
+        informer = PodInformer(api, Store(lambda _: None), Metrics("0"), "")
+        informer.heard = float("-inf")
+        with pytest.raises(ApiError):
+            await informer._follow()
+        return informer.heard
+
+    assert talk(lambda *_: watches.pop(0), use)[0] > 0
 
 
 def test_a_worker_that_ends_is_counted_once_with_a_reason_that_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
