@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError
+from ckpt2pt.follow.keep import tracked
 from ckpt2pt.follow.watch import Following, watch
 from ckpt2pt.local.runner import words_of_document
 from ckpt2pt.options import request_of
@@ -27,6 +28,7 @@ def watch_command(options: argparse.Namespace, show: Show, build: Callable[[], a
         wanted = build().parse_args(words_of_document(options.filename, options.volume))
     request, account = request_of(wanted), options.account
     account.following, account.stages = True, range(request.topology.pipeline)
+    account.iteration = tracked(request.target)  # what a worker before this one has converted
 
     def given(name: str, default: float) -> float:
         values = (getattr(each, name, None) for each in (options, wanted))

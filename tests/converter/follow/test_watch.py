@@ -182,6 +182,14 @@ def test_without_flags_it_says_which_is_missing(capsys: pytest.CaptureFixture[st
     assert "--num-layers is missing" in capsys.readouterr().err
 
 
+def test_a_last_look_that_finds_nothing_new_tells_what_is_converted_already(training: Training, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    training.save(10)
+    for _ in range(2):
+        assert once(training, "--termination-log", str(told)) == 0
+        assert json.loads(told.read_text())["iteration"] == 10
+
+
 class LastWord:
     """Sends the signal when every rank is done, and nothing looks for it any more."""
 
