@@ -202,6 +202,10 @@ def _template(
     if conversion.workers.co_schedule:
         spec["affinity"] = _beside_each_other(cast("Json", spec.get("affinity", {})), labels)
     template = cast("Json", _merged({"metadata": metadata, "spec": spec}, pod.get("podOverrides", {})))
+    # By our labels the operator finds its pods; whatever else an override makes of them, the API server judges.
+    metadata = cast("Json", template["metadata"])
+    given = metadata.get("labels")
+    metadata["labels"] = {**cast("Json", given), **labels} if isinstance(given, dict) else {**labels}
     if memory_percent != 100:
         _grow(template, conversion, memory_percent)
     return template
@@ -314,23 +318,27 @@ def _pod_security(given: Json) -> Json:
     return security
 
 
+_KEYS = {"containers": "name", "initContainers": "name", "env": "name", "volumes": "name", "volumeMounts": "mountPath"}
+"""By what the items of a list are known, as ``kubectl patch`` knows them."""
+
+
 def _merged(base: object, over: object) -> object:
-    """``over`` put into ``base``: objects field by field, containers by name, anything else replaced."""
+    """``over`` put into ``base``: objects field by field, the lists of ``_KEYS`` item by item, anything else replaced."""
     if isinstance(base, dict) and isinstance(over, Mapping):
         ours, theirs = cast("Json", base), cast("Mapping[str, object]", over)
-        return {
-            **ours,
-            **{
-                key: _merged_containers(ours.get(key), value) if key == "containers" else _merged(ours.get(key), value)
-                for key, value in theirs.items()
-            },
+        merged = {
+            name: _merged_items(ours.get(name), value, _KEYS[name]) if name in _KEYS else _merged(ours.get(name), value)
+            for name, value in theirs.items()
         }
+        return {**ours, **merged}
     return over
 
 
-def _merged_containers(base: object, over: object) -> object:
+def _merged_items(base: object, over: object, key: str) -> object:
     if not isinstance(base, list) or not isinstance(over, list):
         return over
-    changes = {str(item.get("name")): item for item in cast("list[Json]", over)}
-    kept = [_merged(item, changes.pop(str(item["name"]), {})) for item in cast("list[Json]", base)]
+    if not all(isinstance(item, Mapping) for item in cast("list[object]", over)):
+        return over  # the API server says what is wrong with it
+    changes = {str(item.get(key)): item for item in cast("list[Json]", over)}
+    kept = [_merged(item, changes.pop(str(item[key]), {})) for item in cast("list[Json]", base)]
     return [*kept, *changes.values()]

@@ -212,6 +212,36 @@ def test_overrides_are_merged_last_and_containers_by_name() -> None:
     assert template["metadata"]["labels"]["app.kubernetes.io/instance"] == "demo"
 
 
+def test_an_override_adds_to_what_a_worker_needs_and_takes_nothing_from_it() -> None:
+    """Without its environment a worker of a retry would do another stage, without its labels nobody would find it."""
+    more = {
+        "env": [{"name": "TZ", "value": "UTC"}],
+        "volumeMounts": [{"name": "ca", "mountPath": "/etc/ssl"}],
+    }
+    overrides = {
+        "metadata": {"labels": {"app.kubernetes.io/instance": "other"}},
+        "spec": {"containers": [{"name": "convert", **more}], "volumes": [{"name": "ca", "configMap": {"name": "ca"}}]},
+    }
+    change = ("spec.workers", {"podOverrides": overrides})
+    job: Any = build_job(parse(changed(change)), image="worker:1", stages=[1])
+    plain: Any = build_job(parse(changed()), image="worker:1", stages=[1])
+    worker, before = container_of(job), container_of(plain)
+    assert worker["env"] == [*before["env"], *more["env"]]
+    assert worker["volumeMounts"] == [*before["volumeMounts"], *more["volumeMounts"]]
+    template, unchanged = job["spec"]["template"], plain["spec"]["template"]
+    assert template["spec"]["volumes"] == [*unchanged["spec"]["volumes"], *overrides["spec"]["volumes"]]
+    assert template["metadata"]["labels"] == unchanged["metadata"]["labels"]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [{"metadata": {"labels": "none"}}, {"spec": {"containers": ["convert"]}}, {"spec": {"volumes": [None]}}, {"spec": {"containers": 1}}],
+)  # fmt: skip
+def test_an_override_of_a_wrong_type_is_left_to_the_api_server(override: dict[str, Any]) -> None:
+    template = job_of(("spec.workers", {"podOverrides": override}))["spec"]["template"]
+    assert template["metadata"]["labels"]["app.kubernetes.io/instance"] == "demo"
+
+
 def test_building_a_job_twice_gives_the_same_and_leaves_the_conversion_alone() -> None:
     conversion = parse(changed(("spec.workers", {"annotations": {"a": "b"}, "podOverrides": {"spec": {"x": [1]}}})))
     first: Any = build_job(conversion, image="i")
