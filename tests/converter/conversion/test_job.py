@@ -196,7 +196,7 @@ def test_queues() -> None:
 
 
 def test_overrides_are_merged_last_and_containers_by_name() -> None:
-    overrides = {
+    overrides: Any = {
         "metadata": {"labels": {"x": "y"}},
         "spec": {
             "hostNetwork": True,
@@ -218,7 +218,7 @@ def test_an_override_adds_to_what_a_worker_needs_and_takes_nothing_from_it() -> 
         "env": [{"name": "TZ", "value": "UTC"}],
         "volumeMounts": [{"name": "ca", "mountPath": "/etc/ssl"}],
     }
-    overrides = {
+    overrides: Any = {
         "metadata": {"labels": {"app.kubernetes.io/instance": "other"}},
         "spec": {"containers": [{"name": "convert", **more}], "volumes": [{"name": "ca", "configMap": {"name": "ca"}}]},
     }
