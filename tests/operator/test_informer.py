@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -153,7 +154,7 @@ def test_a_server_that_ends_each_watch_at_once_is_not_asked_without_a_pause(monk
         pauses.append(seconds)
         await real(0)
 
-    monkeypatch.setattr(module.random, "uniform", lambda *_: 1.0)
+    monkeypatch.setattr(random, "uniform", lambda *_: 1.0)
     _, _, informer = follow(pods, monkeypatch, slept)
     assert pauses[:3] == [1.0, 2.0, 4.0]
     assert "ended as soon as it had begun" in informer.trouble
