@@ -79,6 +79,8 @@ def test_a_cluster_without_the_kind_is_waited_for_and_then_named(monkeypatch: py
 def test_a_wrong_flag_is_told_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 64
     assert "no image is given for the workers" in capsys.readouterr().err
+    assert main(["--worker-image=i:1", "--concurrency=none"]) == 64
+    assert "argument --concurrency" in capsys.readouterr().err
 
 
 def test_it_tells_its_version() -> None:
