@@ -25,8 +25,19 @@ _OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 class Lock(LeaseLock):
     """The client's own, but for what it does not expect of a network: no answer, a broken one, and one that never comes.
 
-    Each of these is a failure like any other, and tried again until the lease is lost.
+    Each of these is a failure like any other, and tried again until the lease is lost: ``limit`` is when that is.
     """
+
+    def __init__(
+        self, name: str, namespace: str, identity: str, inner: client.ApiClient, limit: asyncio.Timeout
+    ) -> None:
+        super().__init__(name, namespace, identity, inner)
+        self._limit = limit
+
+    def _held_from(self, began: float) -> bool:
+        """The API server has it from some time after ``began`` on."""
+        self._limit.reschedule(began + RENEW_SECONDS)
+        return True
 
     async def get(
         self, name: str, namespace: str
@@ -41,18 +52,20 @@ class Lock(LeaseLock):
     async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
         """True if it is made; False if another was quicker.  Version 37 passes ``pretty=True`` where only text is taken."""
         body = client.V1Lease(metadata=client.V1ObjectMeta(name=name), spec=self.update_lease(election_record))
+        began = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(_REQUEST_SECONDS):
                 await self.api_instance.create_namespaced_lease(namespace, body)
         except (client.ApiException, *_BROKEN):
             return False
-        return True
+        return self._held_from(began)
 
     async def update(self, name: str, namespace: str, updated_record: LeaderElectionRecord) -> bool:
         """True if it is renewed."""
+        began = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(_REQUEST_SECONDS):
-                return await super().update(name, namespace, updated_record)
+                return await super().update(name, namespace, updated_record) and self._held_from(began)
         except _BROKEN:
             return False
 
@@ -78,13 +91,20 @@ async def hold(api: Api, *, name: str, namespace: str, held: asyncio.Event) -> N
     async def stop() -> None:
         held.clear()
 
-    configuration = electionconfig.Config(
-        Lock(name, namespace, identity, api.inner),
-        lease_duration=LEASE_SECONDS,
-        renew_deadline=RENEW_SECONDS,
-        retry_period=RETRY_SECONDS,
-        onstarted_leading=lead,
-        onstopped_leading=stop,
-    )
-    await leaderelection.LeaderElection(configuration).run()
+    try:
+        async with asyncio.timeout(None) as limit:
+            configuration = electionconfig.Config(
+                Lock(name, namespace, identity, api.inner, limit),
+                lease_duration=LEASE_SECONDS,
+                renew_deadline=RENEW_SECONDS,
+                retry_period=RETRY_SECONDS,
+                onstarted_leading=lead,
+                onstopped_leading=stop,
+            )
+            # Its own deadline begins anew with each try, and so comes after the lease has run out.
+            await leaderelection.LeaderElection(configuration).run()
+    except TimeoutError:
+        pass
+    finally:
+        held.clear()
     raise LeaseLostError(f"the lease {namespace}/{name} could not be renewed for {RENEW_SECONDS:.0f} s")

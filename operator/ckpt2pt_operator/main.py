@@ -66,6 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _may_all(lacking: Sequence[str]) -> None:
+    if lacking:
+        raise CannotServeError(f"the service account may not {'; '.join(lacking)}: see the RBAC of the chart")
+
+
 def set_up_logging(given: Settings) -> None:
     """One line for each record on standard error, as JSON with every extra field, or as text."""
     handler = logging.StreamHandler()
@@ -110,6 +115,7 @@ class Operator:
                 helpers = [group.create_task(self._health.tick(), name="tick")]
                 if given.leader_elect:
                     namespace = lease.own_namespace(given.lease_namespace)
+                    _may_all(await access.missing_of_lease(api, namespace, given.lease_name))
                     holding = lease.hold(api, name=given.lease_name, namespace=namespace, held=self._leading)
                     helpers.append(group.create_task(holding, name="lease"))
                     log.info("waiting for the lease %s/%s", namespace, given.lease_name)
@@ -173,9 +179,12 @@ class Operator:
                     raise CannotServeError(f"CheckpointConversions cannot be listed; {mend}: {error}") from error
                 log.warning("CheckpointConversions cannot be listed yet", extra={"error": str(error)})
                 await asyncio.sleep(2.0)
-        lacking = await access.missing(api, self._given.namespaces, check_volumes=self._given.check_volumes)
-        if lacking:
-            raise CannotServeError(f"the service account may not {'; '.join(lacking)}: see the RBAC of the chart")
+        given = self._given
+        lacking = await access.missing(
+            api, given.namespaces, check_volumes=given.check_volumes, kinds=given.training_kinds,
+            trigger=given.training_trigger,
+        )  # fmt: skip
+        _may_all(lacking)
         log.info("API server %s", version)
 
     async def _work(self, reconciler: Reconciler) -> None:

@@ -53,7 +53,11 @@ class Progress:
                 ) as answer:
                     if answer.status != 200:
                         return None
-                    data = await answer.content.read(_MAX_BYTES)
+                    data = bytearray()
+                    async for part in answer.content.iter_any():
+                        data += part
+                        if len(data) > _MAX_BYTES:
+                            return None
             except (aiohttp.ClientError, TimeoutError, OSError):
                 return None
         return report_of(data.decode("utf-8", "replace"))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, NoReturn, cast
 
 import yaml
 
@@ -17,6 +17,7 @@ from ckpt2pt.errors import FileAccessError, UsageError
 from ckpt2pt_operator.rules.trainings import Kind, kinds
 
 _PREFIX = "CKPT2PT_"
+_TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,8 @@ class Settings:
 def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Settings:
     """Flags before variables; UsageError where a value or a file is wrong."""
     environ = os.environ if environment is None else environment
-    given = _parser(environ).parse_args(arguments)
+    parser = _parser()
+    given = parser.parse_args(arguments, _from_variables(parser, environ))
     names = cast("list[str] | None", given.namespace)
     if names is None:
         names = [name.strip() for name in environ.get(f"{_PREFIX}NAMESPACE", "").split(",") if name.strip()]
@@ -72,8 +74,48 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     )
 
 
-def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """argparse with our exit code for wrong usage, and flags only as they are spelled."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, where="the command line", mend=f"see {self.prog} --help")
+
+
+def _from_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> argparse.Namespace:
+    """What the variables say, each of them read as its flag would be; UsageError names the one that is wrong."""
+    found = argparse.Namespace()
+    for action in parser._actions:
+        name = _PREFIX + action.dest.upper()
+        value = environ.get(name, "")
+        if not value or action.dest in {"help", "version", "namespace"}:
+            continue
+        flag = [f"{action.option_strings[0]}={value}"]
+        if isinstance(action, argparse.BooleanOptionalAction):
+            truth = _TRUTH.get(value.lower())
+            if truth is None:
+                raise UsageError(f"{value!r} is neither true nor false", where=name, mend="set it to true or false")
+            flag = [action.option_strings[0 if truth else 1]]
+        try:
+            parser.parse_args(flag, found)
+        except UsageError as error:
+            raise UsageError(error.what, where=name, mend=error.mend) from error
+    return found
+
+
+def _above(kind: type, least: float) -> Callable[[str], float]:
+    """A number that is not less."""
+
+    def read(value: str) -> float:
+        found: float = kind(value)
+        if not least <= found < float("inf"):
+            raise argparse.ArgumentTypeError(f"{value} is not a number from {least:g} on")
+        return found
+
+    return read
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
         prog="ckpt2pt-operator",
         description="Carry out the CheckpointConversions of a cluster.",
         epilog=f"Each flag is also a variable: --worker-image is {_PREFIX}WORKER_IMAGE.",
@@ -81,14 +123,11 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ckpt2pt-operator {__version__}")
 
-    def add(flag: str, default: object, kind: type = str, **more: object) -> None:
-        variable = _PREFIX + flag.removeprefix("--").replace("-", "_").upper()
-        value: object = environ.get(variable, default)
+    def add(flag: str, default: object, kind: Callable[[str], object] = str, **more: object) -> None:
         if kind is bool:
-            truth = value if isinstance(value, bool) else str(value).lower() in {"1", "true", "yes"}
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=truth, help=str(more["help"]))
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=str(more["help"]))
         else:
-            parser.add_argument(flag, default=value, type=kind, **more)  # type: ignore[arg-type]
+            parser.add_argument(flag, default=default, type=kind, **more)  # type: ignore[arg-type]
 
     parser.add_argument("--namespace", action="append", metavar="NS", help="watch this namespace only; repeatable")
     add("--worker-image", "", metavar="IMAGE", help="image of the workers")
@@ -101,14 +140,14 @@ def _parser(environ: Mapping[str, str]) -> argparse.ArgumentParser:
     )
     add("--training-kinds", None, Path, metavar="FILE", help="YAML: the kinds that spec.startAfter may name")
     add("--training-trigger", False, bool, help="make a conversion for each training that is annotated to ask for one")
-    add("--metrics-port", 8080, int, metavar="PORT", help="/metrics, /healthz and /readyz")
+    add("--metrics-port", 8080, _above(int, 0), metavar="PORT", help="/metrics, /healthz and /readyz")
     add("--leader-elect", False, bool, help="hold a Lease, so that one of several operators works")
     add("--lease-name", "ckpt2pt-operator", metavar="NAME", help="name of the Lease")
     add("--lease-namespace", "", metavar="NS", help="namespace of the Lease; that of the pod by default")
-    add("--qps", 20.0, float, metavar="N", help="writes to the API server per second")
-    add("--burst", 40, int, metavar="N", help="writes at once before --qps holds")
-    add("--concurrency", 4, int, metavar="N", help="conversions looked at at a time")
-    add("--resync-seconds", 300.0, float, metavar="S", help="look at each conversion at least this often")
+    add("--qps", 20.0, _above(float, 0.01), metavar="N", help="writes to the API server per second")
+    add("--burst", 40, _above(int, 1), metavar="N", help="writes at once before --qps holds")
+    add("--concurrency", 4, _above(int, 1), metavar="N", help="conversions looked at at a time")
+    add("--resync-seconds", 300.0, _above(float, 1), metavar="S", help="look at each conversion at least this often")
     add("--check-volumes", True, bool, help="look at PersistentVolumeClaims before a Job is made")
     add("--log-format", "json", choices=("json", "text"), help="one JSON object a line, or text")
     add("--log-level", "info", choices=("debug", "info", "warning", "error"), help="least that is logged")

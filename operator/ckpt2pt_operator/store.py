@@ -19,8 +19,11 @@ def key_of(raw: Json) -> Key:
 
 def version_of(raw: Json) -> int:
     """Its resource version: those of one kind only grow."""
-    version = child(raw, "metadata").get("resourceVersion")
-    return int(version) if isinstance(version, str) and version.isdecimal() else 0
+    return _order(text(child(raw, "metadata"), "resourceVersion"))
+
+
+def _order(version: str) -> int:
+    return int(version) if version.isdecimal() else 0
 
 
 class Store:
@@ -64,7 +67,7 @@ class Store:
     def put_job(self, job: Job) -> None:
         """A Job as it is now."""
         known = self._jobs.get(job.owner, {}).get(job.uid)
-        if known is not None and int(job.version or 0) < int(known.version or 0):
+        if known is not None and _order(job.version) < _order(known.version):
             return
         self._jobs.setdefault(job.owner, {})[job.uid] = job
         self._tell(job.owner)

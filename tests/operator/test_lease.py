@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,27 @@ def test_a_network_that_breaks_off_is_a_failure_like_any_other() -> None:
         return str(caught.value)
 
     assert "could not be renewed" in talk(answer, use)[0]
+
+
+@pytest.mark.parametrize("silent", ["GET", "PUT"])
+def test_it_ends_before_another_may_have_the_lease_however_long_requests_take(silent: str) -> None:
+    """Whoever sees no renewal for ``LEASE_SECONDS`` takes it: an API server that hangs must not hide that."""
+    server, over, renewed = Server(breaks_after=99), threading.Event(), [0.0]
+
+    def answer(method: str, path: str, body: Any) -> Answer:
+        if server.left <= 97 and method == silent:
+            over.wait(20)
+            raise ConnectionResetError
+        if method != "GET":
+            renewed[0] = time.monotonic()
+        return server(method, path, body)
+
+    async def use(api: Api) -> float:
+        try:
+            with pytest.raises(LeaseLostError):
+                await asyncio.wait_for(hold(api, name="ours", namespace="system", held=asyncio.Event()), 40)
+            return time.monotonic()
+        finally:
+            over.set()
+
+    assert talk(answer, use)[0] - renewed[0] < module.LEASE_SECONDS

@@ -57,6 +57,16 @@ def test_a_right_that_is_missing_ends_it_and_is_named(tmp_path: Path) -> None:
     assert "delete jobs.batch in all namespaces: see the RBAC of the chart" in logged[-1]["message"]
 
 
+def test_a_lease_that_may_not_be_held_is_not_waited_for(tmp_path: Path) -> None:
+    def answer(_: str, path: str, __: Any) -> Answer:
+        assert "selfsubjectaccessreviews" in path, path
+        return 201, {"status": {"allowed": False}}
+
+    code, logged = run(tmp_path, answer, "--leader-elect", "--lease-namespace", "ops")
+    assert code == 1
+    assert "create leases.coordination.k8s.io in namespace ops" in logged[-1]["message"]
+
+
 def test_a_cluster_without_the_kind_is_waited_for_and_then_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_CRD_SECONDS", 0.0)
 
@@ -79,6 +89,8 @@ def test_a_cluster_without_the_kind_is_waited_for_and_then_named(monkeypatch: py
 def test_a_wrong_flag_is_told_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 64
     assert "no image is given for the workers" in capsys.readouterr().err
+    assert main(["--worker-image=i:1", "--concurrency=none"]) == 64
+    assert "argument --concurrency" in capsys.readouterr().err
 
 
 def test_it_tells_its_version() -> None:

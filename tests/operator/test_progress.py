@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import time
 from dataclasses import replace
@@ -67,3 +68,30 @@ def test_silent_workers_cost_little_time(monkeypatch: pytest.MonkeyPatch) -> Non
         began = time.monotonic()
         assert ask(*(replace(RUNNING, uid=str(number)) for number in range(200))) == {}
     assert time.monotonic() - began < 15
+
+
+def test_an_answer_that_comes_in_pieces_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, over = json.dumps({"version": 1, "bytes": 5}), asyncio.Event()
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            for part in (f"HTTP/1.1 200 OK\r\nContent-Length: {len(text)}\r\n\r\n{text[:7]}", text[7:]):
+                writer.write(part.encode())
+                await writer.drain()
+                await asyncio.sleep(0.1)
+        finally:
+            writer.close()
+            over.set()
+
+    async def run() -> dict[str, Report]:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        monkeypatch.setattr(module, "PROGRESS_PORT", server.sockets[0].getsockname()[1])
+        progress = Progress()
+        try:
+            return await progress.ask([RUNNING])
+        finally:
+            await progress.close()
+            await over.wait()
+            server.close()
+
+    assert asyncio.run(run())["p"].done == 5

@@ -66,10 +66,60 @@ def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
         read([*IMAGE, "--worker-defaults", str(tmp_path / "nowhere")], {})
 
 
-def test_a_wrong_flag_ends_it(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        read([*IMAGE, "--log-format", "xml"], {})
-    assert "invalid choice" in capsys.readouterr().err
+WRONG = [
+    ("--log-format", "xml", "invalid choice: 'xml'"),
+    ("--log-level", "loud", "invalid choice: 'loud'"),
+    ("--qps", "many", "invalid"),
+    ("--qps", "0", "is not a number from 0.01 on"),
+    ("--qps", "nan", "is not a number from 0.01 on"),
+    ("--burst", "0", "is not a number from 1 on"),
+    ("--concurrency", "0", "is not a number from 1 on"),
+    ("--concurrency", "1.5", "invalid"),
+    ("--resync-seconds", "-1", "is not a number from 1 on"),
+    ("--metrics-port", "-1", "is not a number from 0 on"),
+]
+
+
+@pytest.mark.parametrize(("flag", "value", "words"), WRONG)
+def test_a_wrong_flag_is_named(flag: str, value: str, words: str) -> None:
+    with pytest.raises(UsageError, match=flag) as caught:
+        read([*IMAGE, f"{flag}={value}"], {})
+    assert words in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"), [*WRONG, ("--leader-elect", "maybe", "'maybe' is neither true nor false")]
+)
+def test_a_wrong_variable_is_named(flag: str, value: str, words: str) -> None:
+    name = f"CKPT2PT_{flag[2:].replace('-', '_').upper()}"
+    with pytest.raises(UsageError) as caught:
+        read(IMAGE, {name: value})
+    assert words in caught.value.what
+    assert caught.value.where == name
+
+
+def test_a_flag_that_nobody_knows_is_named() -> None:
+    with pytest.raises(UsageError, match="--worker-imag"):
+        read(["--worker-imag=a"], {})
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("METRICS_PORT", "9", "metrics_port", 9),
+        ("BURST", "3", "burst", 3),
+        ("RESYNC_SECONDS", "60", "resync_seconds", 60.0),
+        ("LEASE_NAME", "l", "lease_name", "l"),
+        ("LEASE_NAMESPACE", "ops", "lease_namespace", "ops"),
+        ("LOG_FORMAT", "text", "log_format", "text"),
+        ("LOG_LEVEL", "debug", "log_level", "debug"),
+        ("TRAINING_TRIGGER", "1", "training_trigger", True),
+        ("CHECK_VOLUMES", "False", "check_volumes", False),
+        ("CHECK_VOLUMES", "", "check_volumes", True),
+    ],
+)
+def test_every_flag_has_its_variable(variable: str, text: str, name: str, value: object) -> None:
+    assert getattr(read(IMAGE, {f"CKPT2PT_{variable}": text}), name) == value
 
 
 def test_everything_is_told_in_the_log() -> None:

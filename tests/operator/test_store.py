@@ -113,3 +113,12 @@ def test_nothing_is_kept_of_what_is_gone(watched: Watched) -> None:
 def test_the_key_of_anything() -> None:
     assert key_of(conversion()) == KEY
     assert key_of({}) == ("", "")
+
+
+def test_a_version_that_is_no_number_does_no_harm(watched: Watched) -> None:
+    """It should be one, but a handler that fails is not called again."""
+    for version in ("x", "", "7"):
+        found = job()
+        found["metadata"]["resourceVersion"] = version
+        watched.store.put_job(job_view(found))
+    assert [found.version for found in watched.store.jobs("u")] == ["7"]
