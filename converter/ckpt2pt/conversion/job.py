@@ -338,7 +338,7 @@ def _merged_items(base: object, over: object, key: str) -> object:
     if not isinstance(base, list) or not isinstance(over, list):
         return over
     if not all(isinstance(item, Mapping) for item in cast("list[object]", over)):
-        return over  # the API server says what is wrong with it
+        return cast("object", over)  # the API server says what is wrong with it
     changes = {str(item.get(key)): item for item in cast("list[Json]", over)}
     kept = [_merged(item, changes.pop(str(item[key]), {})) for item in cast("list[Json]", base)]
     return [*kept, *changes.values()]
