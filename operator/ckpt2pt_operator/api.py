@@ -20,6 +20,8 @@ from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.views import child, number, text
 
 _TIMEOUT = 30
+_SILENCE = 100.0
+"""Seconds without a word after which a watch is given up: an API server sends a bookmark each minute."""
 _MAX_LINE = 8 << 20
 """Bytes of one event of a watch: an object may have 1.5 MB, and twice that in JSON."""
 _MAX_PAUSE = 300.0
@@ -167,7 +169,7 @@ class Api:
 
     async def watch(self, resource: Resource, namespace: str, **query: str) -> AsyncIterator[Json]:
         """Events of a watch, one JSON object each, until the server ends it."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=330)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE)
         stream = await self._send(
             "GET", resource, namespace, "", {**query, "watch": "true"}, None, "", timeout, "watch"
         )

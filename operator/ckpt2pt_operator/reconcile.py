@@ -238,6 +238,7 @@ class Reconciler:
             self._metrics.status_writes_suppressed.inc()
             return raw
         namespace, name = key
+        self._written_at[key] = time.monotonic()  # whatever comes of it: an answer may be lost
         # The whole object goes back as it came: what this version of the schema does not know has to stay.
         try:
             written = await self._api.put_status(CONVERSIONS, namespace, name, {**raw, "status": status})
@@ -246,7 +247,6 @@ class Reconciler:
                 self._store.drop_conversion(raw)
                 return raw
             raise
-        self._written_at[key] = time.monotonic()
         self._metrics.status_writes.inc()
         self._store.put_conversion(written)
         self._count(before, status)

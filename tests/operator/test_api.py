@@ -149,6 +149,22 @@ def test_a_watch_that_is_refused_says_why() -> None:
     assert (error.code, error.reason) == (410, "Expired")
 
 
+def test_a_watch_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckpt2pt_operator.api._SILENCE", 0.2)
+
+    async def use(api: Api) -> ApiError:
+        with pytest.raises(ApiError) as caught:
+            await anext(api.watch(PODS, ""))
+        return caught.value
+
+    def say_nothing(*_: object) -> Answer:
+        time.sleep(1.0)
+        raise ConnectionResetError
+
+    error, _ = talk(say_nothing, use)
+    assert (error.code, error.passing) == (0, True)
+
+
 def test_requests_are_counted_by_verb_resource_and_code() -> None:
     async def use(api: Api) -> float | None:
         await api.list(PODS, "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import pytest
@@ -82,10 +83,11 @@ class World:
         self.version += 1
         return str(self.version)
 
-    def look(self, times: int = 1, *, anew: bool = False) -> tuple[list[str], float | None]:
+    def look(self, times: int = 1, *, anew: bool = False, stubborn: bool = False) -> tuple[list[str], float | None]:
         """Look so often; what was asked, as ``PUT demo/status``, and when the last look wants the next.
 
-        ``anew`` knows nothing but the conversion each time, as an operator that was just started.
+        ``anew`` knows nothing but the conversion each time, as an operator that was just started; ``stubborn``
+        goes on after an error.
         """
         server = Server(self.answer)
 
@@ -101,7 +103,8 @@ class World:
                     store.put_conversion(self.conversion)
                     for pod in self.pods:
                         store.put_pod(pod_view(pod))
-                    again = await reconciler.reconcile(key_of(self.conversion))
+                    with suppress(ApiError) if stubborn else nullcontext():
+                        again = await reconciler.reconcile(key_of(self.conversion))
             finally:
                 await reconciler.close()
                 await api.close()
@@ -248,6 +251,15 @@ def test_numbers_alone_are_no_reason_to_write() -> None:
     other = {**one, "progress": "2%", "bytesDone": 2, "stageStatuses": [{**stage, "bytes": 2}]}
     assert steady(one) == steady(other)
     assert steady(one) != steady({**one, "stageStatuses": [{**stage, "state": "Failed"}]})
+
+
+def test_progress_is_not_told_more_often_where_no_answer_comes() -> None:
+    world = World()
+    world.look(3)
+    world.status["bytesDone"] = 7
+    world.refuses = lambda method, _: (500, {}) if method == "PUT" else None
+    asked, _ = world.look(5, stubborn=True)
+    assert writes(asked) == ["PUT demo/status"]
 
 
 def test_what_a_newer_schema_has_stays_in_the_object() -> None:
