@@ -20,6 +20,7 @@ from ckpt2pt.back.options import add_import_options
 from ckpt2pt.cluster.flags import add_submit_options, add_target_options
 from ckpt2pt.combine.flags import add_combine_options
 from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, InterruptedRunError, UsageError
+from ckpt2pt.flags import Parser
 from ckpt2pt.options import (
     add_conversion_options,
     add_document_options,
@@ -44,17 +45,10 @@ log = logging.getLogger("ckpt2pt")
 Command = Callable[[argparse.Namespace], int]
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with our exit code for wrong usage, and flags only as they are spelled."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, where=f"the command line of {self.prog}", mend=f"see {self.prog} --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Every command and option."""
     parser = _front_door()
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, summary: str, command: Command) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
@@ -134,8 +128,8 @@ def _add_road_back(add: Add) -> None:
 
 def build_kubectl_parser() -> argparse.ArgumentParser:
     """The commands of ``kubectl ckpt2pt``."""
-    parser = _Parser(prog="kubectl ckpt2pt", description="CheckpointConversions on the cluster.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    parser = Parser(prog="kubectl ckpt2pt", description="CheckpointConversions on the cluster.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, summary: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
@@ -166,9 +160,9 @@ def _on_the_cluster(name: str) -> Command:
     return command
 
 
-def _front_door() -> _Parser:
+def _front_door() -> Parser:
     codes = "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
-    parser = _Parser(
+    parser = Parser(
         prog="ckpt2pt",
         description="Convert MindSpeed-Core-MS checkpoints into Megatron-LM checkpoints: exact, streaming, resumable, verified.",
         epilog=f"exit codes:\n{codes}",

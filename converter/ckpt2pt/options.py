@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
+from ckpt2pt.flags import check_numbers, counts, joined
 from ckpt2pt.mapping.topology import Topology
 
 if TYPE_CHECKING:
     from ckpt2pt.request import Request
-
-_MAX_NUMBER = 1 << 31
 
 
 def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -52,7 +51,7 @@ def _add_cut(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     group.add_argument(
         "--stage-list",
-        type=_counts,
+        type=counts,
         nargs="+",
         metavar="N,N,..",
         help="layers of each stage where they are uneven; with --vpp-size of each chunk, all stages of chunk 0 first (spec.model.layersPerStage)",
@@ -320,18 +319,14 @@ def request_of(options: argparse.Namespace) -> Request:
     }.items():
         if value is None:
             raise UsageError(f"{flag} is missing", where="the command line", mend=f"give {flag}")
-    for flag, number in {
-        "--process-limit": getattr(options, "process_limit", 1),
-        "--process_timeout": getattr(options, "process_timeout", None),
-        "--target-dp-size": options.target_dp_size,
-        "--iteration": options.iteration,
-    }.items():
-        if number is not None and not 0 < number <= _MAX_NUMBER:
-            raise UsageError(
-                f"{flag} is {number}",
-                where="the command line",
-                mend=f"give {flag} a number above 0, at most {_MAX_NUMBER}",
-            )
+    check_numbers(
+        {
+            "--process-limit": getattr(options, "process_limit", 1),
+            "--process_timeout": getattr(options, "process_timeout", None),
+            "--target-dp-size": options.target_dp_size,
+            "--iteration": options.iteration,
+        }
+    )
     topology = Topology(
         num_layers=options.num_layers,
         tensor=options.tp_size,
@@ -340,7 +335,7 @@ def request_of(options: argparse.Namespace) -> Request:
         data=options.dp_size,
         context=options.cp_size,
         noop=frozenset(options.noop),
-        layers_per_stage=tuple(count for part in options.stage_list for count in part) if options.stage_list else None,
+        layers_per_stage=joined(options.stage_list),
     )
     return Request(
         topology=topology,
@@ -405,10 +400,3 @@ def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
     return int(text)
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.replace(" ", ",").split(",") if part)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 3,5") from None

@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, NoReturn, cast
+from typing import Literal, cast
 
 import yaml
 
 from ckpt2pt import __version__
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.errors import FileAccessError, UsageError
+from ckpt2pt.flags import Parser
 from ckpt2pt_operator.rules.trainings import Kind, kinds
 
 _PREFIX = "CKPT2PT_"
@@ -74,13 +75,6 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with our exit code for wrong usage, and flags only as they are spelled."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message, where="the command line", mend=f"see {self.prog} --help")
-
-
 def _from_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str]) -> argparse.Namespace:
     """What the variables say, each of them read as its flag would be; UsageError names the one that is wrong."""
     found = argparse.Namespace()
@@ -115,7 +109,7 @@ def _above(kind: type, least: float) -> Callable[[str], float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="ckpt2pt-operator",
         description="Carry out the CheckpointConversions of a cluster.",
         epilog=f"Each flag is also a variable: --worker-image is {_PREFIX}WORKER_IMAGE.",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.ptmeta.options import counts
+from ckpt2pt.flags import check_numbers, counts, joined
 
 if TYPE_CHECKING:
     from ckpt2pt.back.request import BackRequest
@@ -94,12 +94,12 @@ def import_request_of(options: argparse.Namespace) -> BackRequest:
     from ckpt2pt.back.request import BackRequest  # noqa: PLC0415
     from ckpt2pt.request import Pace, rules_of  # noqa: PLC0415
 
-    for flag, number in {
-        "--process-limit": options.process_limit,
-        "--process_timeout": options.process_timeout,
-    }.items():
-        if number is not None and number <= 0:
-            raise UsageError(f"{flag} is {number}", where="the command line", mend=f"give {flag} a number above 0")
+    check_numbers(
+        {
+            "--process-limit": options.process_limit,
+            "--process_timeout": options.process_timeout,
+        }
+    )
     if options.parallel_init_order != "tp-cp-ep-dp-pp":
         raise UsageError(
             f"--parallel-init-order is {options.parallel_init_order}",
@@ -109,7 +109,6 @@ def import_request_of(options: argparse.Namespace) -> BackRequest:
     prefix: str = options.file_prefix
     if not prefix or prefix.startswith(".") or "/" in prefix:
         raise UsageError(f"--file-prefix is {prefix!r}", where="the command line", mend="give a plain file name")
-    stages = tuple(count for part in options.stage_list or () for count in part)
     return BackRequest(
         source=options.megatron_path,
         target=options.ms_path,
@@ -121,7 +120,7 @@ def import_request_of(options: argparse.Namespace) -> BackRequest:
         data=options.dp_size,
         context=options.cp_size,
         noop=None if options.noop is None else frozenset(options.noop),
-        layers_per_stage=stages or None,
+        layers_per_stage=joined(options.stage_list) or None,
         full=not options.convert_param_only,
         contents=tuple(dict.fromkeys(options.dist_opt_content)),
         prefix=prefix,

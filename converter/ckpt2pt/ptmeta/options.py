@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
+from ckpt2pt.flags import check_numbers, counts
 
 if TYPE_CHECKING:
     from ckpt2pt.ptmeta.make import Made
@@ -60,28 +61,20 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def counts(text: str) -> tuple[int, ...]:
-    """``14,16,16,18`` as a tuple."""
-    try:
-        return tuple(int(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers") from None
-
-
 def make_pt_meta(options: argparse.Namespace) -> Made:
     """Carry out ``pt-meta``."""
     from ckpt2pt.ptmeta.make import from_checkpoint, from_description  # noqa: PLC0415
     from ckpt2pt.ptmeta.synthesize import Wanted  # noqa: PLC0415
     from ckpt2pt.request import rules_of  # noqa: PLC0415
 
-    for flag, number in {
-        "--target-dp-size": options.target_dp_size,
-        "--bucket-size": options.bucket_size,
-        "--dp-size": options.dp_size,
-        "--cp-size": options.cp_size,
-    }.items():
-        if number is not None and number <= 0:
-            raise UsageError(f"{flag} is {number}", where="the command line", mend=f"give {flag} a number above 0")
+    check_numbers(
+        {
+            "--target-dp-size": options.target_dp_size,
+            "--bucket-size": options.bucket_size,
+            "--dp-size": options.dp_size,
+            "--cp-size": options.cp_size,
+        }
+    )
     if (options.megatron_path is None) == (options.description is None):
         raise UsageError(
             "one source is needed",
