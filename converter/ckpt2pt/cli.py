@@ -313,9 +313,8 @@ def _served(account: Account, port: int) -> AbstractContextManager[int]:
 def _plan(options: argparse.Namespace) -> int:
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
     from ckpt2pt.publish import check_space  # noqa: PLC0415
-    from ckpt2pt.run import target_of  # noqa: PLC0415
     from ckpt2pt.show.preview import preview, render  # noqa: PLC0415
-    from ckpt2pt.survey import prepare_all, survey  # noqa: PLC0415
+    from ckpt2pt.survey import prepare_all, survey, target_of  # noqa: PLC0415
 
     account: Account = options.account
     request = request_of(options)

@@ -25,7 +25,7 @@ from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
 from ckpt2pt.publish import Json, Target, access_error, check_space
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.survey import Prepared, Survey, prepare, survey
+from ckpt2pt.survey import Prepared, Survey, prepare, survey, target_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,19 +90,6 @@ class Outcome:
             else "the tracker waits for the other stages"
         )
         return f"iteration {self.target.iteration}, {stages}: {did}\n{self.target.folder}\n{end}"
-
-
-def target_of(request: Request, chosen: Survey) -> Target:
-    """The folder that the chosen checkpoint goes into."""
-    return Target(
-        root=request.target,
-        iteration=chosen.clock.iteration,
-        identity=chosen.identity,
-        purpose=chosen.purpose,
-        ranks=chosen.ranks,
-        stages=request.topology.pipeline,
-        tensor=request.topology.tensor,
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_met
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
+from ckpt2pt.publish import Target
 from ckpt2pt.request import Request, digest
 from ckpt2pt.tensors import TensorRef
 
@@ -100,7 +101,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
     inputs = {rank: _inputs(rank, file, request) for rank, file in found[when].items()}
-    every = tuple({digest(one): one for listed in inputs.values() for one in listed}.values())
+    every = tuple(one for listed in inputs.values() for one in listed)
     purpose = digest({"options": request.meaning(), "iteration": clock.iteration})
     return Survey(
         files=found[when],
@@ -110,6 +111,19 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         ranks={rank: digest([purpose, [*inputs[rank], *inputs[rank[0], 0]]]) for rank in inputs},
         inputs=every,
         indexes={rank: headers.indexes[found[when][rank].path] for rank in keep},
+    )
+
+
+def target_of(request: Request, chosen: Survey) -> Target:
+    """The folder that the chosen checkpoint goes into."""
+    return Target(
+        root=request.target,
+        iteration=chosen.clock.iteration,
+        identity=chosen.identity,
+        purpose=chosen.purpose,
+        ranks=chosen.ranks,
+        stages=request.topology.pipeline,
+        tensor=request.topology.tensor,
     )
 
 

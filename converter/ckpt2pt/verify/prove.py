@@ -19,7 +19,7 @@ from ckpt2pt.folders import iteration_name, read_tracker
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import TRACKER, Json, Target, read_json
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Survey, survey
+from ckpt2pt.survey import Survey, survey, target_of
 from ckpt2pt.text import short, size, table
 from ckpt2pt.verify.examine import OPTIM_FILE, Difference, Examination, Opener
 from ckpt2pt.verify.leaves import BLOCK_BYTES, Files, open_pt, spans
@@ -111,14 +111,7 @@ def verify_target(
 ) -> Report:
     """Verify the given stages of the checkpoint that the request chooses, where the request puts it."""
     chosen, topology = survey(request), request.topology
-    target = Target(
-        root=request.target,
-        iteration=chosen.clock.iteration,
-        identity=chosen.identity,
-        ranks=chosen.ranks,
-        stages=topology.pipeline,
-        tensor=topology.tensor,
-    )
+    target = target_of(request, chosen)
     if not target.folder.is_dir():
         raise MissingInputError(
             f"there is no result of iteration {target.iteration}",

@@ -10,9 +10,9 @@ import pytest
 
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Request
-from ckpt2pt.run import run, target_of
+from ckpt2pt.run import run
 from ckpt2pt.show.preview import preview, render
-from ckpt2pt.survey import prepare_all, survey
+from ckpt2pt.survey import prepare_all, survey, target_of
 from conversions import Quiet
 from handmade import Handmade
 from synthetic import Model, build
