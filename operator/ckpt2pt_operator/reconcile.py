@@ -112,7 +112,7 @@ class Reconciler:
                 decided = plan(replace(seen, conversion=written, refusal=refusal), self._house)
                 written = await self._write(written, decided.status)
                 break
-        return self._again(decided, raw)
+        return self._again(decided)
 
     async def _leave(self, seen: Seen, namespace: str) -> bool:
         """Delete the Jobs of a namespace that is being deleted; whether it is.
@@ -129,10 +129,9 @@ class Reconciler:
             await self._act(DeleteJob(job=job))
         return True
 
-    def _again(self, decided: Plan, raw: Json) -> float | None:
+    def _again(self, decided: Plan) -> float | None:
         if decided.again is None or decided.again < _PROGRESS_SECONDS:
             return decided.again
-        del raw
         return max(decided.again, self._progress_interval())
 
     def _progress_interval(self) -> float:

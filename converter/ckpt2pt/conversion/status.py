@@ -21,6 +21,9 @@ REASONS = {
 }
 """One word for each exit code; anything above 128 is a kill."""
 
+WAITING = "WaitingForCheckpoint"
+"""The reason of a worker that waits until every rank has saved; its message says who has not."""
+
 WORST_FIRST = (64, 65, 66, 76, 70, 74, 75)
 """A user mends a wrong document before anything else, then the input; what only wants another try comes last."""
 

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 Json = dict[str, object]
 Phase = Literal["Planning", "Waiting", "Converting", "Verifying"]
 
-WAITING = "WaitingForCheckpoint"
-"""The reason of a worker that waits until every rank has saved; its message says who has not."""
-
 VERSION = 1
 """Of the documents that leave the worker."""
 
@@ -114,8 +111,12 @@ class Account:
         """For ``GET /progress``."""
         found: Json = {"version": VERSION, "stages": _listed(self.stages), "phase": self.phase, "bytes": self._done}
         found |= {"bytesTotal": self._total, "throughput": self.throughput, "iteration": self.iteration}
-        told = (WAITING, self._waiting) if self._waiting else (self.reason, self.message)
-        return _known(found | ({"reason": told[0], "message": told[1]} if told[0] else {}))
+        reason, message = self.reason, self.message
+        if self._waiting:
+            from ckpt2pt.conversion.status import WAITING  # noqa: PLC0415 - a worker's alone
+
+            reason, message = WAITING, self._waiting
+        return _known(found | ({"reason": reason, "message": message} if reason else {}))
 
     def facts(self) -> Json:
         """For the termination message: what is known at the end."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckpt2pt.conversion.spec import Json
-from ckpt2pt_operator.rules.stages import WAITING
+from ckpt2pt.conversion.status import WAITING
 from ckpt2pt_operator.rules.views import condition, items, number, text
 
 _MAX = 1024

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 
 from ckpt2pt.conversion.job import build_job, grown_memory, job_name, parallelism
 from ckpt2pt.conversion.spec import Conversion, Json, parse
-from ckpt2pt.conversion.status import Ending, StageRecord
+from ckpt2pt.conversion.status import WAITING, Ending, StageRecord
 from ckpt2pt.errors import FAILS_JOB, UsageError
 from ckpt2pt_operator.rules import awaits, volumes
 from ckpt2pt_operator.rules.conditions import (
@@ -30,7 +30,6 @@ from ckpt2pt_operator.rules.conditions import (
 from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
 from ckpt2pt_operator.rules.stages import (
     OUT_OF_MEMORY,
-    WAITING,
     Obstacle,
     behind,
     observed,

@@ -12,16 +12,13 @@ from datetime import datetime, timedelta
 from typing import cast
 
 from ckpt2pt.conversion.spec import Conversion, Json
-from ckpt2pt.conversion.status import REASONS, StageRecord, State
+from ckpt2pt.conversion.status import REASONS, WAITING, StageRecord, State
 from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE
 from ckpt2pt_operator.rules.views import Job, Pod, Report, items, number, report_of, text
 
 OUT_OF_MEMORY = "OOMKilled"
 _LOST_AFTER = timedelta(seconds=90)
 """Longer than the grace of a worker: a pod that is still there has no kubelet to end it."""
-
-WAITING = "WaitingForCheckpoint"
-"""What a worker says while it waits until every rank has saved."""
 
 REASON_WORDS = frozenset({*REASONS.values(), OUT_OF_MEMORY, "Evicted", "Killed", "PodDeleted"})
 """Every reason of a stage that is ours: a worker may write anything into its message."""
