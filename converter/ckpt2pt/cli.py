@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -155,7 +156,7 @@ def _on_the_cluster(name: str) -> Command:
             "cancel": commands.cancel_command,
             "logs": commands.logs_command,
         }
-        return found[name](options, print)
+        return found[name](options, partial(print, flush=True))
 
     return command
 
@@ -267,7 +268,8 @@ def _set_up_logging(options: argparse.Namespace) -> None:
 
 
 def _show(document: object, text: str, options: argparse.Namespace) -> None:
-    print(json.dumps(document, indent=1) if options.output == "json" else text)
+    # At once: whoever follows a watch through a pipe or a file hears of each checkpoint when it is done.
+    print(json.dumps(document, indent=1) if options.output == "json" else text, flush=True)
 
 
 def _convert(options: argparse.Namespace) -> int:

@@ -246,8 +246,9 @@ def test_of_one_that_cannot_be_converted_the_last_word_says_why(training: Traini
 def test_a_running_watch_hears_of_new_checkpoints_and_ends_with_a_signal(training: Training) -> None:
     words = [sys.executable, "-m", "ckpt2pt", "watch", "--interval", "0.1", *training.flags(), "--output", "json"]
     told = training.folder / "told"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with told.open("w") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(words, stdout=out, stderr=subprocess.PIPE, text=True, env=buffered)
     try:
         for iteration in (10, 20):
             training.save(iteration)
