@@ -14,7 +14,7 @@ from documents import CRD_PATH
 from harness import images
 from harness.checkpoints import Large, Unfinished
 from harness.cluster import Cluster
-from harness.golden import owner_of
+from harness.golden import by_command, owner_of
 from harness.kubectl import Kubectl
 from harness.machine import UnavailableError
 from harness.process import Process
@@ -166,6 +166,12 @@ def checkpoint(golden: Path, volume: Path) -> Path:
     folder = golden / "megatron06" / "b_tp2pp2"
     os.chown(volume, owner_of(folder), -1)
     return folder
+
+
+@pytest.fixture
+def expected(checkpoint: Path, tmp_path: Path) -> dict[str, str]:
+    """What the command makes of it in a full conversion: path -> digest."""
+    return by_command(checkpoint, tmp_path / "by-command", full=True)
 
 
 @pytest.fixture

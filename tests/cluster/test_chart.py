@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.golden import KIND, document, owner_of, reach, status
+from harness.golden import KIND, document, reach, status
 from harness.kubectl import Kubectl
 from harness.machine import wait_until
 from harness.release import CHART, Release
@@ -21,14 +21,6 @@ CLUSTER_WIDE = "clusterroles,clusterrolebindings"
 pytestmark = pytest.mark.usefixtures("cluster")  # one that is ours to disturb
 
 Releases = Callable[..., Release]
-
-
-@pytest.fixture
-def checkpoint(golden: Path, volume: Path) -> Path:
-    """The set that is converted; its owner may write the volume."""
-    folder = golden / "megatron06" / "b_tp2pp2"
-    os.chown(volume, owner_of(folder), -1)
-    return folder
 
 
 @pytest.fixture

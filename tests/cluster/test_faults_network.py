@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.checkpoints import Unfinished
-from harness.golden import by_command, digests, document, reach, status
+from harness.golden import digests, document, reach, status
 from harness.kubectl import Kubectl
 from harness.machine import wait_until
 from harness.process import Process
@@ -60,31 +60,33 @@ BAD = {
 
 @pytest.mark.parametrize("fault", BAD.values(), ids=BAD)
 def test_every_other_request_fails(
-    process: Process, proxy: Proxy, namespace: Kubectl, checkpoint: Path, volume: Path, tmp_path: Path, fault: Fault
+    process: Process,
+    proxy: Proxy,
+    namespace: Kubectl,
+    checkpoint: Path,
+    volume: Path,
+    expected: dict[str, str],
+    fault: Fault,
 ) -> None:
     proxy.script = every_other(fault)
     process.start(ready=False)
     namespace.apply(document(checkpoint, volume))
     reach(namespace, "Succeeded")
-    check_converged(
-        process, proxy, namespace, volume / "out", by_command(checkpoint, tmp_path / "by-command", full=True)
-    )
+    check_converged(process, proxy, namespace, volume / "out", expected)
 
 
 def test_every_answer_is_slow(
-    process: Process, proxy: Proxy, namespace: Kubectl, checkpoint: Path, volume: Path, tmp_path: Path
+    process: Process, proxy: Proxy, namespace: Kubectl, checkpoint: Path, volume: Path, expected: dict[str, str]
 ) -> None:
     process.start()
     proxy.script = lambda _: Fault(delay=1.0)
     namespace.apply(document(checkpoint, volume))
     reach(namespace, "Succeeded")
-    check_converged(
-        process, proxy, namespace, volume / "out", by_command(checkpoint, tmp_path / "by-command", full=True)
-    )
+    check_converged(process, proxy, namespace, volume / "out", expected)
 
 
 def test_every_watch_is_cut_again_and_again(
-    process: Process, proxy: Proxy, namespace: Kubectl, checkpoint: Path, volume: Path, tmp_path: Path
+    process: Process, proxy: Proxy, namespace: Kubectl, checkpoint: Path, volume: Path, expected: dict[str, str]
 ) -> None:
     process.start()
     namespace.apply(document(checkpoint, volume))
@@ -94,25 +96,21 @@ def test_every_watch_is_cut_again_and_again(
         return status(namespace).get("phase") == "Succeeded"
 
     wait_until("it to succeed", over, seconds=90, every=0.5)
-    check_converged(
-        process, proxy, namespace, volume / "out", by_command(checkpoint, tmp_path / "by-command", full=True)
-    )
+    check_converged(process, proxy, namespace, volume / "out", expected)
 
 
 def test_watches_are_told_that_their_version_is_gone(
-    process: Process, proxy: Proxy, namespace: Kubectl, checkpoint: Path, volume: Path, tmp_path: Path
+    process: Process, proxy: Proxy, namespace: Kubectl, checkpoint: Path, volume: Path, expected: dict[str, str]
 ) -> None:
     proxy.script = lambda call: Fault(gone=True) if call.watch and call.before % 2 == 0 else None
     process.start()
     namespace.apply(document(checkpoint, volume))
     reach(namespace, "Succeeded")
-    check_converged(
-        process, proxy, namespace, volume / "out", by_command(checkpoint, tmp_path / "by-command", full=True)
-    )
+    check_converged(process, proxy, namespace, volume / "out", expected)
 
 
 def test_the_network_is_gone_while_a_checkpoint_is_converted(
-    process: Process, proxy: Proxy, namespace: Kubectl, unfinished: Unfinished, tmp_path: Path
+    process: Process, proxy: Proxy, namespace: Kubectl, unfinished: Unfinished, expected: dict[str, str]
 ) -> None:
     process.start()
     namespace.apply(unfinished.document())
@@ -124,12 +122,11 @@ def test_the_network_is_gone_while_a_checkpoint_is_converted(
     assert status(namespace)["phase"] == "Running", "nobody could tell"
     proxy.script = lambda _: None
     reach(namespace, "Succeeded")
-    expected = by_command(unfinished.folder, tmp_path / "by-command", full=True)
     check_converged(process, proxy, namespace, unfinished.target, expected)
 
 
 def test_watches_that_say_nothing_any_more_are_found_out(
-    process: Process, proxy: Proxy, namespace: Kubectl, unfinished: Unfinished, tmp_path: Path
+    process: Process, proxy: Proxy, namespace: Kubectl, unfinished: Unfinished, expected: dict[str, str]
 ) -> None:
     """The other end is gone and nobody says so; an API server sends a bookmark each minute, so silence is a sign."""
     process.start()
@@ -139,7 +136,6 @@ def test_watches_that_say_nothing_any_more_are_found_out(
     unfinished.finish()
     namespace.wait("job", "golden-1", "Complete")
     reach(namespace, "Succeeded", seconds=120)
-    expected = by_command(unfinished.folder, tmp_path / "by-command", full=True)
     check_converged(process, proxy, namespace, unfinished.target, expected)
 
 

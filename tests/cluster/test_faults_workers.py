@@ -11,7 +11,7 @@ import pytest
 
 from harness.checkpoints import Large, Unfinished
 from harness.cluster import Cluster
-from harness.golden import KIND, by_command, digests, document, events, message, owner_of, reach, status, told
+from harness.golden import KIND, digests, document, events, message, owner_of, reach, status, told
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError, wait_until
 from harness.release import Release
@@ -63,7 +63,9 @@ def test_workers_that_wait_for_a_rank_say_for_which(namespace: Kubectl, unfinish
     assert events(namespace)[-1] == "WaitingForCheckpoint"
 
 
-def test_a_worker_that_is_deleted_is_replaced(namespace: Kubectl, unfinished: Unfinished, tmp_path: Path) -> None:
+def test_a_worker_that_is_deleted_is_replaced(
+    namespace: Kubectl, unfinished: Unfinished, expected: dict[str, str]
+) -> None:
     namespace.apply(unfinished.document())
     reach(namespace, "Running")
     [victim] = pods(namespace, 1)
@@ -71,7 +73,7 @@ def test_a_worker_that_is_deleted_is_replaced(namespace: Kubectl, unfinished: Un
     wait_until("another worker", lambda: bool(pods(namespace, 1)) and pods(namespace, 1)[0]["metadata"]["uid"] != victim["metadata"]["uid"])  # fmt: skip
     unfinished.finish()
     found = reach(namespace, "Succeeded")
-    assert digests(unfinished.target) == by_command(unfinished.folder, tmp_path / "by-command", full=True)
+    assert digests(unfinished.target) == expected
     assert [stage["state"] for stage in found["stageStatuses"]] == ["Succeeded"] * 2
     assert jobs(namespace) == ["golden-1"]
 
@@ -102,7 +104,7 @@ def test_a_worker_that_runs_out_of_memory_gets_more(namespace: Kubectl, checkpoi
 
 
 def test_only_a_bad_stage_is_done_again_after_it_was_mended(
-    namespace: Kubectl, unfinished: Unfinished, tmp_path: Path
+    namespace: Kubectl, unfinished: Unfinished, expected: dict[str, str]
 ) -> None:
     unfinished.finish(spoilt=(b"encoder.final_norm", b"encoder.Final_norm"))
     namespace.apply(unfinished.document())
@@ -122,7 +124,7 @@ def test_only_a_bad_stage_is_done_again_after_it_was_mended(
     assert namespace.get("job", "golden-2")["spec"]["completions"] == 1
     assert namespace.get("job", "golden-2")["metadata"]["annotations"]["ckpt2pt.dev/stages"] == "1"
     assert len(namespace.get("pods")["items"]) == len(began) + 1
-    assert digests(unfinished.target) == by_command(unfinished.folder, tmp_path / "by-command", full=True)
+    assert digests(unfinished.target) == expected
     # Several come within one second, the grain of their times.
     assert sorted(events(namespace)) == sorted(
         ["JobCreated", "StageFailed", "StageFailed", "RetryRequested", "JobCreated", "AllStagesSucceeded"]
@@ -133,7 +135,7 @@ def test_only_a_bad_stage_is_done_again_after_it_was_mended(
 
 
 def test_a_claim_that_is_missing_is_named_and_waited_for(
-    namespace: Kubectl, checkpoint: Path, volume: Path, tmp_path: Path
+    namespace: Kubectl, checkpoint: Path, volume: Path, expected: dict[str, str]
 ) -> None:
     claim = {"persistentVolumeClaim": {"claimName": "results"}}
     namespace.apply(document(checkpoint, volume, target={"volume": claim, "path": "out"}))
@@ -169,7 +171,7 @@ def test_a_claim_that_is_missing_is_named_and_waited_for(
     try:
         found = reach(namespace, "Succeeded")
         assert told(found, "VolumesReady") == ("True", "Bound")
-        assert digests(volume / "out") == by_command(checkpoint, tmp_path / "by-command", full=True)
+        assert digests(volume / "out") == expected
     finally:
         namespace("delete", "persistentvolume", name, "--wait=false")
 
@@ -239,7 +241,7 @@ def test_a_job_that_is_deleted_is_made_anew_but_not_for_ever(namespace: Kubectl,
 
 
 def test_a_conversion_that_is_suspended_goes_on_where_it_was(
-    namespace: Kubectl, unfinished: Unfinished, tmp_path: Path
+    namespace: Kubectl, unfinished: Unfinished, expected: dict[str, str]
 ) -> None:
     namespace.apply(unfinished.document())
     reach(namespace, "Running")
@@ -250,7 +252,7 @@ def test_a_conversion_that_is_suspended_goes_on_where_it_was(
     unfinished.finish()
     patch(namespace, {"suspend": False})
     reach(namespace, "Succeeded")
-    assert digests(unfinished.target) == by_command(unfinished.folder, tmp_path / "by-command", full=True)
+    assert digests(unfinished.target) == expected
     assert "Resumed" in events(namespace)
 
 
@@ -334,7 +336,7 @@ def test_and_neither_does_one_that_is_deleted_while_the_operator_is_down(
 
 
 def test_an_operator_that_is_killed_while_workers_run_goes_on_where_it_was(
-    operator: Release, namespace: Kubectl, unfinished: Unfinished, tmp_path: Path
+    operator: Release, namespace: Kubectl, unfinished: Unfinished, expected: dict[str, str]
 ) -> None:
     namespace.apply(unfinished.document())
     before = reach(namespace, "Running")
@@ -346,11 +348,11 @@ def test_an_operator_that_is_killed_while_workers_run_goes_on_where_it_was(
     reach(namespace, "Succeeded")
     assert namespace.get("job", "golden-1")["metadata"]["uid"] == made
     assert jobs(namespace) == ["golden-1"]
-    assert digests(unfinished.target) == by_command(unfinished.folder, tmp_path / "by-command", full=True)
+    assert digests(unfinished.target) == expected
 
 
 def test_an_api_server_that_is_restarted_while_workers_run_is_no_more_than_a_pause(
-    operator: Release, cluster: Cluster, namespace: Kubectl, unfinished: Unfinished, tmp_path: Path
+    operator: Release, cluster: Cluster, namespace: Kubectl, unfinished: Unfinished, expected: dict[str, str]
 ) -> None:
     namespace.apply(unfinished.document())
     reach(namespace, "Running")
@@ -359,7 +361,7 @@ def test_an_api_server_that_is_restarted_while_workers_run_is_no_more_than_a_pau
     unfinished.finish()
     reach(namespace, "Succeeded")
     assert namespace.get("job", "golden-1")["metadata"]["uid"] == made
-    assert digests(unfinished.target) == by_command(unfinished.folder, tmp_path / "by-command", full=True)
+    assert digests(unfinished.target) == expected
     [pod] = operator.pods()
     assert pod["status"]["containerStatuses"][0]["ready"]
 

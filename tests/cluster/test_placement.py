@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,6 @@ from harness.machine import wait_until
 pytestmark = pytest.mark.usefixtures("operator")
 
 NODE = "ckpt2pt-node"
-
-
-@pytest.fixture
-def checkpoint(golden: Path, volume: Path) -> Path:
-    """The set that is converted; its owner may write the volume."""
-    folder = golden / "megatron06" / "b_tp2pp2"
-    os.chown(volume, owner_of(folder), -1)
-    return folder
 
 
 @pytest.fixture

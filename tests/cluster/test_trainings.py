@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.golden import KIND, by_command, digests, document, events, message, owner_of, reach, status, told
+from harness.golden import KIND, digests, document, events, message, owner_of, reach, status, told
 from harness.kubectl import Kubectl
 from harness.machine import wait_until
 from harness.release import Release
@@ -27,20 +27,6 @@ def operator(releases: Callable[..., Release]) -> Iterator[Release]:
     release.install(trainingKinds=kinds, trainingTrigger={"enabled": True})
     yield release
     release.uninstall()
-
-
-@pytest.fixture
-def checkpoint(golden: Path, volume: Path) -> Path:
-    """The set whose tensors are trained; its owner may write the volume."""
-    folder = golden / "megatron06" / "b_tp2pp2"
-    os.chown(volume, owner_of(folder), -1)
-    return folder
-
-
-@pytest.fixture
-def expected(checkpoint: Path, tmp_path: Path) -> dict[str, str]:
-    """The digests of the result."""
-    return by_command(checkpoint, tmp_path / "by-command", full=True)
 
 
 def reason(namespace: Kubectl, wanted: str, name: str = "golden") -> str:

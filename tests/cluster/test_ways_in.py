@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from ckpt2pt.conversion.template import name_for
-from harness.golden import KIND, by_command, digests, document, owner_of, reach, status
+from harness.golden import KIND, by_command, digests, document, reach, status
 from harness.kubectl import Kubectl
 from harness.machine import wait_until
 from harness.release import Release
@@ -28,14 +28,6 @@ def operator(releases: Callable[..., Release]) -> Iterator[Release]:
     release.install(rbac={"submitter": {"enabled": True}})
     yield release
     release.uninstall()
-
-
-@pytest.fixture
-def checkpoint(golden: Path, volume: Path) -> Path:
-    """The set that is converted; its owner may write the volume."""
-    folder = golden / "megatron06" / "b_tp2pp2"
-    os.chown(volume, owner_of(folder), -1)
-    return folder
 
 
 # -------------------------------------------------------------------------------------------------------------- kubectl
