@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 import time
@@ -61,9 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in group.exceptions:
             log.critical("%s", problem)
         code = 1
-    except* KeyboardInterrupt:
-        code = 130
+    except* asyncio.CancelledError:
+        log.info("told to stop before it had begun")
     return code
+
+
+def _stop_on_signals() -> None:
+    """Until kopf takes care of them.  The first process of a container has no default for a signal: it would be ignored."""
+    serving = cast("asyncio.Task[None]", asyncio.current_task())
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
 
 
 def _may_all(lacking: Sequence[str]) -> None:
@@ -99,6 +107,7 @@ class Operator:
     async def serve(self) -> None:
         """Until a signal comes, or a part of it fails."""
         given = self._given
+        _stop_on_signals()
         runner = await self._health.serve(given.metrics_port)
         api = await Api.create(self._metrics, qps=given.qps, burst=given.burst)
         house = House(image=given.worker_image, pod=given.worker_defaults)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +27,58 @@ from ckpt2pt_operator.settings import read
 IMAGE = ["--worker-image", "i:1", "--metrics-port", "0"]
 
 
-def run(tmp_path: Path, answer: Any, *flags: str) -> tuple[int, list[dict[str, Any]]]:
-    """The operator as a process against a server; its exit code and what it logged."""
+@contextmanager
+def started(tmp_path: Path, answer: Any, *flags: str) -> Generator[subprocess.Popen[str]]:
+    """The operator as a process against a server."""
     server = Server(answer)
-    cluster = {"name": "c", "cluster": {"server": server.url}}
-    context = {"name": "c", "context": {"cluster": "c", "user": "c"}}
     config = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [cluster],
-        "contexts": [context],
-        "current-context": "c",
-    }
+        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "clusters": [{"name": "c", "cluster": {"server": server.url}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "c"}}],
+        "users": [{"name": "c", "user": {"token": "t"}}],
+    }  # fmt: skip
     file = tmp_path / "kubeconfig"
-    file.write_text(json.dumps({**config, "users": [{"name": "c", "user": {"token": "t"}}]}))
-    with server.running():
-        done = subprocess.run(
-            [sys.executable, "-m", "ckpt2pt_operator.main", *IMAGE, *flags],
-            env={**os.environ, "KUBECONFIG": str(file)}, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-    return done.returncode, [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+    file.write_text(json.dumps(config))
+    command = [sys.executable, "-m", "ckpt2pt_operator.main", *IMAGE, *flags]
+    environ = {**os.environ, "KUBECONFIG": str(file)}
+    with (
+        server.running(),
+        subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process,
+    ):
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def run(tmp_path: Path, answer: Any, *flags: str) -> tuple[int, list[dict[str, Any]]]:
+    """Its exit code, when it ends by itself, and what it logged."""
+    with started(tmp_path, answer, *flags) as process:
+        _, said = process.communicate(timeout=60)
+    return process.returncode, [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_ends_it_also_while_another_holds_the_lease(number: signal.Signals, tmp_path: Path) -> None:
+    asked = threading.Event()
+
+    def answer(_: str, path: str, __: Any) -> Answer:
+        if "selfsubjectaccessreviews" in path:
+            return 201, {"status": {"allowed": True}}
+        assert path.endswith("/leases/ours"), path
+        asked.set()
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        spec = {"holderIdentity": "other", "leaseDurationSeconds": 15, "acquireTime": now, "renewTime": now}
+        return 200, {"metadata": {"name": "ours"}, "spec": spec}
+
+    flags = ("--leader-elect", "--lease-name", "ours", "--lease-namespace", "ops")
+    with started(tmp_path, answer, *flags) as process:
+        assert asked.wait(60)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "told to stop before it had begun" in said
+    assert "Traceback" not in said
 
 
 def test_a_right_that_is_missing_ends_it_and_is_named(tmp_path: Path) -> None:
