@@ -1,0 +1,104 @@
+"""Hundreds of conversions at a time: nothing that the event loop calls holds it up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from itertools import count
+from typing import Any
+
+import pytest
+
+from apiserver import Answer, Server
+from ckpt2pt_operator.main import Operator
+from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.reconcile import Reconciler
+from ckpt2pt_operator.rules.seen import House
+from ckpt2pt_operator.rules.views import child
+from ckpt2pt_operator.settings import read
+from documents import changed
+from talking import api_of
+
+MANY, STAGES, AT_MOST = 200, 64, 0.1
+
+
+def conversion(number: int) -> dict[str, Any]:
+    document = changed(("spec.parallelism.pipeline", STAGES), ("spec.model.numLayers", STAGES))
+    document["metadata"] |= {
+        "name": f"c{number}", "uid": f"u{number}", "namespace": "team", "generation": 1, "resourceVersion": "1",
+    }  # fmt: skip
+    return document
+
+
+def yes_to_everything() -> Any:
+    versions = count(2)
+
+    def answer(method: str, path: str, body: Any) -> Answer:
+        if "/persistentvolumeclaims/" in path:
+            return 200, {"status": {"phase": "Bound", "accessModes": ["ReadWriteMany"]}}
+        if method == "GET":
+            return 200, {"items": []}
+        meta = {"resourceVersion": str(next(versions))}
+        meta |= {"uid": f"uid-of-{body['metadata']['name']}"} if path.endswith("/jobs") else {}
+        return 200, {**body, "metadata": {**body["metadata"], **meta}}
+
+    return answer
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
+    """Processor time of each callback: what other programs of the machine take does not count."""
+    found: list[tuple[float, str]] = []
+    handles: Any = asyncio.Handle  # what runs a callback has no types
+    real = handles._run
+
+    def timed(handle: Any) -> None:
+        # Its name only: to show an answer of aiohttp that has not come yet breaks it.
+        began, what = time.thread_time(), str(getattr(handle._callback, "__qualname__", ""))
+        real(handle)
+        found.append((time.thread_time() - began, what))
+
+    monkeypatch.setattr(handles, "_run", timed)
+    return found
+
+
+def test_no_callback_holds_up_the_loop(calls: list[tuple[float, str]]) -> None:
+    server = Server(yes_to_everything())
+
+    async def run() -> Operator:
+        operator, api = Operator(read(["--worker-image=i:1"], {})), api_of(server.url)
+        reconciler = Reconciler(api, operator._store, Metrics("0"), House(image="i:1"), check_volumes=True)
+        workers = [asyncio.create_task(operator._work(reconciler)) for _ in range(4)]
+        try:
+            for number in range(MANY):
+                operator._store.put_conversion(conversion(number))
+            while not all("jobUID" in child(raw, "status") for raw in operator._store.conversions.values()):
+                assert not any(worker.done() for worker in workers)
+                await asyncio.sleep(0.05)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.wait(workers)
+            await reconciler.close()
+            await api.close()
+        return operator
+
+    with server.running():
+        operator = asyncio.run(run())
+    looks = operator._metrics.registry.get_sample_value("ckpt2pt_operator_reconciles_total", {"result": "success"})
+    assert looks
+    assert looks >= 2 * MANY - 4
+    assert len(calls) > looks
+    assert max(calls) < (AT_MOST,), "an await is missing, or something is computed for too long"
+    made = [path for method, path, *_ in server.asked if (method, path.endswith("/jobs")) == ("POST", True)]
+    assert len(made) == MANY, "each Job was asked for once"
+
+
+def test_the_measure_sees_a_callback_that_takes_long(calls: list[tuple[float, str]]) -> None:
+    async def busy() -> None:
+        began = time.thread_time()
+        while time.thread_time() - began < 2 * AT_MOST:
+            pass
+
+    asyncio.run(busy())
+    assert max(calls) > (AT_MOST,)
