@@ -52,6 +52,11 @@ class ApiError(Exception):
         """Trying again may help, and nothing is wrong with the request."""
         return self.code in {0, 408, 429} or self.code >= 500
 
+    @property
+    def ending(self) -> bool:
+        """The namespace is being deleted, so that nothing can be made in it."""
+        return self.code == _FORBIDDEN and "being terminated" in self.message
+
 
 async def patiently(ask: Callable[[], Awaitable[Json]]) -> Json:
     """Ask again while the API server is busy or does not answer; it must be something that changes nothing."""
@@ -146,10 +151,9 @@ class Api:
         try:
             await self._request("POST", EVENTS, namespace, query={"dryRun": "All"}, body=event)
         except ApiError as error:
-            if error.code == _FORBIDDEN and "being terminated" in error.message:
-                return True
             if error.code != _FORBIDDEN:
                 raise
+            return error.ending
         return False
 
     async def review_access(self, attributes: Json) -> Json:
@@ -175,7 +179,7 @@ class Api:
         )
         try:
             if stream.status >= 400:
-                raise _error(stream.status, await stream.read(), stream.headers, f"watch {resource[1]}")
+                raise self._refused(stream, await stream.read(), "watch", resource[1])
             async for line in _lines(stream.content):
                 yield _object(line)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
@@ -197,7 +201,8 @@ class Api:
     ) -> Json:
         if method in _WRITES:
             await self._bucket.take()
-        what = f"{verb or method.lower()} {resource[1]} {name}".rstrip()
+        verb = verb or method.lower()
+        what = f"{verb} {resource[1]} {name}".rstrip()
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT, sock_connect=10)
         response = await self._send(method, resource, namespace, name, query or {}, body, content, timeout, verb)
         try:
@@ -205,7 +210,7 @@ class Api:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=what) from error
         if response.status >= 400:
-            raise _error(response.status, data, response.headers, what)
+            raise self._refused(response, data, verb, resource[1], name)
         try:
             return _object(data) if data else {}
         except ValueError as error:
@@ -227,7 +232,7 @@ class Api:
         base, plural = resource
         parts = [base, *(("namespaces", namespace) if namespace else ()), plural, *((name,) if name else ())]
         headers = {"Accept": "application/json"} | ({"Content-Type": content} if content else {})
-        verb, kind, code = verb or method.lower(), f"{plural}/status" if name.endswith("/status") else plural, "error"
+        verb, kind, code = verb or method.lower(), _kind(plural, name), "error"
         try:
             _, url, sent, payload, _ = await self._inner.param_serialize(
                 method,
@@ -251,7 +256,20 @@ class Api:
         else:
             return response
         finally:
-            self._metrics.api_requests.labels(verb, kind or "version", code).inc()
+            self._metrics.api_requests.labels(verb, kind, code).inc()
+
+    def _refused(
+        self, response: aiohttp.ClientResponse, data: bytes, verb: str, plural: str, name: str = ""
+    ) -> ApiError:
+        error = _error(response.status, data, response.headers, f"{verb} {plural} {name}".rstrip())
+        if error.code == _FORBIDDEN and not error.ending:
+            self._metrics.api_forbidden.labels(verb, _kind(plural, name)).inc()
+        return error
+
+
+def _kind(plural: str, name: str) -> str:
+    """What metrics call it."""
+    return f"{plural}/status" if name.endswith("/status") else plural or "version"
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:

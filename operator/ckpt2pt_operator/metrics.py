@@ -37,6 +37,12 @@ class Metrics:
         self.reconciles = counter("reconciles", "Looks at a conversion.", "result")
         self.reconcile_seconds = histogram("reconcile_duration_seconds", "One look at a conversion.", _LATENCY)
         self.api_requests = counter("api_requests", "Requests to the API server.", "verb", "resource", "code")
+        self.api_forbidden = counter(
+            "api_forbidden",
+            "Requests that were forbidden, but for those into a namespace that goes.",
+            "verb",
+            "resource",
+        )
         self.watch_last_event = gauge(
             "watch_last_event_timestamp_seconds", "When a watch last said anything, bookmarks included.", "resource"
         )

@@ -106,4 +106,4 @@ def test_the_operator_has_the_metrics_that_these_tests_take_from_it() -> None:
     assert LABELS["conversions_finished_total"] == {"result", "reason"}
     assert LABELS["build_info"] == {"version"}
     assert len(HISTOGRAMS) == 4
-    assert len(LABELS) == 15
+    assert len(LABELS) == 16

@@ -175,6 +175,24 @@ def test_requests_are_counted_by_verb_resource_and_code() -> None:
     assert talk(lambda *_: (200, {}), use)[0] == 1
 
 
+ENDING = "unable to create new content in namespace team because it is being terminated"
+
+
+@pytest.mark.parametrize(("message", "counted"), [("exceeded quota: none", 1), (ENDING, None)])
+def test_what_is_forbidden_is_counted_but_not_that_a_namespace_goes(message: str, counted: float | None) -> None:
+    async def use(api: Api) -> list[float | None]:
+        with pytest.raises(ApiError):
+            await api.create_object(JOBS, "team", {})
+        with pytest.raises(ApiError):
+            async for _ in api.watch(PODS, ""):
+                pass
+        found = api._metrics.registry.get_sample_value
+        name = "ckpt2pt_operator_api_forbidden_total"
+        return [found(name, {"verb": verb, "resource": of}) for verb, of in (("post", "jobs"), ("watch", "pods"))]
+
+    assert talk(lambda *_: (403, REFUSED | {"message": message}), use)[0] == [counted, counted]
+
+
 def test_writes_are_held_back_but_for_a_burst() -> None:
     async def use() -> float:
         bucket, began = Bucket(50.0, 5), time.monotonic()
