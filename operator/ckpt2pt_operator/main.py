@@ -83,8 +83,9 @@ def set_up_logging(given: Settings) -> None:
     """One line for each record on standard error, as JSON with every extra field, or as text."""
     handler = logging.StreamHandler()
     if given.log_format == "json":
-        names = {"asctime": "time", "levelname": "level", "name": "logger"}
-        handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=names))
+        names = {"levelname": "level", "name": "logger"}
+        fields = "%(levelname)s %(name)s %(message)s"
+        handler.setFormatter(JsonFormatter(fields, rename_fields=names, timestamp="time"))  # with its zone
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=given.log_level.upper(), handlers=[handler], force=True)

@@ -87,8 +87,7 @@ class Trainings:
             self._remember(before)
         self._known[name] = found
         self._tell(name)
-        recent = found.ended is None or datetime.now(UTC) - found.ended < _TOO_OLD
-        if self._trigger and found.template and found.state == "Succeeded" and recent:
+        if self._trigger and found.template and found.state == "Succeeded" and _is_recent(found):
             self._due.add(found)
 
     def drop(self, found: Workload) -> None:
@@ -135,15 +134,22 @@ class Trainings:
     # ------------------------------------------------------------------------------------------------------- annotated
 
     async def run(self) -> None:
-        """Make the conversions of annotated trainings; ends only when it is cancelled."""
+        """Make the conversions of annotated trainings; ends only when it is cancelled.
+
+        What cannot be made is tried again for a day: people correct a template, and make a ConfigMap that was forgotten.
+        """
         while True:
             training, _ = await self._due.get()
             try:
                 await self._make(training)
                 self._due.forget(training)
-            except ApiError as error:
-                pause = self._due.retry(training, error.pause)
+            except (ApiError, UsageError) as error:
                 name = f"{training.kind} {training.namespace}/{training.name}"
+                if not _is_recent(training):
+                    log.warning("no conversion; given up", extra={"training": name, "error": str(error)})
+                    self._due.forget(training)
+                    continue
+                pause = self._due.retry(training, error.pause if isinstance(error, ApiError) else 0.0)
                 log.warning("no conversion yet; again in %.1f s", pause, extra={"training": name, "error": str(error)})
             finally:
                 self._due.done(training)
@@ -163,6 +169,7 @@ class Trainings:
             await self._recorder.write(
                 reference, Note(kind="Warning", reason="ConversionTemplateWrong", message=message)
             )
+            raise
         except ApiError as error:
             if error.code == _CONFLICT:
                 return
@@ -176,6 +183,10 @@ class Trainings:
             await self._recorder.write(
                 reference, Note(kind="Normal", reason="ConversionMade", message=f"CheckpointConversion {name} was made")
             )
+
+
+def _is_recent(training: Workload) -> bool:
+    return training.ended is None or datetime.now(UTC) - training.ended < _TOO_OLD
 
 
 class _Watch(Informer):

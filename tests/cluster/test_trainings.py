@@ -195,7 +195,7 @@ def test_an_annotated_training_gets_a_conversion_of_its_own_once_per_run(
     assert [event["involvedObject"]["name"] for event in notes] == ["pretrain", "pretrain"]
 
 
-def test_a_wrong_template_is_told_at_the_training(
+def test_a_wrong_template_is_told_at_the_training_and_may_be_corrected(
     operator: Release, checkpoint: Path, namespace: Kubectl, volume: Path, converter_image: str
 ) -> None:
     wrong = template(checkpoint, volume)
@@ -209,6 +209,8 @@ def test_a_wrong_template_is_told_at_the_training(
     wait_until("the warning", lambda: bool(warned()), seconds=90)
     assert "it names ${step}, which is not known here" in warned()[0]
     assert namespace.get(KIND)["items"] == []
+    namespace.apply(template(checkpoint, volume))
+    wait_until("the conversion", lambda: len(namespace.get(KIND)["items"]) == 1, seconds=150)
 
 
 # ---------------------------------------------------------------------------------------------------------- other kinds

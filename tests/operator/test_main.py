@@ -91,6 +91,7 @@ def test_a_right_that_is_missing_ends_it_and_is_named(tmp_path: Path) -> None:
     code, logged = run(tmp_path, answer)
     assert code == 1
     assert logged[-1]["level"] == "CRITICAL"
+    assert datetime.fromisoformat(logged[-1]["time"]).tzinfo is not None
     assert "delete jobs.batch in all namespaces: see the RBAC of the chart" in logged[-1]["message"]
 
 

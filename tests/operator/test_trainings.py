@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
 
+from apiserver import Answer
 from ckpt2pt_operator.api import Api
 from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.rules.conditions import stamp
 from ckpt2pt_operator.rules.seen import Training
 from ckpt2pt_operator.rules.trainings import Kind, kinds, workload
 from ckpt2pt_operator.store import Key, Store
 from ckpt2pt_operator.trainings import Trainings
 from documents import changed
+from talking import talk
 
 Raw = dict[str, Any]
 AFTER: Raw = {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}
@@ -89,6 +95,38 @@ def test_one_that_was_replaced_between_two_lists(watched: Watched) -> None:
     watched.watch.put(watched.job("a", "Complete"))
     watched.watch.put(watched.job("b"))
     assert watched.look("a") == Training(state="Succeeded", uid="a")
+
+
+@pytest.mark.parametrize("too_old", [False, True])
+def test_a_wrong_template_is_tried_again_until_the_run_is_too_old(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, too_old: bool
+) -> None:
+    texts = ["metadata: {name: '${nothing}'}", json.dumps(changed(("metadata.name", "corrected")))]
+    asked: list[str] = []
+
+    def answer(_: str, path: str, body: Any) -> Answer:
+        if path.endswith("/configmaps/mine"):
+            asked.append("template")
+            return 200, {"data": {"conversion.yaml": texts.pop(0)}}
+        asked.append(body.get("reason") or body["metadata"]["name"])
+        return 201, body
+
+    async def use(api: Api) -> None:
+        trainings = Trainings(
+            api, watched.store, Metrics("0"), [watched.kind], [], trigger=True, changed=watched.woken.append
+        )
+        raw = watched.job("abcdef", "Complete")
+        raw["metadata"]["annotations"] = {"ckpt2pt.dev/convert-on-success": "mine"}
+        raw["status"]["conditions"][0]["lastTransitionTime"] = stamp(datetime.now(UTC) - timedelta(hours=1))
+        trainings.informers[0].put(raw)
+        if too_old:
+            monkeypatch.setattr("ckpt2pt_operator.trainings._TOO_OLD", timedelta(minutes=59))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(trainings.run(), 2.0)
+
+    talk(answer, use)
+    once = ["template", "ConversionTemplateWrong"]
+    assert asked == (once if too_old else [*once, "template", "corrected-abcdef", "ConversionMade"])
 
 
 def test_not_too_many_are_remembered(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
