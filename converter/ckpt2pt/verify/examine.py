@@ -160,8 +160,6 @@ class Examination:
             )
         model = self._open_result(MODEL_FILE)
         optim = self._open_result(OPTIM_FILE) if self.request.full else {}
-        if not self.request.full and (self.folder / self.directory / OPTIM_FILE).exists():
-            self._differ(OPTIM_FILE, "file", "does not belong to a result without optimizer state")
         if model:
             self._check_model_keys(model, expected)
             rest = {path: leaf for path, leaf in model.items() if not is_model(path)}

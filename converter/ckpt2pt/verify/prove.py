@@ -7,7 +7,7 @@ both     manifests of every stage, and the tracker once all stages are there
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from ckpt2pt.publish import TRACKER, Json, Target, read_json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey, survey, target_of
 from ckpt2pt.text import short, size, table
-from ckpt2pt.verify.examine import OPTIM_FILE, Difference, Examination, Opener
+from ckpt2pt.verify.examine import MODEL_FILE, OPTIM_FILE, Difference, Examination, Opener
 from ckpt2pt.verify.leaves import BLOCK_BYTES, Files, open_pt, spans
 
 Reader = Literal["own", "torch"]
@@ -125,7 +125,8 @@ def verify_target(
         else verify_rank(request, chosen, rank, target.folder, reader=reader)
         for rank in ranks
     ]
-    differences = [*_published(target, stages), *(d for report in reports for d in report.differences)]
+    surplus = _surplus(target.folder, {topology.directory(*rank) for rank in topology.ranks()}, full=request.full)
+    differences = [*_published(target, stages), *(d for report in reports for d in report.differences), *surplus]
     return Report(
         folder=str(target.folder),
         level=level,
@@ -157,6 +158,15 @@ def _published(target: Target, stages: Sequence[int]) -> Iterable[Difference]:
                 file=TRACKER, tensor="iteration", problem="does not lead to an iteration",
                 expected=str(target.iteration), found=short(named),
             )  # fmt: skip
+
+
+def _surplus(folder: Path, ranks: Collection[str], *, full: bool) -> Iterator[Difference]:
+    """Checkpoint files of ranks that the conversion does not have, and others in the folders of those that it has."""
+    ours = {f"{rank}/{name}" for rank in ranks for name in (MODEL_FILE, *((OPTIM_FILE,) if full else ()))}
+    for path in sorted(folder.glob("*/*.pt")):
+        name = path.relative_to(folder).as_posix()
+        if name not in ours:
+            yield Difference(file=name, tensor="file", problem="is there, and should not be")
 
 
 def _digest_rank(target: Target, rank: Rank) -> Report:

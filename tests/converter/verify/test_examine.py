@@ -397,12 +397,6 @@ def test_a_file_that_was_cut_is_a_difference(result: Result, reader: str) -> Non
     assert ("distrib_optim.pt", "file") in [found[:2] for found in told(result, reader)]
 
 
-def test_a_stale_optimizer_beside_weights_alone_is_a_difference(plain: Path, tmp_path: Path) -> None:
-    result = convert(plain, tmp_path, full=False)
-    result.optim.write_bytes(b"")
-    assert told(result) == [("distrib_optim.pt", "file", "does not belong to a result without optimizer state")]
-
-
 @READERS
 def test_a_result_that_would_run_something_is_refused_and_runs_nothing(
     result: Result, tmp_path: Path, reader: str

@@ -137,6 +137,25 @@ def test_the_digest_level_names_what_is_missing_or_strange(
     assert [(d.file, d.problem) for d in verify(result, "digest").differences] == expected
 
 
+@LEVELS
+@pytest.mark.parametrize(
+    "name", ["mp_rank_01_000/model_optim_rng.pt", "mp_rank_00/distrib_optim.pt", "mp_rank_00_000/model_rng.pt"]
+)
+def test_a_file_that_is_of_no_rank_is_named(result: Result, level: str, name: str) -> None:
+    path = result.folder / name
+    path.parent.mkdir(exist_ok=True)
+    shutil.copyfile(result.folder / MODEL, path)
+    assert [(d.file, d.problem) for d in verify(result, level).differences] == [(name, "is there, and should not be")]
+
+
+@LEVELS
+def test_optimizer_state_does_not_belong_to_weights_alone(golden: Path, tmp_path: Path, level: str) -> None:
+    result = convert(golden / "megatron06" / "j_tp1pp2dp2", tmp_path, full=False)
+    name = "mp_rank_00_001/distrib_optim.pt"
+    shutil.copyfile(result.folder / MODEL, result.folder / name)
+    assert [(d.file, d.problem) for d in verify(result, level).differences] == [(name, "is there, and should not be")]
+
+
 def test_a_tracker_that_has_gone_on_to_a_later_iteration_is_right(result: Result) -> None:
     (result.folder.parent / "iter_0000009").mkdir()
     _track("9")(result.folder)
