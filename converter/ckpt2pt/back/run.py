@@ -105,8 +105,11 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     for (tp, pp), folder in found.ranks.items():
         log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, folder, found.topology.source_rank(tp, pp))
     target = target_back(request, found)
-    read = {folder: "--megatron-path" for folder in (request.source, iteration_folder(request.source))}
-    keep_apart(target, {request.maps: "--param-map-path", **read})
+    iteration = iteration_folder(request.source)
+    keep_apart(
+        target,
+        {request.maps: "--param-map-path", request.source: "--megatron-path", iteration: "--megatron-path"},
+    )
     conversion = Conversion(
         target=target,
         pace=request.pace,
