@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from ckpt2pt.conversion.job import build_job, grown_memory, job_name, parallelism
 from ckpt2pt.conversion.spec import Conversion, Json, parse
 from ckpt2pt.conversion.status import WAITING, Ending, StageRecord
-from ckpt2pt.errors import FAILS_JOB, UsageError
+from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.rules import awaits, volumes
 from ckpt2pt_operator.rules.conditions import (
     NOT_LOOKED,
@@ -27,6 +27,7 @@ from ckpt2pt_operator.rules.conditions import (
     stamp,
     status_document,
 )
+from ckpt2pt_operator.rules.endings import RETRY_ANNOTATION, ending, reason_of
 from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
 from ckpt2pt_operator.rules.stages import (
     OUT_OF_MEMORY,
@@ -41,20 +42,12 @@ from ckpt2pt_operator.rules.stages import (
 )
 from ckpt2pt_operator.rules.views import Job, Pod, child, condition, items, number, report_of, text, time
 
-RETRY_ANNOTATION = "ckpt2pt.dev/retry"
 MAX_RECREATIONS = 3
 POLL_SECONDS = 10.0
 """How often a conversion with running workers is looked at for its progress."""
 _WAIT_SECONDS = 30.0
 _SETTLE = timedelta(seconds=5)
 """How long a finished Job may be ahead of its pods in what the API server sends."""
-_ENDINGS = {
-    "DeadlineExceeded": "ActiveDeadline",
-    "MaxFailedIndexesExceeded": "MaxFailedStages",
-    "FailedIndexes": "StageFailed",
-    "BackoffLimitExceeded": "StageFailed",
-    "PodFailurePolicy": "StageFailed",
-}
 
 
 def conversion_of(document: Json, house: House) -> Conversion:
@@ -391,9 +384,8 @@ class _Case:
         if ahead and behind(job, pods):
             return self.plan(standing, again=1.0)
         failed = [record for record in standing.records if record.state == "Failed"]
-        reason = "StageFailed" if job.ending == "Complete" else _ENDINGS.get(job.reason, job.reason or "JobFailed")
         starved = [record for record in failed if record.reason == OUT_OF_MEMORY]
-        if starved and reason == "StageFailed" and job.reason != "PodFailurePolicy":
+        if starved and reason_of(job) == "StageFailed" and job.reason != "PodFailurePolicy":
             percent = -(-standing.memory_percent * (100 + self.conversion.retries.memory_growth_percent) // 100)
             now, then = (grown_memory(self.conversion, p) for p in (standing.memory_percent, percent))
             if now is not None and then is not None and then > now:
@@ -401,7 +393,7 @@ class _Case:
         if job.ending == "Complete" and not failed:
             # Of a status that was lost some stages may be known to nobody; one that is done ends at once.
             return self.another(standing.memory_percent, set()) if self.left_out() else self.end(standing, None)
-        return self.end(standing, self.why(job, pods, reason, failed))
+        return self.end(standing, ending(self.conversion, job, pods, failed))
 
     def left_out(self) -> bool:
         return any(record.state != "Succeeded" for record in self.standing.records)
@@ -420,21 +412,3 @@ class _Case:
             ),
             again=0.0,
         )  # fmt: skip
-
-    def why(self, job: Job, pods: Sequence[Pod], reason: str, failed: Sequence[StageRecord]) -> Ending:
-        wrong = next((pod for pod in pods if pod.exit_code in FAILS_JOB), None)
-        if wrong is not None:
-            report = report_of(wrong.report)
-            return Ending(
-                reason="InvalidSpec", message=report.message if report else f"pod {wrong.name} refused its arguments"
-            )
-        if reason == "ActiveDeadline":
-            seconds = self.conversion.active_deadline_seconds
-            return Ending(reason=reason, message=f"not done after spec.activeDeadlineSeconds, {seconds} s")
-        stages = ", ".join(str(record.stage) for record in failed)
-        if not failed:
-            return Ending(reason=reason, message=job.message or "the Job failed")
-        first = failed[0]
-        hint = f"mend it, then: kubectl annotate ckc {self.conversion.name} --overwrite {RETRY_ANNOTATION}=$(date +%s)"
-        message = f"stage {stages} failed; stage {first.stage}: {first.reason}: {first.message}"
-        return Ending(reason=reason, message=f"{message[:800]}; {hint}")
