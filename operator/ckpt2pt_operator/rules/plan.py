@@ -141,6 +141,13 @@ class _Case:
         )
         return Plan(status=status, actions=actions, again=again)
 
+    def wait(self, standing: Standing, waits: Obstacle, *actions: Action) -> Plan:
+        """Pods have to end first; a lost node may keep them, and only somebody who is told can do anything about it."""
+        return self.plan(replace(standing, waits=waits, degraded=self.obstacle()), *actions, again=_WAIT_SECONDS)
+
+    def obstacle(self) -> Obstacle | None:
+        return pod_obstacle(self.seen.pods, self.seen.warnings, self.seen.now)
+
     def end(self, standing: Standing, ended: Ending | None, *actions: Action) -> Plan:
         records = tuple(
             replace(record, state="Pending") if record.state == "Running" else record for record in standing.records
@@ -151,10 +158,8 @@ class _Case:
         return self.before.get("phase") == "Failed" and bool(self.token) and self.token != self.standing.retry_token
 
     def again(self) -> Plan:
-        """A new attempt, for the stages that are not done."""
-        if any(not job.ending for job in self.seen.jobs) or self.alive:
-            # What the failed attempt left has to be gone: one writer for each stage.
-            return replace(self.afterwards(), again=2.0)
+        """A new attempt, for the stages that are not done; it begins when nothing of the failed one works any more."""
+        attempt = self.standing.attempt + (1 if self.standing.job_uid or self.job else 0)
         records = tuple(
             record if record.state == "Succeeded" else StageRecord(stage=record.stage)
             for record in self.records.values()
@@ -163,8 +168,8 @@ class _Case:
             replace(
                 self.standing,
                 records=records,
-                attempt=self.standing.attempt + (1 if self.standing.job_uid else 0),
-                job=job_name(self.conversion, self.standing.attempt + (1 if self.standing.job_uid else 0)),
+                attempt=attempt,
+                job=job_name(self.conversion, attempt),
                 job_uid="",
                 recreations=0,
                 retry_token=self.token,
@@ -193,7 +198,7 @@ class _Case:
         if left or self.alive:
             waits = Obstacle(reason="Cancelling", message=f"{len(self.alive)} workers are told to stop")
             deletions = [DeleteJob(job=job) for job in left if not job.deleted]
-            return self.plan(replace(self.standing, waits=waits), *deletions, again=_WAIT_SECONDS)
+            return self.wait(self.standing, waits, *deletions)
         done = sum(record.state == "Succeeded" for record in self.records.values())
         message = f"spec.cancel was set; {done} of {len(self.records)} stages were done, and their files stay"
         return self.end(self.standing, Ending(reason="Cancelled", message=message))
@@ -211,14 +216,11 @@ class _Case:
                 return held
         self.follow()
         standing = self.standing
-        earlier = [
-            DeleteJob(job=job)
-            for job in self.seen.jobs
-            if job.attempt < standing.attempt and not job.ending and not job.deleted
-        ]
+        earlier = [job for job in self.seen.jobs if job.attempt < standing.attempt and not job.ending]
         if self.alive or earlier:
+            # One writer for each stage.
             waits = Obstacle(reason="WaitingForPods", message=f"{len(self.alive)} pods of an earlier Job are ending")
-            return self.plan(replace(standing, waits=waits), *earlier, again=_WAIT_SECONDS)
+            return self.wait(standing, waits, *(DeleteJob(job=job) for job in earlier if not job.deleted))
         todo = self.todo()
         if not todo:
             return self.end(standing, None)  # the Job was deleted when it had nothing left to do
@@ -316,7 +318,7 @@ class _Case:
             return self.finished(job, pods)
         if job.deleted:
             waits = Obstacle(reason="JobDeleted", message="the Job is being deleted; it is made anew when it is gone")
-            return self.plan(replace(standing, waits=waits), again=_WAIT_SECONDS)
+            return self.wait(standing, waits)
         self.follow()
         if self.standing.follow_end != standing.follow_end:
             # Its follower goes; one more Job takes the last look.
@@ -324,8 +326,9 @@ class _Case:
         standing = self.standing
         actions = self.changes(job)
         if job.suspended:
-            return self.plan(replace(standing, suspended=self.suspension(job)), *actions)
-        obstacle = refused_pods(job, pods, self.seen.warnings) or pod_obstacle(pods, self.seen.warnings, self.seen.now)
+            standing = replace(standing, suspended=self.suspension(job), degraded=self.obstacle())
+            return self.plan(standing, *actions, again=_WAIT_SECONDS if self.alive else None)
+        obstacle = refused_pods(job, pods, self.seen.warnings) or self.obstacle()
         since = stuck_since(job, pods)
         if since is not None and self.left(since) <= 0:
             return self.end(replace(standing, degraded=obstacle), self.too_late(obstacle), DeleteJob(job=job))

@@ -181,17 +181,19 @@ def stuck_since(job: Job, pods: Sequence[Pod]) -> datetime | None:
 
 
 def _obstacle(pod: Pod, warnings: Mapping[str, str], now: datetime) -> Obstacle | None:
+    if pod.deleted and now - pod.deleted <= _LOST_AFTER:
+        return None  # it needs nothing more than to end
+    if pod.deleted:
+        return Obstacle(
+            reason="NodeLost",
+            message=f"node {pod.node} does not end pod {pod.name}; bring it back, delete the Node, or taint it "
+            "node.kubernetes.io/out-of-service:NoExecute, and what waits for it goes on",
+        )
     waiting, message = pod.waiting
     if waiting in _WAITING:
         return Obstacle(reason=_WAITING[waiting], message=f"pod {pod.name}: {waiting}: {message or 'no details'}")
     if pod.unscheduled:
         return Obstacle(reason="Unschedulable", message=f"pod {pod.name}: {pod.unscheduled}")
-    if pod.deleted and now - pod.deleted > _LOST_AFTER:
-        return Obstacle(
-            reason="NodeLost",
-            message=f"node {pod.node} does not end pod {pod.name}; bring it back, delete the Node, or taint it "
-            "node.kubernetes.io/out-of-service:NoExecute, and the stage goes on elsewhere",
-        )
     if pod.uid in warnings and pod.started is None:
         return Obstacle(reason="VolumeMountFailed", message=f"pod {pod.name}: {warnings[pod.uid]}")
     return None

@@ -466,6 +466,82 @@ def test_a_node_that_is_lost() -> None:
     assert world.phase == "Running"
 
 
+def lost(world: World) -> None:
+    """Its kubelet is gone: what is told to stop does not, and nobody hears of it."""
+    world.run(120)
+    decided = world.run(120)
+    assert told(world.status, "Degraded") == ("True", "NodeLost")
+    assert reasons(world).count("NodeLost") == 1
+    assert decided.again is not None
+    check_status(world.status)
+
+
+def test_a_lost_node_is_told_while_a_cancelled_conversion_waits_for_it() -> None:
+    world = ready()
+    world.edit(cancel=True)
+    world.run(1)
+    lost(world)
+    assert told(world.status, "Ready") == ("False", "Cancelling")
+    world.reap()
+    world.run(1)
+    assert (world.phase, told(world.status, "Degraded")) == ("Cancelled", ("False", "AsExpected"))
+
+
+def test_a_lost_node_is_told_while_a_suspended_conversion_waits_for_it() -> None:
+    world = ready()
+    world.edit(suspend=True)
+    world.run(1)
+    lost(world)
+    assert (world.phase, told(world.status, "Ready")) == ("Suspended", ("False", "UserRequested"))
+    world.reap()
+    assert world.run(1).again is None
+    assert told(world.status, "Degraded") == ("False", "AsExpected")
+
+
+def test_a_lost_node_is_told_while_a_job_is_made_anew() -> None:
+    world = ready()
+    world.delete_job("demo-1")
+    world.run(1)
+    lost(world)
+    assert told(world.status, "Ready") == ("False", "WaitingForPods")
+
+
+def test_a_lost_node_is_told_while_a_retry_waits_for_what_the_failed_attempt_left() -> None:
+    world = World()
+    world.run()
+    for pod in world.alive:
+        waiting = {"reason": "ErrImagePull", "message": "manifest unknown"}
+        pod["status"]["containerStatuses"] = [{"name": "convert", "state": {"waiting": waiting}}]
+    world.run(1000)
+    assert (world.phase, len(world.alive)) == ("Failed", 4)
+    world.retry("1")
+    world.run(1)
+    assert (world.phase, told(world.status, "Ready")) == ("Pending", ("False", "WaitingForPods"))
+    assert reasons(world)[-1] == "RetryRequested"
+    lost(world)
+    assert len(world.made) == 1, "one writer for each stage"
+    world.reap()
+    world.run(1)
+    assert (world.status["attempt"], len(world.made), len(world.alive)) == (2, 2, 4)
+
+
+def test_a_retry_waits_for_a_job_of_the_failed_attempt_that_is_still_there() -> None:
+    world = ready()
+    world.document["spec"]["parallelism"]["pipeline"] = 3
+    world.step(dies=True)
+    assert world.phase == "Failed"
+    world.document["spec"]["parallelism"]["pipeline"] = 4
+    world.retry("1")
+    decided = world.step()
+    assert [type(action) for action in decided.actions] == []
+    decided = world.step()
+    assert [type(action) for action in decided.actions] == [DeleteJob]
+    assert told(world.status, "Ready") == ("False", "WaitingForPods")
+    world.reap()
+    world.run(1)
+    assert list(world.jobs) == ["demo-2"]
+
+
 # -------------------------------------------------------------------------------------------------------- workers that fail
 
 

@@ -86,6 +86,8 @@ def test_live_reports_are_those_of_the_pod_that_runs() -> None:
         ({"unscheduled": "0/3 nodes"}, "Unschedulable"),
         ({"deleted": START - timedelta(seconds=91)}, "NodeLost"),
         ({"deleted": START - timedelta(seconds=60)}, None),
+        ({"deleted": START - timedelta(seconds=91), "waiting": ("ErrImagePull", "")}, "NodeLost"),
+        ({"deleted": START - timedelta(seconds=60), "waiting": ("ErrImagePull", "")}, None),
         ({"waiting": ("ContainerCreating", "")}, None),
         ({"waiting": ("ImagePullBackOff", ""), "phase": "Failed"}, None),
     ],
