@@ -328,8 +328,9 @@ class _Case:
         if job.suspended:
             standing = replace(standing, suspended=self.suspension(job), degraded=self.obstacle())
             return self.plan(standing, *actions, again=_WAIT_SECONDS if self.alive else None)
-        obstacle = refused_pods(job, pods, self.seen.warnings) or self.obstacle()
-        since = stuck_since(job, pods)
+        refused = refused_pods(job, pods, self.seen.warnings)
+        obstacle = refused or self.obstacle()
+        since = stuck_since(job, pods, refused)
         if since is not None and self.left(since) <= 0:
             return self.end(replace(standing, degraded=obstacle), self.too_late(obstacle), DeleteJob(job=job))
         waiting = next((r for r in standing.records if r.state == "Running" and r.reason == WAITING), None)

@@ -434,6 +434,41 @@ def test_pods_that_the_api_server_refuses(message: str, reason: str) -> None:
     assert told(world.status, "Degraded") == ("True", reason)
 
 
+@pytest.mark.parametrize(("code", "kept"), [(0, 0.0), (75, 10.0)], ids=["the-next-stage", "another-try"])
+def test_pods_that_are_refused_after_a_first_one_ran_are_not_waited_for_for_ever(code: int, kept: float) -> None:
+    world = World(("spec.workers", {"maxParallelStages": 1}))
+    world.run()
+    world.start(0)
+    world.run(40 * 3600)
+    world.refuses_pods = 'pods "demo-1-1" is forbidden: exceeded quota: compute'
+    world.end(0, code)
+    world.run(1)
+    assert (world.phase, told(world.status, "Degraded")) == ("Running", ("True", "QuotaExceeded"))
+    world.run(890 + kept)
+    assert world.phase == "Running"
+    world.run(20)
+    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "PendingDeadline"))
+    [failed] = [c for c in world.status["conditions"] if c["type"] == "Failed"]
+    assert "QuotaExceeded: pods" in failed["message"]
+    assert not world.jobs
+
+
+def test_what_was_refused_once_does_not_end_a_pause_between_two_tries() -> None:
+    """The warning of the first hour may still be there; the Job controller waits for ten minutes at most."""
+    world = ready(("spec.pendingDeadlineSeconds", 60))
+    for number in range(4):
+        world.end(number, 75)
+    world.control()
+    for pod in world.alive:
+        pod["metadata"]["annotations"]["batch.kubernetes.io/job-index-failure-count"] = "9"
+        world.finish(pod, 75)
+    world.warnings = {world.jobs["demo-1"]["metadata"]["uid"]: "exceeded quota: compute"}
+    world.step()
+    world.now = world.now.replace(minute=world.now.minute + 10)
+    assert world.step().actions == ()
+    assert world.phase == "Running"
+
+
 @pytest.mark.parametrize("reason", ["QuotaExceeded", "JobRefused"])
 def test_a_refused_job_is_asked_for_again_and_the_status_does_not_flap(reason: str) -> None:
     world = World()
