@@ -46,6 +46,7 @@ MAX_RECREATIONS = 3
 POLL_SECONDS = 10.0
 """How often a conversion with running workers is looked at for its progress."""
 _WAIT_SECONDS = 30.0
+_BY_USER = Obstacle(reason="UserRequested", message="spec.suspend is true; set it to false to go on")
 _SETTLE = timedelta(seconds=5)
 """How long a finished Job may be ahead of its pods in what the API server sends."""
 
@@ -209,6 +210,8 @@ class _Case:
         return [stage for stage, record in self.records.items() if record.state not in {"Succeeded", "Failed"}]
 
     def without_job(self) -> Plan:
+        if self.conversion.suspend:
+            self.standing = replace(self.standing, suspended=_BY_USER)
         standing = self.standing
         if standing.started is None and self.conversion.start_after is not None:
             held = self.training()
@@ -283,10 +286,11 @@ class _Case:
         self.standing = replace(standing, follow_end=awaits.follow_end(self.conversion, standing, self.seen.training))
 
     def held(self, standing: Standing, obstacle: Obstacle) -> Plan:
-        """Wait for a volume, but not for ever."""
-        told = condition(items(self.before, "conditions"), "VolumesReady")
-        since = time(told, "lastTransitionTime") if told.get("status") == "False" else None
-        left = self.left(since or self.seen.now)
+        """Wait for a volume, but not for ever where nobody has suspended it."""
+        told = [condition(items(self.before, "conditions"), kind) for kind in ("VolumesReady", "Suspended")]
+        times = [time(item, "lastTransitionTime") for item in told if item.get("status") == "False"]
+        since = [moment for moment in times if moment]
+        left = self.left(max(since) if len(since) == len(told) and not standing.suspended else self.seen.now)
         if left <= 0:
             return self.end(standing, self.too_late(obstacle))
         return self.plan(replace(standing, waits=obstacle), again=min(left, 15.0))
@@ -372,7 +376,7 @@ class _Case:
 
     def suspension(self, job: Job) -> Obstacle:
         if not job.queued:
-            return Obstacle(reason="UserRequested", message="spec.suspend is true; set it to false to go on")
+            return _BY_USER
         begun = any(record.attempts or record.state != "Pending" for record in self.standing.records)
         if begun:
             return Obstacle(

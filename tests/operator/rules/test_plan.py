@@ -275,6 +275,44 @@ def test_a_conversion_that_was_born_suspended_has_its_whole_pending_time_when_it
     assert world.jobs["demo-1"]["spec"]["suspend"] is False
 
 
+def test_one_that_is_suspended_waits_for_its_claim_as_long_as_its_user_likes() -> None:
+    world = World(("spec.suspend", True))
+    world.claims = {"training": None}
+    decided = world.run()
+    assert (world.phase, told(world.status, "Suspended")) == ("Suspended", ("True", "UserRequested"))
+    assert told(world.status, "VolumesReady") == ("False", "PVCNotFound")
+    assert told(world.status, "Stalled")[0] == "False"
+    assert decided.again == 15.0
+    world.run(5 * 3600)
+    assert world.phase == "Suspended"
+    world.edit(suspend=False)
+    world.run(1)
+    assert (world.phase, told(world.status, "Ready")) == ("Pending", ("False", "PVCNotFound"))
+    world.run(890)
+    assert world.phase == "Pending", "it has its whole pending time"
+    world.edit(suspend=True)
+    world.run(1)
+    world.run(5 * 3600)
+    world.edit(suspend=False)
+    world.run(890)
+    assert world.phase == "Pending"
+    world.run(890)
+    world.run(20)
+    assert told(world.status, "Failed") == ("True", "PendingDeadline")
+
+
+def test_one_that_is_suspended_while_it_waits_for_its_training_says_so() -> None:
+    world = World(AFTER, ("spec.suspend", True))
+    world.training = Training(state="Running", uid="t")
+    world.run()
+    assert (world.phase, told(world.status, "Suspended")) == ("Suspended", ("True", "UserRequested"))
+    world.training = Training(state="Succeeded", uid="t")
+    world.run(1)
+    assert (world.phase, len(world.made), world.alive) == ("Suspended", 1, [])
+    assert reasons(world) == ["UserRequested", "JobCreated"]
+    check_status(world.status)
+
+
 def test_fewer_workers_at_a_time() -> None:
     world = ready()
     world.document["spec"]["workers"] = {"maxParallelStages": 2}
