@@ -18,6 +18,7 @@ from ckpt2pt.conversion.spec import Conversion, Json, parse
 from ckpt2pt.conversion.status import WAITING, Ending, StageRecord
 from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.rules import awaits, volumes
+from ckpt2pt_operator.rules.changes import BY_USER, changes, suspension, unheeded, volumes_ready
 from ckpt2pt_operator.rules.conditions import (
     NOT_LOOKED,
     TERMINAL,
@@ -46,7 +47,6 @@ MAX_RECREATIONS = 3
 POLL_SECONDS = 10.0
 """How often a conversion with running workers is looked at for its progress."""
 _WAIT_SECONDS = 30.0
-_BY_USER = Obstacle(reason="UserRequested", message="spec.suspend is true; set it to false to go on")
 _SETTLE = timedelta(seconds=5)
 """How long a finished Job may be ahead of its pods in what the API server sends."""
 
@@ -211,7 +211,7 @@ class _Case:
 
     def without_job(self) -> Plan:
         if self.conversion.suspend:
-            self.standing = replace(self.standing, suspended=_BY_USER)
+            self.standing = replace(self.standing, suspended=BY_USER)
         standing = self.standing
         if standing.started is None and self.conversion.start_after is not None:
             held = self.training()
@@ -316,7 +316,7 @@ class _Case:
             job_uid=job.uid,
             started=self.standing.started or stamp(job.created or self.seen.now),
             iteration=self.iteration(pods),
-            volumes=volumes.verdict(self.conversion, self.seen.claims, min(job.parallelism, job.completions)),
+            volumes=volumes_ready(self.conversion, job, self.seen.claims),
         )
         if job.ending:
             return self.finished(job, pods)
@@ -327,10 +327,13 @@ class _Case:
         if self.standing.follow_end != standing.follow_end:
             # Its follower goes; one more Job takes the last look.
             return self.another(standing.memory_percent, {0})
-        standing = self.standing
-        actions = self.changes(job)
+        standing = replace(self.standing, unheeded=unheeded(self.conversion, job))
+        spec = changes(self.conversion, job, self.seen.claims)
+        actions = [PatchJob(job=job, spec=spec)] if spec else []
         if job.suspended:
-            standing = replace(standing, suspended=self.suspension(job), degraded=self.obstacle())
+            begun = any(record.attempts or record.state != "Pending" for record in standing.records)
+            why = suspension(self.conversion, job, begun=begun)
+            standing = replace(standing, suspended=why, degraded=self.obstacle())
             return self.plan(standing, *actions, again=_WAIT_SECONDS if self.alive else None)
         refused = refused_pods(job, pods, self.seen.warnings)
         obstacle = refused or self.obstacle()
@@ -359,31 +362,6 @@ class _Case:
         # What a worker said while it waited for the checkpoint had no iteration yet.
         reports = [report for pod in pods for report in (report_of(pod.report), self.seen.live.get(pod.uid)) if report]
         return next((r.iteration for r in reports if r.iteration is not None), self.standing.iteration)
-
-    def changes(self, job: Job) -> list[Action]:
-        """What may be changed while it runs.  A queue decides for itself when its Jobs run and how wide."""
-        if job.queued:
-            return []
-        spec: Json = {}
-        if job.suspended != self.conversion.suspend:
-            spec["suspend"] = self.conversion.suspend
-        wanted = parallelism(self.conversion, job.completions)
-        if job.parallelism != wanted:
-            spec["parallelism"] = wanted
-        if not job.per_index:
-            spec["backoffLimit"] = self.conversion.retries.per_stage * job.completions
-        return [PatchJob(job=job, spec=spec)] if spec.keys() - {"backoffLimit"} else []
-
-    def suspension(self, job: Job) -> Obstacle:
-        if not job.queued:
-            return _BY_USER
-        begun = any(record.attempts or record.state != "Pending" for record in self.standing.records)
-        if begun:
-            return Obstacle(
-                reason="Preempted", message="the queue has taken the workers back; they go on when it lets them"
-            )
-        queue = self.conversion.workers.pod.get("queueName")
-        return Obstacle(reason="QueuedByKueue", message=f"queue {queue} has not admitted it yet")
 
     def finished(self, job: Job, pods: Sequence[Pod]) -> Plan:
         """The Job is over: end, or give the stages that ran out of memory more of it."""

@@ -191,7 +191,7 @@ def _free_again(pod: Pod) -> datetime | None:
     ended = pod.finished or pod.deleted or pod.created
     if ended is None or pod.phase == "Succeeded":
         return ended
-    return ended + min(_FIRST_PAUSE * 2 ** min(pod.failures + pod.disruptions, 16), _LONGEST_PAUSE)
+    return ended + min(_FIRST_PAUSE * (1 << min(pod.failures + pod.disruptions, 16)), _LONGEST_PAUSE)
 
 
 def _obstacle(pod: Pod, warnings: Mapping[str, str], now: datetime) -> Obstacle | None:

@@ -238,6 +238,7 @@ class Job:
     ours: bool
     parallelism: int
     completions: int
+    backoff_limit: int
     active: int
     completed: frozenset[int]
     failed: frozenset[int]
@@ -277,6 +278,7 @@ def job_view(raw: Json) -> Job:
         ours=labels.get("app.kubernetes.io/managed-by") == MANAGER,
         parallelism=number(spec, "parallelism", 1),
         completions=number(spec, "completions", 1),
+        backoff_limit=number(spec, "backoffLimit", 6),
         active=number(status, "active"),
         completed=indexes(text(status, "completedIndexes", 8192)),
         failed=indexes(text(status, "failedIndexes", 8192)),

@@ -339,6 +339,34 @@ def test_a_queue_decides_for_itself() -> None:
     assert told(world.status, "Suspended") == ("True", "Preempted")
 
 
+def test_what_only_a_queue_may_do_is_said_where_it_is_asked_for() -> None:
+    world = World(("spec.workers", {"queueName": "night"}))
+    world.step()
+    job = world.jobs["demo-1"]
+    world.run(1)
+    world.start(0, 1, 2, 3)
+    world.run(1)
+    assert told(world.status, "Suspended") == ("False", "Resumed")
+    world.edit(suspend=True)
+    world.document["spec"]["workers"]["maxParallelStages"] = 2
+    world.run(1)
+    assert (job["spec"].get("suspend"), job["spec"]["parallelism"]) == (None, 4), "they are the queue's"
+    assert (world.phase, told(world.status, "Suspended")) == ("Running", ("False", "QueueDecides"))
+    assert reasons(world)[-1] == "QueueDecides"
+    job["spec"]["suspend"] = True
+    world.run(1)
+    assert told(world.status, "Suspended") == ("True", "Preempted")
+    world.edit(suspend=False)
+    del world.document["spec"]["workers"]["maxParallelStages"]
+    job["spec"]["suspend"] = False
+    world.reap()
+    world.run(1)
+    world.start(0, 1, 2, 3)
+    world.run(1)
+    assert told(world.status, "Suspended") == ("False", "Resumed")
+    check_status(world.status)
+
+
 def test_cancel_waits_for_the_workers_and_keeps_what_is_done() -> None:
     world = ready()
     world.end(0)
@@ -423,6 +451,27 @@ def test_a_claim_for_one_node_conflicts_with_many_workers() -> None:
     world.document["spec"]["workers"] = {"maxParallelStages": 1}
     world.run(1)
     assert len(world.alive) == 1
+
+
+def test_workers_do_not_become_more_than_a_claim_can_serve() -> None:
+    world = World(("spec.workers", {"maxParallelStages": 1}))
+    world.claims = {"training": claim_view({"status": {"phase": "Bound", "accessModes": ["ReadWriteOnce"]}})}
+    world.run()
+    world.start(0)
+    world.run(1)
+    assert told(world.status, "VolumesReady") == ("True", "Bound")
+    world.document["spec"]["workers"] = {"maxParallelStages": 4}
+    world.run(1)
+    assert world.jobs["demo-1"]["spec"]["parallelism"] == 1
+    assert told(world.status, "VolumesReady") == ("True", "WorkersLimited")
+    assert told(world.status, "Stalled")[0] == "False", "the worker goes on"
+    assert reasons(world)[-1] == "WorkersLimited"
+    [said] = [c["message"] for c in world.status["conditions"] if c["type"] == "VolumesReady"]
+    assert said.startswith("no more than 1 at a time: persistentvolumeclaim training is ReadWriteOnce, and 4 workers")
+    world.claims = {"training": claim_view({"status": {"phase": "Bound", "accessModes": ["ReadWriteMany"]}})}
+    world.run(1)
+    assert world.jobs["demo-1"]["spec"]["parallelism"] == 4
+    assert told(world.status, "VolumesReady") == ("True", "Bound")
 
 
 def test_a_missing_claim_is_known_from_a_pod_where_claims_may_not_be_read() -> None:
@@ -851,9 +900,13 @@ def test_a_document_that_is_refused_while_it_runs_stops_and_keeps_its_results() 
 
 def test_a_server_that_does_not_know_retries_of_an_index() -> None:
     world = ready()
-    del world.jobs["demo-1"]["spec"]["backoffLimitPerIndex"]
-    world.step()
+    spec = world.jobs["demo-1"]["spec"]
+    del spec["backoffLimitPerIndex"]
+    spec["backoffLimit"] = 6  # for all stages together, as the API server has it by default
+    decided = world.step()
+    assert [action.spec for action in decided.actions if isinstance(action, PatchJob)] == [{"backoffLimit": 12}]
     assert told(world.status, "Degraded") == ("True", "PerIndexRetryUnsupported")
+    assert not world.step().actions
 
 
 def test_only_a_new_token_on_a_failed_conversion_is_a_retry() -> None:
