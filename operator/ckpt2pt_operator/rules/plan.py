@@ -55,8 +55,13 @@ def conversion_of(document: Json, house: House) -> Conversion:
     """The document with the operator's defaults; UsageError where it is wrong."""
     conversion = parse(document)
     own = {name: value for name, value in conversion.workers.pod.items() if value not in ({}, [], None)}
+    if "queueName" not in own:
+        own.pop("queueKind", None)  # an API server fills it in, and the queue of the house has a kind of its own
     pod = {**conversion.workers.pod, **house.pod, **own}
-    return replace(conversion, workers=replace(conversion.workers, pod=pod))
+    together = pod.pop("coSchedule", False) is True
+    if "coSchedule" in child(document, "spec", "workers"):
+        together = conversion.workers.co_schedule
+    return replace(conversion, workers=replace(conversion.workers, pod=pod, co_schedule=together))
 
 
 def plan(seen: Seen, house: House) -> Plan:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from ckpt2pt_operator.rules.notes import notes
-from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, PatchJob, Refusal, Training
+from ckpt2pt_operator.rules.plan import conversion_of
+from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, House, PatchJob, Refusal, Training
 from ckpt2pt_operator.rules.views import Report, claim_view
-from simulation import World
+from simulation import World, conversion
 from statuses import check_status, told
 
 MEMORY = ("spec.workers.resources", {"limits": {"memory": "256Mi"}})
@@ -169,6 +170,47 @@ def test_stages_nobody_has_recorded_are_done_by_another_attempt() -> None:
     world.run(9)
     assert world.phase in {"Pending", "Running"}
     assert world.jobs["demo-3"]["metadata"]["annotations"] == {"ckpt2pt.dev/stages": "0,1,3"}
+
+
+# ------------------------------------------------------------------------------------------------- defaults of the house
+
+VOLCANO = {"queueName": "house", "queueKind": "Volcano"}
+
+
+@pytest.mark.parametrize(
+    ("house", "own", "expected"),
+    [
+        (VOLCANO, {}, ("house", "Volcano")),
+        (VOLCANO, {"queueKind": "Kueue"}, ("house", "Volcano")),
+        (VOLCANO, {"queueName": "own", "queueKind": "Kueue"}, ("own", "Kueue")),
+        ({"queueName": "house"}, {"queueKind": "Kueue"}, ("house", "Kueue")),
+        ({}, {"queueName": "own", "queueKind": "Volcano"}, ("own", "Volcano")),
+        ({}, {"queueKind": "Kueue"}, (None, "Kueue")),
+    ],
+)
+def test_the_queue_of_the_house_comes_with_its_kind(
+    house: dict[str, object], own: dict[str, object], expected: tuple[str | None, str]
+) -> None:
+    """An API server gives every conversion a kind, whether it asks for a queue or not."""
+    pod = conversion_of(conversion(("spec.workers", own)), House(image="i", pod=house)).workers.pod
+    assert (pod.get("queueName"), pod["queueKind"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("house", "own", "expected"),
+    [
+        ({"coSchedule": True}, {}, True),
+        ({"coSchedule": True}, {"coSchedule": False}, False),
+        ({"coSchedule": False}, {"coSchedule": True}, True),
+        ({}, {}, False),
+    ],
+)
+def test_workers_are_kept_together_as_the_house_or_the_conversion_says(
+    house: dict[str, object], own: dict[str, object], expected: bool
+) -> None:
+    found = conversion_of(conversion(("spec.workers", own)), House(image="i", pod=house))
+    assert found.workers.co_schedule is expected
+    assert "coSchedule" not in found.workers.pod
 
 
 # ----------------------------------------------------------------------------------------------------------- Job deleted
