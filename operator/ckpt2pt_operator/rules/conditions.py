@@ -56,6 +56,7 @@ class Standing:
     started: str | None = None
     finished: str | None = None
     ended: Ending | None = None
+    planned: str = ""
     iteration: int | None = None
     training_uid: str = ""
     follow_end: str = ""
@@ -85,6 +86,7 @@ def status_document(
         started=standing.started,
         finished=standing.finished,
         ended=standing.ended,
+        planned=standing.planned,
         iteration=standing.iteration,
         now=stamp(now),
     )

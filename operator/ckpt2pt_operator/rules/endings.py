@@ -1,4 +1,4 @@
-"""Why a Job has ended without success, and what to do about it.  Pure."""
+"""What is said at the end of a Job: why it has failed and what to do about it, or what a dry run has found.  Pure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ckpt2pt.conversion.spec import Conversion
 from ckpt2pt.conversion.status import Ending, StageRecord
 from ckpt2pt.errors import FAILS_JOB
+from ckpt2pt.text import size
 from ckpt2pt_operator.rules.views import Job, Pod, report_of
 
 RETRY_ANNOTATION = "ckpt2pt.dev/retry"
@@ -23,6 +24,19 @@ _REASONS = {
 def reason_of(job: Job) -> str:
     """What its end means if not every stage is done."""
     return "StageFailed" if job.ending == "Complete" else _REASONS.get(job.reason, job.reason or "JobFailed")
+
+
+def planned(pods: Sequence[Pod]) -> str:
+    """What the worker of a dry run has found, in one sentence; empty where it left none."""
+    reports = [report for pod in pods if pod.phase == "Succeeded" and (report := report_of(pod.report))]
+    found = next((report for report in reports if report.preview), None)
+    if found is None or found.preview is None:
+        return ""
+    preview = found.preview
+    return (
+        f"{preview.files} files are planned: {size(found.total or 0)} to read, {size(preview.written)} to write with "
+        f"{size(preview.free)} free, at most {size(preview.memory)} of memory for a worker; nothing was written"
+    )
 
 
 def ending(conversion: Conversion, job: Job, pods: Sequence[Pod], failed: Sequence[StageRecord]) -> Ending:

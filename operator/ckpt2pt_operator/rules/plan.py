@@ -28,7 +28,7 @@ from ckpt2pt_operator.rules.conditions import (
     stamp,
     status_document,
 )
-from ckpt2pt_operator.rules.endings import RETRY_ANNOTATION, ending, reason_of
+from ckpt2pt_operator.rules.endings import RETRY_ANNOTATION, ending, planned, reason_of
 from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
 from ckpt2pt_operator.rules.stages import (
     OUT_OF_MEMORY,
@@ -383,8 +383,11 @@ class _Case:
                 return self.another(percent, {record.stage for record in starved})
         if job.ending == "Complete" and not failed:
             # Of a status that was lost some stages may be known to nobody; one that is done ends at once.
-            return self.another(standing.memory_percent, set()) if self.left_out() else self.end(standing, None)
+            return self.another(standing.memory_percent, set()) if self.left_out() else self.done(pods)
         return self.end(standing, ending(self.conversion, job, pods, failed))
+
+    def done(self, pods: Sequence[Pod]) -> Plan:
+        return self.end(replace(self.standing, planned=planned(pods) if self.conversion.dry_run else ""), None)
 
     def left_out(self) -> bool:
         return any(record.state != "Succeeded" for record in self.standing.records)

@@ -8,7 +8,7 @@ import pytest
 
 from ckpt2pt.conversion.spec import parse
 from ckpt2pt.conversion.status import StageRecord
-from ckpt2pt_operator.rules.endings import ending, reason_of
+from ckpt2pt_operator.rules.endings import ending, planned, reason_of
 from ckpt2pt_operator.rules.views import Job, job_view, pod_view
 from simulation import World
 
@@ -56,3 +56,14 @@ def test_a_worker_that_refused_its_arguments_without_a_word_is_named() -> None:
     pods = [pod_view(pod) for pod in world.pods.values()]
     found = ending(parse(world.document), a_job(ending="Failed", reason="PodFailurePolicy"), pods, ())
     assert (found.reason, "refused its arguments" in found.message) == ("InvalidSpec", True)
+
+
+@pytest.mark.parametrize(
+    "report", ["", "a log", '{"version": 1, "exitCode": 0}', '{"version": 1, "plan": {"bytes": "x"}}']
+)
+def test_a_dry_run_that_left_nothing_to_tell_is_no_mishap(report: str) -> None:
+    world = World()
+    world.run()
+    world.end(0, report=report)
+    found = planned([pod_view(pod) for pod in world.pods.values()])
+    assert found == "" if "plan" not in report else found.startswith("0 files are planned: 0 B to read")

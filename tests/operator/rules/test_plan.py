@@ -110,9 +110,17 @@ def test_a_plan_needs_one_worker_and_ends_as_planned() -> None:
     world = World(("spec.dryRun", True))
     world.run()
     assert len(world.alive) == 1
-    world.end(0)
+    found = {"files": 24, "bytes": 3 << 30, "memory": 96 << 20, "freeSpace": 5 << 40, "ranks": 8}
+    world.end(0, report=json.dumps({"version": 1, "exitCode": 0, "bytesTotal": 7 << 29, "iteration": 2, "plan": found}))
     world.run(9)
     assert world.phase == "Planned"
+    said = {c["type"]: c["message"] for c in world.status["conditions"]}
+    assert said["Ready"] == said["Complete"]
+    assert said["Ready"] == (
+        "24 files are planned: 3.5 GiB to read, 3.0 GiB to write with 5.0 TiB free, at most 96.0 MiB of memory for a "
+        "worker; nothing was written"
+    )
+    check_status(world.status)
     assert told(world.status, "Verified") == ("False", "NotRequested")
 
 
