@@ -83,12 +83,14 @@ def status_of_run(
     started: str | None,
     finished: str | None = None,
     ended: Ending | None = None,
+    planned: str = "",
     iteration: int | None = None,
     now: str | None = None,
 ) -> Json:
     """The status document, as the CRD describes it, from the records of the stages; all times are RFC 3339.
 
-    ``now`` is the time of conditions before the end; that of the start when it is not given.
+    ``now`` is the time of conditions before the end; that of the start when it is not given.  ``planned`` is what a dry
+    run has found.
     """
     count = {state: sum(record.state == state for record in records) for state in ("Running", "Succeeded", "Failed")}
     phase = _phase(conversion, records, started=started, finished=finished, ended=ended)
@@ -109,7 +111,7 @@ def status_of_run(
         "bytesTotal": sum(record.total or 0 for record in records),
         "job": job,
         # Each condition has a time, and before the start there may be none to give.
-        "conditions": _conditions(conversion, records, phase, ended, when) if when else [],
+        "conditions": _conditions(conversion, records, phase, ended, when, planned) if when else [],
     }
     if iteration is not None:
         status["iteration"] = iteration
@@ -143,11 +145,11 @@ def _phase(
 
 
 def _conditions(
-    conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None, when: str
+    conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None, when: str, planned: str
 ) -> list[Json]:
     """Complete and Failed as a Job has them, Verified, and the three that kstatus reads."""
     done, over = phase in {"Succeeded", "Planned"}, phase in {"Failed", "Cancelled"}
-    reason, message = _why(conversion, records, phase, ended)
+    reason, message = _why(conversion, records, phase, ended, planned)
     mismatch = [record.stage for record in records if record.reason == REASONS[76]]
     if conversion.verify == "None" or conversion.dry_run:
         verified = ("False", "NotRequested", "verification was not asked for")
@@ -176,7 +178,9 @@ def _conditions(
     ]
 
 
-def _why(conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None) -> tuple[str, str]:
+def _why(
+    conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None, planned: str
+) -> tuple[str, str]:
     if ended is not None:
         return ended.reason, ended.message
     failed = [record for record in records if record.state == "Failed"]
@@ -188,7 +192,7 @@ def _why(conversion: Conversion, records: Sequence[StageRecord], phase: str, end
             return "TrainingFollowed", "the training has ended, and what it saved is converted"
         return "Following", "each new checkpoint of the training is converted as it becomes whole"
     if phase == "Planned":
-        return "Planned", "planned; nothing was written"
+        return "Planned", planned or "planned; nothing was written"
     if phase == "Succeeded":
         return "AllStagesSucceeded", f"all {len(records)} stages are converted"
     return "InProgress", f"{sum(record.state == 'Succeeded' for record in records)} of {len(records)} stages are done"

@@ -11,9 +11,11 @@ from typing import Literal
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import WAITING
+from ckpt2pt_operator.rules.conditions import QUEUE_DECIDES, WORKERS_LIMITED
 from ckpt2pt_operator.rules.views import condition, items, number, text
 
 _MAX = 1024
+_UNHEEDED = frozenset({QUEUE_DECIDES, WORKERS_LIMITED})
 _AWAITED = frozenset({"WaitingForTraining", WAITING})
 _MOST_STAGES = 8
 """Failed stages that get an event each; an API server takes few of them a second."""
@@ -84,6 +86,8 @@ def _of_conditions(before: Json, after: Json) -> Iterator[Note]:
         turned = item.get("status") != was.get("status")
         if name == "VolumesReady" and item.get("status") == "False" and (turned or reason != was.get("reason")):
             yield Note(kind="Warning", reason=reason, message=message)
+        if reason in _UNHEEDED and reason != was.get("reason"):
+            yield Note(kind="Warning", reason=reason, message=message)
         if name == "Reconciling" and reason in _AWAITED and reason != was.get("reason"):
             yield Note(kind="Normal", reason=reason, message=message)
         if name not in _TOLD:
@@ -92,4 +96,4 @@ def _of_conditions(before: Json, after: Json) -> Iterator[Note]:
         if item.get("status") == "True" and (turned or (follows and reason != was.get("reason"))):
             yield Note(kind="Normal" if reason == "Cancelled" else kind, reason=reason, message=message)
         if name == "Suspended" and turned and was.get("status") == "True" and after.get("phase") == "Running":
-            yield Note(kind="Normal", reason="Resumed", message=message)
+            yield Note(kind="Normal", reason="Resumed", message="it may go on")
