@@ -107,9 +107,11 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     for (tp, pp), folder in found.ranks.items():
         log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, folder, found.topology.source_rank(tp, pp))
     target = target_back(request, found)
-    read: dict[Path | None, str] = {request.maps: "--param-map-path"}
-    read |= dict.fromkeys((request.source, iteration_folder(request.source)), "--megatron-path")
-    keep_apart(target, read)
+    iteration = iteration_folder(request.source)
+    keep_apart(
+        target,
+        {request.maps: "--param-map-path", request.source: "--megatron-path", iteration: "--megatron-path"},
+    )
     conversion = Conversion(
         target=target,
         pace=request.pace,
