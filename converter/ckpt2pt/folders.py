@@ -7,9 +7,33 @@ from pathlib import Path
 
 from ckpt2pt.errors import InputError, MissingInputError, UsageError
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.publish import TRACKER
+from ckpt2pt.publish import TRACKER, Target
 
 SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors"})
+
+
+def keep_apart(target: Target, read: Mapping[Path | None, str]) -> None:
+    """Refuse a result in the place of what it is made from: the same folder, or what is read inside the result's own.
+
+    ``read`` names the options of folders.  Links and mounts give one folder many paths, so the folders are compared.
+    """
+    for path, option in read.items():
+        if path is None or not path.exists():
+            continue
+        above = (path, *path.resolve().parents) if target.kind.alone else (path,)
+        if _is(path, target.root) or any(_is(place, target.folder) for place in above):
+            raise UsageError(
+                f"the result would take the place of {option}",
+                where=f"{target.folder} and {path}",
+                mend=f"choose another {target.kind.option}",
+            )
+
+
+def _is(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # not there: so it cannot be what is read
+        return False
 
 
 def read_tracker(folder: Path) -> str:

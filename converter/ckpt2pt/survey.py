@@ -18,6 +18,7 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
+from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.mapping.topology import Rank
@@ -103,7 +104,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     inputs = {rank: _inputs(rank, file, request) for rank, file in found[when].items()}
     every = tuple(one for listed in inputs.values() for one in listed)
     purpose = digest({"options": request.meaning(), "iteration": clock.iteration})
-    return Survey(
+    chosen = Survey(
         files=found[when],
         clock=clock,
         identity=digest([purpose, every]),
@@ -112,6 +113,15 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         inputs=every,
         indexes={rank: headers.indexes[found[when][rank].path] for rank in keep},
     )
+    keep_apart(
+        target_of(request, chosen),
+        {
+            request.shard_info: "spec.source.optShardInfoPath (--opt-shard-info-path)",
+            request.metadata: "spec.metadata.path (--param-map-path)",
+            request.source: "spec.source.path (--ms-path)",
+        },
+    )
+    return chosen
 
 
 def target_of(request: Request, chosen: Survey) -> Target:

@@ -119,8 +119,9 @@ class Operator:
             changed=self._queue.add,
         )  # fmt: skip
         reconciler = Reconciler(
-            api, self._store, self._metrics, house, check_volumes=given.check_volumes, trainings=trainings
-        )
+            api, self._store, self._metrics, house, check_volumes=given.check_volumes,
+            live_progress=given.live_progress, trainings=trainings,
+        )  # fmt: skip
         self._health.ready, self._health.stale = self._not_ready, self._silent
         try:
             async with asyncio.TaskGroup() as group:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
+from ckpt2pt.errors import FileAccessError, InputError, MissingInputError, UsageError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Request
+from ckpt2pt.run import run
 from ckpt2pt.survey import only_growing, prepare_all, survey
 from ckptfiles import Tensor, ckpt
+from conversions import Quiet
 from handmade import Handmade
 from strangers import become_a_stranger
 
@@ -48,6 +50,34 @@ def test_newest_is_chosen_without_a_report(tmp_path: Path) -> None:
     chosen = survey(saves(tmp_path, (0, 90), (0, 100), (1, 5)))
     assert (chosen.clock.iteration, chosen.clock.samples) == (105, 420)
     assert [file.path.name for file in chosen.files.values()] == ["n_rank_0-1_5.ckpt", "n_rank_1-1_5.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("target", "option"),
+    [
+        pytest.param("ms", "--ms-path", id="the-source"),
+        pytest.param("pt_meta/../link", "--ms-path", id="the-source-by-a-link"),
+        pytest.param("pt_meta", "--param-map-path", id="the-metadata"),
+        pytest.param("shards", "--opt-shard-info-path", id="the-descriptions-of-shards"),
+        pytest.param("above", "--ms-path", id="the-source-is-the-iteration-of-the-result"),
+    ],
+)
+def test_a_result_in_the_place_of_what_is_read_is_refused(target: str, option: str, tmp_path: Path) -> None:
+    request = saves(tmp_path, (0, 100))
+    for folder in ("above", "shards"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "link").symlink_to("ms")
+    (tmp_path / "above" / "iter_0000100").symlink_to("../ms")
+    with pytest.raises(UsageError, match=f"would take the place of .*{option}") as refused:
+        survey(replace(request, target=tmp_path / target, shard_info=tmp_path / "shards"))
+    assert "--megatron-path" in refused.value.mend
+
+
+@pytest.mark.parametrize("target", [".", "ms/megatron", "pt_meta/megatron"])
+def test_a_result_beside_or_below_what_is_read_harms_nothing(target: str, tmp_path: Path) -> None:
+    request = replace(saves(tmp_path, (0, 100)), target=tmp_path / target)
+    run(request, range(2), Quiet())
+    assert survey(request).clock.iteration == 100
 
 
 def test_the_save_that_every_rank_reports_is_chosen(tmp_path: Path) -> None:

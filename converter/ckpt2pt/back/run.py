@@ -14,6 +14,7 @@ from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, survey_b
 from ckpt2pt.checksums import crc32
 from ckpt2pt.crew import Reporter
 from ckpt2pt.engine.write import Stop, write_files
+from ckpt2pt.folders import iteration_folder, keep_apart
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
 from ckpt2pt.publish import MINDSPORE, Json, Target, access_error, publish_bytes
@@ -103,8 +104,11 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     log.debug("iteration %d of %s, cut as %s", found.iteration, request.source, found.topology)
     for (tp, pp), folder in found.ranks.items():
         log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, folder, found.topology.source_rank(tp, pp))
+    target = target_back(request, found)
+    read = {folder: "--megatron-path" for folder in (request.source, iteration_folder(request.source))}
+    keep_apart(target, {request.maps: "--param-map-path", **read})
     conversion = Conversion(
-        target=target_back(request, found),
+        target=target,
         pace=request.pace,
         verify=request.verify,
         overwrite=request.overwrite,

@@ -296,14 +296,17 @@ def _take(found: dict[When, SourceFile], file: SourceFile) -> None:
 
 
 def _iterations(root: Path) -> dict[When, Path]:
-    """Folders of iterations in ``root``, or ``root`` itself when it is one; empty for any other layout."""
+    """Folders of iterations in ``root``, or ``root`` itself when it is one; empty for any other layout.
+
+    Megatron's own results look the same, but hold no checkpoint file of MindSpore.
+    """
     found: dict[When, Path] = {}
     for folder in (root, *_listing(root)) if root.is_dir() else ():
         named = _ITERATION.fullmatch(folder.name)
         if folder == root or (named and folder.is_dir()):
-            holds = any(_MODEL_RANK.fullmatch(path.name) and path.is_dir() for path in _listing(folder))
+            places = (path for path in _listing(folder) if _MODEL_RANK.fullmatch(path.name) and path.is_dir())
             when = (0, int(named[1])) if named and named[1] else UNNAMED
-            if holds:
+            if any(path.suffix[1:] in SUFFIXES for place in places for path in _listing(place)):
                 found[when] = folder
     return found
 

@@ -166,6 +166,7 @@ class Pod:
     name: str
     namespace: str
     uid: str
+    version: str
     job: str
     job_uid: str
     owner: str
@@ -215,6 +216,7 @@ def pod_view(raw: Json) -> Pod:
         name=text(meta, "name"),
         namespace=text(meta, "namespace"),
         uid=text(meta, "uid"),
+        version=text(meta, "resourceVersion"),
         job=text(labels, "batch.kubernetes.io/job-name") or text(labels, "job-name"),
         job_uid=text(labels, "batch.kubernetes.io/controller-uid") or text(labels, "controller-uid"),
         owner=text(labels, UID_LABEL),

@@ -48,6 +48,16 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("rank_*/*"))}
 
 
+@pytest.mark.parametrize("place", ["A", "A/iter_0000002", "link"])
+def test_an_import_into_what_it_reads_is_refused(place: str, tmp_path: Path) -> None:
+    shutil.copytree(SETS[0] / "A", tmp_path / "A")
+    (tmp_path / "link").symlink_to("A")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match="would take the place of --megatron-path"):
+        imported(SETS[0], tmp_path / place, source=tmp_path / "A")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("folder", SETS, ids=lambda folder: folder.name)
 def test_files_are_those_of_the_reference_to_the_byte(folder: Path, full: bool, tmp_path: Path) -> None:

@@ -84,6 +84,15 @@ def test_newest_comes_last(tmp_path: Path) -> None:
     assert list(found(tmp_path)) == [(0, 90), (0, 100), (1, 1)]
 
 
+def test_results_of_megatron_beside_the_ranks_are_no_iterations(tmp_path: Path) -> None:
+    both(tmp_path, "n_rank_@-0_5.ckpt")
+    theirs = tmp_path / "iter_0000005" / "mp_rank_00"
+    theirs.mkdir(parents=True)
+    (theirs / "model_optim_rng.pt").touch()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    assert list(found(tmp_path)) == [(0, 5)]
+
+
 def test_one_of_two_formats_can_be_asked_for(tmp_path: Path) -> None:
     both(tmp_path, "n_rank_@-0_5.ckpt", "n_rank_@-0_5.safetensors")
     with pytest.raises(InputError, match="two files of one step") as caught:
