@@ -105,7 +105,7 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     for (tp, pp), folder in found.ranks.items():
         log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, folder, found.topology.source_rank(tp, pp))
     target = target_back(request, found)
-    read = dict.fromkeys((request.source, iteration_folder(request.source)), "--megatron-path")
+    read: dict[Path | None, str] = dict.fromkeys((request.source, iteration_folder(request.source)), "--megatron-path")
     keep_apart(target, {request.maps: "--param-map-path", **read})
     conversion = Conversion(
         target=target,
