@@ -21,7 +21,7 @@ from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.progress import Progress
 from ckpt2pt_operator.recorder import Recorder
 from ckpt2pt_operator.rules.awaits import awaited
-from ckpt2pt_operator.rules.conditions import TERMINAL
+from ckpt2pt_operator.rules.conditions import TERMINAL, follows
 from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.plan import conversion_of, plan
 from ckpt2pt_operator.rules.seen import (
@@ -265,6 +265,11 @@ class Reconciler:
             started, ended = moment(after, "startTime"), moment(after, "completionTime")
             if started and ended:
                 self._metrics.conversion_seconds.observe((ended - started).total_seconds())
+        if follows(after):
+            # Its one worker runs for weeks, and is done with a checkpoint when it names the next iteration.
+            if number(after, "iteration", -1) > number(before, "iteration", -1):
+                self._metrics.converted_bytes.inc(number(after, "bytesTotal"))
+            return
         known = {number(item, "stage"): item for item in items(before, "stageStatuses")}
         for item in items(after, "stageStatuses"):
             old = known.get(number(item, "stage"), {})

@@ -317,6 +317,39 @@ def test_what_a_newer_schema_has_stays_in_the_object() -> None:
     assert world.conversion["spec"]["fieldOfTomorrow"] == 1
 
 
+def converted(*statuses: Raw) -> list[float]:
+    """Bytes that are counted after each status of one life."""
+    metrics = Metrics("0")
+    reconciler = Reconciler(object(), Store(lambda _: None), metrics, HOUSE, check_volumes=True)  # type: ignore[arg-type]
+    found: list[float] = []
+    for before, after in zip([{}, *statuses], statuses, strict=False):
+        reconciler._count(before, after)
+        found.append(metrics.registry.get_sample_value("ckpt2pt_operator_converted_bytes_total") or 0.0)
+    return found
+
+
+def a_status(reason: str, state: str, done: int, **more: object) -> Raw:
+    complete = {"type": "Complete", "status": "True" if state == "Succeeded" else "False", "reason": reason}
+    stage = {"stage": 0, "state": state, "bytes": done, "bytesTotal": 7}
+    return {"phase": state, "conditions": [complete], "stageStatuses": [stage], "bytesTotal": 7, **more}
+
+
+def test_bytes_are_counted_when_a_stage_is_done() -> None:
+    going = a_status("InProgress", "Running", 3)
+    known = a_status("InProgress", "Running", 5, iteration=500)
+    assert converted(going, known, a_status("AllStagesSucceeded", "Succeeded", 7, iteration=500)) == [0, 0, 7]
+
+
+def test_bytes_of_a_training_that_is_followed_are_counted_with_each_of_its_checkpoints() -> None:
+    begun = a_status("Following", "Running", 0)
+    first, same = (a_status("Following", "Running", done, iteration=0) for done in (7, 2))
+    second = a_status("Following", "Running", 1, iteration=500)
+    over = a_status("TrainingFollowed", "Succeeded", 7, iteration=500)
+    assert converted(begun, first, same, second, over) == [0, 7, 7, 14, 14]
+    last = a_status("TrainingFollowed", "Succeeded", 7, iteration=1000)
+    assert converted(second, last) == [7, 14]
+
+
 def left_behind() -> Raw:
     """A worker that was deleted and has ended, and that its Job's controller still holds."""
     labels = {"ckpt2pt.dev/conversion-uid": "u", "batch.kubernetes.io/controller-uid": "uid-of-demo-1"}

@@ -24,6 +24,9 @@ REASONS = {
 WAITING = "WaitingForCheckpoint"
 """The reason of a worker that waits until every rank has saved; its message says who has not."""
 
+FOLLOWING, FOLLOWED = "Following", "TrainingFollowed"
+"""The reasons of a conversion of each new checkpoint of a training: while it runs, and when the training has ended."""
+
 WORST_FIRST = (64, 65, 66, 76, 70, 74, 75)
 """A user mends a wrong document before anything else, then the input; what only wants another try comes last."""
 
@@ -189,8 +192,8 @@ def _why(
         return "StageFailed", f"stage {stages} failed; stage {failed[0].stage}: {failed[0].message}"[:MAX_MESSAGE]
     if conversion.follow and not conversion.dry_run:
         if phase == "Succeeded":
-            return "TrainingFollowed", "the training has ended, and what it saved is converted"
-        return "Following", "each new checkpoint of the training is converted as it becomes whole"
+            return FOLLOWED, "the training has ended, and what it saved is converted"
+        return FOLLOWING, "each new checkpoint of the training is converted as it becomes whole"
     if phase == "Planned":
         return "Planned", planned or "planned; nothing was written"
     if phase == "Succeeded":

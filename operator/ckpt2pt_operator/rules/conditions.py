@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Literal, cast
 
 from ckpt2pt.conversion.spec import Conversion, Json
-from ckpt2pt.conversion.status import MAX_MESSAGE, Ending, StageRecord, status_of_run
+from ckpt2pt.conversion.status import FOLLOWED, FOLLOWING, MAX_MESSAGE, Ending, StageRecord, status_of_run
 from ckpt2pt_operator.rules.stages import Obstacle
 from ckpt2pt_operator.rules.views import condition, items
 
@@ -66,6 +66,11 @@ class Standing:
     unheeded: Obstacle | None = None
     waits: Obstacle | None = None
     degraded: Obstacle | None = None
+
+
+def follows(status: Json) -> bool:
+    """Whether this is the status of a conversion that follows a training, and gets on or is done."""
+    return condition(items(status, "conditions"), "Complete").get("reason") in {FOLLOWING, FOLLOWED}
 
 
 def stamp(moment: datetime) -> str:

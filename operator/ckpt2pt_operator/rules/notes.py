@@ -46,7 +46,9 @@ def _of_the_job(before: Json, after: Json) -> Iterator[Note]:
     if number(after, "jobRecreations") > number(before, "jobRecreations"):
         yield Note(kind="Warning", reason="JobRecreated", message=f"Job {job} was deleted and is made anew")
     if text(after, "retryToken") != text(before, "retryToken") and before:
-        yield Note(kind="Normal", reason="RetryRequested", message="the stages that are not done are tried again")
+        early = "it had not failed when ckpt2pt.dev/retry was set; if it does, set another value"
+        late = Note(kind="Normal", reason="RetryRequested", message="the stages that are not done are tried again")
+        yield late if before.get("phase") == "Failed" else Note(kind="Warning", reason="RetryIgnored", message=early)
     if new and new != old:
         stages = items(after, "stageStatuses")
         todo = [str(number(item, "stage")) for item in stages if text(item, "state") not in {"Succeeded", "Failed"}]

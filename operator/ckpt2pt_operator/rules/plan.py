@@ -119,6 +119,9 @@ class _Case:
                 self.records = (
                     observed(self.records, job, self.workers(job), {}) if job.attempt < attempt else self.records
                 )
+        token = text(before, "retryToken", 253)
+        if before.get("phase") not in TERMINAL:
+            token = self.token or token  # whoever asks before there is a failure has to ask again
         self.alive = [pod for pod in seen.pods if not pod.over]
         self.standing = Standing(
             records=tuple(self.records.values()),
@@ -126,7 +129,7 @@ class _Case:
             job=job_name(conversion, attempt),
             job_uid=text(before, "jobUID"),
             recreations=number(before, "jobRecreations"),
-            retry_token=text(before, "retryToken", 253) if before else self.token,
+            retry_token=token,
             memory_percent=number(before, "memoryPercent") or 100,
             started=text(before, "startTime") or None,
             iteration=number(before, "iteration") if "iteration" in before else None,

@@ -974,6 +974,29 @@ def test_only_a_new_token_on_a_failed_conversion_is_a_retry() -> None:
     assert len(world.made) == 2
 
 
+def test_a_token_that_comes_before_the_failure_has_no_effect_then_or_later() -> None:
+    world = ready(ONE_TRY)
+    world.retry("early")
+    world.run(1)
+    assert world.status["retryToken"] == "early"
+    assert reasons(world)[-1] == "RetryIgnored"
+    for number in range(4):
+        world.end(number, 65)
+    world.run(9)
+    world.run(500)
+    assert (world.phase, len(world.made)) == ("Failed", 1)
+    del world.document["metadata"]["annotations"]["ckpt2pt.dev/retry"]
+    world.run(1)
+    world.retry("early")
+    world.run(1)
+    assert (world.phase, len(world.made)) == ("Failed", 1)
+    world.retry("now")
+    world.run(1)
+    assert len(world.made) == 2
+    assert reasons(world)[-2:] == ["RetryRequested", "JobCreated"]
+    assert reasons(world).count("RetryIgnored") == 1
+
+
 # ------------------------------------------------------------------------------------------------------------ abuse and size
 
 
