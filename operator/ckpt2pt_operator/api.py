@@ -9,6 +9,8 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from typing import Any, cast
 
 import aiohttp
@@ -25,6 +27,8 @@ _SILENCE = 100.0
 _MAX_LINE = 8 << 20
 """Bytes of one event of a watch: an object may have 1.5 MB, and twice that in JSON."""
 _MAX_PAUSE = 300.0
+_TRUE_TO = timedelta(seconds=5)
+"""As far as a clock here may be from the API server's before that one's is taken: its answers tell whole seconds, and take a while."""
 _TRIES = 7
 """Of what is asked patiently: a quarter of a minute in all, or as long as the API server asks for."""
 _FORBIDDEN = 403
@@ -92,6 +96,7 @@ class Api:
     def __init__(self, inner: client.ApiClient, metrics: Metrics, bucket: Bucket) -> None:
         self._inner: Any = inner  # half of it has no types
         self._metrics, self._bucket = metrics, bucket
+        self._ahead = timedelta()
 
     @classmethod
     async def create(cls, metrics: Metrics, *, qps: float, burst: int) -> Api:
@@ -116,6 +121,17 @@ class Api:
     async def close(self) -> None:
         """Close every connection."""
         await self._inner.close()
+
+    def now(self) -> datetime:
+        """The time by the API server's clock, which wrote all those that it is compared with."""
+        return datetime.now(UTC) + self._ahead
+
+    def _set_clock(self, date: str) -> None:
+        try:
+            ahead = parsedate_to_datetime(date) - datetime.now(UTC)
+        except (ValueError, TypeError):
+            return  # no date, or one without a zone
+        self._ahead = ahead if abs(ahead) > _TRUE_TO else timedelta()
 
     # ------------------------------------------------------------------------------------------------------- requests
 
@@ -247,6 +263,7 @@ class Api:
             )
             response = cast("aiohttp.ClientResponse", answer.response)
             code = str(response.status)
+            self._set_clock(response.headers.get("Date", ""))
         except ApiException as raised:
             error = cast("Any", raised)
             code = str(error.status)

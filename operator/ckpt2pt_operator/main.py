@@ -19,6 +19,7 @@ import kopf
 from pythonjsonlogger.json import JsonFormatter
 
 from ckpt2pt import __version__
+from ckpt2pt.conversion.spec import Json
 from ckpt2pt.errors import Ckpt2ptError
 from ckpt2pt_operator import access, handlers, lease, settings
 from ckpt2pt_operator.api import CONVERSIONS, Api, ApiError
@@ -26,6 +27,7 @@ from ckpt2pt_operator.health import Health
 from ckpt2pt_operator.informer import PodInformer, refresh
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.reconcile import Reconciler
+from ckpt2pt_operator.rules.conditions import follows
 from ckpt2pt_operator.rules.seen import House
 from ckpt2pt_operator.rules.views import child, text
 from ckpt2pt_operator.settings import Settings
@@ -117,8 +119,9 @@ class Operator:
             changed=self._queue.add,
         )  # fmt: skip
         reconciler = Reconciler(
-            api, self._store, self._metrics, house, check_volumes=given.check_volumes, trainings=trainings
-        )
+            api, self._store, self._metrics, house, check_volumes=given.check_volumes,
+            live_progress=given.live_progress, trainings=trainings,
+        )  # fmt: skip
         self._health.ready, self._health.stale = self._not_ready, self._silent
         try:
             async with asyncio.TaskGroup() as group:
@@ -263,10 +266,26 @@ class Operator:
         return f"nothing was heard of pods for {max(quiet):.0f} s" if quiet else ""
 
     def _refresh_metrics(self) -> None:
-        phases = Counter(text(child(raw, "status"), "phase") or "Pending" for raw in self._store.conversions.values())
-        for phase in ("Pending", "Queued", "Suspended", "Running", "Succeeded", "Planned", "Failed", "Cancelled"):
+        phases = Counter(_phase(child(raw, "status")) for raw in self._store.conversions.values())
+        for phase in (
+            "Pending",
+            "Queued",
+            "Suspended",
+            "Running",
+            "Following",
+            "Succeeded",
+            "Planned",
+            "Failed",
+            "Cancelled",
+        ):
             self._metrics.conversions.labels(phase).set(phases[phase])
         self._metrics.queue_depth.set(self._queue.ready(asyncio.get_running_loop().time()))
+
+
+def _phase(status: Json) -> str:
+    """The phase, but Following for what runs as long as the training that it follows."""
+    phase = text(status, "phase") or "Pending"
+    return "Following" if phase == "Running" and follows(status) else phase
 
 
 if __name__ == "__main__":

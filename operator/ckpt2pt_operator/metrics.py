@@ -24,14 +24,18 @@ class Metrics:
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(name, text, namespace=_PREFIX, registry=registry, buckets=buckets)
 
-        self.conversions = gauge("conversions", "Conversions by phase.", "phase")
+        self.conversions = gauge(
+            "conversions", "Conversions by phase; Following are those Running that follow a training.", "phase"
+        )
         self.finished = counter("conversions_finished", "Conversions that ended.", "result", "reason")
         self.attempts = counter("stage_attempts", "Workers that ended.", "result", "reason")
         self.conversion_seconds = histogram(
             "conversion_duration_seconds", "From the first worker to the end.", _DURATION
         )
         self.stage_seconds = histogram("stage_duration_seconds", "One worker, from start to end.", _DURATION)
-        self.converted_bytes = counter("converted_bytes", "Bytes of source read by stages that are done.")
+        self.converted_bytes = counter(
+            "converted_bytes", "Bytes of source read by stages that are done, and for each checkpoint of a training."
+        )
         self.queue_depth = gauge("queue_depth", "Conversions that wait to be looked at.")
         self.queue_latency = histogram("queue_latency_seconds", "From a change to the look at it.", _LATENCY)
         self.reconciles = counter("reconciles", "Looks at a conversion.", "result")

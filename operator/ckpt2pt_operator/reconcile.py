@@ -11,7 +11,6 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Protocol, cast
 
 from ckpt2pt.conversion.spec import Json
@@ -22,7 +21,7 @@ from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.progress import Progress
 from ckpt2pt_operator.recorder import Recorder
 from ckpt2pt_operator.rules.awaits import awaited
-from ckpt2pt_operator.rules.conditions import TERMINAL
+from ckpt2pt_operator.rules.conditions import TERMINAL, follows
 from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.plan import conversion_of, plan
 from ckpt2pt_operator.rules.seen import (
@@ -60,7 +59,7 @@ _VOLATILE_OF_STAGE = frozenset({"bytes", "bytesTotal", "throughput"})
 _PROGRESS_SECONDS = 10.0
 _RUNNING_FOR_ONE_SECOND = 10
 _JOB_NAME = "batch.kubernetes.io/job-name"
-_FORBIDDEN, _NOT_FOUND, _CONFLICT, _INVALID = 403, 404, 409, 422
+_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _CONFLICT, _INVALID = 401, 403, 404, 409, 422
 
 log = logging.getLogger(__name__)
 
@@ -83,17 +82,19 @@ class Reconciler:
         house: House,
         *,
         check_volumes: bool,
+        live_progress: bool = True,
         trainings: Workloads | None = None,
     ) -> None:
         self._api, self._store, self._metrics, self._house = api, store, metrics, house
         self._check_volumes = check_volumes
         self._trainings = trainings
-        self._progress, self._recorder = Progress(), Recorder(api)
+        self._progress, self._recorder = Progress(store.put_live) if live_progress else None, Recorder(api)
         self._written_at: dict[Key, float] = {}
 
     async def close(self) -> None:
         """Close what is open."""
-        await self._progress.close()
+        if self._progress:
+            await self._progress.close()
 
     async def reconcile(self, key: Key) -> float | None:
         """Do what is due for one conversion; returns in how many seconds it wants to be looked at again."""
@@ -106,11 +107,13 @@ class Reconciler:
             return None
         decided = plan(seen, self._house)
         written = await self._write(raw, decided.status)
+        if written is None:
+            return None
         for action in decided.actions:
             refusal = await self._act(action)
             if refusal is not None:
                 decided = plan(replace(seen, conversion=written, refusal=refusal), self._house)
-                written = await self._write(written, decided.status)
+                await self._write(written, decided.status)
                 break
         return self._again(decided)
 
@@ -144,7 +147,7 @@ class Reconciler:
     async def _look(self, raw: Json) -> Seen:
         meta = child(raw, "metadata")
         uid = text(meta, "uid")
-        seen = Seen(conversion=raw, now=datetime.now(UTC), jobs=self._store.jobs(uid), pods=self._store.pods(uid))
+        seen = Seen(conversion=raw, now=self._api.now(), jobs=self._store.jobs(uid), pods=self._store.pods(uid))
         if child(raw, "status").get("phase") in TERMINAL:
             return seen
         await self._find_job(raw, seen)
@@ -161,7 +164,7 @@ class Reconciler:
         after = awaited(raw)
         training = await self._trainings.look(raw, after) if self._trainings is not None and after else None
         return replace(
-            seen, claims=claims, live=live, warnings=warnings, training=training, now=datetime.now(UTC),
+            seen, claims=claims, live=live, warnings=warnings, training=training, now=self._api.now(),
             jobs=self._store.jobs(uid), pods=self._store.pods(uid),
         )  # fmt: skip
 
@@ -201,9 +204,8 @@ class Reconciler:
         return found
 
     async def _live(self, pods: Sequence[Pod]) -> dict[str, Report]:
-        answers = await self._progress.ask(pods)
-        there = {pod.uid for owner in {pod.owner for pod in pods} for pod in self._store.pods(owner)}
-        self._store.live.update({uid: answer for uid, answer in answers.items() if uid in there})
+        if self._progress:
+            await self._progress.ask(pods)
         return {pod.uid: self._store.live[pod.uid] for pod in pods if pod.uid in self._store.live}
 
     async def _warnings(self, namespace: str, uids: tuple[str, ...]) -> dict[str, str]:
@@ -229,8 +231,8 @@ class Reconciler:
 
     # ----------------------------------------------------------------------------------------------------------- write
 
-    async def _write(self, raw: Json, status: Json) -> Json:
-        """Write the status if it says something new; returns the object as it is then."""
+    async def _write(self, raw: Json, status: Json) -> Json | None:
+        """Write the status if it says something new; returns the object as it is then, None where it is gone."""
         before = child(raw, "status")
         key = key_of(raw)
         if before == status or (steady(before) == steady(status) and not self._progress_is_due(key)):
@@ -244,7 +246,7 @@ class Reconciler:
         except ApiError as error:
             if error.code == _NOT_FOUND:
                 self._store.drop_conversion(raw)
-                return raw
+                return None
             raise
         self._metrics.status_writes.inc()
         self._store.put_conversion(written)
@@ -263,6 +265,11 @@ class Reconciler:
             started, ended = moment(after, "startTime"), moment(after, "completionTime")
             if started and ended:
                 self._metrics.conversion_seconds.observe((ended - started).total_seconds())
+        if follows(after):
+            # Its one worker runs for weeks, and is done with a checkpoint when it names the next iteration.
+            if number(after, "iteration", -1) > number(before, "iteration", -1):
+                self._metrics.converted_bytes.inc(number(after, "bytesTotal"))
+            return
         known = {number(item, "stage"): item for item in items(before, "stageStatuses")}
         for item in items(after, "stageStatuses"):
             old = known.get(number(item, "stage"), {})
@@ -295,14 +302,12 @@ class Reconciler:
         try:
             created = await self._api.create_object(JOBS, namespace, manifest)
         except ApiError as error:
-            if error.code in {_FORBIDDEN, _INVALID}:
-                kind = "InvalidSpec" if error.code == _INVALID else "JobRefused"
-                return Refusal(
-                    reason="QuotaExceeded" if "exceeded quota" in error.message else kind, message=error.message
-                )
-            if error.code != _CONFLICT:
+            if error.code == _CONFLICT:
+                return await self._adopt(manifest)
+            reason = refusal_of(error)
+            if not reason:
                 raise
-            return await self._adopt(manifest)
+            return Refusal(reason=reason, message=error.message)
         self._store.put_job(job_view(created))
         log.info("Job created", extra={"job": f"{namespace}/{name}"})
         return None
@@ -315,11 +320,27 @@ class Reconciler:
         if found.owner == owner["uid"]:
             self._store.put_job(found)
             return None
-        if found.ours:
+        if found.ours and found.owner:
             # It belonged to an earlier conversion of this name, and the API server is about to collect it.
             raise ApiError(_CONFLICT, "AlreadyExists", f"Job {name} of an earlier conversion is still there", pause=2.0)
+        # One of ours without an owner was left behind by a deletion with --cascade=orphan.
         mend = "delete it, or choose another name for the conversion"
         return Refusal(reason="NameConflict", message=f"there is a Job {name} that is not of this conversion; {mend}")
+
+
+def refusal_of(error: ApiError) -> str:
+    """Why the API server, or whoever it asks, will not have a Job; empty where it has not said that.
+
+    A webhook chooses its code freely, and gets 400 without one; a ValidatingAdmissionPolicy says 422, as a wrong Job would.
+    """
+    if "exceeded quota" in error.message:
+        return "QuotaExceeded"
+    denied = "denied the request" in error.message or "denied request" in error.message
+    if denied or "failed calling webhook" in error.message or error.code == _FORBIDDEN:
+        return "JobRefused"
+    if error.passing or error.code in {_UNAUTHORIZED, _NOT_FOUND}:
+        return ""
+    return "InvalidSpec" if error.code == _INVALID else "JobRefused"
 
 
 def steady(status: Json) -> Json:

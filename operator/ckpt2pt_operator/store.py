@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ckpt2pt.conversion.spec import Json
+from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.views import Job, Pod, Report, child, text
+
+_REMEMBERED = 4096
 
 Key = tuple[str, str]
 """Namespace and name of a conversion."""
+Name = tuple[str, str, str, str]
+"""apiVersion, kind, namespace and name of a training."""
 
 
 def key_of(raw: Json) -> Key:
@@ -20,6 +25,11 @@ def key_of(raw: Json) -> Key:
 def version_of(raw: Json) -> int:
     """Its resource version: those of one kind only grow."""
     return _order(text(child(raw, "metadata"), "resourceVersion"))
+
+
+def _training_of(raw: Json) -> Name | None:
+    after = awaited(raw)
+    return (text(after, "apiVersion"), text(after, "kind"), key_of(raw)[0], text(after, "name")) if after else None
 
 
 def _order(version: str) -> int:
@@ -37,6 +47,8 @@ class Store:
         self._keys: dict[str, Key] = {}
         self._jobs: dict[str, dict[str, Job]] = {}
         self._pods: dict[str, dict[str, Pod]] = {}
+        self._gone: dict[str, None] = {}
+        self._waiting: dict[Name, dict[Key, None]] = {}
 
     # ---------------------------------------------------------------------------------------------------- conversions
 
@@ -47,10 +59,12 @@ class Store:
         same = known is not None and text(child(known, "metadata"), "uid") == uid
         if known is not None and same and version_of(raw) <= version_of(known):
             return
-        if known is not None and not same:
-            self._keys.pop(text(child(known, "metadata"), "uid"), None)
+        if known is not None:
+            self._forget(key, known)
         self.conversions[key] = raw
         self._keys[uid] = key
+        if training := _training_of(raw):
+            self._waiting.setdefault(training, {})[key] = None
         self._changed(key)
 
     def drop_conversion(self, raw: Json) -> None:
@@ -58,34 +72,66 @@ class Store:
         key, uid = key_of(raw), text(child(raw, "metadata"), "uid")
         known = self.conversions.get(key)
         if known is not None and text(child(known, "metadata"), "uid") == uid:
+            self._forget(key, known)
             del self.conversions[key]
-        self._keys.pop(uid, None)
         self._changed(key)
+
+    def trainings(self) -> tuple[Name, ...]:
+        """Every training that a conversion waits for."""
+        return tuple(self._waiting)
+
+    def waiting_for(self, training: Name) -> tuple[Key, ...]:
+        """The conversions that begin, or end, when that training has ended."""
+        return tuple(self._waiting.get(training, ()))
+
+    def _forget(self, key: Key, known: Json) -> None:
+        self._keys.pop(text(child(known, "metadata"), "uid"), None)
+        training = _training_of(known)
+        if training:
+            del self._waiting[training][key]
+            if not self._waiting[training]:
+                del self._waiting[training]
 
     # ---------------------------------------------------------------------------------------------------- Jobs and pods
 
     def put_job(self, job: Job) -> None:
         """A Job as it is now."""
         known = self._jobs.get(job.owner, {}).get(job.uid)
-        if known is not None and _order(job.version) < _order(known.version):
+        if job.uid in self._gone or (known is not None and _order(job.version) < _order(known.version)):
             return
         self._jobs.setdefault(job.owner, {})[job.uid] = job
         self._tell(job.owner)
 
     def drop_job(self, job: Job) -> None:
-        """A Job is gone."""
+        """A Job was deleted: its uid does not come back, whatever an earlier question is answered with."""
+        self._remember_gone(job.uid)
         self._drop(self._jobs, job.owner, job.uid)
 
     def put_pod(self, pod: Pod) -> Pod | None:
-        """A pod as it is now; returns what it was before."""
-        pods = self._pods.setdefault(pod.owner, {})
-        before = pods.get(pod.uid)
-        pods[pod.uid] = pod
+        """A pod as it is now; returns what it was before.  An answer that is older than the watch is not news."""
+        before = self._pods.get(pod.owner, {}).get(pod.uid)
+        if pod.uid in self._gone or (before is not None and _order(pod.version) < _order(before.version)):
+            return None
+        self._pods.setdefault(pod.owner, {})[pod.uid] = pod
         self._tell(pod.owner)
         return before
 
+    def put_live(self, pod: Pod, report: Report) -> None:
+        """What a worker tells while it runs."""
+        if pod.uid in self._pods.get(pod.owner, {}):
+            self.live[pod.uid] = report
+
     def drop_pod(self, pod: Pod) -> None:
-        """A pod is gone."""
+        """A pod was deleted, as a Job is."""
+        self._remember_gone(pod.uid)
+        self._lose_pod(pod)
+
+    def _remember_gone(self, uid: str) -> None:
+        self._gone[uid] = None
+        while len(self._gone) > _REMEMBERED:
+            del self._gone[next(iter(self._gone))]
+
+    def _lose_pod(self, pod: Pod) -> None:
         self.live.pop(pod.uid, None)
         self._drop(self._pods, pod.owner, pod.uid)
 
@@ -95,7 +141,7 @@ class Store:
         held = [pod for pods in self._pods.values() for pod in pods.values()]
         for pod in held:
             if pod.uid not in kept and namespace in {"", pod.namespace}:
-                self.drop_pod(pod)
+                self._lose_pod(pod)
 
     def held_jobs(self) -> tuple[Job, ...]:
         """Every Job that is known."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from ckpt2pt.conversion.spec import Json
@@ -16,12 +17,11 @@ from ckpt2pt_operator.api import CONVERSIONS, Api, ApiError
 from ckpt2pt_operator.informer import Informer
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.recorder import Recorder
-from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.notes import Note
 from ckpt2pt_operator.rules.seen import Training
 from ckpt2pt_operator.rules.trainings import Kind, Workload, conversion_for, workload
 from ckpt2pt_operator.rules.views import child, text
-from ckpt2pt_operator.store import Key, Store, key_of
+from ckpt2pt_operator.store import Key, Name, Store, key_of
 from ckpt2pt_operator.workqueue import WorkQueue
 
 CONFIG_MAPS = "api/v1", "configmaps"
@@ -31,9 +31,6 @@ _REMEMBERED = 4096
 _CONFLICT = 409
 
 log = logging.getLogger(__name__)
-
-Name = tuple[str, str, str, str]
-"""apiVersion, kind, namespace and name."""
 
 
 class Trainings:
@@ -87,6 +84,8 @@ class Trainings:
             self._remember(before)
         self._known[name] = found
         self._tell(name)
+        if found.ended is None and before is not None and before.uid == found.uid and before.state == "Running":
+            found = replace(found, ended=datetime.now(UTC))  # it does not tell, and has been seen at work
         if self._trigger and found.template and found.state == "Succeeded" and _is_recent(found):
             self._due.add(found)
 
@@ -117,19 +116,14 @@ class Trainings:
             if same and found.uid not in kept:
                 self.drop(found)
         # Also those that wait for one that is not there: nothing else would tell them.
-        self._wake(lambda name: name[:2] == (kind.api_version, kind.kind) and namespace in {"", name[2]})
+        for name in self._store.trainings():
+            if name[:2] == (kind.api_version, kind.kind) and namespace in {"", name[2]}:
+                self._tell(name)
 
     def _tell(self, name: Name) -> None:
         """Wake the conversions that wait for it."""
-        self._wake(lambda other: other == name)
-
-    def _wake(self, wanted: Callable[[Name], bool]) -> None:
-        for key, raw in self._store.conversions.items():
-            after = awaited(raw)
-            if after:
-                name = text(after, "apiVersion"), text(after, "kind"), key[0], text(after, "name")
-                if wanted(name):
-                    self._changed(key)
+        for key in self._store.waiting_for(name):
+            self._changed(key)
 
     # ------------------------------------------------------------------------------------------------------- annotated
 
@@ -186,7 +180,8 @@ class Trainings:
 
 
 def _is_recent(training: Workload) -> bool:
-    return training.ended is None or datetime.now(UTC) - training.ended < _TOO_OLD
+    """One of which nobody knows when it ended may be years old."""
+    return training.ended is not None and datetime.now(UTC) - training.ended < _TOO_OLD
 
 
 class _Watch(Informer):

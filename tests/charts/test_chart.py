@@ -160,6 +160,7 @@ WRONG = [
     ("worker.defaults", {"resource": {}}, "'resource' was unexpected"),
     ("worker.defaults", {"security": {"runAsUser": "root"}}, "worker.defaults.security.runAsUser: 'root'"),
     ("worker.defaults", {"maxParallelStages": 1}, "'maxParallelStages' was unexpected"),
+    ("worker.defaults", {"queueKind": "Volcano"}, "'queueName' is a dependency of 'queueKind'"),
     ("crds.keep", "yes", "crds.keep: 'yes' is not of type 'boolean'"),
     ("commonLabels", {"tier": 1}, "commonLabels.tier: 1 is not of type 'string'"),
     ("networkPolicy.apiServer.cidrs", ["10.0.0.1"], "networkPolicy.apiServer.cidrs.0: '10.0.0.1' does not match"),

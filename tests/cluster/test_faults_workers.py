@@ -263,7 +263,7 @@ def test_a_conversion_that_is_cancelled_ends_and_stays_so(namespace: Kubectl, un
     found = reach(namespace, "Cancelled")
     assert told(found, "Failed") == ("True", "Cancelled")
     namespace.wait_gone("job", "golden-1")
-    assert not pods(namespace)
+    wait_until("its pods to be collected", lambda: not pods(namespace))
     with pytest.raises(ClusterError, match="cancel"):
         patch(namespace, {"cancel": False})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,9 @@ def test_a_dry_run_reports_and_writes_nothing(
     found = reach(namespace, "Planned")
     check_status(found)
     assert told(found, "Complete")[0] == "True"
+    size = r"[1-9][0-9.]* [KMGT]iB"
+    said = rf"[1-9]\d* files are planned: {size} to read, {size} to write with {size} free, at most {size} of memory for a worker"
+    assert re.match(said, message(found, "Ready")), message(found, "Ready")
     assert len(namespace.get("pods")["items"]) == 1
     assert not os.listdir(volume)
 

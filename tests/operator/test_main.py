@@ -124,6 +124,27 @@ def test_a_cluster_without_the_kind_is_waited_for_and_then_named(monkeypatch: py
         asyncio.run(prove())
 
 
+def test_what_follows_a_training_has_a_phase_of_its_own_among_the_metrics() -> None:
+    """It is Running for weeks, and an alert asks whether what is Running gets on."""
+
+    async def phases() -> dict[str, float]:
+        operator = Operator(read(IMAGE, {}))
+        for name, phase, reason in (
+            ("a", "Running", "InProgress"),
+            ("b", "Running", "Following"),
+            ("c", "Suspended", "Following"),
+            ("d", "", ""),
+        ):
+            status = {"phase": phase, "conditions": [{"type": "Complete", "reason": reason}]}
+            meta = {"namespace": "n", "name": name, "uid": name, "resourceVersion": "1"}
+            operator._store.put_conversion({"metadata": meta, "status": status})
+        operator._refresh_metrics()
+        [family] = [f for f in operator._metrics.registry.collect() if f.name == "ckpt2pt_operator_conversions"]
+        return {sample.labels["phase"]: sample.value for sample in family.samples if sample.value}
+
+    assert asyncio.run(phases()) == {"Pending": 1, "Running": 1, "Following": 1, "Suspended": 1}
+
+
 def test_a_wrong_flag_is_told_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 64
     assert "no image is given for the workers" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -28,14 +29,17 @@ RUNNING = pod_view(
 
 
 def ask(*pods: Pod) -> dict[str, Report]:
-    async def run() -> dict[str, Report]:
-        progress = Progress()
+    told: dict[str, Report] = {}
+
+    async def run() -> None:
+        progress = Progress(lambda pod, report: told.update({pod.uid: report}))
         try:
-            return await progress.ask(pods)
+            await progress.ask(pods)
         finally:
             await progress.close()
 
-    return asyncio.run(run())
+    asyncio.run(run())
+    return told
 
 
 def answered(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Report]:
@@ -62,12 +66,73 @@ def test_only_running_workers_with_an_address_are_asked() -> None:
     assert ask(replace(RUNNING, ip=""), replace(RUNNING, phase="Succeeded")) == {}
 
 
-def test_silent_workers_cost_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(module, "PROGRESS_PORT", silent.getsockname()[1])
-        began = time.monotonic()
-        assert ask(*(replace(RUNNING, uid=str(number)) for number in range(200))) == {}
-    assert time.monotonic() - began < 15
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Workers behind a policy that drops packets: they take a connection, and say nothing."""
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as server:
+        monkeypatch.setattr(module, "PROGRESS_PORT", server.getsockname()[1])
+        monkeypatch.setattr(module, "_SECONDS", 0.4)
+        yield server
+
+
+def test_silent_workers_hold_up_nobody(silent: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    looks = [[replace(RUNNING, uid=f"{number}-{stage}") for stage in range(8)] for number in range(8)]
+    times: list[float] = []
+
+    async def run() -> None:
+        progress = Progress(lambda *_: pytest.fail("nobody answers"))
+        for _ in range(2):
+            began = time.monotonic()
+            for pods in looks:
+                await progress.ask(pods)
+            times.append(time.monotonic() - began)
+            while progress._asked:
+                await asyncio.sleep(0.05)
+        assert len(progress._silent) == 64
+        await progress.close()
+
+    asyncio.run(run())
+    assert times[0] < 2.4, "a moment for each look, until they are known"
+    assert times[1] < 0.4, "and nothing from then on"
+
+
+def test_who_was_silent_is_asked_again_but_not_waited_for(
+    silent: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PAUSE", 0.0)
+    told: list[int] = []
+
+    async def run() -> None:
+        progress = Progress(lambda _, report: told.append(report.done))
+        await progress.ask([RUNNING])
+        await progress._asked["p"]
+        server = Server(lambda *_: (200, {"version": 1, "bytes": 7}))
+        monkeypatch.setattr(module, "PROGRESS_PORT", int(server.url.rsplit(":", 1)[1]))
+        with server.running():
+            await progress.ask([RUNNING])
+            assert told == []
+            await progress._asked["p"]
+            assert told == [7]
+            await progress.ask([RUNNING])
+            assert told == [7, 7], "now it is known to answer"
+        await progress.close()
+
+    asyncio.run(run())
+
+
+def test_one_that_is_not_up_yet_is_asked_at_the_next_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(module, "PROGRESS_PORT", port)
+
+    async def run() -> None:
+        progress = Progress(lambda *_: None)
+        await progress.ask([RUNNING])
+        assert (progress._asked, progress._silent) == ({}, {})
+        await progress.close()
+
+    asyncio.run(run())
 
 
 def test_an_answer_that_comes_in_pieces_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,15 +148,17 @@ def test_an_answer_that_comes_in_pieces_is_put_together(monkeypatch: pytest.Monk
             writer.close()
             over.set()
 
-    async def run() -> dict[str, Report]:
+    async def run() -> list[int]:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         monkeypatch.setattr(module, "PROGRESS_PORT", server.sockets[0].getsockname()[1])
-        progress = Progress()
+        told: list[int] = []
+        progress = Progress(lambda _, report: told.append(report.done))
         try:
-            return await progress.ask([RUNNING])
+            await progress.ask([RUNNING])
+            return told
         finally:
             await progress.close()
             await over.wait()
             server.close()
 
-    assert asyncio.run(run())["p"].done == 5
+    assert asyncio.run(run()) == [5]

@@ -6,6 +6,8 @@ import asyncio
 import json
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from apiserver import Answer, Server
 from ckpt2pt_operator.api import ApiError
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.reconcile import Reconciler, steady
+from ckpt2pt_operator.rules.conditions import stamp
 from ckpt2pt_operator.rules.seen import House
 from ckpt2pt_operator.rules.views import pod_view
 from ckpt2pt_operator.store import Store, key_of
@@ -40,6 +43,7 @@ class World:
         self.refuses: Callable[[str, str], Answer | None] = lambda *_: None
         self.version, self.ending = 1, False
         self.pods: list[Raw] = []
+        self.headers: dict[str, str] = {}
         self.metrics = Metrics("0")
 
     def answer(self, method: str, path: str, body: Any) -> Answer:
@@ -90,6 +94,7 @@ class World:
         goes on after an error.
         """
         server = Server(self.answer)
+        server.headers = self.headers
 
         async def run() -> float | None:
             api, again = api_of(server.url, self.metrics), None
@@ -173,6 +178,31 @@ def test_a_job_of_an_earlier_conversion_of_this_name_is_waited_for() -> None:
     assert (caught.value.code, caught.value.pause) == (409, 2.0)
 
 
+def test_a_job_that_was_left_behind_by_one_is_in_the_way() -> None:
+    """After `kubectl delete --cascade=orphan` nobody collects it."""
+    world = World()
+    labels = {"app.kubernetes.io/managed-by": "ckpt2pt-operator"}
+    world.objects["demo-1"] = {"metadata": {"name": "demo-1", "uid": "x", "labels": labels}}
+    world.look()
+    assert told(world.status, "Failed") == ("True", "NameConflict")
+    assert "delete it" in json.dumps(world.status)
+
+
+def test_a_pending_deadline_is_counted_by_the_clock_of_the_api_server() -> None:
+    """Which tells when the Job began; ours is an hour ahead, or behind."""
+    world = World()
+    world.look()
+    began = datetime.now(UTC)
+    for ahead in (timedelta(hours=-1), timedelta(hours=1)):
+        world.objects["demo-1"]["status"] = {"startTime": stamp(began + ahead)}
+        world.headers = {"Date": format_datetime(began + ahead, usegmt=True)}
+        world.look(2)
+        assert world.status["phase"] == "Pending", ahead
+    world.headers = {"Date": format_datetime(began + timedelta(hours=3), usegmt=True)}
+    world.look(2)
+    assert told(world.status, "Failed") == ("True", "PendingDeadline")
+
+
 QUOTA = {"reason": "Forbidden", "message": "exceeded quota: none, requested: count/jobs.batch=1"}
 
 
@@ -181,6 +211,14 @@ QUOTA = {"reason": "Forbidden", "message": "exceeded quota: none, requested: cou
     [
         ((403, QUOTA), "QuotaExceeded", "Pending"),
         ((403, {"message": "admission webhook says no"}), "JobRefused", "Pending"),
+        ((400, {"message": "admission webhook w denied the request: no"}), "JobRefused", "Pending"),
+        ((451, {"message": "not here"}), "JobRefused", "Pending"),
+        (
+            (422, {"message": "ValidatingAdmissionPolicy 'p' with binding 'b' denied request: no"}),
+            "JobRefused",
+            "Pending",
+        ),
+        ((500, {"message": "failed calling webhook w: connection refused"}), "JobRefused", "Pending"),
         ((422, {"message": "spec.template: Invalid value"}), "InvalidSpec", "Failed"),
     ],
 )
@@ -193,6 +231,16 @@ def test_a_job_that_the_api_server_refuses_is_told_in_its_words(answer: Answer, 
     assert (again is not None) == (phase == "Pending")
     asked, _ = world.look(4)
     assert "PUT demo/status" not in asked, "the same refusal again is no news"
+
+
+@pytest.mark.parametrize("code", [401, 404, 408, 429, 500])
+def test_what_may_pass_is_no_refusal(code: int) -> None:
+    world = World()
+    world.refuses = lambda _, path: (code, {"message": "no"}) if path.endswith("/jobs") else None
+    with pytest.raises(ApiError) as caught:
+        world.look()
+    assert caught.value.code == code
+    assert told(world.status, "Ready")[1] == "InProgress"
 
 
 @pytest.mark.parametrize("code", [409, 429, 500, 503])
@@ -208,8 +256,9 @@ def test_when_the_status_cannot_be_written_nothing_else_is_done(code: int) -> No
 def test_a_conversion_that_is_gone_is_nothing_to_worry_about() -> None:
     world = World()
     world.refuses = lambda method, _: (404, {"reason": "NotFound"}) if method == "PUT" else None
-    _, again = world.look()
-    assert again is None or again > 0, "no error, and no hurry"
+    asked, again = world.look()
+    assert again is None, "no error, and no hurry"
+    assert writes(asked) == ["PUT demo/status"], "and no Job for it"
 
 
 def test_one_that_is_being_deleted_is_left_to_the_api_server() -> None:
@@ -266,6 +315,39 @@ def test_what_a_newer_schema_has_stays_in_the_object() -> None:
     world = World(("spec.fieldOfTomorrow", 1))
     world.look()
     assert world.conversion["spec"]["fieldOfTomorrow"] == 1
+
+
+def converted(*statuses: Raw) -> list[float]:
+    """Bytes that are counted after each status of one life."""
+    metrics = Metrics("0")
+    reconciler = Reconciler(object(), Store(lambda _: None), metrics, HOUSE, check_volumes=True)  # type: ignore[arg-type]
+    found: list[float] = []
+    for before, after in zip([{}, *statuses], statuses, strict=False):
+        reconciler._count(before, after)
+        found.append(metrics.registry.get_sample_value("ckpt2pt_operator_converted_bytes_total") or 0.0)
+    return found
+
+
+def a_status(reason: str, state: str, done: int, **more: object) -> Raw:
+    complete = {"type": "Complete", "status": "True" if state == "Succeeded" else "False", "reason": reason}
+    stage = {"stage": 0, "state": state, "bytes": done, "bytesTotal": 7}
+    return {"phase": state, "conditions": [complete], "stageStatuses": [stage], "bytesTotal": 7, **more}
+
+
+def test_bytes_are_counted_when_a_stage_is_done() -> None:
+    going = a_status("InProgress", "Running", 3)
+    known = a_status("InProgress", "Running", 5, iteration=500)
+    assert converted(going, known, a_status("AllStagesSucceeded", "Succeeded", 7, iteration=500)) == [0, 0, 7]
+
+
+def test_bytes_of_a_training_that_is_followed_are_counted_with_each_of_its_checkpoints() -> None:
+    begun = a_status("Following", "Running", 0)
+    first, same = (a_status("Following", "Running", done, iteration=0) for done in (7, 2))
+    second = a_status("Following", "Running", 1, iteration=500)
+    over = a_status("TrainingFollowed", "Succeeded", 7, iteration=500)
+    assert converted(begun, first, same, second, over) == [0, 7, 7, 14, 14]
+    last = a_status("TrainingFollowed", "Succeeded", 7, iteration=1000)
+    assert converted(second, last) == [7, 14]
 
 
 def left_behind() -> Raw:

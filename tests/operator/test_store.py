@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt_operator.rules.views import child, job_view, pod_view
+from ckpt2pt_operator.rules.views import Pod, child, job_view, pod_view, report_of
 from ckpt2pt_operator.store import Key, Store, key_of, version_of
 
 Raw = dict[str, Any]
@@ -97,7 +97,8 @@ def test_after_a_new_list_the_pods_that_are_not_in_it_are_gone(watched: Watched)
     assert watched.store.pods("u") == ()
 
 
-def test_nothing_is_kept_of_what_is_gone(watched: Watched) -> None:
+def test_nothing_is_kept_of_what_is_gone(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckpt2pt_operator.store._REMEMBERED", 8)
     for number in range(50):
         uid = f"u{number}"
         watched.store.put_conversion(conversion(number + 1, uid=uid))
@@ -107,7 +108,65 @@ def test_nothing_is_kept_of_what_is_gone(watched: Watched) -> None:
         watched.store.drop_job(job_view(job(f"j{number}", owner=uid)))
         watched.store.drop_conversion(conversion(number + 1, uid=uid))
     kept = {name: value for name, value in vars(watched.store).items() if isinstance(value, dict)}
+    assert len(kept.pop("_gone")) == 8, "but the last few uids"
     assert not any(kept.values()), kept
+
+
+def test_what_was_deleted_does_not_come_back_by_a_late_answer(watched: Watched) -> None:
+    watched.store.put_pod(pod_view(pod()))
+    watched.store.put_job(job_view(job()))
+    watched.store.drop_pod(pod_view(pod()))
+    watched.store.drop_job(job_view(job()))
+    assert watched.store.put_pod(pod_view(pod())) is None
+    watched.store.put_job(job_view(job()))
+    assert (watched.store.pods("u"), watched.store.jobs("u")) == ((), ())
+    watched.store.put_pod(pod_view(pod("other")))
+    assert len(watched.store.pods("u")) == 1
+
+
+def test_one_that_only_a_list_did_not_have_may_come_back(watched: Watched) -> None:
+    """It may have been made while the list was under way."""
+    watched.store.put_pod(pod_view(pod()))
+    watched.store.keep_pods("", [])
+    watched.store.put_pod(pod_view(pod()))
+    assert len(watched.store.pods("u")) == 1
+
+
+def test_an_older_answer_about_a_pod_is_not_news(watched: Watched) -> None:
+    def at(version: str, phase: str) -> Pod:
+        raw = pod()
+        raw["metadata"]["resourceVersion"] = version
+        return pod_view({**raw, "status": {"phase": phase}})
+
+    watched.store.put_pod(at("9", "Succeeded"))
+    watched.store.put_pod(at("10", "Failed"))
+    assert watched.store.put_pod(at("9", "Running")) is None
+    assert [found.phase for found in watched.store.pods("u")] == ["Failed"]
+
+
+def test_what_a_worker_tells_is_kept_while_it_is_there(watched: Watched) -> None:
+    report = report_of('{"version": 1}')
+    assert report
+    watched.store.put_live(pod_view(pod()), report)
+    assert watched.store.live == {}
+    watched.store.put_pod(pod_view(pod()))
+    watched.store.put_live(pod_view(pod()), report)
+    assert watched.store.live == {"p": report}
+    watched.store.drop_pod(pod_view(pod()))
+    assert watched.store.live == {}
+
+
+def test_who_waits_for_a_training_is_found_by_its_name(watched: Watched) -> None:
+    spec = {"startAfter": {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}}
+    name = ("batch/v1", "Job", "team", "pretrain")
+    watched.store.put_conversion(conversion(1, spec=spec))
+    assert watched.store.waiting_for(name) == (KEY,)
+    assert watched.store.trainings() == (name,)
+    watched.store.put_conversion(conversion(2, spec=spec, status={"startTime": "2026-01-02T03:04:05Z"}))
+    assert watched.store.waiting_for(name) == ()
+    watched.store.put_conversion(conversion(3, uid="anew", spec=spec))
+    watched.store.drop_conversion(conversion(4, uid="anew"))
+    assert watched.store.trainings() == ()
 
 
 def test_the_key_of_anything() -> None:

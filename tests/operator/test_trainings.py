@@ -97,6 +97,48 @@ def test_one_that_was_replaced_between_two_lists(watched: Watched) -> None:
     assert watched.look("a") == Training(state="Succeeded", uid="a")
 
 
+VOLCANO = kinds(
+    [
+        {
+            "apiVersion": "batch.volcano.sh/v1alpha1", "kind": "Job", "plural": "jobs",
+            "succeeded": {"phasePath": "status.state.phase", "phases": ["Completed"]},
+            "failed": {"phasePath": "status.state.phase", "phases": ["Failed"]},
+        }
+    ]
+)[0]  # fmt: skip
+
+
+def told_hours_ago(hours: int) -> Raw:
+    return {"lastTransitionTime": stamp(datetime.now(UTC) - timedelta(hours=hours))}
+
+
+@pytest.mark.parametrize(
+    ("before", "state", "made"),
+    [
+        (None, told_hours_ago(1), True),
+        (None, told_hours_ago(25), False),
+        (None, {}, False),
+        ("Running", {}, True),
+        ("Completed", {}, False),
+    ],
+    ids=["just-now", "the-day-before", "nobody-knows-when", "seen-at-work", "seen-ended"],
+)
+def test_a_run_that_ended_by_a_phase_gets_its_conversion_unless_it_may_be_old(
+    watched: Watched, before: str | None, state: Raw, made: bool
+) -> None:
+    async def run() -> int:
+        trainings = Trainings(
+            cast("Api", None), watched.store, Metrics("0"), [VOLCANO], [], trigger=True, changed=watched.woken.append
+        )
+        meta = {**watched.job("a")["metadata"], "annotations": {"ckpt2pt.dev/convert-on-success": "mine"}}
+        for phase in (before, "Completed"):
+            if phase:
+                trainings.informers[0].put({"metadata": meta, "status": {"state": {"phase": phase, **state}}})
+        return len(trainings._due)
+
+    assert asyncio.run(run()) == made
+
+
 @pytest.mark.parametrize("too_old", [False, True])
 def test_a_wrong_template_is_tried_again_until_the_run_is_too_old(
     watched: Watched, monkeypatch: pytest.MonkeyPatch, too_old: bool

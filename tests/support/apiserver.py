@@ -35,7 +35,7 @@ class Server:
                     self.close_connection = True
                     return
                 text = (found if isinstance(found, str) else json.dumps(found)).encode()
-                self.send_response(status)
+                (self.send_response_only if "Date" in outer.headers else self.send_response)(status)
                 for name, value in outer.headers.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(text)))

@@ -63,8 +63,11 @@ def worker_defaults_schema() -> Object:
     workers = root_schema()["properties"]["spec"]["properties"]["workers"]
     plain: Object = _plain({**workers, "description": "Fields of spec.workers for every conversion that gives none."})
     # What the API server fills in, every conversion gives.
-    given = NOT_DEFAULTS | {name for name, schema in workers["properties"].items() if schema.get("default")}
-    plain["properties"] = {name: schema for name, schema in plain["properties"].items() if name not in given}
+    given = {name for name, schema in workers["properties"].items() if schema.get("default")} - {"queueKind"}
+    kept = plain["properties"].keys() - NOT_DEFAULTS - given
+    plain["properties"] = {name: schema for name, schema in plain["properties"].items() if name in kept}
+    # The kind that the API server fills in counts for no other queue than the conversion's own.
+    plain["dependencies"] = {"queueKind": ["queueName"]}
     return plain
 
 

@@ -51,6 +51,8 @@ class World:
         self.training: Training | None = None
         self.live: dict[str, Report] = {}
         self.warnings: dict[str, str] = {}
+        self.refuses_pods = ""
+        """In what words the API server refuses every pod; empty while it takes them."""
         self.written: list[Raw] = []
         self.made: list[Raw] = []
         self._counter = 0
@@ -229,6 +231,9 @@ class World:
 
     def _fill(self, job: Raw, finished: set[int]) -> None:
         living = [pod for pod in self.of_job(job) if pod in self.alive]
+        if self.refuses_pods:
+            self.warnings[job["metadata"]["uid"]] = self.refuses_pods
+            return
         free = job["spec"]["parallelism"] - len(living)
         taken = finished | {pod["index"] for pod in living}
         for index in [index for index in range(job["spec"]["completions"]) if index not in taken][: max(free, 0)]:

@@ -10,14 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from ckpt2pt.back.request import BackRequest
-from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, survey_back
+from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, prove_unchanged_back, survey_back
 from ckpt2pt.checksums import crc32
 from ckpt2pt.crew import Reporter
 from ckpt2pt.engine.write import Stop, write_files
 from ckpt2pt.folders import iteration_folder, keep_apart
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
-from ckpt2pt.publish import MINDSPORE, Json, Target, access_error, publish_bytes
+from ckpt2pt.publish import MINDSPORE, Target, access_error, publish_bytes
+from ckpt2pt.records import Json
 from ckpt2pt.run import Conversion, Outcome, carry_out
 
 log = logging.getLogger("ckpt2pt")
@@ -67,6 +68,7 @@ class _Back:
         for name, content in prepared.metadata.items():
             publish_bytes(metadata / name, content)
             described.append({"path": f"{META}/{name}", "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"})
+        prove_unchanged_back(self.request, self.found, self.rank)
         target.publish_rank(
             *self.rank,
             {

@@ -7,34 +7,58 @@ from collections.abc import Iterable
 from typing import cast
 
 from ckpt2pt.cluster.api import Api, ApiError, Json, explained
-from ckpt2pt.cluster.submit import Submitted
+from ckpt2pt.cluster.submit import ENDED, Submitted
 from ckpt2pt.conversion.job import ATTEMPT_LABEL, CONTAINER, STAGES_ANNOTATION
-from ckpt2pt.errors import MissingInputError
+from ckpt2pt.errors import MissingInputError, UsageError
 
 RETRY_ANNOTATION = "ckpt2pt.dev/retry"
 INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
 
 
 def retry(api: Api, there: Submitted) -> None:
-    """Have the failed stages tried again."""
+    """Have the failed stages tried again; UsageError where nothing has failed."""
+    phase = _phase(_get(api, there, "retrying it"))
+    if phase != "Failed":
+        mend = "wait until it has ended" if phase not in ENDED else "make a new CheckpointConversion"
+        raise UsageError(f"it is {phase}, and only what has Failed is tried again", where=_name(there), mend=mend)
     _patch(api, there, {"metadata": {"annotations": {RETRY_ANNOTATION: secrets.token_hex(4)}}}, "retrying it")
 
 
 def cancel(api: Api, there: Submitted) -> None:
-    """Stop it for good; what is finished stays on the volume."""
+    """Stop it for good; what is finished stays on the volume.  UsageError where it has ended."""
+    phase = _phase(_get(api, there, "cancelling it"))
+    if phase in ENDED:
+        raise UsageError(f"it is {phase} already", where=_name(there), mend="delete it, if it is to go")
     _patch(api, there, {"spec": {"cancel": True}}, "cancelling it")
+
+
+def _name(there: Submitted) -> str:
+    return f"CheckpointConversion {there.namespace}/{there.name}"
+
+
+def _phase(document: Json) -> str:
+    return str(cast("Json", document.get("status") or {}).get("phase") or "Pending")
+
+
+def _get(api: Api, there: Submitted, what: str) -> Json:
+    try:
+        return api.json("GET", there.path)
+    except ApiError as error:
+        raise explained(error, what, _name(there)) from error
 
 
 def _patch(api: Api, there: Submitted, change: Json, what: str) -> None:
     try:
         api.json("PATCH", there.path, change)
     except ApiError as error:
-        raise explained(error, what, f"CheckpointConversion {there.namespace}/{there.name}") from error
+        raise explained(error, what, _name(there)) from error
 
 
 def log_of_stage(api: Api, there: Submitted, stage: int) -> str:
-    """What the newest worker of a stage has written."""
-    where = f"stage {stage} of CheckpointConversion {there.namespace}/{there.name}"
+    """What the newest worker of a stage has written; the one worker of a follower or a dry run has all stages."""
+    where = f"stage {stage} of {_name(there)}"
+    spec = cast("Json", _get(api, there, "reading its log").get("spec") or {})
+    stage = 0 if "follow" in spec or spec.get("dryRun") is True else stage
     chosen = f"app.kubernetes.io/name=ckpt2pt,app.kubernetes.io/instance={there.name}"
     try:
         jobs = _items(api.json("GET", f"/apis/batch/v1/namespaces/{there.namespace}/jobs", labelSelector=chosen))

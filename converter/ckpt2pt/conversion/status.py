@@ -24,6 +24,9 @@ REASONS = {
 WAITING = "WaitingForCheckpoint"
 """The reason of a worker that waits until every rank has saved; its message says who has not."""
 
+FOLLOWING, FOLLOWED = "Following", "TrainingFollowed"
+"""The reasons of a conversion of each new checkpoint of a training: while it runs, and when the training has ended."""
+
 WORST_FIRST = (64, 65, 66, 76, 70, 74, 75)
 """A user mends a wrong document before anything else, then the input; what only wants another try comes last."""
 
@@ -83,12 +86,14 @@ def status_of_run(
     started: str | None,
     finished: str | None = None,
     ended: Ending | None = None,
+    planned: str = "",
     iteration: int | None = None,
     now: str | None = None,
 ) -> Json:
     """The status document, as the CRD describes it, from the records of the stages; all times are RFC 3339.
 
-    ``now`` is the time of conditions before the end; that of the start when it is not given.
+    ``now`` is the time of conditions before the end; that of the start when it is not given.  ``planned`` is what a dry
+    run has found.
     """
     count = {state: sum(record.state == state for record in records) for state in ("Running", "Succeeded", "Failed")}
     phase = _phase(conversion, records, started=started, finished=finished, ended=ended)
@@ -109,7 +114,7 @@ def status_of_run(
         "bytesTotal": sum(record.total or 0 for record in records),
         "job": job,
         # Each condition has a time, and before the start there may be none to give.
-        "conditions": _conditions(conversion, records, phase, ended, when) if when else [],
+        "conditions": _conditions(conversion, records, phase, ended, when, planned) if when else [],
     }
     if iteration is not None:
         status["iteration"] = iteration
@@ -143,11 +148,11 @@ def _phase(
 
 
 def _conditions(
-    conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None, when: str
+    conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None, when: str, planned: str
 ) -> list[Json]:
     """Complete and Failed as a Job has them, Verified, and the three that kstatus reads."""
     done, over = phase in {"Succeeded", "Planned"}, phase in {"Failed", "Cancelled"}
-    reason, message = _why(conversion, records, phase, ended)
+    reason, message = _why(conversion, records, phase, ended, planned)
     mismatch = [record.stage for record in records if record.reason == REASONS[76]]
     if conversion.verify == "None" or conversion.dry_run:
         verified = ("False", "NotRequested", "verification was not asked for")
@@ -176,7 +181,9 @@ def _conditions(
     ]
 
 
-def _why(conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None) -> tuple[str, str]:
+def _why(
+    conversion: Conversion, records: Sequence[StageRecord], phase: str, ended: Ending | None, planned: str
+) -> tuple[str, str]:
     if ended is not None:
         return ended.reason, ended.message
     failed = [record for record in records if record.state == "Failed"]
@@ -185,10 +192,10 @@ def _why(conversion: Conversion, records: Sequence[StageRecord], phase: str, end
         return "StageFailed", f"stage {stages} failed; stage {failed[0].stage}: {failed[0].message}"[:MAX_MESSAGE]
     if conversion.follow and not conversion.dry_run:
         if phase == "Succeeded":
-            return "TrainingFollowed", "the training has ended, and what it saved is converted"
-        return "Following", "each new checkpoint of the training is converted as it becomes whole"
+            return FOLLOWED, "the training has ended, and what it saved is converted"
+        return FOLLOWING, "each new checkpoint of the training is converted as it becomes whole"
     if phase == "Planned":
-        return "Planned", "planned; nothing was written"
+        return "Planned", planned or "planned; nothing was written"
     if phase == "Succeeded":
         return "AllStagesSucceeded", f"all {len(records)} stages are converted"
     return "InProgress", f"{sum(record.state == 'Succeeded' for record in records)} of {len(records)} stages are done"

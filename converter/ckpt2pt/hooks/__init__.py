@@ -55,23 +55,27 @@ def submit_conversion(
     ``{"spec.source.path": "run7"}``.  Waits at most ``ready_seconds`` for the other ranks' files and ``request_seconds``
     for the API server.  Returns the name, None on other ranks and after any error, which is logged and never raised.
     """
-    mine = rank_of_environment() if rank is None else rank
-    if mine != 0:
+    try:
+        if (rank_of_environment() if rank is None else rank) != 0:
+            return None
+        words = ["-f", str(template), "--output", "name", "--request-timeout", str(float(request_seconds))]
+        moment = None if latest is None else moment_of(latest)
+        if latest is not None and moment is None:
+            log.error("no conversion is submitted: the name of %s has no epoch and step", latest)
+            return None
+        if moment:
+            words += ["--epoch", str(moment[0]), "--step", str(moment[1])]
+        folder = output_dir or (Path(latest).absolute().parent.parent if latest else None)
+        if folder:
+            words += ["--ready-in", str(folder), "--readiness-timeout", str(float(ready_seconds))]
+        given = {"--run": run, "--uid": uid, "--iteration": iteration, "--namespace": namespace}
+        words += [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
+        words += [word for path, value in (set_fields or {}).items() for word in ("--set", f"{path}={value}")]
+        seconds = float(ready_seconds) + float(request_seconds) + 60
+    except (TypeError, ValueError, AttributeError) as error:
+        log.error("no conversion is submitted: an argument is wrong: %s", error)
         return None
-    words = ["-f", str(template), "--output", "name", "--request-timeout", str(request_seconds)]
-    moment = None if latest is None else moment_of(latest)
-    folder = output_dir or (Path(latest).absolute().parent.parent if latest else None)
-    if latest is not None and moment is None:
-        log.error("no conversion is submitted: the name of %s has no epoch and step", latest)
-        return None
-    if moment:
-        words += ["--epoch", str(moment[0]), "--step", str(moment[1])]
-    if folder:
-        words += ["--ready-in", str(folder), "--readiness-timeout", str(ready_seconds)]
-    given = {"--run": run, "--uid": uid, "--iteration": iteration, "--namespace": namespace}
-    words += [word for flag, value in given.items() if value is not None for word in (flag, str(value))]
-    words += [word for path, value in (set_fields or {}).items() for word in ("--set", f"{path}={value}")]
-    return _call(words, ready_seconds + request_seconds + 60)
+    return _call(words, seconds)
 
 
 def _call(words: list[str], seconds: float) -> str | None:

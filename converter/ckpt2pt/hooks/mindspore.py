@@ -25,7 +25,7 @@ log = logging.getLogger("ckpt2pt.hooks")
 class ConversionHook(Callback):  # type: ignore[misc]
     """Submits a conversion when the training has ended and saved; arguments as of :func:`ckpt2pt.hooks.submit_conversion`.
 
-    With ``every_epoch`` also after each epoch that has saved.  Nothing is raised into the training.
+    Wrong arguments are a TypeError or ValueError here, before the training; nothing is raised into it.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class ConversionHook(Callback):  # type: ignore[misc]
             "uid": uid,
             "namespace": namespace,
             "output_dir": output_dir,
-            "set_fields": set_fields,
-            "ready_seconds": ready_seconds,
-            "request_seconds": request_seconds,
+            "set_fields": dict(set_fields or {}),
+            "ready_seconds": float(ready_seconds),
+            "request_seconds": float(request_seconds),
         }
 
     def on_train_begin(self, run_context: Any) -> None:  # noqa: ANN401 - mindspore's

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Literal, cast
 
 from ckpt2pt.conversion.spec import Conversion, Json
-from ckpt2pt.conversion.status import MAX_MESSAGE, Ending, StageRecord, status_of_run
+from ckpt2pt.conversion.status import FOLLOWED, FOLLOWING, MAX_MESSAGE, Ending, StageRecord, status_of_run
 from ckpt2pt_operator.rules.stages import Obstacle
 from ckpt2pt_operator.rules.views import condition, items
 
@@ -33,11 +33,18 @@ Verdict = tuple[Literal["True", "False", "Unknown"], str, str]
 """Status, reason and message of a condition."""
 
 NOT_LOOKED: Verdict = ("Unknown", "NotChecked", "not looked at yet")
+WORKERS_LIMITED = "WorkersLimited"
+"""The reason of VolumesReady where the volumes are ready for those workers that there are, and for no more."""
+QUEUE_DECIDES = "QueueDecides"
+"""The reason of Suspended where the spec asks for what only a queue may do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """How a conversion stands.  ``waits`` is why no worker was asked for, ``degraded`` why workers do not get on."""
+    """How a conversion stands.  ``waits`` is why no worker was asked for, ``degraded`` why workers do not get on.
+
+    ``unheeded`` is what a queue decides in place of the spec.
+    """
 
     records: Sequence[StageRecord]
     attempt: int = 1
@@ -49,14 +56,21 @@ class Standing:
     started: str | None = None
     finished: str | None = None
     ended: Ending | None = None
+    planned: str = ""
     iteration: int | None = None
     training_uid: str = ""
     follow_end: str = ""
     accepted: Verdict = ("True", "Valid", "the document describes a conversion")
     volumes: Verdict = NOT_LOOKED
     suspended: Obstacle | None = None
+    unheeded: Obstacle | None = None
     waits: Obstacle | None = None
     degraded: Obstacle | None = None
+
+
+def follows(status: Json) -> bool:
+    """Whether this is the status of a conversion that follows a training, and gets on or is done."""
+    return condition(items(status, "conditions"), "Complete").get("reason") in {FOLLOWING, FOLLOWED}
 
 
 def stamp(moment: datetime) -> str:
@@ -77,6 +91,7 @@ def status_document(
         started=standing.started,
         finished=standing.finished,
         ended=standing.ended,
+        planned=standing.planned,
         iteration=standing.iteration,
         now=stamp(now),
     )
@@ -162,10 +177,11 @@ def _conditions(standing: Standing, found: Mapping[str, Json]) -> list[Json]:
     def obstacle(seen: Obstacle | None, reason: str, message: str) -> Verdict:
         return ("True", seen.reason, seen.message) if seen else ("False", reason, message)
 
+    unheeded = standing.unheeded or Obstacle(reason="Resumed", message="it may go on")
     ours = [
         told("Accepted", standing.accepted),
         told("VolumesReady", standing.volumes),
-        told("Suspended", obstacle(None if over else standing.suspended, "Resumed", "it may go on")),
+        told("Suspended", obstacle(None if over else standing.suspended, unheeded.reason, unheeded.message)),
         told("Degraded", obstacle(standing.degraded, "AsExpected", "workers get on as expected")),
     ]
     now = None if over else standing.suspended or standing.waits or standing.degraded

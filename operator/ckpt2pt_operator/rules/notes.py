@@ -11,9 +11,11 @@ from typing import Literal
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import WAITING
+from ckpt2pt_operator.rules.conditions import QUEUE_DECIDES, WORKERS_LIMITED
 from ckpt2pt_operator.rules.views import condition, items, number, text
 
 _MAX = 1024
+_UNHEEDED = frozenset({QUEUE_DECIDES, WORKERS_LIMITED})
 _AWAITED = frozenset({"WaitingForTraining", WAITING})
 _MOST_STAGES = 8
 """Failed stages that get an event each; an API server takes few of them a second."""
@@ -44,7 +46,9 @@ def _of_the_job(before: Json, after: Json) -> Iterator[Note]:
     if number(after, "jobRecreations") > number(before, "jobRecreations"):
         yield Note(kind="Warning", reason="JobRecreated", message=f"Job {job} was deleted and is made anew")
     if text(after, "retryToken") != text(before, "retryToken") and before:
-        yield Note(kind="Normal", reason="RetryRequested", message="the stages that are not done are tried again")
+        early = "it had not failed when ckpt2pt.dev/retry was set; if it does, set another value"
+        late = Note(kind="Normal", reason="RetryRequested", message="the stages that are not done are tried again")
+        yield late if before.get("phase") == "Failed" else Note(kind="Warning", reason="RetryIgnored", message=early)
     if new and new != old:
         stages = items(after, "stageStatuses")
         todo = [str(number(item, "stage")) for item in stages if text(item, "state") not in {"Succeeded", "Failed"}]
@@ -84,6 +88,8 @@ def _of_conditions(before: Json, after: Json) -> Iterator[Note]:
         turned = item.get("status") != was.get("status")
         if name == "VolumesReady" and item.get("status") == "False" and (turned or reason != was.get("reason")):
             yield Note(kind="Warning", reason=reason, message=message)
+        if reason in _UNHEEDED and reason != was.get("reason"):
+            yield Note(kind="Warning", reason=reason, message=message)
         if name == "Reconciling" and reason in _AWAITED and reason != was.get("reason"):
             yield Note(kind="Normal", reason=reason, message=message)
         if name not in _TOLD:
@@ -92,4 +98,4 @@ def _of_conditions(before: Json, after: Json) -> Iterator[Note]:
         if item.get("status") == "True" and (turned or (follows and reason != was.get("reason"))):
             yield Note(kind="Normal" if reason == "Cancelled" else kind, reason=reason, message=message)
         if name == "Suspended" and turned and was.get("status") == "True" and after.get("phase") == "Running":
-            yield Note(kind="Normal", reason="Resumed", message=message)
+            yield Note(kind="Normal", reason="Resumed", message="it may go on")

@@ -16,8 +16,9 @@ from datetime import datetime, timedelta
 from ckpt2pt.conversion.job import build_job, grown_memory, job_name, parallelism
 from ckpt2pt.conversion.spec import Conversion, Json, parse
 from ckpt2pt.conversion.status import WAITING, Ending, StageRecord
-from ckpt2pt.errors import FAILS_JOB, UsageError
+from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.rules import awaits, volumes
+from ckpt2pt_operator.rules.changes import BY_USER, changes, suspension, unheeded, volumes_ready
 from ckpt2pt_operator.rules.conditions import (
     NOT_LOOKED,
     TERMINAL,
@@ -27,6 +28,7 @@ from ckpt2pt_operator.rules.conditions import (
     stamp,
     status_document,
 )
+from ckpt2pt_operator.rules.endings import RETRY_ANNOTATION, ending, planned, reason_of
 from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
 from ckpt2pt_operator.rules.stages import (
     OUT_OF_MEMORY,
@@ -41,28 +43,25 @@ from ckpt2pt_operator.rules.stages import (
 )
 from ckpt2pt_operator.rules.views import Job, Pod, child, condition, items, number, report_of, text, time
 
-RETRY_ANNOTATION = "ckpt2pt.dev/retry"
 MAX_RECREATIONS = 3
 POLL_SECONDS = 10.0
 """How often a conversion with running workers is looked at for its progress."""
 _WAIT_SECONDS = 30.0
 _SETTLE = timedelta(seconds=5)
 """How long a finished Job may be ahead of its pods in what the API server sends."""
-_ENDINGS = {
-    "DeadlineExceeded": "ActiveDeadline",
-    "MaxFailedIndexesExceeded": "MaxFailedStages",
-    "FailedIndexes": "StageFailed",
-    "BackoffLimitExceeded": "StageFailed",
-    "PodFailurePolicy": "StageFailed",
-}
 
 
 def conversion_of(document: Json, house: House) -> Conversion:
     """The document with the operator's defaults; UsageError where it is wrong."""
     conversion = parse(document)
     own = {name: value for name, value in conversion.workers.pod.items() if value not in ({}, [], None)}
+    if "queueName" not in own:
+        own.pop("queueKind", None)  # an API server fills it in, and the queue of the house has a kind of its own
     pod = {**conversion.workers.pod, **house.pod, **own}
-    return replace(conversion, workers=replace(conversion.workers, pod=pod))
+    together = pod.pop("coSchedule", False) is True
+    if "coSchedule" in child(document, "spec", "workers"):
+        together = conversion.workers.co_schedule
+    return replace(conversion, workers=replace(conversion.workers, pod=pod, co_schedule=together))
 
 
 def plan(seen: Seen, house: House) -> Plan:
@@ -120,6 +119,9 @@ class _Case:
                 self.records = (
                     observed(self.records, job, self.workers(job), {}) if job.attempt < attempt else self.records
                 )
+        token = text(before, "retryToken", 253)
+        if before.get("phase") not in TERMINAL:
+            token = self.token or token  # whoever asks before there is a failure has to ask again
         self.alive = [pod for pod in seen.pods if not pod.over]
         self.standing = Standing(
             records=tuple(self.records.values()),
@@ -127,7 +129,7 @@ class _Case:
             job=job_name(conversion, attempt),
             job_uid=text(before, "jobUID"),
             recreations=number(before, "jobRecreations"),
-            retry_token=text(before, "retryToken", 253) if before else self.token,
+            retry_token=token,
             memory_percent=number(before, "memoryPercent") or 100,
             started=text(before, "startTime") or None,
             iteration=number(before, "iteration") if "iteration" in before else None,
@@ -148,6 +150,13 @@ class _Case:
         )
         return Plan(status=status, actions=actions, again=again)
 
+    def wait(self, standing: Standing, waits: Obstacle, *actions: Action) -> Plan:
+        """Pods have to end first; a lost node may keep them, and only somebody who is told can do anything about it."""
+        return self.plan(replace(standing, waits=waits, degraded=self.obstacle()), *actions, again=_WAIT_SECONDS)
+
+    def obstacle(self) -> Obstacle | None:
+        return pod_obstacle(self.seen.pods, self.seen.warnings, self.seen.now)
+
     def end(self, standing: Standing, ended: Ending | None, *actions: Action) -> Plan:
         records = tuple(
             replace(record, state="Pending") if record.state == "Running" else record for record in standing.records
@@ -158,10 +167,8 @@ class _Case:
         return self.before.get("phase") == "Failed" and bool(self.token) and self.token != self.standing.retry_token
 
     def again(self) -> Plan:
-        """A new attempt, for the stages that are not done."""
-        if any(not job.ending for job in self.seen.jobs) or self.alive:
-            # What the failed attempt left has to be gone: one writer for each stage.
-            return replace(self.afterwards(), again=2.0)
+        """A new attempt, for the stages that are not done; it begins when nothing of the failed one works any more."""
+        attempt = self.standing.attempt + (1 if self.standing.job_uid or self.job else 0)
         records = tuple(
             record if record.state == "Succeeded" else StageRecord(stage=record.stage)
             for record in self.records.values()
@@ -170,8 +177,8 @@ class _Case:
             replace(
                 self.standing,
                 records=records,
-                attempt=self.standing.attempt + (1 if self.standing.job_uid else 0),
-                job=job_name(self.conversion, self.standing.attempt + (1 if self.standing.job_uid else 0)),
+                attempt=attempt,
+                job=job_name(self.conversion, attempt),
                 job_uid="",
                 recreations=0,
                 retry_token=self.token,
@@ -200,7 +207,7 @@ class _Case:
         if left or self.alive:
             waits = Obstacle(reason="Cancelling", message=f"{len(self.alive)} workers are told to stop")
             deletions = [DeleteJob(job=job) for job in left if not job.deleted]
-            return self.plan(replace(self.standing, waits=waits), *deletions, again=_WAIT_SECONDS)
+            return self.wait(self.standing, waits, *deletions)
         done = sum(record.state == "Succeeded" for record in self.records.values())
         message = f"spec.cancel was set; {done} of {len(self.records)} stages were done, and their files stay"
         return self.end(self.standing, Ending(reason="Cancelled", message=message))
@@ -211,6 +218,8 @@ class _Case:
         return [stage for stage, record in self.records.items() if record.state not in {"Succeeded", "Failed"}]
 
     def without_job(self) -> Plan:
+        if self.conversion.suspend:
+            self.standing = replace(self.standing, suspended=BY_USER)
         standing = self.standing
         if standing.started is None and self.conversion.start_after is not None:
             held = self.training()
@@ -218,14 +227,11 @@ class _Case:
                 return held
         self.follow()
         standing = self.standing
-        earlier = [
-            DeleteJob(job=job)
-            for job in self.seen.jobs
-            if job.attempt < standing.attempt and not job.ending and not job.deleted
-        ]
+        earlier = [job for job in self.seen.jobs if job.attempt < standing.attempt and not job.ending]
         if self.alive or earlier:
+            # One writer for each stage.
             waits = Obstacle(reason="WaitingForPods", message=f"{len(self.alive)} pods of an earlier Job are ending")
-            return self.plan(replace(standing, waits=waits), *earlier, again=_WAIT_SECONDS)
+            return self.wait(standing, waits, *(DeleteJob(job=job) for job in earlier if not job.deleted))
         todo = self.todo()
         if not todo:
             return self.end(standing, None)  # the Job was deleted when it had nothing left to do
@@ -288,10 +294,11 @@ class _Case:
         self.standing = replace(standing, follow_end=awaits.follow_end(self.conversion, standing, self.seen.training))
 
     def held(self, standing: Standing, obstacle: Obstacle) -> Plan:
-        """Wait for a volume, but not for ever."""
-        told = condition(items(self.before, "conditions"), "VolumesReady")
-        since = time(told, "lastTransitionTime") if told.get("status") == "False" else None
-        left = self.left(since or self.seen.now)
+        """Wait for a volume, but not for ever where nobody has suspended it."""
+        told = [condition(items(self.before, "conditions"), kind) for kind in ("VolumesReady", "Suspended")]
+        times = [time(item, "lastTransitionTime") for item in told if item.get("status") == "False"]
+        since = [moment for moment in times if moment]
+        left = self.left(max(since) if len(since) == len(told) and not standing.suspended else self.seen.now)
         if left <= 0:
             return self.end(standing, self.too_late(obstacle))
         return self.plan(replace(standing, waits=obstacle), again=min(left, 15.0))
@@ -317,23 +324,28 @@ class _Case:
             job_uid=job.uid,
             started=self.standing.started or stamp(job.created or self.seen.now),
             iteration=self.iteration(pods),
-            volumes=volumes.verdict(self.conversion, self.seen.claims, min(job.parallelism, job.completions)),
+            volumes=volumes_ready(self.conversion, job, self.seen.claims),
         )
         if job.ending:
             return self.finished(job, pods)
         if job.deleted:
             waits = Obstacle(reason="JobDeleted", message="the Job is being deleted; it is made anew when it is gone")
-            return self.plan(replace(standing, waits=waits), again=_WAIT_SECONDS)
+            return self.wait(standing, waits)
         self.follow()
         if self.standing.follow_end != standing.follow_end:
             # Its follower goes; one more Job takes the last look.
             return self.another(standing.memory_percent, {0})
-        standing = self.standing
-        actions = self.changes(job)
+        standing = replace(self.standing, unheeded=unheeded(self.conversion, job))
+        spec = changes(self.conversion, job, self.seen.claims)
+        actions = [PatchJob(job=job, spec=spec)] if spec else []
         if job.suspended:
-            return self.plan(replace(standing, suspended=self.suspension(job)), *actions)
-        obstacle = refused_pods(job, pods, self.seen.warnings) or pod_obstacle(pods, self.seen.warnings, self.seen.now)
-        since = stuck_since(job, pods)
+            begun = any(record.attempts or record.state != "Pending" for record in standing.records)
+            why = suspension(self.conversion, job, begun=begun)
+            standing = replace(standing, suspended=why, degraded=self.obstacle())
+            return self.plan(standing, *actions, again=_WAIT_SECONDS if self.alive else None)
+        refused = refused_pods(job, pods, self.seen.warnings)
+        obstacle = refused or self.obstacle()
+        since = stuck_since(job, pods, refused)
         if since is not None and self.left(since) <= 0:
             return self.end(replace(standing, degraded=obstacle), self.too_late(obstacle), DeleteJob(job=job))
         waiting = next((r for r in standing.records if r.state == "Running" and r.reason == WAITING), None)
@@ -359,31 +371,6 @@ class _Case:
         reports = [report for pod in pods for report in (report_of(pod.report), self.seen.live.get(pod.uid)) if report]
         return next((r.iteration for r in reports if r.iteration is not None), self.standing.iteration)
 
-    def changes(self, job: Job) -> list[Action]:
-        """What may be changed while it runs.  A queue decides for itself when its Jobs run and how wide."""
-        if job.queued:
-            return []
-        spec: Json = {}
-        if job.suspended != self.conversion.suspend:
-            spec["suspend"] = self.conversion.suspend
-        wanted = parallelism(self.conversion, job.completions)
-        if job.parallelism != wanted:
-            spec["parallelism"] = wanted
-        if not job.per_index:
-            spec["backoffLimit"] = self.conversion.retries.per_stage * job.completions
-        return [PatchJob(job=job, spec=spec)] if spec.keys() - {"backoffLimit"} else []
-
-    def suspension(self, job: Job) -> Obstacle:
-        if not job.queued:
-            return Obstacle(reason="UserRequested", message="spec.suspend is true; set it to false to go on")
-        begun = any(record.attempts or record.state != "Pending" for record in self.standing.records)
-        if begun:
-            return Obstacle(
-                reason="Preempted", message="the queue has taken the workers back; they go on when it lets them"
-            )
-        queue = self.conversion.workers.pod.get("queueName")
-        return Obstacle(reason="QueuedByKueue", message=f"queue {queue} has not admitted it yet")
-
     def finished(self, job: Job, pods: Sequence[Pod]) -> Plan:
         """The Job is over: end, or give the stages that ran out of memory more of it."""
         standing = self.standing
@@ -391,17 +378,19 @@ class _Case:
         if ahead and behind(job, pods):
             return self.plan(standing, again=1.0)
         failed = [record for record in standing.records if record.state == "Failed"]
-        reason = "StageFailed" if job.ending == "Complete" else _ENDINGS.get(job.reason, job.reason or "JobFailed")
         starved = [record for record in failed if record.reason == OUT_OF_MEMORY]
-        if starved and reason == "StageFailed" and job.reason != "PodFailurePolicy":
+        if starved and reason_of(job) == "StageFailed" and job.reason != "PodFailurePolicy":
             percent = -(-standing.memory_percent * (100 + self.conversion.retries.memory_growth_percent) // 100)
             now, then = (grown_memory(self.conversion, p) for p in (standing.memory_percent, percent))
             if now is not None and then is not None and then > now:
                 return self.another(percent, {record.stage for record in starved})
         if job.ending == "Complete" and not failed:
             # Of a status that was lost some stages may be known to nobody; one that is done ends at once.
-            return self.another(standing.memory_percent, set()) if self.left_out() else self.end(standing, None)
-        return self.end(standing, self.why(job, pods, reason, failed))
+            return self.another(standing.memory_percent, set()) if self.left_out() else self.done(pods)
+        return self.end(standing, ending(self.conversion, job, pods, failed))
+
+    def done(self, pods: Sequence[Pod]) -> Plan:
+        return self.end(replace(self.standing, planned=planned(pods) if self.conversion.dry_run else ""), None)
 
     def left_out(self) -> bool:
         return any(record.state != "Succeeded" for record in self.standing.records)
@@ -420,21 +409,3 @@ class _Case:
             ),
             again=0.0,
         )  # fmt: skip
-
-    def why(self, job: Job, pods: Sequence[Pod], reason: str, failed: Sequence[StageRecord]) -> Ending:
-        wrong = next((pod for pod in pods if pod.exit_code in FAILS_JOB), None)
-        if wrong is not None:
-            report = report_of(wrong.report)
-            return Ending(
-                reason="InvalidSpec", message=report.message if report else f"pod {wrong.name} refused its arguments"
-            )
-        if reason == "ActiveDeadline":
-            seconds = self.conversion.active_deadline_seconds
-            return Ending(reason=reason, message=f"not done after spec.activeDeadlineSeconds, {seconds} s")
-        stages = ", ".join(str(record.stage) for record in failed)
-        if not failed:
-            return Ending(reason=reason, message=job.message or "the Job failed")
-        first = failed[0]
-        hint = f"mend it, then: kubectl annotate ckc {self.conversion.name} --overwrite {RETRY_ANNOTATION}=$(date +%s)"
-        message = f"stage {stages} failed; stage {first.stage}: {first.reason}: {first.message}"
-        return Ending(reason=reason, message=f"{message[:800]}; {hint}")

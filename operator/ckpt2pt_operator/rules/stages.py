@@ -20,6 +20,8 @@ OUT_OF_MEMORY = "OOMKilled"
 _LOST_AFTER = timedelta(seconds=90)
 """Longer than the grace of a worker: a pod that is still there has no kubelet to end it."""
 
+_FIRST_PAUSE, _LONGEST_PAUSE = timedelta(seconds=10), timedelta(minutes=10)
+
 REASON_WORDS = frozenset({*REASONS.values(), OUT_OF_MEMORY, "Evicted", "Killed", "PodDeleted"})
 """Every reason of a stage that is ours: a worker may write anything into its message."""
 
@@ -171,27 +173,41 @@ def refused_pods(job: Job, pods: Sequence[Pod], warnings: Mapping[str, str]) -> 
     return Obstacle(reason="QuotaExceeded" if "exceeded quota" in message else "PodRejected", message=message)
 
 
-def stuck_since(job: Job, pods: Sequence[Pod]) -> datetime | None:
-    """Since when no worker could start; None while one runs, and between two tries."""
-    if any(pod.running for pod in pods) or (pods and all(pod.over for pod in pods)):
+def stuck_since(job: Job, pods: Sequence[Pod], refused: Obstacle | None) -> datetime | None:
+    """Since when no worker could start; None while one runs, and between two tries unless pods are refused."""
+    if any(pod.running for pod in pods) or (pods and not refused and all(pod.over for pod in pods)):
         return None
     if job.started is None:
         return None  # its controller has not begun, or not again after it was suspended: no pod is late yet
-    return max([job.started, *(pod.finished for pod in pods if pod.finished)])
+    return max([job.started, *(free for pod in pods if (pod.over or pod.finished) and (free := _free_again(pod)))])
+
+
+def _free_again(pod: Pod) -> datetime | None:
+    """When the Job controller may fill the place of a pod that is over.
+
+    Of a failed one it waits for 10 s, twice as long each time the index fails, 10 min at most (kubernetes v1.32
+    pkg/controller/job/backoff_utils.go, getRemainingTimePerIndex).
+    """
+    ended = pod.finished or pod.deleted or pod.created
+    if ended is None or pod.phase == "Succeeded":
+        return ended
+    return ended + min(_FIRST_PAUSE * (1 << min(pod.failures + pod.disruptions, 16)), _LONGEST_PAUSE)
 
 
 def _obstacle(pod: Pod, warnings: Mapping[str, str], now: datetime) -> Obstacle | None:
+    if pod.deleted and now - pod.deleted <= _LOST_AFTER:
+        return None  # it needs nothing more than to end
+    if pod.deleted:
+        return Obstacle(
+            reason="NodeLost",
+            message=f"node {pod.node} does not end pod {pod.name}; bring it back, delete the Node, or taint it "
+            "node.kubernetes.io/out-of-service:NoExecute, and what waits for it goes on",
+        )
     waiting, message = pod.waiting
     if waiting in _WAITING:
         return Obstacle(reason=_WAITING[waiting], message=f"pod {pod.name}: {waiting}: {message or 'no details'}")
     if pod.unscheduled:
         return Obstacle(reason="Unschedulable", message=f"pod {pod.name}: {pod.unscheduled}")
-    if pod.deleted and now - pod.deleted > _LOST_AFTER:
-        return Obstacle(
-            reason="NodeLost",
-            message=f"node {pod.node} does not end pod {pod.name}; bring it back, delete the Node, or taint it "
-            "node.kubernetes.io/out-of-service:NoExecute, and the stage goes on elsewhere",
-        )
     if pod.uid in warnings and pod.started is None:
         return Obstacle(reason="VolumeMountFailed", message=f"pod {pod.name}: {warnings[pod.uid]}")
     return None

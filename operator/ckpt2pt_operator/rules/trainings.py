@@ -36,14 +36,16 @@ class Sign:
     phases: frozenset[str] = frozenset()
 
     def shows(self, raw: Json) -> Json | None:
-        """The condition that shows it, an object without reason for a phase; None where it does not show."""
+        """The condition that shows it, or what stands beside the phase; None where it does not show."""
         for condition in items(child(raw, "status"), "conditions"):
             if condition.get("status") == "True" and condition.get("type") in self.conditions:
                 return condition
         if not self.path:
             return None
-        phase = text(child(raw, *self.path[:-1]), self.path[-1])
-        return {"reason": phase} if phase in self.phases else None
+        beside = child(raw, *self.path[:-1])
+        phase = text(beside, self.path[-1])
+        when = {name: value for name, value in beside.items() if name == "lastTransitionTime"}
+        return {"reason": phase, **when} if phase in self.phases else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +66,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """One training as it was last seen."""
+    """One training as it was last seen; ``ended`` is None also where it does not tell."""
 
     api_version: str
     kind: str
@@ -135,7 +137,7 @@ def workload(raw: Json, kind: Kind) -> Workload:
         state=state,
         message=": ".join(filter(None, said)),
         template=text(child(meta, "annotations"), CONVERT_ANNOTATION, 253),
-        ended=time(end, "lastTransitionTime") if end is not None else None,
+        ended=(time(end, "lastTransitionTime") or time(child(raw, "status"), "completionTime")) if end else None,
     )
 
 

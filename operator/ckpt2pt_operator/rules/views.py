@@ -102,6 +102,16 @@ def condition(conditions: list[Json], kind: str) -> Json:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Preview:
+    """What a dry run has found: what would be written, and what it would need.  Numbers of bytes, but for the files."""
+
+    files: int
+    written: int
+    free: int
+    memory: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """What a worker says of itself: in its termination message, or while it runs.  Numbers of bytes; None is unknown."""
 
@@ -112,6 +122,7 @@ class Report:
     total: int | None = None
     throughput: int = 0
     iteration: int | None = None
+    preview: Preview | None = None
 
 
 def report_of(message: str) -> Report | None:
@@ -135,6 +146,16 @@ def report_of(message: str) -> Report | None:
         total=min(number(value, "bytesTotal"), _MOST_BYTES) or None,
         throughput=min(number(value, "throughput"), _MOST_BYTES),
         iteration=number(value, "iteration") if "iteration" in value else None,
+        preview=_preview_of(child(value, "plan")) if "plan" in value else None,
+    )
+
+
+def _preview_of(plan: Json) -> Preview:
+    return Preview(
+        files=number(plan, "files"),
+        written=min(number(plan, "bytes"), _MOST_BYTES),
+        free=min(number(plan, "freeSpace"), _MOST_BYTES),
+        memory=min(number(plan, "memory"), _MOST_BYTES),
     )
 
 
@@ -145,6 +166,7 @@ class Pod:
     name: str
     namespace: str
     uid: str
+    version: str
     job: str
     job_uid: str
     owner: str
@@ -194,6 +216,7 @@ def pod_view(raw: Json) -> Pod:
         name=text(meta, "name"),
         namespace=text(meta, "namespace"),
         uid=text(meta, "uid"),
+        version=text(meta, "resourceVersion"),
         job=text(labels, "batch.kubernetes.io/job-name") or text(labels, "job-name"),
         job_uid=text(labels, "batch.kubernetes.io/controller-uid") or text(labels, "controller-uid"),
         owner=text(labels, UID_LABEL),
@@ -238,6 +261,7 @@ class Job:
     ours: bool
     parallelism: int
     completions: int
+    backoff_limit: int
     active: int
     completed: frozenset[int]
     failed: frozenset[int]
@@ -277,6 +301,7 @@ def job_view(raw: Json) -> Job:
         ours=labels.get("app.kubernetes.io/managed-by") == MANAGER,
         parallelism=number(spec, "parallelism", 1),
         completions=number(spec, "completions", 1),
+        backoff_limit=number(spec, "backoffLimit", 6),
         active=number(status, "active"),
         completed=indexes(text(status, "completedIndexes", 8192)),
         failed=indexes(text(status, "failedIndexes", 8192)),

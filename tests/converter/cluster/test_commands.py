@@ -111,10 +111,13 @@ def test_a_json_template_needs_no_yaml(server: Any, tmp_path: Path, monkeypatch:
 
 def test_the_plugin(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert kubectl(["watch", "demo"]) == 0
+    assert kubectl(["retry", "demo"]) == 64
+    monkeypatch.setitem(ANSWERS, "GET", (200, {"status": {"phase": "Failed"}}))
     assert kubectl(["retry", "demo"]) == 0
+    monkeypatch.setitem(ANSWERS, "GET", (200, {"status": {"phase": "Running"}}))
     assert kubectl(["cancel", "demo", "-n", "own"]) == 0
-    assert [asked[0] for asked in server.asked] == ["GET", "PATCH", "PATCH"]
-    assert "/namespaces/own/checkpointconversions/demo" in server.asked[2][1]
+    assert [asked[0] for asked in server.asked] == ["GET", "GET", "GET", "PATCH", "GET", "PATCH"]
+    assert "/namespaces/own/checkpointconversions/demo" in server.asked[-1][1]
     assert "tried again" in capsys.readouterr().out
     monkeypatch.setitem(ANSWERS, "GET", (200, {"items": []}))
     assert kubectl(["logs", "demo", "1"]) == 66

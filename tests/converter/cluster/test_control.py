@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from apiserver import Answer, Server
 from ckpt2pt.cluster.api import Api, Connection
 from ckpt2pt.cluster.control import cancel, log_of_stage, newest_pod, retry
 from ckpt2pt.cluster.submit import Submitted
-from ckpt2pt.errors import MissingInputError
+from ckpt2pt.errors import MissingInputError, UsageError
 
 THERE = Submitted(namespace="ml", name="demo", created=False)
 
@@ -20,15 +22,56 @@ def api_of(server: Server) -> Api:
     return Api(Connection(server=server.url, context=None, token=lambda: None, namespace="ml", direct=True), seconds=5)
 
 
-def test_retry_and_cancel_change_one_field_each() -> None:
-    server = Server(lambda *_: (200, {}))
+def in_phase(phase: str) -> Server:
+    return Server(lambda *_: (200, {"status": {"phase": phase}} if phase else {}))
+
+
+def test_a_retry_is_another_one_each_time() -> None:
+    server = in_phase("Failed")
     with server.running():
         retry(api_of(server), THERE)
         retry(api_of(server), THERE)
+    patches = [body for method, _, body, _ in server.asked if method == "PATCH"]
+    assert len({body["metadata"]["annotations"]["ckpt2pt.dev/retry"] for body in patches}) == 2
+
+
+@pytest.mark.parametrize("phase", ["", "Running", "Suspended"])
+def test_a_cancel_changes_one_field(phase: str) -> None:
+    server = in_phase(phase)
+    with server.running():
         cancel(api_of(server), THERE)
-    tokens = [asked[2]["metadata"]["annotations"]["ckpt2pt.dev/retry"] for asked in server.asked[:2]]
-    assert len(set(tokens)) == 2
-    assert server.asked[2][2] == {"spec": {"cancel": True}}
+    assert server.asked[-1][2] == {"spec": {"cancel": True}}
+
+
+@pytest.mark.parametrize(
+    ("do", "phase", "words"),
+    [
+        (retry, "Running", "it is Running, and only what has Failed is tried again"),
+        (retry, "", "it is Pending, and"),
+        (retry, "Succeeded", "make a new CheckpointConversion"),
+        (cancel, "Succeeded", "it is Succeeded already"),
+        (cancel, "Cancelled", "it is Cancelled already"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(do: Callable[[Api, Submitted], None], phase: str, words: str) -> None:
+    server = in_phase(phase)
+    with server.running(), pytest.raises(UsageError, match=words):
+        do(api_of(server), THERE)
+    assert [method for method, *_ in server.asked] == ["GET"]
+
+
+@pytest.mark.parametrize(("spec", "name"), [({"follow": {}}, "a"), ({"dryRun": True}, "a"), ({"dryRun": False}, None)])
+def test_one_worker_that_does_all_stages_has_the_log_of_each(spec: dict[str, Any], name: str | None) -> None:
+    def answer(_: str, path: str, __: object) -> Answer:
+        if path.endswith("/log?container=convert"):
+            return 200, path
+        items = {"jobs": [job(1)], "pods": [pod("a", 1, 0, "01")]}
+        kind = path.partition("?")[0].rpartition("/")[2]
+        return 200, {"items": items[kind]} if kind in items else {"spec": spec}
+
+    server = Server(answer)
+    with server.running(), nullcontext() if name else pytest.raises(MissingInputError):
+        assert f"/pods/{name}/log" in log_of_stage(api_of(server), THERE, 3)
 
 
 def test_one_that_is_not_there() -> None:
@@ -70,5 +113,5 @@ def test_the_log_of_a_stage() -> None:
         with pytest.raises(MissingInputError, match="no pod"):
             log_of_stage(api_of(server), THERE, 2)
     assert (
-        "labelSelector=app.kubernetes.io%2Fname%3Dckpt2pt%2Capp.kubernetes.io%2Finstance%3Ddemo" in server.asked[0][1]
+        "labelSelector=app.kubernetes.io%2Fname%3Dckpt2pt%2Capp.kubernetes.io%2Finstance%3Ddemo" in server.asked[1][1]
     )

@@ -142,6 +142,18 @@ def test_nothing_is_raised_whatever_the_training_says(
     assert calls == []
 
 
+def test_numbers_in_quotes_are_numbers_and_what_is_none_is_told_before_the_training(
+    module: Any, calls: list[list[str]], template: str
+) -> None:
+    hook = module.ConversionHook(template, ready_seconds="300", request_seconds="5")
+    hook.on_train_end(context(Saving(LATEST), hook))
+    assert dict(pairwise(calls[0]))["--readiness-timeout"] == "300.0"
+    with pytest.raises(ValueError, match="soon"):
+        module.ConversionHook(template, ready_seconds="soon")
+    with pytest.raises(ValueError, match="sequence"):
+        module.ConversionHook(template, set_fields=["spec.dryRun=true"])
+
+
 def test_other_ranks_submit_nothing(
     module: Any, calls: list[list[str]], template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +198,15 @@ def test_a_file_without_a_step_and_a_folder(calls: list[list[str]], caplog: pyte
     assert submit_conversion("t", output_dir="/out", rank=0, uid="u") == "run-0-4-abc"
     assert "--step" not in calls[0]
     assert "--ready-in" in calls[0]
+
+
+@pytest.mark.parametrize("wrong", [{"ready_seconds": "soon"}, {"set_fields": ["a=b"]}, {"output_dir": 5, "latest": 7}])
+def test_wrong_arguments_are_logged_and_never_raised(
+    wrong: dict[str, Any], calls: list[list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert submit_conversion("t", **{"output_dir": "/out", "rank": 0, **wrong}) is None
+    assert "no conversion is submitted" in caplog.text
+    assert calls == []
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from ckpt2pt.conversion.spec import parse
 from ckpt2pt.conversion.status import Ending, StageRecord
-from ckpt2pt_operator.rules.conditions import Standing, refused_document, stamp, status_document
+from ckpt2pt_operator.rules.conditions import Standing, follows, refused_document, stamp, status_document
 from ckpt2pt_operator.rules.stages import Obstacle
 from simulation import START, conversion
 from statuses import check_status, told
@@ -52,6 +52,27 @@ def test_conditions(standing: dict[str, object], phase: str, expected: dict[str,
     check_status(found)
     assert (found["phase"], found["observedGeneration"]) == (phase, 3)
     assert {kind: told(found, kind) for kind in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("follow", "standing", "expected"),
+    [
+        ({"follow": {}}, {"records": RUNNING[:1]}, True),
+        ({"follow": {}}, {"records": RUNNING[:1], "suspended": obstacle("UserRequested")}, True),
+        ({"follow": {}}, {"records": RUNNING[:1], "degraded": obstacle("StageRetrying")}, True),
+        ({"follow": {}}, {"records": DONE[:1], "finished": OVER}, True),
+        ({"follow": {}, "dryRun": True}, {"records": RUNNING[:1]}, False),
+        ({}, {"records": RUNNING}, False),
+        ({}, {"records": DONE, "finished": OVER}, False),
+    ],
+)
+def test_what_follows_a_training_is_known_by_its_status(
+    follow: dict[str, object], standing: dict[str, object], expected: bool
+) -> None:
+    document = parse(conversion(*((f"spec.{name}", value) for name, value in follow.items())))
+    found = status_document(document, Standing(**standing), before={}, generation=1, now=START)  # type: ignore[arg-type]
+    assert follows(found) is expected
+    assert not follows({})
 
 
 def test_times_stay_until_the_status_turns() -> None:

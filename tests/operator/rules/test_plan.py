@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from ckpt2pt_operator.rules.notes import notes
-from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, PatchJob, Refusal, Training
+from ckpt2pt_operator.rules.plan import conversion_of
+from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, House, PatchJob, Refusal, Training
 from ckpt2pt_operator.rules.views import Report, claim_view
-from simulation import World
+from simulation import World, conversion
 from statuses import check_status, told
 
 MEMORY = ("spec.workers.resources", {"limits": {"memory": "256Mi"}})
@@ -109,9 +110,17 @@ def test_a_plan_needs_one_worker_and_ends_as_planned() -> None:
     world = World(("spec.dryRun", True))
     world.run()
     assert len(world.alive) == 1
-    world.end(0)
+    found = {"files": 24, "bytes": 3 << 30, "memory": 96 << 20, "freeSpace": 5 << 40, "ranks": 8}
+    world.end(0, report=json.dumps({"version": 1, "exitCode": 0, "bytesTotal": 7 << 29, "iteration": 2, "plan": found}))
     world.run(9)
     assert world.phase == "Planned"
+    said = {c["type"]: c["message"] for c in world.status["conditions"]}
+    assert said["Ready"] == said["Complete"]
+    assert said["Ready"] == (
+        "24 files are planned: 3.5 GiB to read, 3.0 GiB to write with 5.0 TiB free, at most 96.0 MiB of memory for a "
+        "worker; nothing was written"
+    )
+    check_status(world.status)
     assert told(world.status, "Verified") == ("False", "NotRequested")
 
 
@@ -169,6 +178,47 @@ def test_stages_nobody_has_recorded_are_done_by_another_attempt() -> None:
     world.run(9)
     assert world.phase in {"Pending", "Running"}
     assert world.jobs["demo-3"]["metadata"]["annotations"] == {"ckpt2pt.dev/stages": "0,1,3"}
+
+
+# ------------------------------------------------------------------------------------------------- defaults of the house
+
+VOLCANO = {"queueName": "house", "queueKind": "Volcano"}
+
+
+@pytest.mark.parametrize(
+    ("house", "own", "expected"),
+    [
+        (VOLCANO, {}, ("house", "Volcano")),
+        (VOLCANO, {"queueKind": "Kueue"}, ("house", "Volcano")),
+        (VOLCANO, {"queueName": "own", "queueKind": "Kueue"}, ("own", "Kueue")),
+        ({"queueName": "house"}, {"queueKind": "Kueue"}, ("house", "Kueue")),
+        ({}, {"queueName": "own", "queueKind": "Volcano"}, ("own", "Volcano")),
+        ({}, {"queueKind": "Kueue"}, (None, "Kueue")),
+    ],
+)
+def test_the_queue_of_the_house_comes_with_its_kind(
+    house: dict[str, object], own: dict[str, object], expected: tuple[str | None, str]
+) -> None:
+    """An API server gives every conversion a kind, whether it asks for a queue or not."""
+    pod = conversion_of(conversion(("spec.workers", own)), House(image="i", pod=house)).workers.pod
+    assert (pod.get("queueName"), pod["queueKind"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("house", "own", "expected"),
+    [
+        ({"coSchedule": True}, {}, True),
+        ({"coSchedule": True}, {"coSchedule": False}, False),
+        ({"coSchedule": False}, {"coSchedule": True}, True),
+        ({}, {}, False),
+    ],
+)
+def test_workers_are_kept_together_as_the_house_or_the_conversion_says(
+    house: dict[str, object], own: dict[str, object], expected: bool
+) -> None:
+    found = conversion_of(conversion(("spec.workers", own)), House(image="i", pod=house))
+    assert found.workers.co_schedule is expected
+    assert "coSchedule" not in found.workers.pod
 
 
 # ----------------------------------------------------------------------------------------------------------- Job deleted
@@ -275,6 +325,44 @@ def test_a_conversion_that_was_born_suspended_has_its_whole_pending_time_when_it
     assert world.jobs["demo-1"]["spec"]["suspend"] is False
 
 
+def test_one_that_is_suspended_waits_for_its_claim_as_long_as_its_user_likes() -> None:
+    world = World(("spec.suspend", True))
+    world.claims = {"training": None}
+    decided = world.run()
+    assert (world.phase, told(world.status, "Suspended")) == ("Suspended", ("True", "UserRequested"))
+    assert told(world.status, "VolumesReady") == ("False", "PVCNotFound")
+    assert told(world.status, "Stalled")[0] == "False"
+    assert decided.again == 15.0
+    world.run(5 * 3600)
+    assert world.phase == "Suspended"
+    world.edit(suspend=False)
+    world.run(1)
+    assert (world.phase, told(world.status, "Ready")) == ("Pending", ("False", "PVCNotFound"))
+    world.run(890)
+    assert world.phase == "Pending", "it has its whole pending time"
+    world.edit(suspend=True)
+    world.run(1)
+    world.run(5 * 3600)
+    world.edit(suspend=False)
+    world.run(890)
+    assert world.phase == "Pending"
+    world.run(890)
+    world.run(20)
+    assert told(world.status, "Failed") == ("True", "PendingDeadline")
+
+
+def test_one_that_is_suspended_while_it_waits_for_its_training_says_so() -> None:
+    world = World(AFTER, ("spec.suspend", True))
+    world.training = Training(state="Running", uid="t")
+    world.run()
+    assert (world.phase, told(world.status, "Suspended")) == ("Suspended", ("True", "UserRequested"))
+    world.training = Training(state="Succeeded", uid="t")
+    world.run(1)
+    assert (world.phase, len(world.made), world.alive) == ("Suspended", 1, [])
+    assert reasons(world) == ["UserRequested", "JobCreated"]
+    check_status(world.status)
+
+
 def test_fewer_workers_at_a_time() -> None:
     world = ready()
     world.document["spec"]["workers"] = {"maxParallelStages": 2}
@@ -299,6 +387,34 @@ def test_a_queue_decides_for_itself() -> None:
     job["spec"]["suspend"] = True
     world.run(1)
     assert told(world.status, "Suspended") == ("True", "Preempted")
+
+
+def test_what_only_a_queue_may_do_is_said_where_it_is_asked_for() -> None:
+    world = World(("spec.workers", {"queueName": "night"}))
+    world.step()
+    job = world.jobs["demo-1"]
+    world.run(1)
+    world.start(0, 1, 2, 3)
+    world.run(1)
+    assert told(world.status, "Suspended") == ("False", "Resumed")
+    world.edit(suspend=True)
+    world.document["spec"]["workers"]["maxParallelStages"] = 2
+    world.run(1)
+    assert (job["spec"].get("suspend"), job["spec"]["parallelism"]) == (None, 4), "they are the queue's"
+    assert (world.phase, told(world.status, "Suspended")) == ("Running", ("False", "QueueDecides"))
+    assert reasons(world)[-1] == "QueueDecides"
+    job["spec"]["suspend"] = True
+    world.run(1)
+    assert told(world.status, "Suspended") == ("True", "Preempted")
+    world.edit(suspend=False)
+    del world.document["spec"]["workers"]["maxParallelStages"]
+    job["spec"]["suspend"] = False
+    world.reap()
+    world.run(1)
+    world.start(0, 1, 2, 3)
+    world.run(1)
+    assert told(world.status, "Suspended") == ("False", "Resumed")
+    check_status(world.status)
 
 
 def test_cancel_waits_for_the_workers_and_keeps_what_is_done() -> None:
@@ -387,6 +503,27 @@ def test_a_claim_for_one_node_conflicts_with_many_workers() -> None:
     assert len(world.alive) == 1
 
 
+def test_workers_do_not_become_more_than_a_claim_can_serve() -> None:
+    world = World(("spec.workers", {"maxParallelStages": 1}))
+    world.claims = {"training": claim_view({"status": {"phase": "Bound", "accessModes": ["ReadWriteOnce"]}})}
+    world.run()
+    world.start(0)
+    world.run(1)
+    assert told(world.status, "VolumesReady") == ("True", "Bound")
+    world.document["spec"]["workers"] = {"maxParallelStages": 4}
+    world.run(1)
+    assert world.jobs["demo-1"]["spec"]["parallelism"] == 1
+    assert told(world.status, "VolumesReady") == ("True", "WorkersLimited")
+    assert told(world.status, "Stalled")[0] == "False", "the worker goes on"
+    assert reasons(world)[-1] == "WorkersLimited"
+    [said] = [c["message"] for c in world.status["conditions"] if c["type"] == "VolumesReady"]
+    assert said.startswith("no more than 1 at a time: persistentvolumeclaim training is ReadWriteOnce, and 4 workers")
+    world.claims = {"training": claim_view({"status": {"phase": "Bound", "accessModes": ["ReadWriteMany"]}})}
+    world.run(1)
+    assert world.jobs["demo-1"]["spec"]["parallelism"] == 4
+    assert told(world.status, "VolumesReady") == ("True", "Bound")
+
+
 def test_a_missing_claim_is_known_from_a_pod_where_claims_may_not_be_read() -> None:
     world = World()
     world.claims = None
@@ -434,6 +571,41 @@ def test_pods_that_the_api_server_refuses(message: str, reason: str) -> None:
     assert told(world.status, "Degraded") == ("True", reason)
 
 
+@pytest.mark.parametrize(("code", "kept"), [(0, 0.0), (75, 10.0)], ids=["the-next-stage", "another-try"])
+def test_pods_that_are_refused_after_a_first_one_ran_are_not_waited_for_for_ever(code: int, kept: float) -> None:
+    world = World(("spec.workers", {"maxParallelStages": 1}))
+    world.run()
+    world.start(0)
+    world.run(40 * 3600)
+    world.refuses_pods = 'pods "demo-1-1" is forbidden: exceeded quota: compute'
+    world.end(0, code)
+    world.run(1)
+    assert (world.phase, told(world.status, "Degraded")) == ("Running", ("True", "QuotaExceeded"))
+    world.run(890 + kept)
+    assert world.phase == "Running"
+    world.run(20)
+    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "PendingDeadline"))
+    [failed] = [c for c in world.status["conditions"] if c["type"] == "Failed"]
+    assert "QuotaExceeded: pods" in failed["message"]
+    assert not world.jobs
+
+
+def test_what_was_refused_once_does_not_end_a_pause_between_two_tries() -> None:
+    """The warning of the first hour may still be there; the Job controller waits for ten minutes at most."""
+    world = ready(("spec.pendingDeadlineSeconds", 60))
+    for number in range(4):
+        world.end(number, 75)
+    world.control()
+    for pod in world.alive:
+        pod["metadata"]["annotations"]["batch.kubernetes.io/job-index-failure-count"] = "9"
+        world.finish(pod, 75)
+    world.warnings = {world.jobs["demo-1"]["metadata"]["uid"]: "exceeded quota: compute"}
+    world.step()
+    world.now = world.now.replace(minute=world.now.minute + 10)
+    assert world.step().actions == ()
+    assert world.phase == "Running"
+
+
 @pytest.mark.parametrize("reason", ["QuotaExceeded", "JobRefused"])
 def test_a_refused_job_is_asked_for_again_and_the_status_does_not_flap(reason: str) -> None:
     world = World()
@@ -464,6 +636,82 @@ def test_a_node_that_is_lost() -> None:
     world.run(90)
     assert told(world.status, "Degraded") == ("True", "NodeLost")
     assert world.phase == "Running"
+
+
+def lost(world: World) -> None:
+    """Its kubelet is gone: what is told to stop does not, and nobody hears of it."""
+    world.run(120)
+    decided = world.run(120)
+    assert told(world.status, "Degraded") == ("True", "NodeLost")
+    assert reasons(world).count("NodeLost") == 1
+    assert decided.again is not None
+    check_status(world.status)
+
+
+def test_a_lost_node_is_told_while_a_cancelled_conversion_waits_for_it() -> None:
+    world = ready()
+    world.edit(cancel=True)
+    world.run(1)
+    lost(world)
+    assert told(world.status, "Ready") == ("False", "Cancelling")
+    world.reap()
+    world.run(1)
+    assert (world.phase, told(world.status, "Degraded")) == ("Cancelled", ("False", "AsExpected"))
+
+
+def test_a_lost_node_is_told_while_a_suspended_conversion_waits_for_it() -> None:
+    world = ready()
+    world.edit(suspend=True)
+    world.run(1)
+    lost(world)
+    assert (world.phase, told(world.status, "Ready")) == ("Suspended", ("False", "UserRequested"))
+    world.reap()
+    assert world.run(1).again is None
+    assert told(world.status, "Degraded") == ("False", "AsExpected")
+
+
+def test_a_lost_node_is_told_while_a_job_is_made_anew() -> None:
+    world = ready()
+    world.delete_job("demo-1")
+    world.run(1)
+    lost(world)
+    assert told(world.status, "Ready") == ("False", "WaitingForPods")
+
+
+def test_a_lost_node_is_told_while_a_retry_waits_for_what_the_failed_attempt_left() -> None:
+    world = World()
+    world.run()
+    for pod in world.alive:
+        waiting = {"reason": "ErrImagePull", "message": "manifest unknown"}
+        pod["status"]["containerStatuses"] = [{"name": "convert", "state": {"waiting": waiting}}]
+    world.run(1000)
+    assert (world.phase, len(world.alive)) == ("Failed", 4)
+    world.retry("1")
+    world.run(1)
+    assert (world.phase, told(world.status, "Ready")) == ("Pending", ("False", "WaitingForPods"))
+    assert reasons(world)[-1] == "RetryRequested"
+    lost(world)
+    assert len(world.made) == 1, "one writer for each stage"
+    world.reap()
+    world.run(1)
+    assert (world.status["attempt"], len(world.made), len(world.alive)) == (2, 2, 4)
+
+
+def test_a_retry_waits_for_a_job_of_the_failed_attempt_that_is_still_there() -> None:
+    world = ready()
+    world.document["spec"]["parallelism"]["pipeline"] = 3
+    world.step(dies=True)
+    assert world.phase == "Failed"
+    world.document["spec"]["parallelism"]["pipeline"] = 4
+    world.retry("1")
+    decided = world.step()
+    assert [type(action) for action in decided.actions] == []
+    decided = world.step()
+    assert [type(action) for action in decided.actions] == [DeleteJob]
+    assert told(world.status, "Ready") == ("False", "WaitingForPods")
+    world.reap()
+    world.run(1)
+    assert list(world.jobs) == ["demo-2"]
 
 
 # -------------------------------------------------------------------------------------------------------- workers that fail
@@ -702,9 +950,13 @@ def test_a_document_that_is_refused_while_it_runs_stops_and_keeps_its_results() 
 
 def test_a_server_that_does_not_know_retries_of_an_index() -> None:
     world = ready()
-    del world.jobs["demo-1"]["spec"]["backoffLimitPerIndex"]
-    world.step()
+    spec = world.jobs["demo-1"]["spec"]
+    del spec["backoffLimitPerIndex"]
+    spec["backoffLimit"] = 6  # for all stages together, as the API server has it by default
+    decided = world.step()
+    assert [action.spec for action in decided.actions if isinstance(action, PatchJob)] == [{"backoffLimit": 12}]
     assert told(world.status, "Degraded") == ("True", "PerIndexRetryUnsupported")
+    assert not world.step().actions
 
 
 def test_only_a_new_token_on_a_failed_conversion_is_a_retry() -> None:
@@ -720,6 +972,29 @@ def test_only_a_new_token_on_a_failed_conversion_is_a_retry() -> None:
     world.retry("new")
     world.run(1)
     assert len(world.made) == 2
+
+
+def test_a_token_that_comes_before_the_failure_has_no_effect_then_or_later() -> None:
+    world = ready(ONE_TRY)
+    world.retry("early")
+    world.run(1)
+    assert world.status["retryToken"] == "early"
+    assert reasons(world)[-1] == "RetryIgnored"
+    for number in range(4):
+        world.end(number, 65)
+    world.run(9)
+    world.run(500)
+    assert (world.phase, len(world.made)) == ("Failed", 1)
+    del world.document["metadata"]["annotations"]["ckpt2pt.dev/retry"]
+    world.run(1)
+    world.retry("early")
+    world.run(1)
+    assert (world.phase, len(world.made)) == ("Failed", 1)
+    world.retry("now")
+    world.run(1)
+    assert len(world.made) == 2
+    assert reasons(world)[-2:] == ["RetryRequested", "JobCreated"]
+    assert reasons(world).count("RetryIgnored") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ abuse and size

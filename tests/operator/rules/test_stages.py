@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 
 from ckpt2pt.conversion.spec import Json, parse
 from ckpt2pt.conversion.status import StageRecord
-from ckpt2pt_operator.rules.stages import cause, observed, pod_obstacle, recorded, setback
+from ckpt2pt_operator.rules.stages import Obstacle, cause, observed, pod_obstacle, recorded, setback, stuck_since
 from ckpt2pt_operator.rules.views import Pod, Report, job_view, pod_view
 from simulation import START, World
 
@@ -86,6 +86,8 @@ def test_live_reports_are_those_of_the_pod_that_runs() -> None:
         ({"unscheduled": "0/3 nodes"}, "Unschedulable"),
         ({"deleted": START - timedelta(seconds=91)}, "NodeLost"),
         ({"deleted": START - timedelta(seconds=60)}, None),
+        ({"deleted": START - timedelta(seconds=91), "waiting": ("ErrImagePull", "")}, "NodeLost"),
+        ({"deleted": START - timedelta(seconds=60), "waiting": ("ErrImagePull", "")}, None),
         ({"waiting": ("ContainerCreating", "")}, None),
         ({"waiting": ("ImagePullBackOff", ""), "phase": "Failed"}, None),
     ],
@@ -123,3 +125,39 @@ def test_a_mount_that_fails() -> None:
 def test_setbacks(records: list[StageRecord], reason: str | None) -> None:
     found = setback(parse(World().document), records)
     assert (found.reason if found else None) == reason
+
+
+def later(seconds: int) -> datetime:
+    return START + timedelta(seconds=seconds)
+
+
+FAILED = {"phase": "Failed", "started": START, "finished": later(50)}
+
+
+@pytest.mark.parametrize(
+    ("pods", "refused", "since"),
+    [
+        ([], False, 0),
+        ([{}], False, 0),
+        ([{"phase": "Running", "started": START}, {}], False, None),
+        ([FAILED], False, None),
+        ([FAILED], True, 60),
+        ([{**FAILED, "failures": 2}], True, 90),
+        ([{**FAILED, "failures": 1, "disruptions": 1}], True, 90),
+        ([{**FAILED, "failures": 1 << 30}], True, 650),
+        ([FAILED, {**FAILED, "phase": "Succeeded", "finished": later(70)}], True, 70),
+        ([FAILED, {}], False, 60),
+        ([{"phase": "Failed", "created": later(30)}], True, 40),
+        ([{"phase": "Failed", "created": START, "deleted": later(30)}], True, 40),
+    ],
+)
+def test_since_when_no_worker_could_start(pods: list[dict[str, object]], refused: bool, since: int | None) -> None:
+    """A Job waits 10 s before it tries an index again, and twice as long each time, ten minutes at most."""
+    world = World()
+    world.run()
+    found = stuck_since(
+        job_view(world.jobs["demo-1"]),
+        [a_pod(**pod) for pod in pods],
+        Obstacle(reason="QuotaExceeded", message="") if refused else None,
+    )
+    assert found == (None if since is None else later(since))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt2pt_operator.rules.views import (
+    Preview,
     child,
     claim_view,
     clean,
@@ -95,9 +96,15 @@ def test_any_value_can_be_looked_into(value: object) -> None:
 
 @given(ANYTHING)
 def test_any_message_is_a_report_or_none(value: object) -> None:
-    for message in (value, {"version": 1, "bytes": value, "message": value, "reason": value, "exitCode": value}):
+    numbers = {"bytes": value, "files": value, "memory": value, "freeSpace": value}
+    for message in (
+        value,
+        {"version": 1, "plan": value},
+        {"version": 1, **numbers, "message": value, "reason": value, "exitCode": value, "plan": numbers},
+    ):
         report = report_of(json.dumps(message))
         assert report is None or (0 <= report.done <= 1 << 50 and len(report.message) <= 1024)
+        assert not report or not report.preview or 0 <= report.preview.written <= 1 << 50
 
 
 def test_a_report() -> None:
@@ -106,6 +113,10 @@ def test_a_report() -> None:
     assert report
     assert (report.exit_code, report.reason, report.done, report.total) == (65, "InputWrong", 3, 4)
     assert (report.iteration, report.throughput) == (500, 2)
+    assert report.preview is None
+    planned = report_of(json.dumps(told | {"plan": {"files": 4, "bytes": 3, "memory": 2, "freeSpace": 1, "ranks": 2}}))
+    assert planned
+    assert planned.preview == Preview(files=4, written=3, memory=2, free=1)
     assert report_of(json.dumps(told | {"version": 2})) is None
     assert report_of("x" * (13 << 10)) is None
     assert report_of("[" * 5000) is None

@@ -1,0 +1,60 @@
+"""What is said at the end of a Job: why it has failed and what to do about it, or what a dry run has found.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckpt2pt.conversion.spec import Conversion
+from ckpt2pt.conversion.status import Ending, StageRecord
+from ckpt2pt.errors import FAILS_JOB
+from ckpt2pt.text import size
+from ckpt2pt_operator.rules.views import Job, Pod, report_of
+
+RETRY_ANNOTATION = "ckpt2pt.dev/retry"
+
+_REASONS = {
+    "DeadlineExceeded": "ActiveDeadline",
+    "MaxFailedIndexesExceeded": "MaxFailedStages",
+    "FailedIndexes": "StageFailed",
+    "BackoffLimitExceeded": "StageFailed",
+    "PodFailurePolicy": "StageFailed",
+}
+
+
+def reason_of(job: Job) -> str:
+    """What its end means if not every stage is done."""
+    return "StageFailed" if job.ending == "Complete" else _REASONS.get(job.reason, job.reason or "JobFailed")
+
+
+def planned(pods: Sequence[Pod]) -> str:
+    """What the worker of a dry run has found, in one sentence; empty where it left none."""
+    reports = [report for pod in pods if pod.phase == "Succeeded" and (report := report_of(pod.report))]
+    found = next((report for report in reports if report.preview), None)
+    if found is None or found.preview is None:
+        return ""
+    preview = found.preview
+    return (
+        f"{preview.files} files are planned: {size(found.total or 0)} to read, {size(preview.written)} to write with "
+        f"{size(preview.free)} free, at most {size(preview.memory)} of memory for a worker; nothing was written"
+    )
+
+
+def ending(conversion: Conversion, job: Job, pods: Sequence[Pod], failed: Sequence[StageRecord]) -> Ending:
+    """The end in words, with the mend; ``failed`` are the stages that were given up."""
+    reason = reason_of(job)
+    wrong = next((pod for pod in pods if pod.exit_code in FAILS_JOB), None)
+    if wrong is not None:
+        report = report_of(wrong.report)
+        return Ending(
+            reason="InvalidSpec", message=report.message if report else f"pod {wrong.name} refused its arguments"
+        )
+    if reason == "ActiveDeadline":
+        seconds = conversion.active_deadline_seconds
+        return Ending(reason=reason, message=f"not done after spec.activeDeadlineSeconds, {seconds} s")
+    stages = ", ".join(str(record.stage) for record in failed)
+    if not failed:
+        return Ending(reason=reason, message=job.message or "the Job failed")
+    first = failed[0]
+    hint = f"mend it, then: kubectl annotate ckc {conversion.name} --overwrite {RETRY_ANNOTATION}=$(date +%s)"
+    message = f"stage {stages} failed; stage {first.stage}: {first.reason}: {first.message}"
+    return Ending(reason=reason, message=f"{message[:800]}; {hint}")
