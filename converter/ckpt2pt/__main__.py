@@ -5,9 +5,14 @@ Nearly nothing is imported before a signal is listened to: one that comes during
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING, cast
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 PARENT_VARIABLE = "CKPT2PT_PARENT"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -27,6 +32,7 @@ def kubectl() -> int:
 def _enter(program: str) -> int:
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _settle_streams()
         from ckpt2pt import cli  # noqa: PLC0415
 
         code: int = getattr(cli, program)()
@@ -37,6 +43,29 @@ def _enter(program: str) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     return code
+
+
+class _Unheard(io.FileIO):
+    """A stream of logs and progress: the work does not fail because nobody reads them, or for want of room for them."""
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _settle_streams() -> None:
+    """Standard streams that are there, can spell every path, and stand in nobody's way."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, so that the next file to be opened would take its place
+            null = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(null, True)
+            setattr(sys, name, os.fdopen(null, mode, encoding="utf-8"))
+    if sys.stdout.errors == "strict":
+        cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
+    raw = io.BufferedWriter(_Unheard(sys.stderr.fileno(), "w", closefd=False))
+    sys.stderr = io.TextIOWrapper(raw, encoding=sys.stderr.encoding, errors="backslashreplace", line_buffering=True)
 
 
 def end_with(parent: int) -> None:

@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -20,7 +19,7 @@ from ckpt2pt import __version__
 from ckpt2pt.back.options import add_import_options
 from ckpt2pt.cluster.flags import add_submit_options, add_target_options
 from ckpt2pt.combine.flags import add_combine_options
-from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, InterruptedRunError, UsageError
+from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, FileAccessError, InterruptedRunError, UsageError
 from ckpt2pt.flags import Parser
 from ckpt2pt.options import (
     add_conversion_options,
@@ -156,7 +155,7 @@ def _on_the_cluster(name: str) -> Command:
             "cancel": commands.cancel_command,
             "logs": commands.logs_command,
         }
-        return found[name](options, partial(print, flush=True))
+        return found[name](options, _say)
 
     return command
 
@@ -185,6 +184,7 @@ def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.Argumen
     words = list(sys.argv[1:] if argv is None else argv)
     account = Account()
     code = _attempt(words, account, build or build_parser)
+    signal.signal(signal.SIGTERM, _too_late)
     path = termination.path_of(words, os.environ)
     if path:
         from ckpt2pt.conversion.status import REASONS  # noqa: PLC0415 - a worker's alone
@@ -211,8 +211,7 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
         )
     except BrokenPipeError:
         account.message = "whoever read the result has gone"
-        # Whoever read our output has gone; there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_stdout()
         return 74
     except MemoryError:
         return _fail(
@@ -234,7 +233,12 @@ def _interrupt(number: int, _: FrameType | None) -> NoReturn:
     )
 
 
+def _too_late(_: int, __: FrameType | None) -> None:
+    """It has ended, and is about to say how."""
+
+
 def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, _too_late)
     options.account.message = termination.message_of(error)
     if getattr(options, "debug", False):
         traceback.print_exc()
@@ -268,8 +272,27 @@ def _set_up_logging(options: argparse.Namespace) -> None:
 
 
 def _show(document: object, text: str, options: argparse.Namespace) -> None:
-    # At once: whoever follows a watch through a pipe or a file hears of each checkpoint when it is done.
-    print(json.dumps(document, indent=1) if options.output == "json" else text, flush=True)
+    _say(json.dumps(document, indent=1) if options.output == "json" else text)
+
+
+def _say(text: str) -> None:
+    """At once: whoever follows a watch through a pipe or a file hears of each checkpoint when it is done."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _close_stdout()
+        raise FileAccessError(
+            f"the result could not be written: {error.strerror}",
+            where="standard output",
+            mend="see that it can be written to, and run the same command again: what is finished is kept",
+        ) from error
+
+
+def _close_stdout() -> None:
+    """Nothing of what could not be written is tried again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _convert(options: argparse.Namespace) -> int:

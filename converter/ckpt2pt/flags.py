@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from ckpt2pt.errors import UsageError
 
 _MAX_NUMBER = 1 << 31
+_MAX_PORT = 65535
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +20,37 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise a :class:`UsageError`."""
         raise UsageError(message, where=f"the command line of {self.prog}", mend=f"see {self.prog} --help")
+
+
+def path(text: str) -> Path:
+    """A path, for ``type=``; an empty one would be the folder that the command happens to run in."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; write . for the current folder")
+    try:
+        possible = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise argparse.ArgumentTypeError(f"{text!r} holds a character that no path can have")
+    return Path(text)
+
+
+def seconds(text: str) -> float:
+    """A time of 0 or more, for ``type=``."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found <= _MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {_MAX_NUMBER}")
+    return found
+
+
+def port(text: str) -> int:
+    """A port of TCP, for ``type=``."""
+    if not text.isdecimal() or int(text) > _MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to {_MAX_PORT}")
+    return int(text)
 
 
 def counts(text: str) -> tuple[int, ...]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts, joined
+from ckpt2pt.flags import check_numbers, counts, joined, path, port, seconds
 from ckpt2pt.mapping.topology import Topology
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def _add_places(parser: argparse.ArgumentParser, *, required: bool) -> None:
     group = parser.add_argument_group("where")
     group.add_argument(
         "--ms-path",
-        type=Path,
+        type=path,
         required=required,
         help="MindSpore training output with rank_R folders (spec.source.path)",
     )
@@ -77,7 +76,7 @@ def _add_places(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     group.add_argument(
         "--opt-shard-info-path",
-        type=Path,
+        type=path,
         help="opt_shard_info folder of a training with data-parallel shards; default the one in --ms-path (spec.source.optShardInfoPath)",
     )
     group.add_argument(
@@ -85,10 +84,10 @@ def _add_places(parser: argparse.ArgumentParser, *, required: bool) -> None:
         type=int,
         help="which checkpoint to convert; default the newest that all ranks have (spec.source.iteration)",
     )
-    group.add_argument("--param-map-path", type=Path, required=required, help="the pt_meta folder (spec.metadata.path)")
+    group.add_argument("--param-map-path", type=path, required=required, help="the pt_meta folder (spec.metadata.path)")
     group.add_argument(
         "--megatron-path",
-        type=Path,
+        type=path,
         required=required,
         help="folder that gets iter_* and the tracker (spec.target.path)",
     )
@@ -170,7 +169,7 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-f",
         "--filename",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="take the conversion from this document instead of the flags",
     )
@@ -185,19 +184,19 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--interval",
-        type=float,
+        type=seconds,
         metavar="SECONDS",
         help="time between two looks at the training output; default 30 (spec.follow.intervalSeconds)",
     )
     group.add_argument(
         "--settle",
-        type=float,
+        type=seconds,
         metavar="SECONDS",
         help="a file that may be written to counts as whole when it has rested this long; default 10 (spec.readiness.settleSeconds)",
     )
     group.add_argument(
         "--readiness-timeout",
-        type=float,
+        type=seconds,
         default=0.0,
         metavar="SECONDS",
         help="with --once: first wait this long until every rank has saved the newest checkpoint; default 0",
@@ -215,14 +214,14 @@ def add_readiness_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("when")
     group.add_argument(
         "--readiness-timeout",
-        type=float,
+        type=seconds,
         default=0.0,
         metavar="SECONDS",
         help="first wait this long until every rank has saved the newest checkpoint, or that of --iteration; default 0, begin with what is there (spec.readiness.timeoutSeconds)",
     )
     group.add_argument(
         "--readiness-settle",
-        type=float,
+        type=seconds,
         default=10.0,
         metavar="SECONDS",
         help="a file that may be written to counts as whole when it has rested this long (spec.readiness.settleSeconds)",
@@ -234,12 +233,13 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("in a pod")
     group.add_argument(
         "--termination-log",
+        type=path,
         metavar="FILE",
         help="write how it ended as one JSON object of at most 4096 bytes; default $CKPT2PT_TERMINATION_LOG",
     )
     group.add_argument(
         "--progress-port",
-        type=int,
+        type=port,
         default=0,
         metavar="PORT",
         help="serve /progress, /metrics and /healthz by HTTP while it runs; default 0, not at all",
@@ -258,7 +258,7 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
 def add_inspect_options(inspect: argparse.ArgumentParser) -> None:
     """What is looked at."""
     inspect.add_argument(
-        "path", type=Path, help="a file, a rank folder, a training output, pt_meta or a Megatron folder"
+        "path", type=path, help="a file, a rank folder, a training output, pt_meta or a Megatron folder"
     )
     inspect.add_argument("--details", action="store_true", help="list every tensor instead of one line for all layers")
 
@@ -266,7 +266,7 @@ def add_inspect_options(inspect: argparse.ArgumentParser) -> None:
 def add_verify_options(verify: argparse.ArgumentParser) -> None:
     """What is proved or compared."""
     verify.add_argument(
-        "paths", nargs="*", type=Path, metavar="PATH", help="two checkpoints to compare; none to prove a result"
+        "paths", nargs="*", type=path, metavar="PATH", help="two checkpoints to compare; none to prove a result"
     )
     verify.add_argument(
         "--level",
@@ -296,7 +296,7 @@ def add_verify_options(verify: argparse.ArgumentParser) -> None:
 
 def add_document_options(document: argparse.ArgumentParser) -> None:
     """Which document, and the folders that stand for its volumes."""
-    document.add_argument("-f", "--filename", type=Path, required=True, help="the CheckpointConversion (YAML or JSON)")
+    document.add_argument("-f", "--filename", type=path, required=True, help="the CheckpointConversion (YAML or JSON)")
     document.add_argument(
         "--volume",
         action="append",

@@ -89,19 +89,21 @@ def digest(document: object) -> str:
 
 def rules_of(given: str | None) -> Rules:
     """Rules from ``--rules``: the path of a rule file, or a JSON object, as a Job passes those of its document."""
-    if given is None or not given.lstrip().startswith("{"):
-        return load_rules(Path(given) if given else None)
+    if given is None:
+        return Rules()
     mend = "see docs/rules.md for the sections layer_modules, modules, ignore and pickle_globals"
+    if not given:
+        raise UsageError("neither rules nor the path of a rule file", where="--rules", mend=mend)
+    if not given.lstrip().startswith(("{", "[")):
+        return load_rules(Path(given))
     try:
         return parse_rules(json.loads(given), where="--rules", mend=mend)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"not a JSON document: {error}", where="--rules", mend=mend) from error
 
 
-def load_rules(path: Path | None) -> Rules:
+def load_rules(path: Path) -> Rules:
     """Read a rule file (YAML).  Sections: layer_modules, modules (Megatron: MindSpore), ignore, pickle_globals."""
-    if path is None:
-        return Rules()
     import yaml  # noqa: PLC0415 - only when a rule file is given
 
     mend = "see docs/rules.md for the sections layer_modules, modules, ignore and pickle_globals"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from ckpt2pt import cli, errors
 from ckpt2pt.cli import build_parser, main
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.worker import termination
 from handmade import Handmade
 
 
@@ -59,6 +61,25 @@ def test_help_lists_every_exit_code() -> None:
 def test_every_flag_has_help(command: str) -> None:
     silent = [a.option_strings or a.dest for a in commands()[command]._actions if not a.help]
     assert not silent
+
+
+@pytest.mark.parametrize("command", commands())
+def test_no_flag_takes_an_empty_path_or_an_endless_time(command: str) -> None:
+    kinds = {a.dest: a.type for a in commands()[command]._actions}
+    assert [flag for flag, kind in kinds.items() if kind is Path] == [], "use ckpt2pt.flags.path"
+    checked_later = {"process_timeout"}
+    assert [f for f, kind in kinds.items() if kind is float and f not in checked_later] == [], "use flags.seconds"
+
+
+def test_a_signal_while_an_error_is_told_does_not_take_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = termination.message_of
+
+    def told(error: errors.Ckpt2ptError) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(error)
+
+    monkeypatch.setattr(termination, "message_of", told)
+    assert main(["convert"]) == 64
 
 
 def test_a_conversion_ends_with_0_and_a_document(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from ckpt2pt.mapping.topology import Topology
+from handmade import Handmade
 
 # Sends itself a signal in the midst of the imports.
 INTERRUPTED = """
@@ -31,6 +37,46 @@ def test_a_signal_during_the_imports_ends_with_75_and_a_mend(number: signal.Sign
     assert done.returncode == 75, done.stderr
     assert done.stderr.startswith("ckpt2pt: stopped by a signal")
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def convert(tmp_path: Path) -> str:
+    """A conversion into ``out``, for a shell in ``tmp_path``."""
+    made = Handmade(topology=Topology(num_layers=2))
+    request = made.write(tmp_path)
+    paths = {"ms-path": request.source, "param-map-path": request.metadata, "megatron-path": tmp_path / "out"}
+    words = [sys.executable, "-m", "ckpt2pt", "convert", "--num-layers", "2", "--multiprocess-off"]
+    return shlex.join([*words, *(f"--{flag}={path}" for flag, path in paths.items())])
+
+
+@pytest.mark.parametrize(
+    ("streams", "code"),
+    [
+        pytest.param(">/dev/full", 74, id="no-room-for-the-result"),
+        pytest.param("2>/dev/full", 0, id="no-room-for-logs"),
+        pytest.param("2>&1 >/dev/null | true", 0, id="nobody-reads-the-logs"),
+        pytest.param("2>&-", 0, id="no-stderr"),
+        pytest.param(">&- 2>&- <&-", 0, id="no-streams-at-all"),
+    ],
+)
+def test_streams_that_cannot_be_written_to_end_as_documented(
+    streams: str, code: int, convert: str, tmp_path: Path
+) -> None:
+    script = f"set -o pipefail; {convert} {streams}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("the result could not be written" in done.stderr) == (code == 74)
+    assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "12"
+
+
+def test_a_path_that_stdout_cannot_spell_is_told_nevertheless(convert: str, tmp_path: Path) -> None:
+    words = [*shlex.split(convert), "--megatron-path", str(tmp_path / "öut")]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert r"\xf6ut/iter_0000012" in done.stdout
 
 
 def test_nothing_of_ours_is_imported_before_signals_are_heard() -> None:

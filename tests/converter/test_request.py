@@ -11,7 +11,7 @@ import pytest
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.request import Request, digest, load_rules
+from ckpt2pt.request import Request, digest, load_rules, rules_of
 
 REQUEST = Request(topology=Topology(num_layers=4), source=Path("s"), metadata=Path("m"), target=Path("t"))
 
@@ -61,7 +61,15 @@ def test_an_empty_rule_file_adds_nothing(text: str, tmp_path: Path) -> None:
 
 
 def test_no_rule_file_adds_nothing() -> None:
-    assert load_rules(None) == Rules()
+    assert rules_of(None) == Rules()
+
+
+@pytest.mark.parametrize(
+    ("given", "what"), [("", "neither rules nor the path"), ("[]", "not a mapping"), ('["a"]', "not a map")]
+)
+def test_rules_that_are_none_are_wrong_usage(given: str, what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        rules_of(given)
 
 
 @pytest.mark.parametrize(

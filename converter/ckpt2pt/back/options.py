@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts, joined
+from ckpt2pt.flags import check_numbers, counts, joined, path
 
 if TYPE_CHECKING:
     from ckpt2pt.back.request import BackRequest
@@ -18,14 +17,14 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("where")
     group.add_argument(
         "--megatron-path",
-        type=Path,
+        type=path,
         required=True,
         help="Megatron checkpoint: the folder with iter_*, or one iteration",
     )
-    group.add_argument("--ms-path", type=Path, required=True, help="folder that gets rank_R and pt_meta")
+    group.add_argument("--ms-path", type=path, required=True, help="folder that gets rank_R and pt_meta")
     group.add_argument(
         "--param-map-path",
-        type=Path,
+        type=path,
         help="folder of param_map_*.json; default: computed, and proved by the checkpoint",
     )
     group.add_argument("--overwrite", action="store_true", help="replace another import's result")

@@ -109,6 +109,12 @@ def find_groups(
     ``sharded`` looks into a file; ``info`` is the folder of the shard descriptions (None: ``opt_shard_info`` beside the
     ranks).  Raises :class:`InputError` when no checkpoint is left, :class:`MissingInputError` when a description is missing.
     """
+    if info is not None and not info.is_dir():
+        raise MissingInputError(
+            "the folder of shard descriptions is not there",
+            where=info,
+            mend="check spec.source.optShardInfoPath (--opt-shard-info-path), or leave it out",
+        )
     shards = {when for when, files in found.items() if sharded(next(iter(files.values())).path)}
     if not shards:
         return {when: dict(files) for when, files in found.items()}

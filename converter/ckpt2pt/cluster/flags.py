@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from ckpt2pt.flags import path, seconds
 
 
 def add_submit_options(parser: argparse.ArgumentParser) -> None:
     """What is submitted, under which name, and whether its end is waited for."""
     group = parser.add_argument_group("what")
     group.add_argument(
-        "-f", "--filename", type=Path, required=True, help="the CheckpointConversion, or a template of one"
+        "-f", "--filename", type=path, required=True, help="the CheckpointConversion, or a template of one"
     )
     group.add_argument(
         "--set",
@@ -35,19 +36,19 @@ def add_submit_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("when")
     group.add_argument(
         "--ready-in",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="first see that every rank has saved into this training output; gives --epoch and --step when they are not given",
     )
     group.add_argument(
         "--readiness-timeout",
-        type=float,
+        type=seconds,
         default=300.0,
         metavar="SECONDS",
         help="how long to wait for that (with --ready-in)",
     )
     group.add_argument("--wait", action="store_true", help="follow it, and end with its own exit code")
-    group.add_argument("--wait-timeout", type=float, metavar="SECONDS", help="follow it no longer than this")
+    group.add_argument("--wait-timeout", type=seconds, metavar="SECONDS", help="follow it no longer than this")
     add_cluster_options(parser)
 
 
@@ -55,10 +56,14 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     """Which cluster, and which namespace."""
     group = parser.add_argument_group("where")
     group.add_argument("-n", "--namespace", help="namespace; default the document's, the kubeconfig's or this pod's")
-    group.add_argument("--kubeconfig", type=Path, help="kubeconfig; default as kubectl, in a pod its service account")
+    group.add_argument("--kubeconfig", type=path, help="kubeconfig; default as kubectl, in a pod its service account")
     group.add_argument("--context", help="context of the kubeconfig")
     group.add_argument(
-        "--request-timeout", type=float, default=60.0, metavar="SECONDS", help="how long to try to reach the API server"
+        "--request-timeout",
+        type=seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to try to reach the API server",
     )
     group = parser.add_argument_group("output")
     group.add_argument(
@@ -78,5 +83,5 @@ def add_target_options(parser: argparse.ArgumentParser, *, stage: bool = False, 
     if stage:
         parser.add_argument("stage", metavar="STAGE", type=int, help="pipeline stage")
     if wait:
-        parser.add_argument("--wait-timeout", type=float, metavar="SECONDS", help="follow it no longer than this")
+        parser.add_argument("--wait-timeout", type=seconds, metavar="SECONDS", help="follow it no longer than this")
     add_cluster_options(parser)

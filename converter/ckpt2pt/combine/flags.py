@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
+from ckpt2pt.flags import path
 
 if TYPE_CHECKING:
     from ckpt2pt.combine.merge import Combination
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
 def add_combine_options(parser: argparse.ArgumentParser) -> None:
     """Where, what and how; spelled and preset as the reference does."""
     parser.add_argument(
-        "--strategy-dir", type=Path, default=Path("output/opt_shard_info"), help="the opt_shard_info folder"
+        "--strategy-dir", type=path, default=Path("output/opt_shard_info"), help="the opt_shard_info folder"
     )
     parser.add_argument(
-        "--checkpoint-dir", type=Path, default=Path("output"), help="training output with rank_R or iter_* folders"
+        "--checkpoint-dir", type=path, default=Path("output"), help="training output with rank_R or iter_* folders"
     )
-    parser.add_argument("--output-dir", type=Path, default=Path("output"), help="folder that gets the merged files")
+    parser.add_argument("--output-dir", type=path, default=Path("output"), help="folder that gets the merged files")
     parser.add_argument("--src-format", choices=("ckpt", "safetensors"), default="ckpt", help="format of the shards")
     parser.add_argument("--dst-format", choices=("ckpt", "safetensors"), default="ckpt", help="format to write")
     parser.add_argument(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from ckpt2pt.errors import UsageError
+
+_NEVER = re.compile("[\\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,9 @@ class Fields:
     def note(self, name: str, what: str, mend: str) -> None:
         """Keep what is wrong with a field."""
         field = ".".join(part for part in (self.path, name) if part)
-        self._findings.append(Finding(field=field, what=what, mend=mend))
+        finding = Finding(field=field, what=what, mend=mend)
+        if finding not in self._findings:
+            self._findings.append(finding)
 
     def get(self, name: str) -> object:
         """The raw value; null is as good as absent, as it is for an API server."""
@@ -57,8 +62,11 @@ class Fields:
         return Fields(self.get(name), ".".join(part for part in (self.path, name) if part), self._findings)
 
     def text(self, name: str, default: str) -> str:
-        """A string."""
+        """A string that may become a path, a name or an argument: NUL and half a pair of surrogates never can."""
         value = self.get(name)
+        if isinstance(value, str) and (plain := _NEVER.sub("_", value)) != value:
+            self.note(name, f"is {value!r}", "leave out the character that no path and no name can have")
+            return plain
         if value is None or isinstance(value, str):
             return default if value is None else value
         self.note(name, f"is {value!r}, and must be text", "put it in quotes")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError
+from ckpt2pt.flags import check_numbers
 from ckpt2pt.follow.keep import tracked
 from ckpt2pt.follow.watch import Following, watch
 from ckpt2pt.local.runner import words_of_document
@@ -46,6 +47,7 @@ def watch_command(options: argparse.Namespace, show: Show, build: Callable[[], a
         once=options.once,
         stop_on_error=options.stop_on_error,
     )
+    check_numbers({"--interval": how.interval})
     with served(account, options.progress_port) if options.progress_port else nullcontext(0):
         patience = options.readiness_timeout if options.once else 0.0
         late = _late(request, patience, how.settle, account)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts
+from ckpt2pt.flags import check_numbers, counts, path
 
 if TYPE_CHECKING:
     from ckpt2pt.ptmeta.make import Made
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
     """One of two sources, and the folder."""
     parser.add_argument(
-        "--param-map-path", type=Path, required=True, help="the pt_meta folder to be made (spec.metadata.path)"
+        "--param-map-path", type=path, required=True, help="the pt_meta folder to be made (spec.metadata.path)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace metadata that is there and differs")
     parser.add_argument(
@@ -35,7 +34,7 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
     first = parser.add_argument_group(
         "from a checkpoint of the same model that Megatron-LM 0.6 wrote (one step is enough)"
     )
-    first.add_argument("--megatron-path", type=Path, help="folder with iter_*, or one iteration of it")
+    first.add_argument("--megatron-path", type=path, help="folder with iter_*, or one iteration of it")
     first.add_argument(
         "--compare",
         choices=("full", "sizes"),
@@ -44,11 +43,11 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
     )
     second = parser.add_argument_group("from a description and the MindSpore checkpoint")
     second.add_argument(
-        "--description", type=Path, help="Megatron's arguments: a YAML mapping, or the script that starts the training"
+        "--description", type=path, help="Megatron's arguments: a YAML mapping, or the script that starts the training"
     )
-    second.add_argument("--ms-path", type=Path, help="MindSpore training output with rank_R folders")
+    second.add_argument("--ms-path", type=path, help="MindSpore training output with rank_R folders")
     second.add_argument(
-        "--opt-shard-info-path", type=Path, help="opt_shard_info folder of a training with data-parallel shards"
+        "--opt-shard-info-path", type=path, help="opt_shard_info folder of a training with data-parallel shards"
     )
     second.add_argument("--dp-size", type=int, default=1, help="data parallel size of the MindSpore training")
     second.add_argument("--cp-size", type=int, default=1, help="context parallel size of the MindSpore training")

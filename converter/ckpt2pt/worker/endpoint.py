@@ -47,8 +47,6 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, account: Account, port: int) -> None:
-        if port > 65535:
-            raise OSError("ports end at 65535")
         # Pods have addresses of one family or of both.
         both = socket.has_dualstack_ipv6()
         listening = socket.create_server(

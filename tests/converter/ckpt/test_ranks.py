@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.ckpt.ranks import UNNAMED, choose, find_sources, last_saved, rank_folder
+from ckpt2pt.ckpt.ranks import UNNAMED, choose, find_groups, find_sources, last_saved, rank_folder
 from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
 from ckpt2pt.mapping.topology import Topology
 
@@ -91,6 +91,14 @@ def test_results_of_megatron_beside_the_ranks_are_no_iterations(tmp_path: Path) 
     (theirs / "model_optim_rng.pt").touch()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
     assert list(found(tmp_path)) == [(0, 5)]
+
+
+def test_a_folder_of_descriptions_that_is_named_has_to_be_there_though_nothing_is_sharded(tmp_path: Path) -> None:
+    both(tmp_path, "n_rank_@-0_5.ckpt")
+    files = find_sources(tmp_path, TWO)
+    assert find_groups(tmp_path, TWO, files, sharded=lambda _: False, info=tmp_path) == files
+    with pytest.raises(MissingInputError, match="shard descriptions is not there"):
+        find_groups(tmp_path, TWO, files, sharded=lambda _: False, info=tmp_path / "nowhere")
 
 
 def test_one_of_two_formats_can_be_asked_for(tmp_path: Path) -> None:

@@ -49,6 +49,20 @@ def test_a_wrong_value_is_noted_and_reading_goes_on(value: object, reader: str) 
     assert finding.mend
 
 
+@pytest.mark.parametrize("character", ["\0", "\ud800"])
+def test_text_that_no_path_and_no_name_can_be_is_noted_once(character: str) -> None:
+    findings: list[Finding] = []
+    fields = Fields({"path": f"a{character}b"}, "spec", findings)
+    assert [fields.text("path", "") for _ in range(2)] == ["a_b"] * 2
+    assert findings == [
+        Finding(
+            field="spec.path",
+            what=f"is {f'a{character}b'!r}",
+            mend="leave out the character that no path and no name can have",
+        )
+    ]
+
+
 def test_a_child_that_is_no_mapping_is_noted_once() -> None:
     findings: list[Finding] = []
     child = Fields({"model": 4}, "spec", findings).child("model")

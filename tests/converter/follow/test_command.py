@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.cli import build_parser
+from ckpt2pt.errors import UsageError
 from ckpt2pt.follow import command
 from ckpt2pt.follow.watch import Following
 from ckpt2pt.request import Request
@@ -54,6 +55,12 @@ def test_a_document_decides_over_the_defaults_and_a_flag_over_the_document(
     follow(*words)
     follow(*words, "--keep", "0", "--interval", "0.5", "--settle", "0")
     assert asked == [Following(keep=3, interval=5, settle=7), Following(keep=0, interval=0.5, settle=0)]
+
+
+def test_looking_again_without_a_pause_is_refused(asked: list[Following]) -> None:
+    with pytest.raises(UsageError, match="--interval is 0"):
+        follow(*FLAGS, "--interval", "0")
+    assert asked == []
 
 
 def test_a_document_without_follow_can_be_followed(asked: list[Following], tmp_path: Path) -> None:
