@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -221,6 +222,10 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
             options,
         )
     except Exception as bug:
+        if isinstance(bug, OSError) and bug.filename:  # a system call that nobody has put into words
+            from ckpt2pt.inputs import refused  # noqa: PLC0415
+
+            return _fail(refused(bug, Path(os.fsdecode(bug.filename)), "the paths that were given"), options)
         account.message = f"{type(bug).__name__}: {bug}; this is a bug, please report it with the log"
         traceback.print_exc()
         print("ckpt2pt: this is a bug; please report it with the lines above", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -10,16 +11,20 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from ckpt2pt.checksums import crc32
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, FormatError, MissingInputError
+from ckpt2pt.errors import Ckpt2ptError, FileAccessError, FormatError, MissingInputError, UsageError
 
+MAX_JSON_BYTES = 256 << 20
+MAX_META_BYTES = 1 << 30
 _PIECE_BYTES = 1 << 19
+_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""Paths that lead nowhere, however often they are tried."""
 _QUOTED = 120
 
 
 class InputFile:
     """A file open for reading, of a size that is known."""
 
-    __slots__ = ("_fd", "path", "size")
+    __slots__ = ("_fd", "_option", "path", "size")
 
     kind: ClassVar[str] = "checkpoint file"
     """What it should be, for messages."""
@@ -27,13 +32,13 @@ class InputFile:
     option: ClassVar[str] = "spec.source.path (--ms-path)"
     """What names it, in the user's words."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
+    def __init__(self, path: Path, option: str = "") -> None:
+        self.path, self._option = str(path), option or self.option
         try:
             # O_NONBLOCK: opening a named pipe must not wait for a writer.
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise refused(error, path, self.option) from error
+            raise refused(error, path, self._option) from error
         found = os.fstat(self._fd)
         self.size = found.st_size
         if not stat.S_ISREG(found.st_mode):
@@ -68,7 +73,7 @@ class InputFile:
         try:
             data = os.pread(self._fd, nbytes, offset)
         except OSError as error:
-            raise refused(error, Path(self.path), self.option) from error
+            raise refused(error, Path(self.path), self._option) from error
         if not data and nbytes:
             raise FileAccessError(
                 f"the file became shorter while it was read: nothing at byte {offset} of {self.size}",
@@ -78,16 +83,35 @@ class InputFile:
         return data
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a small file."""
-    with InputFile(path) as file:
-        return hashlib.sha256(file.read(0, file.size)).hexdigest()
+def sha256(path: Path, option: str) -> str:
+    """SHA-256 of a file of metadata, which ``option`` names; one of an absurd size is refused."""
+    with InputFile(path, option) as file:
+        _check_size(file, MAX_META_BYTES, option)
+        found = hashlib.sha256()
+        for start in range(0, file.size, _PIECE_BYTES):
+            found.update(file.read(start, min(_PIECE_BYTES, file.size - start)))
+        return found.hexdigest()
+
+
+def read_whole(path: Path, option: str, limit: int = MAX_JSON_BYTES) -> bytes:
+    """All of a small file, which ``option`` names; a larger one is refused."""
+    with InputFile(path, option) as file:
+        _check_size(file, limit, option)
+        return file.read(0, file.size)
+
+
+def _check_size(file: InputFile, limit: int, option: str) -> None:
+    if file.size > limit:
+        raise FormatError(f"larger than {limit >> 20} MiB", where=file.path, mend=f"check {option}")
 
 
 def refused(error: OSError, path: Path, option: str) -> Ckpt2ptError:
     """What opening or reading ``path`` came to, in the user's words."""
-    if isinstance(error, FileNotFoundError | NotADirectoryError):
-        return MissingInputError("the file is not there", where=path, mend=f"check {option}")
+    if error.errno in _NOWHERE:
+        why = "" if error.errno == errno.ENOENT else f": {error.strerror}"
+        return MissingInputError(f"the file is not there{why}", where=path, mend=f"check {option}")
+    if isinstance(error, IsADirectoryError):
+        return UsageError("this is a folder, and a file is needed", where=path, mend=f"check {option}")
     if isinstance(error, PermissionError):
         return _denied(path)
     return FileAccessError(

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError
-from ckpt2pt.inputs import refused
+from ckpt2pt.errors import FormatError, MissingInputError
+from ckpt2pt.inputs import read_whole, refused
 from ckpt2pt.mapping.names import bare
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.buckets import Buffer, parse_param_map
@@ -26,7 +26,7 @@ from ckpt2pt.pt.pickles import Global, read_pickle
 
 _Described = tuple[tuple[str, ...], Buffer | None]
 """A chunk's names in registration order, and its buffer when there is a map."""
-MAX_JSON_BYTES = 256 << 20
+METADATA = "spec.metadata.path (--param-map-path)"
 _MEND = "point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees"
 
 
@@ -89,7 +89,7 @@ def require(folder: Path, *, source: Path, target: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         found = []
     except OSError as error:
-        raise refused(error, folder, "spec.metadata.path (--param-map-path)") from error
+        raise refused(error, folder, METADATA) from error
     if fnmatch.filter(found, "args_tp*_pp*.pt"):
         return
     made = f"--param-map-path {folder}"
@@ -146,7 +146,7 @@ def data_parallel_size(template: Template) -> int | None:
 
 def read_template(path: Path, *, allow: tuple[str, ...] = ()) -> Template:
     """Read an ``args_*.pt`` without executing it; whatever torch or numpy wrote it."""
-    archive = Archive.open(path)
+    archive = Archive.open(path, METADATA)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise FormatError("the file does not hold a dictionary with text keys", where=path, mend=_MEND)
@@ -159,9 +159,7 @@ def _param_maps(folder: Path, tp: int, pp: int) -> list[Path]:
     try:
         found = [(int(m[1]), int(m[2]), path) for path in folder.iterdir() if (m := pattern.fullmatch(path.name))]
     except OSError as error:
-        raise FileAccessError(
-            f"cannot be listed: {error.strerror}", where=folder, mend="give this user read permission"
-        ) from error
+        raise refused(error, folder, METADATA) from error
     more = sorted(path.name for buffer, _, path in found if buffer)
     if more:
         raise FormatError(
@@ -224,12 +222,6 @@ def _load_json(path: Path) -> object:
         return found
 
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise FormatError(f"larger than {MAX_JSON_BYTES >> 20} MiB", where=path, mend=_MEND)
-        return cast("object", json.loads(path.read_bytes(), object_pairs_hook=once))
-    except OSError as error:
-        raise FileAccessError(
-            f"cannot be read: {error.strerror}", where=path, mend="give this user read permission"
-        ) from error
+        return cast("object", json.loads(read_whole(path, METADATA), object_pairs_hook=once))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"not a JSON document: {error}", where=path, mend=_MEND) from error

@@ -46,12 +46,14 @@ def access_error(error: OSError, path: Path | str, doing: str) -> Ckpt2ptError:
             where=path,
             mend="make room on the target volume and run the same command again; what is finished is kept",
         )
-    mend = f"give uid {os.getuid()} permission there, or check the mount (dmesg)"
+    what, again = f"{doing} failed: {os.strerror(error.errno or 0)}", "then run the same command again"
     if error.errno in {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}:
         mend = "a file stands where a folder is to be, or a folder where a file: choose another path, or move it away"
-    return FileAccessError(
-        f"{doing} failed: {os.strerror(error.errno or 0)}", where=path, mend=f"{mend}; then run the same command again"
-    )
+        return UsageError(what, where=path, mend=f"{mend}; {again}")
+    if error.errno in {errno.ELOOP, errno.ENAMETOOLONG}:
+        return UsageError(what, where=path, mend="choose another path; this one leads nowhere")
+    mend = f"give uid {os.getuid()} permission there, or check the mount (dmesg)"
+    return FileAccessError(what, where=path, mend=f"{mend}; {again}")
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
-from ckpt2pt.errors import FileAccessError, MissingInputError, UsageError
+from ckpt2pt.errors import UsageError
+from ckpt2pt.inputs import refused
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.mapping.topology import Topology
 
@@ -109,14 +110,8 @@ def load_rules(path: Path) -> Rules:
     mend = "see docs/rules.md for the sections layer_modules, modules, ignore and pickle_globals"
     try:
         document: object = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingInputError(
-            "the rule file is not there", where=path, mend="check --rules (spec.model.rules)"
-        ) from None
     except OSError as error:
-        raise FileAccessError(
-            f"cannot be read: {error.strerror}", where=path, mend="give this user read permission"
-        ) from error
+        raise refused(error, path, "--rules (spec.model.rules)") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"not a YAML document: {error}", where=path, mend=mend) from error
     return parse_rules(document, where=str(path), mend=mend)

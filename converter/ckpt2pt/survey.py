@@ -22,7 +22,7 @@ from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.meta import RankMeta, metadata_files, read_arguments, read_rank_meta, require
+from ckpt2pt.meta import METADATA, RankMeta, metadata_files, read_arguments, read_rank_meta, require
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
@@ -31,6 +31,7 @@ from ckpt2pt.request import Request, digest
 from ckpt2pt.tensors import TensorRef
 
 Index = Mapping[str, TensorRef]
+_INFO = "spec.source.optShardInfoPath (--opt-shard-info-path)"
 Inputs = list[dict[str, object]]
 
 
@@ -118,8 +119,8 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     keep_apart(
         target_of(request, chosen),
         {
-            request.shard_info: "spec.source.optShardInfoPath (--opt-shard-info-path)",
-            request.metadata: "spec.metadata.path (--param-map-path)",
+            request.shard_info: _INFO,
+            request.metadata: METADATA,
             request.source: "spec.source.path (--ms-path)",
         },
     )
@@ -325,7 +326,7 @@ def _inputs(rank: Rank, file: SourceFile, request: Request) -> Inputs:
     """
     found = inputs_of(file, request.source)
     for path in sorted(metadata_files(request.metadata, tp=rank[0], pp=rank[1]), key=lambda path: path.name):
-        found.append({"metadata": path.name, "sha256": sha256(path)})
+        found.append({"metadata": path.name, "sha256": sha256(path, METADATA)})
     return found
 
 
@@ -333,7 +334,7 @@ def inputs_of(file: SourceFile, root: Path) -> Inputs:
     """The files that one rank is read from, those below ``root`` by name, size and time."""
     found: Inputs = [{"source": str(path.relative_to(root)), **_stat(path)} for path in file.paths]
     if file.info:
-        found.append({"shards": file.info.name, "ranks": len(file.peers), "sha256": sha256(file.info)})
+        found.append({"shards": file.info.name, "ranks": len(file.peers), "sha256": sha256(file.info, _INFO)})
     return found
 
 

@@ -82,6 +82,46 @@ def test_a_signal_while_an_error_is_told_does_not_take_its_place(monkeypatch: py
     assert main(["convert"]) == 64
 
 
+@pytest.mark.parametrize(
+    ("flag", "place", "code"),
+    [
+        pytest.param("--megatron-path", "file", 64, id="a-file-for-the-target"),
+        pytest.param("--megatron-path", "file/below", 64, id="a-target-below-a-file"),
+        pytest.param("--megatron-path", "loop", 64, id="a-loop-for-the-target"),
+        pytest.param("--megatron-path", "x" * 300, 64, id="a-long-name-for-the-target"),
+        pytest.param("--ms-path", "file", 66, id="a-file-for-the-source"),
+        pytest.param("--ms-path", "loop", 66, id="a-loop-for-the-source"),
+        pytest.param("--ms-path", "x" * 300, 66, id="a-long-name-for-the-source"),
+        pytest.param("--param-map-path", "file", 66, id="a-file-for-the-metadata"),
+        pytest.param("--param-map-path", "loop", 66, id="a-loop-for-the-metadata"),
+        pytest.param("--param-map-path", "x" * 300, 66, id="a-long-name-for-the-metadata"),
+        pytest.param("--rules", "pt_meta", 64, id="a-folder-for-the-rules"),
+        pytest.param("--rules", "loop", 66, id="a-loop-for-the-rules"),
+    ],
+)
+def test_a_path_that_can_never_be_right_is_not_tried_again(
+    flag: str, place: str, code: int, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["convert", *flags, "--multiprocess-off", "--progress", "none", flag, str(tmp_path / place)]) == code
+    told = capsys.readouterr().err
+    assert "mend:" in told
+    assert "permission" not in told
+    assert "mount" not in told
+
+
+@pytest.mark.parametrize("name", ["args_tp00_pp000.pt", "param_map_buffer0_dp0tp0pp0vpp0.json"])
+def test_metadata_that_is_a_dead_link_is_named_by_its_own_flag(
+    name: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = next((tmp_path).rglob(name))
+    path.unlink()
+    path.symlink_to("nowhere")
+    assert main(["convert", *flags, "--multiprocess-off", "--progress", "none"]) == 66
+    assert "check spec.metadata.path (--param-map-path)" in capsys.readouterr().err
+
+
 def test_a_conversion_ends_with_0_and_a_document(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", *flags, "--multiprocess-off", "--output", "json", "--progress", "none"]) == 0
     document = json.loads(capsys.readouterr().out)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import tracemalloc
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ckpt2pt.errors import FileAccessError, MissingInputError
-from ckpt2pt.inputs import InputFile, quoted, refused
+from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError, UsageError
+from ckpt2pt.inputs import MAX_JSON_BYTES, MAX_META_BYTES, InputFile, quoted, read_whole, refused, sha256
 from ckpt2pt.pt.reader import PtFile
 
 
@@ -65,7 +68,9 @@ def test_reads_that_the_kernel_refuses_are_errors_of_ours() -> None:
         (errno.EPERM, FileAccessError),
         (errno.EIO, FileAccessError),
         (errno.ESTALE, FileAccessError),
-        (errno.ELOOP, FileAccessError),
+        (errno.ELOOP, MissingInputError),
+        (errno.ENAMETOOLONG, MissingInputError),
+        (errno.EISDIR, UsageError),
     ],
     ids=errno.errorcode.get,
 )
@@ -73,6 +78,32 @@ def test_every_refusal_has_a_kind(path: Path, number: int, kind: type[Exception]
     error = refused(OSError(number, os.strerror(number)), path, "--ms-path")
     assert type(error) is kind
     assert error.where == str(path)
+
+
+def test_a_small_file_is_hashed_in_pieces(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
+    assert sha256(path, "--param-map-path") == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_whole(path, "--param-map-path") == path.read_bytes()
+
+
+@pytest.mark.parametrize(("read", "limit"), [(sha256, MAX_META_BYTES), (read_whole, MAX_JSON_BYTES)])
+def test_metadata_of_an_absurd_size_is_refused_unread(
+    path: Path, read: Callable[[Path, str], object], limit: int
+) -> None:
+    os.truncate(path, limit + 1)
+    with pytest.raises(FormatError, match=f"larger than {limit >> 20} MiB") as caught:
+        read(path, "--param-map-path")
+    assert "--param-map-path" in caught.value.mend
+
+
+def test_hashing_takes_no_more_memory_than_a_piece(path: Path) -> None:
+    os.truncate(path, 64 << 20)
+    tracemalloc.start()
+    try:
+        sha256(path, "--param-map-path")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_quoted_text_is_short_and_printable() -> None:

@@ -220,7 +220,7 @@ def test_a_stage_is_converted_by_one_run_at_a_time(target: Target) -> None:
 def test_a_lock_that_cannot_be_made_is_an_error_with_a_mend_and_its_holders_name_is_a_courtesy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(FileAccessError, match="opening the lock file"), locked(tmp_path, "working", wait=False):
+    with pytest.raises(UsageError, match="opening the lock file"), locked(tmp_path, "working", wait=False):
         pass
     monkeypatch.setattr("os.pwrite", full)
     with locked(tmp_path / "lock", "working", wait=False):
@@ -265,7 +265,7 @@ def test_a_tracker_that_is_no_text_is_somebody_elses(target: Target) -> None:
 def test_a_lock_that_cannot_be_opened_is_an_error_with_a_mend(target: Target) -> None:
     target.claim({}, overwrite=False)
     (target.state / "stage-000.lock").mkdir()
-    with pytest.raises(FileAccessError, match="Is a directory") as caught, target.stage_lock(0):
+    with pytest.raises(UsageError, match="Is a directory") as caught, target.stage_lock(0):
         pass
     assert "move it away" in caught.value.mend
 

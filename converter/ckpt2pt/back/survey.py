@@ -159,7 +159,7 @@ def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict
             found.append({"source": place, "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
     if request.full and request.maps:
         maps = sorted(request.maps.glob("param_map_*.json"))
-        found.extend({"metadata": path.name, "sha256": sha256(path)} for path in maps)
+        found.extend({"metadata": path.name, "sha256": sha256(path, "--param-map-path")} for path in maps)
     return found
 
 

@@ -8,6 +8,7 @@ Every violation is told at once, in words: which field, what it is, what to writ
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import re
 import sys
@@ -77,9 +78,11 @@ def _text(path: Path) -> bytes:
         else:
             with path.open("rb") as file:
                 data = file.read(MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise MissingInputError("the document is not there", where=path, mend="check -f") from None
+    except IsADirectoryError:
+        raise UsageError("this is a folder, and no document", where=path, mend="check -f") from None
     except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}:
+            raise MissingInputError("the document is not there", where=path, mend="check -f") from None
         mend = "give this user read permission, or check -f"
         raise FileAccessError(f"cannot be read: {error.strerror}", where=path, mend=mend) from error
     if len(data) > MAX_BYTES:

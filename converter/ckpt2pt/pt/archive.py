@@ -247,9 +247,9 @@ class Archive:
     pickle: bytes
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Read directory and pickle of the file."""
-        with PtFile(path) as file:
+    def open(cls, path: Path, option: str = "") -> Self:
+        """Read directory and pickle of the file, which ``option`` names."""
+        with PtFile(path, option) as file:
             stem, records = read_records(file)
             pickle = _read_pickle(file, records)
             _check_byteorder(file, records)

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError
+from ckpt2pt.errors import FormatError, MissingInputError
+from ckpt2pt.inputs import refused
 from ckpt2pt.mapping.names import TIED_HEAD
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.archive import Archive
@@ -53,12 +54,8 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
     """(tp, pp) -> ``mp_rank_TT[_PPP]``.  Raises :class:`MissingInputError` when there is none, or a gap."""
     try:
         found = {(int(m[1]), int(m[2] or 0)): p for p in sorted(iteration.iterdir()) if (m := _RANK.fullmatch(p.name))}
-    except FileNotFoundError:
-        raise MissingInputError("the folder is not there", where=iteration, mend="check --megatron-path") from None
     except OSError as error:
-        raise FileAccessError(
-            f"the folder cannot be listed: {error.strerror}", where=iteration, mend="give this user read permission"
-        ) from error
+        raise refused(error, iteration, "--megatron-path") from error
     if not found:
         raise MissingInputError(
             "no mp_rank_* folder", where=iteration, mend="point --megatron-path at a Megatron checkpoint (torch format)"

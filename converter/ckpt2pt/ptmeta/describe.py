@@ -17,7 +17,8 @@ from typing import cast
 
 import yaml
 
-from ckpt2pt.errors import FileAccessError, MissingInputError, UsageError
+from ckpt2pt.errors import UsageError
+from ckpt2pt.inputs import refused
 from ckpt2pt.plan.gpt import Argument
 
 _MEND = "see docs/pt-meta.md: a YAML mapping of Megatron's arguments, or the script that starts the training"
@@ -67,10 +68,8 @@ def describe(path: Path) -> Description:
     """Read a description: YAML by the suffix ``.yaml``, ``.yml`` or ``.json``, a script otherwise."""
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise MissingInputError("the description is not there", where=path, mend=_MEND) from None
     except OSError as error:
-        raise FileAccessError(f"cannot be read: {error.strerror}", where=path, mend="give read permission") from error
+        raise refused(error, path, "--description") from error
     except UnicodeDecodeError as error:
         raise UsageError("the description is not text", where=path, mend=_MEND) from error
     if path.suffix in {".yaml", ".yml", ".json"}:

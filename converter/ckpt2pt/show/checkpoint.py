@@ -17,6 +17,7 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import UNNAMED, choose, find_sources, last_saved
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
 from ckpt2pt.folders import SUFFIXES, checkpoint_files, iteration_name, layout_of, read_tracker
+from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.names import SHARD, NameTable
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
 from ckpt2pt.plan.stage import spans
@@ -313,7 +314,7 @@ def _metadata(path: Path, names: Sequence[str], *, details: bool) -> Json:
 
 def _param_map(path: Path, found: re.Match[str]) -> Json:
     try:
-        document = cast("dict[str, tuple[str, list[int], int, int, int]]", json.loads(path.read_bytes()))
+        document = cast("dict[str, tuple[str, list[int], int, int, int]]", json.loads(read_whole(path, "the path")))
         rows = [(str(dtype), int(start), int(stop), int(bucket)) for dtype, _, start, stop, bucket in document.values()]
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(

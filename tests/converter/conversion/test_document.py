@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from ckpt2pt.conversion.document import MAX_BYTES, crd_path, fields_of, read, validate
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, MissingInputError, UsageError
+from ckpt2pt.errors import Ckpt2ptError, MissingInputError, UsageError
 from documents import ABSENT, CRD_PATH, EXAMPLE_PATH, changed, minimal, write
 
 
@@ -127,9 +127,10 @@ def test_what_is_no_document_is_refused(tmp_path: Path, text: str | bytes, word:
 
 
 @pytest.mark.parametrize(
-    ("name", "error"), [pytest.param("none.yaml", MissingInputError, id="absent"), pytest.param(".", FileAccessError, id="folder")]
+    ("name", "error"), [pytest.param("none.yaml", MissingInputError, id="absent"), pytest.param(".", UsageError, id="folder"), pytest.param("loop", MissingInputError, id="link-to-itself"), pytest.param("x" * 300, MissingInputError, id="name-too-long")]
 )  # fmt: skip
 def test_what_cannot_be_read_is_said(tmp_path: Path, name: str, error: type[Ckpt2ptError]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(error):
         read(tmp_path / name)
 
