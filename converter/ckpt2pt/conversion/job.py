@@ -270,13 +270,12 @@ def _container(
 ) -> Json:
     pod = conversion.workers.pod
     paths = {role: mount.path for mount in mounts for role in mount.roles}
+    words = convert_args(conversion, paths, ended=ended)
+    words += ["--termination-log", TERMINATION_PATH, "--progress-port", str(PROGRESS_PORT)]
     container: Json = {
         "name": CONTAINER,
         "image": str(pod.get("image") or image),
-        "args": [
-            *convert_args(conversion, paths, ended=ended),
-            *("--termination-log", TERMINATION_PATH, "--progress-port", str(PROGRESS_PORT)),
-        ],
+        "args": [word.replace("$", "$$") for word in words],  # the kubelet expands $(NAME), and makes one $ of two
         "ports": [{"name": PROGRESS_PORT_NAME, "containerPort": PROGRESS_PORT}],
         "resources": pod["resources"],
         "env": _environment(conversion, stages),

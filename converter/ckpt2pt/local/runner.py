@@ -173,12 +173,13 @@ def _folder(path: Path, name: str) -> Path:
 
 
 def local_args(manifest: Json, folders: Mapping[str, Path]) -> list[str]:
-    """The container's arguments, its mount paths replaced by local folders."""
+    """The container's arguments as the kubelet gives them, its mount paths replaced by local folders."""
     template = cast("Json", cast("Json", manifest["spec"])["template"])
     [container] = cast("list[Json]", cast("Json", template["spec"])["containers"])
     roots = {str(m["mountPath"]): folders[str(m["name"])] for m in cast("list[Json]", container["volumeMounts"])}
 
     def local(word: str) -> str:
+        word = word.replace("$$", "$")
         for root, folder in roots.items():
             if word == root or word.startswith(f"{root}/"):
                 return str(folder / word[len(root) + 1 :])

@@ -34,6 +34,15 @@ def test_one_index_for_each_pipeline_stage() -> None:
     assert "ttlSecondsAfterFinished" not in job_of(("spec.ttlSecondsAfterFinished", 5))["spec"], "results first"
 
 
+def test_a_dollar_in_a_path_or_a_rule_stays_one_after_the_kubelet() -> None:
+    job = job_of(("spec.source.path", "run$(HOME)/a$$b$"), ("spec.model.rules", {"ignore": ["$(HOSTNAME).*"]}))
+    words = container_of(job)["args"]
+    assert not [word for word in words if "$" in word.replace("$$", "")]
+    flags = dict(pairwise(word.replace("$$", "$") for word in words))
+    assert flags["--ms-path"] == "/volumes/source/run$(HOME)/a$$b$"
+    assert flags["--rules"] == '{"ignore": ["$(HOSTNAME).*"]}'
+
+
 def test_limits_of_the_document_are_the_limits_of_the_job() -> None:
     spec = job_of(
         ("spec.workers", {"maxParallelStages": 2}),

@@ -138,6 +138,15 @@ def test_a_second_run_finds_everything_there(golden_copy: Path, tmp_path: Path, 
     assert {p: p.stat().st_mtime_ns for p in results.rglob("*.pt")} == before
 
 
+def test_a_dollar_in_a_path_is_one_here_too(golden_copy: Path, tmp_path: Path, results: Path) -> None:
+    document = document_of(golden_copy)
+    document["spec"]["target"]["path"] = "run$(HOME)/a$$b"
+    path = write(tmp_path / "a.yaml", document)
+    done = call("-f", path, "--volume", f"training={golden_copy}", "--volume", f"results={results}")
+    assert done.returncode == 0, done.stderr
+    assert (results / "run$(HOME)" / "a$$b" / "iter_0000002").is_dir()
+
+
 def test_for_a_person_the_end_is_a_summary(golden_copy: Path, tmp_path: Path, results: Path) -> None:
     path = write(tmp_path / "a.yaml", document_of(golden_copy))
     done = call("-f", path, "--volume", f"source={golden_copy}", "--volume", f"target={results}", "--progress", "none")
