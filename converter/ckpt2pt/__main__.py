@@ -1,23 +1,51 @@
-"""``python -m ckpt2pt``: the command without its script, and how the processes of ``ckpt2pt run`` end with it."""
+"""The door of our programs, and how the processes of ``ckpt2pt run`` end with it.
+
+Nearly nothing is imported before a signal is listened to: one that comes during the imports ends the program like any other.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
-import threading
-import time
-from contextlib import suppress
-
-from ckpt2pt.cli import main
 
 PARENT_VARIABLE = "CKPT2PT_PARENT"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_TRY_AGAIN = 75
+
+
+def main() -> int:
+    """``ckpt2pt``."""
+    return _enter("main")
+
+
+def kubectl() -> int:
+    """``kubectl ckpt2pt``."""
+    return _enter("kubectl")
+
+
+def _enter(program: str) -> int:
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        from ckpt2pt import cli  # noqa: PLC0415
+
+        code: int = getattr(cli, program)()
+    except KeyboardInterrupt:
+        sys.stderr.write("ckpt2pt: stopped by a signal\n  where: at the door\n  mend:  run the same command again\n")
+        code = _TRY_AGAIN
+    # All is said and done, and only Python itself has still to leave.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    return code
 
 
 def end_with(parent: int) -> None:
     """Have this process stopped by SIGTERM, as if asked by its parent, when the parent is gone, however that ended."""
+    import ctypes  # noqa: PLC0415 - these are for workers alone
+    import threading  # noqa: PLC0415
+    import time  # noqa: PLC0415
+    from contextlib import suppress  # noqa: PLC0415
+
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) == 0:

@@ -7,10 +7,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
@@ -165,7 +165,8 @@ class _Crew:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=work_on_rank, args=(self._work, rank, theirs), name=f"tp{rank[0]}-pp{rank[1]}")
-        process.start()
+        with _deaf_to_interrupts():
+            process.start()
         theirs.close()
         timeout = self._work.pace.timeout
         return _Hand(rank, process, ours, time.monotonic() + timeout if timeout else None)
@@ -175,6 +176,7 @@ class _Crew:
             message: object = hand.pipe.recv()
         except EOFError:
             hand.process.join()
+            self._stop.check()  # whoever stopped us may have stopped it as well
             raise TryAgainError(
                 f"the worker died with exit code {hand.process.exitcode} (-9 is a kill, often for want of memory)",
                 where=f"tp {hand.rank[0]} pp {hand.rank[1]}",
@@ -202,6 +204,20 @@ class _Crew:
             hand.pipe.close()
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Generator[None]:
+    """Processes started here never hear Ctrl-C, which a terminal sends to all of them: we tell them ourselves.
+
+    Ours is only put off until the end of the block.
+    """
+    resource_tracker.ensure_running()  # as it starts it would take the block away (python/cpython, resource_tracker.py)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def work_on_rank(work: Work, rank: Rank, pipe: Connection) -> None:
     """The body of a worker process: bytes done as integers, then None, or the error."""
     with stopped_by_signals() as stop:
@@ -218,9 +234,15 @@ def work_on_rank(work: Work, rank: Rank, pipe: Connection) -> None:
         try:
             work.plan(rank).carry(stop, meter.advance)
             meter.flush()
-            pipe.send(None)
         except Ckpt2ptError as error:
-            pipe.send(error)
+            _say(pipe, error)
         except Exception as bug:
-            pipe.send(bug)
+            _say(pipe, bug)
             raise
+        else:
+            _say(pipe, None)
+
+
+def _say(pipe: Connection, last_word: Exception | None) -> None:
+    with suppress(OSError):  # the parent has gone, and there is nobody to tell
+        pipe.send(last_word)

@@ -1,6 +1,6 @@
 """The target folder: claim, locks, manifests, tracker.  A name appears only when its bytes are whole.
 
-megatron_pt/latest_checkpointed_iteration.txt      last of all
+megatron_pt/latest_checkpointed_iteration.txt      last of all, and never back
 megatron_pt/iter_0000500/.ckpt2pt/claim.json       whose folder this is
 /rank-01-003.json both files of a rank are there
 /stage-003.json   every rank of a stage is there and verified
@@ -12,12 +12,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 import shutil
 import socket
-from collections.abc import Generator, Iterator, Mapping
+import stat
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +25,12 @@ from typing import cast
 
 from ckpt2pt.errors import Ckpt2ptError, FileAccessError, NoSpaceError, TryAgainError, UsageError
 from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.records import Json, load, seal, unseal
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = ".ckpt2pt"
 PARTIAL = ".partial"
-Json = dict[str, object]
+_MAX_DIGITS = 19
 
 
 def host() -> str:
@@ -62,6 +63,11 @@ def sync_folder(folder: Path) -> None:
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def rank_name(tp: int, pp: int) -> str:
+    """Name of a rank's manifest."""
+    return f"rank-{tp:02d}-{pp:03d}.json"
 
 
 def partial_name(path: Path) -> Path:
@@ -115,15 +121,26 @@ def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
         os.close(fd)
 
 
+def read_record(path: Path) -> Json | None:
+    """A sealed document; None when it is not there, or not as it was written."""
+    return unseal(_read(path))
+
+
 def read_json(path: Path) -> Json | None:
-    """A small document of ours; None when it is not there or not whole."""
+    """A small document of anybody's; None when it is not there or not whole."""
+    return load(_read(path))
+
+
+def _read(path: Path) -> bytes:
+    """Nothing where there is no regular file: a named pipe would be waited for."""
     try:
-        document: object = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    except (FileNotFoundError, IsADirectoryError):
+        return b""
     except OSError as error:
         raise access_error(error, path, "reading") from error
-    return cast("Json", document) if isinstance(document, dict) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +205,10 @@ class Target:
     @property
     def folder(self) -> Path:
         """``root/iter_0000500``, or the root for MindSpore."""
-        return self.root / self.kind.folder.format(self.iteration)
+        return self._at(self.iteration)
+
+    def _at(self, iteration: int) -> Path:
+        return self.root / self.kind.folder.format(iteration)
 
     @property
     def state(self) -> Path:
@@ -197,15 +217,18 @@ class Target:
 
     def check(self, *, overwrite: bool) -> None:
         """Refuse a folder that is somebody else's; touches nothing."""
-        claim = read_json(self.state / "claim.json")
+        claim = read_record(self.state / "claim.json")
         if overwrite or (claim and (claim.get("identity") == self.identity or self._goes_on(claim))):
             return
+        mend = f"choose another {self.kind.option}, or replace it with {self.kind.replace}"
+        if claim is None and (self.state / "claim.json").exists():
+            raise UsageError("the claim of the conversion there is damaged", where=self.state / "claim.json", mend=mend)
         if claim is not None:
             raise UsageError(
                 f"iteration {self.iteration} there is the result of another conversion "
                 f"(begun {claim.get('begun')} by {claim.get('host')}): other options, another source, or a source that changed since",
                 where=self.folder,
-                mend=f"choose another {self.kind.option}, or replace it with {self.kind.replace}",
+                mend=mend,
             )
         with suppress(FileNotFoundError):
             found = self.folder.iterdir() if self.kind.alone else self._results()
@@ -214,7 +237,7 @@ class Target:
                 raise UsageError(
                     f"the folder holds {strangers[0]}, which ckpt2pt did not write",
                     where=self.folder,
-                    mend=f"choose another {self.kind.option}, or replace it with {self.kind.replace}",
+                    mend=mend,
                 )
 
     def _goes_on(self, claim: Json) -> bool:
@@ -232,7 +255,7 @@ class Target:
             with self._lock("claim", wait=True):
                 self.check(overwrite=overwrite)
                 sweep_partials(self.state, "claim.json")
-                old = read_json(self.state / "claim.json")
+                old = read_record(self.state / "claim.json")
                 if old and old.get("identity") == self.identity:
                     return
                 with ExitStack() as alone:
@@ -241,7 +264,7 @@ class Target:
                         self._retire()
                     publish_bytes(
                         self.state / "claim.json",
-                        dump({"identity": self.identity, "purpose": self.purpose, "host": host(), **facts}),
+                        seal({"identity": self.identity, "purpose": self.purpose, "host": host(), **facts}),
                     )
         except OSError as error:
             raise access_error(error, self.folder, "taking the target folder") from error
@@ -256,11 +279,9 @@ class Target:
 
     def _retire(self) -> None:
         """Take back what an older conversion published here: the tracker first, then its manifests."""
-        tracker = self.root / TRACKER
-        with suppress(FileNotFoundError):
-            if self.kind.tracker and tracker.read_text(errors="replace").strip() == str(self.iteration):
-                tracker.unlink()
-                sync_folder(self.root)
+        if self.kind.tracker and self._tracked() == str(self.iteration):
+            (self.root / TRACKER).unlink(missing_ok=True)
+            sync_folder(self.root)
         for path in (*self.state.glob("*.json"), *self._results()):
             path.unlink(missing_ok=True)
 
@@ -270,7 +291,7 @@ class Target:
         with self._lock(f"stage-{pp:03d}", wait=False):
             with self._lock("claim", wait=True):
                 self.check(overwrite=False)
-                claim = read_json(self.state / "claim.json") or {}
+                claim = read_record(self.state / "claim.json") or {}
             if claim.get("identity") != self.identity:
                 raise TryAgainError(
                     f"a conversion of another source, or of this one as it is now, took the folder over ({claim.get('host')})",
@@ -285,12 +306,12 @@ class Target:
     def sweep(self, tp: int, pp: int, directory: str) -> None:
         """Remove what a killed run of this rank left behind; call with the stage's lock held."""
         sweep_partials(self.folder / directory, "")
-        sweep_partials(self.state, f"rank-{tp:02d}-{pp:03d}.json")
+        sweep_partials(self.state, rank_name(tp, pp))
         sweep_partials(self.state, f"stage-{pp:03d}.json")
 
     def rank_manifest(self, tp: int, pp: int) -> Json | None:
         """The manifest of a finished rank whose files are still there with their sizes; None otherwise."""
-        manifest = read_json(self.state / f"rank-{tp:02d}-{pp:03d}.json")
+        manifest = read_record(self.state / rank_name(tp, pp))
         if manifest is None or not self.is_of_rank((tp, pp), manifest):
             return None
         for file in cast("list[Json]", manifest.get("files", [])):
@@ -308,11 +329,11 @@ class Target:
     def publish_rank(self, tp: int, pp: int, manifest: Json) -> None:
         """Say that a rank's files are there."""
         facts = {"identity": self.ranks.get((tp, pp), self.identity), **manifest}
-        publish_bytes(self.state / f"rank-{tp:02d}-{pp:03d}.json", dump(facts))
+        publish_bytes(self.state / rank_name(tp, pp), seal(facts))
 
     def stage_manifest(self, pp: int) -> Json | None:
         """The manifest of a finished stage of this conversion, None while a rank is missing."""
-        manifest = read_json(self.state / f"stage-{pp:03d}.json")
+        manifest = read_record(self.state / f"stage-{pp:03d}.json")
         if manifest is None or not self.is_of_stage(pp, manifest):
             return None
         return manifest if all(self.rank_manifest(tp, pp) for tp in range(self.tensor)) else None
@@ -340,7 +361,7 @@ class Target:
             )
         publish_bytes(
             self.state / f"stage-{pp:03d}.json",
-            dump({"identity": self._stage_identity(pp), "stage": pp, **facts, "ranks": ranks}),
+            seal({"identity": self._stage_identity(pp), "stage": pp, **facts, "ranks": ranks}),
         )
 
     def publish_iteration(self) -> bool:
@@ -349,27 +370,29 @@ class Target:
         if not all(manifests):
             return False
         with self._lock("publish", wait=True):
-            self._publish_iteration(manifests)
+            sweep_partials(self.state, "report.json")
+            publish_bytes(self.state / "report.json", seal(self.report([m for m in manifests if m])))
+            if self.kind.tracker and self.newer is None:
+                publish_bytes(self.root / TRACKER, str(self.iteration).encode())
         return True
 
-    def _publish_iteration(self, manifests: list[Json | None]) -> None:
-        sweep_partials(self.state, "report.json")
-        report = {"identity": self.identity, "iteration": self.iteration, "stages": [_brief(m) for m in manifests if m]}
-        publish_bytes(self.state / "report.json", dump(report))
-        if self.kind.tracker:
-            publish_bytes(self.root / TRACKER, str(self.iteration).encode())
+    def report(self, manifests: Sequence[Json]) -> Json:
+        """The whole conversion in one document."""
+        return {"identity": self.identity, "iteration": self.iteration, "stages": [_brief(m) for m in manifests]}
 
     @property
-    def published(self) -> bool:
-        """True when the tracker names this iteration and every stage is there."""
-        if self.kind.tracker:
-            try:
-                named = (self.root / TRACKER).read_text(errors="replace").strip() == str(self.iteration)
-            except OSError:
-                return False
-        else:
-            named = (read_json(self.state / "report.json") or {}).get("identity") == self.identity
-        return named and all(self.stage_manifest(pp) for pp in range(self.stages))
+    def newer(self) -> int | None:
+        """A later iteration that the tracker names, and that is there: Megatron would go back in time without a word."""
+        named = self._tracked()
+        return int(named) if named and int(named) > self.iteration and self._at(int(named)).is_dir() else None
+
+    def _tracked(self) -> str:
+        """Digits that the tracker holds; empty where it holds something else."""
+        try:
+            named = (self.root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return ""
+        return named if named.isdecimal() and named.isascii() and len(named) < _MAX_DIGITS else ""
 
 
 def free_bytes(folder: Path) -> int:
@@ -404,8 +427,3 @@ def _brief(manifest: Json) -> Json:
     """A stage's manifest without the digests of single tensors, which stay in the stage's own file."""
     ranks = cast("list[Json]", manifest.get("ranks", []))
     return {**manifest, "ranks": [{key: value for key, value in rank.items() if key != "tensors"} for rank in ranks]}
-
-
-def dump(document: Mapping[str, object]) -> bytes:
-    """A document of ours as a file holds it."""
-    return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()

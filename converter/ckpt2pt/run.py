@@ -15,17 +15,19 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import cast
 
 from ckpt2pt import __version__
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
-from ckpt2pt.engine.write import Stop, write_files
+from ckpt2pt.engine.write import Stop, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.publish import Json, Target, access_error, check_space
+from ckpt2pt.publish import Target, access_error, check_space
+from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.survey import Prepared, Survey, prepare, survey, target_of
+from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +50,7 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run did."""
+    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming."""
 
     target: Target
     stages: tuple[int, ...]
@@ -58,6 +60,7 @@ class Outcome:
     files: int
     seconds: float
     published: bool
+    newer: int | None
     doubts: tuple[str, ...]
     asked_to_stop: InterruptedRunError | None = None
     """A signal that came too late to stop this run; whoever would go on must heed it."""
@@ -73,6 +76,7 @@ class Outcome:
             "bytesWritten": self.bytes_written,
             "seconds": round(self.seconds, 3),
             "published": self.published,
+            "newerIteration": self.newer,
             "doubts": list(self.doubts),
         }
 
@@ -84,11 +88,11 @@ class Outcome:
             did = "everything was there already"
         elif self.kept:
             did += f", kept {len(self.kept)} that were there"
-        end = (
-            f"published; {self.target.reader} can load it"
-            if self.published
-            else "the tracker waits for the other stages"
-        )
+        end = f"published; {self.target.reader} can load it"
+        if not self.published:
+            end = "the tracker waits for the other stages"
+        elif self.newer is not None:
+            end = f"published; the tracker stays at iteration {self.newer}, which is newer: write {self.target.iteration} into it to go back"
         return f"iteration {self.target.iteration}, {stages}: {did}\n{self.target.folder}\n{end}"
 
 
@@ -159,6 +163,7 @@ def convert_rank(
         from ckpt2pt.verify.prove import verify_rank  # noqa: PLC0415 - a second reader, loaded only when asked for
 
         verify_rank(request, chosen, rank, target.folder).raise_differences()
+    prove_unchanged(request, chosen, rank)
     target.publish_rank(
         rank[0],
         rank[1],
@@ -189,7 +194,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     target = conversion.target
     target.check(overwrite=conversion.overwrite)
     ranks = [(tp, pp) for pp in stages for tp in range(target.tensor)]
-    kept = tuple(rank for rank in ranks if _is_proved(target.rank_manifest(*rank), conversion.verify))
+    kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals: dict[Rank, int] = {}
     size = 0
@@ -224,14 +229,26 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         files=sum(target.file_count(*rank) for rank in ranks),
         seconds=time.monotonic() - began,
         published=published,
+        newer=target.newer,
         doubts=conversion.doubts,
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
 
 
-def _is_proved(manifest: Json | None, verify: Verify) -> bool:
+def _is_kept(conversion: Conversion, rank: Rank) -> bool:
+    """Whether what an earlier run made of a rank stays.  Who wants it replaced keeps what is right to the last bit."""
+    manifest = conversion.target.rank_manifest(*rank)
+    if manifest is None or not _is_proved(manifest, conversion.verify):
+        return False
+    return not conversion.overwrite or all(
+        is_whole(conversion.target.folder / str(file["path"]), int(str(file["crc32"]), 16))
+        for file in cast("list[Json]", manifest["files"])
+    )
+
+
+def _is_proved(manifest: Json, verify: Verify) -> bool:
     """True for a finished rank that was verified as thoroughly as is asked for now."""
-    return manifest is not None and _PROOFS.get(str(manifest.get("verified")), -1) >= _PROOFS[verify]
+    return _PROOFS.get(str(manifest.get("verified")), -1) >= _PROOFS[verify]
 
 
 _PROOFS = {"none": 0, "digest": 1, "full": 2}

@@ -17,7 +17,7 @@ from pathlib import Path
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
-from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
+from ckpt2pt.errors import FileAccessError, InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
@@ -31,6 +31,7 @@ from ckpt2pt.request import Request, digest
 from ckpt2pt.tensors import TensorRef
 
 Index = Mapping[str, TensorRef]
+Inputs = list[dict[str, object]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
     inputs = {rank: _inputs(rank, file, request) for rank, file in found[when].items()}
+    headers.prove_unchanged()
     every = tuple(one for listed in inputs.values() for one in listed)
     purpose = digest({"options": request.meaning(), "iteration": clock.iteration})
     chosen = Survey(
@@ -109,7 +111,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         clock=clock,
         identity=digest([purpose, every]),
         purpose=purpose,
-        ranks={rank: digest([purpose, [*inputs[rank], *inputs[rank[0], 0]]]) for rank in inputs},
+        ranks={rank: _identity(purpose, inputs[rank], inputs[rank[0], 0]) for rank in inputs},
         inputs=every,
         indexes={rank: headers.indexes[found[when][rank].path] for rank in keep},
     )
@@ -122,6 +124,28 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         },
     )
     return chosen
+
+
+def _identity(purpose: str, inputs: Inputs, first: Inputs) -> str:
+    """Of a rank: what is asked for, what it is read from, and what the first stage is read from."""
+    return digest([purpose, [*inputs, *first]])
+
+
+def prove_unchanged(request: Request, chosen: Survey, rank: Rank) -> None:
+    """Refuse a rank whose files are not those that were surveyed: what was read may be of two checkpoints."""
+    first = rank[0], 0
+    now = _identity(chosen.purpose, *(_inputs(one, chosen.files[one], request) for one in (rank, first)))
+    if now != chosen.ranks[rank]:
+        raise changed(chosen.files[rank].path)
+
+
+def changed(path: Path) -> TryAgainError:
+    """The error for a source that was written while it was read."""
+    return TryAgainError(
+        "the source was written while it was read",
+        where=path,
+        mend="let whatever writes it end, keep the checkpoint from being replaced, and run the same command again",
+    )
 
 
 def target_of(request: Request, chosen: Survey) -> Target:
@@ -203,12 +227,14 @@ class _Headers:
     def __init__(self, keep: Collection[Path]) -> None:
         self._keep = keep
         self._facts: dict[Path, dict[str, float]] = {}
+        self._stats: dict[Path, dict[str, int]] = {}
         self._sharded: set[Path] = set()
         self.indexes: dict[Path, Index] = {}
 
     def facts(self, path: Path) -> dict[str, float]:
         """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
         if path not in self._facts:
+            self._stats[path] = _stat(path)
             index = index_file(path)
             self._facts[path] = facts_of(index)
             if has_shards(index):
@@ -216,6 +242,12 @@ class _Headers:
             if path in self._keep:
                 self.indexes[path] = index
         return self._facts[path]
+
+    def prove_unchanged(self) -> None:
+        """Refuse files that are not those any more whose headers were read."""
+        for path, seen in self._stats.items():
+            if _stat(path) != seen:
+                raise changed(path)
 
     def has_shards(self, path: Path) -> bool:
         """Whether a file holds data-parallel shards."""
@@ -285,7 +317,7 @@ def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
         )
 
 
-def _inputs(rank: Rank, file: SourceFile, request: Request) -> list[dict[str, object]]:
+def _inputs(rank: Rank, file: SourceFile, request: Request) -> Inputs:
     """What a rank is read from: sources by name, size and time, the small metadata files by content.
 
     The time matters: a retrained checkpoint has the same header and size.  A rank of the last stage may read a tied
@@ -297,17 +329,17 @@ def _inputs(rank: Rank, file: SourceFile, request: Request) -> list[dict[str, ob
     return found
 
 
-def inputs_of(file: SourceFile, root: Path) -> list[dict[str, object]]:
+def inputs_of(file: SourceFile, root: Path) -> Inputs:
     """The files that one rank is read from, those below ``root`` by name, size and time."""
-    found = [_stat(path, root) for path in file.paths]
+    found: Inputs = [{"source": str(path.relative_to(root)), **_stat(path)} for path in file.paths]
     if file.info:
         found.append({"shards": file.info.name, "ranks": len(file.peers), "sha256": sha256(file.info)})
     return found
 
 
-def _stat(path: Path, root: Path) -> dict[str, object]:
+def _stat(path: Path) -> dict[str, int]:
     try:
         seen = path.stat()
     except OSError as error:
         raise FileAccessError(f"cannot be examined: {error.strerror}", where=path, mend="check the mount") from error
-    return {"source": str(path.relative_to(root)), "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns}
+    return {"nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ckpt2pt.errors import TimedOutError, TryAgainError
 from ckpt2pt.publish import TRACKER
 from ckpt2pt.run import run
 from conversions import Quiet, flags_for, request_for
+from workers import children, wait_for
 
 
 @pytest.fixture
@@ -68,6 +70,36 @@ def test_a_signal_ends_the_run_with_75_and_the_next_run_finishes(
     assert not list((tmp_path / "out").rglob("*.partial"))
     subprocess.run(command(pipelined, tmp_path / "out"), check=True, capture_output=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
+def at_work(folder: Path, target: Path) -> subprocess.Popen[str]:
+    """A conversion in a group of its own, as in a terminal; its first worker has just been started."""
+    words = command(folder, target, "--process-limit", "2")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: len(children(process.pid)) > 1)  # the first child is multiprocessing's tracker of resources
+    return process
+
+
+@pytest.mark.parametrize("seconds", [0, 0.05, 0.1])
+def test_an_interrupt_at_a_terminal_is_told_once_and_blames_nobody(
+    seconds: float, pipelined: Path, tmp_path: Path
+) -> None:
+    process = at_work(pipelined, tmp_path / "out")
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    [error] = [line for line in stderr.splitlines() if not line.startswith("{")][:1]
+    assert (process.returncode, error) == (75, "ckpt2pt: stopped by SIGINT")
+    assert "Traceback" not in stderr
+    assert "memory" not in stderr
+
+
+def test_workers_whose_parent_was_killed_end_in_silence(pipelined: Path, tmp_path: Path) -> None:
+    process = at_work(pipelined, tmp_path / "out")
+    process.kill()
+    _, stderr = process.communicate(timeout=20)
+    assert "BrokenPipeError" not in stderr
+    assert "crew.py" not in stderr
 
 
 def test_a_worker_that_is_killed_is_not_taken_for_done(pipelined: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +35,12 @@ def finish_rank(target: Target, pp: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"12345")
     target.publish_rank(
-        0, pp, {"files": [{"path": str(path.relative_to(target.folder)), "nbytes": 5}], "tensors": {"a": 1}}
+        0,
+        pp,
+        {
+            "files": [{"path": str(path.relative_to(target.folder)), "nbytes": 5, "crc32": "cbf53a1c"}],
+            "tensors": {"a": 1},
+        },
     )
 
 
@@ -51,14 +57,24 @@ def test_the_tracker_comes_when_every_stage_is_there(target: Target) -> None:
     assert not (target.root / TRACKER).exists()
     finish(target, 0)
     assert target.publish_iteration()
-    assert target.published
     assert (target.root / TRACKER).read_text() == "500"
     report = json.loads((target.state / "report.json").read_text())
     assert [stage["stage"] for stage in report["stages"]] == [0, 1]
     assert "tensors" not in report["stages"][0]["ranks"][0]
 
 
-@pytest.mark.parametrize("damage", ["gone", "shorter", "other-identity", "manifest-cut"])
+def rewrite(path: Path, change: dict[str, object]) -> None:
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "damage", ["gone", "shorter", "other-identity", "manifest-cut", "manifest-changed", "manifest-pipe"]
+)
 def test_a_rank_counts_only_while_its_files_are_whole(damage: str, target: Target) -> None:
     finish(target, 0, 1)
     path = next(target.folder.glob("mp_rank_00_001/*.pt"))
@@ -69,6 +85,10 @@ def test_a_rank_counts_only_while_its_files_are_whole(damage: str, target: Targe
         path.write_bytes(b"1234")
     elif damage == "manifest-cut":
         manifest.write_bytes(manifest.read_bytes()[:-9])
+    elif damage == "manifest-changed":
+        rewrite(manifest, {"files": []})
+    elif damage == "manifest-pipe":
+        pipe(manifest)
     found = replace(target, identity="other") if damage == "other-identity" else target
     assert found.rank_manifest(0, 1) is None
     assert found.stage_manifest(1) is None
@@ -82,11 +102,46 @@ def test_a_folder_of_another_conversion_is_refused_unless_overwritten(target: Ta
     other = replace(target, identity="other")
     with pytest.raises(UsageError, match="another conversion"):
         other.claim({}, overwrite=False)
-    assert target.published
+    assert (target.root / TRACKER).read_text() == "500"
     other.claim({}, overwrite=True)
     assert not (target.root / TRACKER).exists()
     assert not list(target.folder.rglob("*.pt"))
     assert target.stage_manifest(0) is None
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: rewrite(path, {"identity": "other"}), pipe, lambda path: path.write_text("{")]
+)
+def test_a_claim_that_was_damaged_is_nobodys(target: Target, damage: Callable[[Path], object]) -> None:
+    finish(target, 0, 1)
+    damage(target.state / "claim.json")
+    with pytest.raises(UsageError, match="claim of the conversion there is damaged"):
+        target.claim({}, overwrite=False)
+    target.claim({}, overwrite=True)
+    assert target.rank_manifest(0, 0) is None
+
+
+def test_the_tracker_does_not_go_back(target: Target) -> None:
+    finish(target, 0, 1)
+    target.publish_iteration()
+    older = replace(target, iteration=400, identity="older")
+    finish(older, 0, 1)
+    assert older.publish_iteration()
+    assert older.newer == 500
+    assert (target.root / TRACKER).read_text() == "500"
+    target.folder.rename(target.root / "away")
+    assert older.newer is None, "a tracker that leads nowhere is worth nothing"
+    older.publish_iteration()
+    assert (target.root / TRACKER).read_text() == "400"
+
+
+@pytest.mark.parametrize("text", ["release", "²", "9" * 30, ""])
+def test_what_is_no_iteration_in_the_tracker_is_replaced(target: Target, text: str) -> None:
+    target.root.mkdir()
+    (target.root / TRACKER).write_text(text)
+    finish(target, 0, 1)
+    assert target.publish_iteration()
+    assert (target.root / TRACKER).read_text() == "500"
 
 
 @pytest.fixture
@@ -106,7 +161,7 @@ def test_a_source_that_was_mended_goes_on_with_what_is_finished(mended: tuple[Ta
     assert after.rank_manifest(0, 1) is None, "it was read from what is no longer there"
     finish(after, 1)
     assert after.publish_iteration()
-    assert after.published
+    assert (after.root / TRACKER).read_text() == "500"
 
 
 def test_a_published_result_is_not_replaced_because_its_source_changed(mended: tuple[Target, Target]) -> None:
@@ -115,7 +170,7 @@ def test_a_published_result_is_not_replaced_because_its_source_changed(mended: t
     before.publish_iteration()
     with pytest.raises(UsageError, match="a source that changed since"):
         after.claim({}, overwrite=False)
-    assert before.published
+    assert before.stage_manifest(1)
 
 
 def test_whoever_lost_the_folder_meanwhile_writes_nothing(mended: tuple[Target, Target]) -> None:
@@ -203,7 +258,6 @@ def test_a_stage_whose_files_have_gone_is_not_published(target: Target) -> None:
 def test_a_tracker_that_is_no_text_is_somebody_elses(target: Target) -> None:
     finish(target, 0, 1)
     (target.root / TRACKER).write_bytes(b"\xff\xfe5")
-    assert not target.published
     replace(target, identity="other").claim({}, overwrite=True)
     assert (target.root / TRACKER).read_bytes() == b"\xff\xfe5"
 
@@ -237,7 +291,7 @@ def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"old"}
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff", None])
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff", b"[" * 200_000, None])
 def test_a_document_that_is_not_whole_is_none(data: bytes | None, tmp_path: Path) -> None:
     if data is not None:
         (tmp_path / "a.json").write_bytes(data)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from ckpt2pt import run as run_module
 from ckpt2pt.errors import FormatError, InputError, NoSpaceError, TryAgainError, UsageError
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
+from ckpt2pt.verify.prove import verify_target
 from conversions import Quiet, flags_for, request_for
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -117,6 +119,71 @@ def test_a_source_that_changed_is_another_conversion(pipelined: Path, tmp_path: 
     os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1))
     with pytest.raises(UsageError, match="a source that changed since"):
         convert(request)
+
+
+def written_anew(source: Path, copy: Path) -> None:
+    """As a training does it that keeps its file's name: the same size, other content."""
+    path = max(source.glob("rank_*/*.ckpt"))
+    shutil.copyfile(path, copy)
+    flip_bit(copy, copy.stat().st_size // 2)
+    copy.replace(path)
+
+
+@pytest.fixture
+def copied(pipelined: Path, tmp_path: Path) -> Request:
+    source = tmp_path / "source"
+    shutil.copytree(pipelined / "ms", source)
+    return replace(request_for(pipelined, tmp_path / "out"), source=source)
+
+
+@pytest.mark.parametrize(
+    "moment", ["ckpt2pt.survey.agree", "ckpt2pt.survey.payloads", "ckpt2pt.run.moves", "ckpt2pt.run.prove_unchanged"]
+)
+def test_a_source_that_is_written_during_the_run_is_not_published(
+    copied: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    name, _, function = moment.rpartition(".")
+    real = getattr(sys.modules[name], function)
+
+    def then(*arguments: Any, **more: Any) -> Any:
+        monkeypatch.setattr(moment, real)
+        written_anew(copied.source, tmp_path / "new")
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(moment, then)
+    with pytest.raises(TryAgainError, match="the source was written while it was read"):
+        convert(copied, 1)
+    assert not list((tmp_path / "out").rglob("rank-*.json"))
+    assert convert(copied).published
+    assert verify_target(copied, (0, 1), level="full").differences == ()
+
+
+def test_overwrite_does_again_what_is_not_right_to_the_last_bit(pipelined: Path, tmp_path: Path) -> None:
+    request = request_for(pipelined, tmp_path)
+    convert(request)
+    right = contents(tmp_path)
+    flip_bit(next(tmp_path.rglob("mp_rank_00_001/distrib_optim.pt")), 5000)
+    assert contents(tmp_path) != right
+    again = convert(replace(request, overwrite=True))
+    assert (again.converted, again.kept) == (((0, 1),), ((0, 0),))
+    assert contents(tmp_path) == right
+
+
+def flip_bit(path: Path, place: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_an_older_iteration_is_there_and_the_tracker_stays(pipelined: Path, tmp_path: Path) -> None:
+    (tmp_path / "iter_0000009").mkdir()
+    (tmp_path / TRACKER).write_text("9")
+    outcome = convert(request_for(pipelined, tmp_path))
+    assert (outcome.published, outcome.newer) == (True, 9)
+    assert (tmp_path / TRACKER).read_text() == "9"
+    assert "the tracker stays at iteration 9, which is newer: write 2 into it to go back" in outcome.sentence()
 
 
 def test_overwrite_takes_the_old_tracker_down_first(pipelined: Path, tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from ckpt2pt.back.request import BackRequest
-from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, survey_back
+from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, prove_unchanged_back, survey_back
 from ckpt2pt.checksums import crc32
 from ckpt2pt.crew import Reporter
 from ckpt2pt.engine.write import Stop, write_files
 from ckpt2pt.folders import iteration_folder, keep_apart
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
-from ckpt2pt.publish import MINDSPORE, Json, Target, access_error, publish_bytes
+from ckpt2pt.publish import MINDSPORE, Target, access_error, publish_bytes
+from ckpt2pt.records import Json
 from ckpt2pt.run import Conversion, Outcome, carry_out
 
 log = logging.getLogger("ckpt2pt")
@@ -67,6 +68,7 @@ class _Back:
         for name, content in prepared.metadata.items():
             publish_bytes(metadata / name, content)
             described.append({"path": f"{META}/{name}", "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"})
+        prove_unchanged_back(self.request, self.found, self.rank)
         target.publish_rank(
             *self.rank,
             {
@@ -105,8 +107,11 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     for (tp, pp), folder in found.ranks.items():
         log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, folder, found.topology.source_rank(tp, pp))
     target = target_back(request, found)
-    read: dict[Path | None, str] = dict.fromkeys((request.source, iteration_folder(request.source)), "--megatron-path")
-    keep_apart(target, {request.maps: "--param-map-path", **read})
+    iteration = iteration_folder(request.source)
+    keep_apart(
+        target,
+        {request.maps: "--param-map-path", request.source: "--megatron-path", iteration: "--megatron-path"},
+    )
     conversion = Conversion(
         target=target,
         pace=request.pace,

@@ -26,6 +26,7 @@ from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_given, rank_files
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.request import digest
+from ckpt2pt.survey import changed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +61,7 @@ class BackPrepared:
 def survey_back(request: BackRequest) -> BackSurvey:
     """Find the ranks, learn the cut from the arguments and the layers from the names, and check that all ranks agree."""
     folders = rank_folders(iteration_folder(request.source))
+    inputs = tuple(_inputs(request, folders))
     first = read_rank(folders[0, 0], optimizer=False, allow=request.rules.pickle_globals)
     cut = _topology(request, first, folders)
     empty: set[int] = set()
@@ -72,7 +74,6 @@ def survey_back(request: BackRequest) -> BackSurvey:
     if request.noop is None:
         cut = replace(cut, noop=frozenset(empty))
     iteration = _iteration(first)
-    inputs = tuple(_inputs(request, folders))
     return BackSurvey(
         ranks=folders,
         topology=cut,
@@ -128,6 +129,12 @@ def _agree(rank: MegatronRank, first: MegatronRank, cut: Topology) -> None:
             where=rank.folder,
             mend="copy one whole iteration",
         )
+
+
+def prove_unchanged_back(request: BackRequest, found: BackSurvey, rank: Rank) -> None:
+    """Refuse what was read of files that are not those that were surveyed."""
+    if tuple(_inputs(request, found.ranks)) != found.inputs:
+        raise changed(found.ranks[rank])
 
 
 def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict[str, object]]:

@@ -29,17 +29,16 @@ from ckpt2pt.plan.entries import Entry, text_entry
 from ckpt2pt.plan.moves import Move
 from ckpt2pt.publish import (
     STATE,
-    Json,
     access_error,
-    dump,
     free_bytes,
     locked,
     publish_bytes,
-    read_json,
+    read_record,
     sweep_partials,
 )
+from ckpt2pt.records import Json, seal
 from ckpt2pt.request import Pace, digest
-from ckpt2pt.survey import agree, facts_of, inputs_of
+from ckpt2pt.survey import agree, changed, facts_of, inputs_of
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 _INFO = "dist_opt_shard_info*.json"
@@ -142,6 +141,7 @@ class Merge:
     def plan(self, rank: Rank, /) -> Group:
         """Index a group and lay its files out: the name of its first rank's, or of each of them."""
         asked, file = self.asked, self.files[rank]
+        inputs = tuple(inputs_of(file, asked.source))  # before the files are read, and again behind
         entries = merged_entries(index_source(file, self.topology.group(*rank)), optimizer=asked.optimizer)
         paths = file.peers if asked.copies else file.peers[:1]
         suffix = asked.target_format
@@ -149,7 +149,8 @@ class Merge:
         return Group(
             asked=asked,
             manifest=asked.output / STATE / "combined" / f"rank_{self.topology.source_rank(*rank)}-{_step(file)}.json",
-            inputs=tuple(inputs_of(file, asked.source)),
+            source=file,
+            inputs=inputs,
             files=tuple(mindspore_file(suffix, name, entries, crc=asked.crc) for name in names),
         )
 
@@ -160,6 +161,7 @@ class Group:
 
     asked: Combination
     manifest: Path
+    source: SourceFile
     inputs: tuple[Json, ...]
     files: tuple[MindSporeFile, ...]
 
@@ -181,7 +183,7 @@ class Group:
     @property
     def is_done(self) -> bool:
         """True when this very merge is there; raises for files that are there and are another's."""
-        manifest = read_json(self.manifest) or {}
+        manifest = read_record(self.manifest) or {}
         there = [path for file in self.files if (path := self.asked.output / file.name).exists()]
         if manifest.get("identity") == self.identity:
             sizes = [file.lay_out().nbytes for file in self.files]
@@ -212,15 +214,19 @@ class Group:
         }
         with locked(self.manifest.with_suffix(".lock"), "merging this group", wait=False):
             # A run that is killed between its files and its manifest has to know them again.
-            publish_bytes(self.manifest, dump(facts))
+            publish_bytes(self.manifest, seal(facts))
             for path in paths:
                 sweep_partials(path.parent, path.name)
             written, digests = write_files(
                 output, self.files, merged_moves(self.files), stop=stop, advance=advance, check=self.asked.check
             )
+            if tuple(inputs_of(self.source, self.asked.source)) != self.inputs:
+                for path in paths:
+                    path.unlink(missing_ok=True)
+                raise changed(self.source.path)
             facts["files"] = [file.entry(output) for file in written]
             facts["tensors"] = {label.partition(":")[2]: f"{crc:08x}" for label, crc in sorted(digests.items())}
-            publish_bytes(self.manifest, dump(facts))
+            publish_bytes(self.manifest, seal(facts))
 
 
 def _step(file: SourceFile) -> str:

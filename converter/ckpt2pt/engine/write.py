@@ -298,6 +298,15 @@ def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
         )
 
 
+def is_whole(path: Path, expected: int) -> bool:
+    """Whether a file on the disk has that CRC-32."""
+    try:
+        read_back(path, expected)
+    except VerificationError:
+        return False
+    return True
+
+
 class Meter:
     """Counts bytes and passes them on at most every ``interval`` seconds."""
 

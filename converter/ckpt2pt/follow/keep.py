@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.publish import PARTIAL, STATE, TRACKER, Json, access_error, read_json
+from ckpt2pt.publish import PARTIAL, STATE, TRACKER, access_error, read_record
+from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 
 log = logging.getLogger("ckpt2pt")
@@ -70,7 +71,7 @@ def _results(root: Path) -> Iterator[tuple[int, Path]]:
 
 def _is_ours(folder: Path, request: Request) -> bool:
     """Whether the claim there is of a conversion with the same options."""
-    claim = read_json(folder / STATE / "claim.json")
+    claim = read_record(folder / STATE / "claim.json")
     return claim is not None and claim.get("options") == json.loads(json.dumps(request.meaning()))
 
 
@@ -78,7 +79,7 @@ def _strangers(folder: Path) -> list[str]:
     """Files that no manifest of ours lists."""
     listed: set[str] = set()
     for path in (folder / STATE).glob("rank-*.json"):
-        files = cast("list[Json]", (read_json(path) or {}).get("files", []))
+        files = cast("list[Json]", (read_record(path) or {}).get("files", []))
         listed.update(str(file["path"]) for file in files)
     found = (
         os.path.relpath(os.path.join(top, name), folder) for top, _, names in os.walk(folder) for name in names

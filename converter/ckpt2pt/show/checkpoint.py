@@ -21,7 +21,8 @@ from ckpt2pt.mapping.names import SHARD, NameTable
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
 from ckpt2pt.plan.stage import spans
 from ckpt2pt.pt.archive import Archive
-from ckpt2pt.publish import PARTIAL, STATE, TRACKER, Json, access_error, read_json
+from ckpt2pt.publish import PARTIAL, STATE, TRACKER, access_error, read_record
+from ckpt2pt.records import Json
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import render as render
 from ckpt2pt.text import short
@@ -379,7 +380,7 @@ def _iteration(folder: Path, named: str) -> Json:
     files = checkpoint_files(folder)
     state = folder / STATE
     stages = sorted(path.name[6:9] for path in state.glob("stage-*.json"))
-    claim = read_json(state / "claim.json")
+    claim = read_record(state / "claim.json")
     current = bool(named) and iteration_name(named) == folder.name
     partial = sum(1 for _ in folder.glob(f"mp_rank_*/.*{PARTIAL}"))
     return {

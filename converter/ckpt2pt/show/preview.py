@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
-from ckpt2pt.publish import Json, Target, free_bytes
+from ckpt2pt.publish import Target, free_bytes
+from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Prepared, Survey
 from ckpt2pt.text import size, table

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ckpt2pt.errors import InputError, UsageError, VerificationError
 from ckpt2pt.folders import pairs
-from ckpt2pt.publish import Json
+from ckpt2pt.records import Json
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import short, size, table
 from ckpt2pt.verify.leaves import (

@@ -7,7 +7,7 @@ both     manifests of every stage, and the tracker once all stages are there
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,8 @@ from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import MissingInputError, VerificationError
 from ckpt2pt.folders import iteration_name, read_tracker
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.publish import TRACKER, Json, Target, read_json
+from ckpt2pt.publish import STATE, TRACKER, Target, rank_name, read_record
+from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey, survey, target_of
 from ckpt2pt.text import short, size, table
@@ -126,7 +127,11 @@ def verify_target(
         for rank in ranks
     ]
     surplus = _surplus(target.folder, {topology.directory(*rank) for rank in topology.ranks()}, full=request.full)
-    differences = [*_published(target, stages), *(d for report in reports for d in report.differences), *surplus]
+    differences = [
+        *_published(target, stages),
+        *(difference for report in reports for difference in report.differences),
+        *surplus,
+    ]
     return Report(
         folder=str(target.folder),
         level=level,
@@ -137,20 +142,23 @@ def verify_target(
     )
 
 
-def _published(target: Target, stages: Sequence[int]) -> Iterable[Difference]:
-    """The manifests of the stages, and the tracker once all of them are there."""
+def _published(target: Target, stages: Sequence[int]) -> Iterator[Difference]:
+    """Claim, manifests of ranks and stages; report and tracker once all stages are there.  Each is the sum of the one before."""
+    state, topology = target.state, range(target.tensor)
+    yield from _record(state / "claim.json", lambda found: found.get("identity") == target.identity)
+    manifests = [read_record(state / f"stage-{pp:03d}.json") for pp in range(target.stages)]
     for pp in stages:
-        name = f"stage-{pp:03d}.json"
-        manifest = read_json(target.state / name)
-        if manifest is None:
-            yield Difference(
-                file=f".ckpt2pt/{name}", tensor="stage", problem="is not finished: its manifest is not there"
-            )
-        elif not target.is_of_stage(pp, manifest):
-            yield Difference(
-                file=f".ckpt2pt/{name}", tensor="identity", problem="is of another conversion or another source"
-            )
-    if all(read_json(target.state / f"stage-{pp:03d}.json") for pp in range(target.stages)):
+        ranks = [read_record(state / rank_name(tp, pp)) for tp in topology]
+        stage = state / f"stage-{pp:03d}.json"
+        yield from _record(stage, partial(target.is_of_stage, pp), partial(_joins, ranks))
+        for tp in topology:
+            yield from _record(state / rank_name(tp, pp), partial(target.is_of_rank, (tp, pp)))
+    if all(manifests):
+        whole = target.report([manifest for manifest in manifests if manifest])
+        ours = target.identity
+        yield from _record(
+            state / "report.json", lambda found: found.get("identity") == ours, lambda found: found == whole
+        )
         named = read_tracker(target.root)
         # A later iteration in the same folder is none of our business, a tracker that leads nowhere is.
         if not named or not (target.root / iteration_name(named)).is_dir():
@@ -158,6 +166,25 @@ def _published(target: Target, stages: Sequence[int]) -> Iterable[Difference]:
                 file=TRACKER, tensor="iteration", problem="does not lead to an iteration",
                 expected=str(target.iteration), found=short(named),
             )  # fmt: skip
+
+
+def _joins(ranks: list[Json | None], stage: Json) -> bool:
+    return stage.get("ranks") == ranks
+
+
+def _record(
+    path: Path, ours: Callable[[Json], bool], right: Callable[[Json], bool] | None = None
+) -> Iterator[Difference]:
+    """What is wrong with a document of ours: it is damaged, of something else, or not the sum of its parts."""
+    found, problem = read_record(path), ""
+    if found is None:
+        problem = "was changed" if path.exists() else "is not there"
+    elif not ours(found):
+        problem = "is of another conversion or another source"
+    elif right is not None and not right(found):
+        problem = "tells something else than the manifests that it joins"
+    if problem:
+        yield Difference(file=f"{STATE}/{path.name}", tensor="record", problem=problem)
 
 
 def _surplus(folder: Path, ranks: Collection[str], *, full: bool) -> Iterator[Difference]:
@@ -171,14 +198,9 @@ def _surplus(folder: Path, ranks: Collection[str], *, full: bool) -> Iterator[Di
 
 def _digest_rank(target: Target, rank: Rank) -> Report:
     """Sizes and CRC-32 of a rank's files against its manifest."""
-    name = f"rank-{rank[0]:02d}-{rank[1]:03d}.json"
-    manifest = read_json(target.state / name)
+    manifest = read_record(target.state / rank_name(*rank)) or {}
     differences: list[Difference] = []
     total = 0
-    if manifest is None or not target.is_of_rank(rank, manifest):
-        why = "is not there" if manifest is None else "is of another conversion or another source"
-        differences.append(Difference(file=f".ckpt2pt/{name}", tensor="manifest", problem=why))
-        manifest = {}
     for file in cast("list[Json]", manifest.get("files", [])):
         path = str(file["path"])
         try:

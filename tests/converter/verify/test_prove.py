@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from ckpt2pt.errors import MissingInputError, VerificationError
+from ckpt2pt.publish import read_record
+from ckpt2pt.records import seal
 from ckpt2pt.verify.examine import Difference
 from ckpt2pt.verify.prove import Report, verify_target
 from results import Result, convert, flip
@@ -84,7 +86,15 @@ def _forget(name: str) -> Callable[[Path], None]:
 def _strange(name: str) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         path = folder / ".ckpt2pt" / name
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"identity": "another"}))
+        path.write_bytes(seal((read_record(path) or {}) | {"identity": "another"}))
+
+    return edit
+
+
+def _change(name: str, **facts: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / ".ckpt2pt" / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | facts))
 
     return edit
 
@@ -96,37 +106,47 @@ def _track(text: str) -> Callable[[Path], None]:
     return edit
 
 
+TRACKER = "latest_checkpointed_iteration.txt"
+ASTRAY = [(TRACKER, "does not lead to an iteration")]
+STRANGE = "is of another conversion or another source"
+UNLIKE = "tells something else than the manifests that it joins"
+
+
+def of(name: str, problem: str) -> tuple[str, str]:
+    return f".ckpt2pt/{name}", problem
+
+
 DIGEST = [
     pytest.param(_cut, [(MODEL, "has another size")], id="a-file-cut"),
     pytest.param(_lose, [(MODEL, "is not there")], id="a-file-lost"),
-    pytest.param(_forget("rank-00-001.json"), [(".ckpt2pt/rank-00-001.json", "is not there")], id="no-rank-manifest"),
-    pytest.param(
-        _strange("rank-00-001.json"),
-        [(".ckpt2pt/rank-00-001.json", "is of another conversion or another source")],
-        id="a-strange-rank-manifest",
-    ),
-    pytest.param(
-        _forget("stage-001.json"),
-        [(".ckpt2pt/stage-001.json", "is not finished: its manifest is not there")],
-        id="no-stage-manifest",
-    ),
-    pytest.param(
-        _strange("stage-001.json"),
-        [(".ckpt2pt/stage-001.json", "is of another conversion or another source")],
-        id="a-strange-stage-manifest",
-    ),
-    pytest.param(
-        _track("77"), [("latest_checkpointed_iteration.txt", "does not lead to an iteration")], id="tracker-astray"
-    ),
-    pytest.param(
-        _track("²"), [("latest_checkpointed_iteration.txt", "does not lead to an iteration")], id="tracker-no-number"
-    ),
-    pytest.param(
-        lambda folder: (folder.parent / "latest_checkpointed_iteration.txt").unlink(),
-        [("latest_checkpointed_iteration.txt", "does not lead to an iteration")],
-        id="no-tracker",
-    ),
+    pytest.param(_track("77"), ASTRAY, id="tracker-astray"),
+    pytest.param(_track("²"), ASTRAY, id="tracker-no-number"),
+    pytest.param(lambda folder: (folder.parent / TRACKER).unlink(), ASTRAY, id="no-tracker"),
 ]
+RANK, STAGE, REPORT, CLAIM = "rank-00-001.json", "stage-001.json", "report.json", "claim.json"
+RECORDS = [
+    pytest.param(_forget(RANK), [of(STAGE, UNLIKE), of(RANK, "is not there")], id="no-rank"),
+    pytest.param(_change(RANK, files=[]), [of(STAGE, UNLIKE), of(RANK, "was changed")], id="rank-changed"),
+    pytest.param(_strange(RANK), [of(STAGE, UNLIKE), of(RANK, STRANGE)], id="rank-strange"),
+    pytest.param(_forget(STAGE), [of(STAGE, "is not there")], id="no-stage"),
+    pytest.param(_change(STAGE, ranks=[]), [of(STAGE, "was changed")], id="stage-changed"),
+    pytest.param(_strange(STAGE), [of(STAGE, STRANGE), of(REPORT, UNLIKE)], id="stage-strange"),
+    pytest.param(_forget(REPORT), [of(REPORT, "is not there")], id="no-report"),
+    pytest.param(_change(REPORT, iteration=3), [of(REPORT, "was changed")], id="report-changed"),
+    pytest.param(_strange(REPORT), [of(REPORT, STRANGE)], id="report-strange"),
+    pytest.param(_forget(CLAIM), [of(CLAIM, "is not there")], id="no-claim"),
+    pytest.param(_change(CLAIM, identity="me"), [of(CLAIM, "was changed")], id="claim-changed"),
+    pytest.param(_strange(CLAIM), [of(CLAIM, STRANGE)], id="claim-strange"),
+]
+
+
+@LEVELS
+@pytest.mark.parametrize(("damage", "expected"), RECORDS)
+def test_a_record_that_is_missing_changed_or_strange_is_named(
+    result: Result, damage: Callable[[Path], None], expected: list[tuple[str, str]], level: str
+) -> None:
+    damage(result.folder)
+    assert [(d.file, d.problem) for d in verify(result, level).differences] == expected
 
 
 @pytest.mark.parametrize(("damage", "expected"), DIGEST)
