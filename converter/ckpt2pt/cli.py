@@ -104,7 +104,11 @@ def _add_proof(add: Add) -> None:
     add_inspect_options(inspect)
     add_output_options(inspect)
 
-    verify = add("verify", "prove a result against its source, or compare two checkpoints element by element", _verify)
+    verify = add(
+        "verify",
+        "prove a result, against its source or by its own manifests, or compare two checkpoints element by element",
+        _verify,
+    )
     add_verify_options(verify)
     add_conversion_options(verify, required=False)
     add_output_options(verify)
