@@ -10,24 +10,34 @@ import asyncio
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from ckpt2pt.conversion.job import PROGRESS_PORT
 from ckpt2pt_operator.api import CONVERSIONS, JOBS, PODS, Api, ApiError
 from ckpt2pt_operator.informer import SELECTOR, pages
 from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.rules.views import child, text
 from measure import commit, host, today
 
 HERE = Path(__file__).parent
 NAMESPACES = "api/v1", "namespaces"
+CRDS = "apis/apiextensions.k8s.io/v1", "customresourcedefinitions"
 PORT = 18081
+WRITES = ("put", "post", "patch", "delete")
 REST_SECONDS = 30
+SILENT = 200
+"""Workers that are said to run and whose progress port takes a connection and never answers."""
 
 
 def document(number: int, stages: int) -> dict[str, Any]:
@@ -119,6 +129,18 @@ def operator(namespace: str) -> Iterator[Running]:
         running.process.wait(30)
 
 
+async def install(api: Api) -> None:
+    """Our CRD, where it is not there."""
+    crd = yaml.safe_load((HERE.parent / "crds" / "checkpointconversions.yaml").read_text())
+    with suppress(ApiError):
+        await api.create_object(CRDS, "", crd)
+    for _ in range(100):
+        with suppress(ApiError):
+            await api.list(CONVERSIONS, "", limit="1")
+            return
+        await asyncio.sleep(0.2)
+
+
 async def create(api: Api, namespace: str, count: int, stages: int) -> None:
     """Make the conversions, many at a time."""
     slots = asyncio.Semaphore(32)
@@ -139,31 +161,57 @@ async def settled(api: Api, namespace: str, pods: int) -> int:
     return found
 
 
+async def beside_silent(api: Api, namespace: str, number: int, stages: int) -> float:
+    """Seconds until a new conversion has its Job while workers run that do not tell how far they are."""
+    began = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    container = {"name": "convert", "image": "none:1", "imageID": "", "ready": True, "restartCount": 0}
+    running = {"containerStatuses": [{**container, "state": {"running": {"startedAt": began}}}]}
+    address = {"phase": "Running", "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}]}
+    with socket.create_server(("127.0.0.1", PROGRESS_PORT), backlog=4096):
+        names = [
+            text(child(raw, "metadata"), "name") async for raw in pages(api, PODS, namespace, labelSelector=SELECTOR)
+        ]
+        for name in names[:SILENT]:
+            await api.patch(PODS, namespace, f"{name}/status", {"status": {**address, **running}})
+        await asyncio.sleep(REST_SECONDS)
+        asked = time.monotonic()
+        await api.create_object(CONVERSIONS, namespace, document(number, stages))
+        while time.monotonic() - asked < 600:
+            with suppress(ApiError):
+                await api.get(JOBS, namespace, f"scale-{number}-1")
+                return time.monotonic() - asked
+            await asyncio.sleep(0.05)
+    raise SystemExit("a new conversion has no Job within 600 s")
+
+
 async def measure(count: int, stages: int) -> dict[str, Any]:
     """Once from nothing, and once from everything."""
     api = await Api.create(Metrics("bench"), qps=1000, burst=1000)
     namespace = f"scale-{int(time.time())}"
     await api.create_object(NAMESPACES, "", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
     try:
+        await install(api)
         await create(api, namespace, count, stages)
         with operator(namespace) as first:
-            asked = await first.until("Jobs", lambda text: first.value("api_requests_total", jobs(text)) >= count, 1200)
+            asked = await first.until("Jobs", lambda page: first.value("api_requests_total", jobs(page)) >= count, 1200)
+            wrote = sum(writes(first.metrics(), verb) for verb in WRITES)
             pods = await settled(api, namespace, count * stages)
             await asyncio.sleep(REST_SECONDS)
             cold = {
                 "jobs_created_seconds": asked,
                 "writes": first.value("status_writes_total"),
+                "writes_per_second": wrote / asked,
                 "memory": first.memory(),
                 "cpu_seconds": first.cpu(),
                 "queue_latency_p99_at_most": first.quantile("queue_latency_seconds", 0.99),
                 "reconcile_duration_p99_at_most": first.quantile("reconcile_duration_seconds", 0.99),
             }
         with operator(namespace) as again:
-            seen = await again.until("seen", lambda text: again.value("reconciles_total", text) >= count, 300)
+            seen = await again.until("seen", lambda page: again.value("reconciles_total", page) >= count, 300)
             at_start = again.value("status_writes_total")
             await asyncio.sleep(REST_SECONDS)
             idle = again.metrics()
-            before = {verb: writes(idle, verb) for verb in ("put", "post", "patch", "delete")}
+            before = {verb: writes(idle, verb) for verb in WRITES}
             cpu = again.cpu()
             await asyncio.sleep(REST_SECONDS)
             rest = again.metrics()
@@ -176,6 +224,7 @@ async def measure(count: int, stages: int) -> dict[str, Any]:
                 "queue_latency_p99_at_most": again.quantile("queue_latency_seconds", 0.99),
                 "reconcile_duration_p99_at_most": again.quantile("reconcile_duration_seconds", 0.99),
             }
+            new = await beside_silent(api, namespace, count, stages)
         jobs_there = len([raw async for raw in pages(api, JOBS, namespace)])
         return {
             "conversions": count,
@@ -184,6 +233,7 @@ async def measure(count: int, stages: int) -> dict[str, Any]:
             "pods": pods,
             "from_nothing": cold,
             "restarted": warm,
+            "silent_workers": {"workers": min(SILENT, pods), "new_job_seconds": new},
         }
     finally:
         try:

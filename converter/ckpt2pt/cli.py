@@ -104,7 +104,11 @@ def _add_proof(add: Add) -> None:
     add_inspect_options(inspect)
     add_output_options(inspect)
 
-    verify = add("verify", "prove a result against its source, or compare two checkpoints element by element", _verify)
+    verify = add(
+        "verify",
+        "prove a result, against its source or by its own manifests, or compare two checkpoints element by element",
+        _verify,
+    )
     add_verify_options(verify)
     add_conversion_options(verify, required=False)
     add_output_options(verify)
@@ -371,13 +375,16 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    if options.paths:
+    if len(options.paths) > 1:
         return _compare(options)
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.verify.prove import verify_target  # noqa: PLC0415
+    from ckpt2pt.verify.prove import verify_records, verify_target  # noqa: PLC0415
 
-    request = request_of(options)
-    report = verify_target(request, stages_of(options, request), level=options.level, reader=options.reader)
+    if options.paths:
+        report = verify_records(options.paths[0])
+    else:
+        request = request_of(options)
+        report = verify_target(request, stages_of(options, request), level=options.level, reader=options.reader)
     _show(report.document(), report.render(), options)
     report.raise_differences()
     return 0
@@ -388,9 +395,9 @@ def _compare(options: argparse.Namespace) -> int:
 
     if len(options.paths) != 2:
         raise UsageError(
-            f"{len(options.paths)} path given",
+            f"{len(options.paths)} paths are given",
             where="ckpt2pt verify",
-            mend="give two checkpoints to compare, or none and the flags of convert",
+            mend="give two checkpoints to compare, one result, or none and the flags of convert",
         )
     result = compare(*options.paths, ignore=tuple(options.ignore), ignore_padding=options.ignore_padding)
     _show(result.document(), result.render(), options)

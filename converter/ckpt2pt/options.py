@@ -266,7 +266,11 @@ def add_inspect_options(inspect: argparse.ArgumentParser) -> None:
 def add_verify_options(verify: argparse.ArgumentParser) -> None:
     """What is proved or compared."""
     verify.add_argument(
-        "paths", nargs="*", type=path, metavar="PATH", help="two checkpoints to compare; none to prove a result"
+        "paths",
+        nargs="*",
+        type=path,
+        metavar="PATH",
+        help="one result, to be proved by its own manifests; two checkpoints, to be compared; none: prove a result against its source",
     )
     verify.add_argument(
         "--level",

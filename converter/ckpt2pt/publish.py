@@ -385,7 +385,7 @@ class Target:
     @property
     def newer(self) -> int | None:
         """A later iteration that the tracker names, and that is there: Megatron would go back in time without a word."""
-        named = self._tracked()
+        named = self._tracked() if self.kind.tracker else ""
         return int(named) if named and int(named) > self.iteration and self._at(int(named)).is_dir() else None
 
     def _tracked(self) -> str:

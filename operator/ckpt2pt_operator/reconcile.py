@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Protocol, cast
 
 from ckpt2pt.conversion.spec import Json
+from ckpt2pt.conversion.status import TERMINAL
 from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.api import CLAIMS, CONVERSIONS, EVENTS, JOBS, PODS, Api, ApiError
 from ckpt2pt_operator.informer import pages
@@ -21,7 +22,7 @@ from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.progress import Progress
 from ckpt2pt_operator.recorder import Recorder
 from ckpt2pt_operator.rules.awaits import awaited
-from ckpt2pt_operator.rules.conditions import TERMINAL, follows
+from ckpt2pt_operator.rules.conditions import follows
 from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.plan import conversion_of, plan
 from ckpt2pt_operator.rules.seen import (

@@ -214,6 +214,19 @@ def test_a_quota_that_refuses_is_told_and_waited_for(
     reach(namespace, "Succeeded", seconds=150)
 
 
+def test_a_quota_that_comes_while_workers_run_ends_it_in_time(namespace: Kubectl, unfinished: Unfinished) -> None:
+    namespace.apply(unfinished.document(pendingDeadlineSeconds=10))
+    reach(namespace, "Running")
+    namespace("create", "quota", "none", "--hard=pods=0")
+    wait_until("the quota", lambda: "hard" in namespace.get("resourcequota", "none").get("status", {}))
+    namespace("delete", "pods", "--all", "--wait=false")
+    obstacle(namespace, "QuotaExceeded", seconds=90)
+    found = reach(namespace, "Failed")
+    assert told(found, "Failed") == ("True", "PendingDeadline")
+    assert "QuotaExceeded: " in message(found, "Failed")
+    assert not jobs(namespace)
+
+
 def test_pod_security_that_refuses_is_told(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
     """``restricted`` admits neither hostPath nor root."""
     namespace("label", "namespace", str(namespace.namespace), "pod-security.kubernetes.io/enforce=restricted")
@@ -254,6 +267,36 @@ def test_a_conversion_that_is_suspended_goes_on_where_it_was(
     reach(namespace, "Succeeded")
     assert digests(unfinished.target) == expected
     assert "Resumed" in events(namespace)
+
+
+def test_no_deadline_runs_while_a_conversion_is_suspended_before_it_has_a_job(
+    namespace: Kubectl, checkpoint: Path, volume: Path
+) -> None:
+    claim = {"volume": {"persistentVolumeClaim": {"claimName": "nowhere"}}, "path": "out"}
+    namespace.apply(document(checkpoint, volume, target=claim, suspend=True, pendingDeadlineSeconds=4))
+    found = obstacle(namespace, "PVCNotFound", kind="VolumesReady")
+    assert (found["phase"], told(found, "Suspended")) == ("Suspended", ("True", "UserRequested"))
+    time.sleep(6)
+    patch(namespace, {"suspend": False})
+    reach(namespace, "Pending")
+    assert told(reach(namespace, "Failed"), "Failed") == ("True", "PendingDeadline")
+
+
+def test_what_comes_too_early_or_is_a_queues_to_do_is_told(namespace: Kubectl, unfinished: Unfinished) -> None:
+    """No Kueue runs here, so that the Job is not held back: what it would have admitted."""
+    workers = unfinished.document()["spec"]["workers"]
+    namespace.apply(unfinished.document(workers={**workers, "queueName": "research"}))
+    reach(namespace, "Running")
+    patch(namespace, {"suspend": True})
+    found = obstacle(namespace, "QueueDecides", kind="Suspended")
+    assert found["phase"] == "Running"
+    assert "spec.active" in message(found, "Suspended")
+    namespace("annotate", KIND, "golden", "ckpt2pt.dev/retry=1")
+    wait_until("the token", lambda: status(namespace).get("retryToken") == "1")
+    wait_until("its event", lambda: "RetryIgnored" in events(namespace))
+    unfinished.finish()
+    reach(namespace, "Succeeded")
+    assert jobs(namespace) == ["golden-1"]
 
 
 def test_a_conversion_that_is_cancelled_ends_and_stays_so(namespace: Kubectl, unfinished: Unfinished) -> None:

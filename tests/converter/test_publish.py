@@ -13,6 +13,7 @@ import pytest
 
 from ckpt2pt.errors import FileAccessError, NoSpaceError, TryAgainError, UsageError
 from ckpt2pt.publish import (
+    MINDSPORE,
     TRACKER,
     Target,
     access_error,
@@ -133,6 +134,16 @@ def test_the_tracker_does_not_go_back(target: Target) -> None:
     assert older.newer is None, "a tracker that leads nowhere is worth nothing"
     older.publish_iteration()
     assert (target.root / TRACKER).read_text() == "400"
+
+
+def test_mindspore_has_no_tracker(target: Target) -> None:
+    target.root.mkdir()
+    (target.root / TRACKER).write_text("900")
+    assert target.newer is None
+    assert replace(target, kind=MINDSPORE).newer is None
+    (target.root / "iter_0000900").mkdir()
+    assert target.newer == 900
+    assert replace(target, kind=MINDSPORE).newer is None
 
 
 @pytest.mark.parametrize("text", ["release", "²", "9" * 30, ""])

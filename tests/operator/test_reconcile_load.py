@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+from collections.abc import Iterator
 from itertools import count
 from typing import Any
 
@@ -46,8 +48,8 @@ def yes_to_everything() -> Any:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
-    """Processor time of each callback: what other programs of the machine take does not count."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[float, str]]]:
+    """Processor time of each callback: neither other programs of the machine count, nor what other tests left in memory."""
     found: list[tuple[float, str]] = []
     handles: Any = asyncio.Handle  # what runs a callback has no types
     real = handles._run
@@ -59,7 +61,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str]]:
         found.append((time.thread_time() - began, what))
 
     monkeypatch.setattr(handles, "_run", timed)
-    return found
+    gc.collect()
+    gc.freeze()
+    yield found
+    gc.unfreeze()
 
 
 def test_no_callback_holds_up_the_loop(calls: list[tuple[float, str]]) -> None:

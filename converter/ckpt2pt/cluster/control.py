@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from typing import cast
 
 from ckpt2pt.cluster.api import Api, ApiError, Json, explained
-from ckpt2pt.cluster.submit import ENDED, Submitted
+from ckpt2pt.cluster.submit import Submitted
 from ckpt2pt.conversion.job import ATTEMPT_LABEL, CONTAINER, STAGES_ANNOTATION
+from ckpt2pt.conversion.status import TERMINAL
 from ckpt2pt.errors import MissingInputError, UsageError
 
 RETRY_ANNOTATION = "ckpt2pt.dev/retry"
@@ -19,7 +20,7 @@ def retry(api: Api, there: Submitted) -> None:
     """Have the failed stages tried again; UsageError where nothing has failed."""
     phase = _phase(_get(api, there, "retrying it"))
     if phase != "Failed":
-        mend = "wait until it has ended" if phase not in ENDED else "make a new CheckpointConversion"
+        mend = "wait until it has ended" if phase not in TERMINAL else "make a new CheckpointConversion"
         raise UsageError(f"it is {phase}, and only what has Failed is tried again", where=_name(there), mend=mend)
     _patch(api, there, {"metadata": {"annotations": {RETRY_ANNOTATION: secrets.token_hex(4)}}}, "retrying it")
 
@@ -27,7 +28,7 @@ def retry(api: Api, there: Submitted) -> None:
 def cancel(api: Api, there: Submitted) -> None:
     """Stop it for good; what is finished stays on the volume.  UsageError where it has ended."""
     phase = _phase(_get(api, there, "cancelling it"))
-    if phase in ENDED:
+    if phase in TERMINAL:
         raise UsageError(f"it is {phase} already", where=_name(there), mend="delete it, if it is to go")
     _patch(api, there, {"spec": {"cancel": True}}, "cancelling it")
 

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import cast
 
 from ckpt2pt.cluster.api import CONVERSIONS, Api, ApiError, Json, explained
-from ckpt2pt.conversion.status import REASONS, WORST_FIRST
+from ckpt2pt.conversion.status import REASONS, TERMINAL, WORST_FIRST
 from ckpt2pt.errors import MissingInputError, TryAgainError, UsageError
 
 log = logging.getLogger("ckpt2pt")
 
 POLL_SECONDS = 2.0
-ENDED = frozenset({"Succeeded", "Failed", "Cancelled", "Planned"})
 _CODES = {reason: code for code, reason in REASONS.items()} | {
     "InvalidSpec": 64, "NameConflict": 64, "TrainingFailed": 66, "TrainingDeleted": 66,
 }  # fmt: skip
@@ -104,7 +103,7 @@ def follow(api: Api, there: Submitted, tell: Callable[[Json], None], *, seconds:
         if status != last:
             tell(status)
             last = status
-        if status.get("phase") in ENDED:
+        if status.get("phase") in TERMINAL:
             return seen
         if end is not None and time.monotonic() > end:
             what = f"it has not ended within {seconds:g} s ({status.get('phase', 'no operator has looked at it yet')})"

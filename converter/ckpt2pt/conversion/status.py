@@ -21,6 +21,9 @@ REASONS = {
 }
 """One word for each exit code; anything above 128 is a kill."""
 
+TERMINAL = frozenset({"Succeeded", "Planned", "Failed", "Cancelled"})
+"""Phases in which a conversion has ended."""
+
 WAITING = "WaitingForCheckpoint"
 """The reason of a worker that waits until every rank has saved; its message says who has not."""
 

@@ -12,7 +12,6 @@ from ckpt2pt.conversion.status import FOLLOWED, FOLLOWING, MAX_MESSAGE, Ending, 
 from ckpt2pt_operator.rules.stages import Obstacle
 from ckpt2pt_operator.rules.views import condition, items
 
-TERMINAL = frozenset({"Succeeded", "Planned", "Failed", "Cancelled"})
 _MESSAGES = 256 << 10
 """Characters for the messages of all stages together: an object may have 1.5 MB."""
 

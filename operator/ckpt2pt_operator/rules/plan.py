@@ -15,13 +15,12 @@ from datetime import datetime, timedelta
 
 from ckpt2pt.conversion.job import build_job, grown_memory, job_name, parallelism
 from ckpt2pt.conversion.spec import Conversion, Json, parse
-from ckpt2pt.conversion.status import WAITING, Ending, StageRecord
+from ckpt2pt.conversion.status import TERMINAL, WAITING, Ending, StageRecord
 from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.rules import awaits, volumes
 from ckpt2pt_operator.rules.changes import BY_USER, changes, suspension, unheeded, volumes_ready
 from ckpt2pt_operator.rules.conditions import (
     NOT_LOOKED,
-    TERMINAL,
     Standing,
     Verdict,
     refused_document,

@@ -1,0 +1,163 @@
+"""What a result tells of itself: claim, manifests, report and tracker, each the sum of those before; and its files' digests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from ckpt2pt.checksums import crc32
+from ckpt2pt.errors import InputError, MissingInputError
+from ckpt2pt.folders import iteration_folder, iteration_name, read_tracker
+from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, TRACKER, Target, rank_name, read_record
+from ckpt2pt.records import Json
+from ckpt2pt.text import short
+from ckpt2pt.verify.examine import Difference
+from ckpt2pt.verify.leaves import BLOCK_BYTES, Files, spans
+
+_ITERATION = re.compile(r"iter_(\d{1,18})", re.ASCII)
+_MEND = "name a result of ckpt2pt, or two checkpoints to compare them"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """A result as its records have it: its ranks, and the files that they list."""
+
+    target: Target
+    ranks: tuple[Rank, ...]
+    files: frozenset[str]
+
+
+def recorded(path: Path) -> Recorded:
+    """The result in a folder: an import, an iteration, or the iteration that a Megatron root's tracker names.
+
+    Which ranks and stages there have to be is told by the manifests above them, so that one that is missing is missed.
+    """
+    folder = path if (path / STATE).is_dir() else iteration_folder(path)
+    state = folder / STATE
+    claim = read_record(state / "claim.json")
+    if claim is None and (state / "claim.json").exists():
+        raise InputError("the claim there was changed, so nobody can tell whose result it is", where=state, mend=_MEND)
+    if claim is None:
+        raise MissingInputError("ckpt2pt has left no records there", where=folder, mend=_MEND)
+    report = read_record(state / "report.json") or {}
+    briefs = cast("list[Json]", report.get("stages", []))
+    stages = [read_record(found) or {} for found in sorted(state.glob("stage-*.json"))]
+    ranks: dict[Rank, Json] = {}
+    for one in (
+        *(rank for stage in (*briefs, *stages) for rank in cast("list[Json]", stage.get("ranks", []))),
+        *(read_record(found) or {} for found in sorted(state.glob("rank-*.json"))),
+    ):
+        if one:
+            ranks[cast("int", one["tp"]), cast("int", one["pp"])] = one
+    iteration = _ITERATION.fullmatch(folder.name)
+    target = Target(
+        root=folder.parent if iteration else folder,
+        iteration=int(iteration[1]) if iteration else cast("int", report.get("iteration", 0)),
+        identity=str(claim["identity"]),
+        stages=max(len(briefs), len(stages), 1 + max((pp for _, pp in ranks), default=0)),
+        tensor=1 + max((tp for tp, _ in ranks), default=0),
+        ranks={rank: str(one["identity"]) for rank, one in ranks.items()} if iteration else {},
+        kind=MEGATRON if iteration else MINDSPORE,
+    )
+    files = frozenset(str(file["path"]) for one in ranks.values() for file in cast("list[Json]", one["files"]))
+    return Recorded(target=target, ranks=tuple(sorted(ranks)), files=files)
+
+
+def published(target: Target, stages: Sequence[int]) -> Iterator[Difference]:
+    """Claim, manifests of ranks and stages; report and tracker once all stages are there.  Each is the sum of the one before."""
+    state, topology = target.state, range(target.tensor)
+    yield from _record(state / "claim.json", lambda found: found.get("identity") == target.identity)
+    manifests = [read_record(state / f"stage-{pp:03d}.json") for pp in range(target.stages)]
+    for pp in stages:
+        ranks = [read_record(state / rank_name(tp, pp)) for tp in topology]
+        stage = state / f"stage-{pp:03d}.json"
+        yield from _record(stage, partial(target.is_of_stage, pp), partial(_joins, ranks))
+        for tp in topology:
+            yield from _record(state / rank_name(tp, pp), partial(target.is_of_rank, (tp, pp)))
+    if all(manifests):
+        whole = target.report([manifest for manifest in manifests if manifest])
+        ours = target.identity
+        yield from _record(
+            state / "report.json", lambda found: found.get("identity") == ours, lambda found: found == whole
+        )
+    if all(manifests) and target.kind.tracker:
+        named = read_tracker(target.root)
+        # A later iteration in the same folder is none of our business, a tracker that leads nowhere is.
+        if not named or not (target.root / iteration_name(named)).is_dir():
+            yield Difference(
+                file=TRACKER, tensor="iteration", problem="does not lead to an iteration",
+                expected=str(target.iteration), found=short(named),
+            )  # fmt: skip
+
+
+def _joins(ranks: list[Json | None], stage: Json) -> bool:
+    return stage.get("ranks") == ranks
+
+
+def _record(
+    path: Path, ours: Callable[[Json], bool], right: Callable[[Json], bool] | None = None
+) -> Iterator[Difference]:
+    """What is wrong with a document of ours: it is damaged, of something else, or not the sum of its parts."""
+    found, problem = read_record(path), ""
+    if found is None:
+        problem = "was changed" if path.exists() else "is not there"
+    elif not ours(found):
+        problem = "is of another conversion or another source"
+    elif right is not None and not right(found):
+        problem = "tells something else than the manifests that it joins"
+    if problem:
+        yield Difference(file=f"{STATE}/{path.name}", tensor="record", problem=problem)
+
+
+def surplus(target: Target, listed: Collection[str]) -> Iterator[Difference]:
+    """Checkpoint files that no rank of the conversion has, where nothing else may be."""
+    found = (path for pattern in target.kind.results for path in target.folder.glob(pattern) if target.kind.alone)
+    for name in sorted(path.relative_to(target.folder).as_posix() for path in found):
+        if name not in listed:
+            yield Difference(file=name, tensor="file", problem="is there, and should not be")
+
+
+def digest_files(target: Target, rank: Rank) -> tuple[tuple[Difference, ...], int]:
+    """Sizes and CRC-32 of a rank's files against its manifest; and the bytes that were read."""
+    manifest = read_record(target.state / rank_name(*rank)) or {}
+    differences: list[Difference] = []
+    total = 0
+    for file in cast("list[Json]", manifest.get("files", [])):
+        path = str(file["path"])
+        try:
+            nbytes = (target.folder / path).stat().st_size
+        except OSError:
+            differences.append(Difference(file=path, tensor="file", problem="is not there"))
+            continue
+        if nbytes != file["nbytes"]:
+            differences.append(
+                Difference(
+                    file=path,
+                    tensor="file",
+                    problem="has another size",
+                    expected=str(file["nbytes"]),
+                    found=str(nbytes),
+                )
+            )
+        elif (crc := f"{_crc32(target.folder / path, nbytes):08x}") != file["crc32"]:
+            differences.append(
+                Difference(
+                    file=path, tensor="file", problem="has another CRC-32", expected=str(file["crc32"]), found=crc
+                )
+            )
+        total += nbytes
+    return tuple(differences), total
+
+
+def _crc32(path: Path, nbytes: int) -> int:
+    block, crc = memoryview(bytearray(BLOCK_BYTES)), 0
+    with Files() as files:
+        for start, stop in spans(nbytes, 1):
+            files.read(str(path), start, block[: stop - start])
+            crc = crc32(block[: stop - start], crc)
+    return crc
