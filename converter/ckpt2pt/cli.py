@@ -27,6 +27,7 @@ from ckpt2pt.options import (
     add_document_options,
     add_inspect_options,
     add_output_options,
+    add_process_limit,
     add_progress_option,
     add_readiness_options,
     add_run_options,
@@ -87,7 +88,7 @@ def _add_road_there(add: Add) -> None:
     plan.add_argument("--names", action="store_true", help="list every parameter with both its names")
     add_readiness_options(plan)
     add_worker_options(plan)
-    plan.add_argument("--process-limit", type=int, default=1, help="workers to predict memory for")
+    add_process_limit(plan, "workers to predict memory for (spec.workers.processes)")
     add_output_options(plan)
 
     watch = add("watch", "convert each new checkpoint of a running training as it becomes whole", _watch)

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 from ckpt2pt.errors import UsageError
 
@@ -14,8 +14,29 @@ _MAX_NUMBER = 1 << 31
 _MAX_PORT = 65535
 
 
+class _Help(argparse.HelpFormatter):
+    """Help in which every flag tells its default, in its own words or in ours."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, value = action.help or "", cast("object", action.default)
+        if not action.option_strings or value in (None, [], argparse.SUPPRESS) or value is False or "default" in text:
+            return text
+        shown = (
+            " ".join(map(str, cast("list[object]", value)))
+            if isinstance(value, list)
+            else f"{value:g}"
+            if isinstance(value, float)
+            else str(value)
+        )
+        return f"{text}; default {shown.replace('%', '%%')}"
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with our exit code for wrong usage."""
+    """argparse with our exit code for wrong usage, and with defaults in its help."""
+
+    def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - argparse's own
+        settings.setdefault("formatter_class", _Help)
+        super().__init__(**settings)
 
     def error(self, message: str) -> NoReturn:
         """Raise a :class:`UsageError`."""

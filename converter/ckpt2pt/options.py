@@ -129,13 +129,7 @@ def _add_kind(parser: argparse.ArgumentParser) -> None:
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """How it is carried out."""
     group = parser.add_argument_group("how")
-    group.add_argument(
-        "--process-limit",
-        type=int,
-        default=min(4, os.cpu_count() or 1),
-        metavar="N",
-        help="ranks converted at a time (spec.workers.processes)",
-    )
+    add_process_limit(group, "ranks converted at a time (spec.workers.processes)")
     group.add_argument("--multiprocess-off", action="store_true", help="convert rank after rank in this process")
     group.add_argument(
         "--process_timeout",
@@ -151,6 +145,14 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         help="digest: read every file back from the disk; full: also compare every element with the source (spec.verify)",
     )
     add_progress_option(parser)
+
+
+def add_process_limit(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,  # pyright: ignore[reportPrivateUsage]
+    meaning: str,
+) -> None:
+    """How many ranks at a time: the same for those that are converted and for those that are planned."""
+    parser.add_argument("--process-limit", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help=meaning)
 
 
 def add_progress_option(parser: argparse.ArgumentParser) -> None:

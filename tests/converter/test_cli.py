@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,22 @@ def test_help_lists_every_exit_code() -> None:
 def test_every_flag_has_help(command: str) -> None:
     silent = [a.option_strings or a.dest for a in commands()[command]._actions if not a.help]
     assert not silent
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_tells_every_default(command: str) -> None:
+    parser = commands()[command]
+    words = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        value = action.default
+        if action.option_strings and value not in (None, [], argparse.SUPPRESS) and value is not False:
+            shown = " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else value
+            assert re.search(rf"{action.option_strings[-1]} .*?default:? \$?{re.escape(str(shown))}\b", words), shown
+
+
+def test_a_plan_predicts_for_as_many_workers_as_convert_takes() -> None:
+    limits = {name: commands()[name].get_default("process_limit") for name in ("convert", "plan", "watch")}
+    assert len(set(limits.values())) == 1
 
 
 @pytest.mark.parametrize("command", commands())
