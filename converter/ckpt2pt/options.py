@@ -272,7 +272,7 @@ def add_verify_options(verify: argparse.ArgumentParser) -> None:
         nargs="*",
         type=path,
         metavar="PATH",
-        help="one result, to be proved by its own manifests; two checkpoints, to be compared; none: prove a result against its source",
+        help="one result, to be proved by its own manifests; two checkpoints, to be compared bit for bit, but that any NaN equals any other; none: prove a result against its source",
     )
     verify.add_argument(
         "--level",

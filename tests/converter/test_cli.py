@@ -52,6 +52,10 @@ def test_help_is_there_for_every_command(command: str, capsys: pytest.CaptureFix
     assert "usage: ckpt2pt" in capsys.readouterr().out
 
 
+def test_help_of_verify_says_what_is_equal_without_being_the_same() -> None:
+    assert "any NaN equals any other" in " ".join(commands()["verify"].format_help().split())
+
+
 def test_help_lists_every_exit_code() -> None:
     text = build_parser().format_help()
     for code, meaning in errors.EXIT_CODES.items():
