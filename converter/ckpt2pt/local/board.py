@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import StageRecord
-from ckpt2pt.show.progress import INTERVAL_SECONDS
+from ckpt2pt.show.progress import INTERVAL_SECONDS, columns
 from ckpt2pt.text import size
 
 if TYPE_CHECKING:
@@ -73,25 +73,18 @@ class Bars:
 
     def __init__(self, stages: int, log_format: str) -> None:
         from rich.console import Console  # noqa: PLC0415 - only on a terminal
-        from rich.progress import (  # noqa: PLC0415
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-        )
+        from rich.progress import DownloadColumn, Progress, TextColumn  # noqa: PLC0415
 
         self._log_format = log_format
-        self._progress: Progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
+        console = Console(stderr=True)
+        more = (
             DownloadColumn(binary_units=True),
             # Speed and time left are the worker's own: seen from here, bytes come in gusts.
             TextColumn("{task.fields[speed]}", justify="right"),
             TextColumn("{task.fields[left]}", justify="right"),
             TextColumn("{task.fields[state]}"),
-            console=Console(stderr=True),
-            auto_refresh=False,
         )
+        self._progress: Progress = Progress(*columns(console.width, *more), console=console, auto_refresh=False)
         self._tasks: list[TaskID] = [
             self._progress.add_task(f"stage {stage}", total=None, start=False, speed="", left="", state="waits")
             for stage in range(stages)

@@ -9,12 +9,15 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
+from ckpt2pt.text import size
+
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress, ProgressColumn, TaskID
 
     from ckpt2pt.crew import Reporter
     from ckpt2pt.mapping.topology import Rank
 
+_WIDE = 70
 INTERVAL_SECONDS = 2.0
 INTERVAL_VARIABLE = "CKPT2PT_PROGRESS_SECONDS"
 """Seconds between JSON lines; `ckpt2pt run` sets it for its workers when it draws bars from them."""
@@ -92,6 +95,16 @@ class Lines:
         self._stream.flush()
 
 
+def columns(width: int, *more: ProgressColumn) -> tuple[ProgressColumn, ...]:
+    """A bar and its percentage; on a terminal of ``width`` characters that has room for them, ``more`` as well."""
+    from rich.progress import BarColumn, TextColumn  # noqa: PLC0415 - only on a terminal
+    from rich.table import Column  # noqa: PLC0415
+
+    texts = ("{task.description}", "{task.percentage:>3.0f}%")
+    what, percentage = (TextColumn(text, table_column=Column(no_wrap=True)) for text in texts)
+    return (what, BarColumn(), percentage, *(more if width >= _WIDE else ()))
+
+
 class Bars:
     """One bar for each stage: bytes, speed, time left."""
 
@@ -104,22 +117,24 @@ class Bars:
         """Draw the bars."""
         from rich.console import Console  # noqa: PLC0415 - only on a terminal
         from rich.progress import (  # noqa: PLC0415
-            BarColumn,
             DownloadColumn,
             Progress,
-            TextColumn,
+            ProgressColumn,
+            Task,
             TimeRemainingColumn,
-            TransferSpeedColumn,
         )
+        from rich.text import Text  # noqa: PLC0415
 
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
+        class Speed(ProgressColumn):
+            """In the units of the bytes beside it; rich's own counts in powers of ten."""
+
+            def render(self, task: Task) -> Text:
+                speed = task.finished_speed or task.speed
+                return Text(f"{size(speed)}/s" if speed else "?")
+
+        console = Console(stderr=True)
+        more = DownloadColumn(binary_units=True), Speed(), TimeRemainingColumn()
+        self._progress = Progress(*columns(console.width, *more), console=console)
         self._left = len(totals)
         stages: dict[int, int] = {}
         for (_, pp), nbytes in totals.items():

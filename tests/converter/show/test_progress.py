@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -61,6 +63,24 @@ def test_bars_go_to_stderr_and_may_be_closed_at_any_time(
     seen = capsys.readouterr()
     assert seen.out == ""
     assert ("stage 1" in seen.err) is bool(totals)
+
+
+@pytest.mark.parametrize("width", [20, 69, 70, 120])
+def test_bars_tell_the_percentage_on_any_terminal_and_bytes_and_speed_in_one_unit(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    bars = Bars()
+    bars.begin({(0, 11): 100 << 20}, 500)
+    for _ in range(3):
+        bars.advance((0, 11), 11 << 20)
+        time.sleep(0.01)
+    bars.close()
+    line = next(line for line in capsys.readouterr().err.splitlines() if "stage 11" in line)
+    assert " 33%" in line
+    if width >= 70:
+        assert "33.0/100.0 MiB" in line
+        assert re.search("[MG]iB/s", line), line
 
 
 @pytest.mark.parametrize(
