@@ -20,7 +20,7 @@ import yaml
 from ckpt2pt.conversion.template import name_for
 from conftest import WORKER_UID
 from goldens import REPOSITORY
-from harness.golden import KIND, reach, status
+from harness.golden import KIND, document, reach, status
 from harness.kubectl import Kubectl
 from harness.machine import wait_until
 from harness.release import Release
@@ -197,8 +197,26 @@ def test_kubectl(desk: Desk, namespace: Kubectl) -> None:
     desk(submit)
     assert "pretrain: Succeeded" in desk(watch)
     assert '"iteration": 2' in desk(logs)
-    desk(f"{retry}\n{cancel}")
-    wait_until("the end to stay", lambda: status(namespace, "pretrain")["phase"] == "Succeeded", seconds=10)
+    for line, words in ((retry, "only what has Failed is tried again"), (cancel, "it is Succeeded already")):
+        with pytest.raises(AssertionError, match=words):
+            desk(line)
+    assert status(namespace, "pretrain")["phase"] == "Succeeded"
+    wrong = document(desk.checkpoint, desk.run7.parent, full=False)
+    wrong["spec"]["model"]["numLayers"] = 8
+    namespace.apply(wrong)
+    reach(namespace, "Failed")
+    desk(retry.replace("pretrain", "golden"))
+    wait_until("another attempt to fail", lambda: attempt(namespace, "Failed") == 2, seconds=90)
+    held = document(desk.checkpoint, desk.run7.parent, full=False)
+    held["metadata"]["name"], held["spec"]["suspend"] = "held", True
+    namespace.apply(held)
+    desk(cancel.replace("pretrain", "held"))
+    wait_until("the cancel", lambda: status(namespace, "held").get("phase") == "Cancelled")
+
+
+def attempt(namespace: Kubectl, phase: str) -> int:
+    found = status(namespace)
+    return int(found["attempt"]) if found.get("phase") == phase else 0
 
 
 def own(folder: Path) -> None:
