@@ -108,8 +108,8 @@ def _check_size(file: InputFile, limit: int, option: str) -> None:
 def refused(error: OSError, path: Path, option: str) -> Ckpt2ptError:
     """What opening or reading ``path`` came to, in the user's words."""
     if error.errno in _NOWHERE:
-        why = "" if error.errno == errno.ENOENT else f": {error.strerror}"
-        return MissingInputError(f"the file is not there{why}", where=path, mend=f"check {option}")
+        what = "the file is not there" if error.errno == errno.ENOENT else f"the path leads nowhere: {error.strerror}"
+        return MissingInputError(what, where=path, mend=f"check {option}")
     if isinstance(error, IsADirectoryError):
         return UsageError("this is a folder, and a file is needed", where=path, mend=f"check {option}")
     if isinstance(error, PermissionError):
