@@ -205,6 +205,11 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--once", action="store_true", help="look once, convert what is whole, and end")
     group.add_argument(
+        "--forgive-broken-save",
+        action="store_true",
+        help="a newest checkpoint that is not whole is told, and is no error: a training that was killed has left it so",
+    )
+    group.add_argument(
         "--stop-on-error",
         action="store_true",
         help="end with the first error instead of going on with the next checkpoint",

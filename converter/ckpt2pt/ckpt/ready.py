@@ -8,6 +8,8 @@ right is whole; one with it was copied, or is being written, and has to rest for
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import stat
 import time
@@ -39,11 +41,15 @@ class Obstacle:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Look:
-    """What was seen at one moment: the checkpoint that ought to become whole, and what it lacks."""
+    """What was seen at one moment: the checkpoint that ought to become whole, and what it lacks.
+
+    ``rested`` is for how many seconds none of its files has changed, also under temporary names.
+    """
 
     root: Path
     wanted: When | None
     obstacles: tuple[Obstacle, ...]
+    rested: float = math.inf
 
     @property
     def ready(self) -> bool:
@@ -58,10 +64,10 @@ class Look:
         which = f" {_shown(self.wanted)}" if self.wanted not in {None, UNNAMED} else ""
         return f"checkpoint{which} is not whole: {'; '.join(texts[:_SHOWN])}{more}"
 
-    def refusal(self, waited: float) -> Ckpt2ptError:
+    def refusal(self, waited: float | None = None) -> Ckpt2ptError:
         """The error of a wait in vain: 66 when a rank is missing, 75 when it is only still being written, else 65."""
         kinds = {obstacle.kind for obstacle in self.obstacles}
-        what = f"after {waited:g} s the {self.sentence}"
+        what = self.sentence if waited is None else f"after {waited:g} s the {self.sentence}"
         if "missing" in kinds:
             mend = (
                 "see that every rank has saved into this folder, check spec.parallelism (--tp-size --pp-size --dp-size "
@@ -113,6 +119,17 @@ class Watcher:
         first, *others = (set(self._files(self._topology.source_rank(*key))) for key in self._topology.ranks())
         return sorted(first.intersection(*others))
 
+    def begun(self) -> list[When]:
+        """(epoch, step) that some ranks have, or write, and not all of them; oldest first.
+
+        What is older than every step of all ranks is left out: ranks remove their old files one after the other.
+        """
+        seen, whole = set[When](), self.steps()
+        for key in self._topology.ranks():
+            rank = self._topology.source_rank(*key)
+            seen |= self._files(rank).keys() | (_temporary(rank_folder(self._root, rank)).keys() - {UNNAMED})
+        return sorted(when for when in seen.difference(whole) if not whole or when > whole[0])
+
     def look(self, wanted: When | None = None) -> Look:
         """What is there now, of ``wanted`` where it is given.  Raises :class:`InputError` where a rank has two files of one step."""
         ranks = [self._topology.source_rank(*key) for key in self._topology.ranks()]
@@ -134,7 +151,9 @@ class Watcher:
         found = [o for rank in files if (o := self._obstacle(rank, files[rank], writing[rank], wanted))]
         if not found and not chosen:
             found += self._report(wanted)
-        return self._lacks(wanted, found)
+        paths = [files[rank][wanted].path for rank in files if wanted in files[rank]]
+        paths += [rank_folder(self._root, rank) / there[wanted] for rank, there in writing.items() if wanted in there]
+        return replace(self._lacks(wanted, found), rested=min(map(self._rested, paths), default=math.inf))
 
     def _lacks(self, wanted: When | None, obstacles: list[Obstacle]) -> Look:
         return Look(root=self._root, wanted=wanted, obstacles=tuple(obstacles))
@@ -176,17 +195,29 @@ class Watcher:
             return Obstacle(kind="other", text=_has(rank, files, ""))
         return self._unfinished(rank, files[wanted].path)
 
+    def _trace(self, path: Path, status: os.stat_result) -> _Trace:
+        trace = self._traces.get(path)
+        if trace is None or (trace.size, trace.mtime_ns) != (status.st_size, status.st_mtime_ns):
+            trace = _Trace(size=status.st_size, mtime_ns=status.st_mtime_ns, since=time.monotonic())
+            self._traces[path] = trace
+        return trace
+
+    def _rested(self, path: Path) -> float:
+        """Seconds without a change; 0 for a file that has just gone."""
+        try:
+            trace = self._trace(path, path.stat())
+        except OSError:
+            return 0.0
+        return max(time.monotonic() - trace.since, time.time() - trace.mtime_ns / 1e9)
+
     def _unfinished(self, rank: int, path: Path) -> Obstacle | None:
         try:
             status = path.stat()
         except OSError as error:
             return Obstacle(kind="unfinished", text=f"rank_{rank}: {path.name} has gone ({error.strerror})")
-        trace = self._traces.get(path)
-        if trace is None or (trace.size, trace.mtime_ns) != (status.st_size, status.st_mtime_ns):
-            trace = _Trace(size=status.st_size, mtime_ns=status.st_mtime_ns, since=time.monotonic())
-            self._traces[path] = trace
+        trace = self._trace(path, status)
         if status.st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
-            rested = max(time.monotonic() - trace.since, time.time() - status.st_mtime)
+            rested = self._rested(path)
             if rested < self._settle:
                 text = f"rank_{rank} may still be written ({path.name} changed {rested:.0f} s ago)"
                 return Obstacle(kind="unfinished", text=text)

@@ -398,4 +398,6 @@ def _watch_args(follow: Follow, readiness: Readiness, ended: str) -> list[object
     """How a training is followed; when it has ended, one last look.  A failed training has left its last save as it was."""
     words: list[object] = ["--keep", follow.keep, "--interval", follow.interval_seconds]
     words += ["--settle", readiness.settle_seconds, *(["--once"] if ended else [])]
-    return [*words, *(["--readiness-timeout", readiness.timeout_seconds] if ended == "Succeeded" else [])]
+    if ended == "Succeeded":
+        return [*words, "--readiness-timeout", readiness.timeout_seconds]
+    return [*words, *(["--forgive-broken-save"] if ended else [])]

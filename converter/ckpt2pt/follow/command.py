@@ -46,6 +46,7 @@ def watch_command(options: argparse.Namespace, show: Show, build: Callable[[], a
         settle=given("settle", 10.0),
         once=options.once,
         stop_on_error=options.stop_on_error,
+        forgive=options.forgive_broken_save,
     )
     check_numbers({"--interval": how.interval})
     with served(account, options.progress_port) if options.progress_port else nullcontext(0):

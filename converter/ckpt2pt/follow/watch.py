@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from ckpt2pt.ckpt.ranks import When
-from ckpt2pt.ckpt.ready import Watcher
+from ckpt2pt.ckpt.ready import Look, Watcher
 from ckpt2pt.crew import Reporter
 from ckpt2pt.errors import RETRIED, Ckpt2ptError, InterruptedRunError, MissingInputError
 from ckpt2pt.follow.keep import prune, tracked
@@ -26,13 +26,17 @@ log = logging.getLogger("ckpt2pt")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Following:
-    """How a training is followed; times in seconds.  ``keep`` 0 keeps every result."""
+    """How a training is followed; times in seconds.  ``keep`` 0 keeps every result.
+
+    ``forgive`` is for a training that was killed: that its last save is not whole is told, and no error.
+    """
 
     keep: int = 0
     interval: float = 30.0
     settle: float = 10.0
     once: bool = False
     stop_on_error: bool = False
+    forgive: bool = False
 
 
 @dataclass(slots=True)
@@ -62,24 +66,47 @@ def watch(
     memory = _Memory(lament)
     while True:
         memory.errors.clear()
-        for when in _waiting(watcher, request, how, memory):
+        whole, lacking = _look(watcher, how, memory)
+        for when in whole[-how.keep :]:  # all of them when keep is 0
             _convert(replace(request, when=when, iteration=None), how, memory, reporter=reporter, hear=hear)
+        _tell(lacking, max(whole, default=None), how, memory)
         if how.once:
             return memory.errors[-1].exit_code if memory.errors else 0
         time.sleep(how.interval)
 
 
-def _waiting(watcher: Watcher, request: Request, how: Following, memory: _Memory) -> list[When]:
-    """Whole checkpoints to convert, oldest first; of many no more than are kept."""
+def _look(watcher: Watcher, how: Following, memory: _Memory) -> tuple[list[When], dict[When, Look]]:
+    """Whole checkpoints to convert, and what the others lack, each oldest first.
+
+    One that is being written is neither: a file that changed just now may be followed by those of other ranks.
+    """
+    whole, lacking = list[When](), dict[When, Look]()
     try:
-        steps = [when for when in watcher.steps() if when not in memory.done]
-        whole = [when for when in steps if watcher.look(when).ready]
+        steps, begun = watcher.steps(), watcher.begun()
+        for when in sorted({*steps, *begun} - memory.done):
+            seen = watcher.look(when)
+            writing = any(obstacle.kind == "unfinished" for obstacle in seen.obstacles)
+            if seen.ready:
+                whole.append(when)
+            elif seen.rested >= how.settle or not (writing or when in begun):
+                lacking[when] = seen
     except InterruptedRunError:
         raise
     except Ckpt2ptError as error:
         _note(error, (-1, -1), how, memory)
-        return []
-    return whole[-how.keep :] if how.keep else whole
+        return [], {}
+    return whole, lacking
+
+
+def _tell(lacking: dict[When, Look], whole: When | None, how: Following, memory: _Memory) -> None:
+    """Say what keeps checkpoints from being converted; it is an error of the newest alone."""
+    newest = max([*lacking, *memory.done, *([whole] if whole else [])], default=None)
+    for when, seen in lacking.items():
+        error = seen.refusal()
+        if when == newest and not how.forgive:
+            _note(error, when, how, memory, "%s")
+        else:
+            _say("%s", error, when, memory)
 
 
 def _convert(
@@ -119,11 +146,16 @@ def _is_newer(request: Request) -> bool:
     return iteration > named
 
 
-def _note(error: Ckpt2ptError, when: When, how: Following, memory: _Memory) -> None:
+def _note(error: Ckpt2ptError, when: When, how: Following, memory: _Memory, form: str = "") -> None:
     memory.errors.append(error)
     memory.lament(error)
     if how.stop_on_error:
         raise error
+    _say(form or f"checkpoint {when[0]}_{when[1]} is not converted: %s", error, when, memory)
+
+
+def _say(form: str, error: Ckpt2ptError, when: When, memory: _Memory) -> None:
+    """Once, until it changes."""
     if memory.told.get(when) != str(error):
         memory.told[when] = str(error)
-        log.error("checkpoint %d_%d is not converted: %s", *when, error)
+        log.error(form, error)

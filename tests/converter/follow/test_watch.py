@@ -20,6 +20,7 @@ from ckpt2pt.follow.watch import Following, watch
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.options import request_of
 from ckpt2pt.publish import TRACKER
+from conversions import Quiet
 from documents import changed, write
 from handmade import Handmade
 from workers import wait_for
@@ -118,6 +119,95 @@ def test_one_that_is_being_written_is_left_alone(training: Training) -> None:
     assert training.results() == []
     assert once(training, "--settle", "0") == 0
     assert training.results() == ["iter_0000010", TRACKER]
+
+
+def shorten(training: Training, iteration: int) -> Path:
+    [file] = (training.source / "rank_1").glob(f"*-0_{iteration}.ckpt")
+    file.chmod(0o600)
+    file.write_bytes(file.read_bytes()[:-3])
+    file.chmod(0o400)
+    return file
+
+
+def rest(training: Training) -> None:
+    """A while ago is when everything was written."""
+    for path in training.source.glob("*/*"):
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 60))
+
+
+def test_broken_checkpoints_are_told_each_once_and_the_newest_decides(
+    training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for iteration in (10, 20, 30):
+        training.save(iteration)
+    names = [shorten(training, iteration).name for iteration in (10, 30)]
+    assert once(training) == 65
+    err = capsys.readouterr().err
+    for name in names:
+        assert err.count(f"is not whole: rank_1 is broken ({name}: ") == 1
+    assert training.results() == ["iter_0000020", TRACKER], "what is whole is converted nevertheless"
+    assert once(training, "--stop-on-error") == 65
+    assert once(training, "--forgive-broken-save") == 0
+    assert f"rank_1 is broken ({names[-1]}: " in capsys.readouterr().err
+    training.save(40)
+    assert once(training) == 0, "a newer one could be converted"
+
+
+@pytest.mark.parametrize("left", ["rank", "step", "temporary"])
+def test_an_incomplete_checkpoint_is_told_when_it_has_rested(
+    left: str, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if left != "rank":
+        training.save(10)
+    training.save(20, 0)
+    if left == "temporary":
+        training.save(20, 1)
+        [file] = (training.source / "rank_1").glob("*-0_20.ckpt")
+        file.rename(file.with_suffix(".tmp"))
+    assert once(training) == 0, "others may still come"
+    assert "20 is not whole" not in capsys.readouterr().err
+    rest(training)
+    code, text = {
+        "rank": (66, "rank_1 is missing"),
+        "step": (65, "rank_1 is at 0_10"),
+        "temporary": (75, "rank_1 is being written ("),
+    }[left]
+    said = training.folder / "last-word"
+    assert once(training, "--termination-log", str(said)) == code
+    assert capsys.readouterr().err.count(f"checkpoint 0_20 is not whole: {text}") == 1
+    assert text in json.loads(said.read_text())["message"]
+
+
+def test_a_follower_tells_what_is_broken_once_and_its_status_until_one_succeeds(
+    training: Training, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.save(10)
+    shorten(training, 10)
+    request = request_of(cli.build_parser().parse_args(["watch", *training.flags()]))
+    laments: list[int] = []
+    rounds = iter([None, None, lambda: training.save(20), None])
+
+    def pause(_: float) -> None:
+        try:
+            happens = next(rounds)
+        except StopIteration:
+            raise InterruptedRunError("enough", where="here", mend="none") from None
+        if happens:
+            happens()
+
+    monkeypatch.setattr("ckpt2pt.follow.watch.time.sleep", pause)
+    heard: list[int] = []
+    with pytest.raises(InterruptedRunError, match="enough"):
+        watch(
+            request,
+            Following(),
+            reporter=Quiet,
+            hear=lambda outcome, _: heard.append(outcome.target.iteration),
+            lament=lambda error: laments.append(error.exit_code),
+        )
+    assert ["rank_1 is broken" in record.getMessage() for record in caplog.records].count(True) == 1
+    assert heard == [20]
+    assert laments == [65, 65, 65], "after a success no more"
 
 
 def damage(training: Training, iteration: int) -> None:
