@@ -31,6 +31,7 @@ _GLOBAL = re.compile(r".*_rank_\d+_(?P<step>\d{1,12})(?P<merged>_dp_merged)?\.(?
 _SKIPPED = re.compile(r"\..*|.*_best_rank_\d+-.*|.*_breakpoint\.ckpt|.*\.tmp|stratey\d+\.ckpt|strategy\d+\.ckpt")
 _MODEL = re.compile(r"(?:.*_)?model_optim_rng(?:_(?P<member>\d{3}))?(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
 _ITERATION = re.compile(r"iter_(\d{1,12})|release")
+_RANK = re.compile(r"rank_\d{1,9}")
 _MODEL_RANK = re.compile(r"mp_rank_\d{2,}(?:_\d{3,})?")
 _TRACKER = "latest_checkpointed_iteration.txt"
 SHARD_INFO = "opt_shard_info"
@@ -143,6 +144,34 @@ def find_groups(
                 check_ranks(read_info(file), topology.group(tp, pp))
             kept[when][tp, pp] = replace(kept[when][tp, pp], peers=peers, info=file)
     return kept
+
+
+def surplus(root: Path, when: When, wanted: Iterable[str]) -> list[str]:
+    """Folders of ranks, or of V2's models, that hold files of a checkpoint and are not ``wanted``: names, by number.
+
+    For ``combine``, which takes the degrees from descriptions.  ``convert`` is told them, and what a larger run has left
+    beside its ranks is not looked at.
+    """
+    iterations = _iterations(root)
+    form = _MODEL_RANK if iterations else _RANK
+    folders = [path for path in _listing(iterations.get(when, root)) if form.fullmatch(path.name) and path.is_dir()]
+    other = {path.name for path in folders}.difference(wanted)
+    return [
+        path.name
+        for path in sorted(folders, key=lambda path: (len(path.name), path.name))
+        if path.name in other and any(_is_shard(file.name, None if iterations else when) for file in _listing(path))
+    ]
+
+
+def _is_shard(name: str, when: When | None) -> bool:
+    fits = when is None or when_of_name(name) == when
+    return fits and name.endswith(SUFFIXES) and "_dp_merged" not in name and not _SKIPPED.fullmatch(name)
+
+
+def names_of(topology: Topology) -> set[str]:
+    """Every folder of every rank, in both layouts."""
+    models = {topology.directory(*key) for key in topology.ranks()}
+    return models | {f"rank_{rank}" for key in topology.ranks() for rank in topology.group(*key)}
 
 
 def index_source(file: SourceFile, ranks: Sequence[int]) -> dict[str, TensorRef]:

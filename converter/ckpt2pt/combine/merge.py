@@ -16,7 +16,17 @@ from pathlib import Path
 
 from ckpt2pt import __version__
 from ckpt2pt.ckpt import index_file, read_scalar
-from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
+from ckpt2pt.ckpt.ranks import (
+    SourceFile,
+    When,
+    choose,
+    find_groups,
+    find_sources,
+    index_source,
+    last_saved,
+    names_of,
+    surplus,
+)
 from ckpt2pt.ckpt.shards import has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
@@ -307,15 +317,29 @@ def choose_groups(asked: Combination) -> Merge:
         info=asked.strategy,
         wanted_format=asked.source_format,
     )
-    files = found[choose(found, last_saved(asked.source, topology))]
+    when = choose(found, last_saved(asked.source, topology))
+    files = found[when]
     if not all(file.info for file in files.values()):
         raise InputError(
             "the files hold named parameters and no shards: there is nothing to merge",
             where=next(iter(files.values())).path,
             mend="convert them as they are (ckpt2pt convert)",
         )
+    _check_described(asked, when, names_of(topology))
     agree({path: facts_of(index_file(path)) for file in files.values() for path in file.paths}, asked.source)
     return Merge(asked, topology, files)
+
+
+def _check_described(asked: Combination, when: When, described: set[str]) -> None:
+    """Refuse folders of shards that nothing describes: part of the model would be left out."""
+    names = described | {path.parent.name for path in asked.strategy.glob(f"*/{_INFO}")}
+    found = surplus(asked.source, when, names)
+    if found:
+        raise MissingInputError(
+            f"{len(found)} folders of --checkpoint-dir hold shards that nothing describes: {', '.join(found[:8])}",
+            where=asked.strategy,
+            mend="copy the whole opt_shard_info folder of the training, or move what another run has left away",
+        )
 
 
 def described_topology(strategy: Path) -> Topology:

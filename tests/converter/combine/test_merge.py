@@ -231,12 +231,34 @@ def no_shards(root: Path) -> None:
     made.write_source(root)
 
 
+def extra(root: Path) -> None:
+    (root / "rank_8").mkdir()
+    shutil.copy(root / "rank_7" / "network_rank_7-0_12.ckpt", root / "rank_8" / "network_rank_8-0_12.ckpt")
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], type[Ckpt2ptError], str]] = {
     "nothing-described": (lambda root: shutil.rmtree(root / "opt_shard_info"), MissingInputError, "no .*dist_opt_shard_info"),
     "a-description-is-missing": (lambda root: shutil.rmtree(root / "opt_shard_info" / "rank_0"), InputError, "not the first ranks of equal groups"),
     "a-rank-is-missing": (lambda root: shutil.rmtree(root / "rank_6"), MissingInputError, "1 of 8 rank folders are missing: rank_6"),
+    "a-rank-too-many": (extra, MissingInputError, "1 folders .* nothing describes: rank_8\n"),
     "named-parameters": (no_shards, InputError, "named parameters and no shards"),
 }  # fmt: skip
+
+
+def test_stages_that_nothing_describes_are_not_left_out(tmp_path: Path) -> None:
+    made_in(tmp_path, "dp2-cp2-pp2")
+    shutil.rmtree(tmp_path / "ms" / "opt_shard_info" / "rank_4")
+    with pytest.raises(MissingInputError, match=r"4 folders .* nothing describes: rank_4, rank_5, rank_6, rank_7\n"):
+        combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+    assert not (tmp_path / "merged").exists()
+
+
+def test_ranks_that_another_run_left_at_an_older_step_are_no_obstacle(tmp_path: Path) -> None:
+    made_in(tmp_path)
+    extra(tmp_path / "ms")
+    [left] = (tmp_path / "ms" / "rank_8").iterdir()
+    left.rename(left.with_name("network_rank_8-0_10.ckpt"))
+    assert combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet()).written == 2
 
 
 @pytest.mark.parametrize("case", REFUSED)
