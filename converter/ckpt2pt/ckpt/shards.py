@@ -28,6 +28,8 @@ from ckpt2pt.plan.moves import cut
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 MAX_INFO_BYTES = 256 << 20
+MAX_GAP = (512 + 30) // 2
+"""Elements between two parameters: memory is aligned to 512 bytes with 31 to spare, and an element has 2 or more."""
 PREFIXES = ("", "exp_avg.", "exp_avg_sq.")
 _MEND = "point spec.source.optShardInfoPath (--opt-shard-info-path) at the opt_shard_info of the run that wrote these shards"
 
@@ -43,12 +45,16 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardInfo:
-    """One ``dist_opt_shard_info*.json``: global ranks ascending, places by name, padded bucket sizes by buffer."""
+    """One ``dist_opt_shard_info*.json``: global ranks ascending, places by name, bucket sizes by buffer.
+
+    ``buckets`` are the sizes with what fills a bucket up for its ranks, ``used`` those without.
+    """
 
     path: str
     ranks: tuple[int, ...]
     places: Mapping[str, Place]
     buckets: Mapping[int, tuple[int, ...]]
+    used: Mapping[int, tuple[int, ...]]
     zero3: tuple[str, ...]
 
     def shards(self) -> Iterator[tuple[str, int, int, int]]:
@@ -103,14 +109,17 @@ def _parse(document: Mapping[str, object], path: str) -> ShardInfo:
         buffer, _, start, stop = map(_natural, param["range_map"])
         places[name] = Place(buffer, start, stop, tuple(map(_natural, param["shape"])))
     buckets: dict[int, tuple[int, ...]] = {}
+    used: dict[int, tuple[int, ...]] = {}
     for key, buffer_info in buffers.items():
         sizes = {int(number): _natural(pair[0]) for number, pair in buffer_info["buckets"].items()}
         if sorted(sizes) != list(range(len(sizes))):
             raise ValueError(f"buckets of buffer {key} are numbered {sorted(sizes)[:8]}")
         buckets[int(key)] = tuple(sizes[number] for number in range(len(sizes)))
+        filled = {int(number): _natural(pair[-1]) for number, pair in buffer_info["buckets"].items()}
+        used[int(key)] = tuple(filled[number] for number in range(len(sizes)))
     ranks = tuple(sorted(map(_natural, cast("Sequence[object]", document["dp_rank_list"]))))
     zero3 = tuple(map(str, cast("Sequence[object]", document.get("zero3_params") or ())))
-    return ShardInfo(path=path, ranks=ranks, places=places, buckets=buckets, zero3=zero3)
+    return ShardInfo(path=path, ranks=ranks, places=places, buckets=buckets, used=used, zero3=zero3)
 
 
 def _natural(value: object) -> int:
@@ -138,6 +147,24 @@ def _check_places(info: ShardInfo) -> None:
                 raise FormatError(f"{name} and {other} overlap at element {start}", where=info.path, mend=_MEND)
     if len(set(info.ranks)) != len(info.ranks) or not info.ranks:
         raise FormatError(f"dp_rank_list is {list(info.ranks)}", where=info.path, mend=_MEND)
+
+
+def check_covered(info: ShardInfo) -> None:
+    """Refuse a description that lacks a parameter: a stretch of a bucket longer than any gap between two."""
+    for buffer, sizes in info.buckets.items():
+        places = sorted((place.start, place.stop) for place in info.places.values() if place.buffer == buffer)
+        starts = accumulate(sizes, initial=0)
+        for number, (begin, size, used) in enumerate(zip(starts, sizes, info.used[buffer], strict=False)):
+            end, reached = begin + min(size, used), begin
+            for start, stop in [*(one for one in places if begin <= one[0] < begin + size), (end, end)]:
+                if start - reached > MAX_GAP:
+                    raise CoverageError(
+                        f"nothing describes elements [{reached}, {start}) of buffer {buffer}: {start - reached} of the "
+                        f"{used} that bucket {number} uses, where at most {MAX_GAP} part two parameters",
+                        where=info.path,
+                        mend=_MEND,
+                    )
+                reached = max(reached, stop)
 
 
 def check_ranks(info: ShardInfo, wanted: Sequence[int]) -> None:

@@ -27,7 +27,7 @@ from ckpt2pt.ckpt.ranks import (
     names_of,
     surplus,
 )
-from ckpt2pt.ckpt.shards import has_shards, read_info
+from ckpt2pt.ckpt.shards import check_covered, has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
 from ckpt2pt.engine.write import Stop, write_files
@@ -152,6 +152,8 @@ class Merge:
         """Index a group and lay its files out: the name of its first rank's, or of each of them."""
         asked, file = self.asked, self.files[rank]
         inputs = tuple(inputs_of(file, asked.source))  # before the files are read, and again behind
+        if file.info:
+            check_covered(read_info(file.info))
         entries = merged_entries(index_source(file, self.topology.group(*rank)), optimizer=asked.optimizer)
         paths = file.peers if asked.copies else file.peers[:1]
         suffix = asked.target_format

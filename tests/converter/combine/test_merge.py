@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -14,7 +15,15 @@ import pytest
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.combine.merge import Combination, combine, described_topology
 from ckpt2pt.engine.write import write_files
-from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceError, TryAgainError, UsageError
+from ckpt2pt.errors import (
+    Ckpt2ptError,
+    CoverageError,
+    InputError,
+    MissingInputError,
+    NoSpaceError,
+    TryAgainError,
+    UsageError,
+)
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.run import run
 from ckpt2pt.tensors import TensorRef
@@ -250,6 +259,23 @@ def test_stages_that_nothing_describes_are_not_left_out(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "ms" / "opt_shard_info" / "rank_4")
     with pytest.raises(MissingInputError, match=r"4 folders .* nothing describes: rank_4, rank_5, rank_6, rank_7\n"):
         combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1, 6, -1], ids=["first", "second", "in-the-midst", "last"])
+@pytest.mark.parametrize("source", [J / "ms_zero_src", DIST], ids=["two-stages", "two-models"])
+def test_a_parameter_that_the_description_lacks_is_not_left_out(number: int, source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source / "opt_shard_info", tmp_path / "info")
+    [path] = (tmp_path / "info" / "rank_0").iterdir()
+    path.chmod(0o600)
+    document = json.loads(path.read_text())
+    large = [name for name, told in document["param_info"].items() if np.prod(told["shape"]) > 32]
+    _, _, start, stop = document["param_info"].pop(large[number])["range_map"]
+    path.write_text(json.dumps(document))
+    with pytest.raises(CoverageError, match=r"nothing describes elements \[\d+, \d+\) of buffer 0") as caught:
+        combine(asked(source, tmp_path / "merged", strategy=tmp_path / "info"), Quiet())
+    first, last = map(int, re.findall(r"\[(\d+), (\d+)\)", caught.value.what)[0])
+    assert first <= start < stop <= last
     assert not (tmp_path / "merged").exists()
 
 
