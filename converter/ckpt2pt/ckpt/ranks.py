@@ -146,13 +146,17 @@ def find_groups(
     return kept
 
 
-def surplus(root: Path, when: When, wanted: Iterable[str]) -> list[str]:
+def surplus(root: Path, when: When | None, wanted: Iterable[str]) -> list[str]:
     """Folders of ranks, or of V2's models, that hold files of a checkpoint and are not ``wanted``: names, by number.
 
+    Without ``when`` V2's newest iteration counts, and no folders of ranks.
     For ``combine``, which takes the degrees from descriptions.  ``convert`` is told them, and what a larger run has left
     beside its ranks is not looked at.
     """
     iterations = _iterations(root)
+    if when is None and not iterations:
+        return []
+    when = max(iterations) if when is None else when
     form = _MODEL_RANK if iterations else _RANK
     folders = [path for path in _listing(iterations.get(when, root)) if form.fullmatch(path.name) and path.is_dir()]
     other = {path.name for path in folders}.difference(wanted)

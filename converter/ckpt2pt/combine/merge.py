@@ -309,6 +309,9 @@ def _own_words() -> Generator[None]:
 
 def choose_groups(asked: Combination) -> Merge:
     """The groups that the descriptions tell of, at the newest step that all their ranks have."""
+    infos = _descriptions(asked.strategy)
+    if any(_MODEL_RANK.fullmatch(name) for name in infos):  # whose degrees do not tell what is missing
+        _check_described(asked, None, set())
     topology = described_topology(asked.strategy)
     found = find_sources(asked.source, topology, wanted_format=asked.source_format, merged=False)
     found = find_groups(
@@ -332,10 +335,9 @@ def choose_groups(asked: Combination) -> Merge:
     return Merge(asked, topology, files)
 
 
-def _check_described(asked: Combination, when: When, described: set[str]) -> None:
+def _check_described(asked: Combination, when: When | None, described: set[str]) -> None:
     """Refuse folders of shards that nothing describes: part of the model would be left out."""
-    names = described | {path.parent.name for path in asked.strategy.glob(f"*/{_INFO}")}
-    found = surplus(asked.source, when, names)
+    found = surplus(asked.source, when, described.union(_descriptions(asked.strategy)))
     if found:
         raise MissingInputError(
             f"{len(found)} folders of --checkpoint-dir hold shards that nothing describes: {', '.join(found[:8])}",
@@ -344,8 +346,8 @@ def _check_described(asked: Combination, when: When, described: set[str]) -> Non
         )
 
 
-def described_topology(strategy: Path) -> Topology:
-    """Degrees from the folders that hold descriptions, ``rank_R`` or ``mp_rank_T_P``, and the first one's list of ranks."""
+def _descriptions(strategy: Path) -> dict[str, Path]:
+    """By the names of their folders, ``rank_R`` or ``mp_rank_T_P``."""
     try:
         infos = {path.parent.name: path for path in sorted(strategy.glob(f"*/{_INFO}"))}
     except OSError as error:
@@ -356,6 +358,12 @@ def described_topology(strategy: Path) -> Topology:
             where=strategy,
             mend="point --strategy-dir at the opt_shard_info folder of the training",
         )
+    return infos
+
+
+def described_topology(strategy: Path) -> Topology:
+    """Degrees from the folders that hold descriptions, and the first one's list of ranks."""
+    infos = _descriptions(strategy)
     data = len(read_info(next(iter(infos.values()))).ranks)
     ranks = sorted(int(name[5:]) for name in infos if re.fullmatch(r"rank_\d{1,9}", name))
     models = [found for name in infos if (found := _MODEL_RANK.fullmatch(name))]

@@ -262,6 +262,22 @@ def test_stages_that_nothing_describes_are_not_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("name", ["mp_rank_00_001", "mp_rank_01_001", "mp_rank_00_000"])
+def test_a_model_folder_that_nothing_describes_is_named(name: str, tmp_path: Path) -> None:
+    made_in(tmp_path, "br-master")
+    shutil.rmtree(tmp_path / "ms" / "opt_shard_info" / name)
+    with pytest.raises(MissingInputError, match=rf"1 folders .* nothing describes: {name}\n"):
+        combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+
+
+def test_a_whole_stage_that_nothing_describes_is_named(tmp_path: Path) -> None:
+    made_in(tmp_path, "br-master")
+    for name in ("mp_rank_00_001", "mp_rank_01_001"):
+        shutil.rmtree(tmp_path / "ms" / "opt_shard_info" / name)
+    with pytest.raises(MissingInputError, match=r"2 folders .* nothing describes: mp_rank_00_001, mp_rank_01_001\n"):
+        combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+
+
 @pytest.mark.parametrize("number", [0, 1, 6, -1], ids=["first", "second", "in-the-midst", "last"])
 @pytest.mark.parametrize("source", [J / "ms_zero_src", DIST], ids=["two-stages", "two-models"])
 def test_a_parameter_that_the_description_lacks_is_not_left_out(number: int, source: Path, tmp_path: Path) -> None:
