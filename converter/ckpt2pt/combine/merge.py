@@ -7,6 +7,7 @@ write                 a group's files appear together by rename, and its manifes
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Generator, Mapping
@@ -17,6 +18,7 @@ from pathlib import Path
 from ckpt2pt import __version__
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import (
+    UNNAMED,
     SourceFile,
     When,
     choose,
@@ -50,6 +52,8 @@ from ckpt2pt.records import Json, seal
 from ckpt2pt.request import Pace, digest
 from ckpt2pt.survey import agree, changed, facts_of, inputs_of
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
+
+log = logging.getLogger("ckpt2pt")
 
 _INFO = "dist_opt_shard_info*.json"
 # Flags of convert, as the rooms that both use name them in their mends, and what they are called here.
@@ -331,8 +335,23 @@ def choose_groups(asked: Combination) -> Merge:
             mend="convert them as they are (ckpt2pt convert)",
         )
     _check_described(asked, when, names_of(topology))
-    agree({path: facts_of(index_file(path)) for file in files.values() for path in file.paths}, asked.source)
+    facts = {path: facts_of(index_file(path)) for file in files.values() for path in file.paths}
+    agree(facts, asked.source)
+    path, told = next(iter(facts.items()))
+    for doubt in doubts(when, told):
+        log.warning("%s %s", path, doubt)
     return Merge(asked, topology, files)
+
+
+def doubts(named: When, facts: Mapping[str, float]) -> list[str]:
+    """Where a file contradicts the epoch and step of its name; ``facts`` as of :func:`facts_of`."""
+    wanted = {"epoch_num": named[0], "step_num": named[1], "iteration": named[1]}
+    return [
+        f"is named {named[0]}_{named[1]}, and holds {entry} {facts[entry]:g}: the merged file keeps the name, and convert "
+        "goes by what the file holds"
+        for entry, value in wanted.items()
+        if named != UNNAMED and facts.get(entry, value) != value
+    ]
 
 
 def _check_described(asked: Combination, when: When | None, described: set[str]) -> None:

@@ -262,6 +262,20 @@ def test_stages_that_nothing_describes_are_not_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("case", ["dp4", "br-master"])
+def test_a_name_that_the_contents_contradict_is_remarked_and_kept(
+    case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made_in(tmp_path, case)
+    combine(asked(tmp_path / "ms", tmp_path / "before"), Quiet())
+    assert not caplog.records
+    for path in [*(tmp_path / "ms").rglob("*-0_12.ckpt"), *(tmp_path / "ms").glob("iter_*")]:
+        path.rename(path.with_name(path.name.replace("12", "13")))
+    assert combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet()).when == (0, 13)
+    [remark] = [record.getMessage() for record in caplog.records]
+    assert re.search(r"is named 0_13, and holds (step_num|iteration) 12: the merged file keeps the name", remark)
+
+
 @pytest.mark.parametrize("name", ["mp_rank_00_001", "mp_rank_01_001", "mp_rank_00_000"])
 def test_a_model_folder_that_nothing_describes_is_named(name: str, tmp_path: Path) -> None:
     made_in(tmp_path, "br-master")
