@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,34 @@ def test_noop_layers_are_learnt_unless_given() -> None:
 def test_wrong_usage(words: list[str]) -> None:
     with pytest.raises(UsageError, match=words[0]):
         import_request_of(parse(*words))
+
+
+@pytest.mark.parametrize("prefix", ["stratey1", "strategy12", "network_best_rank_0-x", "network_breakpoint"])
+def test_a_prefix_whose_files_convert_would_pass_by_is_refused(prefix: str) -> None:
+    with pytest.raises(UsageError, match=f"--file-prefix is '{prefix}': convert passes by {prefix}.ckpt"):
+        import_request_of(parse("--file-prefix", prefix))
+    assert import_request_of(parse("--file-prefix", f"my_{prefix.replace('_', '')}")).prefix
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_file_in_the_place_of_the_folder_is_wrong_usage(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    words = ["import", "--megatron-path", str(FOLDER / "A"), "--ms-path", str(tmp_path / place)]
+    assert main([*words, "--multiprocess-off", "--progress", "none"]) == 64
+    assert "a file stands where a folder is to be" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_help_tells_the_defaults() -> None:
+    parser = argparse.ArgumentParser(formatter_class=partial(argparse.HelpFormatter, max_help_position=60, width=999))
+    add_import_options(parser)
+    told = {line.split()[0]: line for line in parser.format_help().splitlines() if line.startswith("  --")}
+    learnt = ("--num-layers", "--tp-size", "--pp-size", "--vpp-size")
+    for flag, value in {**dict.fromkeys(learnt, "as the checkpoint says"), "--dp-size": "1", "--cp-size": "1"}.items():
+        assert told[flag].endswith(f"default{':' if flag in learnt else ''} {value}")
+    assert (parse().num_layers, parse().dp_size, parse().cp_size) == (None, 1, 1)
 
 
 def test_all_flags_of_the_reference_are_known() -> None:
