@@ -33,12 +33,8 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tp-size", type=int, help="tensor parallel size; default: as the checkpoint says")
     group.add_argument("--pp-size", type=int, help="pipeline parallel size; default: as the checkpoint says")
     group.add_argument("--vpp-size", type=int, help="model chunks of each stage; default: as the checkpoint says")
-    group.add_argument(
-        "--dp-size", type=int, default=1, help="data parallel size of the MindSpore training to come; default 1"
-    )
-    group.add_argument(
-        "--cp-size", type=int, default=1, help="context parallel size of the MindSpore training to come; default 1"
-    )
+    group.add_argument("--dp-size", type=int, default=1, help="data parallel size of the MindSpore training to come")
+    group.add_argument("--cp-size", type=int, default=1, help="context parallel size of the MindSpore training to come")
     group.add_argument(
         "--parallel-init-order",
         default="tp-cp-ep-dp-pp",
