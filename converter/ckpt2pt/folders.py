@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ckpt2pt.errors import InputError, MissingInputError, UsageError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.publish import TRACKER, Target
+from ckpt2pt.text import short
 
 SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors"})
 
@@ -45,8 +47,10 @@ def read_tracker(folder: Path) -> str:
 
 
 def iteration_name(named: str) -> str:
-    """``500`` -> ``iter_0000500``, ``release`` -> ``release``."""
-    return f"iter_{int(named):07d}" if named.isdecimal() and named.isascii() else "release"
+    """``500`` -> ``iter_0000500``, ``release`` -> ``release``; empty for any other text, which names no iteration."""
+    if re.fullmatch(r"[0-9]{1,12}", named):
+        return f"iter_{int(named):07d}"
+    return named if named == "release" else ""
 
 
 def layout_of(ranks: Sequence[int]) -> Topology | None:
@@ -90,8 +94,14 @@ def pairs(left: Path, right: Path) -> Iterator[tuple[str, Path | None, Path | No
 def iteration_folder(folder: Path) -> Path:
     """The iteration that a Megatron root's tracker names, or its only one; any other folder itself."""
     named = read_tracker(folder)
-    if named:
+    if iteration_name(named):
         return folder / iteration_name(named)
+    if named:
+        raise InputError(
+            f"the tracker says {short(named)}, which is neither an iteration nor release",
+            where=folder / TRACKER,
+            mend="write the number of an iteration that is there into it, or name the folder of the iteration itself",
+        )
     iterations = sorted(path for path in folder.glob("iter_*") if path.is_dir())
     if len(iterations) > 1:
         raise InputError(

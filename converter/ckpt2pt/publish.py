@@ -219,11 +219,12 @@ class Target:
 
     def check(self, *, overwrite: bool) -> None:
         """Refuse a folder that is somebody else's; touches nothing."""
-        claim = read_record(self.state / "claim.json")
+        data = _read(self.state / "claim.json")  # once: another worker may be about to write it
+        claim = unseal(data)
         if overwrite or (claim and (claim.get("identity") == self.identity or self._goes_on(claim))):
             return
         mend = f"choose another {self.kind.option}, or replace it with {self.kind.replace}"
-        if claim is None and (self.state / "claim.json").exists():
+        if data and claim is None:
             raise UsageError("the claim of the conversion there is damaged", where=self.state / "claim.json", mend=mend)
         if claim is not None:
             raise UsageError(
@@ -235,7 +236,9 @@ class Target:
         with suppress(FileNotFoundError):
             found = self.folder.iterdir() if self.kind.alone else self._results()
             strangers = sorted(p.name for p in found if p.name != STATE)
-            if strangers:
+            if strangers and _read(self.state / "claim.json") != data:
+                self.check(overwrite=overwrite)  # another worker has taken the folder meanwhile, and begun
+            elif strangers:
                 raise UsageError(
                     f"the folder holds {strangers[0]}, which ckpt2pt did not write",
                     where=self.folder,

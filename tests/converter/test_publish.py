@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from ckpt2pt import publish
 from ckpt2pt.errors import FileAccessError, NoSpaceError, TryAgainError, UsageError
 from ckpt2pt.publish import (
     MINDSPORE,
@@ -111,15 +112,35 @@ def test_a_folder_of_another_conversion_is_refused_unless_overwritten(target: Ta
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda path: rewrite(path, {"identity": "other"}), pipe, lambda path: path.write_text("{")]
+    ("damage", "words"),
+    [
+        (lambda path: rewrite(path, {"identity": "other"}), "claim of the conversion there is damaged"),
+        (lambda path: path.write_text("{"), "claim of the conversion there is damaged"),
+        (pipe, "which ckpt2pt did not write"),
+    ],
+    ids=["changed", "cut", "pipe"],
 )
-def test_a_claim_that_was_damaged_is_nobodys(target: Target, damage: Callable[[Path], object]) -> None:
+def test_a_claim_that_was_damaged_is_nobodys(target: Target, damage: Callable[[Path], object], words: str) -> None:
     finish(target, 0, 1)
     damage(target.state / "claim.json")
-    with pytest.raises(UsageError, match="claim of the conversion there is damaged"):
+    with pytest.raises(UsageError, match=words):
         target.claim({}, overwrite=False)
     target.claim({}, overwrite=True)
     assert target.rank_manifest(0, 0) is None
+
+
+def test_two_workers_that_begin_at_once_both_go_on(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second looks for a claim just before the first writes it and makes its rank's folder."""
+    real = publish._read
+
+    def first(path: Path) -> bytes:
+        data = real(path)
+        monkeypatch.setattr(publish, "_read", real)
+        finish(target, 0)
+        return data
+
+    monkeypatch.setattr(publish, "_read", first)
+    target.check(overwrite=False)
 
 
 def test_the_tracker_does_not_go_back(target: Target) -> None:

@@ -28,11 +28,11 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
         help="folder of param_map_*.json; default: computed, and proved by the checkpoint",
     )
     group.add_argument("--overwrite", action="store_true", help="replace another import's result")
-    group = parser.add_argument_group("how the model is cut (default: as the checkpoint says)")
-    group.add_argument("--num-layers", type=int, help="layers, no-op layers included")
-    group.add_argument("--tp-size", type=int, help="tensor parallel size")
-    group.add_argument("--pp-size", type=int, help="pipeline parallel size")
-    group.add_argument("--vpp-size", type=int, help="model chunks of each stage")
+    group = parser.add_argument_group("how the model is cut")
+    group.add_argument("--num-layers", type=int, help="layers, no-op layers included; default: as the checkpoint says")
+    group.add_argument("--tp-size", type=int, help="tensor parallel size; default: as the checkpoint says")
+    group.add_argument("--pp-size", type=int, help="pipeline parallel size; default: as the checkpoint says")
+    group.add_argument("--vpp-size", type=int, help="model chunks of each stage; default: as the checkpoint says")
     group.add_argument("--dp-size", type=int, default=1, help="data parallel size of the MindSpore training to come")
     group.add_argument("--cp-size", type=int, default=1, help="context parallel size of the MindSpore training to come")
     group.add_argument(
@@ -41,7 +41,7 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
         help="order in which ranks are counted; there is only tp-cp-ep-dp-pp",
     )
     group.add_argument(
-        "--stage-list", type=counts, nargs="+", metavar="N", help="layers of each stage (of each chunk) where uneven"
+        "--stage-list", type=counts, nargs="+", metavar="N", help="layers of each stage (of each chunk); default: even"
     )
     group.add_argument(
         "--noop", type=int, nargs="*", metavar="LAYER", help="no-op layers; default: those without parameters"
@@ -91,6 +91,7 @@ def _add_import_run(parser: argparse.ArgumentParser) -> None:
 def import_request_of(options: argparse.Namespace) -> BackRequest:
     """The frozen request that the flags of ``import`` describe."""
     from ckpt2pt.back.request import BackRequest  # noqa: PLC0415
+    from ckpt2pt.ckpt.ranks import is_passed_by  # noqa: PLC0415
     from ckpt2pt.request import Pace, rules_of  # noqa: PLC0415
 
     check_numbers(
@@ -108,6 +109,12 @@ def import_request_of(options: argparse.Namespace) -> BackRequest:
     prefix: str = options.file_prefix
     if not prefix or prefix.startswith(".") or "/" in prefix:
         raise UsageError(f"--file-prefix is {prefix!r}", where="the command line", mend="give a plain file name")
+    if is_passed_by(f"{prefix}.{options.format}"):
+        raise UsageError(
+            f"--file-prefix is {prefix!r}: convert passes by {prefix}.{options.format}, which is no checkpoint by its name",
+            where="the command line",
+            mend="give another name, such as network; not that of a strategy, a breakpoint or a best checkpoint",
+        )
     return BackRequest(
         source=options.megatron_path,
         target=options.ms_path,

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, prove_unchanged_back, survey_back
-from ckpt2pt.checksums import crc32
+from ckpt2pt.checksums import Piece, crc32
 from ckpt2pt.crew import Reporter
 from ckpt2pt.engine.write import Stop, write_files
+from ckpt2pt.errors import Ckpt2ptError
 from ckpt2pt.folders import iteration_folder, keep_apart
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
+from ckpt2pt.plan.moves import Move
+from ckpt2pt.pt.archive import Archive
 from ckpt2pt.publish import MINDSPORE, Target, access_error, publish_bytes
 from ckpt2pt.records import Json
 from ckpt2pt.run import Conversion, Outcome, carry_out
+from ckpt2pt.tensors import Extent
 
 log = logging.getLogger("ckpt2pt")
 
@@ -64,11 +69,18 @@ class _Back:
             advance=advance,
             check=self.request.verify != "none",
         )
+        try:
+            if self.request.verify != "none":
+                prove_archives(prepared.moves(), digests)
+            prove_unchanged_back(self.request, self.found, self.rank)
+        except Ckpt2ptError:
+            for file in files:  # nothing but their names tells MindSpore what to load
+                file.path.unlink(missing_ok=True)
+            raise
         described: list[Json] = []
         for name, content in prepared.metadata.items():
             publish_bytes(metadata / name, content)
             described.append({"path": f"{META}/{name}", "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"})
-        prove_unchanged_back(self.request, self.found, self.rank)
         target.publish_rank(
             *self.rank,
             {
@@ -81,6 +93,25 @@ class _Back:
                 "tensors": {label: f"{crc:08x}" for label, crc in sorted(digests.items())},
             },
         )
+
+
+def prove_archives(moves: Iterable[Move], digests: Mapping[str, int]) -> None:
+    """Compare what was read with the checksums of the archives it came from: a byte that changed in them is not passed on.
+
+    ``digests`` are the CRC-32 of each ``role:name``, as the engine has read it; what lies between is read now.
+    """
+    extents: dict[str, list[Extent]] = {}
+    for move in moves:
+        extents.setdefault(f"{move.role}:{move.name}", []).extend(move.extents)
+    pieces: dict[str, list[Piece]] = {}
+    for label, parts in extents.items():
+        whole = all((one.path, one.offset + one.nbytes) == (other.path, other.offset) for one, other in pairwise(parts))
+        if whole and parts:  # what was cut is read again
+            pieces.setdefault(parts[0].path, []).append(
+                (parts[0].offset, sum(part.nbytes for part in parts), digests[label])
+            )
+    for path, read in pieces.items():
+        Archive.open(Path(path)).prove_read(read)
 
 
 def _plan(request: BackRequest, found: BackSurvey, rank: Rank) -> _Back:

@@ -77,6 +77,11 @@ def rank_folder(root: Path, rank: int) -> Path:
     return root / f"rank_{rank}"
 
 
+def is_passed_by(name: str) -> bool:
+    """Whether a file of this name is no checkpoint to go on from: hidden, a best one, a breakpoint, a strategy."""
+    return _SKIPPED.fullmatch(name) is not None
+
+
 def find_sources(
     root: Path, topology: Topology, *, wanted_format: str | None = None, merged: bool = True
 ) -> dict[When, dict[Key, SourceFile]]:
@@ -304,7 +309,7 @@ def candidates(folder: Path, wanted: Wanted) -> dict[When, SourceFile]:
     found: dict[When, SourceFile] = {}
     for path in _listing(folder):
         suffix = path.suffix[1:]
-        if suffix not in SUFFIXES or (wanted[0] and suffix != wanted[0]) or _SKIPPED.fullmatch(path.name):
+        if suffix not in SUFFIXES or (wanted[0] and suffix != wanted[0]) or is_passed_by(path.name):
             continue
         if "_dp_merged" in path.name and not wanted[1]:
             continue

@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from ckpt2pt.checksums import crc32
+from ckpt2pt.checksums import Piece, crc32, crc32_combine
 from ckpt2pt.errors import FormatError
 from ckpt2pt.framing import Framer
 from ckpt2pt.pt.reader import (
@@ -264,6 +265,28 @@ class Archive:
                 found = file.crc32(extent.offset, extent.offset + extent.nbytes)
                 if found != record.crc32:
                     raise _wrong_crc(file, record, found)
+
+    def prove_read(self, pieces: Iterable[Piece]) -> None:
+        """Compare the stored CRC-32 of each record with that of its bytes; those that ``pieces`` tell of are not read again.
+
+        A piece's first byte counts from the start of the file.  Records that no piece is of are left out, and those of an
+        archive that was written without checksums.  ``FormatError`` names the first that differs.
+        """
+        told = sorted(pieces)
+        with PtFile(Path(self.path)) as file:
+            for record in self.records.values():
+                first, stop = record.extent.offset, record.extent.offset + record.extent.nbytes
+                inside = told[bisect_left(told, (first, 0, 0)) : bisect_left(told, (stop, 0, 0))]
+                if not inside or not record.crc32:
+                    continue
+                crc, position = 0, first
+                for start, nbytes, piece in inside:
+                    if start >= position:  # not read twice
+                        crc = crc32_combine(file.crc32(position, start, crc), piece, nbytes)
+                        position = start + nbytes
+                crc = file.crc32(position, stop, crc)
+                if crc != record.crc32:
+                    raise _wrong_crc(file, record, crc)
 
 
 def _read_pickle(file: PtFile, records: dict[str, Record]) -> bytes:

@@ -113,16 +113,24 @@ def _derive_degrees(values: dict[str, Argument], said: Description, data: int | 
     tensor, context = integer(values, "tensor_model_parallel_size"), integer(values, "context_parallel_size")
     pipeline = integer(values, "pipeline_model_parallel_size")
     model = tensor * pipeline * context
-    world = said.given.get("world_size") or said.world_size
-    if not isinstance(world, int):
-        world = (data or context) * tensor * pipeline
-        given = said.given.get("data_parallel_size")
-        world = given * model if isinstance(given, int) else world
+    stated = None if values["data_parallel_size"] is None else integer(values, "data_parallel_size")
+    world = said.world_size
+    if "world_size" in said.given:
+        world = integer(values, "world_size")
+    if world is None:
+        world = stated * model if stated else (data or context) * tensor * pipeline
     if world % model:
         raise UsageError(
             f"{world} ranks do not divide into tensor {tensor} x pipeline {pipeline} x context {context}",
             where=said.path,
             mend="check the degrees and world_size of the description",
+        )
+    if stated not in {None, world // model}:
+        raise UsageError(
+            f"data_parallel_size is {stated}, but {world} ranks by tensor {tensor} x pipeline {pipeline} x context "
+            f"{context} are {world // model}",
+            where=said.path,
+            mend="correct world_size or data_parallel_size of the description, or leave one of them out",
         )
     derive("world_size", world)
     derive("data_parallel_size", world // model)

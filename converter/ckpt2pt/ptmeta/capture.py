@@ -57,7 +57,8 @@ def capture(
     for (tp, pp), folder in rank_folders(iteration_folder(checkpoint)).items():
         rank = read_rank(folder, allow=allow)
         with_maps = rank.template.args.get("use_distributed_optimizer") is True and with_maps
-        layout = lay_out_rank(rank, pp, bucket_size=bucket_size, compare=compare) if with_maps else None
+        at_most = None if compare else 0
+        layout = lay_out_rank(rank, pp, bucket_size=bucket_size, at_most=at_most) if with_maps else None
         buffers = layout.buffers if layout else ()
         if layout:
             evidence.append(f"tp {tp} pp {pp}: {layout.evidence}")
@@ -83,7 +84,7 @@ def rank_files(rank: MegatronRank, tp: int, pp: int, buffers: tuple[tuple[Buffer
     )
 
 
-def lay_out_rank(rank: MegatronRank, pp: int, *, bucket_size: int | None = None, compare: bool = True) -> Layout:
+def lay_out_rank(rank: MegatronRank, pp: int, *, bucket_size: int | None = None, at_most: int | None = None) -> Layout:
     """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds."""
     divisor = _divisor(rank)
     notes: list[str] = []
@@ -92,11 +93,11 @@ def lay_out_rank(rank: MegatronRank, pp: int, *, bucket_size: int | None = None,
         if bucket_size:
             notes.append(f"buckets of {bucket_size} elements, by the header of distrib_optim.pt")
     buffers = _laid_out(rank, pp, divisor=divisor, bucket_size=bucket_size)
-    notes += _prove(rank, buffers, compare=compare)
+    notes += _prove(rank, buffers, at_most=at_most)
     return Layout(buffers=buffers, bucket_numel=bucket_size, evidence="; ".join(notes))
 
 
-def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, compare: bool, where: Path) -> Layout:
+def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | None, where: Path) -> Layout:
     """Buffers by param maps that somebody wrote, proved like computed ones; chunks without parameters have no map."""
     filled = [vpp for vpp, chunk in enumerate(rank.chunks) if chunk]
     if len(maps) != len(filled):
@@ -116,10 +117,10 @@ def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, compare: bool, wh
                 where=where,
                 mend="point --param-map-path at the maps of this run, or leave it out to have them computed",
             )
-    return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(_prove(rank, buffers, compare=compare)))
+    return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(_prove(rank, buffers, at_most=at_most)))
 
 
-def _prove(rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, compare: bool) -> list[str]:
+def _prove(rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, at_most: int | None) -> list[str]:
     stored = list(rank.buffers or ())
     flat = [(buffer, weights) for chunk, weights in zip(buffers, rank.chunks, strict=True) for buffer in chunk]
     notes: list[str] = []
@@ -135,13 +136,13 @@ def _prove(rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, compa
     count = 0
     for (buffer, weights), buckets in zip(flat, stored, strict=True):
         check_sizes(buffer, buckets, where=str(rank.folder))
-        if compare:
-            count += check_slices(buffer, buckets, weights, where=str(rank.folder))
-    if not compare and not all(views):
+        if at_most != 0:
+            count += check_slices(buffer, buckets, weights, where=str(rank.folder), at_most=at_most)
+    if at_most is not None and not all(views):
         # Without offsets to go by, only the values tell the order.
-        return _prove(rank, buffers, compare=True)
+        return _prove(rank, buffers, at_most=None)
     compared = f"{count} elements of distrib_optim.pt equal their weights"
-    return [*notes, compared if compare else "sizes equal those of distrib_optim.pt"]
+    return [*notes, compared if count else "sizes equal those of distrib_optim.pt"]
 
 
 def _fits(rank: MegatronRank, pp: int, divisor: int) -> bool:

@@ -10,10 +10,11 @@ import ast
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import yaml
 
@@ -28,18 +29,49 @@ _ARITHMETIC = re.compile(r"\$\(\((.+?)\)\)", re.DOTALL)
 _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: int.__add__, ast.Sub: int.__sub__, ast.Mult: int.__mul__, ast.Div: int.__floordiv__, ast.Mod: int.__mod__,
 }  # fmt: skip
+_SELECTIVE = "recompute_activations"  # stands for recompute_granularity: selective
+_UNTYPED = {"lazy_mpu_init", "params_dtype", "model_type"}
+_KINDS: Mapping[str, tuple[set[type], Callable[[Any], Argument]]] = {
+    "true or false": ({bool}, bool),
+    "a whole number": ({int}, int),
+    "a number": ({int, float}, float),
+    "text": ({str, int, float}, str),
+}
 _LAUNCHER = {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "rdzv_id", "rdzv_backend",
              "rdzv_endpoint", "max_restarts", "log_dir", "redirects", "tee"}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
-    """The arguments of Megatron-LM 0.6: defaults in order, negating flags, those of several words, bare switches."""
+    """The arguments of Megatron-LM 0.6: defaults in order, negating flags, and what values each of them takes."""
 
     arguments: Mapping[str, Argument]
     negations: Mapping[str, str]
     lists: frozenset[str]
     switches: frozenset[str]
+    integers: frozenset[str]
+    reals: frozenset[str]
+    choices: Mapping[str, tuple[str, ...]]
+
+    def is_switch(self, name: str) -> bool:
+        """Whether the flag takes no value."""
+        bare = name in self.switches or name in self.negations or name == _SELECTIVE
+        return bare or isinstance(self.arguments.get(name), bool)
+
+    def expected(self, name: str) -> str:
+        """What the value of an argument has to be; empty where the table does not know."""
+        default = self.arguments.get(name)
+        if self.is_switch(name):
+            return "true or false"
+        if name in self.choices:
+            return f"one of {', '.join(self.choices[name])}"
+        if name in self.lists:
+            return "a list"
+        if name in self.reals or isinstance(default, float):
+            return "a number"
+        if name in self.integers or isinstance(default, int):
+            return "a whole number"
+        return "text" if name in self.arguments and name not in _UNTYPED else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +93,9 @@ def known() -> Known:
         negations=document["negations"],
         lists=frozenset(document["lists"]),
         switches=frozenset(document["switches"]),
+        integers=frozenset(document["integers"]),
+        reals=frozenset(document["reals"]),
+        choices={name: tuple(values) for name, values in document["choices"].items()},
     )
 
 
@@ -80,14 +115,32 @@ def describe(path: Path) -> Description:
 def _of_mapping(text: str, path: Path) -> Iterator[tuple[str, Argument]]:
     try:
         document: object = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        root = cast("yaml.MappingNode", yaml.compose(text, yaml.SafeLoader))
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"not a YAML document: {error}", where=path, mend=_MEND) from error
     if not isinstance(document, dict):
         raise UsageError("not a mapping of arguments", where=path, mend=_MEND)
+    _refuse_twice([str(key.value) for key, _ in root.value], path)
     for name, value in cast("dict[object, object]", document).items():
         if not isinstance(name, str) or not isinstance(value, bool | int | float | str | list | None):
             raise UsageError(f"{name} is not an argument with a plain value", where=path, mend=_MEND)
-        yield name.lstrip("-").replace("-", "_"), _number(value) if isinstance(value, str) else value
+        yield _plain(name), value
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+def _refuse_twice(keys: Sequence[str], path: Path) -> None:
+    """A mapping has one value for each argument, however it is spelled: ``num-layers``, ``num_layers``, ``no-...``."""
+    first: dict[str, str] = {}
+    for key in keys:
+        name = known().negations.get(_plain(key), _plain(key))
+        if name in first:
+            raise UsageError(
+                f"{name} is given twice, as {first[name]} and as {key}", where=path, mend="leave one of them out"
+            )
+        first[name] = key
 
 
 def _of_script(text: str, path: Path) -> Iterator[tuple[str, Argument]]:
@@ -103,6 +156,8 @@ def _of_script(text: str, path: Path) -> Iterator[tuple[str, Argument]]:
         name, _, inline = flag[2:].partition("=")
         name = name.replace("-", "_")
         values = [inline] if inline else []
+        if inline and known().is_switch(name):
+            raise UsageError(f"{flag.partition('=')[0]} takes no value, and has {inline}", where=path, mend=_MEND)
         if not inline:
             stop = next((n for n in range(at, len(words)) if words[n].startswith("--")), len(words))
             values = words[at:stop]
@@ -156,13 +211,7 @@ def _compute(node: ast.expr) -> int:
 
 def _value(name: str, words: Sequence[str], path: Path) -> Argument:
     table = known()
-    default = table.arguments.get(name)
-    if (
-        isinstance(default, bool)
-        or name in table.switches
-        or name in table.negations
-        or name == "recompute_activations"
-    ):
+    if table.is_switch(name):
         return True
     if not words:
         if name in table.arguments:
@@ -176,7 +225,7 @@ def _value(name: str, words: Sequence[str], path: Path) -> Argument:
             where=path,
             mend="give the value itself in a YAML description",
         )
-    return _number(words[0])
+    return words[0]
 
 
 def _number(word: str) -> Argument:
@@ -188,20 +237,46 @@ def _number(word: str) -> Argument:
     return word
 
 
+def _typed(name: str, value: Argument, path: Path) -> Argument:
+    """The value as Megatron's parser would have made it of the word; null stands for a default that is null."""
+    table = known()
+    expected = table.expected(name)
+    if value is None and table.arguments.get(name) is None and name not in table.negations:
+        return None
+    number = _number(value) if isinstance(value, str) else value
+    if not expected:
+        return number
+    if name in table.lists:
+        return value if isinstance(value, list) else [number]
+    if name in table.choices:
+        if value in table.choices[name]:
+            return value
+    else:
+        types, make = _KINDS[expected]
+        word = value if make is str else number
+        with suppress(OverflowError):
+            if type(word) in types:
+                return make(word)
+    raise UsageError(
+        f"{name} is {value!r}, not {expected}", where=path, mend=f"correct {name.replace('_', '-')} in the description"
+    )
+
+
 def _sort(found: dict[str, Argument], path: Path) -> Description:
     """Tell Megatron's arguments from the launcher's and from those of other programs."""
     table = known()
     given: dict[str, Argument] = {}
     unknown: dict[str, Argument] = {}
+    found = {name: _typed(name, value, path) for name, value in found.items()}
     for name, value in found.items():
         if name in table.arguments:
             given[name] = value
         elif name in table.negations:
             given[table.negations[name]] = not value
-        elif name == "recompute_activations":
-            given["recompute_granularity"] = "selective"
-        elif name not in _LAUNCHER:
+        elif name not in {*_LAUNCHER, _SELECTIVE}:
             unknown[name] = value
+    if found.get(_SELECTIVE):
+        given["recompute_granularity"] = "selective"
     each, nodes = found.get("nproc_per_node"), found.get("nnodes", 1)
     world = each * nodes if isinstance(each, int) and isinstance(nodes, int) else None
     return Description(path=str(path), given=given, unknown=unknown, world_size=world)

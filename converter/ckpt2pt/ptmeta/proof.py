@@ -52,17 +52,27 @@ def check_views(buffer: Buffer, weights: Sequence[tuple[str, TensorRef]], *, whe
 
 
 def check_slices(
-    buffer: Buffer, stored: Sequence[StoredBucket], weights: Sequence[tuple[str, TensorRef]], *, where: str
+    buffer: Buffer,
+    stored: Sequence[StoredBucket],
+    weights: Sequence[tuple[str, TensorRef]],
+    *,
+    where: str,
+    at_most: int | None = None,
 ) -> int:
-    """Compare every float32 slice, rounded, with the weight of the model file; returns the elements compared."""
+    """Compare every float32 slice, rounded, with the weight of the model file; returns the elements compared.
+
+    ``at_most`` elements of each weight are enough to know whether the two files belong together.
+    """
     refs = dict(weights)
     count = 0
     with ExitStack() as stack:
         read = _reader(stack)
         for bucket, held in zip(buffer.buckets, stored, strict=True):
             for placement in bucket.placements:
-                _check_slice(placement, placement.start - bucket.start, held.tensors["param"], refs, read, where)
-                count += placement.stop - placement.start
+                numel = min(placement.stop - placement.start, at_most or placement.stop)
+                param = held.tensors["param"]
+                _check_slice(placement, placement.start - bucket.start, numel, param, refs, read, where)
+                count += numel
     return count
 
 
@@ -70,19 +80,25 @@ _Read = Callable[[TensorRef, int, int], "npt.NDArray[np.uint8]"]
 
 
 def _check_slice(
-    placement: Placement, start: int, param: TensorRef, refs: dict[str, TensorRef], read: _Read, where: str
+    placement: Placement,
+    start: int,
+    numel: int,
+    param: TensorRef,
+    refs: dict[str, TensorRef],
+    read: _Read,
+    where: str,
 ) -> None:
     weight = refs[placement.name]
     cast = find_cast("float32", weight.dtype)
     width = DTYPE_BYTES[weight.dtype]
-    for first in range(0, weight.numel, _BLOCK_NUMEL):
-        numel = min(_BLOCK_NUMEL, weight.numel - first)
-        main = read(param, (start + first) * 4, numel * 4)
+    for first in range(0, numel, _BLOCK_NUMEL):
+        size = min(_BLOCK_NUMEL, numel - first)
+        main = read(param, (start + first) * 4, size * 4)
         rounded = main
         if cast is not None:
-            rounded = np.empty(numel * width, np.uint8)
+            rounded = np.empty(size * width, np.uint8)
             cast(main.data, rounded.data)
-        found = read(weight, first * width, numel * width)
+        found = read(weight, first * width, size * width)
         if not np.array_equal(rounded, found) and not _same_but_nan(rounded, found, main, width):
             raise FormatError(
                 f"{placement.name} is not what the optimizer holds at element {placement.start} of its buffer",

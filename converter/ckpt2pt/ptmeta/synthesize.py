@@ -64,6 +64,7 @@ def synthesize(said: Description, wanted: Wanted) -> Synthesized:
     files = _files(wanted, cut)
     vocabulary = _vocabulary(index_source(files[0, 0], cut.group(0, 0)), cut.tensor, wanted)
     arguments = complete(said, data=data, vocabulary=vocabulary)
+    _check_vocabulary(arguments, vocabulary, files[0, 0], cut.tensor)
     clock = _clock(files[0, 0], arguments)
     ranks: list[RankFiles] = []
     compared = 0
@@ -107,6 +108,18 @@ def _vocabulary(index: Mapping[str, TensorRef], tensor: int, wanted: Wanted) -> 
         if name in index and index[name].shape:
             return index[name].shape[0] * tensor
     return None
+
+
+def _check_vocabulary(arguments: Arguments, rows: int | None, file: SourceFile, tensor: int) -> None:
+    """The rows are the vocabulary, padded: there cannot be fewer."""
+    size = arguments.values["vocab_size"]
+    if rows is not None and isinstance(size, int) and size > rows:
+        raise InputError(
+            f"the description does not fit the checkpoint: vocab_size is {size}, the embedding has {rows} rows on "
+            f"{tensor} tensor-parallel ranks",
+            where=file.path,
+            mend="correct vocab_size or tensor_model_parallel_size of the description, or leave vocab_size out",
+        )
 
 
 def _clock(file: SourceFile, arguments: Arguments) -> Clock:

@@ -368,7 +368,7 @@ def _megatron(path: Path, names: Sequence[str]) -> Json:
         "kind": "Megatron checkpoints",
         "path": str(path),
         "tracker": named or "none",
-        "loads": iteration_name(named) if named and path / iteration_name(named) in folders else "nothing",
+        "loads": iteration_name(named) if path / iteration_name(named) in folders else "nothing",
         "iterations": [{"name": folder.name, **_iteration(folder, named)} for folder in folders],
     }
 
@@ -382,7 +382,7 @@ def _iteration(folder: Path, named: str) -> Json:
     state = folder / STATE
     stages = sorted(path.name[6:9] for path in state.glob("stage-*.json"))
     claim = read_record(state / "claim.json")
-    current = bool(named) and iteration_name(named) == folder.name
+    current = iteration_name(named) == folder.name
     partial = sum(1 for _ in folder.glob(f"mp_rank_*/.*{PARTIAL}"))
     return {
         "tp": len({tp for tp, _ in ranks}),

@@ -88,7 +88,7 @@ def published(target: Target, stages: Sequence[int]) -> Iterator[Difference]:
     if all(manifests) and target.kind.tracker:
         named = read_tracker(target.root)
         # A later iteration in the same folder is none of our business, a tracker that leads nowhere is.
-        if not named or not (target.root / iteration_name(named)).is_dir():
+        if not iteration_name(named) or not (target.root / iteration_name(named)).is_dir():
             yield Difference(
                 file=TRACKER, tensor="iteration", problem="does not lead to an iteration",
                 expected=str(target.iteration), found=short(named),

@@ -92,6 +92,34 @@ def test_wrong_usage(words: list[str]) -> None:
         import_request_of(parse(*words))
 
 
+@pytest.mark.parametrize("prefix", ["stratey1", "strategy12", "network_best_rank_0-x", "network_breakpoint"])
+def test_a_prefix_whose_files_convert_would_pass_by_is_refused(prefix: str) -> None:
+    with pytest.raises(UsageError, match=f"--file-prefix is '{prefix}': convert passes by {prefix}.ckpt"):
+        import_request_of(parse("--file-prefix", prefix))
+    assert import_request_of(parse("--file-prefix", f"my_{prefix.replace('_', '')}")).prefix
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_file_in_the_place_of_the_folder_is_wrong_usage(
+    place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    words = ["import", "--megatron-path", str(FOLDER / "A"), "--ms-path", str(tmp_path / place)]
+    assert main([*words, "--multiprocess-off", "--progress", "none"]) == 64
+    assert "a file stands where a folder is to be" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_help_says_what_the_checkpoint_says_and_what_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["import", "--help"])
+    told = " ".join(capsys.readouterr().out.split()).partition("how the model is cut: ")[2]
+    for flag in ("--num-layers", "--tp-size", "--pp-size", "--vpp-size"):
+        assert re.search(rf"{flag} [A-Z_]+ [^-]*(no-op [^-]*)?; default: as the checkpoint says", told)
+    for flag in ("--dp-size", "--cp-size"):
+        assert re.search(rf"{flag} [A-Z_]+ [^-]*to come; default 1 ", told)
+
+
 def test_all_flags_of_the_reference_are_known() -> None:
     text = (
         "--param-map-path P --pp-size 1 --tp-size 1 --dp-size 1 --cp-size 1 --parallel-init-order tp-cp-ep-dp-pp --vpp-size 1 "

@@ -14,8 +14,17 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.run import run_back
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.engine.write import Stop
-from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, MissingInputError, NoSpaceError, TopologyError, UsageError
+from ckpt2pt.errors import (
+    Ckpt2ptError,
+    FormatError,
+    InterruptedRunError,
+    MissingInputError,
+    NoSpaceError,
+    TopologyError,
+    UsageError,
+)
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.pt.archive import Archive
 from ckpt2pt.request import Pace
 from ckpt2pt.run import Outcome, run
 from ckpt2pt.verify.compare import compare
@@ -146,6 +155,37 @@ def test_processes_give_the_same_files(tmp_path: Path) -> None:
     imported(folder, tmp_path / "here")
     imported(folder, tmp_path / "there", pace=Pace(workers=2))
     assert files(tmp_path / "here") == files(tmp_path / "there")
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "params-only"])
+@pytest.mark.parametrize("name", ["model_optim_rng.pt", "distrib_optim.pt"])
+def test_a_byte_that_changed_in_the_archive_is_not_passed_on(tmp_path: Path, name: str, full: bool) -> None:
+    source = shutil.copytree(SETS[0] / "A", tmp_path / "A")
+    path = max(source.rglob(name))
+    record = max(Archive.open(path).records.values(), key=lambda record: record.extent.nbytes).extent
+    with path.open("r+b") as file:
+        file.seek(record.offset + 1)
+        byte = file.read(1)[0]
+        file.seek(record.offset + 1)
+        file.write(bytes([byte ^ 1]))
+    if name == "distrib_optim.pt" and not full:
+        assert imported(SETS[0], tmp_path / "ms", source=source, full=full).published, "it is not read"
+        return
+    with pytest.raises(FormatError, match=r"the CRC-32 of data|is not what the optimizer holds"):
+        imported(SETS[0], tmp_path / "ms", source=source, full=full)
+    assert not list((tmp_path / "ms").glob("rank_*/network.ckpt"))
+
+
+def test_a_file_of_another_rank_is_noticed(tmp_path: Path) -> None:
+    folder = next(folder for folder in SETS if folder.name == "b_tp2pp2")
+    source = shutil.copytree(folder / "A", tmp_path / "A")
+    for name in ("model_optim_rng.pt", "distrib_optim.pt"):
+        [one], [other] = source.glob(f"iter_*/mp_rank_00_000/{name}"), source.glob(f"iter_*/mp_rank_01_000/{name}")
+        kept = other.read_bytes()
+        shutil.copyfile(one, other)
+        with pytest.raises(FormatError, match="is not what the optimizer holds"):
+            imported(folder, tmp_path / "ms", source=source)
+        other.write_bytes(kept)
 
 
 def test_running_it_again_keeps_what_is_there(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import FormatError
 from ckpt2pt.pt.archive import Archive
+from ckpt2pt.pt.reader import PtFile
 
 
 def test_golden_archives_are_read_as_zipfile_reads_them(golden_set: Path) -> None:
@@ -107,3 +109,40 @@ def test_file_without_crcs_can_be_read_but_not_verified(tmp_path: Path) -> None:
     archive = Archive.open(tmp_path / "a.pt")
     with pytest.raises(FormatError, match=r"no CRC-32 is stored for data\.pkl"):
         archive.verify_crcs()
+
+
+def test_only_what_was_not_read_is_read_again_for_the_crc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pt"
+    torch.save([torch.arange(1000.0), torch.ones(7), torch.zeros(5)], path)
+    archive, data = Archive.open(path), path.read_bytes()
+    first, second = (archive.records[name].extent for name in ("data/0", "data/1"))
+
+    def piece(start: int, stop: int) -> tuple[int, int, int]:
+        return start, stop - start, crc32(data[start:stop], 0)
+
+    end, other = first.offset + first.nbytes, second.offset
+    pieces = [piece(first.offset + 8, first.offset + 800), piece(first.offset + 900, end), piece(other, other + 28)]
+    read: list[int] = []
+    real = PtFile.crc32
+
+    def counted(self: PtFile, start: int, stop: int, value: int = 0) -> int:
+        read.append(stop - start)
+        return real(self, start, stop, value)
+
+    monkeypatch.setattr(PtFile, "crc32", counted)
+    archive.prove_read(pieces)
+    archive.prove_read([*pieces, piece(first.offset, first.offset + 400)])
+    assert sum(read) == 8 + 100 + 400 + 100, "a piece that begins inside another one is read again"
+    wrong = [(*pieces[2][:2], pieces[2][2] ^ 1)]
+    with pytest.raises(FormatError, match="CRC-32 of data/1 is"):
+        archive.prove_read(wrong)
+
+
+def test_without_crcs_there_is_nothing_to_prove(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(torch.ones(3), tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    archive = Archive.open(tmp_path / "a.pt")
+    archive.prove_read([(archive.storages["0"].offset, 12, 1)])

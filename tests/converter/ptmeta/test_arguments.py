@@ -53,6 +53,10 @@ def test_rules_of_megatron(more: dict[str, Any], name: str, value: object) -> No
     assert name in found.derived
 
 
+def test_degrees_that_agree_may_both_be_said() -> None:
+    assert full(world_size=4, data_parallel_size=2, tensor_model_parallel_size=2).values["data_parallel_size"] == 2
+
+
 def test_what_was_said_is_neither_worked_out_nor_a_default() -> None:
     found = full(ffn_hidden_size=7, seed=5)
     assert (found.values["ffn_hidden_size"], found.values["seed"]) == (7, 5)
@@ -71,6 +75,13 @@ def test_what_was_said_is_neither_worked_out_nor_a_default() -> None:
         ({"use_distributed_optimizer": False}, "use_distributed_optimizer"),
         ({"world": 6, "tensor_model_parallel_size": 4}, "do not divide"),
         ({"num_attention_heads": "many"}, "not a number above 0"),
+        (
+            {"world_size": 2, "data_parallel_size": 3, "pipeline_model_parallel_size": 2},
+            "data_parallel_size is 3, but 2 ranks by tensor 1 x pipeline 2 x context 1 are 1",
+        ),
+        ({"world": 8, "data_parallel_size": 3}, "data_parallel_size is 3, but 8 ranks"),
+        ({"world_size": 0}, "world_size is 0, not a number above 0"),
+        ({"data_parallel_size": 0}, "data_parallel_size is 0, not a number above 0"),
     ],
 )
 def test_what_cannot_be_made_from_a_description_is_refused(more: dict[str, Any], what: str) -> None:

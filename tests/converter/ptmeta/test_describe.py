@@ -91,11 +91,69 @@ def test_yaml_says_the_same(tmp_path: Path) -> None:
         ("- a\n- b", "run.yaml", "not a mapping"),
         ("a: {b: c}", "run.yaml", "not an argument with a plain value"),
         ("a: [", "run.yaml", "not a YAML document"),
+        ("--bf16=false", "run.sh", "--bf16 takes no value, and has false"),
+        ("--train-iters 1.5", "run.sh", r"train_iters is '1.5', not a whole number"),
+        ("--lr-decay-style banana", "run.sh", "lr_decay_style is 'banana', not one of"),
     ],
 )
 def test_what_cannot_be_understood_is_said(text: str, name: str, what: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=what):
         read(tmp_path, text, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ('bf16: "false"', "bf16 is 'false', not true or false"),
+        ("bf16: 1", "bf16 is 1, not true or false"),
+        ("bf16:", "bf16 is None, not true or false"),
+        ('no-bias-gelu-fusion: "false"', "no_bias_gelu_fusion is 'false', not true or false"),
+        ("no-bias-gelu-fusion:", "no_bias_gelu_fusion is None, not true or false"),
+        ("recompute-activations: 0", "recompute_activations is 0, not true or false"),
+        ("no-save-optim: 1", "no_save_optim is 1, not true or false"),
+        ("seed: true", "seed is True, not a whole number"),
+        ("num-layers: four", "num_layers is 'four', not a whole number"),
+        ("num-layers: 4.0", "num_layers is 4.0, not a whole number"),
+        (f"lr: 1{'0' * 400}", "lr is 10+, not a number"),
+        (f"lr: 1{'0' * 5000}", "not a YAML document"),
+        ("lr: high", "lr is 'high', not a number"),
+        ("weight-decay: [0.1]", r"weight_decay is \[0.1\], not a number"),
+        ("tokenizer-type: no", "tokenizer_type is False, not text"),
+        ("lr-decay-style: banana", "lr_decay_style is 'banana', not one of constant, linear, cosine, inverse-square"),
+        ("normalization: rmsnorm", "normalization is 'rmsnorm', not one of LayerNorm, RMSNorm"),
+        ("position-embedding-type: alibi", "position_embedding_type is 'alibi', not one of learned_absolute, rope"),
+        ("optimizer: lamb", "optimizer is 'lamb', not one of adam, sgd"),
+        ("recompute-granularity: some", "recompute_granularity is 'some', not one of full, selective"),
+        ("recompute-method: 3", "recompute_method is 3, not one of uniform, block"),
+        ("num-layers: 4\nnum_layers: 6", "num_layers is given twice, as num-layers and as num_layers"),
+        ("num-layers: 4\nnum-layers: 4", "num_layers is given twice"),
+        ("--lr: 1.0\nlr: 2.0", "lr is given twice, as --lr and as lr"),
+        ("disable-bias-linear: true\nadd-bias-linear: true", "add_bias_linear is given twice"),
+    ],
+)
+def test_values_that_megatron_would_not_take_are_refused(text: str, what: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=what):
+        read(tmp_path, text, "run.yaml")
+
+
+def test_values_become_what_megatrons_parser_makes_of_them(tmp_path: Path) -> None:
+    text = "lr: 1\nwandb-exp-name: 7\nnum-layers: '4'\nloss-scale-window: 500\ndata-path: /data\nsplit: 98,1,1\nload:\n"
+    assert repr(read(tmp_path, text, "run.yaml").given) == repr({
+        "lr": 1.0, "wandb_exp_name": "7", "num_layers": 4, "loss_scale_window": 500.0, "data_path": ["/data"],
+        "split": "98,1,1", "load": None,
+    })  # fmt: skip
+    assert read(tmp_path, "--wandb-exp-name 007 --lr 1").given == {"wandb_exp_name": "007", "lr": 1.0}
+
+
+def test_activations_are_recomputed_only_when_that_is_said(tmp_path: Path) -> None:
+    assert read(tmp_path, "recompute-activations: false", "run.yaml").given == {}
+    both = read(tmp_path, "recompute-activations: true\nrecompute-granularity: full", "run.yaml")
+    assert both.given == {"recompute_granularity": "selective"}  # as Megatron's own check has it
+
+
+def test_in_a_script_the_last_of_two_counts(tmp_path: Path) -> None:
+    """So it does for argparse, which reads that command line: scripts append ``"$@"`` to override what they say."""
+    assert read(tmp_path, "--num-layers 4 --lr 1.0 --num-layers 6").given == {"num_layers": 6, "lr": 1.0}
 
 
 def test_a_missing_description(tmp_path: Path) -> None:
@@ -108,4 +166,8 @@ def test_the_table_is_consistent() -> None:
     arguments: Any = table.arguments
     assert set(table.negations.values()) | table.lists | table.switches <= set(arguments)
     assert all(arguments[name] is True for name in table.negations.values())
-    assert all(arguments[name] is None for name in table.switches)
+    assert all(arguments[name] is None for name in table.switches | table.integers)
+    kinds = [table.lists, table.switches, table.integers, table.reals, set(table.choices)]
+    assert len(set[str]().union(*kinds)) == sum(map(len, kinds))
+    assert set[str]().union(*kinds) <= set(arguments)
+    assert all(arguments[name] in {None, *values} for name, values in table.choices.items())

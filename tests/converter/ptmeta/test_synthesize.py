@@ -47,6 +47,7 @@ def test_only_what_is_assumed_differs(folder: Path, tmp_path: Path) -> None:
         ({"untie_embeddings_and_output_weights": False}, "does not fit the checkpoint|holds"),
         ({"num_layers": 3}, "has no place in the target"),
         ({"normalization": "LayerNorm"}, "does not fit the checkpoint.*missing"),
+        ({"vocab_size": 1000}, "does not fit the checkpoint: vocab_size is 1000, the embedding has 256 rows on 1 "),
     ],
 )
 def test_a_description_that_does_not_fit_is_refused(more: dict[str, Any], what: str, tmp_path: Path) -> None:
