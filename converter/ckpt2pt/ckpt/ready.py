@@ -23,7 +23,7 @@ from ckpt2pt.ckpt.ranks import UNNAMED, SourceFile, When, candidates, last_saved
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, TimedOutError
 from ckpt2pt.mapping.topology import Topology
 
-Kind = Literal["missing", "unfinished", "other"]
+Kind = Literal["missing", "unfinished", "broken", "other"]
 Choose = Callable[[Mapping[When, SourceFile]], When | None]
 """From the files of the first rank to the one that is wanted; None when it is not there (yet)."""
 
@@ -55,6 +55,11 @@ class Look:
     def ready(self) -> bool:
         """True when nothing is in the way."""
         return not self.obstacles
+
+    @property
+    def broken(self) -> bool:
+        """True when waiting cannot help."""
+        return any(obstacle.kind == "broken" for obstacle in self.obstacles)
 
     @property
     def sentence(self) -> str:
@@ -226,7 +231,7 @@ class Watcher:
         try:
             index_file(path)
         except FormatError as error:
-            return Obstacle(kind="other", text=f"rank_{rank} is broken ({path.name}: {error.what})")
+            return Obstacle(kind="broken", text=f"rank_{rank} is broken ({path.name}: {error.what})")
         self._traces[path] = replace(trace, indexed=True)
         return None
 

@@ -104,7 +104,8 @@ def _tell(lacking: dict[When, Look], whole: When | None, how: Following, memory:
     for when, seen in lacking.items():
         error = seen.refusal()
         if when == newest and not how.forgive:
-            _note(error, when, how, memory, "%s")
+            # What is only incomplete may still be completed, and ends no watch that goes on.
+            _note(error, when, how if how.once or seen.broken else replace(how, stop_on_error=False), memory, "%s")
         else:
             _say("%s", error, when, memory)
 

@@ -106,6 +106,16 @@ def test_the_first_temporary_file_of_a_new_save_is_enough(root: Path) -> None:
     assert [obstacle.kind for obstacle in seen.obstacles] == ["other", "other", "unfinished", "other"]
 
 
+def test_what_some_ranks_have_begun_is_known_and_what_they_have_yet_to_remove_is_not(root: Path) -> None:
+    save(root, 0, "0_4")
+    save(root, 2, "0_20")
+    temporary(save(root, 1, "0_30", rested=60))
+    watcher = Watcher(root, FOUR, settle_seconds=10)
+    assert (watcher.steps(), watcher.begun()) == ([(0, 12)], [(0, 20), (0, 30)])
+    assert watcher.look((0, 20)).rested < 10
+    assert 60 <= watcher.look((0, 30)).rested < 70
+
+
 def test_what_a_killed_save_of_an_older_step_left_is_no_obstacle(root: Path) -> None:
     temporary(save(root, 1, "0_9"))
     assert look(root).ready

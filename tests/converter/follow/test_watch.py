@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ckpt2pt import cli
-from ckpt2pt.errors import InterruptedRunError
+from ckpt2pt.errors import InputError, InterruptedRunError
 from ckpt2pt.follow.watch import Following, watch
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.options import request_of
@@ -208,6 +208,30 @@ def test_a_follower_tells_what_is_broken_once_and_its_status_until_one_succeeds(
     assert ["rank_1 is broken" in record.getMessage() for record in caplog.records].count(True) == 1
     assert heard == [20]
     assert laments == [65, 65, 65], "after a success no more"
+
+
+def test_what_is_incomplete_ends_no_watch_and_what_is_broken_does(
+    training: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.save(10, 0)
+    rest(training)
+    request = request_of(cli.build_parser().parse_args(["watch", *training.flags()]))
+    laments: list[int] = []
+
+    def breaks(_: float) -> None:
+        training.save(10, 1)
+        shorten(training, 10)
+
+    monkeypatch.setattr("ckpt2pt.follow.watch.time.sleep", breaks)
+    with pytest.raises(InputError, match="rank_1 is broken"):
+        watch(
+            request,
+            Following(stop_on_error=True),
+            reporter=Quiet,
+            hear=lambda *_: None,
+            lament=lambda error: laments.append(error.exit_code),
+        )
+    assert laments == [66, 65]
 
 
 def damage(training: Training, iteration: int) -> None:
