@@ -15,6 +15,7 @@ from functools import partial
 import aiohttp
 
 from ckpt2pt.conversion.job import PROGRESS_PORT
+from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.rules.views import Pod, Report, report_of
 
 _SECONDS = 2.0
@@ -55,9 +56,7 @@ class Progress:
             try:
                 data = await self._get(pod)
             except TimeoutError:
-                while len(self._silent) >= _REMEMBERED:
-                    del self._silent[next(iter(self._silent))]
-                self._silent[pod.uid] = time.monotonic() + _PAUSE
+                remember(self._silent, pod.uid, time.monotonic() + _PAUSE, _REMEMBERED)
                 return
             except (aiohttp.ClientError, OSError):
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from ckpt2pt.conversion.spec import Json
+from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.views import Job, Pod, Report, child, text
 
@@ -104,7 +105,7 @@ class Store:
 
     def drop_job(self, job: Job) -> None:
         """A Job was deleted: its uid does not come back, whatever an earlier question is answered with."""
-        self._remember_gone(job.uid)
+        remember(self._gone, job.uid, None, _REMEMBERED)
         self._drop(self._jobs, job.owner, job.uid)
 
     def put_pod(self, pod: Pod) -> Pod | None:
@@ -123,13 +124,8 @@ class Store:
 
     def drop_pod(self, pod: Pod) -> None:
         """A pod was deleted, as a Job is."""
-        self._remember_gone(pod.uid)
+        remember(self._gone, pod.uid, None, _REMEMBERED)
         self._lose_pod(pod)
-
-    def _remember_gone(self, uid: str) -> None:
-        self._gone[uid] = None
-        while len(self._gone) > _REMEMBERED:
-            del self._gone[next(iter(self._gone))]
 
     def _lose_pod(self, pod: Pod) -> None:
         self.live.pop(pod.uid, None)

@@ -16,6 +16,7 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.api import CONVERSIONS, Api, ApiError
 from ckpt2pt_operator.informer import Informer
 from ckpt2pt_operator.metrics import Metrics
+from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.recorder import Recorder
 from ckpt2pt_operator.rules.notes import Note
 from ckpt2pt_operator.rules.seen import Training
@@ -101,9 +102,7 @@ class Trainings:
     def _remember(self, gone: Workload) -> None:
         """How it ended: whoever waits for it may not have looked in time."""
         if gone.state != "Running":
-            self._gone[gone.uid] = gone
-            while len(self._gone) > _REMEMBERED:
-                del self._gone[next(iter(self._gone))]
+            remember(self._gone, gone.uid, gone, _REMEMBERED)
 
     def keep(self, kind: Kind, namespace: str, uids: Iterable[str]) -> None:
         """After a new list: every other training of that kind and namespace is gone."""

@@ -1,0 +1,14 @@
+"""What is remembered for a while, and never more of it than a fixed number."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+def remember(found: dict[str, Value], key: str, value: Value, most: int) -> None:
+    """Keep a value by its key; what has been there longest goes where there would be more than ``most``."""
+    found[key] = value
+    while len(found) > most:
+        del found[next(iter(found))]
