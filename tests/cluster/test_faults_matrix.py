@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from harness.checkpoints import Unfinished
 from harness.cluster import Cluster
-from harness.golden import KIND, by_command, digests, document, events, message, owner_of, reach, status, told
+from harness.golden import KIND, by_command, digests, document, events, message, obstacle, owner_of, reach, told
 from harness.kubectl import Kubectl
-from harness.machine import ClusterError, run, wait_until
+from harness.machine import run
 from harness.pods import host_path
-from statuses import check_status
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -26,23 +24,6 @@ def pod_of(namespace: Kubectl, index: int) -> str:
     """The name of the one worker of a stage."""
     [found] = namespace.get("pods", f"--selector=batch.kubernetes.io/job-completion-index={index}")["items"]
     return str(found["metadata"]["name"])
-
-
-def obstacle(namespace: Kubectl, kind: str, reason: str, *, seconds: float = 60) -> str:
-    """Wait until a condition gives this reason; its message."""
-    seen: dict[str, Any] = {}
-
-    def there() -> bool:
-        seen.clear()
-        seen.update(status(namespace))
-        return any(c["type"] == kind and c["reason"] == reason for c in seen.get("conditions", ()))
-
-    try:
-        wait_until(f"{kind} to be {reason}", there, seconds=seconds)
-    except ClusterError as error:
-        raise AssertionError(f"{error}\n{namespace.story(KIND, 'golden')}") from error
-    check_status(seen)
-    return message(seen, kind)
 
 
 # ----------------------------------------------------------------------------------------------------------------- nodes
@@ -56,7 +37,7 @@ def test_a_worker_that_is_evicted_costs_no_try(namespace: Kubectl, unfinished: U
     where = f"/api/v1/namespaces/{namespace.namespace}/pods/{name}/eviction"
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}}
     namespace("create", "--raw", where, "--filename", "-", stdin=json.dumps(eviction))
-    assert "EvictionByEvictionAPI" in obstacle(namespace, "Degraded", "Evicted")
+    assert "EvictionByEvictionAPI" in message(obstacle(namespace, "Evicted"), "Degraded")
     unfinished.finish()
     found = reach(namespace, "Succeeded")
     assert [stage.get("disruptions", 0) for stage in found["stageStatuses"]] == [0, 1]
@@ -73,7 +54,7 @@ def test_a_node_that_does_not_end_its_pods_is_named_with_the_remedy(
     cluster.node.kubelet.stop(kill=True)
     try:
         namespace("delete", "pod", name, "--grace-period=1", "--wait=false")
-        said = obstacle(namespace, "Degraded", "NodeLost", seconds=150)
+        said = message(obstacle(namespace, "NodeLost", seconds=150), "Degraded")
         assert pod_of(namespace, 1) == name
     finally:
         cluster.node.kubelet.start()
@@ -90,7 +71,7 @@ def test_a_node_that_does_not_end_its_pods_is_named_with_the_remedy(
 def test_a_volume_that_cannot_be_mounted_is_told(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
     target = {"volume": host_path(volume / "not-there"), "path": "out"}
     namespace.apply(document(checkpoint, volume, target=target))
-    assert str(volume / "not-there") in obstacle(namespace, "Degraded", "VolumeMountFailed", seconds=90)
+    assert str(volume / "not-there") in message(obstacle(namespace, "VolumeMountFailed", seconds=90), "Degraded")
     (volume / "not-there").mkdir()
     reach(namespace, "Succeeded", seconds=180)  # the kubelet tries again after a pause that doubles
 
@@ -111,7 +92,9 @@ def test_a_claim_for_one_node_is_not_asked_for_by_two_workers(
         namespace("wait", "--for=jsonpath={.status.phase}=Bound", "pvc/once", "--timeout=60s")
         claim = {"persistentVolumeClaim": {"claimName": "once"}}
         namespace.apply(document(checkpoint, volume, target={"volume": claim, "path": "out"}))
-        assert "spec.workers.maxParallelStages" in obstacle(namespace, "VolumesReady", "AccessModeConflict")
+        assert "spec.workers.maxParallelStages" in message(
+            obstacle(namespace, "AccessModeConflict", kind="VolumesReady"), "VolumesReady"
+        )
         assert not namespace.get("jobs")["items"]
         fewer = {"spec": {"workers": {"maxParallelStages": 1}}}
         namespace("patch", KIND, "golden", "--type=merge", "--patch", json.dumps(fewer))
@@ -155,7 +138,7 @@ def test_a_container_that_cannot_be_made_is_told(namespace: Kubectl, checkpoint:
         "podOverrides": {"spec": {"containers": [{"name": "convert", "env": [wanted]}]}},
     }
     namespace.apply(document(checkpoint, volume, workers=workers))
-    assert 'configmap "site" not found' in obstacle(namespace, "Degraded", "CreateContainerError")
+    assert 'configmap "site" not found' in message(obstacle(namespace, "CreateContainerError"), "Degraded")
     namespace("create", "configmap", "site", "--from-literal=ca=x")
     reach(namespace, "Succeeded")
 

@@ -11,11 +11,10 @@ import pytest
 
 from harness.checkpoints import Large, Unfinished
 from harness.cluster import Cluster
-from harness.golden import KIND, digests, document, events, message, owner_of, reach, status, told
+from harness.golden import KIND, digests, document, events, message, obstacle, owner_of, reach, status, told
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError, wait_until
 from harness.release import Release
-from statuses import check_status
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -33,23 +32,6 @@ def pods(namespace: Kubectl, index: int | None = None) -> list[dict[str, Any]]:
 
 def patch(namespace: Kubectl, spec: dict[str, Any], name: str = "golden") -> None:
     namespace("patch", KIND, name, "--type=merge", "--patch", json.dumps({"spec": spec}))
-
-
-def obstacle(namespace: Kubectl, reason: str, *, kind: str = "Degraded", seconds: float = 60) -> dict[str, Any]:
-    """Wait until a condition gives this reason."""
-    seen: dict[str, Any] = {}
-
-    def there() -> bool:
-        seen.clear()
-        seen.update(status(namespace))
-        return any(c["type"] == kind and c["reason"] == reason for c in seen.get("conditions", ()))
-
-    try:
-        wait_until(f"{kind} to be {reason}", there, seconds=seconds)
-    except ClusterError as error:
-        raise AssertionError(f"{error}\n{namespace.story(KIND, 'golden')}") from error
-    check_status(seen)
-    return seen
 
 
 # --------------------------------------------------------------------------------------------------------------- workers

@@ -10,8 +10,9 @@ from typing import Any
 
 from conversions import flags_for, topology_of
 from harness.kubectl import Kubectl
-from harness.machine import wait_until
+from harness.machine import ClusterError, wait_until
 from harness.pods import host_path
+from statuses import check_status
 
 KIND = "checkpointconversion"
 OVER = frozenset({"Succeeded", "Failed", "Cancelled", "Planned"})
@@ -83,6 +84,23 @@ def reach(namespace: Kubectl, phase: str, name: str = "golden", *, seconds: floa
         assert seen["phase"] == phase
     except Exception as error:
         raise AssertionError(f"{name} is {seen.get('phase')}, not {phase}\n{namespace.story(KIND, name)}") from error
+    return seen
+
+
+def obstacle(namespace: Kubectl, reason: str, *, kind: str = "Degraded", seconds: float = 60) -> dict[str, Any]:
+    """Wait until a condition of the golden conversion gives this reason; the status then."""
+    seen: dict[str, Any] = {}
+
+    def there() -> bool:
+        seen.clear()
+        seen.update(status(namespace))
+        return any(c["type"] == kind and c["reason"] == reason for c in seen.get("conditions", ()))
+
+    try:
+        wait_until(f"{kind} to be {reason}", there, seconds=seconds)
+    except ClusterError as error:
+        raise AssertionError(f"{error}\n{namespace.story(KIND, 'golden')}") from error
+    check_status(seen)
     return seen
 
 

@@ -100,13 +100,17 @@ def test_flipped_bit_in_the_pickle_is_found_at_once(tmp_path: Path) -> None:
         Archive.open(path)
 
 
-def test_file_without_crcs_can_be_read_but_not_verified(tmp_path: Path) -> None:
+def without_crcs(path: Path) -> Archive:
     torch.serialization.set_crc32_options(False)
     try:
-        torch.save(torch.ones(3), tmp_path / "a.pt")
+        torch.save(torch.ones(3), path)
     finally:
         torch.serialization.set_crc32_options(True)
-    archive = Archive.open(tmp_path / "a.pt")
+    return Archive.open(path)
+
+
+def test_file_without_crcs_can_be_read_but_not_verified(tmp_path: Path) -> None:
+    archive = without_crcs(tmp_path / "a.pt")
     with pytest.raises(FormatError, match=r"no CRC-32 is stored for data\.pkl"):
         archive.verify_crcs()
 
@@ -139,10 +143,5 @@ def test_only_what_was_not_read_is_read_again_for_the_crc(tmp_path: Path, monkey
 
 
 def test_without_crcs_there_is_nothing_to_prove(tmp_path: Path) -> None:
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save(torch.ones(3), tmp_path / "a.pt")
-    finally:
-        torch.serialization.set_crc32_options(True)
-    archive = Archive.open(tmp_path / "a.pt")
+    archive = without_crcs(tmp_path / "a.pt")
     archive.prove_read([(archive.storages["0"].offset, 12, 1)])
