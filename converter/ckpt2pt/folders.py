@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ckpt2pt.errors import InputError, MissingInputError, UsageError
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.publish import TRACKER, Target
+from ckpt2pt.publish import TRACKER, Target, read_tracker
 from ckpt2pt.text import short
 
 SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors"})
@@ -36,14 +36,6 @@ def _is(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except OSError:  # not there: so it cannot be what is read
         return False
-
-
-def read_tracker(folder: Path) -> str:
-    """What Megatron's tracker says: digits or ``release``; empty when there is none."""
-    try:
-        return (folder / TRACKER).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return ""
 
 
 def iteration_name(named: str) -> str:

@@ -67,6 +67,14 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def read_tracker(folder: Path) -> str:
+    """What Megatron's tracker says: digits or ``release``; empty when there is none."""
+    try:
+        return (folder / TRACKER).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def rank_name(tp: int, pp: int) -> str:
     """Name of a rank's manifest."""
     return f"rank-{tp:02d}-{pp:03d}.json"
@@ -393,10 +401,7 @@ class Target:
 
     def _tracked(self) -> str:
         """Digits that the tracker holds; empty where it holds something else."""
-        try:
-            named = (self.root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
-        except OSError:
-            return ""
+        named = read_tracker(self.root)
         return named if named.isdecimal() and named.isascii() and len(named) < _MAX_DIGITS else ""
 
 

@@ -53,6 +53,7 @@ class _Back:
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """The files, then the metadata, then the manifest."""
         prepared, target = self.prepared, target_back(self.request, self.found)
+        moves = prepared.moves()
         metadata = target.folder / META
         for folder in (metadata, *(target.folder / Path(file.name).parent for file in prepared.files)):
             try:
@@ -64,14 +65,14 @@ class _Back:
         files, digests = write_files(
             target.folder,
             prepared.files,
-            prepared.moves(),
+            moves,
             stop=stop,
             advance=advance,
             check=self.request.verify != "none",
         )
         try:
             if self.request.verify != "none":
-                prove_archives(prepared.moves(), digests)
+                prove_archives(moves, digests)
             prove_unchanged_back(self.request, self.found, self.rank)
         except Ckpt2ptError:
             for file in files:  # nothing but their names tells MindSpore what to load

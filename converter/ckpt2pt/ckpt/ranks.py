@@ -174,7 +174,7 @@ def surplus(root: Path, when: When | None, wanted: Iterable[str]) -> list[str]:
 
 def _is_shard(name: str, when: When | None) -> bool:
     fits = when is None or when_of_name(name) == when
-    return fits and name.endswith(SUFFIXES) and "_dp_merged" not in name and not _SKIPPED.fullmatch(name)
+    return fits and name.endswith(SUFFIXES) and "_dp_merged" not in name and not is_passed_by(name)
 
 
 def names_of(topology: Topology) -> set[str]:

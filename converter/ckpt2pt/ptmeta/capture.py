@@ -133,14 +133,13 @@ def _prove(rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, at_mo
         notes.append("offsets equal those of the weights in the model file")
     if rank.buffers is None:
         return notes or ["computed from order, shapes and arguments; there is no distrib_optim.pt to compare with"]
+    if not all(views):
+        at_most = None  # without offsets to go by, only the values tell the order
     count = 0
     for (buffer, weights), buckets in zip(flat, stored, strict=True):
         check_sizes(buffer, buckets, where=str(rank.folder))
         if at_most != 0:
             count += check_slices(buffer, buckets, weights, where=str(rank.folder), at_most=at_most)
-    if at_most is not None and not all(views):
-        # Without offsets to go by, only the values tell the order.
-        return _prove(rank, buffers, at_most=None)
     compared = f"{count} elements of distrib_optim.pt equal their weights"
     return [*notes, compared if count else "sizes equal those of distrib_optim.pt"]
 

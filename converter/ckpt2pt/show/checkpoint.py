@@ -16,13 +16,13 @@ from typing import cast
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import UNNAMED, choose, find_sources, last_saved
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
-from ckpt2pt.folders import SUFFIXES, checkpoint_files, iteration_name, layout_of, read_tracker
+from ckpt2pt.folders import SUFFIXES, checkpoint_files, iteration_name, layout_of
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.names import SHARD, NameTable
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
 from ckpt2pt.plan.stage import spans
 from ckpt2pt.pt.archive import Archive
-from ckpt2pt.publish import PARTIAL, STATE, TRACKER, access_error, read_record
+from ckpt2pt.publish import PARTIAL, STATE, TRACKER, access_error, read_record, read_tracker
 from ckpt2pt.records import Json
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import render as render

@@ -11,9 +11,9 @@ from typing import cast
 
 from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import InputError, MissingInputError
-from ckpt2pt.folders import iteration_folder, iteration_name, read_tracker
+from ckpt2pt.folders import iteration_folder, iteration_name
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, TRACKER, Target, rank_name, read_record
+from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, TRACKER, Target, rank_name, read_record, read_tracker
 from ckpt2pt.records import Json
 from ckpt2pt.text import short
 from ckpt2pt.verify.examine import Difference
