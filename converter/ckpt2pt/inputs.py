@@ -105,6 +105,16 @@ def _check_size(file: InputFile, limit: int, option: str) -> None:
         raise FormatError(f"larger than {limit >> 20} MiB", where=file.path, mend=f"check {option}")
 
 
+def is_file(path: Path, option: str) -> bool:
+    """Whether a regular file is there; only ENOENT means that none is."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise refused(error, path, option) from error
+
+
 def refused(error: OSError, path: Path, option: str) -> Ckpt2ptError:
     """What opening or reading ``path`` came to, in the user's words."""
     if error.errno in _NOWHERE:

@@ -14,7 +14,7 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
-from ckpt2pt.inputs import sha256
+from ckpt2pt.inputs import is_file, refused, sha256
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import data_parallel_size, read_param_maps
@@ -23,7 +23,7 @@ from ckpt2pt.plan.entries import Entry
 from ckpt2pt.plan.imported import ImportedChunk, missing_layers, scalar_entries, tensor_entries
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, Move
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
-from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_given, rank_files
+from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_copies, prove_given, rank_files
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.request import digest
 from ckpt2pt.survey import changed
@@ -70,6 +70,8 @@ def survey_back(request: BackRequest) -> BackSurvey:
     empty: set[int] = set()
     for (tp, pp), folder in folders.items():
         rank = read_rank(folder, optimizer=False, allow=request.rules.pickle_globals)
+        if request.full:
+            _check_optimizer(rank)
         _agree(rank, first, cut)
         if not tp:
             names = {vpp: [name for name, _ in chunk] for vpp, chunk in enumerate(rank.chunks)}
@@ -134,6 +136,18 @@ def _agree(rank: MegatronRank, first: MegatronRank, cut: Topology) -> None:
         )
 
 
+def _check_optimizer(rank: MegatronRank) -> None:
+    """Refuse a rank without the optimizer that its arguments promise."""
+    distributed = rank.template.args.get("use_distributed_optimizer") is True
+    if is_file(rank.folder / OPTIM_FILE, "--megatron-path") or (not distributed and "optimizer" in rank.template.tree):
+        return
+    raise MissingInputError(
+        f"{OPTIM_FILE} is not there" if distributed else f"{MODEL_FILE} holds no optimizer",
+        where=rank.folder,
+        mend="save without --no-save-optim, or give --convert-param-only",
+    )
+
+
 def prove_unchanged_back(request: BackRequest, found: BackSurvey, rank: Rank) -> None:
     """Refuse what was read of files that are not those that were surveyed."""
     if tuple(_inputs(request, found.ranks)) != found.inputs:
@@ -148,12 +162,10 @@ def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict
         for name in files:
             try:
                 seen = (folder / name).stat()
-            except FileNotFoundError:
-                raise MissingInputError(
-                    f"{name} is not there",
-                    where=folder,
-                    mend="save with --use-distributed-optimizer and without --no-save-optim, or give --convert-param-only",
-                ) from None
+            except FileNotFoundError as error:
+                if name == OPTIM_FILE:  # a run without the distributed optimizer has none
+                    continue
+                raise refused(error, folder / name, "--megatron-path") from error
             except OSError as error:
                 raise FileAccessError(
                     f"cannot be examined: {error.strerror}", where=folder / name, mend="check the mount"
@@ -169,7 +181,9 @@ def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict
 def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPrepared:
     """Read a rank's headers, prove its buffers, and plan every copy."""
     tp, pp = rank
-    stored = read_rank(found.ranks[rank], optimizer=request.full, allow=request.rules.pickle_globals)
+    stored = read_rank(
+        found.ranks[rank], optimizer=request.full, copies=request.full, allow=request.rules.pickle_globals
+    )
     layout = _layout(request, stored, rank) if request.full else Layout(buffers=(), bucket_numel=None, evidence="")
     entries = (
         *tensor_entries(
@@ -188,13 +202,15 @@ def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPre
         mindspore_file(request.format, f"rank_{number}/{request.prefix}.{request.format}", entries)
         for number in _rank_numbers(request, found.topology, tp, pp)
     )
-    metadata = render([rank_files(stored, tp, pp, layout.buffers)], with_maps=request.full)
+    metadata = render([rank_files(stored, tp, pp, layout.buffers)], with_maps=stored.buffers is not None)
     return BackPrepared(files=files, entries=entries, metadata=metadata, evidence=layout.evidence)
 
 
 def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:
     """The buffers by the maps given, else by Megatron's rules; either way proved by the checkpoint itself."""
     at_most = None if request.verify == "full" else _SAMPLE_NUMEL
+    if stored.copies is not None:
+        return Layout(buffers=(), bucket_numel=None, evidence=prove_copies(stored, at_most=at_most))
     if request.maps is None:
         return lay_out_rank(stored, rank[1], at_most=at_most)
     given = read_param_maps(request.maps, tp=rank[0], pp=rank[1], divisor=data_parallel_size(stored.template))
@@ -202,6 +218,11 @@ def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:
 
 
 def _chunks(stored: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, full: bool) -> tuple[ImportedChunk, ...]:
+    if stored.copies is not None:
+        return tuple(
+            ImportedChunk(vpp=vpp, weights=weights, copies=stored.copies[vpp])
+            for vpp, weights in enumerate(stored.chunks)
+        )
     if not full:
         return tuple(ImportedChunk(vpp=vpp, weights=weights) for vpp, weights in enumerate(stored.chunks))
     held = iter(stored.buffers or ())

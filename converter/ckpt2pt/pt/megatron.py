@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import FormatError, MissingInputError
-from ckpt2pt.inputs import refused
+from ckpt2pt.inputs import is_file, refused
 from ckpt2pt.mapping.names import TIED_HEAD
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.archive import Archive
+from ckpt2pt.pt.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, Value, as_tensor, entries, read_pickle
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
@@ -41,13 +42,15 @@ class StoredBucket:
 class MegatronRank:
     """One ``mp_rank_*`` folder.  ``chunks`` holds for each model chunk its parameters in order of registration.
 
-    ``buffers`` are those of ``distrib_optim.pt``, None where there is none.
+    ``buffers`` are those of ``distrib_optim.pt``, None where there is none; ``copies`` what ``model_optim_rng.pt`` holds
+    of the optimizer in a run without the distributed one, None unless it was asked for.
     """
 
     folder: Path
     template: Template
     chunks: tuple[tuple[tuple[str, TensorRef], ...], ...]
     buffers: tuple[tuple[StoredBucket, ...], ...] | None
+    copies: Copies | None = None
 
 
 def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
@@ -71,8 +74,13 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
     return found
 
 
-def read_rank(folder: Path, *, optimizer: bool = True, allow: tuple[str, ...] = ()) -> MegatronRank:
-    """Read the headers of one rank; ``optimizer`` False leaves ``distrib_optim.pt`` alone."""
+def read_rank(
+    folder: Path, *, optimizer: bool = True, copies: bool = False, allow: tuple[str, ...] = ()
+) -> MegatronRank:
+    """Read the headers of one rank; ``optimizer`` False leaves ``distrib_optim.pt`` alone.
+
+    ``copies`` asks for the optimizer in ``model_optim_rng.pt`` where there is no ``distrib_optim.pt``.
+    """
     path = folder / MODEL_FILE
     archive = Archive.open(path)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
@@ -83,15 +91,27 @@ def read_rank(folder: Path, *, optimizer: bool = True, allow: tuple[str, ...] = 
     if keys not in (["model"], [f"model{number}" for number in range(len(keys))]) or not keys:
         raise FormatError(f"model chunks are {', '.join(keys) or 'none'}", where=path, mend=_SAVED_AGAIN)
     optim = folder / OPTIM_FILE
+    chunks = tuple(tuple(_weights(named[key], archive, path)) for key in keys)
+    buffers = _buffers(optim) if optimizer and is_file(optim, "--megatron-path") else None
+    whole = copies and buffers is None
     return MegatronRank(
         folder=folder,
         template=Template(
             path=str(path),
-            tree={key: value for key, value in named.items() if key not in keys},
+            tree={
+                key: groups_alone(value) if key == "optimizer" else value
+                for key, value in named.items()
+                if key not in keys
+            },
             storages=dict(archive.storages),
         ),
-        chunks=tuple(tuple(_weights(named[key], archive, path)) for key in keys),
-        buffers=_buffers(optim) if optimizer and optim.is_file() else None,
+        chunks=chunks,
+        buffers=buffers,
+        copies=read_copies(
+            named.get("optimizer"), chunks, lambda value, name: tensor_ref(value, archive, name, path), where=path
+        )
+        if whole
+        else None,
     )
 
 

@@ -10,8 +10,8 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
-from ckpt2pt.pt.trees import MISSING, Call, Global, Persistent, Value
-from ckpt2pt.pt.vetting import check_name, check_tree, damaged, is_key
+from ckpt2pt.pt.trees import GETATTRS, MISSING, Call, Global, Persistent, Value
+from ckpt2pt.pt.vetting import check_member, check_name, check_tree, damaged, is_key, refuse_mention
 
 _MAX_NBYTES = 256 << 20
 _MAX_OPCODES = 10_000_000
@@ -30,7 +30,7 @@ _NEWOBJ_EX = Global("copyreg", "__newobj_ex__")
 class Reader:
     """The pickle machine, with inert values on its stack."""
 
-    __slots__ = ("allow", "data", "known", "marks", "memo", "pos", "stack", "where")
+    __slots__ = ("allow", "data", "known", "marks", "memo", "pending", "pos", "stack", "where")
 
     def __init__(self, data: bytes, where: str, allow: frozenset[str]) -> None:
         self.data, self.where, self.allow = data, where, allow
@@ -40,6 +40,8 @@ class Reader:
         # A dict: an array would have to be as long as the largest index, which a file can put at 2**32.
         self.memo: dict[int, Value] = {}
         self.known: dict[tuple[str, str], Global] = {}
+        # A getattr that has not been called yet.
+        self.pending: Global | None = None
 
     def read(self) -> Value:
         """Run to STOP."""
@@ -66,6 +68,8 @@ class Reader:
             self.fail("does not end with one value")
         if self.pos != len(self.data):
             self.fail(f"is followed by {len(self.data) - self.pos} more bytes")
+        if self.pending is not None:
+            refuse_mention(self.pending, self.where)
         check_tree(self.stack[0], self.where)
         return self.stack[0]
 
@@ -105,6 +109,8 @@ class Reader:
         if found is None:
             check_name(module, name, self.allow, self.where)
             found = self.known[module, name] = Global(module, name)
+        if found in GETATTRS:
+            self.pending = found
         self.stack.append(found)
 
     def op_global(self) -> None:
@@ -128,6 +134,9 @@ class Reader:
     def call(self, func: Value, args: Value, *, new: bool) -> None:
         if not isinstance(func, Global) or not isinstance(args, tuple):
             self.fail("calls something that is not a name, or with arguments that are not a tuple")
+        if func.name == "getattr" and func in GETATTRS:
+            check_member(func, args, self.allow, self.where)
+            self.pending = None
         self.stack.append(Call(func, args, new))
 
     def op_reduce(self) -> None:

@@ -31,6 +31,7 @@ from ckpt2pt.pt.pickles import (
     StoredTensor,
     as_storage,
     as_tensor,
+    enum_member,
     is_namespace,
     namespace_attrs,
     read_pickle,
@@ -281,16 +282,7 @@ def flatten(tree: object, translate: Callable[[object], object], *, where: str) 
 
 def _children(value: object) -> tuple[str, Sequence[tuple[str, object]]]:
     if isinstance(value, Call):
-        if is_namespace(value):
-            return str(value.func), list(namespace_attrs(value).items())
-        children: list[tuple[str, object]] = [(key_text(key), item) for key, item in value.pairs]
-        if value.args:
-            children.append(("@args", list(value.args)))
-        if value.items:
-            children.append(("@items", list(value.items)))
-        if value.state is not MISSING:
-            children.append(("@state", value.state))
-        return str(value.func), children
+        return _parts(value)
     if isinstance(value, Global):
         return str(value), ()
     if isinstance(value, Persistent):
@@ -302,6 +294,21 @@ def _children(value: object) -> tuple[str, Sequence[tuple[str, object]]]:
         raise TypeError(f"{type(value).__name__} is no node of a tree")
     items = _as_list(cast("object", value))
     return ("tuple" if isinstance(value, tuple) else "list"), [(str(number), item) for number, item in enumerate(items)]
+
+
+def _parts(value: Call) -> tuple[str, Sequence[tuple[str, object]]]:
+    if member := enum_member(value):
+        return member, ()
+    if is_namespace(value):
+        return str(value.func), list(namespace_attrs(value).items())
+    children: list[tuple[str, object]] = [(key_text(key), item) for key, item in value.pairs]
+    if value.args:
+        children.append(("@args", list(value.args)))
+    if value.items:
+        children.append(("@items", list(value.items)))
+    if value.state is not MISSING:
+        children.append(("@state", value.state))
+    return str(value.func), children
 
 
 def _as_list(value: object) -> list[object]:

@@ -90,9 +90,14 @@ class _StandIn:
     def node(self) -> Call:
         """The same as our own reader's node."""
         held: dict[str, Any] = self.__dict__
-        args: Any = self._args
+        args: Any = tuple(_described(arg) for arg in self._args)
         state: Any = self._state
         return Call(self.named, args, state=state, items=held.get("_items", ()), pairs=held.get("_pairs", ()))
+
+
+def _described(value: object) -> object:
+    """The name that a stand-in for a class has; anything else as it is."""
+    return value.named if isinstance(value, type) and issubclass(value, _StandIn) else value
 
 
 def open_with_torch(path: Path, *, allow: Collection[str] = (), weights_only: bool = False) -> Leaves:
@@ -135,8 +140,8 @@ def _translator(torch: ModuleType) -> Callable[[object], object]:
             return Global("torch", str(value).removeprefix("torch."))
         if isinstance(value, _StandIn):
             return value.node()
-        if isinstance(value, type) and issubclass(value, _StandIn):
-            return value.named
+        if isinstance(value, type):
+            return _described(value)
         if isinstance(value, collections.OrderedDict):
             pairs = cast("dict[Value, Value]", value).items()
             return ordered_dict(

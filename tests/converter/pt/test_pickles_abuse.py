@@ -100,7 +100,7 @@ HOSTILE: list[Any] = [
     pytest.param(
         lambda p: b"c__builtin__\ngetattr\nc__builtin__\n__import__\n" + text("os") + b"\x85R" + text("system")
         + b"\x86R" + text(touch(p)) + b"\x85R.",
-        "__builtin__.getattr",
+        "__builtin__.__import__",
         id="getattr-chain",
     ),
     pytest.param(
