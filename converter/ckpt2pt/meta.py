@@ -26,6 +26,7 @@ from ckpt2pt.pt.pickles import Global, read_pickle
 
 _Described = tuple[tuple[str, ...], Buffer | None]
 """A chunk's names in registration order, and its buffer when there is a map."""
+_MAX_NAMES = 200_000
 METADATA = "spec.metadata.path (--param-map-path)"
 _MEND = "point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees"
 
@@ -188,6 +189,8 @@ def _name_lists(template: Template) -> list[tuple[str, ...]]:
         )
     if not isinstance(lists, list) or not all(isinstance(names, list) for names in lists):
         raise FormatError("param_name_list is not a list of lists", where=template.path, mend=_MEND)
+    if sum(len(names) for names in cast("list[list[object]]", lists)) > _MAX_NAMES:  # lists may be shared
+        raise FormatError(f"param_name_list holds more than {_MAX_NAMES} names", where=template.path, mend=_MEND)
     found: list[tuple[str, ...]] = []
     for names in cast("list[list[object]]", lists):
         if not all(isinstance(name, str) for name in names) or len(set(map(str, names))) != len(names):

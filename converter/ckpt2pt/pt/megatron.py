@@ -26,6 +26,7 @@ from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MODEL_KEY = re.compile(r"model(\d*)")
+_BUCKET_NBYTES = 64
 _SAVED_AGAIN = "point at a checkpoint of Megatron-LM 0.6 with --use-distributed-optimizer and a legacy GPT model"
 
 
@@ -117,8 +118,14 @@ def read_rank(
 
 def _weights(model: Value, archive: Archive, path: Path) -> Iterator[tuple[str, TensorRef]]:
     """Parameters in order: nested dictionaries joined by dots, the tied head under the name that buffers use."""
+    # Dictionaries may be shared, and double what there is with each level: each visit has to pay for a byte of the pickle.
+    visits_left = len(archive.pickle)
 
     def walk(prefix: str, value: Value) -> Iterator[tuple[str, TensorRef]]:
+        nonlocal visits_left
+        visits_left -= 1
+        if visits_left < 0:
+            raise FormatError("more parameters than a file of its size can hold", where=path, mend=_SAVED_AGAIN)
         inner = entries(value)
         if inner is not None:
             for key, item in inner:
@@ -173,8 +180,13 @@ def _buffers(path: Path) -> tuple[tuple[StoredBucket, ...], ...]:
         _sizes(tree, "per_bucket_numel_unpadded", count, path),
     )
     found: list[tuple[StoredBucket, ...]] = []
+    # Lists may be shared: each bucket has to pay for its three tensors.
+    buckets_left = len(archive.pickle) // _BUCKET_NBYTES
     for number in range(count):
         for key, numels in padded[number].items():
+            buckets_left -= len(numels)
+            if buckets_left < 0:
+                raise FormatError("more buckets than a file of its size can hold", where=path, mend=_SAVED_AGAIN)
             kinds = _inner(tree.get(number), path).get(key)
             tensors = {kind: _list(_inner(kinds, path).get(kind), path) for kind in OPTIM_KINDS}
             sizes = unpadded[number].get(key, [])

@@ -39,7 +39,9 @@ def groups_alone(optimizer: Value) -> Value:
         for group in (found if isinstance(found, list) else ())
     ]
     others = optimizer if isinstance(optimizer, dict) and inner is not optimizer else {}
-    return {key: value for key, value in others.items() if key != _COPIES} | {"optimizer": {"param_groups": groups}}
+    kept: dict[Value, Value] = {key: value for key, value in others.items() if key != _COPIES}
+    kept["optimizer"] = {"param_groups": groups}
+    return kept
 
 
 def read_copies(
@@ -48,7 +50,7 @@ def read_copies(
     """The float32 copy and both moments of every parameter.  Raises :class:`FormatError` when they do not fit the weights."""
     tree = _dictionary(optimizer, "the optimizer", where)
     mains = tree.get(_COPIES)
-    torch_state = _dictionary(tree.get("optimizer", tree), "the optimizer", where)
+    torch_state = _dictionary(tree["optimizer"], "the optimizer", where) if "optimizer" in tree else tree
     state = _dictionary(torch_state.get("state"), "the optimizer's state", where)
     groups = [_dictionary(group, "a group", where) for group in _list(torch_state.get("param_groups"), where)]
     copies = [_list(group, where) for group in _list(mains, where)] if mains is not None else None
@@ -59,7 +61,7 @@ def read_copies(
         if len(ids) != len(members) or (copies is not None and (mine is None or len(mine) != len(ids))):
             _refuse(f"group {number} holds {len(ids)} parameters, the model has {len(members)} of its kind", where)
         for place, (chunk, name, weight) in enumerate(members):
-            moments = _dictionary(state.get(ids[place]), f"the state of parameter {ids[place]}", where)
+            moments = _dictionary(state.get(ids[place]), f"the state of {name}", where)
             refs = {kind: to_ref(moments.get(kind), f"{kind} of {name}") for kind in _MOMENTS}
             refs["param"] = weight if mine is None else to_ref(mine[place], f"the float32 copy of {name}")
             for kind, ref in refs.items():

@@ -15,6 +15,10 @@ from ckpt2pt.pt.vetting import check_member, check_name, check_tree, damaged, is
 
 _MAX_NBYTES = 256 << 20
 _MAX_OPCODES = 10_000_000
+# Memory that a pickle may ask for. Torch's own needs up to 16 bytes for each of its bytes, an endless row of empty
+# dictionaries 90.
+_FREE_NBYTES = 48 << 20
+_NBYTES_PER_BYTE = 20
 _MAX_LONG_NBYTES = 1024
 _MAX_LINE_NBYTES = 1024
 _MAX_MARKS = 1000
@@ -45,15 +49,19 @@ class Reader:
 
     def read(self) -> Value:
         """Run to STOP."""
-        data, do = self.data, _OPCODES
+        data, do, costs = self.data, _OPCODES, _COSTS
         if len(data) > _MAX_NBYTES:
             self.fail(f"holds {len(data)} bytes, more than {_MAX_NBYTES}")
         try:
+            left = _FREE_NBYTES + _NBYTES_PER_BYTE * len(data)
             for _ in range(_MAX_OPCODES):
                 code = data[self.pos]
                 self.pos += 1
                 if code == _STOP:
                     break
+                left -= costs[code]
+                if left < 0:
+                    self.fail("makes more values than a file of its size can need")
                 do[code](self)
             else:
                 self.fail(f"has more than {_MAX_OPCODES} opcodes")
@@ -339,4 +347,12 @@ _OPS: Final[dict[bytes, _Op]] = {
     b"R": Reader.op_reduce, b"\x81": Reader.op_newobj, b"\x92": Reader.op_newobj_ex,
     b"b": Reader.op_build, b"Q": Reader.op_persistent,
 }  # fmt: skip
+# Bytes that an opcode's value takes; containers are counted threefold, of which torch writes few.
+_COSTS = [8] * 256
+for _codes, _cost in (
+    (b"MJ\x8a\x8bGFIL", 40), (b"VX\x8c\x8dCB\x8e", 64), (b"pqr\x94", 56), (b"s", 120),
+    (b"t\x85\x86\x87Q", 64), (b"RuU\x81", 88), (b"]}ld", 250), (b"\x8f\x91\x92\x96", 600),
+):  # fmt: skip
+    for _code in _codes:
+        _COSTS[_code] = _cost
 _OPCODES = [_OPS.get(bytes((code,)), Reader.refuse) for code in range(256)]

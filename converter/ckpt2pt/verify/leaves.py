@@ -40,8 +40,9 @@ from ckpt2pt.publish import access_error
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 BLOCK_BYTES = 512 << 10
-MAX_LEAVES = 4_000_000
-"""More than any checkpoint has; containers of a pickle may be shared, so a small file can describe a huge tree."""
+MAX_NAMES_NBYTES = 64 << 20
+"""Bytes that the paths of leaves may take beyond ten times the pickle's: names may be long, and stand in each path below."""
+_LEAF_NBYTES = 150
 _MAX_SPAN_BYTES = 8 << 20
 _MAX_OPEN = 16
 
@@ -230,7 +231,8 @@ def open_pt(path: Path, *, allow: Collection[str] = ()) -> Leaves:
             return _view(whole, storages, path)
         return value
 
-    return flatten(read_pickle(archive.pickle, where=str(path), allow=allow), translate, where=str(path))
+    tree = read_pickle(archive.pickle, where=str(path), allow=allow)
+    return flatten(tree, translate, where=str(path), nbytes=len(archive.pickle))
 
 
 def _size(path: Path) -> int:
@@ -256,17 +258,21 @@ def _view(found: StoredTensor, storages: Mapping[str, Extent], path: Path) -> Te
     return TensorLeaf(found.dtype, found.shape, Stored(size, (part,)), (part,))
 
 
-def flatten(tree: object, translate: Callable[[object], object], *, where: str) -> Leaves:
+def flatten(tree: object, translate: Callable[[object], object], *, where: str, nbytes: int) -> Leaves:
     """Path -> leaf, depth first.  ``translate`` makes nodes of ours from a reader's own, and tensors leaves.
 
     Each container leaves a :class:`Symbol` at its own path, so that an empty one is seen too.  What an object has
-    besides its items is below ``@state``, ``@args`` and ``@items``.
+    besides its items is below ``@state``, ``@args`` and ``@items``.  ``nbytes`` is the size of the pickle.
     """
     found: Leaves = {}
 
+    left = MAX_NAMES_NBYTES + 10 * nbytes
+
     def walk(path: str, value: object) -> None:
-        if len(found) > MAX_LEAVES:
-            raise FormatError(f"more than {MAX_LEAVES} leaves", where=where, mend="save the file again without them")
+        nonlocal left
+        left -= len(path) + _LEAF_NBYTES
+        if left < 0:
+            raise FormatError("more leaves than a file of its size can need", where=where, mend="save the file again")
         value = translate(value)
         if isinstance(value, TensorLeaf | bool | int | float | str | bytes) or value is None:
             found[path or "/"] = value

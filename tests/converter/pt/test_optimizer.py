@@ -95,11 +95,12 @@ def changed(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 
 
 def inner(tree: dict[str, Any]) -> dict[str, Any]:
-    return tree["optimizer"]["optimizer"]
+    found: dict[str, Any] = tree["optimizer"]["optimizer"]
+    return found
 
 
 WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "no-state": (lambda tree: inner(tree)["state"].clear(), "the state of parameter 0 is not a dictionary"),
+    "no-state": (lambda tree: inner(tree)["state"].clear(), "the state of .* is not a dictionary"),
     "state-is-a-list": (lambda tree: inner(tree).update(state=[]), "the optimizer's state is not a dictionary"),
     "no-groups": (lambda tree: inner(tree).pop("param_groups"), "a list of the optimizer is missing"),
     "group-is-a-number": (lambda tree: inner(tree).update(param_groups=[1]), "a group is not a dictionary"),
