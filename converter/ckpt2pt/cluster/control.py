@@ -9,6 +9,7 @@ from typing import cast
 from ckpt2pt.cluster.api import Api, ApiError, Json, explained
 from ckpt2pt.cluster.submit import Submitted
 from ckpt2pt.conversion.job import ATTEMPT_LABEL, CONTAINER, STAGES_ANNOTATION
+from ckpt2pt.conversion.names import request_path
 from ckpt2pt.conversion.status import TERMINAL
 from ckpt2pt.errors import MissingInputError, UsageError
 
@@ -62,13 +63,13 @@ def log_of_stage(api: Api, there: Submitted, stage: int) -> str:
     stage = 0 if "follow" in spec or spec.get("dryRun") is True else stage
     chosen = f"app.kubernetes.io/name=ckpt2pt,app.kubernetes.io/instance={there.name}"
     try:
-        jobs = _items(api.json("GET", f"/apis/batch/v1/namespaces/{there.namespace}/jobs", labelSelector=chosen))
-        pods = _items(api.json("GET", f"/api/v1/namespaces/{there.namespace}/pods", labelSelector=chosen))
+        jobs = _items(api.json("GET", request_path("apis/batch/v1", there.namespace, "jobs"), labelSelector=chosen))
+        pods = _items(api.json("GET", request_path("api/v1", there.namespace, "pods"), labelSelector=chosen))
         pod = newest_pod(jobs, pods, stage)
         if pod is None:
             mend = "wait until it runs; pods are gone when the Job's time to live is over"
             raise MissingInputError("there is no pod", where=where, mend=mend)
-        path = f"/api/v1/namespaces/{there.namespace}/pods/{pod}/log"
+        path = request_path("api/v1", there.namespace, "pods", pod, "log")
         return api.text("GET", path, container=CONTAINER)
     except ApiError as error:
         raise explained(error, "reading its log", where) from error

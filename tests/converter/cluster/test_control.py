@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,6 +73,16 @@ def test_one_worker_that_does_all_stages_has_the_log_of_each(spec: dict[str, Any
     server = Server(answer)
     with server.running(), nullcontext() if name else pytest.raises(MissingInputError):
         assert f"/pods/{name}/log" in log_of_stage(api_of(server), THERE, 3)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../other/checkpointconversions/a", "a/status", "a%2Fstatus"])
+def test_a_name_that_could_become_another_path_is_refused_before_anything_is_asked(name: str) -> None:
+    server = in_phase("Failed")
+    with server.running():
+        for there in (replace(THERE, name=name), replace(THERE, namespace=name or "..")):
+            with pytest.raises(UsageError, match="is not the name of an object"):
+                retry(api_of(server), there)
+    assert server.asked == []
 
 
 def test_one_that_is_not_there() -> None:
