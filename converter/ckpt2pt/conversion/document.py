@@ -21,6 +21,7 @@ import jsonschema
 import yaml
 
 from ckpt2pt.conversion.fields import Finding, refusal
+from ckpt2pt.conversion.names import HINTS
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
 from ckpt2pt.errors import FileAccessError, MissingInputError, UsageError
 
@@ -274,7 +275,7 @@ def _wanted(error: jsonschema.ValidationError) -> str:
     if error.validator == "enum":
         return f"write {' or '.join(map(str, cast('list[object]', value)))}"
     words = {
-        "pattern": "write a quantity, as 2, 500m or 1Gi",
+        "pattern": HINTS.get(str(value), "write a quantity, as 2, 500m or 1Gi"),
         "minimum": f"write at least {value}",
         "maximum": f"write at most {value}",
         "minLength": "do not leave it empty",
