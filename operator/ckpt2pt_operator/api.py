@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -22,7 +22,7 @@ from ckpt2pt.conversion.names import request_path
 from ckpt2pt.conversion.spec import API_VERSION, Json
 from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.metrics import Metrics
-from ckpt2pt_operator.rules.views import child, number, text
+from ckpt2pt_operator.rules.views import child, items, number, text
 
 _TIMEOUT = 30
 _SILENCE = 100.0
@@ -30,6 +30,7 @@ _SILENCE = 100.0
 _MAX_LINE = 8 << 20
 """Bytes of one event of a watch: an object may have 1.5 MB, and twice that in JSON."""
 _MAX_PAUSE = 300.0
+_MAX_FIELDS = 8
 _TRUE_TO = timedelta(seconds=5)
 """As far as a clock here may be from the API server's before that one's is taken: its answers tell whole seconds, and take a while."""
 _TRIES = 7
@@ -48,11 +49,17 @@ Resource = tuple[str, str]
 
 
 class ApiError(Exception):
-    """The API server answered with an error, or not at all (``code`` 0).  ``pause`` is the least time to wait, in seconds."""
+    """The API server answered with an error, or not at all (``code`` 0).  ``pause`` is the least time to wait, in seconds.
 
-    def __init__(self, code: int, reason: str, message: str, *, pause: float = 0.0, what: str = "") -> None:
+    ``fields`` are those of an object that it finds wrong.
+    """
+
+    def __init__(
+        self, code: int, reason: str, message: str, *, pause: float = 0.0, what: str = "", fields: Sequence[str] = ()
+    ) -> None:
         super().__init__(f"{what}: {code} {reason}: {message}")
         self.code, self.reason, self.message, self.pause, self.what = code, reason, message, pause, what
+        self.fields = tuple(fields)
 
     @property
     def passing(self) -> bool:
@@ -332,7 +339,10 @@ def _error(code: int, data: bytes, headers: Mapping[str, str], what: str) -> Api
         status = _object(data)
     except ValueError:
         status = {"message": data[:512].decode("utf-8", "replace")}
-    told = number(child(status, "details"), "retryAfterSeconds")
+    details = child(status, "details")
+    told, causes = number(details, "retryAfterSeconds"), items(details, "causes")
+    fields = [field for cause in causes[:_MAX_FIELDS] if (field := text(cause, "field", 200))]
     after = headers.get("Retry-After", "")
     pause = float(after) if after.isdecimal() else float(told)
-    return ApiError(code, text(status, "reason"), text(status, "message"), pause=min(pause, _MAX_PAUSE), what=what)
+    pause = min(pause, _MAX_PAUSE)
+    return ApiError(code, text(status, "reason"), text(status, "message"), pause=pause, what=what, fields=fields)

@@ -26,6 +26,7 @@ _MOST_BYTES = 1 << 50
 """Of one stage: the sum of 1024 of them fits into 64 bits."""
 _MOST_TRIES = (1 << 31) - 1
 _MOST_INDEXES = 100_000
+_MAX_DIGITS = 18
 _NOTHING: Json = {}
 
 
@@ -91,9 +92,14 @@ def indexes(intervals: str) -> frozenset[int]:
     found: set[int] = set()
     for part in filter(None, intervals.split(",")):
         first, _, last = part.partition("-")
-        if first.isdecimal() and (last or first).isdecimal():
+        if _is_index(first) and _is_index(last or first):
             found.update(range(int(first), min(int(last or first), _MOST_INDEXES) + 1))
     return frozenset(found)
+
+
+def _is_index(word: str) -> bool:
+    """Short enough for ``int``, which refuses thousands of digits."""
+    return word.isdecimal() and len(word) <= _MAX_DIGITS
 
 
 def condition(conditions: list[Json], kind: str) -> Json:
@@ -211,7 +217,6 @@ def pod_view(raw: Json) -> Pod:
     waiting, scheduled, disruption = (
         child(state, "waiting"), condition(conditions, "PodScheduled"), condition(conditions, "DisruptionTarget"),
     )  # fmt: skip
-    index = labels.get(_INDEX, annotations.get(_INDEX))
     return Pod(
         name=text(meta, "name"),
         namespace=text(meta, "namespace"),
@@ -220,7 +225,7 @@ def pod_view(raw: Json) -> Pod:
         job=text(labels, "batch.kubernetes.io/job-name") or text(labels, "job-name"),
         job_uid=text(labels, "batch.kubernetes.io/controller-uid") or text(labels, "controller-uid"),
         owner=text(labels, UID_LABEL),
-        index=int(index) if isinstance(index, str) and index.isdecimal() else 0,
+        index=number(labels if _INDEX in labels else annotations, _INDEX),
         phase=text(status, "phase"),
         reason=word(status, "reason"),
         message=text(status, "message"),
@@ -291,7 +296,7 @@ def job_view(raw: Json) -> Job:
         version=text(meta, "resourceVersion"),
         owner=text(owner, "uid"),
         attempt=number(labels, ATTEMPT_LABEL, 1),
-        stages=tuple(int(stage) for stage in stages.split(",") if stage.isdecimal()) if stages else None,
+        stages=tuple(int(stage) for stage in stages.split(",") if _is_index(stage)) if stages else None,
         created=time(meta, "creationTimestamp"),
         deleted="deletionTimestamp" in meta,
         started=time(status, "startTime"),
