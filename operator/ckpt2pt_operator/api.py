@@ -254,8 +254,8 @@ class Api:
         headers = {"Accept": "application/json"} | ({"Content-Type": content} if content else {})
         try:
             path = request_path(asked.resource[0], asked.namespace, asked.resource[1], asked.name, asked.subresource)
-        except UsageError as error:
-            raise ApiError(_BAD_REQUEST, "BadRequest", error.what, what=asked.kind) from error
+        except UsageError as wrong:
+            raise ApiError(_BAD_REQUEST, "BadRequest", wrong.what, what=asked.kind) from wrong
         code = "error"
         try:
             _, url, sent, payload, _ = await self._inner.param_serialize(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from ckpt2pt.conversion.job import ATTEMPT_LABEL, CONTAINER, MANAGER, STAGES_ANNOTATION, UID_LABEL
+from ckpt2pt.conversion.job import CONTAINER, MANAGER, STAGES_ANNOTATION, UID_LABEL
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import MAX_MESSAGE
 
@@ -167,7 +167,10 @@ def _preview_of(plan: Json) -> Preview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pod:
-    """One worker: ``index`` is its completion index, ``failures`` how often that index failed before it."""
+    """One worker: ``index`` is its completion index, ``failures`` how often that index failed before it.
+
+    ``owner`` is the conversion that its label names; ``job`` and ``job_uid`` are the Job that controls it, if one does.
+    """
 
     name: str
     namespace: str
@@ -210,6 +213,10 @@ def pod_view(raw: Json) -> Pod:
     """A pod as an API server gives it."""
     meta, spec, status = child(raw, "metadata"), child(raw, "spec"), child(raw, "status")
     labels, annotations = child(meta, "labels"), child(meta, "annotations")
+    controller = _controller(meta)
+    controller = (
+        controller if (controller.get("apiVersion"), controller.get("kind")) == ("batch/v1", "Job") else _NOTHING
+    )
     conditions = items(status, "conditions")
     container = next((item for item in items(status, "containerStatuses") if item.get("name") == CONTAINER), _NOTHING)
     state = child(container, "state")
@@ -222,8 +229,8 @@ def pod_view(raw: Json) -> Pod:
         namespace=text(meta, "namespace"),
         uid=text(meta, "uid"),
         version=text(meta, "resourceVersion"),
-        job=text(labels, "batch.kubernetes.io/job-name") or text(labels, "job-name"),
-        job_uid=text(labels, "batch.kubernetes.io/controller-uid") or text(labels, "controller-uid"),
+        job=text(controller, "name"),
+        job_uid=text(controller, "uid"),
         owner=text(labels, UID_LABEL),
         index=number(labels if _INDEX in labels else annotations, _INDEX),
         phase=text(status, "phase"),
@@ -284,18 +291,17 @@ class Job:
 def job_view(raw: Json) -> Job:
     """A Job as an API server gives it."""
     meta, spec, status = child(raw, "metadata"), child(raw, "spec"), child(raw, "status")
-    labels = child(meta, "labels")
+    labels, name = child(meta, "labels"), text(meta, "name")
     conditions = [item for item in items(status, "conditions") if item.get("status") == "True"]
     end = condition(conditions, "Complete") or condition(conditions, "Failed")
-    owner = next((item for item in items(meta, "ownerReferences") if item.get("controller")), _NOTHING)
     stages = text(child(meta, "annotations"), STAGES_ANNOTATION, 8192)
     return Job(
-        name=text(meta, "name"),
+        name=name,
         namespace=text(meta, "namespace"),
         uid=text(meta, "uid"),
         version=text(meta, "resourceVersion"),
-        owner=text(owner, "uid"),
-        attempt=number(labels, ATTEMPT_LABEL, 1),
+        owner=text(_controller(meta), "uid"),
+        attempt=number({"number": name.rpartition("-")[2]}, "number", 1),  # as job_name made it; a label is anybody's
         stages=tuple(int(stage) for stage in stages.split(",") if _is_index(stage)) if stages else None,
         created=time(meta, "creationTimestamp"),
         deleted="deletionTimestamp" in meta,
@@ -316,6 +322,21 @@ def job_view(raw: Json) -> Job:
         ttl=number(spec, "ttlSecondsAfterFinished") if "ttlSecondsAfterFinished" in spec else None,
         per_index="backoffLimitPerIndex" in spec,
     )
+
+
+def is_of(thing: Job | Pod, namespace: str, name: str) -> bool:
+    """Whether a Job, or the Job of a pod, can be one that was made for that conversion: a label can be written by anybody.
+
+    A pod that names a Job that is not there, or is another one, is deleted by the garbage collector; one that names a Job
+    that is there is counted by the Job controller itself.
+    """
+    job = thing.job if isinstance(thing, Pod) else thing.name
+    return thing.namespace == namespace and job.rpartition("-")[0] == name
+
+
+def _controller(meta: Json) -> Json:
+    """The owner that manages an object; an empty object where there is none."""
+    return next((item for item in items(meta, "ownerReferences") if item.get("controller") is True), _NOTHING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ckpt2pt.conversion.document import MAX_BYTES, crd_path, fields_of, read, validate
+from ckpt2pt.conversion.document import crd_path, fields_of, read, validate
+from ckpt2pt.conversion.loading import MAX_BYTES
 from ckpt2pt.errors import Ckpt2ptError, MissingInputError, UsageError
 from documents import ABSENT, CRD_PATH, EXAMPLE_PATH, changed, minimal, write
 
