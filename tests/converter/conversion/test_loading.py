@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import yaml
 
@@ -26,9 +28,7 @@ def test_anything_else_is_an_error_of_the_document(text: str) -> None:
 
 def test_aliases_do_not_unfold_without_bounds() -> None:
     names = "abcdefghij"
-    text = "a: &a [0]\n" + "".join(
-        f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in zip(names, names[1:], strict=False)
-    )
+    text = "a: &a [0]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise(names))
     with pytest.raises(UsageError, match="more than"):
         load(text, "here")
 
