@@ -8,7 +8,6 @@ Every violation is told at once, in words: which field, what it is, what to writ
 from __future__ import annotations
 
 import difflib
-import errno
 import json
 import re
 import sys
@@ -24,7 +23,8 @@ from ckpt2pt.conversion.fields import Finding, refusal
 from ckpt2pt.conversion.loading import MAX_BYTES, load
 from ckpt2pt.conversion.names import HINTS
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
-from ckpt2pt.errors import FileAccessError, MissingInputError, UsageError
+from ckpt2pt.errors import FileAccessError, UsageError
+from ckpt2pt.system.access import access_error
 
 _CRD = "checkpointconversions.yaml"
 _MEND = "see examples/conversion.yaml for the form of the document"
@@ -77,13 +77,8 @@ def _text(path: Path) -> bytes:
         else:
             with path.open("rb") as file:
                 data = file.read(MAX_BYTES + 1)
-    except IsADirectoryError:
-        raise UsageError("this is a folder, and no document", where=path, mend="check -f") from None
     except OSError as error:
-        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}:
-            raise MissingInputError("the document is not there", where=path, mend="check -f") from None
-        mend = "give this user read permission, or check -f"
-        raise FileAccessError(f"cannot be read: {error.strerror}", where=path, mend=mend) from error
+        raise access_error(error, path, "reading", option="-f") from error
     if len(data) > MAX_BYTES:
         raise UsageError(f"larger than {MAX_BYTES >> 20} MiB", where=path, mend="give a CheckpointConversion with -f")
     return data
