@@ -12,9 +12,9 @@ from typing import cast
 
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
-from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError, TopologyError
+from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
-from ckpt2pt.inputs import is_file, refused, sha256
+from ckpt2pt.inputs import is_file, sha256
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import data_parallel_size, read_param_maps
@@ -27,6 +27,7 @@ from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_copies, prove_giv
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.request import digest
 from ckpt2pt.survey import changed
+from ckpt2pt.system.access import access_error
 
 _SAMPLE_NUMEL = 1 << 10
 """Elements of each weight that are compared with their slice at least: files of two ranks or steps are told apart by them."""
@@ -165,11 +166,9 @@ def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict
             except FileNotFoundError as error:
                 if name == OPTIM_FILE:  # a run without the distributed optimizer has none
                     continue
-                raise refused(error, folder / name, "--megatron-path") from error
+                raise access_error(error, folder / name, "examining", option="--megatron-path") from error
             except OSError as error:
-                raise FileAccessError(
-                    f"cannot be examined: {error.strerror}", where=folder / name, mend="check the mount"
-                ) from error
+                raise access_error(error, folder / name, "examining", reading=True) from error
             place = f"{folder.name}/{name}"
             found.append({"source": place, "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
     if request.full and request.maps:
