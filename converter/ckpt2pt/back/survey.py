@@ -23,7 +23,8 @@ from ckpt2pt.plan.entries import Entry
 from ckpt2pt.plan.imported import ImportedChunk, missing_layers, scalar_entries, tensor_entries
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, Move
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
-from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_given, rank_files
+from ckpt2pt.pt.resume import Unmet
+from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_given, rank_files, unmet_of_rank
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.request import digest
 from ckpt2pt.survey import changed
@@ -34,13 +35,17 @@ _SAMPLE_NUMEL = 1 << 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackSurvey:
-    """The checkpoint that was found: a folder for each rank, its cut with the no-op layers, its iteration."""
+    """The checkpoint that was found: a folder for each rank, its cut with the no-op layers, its iteration.
+
+    ``unmet`` is what keeps Megatron-LM from resuming with the metadata of each rank.
+    """
 
     ranks: Mapping[Rank, Path]
     topology: Topology
     iteration: int
     identity: str
     inputs: tuple[dict[str, object], ...]
+    unmet: Mapping[Rank, tuple[Unmet, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +73,10 @@ def survey_back(request: BackRequest) -> BackSurvey:
     first = read_rank(folders[0, 0], optimizer=False, allow=request.rules.pickle_globals)
     cut = _topology(request, first, folders)
     empty: set[int] = set()
+    broken: dict[Rank, tuple[Unmet, ...]] = {}
     for (tp, pp), folder in folders.items():
         rank = read_rank(folder, optimizer=False, allow=request.rules.pickle_globals)
+        broken[tp, pp] = unmet_of_rank(rank, folders, full=request.full)
         _agree(rank, first, cut)
         if not tp:
             names = {vpp: [name for name, _ in chunk] for vpp, chunk in enumerate(rank.chunks)}
@@ -83,6 +90,7 @@ def survey_back(request: BackRequest) -> BackSurvey:
         iteration=iteration,
         identity=digest({"options": request.meaning(cut), "iteration": iteration, "inputs": inputs}),
         inputs=inputs,
+        unmet=broken,
     )
 
 
