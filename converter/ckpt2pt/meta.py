@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import FormatError, MissingInputError
-from ckpt2pt.inputs import read_whole, refused
+from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.names import bare
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.buckets import Buffer, parse_param_map
@@ -25,6 +25,7 @@ from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, read_pickle
 from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
+from ckpt2pt.system.access import access_error
 
 _Described = tuple[tuple[str, ...], Buffer | None]
 """A chunk's names in registration order, and its buffer when there is a map."""
@@ -104,7 +105,7 @@ def require(folder: Path, *, source: Path, target: Path) -> None:
     except (FileNotFoundError, NotADirectoryError):
         found = []
     except OSError as error:
-        raise refused(error, folder, METADATA) from error
+        raise access_error(error, folder, "listing", option=METADATA) from error
     if fnmatch.filter(found, "args_tp*_pp*.pt"):
         return
     made = f"--param-map-path {folder}"
@@ -174,7 +175,7 @@ def _param_maps(folder: Path, tp: int, pp: int) -> list[Path]:
     try:
         found = [(int(m[1]), int(m[2]), path) for path in folder.iterdir() if (m := pattern.fullmatch(path.name))]
     except OSError as error:
-        raise refused(error, folder, METADATA) from error
+        raise access_error(error, folder, "listing", option=METADATA) from error
     more = sorted(path.name for buffer, _, path in found if buffer)
     if more:
         raise FormatError(

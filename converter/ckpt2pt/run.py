@@ -24,10 +24,11 @@ from ckpt2pt.errors import InterruptedRunError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.publish import Target, access_error, check_space
+from ckpt2pt.publish import Target, check_space
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, check_loadable, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.system.access import access_error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

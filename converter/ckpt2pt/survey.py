@@ -17,7 +17,7 @@ from pathlib import Path
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
-from ckpt2pt.errors import FileAccessError, FormatError, InputError, MissingInputError, TryAgainError
+from ckpt2pt.errors import FormatError, InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
@@ -29,6 +29,7 @@ from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.pt.resume import Unmet, hint, summary
 from ckpt2pt.publish import Target
 from ckpt2pt.request import Request, digest
+from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
 
 Index = Mapping[str, TensorRef]
@@ -362,5 +363,5 @@ def _stat(path: Path) -> dict[str, int]:
     try:
         seen = path.stat()
     except OSError as error:
-        raise FileAccessError(f"cannot be examined: {error.strerror}", where=path, mend="check the mount") from error
+        raise access_error(error, path, "examining", reading=True) from error
     return {"nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns}

@@ -12,7 +12,7 @@ from typing import cast
 
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
-from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError, TopologyError
+from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable
@@ -28,6 +28,7 @@ from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_given, rank_files
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.request import digest
 from ckpt2pt.survey import changed
+from ckpt2pt.system.access import access_error
 
 _SAMPLE_NUMEL = 1 << 10
 """Elements of each weight that are compared with their slice at least: files of two ranks or steps are told apart by them."""
@@ -163,9 +164,7 @@ def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict
                     mend="save with --use-distributed-optimizer and without --no-save-optim, or give --convert-param-only",
                 ) from None
             except OSError as error:
-                raise FileAccessError(
-                    f"cannot be examined: {error.strerror}", where=folder / name, mend="check the mount"
-                ) from error
+                raise access_error(error, folder / name, "examining", reading=True) from error
             place = f"{folder.name}/{name}"
             found.append({"source": place, "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
     if request.full and request.maps:

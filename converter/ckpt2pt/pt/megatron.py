@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import FormatError, MissingInputError
-from ckpt2pt.inputs import refused
 from ckpt2pt.mapping.names import TIED_HEAD
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, Value, as_tensor, entries, read_pickle
+from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -55,7 +55,7 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
     try:
         found = {(int(m[1]), int(m[2] or 0)): p for p in sorted(iteration.iterdir()) if (m := _RANK.fullmatch(p.name))}
     except OSError as error:
-        raise refused(error, iteration, "--megatron-path") from error
+        raise access_error(error, iteration, "listing", option="--megatron-path") from error
     if not found:
         raise MissingInputError(
             "no mp_rank_* folder", where=iteration, mend="point --megatron-path at a Megatron checkpoint (torch format)"

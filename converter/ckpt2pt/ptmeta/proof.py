@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +12,7 @@ from ckpt2pt.casts import find_cast
 from ckpt2pt.errors import FormatError
 from ckpt2pt.plan.buckets import Buffer, Placement
 from ckpt2pt.pt.megatron import StoredBucket
-from ckpt2pt.publish import access_error
+from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 _BLOCK_NUMEL = 1 << 17
@@ -116,20 +114,12 @@ def _same_but_nan(
 
 
 def _reader(stack: ExitStack) -> _Read:
-    files: dict[str, int] = {}
+    files = stack.enter_context(OpenFiles())
 
     def read(ref: TensorRef, start: int, nbytes: int) -> npt.NDArray[np.uint8]:
-        extent = ref.extents[0]
-        try:
-            if extent.path not in files:
-                files[extent.path] = os.open(Path(extent.path), os.O_RDONLY | os.O_CLOEXEC)
-                stack.callback(os.close, files[extent.path])
-            data = os.pread(files[extent.path], nbytes, extent.offset + start)
-        except OSError as error:
-            raise access_error(error, extent.path, "reading") from error
-        if len(data) != nbytes:
-            raise FormatError("the file is shorter than its index says", where=extent.path, mend="copy it again")
-        return np.frombuffer(data, np.uint8)
+        extent, data = ref.extents[0], np.empty(nbytes, np.uint8)
+        read_at(files.get(extent.path)[0], data.data, extent.offset + start, extent.path)
+        return data
 
     return read
 

@@ -9,19 +9,16 @@ The second readings (verify, compare, show) stand on this and not on the engine'
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self, TypeAlias, cast
+from typing import Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.errors import FileAccessError, FormatError
+from ckpt2pt.errors import FormatError
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.pickles import (
     MISSING,
@@ -35,14 +32,14 @@ from ckpt2pt.pt.pickles import (
     namespace_attrs,
     read_pickle,
 )
-from ckpt2pt.publish import access_error
+from ckpt2pt.system.access import access_error
+from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 BLOCK_BYTES = 512 << 10
 MAX_LEAVES = 4_000_000
 """More than any checkpoint has; containers of a pickle may be shared, so a small file can describe a huge tree."""
 _MAX_SPAN_BYTES = 8 << 20
-_MAX_OPEN = 16
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Scalar: TypeAlias = bool | int | float | str | bytes | None
@@ -53,44 +50,12 @@ def width(dtype: str) -> int:
     return DTYPE_BYTES.get(dtype) or {"complex128": 16, "str": 4}.get(dtype, 1)
 
 
-class Files:
+class Files(OpenFiles):
     """Files open for reading, a few at a time; closed together."""
 
-    def __init__(self) -> None:
-        self._fds: dict[str, int] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with ExitStack() as stack:
-            for fd in self._fds.values():
-                stack.callback(os.close, fd)
-
     def read(self, path: str, offset: int, out: memoryview) -> None:
-        """Fill ``out`` from byte ``offset`` on; a read may give less than is there."""
-        try:
-            fd = self._fd(path)
-            while out:
-                count = os.preadv(fd, [out], offset)
-                if not count:
-                    raise FileAccessError(
-                        f"the file ends at byte {offset}, its own index promises more",
-                        where=path,
-                        mend="make sure that nothing writes the file, and copy it again if it is a copy",
-                    )
-                out, offset = out[count:], offset + count
-        except OSError as error:
-            raise access_error(error, path, "reading") from error
-
-    def _fd(self, path: str) -> int:
-        if path not in self._fds:
-            if len(self._fds) >= _MAX_OPEN:
-                os.close(self._fds.pop(next(iter(self._fds))))
-            self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._fds[path]
+        """Fill ``out`` from byte ``offset`` on."""
+        read_at(self.get(path)[0], out, offset, path)
 
 
 class Elements(Protocol):
@@ -236,7 +201,7 @@ def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise access_error(error, path, "examining") from error
+        raise access_error(error, path, "examining", reading=True) from error
 
 
 def _view(found: StoredTensor, storages: Mapping[str, Extent], path: Path) -> TensorLeaf:
