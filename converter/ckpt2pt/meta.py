@@ -19,10 +19,12 @@ from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.names import bare
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.buckets import Buffer, parse_param_map
+from ckpt2pt.plan.layout import weight_decay_groups
 from ckpt2pt.plan.stage import ChunkMap
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, read_pickle
+from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
 from ckpt2pt.system.access import access_error
 
 _Described = tuple[tuple[str, ...], Buffer | None]
@@ -54,6 +56,19 @@ class RankMeta:
     def tied(self) -> bool:
         """True when embedding and output layer share their weights."""
         return self.template.args.get("untie_embeddings_and_output_weights") is False
+
+    def unmet(self, topology: Topology, *, full: bool) -> tuple[Unmet, ...]:
+        """What keeps Megatron-LM 0.6 from loading a checkpoint made with this metadata."""
+        buffers = [chunk.buffer for chunk in self.chunks]
+        placed = [p for buffer in buffers if buffer for p in reversed(buffer.placements)]
+        run = TargetRun(
+            num_layers=topology.num_layers,
+            tensor=topology.tensor,
+            pipeline=topology.pipeline,
+            virtual=topology.virtual,
+            groups=weight_decay_groups(placed) if all(buffers) else None,
+        )
+        return unmet(self.template, run, full=full)
 
 
 def read_rank_meta(

@@ -23,7 +23,15 @@ from ckpt2pt.plan.entries import Entry
 from ckpt2pt.plan.imported import ImportedChunk, missing_layers, scalar_entries, tensor_entries
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, Move
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
-from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_copies, prove_given, rank_files
+from ckpt2pt.pt.resume import Unmet
+from ckpt2pt.ptmeta.capture import (
+    Layout,
+    lay_out_rank,
+    prove_copies,
+    prove_given,
+    rank_files,
+    unmet_of_rank,
+)
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.request import digest
 from ckpt2pt.survey import changed
@@ -35,13 +43,17 @@ _SAMPLE_NUMEL = 1 << 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackSurvey:
-    """The checkpoint that was found: a folder for each rank, its cut with the no-op layers, its iteration."""
+    """The checkpoint that was found: a folder for each rank, its cut with the no-op layers, its iteration.
+
+    ``unmet`` is what keeps Megatron-LM from resuming with the metadata of each rank.
+    """
 
     ranks: Mapping[Rank, Path]
     topology: Topology
     iteration: int
     identity: str
     inputs: tuple[dict[str, object], ...]
+    unmet: Mapping[Rank, tuple[Unmet, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,10 +81,11 @@ def survey_back(request: BackRequest) -> BackSurvey:
     first = read_rank(folders[0, 0], optimizer=False, allow=request.rules.pickle_globals)
     cut = _topology(request, first, folders)
     empty: set[int] = set()
+    broken: dict[Rank, tuple[Unmet, ...]] = {}
     for (tp, pp), folder in folders.items():
         rank = read_rank(folder, optimizer=False, allow=request.rules.pickle_globals)
-        if request.full:
-            _check_optimizer(rank)
+        # Metadata of a run without the distributed optimizer is for parameters alone.
+        broken[tp, pp] = unmet_of_rank(rank, folders, full=request.full and _has_distributed_optimizer(rank))
         _agree(rank, first, cut)
         if not tp:
             names = {vpp: [name for name, _ in chunk] for vpp, chunk in enumerate(rank.chunks)}
@@ -86,6 +99,7 @@ def survey_back(request: BackRequest) -> BackSurvey:
         iteration=iteration,
         identity=digest({"options": request.meaning(cut), "iteration": iteration, "inputs": inputs}),
         inputs=inputs,
+        unmet=broken,
     )
 
 
@@ -137,11 +151,13 @@ def _agree(rank: MegatronRank, first: MegatronRank, cut: Topology) -> None:
         )
 
 
-def _check_optimizer(rank: MegatronRank) -> None:
-    """Refuse a rank without the optimizer that its arguments promise."""
+def _has_distributed_optimizer(rank: MegatronRank) -> bool:
+    """Whether the optimizer lies in a file of its own; a rank without the one that its arguments promise is refused."""
     distributed = rank.template.args.get("use_distributed_optimizer") is True
-    if is_file(rank.folder / OPTIM_FILE, "--megatron-path") or (not distributed and "optimizer" in rank.template.tree):
-        return
+    if is_file(rank.folder / OPTIM_FILE, "--megatron-path"):
+        return True
+    if not distributed and "optimizer" in rank.template.tree:
+        return False
     raise MissingInputError(
         f"{OPTIM_FILE} is not there" if distributed else f"{MODEL_FILE} holds no optimizer",
         where=rank.folder,
