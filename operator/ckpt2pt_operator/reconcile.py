@@ -23,6 +23,7 @@ from ckpt2pt_operator.progress import Progress
 from ckpt2pt_operator.recorder import Recorder
 from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.conditions import follows
+from ckpt2pt_operator.rules.kept import Key, key_of, slim
 from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.plan import conversion_of, plan
 from ckpt2pt_operator.rules.seen import (
@@ -53,12 +54,13 @@ from ckpt2pt_operator.rules.views import (
 )
 from ckpt2pt_operator.rules.views import time as moment
 from ckpt2pt_operator.rules.volumes import claims_of
-from ckpt2pt_operator.store import Key, Store, key_of
+from ckpt2pt_operator.store import Store
 
 _VOLATILE = frozenset({"progress", "bytesDone", "bytesTotal"})
 _VOLATILE_OF_STAGE = frozenset({"bytes", "bytesTotal", "throughput"})
 _PROGRESS_SECONDS = 10.0
 _RUNNING_FOR_ONE_SECOND = 10
+_TELLING = frozenset({"FailedCreate", "FailedMount", "FailedAttachVolume"})
 _JOB_NAME = "batch.kubernetes.io/job-name"
 _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _CONFLICT, _INVALID = 401, 403, 404, 409, 422
 
@@ -99,7 +101,7 @@ class Reconciler:
 
     async def reconcile(self, key: Key) -> float | None:
         """Do what is due for one conversion; returns in how many seconds it wants to be looked at again."""
-        raw = self._store.conversions.get(key)
+        raw = await self._document(key)
         if raw is None or "deletionTimestamp" in child(raw, "metadata"):
             self._written_at.pop(key, None)
             return None  # its Jobs and pods are collected by the API server
@@ -117,6 +119,20 @@ class Reconciler:
                 await self._write(written, decided.status)
                 break
         return self._again(decided)
+
+    async def _document(self, key: Key) -> Json | None:
+        """The conversion, from the API server where it is too large to be held in memory; None where it is gone."""
+        kept = self._store.conversions.get(key)
+        if kept is None or kept.packed is not None:
+            return None if kept is None else kept.document()
+        try:
+            raw = slim(await self._api.get(CONVERSIONS, *key))
+        except ApiError as error:
+            if error.code != _NOT_FOUND:
+                raise
+            return None  # the watch is about to tell
+        self._store.put_conversion(raw)
+        return raw
 
     async def _leave(self, seen: Seen, namespace: str) -> bool:
         """Delete the Jobs of a namespace that is being deleted; whether it is.
@@ -140,7 +156,7 @@ class Reconciler:
 
     def _progress_interval(self) -> float:
         """Progress is told less often when there is much of it, so that writes stay bounded."""
-        running = sum(1 for raw in self._store.conversions.values() if child(raw, "status").get("phase") == "Running")
+        running = self._store.phases["Running"] + self._store.phases["Following"]
         return max(_PROGRESS_SECONDS, running / _RUNNING_FOR_ONE_SECOND)
 
     # ------------------------------------------------------------------------------------------------------------ look
@@ -187,8 +203,10 @@ class Reconciler:
         for job in self._store.jobs(key, uid):
             pods = [pod for pod in self._store.pods(key, uid) if pod.job_uid == job.uid]
             if job.ending and behind(job, pods):
-                async for raw in pages(self._api, PODS, job.namespace, labelSelector=f"{_JOB_NAME}={job.name}"):
-                    self._store.put_pod(pod_view(raw))
+                async for pod in pages(
+                    self._api, PODS, job.namespace, pod_view, labelSelector=f"{_JOB_NAME}={job.name}"
+                ):
+                    self._store.put_pod(pod)
 
     async def _claims(self, namespace: str, names: list[str]) -> dict[str, Claim | None] | None:
         if not self._check_volumes:
@@ -216,19 +234,14 @@ class Reconciler:
         for uid in uids:
             query = {"fieldSelector": f"involvedObject.uid={uid},type=Warning", "limit": "50"}
             try:
-                events = items(await self._api.list(EVENTS, namespace, **query), "items")
+                events = (await self._api.list(EVENTS, namespace, _warning, **query)).items
             except ApiError as error:
                 if error.code != _FORBIDDEN:
                     raise
                 return {}
-            told = [
-                event
-                for event in events
-                if text(event, "reason") in {"FailedCreate", "FailedMount", "FailedAttachVolume"}
-            ]
+            told = [(when, message) for when, reason, message in events if reason in _TELLING]
             if told:
-                newest = max(told, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
-                found[uid] = text(newest, "message", 700)
+                found[uid] = max(told)[1]
         return found
 
     # ----------------------------------------------------------------------------------------------------------- write
@@ -242,9 +255,12 @@ class Reconciler:
             return raw
         namespace, name = key
         self._written_at[key] = time.monotonic()  # whatever comes of it: an answer may be lost
-        # The whole object goes back as it came: what this version of the schema does not know has to stay.
+        meta = child(raw, "metadata")
+        # The API server takes the rest from what it has, and refuses where that is another version.
+        named = {field: meta[field] for field in ("namespace", "name", "uid", "resourceVersion")}
+        body: Json = {"apiVersion": raw["apiVersion"], "kind": raw["kind"], "metadata": named, "status": status}
         try:
-            written = await self._api.put_status(CONVERSIONS, namespace, name, {**raw, "status": status})
+            written = slim(await self._api.put_status(CONVERSIONS, namespace, name, body))
         except ApiError as error:
             if error.code == _NOT_FOUND:
                 self._store.drop_conversion(raw)
@@ -328,6 +344,12 @@ class Reconciler:
         # One of ours without an owner was left behind by a deletion with --cascade=orphan.
         mend = "delete it, or choose another name for the conversion"
         return Refusal(reason="NameConflict", message=f"there is a Job {name} that is not of this conversion; {mend}")
+
+
+def _warning(event: Json) -> tuple[str, str, str]:
+    """When an event was last seen, its reason, and what it says."""
+    when = text(event, "lastTimestamp") or text(event, "eventTime")
+    return when, text(event, "reason"), text(event, "message", 700)
 
 
 def refusal_of(error: ApiError) -> str:

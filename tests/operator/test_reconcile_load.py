@@ -42,7 +42,8 @@ def yes_to_everything() -> Any:
             return 200, {"items": []}
         meta = {"resourceVersion": str(next(versions))}
         meta |= {"uid": f"uid-of-{body['metadata']['name']}"} if path.endswith("/jobs") else {}
-        return 200, {**body, "metadata": {**body["metadata"], **meta}}
+        given = conversion(int(body["metadata"]["name"][1:])) if path.endswith("/status") else {}
+        return 200, given | body | {"metadata": given.get("metadata", {}) | body["metadata"] | meta}
 
     return answer
 
@@ -73,11 +74,14 @@ def test_no_callback_holds_up_the_loop(calls: list[tuple[float, str]]) -> None:
     async def run() -> Operator:
         operator, api = Operator(read(["--worker-image=i:1"], {})), api_of(server.url)
         reconciler = Reconciler(api, operator._store, Metrics("0"), House(image="i:1"), check_volumes=True)
+        operator._conversions.synced.set()
         workers = [asyncio.create_task(operator._work(reconciler)) for _ in range(4)]
         try:
             for number in range(MANY):
                 operator._store.put_conversion(conversion(number))
-            while not all("jobUID" in child(raw, "status") for raw in operator._store.conversions.values()):
+            while not all(
+                "jobUID" in child(kept.document() or {}, "status") for kept in operator._store.conversions.values()
+            ):
                 assert not any(worker.done() for worker in workers)
                 await asyncio.sleep(0.05)
         finally:

@@ -28,6 +28,7 @@ from ckpt2pt_operator.rules.conditions import (
     status_document,
 )
 from ckpt2pt_operator.rules.endings import RETRY_ANNOTATION, ending, planned, reason_of
+from ckpt2pt_operator.rules.kept import refused
 from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
 from ckpt2pt_operator.rules.stages import (
     OUT_OF_MEMORY,
@@ -52,6 +53,8 @@ _SETTLE = timedelta(seconds=5)
 
 def conversion_of(document: Json, house: House) -> Conversion:
     """The document with the operator's defaults; UsageError where it is wrong."""
+    if error := refused(document):
+        raise error
     conversion = parse(document)
     own = {name: value for name, value in conversion.workers.pod.items() if value not in ({}, [], None)}
     if "queueName" not in own:
