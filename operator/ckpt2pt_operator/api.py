@@ -25,6 +25,7 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.decoding import LARGE, Page, decode, lines
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.views import child, items, number, text
+from ckpt2pt_operator.turns import Turns
 
 _TIMEOUT = 30
 _SILENCE = 100.0
@@ -99,19 +100,34 @@ async def patiently(ask: Callable[[], Awaitable[Found]]) -> Found:
 
 
 class Bucket:
-    """``qps`` a second, ``burst`` at once."""
+    """``qps`` a second, ``burst`` at once; of those who wait, groups (namespaces) take turns."""
 
     def __init__(self, qps: float, burst: int) -> None:
         self._qps, self._burst, self._tokens, self._at = qps, float(burst), float(burst), 0.0
+        self._waiting: Turns[asyncio.Future[None]] = Turns()
 
-    async def take(self) -> None:
+    async def take(self, group: str = "") -> None:
         """Wait for a turn."""
-        now = asyncio.get_running_loop().time()
+        turn = asyncio.get_running_loop().create_future()
+        idle = not self._waiting
+        self._waiting.add(group, turn)
+        if idle:
+            self._give()
+        await turn
+
+    def _give(self) -> None:
+        """Let go who may, and come back when there is a token for the next."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._qps) if self._at else self._tokens
         self._at = now
-        self._tokens -= 1
-        if self._tokens < 0:
-            await asyncio.sleep(-self._tokens / self._qps)
+        while self._waiting and self._tokens >= 1:
+            turn = self._waiting.take()
+            if not turn.done():  # who was cancelled has no use for it
+                self._tokens -= 1
+                turn.set_result(None)
+        if self._waiting:
+            loop.call_later((1 - self._tokens) / self._qps, self._give)
 
 
 class Api:
@@ -264,7 +280,7 @@ class Api:
         verb: str = "",
     ) -> Json:
         if method in _WRITES:
-            await self._bucket.take()
+            await self._bucket.take(namespace)
         asked = _Asked(verb or method.lower(), resource, namespace, name, subresource)
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT, sock_connect=10)
         response = await self._send(asked, method, query or {}, body, content, timeout)

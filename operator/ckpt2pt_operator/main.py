@@ -102,7 +102,7 @@ class Operator:
     def __init__(self, given: Settings) -> None:
         self._given = given
         self._metrics = Metrics(__version__)
-        self._queue: WorkQueue[Key] = WorkQueue()
+        self._queue: WorkQueue[Key] = WorkQueue(lambda key: key[0])
         self._store = Store(self._queue.add)
         self._health = Health(self._metrics, refresh=self._refresh_metrics)
         self._leading = asyncio.Event()

@@ -46,7 +46,7 @@ class Trainings:
         self._recorder = Recorder(api)
         self._known: dict[Name, Workload] = {}
         self._gone: dict[str, Workload] = {}
-        self._due: WorkQueue[Workload] = WorkQueue()
+        self._due: WorkQueue[Workload] = WorkQueue(lambda training: training.namespace)
         self._kinds = {(kind.api_version, kind.kind): kind for kind in kinds}
         self.informers = [
             _Watch(api, metrics, kind, namespace, self) for kind in kinds for namespace in namespaces or ("",)

@@ -1,4 +1,4 @@
-"""A queue in which each key waits at most once and is handled by one worker at a time."""
+"""A queue in which each key waits at most once and is handled by one worker at a time, and groups of keys take turns."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import contextlib
 import heapq
 import itertools
 import random
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
+
+from ckpt2pt_operator.turns import Turns
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -20,9 +22,12 @@ class WorkQueue(Generic[Key]):
     """``add`` as often as something changes; ``get`` gives a key when it is due, ``done`` gives it back.
 
     A key that is added while it is handled is handled again afterwards.  Times are those of the running event loop.
+    Of keys that are due, those of one group (the namespace) do not go before another's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Callable[[Key], Hashable]) -> None:
+        self._group = group
+        self._ready: Turns[tuple[float, Key]] = Turns()
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, int, Key]] = []
         self._handled: set[Key] = set()
@@ -71,6 +76,9 @@ class WorkQueue(Generic[Key]):
             now = loop.time()
             while self._heap and self._heap[0][0] <= now:
                 due, _, key = heapq.heappop(self._heap)
+                self._ready.add(self._group(key), (due, key))
+            while self._ready:
+                due, key = self._ready.take()
                 # Moved forward or discarded; or handled just now, and then `done` brings it back.
                 if self._due.get(key) != due or key in self._handled:
                     continue

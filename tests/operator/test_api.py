@@ -241,3 +241,26 @@ def test_writes_are_held_back_but_for_a_burst() -> None:
         return time.monotonic() - began
 
     assert asyncio.run(use()) >= 0.15
+
+
+def test_one_write_of_a_namespace_does_not_wait_for_all_of_another() -> None:
+    async def use() -> list[str]:
+        bucket, order = Bucket(200.0, 1), list[str]()
+
+        async def write(namespace: str) -> None:
+            await bucket.take(namespace)
+            order.append(namespace)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(50):
+                group.create_task(write("many"))
+            await asyncio.sleep(0)
+            given_up = group.create_task(write("gone"))
+            group.create_task(write("one"))
+            await asyncio.sleep(0)
+            given_up.cancel()
+        return order
+
+    order = asyncio.run(use())
+    assert len(order) == 51
+    assert order.index("one") <= 2
