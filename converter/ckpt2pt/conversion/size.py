@@ -21,9 +21,9 @@ FREE = ("podOverrides", "affinity")
 
 def too_large(spec: object) -> Finding | None:
     """What is too large, or nested too deeply, in the value of ``spec``; sizes are those of JSON without spaces."""
-    workers = cast("Mapping[str, object]", spec).get("workers") if isinstance(spec, Mapping) else None
-    parts = {f"spec.workers.{name}": workers.get(name) for name in FREE} if isinstance(workers, Mapping) else {}
-    for field, value, most in (*((field, value, MAX_FREE) for field, value in parts.items()), ("spec", spec, MAX_SPEC)):
+    workers = _field(spec, "workers")
+    parts = [(f"spec.workers.{name}", _field(workers, name), MAX_FREE) for name in FREE]
+    for field, value, most in (*parts, ("spec", spec, MAX_SPEC)):
         if _is_deep(value):
             mend = f"nest no more than {MAX_DEPTH} levels"
             return Finding(field=field, what=f"nests more than {MAX_DEPTH} levels", mend=mend)
@@ -32,6 +32,10 @@ def too_large(spec: object) -> Finding | None:
             mend = f"keep it to {most} bytes; put files into a ConfigMap or into the image"
             return Finding(field=field, what=f"has {size} bytes as JSON", mend=mend)
     return None
+
+
+def _field(value: object, name: str) -> object:
+    return cast("Mapping[str, object]", value).get(name) if isinstance(value, Mapping) else None
 
 
 def _is_deep(value: object) -> bool:
