@@ -25,7 +25,7 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.decoding import LARGE, Page, decode, lines
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.views import child, items, number, text
-from ckpt2pt_operator.turns import Turns
+from ckpt2pt_operator.workqueue import Turns
 
 _TIMEOUT = 30
 _SILENCE = 100.0
@@ -219,9 +219,10 @@ class Api:
         """Replace the status; 409 if the object has changed since."""
         return await self._request("PUT", resource, namespace, name, subresource="status", body=body)
 
-    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> Json:
-        """Delete that very object, and what it owns in the background."""
-        body: Json = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str, version: str = "") -> Json:
+        """Delete that very object, in that very version if it is given, and what it owns in the background."""
+        same = {"uid": uid} | ({"resourceVersion": version} if version else {})
+        body: Json = {"propagationPolicy": "Background", "preconditions": same}
         return await self._request("DELETE", resource, namespace, name, body=body)
 
     async def is_ending(self, namespace: str) -> bool:

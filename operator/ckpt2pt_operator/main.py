@@ -115,7 +115,7 @@ class Operator:
         _stop_on_signals()
         runner = await self._health.serve(given.metrics_port)
         api = await Api.create(self._metrics, qps=given.qps, burst=given.burst)
-        house = House(image=given.worker_image, pod=given.worker_defaults)
+        house = House(image=given.worker_image, pod=given.worker_defaults, deletes=given.delete_finished)
         trainings = Trainings(
             api, self._store, self._metrics, given.training_kinds, given.namespaces, trigger=given.training_trigger,
             changed=self._queue.add,
@@ -199,7 +199,7 @@ class Operator:
         given = self._given
         lacking = await access.missing(
             api, given.namespaces, check_volumes=given.check_volumes, kinds=given.training_kinds,
-            trigger=given.training_trigger,
+            trigger=given.training_trigger, deletes=given.delete_finished,
         )  # fmt: skip
         _may_all(lacking)
         log.info("API server %s", version)

@@ -29,6 +29,7 @@ from ckpt2pt_operator.rules.plan import conversion_of, plan
 from ckpt2pt_operator.rules.seen import (
     Action,
     CreateJob,
+    DeleteConversion,
     DeleteJob,
     House,
     PatchJob,
@@ -113,7 +114,7 @@ class Reconciler:
         if written is None:
             return None
         for action in decided.actions:
-            refusal = await self._act(action)
+            refusal = await self._act(written, action)
             if refusal is not None:
                 decided = plan(replace(seen, conversion=written, refusal=refusal), self._house)
                 await self._write(written, decided.status)
@@ -146,7 +147,7 @@ class Reconciler:
         if not await self._api.is_ending(namespace):
             return False
         for job in jobs:
-            await self._act(DeleteJob(job=job))
+            await self._act(seen.conversion, DeleteJob(job=job))
         return True
 
     def _again(self, decided: Plan) -> float | None:
@@ -298,10 +299,13 @@ class Reconciler:
 
     # ------------------------------------------------------------------------------------------------------------- act
 
-    async def _act(self, action: Action) -> Refusal | None:
+    async def _act(self, raw: Json, action: Action) -> Refusal | None:
         """Do it; returns why the API server will not have the Job, if it will not."""
         if isinstance(action, CreateJob):
             return await self._create(action.manifest)
+        if isinstance(action, DeleteConversion):
+            await self._delete(raw)
+            return None
         job = action.job
         try:
             if isinstance(action, PatchJob):
@@ -314,6 +318,18 @@ class Reconciler:
                 raise
             log.info("a Job has changed meanwhile", extra={"job": f"{job.namespace}/{job.name}", "error": str(error)})
         return None
+
+    async def _delete(self, raw: Json) -> None:
+        """Delete a finished conversion, unless somebody has changed it since."""
+        meta, (namespace, name) = child(raw, "metadata"), key_of(raw)
+        uid, version = text(meta, "uid"), text(meta, "resourceVersion")
+        try:
+            await self._api.delete(CONVERSIONS, namespace, name, uid=uid, version=version)
+        except ApiError as error:
+            if error.code not in {_NOT_FOUND, _CONFLICT}:
+                raise
+            return
+        log.info("deleted: its time to live is over", extra={"conversion": f"{namespace}/{name}"})
 
     async def _create(self, manifest: Json) -> Refusal | None:
         namespace, name = key_of(manifest)

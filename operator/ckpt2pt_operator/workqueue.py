@@ -7,15 +7,38 @@ import contextlib
 import heapq
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
-from ckpt2pt_operator.turns import Turns
-
 Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
 
 _FIRST_BACKOFF = 0.5
 _LAST_BACKOFF = 120.0
+
+
+class Turns(Generic[Item]):
+    """Groups take turns, and within one the first comes first: one line for each group, so that a namespace with thousands of items holds up another's one by one item."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Hashable, deque[Item]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def add(self, group: Hashable, item: Item) -> None:
+        """Let it wait at the end of its group's line."""
+        self._lines.setdefault(group, deque()).append(item)
+
+    def take(self) -> Item:
+        """The next one; its group is the last to be asked again.  StopIteration where nothing waits."""
+        group = next(iter(self._lines))
+        line = self._lines.pop(group)
+        item = line.popleft()
+        if line:
+            self._lines[group] = line
+        return item
 
 
 class WorkQueue(Generic[Key]):

@@ -104,10 +104,10 @@ def test_a_rule_gives_advice(path: str, rule: dict[str, Any]) -> None:
         assert f"{path}{rule['fieldPath']}".lstrip(".") in FIELDS
 
 
-MUTABLE = {"suspend", "cancel", "workers", "ttlSecondsAfterFinished"}
+MUTABLE = {"suspend", "cancel", "workers", "ttlSecondsAfterFinished", "timeToLiveSeconds"}
 
 
-def test_every_field_of_the_spec_is_fixed_but_for_four() -> None:
+def test_every_field_of_the_spec_is_fixed_but_for_five() -> None:
     fixed = {rule["fieldPath"][1:] for path, rule in RULES if path == "spec" and "oldSelf" in rule["rule"]}
     assert set(root_schema()["properties"]["spec"]["properties"]) - fixed == MUTABLE - {"cancel"}
     [cancel] = [rule["rule"] for path, rule in RULES if path == "spec" and rule.get("fieldPath") == ".cancel"]
@@ -155,7 +155,7 @@ WITHOUT_FIELD = {
 }  # fmt: skip
 # What only a cluster has, or what `ckpt2pt run` does itself.
 WITHOUT_FLAG = re.compile(
-    r"spec\.(dryRun|startAfter|pendingDeadlineSeconds|activeDeadlineSeconds|ttlSecondsAfterFinished|suspend|cancel)"
+    r"spec\.(dryRun|startAfter|pendingDeadlineSeconds|activeDeadlineSeconds|ttlSecondsAfterFinished|timeToLiveSeconds|suspend|cancel)"
     r"|spec\.retries\..*|spec\..*volume.*|spec\.model\.rules\..*"
     r"|spec\.workers\.(?!processes|rankTimeoutSeconds).*|spec\.startAfter\..*|spec\.follow.*"
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt_operator.workqueue import WorkQueue
+from ckpt2pt_operator.workqueue import Turns, WorkQueue
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -163,3 +163,15 @@ def test_a_group_whose_key_comes_later_is_served_before_those_that_had_their_tur
         assert len(taken) == 10
 
     run(work())
+
+
+def test_groups_take_turns_and_within_one_the_first_comes_first() -> None:
+    turns: Turns[str] = Turns()
+    for group, item in (("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1"), ("c", "c1"), ("b", "b2")):
+        turns.add(group, item)
+    found = []
+    while turns:
+        found.append(turns.take())
+    assert found == ["a1", "b1", "c1", "a2", "b2", "a3"]
+    with pytest.raises(StopIteration):
+        turns.take()

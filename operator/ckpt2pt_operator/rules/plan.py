@@ -27,9 +27,10 @@ from ckpt2pt_operator.rules.conditions import (
     stamp,
     status_document,
 )
+from ckpt2pt_operator.rules.defaults import filled, life_left, of_pods
 from ckpt2pt_operator.rules.endings import RETRY_ANNOTATION, ending, planned, reason_of
 from ckpt2pt_operator.rules.kept import refused
-from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
+from ckpt2pt_operator.rules.seen import Action, CreateJob, DeleteConversion, DeleteJob, House, PatchJob, Plan, Seen
 from ckpt2pt_operator.rules.stages import (
     OUT_OF_MEMORY,
     Obstacle,
@@ -55,11 +56,11 @@ def conversion_of(document: Json, house: House) -> Conversion:
     """The document with the operator's defaults; UsageError where it is wrong."""
     if error := refused(document):
         raise error
-    conversion = parse(document)
+    conversion = parse(filled(document, house.pod))
     own = {name: value for name, value in conversion.workers.pod.items() if value not in ({}, [], None)}
     if "queueName" not in own:
         own.pop("queueKind", None)  # an API server fills it in, and the queue of the house has a kind of its own
-    pod = {**conversion.workers.pod, **house.pod, **own}
+    pod = {**conversion.workers.pod, **of_pods(house.pod), **own}
     together = pod.pop("coSchedule", False) is True
     if "coSchedule" in child(document, "spec", "workers"):
         together = conversion.workers.co_schedule
@@ -68,6 +69,17 @@ def conversion_of(document: Json, house: House) -> Conversion:
 
 def plan(seen: Seen, house: House) -> Plan:
     """Decide."""
+    decided = _decide(seen, house)
+    over = decided.status.get("phase") in TERMINAL and decided.again is None and house.deletes
+    left = life_left(seen.conversion, decided.status, house.pod, seen.now) if over else None
+    if left is None:
+        return decided
+    if left > 0:
+        return replace(decided, again=left)
+    return replace(decided, actions=(DeleteConversion(),))
+
+
+def _decide(seen: Seen, house: House) -> Plan:
     before = child(seen.conversion, "status")
     try:
         conversion = conversion_of(seen.conversion, house)
