@@ -13,6 +13,8 @@ class Ckpt2ptError(Exception):
     """
 
     exit_code = 70
+    reason = ""
+    """In one word, where the exit code alone would mislead; that of the exit code where it is empty."""
 
     def __init__(self, what: str, *, where: str | Path, mend: str) -> None:
         super().__init__(what, str(where), mend)
@@ -34,6 +36,12 @@ class UsageError(Ckpt2ptError):
     """The command line or the document asks for something that cannot be."""
 
     exit_code = 64
+
+
+class TargetConflictError(UsageError):
+    """The target holds the result of another conversion, or files of another program."""
+
+    reason = "TargetConflict"
 
 
 class InputError(Ckpt2ptError):

@@ -65,7 +65,8 @@ def validate(document: object, *, where: str) -> Json:
     findings = [finding for error in checker.iter_errors(asked) for finding in _findings(error)]
     if findings:
         raise refusal(sorted(findings, key=lambda finding: finding.field), where)
-    return cast("Json", _with_defaults(asked, schema))
+    whole = cast("Json", _with_defaults(asked, schema))
+    return {name: value for name, value in whole.items() if name != "status"}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -62,7 +62,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Notes) -> Any:
         conversion = parse(
             changed(("spec.model.numLayers", 12), ("spec.parallelism", {"pipeline": pipeline}), *changes)
         )
-        return LocalJob(build_job(conversion, image="i"), ["convert", "--x"], board=notes, limit=limit)
+        return LocalJob(conversion, build_job(conversion, image="i"), ["convert", "--x"], board=notes, limit=limit)
 
     return make
 
@@ -113,7 +113,7 @@ def test_each_try_has_a_termination_message_of_its_own_and_its_facts_count(start
 
 
 def test_the_last_word_of_a_failed_try_is_in_its_record(start: Any) -> None:
-    job = start('0 * word {"bytes": 5, "bytesTotal": 9, "throughput": 2}', "0 * exit 65", pipeline=1)
+    job = start('0 * word {"version": 1, "bytes": 5, "bytesTotal": 9, "throughput": 2}', "0 * exit 65", pipeline=1)
     job.run()
     record = job.indexes[0].record
     assert (record.state, record.done, record.total, record.throughput) == ("Failed", 5, 9, 2)

@@ -150,7 +150,7 @@ def test_success(flags: list[str], log: Path, monkeypatch: pytest.MonkeyPatch) -
     assert document.pop("bytesWritten") > 0
     assert document == {
         "version": 1, "stages": [0], "exitCode": 0, "reason": "Converted", "message": "", "iteration": 12,
-        "outputPath": "iter_0000012", "files": 2,
+        "outputPath": "iter_0000012", "files": 2, "verified": "digest",
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from simulation import START, conversion
 from statuses import check_status, told
 
 RUNNING = tuple(StageRecord(stage=stage, state="Running") for stage in range(4))
-DONE = tuple(StageRecord(stage=stage, state="Succeeded") for stage in range(4))
+DONE = tuple(StageRecord(stage=stage, state="Succeeded", verified="Digest") for stage in range(4))
 BAD = (*DONE[:3], StageRecord(stage=3, state="Failed", reason="DigestMismatch", message="differs"))
 OVER = stamp(START)
 

@@ -11,7 +11,7 @@ from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.plan import conversion_of
 from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, House, PatchJob, Refusal, Training
 from ckpt2pt_operator.rules.views import Report, claim_view
-from simulation import World, conversion
+from simulation import World, conversion, done
 from statuses import check_status, told
 
 MEMORY = ("spec.workers.resources", {"limits": {"memory": "256Mi"}})
@@ -62,9 +62,8 @@ def test_a_conversion_from_its_first_look_to_its_end() -> None:
     world.run(5)
     assert world.phase == "Running"
     assert told(world.status, "Reconciling") == ("True", "InProgress")
-    done = json.dumps({"version": 1, "exitCode": 0, "bytes": 7, "bytesTotal": 7, "iteration": 500})
     for number in range(4):
-        world.end(number, report=done)
+        world.end(number, report=done([number], bytes=7, bytesTotal=7))
     world.run(5)
     assert world.phase == "Succeeded"
     assert (world.status["progress"], world.status["stageSummary"], world.status["bytesDone"]) == ("100%", "4/4", 28)
@@ -83,7 +82,7 @@ def test_what_a_worker_said_before_it_knew_the_iteration_does_not_hide_it() -> N
     world.run(1)
     assert "iteration" not in world.status
     for number in range(4):
-        world.end(number, report=json.dumps({"version": 1, "exitCode": 0, "iteration": 500}))
+        world.end(number)
     world.run(5)
     assert world.status["iteration"] == 500
     assert world.status["outputPath"] == "out/iter_0000500"
@@ -111,7 +110,7 @@ def test_a_plan_needs_one_worker_and_ends_as_planned() -> None:
     world.run()
     assert len(world.alive) == 1
     found = {"files": 24, "bytes": 3 << 30, "memory": 96 << 20, "freeSpace": 5 << 40, "ranks": 8}
-    world.end(0, report=json.dumps({"version": 1, "exitCode": 0, "bytesTotal": 7 << 29, "iteration": 2, "plan": found}))
+    world.end(0, report=world.report(world.worker(0), bytesTotal=7 << 29, iteration=2, plan=found))
     world.run(9)
     assert world.phase == "Planned"
     said = {c["type"]: c["message"] for c in world.status["conditions"]}
@@ -652,11 +651,12 @@ def test_a_lost_node_is_told_while_a_cancelled_conversion_waits_for_it() -> None
     world = ready()
     world.edit(cancel=True)
     world.run(1)
-    lost(world)
     assert told(world.status, "Ready") == ("False", "Cancelling")
+    lost(world)
+    assert told(world.status, "Ready") == ("False", "NodeLost")
     world.reap()
     world.run(1)
-    assert (world.phase, told(world.status, "Degraded")) == ("Cancelled", ("False", "AsExpected"))
+    assert (world.phase, told(world.status, "Degraded")) == ("Cancelled", ("False", "Ended"))
 
 
 def test_a_lost_node_is_told_while_a_suspended_conversion_waits_for_it() -> None:
@@ -674,8 +674,9 @@ def test_a_lost_node_is_told_while_a_job_is_made_anew() -> None:
     world = ready()
     world.delete_job("demo-1")
     world.run(1)
-    lost(world)
     assert told(world.status, "Ready") == ("False", "WaitingForPods")
+    lost(world)
+    assert told(world.status, "Ready") == ("False", "NodeLost")
 
 
 def test_a_lost_node_is_told_while_a_retry_waits_for_what_the_failed_attempt_left() -> None:
@@ -726,7 +727,9 @@ def test_a_failure_that_may_pass_is_tried_again() -> None:
     world.end(3)
     world.run(2)
     assert told(world.status, "Degraded") == ("False", "AsExpected")
-    assert stage(world, 3) == {"stage": 3, "state": "Succeeded", "attempts": 2, "node": "node-a"}
+    assert stage(world, 3) == {
+        "stage": 3, "state": "Succeeded", "attempts": 2, "node": "node-a", "iteration": 500, "verified": "Digest",
+    }  # fmt: skip
 
 
 def test_an_eviction_costs_no_attempt() -> None:
