@@ -121,7 +121,7 @@ def _torch() -> ModuleType:
         raise UsageError(
             f"torch cannot be imported ({error})",
             where="--reader torch",
-            mend='pip install "ckpt2pt[torch]", or use --reader own',
+            mend="install torch beside ckpt2pt (the extra torch: '.[torch]' in a checkout), or use --reader own",
         ) from error
 
 

@@ -89,7 +89,7 @@ HOSTILE: list[Any] = [
     pytest.param(
         lambda p: b"ctorch\nSize\ncos\nsystem\n" + text(touch(p)) + b"\x85R\x85\x85R.",
         "os.system",
-        id="inside-the-arguments-of-an-allowed-call",
+        id="inside-the-arguments-of-an-allowed-call", marks=pytest.mark.torch,
     ),
     pytest.param(
         lambda p: b"}cos\nsystem\n" + text(touch(p)) + b"\x85RNs.", "os.system", id="as-a-key"
