@@ -95,7 +95,7 @@ def follow(api: Api, there: Submitted, tell: Callable[[Json], None], *, seconds:
         try:
             seen = api.json("GET", there.path)
         except ApiError as error:
-            if error.status == 404:
+            if error.status == 404 and (there.created or last is not None):
                 mend = "submit it again: what is finished is kept"
                 raise MissingInputError("it was deleted before it had ended", where=where, mend=mend) from error
             raise explained(error, "reading it", where) from error
