@@ -151,5 +151,5 @@ def explained(error: ApiError, what: str, where: str) -> Ckpt2ptError:
         return UsageError(text, where=where, mend=mend)
     if error.status == 404:
         mend = "check the name and --namespace; the CRD comes with the chart, or by kubectl apply -f crds/"
-        return MissingInputError(f"{what}: it is not there ({error.message})", where=where, mend=mend)
+        return MissingInputError(text, where=where, mend=mend)
     return TryAgainError(text, where=where, mend="try again later")

@@ -112,7 +112,7 @@ def test_one_that_was_never_seen_is_not_said_to_be_deleted(created: bool) -> Non
     with server.running(), pytest.raises(MissingInputError) as caught:
         follow(api_of(server), there, print)
     assert ("deleted" in caught.value.what) == created
-    assert created or caught.value.what == "reading it: it is not there (not found)"
+    assert created or caught.value.what == "reading it was refused (404): not found"
 
 
 def test_patience_may_end(statuses: list[Any]) -> None:
