@@ -157,7 +157,9 @@ def _schema() -> Json:
     except OSError as error:
         mend = "install ckpt2pt again"
         raise FileAccessError(f"the CRD cannot be read: {error.strerror}", where=crd_path(), mend=mend) from error
-    return cast("Json", crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    schema["properties"]["metadata"] = {"type": "object"}  # every object has its fields
+    return cast("Json", schema)
 
 
 def _properties(schema: Json) -> dict[str, Json]:

@@ -101,7 +101,11 @@ def test_the_newest_pod_of_a_stage(stage: int, name: str | None) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "stage", "known"),
-    [({"parallelism": {"pipeline": 2}}, 7, "stages 0 to 1"), ({}, 1, "stage 0 alone"), ({"dryRun": True}, 1, "stage 0")],
+    [
+        ({"parallelism": {"pipeline": 2}}, 7, "stages 0 to 1"),
+        ({}, 1, "stage 0 alone"),
+        ({"dryRun": True}, 1, "stage 0"),
+    ],
 )
 def test_a_stage_that_it_does_not_have_is_not_waited_for(spec: dict[str, Any], stage: int, known: str) -> None:
     server = Server(lambda *_: (200, {"spec": spec}))
