@@ -44,7 +44,7 @@ def _program() -> Path:
     with locked(program.parent):
         if not program.exists():
             partial = program.with_suffix(".partial")
-            words = ["go", "-C", SOURCE, "build", "-mod=readonly", "-trimpath", "-o", partial, "."]
+            words = ["go", "-C", str(SOURCE), "build", "-mod=readonly", "-trimpath", "-o", str(partial), "."]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise RuntimeError(f"go build of {SOURCE} failed: {done.stderr.strip()[-2000:]}")

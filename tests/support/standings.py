@@ -47,12 +47,14 @@ def standings() -> Iterator[Standing]:
 
 
 def statuses() -> Iterator[Any]:
-    documents = [parse(conversion(*changes)) for changes in ((), (("spec.dryRun", True),), (("spec.follow", {}),))]
+    kinds: list[list[tuple[str, object]]] = [[], [("spec.dryRun", True)], [("spec.follow", {})]]
+    documents = [parse(conversion(*changes)) for changes in kinds]
     for document, standing in itertools.product(documents, standings()):
         yield status_document(document, standing, before={}, generation=3, now=START)
     for document in documents:
         begun = status_document(document, Standing(records=[RECORDS[1]]), before={}, generation=2, now=START)
-        for before in ({}, {"observedGeneration": -1}, begun):
+        earlier: list[Any] = [{}, {"observedGeneration": -1}, begun]
+        for before in earlier:
             yield refused_document("wrong", before=before, generation=3, now=START)
         over = status_document(
             document, Standing(records=[DONE], finished=stamp(START)), before={}, generation=2, now=START

@@ -90,7 +90,8 @@ GOOD = {
     "iteration": 500, "verified": "digest", "bytes": 7, "bytesTotal": 7,
 }  # fmt: skip
 PLAN = {**GOOD, "reason": "Planned", "stages": [0, 1, 2, 3], "plan": {"files": 3}}
-DRY, FOLLOWS = ("spec.dryRun", True), ("spec.follow", {})
+DRY: tuple[str, object] = ("spec.dryRun", True)
+FOLLOWS: tuple[str, object] = ("spec.follow", {})
 
 
 def lacking(message: str, *changes: tuple[str, object]) -> str:
