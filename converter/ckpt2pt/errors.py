@@ -44,6 +44,42 @@ class TargetConflictError(UsageError):
     reason = "TargetConflict"
 
 
+class SetupError(Ckpt2ptError):
+    """The machine or the volume, as it is set up, cannot do what is asked for: trying again cannot help."""
+
+    exit_code = 64
+
+
+class PermissionDeniedError(SetupError):
+    """The user of this process may not read or write there."""
+
+    reason = "PermissionDenied"
+
+
+class ReadOnlyVolumeError(SetupError):
+    """The target is mounted read-only."""
+
+    reason = "ReadOnlyVolume"
+
+
+class VolumeTooSmallError(SetupError):
+    """The target has too little room, and this is known before the first byte is written."""
+
+    reason = "VolumeTooSmall"
+
+
+class UnsupportedFileSystemError(SetupError):
+    """The file system lacks an operation that is needed."""
+
+    reason = "UnsupportedFileSystem"
+
+
+class TooManyFilesError(SetupError):
+    """The limit of open files is too low."""
+
+    reason = "TooManyFiles"
+
+
 class InputError(Ckpt2ptError):
     """The checkpoint or its metadata is wrong: trying again cannot help."""
 
@@ -77,7 +113,7 @@ class MissingInputError(Ckpt2ptError):
 
 
 class FileAccessError(Ckpt2ptError):
-    """Reading or writing failed: permissions, a broken mount, a device error."""
+    """Reading or writing failed in a way that may pass: a broken mount, a device error."""
 
     exit_code = 74
 
@@ -89,7 +125,7 @@ class TryAgainError(Ckpt2ptError):
 
 
 class NoSpaceError(TryAgainError):
-    """The target has no room."""
+    """The target filled up while it was written."""
 
 
 class TimedOutError(TryAgainError):
@@ -108,18 +144,31 @@ class VerificationError(Ckpt2ptError):
 
 EXIT_CODES: dict[int, str] = {
     0: "done",
-    64: "wrong usage or configuration",
+    64: "wrong usage or configuration; also: no permission, read-only or too small a volume, a file system that cannot",
     65: "the input is wrong; retrying cannot help",
     66: "an input is missing",
     70: "a bug in ckpt2pt",
     74: "input/output error; retrying may help",
-    75: "try again (no space, timeout, interrupted)",
+    75: "try again (space ran out, timeout, interrupted)",
     76: "verification found a difference",
 }
 """What each exit code means. The Job's podFailurePolicy is made from :data:`RETRIED` and :data:`FAILS_JOB`."""
 
 FAILS_JOB = frozenset({64})
 """Codes that are true for every stage alike: the whole Job fails at once."""
+
+NOT_THE_SPEC = frozenset(
+    kind.reason
+    for kind in (
+        TargetConflictError,
+        PermissionDeniedError,
+        ReadOnlyVolumeError,
+        VolumeTooSmallError,
+        UnsupportedFileSystemError,
+        TooManyFilesError,
+    )
+)
+"""Reasons of :data:`FAILS_JOB` with which nothing is wrong in the document: the target or the machine is what it is."""
 
 FAILS_STAGE = frozenset({65, 66, 76})
 """Codes that retrying cannot change: the stage fails, the others go on."""

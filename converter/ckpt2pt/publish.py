@@ -23,9 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, NoSpaceError, TargetConflictError, TryAgainError, UsageError
+from ckpt2pt.errors import NoSpaceError, TargetConflictError, TryAgainError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.records import Json, load, seal, unseal
+from ckpt2pt.system.access import access_error
+from ckpt2pt.system.files import read_bytes, write_all
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = ".ckpt2pt"
@@ -36,24 +38,6 @@ _MAX_DIGITS = 19
 def host() -> str:
     """Who we are, for whoever finds our lock: the pod's name, which its host name cuts short, else the machine's."""
     return os.environ.get("CKPT2PT_POD_NAME") or socket.gethostname()
-
-
-def access_error(error: OSError, path: Path | str, doing: str) -> Ckpt2ptError:
-    """The user's error for a failed system call."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        return NoSpaceError(
-            f"{doing} failed: {os.strerror(error.errno)}",
-            where=path,
-            mend="make room on the target volume and run the same command again; what is finished is kept",
-        )
-    what, again = f"{doing} failed: {os.strerror(error.errno or 0)}", "then run the same command again"
-    if error.errno in {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}:
-        mend = "a file stands where a folder is to be, or a folder where a file: choose another path, or move it away"
-        return UsageError(what, where=path, mend=f"{mend}; {again}")
-    if error.errno in {errno.ELOOP, errno.ENAMETOOLONG}:
-        return UsageError(what, where=path, mend="choose another path; this one leads nowhere")
-    mend = f"give uid {os.getuid()} permission there, or check the mount (dmesg)"
-    return FileAccessError(what, where=path, mend=f"{mend}; {again}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -113,7 +97,7 @@ def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+            holder = read_bytes(fd, 200, 0).decode(errors="replace").strip() or "another process"
             raise TryAgainError(
                 f"another run is {what}: {holder}",
                 where=path,
@@ -125,7 +109,7 @@ def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
                 raise access_error(error, path, "locking") from error
         with suppress(OSError):  # only whoever is second reads it; a full disk is told by what needs the room
             os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{host()} pid {os.getpid()}\n".encode(), 0)
+            write_all(fd, memoryview(f"{host()} pid {os.getpid()}\n".encode()), 0)
         yield
     finally:
         os.close(fd)
@@ -150,7 +134,7 @@ def _read(path: Path) -> bytes:
     except (FileNotFoundError, IsADirectoryError):
         return b""
     except OSError as error:
-        raise access_error(error, path, "reading") from error
+        raise access_error(error, path, "reading", reading=True) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
-from ckpt2pt.errors import FileAccessError, InputError, MissingInputError, TryAgainError
+from ckpt2pt.errors import FormatError, InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
@@ -26,8 +26,10 @@ from ckpt2pt.meta import METADATA, RankMeta, metadata_files, read_arguments, rea
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
+from ckpt2pt.pt.resume import Unmet, hint, summary
 from ckpt2pt.publish import Target
 from ckpt2pt.request import Request, digest
+from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
 
 Index = Mapping[str, TensorRef]
@@ -211,6 +213,25 @@ def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict
     return {(tp, pp): prepare(request, chosen, (tp, pp)) for pp in stages for tp in range(request.topology.tensor)}
 
 
+def unmet_of(request: Request, rank: Rank) -> tuple[Unmet, ...]:
+    """What keeps Megatron-LM from loading the result of a rank, by its metadata."""
+    return _meta(request, rank).unmet(request.topology, full=request.full)
+
+
+def check_loadable(request: Request, ranks: Iterable[Rank]) -> None:
+    """Refuse metadata from which Megatron-LM could not resume (parameters only: could not load weights)."""
+    for tp, pp in ranks:
+        found = unmet_of(request, (tp, pp))
+        if found:
+            raise FormatError(
+                f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
+                + summary(found),
+                where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
+                mend=hint(found)
+                + (", or convert with spec.mode ParamsOnly (--convert-param-only)" if request.full else ""),
+            )
+
+
 def _meta(request: Request, rank: Rank) -> RankMeta:
     return read_rank_meta(
         request.metadata,
@@ -342,5 +363,5 @@ def _stat(path: Path) -> dict[str, int]:
     try:
         seen = path.stat()
     except OSError as error:
-        raise FileAccessError(f"cannot be examined: {error.strerror}", where=path, mend="check the mount") from error
+        raise access_error(error, path, "examining", reading=True) from error
     return {"nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns}

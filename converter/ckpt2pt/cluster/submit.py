@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import cast
 
 from ckpt2pt.cluster.api import CONVERSIONS, Api, ApiError, Json, explained
+from ckpt2pt.conversion.names import request_path
 from ckpt2pt.conversion.status import REASONS, TERMINAL, WORST_FIRST
-from ckpt2pt.errors import MissingInputError, TryAgainError, UsageError
+from ckpt2pt.errors import NOT_THE_SPEC, MissingInputError, TryAgainError, UsageError
 
 log = logging.getLogger("ckpt2pt")
 
 POLL_SECONDS = 2.0
 _CODES = {reason: code for code, reason in REASONS.items()} | {
-    "InvalidSpec": 64, "NameConflict": 64, "TargetConflict": 64, "NoReport": 70, "TrainingFailed": 66, "TrainingDeleted": 66,
+    "InvalidSpec": 64, "NameConflict": 64, "NoReport": 70, "TrainingFailed": 66, "TrainingDeleted": 66,
+    **dict.fromkeys(NOT_THE_SPEC, 64),
 }  # fmt: skip
 
 
@@ -31,7 +33,8 @@ class Submitted:
     @property
     def path(self) -> str:
         """Of the object."""
-        return f"{CONVERSIONS.format(namespace=self.namespace)}/{self.name}"
+        base, plural = CONVERSIONS
+        return request_path(base, self.namespace, plural, self.name)
 
     def document(self) -> Json:
         """For ``--output json``."""
@@ -45,7 +48,8 @@ def submit(api: Api, document: Json) -> Submitted:
     found = Submitted(namespace=namespace, name=str(metadata.get("name", "")), created=True)
     where = f"CheckpointConversion {namespace}/{found.name}"
     try:
-        api.json("POST", CONVERSIONS.format(namespace=namespace), document, fieldValidation="Strict")
+        base, plural = CONVERSIONS
+        api.json("POST", request_path(base, namespace, plural), document, fieldValidation="Strict")
     except ApiError as error:
         if error.status != 409:
             raise explained(error, "creating it", where) from error

@@ -41,7 +41,6 @@ from ckpt2pt.plan.entries import Entry, text_entry
 from ckpt2pt.plan.moves import Move
 from ckpt2pt.publish import (
     STATE,
-    access_error,
     free_bytes,
     locked,
     publish_bytes,
@@ -51,6 +50,7 @@ from ckpt2pt.publish import (
 from ckpt2pt.records import Json, seal
 from ckpt2pt.request import Pace, digest
 from ckpt2pt.survey import agree, changed, facts_of, inputs_of
+from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 log = logging.getLogger("ckpt2pt")
@@ -370,7 +370,7 @@ def _descriptions(strategy: Path) -> dict[str, Path]:
     try:
         infos = {path.parent.name: path for path in sorted(strategy.glob(f"*/{_INFO}"))}
     except OSError as error:
-        raise access_error(error, strategy, "listing") from error
+        raise access_error(error, strategy, "listing", option="--strategy-dir") from error
     if not infos:
         raise MissingInputError(
             f"no */{_INFO} there",

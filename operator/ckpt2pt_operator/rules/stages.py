@@ -15,7 +15,7 @@ from typing import Literal, cast
 from ckpt2pt.conversion.report import NO_REPORT, clean, unproved
 from ckpt2pt.conversion.spec import Conversion, Json
 from ckpt2pt.conversion.status import REASONS, WAITING, StageRecord, State
-from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE, TargetConflictError
+from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE, NOT_THE_SPEC
 from ckpt2pt_operator.rules.views import Job, Pod, Report, items, number, report_of, text
 
 OUT_OF_MEMORY = "OOMKilled"
@@ -25,11 +25,11 @@ _LOST_AFTER = timedelta(seconds=90)
 _FIRST_PAUSE, _LONGEST_PAUSE = timedelta(seconds=10), timedelta(minutes=10)
 
 REASON_WORDS = frozenset(
-    {*REASONS.values(), TargetConflictError.reason, NO_REPORT, OUT_OF_MEMORY, "Evicted", "Killed", "PodDeleted"}
+    {*REASONS.values(), *NOT_THE_SPEC, NO_REPORT, OUT_OF_MEMORY, "Evicted", "Killed", "PodDeleted"}
 )
 """Every reason of a stage that is ours: a worker may write anything into its message."""
 
-_FINAL = frozenset(REASONS[code] for code in FAILS_STAGE | FAILS_JOB)
+_FINAL = frozenset(REASONS[code] for code in FAILS_STAGE | FAILS_JOB) | NOT_THE_SPEC
 """What is not tried again: the Job is about to say so."""
 
 _WAITING = {
