@@ -74,6 +74,7 @@ class Workloads(Protocol):
 
     async def look(self, conversion: Json, after: Json) -> Training:
         """How it stands."""
+        raise NotImplementedError
 
 
 class Reconciler:
