@@ -10,7 +10,7 @@ measure every rank asked for            nothing has been written; everything tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,8 +35,8 @@ from ckpt2pt.system.access import access_error
 class Conversion:
     """What is converted, in either direction; worker processes get a copy of it.
 
-    ``meaning`` are the options that decide what is written, ``facts`` what else the manifest of a stage tells,
-    ``doubts`` what contradicts the chosen iteration.
+    ``meaning`` are the options that decide what is written, ``facts`` what else the manifest of a stage tells, ``inputs``
+    the files that each rank is read from, ``doubts`` what contradicts the chosen iteration.
     """
 
     target: Target
@@ -45,6 +45,7 @@ class Conversion:
     overwrite: bool
     meaning: Json
     facts: Json
+    inputs: Mapping[Rank, Sequence[Json]]
     doubts: tuple[str, ...]
     plan: Callable[[Rank], Share]
 
@@ -132,7 +133,8 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         verify=request.verify,
         overwrite=request.overwrite,
         meaning=request.meaning(),
-        facts={"inputs": chosen.inputs, "assumed": assumed(request.metadata)},
+        facts={"assumed": assumed(request.metadata)},
+        inputs=chosen.inputs,
         doubts=chosen.clock.doubts,
         plan=partial(_plan, request, chosen),
     )
@@ -219,7 +221,10 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
             finally:
                 reporter.close()
             for pp in stages:
-                target.publish_stage(pp, {**options, "iteration": target.iteration, **conversion.facts})
+                # Its own inputs alone: those of all ranks in each stage would grow with the square of their number.
+                inputs = [one for tp in range(target.tensor) for one in conversion.inputs[tp, pp]]
+                facts: Json = {"iteration": target.iteration, "inputs": inputs, **conversion.facts}
+                target.publish_stage(pp, {**options, **facts})
         published = target.publish_iteration()
     return Outcome(
         target=target,

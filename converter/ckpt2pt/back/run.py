@@ -151,7 +151,8 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         verify=request.verify,
         overwrite=request.overwrite,
         meaning=request.meaning(found.topology),
-        facts={"inputs": found.inputs},
+        facts={},
+        inputs=found.inputs,
         doubts=(),
         plan=partial(_plan, request, found),
     )
