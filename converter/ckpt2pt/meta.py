@@ -20,14 +20,17 @@ from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.names import bare
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.buckets import Buffer, parse_param_map
+from ckpt2pt.plan.layout import weight_decay_groups
 from ckpt2pt.plan.stage import ChunkMap
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, read_pickle
+from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
 from ckpt2pt.system.access import access_error
 
 _Described = tuple[tuple[str, ...], Buffer | None]
 """A chunk's names in registration order, and its buffer when there is a map."""
+_MAX_NAMES = 200_000
 METADATA = "spec.metadata.path (--param-map-path)"
 _MEND = "point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees"
 
@@ -54,6 +57,19 @@ class RankMeta:
     def tied(self) -> bool:
         """True when embedding and output layer share their weights."""
         return self.template.args.get("untie_embeddings_and_output_weights") is False
+
+    def unmet(self, topology: Topology, *, full: bool) -> tuple[Unmet, ...]:
+        """What keeps Megatron-LM 0.6 from loading a checkpoint made with this metadata."""
+        buffers = [chunk.buffer for chunk in self.chunks]
+        placed = [p for buffer in buffers if buffer for p in reversed(buffer.placements)]
+        run = TargetRun(
+            num_layers=topology.num_layers,
+            tensor=topology.tensor,
+            pipeline=topology.pipeline,
+            virtual=topology.virtual,
+            groups=weight_decay_groups(placed) if all(buffers) else None,
+        )
+        return unmet(self.template, run, full=full)
 
 
 def read_rank_meta(
@@ -207,6 +223,8 @@ def _name_lists(template: Template) -> list[tuple[str, ...]]:
         )
     if not isinstance(lists, list) or not all(isinstance(names, list) for names in lists):
         raise FormatError("param_name_list is not a list of lists", where=template.path, mend=_MEND)
+    if sum(len(names) for names in cast("list[list[object]]", lists)) > _MAX_NAMES:  # lists may be shared
+        raise FormatError(f"param_name_list holds more than {_MAX_NAMES} names", where=template.path, mend=_MEND)
     found: list[tuple[str, ...]] = []
     for names in cast("list[list[object]]", lists):
         if not all(isinstance(name, str) for name in names) or len(set(map(str, names))) != len(names):

@@ -27,7 +27,7 @@ from ckpt2pt.plan.moves import moves
 from ckpt2pt.publish import Target, check_space
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.survey import Prepared, Survey, check_loadable, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.access import access_error
 
 
@@ -35,8 +35,8 @@ from ckpt2pt.system.access import access_error
 class Conversion:
     """What is converted, in either direction; worker processes get a copy of it.
 
-    ``meaning`` are the options that decide what is written, ``facts`` what else the manifest of a stage tells, ``inputs``
-    the files that each rank is read from, ``doubts`` what contradicts the chosen iteration.
+    ``meaning`` are the options that decide what is written, ``facts`` what else the manifest of a stage tells,
+    ``inputs`` the files that each rank is read from, ``doubts`` what contradicts the chosen iteration, ``warnings`` what a user should know before the result is used.
     """
 
     target: Target
@@ -47,12 +47,14 @@ class Conversion:
     facts: Json
     inputs: Mapping[Rank, Sequence[Json]]
     doubts: tuple[str, ...]
+    warnings: tuple[str, ...]
+    how_to_load: str
     plan: Callable[[Rank], Share]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming."""
+    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming; ``how_to_load`` ends a sentence."""
 
     target: Target
     stages: tuple[int, ...]
@@ -64,6 +66,8 @@ class Outcome:
     published: bool
     newer: int | None
     doubts: tuple[str, ...]
+    warnings: tuple[str, ...]
+    how_to_load: str = ""
     asked_to_stop: InterruptedRunError | None = None
     """A signal that came too late to stop this run; whoever would go on must heed it."""
 
@@ -80,6 +84,7 @@ class Outcome:
             "published": self.published,
             "newerIteration": self.newer,
             "doubts": list(self.doubts),
+            "warnings": list(self.warnings),
         }
 
     def sentence(self) -> str:
@@ -90,12 +95,13 @@ class Outcome:
             did = "everything was there already"
         elif self.kept:
             did += f", kept {len(self.kept)} that were there"
-        end = f"published; {self.target.reader} can load it"
+        end = f"published; {self.target.reader} can load it{self.how_to_load}"
         if not self.published:
             end = "the tracker waits for the other stages"
         elif self.newer is not None:
             end = f"published; the tracker stays at iteration {self.newer}, which is newer: write {self.target.iteration} into it to go back"
-        return f"iteration {self.target.iteration}, {stages}: {did}\n{self.target.folder}\n{end}"
+        first = "".join(f"warning: {text}\n" for text in self.warnings)
+        return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.folder}\n{end}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +133,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
     chosen = survey(request, keep=ranks if len(ranks) == 1 else ())
+    check_loadable(request, ranks)
     conversion = Conversion(
         target=target_of(request, chosen),
         pace=request.pace,
@@ -136,6 +143,8 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         facts={"assumed": assumed(request.metadata)},
         inputs=chosen.inputs,
         doubts=chosen.clock.doubts,
+        warnings=(),
+        how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         plan=partial(_plan, request, chosen),
     )
     return carry_out(conversion, stages, reporter, began)
@@ -237,6 +246,8 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         published=published,
         newer=target.newer,
         doubts=conversion.doubts,
+        warnings=conversion.warnings,
+        how_to_load=conversion.how_to_load,
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
 

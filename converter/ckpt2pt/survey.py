@@ -17,7 +17,7 @@ from pathlib import Path
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
-from ckpt2pt.errors import InputError, MissingInputError, TryAgainError
+from ckpt2pt.errors import FormatError, InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
@@ -35,6 +35,7 @@ from ckpt2pt.meta import (
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
+from ckpt2pt.pt.resume import Unmet, hint, summary
 from ckpt2pt.publish import Target
 from ckpt2pt.request import Request, digest
 from ckpt2pt.system.access import access_error
@@ -221,6 +222,25 @@ def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:
     """Every rank of the given stages."""
     return {(tp, pp): prepare(request, chosen, (tp, pp)) for pp in stages for tp in range(request.topology.tensor)}
+
+
+def unmet_of(request: Request, rank: Rank) -> tuple[Unmet, ...]:
+    """What keeps Megatron-LM from loading the result of a rank, by its metadata."""
+    return _meta(request, rank).unmet(request.topology, full=request.full)
+
+
+def check_loadable(request: Request, ranks: Iterable[Rank]) -> None:
+    """Refuse metadata from which Megatron-LM could not resume (parameters only: could not load weights)."""
+    for tp, pp in ranks:
+        found = unmet_of(request, (tp, pp))
+        if found:
+            raise FormatError(
+                f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
+                + summary(found),
+                where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
+                mend=hint(found)
+                + (", or convert with spec.mode ParamsOnly (--convert-param-only)" if request.full else ""),
+            )
 
 
 def _meta(request: Request, rank: Rank) -> RankMeta:
