@@ -27,7 +27,7 @@ from ckpt2pt.conversion.job import PROGRESS_PORT
 from ckpt2pt_operator.api import CONVERSIONS, JOBS, PODS, Api, ApiError
 from ckpt2pt_operator.informer import SELECTOR, pages
 from ckpt2pt_operator.metrics import Metrics
-from ckpt2pt_operator.rules.views import child, text
+from ckpt2pt_operator.rules.kept import key_of
 from measure import commit, host, today
 
 HERE = Path(__file__).parent
@@ -136,7 +136,7 @@ async def install(api: Api) -> None:
         await api.create_object(CRDS, "", crd)
     for _ in range(100):
         with suppress(ApiError):
-            await api.list(CONVERSIONS, "", limit="1")
+            await api.list(CONVERSIONS, "", key_of, limit="1")
             return
         await asyncio.sleep(0.2)
 
@@ -156,7 +156,7 @@ async def settled(api: Api, namespace: str, pods: int) -> int:
     """Wait until the Job controller has made the pods; returns how many there are."""
     found, since = 0, time.monotonic()
     while found < pods and time.monotonic() - since < 600:
-        found = len([raw async for raw in pages(api, PODS, namespace, labelSelector=SELECTOR)])
+        found = len([pod async for pod in pages(api, PODS, namespace, key_of, labelSelector=SELECTOR)])
         await asyncio.sleep(5)
     return found
 
@@ -168,9 +168,7 @@ async def beside_silent(api: Api, namespace: str, number: int, stages: int) -> f
     running = {"containerStatuses": [{**container, "state": {"running": {"startedAt": began}}}]}
     address = {"phase": "Running", "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}]}
     with socket.create_server(("127.0.0.1", PROGRESS_PORT), backlog=4096):
-        names = [
-            text(child(raw, "metadata"), "name") async for raw in pages(api, PODS, namespace, labelSelector=SELECTOR)
-        ]
+        names = [name async for _, name in pages(api, PODS, namespace, key_of, labelSelector=SELECTOR)]
         for name in names[:SILENT]:
             await api.patch(PODS, namespace, f"{name}/status", {"status": {**address, **running}})
         await asyncio.sleep(REST_SECONDS)
@@ -225,7 +223,7 @@ async def measure(count: int, stages: int) -> dict[str, Any]:
                 "reconcile_duration_p99_at_most": again.quantile("reconcile_duration_seconds", 0.99),
             }
             new = await beside_silent(api, namespace, count, stages)
-        jobs_there = len([raw async for raw in pages(api, JOBS, namespace)])
+        jobs_there = len([job async for job in pages(api, JOBS, namespace, key_of)])
         return {
             "conversions": count,
             "stages": stages,

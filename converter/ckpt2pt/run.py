@@ -10,7 +10,7 @@ measure every rank asked for            nothing has been written; everything tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -36,7 +36,7 @@ class Conversion:
     """What is converted, in either direction; worker processes get a copy of it.
 
     ``meaning`` are the options that decide what is written, ``facts`` what else the manifest of a stage tells,
-    ``doubts`` what contradicts the chosen iteration, ``warnings`` what a user should know before the result is used.
+    ``inputs`` the files that each rank is read from, ``doubts`` what contradicts the chosen iteration, ``warnings`` what a user should know before the result is used.
     """
 
     target: Target
@@ -45,6 +45,7 @@ class Conversion:
     overwrite: bool
     meaning: Json
     facts: Json
+    inputs: Mapping[Rank, Sequence[Json]]
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
     how_to_load: str
@@ -53,7 +54,10 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming; ``how_to_load`` ends a sentence."""
+    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming; ``how_to_load`` ends a sentence.
+
+    ``verified`` is how every file of it was verified, those that were kept included; kept files may be better verified.
+    """
 
     target: Target
     stages: tuple[int, ...]
@@ -61,6 +65,7 @@ class Outcome:
     kept: tuple[Rank, ...]
     bytes_written: int
     files: int
+    verified: Verify
     seconds: float
     published: bool
     newer: int | None
@@ -79,6 +84,7 @@ class Outcome:
             "ranksConverted": len(self.converted),
             "ranksKept": len(self.kept),
             "bytesWritten": self.bytes_written,
+            "verified": self.verified,
             "seconds": round(self.seconds, 3),
             "published": self.published,
             "newerIteration": self.newer,
@@ -139,7 +145,8 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         verify=request.verify,
         overwrite=request.overwrite,
         meaning=request.meaning(),
-        facts={"inputs": chosen.inputs, "assumed": assumed(request.metadata)},
+        facts={"assumed": assumed(request.metadata)},
+        inputs=chosen.inputs,
         doubts=chosen.clock.doubts,
         warnings=(),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
@@ -228,7 +235,10 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
             finally:
                 reporter.close()
             for pp in stages:
-                target.publish_stage(pp, {**options, "iteration": target.iteration, **conversion.facts})
+                # Its own inputs alone: those of all ranks in each stage would grow with the square of their number.
+                inputs = [one for tp in range(target.tensor) for one in conversion.inputs[tp, pp]]
+                facts: Json = {"iteration": target.iteration, "inputs": inputs, **conversion.facts}
+                target.publish_stage(pp, {**options, **facts})
         published = target.publish_iteration()
     return Outcome(
         target=target,
@@ -237,6 +247,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         kept=kept,
         bytes_written=size,
         files=sum(target.file_count(*rank) for rank in ranks),
+        verified=conversion.verify,
         seconds=time.monotonic() - began,
         published=published,
         newer=target.newer,

@@ -39,7 +39,7 @@ from ckpt2pt_operator.rules.seen import (
     Training,
     wants_warnings,
 )
-from ckpt2pt_operator.rules.stages import behind
+from ckpt2pt_operator.rules.stages import behind, is_quota
 from ckpt2pt_operator.rules.views import (
     Claim,
     Pod,
@@ -52,6 +52,7 @@ from ckpt2pt_operator.rules.views import (
     number,
     pod_view,
     text,
+    warning_view,
 )
 from ckpt2pt_operator.rules.views import time as moment
 from ckpt2pt_operator.rules.volumes import claims_of
@@ -61,9 +62,12 @@ _VOLATILE = frozenset({"progress", "bytesDone", "bytesTotal"})
 _VOLATILE_OF_STAGE = frozenset({"bytes", "bytesTotal", "throughput"})
 _PROGRESS_SECONDS = 10.0
 _RUNNING_FOR_ONE_SECOND = 10
-_TELLING = frozenset({"FailedCreate", "FailedMount", "FailedAttachVolume"})
 _JOB_NAME = "batch.kubernetes.io/job-name"
-_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _CONFLICT, _INVALID = 401, 403, 404, 409, 422
+_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _CONFLICT = 401, 403, 404, 409
+_NEVER = frozenset({400, 413, 422})
+"""What no API server takes, however often it is asked: it cannot be read, it is too large, it is wrong."""
+_REFUSED_SECONDS = {True: 5.0, False: 30.0}
+"""Until a Job is asked for again, by whether the API server is only busy."""
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +75,9 @@ log = logging.getLogger(__name__)
 class Workloads(Protocol):
     """Who knows how the workload stands that a conversion waits for."""
 
-    async def look(self, conversion: Json, after: Json) -> Training | None:
-        """How it stands; None where its kind is not watched."""
+    async def look(self, conversion: Json, after: Json) -> Training:
+        """How it stands."""
+        raise NotImplementedError
 
 
 class Reconciler:
@@ -142,7 +147,7 @@ class Reconciler:
         again until there is another, which cannot be made there: the namespace would never go.
         """
         jobs = [job for job in seen.jobs if not job.ending and not job.deleted]
-        if not jobs or not any(pod.over and pod.deleted for pod in seen.pods):
+        if not jobs or not any(pod.over and pod.deleted and not pod.gone for pod in seen.pods):
             return False
         if not await self._api.is_ending(namespace):
             return False
@@ -204,10 +209,14 @@ class Reconciler:
         for job in self._store.jobs(key, uid):
             pods = [pod for pod in self._store.pods(key, uid) if pod.job_uid == job.uid]
             if job.ending and behind(job, pods):
-                async for pod in pages(
-                    self._api, PODS, job.namespace, pod_view, labelSelector=f"{_JOB_NAME}={job.name}"
-                ):
+                there: set[str] = set()
+                query = {"labelSelector": f"{_JOB_NAME}={job.name}"}
+                async for pod in pages(self._api, PODS, job.namespace, pod_view, **query):
+                    there.add(pod.uid)
                     self._store.put_pod(pod)
+                for pod in pods:
+                    if pod.uid not in there and not pod.gone:
+                        self._store.drop_pod(pod)
 
     async def _claims(self, namespace: str, names: list[str]) -> dict[str, Claim | None] | None:
         if not self._check_volumes:
@@ -235,14 +244,13 @@ class Reconciler:
         for uid in uids:
             query = {"fieldSelector": f"involvedObject.uid={uid},type=Warning", "limit": "50"}
             try:
-                events = (await self._api.list(EVENTS, namespace, _warning, **query)).items
+                events = (await self._api.list(EVENTS, namespace, warning_view, **query)).items
             except ApiError as error:
                 if error.code != _FORBIDDEN:
                     raise
                 return {}
-            told = [(when, message) for when, reason, message in events if reason in _TELLING]
-            if told:
-                found[uid] = max(told)[1]
+            if told := max(filter(None, events), default=None):
+                found[uid] = told[1]
         return found
 
     # ----------------------------------------------------------------------------------------------------------- write
@@ -341,7 +349,9 @@ class Reconciler:
             reason = refusal_of(error)
             if not reason:
                 raise
-            return Refusal(reason=reason, message=error.message)
+            return Refusal(
+                reason=reason, message=error.message, pause=max(error.pause, _REFUSED_SECONDS[error.passing])
+            )
         self._store.put_job(job_view(created))
         log.info("Job created", extra={"job": f"{namespace}/{name}"})
         return None
@@ -362,25 +372,21 @@ class Reconciler:
         return Refusal(reason="NameConflict", message=f"there is a Job {name} that is not of this conversion; {mend}")
 
 
-def _warning(event: Json) -> tuple[str, str, str]:
-    """When an event was last seen, its reason, and what it says."""
-    when = text(event, "lastTimestamp") or text(event, "eventTime")
-    return when, text(event, "reason"), text(event, "message", 700)
-
-
 def refusal_of(error: ApiError) -> str:
     """Why the API server, or whoever it asks, will not have a Job; empty where it has not said that.
 
     A webhook chooses its code freely, and gets 400 without one; a ValidatingAdmissionPolicy says 422, as a wrong Job would.
     """
-    if "exceeded quota" in error.message:
+    if is_quota(error.message):
         return "QuotaExceeded"
     denied = "denied the request" in error.message or "denied request" in error.message
     if denied or "failed calling webhook" in error.message or error.code == _FORBIDDEN:
         return "JobRefused"
-    if error.passing or error.code in {_UNAUTHORIZED, _NOT_FOUND}:
+    if error.code in {0, _UNAUTHORIZED, _NOT_FOUND}:
         return ""
-    return "InvalidSpec" if error.code == _INVALID else "JobRefused"
+    if error.passing:
+        return "JobNotCreated"
+    return "InvalidSpec" if error.code in _NEVER else "JobRefused"
 
 
 def steady(status: Json) -> Json:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from ckpt2pt.conversion.spec import Json
+from ckpt2pt.conversion.status import TERMINAL
 from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.rules.kept import Kept, Key, Name, keep, key_of
 from ckpt2pt_operator.rules.views import Job, Pod, Report, child, is_of, number, text
@@ -30,6 +32,7 @@ class Store:
         self._jobs: dict[str, dict[str, Job]] = {}
         self._pods: dict[str, dict[str, Pod]] = {}
         self._gone: dict[str, None] = {}
+        self._departed: dict[str, dict[str, Pod]] = {}
         self._waiting: dict[Name, dict[Key, None]] = {}
 
     # ---------------------------------------------------------------------------------------------------- conversions
@@ -46,6 +49,8 @@ class Store:
         self.conversions[key] = kept
         self.phases[kept.phase] += 1
         self._keys[uid] = key
+        if kept.phase in TERMINAL:
+            self._departed.pop(uid, None)
         if kept.training:
             self._waiting.setdefault(kept.training, {})[key] = None
         self._changed(key)
@@ -74,6 +79,7 @@ class Store:
         known = self.conversions.get(key)
         if known is not None and known.uid == uid:
             self._forget(key, known)
+            self._departed.pop(uid, None)
             del self.conversions[key]
         self._changed(key)
 
@@ -122,6 +128,10 @@ class Store:
         self._lose_pod(pod)
 
     def _lose_pod(self, pod: Pod) -> None:
+        """Its last words stay until its conversion has ended: a stage may be done, and nobody else knows it."""
+        key = self._keys.get(pod.owner)
+        if pod.over and key and self.conversions[key].phase not in TERMINAL:
+            remember(self._departed.setdefault(pod.owner, {}), pod.uid, replace(pod, gone=True), _REMEMBERED)
         self.live.pop(pod.uid, None)
         self._drop(self._pods, pod)
 
@@ -146,8 +156,9 @@ class Store:
         return tuple(job for job in self._jobs.get(uid, {}).values() if is_of(job, *key))
 
     def pods(self, key: Key, uid: str) -> tuple[Pod, ...]:
-        """The pods of a conversion."""
-        return tuple(pod for pod in self._pods.get(uid, {}).values() if is_of(pod, *key))
+        """The pods of a conversion, those that are gone included if they had ended."""
+        held = (*self._pods.get(uid, {}).values(), *self._departed.get(uid, {}).values())
+        return tuple(pod for pod in held if is_of(pod, *key))
 
     def _drop(self, kind: dict[str, dict[str, Job]] | dict[str, dict[str, Pod]], thing: Job | Pod) -> None:
         objects = kind.get(thing.owner, {})
