@@ -57,11 +57,11 @@ def settings(*, namespaced: bool) -> kopf.OperatorSettings:
     found.watching.field_selectors["apiextensions.k8s.io", "customresourcedefinitions"] = (
         f"metadata.name={PLURAL}.{GROUP}"
     )
-    found.watching.chunk_size = 50
+    found.watching.chunk_size = 100
     found.watching.server_timeout = 300
     found.watching.client_timeout = 330
     found.watching.connect_timeout = 10
-    found.networking.request_timeout = 60  # for a page of 50 objects of a megabyte, too
+    found.networking.request_timeout = 90  # for a page of 100 objects of a megabyte, too
     found.networking.error_backoffs = (1, 2, 4, 8, 16)
     found.networking.enforce_retry_after = True
     found.queueing.idle_timeout = 0.05  # an object is held as long after it was handled

@@ -64,7 +64,7 @@ class Cluster:
                 time.sleep(1)
                 return 200, ""
             return 200, "".join(f'{{"type": "{kind}", "object": {raw}}}\n' for kind, raw in self.watches.pop(0))
-        assert query["limit"] == "50"
+        assert query["limit"] == "100"
         pages, at = self.lists[0], int(query.get("continue", "0"))
         meta = {"resourceVersion": "7"} | ({"continue": str(at + 1)} if at + 1 < len(pages) else {})
         if at + 1 == len(pages) and len(self.lists) > 1:

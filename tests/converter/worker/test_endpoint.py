@@ -51,9 +51,9 @@ def test_metrics_are_in_the_text_format(port: int) -> None:
     kind, text = get(port, "/metrics")
     assert kind.startswith("text/plain; version=0.0.4")
     samples = [line for line in text.splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r'ckpt2pt_worker_[a-z_]+(\{[a-z]+="\w+"(,stage="0")?\})? \d+', line) for line in samples)
-    assert "ckpt2pt_worker_bytes_total 40" in samples
-    assert 'ckpt2pt_worker_phase{phase="Converting"} 1' in samples
+    assert all(re.fullmatch(r'ckpt2pt_worker_[a-z_]+\{(phase="\w+",)?stage="3"\} \d+', line) for line in samples)
+    assert 'ckpt2pt_worker_bytes_total{stage="3"} 40' in samples
+    assert 'ckpt2pt_worker_phase{phase="Converting",stage="3"} 1' in samples
     for line in samples:
         name = re.split(r"[{ ]", line)[0]
         assert f"# TYPE {name} " in text
