@@ -10,12 +10,13 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Collection, Generator, Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckpt2pt.ckpt import index_file, read_scalar
-from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
+from ckpt2pt.ckpt.filenames import When, shown
+from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import FileAccessError, InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
@@ -23,7 +24,7 @@ from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import METADATA, RankMeta, metadata_files, read_arguments, read_rank_meta, require
-from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
+from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, name_contradiction, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.publish import Target
@@ -100,6 +101,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     if request.iteration is None:
         when = _given(request, found) or choose(found, last_saved(request.source, request.topology))
         clock = _clock(found[when][first], batch, headers)
+        clock = _with_rivals(clock, when, {other: files[first] for other, files in found.items()}, batch, headers)
     else:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
@@ -272,6 +274,21 @@ def _clock(file: SourceFile, batch: int | None, headers: _Headers) -> Clock:
     return read_clock(facts, global_batch_size=batch, named=file.named, where=str(file.path))
 
 
+def _with_rivals(
+    clock: Clock, when: When, files: Mapping[When, SourceFile], batch: int | None, headers: _Headers
+) -> Clock:
+    """Where the chosen file contradicts its name: name the others that claim its iteration too."""
+    if not name_contradiction(files[when].named, headers.facts(files[when].path)):
+        return clock
+    rivals: list[str] = []
+    for other, file in files.items():
+        with suppress(InputError):
+            if other != when and _clock(file, batch, headers).iteration == clock.iteration:
+                rivals.append(file.path.name)
+    doubt = f"{', '.join(rivals)} hold the same iteration: {files[when].path.name} was taken for its name"
+    return replace(clock, doubts=(*clock.doubts, doubt)) if rivals else clock
+
+
 def _choose_iteration(
     found: Mapping[When, Mapping[Rank, SourceFile]],
     first: Rank,
@@ -292,11 +309,22 @@ def _choose_iteration(
             return when, Clock(iteration=wanted, samples=samples, because="--iteration")
     matching = [when for when, clock in clocks.items() if clock.iteration == wanted]
     if len(matching) != 1:
-        there = ", ".join(str(clock.iteration) for clock in clocks.values())
+        there = ", ".join(
+            f"{clocks[when].iteration} ({shown(when)})"
+            if name_contradiction(files[first].named, headers.facts(files[first].path))
+            else str(clocks[when].iteration)
+            for when, files in found.items()
+        )
+        several = (
+            f"{len(matching)} checkpoints are of iteration {wanted}"
+            if matching
+            else f"no checkpoint is of iteration {wanted}"
+        )
         raise InputError(
-            f"iteration {wanted} is there {len(matching)} times; the checkpoints are of iterations {there}",
+            f"{several}; by what the files hold they are of iterations {there}",
             where=request.source,
-            mend="set spec.source.iteration (--iteration) to one of them",
+            mend="set spec.source.iteration (--iteration) to one of them"
+            + (", or move the files of all but one of the same iteration away" if matching else ""),
         )
     return matching[0], clocks[matching[0]]
 

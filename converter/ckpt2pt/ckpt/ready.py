@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.ckpt.ranks import UNNAMED, SourceFile, When, candidates, last_saved, rank_folder, when_of_name
+from ckpt2pt.ckpt.filenames import UNNAMED, When, shown, when_of_name
+from ckpt2pt.ckpt.ranks import SourceFile, candidates, last_saved, rank_folder
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, TimedOutError
 from ckpt2pt.mapping.topology import Topology
 
@@ -66,7 +67,7 @@ class Look:
         """``checkpoint 0_12 is not whole: rank_1 is at 0_10; rank_3 is missing``."""
         texts = [obstacle.text for obstacle in self.obstacles]
         more = f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-        which = f" {_shown(self.wanted)}" if self.wanted not in {None, UNNAMED} else ""
+        which = f" {shown(self.wanted)}" if self.wanted not in {None, UNNAMED} else ""
         return f"checkpoint{which} is not whole: {'; '.join(texts[:_SHOWN])}{more}"
 
     def refusal(self, waited: float | None = None) -> Ckpt2ptError:
@@ -240,7 +241,7 @@ class Watcher:
         reported = last_saved(self._root, self._topology)
         if reported in {None, wanted} or wanted == UNNAMED:
             return []
-        return [Obstacle(kind="other", text=f"meta.json of the ranks still says {_shown(reported)}")]
+        return [Obstacle(kind="other", text=f"meta.json of the ranks still says {shown(reported)}")]
 
 
 def _temporary(folder: Path) -> dict[When, str]:
@@ -253,9 +254,5 @@ def _temporary(folder: Path) -> dict[When, str]:
 
 
 def _has(rank: int, files: Mapping[When, SourceFile], otherwise: str) -> str:
-    there = ", ".join(_shown(when) for when in sorted(files)[-3:])
+    there = ", ".join(shown(when) for when in sorted(files)[-3:])
     return f"rank_{rank} is at {there}{', ' if otherwise else ''}{otherwise}" if there else f"rank_{rank} has none yet"
-
-
-def _shown(when: When | None) -> str:
-    return "a file without a step in its name" if when is None or when == UNNAMED else f"{when[0]}_{when[1]}"

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from ckpt2pt.ckpt.ranks import When
+from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.ckpt.ready import Look, Watcher
 from ckpt2pt.crew import Reporter
 from ckpt2pt.errors import RETRIED, Ckpt2ptError, InterruptedRunError, MissingInputError
