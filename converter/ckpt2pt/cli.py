@@ -317,8 +317,8 @@ def _convert(options: argparse.Namespace) -> int:
         _wait(request, options)
         outcome = run(request, stages, Both(account, reporter(options.progress)))
     account.converted(outcome)
-    for doubt in outcome.doubts:
-        log.warning("iteration %d was chosen, but %s", outcome.target.iteration, doubt)
+    for remark in outcome.remarks:
+        log.warning("%s", remark)
     _show(outcome.document(), outcome.sentence(), options)
     return 0
 

@@ -30,6 +30,10 @@ from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 
 
+def _nothing(_: int) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
     """What is converted, in either direction; worker processes get a copy of it.
@@ -46,6 +50,8 @@ class Conversion:
     facts: Json
     doubts: tuple[str, ...]
     plan: Callable[[Rank], Share]
+    examine: Callable[[int], tuple[str, ...]] = _nothing
+    """What is suspicious of a stage whose ranks are all there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +68,8 @@ class Outcome:
     published: bool
     newer: int | None
     doubts: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
+    """What is suspicious of the source, besides the iteration."""
     asked_to_stop: InterruptedRunError | None = None
     """A signal that came too late to stop this run; whoever would go on must heed it."""
 
@@ -78,7 +86,14 @@ class Outcome:
             "published": self.published,
             "newerIteration": self.newer,
             "doubts": list(self.doubts),
+            "warnings": list(self.warnings),
         }
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a person has to hear of the source."""
+        chosen = f"iteration {self.target.iteration} was chosen, but"
+        return (*(f"{chosen} {doubt}" for doubt in self.doubts), *self.warnings)
 
     def sentence(self) -> str:
         """For a person."""
@@ -120,6 +135,14 @@ def _plan(request: Request, chosen: Survey, rank: Rank) -> _Forward:
     return _Forward(request, chosen, prepare(request, chosen, rank))
 
 
+def _examine(request: Request, chosen: Survey, pp: int) -> tuple[str, ...]:
+    if request.topology.tensor == 1:
+        return _nothing(pp)
+    from ckpt2pt.verify.copies import copies_in_stage  # noqa: PLC0415 - numpy, for layouts that can have copies
+
+    return copies_in_stage(request, chosen, pp)
+
+
 def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     """Convert the given pipeline stages; what an earlier run finished is kept."""
     began = time.monotonic()
@@ -134,6 +157,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         facts={"inputs": chosen.inputs, "assumed": assumed(request.metadata)},
         doubts=chosen.clock.doubts,
         plan=partial(_plan, request, chosen),
+        examine=partial(_examine, request, chosen),
     )
     return carry_out(conversion, stages, reporter, began)
 
@@ -217,8 +241,12 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
                 work_through(conversion, todo, alone, reporter, stop)
             finally:
                 reporter.close()
+            warnings: list[str] = []
             for pp in stages:
-                target.publish_stage(pp, {**options, "iteration": target.iteration, **conversion.facts})
+                found = conversion.examine(pp)
+                warnings += found
+                facts = conversion.facts | ({"warnings": list(found)} if found else {})
+                target.publish_stage(pp, {**options, "iteration": target.iteration, **facts})
         published = target.publish_iteration()
     return Outcome(
         target=target,
@@ -231,6 +259,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         published=published,
         newer=target.newer,
         doubts=conversion.doubts,
+        warnings=tuple(warnings),
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
 
