@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import FormatError, MissingInputError
+from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.inputs import read_whole, refused
 from ckpt2pt.mapping.names import bare
 from ckpt2pt.mapping.topology import Topology
@@ -80,6 +80,15 @@ def read_arguments(folder: Path, rank: tuple[int, int], *, allow: tuple[str, ...
     if not folder.is_dir():
         raise MissingInputError("the metadata folder is not there", where=folder, mend=_MEND)
     return read_template(_arguments_file(folder, *rank), allow=allow)
+
+
+def chunk_names(folder: Path, rank: tuple[int, int], *, allow: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """The parameters of each chunk that the metadata of one rank describes, in no order; nothing is proved."""
+    found: list[tuple[str, ...]] = []
+    for path in _param_maps(folder, *rank):
+        document = _load_json(path)
+        found.append(tuple(map(bare, cast("dict[str, object]", document) if isinstance(document, dict) else ())))
+    return found or _name_lists(read_arguments(folder, rank, allow=allow))
 
 
 def require(folder: Path, *, source: Path, target: Path) -> None:
@@ -206,7 +215,7 @@ def _assign(order: list[_Described], topology: Topology, pp: int, *, where: str)
     elif len(order) == len(filled):
         chunks = list(zip(filled, order, strict=True))
     else:
-        raise FormatError(
+        raise TopologyError(
             f"{len(order)} model chunks are described for stage {pp}, the options ask for {len(filled)}",
             where=where,
             mend="set spec.parallelism.virtualPipeline (--vpp-size) to that of the run that wrote pt_meta",

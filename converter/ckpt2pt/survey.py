@@ -29,6 +29,7 @@ from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.publish import Target
 from ckpt2pt.request import Request, digest
+from ckpt2pt.stated import answering, check, read_stated
 from ckpt2pt.tensors import TensorRef
 
 Index = Mapping[str, TensorRef]
@@ -86,6 +87,9 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     Every file is indexed to learn its step; the indexes of ``keep`` stay in the result.
     """
     require(request.metadata, source=request.source, target=request.target)
+    stated = read_stated(request.metadata, allow=request.rules.pickle_globals)
+    if stated:
+        check(request.topology, stated)
     files = find_sources(request.source, request.topology, wanted_format=request.source_format)
     headers = _Headers({ranks[rank].path for ranks in files.values() for rank in keep})
     found = find_groups(
@@ -186,6 +190,11 @@ def when_of_iteration(request: Request, files: Mapping[When, SourceFile]) -> Whe
 @only_growing()
 def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     """Index one rank's file, or its group's shards, and plan every copy."""
+    with answering(request.metadata, request.rules.pickle_globals):
+        return _prepare(request, chosen, rank)
+
+
+def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     topology = request.topology
     tp, pp = rank
     meta = _meta(request, rank)
@@ -195,6 +204,7 @@ def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
         tp=tp,
         pp=pp,
         source=str(file.path),
+        metadata=str(request.metadata),
         index=(None if file.peers else chosen.indexes.get(rank)) or index_source(file, topology.group(tp, pp)),
         clock=chosen.clock,
         chunks=meta.chunks,

@@ -293,7 +293,7 @@ def test_a_document_says_how_the_training_is_followed(training: Training, tmp_pa
 
 def test_without_flags_it_says_which_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["watch", "--once"]) == 64
-    assert "--num-layers is missing" in capsys.readouterr().err
+    assert "--ms-path is missing" in capsys.readouterr().err
 
 
 def test_a_last_look_that_finds_nothing_new_tells_what_is_converted_already(training: Training, tmp_path: Path) -> None:
