@@ -30,6 +30,7 @@ from ckpt2pt.records import Json, load, seal, unseal
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = ".ckpt2pt"
 PARTIAL = ".partial"
+COVERED = "a full conversion of the same source is there, and holds the parameters that are asked for"
 _MAX_DIGITS = 19
 
 
@@ -196,6 +197,7 @@ class Target:
 
     ``identity`` is the digest of everything that decides what is written, ``purpose`` that of the options alone, and
     ``ranks`` those of the options and what each rank is read from.  Without ``purpose`` any change makes another conversion.
+    ``base`` is the digest of the source and of the options but for ``full``: parameters alone, and with the optimizer.
     """
 
     root: Path
@@ -206,6 +208,8 @@ class Target:
     purpose: str = ""
     ranks: Mapping[Rank, str] = field(default_factory=dict[Rank, str])
     kind: Kind = MEGATRON
+    base: str = ""
+    full: bool = True
 
     @property
     def reader(self) -> str:
@@ -229,7 +233,9 @@ class Target:
         """Refuse a folder that is somebody else's; touches nothing."""
         data = _read(self.state / "claim.json")  # once: another worker may be about to write it
         claim = unseal(data)
-        if overwrite or (claim and (claim.get("identity") == self.identity or self._goes_on(claim))):
+        if claim and (claim.get("identity") == self.identity or self._goes_on(claim)):
+            return
+        if self._replaces(claim or {}, overwrite=overwrite):
             return
         mend = f"choose another {self.kind.option}, or replace it with {self.kind.replace}"
         if data and claim is None:
@@ -252,6 +258,30 @@ class Target:
                     where=self.folder,
                     mend=mend,
                 )
+
+    def _replaces(self, claim: Json, *, overwrite: bool) -> bool:
+        """Whether this conversion may take the place of another one's result: a full one extends its own parameters."""
+        return overwrite or (self.full and claim.get("full") is False and self._is_of_source(claim))
+
+    def _is_of_source(self, claim: Json) -> bool:
+        return bool(self.base) and claim.get("base") == self.base
+
+    def is_covered(self) -> bool:
+        """Whether a full conversion of the same source is there, and complete: it holds the parameters that are asked for.
+
+        Raises :class:`UsageError` when it was begun and never finished.
+        """
+        claim = read_record(self.state / "claim.json") or {}
+        if self.full or claim.get("full") is not True or not self._is_of_source(claim):
+            return False
+        ranks = [read_record(self.state / rank_name(tp, pp)) for pp in range(self.stages) for tp in range(self.tensor)]
+        if read_record(self.state / "report.json") and all(rank and self._has_files(rank) for rank in ranks):
+            return True
+        raise UsageError(
+            f"a full conversion of the same source was begun there by {claim.get('host')}, and is not complete",
+            where=self.folder,
+            mend=f"finish it: run it again with spec.mode Full (without --convert-param-only); or choose another {self.kind.option}",
+        )
 
     def _goes_on(self, claim: Json) -> bool:
         """Whether the same was begun with a source that was mended since, and nothing is published yet."""
@@ -277,10 +307,13 @@ class Target:
                         self._retire()
                     publish_bytes(
                         self.state / "claim.json",
-                        seal({"identity": self.identity, "purpose": self.purpose, "host": host(), **facts}),
+                        seal({**self._own_facts(), "host": host(), **facts}),
                     )
         except OSError as error:
             raise access_error(error, self.folder, "taking the target folder") from error
+
+    def _own_facts(self) -> Json:
+        return {"identity": self.identity, "purpose": self.purpose, "base": self.base, "full": self.full}
 
     @contextmanager
     def _nobody_at_work(self) -> Generator[None]:
@@ -327,13 +360,16 @@ class Target:
         manifest = read_record(self.state / rank_name(tp, pp))
         if manifest is None or not self.is_of_rank((tp, pp), manifest):
             return None
+        return manifest if self._has_files(manifest) else None
+
+    def _has_files(self, manifest: Json) -> bool:
         for file in cast("list[Json]", manifest.get("files", [])):
             try:
                 if (self.folder / str(file["path"])).stat().st_size != file["nbytes"]:
-                    return None
+                    return False
             except OSError:
-                return None
-        return manifest
+                return False
+        return True
 
     def file_count(self, tp: int, pp: int) -> int:
         """Files of a finished rank, 0 while it is not finished."""

@@ -24,7 +24,7 @@ from ckpt2pt.errors import InterruptedRunError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.publish import Target, access_error, check_space
+from ckpt2pt.publish import COVERED, Target, access_error, check_space
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
@@ -216,8 +216,10 @@ def _check_twins(prepared: Prepared) -> None:
 def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter, began: float) -> Outcome:
     """Convert the given pipeline stages; what an earlier run finished is kept."""
     target = conversion.target
-    target.check(overwrite=conversion.overwrite)
     ranks = [(tp, pp) for pp in stages for tp in range(target.tensor)]
+    if not conversion.overwrite and target.is_covered():
+        return _covered(conversion, stages, ranks, began)
+    target.check(overwrite=conversion.overwrite)
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals: dict[Rank, int] = {}
@@ -261,6 +263,23 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         doubts=conversion.doubts,
         warnings=tuple(warnings),
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
+    )
+
+
+def _covered(conversion: Conversion, stages: Sequence[int], ranks: Sequence[Rank], began: float) -> Outcome:
+    """Nothing is left to do: the full conversion that is there holds the parameters."""
+    return Outcome(
+        target=conversion.target,
+        stages=tuple(stages),
+        converted=(),
+        kept=tuple(ranks),
+        bytes_written=0,
+        files=len(ranks),
+        seconds=time.monotonic() - began,
+        published=True,
+        newer=conversion.target.newer,
+        doubts=conversion.doubts,
+        warnings=(COVERED,),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Collection, Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,13 +41,15 @@ Inputs = list[dict[str, object]]
 class Survey:
     """The chosen checkpoint: a file for each rank, the time they agree on, and the identity of the conversion.
 
-    ``purpose`` is the digest of what is asked for, ``ranks`` adds what each rank is read from, ``identity`` all of it.
+    ``purpose`` is the digest of what is asked for, ``ranks`` adds what each rank is read from, ``identity`` all of it;
+    ``base`` that of the source and of the options, but for whether the optimizer is converted too.
     """
 
     files: Mapping[Rank, SourceFile]
     clock: Clock
     identity: str
     purpose: str
+    base: str
     ranks: Mapping[Rank, str]
     inputs: tuple[dict[str, object], ...]
     indexes: Mapping[Rank, Index] = field(default_factory=dict[Rank, Index])
@@ -118,6 +120,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         clock=clock,
         identity=digest([purpose, every]),
         purpose=purpose,
+        base=_base(request, clock.iteration, every),
         ranks={rank: _identity(purpose, inputs[rank], inputs[rank[0], 0]) for rank in inputs},
         inputs=every,
         indexes={rank: headers.indexes[found[when][rank].path] for rank in keep},
@@ -131,6 +134,12 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         },
     )
     return chosen
+
+
+def _base(request: Request, iteration: int, inputs: Sequence[Mapping[str, object]]) -> str:
+    """The metadata is left out: for parameters alone it needs no maps, which may be added for the full conversion."""
+    sources = [one for one in inputs if "metadata" not in one]
+    return digest([{**request.meaning(), "mode": None}, iteration, sources])
 
 
 def _identity(purpose: str, inputs: Inputs, first: Inputs) -> str:
@@ -163,6 +172,8 @@ def target_of(request: Request, chosen: Survey) -> Target:
         identity=chosen.identity,
         purpose=chosen.purpose,
         ranks=chosen.ranks,
+        base=chosen.base,
+        full=request.full,
         stages=request.topology.pipeline,
         tensor=request.topology.tensor,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,7 +111,7 @@ def test_a_pt_meta_of_more_or_fewer_ranks_is_told(tmp_path: Path) -> None:
     ],
 )
 def test_the_data_parallel_size_is_pt_metas_where_the_source_has_it(
-    ranks: list[int], asked: dict[str, int], data: int, tmp_path: Path
+    ranks: list[int], asked: dict[str, Any], data: int, tmp_path: Path
 ) -> None:
     Handmade(Topology(num_layers=4, pipeline=2), data=2).write_meta(tmp_path / "pt_meta")
     for rank in ranks:
