@@ -13,32 +13,18 @@ import yaml
 
 from ckpt2pt.cli import main
 from ckpt2pt.errors import UsageError
+from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Request
 from ckpt2pt.run import Outcome, run
 from conversions import Quiet, request_for
 from goldens import golden_root
+from handmade import Handmade
 from torchload import differences
 
-C = golden_root() / "megatron06" / "c_tp2pp2vpp2"
+B = golden_root() / "megatron06" / "b_tp2pp2"
 TRACKER = "latest_checkpointed_iteration.txt"
 # As the reference's documentation shows it, no-op layers beyond the model included.
-LAYOUT = [
-    "--num-layers",
-    "8",
-    "--dp-size",
-    "1",
-    "--cp-size",
-    "1",
-    "--tp-size",
-    "2",
-    "--pp-size",
-    "2",
-    "--vpp-size",
-    "2",
-    "--noop",
-    "62",
-    "63",
-]
+VERBATIM = "--num-layers 8 --dp-size 1 --cp-size 1 --tp-size 2 --pp-size 4 --vpp-size 2 --noop 62 63"
 
 
 def convert(request: Request, *stages: int) -> Outcome:
@@ -47,7 +33,7 @@ def convert(request: Request, *stages: int) -> Outcome:
 
 def pair(target: Path) -> tuple[Request, Request]:
     """Parameters alone and everything, of one source and one pt_meta."""
-    full = request_for(C, target)
+    full = request_for(B, target)
     return replace(full, full=False), full
 
 
@@ -66,21 +52,27 @@ def is_full(target: Path, reference: Path) -> bool:
 @pytest.fixture
 def alone(tmp_path: Path) -> Path:
     """A full conversion into a folder of its own."""
-    convert(request_for(C, tmp_path / "alone"))
+    convert(request_for(B, tmp_path / "alone"))
     return tmp_path / "alone"
 
 
 def test_the_two_commands_of_the_reference_work_one_after_the_other(
-    tmp_path: Path, alone: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["convert", *LAYOUT, "--ms-path", str(C / "ms"), "--param-map-path", str(C / "pt_meta")]
-    words += ["--megatron-path", str(tmp_path / "out")]
+    made = Handmade(Topology(num_layers=8, tensor=2, pipeline=4, virtual=2))
+    outcome = made.convert(tmp_path, target=tmp_path / "alone")
+    made.check(outcome)
+    words = ["convert", *VERBATIM.split(), "--ms-path", str(tmp_path / "ms")]
+    words += ["--param-map-path", str(tmp_path / "pt_meta"), "--megatron-path", str(tmp_path / "out")]
     assert main([*words, "--convert-param-only"]) == 0
     assert "no-op layers 62, 63 are ignored" in capfd.readouterr().err
-    assert {name.rpartition("/")[2] for name in contents(tmp_path / "out")} == {"model_optim_rng.pt"}
+    assert {path.name for path in (tmp_path / "out").rglob("*.pt")} == {"model_optim_rng.pt"}
     assert main(words) == 0
-    assert is_full(tmp_path / "out", alone)
-    assert (tmp_path / "out" / TRACKER).read_text() == "2"
+    theirs = {path.relative_to(tmp_path / "alone"): path.read_bytes() for path in (tmp_path / "alone").rglob("*.pt")}
+    assert theirs == {
+        path.relative_to(tmp_path / "out"): path.read_bytes() for path in (tmp_path / "out").rglob("*.pt")
+    }
+    assert (tmp_path / "out" / TRACKER).read_text() == "12"
     capfd.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert main(words) == 0
@@ -99,7 +91,7 @@ def test_parameters_that_a_full_conversion_holds_are_there_already(
         "a full conversion of the same source is there, and holds the parameters that are asked for",
     )
     assert "everything was there already" in outcome.sentence()
-    words = ["--ms-path", str(C / "ms"), "--param-map-path", str(C / "pt_meta"), "--megatron-path", str(tmp_path)]
+    words = ["--ms-path", str(B / "ms"), "--param-map-path", str(B / "pt_meta"), "--megatron-path", str(tmp_path)]
     assert main(["plan", *words, "--convert-param-only"]) == 0
     assert "holds the parameters that are asked for" in capfd.readouterr().err
     assert contents(tmp_path) == before
@@ -108,7 +100,7 @@ def test_parameters_that_a_full_conversion_holds_are_there_already(
 def test_the_metadata_of_the_parameters_may_lack_the_maps(tmp_path: Path, alone: Path) -> None:
     """The reference's documentation says that they are not needed."""
     _, full = pair(tmp_path / "out")
-    convert(replace(full, full=False, metadata=C / "pt_meta_params"))
+    convert(replace(full, full=False, metadata=B / "pt_meta_params"))
     convert(full)
     assert is_full(tmp_path / "out", alone)
 
@@ -142,7 +134,7 @@ def test_parameters_beside_a_full_conversion_that_is_not_complete_are_refused(tm
 
 
 def other_source(folder: Path) -> dict[str, object]:
-    shutil.copytree(C / "ms", folder / "ms")
+    shutil.copytree(B / "ms", folder / "ms")
     os.utime(folder / "ms" / "rank_3" / "network.ckpt", (1, 1))  # what was written since is another source
     return {"source": folder / "ms"}
 
@@ -172,14 +164,14 @@ def test_two_documents_with_one_target_extend_it_too(
 ) -> None:
     (tmp_path / "volume").mkdir()
     for name in ("ms", "pt_meta"):
-        shutil.copytree(C / name, tmp_path / "volume" / name)
+        shutil.copytree(B / name, tmp_path / "volume" / name)
     document = {
         "apiVersion": "ckpt2pt.dev/v1alpha1",
         "kind": "CheckpointConversion",
         "metadata": {"name": "both"},
         "spec": {
-            "model": {"numLayers": 8, "noopLayers": [62, 63]},
-            "parallelism": {"tensor": 2, "pipeline": 2, "virtualPipeline": 2},
+            "model": {"numLayers": 4, "noopLayers": [62, 63]},
+            "parallelism": {"tensor": 2, "pipeline": 2},
             "source": {"volume": {"persistentVolumeClaim": {"claimName": "data"}}, "path": "ms"},
             "metadata": {"path": "pt_meta"},
             "target": {"path": "out"},
