@@ -58,7 +58,12 @@ def watch_command(options: argparse.Namespace, show: Show, build: Callable[[], a
         patience = options.readiness_timeout if options.once else 0.0
         late = _late(request, patience, how.settle, account)
         code = watch(
-            request, how, reporter=lambda: Both(account, reporter(options.progress)), hear=hear, lament=account.lament
+            request,
+            how,
+            reporter=lambda: Both(account, reporter(options.progress)),
+            hear=hear,
+            lament=account.lament,
+            wait=account.wait,
         )
     if late is not None and not code:
         raise late

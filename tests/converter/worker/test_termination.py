@@ -170,7 +170,8 @@ def test_a_plan(flags: list[str], log: Path, capsys: pytest.CaptureFixture[str])
         pytest.param(["--nonsense"], 64, "WrongUsage", id="unknown-flag"),
         pytest.param(["--stage", "5"], 64, "WrongUsage", id="no-such-stage"),
         pytest.param(["--iteration", "7"], 65, "InputWrong", id="input"),
-        pytest.param(["--tp-size", "2"], 66, "InputMissing", id="missing"),
+        pytest.param(["--tp-size", "2"], 65, "InputWrong", id="not-what-pt-meta-states"),
+        pytest.param(["--param-map-path", "none"], 66, "InputMissing", id="missing"),
     ],
 )
 def test_errors(flags: list[str], log: Path, words: list[str], code: int, reason: str) -> None:
