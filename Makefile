@@ -2,7 +2,9 @@
 
 PYTHON ?= python3
 BIN    := .venv/bin
+CORE   := .venv/.core
 READY  := .venv/.ready
+TORCH_READY := .venv/.torch
 MINDSPORE := .venv-mindspore/.ready
 LOCK   := requirements
 
@@ -19,35 +21,63 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(READY) ## install everything, locked and hashed, into .venv
+setup: $(READY) ## install what `make check` and most tests need, locked and hashed, into .venv
 
+# Three sets of packages in one .venv, each a superset of the one before: core (the converter, for the demo), test, dev (with torch).
 # `--without-pip` and the outer pip: Debian ships python3 without ensurepip.
-$(READY): pyproject.toml $(LOCK)/bootstrap.txt $(LOCK)/dev.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip .venv
-	@test -x $(BIN)/uv || $(PYTHON) -m pip --python $(BIN)/python install --quiet --require-hashes -r $(LOCK)/bootstrap.txt
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCK)/dev.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+.venv/bin/uv: $(LOCK)/bootstrap.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"ckpt2pt needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	@echo "installing uv and hatchling into .venv (18 MB to download)"
+	@$(PYTHON) -m venv --clear --without-pip .venv
+	@$(PYTHON) -m pip --python $(BIN)/python install --quiet --require-hashes -r $(LOCK)/bootstrap.txt
 	@touch $@
+
+SYNC     = $(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes
+EDITABLE = $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+
+$(CORE): pyproject.toml .venv/bin/uv $(LOCK)/core.txt
+	@test -e $(READY) || echo "installing the converter into .venv: numpy, rich and a few small packages (18 MB to download)"
+	@test -e $(READY) || { $(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes -r $(LOCK)/core.txt && $(EDITABLE); }
+	@test ! -e $(READY) || $(MAKE) --no-print-directory $(READY)
+	@touch $@
+
+$(READY): pyproject.toml .venv/bin/uv $(LOCK)/test.txt
+	@test -e $(TORCH_READY) || echo "installing the tests' and the operator's packages into .venv (150 MB to download, 560 MB on disk; torch is not among them)"
+	@test -e $(TORCH_READY) || { $(SYNC) $(LOCK)/test.txt && $(EDITABLE); }
+	@test ! -e $(TORCH_READY) || $(MAKE) --no-print-directory $(TORCH_READY)
+	@touch $@
+
+$(TORCH_READY): pyproject.toml .venv/bin/uv $(LOCK)/dev.txt
+	@echo "installing torch into .venv: the CUDA build, as PyPI has no other (2.5 GB to download, 4 GB on disk)"
+	@$(SYNC) $(LOCK)/dev.txt && $(EDITABLE)
+	@touch $@ $(READY)
 
 mindspore: $(MINDSPORE) ## real mindspore, which judges our files and runs the hook, in .venv-mindspore
 
-$(MINDSPORE): $(READY) $(LOCK)/mindspore.txt $(LOCK)/mindformers.txt
+$(MINDSPORE): $(TORCH_READY) $(LOCK)/mindspore.txt $(LOCK)/mindformers.txt
 	@test -x .venv-mindspore/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python .venv-mindspore
 	$(BIN)/uv pip sync --quiet --python .venv-mindspore/bin/python --require-hashes $(LOCK)/mindspore.txt
 	$(BIN)/uv pip install --quiet --python .venv-mindspore/bin/python --no-deps --require-hashes -r $(LOCK)/mindformers.txt
 	@touch $@
 
-demo: $(READY) ## build a checkpoint of more than 1 GB, convert it, verify it with torch
-	$(BIN)/python examples/demo.py
+demo: $(if $(TORCH),$(TORCH_READY),$(CORE)) ## build a checkpoint of more than 1 GB, convert it, verify it; TORCH=1: with real torch
+	$(BIN)/python examples/demo.py $(if $(TORCH),--reader torch)
 
-test: $(READY) ## the whole suite but the end-to-end tests
-	$(BIN)/pytest -m "not e2e and not mindspore" --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
+RUN_TESTS = $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test: $(READY) ## the whole suite but the end-to-end tests: what needs no torch first, then the judges that are torch itself
+	$(RUN_TESTS) -m "not torch and not e2e and not mindspore" $(ARGS)
+	@$(MAKE) --no-print-directory judges
+
+.PHONY: judges
+judges: $(TORCH_READY) ## the tests in which real torch reads what we write
+	$(RUN_TESTS) -m "torch and not e2e and not mindspore" $(ARGS)
 
 .PHONY: test-mindspore
 test-mindspore: $(MINDSPORE) ## files that we write, loaded by real mindspore
 	$(BIN)/pytest -m mindspore tests/judges $(ARGS)
 
-e2e: $(READY) helm ## the program end to end: as it is installed, the chart as helm renders it, a real Kubernetes
+e2e: $(TORCH_READY) helm ## the program end to end: as it is installed, the chart as helm renders it, a real Kubernetes
 	$(BIN)/pytest -m e2e $(ARGS)
 
 HARNESS = PYTHONPATH=tests/cluster $(BIN)/python -m harness
@@ -61,7 +91,7 @@ cluster-down: $(READY) ## end it: its processes, mounts, bridges, rules and file
 images: $(READY) ## build both images with buildah and give them to the cluster, if it runs
 	@$(HARNESS) images
 
-tiny: $(READY) ## ten seconds: one small checkpoint converted and read by torch
+tiny: $(TORCH_READY) ## ten seconds: one small checkpoint converted and read by torch
 	$(BIN)/pytest -q tests/e2e/test_tiny.py
 
 check: $(READY) layers ## what CI checks besides the tests: ruff, mypy, pyright, imports
@@ -77,22 +107,23 @@ format: $(READY) ## mend what ruff can mend
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-golden: $(READY) ## rewrite the golden texts, then show what changed
+golden: $(TORCH_READY) ## rewrite the golden texts, then show what changed
 	GOLDEN=update $(BIN)/pytest -q -m "not e2e and not mindspore"
 	GOLDEN=update $(BIN)/pytest -q tests/charts
 	git diff --stat -- tests/golden
 
-bench: $(READY) ## measure against cp and the reference's method; results in benchmarks/results
+bench: $(TORCH_READY) ## measure against cp and the reference's method; results in benchmarks/results
 	$(BIN)/python benchmarks/run.py
 
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
           --no-emit-find-links --custom-compile-command "make lock"
 
 lock: $(READY) ## resolve the requirements anew (UPGRADE=1 takes newer versions)
-	printf 'uv\nhatchling>=1.27\n' | $(COMPILE) $(if $(UPGRADE),--upgrade) - -o $(LOCK)/bootstrap.txt
+	printf 'uv\nhatchling>=1.27\neditables\n' | $(COMPILE) $(if $(UPGRADE),--upgrade) - -o $(LOCK)/bootstrap.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml -o $(LOCK)/core.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra operator -o $(LOCK)/operator.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra torch --extra operator --group dev $(TORCH_UNUSED:%=--no-emit-package %) -o $(LOCK)/dev.txt
+	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra operator --group dev --constraint $(LOCK)/dev.txt -o $(LOCK)/test.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra mindspore -o $(LOCK)/mindspore.txt
 
 crds: ## copy the CRD into the chart

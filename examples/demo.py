@@ -1,4 +1,4 @@
-"""The main job from beginning to end: build a checkpoint, convert it, let torch verify it, show where it lies.
+"""The main job from beginning to end: build a checkpoint, convert it, verify every element, show where it lies.
 
     benchmarks/synthetic.py --> demo-output/{ms,pt_meta} --ckpt2pt run--> demo-output/megatron_pt --ckpt2pt verify--> proved
 
@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MARK = ".made-by-the-demo"
 TENSOR, PIPELINE = 2, 4
+READERS = {"own": "ckpt2pt's own reader, which shares no code with the writer,", "torch": "torch"}
 SIZES = {"hidden": 768, "heads": 12, "groups": 6, "ffn": 2048, "vocab": 8192}
 
 DOCUMENT = """\
@@ -41,9 +42,16 @@ def main() -> int:
         "--folder", type=Path, default=ROOT / "demo-output", help="made anew; an earlier demo is removed"
     )
     parser.add_argument("--size-gb", type=float, default=1.0, help="least size of the MindSpore checkpoint")
+    has_torch = importlib.util.find_spec("torch") is not None
+    parser.add_argument(
+        "--reader",
+        choices=("own", "torch"),
+        default="torch" if has_torch else "own",
+        help="what reads the result to verify it: ckpt2pt's own reader, or torch (the default where it is installed)",
+    )
     options = parser.parse_args()
-    if importlib.util.find_spec("torch") is None:
-        print("The demo lets torch read the result, and torch is not installed: make setup, or pip install '.[torch]'.")
+    if options.reader == "torch" and not has_torch:
+        print("torch is not installed: make demo TORCH=1 installs it, and make demo does without it.")
         return 1
     folder: Path = options.folder.absolute()
     if not prepare(folder, options.size_gb):
@@ -61,8 +69,8 @@ def main() -> int:
     steps = (
         ("2. Convert it", ["run", "-f", str(document), "--volume", f"training={folder}"]),
         (
-            "3. Prove it: torch loads the result, every element is compared with its source",
-            ["verify", "--reader", "torch", *flags, *(str(word) for pair in paths.items() for word in pair)],
+            f"3. Verify it: {READERS[options.reader]} reads the result, and every element is compared with its source",
+            ["verify", "--reader", options.reader, *flags, *(str(word) for pair in paths.items() for word in pair)],
         ),
     )
     for title, words in steps:

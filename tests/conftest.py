@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,6 +11,23 @@ from pathlib import Path
 import pytest
 
 from goldens import golden_root, golden_sets
+from torchtests import needs_torch
+
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Where torch is not installed, modules that need it cannot be imported: `make test` runs them after it has installed it."""
+    return True if not HAS_TORCH and collection_path.suffix == ".py" and needs_torch(collection_path) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs torch, and skip it where torch is not installed."""
+    for item in items:
+        if needs_torch(item.path):
+            item.add_marker("torch")
+        if not HAS_TORCH and item.get_closest_marker("torch"):
+            item.add_marker(pytest.mark.skip(reason="torch is not installed: `make judges`"))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -36,6 +35,7 @@ from ckpt2pt.options import (
     add_worker_options,
 )
 from ckpt2pt.ptmeta.options import add_pt_meta_options
+from ckpt2pt.system.files import raise_file_limit
 from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
 
@@ -183,6 +183,7 @@ def _front_door() -> Parser:
 def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.ArgumentParser] | None = None) -> int:
     """Run one command; a bug keeps its traceback and exits 70.  A worker's end is told in its termination message."""
     signal.signal(signal.SIGTERM, _interrupt)
+    raise_file_limit()
     words = list(sys.argv[1:] if argv is None else argv)
     account = Account()
     code = _attempt(words, account, build or build_parser)
@@ -224,9 +225,12 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
         )
     except Exception as bug:
         if isinstance(bug, OSError) and bug.filename:  # a system call that nobody has put into words
-            from ckpt2pt.inputs import refused  # noqa: PLC0415
+            from ckpt2pt.system.access import access_error  # noqa: PLC0415
 
-            return _fail(refused(bug, Path(os.fsdecode(bug.filename)), "the paths that were given"), options)
+            return _fail(
+                access_error(bug, os.fsdecode(bug.filename), "a system call", option="the paths that were given"),
+                options,
+            )
         account.message = f"{type(bug).__name__}: {bug}; this is a bug, please report it with the log"
         traceback.print_exc()
         print("ckpt2pt: this is a bug; please report it with the lines above", file=sys.stderr)
@@ -342,8 +346,9 @@ def _served(account: Account, port: int) -> AbstractContextManager[int]:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from ckpt2pt.folders import COVERED, is_covered  # noqa: PLC0415
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.publish import COVERED, check_space  # noqa: PLC0415
+    from ckpt2pt.publish import check_space  # noqa: PLC0415
     from ckpt2pt.show.preview import preview, render  # noqa: PLC0415
     from ckpt2pt.survey import prepare_all, survey, target_of  # noqa: PLC0415
 
@@ -358,7 +363,7 @@ def _plan(options: argparse.Namespace) -> int:
         document = preview(request, chosen, target, ranks, names=options.names)
     account.planned(document)
     _show(document, render(document), options)
-    if not request.overwrite and target.is_covered():
+    if not request.overwrite and is_covered(target):
         log.warning("%s", COVERED)
         return 0
     target.check(overwrite=request.overwrite)

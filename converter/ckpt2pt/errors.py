@@ -36,6 +36,32 @@ class UsageError(Ckpt2ptError):
     exit_code = 64
 
 
+class SetupError(Ckpt2ptError):
+    """The machine or the volume, as it is set up, cannot do what is asked for: trying again cannot help."""
+
+    exit_code = 64
+
+
+class PermissionDeniedError(SetupError):
+    """The user of this process may not read or write there."""
+
+
+class ReadOnlyVolumeError(SetupError):
+    """The target is mounted read-only."""
+
+
+class VolumeTooSmallError(SetupError):
+    """The target has too little room, and this is known before the first byte is written."""
+
+
+class UnsupportedFileSystemError(SetupError):
+    """The file system lacks an operation that is needed."""
+
+
+class TooManyFilesError(SetupError):
+    """The limit of open files is too low."""
+
+
 class InputError(Ckpt2ptError):
     """The checkpoint or its metadata is wrong: trying again cannot help."""
 
@@ -69,7 +95,7 @@ class MissingInputError(Ckpt2ptError):
 
 
 class FileAccessError(Ckpt2ptError):
-    """Reading or writing failed: permissions, a broken mount, a device error."""
+    """Reading or writing failed in a way that may pass: a broken mount, a device error."""
 
     exit_code = 74
 
@@ -81,7 +107,7 @@ class TryAgainError(Ckpt2ptError):
 
 
 class NoSpaceError(TryAgainError):
-    """The target has no room."""
+    """The target filled up while it was written."""
 
 
 class TimedOutError(TryAgainError):
@@ -100,12 +126,12 @@ class VerificationError(Ckpt2ptError):
 
 EXIT_CODES: dict[int, str] = {
     0: "done",
-    64: "wrong usage or configuration",
+    64: "wrong usage or configuration; also: no permission, read-only or too small a volume, a file system that cannot",
     65: "the input is wrong; retrying cannot help",
     66: "an input is missing",
     70: "a bug in ckpt2pt",
     74: "input/output error; retrying may help",
-    75: "try again (no space, timeout, interrupted)",
+    75: "try again (space ran out, timeout, interrupted)",
     76: "verification found a difference",
 }
 """What each exit code means. The Job's podFailurePolicy is made from :data:`RETRIED` and :data:`FAILS_JOB`."""

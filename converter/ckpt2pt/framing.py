@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Protocol
 
 from ckpt2pt.checksums import crc32, crc32_combine
+from ckpt2pt.system.files import write_all
 from ckpt2pt.tensors import Extent
 
 
@@ -87,9 +87,7 @@ class Framer:
     def flush(self) -> None:
         """Have everything written that was put."""
         self._crc = crc32(self._pending, self._crc)
-        done, size = 0, len(self._pending)
         with memoryview(self._pending) as view:
-            while done < size:
-                done += os.pwrite(self._fd, view[done:], self.offset + done)
-        self.offset += size
+            write_all(self._fd, view, self.offset)
+        self.offset += len(self._pending)
         self._pending.clear()

@@ -1,8 +1,7 @@
-"""Open a file to be read, in exact stretches; what the operating system refuses becomes an error with a mend."""
+"""Open an input file and read exact stretches of it."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import stat
@@ -11,13 +10,13 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from ckpt2pt.checksums import crc32
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, FormatError, MissingInputError, UsageError
+from ckpt2pt.errors import FormatError
+from ckpt2pt.system.access import access_error, ended
+from ckpt2pt.system.files import read_bytes
 
 MAX_JSON_BYTES = 256 << 20
 MAX_META_BYTES = 1 << 30
 _PIECE_BYTES = 1 << 19
-_NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
-"""Paths that lead nowhere, however often they are tried."""
 _QUOTED = 120
 
 
@@ -38,7 +37,7 @@ class InputFile:
             # O_NONBLOCK: opening a named pipe must not wait for a writer.
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise refused(error, path, self._option) from error
+            raise access_error(error, path, "opening", option=self._option) from error
         found = os.fstat(self._fd)
         self.size = found.st_size
         if not stat.S_ISREG(found.st_mode):
@@ -71,15 +70,11 @@ class InputFile:
 
     def _pread(self, offset: int, nbytes: int) -> bytes:
         try:
-            data = os.pread(self._fd, nbytes, offset)
+            data = read_bytes(self._fd, nbytes, offset)
         except OSError as error:
-            raise refused(error, Path(self.path), self._option) from error
+            raise access_error(error, self.path, "reading", option=self._option) from error
         if not data and nbytes:
-            raise FileAccessError(
-                f"the file became shorter while it was read: nothing at byte {offset} of {self.size}",
-                where=self.path,
-                mend="let whatever writes it end; then run the command again",
-            )
+            raise ended(self.path, offset)
         return data
 
 
@@ -105,47 +100,17 @@ def _check_size(file: InputFile, limit: int, option: str) -> None:
         raise FormatError(f"larger than {limit >> 20} MiB", where=file.path, mend=f"check {option}")
 
 
-def refused(error: OSError, path: Path, option: str) -> Ckpt2ptError:
-    """What opening or reading ``path`` came to, in the user's words."""
-    if error.errno in _NOWHERE:
-        what = "the file is not there" if error.errno == errno.ENOENT else f"the path leads nowhere: {error.strerror}"
-        return MissingInputError(what, where=path, mend=f"check {option}")
-    if isinstance(error, IsADirectoryError):
-        return UsageError("this is a folder, and a file is needed", where=path, mend=f"check {option}")
-    if isinstance(error, PermissionError):
-        return _denied(path)
-    return FileAccessError(
-        f"reading failed: {error.strerror or error}",
-        where=path,
-        mend="check that the volume is mounted and healthy, then run the command again",
-    )
+def is_file(path: Path, option: str) -> bool:
+    """Whether a regular file is there; only ENOENT means that none is."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise access_error(error, path, "examining", option=option) from error
 
 
 def quoted(value: str | bytes | int | list[int]) -> str:
     """``value`` for a message: printable, and not longer than a line."""
     text = repr(value)
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}..."
-
-
-def _denied(path: Path) -> FileAccessError:
-    place, found = _barrier(path)
-    kind, allow = ("folder", "a+rx") if stat.S_ISDIR(found.st_mode) else ("file", "a+r")
-    return FileAccessError(
-        f"permission denied: the {kind} {place.name or place} belongs to uid {found.st_uid}, gid {found.st_gid} "
-        f"and has mode {stat.S_IMODE(found.st_mode):04o}; this process runs as uid {os.geteuid()}, gid {os.getegid()}"
-        + (" (MindSpore leaves its checkpoints at mode 0400)" if stat.S_IMODE(found.st_mode) == 0o400 else ""),
-        where=path,
-        mend=f"run as uid {found.st_uid} (runAsUser of the pod), or let the owner `chmod {allow} {place}`",
-    )
-
-
-def _barrier(path: Path) -> tuple[Path, os.stat_result]:
-    """What is closed to us: the file, or the folder above it that may not be searched."""
-    place = path.absolute()
-    while True:
-        try:
-            return place, place.stat()
-        except OSError:
-            if place == place.parent:
-                raise
-            place = place.parent

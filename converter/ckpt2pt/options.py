@@ -326,8 +326,8 @@ def add_document_options(document: argparse.ArgumentParser) -> None:
 
 def request_of(options: argparse.Namespace) -> Request:
     """The frozen request that the flags describe."""
+    from ckpt2pt.meta import Given, learn  # noqa: PLC0415
     from ckpt2pt.request import Request, rules_of  # noqa: PLC0415
-    from ckpt2pt.stated import Given, learn  # noqa: PLC0415
 
     for flag, value in {
         "--ms-path": options.ms_path,

@@ -23,38 +23,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, NoSpaceError, TryAgainError, UsageError
+from ckpt2pt.errors import NoSpaceError, TryAgainError, UsageError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.records import Json, load, seal, unseal
+from ckpt2pt.system.access import access_error
+from ckpt2pt.system.files import read_bytes, write_all
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = ".ckpt2pt"
 PARTIAL = ".partial"
-COVERED = "a full conversion of the same source is there, and holds the parameters that are asked for"
 _MAX_DIGITS = 19
 
 
 def host() -> str:
     """Who we are, for whoever finds our lock: the pod's name, which its host name cuts short, else the machine's."""
     return os.environ.get("CKPT2PT_POD_NAME") or socket.gethostname()
-
-
-def access_error(error: OSError, path: Path | str, doing: str) -> Ckpt2ptError:
-    """The user's error for a failed system call."""
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        return NoSpaceError(
-            f"{doing} failed: {os.strerror(error.errno)}",
-            where=path,
-            mend="make room on the target volume and run the same command again; what is finished is kept",
-        )
-    what, again = f"{doing} failed: {os.strerror(error.errno or 0)}", "then run the same command again"
-    if error.errno in {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}:
-        mend = "a file stands where a folder is to be, or a folder where a file: choose another path, or move it away"
-        return UsageError(what, where=path, mend=f"{mend}; {again}")
-    if error.errno in {errno.ELOOP, errno.ENAMETOOLONG}:
-        return UsageError(what, where=path, mend="choose another path; this one leads nowhere")
-    mend = f"give uid {os.getuid()} permission there, or check the mount (dmesg)"
-    return FileAccessError(what, where=path, mend=f"{mend}; {again}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -114,7 +97,7 @@ def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "another process"
+            holder = read_bytes(fd, 200, 0).decode(errors="replace").strip() or "another process"
             raise TryAgainError(
                 f"another run is {what}: {holder}",
                 where=path,
@@ -126,7 +109,7 @@ def locked(path: Path, what: str, *, wait: bool) -> Generator[None]:
                 raise access_error(error, path, "locking") from error
         with suppress(OSError):  # only whoever is second reads it; a full disk is told by what needs the room
             os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{host()} pid {os.getpid()}\n".encode(), 0)
+            write_all(fd, memoryview(f"{host()} pid {os.getpid()}\n".encode()), 0)
         yield
     finally:
         os.close(fd)
@@ -151,7 +134,7 @@ def _read(path: Path) -> bytes:
     except (FileNotFoundError, IsADirectoryError):
         return b""
     except OSError as error:
-        raise access_error(error, path, "reading") from error
+        raise access_error(error, path, "reading", reading=True) from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,27 +244,11 @@ class Target:
 
     def _replaces(self, claim: Json, *, overwrite: bool) -> bool:
         """Whether this conversion may take the place of another one's result: a full one extends its own parameters."""
-        return overwrite or (self.full and claim.get("full") is False and self._is_of_source(claim))
+        return overwrite or (self.full and claim.get("full") is False and self.is_of_source(claim))
 
-    def _is_of_source(self, claim: Json) -> bool:
+    def is_of_source(self, claim: Json) -> bool:
+        """Whether a claim is of the same source and options, whatever part of it is converted."""
         return bool(self.base) and claim.get("base") == self.base
-
-    def is_covered(self) -> bool:
-        """Whether a full conversion of the same source is there, and complete: it holds the parameters that are asked for.
-
-        Raises :class:`UsageError` when it was begun and never finished.
-        """
-        claim = read_record(self.state / "claim.json") or {}
-        if self.full or claim.get("full") is not True or not self._is_of_source(claim):
-            return False
-        ranks = [read_record(self.state / rank_name(tp, pp)) for pp in range(self.stages) for tp in range(self.tensor)]
-        if read_record(self.state / "report.json") and all(rank and self._has_files(rank) for rank in ranks):
-            return True
-        raise UsageError(
-            f"a full conversion of the same source was begun there by {claim.get('host')}, and is not complete",
-            where=self.folder,
-            mend=f"finish it: run it again with spec.mode Full (without --convert-param-only); or choose another {self.kind.option}",
-        )
 
     def _goes_on(self, claim: Json) -> bool:
         """Whether the same was begun with a source that was mended since, and nothing is published yet."""
@@ -360,9 +327,10 @@ class Target:
         manifest = read_record(self.state / rank_name(tp, pp))
         if manifest is None or not self.is_of_rank((tp, pp), manifest):
             return None
-        return manifest if self._has_files(manifest) else None
+        return manifest if self.has_files(manifest) else None
 
-    def _has_files(self, manifest: Json) -> bool:
+    def has_files(self, manifest: Json) -> bool:
+        """Whether all files that a manifest lists are there with their sizes."""
         for file in cast("list[Json]", manifest.get("files", [])):
             try:
                 if (self.folder / str(file["path"])).stat().st_size != file["nbytes"]:

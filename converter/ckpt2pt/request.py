@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal, cast
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.inputs import refused
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.system.access import access_error
 
 Verify = Literal["none", "digest", "full"]
 
@@ -111,7 +111,7 @@ def load_rules(path: Path) -> Rules:
     try:
         document: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise refused(error, path, "--rules (spec.model.rules)") from error
+        raise access_error(error, path, "reading", option="--rules (spec.model.rules)") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"not a YAML document: {error}", where=path, mend=mend) from error
     return parse_rules(document, where=str(path), mend=mend)

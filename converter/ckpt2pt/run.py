@@ -21,13 +21,15 @@ from ckpt2pt import __version__
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import Stop, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError
+from ckpt2pt.folders import COVERED, is_covered
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.publish import COVERED, Target, access_error, check_space
+from ckpt2pt.publish import Target, check_space
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.survey import Prepared, Survey, check_loadable, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.system.access import access_error
 
 
 def _nothing(_: int) -> tuple[str, ...]:
@@ -39,7 +41,7 @@ class Conversion:
     """What is converted, in either direction; worker processes get a copy of it.
 
     ``meaning`` are the options that decide what is written, ``facts`` what else the manifest of a stage tells,
-    ``doubts`` what contradicts the chosen iteration.
+    ``doubts`` what contradicts the chosen iteration, ``warnings`` what a user should know before the result is used.
     """
 
     target: Target
@@ -49,6 +51,8 @@ class Conversion:
     meaning: Json
     facts: Json
     doubts: tuple[str, ...]
+    warnings: tuple[str, ...]
+    how_to_load: str
     plan: Callable[[Rank], Share]
     examine: Callable[[int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
@@ -56,7 +60,7 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming."""
+    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming; ``how_to_load`` ends a sentence."""
 
     target: Target
     stages: tuple[int, ...]
@@ -68,8 +72,8 @@ class Outcome:
     published: bool
     newer: int | None
     doubts: tuple[str, ...]
-    warnings: tuple[str, ...] = ()
-    """What is suspicious of the source, besides the iteration."""
+    warnings: tuple[str, ...]
+    how_to_load: str = ""
     asked_to_stop: InterruptedRunError | None = None
     """A signal that came too late to stop this run; whoever would go on must heed it."""
 
@@ -91,9 +95,9 @@ class Outcome:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a person has to hear of the source."""
+        """What contradicts the iteration, in whole sentences."""
         chosen = f"iteration {self.target.iteration} was chosen, but"
-        return (*(f"{chosen} {doubt}" for doubt in self.doubts), *self.warnings)
+        return tuple(f"{chosen} {doubt}" for doubt in self.doubts)
 
     def sentence(self) -> str:
         """For a person."""
@@ -103,12 +107,13 @@ class Outcome:
             did = "everything was there already"
         elif self.kept:
             did += f", kept {len(self.kept)} that were there"
-        end = f"published; {self.target.reader} can load it"
+        end = f"published; {self.target.reader} can load it{self.how_to_load}"
         if not self.published:
             end = "the tracker waits for the other stages"
         elif self.newer is not None:
             end = f"published; the tracker stays at iteration {self.newer}, which is newer: write {self.target.iteration} into it to go back"
-        return f"iteration {self.target.iteration}, {stages}: {did}\n{self.target.folder}\n{end}"
+        first = "".join(f"warning: {text}\n" for text in self.warnings)
+        return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.folder}\n{end}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
     chosen = survey(request, keep=ranks if len(ranks) == 1 else ())
+    check_loadable(request, ranks)
     conversion = Conversion(
         target=target_of(request, chosen),
         pace=request.pace,
@@ -156,6 +162,8 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         meaning=request.meaning(),
         facts={"inputs": chosen.inputs, "assumed": assumed(request.metadata)},
         doubts=chosen.clock.doubts,
+        warnings=(),
+        how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         plan=partial(_plan, request, chosen),
         examine=partial(_examine, request, chosen),
     )
@@ -217,7 +225,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     """Convert the given pipeline stages; what an earlier run finished is kept."""
     target = conversion.target
     ranks = [(tp, pp) for pp in stages for tp in range(target.tensor)]
-    if not conversion.overwrite and target.is_covered():
+    if not conversion.overwrite and is_covered(target):
         return _covered(conversion, stages, ranks, began)
     target.check(overwrite=conversion.overwrite)
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
@@ -261,7 +269,8 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         published=published,
         newer=target.newer,
         doubts=conversion.doubts,
-        warnings=tuple(warnings),
+        warnings=(*conversion.warnings, *warnings),
+        how_to_load=conversion.how_to_load,
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
 

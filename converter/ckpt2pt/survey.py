@@ -18,18 +18,29 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.filenames import When, shown
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
-from ckpt2pt.errors import FileAccessError, InputError, MissingInputError, TryAgainError
+from ckpt2pt.errors import FormatError, InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.meta import METADATA, RankMeta, metadata_files, read_arguments, read_rank_meta, require
+from ckpt2pt.meta import (
+    METADATA,
+    RankMeta,
+    answering,
+    check,
+    metadata_files,
+    read_arguments,
+    read_rank_meta,
+    read_stated,
+    require,
+)
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, name_contradiction, read_clock
-from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
+from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
+from ckpt2pt.pt.resume import Unmet, hint, summary
 from ckpt2pt.publish import Target
 from ckpt2pt.request import Request, digest
-from ckpt2pt.stated import answering, check, read_stated
+from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
 
 Index = Mapping[str, TensorRef]
@@ -90,8 +101,11 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     """
     require(request.metadata, source=request.source, target=request.target)
     stated = read_stated(request.metadata, allow=request.rules.pickle_globals)
+    first = next(iter(request.topology.ranks()))
     if stated:
         check(request.topology, stated)
+        with answering(request.metadata, request.rules.pickle_globals):
+            check_layers(_meta(request, first).chunks, request.topology, pp=0, where=str(request.metadata))
     files = find_sources(request.source, request.topology, wanted_format=request.source_format)
     headers = _Headers({ranks[rank].path for ranks in files.values() for rank in keep})
     found = find_groups(
@@ -102,7 +116,6 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         info=request.shard_info,
         wanted_format=request.source_format,
     )
-    first = next(iter(request.topology.ranks()))
     batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size
     if request.iteration is None:
         when = _given(request, found) or choose(found, last_saved(request.source, request.topology))
@@ -232,6 +245,25 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:
     """Every rank of the given stages."""
     return {(tp, pp): prepare(request, chosen, (tp, pp)) for pp in stages for tp in range(request.topology.tensor)}
+
+
+def unmet_of(request: Request, rank: Rank) -> tuple[Unmet, ...]:
+    """What keeps Megatron-LM from loading the result of a rank, by its metadata."""
+    return _meta(request, rank).unmet(request.topology, full=request.full)
+
+
+def check_loadable(request: Request, ranks: Iterable[Rank]) -> None:
+    """Refuse metadata from which Megatron-LM could not resume (parameters only: could not load weights)."""
+    for tp, pp in ranks:
+        found = unmet_of(request, (tp, pp))
+        if found:
+            raise FormatError(
+                f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
+                + summary(found),
+                where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
+                mend=hint(found)
+                + (", or convert with spec.mode ParamsOnly (--convert-param-only)" if request.full else ""),
+            )
 
 
 def _meta(request: Request, rank: Rank) -> RankMeta:
@@ -391,5 +423,5 @@ def _stat(path: Path) -> dict[str, int]:
     try:
         seen = path.stat()
     except OSError as error:
-        raise FileAccessError(f"cannot be examined: {error.strerror}", where=path, mend="check the mount") from error
+        raise access_error(error, path, "examining", reading=True) from error
     return {"nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, cast
@@ -17,9 +18,11 @@ import aiohttp
 from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
+from ckpt2pt.conversion.names import request_path
 from ckpt2pt.conversion.spec import API_VERSION, Json
+from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.metrics import Metrics
-from ckpt2pt_operator.rules.views import child, number, text
+from ckpt2pt_operator.rules.views import child, items, number, text
 
 _TIMEOUT = 30
 _SILENCE = 100.0
@@ -27,11 +30,12 @@ _SILENCE = 100.0
 _MAX_LINE = 8 << 20
 """Bytes of one event of a watch: an object may have 1.5 MB, and twice that in JSON."""
 _MAX_PAUSE = 300.0
+_MAX_FIELDS = 8
 _TRUE_TO = timedelta(seconds=5)
 """As far as a clock here may be from the API server's before that one's is taken: its answers tell whole seconds, and take a while."""
 _TRIES = 7
 """Of what is asked patiently: a quarter of a minute in all, or as long as the API server asks for."""
-_FORBIDDEN = 403
+_BAD_REQUEST, _FORBIDDEN = 400, 403
 _MERGE_PATCH = "application/merge-patch+json"
 _WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
@@ -45,11 +49,17 @@ Resource = tuple[str, str]
 
 
 class ApiError(Exception):
-    """The API server answered with an error, or not at all (``code`` 0).  ``pause`` is the least time to wait, in seconds."""
+    """The API server answered with an error, or not at all (``code`` 0).  ``pause`` is the least time to wait, in seconds.
 
-    def __init__(self, code: int, reason: str, message: str, *, pause: float = 0.0, what: str = "") -> None:
+    ``fields`` are those of an object that it finds wrong.
+    """
+
+    def __init__(
+        self, code: int, reason: str, message: str, *, pause: float = 0.0, what: str = "", fields: Sequence[str] = ()
+    ) -> None:
         super().__init__(f"{what}: {code} {reason}: {message}")
         self.code, self.reason, self.message, self.pause, self.what = code, reason, message, pause, what
+        self.fields = tuple(fields)
 
     @property
     def passing(self) -> bool:
@@ -153,7 +163,7 @@ class Api:
 
     async def put_status(self, resource: Resource, namespace: str, name: str, body: Json) -> Json:
         """Replace the status; 409 if the object has changed since."""
-        return await self._request("PUT", resource, namespace, f"{name}/status", body=body)
+        return await self._request("PUT", resource, namespace, name, subresource="status", body=body)
 
     async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> Json:
         """Delete that very object, and what it owns in the background."""
@@ -190,12 +200,11 @@ class Api:
     async def watch(self, resource: Resource, namespace: str, **query: str) -> AsyncIterator[Json]:
         """Events of a watch, one JSON object each, until the server ends it."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE)
-        stream = await self._send(
-            "GET", resource, namespace, "", {**query, "watch": "true"}, None, "", timeout, "watch"
-        )
+        asked = _Asked("watch", resource, namespace)
+        stream = await self._send(asked, "GET", {**query, "watch": "true"}, None, "", timeout)
         try:
             if stream.status >= 400:
-                raise self._refused(stream, await stream.read(), "watch", resource[1])
+                raise self._refused(stream, await stream.read(), asked)
             async for line in _lines(stream.content):
                 yield _object(line)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
@@ -208,8 +217,9 @@ class Api:
         method: str,
         resource: Resource,
         namespace: str,
-        name: str = "",
+        name: str | None = None,
         *,
+        subresource: str = "",
         query: Mapping[str, str] | None = None,
         body: Json | None = None,
         content: str = "application/json",
@@ -217,42 +227,40 @@ class Api:
     ) -> Json:
         if method in _WRITES:
             await self._bucket.take()
-        verb = verb or method.lower()
-        what = f"{verb} {resource[1]} {name}".rstrip()
+        asked = _Asked(verb or method.lower(), resource, namespace, name, subresource)
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT, sock_connect=10)
-        response = await self._send(method, resource, namespace, name, query or {}, body, content, timeout, verb)
+        response = await self._send(asked, method, query or {}, body, content, timeout)
         try:
             data = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=what) from error
+            raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=str(asked)) from error
         if response.status >= 400:
-            raise self._refused(response, data, verb, resource[1], name)
+            raise self._refused(response, data, asked)
         try:
             return _object(data) if data else {}
         except ValueError as error:
             # Something between here and there answered in its place.
-            raise ApiError(0, "NotJson", str(error), what=what) from error
+            raise ApiError(0, "NotJson", str(error), what=str(asked)) from error
 
     async def _send(
         self,
+        asked: _Asked,
         method: str,
-        resource: Resource,
-        namespace: str,
-        name: str,
         query: Mapping[str, str],
         body: Json | None,
         content: str,
         timeout: aiohttp.ClientTimeout,
-        verb: str,
     ) -> aiohttp.ClientResponse:
-        base, plural = resource
-        parts = [base, *(("namespaces", namespace) if namespace else ()), plural, *((name,) if name else ())]
         headers = {"Accept": "application/json"} | ({"Content-Type": content} if content else {})
-        verb, kind, code = verb or method.lower(), _kind(plural, name), "error"
+        try:
+            path = request_path(asked.resource[0], asked.namespace, asked.resource[1], asked.name, asked.subresource)
+        except UsageError as wrong:
+            raise ApiError(_BAD_REQUEST, "BadRequest", wrong.what, what=asked.kind) from wrong
+        code = "error"
         try:
             _, url, sent, payload, _ = await self._inner.param_serialize(
                 method,
-                "/" + "/".join(part for part in parts if part),
+                path,
                 query_params=list(query.items()),
                 header_params=headers,
                 body=body,
@@ -267,26 +275,39 @@ class Api:
         except ApiException as raised:
             error = cast("Any", raised)
             code = str(error.status)
-            raise _error(error.status or 0, str(error.body or "").encode(), error.headers or {}, kind) from raised
+            raise _error(error.status or 0, str(error.body or "").encode(), error.headers or {}, asked.kind) from raised
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ApiError(0, "Unreachable", str(error) or type(error).__name__, what=f"{verb} {kind}") from error
+            what = f"{asked.verb} {asked.kind}"
+            raise ApiError(0, "Unreachable", str(error) or type(error).__name__, what=what) from error
         else:
             return response
         finally:
-            self._metrics.api_requests.labels(verb, kind, code).inc()
+            self._metrics.api_requests.labels(asked.verb, asked.kind, code).inc()
 
-    def _refused(
-        self, response: aiohttp.ClientResponse, data: bytes, verb: str, plural: str, name: str = ""
-    ) -> ApiError:
-        error = _error(response.status, data, response.headers, f"{verb} {plural} {name}".rstrip())
+    def _refused(self, response: aiohttp.ClientResponse, data: bytes, asked: _Asked) -> ApiError:
+        error = _error(response.status, data, response.headers, str(asked))
         if error.code == _FORBIDDEN and not error.ending:
-            self._metrics.api_forbidden.labels(verb, _kind(plural, name)).inc()
+            self._metrics.api_forbidden.labels(asked.verb, asked.kind).inc()
         return error
 
 
-def _kind(plural: str, name: str) -> str:
-    """What metrics call it."""
-    return f"{plural}/status" if name.endswith("/status") else plural or "version"
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a request is about; ``name`` None is the whole collection."""
+
+    verb: str
+    resource: Resource
+    namespace: str
+    name: str | None = None
+    subresource: str = ""
+
+    @property
+    def kind(self) -> str:
+        """What metrics call it."""
+        return "/".join(filter(None, (self.resource[1] or "version", self.subresource)))
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.verb, self.kind, self.name)))
 
 
 async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
@@ -318,7 +339,10 @@ def _error(code: int, data: bytes, headers: Mapping[str, str], what: str) -> Api
         status = _object(data)
     except ValueError:
         status = {"message": data[:512].decode("utf-8", "replace")}
-    told = number(child(status, "details"), "retryAfterSeconds")
+    details = child(status, "details")
+    told, causes = number(details, "retryAfterSeconds"), items(details, "causes")
+    fields = [field for cause in causes[:_MAX_FIELDS] if (field := text(cause, "field", 200))]
     after = headers.get("Retry-After", "")
     pause = float(after) if after.isdecimal() else float(told)
-    return ApiError(code, text(status, "reason"), text(status, "message"), pause=min(pause, _MAX_PAUSE), what=what)
+    pause = min(pause, _MAX_PAUSE)
+    return ApiError(code, text(status, "reason"), text(status, "message"), pause=pause, what=what, fields=fields)

@@ -146,13 +146,14 @@ class Reconciler:
     # ------------------------------------------------------------------------------------------------------------ look
 
     async def _look(self, raw: Json) -> Seen:
-        meta = child(raw, "metadata")
+        meta, key = child(raw, "metadata"), key_of(raw)
         uid = text(meta, "uid")
-        seen = Seen(conversion=raw, now=self._api.now(), jobs=self._store.jobs(uid), pods=self._store.pods(uid))
+        jobs, pods = self._store.jobs(key, uid), self._store.pods(key, uid)
+        seen = Seen(conversion=raw, now=self._api.now(), jobs=jobs, pods=pods)
         if child(raw, "status").get("phase") in TERMINAL:
             return seen
         await self._find_job(raw, seen)
-        await self._find_pods(uid)
+        await self._find_pods(key, uid)
         try:
             conversion = conversion_of(raw, self._house)
         except UsageError:
@@ -166,7 +167,7 @@ class Reconciler:
         training = await self._trainings.look(raw, after) if self._trainings is not None and after else None
         return replace(
             seen, claims=claims, live=live, warnings=warnings, training=training, now=self._api.now(),
-            jobs=self._store.jobs(uid), pods=self._store.pods(uid),
+            jobs=self._store.jobs(key, uid), pods=self._store.pods(key, uid),
         )  # fmt: skip
 
     async def _find_job(self, raw: Json, seen: Seen) -> None:
@@ -181,10 +182,10 @@ class Reconciler:
             if error.code != _NOT_FOUND:
                 raise
 
-    async def _find_pods(self, uid: str) -> None:
+    async def _find_pods(self, key: Key, uid: str) -> None:
         """The pods of a Job that has ended, where the watch is behind or silent: they have the last word of the workers."""
-        for job in self._store.jobs(uid):
-            pods = [pod for pod in self._store.pods(uid) if pod.job_uid == job.uid]
+        for job in self._store.jobs(key, uid):
+            pods = [pod for pod in self._store.pods(key, uid) if pod.job_uid == job.uid]
             if job.ending and behind(job, pods):
                 async for raw in pages(self._api, PODS, job.namespace, labelSelector=f"{_JOB_NAME}={job.name}"):
                     self._store.put_pod(pod_view(raw))

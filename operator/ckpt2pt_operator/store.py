@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.rules.awaits import awaited
-from ckpt2pt_operator.rules.views import Job, Pod, Report, child, text
+from ckpt2pt_operator.rules.views import Job, Pod, Report, child, is_of, text
 
 _REMEMBERED = 4096
 
@@ -101,21 +101,23 @@ class Store:
         if job.uid in self._gone or (known is not None and _order(job.version) < _order(known.version)):
             return
         self._jobs.setdefault(job.owner, {})[job.uid] = job
-        self._tell(job.owner)
+        self._tell(job)
 
     def drop_job(self, job: Job) -> None:
         """A Job was deleted: its uid does not come back, whatever an earlier question is answered with."""
         remember(self._gone, job.uid, None, _REMEMBERED)
-        self._drop(self._jobs, job.owner, job.uid)
+        self._drop(self._jobs, job)
 
     def put_pod(self, pod: Pod) -> Pod | None:
-        """A pod as it is now; returns what it was before.  An answer that is older than the watch is not news."""
+        """A pod as it is now; returns what it was before, if it is of a conversion.
+
+        An answer that is older than the watch is not news.
+        """
         before = self._pods.get(pod.owner, {}).get(pod.uid)
         if pod.uid in self._gone or (before is not None and _order(pod.version) < _order(before.version)):
             return None
         self._pods.setdefault(pod.owner, {})[pod.uid] = pod
-        self._tell(pod.owner)
-        return before
+        return before if self._tell(pod) else None
 
     def put_live(self, pod: Pod, report: Report) -> None:
         """What a worker tells while it runs."""
@@ -129,7 +131,7 @@ class Store:
 
     def _lose_pod(self, pod: Pod) -> None:
         self.live.pop(pod.uid, None)
-        self._drop(self._pods, pod.owner, pod.uid)
+        self._drop(self._pods, pod)
 
     def keep_pods(self, namespace: str, uids: Iterable[str]) -> None:
         """After a new list: every other pod of that namespace (empty: of all) is gone."""
@@ -143,23 +145,27 @@ class Store:
         """Every Job that is known."""
         return tuple(job for jobs in self._jobs.values() for job in jobs.values())
 
-    def jobs(self, uid: str) -> tuple[Job, ...]:
+    def jobs(self, key: Key, uid: str) -> tuple[Job, ...]:
         """The Jobs of a conversion."""
-        return tuple(self._jobs.get(uid, {}).values())
+        return tuple(job for job in self._jobs.get(uid, {}).values() if is_of(job, *key))
 
-    def pods(self, uid: str) -> tuple[Pod, ...]:
+    def pods(self, key: Key, uid: str) -> tuple[Pod, ...]:
         """The pods of a conversion."""
-        return tuple(self._pods.get(uid, {}).values())
+        return tuple(pod for pod in self._pods.get(uid, {}).values() if is_of(pod, *key))
 
-    def _drop(self, kind: dict[str, dict[str, Job]] | dict[str, dict[str, Pod]], owner: str, uid: str) -> None:
-        objects = kind.get(owner, {})
-        if objects.pop(uid, None) is None:
+    def _drop(self, kind: dict[str, dict[str, Job]] | dict[str, dict[str, Pod]], thing: Job | Pod) -> None:
+        objects = kind.get(thing.owner, {})
+        known = objects.pop(thing.uid, None)
+        if known is None:
             return
         if not objects:
-            del kind[owner]
-        self._tell(owner)
+            del kind[thing.owner]
+        self._tell(known)
 
-    def _tell(self, owner: str) -> None:
-        key = self._keys.get(owner)
-        if key is not None:
+    def _tell(self, thing: Job | Pod) -> bool:
+        """Wake the conversion that it belongs to; whether there is one."""
+        key = self._keys.get(thing.owner)
+        known = key is not None and is_of(thing, *key)
+        if key is not None and known:
             self._changed(key)
+        return known

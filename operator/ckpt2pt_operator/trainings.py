@@ -20,7 +20,7 @@ from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.recorder import Recorder
 from ckpt2pt_operator.rules.notes import Note
 from ckpt2pt_operator.rules.seen import Training
-from ckpt2pt_operator.rules.trainings import Kind, Workload, conversion_for, workload
+from ckpt2pt_operator.rules.trainings import Kind, Workload, conversion_for, template_of, workload
 from ckpt2pt_operator.rules.views import child, text
 from ckpt2pt_operator.store import Key, Name, Store, key_of
 from ckpt2pt_operator.workqueue import WorkQueue
@@ -154,7 +154,7 @@ class Trainings:
             "metadata": {"namespace": training.namespace, "name": training.name, "uid": training.uid},
         }
         try:
-            template = await self._api.get(CONFIG_MAPS, training.namespace, training.template)
+            template = await self._api.get(CONFIG_MAPS, training.namespace, template_of(training))
             conversion = conversion_for(training, child(template, "data"))
             await self._api.create_object(CONVERSIONS, training.namespace, conversion)
         except UsageError as error:
@@ -168,7 +168,9 @@ class Trainings:
                 return
             if error.passing:
                 raise
-            what = f"the conversion that ConfigMap {training.template} describes was not made: {error}"
+            # The words of an API server that finds a field wrong quote its value.
+            why = f"{error.code} {error.reason}: {', '.join(error.fields) or error.message}"
+            what = f"the conversion that ConfigMap {training.template} describes was not made: {why}"
             await self._recorder.write(reference, Note(kind="Warning", reason="ConversionNotMade", message=what))
             raise
         else:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from documents import ABSENT, CRD_PATH, EXAMPLE_PATH, changed, claim, root_schema
+from documents import ABSENT, CRD_PATH, EXAMPLE_PATH, HOSTILE_NAMES, NAMED_FIELDS, changed, claim, root_schema
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError
 
@@ -130,6 +130,24 @@ def test_a_wrong_document_is_refused_with_advice(
     said = refusal(conversions, "create", changed(*changes))
     assert field in said
     assert advice in said
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_a_name_that_no_object_can_have_is_refused(conversions: Kubectl, name: str) -> None:
+    """In each field that names an object, all at once: startAfter and follow, and two kinds of volume, exclude each other."""
+    apart = ("spec.startAfter.name", "spec.target.volume.csi.nodePublishSecretRef.name")
+    first = [field for field in NAMED_FIELDS if field not in apart]
+    for fields in (first, apart):
+        said = refusal(conversions, "create", changed(*(NAMED_FIELDS[field](name) for field in fields)))
+        assert [field for field in fields if f"{field}: Invalid value" not in said] == []
+        assert "should match" in said
+
+
+def test_an_override_of_a_pods_metadata_holds_labels_and_annotations_alone(conversions: Kubectl) -> None:
+    """A pod with a finalizer would stay for ever."""
+    metadata = {"labels": {"a": "b"}, "finalizers": ["example.com/never"]}
+    said = refusal(conversions, "create", changed(("spec.workers.podOverrides.metadata", metadata)))
+    assert 'unknown field "spec.workers.podOverrides.metadata.finalizers"' in said
 
 
 # --------------------------------------------------------------------------------------------------------------- fixed

@@ -207,7 +207,7 @@ def test_a_wrong_template_is_told_at_the_training_and_may_be_corrected(
         return [event["message"] for event in found]
 
     wait_until("the warning", lambda: bool(warned()), seconds=90)
-    assert "it names ${step}, which is not known here" in warned()[0]
+    assert "it asks for a ${...} that is not known here" in warned()[0]
     assert namespace.get(KIND)["items"] == []
     namespace.apply(template(checkpoint, volume))
     wait_until("the conversion", lambda: len(namespace.get(KIND)["items"]) == 1, seconds=150)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import tracemalloc
@@ -12,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError, UsageError
-from ckpt2pt.inputs import MAX_JSON_BYTES, MAX_META_BYTES, InputFile, quoted, read_whole, refused, sha256
+from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError
+from ckpt2pt.inputs import MAX_JSON_BYTES, MAX_META_BYTES, InputFile, quoted, read_whole, sha256
 from ckpt2pt.pt.reader import PtFile
 
 
@@ -43,9 +42,9 @@ def test_a_file_that_shrinks_meanwhile_is_an_error_that_may_pass(path: Path) -> 
     with InputFile(path) as file:
         os.truncate(path, 1000)
         assert len(file.read(0, 1000)) == 1000
-        with pytest.raises(FileAccessError, match="became shorter"):
+        with pytest.raises(FileAccessError, match="ended at byte 1000"):
             file.read(900, 200)
-        with pytest.raises(FileAccessError, match="became shorter"):
+        with pytest.raises(FileAccessError, match="ended at byte 1000"):
             file.crc32(0, file.size)
 
 
@@ -57,27 +56,6 @@ def test_reads_that_the_kernel_refuses_are_errors_of_ours() -> None:
     ):
         file.read(0, 8)
     assert caught.value.where == "/proc/self/mem"
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"),
-    [
-        (errno.ENOENT, MissingInputError),
-        (errno.ENOTDIR, MissingInputError),
-        (errno.EACCES, FileAccessError),
-        (errno.EPERM, FileAccessError),
-        (errno.EIO, FileAccessError),
-        (errno.ESTALE, FileAccessError),
-        (errno.ELOOP, MissingInputError),
-        (errno.ENAMETOOLONG, MissingInputError),
-        (errno.EISDIR, UsageError),
-    ],
-    ids=errno.errorcode.get,
-)
-def test_every_refusal_has_a_kind(path: Path, number: int, kind: type[Exception]) -> None:
-    error = refused(OSError(number, os.strerror(number)), path, "--ms-path")
-    assert type(error) is kind
-    assert error.where == str(path)
 
 
 def test_a_small_file_is_hashed_in_pieces(path: Path) -> None:

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt import publish
-from ckpt2pt.errors import FileAccessError, NoSpaceError, TryAgainError, UsageError
+from ckpt2pt.errors import NoSpaceError, TryAgainError, UsageError
 from ckpt2pt.publish import (
     MINDSPORE,
     TRACKER,
     Target,
-    access_error,
     check_space,
     free_bytes,
     locked,
@@ -328,16 +327,6 @@ def test_a_document_that_is_not_whole_is_none(data: bytes | None, tmp_path: Path
     if data is not None:
         (tmp_path / "a.json").write_bytes(data)
     assert read_json(tmp_path / "a.json") is None
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"),
-    [(errno.ENOSPC, NoSpaceError), (errno.EDQUOT, NoSpaceError), (errno.EACCES, FileAccessError), (errno.EIO, FileAccessError)],
-)  # fmt: skip
-def test_a_failed_call_is_told_by_its_reason(number: int, kind: type, tmp_path: Path) -> None:
-    error = access_error(OSError(number, "x"), tmp_path, "writing")
-    assert type(error) is kind
-    assert os.strerror(number) in error.what
 
 
 def test_room_is_asked_of_the_nearest_folder_that_is_there(target: Target) -> None:

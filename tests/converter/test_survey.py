@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.errors import FileAccessError, InputError, MissingInputError, UsageError
+from ckpt2pt.errors import InputError, MissingInputError, PermissionDeniedError, UsageError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
@@ -209,7 +209,7 @@ def test_metadata_of_another_user_names_who_may_read_it(closed: str, mode: int, 
     request = Handmade(topology=Topology(num_layers=2)).write(stranger)
     (stranger / closed).chmod(mode if os.getuid() == 0 else 0)
     become_a_stranger()
-    with pytest.raises(FileAccessError, match=f"{Path(closed).name} belongs to uid {os.getuid()},"):
+    with pytest.raises(PermissionDeniedError, match=f"{Path(closed).name} belongs to uid {os.getuid()},"):
         survey(request)
 
 

@@ -234,7 +234,7 @@ def test_lock_knows_the_dependencies_of_the_project(lock: Path) -> None:
     project, groups = pyproject()["project"], pyproject()["dependency-groups"]
     wanted = list(project["dependencies"])
     wanted += project["optional-dependencies"].get(lock.stem, [])
-    if lock.stem == "dev":
+    if lock.stem in {"test", "dev"}:
         wanted += groups["test"] + groups["check"] + groups["build"]
     names = {re.split(r"[\[<>=;~ ]", requirement)[0].lower() for requirement in wanted}
     assert names <= set(locked(lock)), "make lock"
@@ -256,6 +256,22 @@ def test_no_file_holds_a_machine_path_or_the_host_of_a_registry() -> None:
         if pattern.search(line)
     ]
     assert not found, f"take the path or the host out of {found}"
+
+
+def test_no_text_names_an_entry_of_a_package_index_that_does_not_exist() -> None:
+    # The name is free for anybody to take.  A checkout or a file of ours is installed instead.
+    pattern = re.compile(
+        r"(?:pip install|pipx install|uv tool install|pipx run|uvx)[^\n]*?[ '\"`]ckpt2pt(?![-/\w.])(?:\[\w+\])?"
+    )
+    here = Path(__file__).name
+    found = [
+        f"{name_of(path)}: {line.strip()}"
+        for path, text in text_files()
+        if path.suffix in {".md", ".py", ".txt", ".yaml", ".toml"} and path.name != here
+        for line in text.splitlines()
+        if pattern.search(line)
+    ]
+    assert not found, "name a checkout ('.[extra]') instead"
 
 
 def test_large_files_are_golden_data() -> None:

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -38,6 +39,43 @@ Use = Callable[[Api], Awaitable[object]]
 def test_each_request(use: Use, method: str, path: str, body: object) -> None:
     _, asked = talk(lambda *_: (200, {"gitVersion": "v1"}), use)
     assert [one[:3] for one in asked] == [(method, path, body)]
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "", "../../other/persistentvolumeclaims/x", "a/b", "..%2f..%2fother", "a%2Fstatus", "%2e%2e"]
+)
+def test_a_name_that_could_become_another_path_is_never_asked_for(name: str) -> None:
+    async def use(api: Api) -> list[int]:
+        codes: list[int] = []
+        for ask in (
+            api.get(CLAIMS, "team", name),
+            api.put_status(JOBS, "team", name, {}),
+            api.get(JOBS, name or "..", "a"),
+        ):
+            with pytest.raises(ApiError, match="is not the name of an object") as caught:
+                await ask
+            codes.append(caught.value.code)
+            assert not caught.value.passing
+        return codes
+
+    codes, asked = talk(lambda *_: (200, {}), use)
+    assert (codes, asked) == ([400, 400, 400], [])
+
+
+@pytest.mark.parametrize("name", ["a?b=c", "a#b", "a;b c", "a&b", "a\\b"])
+def test_the_http_library_leaves_an_encoded_name_one_segment(name: str) -> None:
+    """It normalises paths and decodes what it thinks needs no encoding: what arrives is looked at on a socket."""
+    _, [(_, path, *_)] = talk(lambda *_: (200, {}), lambda api: api.get(CLAIMS, "team", name))
+    folder, _, last = path.rpartition("/")
+    assert folder == "/api/v1/namespaces/team/persistentvolumeclaims"
+    assert not {"?", "#"} & set(last)
+    assert unquote(last) == name
+
+
+@pytest.mark.parametrize("value", ["a=b,c&watch=true", "a=b#c", "a=%26b", "a=b+c d", "a=b;c"])
+def test_a_selector_stays_one_parameter(value: str) -> None:
+    _, [(_, path, *_)] = talk(lambda *_: (200, {}), lambda api: api.list(PODS, "team", labelSelector=value, limit="5"))
+    assert parse_qs(urlsplit(path).query, separator="&") == {"labelSelector": [value], "limit": ["5"]}
 
 
 REFUSED = {"kind": "Status", "reason": "Forbidden", "message": "exceeded quota: none"}

@@ -38,9 +38,9 @@ def test_events_go_into_the_store(store: Store) -> None:
     owned = {"controller": True, "uid": "u"}
     job = {"metadata": {"namespace": "a", "name": "b-1", "uid": "j", "ownerReferences": [owned]}}
     handle(store, "jobs", "MODIFIED", job)
-    assert [found.uid for found in store.jobs("u")] == ["j"]
+    assert [found.uid for found in store.jobs(("a", "b"), "u")] == ["j"]
     handle(store, "jobs", "DELETED", job)
-    assert store.jobs("u") == ()
+    assert store.jobs(("a", "b"), "u") == ()
     handle(store, "checkpointconversions", "DELETED", CONVERSION)
     assert not store.conversions
 

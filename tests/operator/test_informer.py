@@ -16,6 +16,7 @@ from ckpt2pt_operator.api import Api, ApiError
 from ckpt2pt_operator.informer import PodInformer, refresh
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.store import Store
+from simulation import owned_by_job
 from talking import talk
 
 Raw = dict[str, Any]
@@ -24,7 +25,7 @@ Raw = dict[str, Any]
 def pod(uid: str, version: int = 1, **status: object) -> Raw:
     labels = {"ckpt2pt.dev/conversion-uid": "u"}
     meta = {"namespace": "team", "name": uid, "uid": uid, "resourceVersion": str(version), "labels": labels}
-    return {"metadata": meta, "status": status}
+    return {"metadata": {**meta, "ownerReferences": owned_by_job("demo-1", "j")}, "status": status}
 
 
 def ended(code: int, message: str = "") -> Raw:
@@ -44,6 +45,9 @@ RUNNING: Raw = {
 
 def event(kind: str, raw: Raw) -> str:
     return json.dumps({"type": kind, "object": raw}) + "\n"
+
+
+KEY = "team", "demo"
 
 
 class Pods:
@@ -72,6 +76,7 @@ def follow(
 ) -> tuple[Store, Metrics, PodInformer]:
     """Run an informer until the script is over."""
     store, metrics = Store(lambda _: None), Metrics("0")
+    store.put_conversion({"metadata": {"namespace": "team", "name": "demo", "uid": "u", "resourceVersion": "1"}})
     found: list[PodInformer] = []
     real = asyncio.sleep
 
@@ -100,7 +105,7 @@ def test_every_page_is_read_and_a_watch_goes_on_from_there(monkeypatch: pytest.M
         (200, event("ADDED", pod("c", 9)) + event("DELETED", pod("a", 10))), (200, event("BOOKMARK", pod("", 30)))
     )
     store, _, informer = follow(pods, monkeypatch)
-    assert sorted(found.uid for found in store.pods("u")) == ["b", "c"]
+    assert sorted(found.uid for found in store.pods(KEY, "u")) == ["b", "c"]
     assert pods.versions == ["7", "10", "30"], "a watch that the server ends is begun again where it was"
     assert pods.lists == 2
     assert informer.synced.is_set()
@@ -111,13 +116,13 @@ def test_a_version_that_is_too_old_is_listed_anew_at_once(monkeypatch: pytest.Mo
     pods = Pods((200, gone), (200, event("ADDED", pod("c", 9))))
     store, _, _ = follow(pods, monkeypatch)
     assert pods.lists == 4
-    assert sorted(found.uid for found in store.pods("u")) == ["a", "b", "c"]
+    assert sorted(found.uid for found in store.pods(KEY, "u")) == ["a", "b", "c"]
 
 
 def test_what_a_new_list_does_not_name_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = event("ADDED", pod("lost", 8)) + event("ERROR", {"code": 410, "reason": "Expired"})
     store, _, _ = follow(Pods((200, gone), (200, "")), monkeypatch)
-    assert sorted(found.uid for found in store.pods("u")) == ["a", "b"]
+    assert sorted(found.uid for found in store.pods(KEY, "u")) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,7 @@ def test_what_a_new_list_does_not_name_is_gone(monkeypatch: pytest.MonkeyPatch) 
 def test_a_watch_that_breaks_is_begun_anew_and_says_so(broken: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     pods = Pods(broken, (200, event("ADDED", pod("d", 12))))
     store, _, informer = follow(pods, monkeypatch)
-    assert "d" in {found.uid for found in store.pods("u")}
+    assert "d" in {found.uid for found in store.pods(KEY, "u")}
     assert informer.trouble, "the last watch of the script was refused"
 
 
@@ -136,7 +141,7 @@ def test_a_watch_that_is_cut_goes_on_where_it_was_and_lists_nothing_anew(monkeyp
     store, _, _ = follow(pods, monkeypatch)
     assert pods.versions[:3] == ["7", "9", "9"]
     assert pods.lists == 2, "two pages, once"
-    assert sorted(found.uid for found in store.pods("u")) == ["a", "b", "c", "d"]
+    assert sorted(found.uid for found in store.pods(KEY, "u")) == ["a", "b", "c", "d"]
 
 
 def test_a_watch_that_fails_again_and_again_is_listed_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from ckpt2pt_operator.rules.seen import House
 from ckpt2pt_operator.rules.views import pod_view
 from ckpt2pt_operator.store import Store, key_of
 from documents import changed
+from simulation import owned_by_job
 from statuses import told
 from talking import api_of
 
@@ -352,8 +353,9 @@ def test_bytes_of_a_training_that_is_followed_are_counted_with_each_of_its_check
 
 def left_behind() -> Raw:
     """A worker that was deleted and has ended, and that its Job's controller still holds."""
-    labels = {"ckpt2pt.dev/conversion-uid": "u", "batch.kubernetes.io/controller-uid": "uid-of-demo-1"}
+    labels = {"ckpt2pt.dev/conversion-uid": "u"}
     meta = {
+        "ownerReferences": owned_by_job("demo-1", "uid-of-demo-1"),
         "name": "demo-1-0",
         "uid": "p",
         "namespace": "team",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from ckpt2pt_operator.rules.views import Pod, child, job_view, pod_view, report_of
 from ckpt2pt_operator.store import Key, Store, key_of, version_of
+from simulation import owned_by_job
 
 Raw = dict[str, Any]
 KEY = ("team", "demo")
@@ -46,9 +48,8 @@ def job(uid: str = "j", version: int = 1, owner: str = "u") -> Raw:
 
 
 def pod(uid: str = "p", owner: str = "u", namespace: str = "team") -> Raw:
-    return {
-        "metadata": {"namespace": namespace, "name": uid, "uid": uid, "labels": {"ckpt2pt.dev/conversion-uid": owner}}
-    }
+    meta = {"namespace": namespace, "name": uid, "uid": uid, "labels": {"ckpt2pt.dev/conversion-uid": owner}}
+    return {"metadata": {**meta, "ownerReferences": owned_by_job("demo-1", "j")}}
 
 
 def test_an_older_version_is_not_news(watched: Watched) -> None:
@@ -82,9 +83,9 @@ def test_jobs_and_pods_wake_the_conversion_they_belong_to(watched: Watched) -> N
     watched.store.drop_pod(pod_view(pod()))
     watched.store.drop_pod(pod_view(pod()))
     assert watched.news() == [KEY], "what is gone goes once"
-    assert [found.uid for found in watched.store.jobs("u")] == ["j"]
+    assert [found.uid for found in watched.store.jobs(KEY, "u")] == ["j"]
     watched.store.drop_job(job_view(job()))
-    assert watched.store.jobs("u") == ()
+    assert watched.store.jobs(KEY, "u") == ()
 
 
 def test_after_a_new_list_the_pods_that_are_not_in_it_are_gone(watched: Watched) -> None:
@@ -92,9 +93,62 @@ def test_after_a_new_list_the_pods_that_are_not_in_it_are_gone(watched: Watched)
     for name, namespace in (("a", "team"), ("b", "team"), ("c", "other")):
         watched.store.put_pod(pod_view(pod(name, namespace=namespace)))
     watched.store.keep_pods("team", ["a"])
-    assert sorted(found.uid for found in watched.store.pods("u")) == ["a", "c"]
+    assert [found.uid for found in watched.store.pods(KEY, "u")] == ["a"]
+    assert [found.uid for found in watched.store.pods(("other", "demo"), "u")] == ["c"]
     watched.store.keep_pods("", [])
-    assert watched.store.pods("u") == ()
+    assert watched.store.pods(KEY, "u") == watched.store.pods(("other", "demo"), "u") == ()
+
+
+def without_a_job(raw: Raw) -> None:
+    del raw["metadata"]["ownerReferences"]
+
+
+def of_another_job(raw: Raw) -> None:
+    raw["metadata"]["ownerReferences"] = owned_by_job("pretrain-1", "x")
+
+
+def of_a_replica_set(raw: Raw) -> None:
+    raw["metadata"]["ownerReferences"][0] |= {"apiVersion": "apps/v1", "kind": "ReplicaSet"}
+
+
+def only_said_by_labels(raw: Raw) -> None:
+    del raw["metadata"]["ownerReferences"]
+    raw["metadata"]["labels"] |= {"batch.kubernetes.io/job-name": "demo-1", "batch.kubernetes.io/controller-uid": "j"}
+
+
+def in_another_namespace(raw: Raw) -> None:
+    raw["metadata"]["namespace"] = "other"
+
+
+@pytest.mark.parametrize(
+    "forge", [without_a_job, of_another_job, of_a_replica_set, only_said_by_labels, in_another_namespace]
+)
+def test_a_pod_that_carries_our_label_and_is_not_of_our_job_counts_nowhere(
+    watched: Watched, forge: Callable[[Raw], None]
+) -> None:
+    watched.store.put_conversion(conversion())
+    watched.news()
+    raw = pod()
+    forge(raw)
+    for phase in ("Running", "Failed"):
+        assert watched.store.put_pod(pod_view({**raw, "status": {"phase": phase}})) is None, "it is not counted either"
+    assert watched.store.pods(KEY, "u") == ()
+    watched.store.drop_pod(pod_view(raw))
+    assert watched.news() == [], "and wakes nobody"
+
+
+@pytest.mark.parametrize(
+    "change", [{"namespace": "other"}, {"name": "demo"}, {"name": "other-1"}, {"name": "demo-1-1"}]
+)
+def test_a_job_of_another_namespace_or_name_is_not_ours_whatever_owner_it_names(
+    watched: Watched, change: dict[str, str]
+) -> None:
+    watched.store.put_conversion(conversion())
+    watched.news()
+    raw = job()
+    raw["metadata"] |= change
+    watched.store.put_job(job_view(raw))
+    assert (watched.store.jobs(KEY, "u"), watched.news()) == ((), [])
 
 
 def test_nothing_is_kept_of_what_is_gone(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,9 +173,9 @@ def test_what_was_deleted_does_not_come_back_by_a_late_answer(watched: Watched) 
     watched.store.drop_job(job_view(job()))
     assert watched.store.put_pod(pod_view(pod())) is None
     watched.store.put_job(job_view(job()))
-    assert (watched.store.pods("u"), watched.store.jobs("u")) == ((), ())
+    assert (watched.store.pods(KEY, "u"), watched.store.jobs(KEY, "u")) == ((), ())
     watched.store.put_pod(pod_view(pod("other")))
-    assert len(watched.store.pods("u")) == 1
+    assert len(watched.store.pods(KEY, "u")) == 1
 
 
 def test_one_that_only_a_list_did_not_have_may_come_back(watched: Watched) -> None:
@@ -129,7 +183,7 @@ def test_one_that_only_a_list_did_not_have_may_come_back(watched: Watched) -> No
     watched.store.put_pod(pod_view(pod()))
     watched.store.keep_pods("", [])
     watched.store.put_pod(pod_view(pod()))
-    assert len(watched.store.pods("u")) == 1
+    assert len(watched.store.pods(KEY, "u")) == 1
 
 
 def test_an_older_answer_about_a_pod_is_not_news(watched: Watched) -> None:
@@ -141,7 +195,7 @@ def test_an_older_answer_about_a_pod_is_not_news(watched: Watched) -> None:
     watched.store.put_pod(at("9", "Succeeded"))
     watched.store.put_pod(at("10", "Failed"))
     assert watched.store.put_pod(at("9", "Running")) is None
-    assert [found.phase for found in watched.store.pods("u")] == ["Failed"]
+    assert [found.phase for found in watched.store.pods(KEY, "u")] == ["Failed"]
 
 
 def test_what_a_worker_tells_is_kept_while_it_is_there(watched: Watched) -> None:
@@ -180,4 +234,4 @@ def test_a_version_that_is_no_number_does_no_harm(watched: Watched) -> None:
         found = job()
         found["metadata"]["resourceVersion"] = version
         watched.store.put_job(job_view(found))
-    assert [found.version for found in watched.store.jobs("u")] == ["7"]
+    assert [found.version for found in watched.store.jobs(KEY, "u")] == ["7"]

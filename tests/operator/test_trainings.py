@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -169,6 +170,53 @@ def test_a_wrong_template_is_tried_again_until_the_run_is_too_old(
     talk(answer, use)
     once = ["template", "ConversionTemplateWrong"]
     assert asked == (once if too_old else [*once, "template", "corrected-abcdef", "ConversionMade"])
+
+
+def events_of(watched: Watched, annotation: str, answer: Callable[[str], Answer]) -> tuple[list[str], list[str]]:
+    """What is asked for a training with that annotation, and the words of the events about it."""
+    said: list[str] = []
+
+    def heard(_: str, path: str, body: Any) -> Answer:
+        if path.endswith("/events"):
+            said.append(body["message"])
+            return 201, body
+        return answer(path)
+
+    async def use(api: Api) -> None:
+        trainings = Trainings(
+            api, watched.store, Metrics("0"), [watched.kind], [], trigger=True, changed=watched.woken.append
+        )
+        raw = watched.job("abcdef", "Complete")
+        raw["metadata"]["annotations"] = {"ckpt2pt.dev/convert-on-success": annotation}
+        raw["status"]["conditions"][0]["lastTransitionTime"] = stamp(datetime.now(UTC))
+        trainings.informers[0].put(raw)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(trainings.run(), 0.5)
+
+    _, asked = talk(heard, use)
+    return [path for _, path, *_ in asked if not path.endswith("/events")], said
+
+
+@pytest.mark.parametrize("name", ["../../other/configmaps/cm1", "..", "a?watch=true", "..%2f..%2fother", "a#b"])
+def test_an_annotation_that_is_no_name_asks_for_nothing_and_is_told(watched: Watched, name: str) -> None:
+    asked, said = events_of(watched, name, lambda _: (200, {"data": {"conversion.yaml": json.dumps(changed())}}))
+    assert asked == []
+    assert said
+    assert said[0].startswith("it is not the name of a ConfigMap")
+
+
+def test_a_refusal_by_the_api_server_is_told_without_the_values_that_it_quotes(watched: Watched) -> None:
+    refusal = {
+        "reason": "Invalid", "message": 'spec.verify: Unsupported value: "hunter2"',
+        "details": {"causes": [{"field": "spec.verify", "message": 'Unsupported value: "hunter2"'}]},
+    }  # fmt: skip
+
+    def answer(path: str) -> Answer:
+        template = json.dumps(changed(("spec.verify", "hunter2")))
+        return (200, {"data": {"conversion.yaml": template}}) if "configmaps" in path else (422, refusal)
+
+    _, said = events_of(watched, "mine", answer)
+    assert said[0] == "the conversion that ConfigMap mine describes was not made: 422 Invalid: spec.verify"
 
 
 def test_not_too_many_are_remembered(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

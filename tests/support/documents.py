@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,26 @@ from goldens import REPOSITORY
 CRD_PATH = REPOSITORY / "crds" / "checkpointconversions.yaml"
 EXAMPLE_PATH = REPOSITORY / "examples" / "conversion.yaml"
 ABSENT = object()
+HOSTILE_NAMES = ("../../other/x", "..", "a/b", "a?limit=1", "a#b", "a%2fb", "..%2f..%2fother", "A", "a b", "-x", "a\n")
+"""What no object is called: most of it would become another path or a query in the URL of a request."""
+NAMED_FIELDS: dict[str, Callable[[str], tuple[str, object]]] = {
+    "spec.source.volume.persistentVolumeClaim.claimName": lambda name: ("spec.source.volume", claim(name)),
+    "spec.metadata.volume.persistentVolumeClaim.claimName": lambda name: ("spec.metadata.volume", claim(name)),
+    "spec.target.volume.persistentVolumeClaim.claimName": lambda name: ("spec.target.volume", claim(name)),
+    "spec.target.volume.csi.nodePublishSecretRef.name": lambda name: (
+        "spec.target.volume", {"csi": {"driver": "d", "nodePublishSecretRef": {"name": name}}},
+    ),
+    "spec.startAfter.name": lambda name: ("spec.startAfter", {"apiVersion": "batch/v1", "kind": "Job", "name": name}),
+    "spec.follow.until.name": lambda name: (
+        "spec.follow", {"until": {"apiVersion": "batch/v1", "kind": "Job", "name": name}},
+    ),
+    "spec.workers.imagePullSecrets[0].name": lambda name: ("spec.workers.imagePullSecrets", [{"name": name}]),
+    "spec.workers.schedulerName": lambda name: ("spec.workers.schedulerName", name),
+    "spec.workers.priorityClassName": lambda name: ("spec.workers.priorityClassName", name),
+    "spec.workers.runtimeClassName": lambda name: ("spec.workers.runtimeClassName", name),
+    "spec.workers.queueName": lambda name: ("spec.workers.queueName", name),
+}  # fmt: skip
+"""Every field that names an object -> the change that gives it that name."""
 
 
 @cache

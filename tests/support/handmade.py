@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,10 @@ class Parameter:
 
 @dataclass
 class Handmade:
-    """A model of odd sizes, each of one tensor-parallel rank.  ``entries`` may be changed before :meth:`write`."""
+    """A model of odd sizes, each of one tensor-parallel rank.  ``entries`` may be changed before :meth:`write`.
+
+    ``edit`` changes the template of each rank before it is written.
+    """
 
     topology: Topology
     data: int = 1
@@ -68,6 +71,7 @@ class Handmade:
     iteration: int = 12
     params_dtype: str = "bfloat16"
     grads_dtype: str = "float32"
+    edit: Callable[[dict[Any, Any]], object] = len
     entries: dict[Rank, dict[str, Tensor]] = field(default_factory=dict[Rank, dict[str, Tensor]])
     truth: dict[tuple[int, int, str, str], np.ndarray[Any, np.dtype[np.float32]]] = field(default_factory=dict)
 
@@ -161,20 +165,42 @@ class Handmade:
             "untie_embeddings_and_output_weights": not self.tied, "data_parallel_size": self.data,
             "context_parallel_size": 1, "global_batch_size": self.batch, "consumed_train_samples": 4, "iteration": 1,
             "params_dtype": Global("torch", self.params_dtype), "use_distributed_optimizer": True,
+            "lr": 1e-3, "min_lr": 1e-5, "lr_warmup_iters": 2, "lr_decay_iters": 100, "train_iters": 100, "lr_decay_style": "cosine",
+            "lr_warmup_fraction": None, "start_weight_decay": 0.1, "end_weight_decay": 0.1, "weight_decay_incr_style": "constant",
+            "adam_beta1": 0.9, "adam_beta2": 0.95, "adam_eps": 1e-8, "seed": 1234,
             "accumulate_allreduce_grads_in_fp32": self.grads_dtype != self.params_dtype,
-            "pipeline_model_parallel_size": self.topology.pipeline, "overlap_grad_reduce": bool(self.bucket_numel),
+            "tensor_model_parallel_size": tp, "pipeline_model_parallel_size": self.topology.pipeline, "overlap_grad_reduce": bool(self.bucket_numel),
         }  # fmt: skip
 
-    def template(self) -> dict[Value, Value]:
-        groups: Value = [{"wd_mult": 0.0, "step": 1}, {"wd_mult": 1.0, "step": 1}]
+    def template(self, pp: int = 0) -> dict[Value, Value]:
+        """What a run of one step saved on a stage; groups are ordered by their first parameters."""
+        decays = dict.fromkeys(
+            len(each.shape) > 1 for vpp in range(self.topology.virtual) for each in self.parameters(pp, vpp)
+        )
+        group: dict[Value, Value] = {
+            "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "max_lr": 1e-3, "min_lr": 1e-5,
+            "lr": 5e-4, "bias_correction": True, "betas": (0.9, 0.95), "eps": 1e-8, "step": 1,
+        }  # fmt: skip
+        groups: Value = [group | {"wd_mult": float(one), "weight_decay": 0.1 * one} for one in decays]
         return {
             "args": namespace(self.arguments()),
             "checkpoint_version": 3.0,
             "iteration": 1,
             "optimizer": {"optimizer": {"param_groups": groups}},
-            "opt_param_scheduler": {"num_steps": 4},
-            "rng_state": [{"torch_rng_state": tensor("uint8", "0", 16, 0, (16,))}],
-        }
+            "opt_param_scheduler": {
+                "max_lr": 1e-3, "min_lr": 1e-5, "lr_warmup_steps": 8, "lr_decay_steps": 400, "lr_decay_style": "cosine",
+                "num_steps": 4, "start_wd": 0.1, "end_wd": 0.1, "wd_incr_steps": 400, "wd_incr_style": "constant",
+            },
+            "rng_state": [
+                {
+                    "random_rng_state": (3, (*range(624), 624), None),
+                    "np_rng_state": ("MT19937", [*range(624)], 624, 0, 0.0),
+                    "torch_rng_state": tensor("uint8", "0", 5056, 0, (5056,)),
+                    "cuda_rng_state": tensor("uint8", "1", 16, 0, (16,)),
+                    "rng_tracker_states": {"model-parallel-rng": tensor("uint8", "2", 16, 0, (16,))},
+                }
+            ],
+        }  # fmt: skip
 
     def write_source(self, folder: Path, *, suffix: str = "ckpt") -> None:
         for (tp, pp), entries in self.entries.items():
@@ -197,8 +223,10 @@ class Handmade:
                     path = folder / f"param_map_buffer0_dp0tp{tp}pp{pp}vpp{number}.json"
                     path.write_text(json.dumps(document))
                     number += 1
-            stem = f"args_tp{tp:02d}_pp{pp:03d}"
-            write_archive(folder / f"{stem}.pt", stem, write_pickle(self.template()), [os.urandom(16)])
+            stem, storages = f"args_tp{tp:02d}_pp{pp:03d}", [os.urandom(size) for size in (5056, 16, 16)]
+            template = self.template(pp)
+            self.edit(template)
+            write_archive(folder / f"{stem}.pt", stem, write_pickle(template), storages)
 
     def request(self, folder: Path, **more: Any) -> Request:
         options: dict[str, Any] = {

@@ -34,6 +34,11 @@ def conversion(*changes: tuple[str, object]) -> Raw:
     return document
 
 
+def owned_by_job(name: str, uid: str) -> list[Raw]:
+    """The owner of a pod that the Job controller has made."""
+    return [{"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid, "controller": True}]
+
+
 def spans(numbers: set[int]) -> str:
     """``{0, 1, 3}`` is ``0,1,3``, which an API server would write ``0-1,3``."""
     return ",".join(map(str, sorted(numbers)))
@@ -153,9 +158,7 @@ class World:
     def of_job(self, job: Raw) -> list[Raw]:
         """Its pods."""
         uid = job["metadata"]["uid"]
-        return [
-            pod for pod in self.pods.values() if pod["metadata"]["labels"]["batch.kubernetes.io/controller-uid"] == uid
-        ]
+        return [pod for pod in self.pods.values() if pod["metadata"]["ownerReferences"][0]["uid"] == uid]
 
     @property
     def alive(self) -> list[Raw]:
@@ -170,7 +173,7 @@ class World:
         """The Job controller and the garbage collector, until they rest."""
         owners = {job["metadata"]["uid"] for job in self.jobs.values()}
         for name, pod in list(self.pods.items()):
-            if pod["metadata"]["labels"]["batch.kubernetes.io/controller-uid"] not in owners and pod not in self.alive:
+            if pod["metadata"]["ownerReferences"][0]["uid"] not in owners and pod not in self.alive:
                 del self.pods[name]
         for job in self.jobs.values():
             if not self.over(job):
@@ -252,10 +255,9 @@ class World:
                 "namespace": "team",
                 "uid": uid,
                 "creationTimestamp": stamp(self.now),
+                "ownerReferences": owned_by_job(job["metadata"]["name"], job["metadata"]["uid"]),
                 "labels": {
                     **job["metadata"]["labels"],
-                    "batch.kubernetes.io/job-name": job["metadata"]["name"],
-                    "batch.kubernetes.io/controller-uid": job["metadata"]["uid"],
                     "batch.kubernetes.io/job-completion-index": str(index),
                 },
                 "annotations": {"batch.kubernetes.io/job-index-failure-count": str(self.failures(job, index))},

@@ -21,9 +21,11 @@ from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
 from ckpt2pt.plan.moves import Move
 from ckpt2pt.pt.archive import Archive
-from ckpt2pt.publish import MINDSPORE, Target, access_error, publish_bytes
+from ckpt2pt.pt.resume import warning
+from ckpt2pt.publish import MINDSPORE, Target, publish_bytes
 from ckpt2pt.records import Json
 from ckpt2pt.run import Conversion, Outcome, carry_out
+from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import Extent
 
 log = logging.getLogger("ckpt2pt")
@@ -154,6 +156,8 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         meaning=request.meaning(found.topology),
         facts={"inputs": found.inputs},
         doubts=(),
+        warnings=warning(found.unmet, full=request.full),
+        how_to_load="",
         plan=partial(_plan, request, found),
     )
     outcome = carry_out(conversion, range(found.topology.pipeline), reporter, began)

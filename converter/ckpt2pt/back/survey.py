@@ -12,9 +12,9 @@ from typing import cast
 
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
-from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError, TopologyError
+from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
-from ckpt2pt.inputs import sha256
+from ckpt2pt.inputs import is_file, sha256
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import data_parallel_size, read_param_maps
@@ -23,10 +23,19 @@ from ckpt2pt.plan.entries import Entry
 from ckpt2pt.plan.imported import ImportedChunk, missing_layers, scalar_entries, tensor_entries
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, Move
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
-from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_given, rank_files
+from ckpt2pt.pt.resume import Unmet
+from ckpt2pt.ptmeta.capture import (
+    Layout,
+    lay_out_rank,
+    prove_copies,
+    prove_given,
+    rank_files,
+    unmet_of_rank,
+)
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.request import digest
 from ckpt2pt.survey import changed
+from ckpt2pt.system.access import access_error
 
 _SAMPLE_NUMEL = 1 << 10
 """Elements of each weight that are compared with their slice at least: files of two ranks or steps are told apart by them."""
@@ -34,13 +43,17 @@ _SAMPLE_NUMEL = 1 << 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackSurvey:
-    """The checkpoint that was found: a folder for each rank, its cut with the no-op layers, its iteration."""
+    """The checkpoint that was found: a folder for each rank, its cut with the no-op layers, its iteration.
+
+    ``unmet`` is what keeps Megatron-LM from resuming with the metadata of each rank.
+    """
 
     ranks: Mapping[Rank, Path]
     topology: Topology
     iteration: int
     identity: str
     inputs: tuple[dict[str, object], ...]
+    unmet: Mapping[Rank, tuple[Unmet, ...]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +81,11 @@ def survey_back(request: BackRequest) -> BackSurvey:
     first = read_rank(folders[0, 0], optimizer=False, allow=request.rules.pickle_globals)
     cut = _topology(request, first, folders)
     empty: set[int] = set()
+    broken: dict[Rank, tuple[Unmet, ...]] = {}
     for (tp, pp), folder in folders.items():
         rank = read_rank(folder, optimizer=False, allow=request.rules.pickle_globals)
+        # Metadata of a run without the distributed optimizer is for parameters alone.
+        broken[tp, pp] = unmet_of_rank(rank, folders, full=request.full and _has_distributed_optimizer(rank))
         _agree(rank, first, cut)
         if not tp:
             names = {vpp: [name for name, _ in chunk] for vpp, chunk in enumerate(rank.chunks)}
@@ -83,6 +99,7 @@ def survey_back(request: BackRequest) -> BackSurvey:
         iteration=iteration,
         identity=digest({"options": request.meaning(cut), "iteration": iteration, "inputs": inputs}),
         inputs=inputs,
+        unmet=broken,
     )
 
 
@@ -134,6 +151,20 @@ def _agree(rank: MegatronRank, first: MegatronRank, cut: Topology) -> None:
         )
 
 
+def _has_distributed_optimizer(rank: MegatronRank) -> bool:
+    """Whether the optimizer lies in a file of its own; a rank without the one that its arguments promise is refused."""
+    distributed = rank.template.args.get("use_distributed_optimizer") is True
+    if is_file(rank.folder / OPTIM_FILE, "--megatron-path"):
+        return True
+    if not distributed and "optimizer" in rank.template.tree:
+        return False
+    raise MissingInputError(
+        f"{OPTIM_FILE} is not there" if distributed else f"{MODEL_FILE} holds no optimizer",
+        where=rank.folder,
+        mend="save without --no-save-optim, or give --convert-param-only",
+    )
+
+
 def prove_unchanged_back(request: BackRequest, found: BackSurvey, rank: Rank) -> None:
     """Refuse what was read of files that are not those that were surveyed."""
     if tuple(_inputs(request, found.ranks)) != found.inputs:
@@ -148,16 +179,12 @@ def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict
         for name in files:
             try:
                 seen = (folder / name).stat()
-            except FileNotFoundError:
-                raise MissingInputError(
-                    f"{name} is not there",
-                    where=folder,
-                    mend="save with --use-distributed-optimizer and without --no-save-optim, or give --convert-param-only",
-                ) from None
+            except FileNotFoundError as error:
+                if name == OPTIM_FILE:  # a run without the distributed optimizer has none
+                    continue
+                raise access_error(error, folder / name, "examining", option="--megatron-path") from error
             except OSError as error:
-                raise FileAccessError(
-                    f"cannot be examined: {error.strerror}", where=folder / name, mend="check the mount"
-                ) from error
+                raise access_error(error, folder / name, "examining", reading=True) from error
             place = f"{folder.name}/{name}"
             found.append({"source": place, "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
     if request.full and request.maps:
@@ -169,7 +196,9 @@ def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict
 def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPrepared:
     """Read a rank's headers, prove its buffers, and plan every copy."""
     tp, pp = rank
-    stored = read_rank(found.ranks[rank], optimizer=request.full, allow=request.rules.pickle_globals)
+    stored = read_rank(
+        found.ranks[rank], optimizer=request.full, copies=request.full, allow=request.rules.pickle_globals
+    )
     layout = _layout(request, stored, rank) if request.full else Layout(buffers=(), bucket_numel=None, evidence="")
     entries = (
         *tensor_entries(
@@ -188,13 +217,15 @@ def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPre
         mindspore_file(request.format, f"rank_{number}/{request.prefix}.{request.format}", entries)
         for number in _rank_numbers(request, found.topology, tp, pp)
     )
-    metadata = render([rank_files(stored, tp, pp, layout.buffers)], with_maps=request.full)
+    metadata = render([rank_files(stored, tp, pp, layout.buffers)], with_maps=stored.buffers is not None)
     return BackPrepared(files=files, entries=entries, metadata=metadata, evidence=layout.evidence)
 
 
 def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:
     """The buffers by the maps given, else by Megatron's rules; either way proved by the checkpoint itself."""
     at_most = None if request.verify == "full" else _SAMPLE_NUMEL
+    if stored.copies is not None:
+        return Layout(buffers=(), bucket_numel=None, evidence=prove_copies(stored, at_most=at_most))
     if request.maps is None:
         return lay_out_rank(stored, rank[1], at_most=at_most)
     given = read_param_maps(request.maps, tp=rank[0], pp=rank[1], divisor=data_parallel_size(stored.template))
@@ -202,6 +233,11 @@ def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:
 
 
 def _chunks(stored: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, full: bool) -> tuple[ImportedChunk, ...]:
+    if stored.copies is not None:
+        return tuple(
+            ImportedChunk(vpp=vpp, weights=weights, copies=stored.copies[vpp])
+            for vpp, weights in enumerate(stored.chunks)
+        )
     if not full:
         return tuple(ImportedChunk(vpp=vpp, weights=weights) for vpp, weights in enumerate(stored.chunks))
     held = iter(stored.buffers or ())

@@ -22,8 +22,10 @@ from typing import cast
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.filenames import UNNAMED, When, check_rank, is_passed_by, when_of_name
 from ckpt2pt.ckpt.shards import check_ranks, join_shards, read_info
-from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
+from ckpt2pt.errors import InputError, MissingInputError
+from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
 
 SUFFIXES = ("ckpt", "safetensors")
@@ -418,11 +420,7 @@ def _listing(folder: Path) -> list[Path]:
     try:
         return sorted(folder.iterdir())
     except OSError as error:
-        raise FileAccessError(
-            f"the folder cannot be listed: {error.strerror}",
-            where=folder,
-            mend="give this user read and search permission",
-        ) from error
+        raise access_error(error, folder, "listing", option=InputFile.option) from error
 
 
 def _some(items: Sequence[int] | Sequence[When], form: str) -> str:

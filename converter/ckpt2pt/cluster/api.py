@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import cast
 from urllib.parse import urlencode
 
+from ckpt2pt.conversion.spec import API_VERSION
 from ckpt2pt.errors import Ckpt2ptError, MissingInputError, TryAgainError, UsageError
 
 Json = dict[str, object]
 
-CONVERSIONS = "/apis/ckpt2pt.dev/v1alpha1/namespaces/{namespace}/checkpointconversions"
+CONVERSIONS = f"apis/{API_VERSION}", "checkpointconversions"
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 ACCOUNT_VARIABLE = "CKPT2PT_SERVICE_ACCOUNT"
 MAX_ANSWER_BYTES = 64 << 20

@@ -8,7 +8,8 @@ from typing import cast
 
 from ckpt2pt.cluster.api import Api, ApiError, Json, explained
 from ckpt2pt.cluster.submit import Submitted
-from ckpt2pt.conversion.job import ATTEMPT_LABEL, CONTAINER, STAGES_ANNOTATION
+from ckpt2pt.conversion.job import CONTAINER, STAGES_ANNOTATION
+from ckpt2pt.conversion.names import request_path
 from ckpt2pt.conversion.status import TERMINAL
 from ckpt2pt.errors import MissingInputError, UsageError
 
@@ -58,37 +59,50 @@ def _patch(api: Api, there: Submitted, change: Json, what: str) -> None:
 def log_of_stage(api: Api, there: Submitted, stage: int) -> str:
     """What the newest worker of a stage has written; the one worker of a follower or a dry run has all stages."""
     where = f"stage {stage} of {_name(there)}"
-    spec = cast("Json", _get(api, there, "reading its log").get("spec") or {})
+    conversion = _get(api, there, "reading its log")
+    spec = cast("Json", conversion.get("spec") or {})
+    uid = str(cast("Json", conversion.get("metadata") or {}).get("uid", ""))
     stage = 0 if "follow" in spec or spec.get("dryRun") is True else stage
     chosen = f"app.kubernetes.io/name=ckpt2pt,app.kubernetes.io/instance={there.name}"
     try:
-        jobs = _items(api.json("GET", f"/apis/batch/v1/namespaces/{there.namespace}/jobs", labelSelector=chosen))
-        pods = _items(api.json("GET", f"/api/v1/namespaces/{there.namespace}/pods", labelSelector=chosen))
-        pod = newest_pod(jobs, pods, stage)
+        jobs = _items(api.json("GET", request_path("apis/batch/v1", there.namespace, "jobs"), labelSelector=chosen))
+        pods = _items(api.json("GET", request_path("api/v1", there.namespace, "pods"), labelSelector=chosen))
+        pod = newest_pod(uid, jobs, pods, stage)
         if pod is None:
             mend = "wait until it runs; pods are gone when the Job's time to live is over"
             raise MissingInputError("there is no pod", where=where, mend=mend)
-        path = f"/api/v1/namespaces/{there.namespace}/pods/{pod}/log"
+        path = request_path("api/v1", there.namespace, "pods", pod, "log")
         return api.text("GET", path, container=CONTAINER)
     except ApiError as error:
         raise explained(error, "reading its log", where) from error
 
 
-def newest_pod(jobs: Iterable[Json], pods: Iterable[Json], stage: int) -> str | None:
-    """The last pod that worked on a stage; a later attempt numbers its indexes by the stages that it does."""
+def newest_pod(uid: str, jobs: Iterable[Json], pods: Iterable[Json], stage: int) -> str | None:
+    """The last pod that worked on a stage of the conversion with that uid; a later attempt numbers its indexes by the
+    stages that it does.  Owners are looked at: anybody can write the labels.
+    """
     stages: dict[str, list[int]] = {}
     for job in jobs:
-        listed = _text(job, "annotations", STAGES_ANNOTATION)
-        stages[_text(job, "labels", ATTEMPT_LABEL)] = [int(part) for part in listed.split(",") if part.isdecimal()]
+        if _controller(job) == uid:
+            listed = _text(job, "annotations", STAGES_ANNOTATION)
+            stages[str(cast("Json", job["metadata"])["uid"])] = [
+                int(part) for part in listed.split(",") if part.isdecimal()
+            ]
     found: list[tuple[str, str]] = []
     for pod in pods:
-        index, attempt = _text(pod, "labels", INDEX_LABEL), _text(pod, "labels", ATTEMPT_LABEL)
-        if index.isdecimal():
-            does = stages.get(attempt) or list(range(int(index) + 1))
+        index, job_uid = _text(pod, "labels", INDEX_LABEL), _controller(pod)
+        if index.isdecimal() and job_uid in stages:
+            does = stages[job_uid] or list(range(int(index) + 1))
             if int(index) < len(does) and does[int(index)] == stage:
                 metadata = cast("Json", pod["metadata"])
                 found.append((str(metadata.get("creationTimestamp", "")), str(metadata["name"])))
     return max(found)[1] if found else None
+
+
+def _controller(item: Json) -> str:
+    """The uid of the owner that manages an object; empty where there is none."""
+    owners = cast("list[Json]", cast("Json", item.get("metadata") or {}).get("ownerReferences") or [])
+    return next((str(owner.get("uid", "")) for owner in owners if owner.get("controller") is True), "")
 
 
 def _text(item: Json, where: str, name: str) -> str:

@@ -16,7 +16,7 @@ def connect(kubeconfig: Path | None, context: str | None) -> Connection:
         found = in_cluster()
         if found:
             return found
-    mend = "install ckpt2pt[submit], or run it in a pod that has a service account"
+    mend = "install ckpt2pt with the extra submit ('.[submit]' in a checkout), or run it in a pod that has a service account"
     try:
         from kubernetes import client, config  # noqa: PLC0415 - an extra
     except ImportError:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from ckpt2pt.cluster.api import CONVERSIONS, Api, ApiError, Json, explained
+from ckpt2pt.conversion.names import request_path
 from ckpt2pt.conversion.status import REASONS, TERMINAL, WORST_FIRST
 from ckpt2pt.errors import MissingInputError, TryAgainError, UsageError
 
@@ -31,7 +32,8 @@ class Submitted:
     @property
     def path(self) -> str:
         """Of the object."""
-        return f"{CONVERSIONS.format(namespace=self.namespace)}/{self.name}"
+        base, plural = CONVERSIONS
+        return request_path(base, self.namespace, plural, self.name)
 
     def document(self) -> Json:
         """For ``--output json``."""
@@ -45,7 +47,8 @@ def submit(api: Api, document: Json) -> Submitted:
     found = Submitted(namespace=namespace, name=str(metadata.get("name", "")), created=True)
     where = f"CheckpointConversion {namespace}/{found.name}"
     try:
-        api.json("POST", CONVERSIONS.format(namespace=namespace), document, fieldValidation="Strict")
+        base, plural = CONVERSIONS
+        api.json("POST", request_path(base, namespace, plural), document, fieldValidation="Strict")
     except ApiError as error:
         if error.status != 409:
             raise explained(error, "creating it", where) from error

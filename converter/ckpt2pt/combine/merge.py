@@ -42,7 +42,6 @@ from ckpt2pt.plan.entries import Entry, text_entry
 from ckpt2pt.plan.moves import Move
 from ckpt2pt.publish import (
     STATE,
-    access_error,
     free_bytes,
     locked,
     publish_bytes,
@@ -52,6 +51,7 @@ from ckpt2pt.publish import (
 from ckpt2pt.records import Json, seal
 from ckpt2pt.request import Pace, digest
 from ckpt2pt.survey import agree, changed, facts_of, inputs_of
+from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 from ckpt2pt.verify.copies import copied_ranks, remark
 

@@ -8,7 +8,6 @@ Every violation is told at once, in words: which field, what it is, what to writ
 from __future__ import annotations
 
 import difflib
-import errno
 import json
 import re
 import sys
@@ -21,12 +20,12 @@ import jsonschema
 import yaml
 
 from ckpt2pt.conversion.fields import Finding, refusal
+from ckpt2pt.conversion.loading import MAX_BYTES, load
+from ckpt2pt.conversion.names import HINTS
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
-from ckpt2pt.errors import FileAccessError, MissingInputError, UsageError
+from ckpt2pt.errors import FileAccessError, UsageError
+from ckpt2pt.system.access import access_error
 
-MAX_BYTES = 1 << 20
-MAX_NODES = 100_000
-MAX_DEPTH = 50
 _CRD = "checkpointconversions.yaml"
 _MEND = "see examples/conversion.yaml for the form of the document"
 
@@ -34,13 +33,13 @@ _MEND = "see examples/conversion.yaml for the form of the document"
 def read(path: Path) -> Json:
     """The document in a file (``-`` is standard input), proved and with every default of the schema."""
     where = "standard input" if str(path) == "-" else str(path)
-    return validate(_plain(_load(_text(path), where), where), where=where)
+    return validate(load(_text(path), where), where=where)
 
 
 def load_mapping(path: Path) -> Json:
     """A document as it stands in a file, unchecked: a template is no CheckpointConversion yet."""
     where = "standard input" if str(path) == "-" else str(path)
-    found = _plain(_load(_text(path), where), where)
+    found = load(_text(path), where)
     if not isinstance(found, dict):
         raise UsageError("the document is not a mapping of fields", where=where, mend=_MEND)
     return cast("Json", found)
@@ -78,65 +77,11 @@ def _text(path: Path) -> bytes:
         else:
             with path.open("rb") as file:
                 data = file.read(MAX_BYTES + 1)
-    except IsADirectoryError:
-        raise UsageError("this is a folder, and no document", where=path, mend="check -f") from None
     except OSError as error:
-        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}:
-            raise MissingInputError("the document is not there", where=path, mend="check -f") from None
-        mend = "give this user read permission, or check -f"
-        raise FileAccessError(f"cannot be read: {error.strerror}", where=path, mend=mend) from error
+        raise access_error(error, path, "reading", option="-f") from error
     if len(data) > MAX_BYTES:
         raise UsageError(f"larger than {MAX_BYTES >> 20} MiB", where=path, mend="give a CheckpointConversion with -f")
     return data
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without objects, where a field given twice is an error rather than the last one winning."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-def _load(data: bytes, where: str) -> object:
-    try:
-        documents = [document for document in yaml.load_all(data, _Loader) if document is not None]
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UsageError(f"not a YAML document: {error}", where=where, mend="correct it there") from error
-    if len(documents) != 1:
-        raise UsageError(f"{len(documents)} documents in one file", where=where, mend="give each a file of its own")
-    return documents[0]
-
-
-def _plain(document: object, where: str) -> object:
-    """Refuse what JSON cannot say, and aliases that unfold into more than a document of this size would hold."""
-    left = MAX_NODES
-
-    def walk(value: object, path: str, depth: int) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0 or depth > MAX_DEPTH:
-            what = f"more than {MAX_NODES} values, or more than {MAX_DEPTH} inside each other"
-            raise UsageError(what, where=where, mend="write it without YAML aliases")
-        if isinstance(value, dict):
-            for key, item in cast("dict[object, object]", value).items():
-                if not isinstance(key, str):
-                    raise UsageError(f"{key!r} is used as a name", where=f"{where}: {path}", mend="put it in quotes")
-                walk(item, _join(path, key), depth + 1)
-        elif isinstance(value, list):
-            for item in cast("list[object]", value):
-                walk(item, path, depth + 1)
-        elif value is not None and not isinstance(value, str | int | float):
-            what = f"{value} is read as a {type(value).__name__}"
-            raise UsageError(what, where=f"{where}: {path}", mend="put it in quotes")
-
-    walk(document, "", 0)
-    return document
 
 
 # -------------------------------------------------------------------------------------------------------------- schema
@@ -274,7 +219,7 @@ def _wanted(error: jsonschema.ValidationError) -> str:
     if error.validator == "enum":
         return f"write {' or '.join(map(str, cast('list[object]', value)))}"
     words = {
-        "pattern": "write a quantity, as 2, 500m or 1Gi",
+        "pattern": HINTS.get(str(value), "write a quantity, as 2, 500m or 1Gi"),
         "minimum": f"write at least {value}",
         "maximum": f"write at most {value}",
         "minLength": "do not leave it empty",

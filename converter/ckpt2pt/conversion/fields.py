@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from ckpt2pt.conversion.names import HINTS, NAME, fits
 from ckpt2pt.errors import UsageError
 
 _NEVER = re.compile("[\\0\ud800-\udfff]")
@@ -61,6 +62,15 @@ class Fields:
         """An object inside this one; an empty one if it is not there."""
         return Fields(self.get(name), ".".join(part for part in (self.path, name) if part), self._findings)
 
+    def children(self, name: str) -> list[Fields]:
+        """The objects of a list; none where it is not there."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, list):
+            self.note(name, f"is {value!r}", "write a list")
+        items = cast("list[object]", value) if isinstance(value, list) else []
+        path = ".".join(part for part in (self.path, name) if part)
+        return [Fields(item, f"{path}[{number}]", self._findings) for number, item in enumerate(items)]
+
     def text(self, name: str, default: str) -> str:
         """A string that may become a path, a name or an argument: NUL and half a pair of surrogates never can."""
         value = self.get(name)
@@ -71,6 +81,13 @@ class Fields:
             return default if value is None else value
         self.note(name, f"is {value!r}, and must be text", "put it in quotes")
         return default
+
+    def name(self, field: str, pattern: str = NAME) -> str:
+        """A text that fits ``pattern``, the name of an object by default; empty where there is none."""
+        found = self.text(field, "")
+        if found and not fits(pattern, found):
+            self.note(field, f"is {found[:80]!r}", HINTS[pattern])
+        return found
 
     def choice(self, name: str, default: str, *others: str) -> str:
         """One of a few words, the first of them by default."""

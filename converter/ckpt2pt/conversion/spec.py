@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from ckpt2pt.conversion.fields import Fields, Finding, refusal
+from ckpt2pt.conversion.names import DRIVER, GROUP_VERSION, HOST, KIND_WORD, NAME
 from ckpt2pt.errors import UsageError
 from ckpt2pt.mapping.topology import Topology
 
@@ -33,6 +34,9 @@ _NEEDED = {
     "csi":                   ("driver",),
     "emptyDir":              (),
 }  # fmt: skip
+
+_NAMES = {"claimName": NAME, "driver": DRIVER, "server": HOST}
+"""What a field of a volume has to look like."""
 
 _POD_DEFAULTS: Json = {"resources": {}, "queueKind": "Kueue", "security": {}}
 
@@ -250,14 +254,11 @@ def _volume(fields: Fields, default: Json | None) -> Json:
         return {}
     [kind] = kinds
     inner = volume.child(kind)
-    for needed in {
-        "persistentVolumeClaim": ("claimName",),
-        "nfs": ("server", "path"),
-        "hostPath": ("path",),
-        "csi": ("driver",),
-    }.get(kind, ()):
-        if not inner.text(needed, ""):
+    for needed in _NEEDED[kind]:
+        given = inner.name(needed, _NAMES[needed]) if needed in _NAMES else inner.text(needed, "")
+        if not given:
             inner.note(needed, "is missing", "give it")
+    inner.child("nodePublishSecretRef").name("name")
     path = inner.text("path", "")
     if path and (not path.startswith("/") or ".." in path.split("/")):
         inner.note("path", f"is {path!r}", "give an absolute path, as /data/training, without '..'")
@@ -306,7 +307,11 @@ def _workload(parent: Fields, field: str) -> Json | None:
     if parent.get(field) is None:
         return None
     fields = parent.child(field)
-    found: Json = {name: fields.text(name, "") for name in ("apiVersion", "kind", "name")}
+    found: Json = {
+        "apiVersion": fields.name("apiVersion", GROUP_VERSION),
+        "kind": fields.name("kind", KIND_WORD),
+        "name": fields.name("name"),
+    }
     for name in (name for name, value in found.items() if not value):
         fields.note(name, "is missing", "name the workload fully, as {apiVersion: batch/v1, kind: Job, name: pretrain}")
     return found
@@ -321,6 +326,10 @@ def _readiness(fields: Fields) -> Readiness:
 
 def _workers(fields: Fields) -> Workers:
     ours = {"maxParallelStages", "processes", "rankTimeoutSeconds", "coSchedule"}
+    for field in ("schedulerName", "priorityClassName", "runtimeClassName", "queueName"):
+        fields.name(field)
+    for secret in fields.children("imagePullSecrets"):
+        secret.name("name")
     return Workers(
         max_parallel_stages=fields.optional("maxParallelStages"),
         processes=fields.number("processes", 2),

@@ -18,11 +18,13 @@ import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ckpt2pt.publish import access_error
+from ckpt2pt.system.access import UNSUPPORTED, access_error
+from ckpt2pt.system.files import write_at, write_once
 
 ALIGNMENT = max(4096, mmap.PAGESIZE)
 """Offset, size and memory address of a direct write are multiples of this."""
@@ -30,6 +32,8 @@ ALIGNMENT = max(4096, mmap.PAGESIZE)
 WRITERS = 2
 SPARE_BLOCKS = 2  # one being read, one being converted into
 _SMALL_BYTES = 64 << 10  # less is not worth a thread
+DIRECT_REFUSED = UNSUPPORTED | {errno.EINVAL}
+"""What a file system or device answers that takes no direct reads or writes, or wants other sizes."""
 _DIRECT_SYSTEMS = frozenset({"ext4", "xfs"})
 """Where direct writes were measured or are known to be sound; over a network each one would wait for a round trip."""
 
@@ -109,22 +113,12 @@ def write_directly(file: OutputFile, data: memoryview, offset: int) -> None:
     assert file.direct is not None
     while data:
         try:
-            count = os.pwrite(file.direct, data, offset)
+            count = write_once(file.direct, data, offset)
         except OSError as error:
-            if error.errno != errno.EINVAL:
+            if error.errno not in DIRECT_REFUSED:
                 raise access_error(error, file.path, "writing") from error
             write_at(file.fd, data, offset, file.path)
             return
-        data, offset = data[count:], offset + count
-
-
-def write_at(fd: int, data: memoryview, offset: int, path: Path) -> None:
-    """pwrite all of ``data``; the kernel may take less at a time."""
-    while data:
-        try:
-            count = os.pwrite(fd, data, offset)
-        except OSError as error:
-            raise access_error(error, path, "writing") from error
         data, offset = data[count:], offset + count
 
 
@@ -142,10 +136,14 @@ def open_direct(path: Path, mode: int) -> int | None:
 def file_system(path: Path) -> str | None:
     """Type of the file system that holds ``path``, as ``mount`` calls it; None where Linux does not tell."""
     try:
-        device = path.stat().st_dev
-        table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        return _file_system(path.stat().st_dev)
     except OSError:
         return None
+
+
+@lru_cache(64)
+def _file_system(device: int) -> str | None:
+    table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
     number = f"{os.major(device)}:{os.minor(device)}"
     # 36 35 98:0 / /mnt rw,noatime shared:1 - ext4 /dev/root rw (proc_pid_mountinfo(5))
     for line in table.splitlines():

@@ -10,7 +10,6 @@ moves tell which windows will be wanted.  What lies in the cache already is not 
 from __future__ import annotations
 
 import ctypes
-import errno
 import mmap
 import os
 from collections import deque
@@ -21,9 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ckpt2pt.engine.blocks import ALIGNMENT, open_direct
-from ckpt2pt.errors import TryAgainError
-from ckpt2pt.publish import access_error
+from ckpt2pt.engine.blocks import ALIGNMENT, DIRECT_REFUSED, open_direct
+from ckpt2pt.system.access import access_error, ended
+from ckpt2pt.system.files import OpenFiles, read_at, read_once
 from ckpt2pt.tensors import Extent
 
 WINDOW_BYTES = 1 << 20
@@ -35,15 +34,16 @@ _Window = tuple[str, int]
 
 
 class Sources:
-    """The files of one rank, open; read in the order in which ``extents`` name them."""
+    """The files of one rank; read in the order in which ``extents`` name them.  However many there are, few are open at once."""
 
     def __init__(self, extents: Iterable[Extent]) -> None:
         extents = [extent for extent in extents if extent.nbytes]
-        self._fds: dict[str, int] = {}
-        self._direct: dict[str, int] = {}
+        self._known: set[str] = set()
+        self._direct: set[str] = set()  # those of them that are read past the page cache
         with ExitStack() as stack:
+            self._files = stack.enter_context(OpenFiles(self._open))
             for path in dict.fromkeys(extent.path for extent in extents):
-                self._open(stack, path)
+                self._files.get(path)
             self._reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
             self._stack = stack.pop_all()
         self._wanted = self._windows(extents)
@@ -62,29 +62,35 @@ class Sources:
     def read(self, path: str, offset: int, into: memoryview) -> None:
         """Fill ``into`` from byte ``offset`` of a file on."""
         if path not in self._direct:
-            read_at(self._fds[path], into, offset, path)
+            read_at(self._get(path)[0], into, offset, path)
             return
         while into:
             number, start = divmod(offset, WINDOW_BYTES)
             data = self._window((path, number))[start : start + len(into)]
             if not data:
-                raise _ended(path, offset)
+                raise ended(path, offset)
             into[: len(data)] = data
             into, offset = into[len(data) :], offset + len(data)
 
-    def _open(self, stack: ExitStack, path: str) -> None:
-        try:
-            fd = self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise access_error(error, path, "opening") from error
-        stack.callback(os.close, fd)
-        if is_cached(fd):
-            return
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        direct = open_direct(Path(path), os.O_RDONLY)
-        if direct is not None:
-            self._direct[path] = direct
-            stack.callback(os.close, direct)
+    def _open(self, path: str) -> tuple[int, ...]:
+        """A descriptor, and for direct reads a second one if the file was not in the page cache when it was first opened."""
+        with ExitStack() as stack:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, fd)
+            first = path not in self._known
+            direct = None
+            if path in self._direct or (first and not is_cached(fd)):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                direct = open_direct(Path(path), os.O_RDONLY)
+            self._known.add(path)
+            if first and direct is not None:
+                self._direct.add(path)
+            stack.pop_all()
+            return (fd,) if direct is None else (fd, direct)
+
+    def _get(self, path: str) -> tuple[int, ...]:
+        """Descriptors of a path; those that the thread reads from stay open."""
+        return self._files.get(path, {path for (path, _), _, _ in self._coming})
 
     def _windows(self, extents: Iterable[Extent]) -> Iterator[_Window]:
         last = None
@@ -101,7 +107,8 @@ class Sources:
             while self._free and (following := next(self._wanted, None)):
                 view = self._free.pop()
                 # Memory is touched when it is first read into, threads start with their first work.
-                self._coming.append((following, view, self._reader.submit(self._fill, following, view)))
+                future = self._reader.submit(_fill, self._get(following[0]), following, view)
+                self._coming.append((following, view, future))
             found, view, future = self._coming[0]
             if found == window:
                 return view[: future.result()]
@@ -109,43 +116,25 @@ class Sources:
             self._coming.popleft()
             self._free.append(view)
 
-    def _fill(self, window: _Window, view: memoryview) -> int:
-        path, number = window
-        fd, done = self._direct[path], 0
-        while done < len(view):
-            if done % ALIGNMENT:
-                fd = self._fds[path]  # behind a short read, which the end of the file is as well
-            try:
-                count = os.preadv(fd, [view[done:]], number * WINDOW_BYTES + done)
-            except OSError as error:
-                if error.errno != errno.EINVAL or fd == self._fds[path]:
-                    raise access_error(error, path, "reading") from error
-                fd = self._fds[path]  # the device wants other sizes
-                continue
-            if not count:
-                break
-            done += count
-        return done
 
-
-def read_at(fd: int, into: memoryview, offset: int, path: str) -> None:
-    """preadv all of ``into``; the kernel may give less at a time."""
-    while into:
+def _fill(fds: tuple[int, ...], window: _Window, view: memoryview) -> int:
+    """Read a window with the direct descriptor, the last; behind a short read, and where it is refused, with the first."""
+    path, number = window
+    fd, done = fds[-1], 0
+    while done < len(view):
+        if done % ALIGNMENT:
+            fd = fds[0]  # behind a short read, which the end of the file is as well
         try:
-            count = os.preadv(fd, [into], offset)
+            count = read_once(fd, view[done:], number * WINDOW_BYTES + done)
         except OSError as error:
-            raise access_error(error, path, "reading") from error
+            if error.errno not in DIRECT_REFUSED or fd == fds[0]:
+                raise access_error(error, path, "reading", reading=True) from error
+            fd = fds[0]  # the device wants other sizes
+            continue
         if not count:
-            raise _ended(path, offset)
-        into, offset = into[count:], offset + count
-
-
-def _ended(path: str, offset: int) -> TryAgainError:
-    return TryAgainError(
-        f"the file ended at byte {offset} while it was being read",
-        where=path,
-        mend="make sure that nothing writes the source, and run the same command again",
-    )
+            break
+        done += count
+    return done
 
 
 def drop_from_cache(path: Path) -> int:

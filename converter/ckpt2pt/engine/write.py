@@ -9,7 +9,7 @@ the page cache go on beside it (sources.py, blocks.py).  Why so: docs/adr/0003 a
 
 from __future__ import annotations
 
-import errno
+import logging
 import os
 import threading
 import time
@@ -20,13 +20,19 @@ from pathlib import Path
 
 from ckpt2pt.casts import find_cast
 from ckpt2pt.checksums import Piece, crc32, join
-from ckpt2pt.engine.blocks import Blocks, OutputFile, open_direct, write_at
+from ckpt2pt.engine.blocks import Blocks, OutputFile, open_direct
 from ckpt2pt.engine.sources import Sources, drop_from_cache
 from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError
 from ckpt2pt.framing import Layout, Payload
+from ckpt2pt.inputs import InputFile
+from ckpt2pt.meta import METADATA
 from ckpt2pt.plan.moves import Move, Sink
-from ckpt2pt.publish import access_error, partial_name, sync_folder
+from ckpt2pt.publish import partial_name, sync_folder
+from ckpt2pt.system.access import access_error
+from ckpt2pt.system.files import reserve, write_at
 from ckpt2pt.tensors import DTYPE_BYTES, Extent
+
+log = logging.getLogger("ckpt2pt")
 
 BLOCK_BYTES = 1 << 20
 WRITTEN_MODE = 0o644  # less the umask
@@ -178,7 +184,7 @@ def write_files(
     files are removed and no final name has changed.
     """
     with ExitStack() as stack:
-        outputs = {p.name: stack.enter_context(_output(folder, p)) for p in payloads}
+        outputs = {p.name: stack.enter_context(_output(folder, p, stop)) for p in payloads}
         digests = _carry(moves, outputs, stop, advance)
         for payload in payloads:
             _copy_template(outputs[payload.name], payload)
@@ -204,7 +210,7 @@ def _carry(
 
 
 @contextmanager
-def _output(folder: Path, payload: Payload) -> Generator[Output]:
+def _output(folder: Path, payload: Payload, stop: Stop) -> Generator[Output]:
     """A temporary file with its room reserved; removed unless it was published."""
     path = folder / payload.name
     layout = payload.lay_out()
@@ -214,7 +220,7 @@ def _output(folder: Path, payload: Payload) -> Generator[Output]:
         try:
             fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, WRITTEN_MODE)
             stack.callback(os.close, fd)
-            _reserve(fd, layout.nbytes)
+            reserve(fd, layout.nbytes, stop.check)
         except OSError as error:
             raise access_error(error, path, f"reserving {layout.nbytes} bytes") from error
         direct = open_direct(partial, os.O_WRONLY)
@@ -230,24 +236,11 @@ def _remove(partial: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _reserve(fd: int, nbytes: int) -> None:
-    """Take the room now, so that a full disk is met before the first byte."""
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        # Some network file systems cannot; there the disk may still fill in the middle.
-        if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
-            raise
-        os.ftruncate(fd, nbytes)
-
-
 def _copy_template(output: Output, payload: Payload) -> None:
     first = output.layout.storages - len(payload.copied)
     for number, extent in enumerate(payload.copied, first):
-        with Path(extent.path).open("rb") as file:
-            data = os.pread(file.fileno(), extent.nbytes, extent.offset)
-        if len(data) != extent.nbytes:
-            raise FormatError("the file is shorter than its index says", where=extent.path, mend="copy it again")
+        with InputFile(Path(extent.path), METADATA) as file:
+            data = file.read(extent.offset, extent.nbytes)
         write_at(output.file.fd, memoryview(data), output.layout.storage_offset(number), output.path)
         output.pieces[number].append((0, len(data), crc32(data, 0)))
 
@@ -257,10 +250,21 @@ def _finish(output: Output) -> None:
     try:
         output.crc = output.layout.finish(output.file.fd, crcs)
         if output.mode != WRITTEN_MODE:
-            os.fchmod(output.file.fd, output.mode)
+            _set_mode(output)
         os.fsync(output.file.fd)
     except OSError as error:
         raise access_error(error, output.path, "writing") from error
+
+
+def _set_mode(output: Output) -> None:
+    """Permissions are a courtesy: a file system that has none, or keeps its own, does not make the bytes wrong."""
+    try:
+        os.fchmod(output.file.fd, output.mode)
+    except OSError as error:
+        log.warning(
+            "%s: mode %04o cannot be set (%s): the file is complete, and keeps the mode that the file system gave it",
+            output.path, output.mode, error.strerror,
+        )  # fmt: skip
 
 
 def _publish(outputs: Iterable[Output]) -> tuple[Written, ...]:
@@ -282,7 +286,7 @@ def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
     try:
         nbytes = drop_from_cache(path)
     except OSError as error:
-        raise access_error(error, path, "reading back") from error
+        raise access_error(error, path, "reading back", reading=True) from error
     with Sources([Extent(str(path), 0, nbytes)]) as sources:
         for position in range(0, nbytes, BLOCK_BYTES):
             data = block[: nbytes - position]

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.publish import PARTIAL, STATE, TRACKER, access_error, read_record
+from ckpt2pt.publish import PARTIAL, STATE, TRACKER, read_record
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
+from ckpt2pt.system.access import access_error
 
 log = logging.getLogger("ckpt2pt")
 
@@ -31,7 +32,7 @@ def tracked(root: Path) -> int | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise access_error(error, root / TRACKER, "reading") from error
+        raise access_error(error, root / TRACKER, "reading", reading=True) from error
     return int(text) if re.fullmatch("[0-9]+", text) else None
 
 

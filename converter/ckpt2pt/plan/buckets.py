@@ -172,10 +172,10 @@ def expected_shape(name: str, sizes: Mapping[str, int | bool], tensor: int) -> t
         if module == "query_key_value":
             heads = int(sizes["num_attention_heads"])
             groups = int(sizes["num_query_groups"]) if sizes.get("group_query_attention") else heads
-            rows = int(sizes["kv_channels"]) * (heads + 2 * groups) // tensor
+            rows = _channels(sizes) * (heads + 2 * groups) // tensor
             return (rows, hidden) if leaf == "weight" else (rows,)
         if module == "dense":
-            return (hidden, int(sizes["kv_channels"]) * int(sizes["num_attention_heads"]) // tensor)[
+            return (hidden, _channels(sizes) * int(sizes["num_attention_heads"]) // tensor)[
                 : 2 if leaf == "weight" else 1
             ]
         if module == "dense_h_to_4h":
@@ -192,3 +192,8 @@ def expected_shape(name: str, sizes: Mapping[str, int | bool], tensor: int) -> t
     except KeyError:
         return None
     return None
+
+
+def _channels(sizes: Mapping[str, int | bool]) -> int:
+    """Size of a head; by default that of megatron/arguments.py."""
+    return int(sizes.get("kv_channels") or int(sizes["hidden_size"]) // int(sizes["num_attention_heads"]))

@@ -9,11 +9,12 @@ the data-parallel group.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ckpt2pt.errors import InputError
 from ckpt2pt.plan.buckets import Bucket, Buffer, Placement
+from ckpt2pt.tensors import TensorRef
 
 BUCKET_NUMEL = 40_000_000
 """Elements after which Megatron-LM 0.6 ends a bucket (``DistributedDataParallel.__init__``; there is no flag)."""
@@ -32,6 +33,16 @@ class Parameter:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+def weight_decay_groups(parameters: Iterable[Parameter | Placement | TensorRef]) -> tuple[bool, ...]:
+    """Whether the weights of each parameter group decay, in Megatron's order: that of the groups' first parameters.
+
+    Biases and vectors do not (core/optimizer/__init__.py, ``_get_param_groups``).  ``parameters`` are those of all
+    chunks of a rank in order of registration.
+    """
+    kinds = (not (one.name.endswith(".bias") or len(one.shape) == 1) for one in parameters)
+    return tuple(dict.fromkeys(kinds))
 
 
 def bucket_numel(*, overlap: bool, pp: int, chunk: int, size: int | None = None) -> int | None:

@@ -22,6 +22,7 @@ from ckpt2pt.pt.pickles import (
     Persistent,
     StoredTensor,
     Value,
+    is_namespace,
     namespace_attrs,
     ordered_dict,
     tensor,
@@ -43,7 +44,7 @@ class Template:
     def args(self) -> dict[str, Value]:
         """Megatron's training arguments."""
         found = self.tree.get("args")
-        return namespace_attrs(found) if isinstance(found, Call) else {}
+        return namespace_attrs(found) if is_namespace(found) else {}
 
     @property
     def global_batch_size(self) -> int | None:
@@ -95,7 +96,7 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
     if "iteration" not in tree:
         tree["iteration"] = plan.clock.iteration
         tree.update(model)
-    _set_time(tree, plan.clock, template.path, reference_samples=reference_samples)
+    _set_time(tree, plan.clock, reference_samples=reference_samples)
     missing = sorted(set(copied) - set(template.storages))
     if missing:
         raise FormatError(
@@ -183,11 +184,11 @@ def _model(chunk: ChunkPlan, storages: Sequence[Storage], numbers: Iterator[int]
     return root
 
 
-def _set_time(tree: dict[Value, Value], clock: Clock, where: str, *, reference_samples: bool) -> None:
+def _set_time(tree: dict[Value, Value], clock: Clock, *, reference_samples: bool) -> None:
     """Put the source's iteration and sample count where Megatron looks for them."""
     tree["iteration"] = clock.iteration
     args = tree.get("args")
-    if isinstance(args, Call):
+    if isinstance(args, Call) and is_namespace(args):
         known = namespace_attrs(args)
         changes: dict[str, Value] = {"iteration": clock.iteration} if "iteration" in known else {}
         if reference_samples:
@@ -198,24 +199,19 @@ def _set_time(tree: dict[Value, Value], clock: Clock, where: str, *, reference_s
     scheduler = tree.get("opt_param_scheduler")
     if isinstance(scheduler, dict) and "num_steps" in scheduler and clock.samples is not None:
         tree["opt_param_scheduler"] = scheduler | {"num_steps": clock.samples}
-    optimizer = tree.get("optimizer")
-    if optimizer is not None:
-        tree["optimizer"] = _map_groups(optimizer, clock.iteration, where)
+    if "optimizer" in tree:
+        tree["optimizer"] = _with_step(tree["optimizer"], clock.iteration)
 
 
-def _map_groups(optimizer: Value, iteration: int, where: str) -> Value:
-    """Set ``step`` in each parameter group of ``{'optimizer': {'param_groups': [...]}}``."""
-    try:
-        outer = cast("dict[str, dict[str, Value]]", optimizer)
-        groups = cast("list[dict[str, Value]]", outer["optimizer"]["param_groups"])
-        stepped = [group | {"step": iteration} for group in groups]
-        return cast("Value", outer | {"optimizer": outer["optimizer"] | {"param_groups": stepped}})
-    except (KeyError, TypeError, AttributeError):
-        raise FormatError(
-            "the optimizer entry is not {'optimizer': {'param_groups': [...]}}",
-            where=where,
-            mend="make pt_meta from a Megatron run with --use-distributed-optimizer",
-        ) from None
+def _with_step(optimizer: Value, iteration: int) -> Value:
+    """Set ``step`` in each group of ``{'optimizer': {'param_groups': [...]}}``; what has another form stays as it is."""
+    inner = optimizer.get("optimizer") if isinstance(optimizer, dict) else None
+    groups = inner.get("param_groups") if isinstance(inner, dict) else None
+    if not isinstance(optimizer, dict) or not isinstance(inner, dict) or not isinstance(groups, list):
+        return optimizer
+    stepped: list[Value] = [group | {"step": iteration} if isinstance(group, dict) else group for group in groups]
+    changed: dict[Value, Value] = {**inner, "param_groups": stepped}
+    return {**optimizer, "optimizer": changed}
 
 
 def _for_any_numpy(name: Global) -> Global:

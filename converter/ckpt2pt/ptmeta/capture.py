@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt2pt.errors import FormatError, InputError
@@ -11,10 +11,12 @@ from ckpt2pt.folders import iteration_folder
 from ckpt2pt.mapping.names import is_tied_head
 from ckpt2pt.meta import data_parallel_size
 from ckpt2pt.plan.buckets import Buffer
-from ckpt2pt.plan.layout import Parameter, bucket_numel, find_bucket_numel, lay_out
+from ckpt2pt.plan.layout import Parameter, bucket_numel, find_bucket_numel, lay_out, weight_decay_groups
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
+from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
 from ckpt2pt.ptmeta.files import RankFiles
-from ckpt2pt.ptmeta.proof import check_sizes, check_slices, check_views
+from ckpt2pt.ptmeta.missing import synthesize_entries
+from ckpt2pt.ptmeta.proof import check_copies, check_sizes, check_slices, check_views
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _MEND = "make pt_meta from a run of Megatron-LM 0.6 with --use-distributed-optimizer"
@@ -31,11 +33,17 @@ class Layout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Captured:
-    """All ranks of a checkpoint.  ``with_maps`` is False for a run without the distributed optimizer."""
+    """All ranks of a checkpoint.  ``with_maps`` is False for a run without the distributed optimizer.
+
+    ``unmet`` is what keeps Megatron-LM from resuming with each rank's metadata; ``made`` are the parts of
+    :data:`SYNTHESIZED` that the checkpoint did not hold.
+    """
 
     ranks: tuple[RankFiles, ...]
     evidence: tuple[str, ...]
     with_maps: bool
+    unmet: Mapping[tuple[int, int], tuple[Unmet, ...]]
+    made: tuple[str, ...]
 
 
 def capture(
@@ -44,17 +52,22 @@ def capture(
     target_data: int | None = None,
     bucket_size: int | None = None,
     compare: bool = True,
+    synthesize: Collection[str] = (),
     allow: tuple[str, ...] = (),
 ) -> Captured:
     """Compute every rank's metadata; ``checkpoint`` is a Megatron folder or one iteration of it.
 
     ``target_data`` is the data x context parallel size of the run to come (None: that of this one), ``bucket_size`` the
     elements of a bucket in a Megatron that was changed; ``compare`` reads every weight and compares it with its slice.
+    ``synthesize`` are the parts of :data:`SYNTHESIZED` to be made where the checkpoint does not hold them.
     """
     ranks: list[RankFiles] = []
     evidence: list[str] = []
+    broken: dict[tuple[int, int], tuple[Unmet, ...]] = {}
+    made: dict[str, None] = {}
     with_maps = True
-    for (tp, pp), folder in rank_folders(iteration_folder(checkpoint)).items():
+    folders = rank_folders(iteration_folder(checkpoint))
+    for (tp, pp), folder in folders.items():
         rank = read_rank(folder, allow=allow)
         with_maps = rank.template.args.get("use_distributed_optimizer") is True and with_maps
         at_most = None if compare else 0
@@ -64,8 +77,32 @@ def capture(
             evidence.append(f"tp {tp} pp {pp}: {layout.evidence}")
             if target_data not in (None, _divisor(rank)):
                 buffers = _laid_out(rank, pp, divisor=target_data, bucket_size=layout.bucket_numel)
-        ranks.append(rank_files(rank, tp, pp, buffers))
-    return Captured(ranks=tuple(ranks), evidence=tuple(evidence), with_maps=with_maps)
+        files = rank_files(rank, tp, pp, buffers)
+        found = unmet_of_rank(rank, folders, full=with_maps)
+        parts = {one.synthesize for one in found}.intersection(synthesize)
+        if parts:
+            flat = [parameter for chunk in range(len(rank.chunks)) for parameter in _parameters(rank, chunk)]
+            tree, storages = synthesize_entries(rank.template, parts, flat, tp=tp, pp=pp)
+            template = replace(rank.template, tree=rank.template.tree | tree)
+            files = replace(files, tree=template.tree, storages={**files.storages, **storages})
+            found = unmet_of_rank(replace(rank, template=template), folders, full=with_maps)
+            made |= dict.fromkeys(sorted(parts))
+        broken[tp, pp] = found
+        ranks.append(files)
+    return Captured(ranks=tuple(ranks), evidence=tuple(evidence), with_maps=with_maps, unmet=broken, made=tuple(made))
+
+
+def unmet_of_rank(rank: MegatronRank, ranks: Collection[tuple[int, int]], *, full: bool) -> tuple[Unmet, ...]:
+    """What keeps Megatron-LM from resuming with this rank's metadata; ``ranks`` are those of the whole checkpoint."""
+    flat = [parameter for chunk in range(len(rank.chunks)) for parameter in _parameters(rank, chunk)]
+    run = TargetRun(
+        num_layers=None,
+        tensor=1 + max(tp for tp, _ in ranks),
+        pipeline=1 + max(pp for _, pp in ranks),
+        virtual=len(rank.chunks),
+        groups=weight_decay_groups(flat),
+    )
+    return unmet(rank.template, run, full=full)
 
 
 def rank_files(rank: MegatronRank, tp: int, pp: int, buffers: tuple[tuple[Buffer, ...], ...]) -> RankFiles:
@@ -142,6 +179,15 @@ def _prove(rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, at_mo
             count += check_slices(buffer, buckets, weights, where=str(rank.folder), at_most=at_most)
     compared = f"{count} elements of distrib_optim.pt equal their weights"
     return [*notes, compared if count else "sizes equal those of distrib_optim.pt"]
+
+
+def prove_copies(rank: MegatronRank, *, at_most: int | None) -> str:
+    """Compare the float32 copies of a run without the distributed optimizer, rounded, with the weights."""
+    count = sum(
+        check_copies(copies, weights, where=str(rank.folder), at_most=at_most)
+        for copies, weights in zip(rank.copies or (), rank.chunks, strict=True)
+    )
+    return f"{count} elements of the optimizer's float32 copies equal their weights"
 
 
 def _fits(rank: MegatronRank, pp: int, divisor: int) -> bool:

@@ -19,8 +19,8 @@ from typing import Any, cast
 import yaml
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.inputs import refused
 from ckpt2pt.plan.gpt import Argument
+from ckpt2pt.system.access import access_error
 
 _MEND = "see docs/pt-meta.md: a YAML mapping of Megatron's arguments, or the script that starts the training"
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)\+?=(.*)", re.DOTALL)
@@ -104,7 +104,7 @@ def describe(path: Path) -> Description:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise refused(error, path, "--description") from error
+        raise access_error(error, path, "reading", option="--description") from error
     except UnicodeDecodeError as error:
         raise UsageError("the description is not text", where=path, mend=_MEND) from error
     if path.suffix in {".yaml", ".yml", ".json"}:

@@ -13,12 +13,15 @@ from pathlib import Path
 from ckpt2pt import __version__
 from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import FormatError, UsageError
+from ckpt2pt.inputs import InputFile
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.layout import param_map
 from ckpt2pt.pt.archive import finish, lay_out
 from ckpt2pt.pt.payload import tree_payload
 from ckpt2pt.pt.pickles import Value
-from ckpt2pt.publish import access_error, publish_bytes
+from ckpt2pt.publish import publish_bytes
+from ckpt2pt.system.access import access_error
+from ckpt2pt.system.files import write_all
 from ckpt2pt.tensors import Extent
 
 ORIGIN = "origin.json"
@@ -35,6 +38,7 @@ ARGS_KEYS = (
 
 _OURS = re.compile(r"param_map_buffer\d+_dp0tp\d+pp\d+vpp\d+\.json|args_tp\d+_pp\d+\.pt")
 _MAX_STORAGE_BYTES = 64 << 20
+_SOURCE = "--megatron-path"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +85,7 @@ def _archive(stem: str, tree: dict[str, Value], storages: Mapping[str, Extent | 
         fd = file.fileno()
         os.truncate(fd, layout.nbytes)
         for number, payload in enumerate(payloads):
-            os.pwrite(fd, payload, layout.storage_offset(number))
+            write_all(fd, memoryview(payload), layout.storage_offset(number))
         finish(fd, layout, [crc32(payload, 0) for payload in payloads])
         file.seek(0)
         return file.read()
@@ -94,14 +98,8 @@ def _content(storage: Extent | bytes) -> bytes:
         raise FormatError(
             f"a tensor of {storage.nbytes} bytes beside the weights", where=storage.path, mend="report this checkpoint"
         )
-    try:
-        with Path(storage.path).open("rb") as file:
-            data = os.pread(file.fileno(), storage.nbytes, storage.offset)
-    except OSError as error:
-        raise access_error(error, storage.path, "reading") from error
-    if len(data) != storage.nbytes:
-        raise FormatError("the file is shorter than its index says", where=storage.path, mend="copy it again")
-    return data
+    with InputFile(Path(storage.path), _SOURCE) as file:
+        return file.read(storage.offset, storage.nbytes)
 
 
 def origin(*, way: str, evidence: Sequence[str], assumed: Mapping[str, object]) -> bytes:
@@ -140,4 +138,4 @@ def _same(path: Path, content: bytes) -> bool:
     try:
         return path.stat().st_size == len(content) and path.read_bytes() == content
     except OSError as error:
-        raise access_error(error, path, "reading") from error
+        raise access_error(error, path, "reading", reading=True) from error

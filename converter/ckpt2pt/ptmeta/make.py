@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import UsageError
+from ckpt2pt.pt.resume import warning
 from ckpt2pt.ptmeta.capture import capture
 from ckpt2pt.ptmeta.describe import describe
 from ckpt2pt.ptmeta.files import ORIGIN, RankFiles, origin, publish, render
+from ckpt2pt.ptmeta.missing import SYNTHESIZED
 from ckpt2pt.ptmeta.synthesize import Wanted, synthesize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
-    """What was made; ``written`` is None while assumptions wait to be accepted."""
+    """What was made; ``written`` is None while assumptions wait to be accepted.
+
+    ``warnings`` come first in what a person reads; ``loadable`` is False where they say that Megatron-LM cannot resume.
+    """
 
     folder: Path
     way: str
@@ -25,6 +30,8 @@ class Made:
     evidence: tuple[str, ...]
     assumed: Mapping[str, object]
     written: tuple[str, ...] | None
+    warnings: tuple[str, ...] = ()
+    loadable: bool = True
 
     def document(self) -> dict[str, object]:
         """For ``--output json``."""
@@ -35,6 +42,8 @@ class Made:
             "ranks": self.ranks,
             "paramMaps": self.maps,
             "written": None if self.written is None else len(self.written),
+            "warnings": list(self.warnings),
+            "loadable": self.loadable,
             "evidence": list(self.evidence),
             "assumed": dict(self.assumed),
         }
@@ -42,7 +51,9 @@ class Made:
     def sentence(self) -> str:
         """For a person."""
         lines = [f"{self.folder}: {self.ranks} ranks, {self.maps} param maps, from a {self.way}"]
-        lines += [f"  proved   {fact}" for fact in self.evidence]
+        lines[:0] = [f"warning: {text}" for text in self.warnings]
+        label = "proved " if self.loadable else "layout "
+        lines += [f"  {label}  {fact}" for fact in self.evidence]
         for what, value in self.assumed.items():
             if isinstance(value, dict):
                 inner = cast("dict[str, object]", value)
@@ -72,18 +83,28 @@ def from_checkpoint(
     bucket_size: int | None,
     compare: bool,
     overwrite: bool,
+    synthesize: tuple[str, ...] = (),
     allow: tuple[str, ...] = (),
 ) -> Made:
     """Make ``folder`` from a checkpoint that Megatron wrote."""
-    found = capture(checkpoint, target_data=target_data, bucket_size=bucket_size, compare=compare, allow=allow)
-    assumed: dict[str, object] = {}
+    found = capture(
+        checkpoint,
+        target_data=target_data,
+        bucket_size=bucket_size,
+        compare=compare,
+        synthesize=synthesize,
+        allow=allow,
+    )
+    assumed: dict[str, object] = dict(SYNTHESIZED[part] for part in found.made)
     if not found.with_maps:
         assumed["optimizer"] = "the run had no --use-distributed-optimizer: good for parameters only"
     if target_data:
         assumed["data x context parallel size"] = (
             f"{target_data}, give --target-dp-size {target_data} to convert as well"
         )
-    return _made(folder, "checkpoint", found.ranks, found.evidence, assumed, found.with_maps, overwrite=overwrite)
+    made = _made(folder, "checkpoint", found.ranks, found.evidence, assumed, found.with_maps, overwrite=overwrite)
+    problems = warning(found.unmet, full=found.with_maps, command="run the same command again with --overwrite")
+    return replace(made, warnings=problems, loadable=not problems)
 
 
 def from_description(path: Path, folder: Path, wanted: Wanted, *, accepted: bool, overwrite: bool) -> Made:

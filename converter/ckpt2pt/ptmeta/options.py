@@ -41,6 +41,13 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
         default="full",
         help="full: compare every weight with its slice of distrib_optim.pt; sizes: only the sizes of buckets",
     )
+    first.add_argument(
+        "--synthesize",
+        nargs="+",
+        choices=("optimizer", "scheduler", "rng"),
+        default=[],
+        help="make these from the checkpoint's arguments where it was saved without them (--no-save-optim, --no-save-rng)",
+    )
     second = parser.add_argument_group("from a description and the MindSpore checkpoint")
     second.add_argument(
         "--description", type=path, help="Megatron's arguments: a YAML mapping, or the script that starts the training"
@@ -89,6 +96,7 @@ def make_pt_meta(options: argparse.Namespace) -> Made:
             bucket_size=options.bucket_size,
             compare=options.compare == "full",
             overwrite=options.overwrite,
+            synthesize=tuple(options.synthesize),
             allow=rules.pickle_globals,
         )
     if options.ms_path is None:

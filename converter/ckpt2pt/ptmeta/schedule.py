@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 from ckpt2pt.errors import UsageError
 from ckpt2pt.plan.gpt import Argument
-from ckpt2pt.plan.layout import Parameter
+from ckpt2pt.plan.layout import Parameter, weight_decay_groups
 from ckpt2pt.pt.pickles import Value
 from ckpt2pt.ptmeta.arguments import floating, integer
 
@@ -81,11 +81,10 @@ def param_groups(
     args: Mapping[str, Argument], state: Mapping[str, Value], parameters: Iterable[Parameter], *, step: int
 ) -> list[Value]:
     """The groups in order of their first parameter: biases and vectors have no weight decay."""
-    kinds = dict.fromkeys(parameter.name.endswith(".bias") or len(parameter.shape) == 1 for parameter in parameters)
     lr, decay = learning_rate(args, state), weight_decay(state)
     return [
         {
-            "wd_mult": 0.0 if bare else 1.0,
+            "wd_mult": 1.0 if decays else 0.0,
             "lr_mult": 1.0,
             "is_expert_parallel": False,
             "is_decoupled_lr": False,
@@ -95,10 +94,10 @@ def param_groups(
             "bias_correction": True,
             "betas": (floating(args, "adam_beta1"), floating(args, "adam_beta2")),
             "eps": floating(args, "adam_eps"),
-            "weight_decay": 0.0 if bare else decay,
+            "weight_decay": decay if decays else 0.0,
             "step": step,
         }
-        for bare in kinds
+        for decays in weight_decay_groups(parameters)
     ]
 
 

@@ -23,8 +23,9 @@ from ckpt2pt.mapping.names import SHARD, NameTable
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
 from ckpt2pt.plan.stage import spans
 from ckpt2pt.pt.archive import Archive
-from ckpt2pt.publish import PARTIAL, STATE, TRACKER, access_error, read_record, read_tracker
+from ckpt2pt.publish import PARTIAL, STATE, TRACKER, read_record, read_tracker
 from ckpt2pt.records import Json
+from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import render as render
 from ckpt2pt.text import short
@@ -276,7 +277,7 @@ def _folder(path: Path, *, details: bool) -> Json:
     try:
         names = sorted(entry.name for entry in path.iterdir())
     except OSError as error:
-        raise access_error(error, path, "listing") from error
+        raise access_error(error, path, "listing", option="PATH") from error
     if any(_ARGS.fullmatch(name) or _MAP.fullmatch(name) for name in names):
         return _metadata(path, names, details=details)
     if TRACKER in names or any(re.fullmatch(r"iter_\d{7}|release", name) for name in names):

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
+from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import Target, free_bytes
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Prepared, Survey
+from ckpt2pt.survey import Prepared, Survey, unmet_of
 from ckpt2pt.text import size, table
 
 WORKER_BYTES = 48 << 20
@@ -49,6 +50,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
         "iteration": chosen.clock.iteration,
         "because": chosen.clock.because,
         "doubts": list(chosen.clock.doubts),
+        "warnings": list(warning({rank: unmet_of(request, rank) for rank in ranks}, full=request.full)),
         "consumedSamples": chosen.clock.samples,
         "identity": chosen.identity,
         "target": str(target.folder),
@@ -97,6 +99,7 @@ def render(document: Json) -> str:
     """The plan as text."""
     options = _mapping(document["options"])
     lines = [
+        *(f"warning: {text}" for text in _list(document["warnings"])),
         f"iteration  {document['iteration']} (from {document['because']}), {document['consumedSamples']} samples consumed",
         *(f"  DOUBT: {doubt}" for doubt in _list(document["doubts"])),
         f"target     {document['target']}",

@@ -20,7 +20,10 @@ import numpy.typing as npt
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError
 from ckpt2pt.mapping.names import HAS_EXTRA_STATE
 from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.meta import read_template
+from ckpt2pt.plan.layout import weight_decay_groups
 from ckpt2pt.pt.archive import Archive
+from ckpt2pt.pt.resume import TargetRun, unmet
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey
 from ckpt2pt.tensors import TensorRef
@@ -165,6 +168,7 @@ class Examination:
             rest = {path: leaf for path, leaf in model.items() if not is_model(path)}
             wanted = others(template, self.chosen, reference_samples=self.request.reference_samples)
             self._check_leaves(MODEL_FILE, wanted, rest)
+            self._check_loadable(expected)
         numbers = {chunk.key: number for number, chunk in enumerate(c for c in expected.chunks if c.buckets)}
         if optim:
             self._check_optim_keys(optim, expected)
@@ -206,6 +210,22 @@ class Examination:
         except InputError as error:
             self._differ(name, "file", _first_line(error))
         return leaves
+
+    def _check_loadable(self, expected: Expected) -> None:
+        """Whether Megatron-LM can resume from the result, or load its weights where it holds no more."""
+        path = self.folder / self.directory / MODEL_FILE
+        template, topology = read_template(path, allow=self.request.rules.pickle_globals), self.request.topology
+        weights = [weight.sources["param"]._replace(name=weight.name)
+                   for chunk in expected.chunks for weight in chunk.weights if "param" in weight.sources]  # fmt: skip
+        run = TargetRun(
+            num_layers=topology.num_layers,
+            tensor=topology.tensor,
+            pipeline=topology.pipeline,
+            virtual=topology.virtual,
+            groups=weight_decay_groups(weights) if self.request.full else None,
+        )
+        for rule in unmet(template, run, full=self.request.full):
+            self._differ(MODEL_FILE, rule.key, f"{rule.problem}: Megatron-LM 0.6 cannot load it")
 
     # ------------------------------------------------------------------------------------------------------------ keys
 

@@ -298,7 +298,9 @@ def others(template: Leaves, chosen: Survey, *, reference_samples: bool) -> Leav
     found["/iteration"] = iteration
     if "/args/iteration" in found:
         found["/args/iteration"] = iteration
-    if reference_samples:
+    if "/args" not in found:
+        pass
+    elif reference_samples:
         found["/args/consumed_train_samples"] = 0
     elif samples is not None:
         found["/args/consumed_train_samples"] = samples

@@ -9,19 +9,16 @@ The second readings (verify, compare, show) stand on this and not on the engine'
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self, TypeAlias, cast
+from typing import Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.errors import FileAccessError, FormatError
+from ckpt2pt.errors import FormatError
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.pickles import (
     MISSING,
@@ -31,18 +28,20 @@ from ckpt2pt.pt.pickles import (
     StoredTensor,
     as_storage,
     as_tensor,
+    enum_member,
     is_namespace,
     namespace_attrs,
     read_pickle,
 )
-from ckpt2pt.publish import access_error
+from ckpt2pt.system.access import access_error
+from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 BLOCK_BYTES = 512 << 10
-MAX_LEAVES = 4_000_000
-"""More than any checkpoint has; containers of a pickle may be shared, so a small file can describe a huge tree."""
+MAX_NAMES_NBYTES = 64 << 20
+"""Bytes that the paths of leaves may take beyond ten times the pickle's: names may be long, and stand in each path below."""
+_LEAF_NBYTES = 150
 _MAX_SPAN_BYTES = 8 << 20
-_MAX_OPEN = 16
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
 Scalar: TypeAlias = bool | int | float | str | bytes | None
@@ -53,44 +52,12 @@ def width(dtype: str) -> int:
     return DTYPE_BYTES.get(dtype) or {"complex128": 16, "str": 4}.get(dtype, 1)
 
 
-class Files:
+class Files(OpenFiles):
     """Files open for reading, a few at a time; closed together."""
 
-    def __init__(self) -> None:
-        self._fds: dict[str, int] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with ExitStack() as stack:
-            for fd in self._fds.values():
-                stack.callback(os.close, fd)
-
     def read(self, path: str, offset: int, out: memoryview) -> None:
-        """Fill ``out`` from byte ``offset`` on; a read may give less than is there."""
-        try:
-            fd = self._fd(path)
-            while out:
-                count = os.preadv(fd, [out], offset)
-                if not count:
-                    raise FileAccessError(
-                        f"the file ends at byte {offset}, its own index promises more",
-                        where=path,
-                        mend="make sure that nothing writes the file, and copy it again if it is a copy",
-                    )
-                out, offset = out[count:], offset + count
-        except OSError as error:
-            raise access_error(error, path, "reading") from error
-
-    def _fd(self, path: str) -> int:
-        if path not in self._fds:
-            if len(self._fds) >= _MAX_OPEN:
-                os.close(self._fds.pop(next(iter(self._fds))))
-            self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._fds[path]
+        """Fill ``out`` from byte ``offset`` on."""
+        read_at(self.get(path)[0], out, offset, path)
 
 
 class Elements(Protocol):
@@ -229,14 +196,15 @@ def open_pt(path: Path, *, allow: Collection[str] = ()) -> Leaves:
             return _view(whole, storages, path)
         return value
 
-    return flatten(read_pickle(archive.pickle, where=str(path), allow=allow), translate, where=str(path))
+    tree = read_pickle(archive.pickle, where=str(path), allow=allow)
+    return flatten(tree, translate, where=str(path), nbytes=len(archive.pickle))
 
 
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError as error:
-        raise access_error(error, path, "examining") from error
+        raise access_error(error, path, "examining", reading=True) from error
 
 
 def _view(found: StoredTensor, storages: Mapping[str, Extent], path: Path) -> TensorLeaf:
@@ -255,17 +223,21 @@ def _view(found: StoredTensor, storages: Mapping[str, Extent], path: Path) -> Te
     return TensorLeaf(found.dtype, found.shape, Stored(size, (part,)), (part,))
 
 
-def flatten(tree: object, translate: Callable[[object], object], *, where: str) -> Leaves:
+def flatten(tree: object, translate: Callable[[object], object], *, where: str, nbytes: int) -> Leaves:
     """Path -> leaf, depth first.  ``translate`` makes nodes of ours from a reader's own, and tensors leaves.
 
     Each container leaves a :class:`Symbol` at its own path, so that an empty one is seen too.  What an object has
-    besides its items is below ``@state``, ``@args`` and ``@items``.
+    besides its items is below ``@state``, ``@args`` and ``@items``.  ``nbytes`` is the size of the pickle.
     """
     found: Leaves = {}
 
+    left = MAX_NAMES_NBYTES + 10 * nbytes
+
     def walk(path: str, value: object) -> None:
-        if len(found) > MAX_LEAVES:
-            raise FormatError(f"more than {MAX_LEAVES} leaves", where=where, mend="save the file again without them")
+        nonlocal left
+        left -= len(path) + _LEAF_NBYTES
+        if left < 0:
+            raise FormatError("more leaves than a file of its size can need", where=where, mend="save the file again")
         value = translate(value)
         if isinstance(value, TensorLeaf | bool | int | float | str | bytes) or value is None:
             found[path or "/"] = value
@@ -281,16 +253,7 @@ def flatten(tree: object, translate: Callable[[object], object], *, where: str) 
 
 def _children(value: object) -> tuple[str, Sequence[tuple[str, object]]]:
     if isinstance(value, Call):
-        if is_namespace(value):
-            return str(value.func), list(namespace_attrs(value).items())
-        children: list[tuple[str, object]] = [(key_text(key), item) for key, item in value.pairs]
-        if value.args:
-            children.append(("@args", list(value.args)))
-        if value.items:
-            children.append(("@items", list(value.items)))
-        if value.state is not MISSING:
-            children.append(("@state", value.state))
-        return str(value.func), children
+        return _parts(value)
     if isinstance(value, Global):
         return str(value), ()
     if isinstance(value, Persistent):
@@ -302,6 +265,21 @@ def _children(value: object) -> tuple[str, Sequence[tuple[str, object]]]:
         raise TypeError(f"{type(value).__name__} is no node of a tree")
     items = _as_list(cast("object", value))
     return ("tuple" if isinstance(value, tuple) else "list"), [(str(number), item) for number, item in enumerate(items)]
+
+
+def _parts(value: Call) -> tuple[str, Sequence[tuple[str, object]]]:
+    if member := enum_member(value):
+        return member, ()
+    if is_namespace(value):
+        return str(value.func), list(namespace_attrs(value).items())
+    children: list[tuple[str, object]] = [(key_text(key), item) for key, item in value.pairs]
+    if value.args:
+        children.append(("@args", list(value.args)))
+    if value.items:
+        children.append(("@items", list(value.items)))
+    if value.state is not MISSING:
+        children.append(("@state", value.state))
+    return str(value.func), children
 
 
 def _as_list(value: object) -> list[object]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, cast
 
-import yaml
-
-from ckpt2pt.conversion.spec import API_VERSION, KIND, MAX_NAME, Json
+from ckpt2pt.conversion import spec
+from ckpt2pt.conversion.loading import load
+from ckpt2pt.conversion.names import HINTS, MAX_NAME, NAME, is_name
+from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
 from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.rules.views import child, items, text, time
 
@@ -25,6 +26,8 @@ TEMPLATE_KEY = "conversion.yaml"
 
 State = Literal["Running", "Succeeded", "Failed"]
 _MAX_PATH = 8
+_MAX_TEMPLATE = 64 << 10
+"""Bytes; a CheckpointConversion has two or three KiB, and reading YAML holds up everything else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,29 +139,45 @@ def workload(raw: Json, kind: Kind) -> Workload:
         uid=text(meta, "uid"),
         state=state,
         message=": ".join(filter(None, said)),
-        template=text(child(meta, "annotations"), CONVERT_ANNOTATION, 253),
+        template=text(child(meta, "annotations"), CONVERT_ANNOTATION, MAX_NAME + 1),
         ended=(time(end, "lastTransitionTime") or time(child(raw, "status"), "completionTime")) if end else None,
     )
+
+
+def template_of(training: Workload) -> str:
+    """The ConfigMap that an annotated training names; UsageError where that is no name."""
+    if not is_name(training.template):
+        where = f"{training.kind} {training.namespace}/{training.name}: annotation {CONVERT_ANNOTATION}"
+        raise UsageError("it is not the name of a ConfigMap", where=where, mend=HINTS[NAME])
+    return training.template
 
 
 def conversion_for(training: Workload, data: Mapping[str, object]) -> Json:
     """The conversion that the ConfigMap of an annotated training describes; UsageError where it describes none.
 
     ``${namespace}``, ``${name}`` and ``${uid}`` of the training are filled in.  Its name ends in part of the uid, so
-    the same run makes it once however often it is tried.
+    the same run makes it once however often it is tried.  No error quotes the ConfigMap: who reads events of the
+    namespace may not be allowed to read that.
     """
     where = f"ConfigMap {training.namespace}/{training.template}"
     found = data.get(TEMPLATE_KEY)
     if not isinstance(found, str):
         raise UsageError(f"it has no key {TEMPLATE_KEY}", where=where, mend="put the CheckpointConversion there")
+    if len(found) > _MAX_TEMPLATE:
+        what = f"{TEMPLATE_KEY} has more than {_MAX_TEMPLATE >> 10} KiB"
+        raise UsageError(what, where=where, mend="put one CheckpointConversion there, and nothing else")
     fields = {"namespace": training.namespace, "name": training.name, "uid": training.uid}
     try:
-        document: object = yaml.safe_load(string.Template(found).substitute(fields))
+        document = load(string.Template(found).substitute(fields), where)
     except KeyError as error:
         mend = "use ${namespace}, ${name} and ${uid}, and $$ for a dollar sign"
-        raise UsageError(f"it names ${{{error.args[0]}}}, which is not known here", where=where, mend=mend) from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{TEMPLATE_KEY} cannot be read: {error}", where=where, mend="correct it") from error
+        raise UsageError("it asks for a ${...} that is not known here", where=where, mend=mend) from error
+    except ValueError as error:  # of string.Template: a line and a column
+        raise UsageError(
+            f"{TEMPLATE_KEY} cannot be read: {error}", where=where, mend="write $$ for a dollar sign"
+        ) from error
+    except UsageError as error:
+        raise UsageError(f"{TEMPLATE_KEY} cannot be read{_place(error)}", where=where, mend="correct it") from error
     if not isinstance(document, dict) or cast("Json", document).get("kind", KIND) != KIND:
         raise UsageError(f"{TEMPLATE_KEY} is no {KIND}", where=where, mend="see examples/conversion.yaml")
     template = cast("Json", document)
@@ -177,7 +196,16 @@ def conversion_for(training: Workload, data: Mapping[str, object]) -> Json:
     }
 
 
+def _place(error: UsageError) -> str:
+    mark = getattr(error.__cause__, "problem_mark", None)
+    return (
+        f": line {mark.line + 1}, column {mark.column + 1}"
+        if mark is not None
+        else ": it is not one document of texts, numbers, lists and mappings"
+    )
+
+
 def _name(base: str, uid: str) -> str:
     tail = re.sub("[^a-z0-9]", "", uid.lower())[:8]
-    head = re.sub("[^a-z0-9-]+", "-", base.lower())[: MAX_NAME - len(tail) - 1].strip("-")
+    head = re.sub("[^a-z0-9-]+", "-", base.lower())[: spec.MAX_NAME - len(tail) - 1].strip("-")
     return f"{head}-{tail}" if head else tail

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from ckpt2pt.conversion.job import ATTEMPT_LABEL, CONTAINER, MANAGER, STAGES_ANNOTATION, UID_LABEL
+from ckpt2pt.conversion.job import CONTAINER, MANAGER, STAGES_ANNOTATION, UID_LABEL
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import MAX_MESSAGE
 
@@ -26,6 +26,7 @@ _MOST_BYTES = 1 << 50
 """Of one stage: the sum of 1024 of them fits into 64 bits."""
 _MOST_TRIES = (1 << 31) - 1
 _MOST_INDEXES = 100_000
+_MAX_DIGITS = 18
 _NOTHING: Json = {}
 
 
@@ -91,9 +92,14 @@ def indexes(intervals: str) -> frozenset[int]:
     found: set[int] = set()
     for part in filter(None, intervals.split(",")):
         first, _, last = part.partition("-")
-        if first.isdecimal() and (last or first).isdecimal():
+        if _is_index(first) and _is_index(last or first):
             found.update(range(int(first), min(int(last or first), _MOST_INDEXES) + 1))
     return frozenset(found)
+
+
+def _is_index(word: str) -> bool:
+    """Short enough for ``int``, which refuses thousands of digits."""
+    return word.isdecimal() and len(word) <= _MAX_DIGITS
 
 
 def condition(conditions: list[Json], kind: str) -> Json:
@@ -161,7 +167,10 @@ def _preview_of(plan: Json) -> Preview:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pod:
-    """One worker: ``index`` is its completion index, ``failures`` how often that index failed before it."""
+    """One worker: ``index`` is its completion index, ``failures`` how often that index failed before it.
+
+    ``owner`` is the conversion that its label names; ``job`` and ``job_uid`` are the Job that controls it, if one does.
+    """
 
     name: str
     namespace: str
@@ -204,6 +213,10 @@ def pod_view(raw: Json) -> Pod:
     """A pod as an API server gives it."""
     meta, spec, status = child(raw, "metadata"), child(raw, "spec"), child(raw, "status")
     labels, annotations = child(meta, "labels"), child(meta, "annotations")
+    controller = _controller(meta)
+    controller = (
+        controller if (controller.get("apiVersion"), controller.get("kind")) == ("batch/v1", "Job") else _NOTHING
+    )
     conditions = items(status, "conditions")
     container = next((item for item in items(status, "containerStatuses") if item.get("name") == CONTAINER), _NOTHING)
     state = child(container, "state")
@@ -211,16 +224,15 @@ def pod_view(raw: Json) -> Pod:
     waiting, scheduled, disruption = (
         child(state, "waiting"), condition(conditions, "PodScheduled"), condition(conditions, "DisruptionTarget"),
     )  # fmt: skip
-    index = labels.get(_INDEX, annotations.get(_INDEX))
     return Pod(
         name=text(meta, "name"),
         namespace=text(meta, "namespace"),
         uid=text(meta, "uid"),
         version=text(meta, "resourceVersion"),
-        job=text(labels, "batch.kubernetes.io/job-name") or text(labels, "job-name"),
-        job_uid=text(labels, "batch.kubernetes.io/controller-uid") or text(labels, "controller-uid"),
+        job=text(controller, "name"),
+        job_uid=text(controller, "uid"),
         owner=text(labels, UID_LABEL),
-        index=int(index) if isinstance(index, str) and index.isdecimal() else 0,
+        index=number(labels if _INDEX in labels else annotations, _INDEX),
         phase=text(status, "phase"),
         reason=word(status, "reason"),
         message=text(status, "message"),
@@ -279,19 +291,18 @@ class Job:
 def job_view(raw: Json) -> Job:
     """A Job as an API server gives it."""
     meta, spec, status = child(raw, "metadata"), child(raw, "spec"), child(raw, "status")
-    labels = child(meta, "labels")
+    labels, name = child(meta, "labels"), text(meta, "name")
     conditions = [item for item in items(status, "conditions") if item.get("status") == "True"]
     end = condition(conditions, "Complete") or condition(conditions, "Failed")
-    owner = next((item for item in items(meta, "ownerReferences") if item.get("controller")), _NOTHING)
     stages = text(child(meta, "annotations"), STAGES_ANNOTATION, 8192)
     return Job(
-        name=text(meta, "name"),
+        name=name,
         namespace=text(meta, "namespace"),
         uid=text(meta, "uid"),
         version=text(meta, "resourceVersion"),
-        owner=text(owner, "uid"),
-        attempt=number(labels, ATTEMPT_LABEL, 1),
-        stages=tuple(int(stage) for stage in stages.split(",") if stage.isdecimal()) if stages else None,
+        owner=text(_controller(meta), "uid"),
+        attempt=number({"number": name.rpartition("-")[2]}, "number", 1),  # as job_name made it; a label is anybody's
+        stages=tuple(int(stage) for stage in stages.split(",") if _is_index(stage)) if stages else None,
         created=time(meta, "creationTimestamp"),
         deleted="deletionTimestamp" in meta,
         started=time(status, "startTime"),
@@ -311,6 +322,21 @@ def job_view(raw: Json) -> Job:
         ttl=number(spec, "ttlSecondsAfterFinished") if "ttlSecondsAfterFinished" in spec else None,
         per_index="backoffLimitPerIndex" in spec,
     )
+
+
+def is_of(thing: Job | Pod, namespace: str, name: str) -> bool:
+    """Whether a Job, or the Job of a pod, can be one that was made for that conversion: a label can be written by anybody.
+
+    A pod that names a Job that is not there, or is another one, is deleted by the garbage collector; one that names a Job
+    that is there is counted by the Job controller itself.
+    """
+    job = thing.job if isinstance(thing, Pod) else thing.name
+    return thing.namespace == namespace and job.rpartition("-")[0] == name
+
+
+def _controller(meta: Json) -> Json:
+    """The owner that manages an object; an empty object where there is none."""
+    return next((item for item in items(meta, "ownerReferences") if item.get("controller") is True), _NOTHING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

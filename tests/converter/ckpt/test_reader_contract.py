@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.ckpt import index_ckpt, index_file, index_safetensors, read_scalar
-from ckpt2pt.errors import FileAccessError, FormatError, InputError, MissingInputError
+from ckpt2pt.errors import FormatError, InputError, MissingInputError, PermissionDeniedError
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 from ckptfiles import MINDSPORE, Tensor, chunk, ckpt, safe, safe_entry, safe_file, some_tensors, varint
 from goldens import golden_root
@@ -233,7 +233,7 @@ def test_a_file_of_another_user_names_owner_mode_and_us(reader: Reader, door: st
     path.chmod(0o400 if os.getuid() == 0 else 0)
     owner = path.stat().st_uid
     become_a_stranger()
-    with pytest.raises(FileAccessError) as caught:
+    with pytest.raises(PermissionDeniedError) as caught:
         (reader.index if door == "reader" else index_file)(path)
     assert f"belongs to uid {owner}," in caught.value.what
     assert f"mode {path.stat().st_mode & 0o777:04o}" in caught.value.what
@@ -248,7 +248,7 @@ def test_a_closed_folder_above_the_file_is_named(stranger: Path) -> None:
     (closed / "deep" / "x.ckpt").write_bytes(ckpt(some_tensors()))
     closed.chmod(0o600 if os.getuid() else 0o700)
     become_a_stranger()
-    with pytest.raises(FileAccessError, match="the folder rank_0 belongs to") as caught:
+    with pytest.raises(PermissionDeniedError, match="the folder rank_0 belongs to") as caught:
         index_file(closed / "deep" / "x.ckpt")
     assert f"chmod a+rx {closed}`" in caught.value.mend
     os.seteuid(os.getuid())

@@ -14,7 +14,7 @@ from ckpt2pt.cli import main
 from ckpt2pt.cluster import commands
 from ckpt2pt.cluster.api import Connection
 from ckpt2pt.conversion.template import name_for
-from ckpt2pt.programs import kubectl
+from ckpt2pt.programs.kubectl import kubectl
 from ckptfiles import Tensor, ckpt
 from documents import changed, write
 

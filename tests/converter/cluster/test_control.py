@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,11 +68,21 @@ def test_one_worker_that_does_all_stages_has_the_log_of_each(spec: dict[str, Any
             return 200, path
         items = {"jobs": [job(1)], "pods": [pod("a", 1, 0, "01")]}
         kind = path.partition("?")[0].rpartition("/")[2]
-        return 200, {"items": items[kind]} if kind in items else {"spec": spec}
+        return 200, {"items": items[kind]} if kind in items else {"metadata": {"uid": UID}, "spec": spec}
 
     server = Server(answer)
     with server.running(), nullcontext() if name else pytest.raises(MissingInputError):
         assert f"/pods/{name}/log" in log_of_stage(api_of(server), THERE, 3)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../other/checkpointconversions/a", "a/status", "a%2Fstatus"])
+def test_a_name_that_could_become_another_path_is_refused_before_anything_is_asked(name: str) -> None:
+    server = in_phase("Failed")
+    with server.running():
+        for there in (replace(THERE, name=name), replace(THERE, namespace=name or "..")):
+            with pytest.raises(UsageError, match="is not the name of an object"):
+                retry(api_of(server), there)
+    assert server.asked == []
 
 
 def test_one_that_is_not_there() -> None:
@@ -80,29 +91,42 @@ def test_one_that_is_not_there() -> None:
         retry(api_of(server), THERE)
 
 
-def job(attempt: int, stages: str = "") -> dict[str, Any]:
+UID = "uid-of-demo"
+
+
+def owned(uid: str) -> list[dict[str, Any]]:
+    return [{"uid": "of-somebody"}, {"uid": uid, "controller": True}]
+
+
+def job(attempt: int, stages: str = "", owner: str = UID) -> dict[str, Any]:
     annotations = {"ckpt2pt.dev/stages": stages} if stages else {}
-    return {"metadata": {"labels": {"ckpt2pt.dev/attempt": str(attempt)}, "annotations": annotations}}
+    return {"metadata": {"uid": f"j{attempt}", "ownerReferences": owned(owner), "annotations": annotations}}
 
 
-def pod(name: str, attempt: int, index: int, when: str) -> dict[str, Any]:
+def pod(name: str, attempt: int, index: int, when: str, job: str = "") -> dict[str, Any]:
     labels = {"ckpt2pt.dev/attempt": str(attempt), "batch.kubernetes.io/job-completion-index": str(index)}
-    return {"metadata": {"name": name, "labels": labels, "creationTimestamp": f"2026-01-01T00:00:{when}Z"}}
+    meta = {"name": name, "labels": labels, "creationTimestamp": f"2026-01-01T00:00:{when}Z"}
+    return {"metadata": {**meta, "ownerReferences": owned(job or f"j{attempt}")}}
 
 
-JOBS = [job(1), job(2, "1,3")]
-PODS = [pod("a", 1, 3, "01"), pod("b", 1, 3, "05"), pod("c", 2, 1, "09"), pod("d", 2, 0, "08"), pod("e", 1, 0, "01")]
+JOBS = [job(1), job(2, "1,3"), job(9, owner="of-another")]
+PODS = [
+    pod("a", 1, 3, "01"), pod("b", 1, 3, "05"), pod("c", 2, 1, "09"), pod("d", 2, 0, "08"), pod("e", 1, 0, "01"),
+    pod("forged", 1, 3, "59", job="j9"), pod("forged", 1, 0, "59", job="nowhere"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("stage", "name"), [(3, "c"), (1, "d"), (0, "e"), (2, None)])
 def test_the_newest_pod_of_a_stage(stage: int, name: str | None) -> None:
-    assert newest_pod(JOBS, PODS, stage) == name
+    assert newest_pod(UID, JOBS, PODS, stage) == name
 
 
 def test_the_log_of_a_stage() -> None:
     def answer(_: str, path: str, body: object) -> Answer:
         if path.startswith("/apis/batch"):
             return 200, {"items": JOBS}
+        if path.endswith("/demo"):
+            return 200, {"metadata": {"uid": UID}}
         return (
             (200, "line 1\nline 2\n") if re.search(r"/pods/c/log\?container=convert$", path) else (200, {"items": PODS})
         )

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from ckpt2pt.conversion.document import MAX_BYTES, crd_path, fields_of, read, validate
+from ckpt2pt.conversion.document import crd_path, fields_of, read, validate
+from ckpt2pt.conversion.loading import MAX_BYTES
 from ckpt2pt.errors import Ckpt2ptError, MissingInputError, UsageError
 from documents import ABSENT, CRD_PATH, EXAMPLE_PATH, changed, minimal, write
 
@@ -71,6 +72,12 @@ VIOLATIONS = {
     "too-large": ("spec.parallelism", {"pipeline": 9999}, "is 9999", "write at most 1024"),
     "no-such-choice": ("spec.verify", "Twice", "is 'Twice'", "write None or Digest or Full"),
     "no-quantity": ("spec.workers.resources", {"limits": {"memory": "lots"}}, "is 'lots'", "as 2, 500m or 1Gi"),
+    "no-name": (
+        "spec.source.volume.persistentVolumeClaim.claimName",
+        "../x",
+        "is '../x'",
+        "write the name of an object",
+    ),
     "empty": ("spec.metadata.path", "", "is ''", "do not leave it empty"),
     "twice": ("spec.model.noopLayers", [1, 1], "is a list of 2", "list each value once"),
     "in-a-list": ("spec.model.noopLayers", [1, -1], "is -1", "write at least 0"),

@@ -16,7 +16,7 @@ from ckpt2pt.conversion.spec import ROLES, Conversion, convert_args, parse
 from ckpt2pt.errors import UsageError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.options import request_of, stages_of
-from documents import ABSENT, EXAMPLE_PATH, changed, claim, minimal
+from documents import ABSENT, EXAMPLE_PATH, HOSTILE_NAMES, NAMED_FIELDS, changed, claim, minimal
 
 MOUNTS = {role: f"/volumes/{role}" for role in ROLES}
 
@@ -93,6 +93,31 @@ def test_refused(changes: list[tuple[str, object]], field: str, advice: str) -> 
         parse(changed(*changes))
     assert field in refused.value.where + refused.value.what
     assert advice in refused.value.mend + refused.value.what
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+@pytest.mark.parametrize("field", NAMED_FIELDS)
+def test_a_name_that_no_object_can_have_is_refused(field: str, name: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse(changed(NAMED_FIELDS[field](name)))
+    assert field in refused.value.where
+    assert "write the name of an object" in refused.value.mend
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (("spec.startAfter", AFTER | {"apiVersion": "../v1"}), "spec.startAfter.apiVersion"),
+        (("spec.follow", {"until": AFTER | {"kind": "Job/../x"}}), "spec.follow.until.kind"),
+        (("spec.source.volume", {"nfs": {"server": "-o suid", "path": "/e"}}), "spec.source.volume.nfs.server"),
+        (("spec.source.volume", {"csi": {"driver": "a/b"}}), "spec.source.volume.csi.driver"),
+        (("spec.workers.imagePullSecrets", "a"), "spec.workers.imagePullSecrets"),
+    ],
+)
+def test_so_are_other_words_of_that_kind(change: tuple[str, object], field: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        parse(changed(change))
+    assert field in refused.value.where
 
 
 @pytest.mark.parametrize(

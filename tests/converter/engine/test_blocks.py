@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.engine import blocks as module
-from ckpt2pt.engine.blocks import ALIGNMENT, Blocks, OutputFile, file_system, open_direct, write_at
+from ckpt2pt.engine.blocks import ALIGNMENT, Blocks, OutputFile, file_system, open_direct
 from ckpt2pt.errors import FileAccessError, NoSpaceError
+from ckpt2pt.system.files import write_at
 
 NBYTES = 1 << 20
 

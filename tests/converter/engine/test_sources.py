@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ckpt2pt.engine.blocks import ALIGNMENT, open_direct
 from ckpt2pt.engine.sources import WINDOW_BYTES, WINDOWS, Sources, drop_from_cache, is_cached
-from ckpt2pt.errors import FileAccessError, TryAgainError
+from ckpt2pt.errors import FileAccessError
 from ckpt2pt.tensors import Extent
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
@@ -162,7 +162,7 @@ def test_a_file_that_ends_too_early_is_told(cold: bool, tmp_path: Path) -> None:
     make(tmp_path / "file")
     if cold:
         on_disk(tmp_path / "file")
-    with pytest.raises(TryAgainError, match=f"ended at byte {NBYTES} "):
+    with pytest.raises(FileAccessError, match=f"ended at byte {NBYTES} "):
         read_all([Extent(str(tmp_path / "file"), NBYTES - 10, 20)])
 
 

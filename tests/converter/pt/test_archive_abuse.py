@@ -419,7 +419,7 @@ def test_device_error_is_told_as_such(tmp_path: Path, whole: bytes, monkeypatch:
 
     (tmp_path / "a.pt").write_bytes(whole)
     monkeypatch.setattr("os.pread", fail)
-    with pytest.raises(FileAccessError, match="reading failed: Input/output error"):
+    with pytest.raises(FileAccessError, match=r"reading failed: the device or the server .* \(Input/output error\)"):
         Archive.open(tmp_path / "a.pt")
 
 
@@ -427,7 +427,7 @@ def test_file_that_shrinks_after_it_was_opened_is_told_as_such(tmp_path: Path, w
     (tmp_path / "a.pt").write_bytes(whole)
     archive = Archive.open(tmp_path / "a.pt")
     os.truncate(tmp_path / "a.pt", 700)
-    with pytest.raises(FileAccessError, match="became shorter"):
+    with pytest.raises(FileAccessError, match="ended at byte"):
         archive.verify_crcs()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt2pt.errors import FormatError, UsageError
+from ckpt2pt.errors import FileAccessError, UsageError
 from ckpt2pt.plan.layout import Parameter, lay_out
 from ckpt2pt.pt.pickles import namespace, tensor
 from ckpt2pt.ptmeta.files import RankFiles, origin, publish, render
@@ -78,7 +78,7 @@ def test_metadata_of_another_cut_must_not_stay_beside(tmp_path: Path) -> None:
 
 def test_a_storage_that_ends_early_is_refused(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(b"12")
-    with pytest.raises(FormatError, match="shorter than its index"):
+    with pytest.raises(FileAccessError, match="ended at byte 2"):
         render([rank(storages={"k": Extent(str(tmp_path / "short"), 0, 4)})], with_maps=True)
 
 

@@ -38,9 +38,9 @@ def test_a_byte_copy_of_another_rank_is_a_warning_of_convert_and_of_verify(
     request = Handmade(TP3).write(tmp_path)
     copy_rank(request, 3, 5)
     assert main(["convert", *flags_of(request)]) == 0
-    told = [line for line in capfd.readouterr().err.splitlines() if SAYS in line]
+    told = [line for line in capfd.readouterr().out.splitlines() if SAYS in line]
     assert told == [
-        f"ckpt2pt: {request.source}/rank_3/network_rank_3-0_12.ckpt and {request.source}/rank_5/network_rank_5-0_12.ckpt "
+        f"warning: {request.source}/rank_3/network_rank_3-0_12.ckpt and {request.source}/rank_5/network_rank_5-0_12.ckpt "
         f"{SAYS}: one may be a copy of the other"
     ]
     verify = [word for word in flags_of(request) if word != "--multiprocess-off"]

@@ -228,6 +228,7 @@ def test_a_copy_that_is_not_carried_must_be_equal(golden: Path, tmp_path: Path, 
 # --------------------------------------------------------------------------------------------------------------- no-op
 
 
+@pytest.mark.torch  # it reads the result, too
 def test_a_chunk_of_noop_layers_alone_has_its_key_and_no_buffer(golden: Path, tmp_path: Path) -> None:
     """Stage 1 of two, chunk 0 of two: slots 2 and 3 are taken from the source, and from the maps."""
     request = copied(golden / "megatron06" / "e_tp1pp2vpp2_noop_tail", tmp_path)

@@ -39,7 +39,7 @@ def verify(result: Result, level: Any, stages: tuple[int, ...] = (0, 1), reader:
 
 
 @LEVELS
-@pytest.mark.parametrize("reader", ["own", "torch"])
+@pytest.mark.parametrize("reader", ["own", pytest.param("torch", marks=pytest.mark.torch)])
 def test_a_finished_conversion_has_no_difference(result: Result, level: str, reader: str) -> None:
     report = verify(result, level, reader=reader)
     assert report.differences == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ import yaml
 from charts import values
 from ckpt2pt.conversion.spec import MAX_NAME
 from ckpt2pt.errors import UsageError
-from ckpt2pt_operator.rules.trainings import Kind, Workload, conversion_for, kinds, workload
-from documents import minimal
+from ckpt2pt_operator.rules.trainings import Kind, Workload, conversion_for, kinds, template_of, workload
+from documents import HOSTILE_NAMES, minimal
 
 Raw = dict[str, Any]
 ROW: Raw = {
@@ -126,9 +127,22 @@ def test_any_name_of_a_training_gives_a_name_of_ours(name: str) -> None:
     ("text", "said"),
     [
         (None, "it has no key conversion.yaml"),
-        ("kind: ${step}", "it names ${step}, which is not known here"),
+        ("kind: ${step}", "it asks for a ${...} that is not known here"),
         ("a: $", "conversion.yaml cannot be read"),
-        ("a: [", "conversion.yaml cannot be read"),
+        ("a:\n  [", "conversion.yaml cannot be read: line 2, column 4"),
+        ("[" * 5000, "conversion.yaml cannot be read"),
+        ("a: !!set {b}", "conversion.yaml cannot be read"),
+        ("a: 2026-01-02", "conversion.yaml cannot be read"),
+        ("a: !!python/name:os.system", "conversion.yaml cannot be read"),
+        ("a: 1\n---\nb: 2", "conversion.yaml cannot be read"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1,1]\n"
+            + "".join(
+                f"{c}: &{c} [*{p},*{p},*{p},*{p},*{p},*{p},*{p},*{p},*{p},*{p}]\n" for p, c in pairwise("abcdefg")
+            ),
+            "conversion.yaml cannot be read",
+        ),
+        ("a: " + "x" * (64 << 10), "conversion.yaml has more than 64 KiB"),
         ("[]", "conversion.yaml is no CheckpointConversion"),
         ("kind: Job", "conversion.yaml is no CheckpointConversion"),
     ],
@@ -138,6 +152,30 @@ def test_a_wrong_template(text: object, said: str) -> None:
         asking(text)
     assert said in str(caught.value)
     assert "ConfigMap n/cm" in str(caught.value)
+
+
+SECRET = "hunter2"
+#   what a ConfigMap of the namespace may hold that whoever annotates a training cannot read
+HELD = (
+    f"password: [{SECRET}, ", f"password: ${{{SECRET}}}", f"{SECRET}: '", f"a: &{SECRET} 1\nb: *{SECRET}x", f"a: !{SECRET} b",
+    f"{SECRET}: 1\n{SECRET}: 2", f"- {SECRET}", f"kind: {SECRET}", f"{SECRET}: 2026-01-02", f"$ {SECRET}", f"{SECRET}\n---\n{SECRET}",
+    f"? [{SECRET}]\n: 1", f"\t{SECRET}: \n@",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", HELD)
+def test_what_is_said_of_a_wrong_template_quotes_nothing_of_it(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        asking(text)
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [*HOSTILE_NAMES[:-1], "a" * 254])
+def test_an_annotation_that_is_no_name_is_refused(name: str) -> None:
+    found = workload(raw({"Done": "True"}, annotations={"ckpt2pt.dev/convert-on-success": name}), one())
+    with pytest.raises(UsageError, match="it is not the name of a ConfigMap") as caught:
+        template_of(found)
+    assert "annotation ckpt2pt.dev/convert-on-success" in str(caught.value)
 
 
 def test_one_that_asks_for_nothing() -> None:

@@ -149,3 +149,14 @@ def test_conditions_and_claims() -> None:
     assert condition([], "B") == {}
     claim = claim_view({"spec": {"accessModes": ["ReadWriteOnce"]}, "status": {"phase": "Pending"}})
     assert (claim.phase, claim.modes) == ("Pending", frozenset({"ReadWriteOnce"}))
+
+
+@pytest.mark.parametrize("digits", ["9" * 5000, "9" * 19, "\u0663" * 3])
+def test_a_number_of_any_length_in_a_label_or_an_annotation_ends_nothing(digits: str) -> None:
+    """Whoever may make a pod or a Job may write them, and an error there would end the operator."""
+    annotations = {"batch.kubernetes.io/job-completion-index": digits, "ckpt2pt.dev/stages": f"1,{digits}"}
+    status = {"completedIndexes": f"0,{digits}", "failedIndexes": f"{digits}-{digits}"}
+    raw = {"metadata": {"annotations": annotations, "labels": {"ckpt2pt.dev/attempt": digits}}, "status": status}
+    assert pod_view(raw).index < 1 << 63
+    assert (job_view(raw).stages or ())[0] == 1
+    assert 0 in job_view(raw).completed

@@ -12,7 +12,7 @@ import pytest
 from ckpt2pt.cli import main
 from ckpt2pt.errors import TopologyError, UsageError
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.stated import Given, learn, read_stated
+from ckpt2pt.meta import Given, learn, read_stated
 from conversions import topology_of
 from goldens import golden_sets
 from handmade import Handmade

@@ -11,7 +11,7 @@ from ckpt2pt.back.options import import_request_of
 from ckpt2pt.cli import build_alone, build_parser
 from ckpt2pt.combine.flags import combination_of
 from ckpt2pt.options import request_of
-from ckpt2pt.programs import combine_ckpt_dp_zero, convert_ckpt2pt, convert_pt2ckpt
+from ckpt2pt.programs.scripts import combine_ckpt_dp_zero, convert_ckpt2pt, convert_pt2ckpt
 from goldens import golden_root
 
 # Every flag of the reference with a value that it takes (MindSpeed-Core-MS feature-0.1, mindspeed_ms/tools/converter).

@@ -1,0 +1,66 @@
+"""YAML text -> what JSON can say, within bounds: a text from anywhere may be read without harm.  Pure."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import yaml
+
+from ckpt2pt.errors import UsageError
+
+MAX_BYTES = 1 << 20
+MAX_NODES = 100_000
+MAX_DEPTH = 50
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without objects, where a field given twice is an error rather than the last one winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is given twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def load(data: bytes | str, where: str) -> object:
+    """The one document of a YAML text: mappings, lists, texts, numbers and nothing else.  UsageError says what is wrong.
+
+    A syntax error has yaml's own as its cause, with the place; its words quote the text.
+    """
+    try:
+        documents = [document for document in yaml.load_all(data, _Loader) if document is not None]
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UsageError(f"not a YAML document: {error}", where=where, mend="correct it there") from error
+    if len(documents) != 1:
+        raise UsageError(f"{len(documents)} documents in one file", where=where, mend="give each a file of its own")
+    _prove_plain(documents[0], where)
+    return documents[0]
+
+
+def _prove_plain(document: object, where: str) -> None:
+    """Refuse what JSON cannot say, and aliases that unfold into more than a document of this size would hold."""
+    left = MAX_NODES
+
+    def walk(value: object, path: str, depth: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0 or depth > MAX_DEPTH:
+            what = f"more than {MAX_NODES} values, or more than {MAX_DEPTH} inside each other"
+            raise UsageError(what, where=where, mend="write it without YAML aliases")
+        if isinstance(value, dict):
+            for key, item in cast("dict[object, object]", value).items():
+                if not isinstance(key, str):
+                    raise UsageError(f"{key!r} is used as a name", where=f"{where}: {path}", mend="put it in quotes")
+                walk(item, f"{path}.{key}".lstrip("."), depth + 1)
+        elif isinstance(value, list):
+            for item in cast("list[object]", value):
+                walk(item, path, depth + 1)
+        elif value is not None and not isinstance(value, str | int | float):
+            what = f"{value} is read as a {type(value).__name__}"
+            raise UsageError(what, where=f"{where}: {path}", mend="put it in quotes")
+
+    walk(document, "", 0)
