@@ -38,7 +38,7 @@ def is_covered(target: Target) -> bool:
     Raises :class:`UsageError` when one was begun and is not complete: parameters alone would take its place.
     """
     claim = read_record(target.state / "claim.json") or {}
-    if target.full or claim.get("full") is not True or not target.is_of_source(claim):
+    if target.full or claim.get("full") is not True or not target.base or claim.get("base") != target.base:
         return False
     names = (rank_name(tp, pp) for pp in range(target.stages) for tp in range(target.tensor))
     ranks = [read_record(target.state / name) for name in names]

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +25,14 @@ from typing import cast
 
 from ckpt2pt.errors import NoSpaceError, TryAgainError, UsageError
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.records import Json, load, seal, unseal
+from ckpt2pt.records import Json, load, seal, seal_joined, unseal
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import read_bytes, write_all
 
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = ".ckpt2pt"
 PARTIAL = ".partial"
-_MAX_DIGITS = 19
+_MAX_DIGITS, _CLAIMED = 19, ("identity", "purpose", "base", "full")
 
 
 def host() -> str:
@@ -69,12 +69,12 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
 
 
-def publish_bytes(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
+def publish_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a small file, given whole or in pieces, whole or not at all."""
     partial = partial_name(path)
     try:
         with partial.open("xb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -216,9 +216,8 @@ class Target:
         """Refuse a folder that is somebody else's; touches nothing."""
         data = _read(self.state / "claim.json")  # once: another worker may be about to write it
         claim = unseal(data)
-        if claim and (claim.get("identity") == self.identity or self._goes_on(claim)):
-            return
-        if self._replaces(claim or {}, overwrite=overwrite):
+        ours = claim and (claim.get("identity") == self.identity or self._goes_on(claim))
+        if ours or self._replaces(claim or {}, overwrite=overwrite):
             return
         mend = f"choose another {self.kind.option}, or replace it with {self.kind.replace}"
         if data and claim is None:
@@ -244,11 +243,8 @@ class Target:
 
     def _replaces(self, claim: Json, *, overwrite: bool) -> bool:
         """Whether this conversion may take the place of another one's result: a full one extends its own parameters."""
-        return overwrite or (self.full and claim.get("full") is False and self.is_of_source(claim))
-
-    def is_of_source(self, claim: Json) -> bool:
-        """Whether a claim is of the same source and options, whatever part of it is converted."""
-        return bool(self.base) and claim.get("base") == self.base
+        extends = self.full and claim.get("full") is False and claim.get("base") == self.base
+        return overwrite or (bool(self.base) and extends)
 
     def _goes_on(self, claim: Json) -> bool:
         """Whether the same was begun with a source that was mended since, and nothing is published yet."""
@@ -274,13 +270,10 @@ class Target:
                         self._retire()
                     publish_bytes(
                         self.state / "claim.json",
-                        seal({**self._own_facts(), "host": host(), **facts}),
+                        seal({name: getattr(self, name) for name in _CLAIMED} | {"host": host(), **facts}),
                     )
         except OSError as error:
             raise access_error(error, self.folder, "taking the target folder") from error
-
-    def _own_facts(self) -> Json:
-        return {"identity": self.identity, "purpose": self.purpose, "base": self.base, "full": self.full}
 
     @contextmanager
     def _nobody_at_work(self) -> Generator[None]:
@@ -383,19 +376,34 @@ class Target:
 
     def publish_iteration(self) -> bool:
         """Write report and tracker when every stage is there.  Any worker may; all write the same."""
-        manifests = [self.stage_manifest(pp) for pp in range(self.stages)]
-        if not all(manifests):
+        there = set(os.listdir(self.state))  # one look for all stages: each worker that ends comes by here
+        if any(f"stage-{pp:03d}.json" not in there for pp in range(self.stages)):
+            return False
+        if not all(self.stage_manifest(pp) for pp in range(self.stages)):
             return False
         with self._lock("publish", wait=True):
             sweep_partials(self.state, "report.json")
-            publish_bytes(self.state / "report.json", seal(self.report([m for m in manifests if m])))
+            publish_bytes(self.state / "report.json", seal_joined(self._head, "stages", self._briefs()))
             if self.kind.tracker and self.newer is None:
                 publish_bytes(self.root / TRACKER, str(self.iteration).encode())
         return True
 
-    def report(self, manifests: Sequence[Json]) -> Json:
+    @property
+    def _head(self) -> Json:
+        return {"identity": self.identity, "iteration": self.iteration}
+
+    def _briefs(self) -> Iterator[Json]:
+        """One stage after the other: together they may be larger than what a worker needs."""
+        for pp in range(self.stages):
+            path = self.state / f"stage-{pp:03d}.json"
+            manifest = read_record(path)
+            if manifest is None:
+                raise TryAgainError("the manifest was removed", where=path, mend="run the same command again")
+            yield _brief(manifest)
+
+    def report(self, manifests: Iterable[Json]) -> Json:
         """The whole conversion in one document."""
-        return {"identity": self.identity, "iteration": self.iteration, "stages": [_brief(m) for m in manifests]}
+        return {**self._head, "stages": [_brief(manifest) for manifest in manifests]}
 
     @property
     def newer(self) -> int | None:

@@ -10,7 +10,7 @@ measure every rank asked for            nothing has been written; everything tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,7 +41,7 @@ class Conversion:
     """What is converted, in either direction; worker processes get a copy of it.
 
     ``meaning`` are the options that decide what is written, ``facts`` what else the manifest of a stage tells,
-    ``doubts`` what contradicts the chosen iteration, ``warnings`` what a user should know before the result is used.
+    ``inputs`` the files that each rank is read from, ``doubts`` what contradicts the chosen iteration, ``warnings`` what a user should know before the result is used.
     """
 
     target: Target
@@ -50,6 +50,7 @@ class Conversion:
     overwrite: bool
     meaning: Json
     facts: Json
+    inputs: Mapping[Rank, Sequence[Json]]
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
     how_to_load: str
@@ -160,7 +161,8 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         verify=request.verify,
         overwrite=request.overwrite,
         meaning=request.meaning(),
-        facts={"inputs": chosen.inputs, "assumed": assumed(request.metadata)},
+        facts={"assumed": assumed(request.metadata)},
+        inputs=chosen.inputs,
         doubts=chosen.clock.doubts,
         warnings=(),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
@@ -255,8 +257,11 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
             for pp in stages:
                 found = conversion.examine(pp)
                 warnings += found
-                facts = conversion.facts | ({"warnings": list(found)} if found else {})
-                target.publish_stage(pp, {**options, "iteration": target.iteration, **facts})
+                # Its own inputs alone: those of all ranks in each stage would grow with the square of their number.
+                inputs = [one for tp in range(target.tensor) for one in conversion.inputs[tp, pp]]
+                facts: Json = {"iteration": target.iteration, "inputs": inputs, **conversion.facts}
+                facts |= {"warnings": list(found)} if found else {}
+                target.publish_stage(pp, {**options, **facts})
         published = target.publish_iteration()
     return Outcome(
         target=target,

@@ -25,9 +25,11 @@ from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import (
     METADATA,
+    Maps,
     RankMeta,
     answering,
     check,
+    list_param_maps,
     metadata_files,
     read_arguments,
     read_rank_meta,
@@ -53,7 +55,8 @@ class Survey:
     """The chosen checkpoint: a file for each rank, the time they agree on, and the identity of the conversion.
 
     ``purpose`` is the digest of what is asked for, ``ranks`` adds what each rank is read from, ``identity`` all of it;
-    ``base`` that of the source and of the options, but for whether the optimizer is converted too.
+    ``base`` that of the source and of the options, but for whether the optimizer is converted too; ``inputs`` are the
+    files that each rank is read from.
     """
 
     files: Mapping[Rank, SourceFile]
@@ -62,7 +65,7 @@ class Survey:
     purpose: str
     base: str
     ranks: Mapping[Rank, str]
-    inputs: tuple[dict[str, object], ...]
+    inputs: Mapping[Rank, Inputs]
     indexes: Mapping[Rank, Index] = field(default_factory=dict[Rank, Index])
     """Indexes that :func:`survey` was asked to keep, so that :func:`prepare` need not read those files again."""
 
@@ -124,7 +127,8 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     else:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
-    inputs = {rank: _inputs(rank, file, request) for rank, file in found[when].items()}
+    maps = list_param_maps(request.metadata)
+    inputs = {rank: _inputs(rank, file, request, maps) for rank, file in found[when].items()}
     headers.prove_unchanged()
     every = tuple(one for listed in inputs.values() for one in listed)
     purpose = digest({"options": request.meaning(), "iteration": clock.iteration})
@@ -135,7 +139,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         purpose=purpose,
         base=_base(request, clock.iteration, every),
         ranks={rank: _identity(purpose, inputs[rank], inputs[rank[0], 0]) for rank in inputs},
-        inputs=every,
+        inputs=inputs,
         indexes={rank: headers.indexes[found[when][rank].path] for rank in keep},
     )
     keep_apart(
@@ -399,14 +403,15 @@ def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
         )
 
 
-def _inputs(rank: Rank, file: SourceFile, request: Request) -> Inputs:
+def _inputs(rank: Rank, file: SourceFile, request: Request, maps: Maps | None = None) -> Inputs:
     """What a rank is read from: sources by name, size and time, the small metadata files by content.
 
     The time matters: a retrained checkpoint has the same header and size.  A rank of the last stage may read a tied
     embedding of the first, so that is counted with every rank.
     """
     found = inputs_of(file, request.source)
-    for path in sorted(metadata_files(request.metadata, tp=rank[0], pp=rank[1]), key=lambda path: path.name):
+    files = metadata_files(request.metadata, tp=rank[0], pp=rank[1], listed=maps)
+    for path in sorted(files, key=lambda path: path.name):
         found.append({"metadata": path.name, "sha256": sha256(path, METADATA)})
     return found
 

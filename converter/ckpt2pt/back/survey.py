@@ -17,7 +17,7 @@ from ckpt2pt.folders import iteration_folder
 from ckpt2pt.inputs import is_file, sha256
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.meta import data_parallel_size, read_param_maps
+from ckpt2pt.meta import Maps, data_parallel_size, list_param_maps, param_map_files, read_param_maps
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.entries import Entry
 from ckpt2pt.plan.imported import ImportedChunk, missing_layers, scalar_entries, tensor_entries
@@ -33,6 +33,7 @@ from ckpt2pt.ptmeta.capture import (
     unmet_of_rank,
 )
 from ckpt2pt.ptmeta.files import render
+from ckpt2pt.records import Json
 from ckpt2pt.request import digest
 from ckpt2pt.survey import changed
 from ckpt2pt.system.access import access_error
@@ -43,7 +44,7 @@ _SAMPLE_NUMEL = 1 << 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackSurvey:
-    """The checkpoint that was found: a folder for each rank, its cut with the no-op layers, its iteration.
+    """The checkpoint that was found: a folder and the files to be read for each rank, its cut with the no-op layers, its iteration.
 
     ``unmet`` is what keeps Megatron-LM from resuming with the metadata of each rank.
     """
@@ -52,7 +53,7 @@ class BackSurvey:
     topology: Topology
     iteration: int
     identity: str
-    inputs: tuple[dict[str, object], ...]
+    inputs: Mapping[Rank, Sequence[Json]]
     unmet: Mapping[Rank, tuple[Unmet, ...]]
 
 
@@ -77,7 +78,8 @@ class BackPrepared:
 def survey_back(request: BackRequest) -> BackSurvey:
     """Find the ranks, learn the cut from the arguments and the layers from the names, and check that all ranks agree."""
     folders = rank_folders(iteration_folder(request.source))
-    inputs = tuple(_inputs(request, folders))
+    maps = list_param_maps(request.maps) if request.full and request.maps else None
+    inputs = {rank: _inputs(request, folder, rank, maps) for rank, folder in folders.items()}
     first = read_rank(folders[0, 0], optimizer=False, allow=request.rules.pickle_globals)
     cut = _topology(request, first, folders)
     empty: set[int] = set()
@@ -97,7 +99,7 @@ def survey_back(request: BackRequest) -> BackSurvey:
         ranks=folders,
         topology=cut,
         iteration=iteration,
-        identity=digest({"options": request.meaning(cut), "iteration": iteration, "inputs": inputs}),
+        identity=digest({"options": request.meaning(cut), "iteration": iteration, "inputs": [*inputs.values()]}),
         inputs=inputs,
         unmet=broken,
     )
@@ -167,28 +169,25 @@ def _has_distributed_optimizer(rank: MegatronRank) -> bool:
 
 def prove_unchanged_back(request: BackRequest, found: BackSurvey, rank: Rank) -> None:
     """Refuse what was read of files that are not those that were surveyed."""
-    if tuple(_inputs(request, found.ranks)) != found.inputs:
+    if _inputs(request, found.ranks[rank], rank) != found.inputs[rank]:
         raise changed(found.ranks[rank])
 
 
-def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict[str, object]]:
-    """What is read: large files by size and time, param maps by content."""
-    found: list[dict[str, object]] = []
-    files = [MODEL_FILE, OPTIM_FILE] if request.full else [MODEL_FILE]
-    for folder in folders.values():
-        for name in files:
-            try:
-                seen = (folder / name).stat()
-            except FileNotFoundError as error:
-                if name == OPTIM_FILE:  # a run without the distributed optimizer has none
-                    continue
-                raise access_error(error, folder / name, "examining", option="--megatron-path") from error
-            except OSError as error:
-                raise access_error(error, folder / name, "examining", reading=True) from error
-            place = f"{folder.name}/{name}"
-            found.append({"source": place, "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
+def _inputs(request: BackRequest, folder: Path, rank: Rank, listed: Maps | None = None) -> Sequence[Json]:
+    """What a rank is read from: large files by size and time, its param maps by content."""
+    found: list[Json] = []
+    for name in [MODEL_FILE, OPTIM_FILE] if request.full else [MODEL_FILE]:
+        try:
+            seen = (folder / name).stat()
+        except FileNotFoundError as error:
+            if name == OPTIM_FILE:  # a run without the distributed optimizer has none
+                continue
+            raise access_error(error, folder / name, "examining", option="--megatron-path") from error
+        except OSError as error:
+            raise access_error(error, folder / name, "examining", reading=True) from error
+        found.append({"source": f"{folder.name}/{name}", "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
     if request.full and request.maps:
-        maps = sorted(request.maps.glob("param_map_*.json"))
+        maps = param_map_files(request.maps, *rank, listed)
         found.extend({"metadata": path.name, "sha256": sha256(path, "--param-map-path")} for path in maps)
     return found
 
