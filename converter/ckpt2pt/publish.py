@@ -243,8 +243,8 @@ class Target:
 
     def _replaces(self, claim: Json, *, overwrite: bool) -> bool:
         """Whether this conversion may take the place of another one's result: a full one extends its own parameters."""
-        extends = self.full and claim.get("full") is False and claim.get("base") == self.base
-        return overwrite or (bool(self.base) and extends)
+        ours = bool(self.base) and claim.get("base") == self.base
+        return overwrite or (ours and self.full and claim.get("full") is False)
 
     def _goes_on(self, claim: Json) -> bool:
         """Whether the same was begun with a source that was mended since, and nothing is published yet."""
@@ -318,9 +318,8 @@ class Target:
     def rank_manifest(self, tp: int, pp: int) -> Json | None:
         """The manifest of a finished rank whose files are still there with their sizes; None otherwise."""
         manifest = read_record(self.state / rank_name(tp, pp))
-        if manifest is None or not self.is_of_rank((tp, pp), manifest):
-            return None
-        return manifest if self.has_files(manifest) else None
+        ours = manifest is not None and self.is_of_rank((tp, pp), manifest) and self.has_files(manifest)
+        return manifest if ours else None
 
     def has_files(self, manifest: Json) -> bool:
         """Whether all files that a manifest lists are there with their sizes."""
