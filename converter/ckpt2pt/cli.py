@@ -190,9 +190,11 @@ def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.Argumen
     signal.signal(signal.SIGTERM, _too_late)
     path = termination.path_of(words, os.environ)
     if path:
+        from ckpt2pt.conversion.report import CONVERTED, PLANNED, UID_VARIABLE  # noqa: PLC0415 - a worker's alone
         from ckpt2pt.conversion.status import REASONS  # noqa: PLC0415 - a worker's alone
 
-        reason = REASONS.get(code) or ("Planned" if words[:1] == ["plan"] else "Converted")
+        account.conversion = os.environ.get(UID_VARIABLE)
+        reason = account.failure or REASONS.get(code) or (PLANNED if words[:1] == ["plan"] else CONVERTED)
         termination.write(path, termination.render(code, reason, account.message, account.facts()))
     return code
 
@@ -249,7 +251,7 @@ def _too_late(_: int, __: FrameType | None) -> None:
 
 def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _too_late)
-    options.account.message = termination.message_of(error)
+    options.account.message, options.account.failure = termination.message_of(error), error.reason
     if getattr(options, "debug", False):
         traceback.print_exc()
     if getattr(options, "log_format", "text") == "json":
@@ -346,7 +348,7 @@ def _served(account: Account, port: int) -> AbstractContextManager[int]:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ckpt2pt.folders import COVERED, is_covered  # noqa: PLC0415
+    from ckpt2pt.folders import COVERED, covered  # noqa: PLC0415
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
     from ckpt2pt.publish import check_space  # noqa: PLC0415
     from ckpt2pt.show.preview import preview, render  # noqa: PLC0415
@@ -363,7 +365,7 @@ def _plan(options: argparse.Namespace) -> int:
         document = preview(request, chosen, target, ranks, names=options.names)
     account.planned(document)
     _show(document, render(document), options)
-    if not request.overwrite and is_covered(target):
+    if not request.overwrite and covered(target):
         log.warning("%s", COVERED)
         return 0
     target.check(overwrite=request.overwrite)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import NoSpaceError, TryAgainError, UsageError
+from ckpt2pt.errors import NoSpaceError, TargetConflictError, TryAgainError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.records import Json, load, seal, seal_joined, unseal
 from ckpt2pt.system.access import access_error
@@ -216,14 +216,15 @@ class Target:
         """Refuse a folder that is somebody else's; touches nothing."""
         data = _read(self.state / "claim.json")  # once: another worker may be about to write it
         claim = unseal(data)
-        ours = claim and (claim.get("identity") == self.identity or self._goes_on(claim))
-        if ours or self._replaces(claim or {}, overwrite=overwrite):
+        if overwrite or (claim and self._is_ours(claim)):
             return
         mend = f"choose another {self.kind.option}, or replace it with {self.kind.replace}"
         if data and claim is None:
-            raise UsageError("the claim of the conversion there is damaged", where=self.state / "claim.json", mend=mend)
+            raise TargetConflictError(
+                "the claim of the conversion there is damaged", where=self.state / "claim.json", mend=mend
+            )
         if claim is not None:
-            raise UsageError(
+            raise TargetConflictError(
                 f"iteration {self.iteration} there is the result of another conversion "
                 f"(begun {claim.get('begun')} by {claim.get('host')}): other options, another source, or a source that changed since",
                 where=self.folder,
@@ -235,16 +236,16 @@ class Target:
             if strangers and _read(self.state / "claim.json") != data:
                 self.check(overwrite=overwrite)  # another worker has taken the folder meanwhile, and begun
             elif strangers:
-                raise UsageError(
+                raise TargetConflictError(
                     f"the folder holds {strangers[0]}, which ckpt2pt did not write",
                     where=self.folder,
                     mend=mend,
                 )
 
-    def _replaces(self, claim: Json, *, overwrite: bool) -> bool:
-        """Whether this conversion may take the place of another one's result: a full one extends its own parameters."""
-        ours = bool(self.base) and claim.get("base") == self.base
-        return overwrite or (ours and self.full and claim.get("full") is False)
+    def _is_ours(self, claim: Json) -> bool:
+        """Whether a claim is of this conversion, or of the parameters of its source, which it extends."""
+        extends = self.base and claim.get("base") == self.base and self.full and claim.get("full") is False
+        return bool(extends) or claim.get("identity") == self.identity or self._goes_on(claim)
 
     def _goes_on(self, claim: Json) -> bool:
         """Whether the same was begun with a source that was mended since, and nothing is published yet."""

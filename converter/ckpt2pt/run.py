@@ -20,8 +20,8 @@ from typing import cast
 from ckpt2pt import __version__
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import Stop, is_whole, write_files
-from ckpt2pt.errors import InterruptedRunError
-from ckpt2pt.folders import COVERED, is_covered
+from ckpt2pt.errors import InterruptedRunError, TargetConflictError
+from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
@@ -61,7 +61,10 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming; ``how_to_load`` ends a sentence."""
+    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming; ``how_to_load`` ends a sentence.
+
+    ``verified`` is how every file of it was verified, those that were kept included; kept files may be better verified.
+    """
 
     target: Target
     stages: tuple[int, ...]
@@ -69,6 +72,7 @@ class Outcome:
     kept: tuple[Rank, ...]
     bytes_written: int
     files: int
+    verified: Verify
     seconds: float
     published: bool
     newer: int | None
@@ -87,6 +91,7 @@ class Outcome:
             "ranksConverted": len(self.converted),
             "ranksKept": len(self.kept),
             "bytesWritten": self.bytes_written,
+            "verified": self.verified,
             "seconds": round(self.seconds, 3),
             "published": self.published,
             "newerIteration": self.newer,
@@ -227,8 +232,9 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     """Convert the given pipeline stages; what an earlier run finished is kept."""
     target = conversion.target
     ranks = [(tp, pp) for pp in stages for tp in range(target.tensor)]
-    if not conversion.overwrite and is_covered(target):
-        return _covered(conversion, stages, ranks, began)
+    proof = "" if conversion.overwrite else covered(target)
+    if proof:
+        return _covered(conversion, stages, ranks, cast("Verify", proof), began)
     target.check(overwrite=conversion.overwrite)
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
@@ -270,6 +276,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         kept=kept,
         bytes_written=size,
         files=sum(target.file_count(*rank) for rank in ranks),
+        verified=conversion.verify,
         seconds=time.monotonic() - began,
         published=published,
         newer=target.newer,
@@ -280,8 +287,16 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     )
 
 
-def _covered(conversion: Conversion, stages: Sequence[int], ranks: Sequence[Rank], began: float) -> Outcome:
-    """Nothing is left to do: the full conversion that is there holds the parameters."""
+def _covered(
+    conversion: Conversion, stages: Sequence[int], ranks: Sequence[Rank], proof: Verify, began: float
+) -> Outcome:
+    """Nothing is left to do: the full conversion that is there holds the parameters, and was verified as asked for."""
+    if _PROOFS[proof] < _PROOFS[conversion.verify]:
+        raise TargetConflictError(
+            f"a full conversion of the same source is there, verified {proof}; {conversion.verify} is asked for",
+            where=conversion.target.folder,
+            mend="run the full conversion again with this spec.verify (--verify): it verifies what is there",
+        )
     return Outcome(
         target=conversion.target,
         stages=tuple(stages),
@@ -289,6 +304,7 @@ def _covered(conversion: Conversion, stages: Sequence[int], ranks: Sequence[Rank
         kept=tuple(ranks),
         bytes_written=0,
         files=len(ranks),
+        verified=proof,
         seconds=time.monotonic() - began,
         published=True,
         newer=conversion.target.newer,

@@ -123,6 +123,17 @@ def test_parameters_that_were_stopped_are_extended(tmp_path: Path, alone: Path) 
     assert is_full(tmp_path / "out", alone)
 
 
+def test_what_is_there_is_verified_as_asked_for(tmp_path: Path) -> None:
+    params, full = pair(tmp_path)
+    convert(replace(full, verify="none"))
+    with pytest.raises(UsageError, match="verified none; digest is asked for") as told:
+        convert(params)
+    assert "--verify" in told.value.mend
+    assert convert(replace(params, verify="none")).verified == "none"
+    convert(replace(full, verify="full"))
+    assert convert(params).verified == "full"
+
+
 def test_parameters_beside_a_full_conversion_that_is_not_complete_are_refused(tmp_path: Path) -> None:
     params, full = pair(tmp_path)
     convert(full, 0)
