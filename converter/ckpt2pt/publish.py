@@ -324,13 +324,11 @@ class Target:
 
     def has_files(self, manifest: Json) -> bool:
         """Whether all files that a manifest lists are there with their sizes."""
-        for file in cast("list[Json]", manifest.get("files", [])):
-            try:
-                if (self.folder / str(file["path"])).stat().st_size != file["nbytes"]:
-                    return False
-            except OSError:
-                return False
-        return True
+        files = cast("list[Json]", manifest.get("files", []))
+        try:
+            return all((self.folder / str(file["path"])).stat().st_size == file["nbytes"] for file in files)
+        except OSError:
+            return False
 
     def file_count(self, tp: int, pp: int) -> int:
         """Files of a finished rank, 0 while it is not finished."""

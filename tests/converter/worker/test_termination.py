@@ -165,7 +165,7 @@ def test_it_names_the_conversion_and_the_level_of_verification(
 
 def test_a_target_that_is_taken_is_no_wrong_usage(flags: list[str], log: Path) -> None:
     assert main(["convert", *flags, "--progress", "none"]) == 0
-    assert main(["convert", *flags, "--progress", "none", "--convert-param-only"]) == 64
+    assert main(["convert", *flags, "--progress", "none", "--zero-consumed-samples"]) == 64
     assert (word(log)["exitCode"], word(log)["reason"]) == (64, "TargetConflict")
     assert "another conversion" in word(log)["message"]
     assert "verified" not in word(log)
