@@ -35,7 +35,7 @@ def planned(pods: Sequence[Pod]) -> str:
     preview = found.preview
     return (
         f"{preview.files} files are planned: {size(found.total or 0)} to read, {size(preview.written)} to write with "
-        f"{size(preview.free)} free, at most {size(preview.memory)} of memory for a worker; nothing was written"
+        f"{'an unknown amount' if preview.free is None else size(preview.free)} free, at most {size(preview.memory)} of memory for a worker; nothing was written"
     )
 
 

@@ -109,11 +109,14 @@ def condition(conditions: list[Json], kind: str) -> Json:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """What a dry run has found: what would be written, and what it would need.  Numbers of bytes, but for the files."""
+    """What a dry run has found: what would be written, and what it would need.  Numbers of bytes, but for the files.
+
+    ``free`` is None where the file system does not tell.
+    """
 
     files: int
     written: int
-    free: int
+    free: int | None
     memory: int
 
 
@@ -160,7 +163,7 @@ def _preview_of(plan: Json) -> Preview:
     return Preview(
         files=number(plan, "files"),
         written=min(number(plan, "bytes"), _MOST_BYTES),
-        free=min(number(plan, "freeSpace"), _MOST_BYTES),
+        free=min(number(plan, "freeSpace"), _MOST_BYTES) if "freeSpace" in plan else None,
         memory=min(number(plan, "memory"), _MOST_BYTES),
     )
 
