@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import TryAgainError, UsageError
+from ckpt2pt.errors import TargetConflictError, TryAgainError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.records import Json, load, seal, seal_joined, unseal
 from ckpt2pt.system.access import access_error
@@ -216,9 +216,11 @@ class Target:
             return
         mend = f"choose another {self.kind.option}, or replace it with {self.kind.replace}"
         if data and claim is None:
-            raise UsageError("the claim of the conversion there is damaged", where=self.state / "claim.json", mend=mend)
+            raise TargetConflictError(
+                "the claim of the conversion there is damaged", where=self.state / "claim.json", mend=mend
+            )
         if claim is not None:
-            raise UsageError(
+            raise TargetConflictError(
                 f"iteration {self.iteration} there is the result of another conversion "
                 f"(begun {claim.get('begun')} by {claim.get('host')}): other options, another source, or a source that changed since",
                 where=self.folder,
@@ -230,7 +232,7 @@ class Target:
             if strangers and _read(self.state / "claim.json") != data:
                 self.check(overwrite=overwrite)  # another worker has taken the folder meanwhile, and begun
             elif strangers:
-                raise UsageError(
+                raise TargetConflictError(
                     f"the folder holds {strangers[0]}, which ckpt2pt did not write",
                     where=self.folder,
                     mend=mend,

@@ -55,7 +55,10 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming; ``how_to_load`` ends a sentence."""
+    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming; ``how_to_load`` ends a sentence.
+
+    ``verified`` is how every file of it was verified, those that were kept included; kept files may be better verified.
+    """
 
     target: Target
     stages: tuple[int, ...]
@@ -63,6 +66,7 @@ class Outcome:
     kept: tuple[Rank, ...]
     bytes_written: int
     files: int
+    verified: Verify
     seconds: float
     published: bool
     newer: int | None
@@ -81,6 +85,7 @@ class Outcome:
             "ranksConverted": len(self.converted),
             "ranksKept": len(self.kept),
             "bytesWritten": self.bytes_written,
+            "verified": self.verified,
             "seconds": round(self.seconds, 3),
             "published": self.published,
             "newerIteration": self.newer,
@@ -243,6 +248,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         kept=kept,
         bytes_written=size,
         files=sum(target.file_count(*rank) for rank in ranks),
+        verified=conversion.verify,
         seconds=time.monotonic() - began,
         published=published,
         newer=target.newer,

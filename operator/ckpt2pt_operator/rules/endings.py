@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ckpt2pt.conversion.spec import Conversion
 from ckpt2pt.conversion.status import Ending, StageRecord
-from ckpt2pt.errors import FAILS_JOB
+from ckpt2pt.errors import FAILS_JOB, NOT_THE_SPEC
 from ckpt2pt.text import size
 from ckpt2pt_operator.rules.views import Job, Pod, report_of
 
@@ -42,12 +42,14 @@ def planned(pods: Sequence[Pod]) -> str:
 def ending(conversion: Conversion, job: Job, pods: Sequence[Pod], failed: Sequence[StageRecord]) -> Ending:
     """The end in words, with the mend; ``failed`` are the stages that were given up."""
     reason = reason_of(job)
+    hint = f"mend it, then: kubectl annotate ckc {conversion.name} --overwrite {RETRY_ANNOTATION}=$(date +%s)"
     wrong = next((pod for pod in pods if pod.exit_code in FAILS_JOB), None)
     if wrong is not None:
         report = report_of(wrong.report)
-        return Ending(
-            reason="InvalidSpec", message=report.message if report else f"pod {wrong.name} refused its arguments"
-        )
+        reason = report.reason if report and report.reason in NOT_THE_SPEC else "InvalidSpec"
+        message = report.message if report and report.message else f"pod {wrong.name} refused its arguments"
+        again = f"; {hint}" if reason in NOT_THE_SPEC else ""  # the document may stay as it is
+        return Ending(reason=reason, message=f"{message[:800]}{again}")
     if reason == "ActiveDeadline":
         seconds = conversion.active_deadline_seconds
         return Ending(reason=reason, message=f"not done after spec.activeDeadlineSeconds, {seconds} s")
@@ -55,6 +57,5 @@ def ending(conversion: Conversion, job: Job, pods: Sequence[Pod], failed: Sequen
     if not failed:
         return Ending(reason=reason, message=job.message or "the Job failed")
     first = failed[0]
-    hint = f"mend it, then: kubectl annotate ckc {conversion.name} --overwrite {RETRY_ANNOTATION}=$(date +%s)"
     message = f"stage {stages} failed; stage {first.stage}: {first.reason}: {first.message}"
     return Ending(reason=reason, message=f"{message[:800]}; {hint}")
