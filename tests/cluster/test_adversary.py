@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from conftest import WORKER_UID
-from documents import CRD_PATH, changed, claim
+from documents import changed, claim
 from harness.golden import KIND, document, message, reach, status, told
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError, wait_until
@@ -132,44 +132,6 @@ def test_the_name_of_a_claim_leads_to_no_other_namespace(trainer: Trainer, neigh
         said = trainer.create(named(("spec.source.volume", claim(name))))
         assert "spec.source.volume.persistentVolumeClaim.claimName: Invalid value" in said
     assert not trainer.namespace.exists(KIND, "hostile")
-
-
-def test_nor_does_one_that_was_stored_before_names_had_patterns(
-    operator: Release, namespace: Kubectl, neighbour: Kubectl, kubectl: Kubectl
-) -> None:
-    """Both an existing claim and a missing one get the same answer, which tells of neither."""
-    old = kubectl.get("crd", "checkpointconversions.ckpt2pt.dev")
-    loose = json.loads(json.dumps(old))
-    for version in loose["spec"]["versions"]:
-        spec = version["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"]
-        del spec["source"]["properties"]["volume"]["properties"]["persistentVolumeClaim"]["properties"]["claimName"][
-            "pattern"
-        ]
-    names = {tail: f"../../{neighbour.namespace}/persistentvolumeclaims/{tail}" for tail in ("their-claim", "nosuch")}
-    try:
-        kubectl("replace", "--filename=-", stdin=json.dumps({**loose, "metadata": {"name": old["metadata"]["name"]}}))
-        for tail, name in names.items():
-            stored = json.dumps(named(("spec.source.volume", claim(name)), name=tail))
-            wait_until("the looser schema", partial(accepted, namespace, stored), seconds=30)
-    finally:
-        kubectl("apply", "--server-side", "--force-conflicts", "--filename", CRD_PATH)
-    found = {tail: reach(namespace, "Failed", tail) for tail in names}
-    said = {
-        tail: message(status, "Failed").replace(names[tail], "NAME").replace(tail, "NAME")
-        for tail, status in found.items()
-    }
-    assert told(found["nosuch"], "Failed")[1] == "InvalidSpec"
-    assert said["their-claim"] == said["nosuch"]
-    assert "write the name of an object" in said["nosuch"]
-    assert "ReadWriteOnce" not in json.dumps(found)
-
-
-def accepted(namespace: Kubectl, document: str) -> bool:
-    try:
-        namespace("create", "--filename=-", stdin=document)
-    except ClusterError:
-        return False
-    return True
 
 
 def ended_training(name: str, image: str, annotation: str) -> Object:
