@@ -65,6 +65,7 @@ class Running:
     def __init__(self, namespace: str, qps: float) -> None:
         self.began = time.monotonic()
         words = [
+            "--allow=hostPath",
             "--worker-image",
             "none:1",
             "--namespace",
