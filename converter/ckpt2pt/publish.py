@@ -24,7 +24,7 @@ from typing import cast
 
 from ckpt2pt.errors import TargetConflictError, TryAgainError
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.records import Json, load, seal, seal_joined, unseal
+from ckpt2pt.records import MAX_RECORD_BYTES, OVERSIZED, Json, load, seal, seal_joined, unseal
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import read_bytes, write_all
 
@@ -129,7 +129,10 @@ def _read(path: Path) -> bytes:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(fd, "rb") as file:
-            return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                return b""
+            return OVERSIZED if found.st_size > MAX_RECORD_BYTES else file.read(found.st_size)
     except (FileNotFoundError, IsADirectoryError):
         return b""
     except OSError as error:
@@ -423,5 +426,5 @@ def sweep_partials(folder: Path, name: str) -> None:
 
 def _brief(manifest: Json) -> Json:
     """A stage's manifest without the digests of single tensors, which stay in the stage's own file."""
-    ranks = cast("list[Json]", manifest.get("ranks", []))
+    ranks = cast("list[Json]", manifest.get("ranks") or [])
     return {**manifest, "ranks": [{key: value for key, value in rank.items() if key != "tensors"} for rank in ranks]}

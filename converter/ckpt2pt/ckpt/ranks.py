@@ -11,7 +11,6 @@ Converted checkpoints hold ``rank_{R}/network.ckpt``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,12 +21,14 @@ from typing import cast
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.filenames import UNNAMED, When, check_rank, is_passed_by, when_of_name
 from ckpt2pt.ckpt.shards import check_ranks, join_shards, read_info
-from ckpt2pt.errors import InputError, MissingInputError
-from ckpt2pt.inputs import InputFile
+from ckpt2pt.errors import FormatError, InputError, MissingInputError
+from ckpt2pt.inputs import InputFile, read_head
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
+from ckpt2pt.untrusted.jsontext import parse_json
 
+_MAX_META_BYTES = 1 << 16
 SUFFIXES = ("ckpt", "safetensors")
 _MODEL = re.compile(r"(?:.*_)?model_optim_rng(?:_(?P<member>\d{3}))?(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
 _ITERATION = re.compile(r"iter_(\d{1,12})|release")
@@ -270,9 +271,8 @@ def last_saved(root: Path, topology: Topology) -> When | None:
     for key in topology.ranks():
         path = rank_folder(root, topology.source_rank(*key)) / "meta.json"
         try:
-            text = path.read_text(encoding="utf-8")[:65536]
-            document: object = json.JSONDecoder().raw_decode(text.lstrip())[0]
-        except (OSError, ValueError, RecursionError):
+            document = parse_json(read_head(path, InputFile.option, _MAX_META_BYTES), first=True)
+        except (MissingInputError, FormatError, ValueError):
             return None
         if not isinstance(document, dict):
             return None
@@ -379,8 +379,8 @@ def _by_model_rank(
 
 def _tracked(root: Path) -> When | None:
     try:
-        text = (root / _TRACKER).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = read_head(root / _TRACKER, InputFile.option, _MAX_META_BYTES).decode()
+    except (MissingInputError, FormatError, UnicodeDecodeError):
         return None
     digits = re.match(r"\s*(\d{1,12})", text)
     return (0, int(digits[1])) if digits else UNNAMED if text.strip().startswith("release") else None
