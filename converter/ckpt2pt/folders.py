@@ -11,7 +11,7 @@ from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.publish import TRACKER, Target, rank_name, read_record, read_tracker
 from ckpt2pt.text import short
 
-SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors"})
+SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors", ".bin"})
 COVERED = "a full conversion of the same source is there, and holds the parameters that are asked for"
 
 
