@@ -15,13 +15,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 from ckpt2pt import __version__
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import Stop, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError
 from ckpt2pt.folders import COVERED, covered
+from ckpt2pt.mapping.names import prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
@@ -31,6 +32,15 @@ from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, check_loadable, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.volume import check_volume
+
+
+class Planned(Share, Protocol):
+    """A rank whose plan says what a user should know before the result is used."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Whole sentences."""
+        ...
 
 
 def _nothing(_: int) -> tuple[str, ...]:
@@ -55,7 +65,7 @@ class Conversion:
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
     how_to_load: str
-    plan: Callable[[Rank], Share]
+    plan: Callable[[Rank], Planned]
     examine: Callable[[int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
 
@@ -138,6 +148,11 @@ class _Forward:
     @property
     def nbytes(self) -> int:
         return sum(self.prepared.sizes.values())
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        prefix = self.prepared.plan.prefix
+        return (prefix_remark(prefix),) if prefix else ()
 
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         convert_rank(self.request, self.chosen, self.prepared, stop, advance)
@@ -240,12 +255,14 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals: dict[Rank, int] = {}
+    remarks: dict[str, None] = {}
     size = 0
     alone: Share | None = None
     for rank in todo:
         # One at a time: the plans of many ranks would not fit into the memory of one.
         share = conversion.plan(rank)
         totals[rank] = share.source_bytes
+        remarks |= dict.fromkeys(share.remarks)
         size += share.nbytes
         alone = share if len(todo) == 1 else None
     check_volume(target.root, size, target.kind.option)
@@ -282,7 +299,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         published=published,
         newer=target.newer,
         doubts=conversion.doubts,
-        warnings=(*conversion.warnings, *warnings),
+        warnings=(*conversion.warnings, *remarks, *warnings),
         how_to_load=conversion.how_to_load,
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
