@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import FormatError, MissingInputError
-from ckpt2pt.inputs import is_file
 from ckpt2pt.mapping.names import TIED_HEAD, common_prefix
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.archive import Archive
@@ -23,6 +22,7 @@ from ckpt2pt.pt.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, Value, as_tensor, entries, read_pickle
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.paths import is_file, listing
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -64,7 +64,7 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
         found = {(int(m[1]), int(m[2] or 0)): p for p in sorted(iteration.iterdir()) if (m := _RANK.fullmatch(p.name))}
     except OSError as error:
         raise access_error(error, iteration, "listing", option="--megatron-path") from error
-    if not found and next(iteration.glob("*.distcp"), None):
+    if not found and listing(iteration, "*.distcp"):
         raise FormatError(
             "this is a distributed checkpoint (torch_dist, .distcp files); ckpt2pt reads the torch format, mp_rank_*/*.pt",
             where=iteration,
