@@ -15,13 +15,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 from ckpt2pt import __version__
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import Stop, Written, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError
 from ckpt2pt.folders import COVERED, covered
+from ckpt2pt.mapping.names import prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
@@ -30,6 +31,15 @@ from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, check_loadable, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.volume import check_volume
+
+
+class Planned(Share, Protocol):
+    """A rank whose plan says what a user should know before the result is used."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Whole sentences."""
+        ...
 
 
 def _nothing(_: int) -> tuple[str, ...]:
@@ -54,11 +64,11 @@ class Conversion:
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
     how_to_load: str
-    prepare: Callable[[Rank, Target], Share]
+    prepare: Callable[[Rank, Target], Planned]
     examine: Callable[[int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
 
-    def plan(self, rank: Rank, /) -> Share:
+    def plan(self, rank: Rank, /) -> Planned:
         """One rank, to be written into the target as it is now."""
         return self.prepare(rank, self.target)
 
@@ -144,6 +154,11 @@ class _Forward:
     @property
     def nbytes(self) -> int:
         return sum(self.prepared.sizes.values())
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        prefix = self.prepared.plan.prefix
+        return (prefix_remark(prefix),) if prefix else ()
 
     @property
     def paths(self) -> list[str]:
@@ -262,6 +277,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals: dict[Rank, int] = {}
+    remarks: dict[str, None] = {}
     size = 0
     alone: Share | None = None
     for rank in todo:
@@ -269,6 +285,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         share = conversion.plan(rank)
         target.ledger(rank, repair=conversion.overwrite).refuse(share.paths)
         totals[rank] = share.source_bytes
+        remarks |= dict.fromkeys(share.remarks)
         size += share.nbytes
         alone = share if len(todo) == 1 else None
     both = "; the result that is there stays until the new one is complete, so there has to be room for both"
@@ -300,7 +317,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         published=published,
         newer=target.newer,
         doubts=conversion.doubts,
-        warnings=(*conversion.warnings, *warnings),
+        warnings=(*conversion.warnings, *remarks, *warnings),
         how_to_load=conversion.how_to_load,
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )

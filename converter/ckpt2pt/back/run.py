@@ -16,6 +16,7 @@ from ckpt2pt.checksums import Piece, crc32
 from ckpt2pt.crew import Reporter
 from ckpt2pt.engine.write import Stop, Written, write_files
 from ckpt2pt.folders import iteration_folder, keep_apart
+from ckpt2pt.mapping.names import prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
 from ckpt2pt.plan.moves import Move
@@ -50,6 +51,10 @@ class _Back:
     def nbytes(self) -> int:
         written = sum(file.lay_out().nbytes for file in self.prepared.files)
         return written + sum(map(len, self.prepared.metadata.values()))
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return (prefix_remark(self.prepared.prefix),) if self.prepared.prefix else ()
 
     @property
     def paths(self) -> list[str]:

@@ -17,6 +17,7 @@ from ckpt2pt.ckpt.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, index_safet
 from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.tensors import TensorRef
+from ckpt2pt.untrusted.foreign import HEAD_BYTES, READS, recognise
 
 __all__ = ["index_ckpt", "index_file", "index_safetensors", "read_scalar"]
 
@@ -34,9 +35,16 @@ def index_file(path: Path, *, check_crc: bool = False, partial: bool = False) ->
     file without redundancy instead of refusing it.
     """
     with InputFile(path) as file:
-        head = file.read(0, min(LENGTH_BYTES + 1, file.size))
-    length, brace = int.from_bytes(head[:LENGTH_BYTES], "little"), head[LENGTH_BYTES:]
+        head = file.read(0, min(HEAD_BYTES, file.size))
+    length, brace = int.from_bytes(head[:LENGTH_BYTES], "little"), head[LENGTH_BYTES : LENGTH_BYTES + 1]
     looks_safe = brace == b"{" and length <= MAX_HEADER_BYTES
+    other = "" if looks_safe else recognise(head)
+    if other:
+        raise FormatError(
+            f"this is {other}; {READS}",
+            where=path,
+            mend="name a checkpoint that MindSpore saved",
+        )
     if looks_safe or (path.suffix == ".safetensors" and not head.startswith(b"\n")):
         return index_safetensors(path, check_crc=check_crc, partial=partial)
     return index_ckpt(path, check_crc=check_crc)
