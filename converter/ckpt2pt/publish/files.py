@@ -15,6 +15,7 @@ from pathlib import Path
 from ckpt2pt.errors import TryAgainError, UsageError
 from ckpt2pt.records import Json, load, unseal
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.files import read_all
 from ckpt2pt.system.paths import listing, status
 
 STATE = ".ckpt2pt"
@@ -148,8 +149,10 @@ def read_small(path: Path) -> bytes:
     """Nothing where there is no regular file: a named pipe would be waited for."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as file:
-            return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        try:
+            return read_all(fd) if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        finally:
+            os.close(fd)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return b""
     except OSError as error:

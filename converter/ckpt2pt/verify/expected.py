@@ -24,6 +24,7 @@ from ckpt2pt.mapping.names import TIED_HEAD, NameTable, SourceName, is_tied_head
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey
+from ckpt2pt.system.files import read_all
 from ckpt2pt.system.paths import is_there
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.verify.leaves import Leaf, Leaves, Symbol
@@ -197,7 +198,7 @@ def _listed(folder: Path, tp: int, pp: int, template: Mapping[str, Leaf]) -> lis
 
 def _read_map(path: Path) -> list[_Entry]:
     try:
-        document = cast("dict[str, tuple[str, list[int], int, int, int]]", json.loads(path.read_bytes()))
+        document = cast("dict[str, tuple[str, list[int], int, int, int]]", json.loads(read_all(path)))
         return [
             _Entry(
                 names.bare(name),

@@ -17,6 +17,7 @@ from typing import Any, cast
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.ranks import SourceFile
 from ckpt2pt.errors import FormatError
+from ckpt2pt.system.files import read_text
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 _SHARD = re.compile(r"(.*\.)?buffer_\d+_bucket_\d+")
@@ -28,7 +29,7 @@ def expected_index(file: SourceFile) -> Index:
     if file.info is None:
         return index_file(file.path)
     try:
-        document = json.JSONDecoder().raw_decode(file.info.read_text(encoding="utf-8").strip())[0]
+        document = json.JSONDecoder().raw_decode(read_text(file.info).strip())[0]
         return _whole([index_file(path) for path in file.peers], document)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise FormatError(
