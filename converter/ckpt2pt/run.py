@@ -10,16 +10,18 @@ measure every rank asked for            nothing has been written; everything tha
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from typing import cast
 
 from ckpt2pt import __version__
+from ckpt2pt.ckpt import prove_sources
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
-from ckpt2pt.engine.write import Stop, is_whole, write_files
+from ckpt2pt.engine.write import ReadPieces, Stop, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
@@ -27,7 +29,15 @@ from ckpt2pt.plan.moves import moves
 from ckpt2pt.publish import Target, check_space
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.survey import Prepared, Survey, check_loadable, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.survey import (
+    Prepared,
+    Survey,
+    check_loadable,
+    prepare,
+    prove_unchanged,
+    survey,
+    target_of,
+)
 from ckpt2pt.system.access import access_error
 
 
@@ -47,7 +57,7 @@ class Conversion:
     facts: Json
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
-    how_to_load: str
+    how_to_load: str = ""
     plan: Callable[[Rank], Share]
 
 
@@ -67,6 +77,8 @@ class Outcome:
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
     how_to_load: str = ""
+    source_checksums: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many files of the source were verified by their own checksums, not checked, or state none."""
     asked_to_stop: InterruptedRunError | None = None
     """A signal that came too late to stop this run; whoever would go on must heed it."""
 
@@ -84,6 +96,7 @@ class Outcome:
             "newerIteration": self.newer,
             "doubts": list(self.doubts),
             "warnings": list(self.warnings),
+            "sourceChecksums": dict(self.source_checksums),
         }
 
     def sentence(self) -> str:
@@ -99,8 +112,21 @@ class Outcome:
             end = "the tracker waits for the other stages"
         elif self.newer is not None:
             end = f"published; the tracker stays at iteration {self.newer}, which is newer: write {self.target.iteration} into it to go back"
+        did += checksums_told(self.source_checksums)
         first = "".join(f"warning: {text}\n" for text in self.warnings)
         return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.folder}\n{end}"
+
+
+def checksums_told(found: Mapping[str, int]) -> str:
+    """For a person; nothing where no file states a checksum."""
+    told = {
+        "verified": "{} verified",
+        "notChecked": "{} not checked (only a part of the file is read)",
+        "none": "{} files state none",
+    }
+    if not found.get("verified") and not found.get("notChecked"):
+        return ""
+    return "\nsource checksums: " + ", ".join(form.format(found[key]) for key, form in told.items() if found.get(key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +187,13 @@ def convert_rank(
     except OSError as error:
         raise access_error(error, folder, "making the folder") from error
     target.sweep(*rank, prepared.plan.directory)
+    checksums: dict[str, int] = {}
+
+    def prove(read: ReadPieces) -> None:
+        prove_unchanged(request, chosen, rank)  # first: a source that was written meanwhile is not a damaged one
+        every_byte = request.full or request.verify == "full"
+        checksums.update(prove_sources(chosen.files[rank].paths, read, every_byte=every_byte))
+
     files, digests = write_files(
         folder,
         prepared.files,
@@ -168,6 +201,7 @@ def convert_rank(
         stop=stop,
         advance=advance,
         check=request.verify != "none",
+        prove=prove,
     )
     if request.verify == "full":
         from ckpt2pt.verify.prove import verify_rank  # noqa: PLC0415 - a second reader, loaded only when asked for
@@ -182,6 +216,7 @@ def convert_rank(
             "pp": rank[1],
             "source": prepared.plan.source,
             "verified": request.verify,
+            "sourceChecksums": checksums,
             "files": [file.entry(target.folder) for file in files],
             "tensors": {label: f"{crc:08x}" for label, crc in sorted(digests.items())},
             "ignored": dict(prepared.plan.ignored),
@@ -230,6 +265,10 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
             for pp in stages:
                 target.publish_stage(pp, {**options, "iteration": target.iteration, **conversion.facts})
         published = target.publish_iteration()
+    manifests = [target.rank_manifest(*rank) or {} for rank in ranks]
+    checksums = Counter[str]()
+    for manifest in manifests:
+        checksums.update(cast("dict[str, int]", manifest.get("sourceChecksums", {})))
     return Outcome(
         target=target,
         stages=tuple(stages),
@@ -243,6 +282,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         doubts=conversion.doubts,
         warnings=conversion.warnings,
         how_to_load=conversion.how_to_load,
+        source_checksums=checksums,
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 from ckpt2pt import __version__
-from ckpt2pt.ckpt import index_file, read_scalar
+from ckpt2pt.ckpt import index_file, prove_sources, read_scalar
 from ckpt2pt.ckpt.ranks import (
     UNNAMED,
     SourceFile,
@@ -32,8 +34,8 @@ from ckpt2pt.ckpt.ranks import (
 from ckpt2pt.ckpt.shards import check_covered, has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
-from ckpt2pt.engine.write import Stop, write_files
-from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceError, UsageError
+from ckpt2pt.engine.write import ReadPieces, Stop, write_files
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceError, TryAgainError, UsageError
 from ckpt2pt.folders import layout_of
 from ckpt2pt.mapping.names import MOMENTS
 from ckpt2pt.mapping.topology import Rank, Topology
@@ -49,6 +51,7 @@ from ckpt2pt.publish import (
 )
 from ckpt2pt.records import Json, seal
 from ckpt2pt.request import Pace, digest
+from ckpt2pt.run import checksums_told
 from ckpt2pt.survey import agree, changed, facts_of, inputs_of
 from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
@@ -115,6 +118,7 @@ class Combined:
     kept: int
     bytes_written: int
     seconds: float
+    source_checksums: Mapping[str, int]
 
     def document(self) -> Json:
         """For ``--output json``."""
@@ -127,6 +131,7 @@ class Combined:
             "shardsPerRank": self.ranks,
             "bytesWritten": self.bytes_written,
             "seconds": round(self.seconds, 3),
+            "sourceChecksums": dict(self.source_checksums),
         }
 
     def sentence(self) -> str:
@@ -136,6 +141,7 @@ class Combined:
             did = "everything was there already"
         elif self.kept:
             did += f", kept {self.kept} that were there"
+        did += checksums_told(self.source_checksums)
         return f"epoch {self.when[0]}, step {self.when[1]}: {did}\n{self.output}"
 
 
@@ -152,6 +158,11 @@ class Merge:
         """Workers as asked for."""
         return Pace(workers=self.asked.workers, in_process=self.asked.in_process)
 
+    def manifest(self, rank: Rank) -> Path:
+        """What tells whose a group's files are."""
+        name = f"rank_{self.topology.source_rank(*rank)}-{_step(self.files[rank])}.json"
+        return self.asked.output / STATE / "combined" / name
+
     def plan(self, rank: Rank, /) -> Group:
         """Index a group and lay its files out: the name of its first rank's, or of each of them."""
         asked, file = self.asked, self.files[rank]
@@ -164,7 +175,7 @@ class Merge:
         names = [f"{path.parent.relative_to(asked.source)}/{path.stem}_dp_merged.{suffix}" for path in paths]
         return Group(
             asked=asked,
-            manifest=asked.output / STATE / "combined" / f"rank_{self.topology.source_rank(*rank)}-{_step(file)}.json",
+            manifest=self.manifest(rank),
             source=file,
             inputs=inputs,
             files=tuple(mindspore_file(suffix, name, entries, crc=asked.crc) for name in names),
@@ -213,6 +224,10 @@ class Group:
             )
         return False
 
+    def _check_unchanged(self) -> None:
+        if tuple(inputs_of(self.source, self.asked.source)) != self.inputs:
+            raise changed(self.source.path)
+
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """Say whose files they will be, write them, then complete the manifest."""
         output = self.asked.output
@@ -233,13 +248,28 @@ class Group:
             publish_bytes(self.manifest, seal(facts))
             for path in paths:
                 sweep_partials(path.parent, path.name)
+            checksums: dict[str, int] = {}
+
+            def prove(read: ReadPieces) -> None:
+                self._check_unchanged()  # first: a source that was written meanwhile is not a damaged one
+                checksums.update(prove_sources(self.source.paths, read, every_byte=self.asked.optimizer))
+
             written, digests = write_files(
-                output, self.files, merged_moves(self.files), stop=stop, advance=advance, check=self.asked.check
+                output,
+                self.files,
+                merged_moves(self.files),
+                stop=stop,
+                advance=advance,
+                check=self.asked.check,
+                prove=prove,
             )
-            if tuple(inputs_of(self.source, self.asked.source)) != self.inputs:
+            try:
+                self._check_unchanged()
+            except TryAgainError:
                 for path in paths:
                     path.unlink(missing_ok=True)
-                raise changed(self.source.path)
+                raise
+            facts["sourceChecksums"] = checksums
             facts["files"] = [file.entry(output) for file in written]
             facts["tensors"] = {label.partition(":")[2]: f"{crc:08x}" for label, crc in sorted(digests.items())}
             publish_bytes(self.manifest, seal(facts))
@@ -284,6 +314,9 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
             work_through(merge, list(todo), None, reporter, stop)
         finally:
             reporter.close()
+    checksums = Counter[str]()
+    for rank in chosen:
+        checksums.update(cast("dict[str, int]", (read_record(merge.manifest(rank)) or {}).get("sourceChecksums", {})))
     return Combined(
         output=str(asked.output),
         when=when,
@@ -292,6 +325,7 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
         kept=len(chosen) - len(todo),
         bytes_written=needed,
         seconds=time.monotonic() - began,
+        source_checksums=checksums,
     )
 
 

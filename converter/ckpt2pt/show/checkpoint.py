@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.ckpt import index_file, read_scalar
+from ckpt2pt.ckpt import index_file, read_scalar, states_checksum
 from ckpt2pt.ckpt.ranks import UNNAMED, choose, find_sources, last_saved
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
 from ckpt2pt.folders import SUFFIXES, checkpoint_files, iteration_name, layout_of
@@ -106,6 +106,7 @@ def _mindspore(path: Path, *, details: bool) -> Json:
         "entries": len(index),
         "layers": spans(layers),
         **_clock(path, index),
+        **({"checksum": "stated, not checked here"} if states_checksum(path) else {}),
         "totals": [
             {
                 "role": role,
