@@ -33,6 +33,8 @@ from ckpt2pt.survey import (
     Prepared,
     Survey,
     check_loadable,
+    contradictions,
+    kept_of_template,
     prepare,
     prove_unchanged,
     survey,
@@ -46,7 +48,8 @@ class Conversion:
     """What is converted, in either direction; worker processes get a copy of it.
 
     ``meaning`` are the options that decide what is written, ``facts`` what else the manifest of a stage tells,
-    ``doubts`` what contradicts the chosen iteration, ``warnings`` what a user should know before the result is used.
+    ``doubts`` what contradicts the chosen iteration, ``warnings`` what a user should know before the result is used,
+    ``kept`` the entries that are of the metadata's iteration.
     """
 
     target: Target
@@ -58,6 +61,7 @@ class Conversion:
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
     how_to_load: str = ""
+    kept: tuple[str, ...] = ()
     plan: Callable[[Rank], Share]
 
 
@@ -77,6 +81,8 @@ class Outcome:
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
     how_to_load: str = ""
+    kept_of_template: tuple[str, ...] = ()
+    """Entries that are pt_meta's as they are, of another iteration."""
     source_checksums: Mapping[str, int] = field(default_factory=dict[str, int])
     """How many files of the source were verified by their own checksums, not checked, or state none."""
     asked_to_stop: InterruptedRunError | None = None
@@ -97,6 +103,7 @@ class Outcome:
             "doubts": list(self.doubts),
             "warnings": list(self.warnings),
             "sourceChecksums": dict(self.source_checksums),
+            "fromTemplate": list(self.kept_of_template),
         }
 
     def sentence(self) -> str:
@@ -113,6 +120,8 @@ class Outcome:
         elif self.newer is not None:
             end = f"published; the tracker stays at iteration {self.newer}, which is newer: write {self.target.iteration} into it to go back"
         did += checksums_told(self.source_checksums)
+        if self.kept_of_template:
+            did += f"\nas pt_meta has it, of another iteration: {', '.join(self.kept_of_template)}"
         first = "".join(f"warning: {text}\n" for text in self.warnings)
         return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.folder}\n{end}"
 
@@ -167,8 +176,9 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         meaning=request.meaning(),
         facts={"inputs": chosen.inputs, "assumed": assumed(request.metadata)},
         doubts=chosen.clock.doubts,
-        warnings=(),
+        warnings=contradictions(request, chosen, ranks[0]) if ranks else (),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
+        kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
         plan=partial(_plan, request, chosen),
     )
     return carry_out(conversion, stages, reporter, began)
@@ -282,6 +292,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         doubts=conversion.doubts,
         warnings=conversion.warnings,
         how_to_load=conversion.how_to_load,
+        kept_of_template=conversion.kept,
         source_checksums=checksums,
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file, read_scalar
+from ckpt2pt.ckpt import index_file, read_scalar, statement_of
 from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import FormatError, InputError, MissingInputError, TryAgainError
@@ -190,12 +190,14 @@ def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     tp, pp = rank
     meta = _meta(request, rank)
     file = chosen.files[rank]
+    index = (None if file.peers else chosen.indexes.get(rank)) or index_source(file, topology.group(tp, pp))
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(
         tp=tp,
         pp=pp,
         source=str(file.path),
-        index=(None if file.peers else chosen.indexes.get(rank)) or index_source(file, topology.group(tp, pp)),
+        index=index,
+        stated=statement_of(index),
         clock=chosen.clock,
         chunks=meta.chunks,
         sizes=meta.sizes,
@@ -286,6 +288,27 @@ def facts_of(index: Index) -> dict[str, float]:
             if isinstance(value, int | float) and math.isfinite(value):
                 facts[name] = value
     return facts
+
+
+def kept_of_template(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
+    """What a result takes from the metadata as it is though it belongs to another iteration; none where it is the same."""
+    tree = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals).tree
+    if tree.get("iteration") == chosen.clock.iteration:
+        return ()
+    return tuple(key for key in ("rng_state", "num_floating_point_operations_so_far") if key in tree)
+
+
+def contradictions(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
+    """A warning where the checkpoint and the metadata of a rank tell different settings of optimizer or scheduler."""
+    index = index_source(chosen.files[rank], request.topology.group(*rank))
+    template = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals)
+    conflicts = template.carried(statement_of(index)).conflicts
+    if not conflicts:
+        return ()
+    return (
+        f"the checkpoint and pt_meta disagree, and the checkpoint's values are taken: {', '.join(conflicts)}\n"
+        "  hint: start Megatron-LM with the same, or with --override-opt_param-scheduler",
+    )
 
 
 def _clock(file: SourceFile, batch: int | None, headers: _Headers) -> Clock:

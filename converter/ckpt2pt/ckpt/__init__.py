@@ -9,6 +9,7 @@ The suffix of a file is its writer's opinion: the first bytes decide.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from ckpt2pt.ckpt.safetensors import (
 )
 from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import InputFile
+from ckpt2pt.plan.stated import Stated, Statement, is_stated, read_statement
 from ckpt2pt.tensors import TensorRef
 
 __all__ = [
@@ -38,6 +40,9 @@ __all__ = [
 
 _MAX_TEXT_BYTES = 1 << 20
 NUMBERS = frozenset(
+    {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64", "bool"}
+)
+_NUMBERS = frozenset(
     {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64", "bool"}
 )
 _STRUCTS = {
@@ -109,6 +114,19 @@ def read_scalars(refs: Iterable[TensorRef]) -> dict[str, int | float | bool | st
                     if extent.path == path:
                         raw[ref.name] += file.read(extent.offset, extent.nbytes)
     return {ref.name: _decoded(ref, raw[ref.name]) for ref in refs}
+
+
+def statement_of(index: Mapping[str, TensorRef]) -> Statement:
+    """What a file states of optimizer and scheduler; an entry that is no finite number states nothing."""
+    refs = [ref for name, ref in index.items() if is_stated(name) and ref.numel == 1 and ref.dtype in _NUMBERS]
+    values = read_scalars(refs)
+    return read_statement(
+        {
+            name: Stated(value, index[name].dtype)
+            for name, value in values.items()
+            if not isinstance(value, str) and math.isfinite(value)
+        }
+    )
 
 
 def _check_scalar(ref: TensorRef) -> None:

@@ -12,7 +12,7 @@ from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import Target, free_bytes
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Prepared, Survey, unmet_of
+from ckpt2pt.survey import Prepared, Survey, contradictions, kept_of_template, unmet_of
 from ckpt2pt.text import size, table
 
 WORKER_BYTES = 48 << 20
@@ -50,7 +50,11 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
         "iteration": chosen.clock.iteration,
         "because": chosen.clock.because,
         "doubts": list(chosen.clock.doubts),
-        "warnings": list(warning({rank: unmet_of(request, rank) for rank in ranks}, full=request.full)),
+        "warnings": [
+            *warning({rank: unmet_of(request, rank) for rank in ranks}, full=request.full),
+            *contradictions(request, chosen, next(iter(ranks))),
+        ],
+        "fromTemplate": list(kept_of_template(request, chosen, next(iter(ranks)))),
         "consumedSamples": chosen.clock.samples,
         "identity": chosen.identity,
         "target": str(target.folder),
@@ -120,6 +124,8 @@ def render(document: Json) -> str:
             ignored[reason] += int(str(count))
     if ignored:
         lines.append("not carried: " + ", ".join(f"{count} x {reason}" for reason, count in sorted(ignored.items())))
+    if document["fromTemplate"]:
+        lines.append(f"as pt_meta has it, of another iteration: {', '.join(map(str, _list(document['fromTemplate'])))}")
     lines += _shard_lines(document)
     lines += _name_lines(document)
     lines.append(
