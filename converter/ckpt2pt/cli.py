@@ -194,9 +194,11 @@ def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.Argumen
     signal.signal(signal.SIGTERM, _too_late)
     path = termination.path_of(words, os.environ)
     if path:
+        from ckpt2pt.conversion.report import CONVERTED, PLANNED, UID_VARIABLE  # noqa: PLC0415 - a worker's alone
         from ckpt2pt.conversion.status import REASONS  # noqa: PLC0415 - a worker's alone
 
-        reason = REASONS.get(code) or ("Planned" if words[0] == "plan" else "Converted")
+        account.conversion = os.environ.get(UID_VARIABLE)
+        reason = account.failure or REASONS.get(code) or (PLANNED if words[0] == "plan" else CONVERTED)
         termination.write(path, termination.render(code, reason, account.message, account.facts()))
     return code
 
@@ -253,7 +255,7 @@ def _too_late(_: int, __: FrameType | None) -> None:
 
 def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _too_late)
-    options.account.message = termination.message_of(error)
+    options.account.message, options.account.failure = termination.message_of(error), error.reason
     if getattr(options, "debug", False):
         traceback.print_exc()
     if getattr(options, "log_format", "text") == "json":

@@ -13,6 +13,8 @@ class Ckpt2ptError(Exception):
     """
 
     exit_code = 70
+    reason = ""
+    """In one word, where the exit code alone would mislead; that of the exit code where it is empty."""
 
     def __init__(self, what: str, *, where: str | Path, mend: str) -> None:
         super().__init__(what, str(where), mend)
@@ -36,6 +38,12 @@ class UsageError(Ckpt2ptError):
     exit_code = 64
 
 
+class TargetConflictError(UsageError):
+    """The target holds the result of another conversion, or files of another program."""
+
+    reason = "TargetConflict"
+
+
 class SetupError(Ckpt2ptError):
     """The machine or the volume, as it is set up, cannot do what is asked for: trying again cannot help."""
 
@@ -45,21 +53,31 @@ class SetupError(Ckpt2ptError):
 class PermissionDeniedError(SetupError):
     """The user of this process may not read or write there."""
 
+    reason = "PermissionDenied"
+
 
 class ReadOnlyVolumeError(SetupError):
     """The target is mounted read-only."""
+
+    reason = "ReadOnlyVolume"
 
 
 class VolumeTooSmallError(SetupError):
     """The target has too little room, and this is known before the first byte is written."""
 
+    reason = "VolumeTooSmall"
+
 
 class UnsupportedFileSystemError(SetupError):
     """The file system lacks an operation that is needed."""
 
+    reason = "UnsupportedFileSystem"
+
 
 class TooManyFilesError(SetupError):
     """The limit of open files is too low."""
+
+    reason = "TooManyFiles"
 
 
 class InputError(Ckpt2ptError):
@@ -138,6 +156,19 @@ EXIT_CODES: dict[int, str] = {
 
 FAILS_JOB = frozenset({64})
 """Codes that are true for every stage alike: the whole Job fails at once."""
+
+NOT_THE_SPEC = frozenset(
+    kind.reason
+    for kind in (
+        TargetConflictError,
+        PermissionDeniedError,
+        ReadOnlyVolumeError,
+        VolumeTooSmallError,
+        UnsupportedFileSystemError,
+        TooManyFilesError,
+    )
+)
+"""Reasons of :data:`FAILS_JOB` with which nothing is wrong in the document: the target or the machine is what it is."""
 
 FAILS_STAGE = frozenset({65, 66, 76})
 """Codes that retrying cannot change: the stage fails, the others go on."""

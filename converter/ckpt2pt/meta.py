@@ -10,6 +10,7 @@ import fnmatch
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -29,6 +30,7 @@ from ckpt2pt.system.access import access_error
 
 _Described = tuple[tuple[str, ...], Buffer | None]
 """A chunk's names in registration order, and its buffer when there is a map."""
+_MAX_NAMES = 200_000
 METADATA = "spec.metadata.path (--param-map-path)"
 _MEND = "point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees"
 
@@ -78,7 +80,7 @@ def read_rank_meta(
     ``target_data`` is the data x context size of the Megatron run to come; None takes it from the arguments.
     """
     template = read_arguments(folder, (tp, pp), allow=allow)
-    maps = _param_maps(folder, tp, pp)
+    maps = param_map_files(folder, tp, pp)
     divisor = target_data or data_parallel_size(template)
     if maps:
         buffers = [_param_map(path, divisor) for path in maps]
@@ -134,9 +136,12 @@ def assumed(folder: Path) -> dict[str, object]:
     return cast("dict[str, object]", found) if isinstance(found, dict) else {}
 
 
-def metadata_files(folder: Path, *, tp: int, pp: int) -> tuple[Path, ...]:
-    """The files that describe one rank: its arguments, then its param maps chunk by chunk."""
-    return (_arguments_file(folder, tp, pp), *_param_maps(folder, tp, pp))
+def metadata_files(folder: Path, *, tp: int, pp: int, listed: Maps | None = None) -> tuple[Path, ...]:
+    """The files that describe one rank: its arguments, then its param maps chunk by chunk.
+
+    Whoever asks for many ranks gives what :func:`list_param_maps` found, so that the folder is listed once.
+    """
+    return (_arguments_file(folder, tp, pp), *param_map_files(folder, tp, pp, listed))
 
 
 def _arguments_file(folder: Path, tp: int, pp: int) -> Path:
@@ -145,9 +150,7 @@ def _arguments_file(folder: Path, tp: int, pp: int) -> Path:
 
 def read_param_maps(folder: Path, *, tp: int, pp: int, divisor: int | None) -> tuple[Buffer, ...]:
     """The buffers of one rank, chunk by chunk, as the maps in ``folder`` describe them."""
-    if not folder.is_dir():
-        raise MissingInputError("the folder of param maps is not there", where=folder, mend=_MEND)
-    return tuple(_param_map(path, divisor) for path in _param_maps(folder, tp, pp))
+    return tuple(_param_map(path, divisor) for path in param_map_files(folder, tp, pp))
 
 
 def _param_map(path: Path, divisor: int | None) -> Buffer:
@@ -169,13 +172,30 @@ def read_template(path: Path, *, allow: tuple[str, ...] = ()) -> Template:
     return Template(path=str(path), tree=cast("dict[str, object]", tree), storages=dict(archive.storages))  # type: ignore[arg-type]
 
 
-def _param_maps(folder: Path, tp: int, pp: int) -> list[Path]:
-    """Maps of one rank in the order of its chunks.  Only data-parallel rank 0's are read: all ranks write the same."""
-    pattern = re.compile(rf"param_map_buffer(\d+)_dp0tp{tp}pp{pp}vpp(\d+)\.json")
+Maps = Mapping[tuple[int, int], Sequence[tuple[int, int, Path]]]
+"""(tp, pp) -> (buffer, chunk, path) of each param map."""
+
+_MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(0|[1-9]\d*)pp(0|[1-9]\d*)vpp(\d+)\.json", re.ASCII)
+
+
+def list_param_maps(folder: Path) -> Maps:
+    """The param maps in a folder.  Only data-parallel rank 0's are read: all ranks write the same."""
+    found: dict[tuple[int, int], list[tuple[int, int, Path]]] = {}
     try:
-        found = [(int(m[1]), int(m[2]), path) for path in folder.iterdir() if (m := pattern.fullmatch(path.name))]
+        for path in folder.iterdir():
+            if match := _MAP.fullmatch(path.name):
+                buffer, tp, pp, chunk = map(int, match.groups())
+                found.setdefault((tp, pp), []).append((buffer, chunk, path))
+    except FileNotFoundError:
+        raise MissingInputError("the folder of param maps is not there", where=folder, mend=_MEND) from None
     except OSError as error:
         raise access_error(error, folder, "listing", option=METADATA) from error
+    return found
+
+
+def param_map_files(folder: Path, tp: int, pp: int, listed: Maps | None = None) -> list[Path]:
+    """Maps of one rank in the order of its chunks."""
+    found = sorted((list_param_maps(folder) if listed is None else listed).get((tp, pp), ()))
     more = sorted(path.name for buffer, _, path in found if buffer)
     if more:
         raise FormatError(
@@ -183,7 +203,6 @@ def _param_maps(folder: Path, tp: int, pp: int) -> list[Path]:
             where=folder,
             mend="convert with spec.mode ParamsOnly (--convert-param-only); the optimizer of such a model is not supported",
         )
-    found.sort()
     if [chunk for _, chunk, _ in found] != list(range(len(found))):
         raise FormatError(
             f"param maps of tp {tp} pp {pp} are numbered vpp {[chunk for _, chunk, _ in found]}, not 0, 1, 2, ...",
@@ -204,6 +223,8 @@ def _name_lists(template: Template) -> list[tuple[str, ...]]:
         )
     if not isinstance(lists, list) or not all(isinstance(names, list) for names in lists):
         raise FormatError("param_name_list is not a list of lists", where=template.path, mend=_MEND)
+    if sum(len(names) for names in cast("list[list[object]]", lists)) > _MAX_NAMES:  # lists may be shared
+        raise FormatError(f"param_name_list holds more than {_MAX_NAMES} names", where=template.path, mend=_MEND)
     found: list[tuple[str, ...]] = []
     for names in cast("list[list[object]]", lists):
         if not all(isinstance(name, str) for name in names) or len(set(map(str, names))) != len(names):

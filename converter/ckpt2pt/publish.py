@@ -17,15 +17,15 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import NoSpaceError, TryAgainError, UsageError
+from ckpt2pt.errors import NoSpaceError, TargetConflictError, TryAgainError
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.records import Json, load, seal, unseal
+from ckpt2pt.records import Json, load, seal, seal_joined, unseal
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import read_bytes, write_all
 
@@ -69,12 +69,12 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
 
 
-def publish_bytes(path: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
+def publish_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a small file, given whole or in pieces, whole or not at all."""
     partial = partial_name(path)
     try:
         with partial.open("xb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -217,9 +217,11 @@ class Target:
             return
         mend = f"choose another {self.kind.option}, or replace it with {self.kind.replace}"
         if data and claim is None:
-            raise UsageError("the claim of the conversion there is damaged", where=self.state / "claim.json", mend=mend)
+            raise TargetConflictError(
+                "the claim of the conversion there is damaged", where=self.state / "claim.json", mend=mend
+            )
         if claim is not None:
-            raise UsageError(
+            raise TargetConflictError(
                 f"iteration {self.iteration} there is the result of another conversion "
                 f"(begun {claim.get('begun')} by {claim.get('host')}): other options, another source, or a source that changed since",
                 where=self.folder,
@@ -231,7 +233,7 @@ class Target:
             if strangers and _read(self.state / "claim.json") != data:
                 self.check(overwrite=overwrite)  # another worker has taken the folder meanwhile, and begun
             elif strangers:
-                raise UsageError(
+                raise TargetConflictError(
                     f"the folder holds {strangers[0]}, which ckpt2pt did not write",
                     where=self.folder,
                     mend=mend,
@@ -363,19 +365,34 @@ class Target:
 
     def publish_iteration(self) -> bool:
         """Write report and tracker when every stage is there.  Any worker may; all write the same."""
-        manifests = [self.stage_manifest(pp) for pp in range(self.stages)]
-        if not all(manifests):
+        there = set(os.listdir(self.state))  # one look for all stages: each worker that ends comes by here
+        if any(f"stage-{pp:03d}.json" not in there for pp in range(self.stages)):
+            return False
+        if not all(self.stage_manifest(pp) for pp in range(self.stages)):
             return False
         with self._lock("publish", wait=True):
             sweep_partials(self.state, "report.json")
-            publish_bytes(self.state / "report.json", seal(self.report([m for m in manifests if m])))
+            publish_bytes(self.state / "report.json", seal_joined(self._head, "stages", self._briefs()))
             if self.kind.tracker and self.newer is None:
                 publish_bytes(self.root / TRACKER, str(self.iteration).encode())
         return True
 
-    def report(self, manifests: Sequence[Json]) -> Json:
+    @property
+    def _head(self) -> Json:
+        return {"identity": self.identity, "iteration": self.iteration}
+
+    def _briefs(self) -> Iterator[Json]:
+        """One stage after the other: together they may be larger than what a worker needs."""
+        for pp in range(self.stages):
+            path = self.state / f"stage-{pp:03d}.json"
+            manifest = read_record(path)
+            if manifest is None:
+                raise TryAgainError("the manifest was removed", where=path, mend="run the same command again")
+            yield _brief(manifest)
+
+    def report(self, manifests: Iterable[Json]) -> Json:
         """The whole conversion in one document."""
-        return {"identity": self.identity, "iteration": self.iteration, "stages": [_brief(m) for m in manifests]}
+        return {**self._head, "stages": [_brief(manifest) for manifest in manifests]}
 
     @property
     def newer(self) -> int | None:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from textwrap import indent
 from typing import cast
 
 Json = dict[str, object]
@@ -22,6 +23,39 @@ def dump(document: Mapping[str, object]) -> bytes:
 def seal(document: Mapping[str, object]) -> bytes:
     """The same with its seal."""
     return dump({**document, _SEAL: _digest(document)})
+
+
+def seal_joined(document: Mapping[str, object], name: str, items: Iterable[Json]) -> Iterator[bytes]:
+    """In pieces, what :func:`seal` makes of ``document`` with the list ``items`` as ``name``; one item at a time is in memory.
+
+    Read, both are the same; here the seal comes last.
+    """
+    digest, comma = hashlib.sha256(b"{"), ""
+    yield b"{"
+    for key in sorted({*document, name}):
+        digest.update(f"{comma}{json.dumps(key)}: ".encode())
+        yield f"{comma.strip()}\n {json.dumps(key)}: ".encode()
+        if key == name:
+            yield from _joined(items, digest.update)
+        else:
+            digest.update(_canonical(document[key]))
+            yield json.dumps(document[key], sort_keys=True).encode()
+        comma = ", "
+    digest.update(b"}")
+    yield f'{comma.strip()}\n "{_SEAL}": "{digest.hexdigest()}"\n}}\n'.encode()
+
+
+def _joined(items: Iterable[Json], update: Callable[[bytes], object]) -> Iterator[bytes]:
+    """A list, an item at a time; ``update`` gets its canonical form."""
+    comma = ""
+    update(b"[")
+    yield b"["
+    for item in items:
+        update(comma.encode() + _canonical(item))
+        yield f"{comma.strip()}\n{indent(json.dumps(item, indent=1, sort_keys=True), '  ')}".encode()
+        comma = ", "
+    update(b"]")
+    yield b"\n ]"
 
 
 def load(data: bytes) -> Json | None:
@@ -43,4 +77,9 @@ def unseal(data: bytes) -> Json | None:
 
 
 def _digest(document: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_canonical(document)).hexdigest()
+
+
+def _canonical(value: object) -> bytes:
+    """What is summed."""
+    return json.dumps(value, sort_keys=True).encode()

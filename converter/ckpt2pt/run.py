@@ -48,8 +48,8 @@ class Conversion:
     """What is converted, in either direction; worker processes get a copy of it.
 
     ``meaning`` are the options that decide what is written, ``facts`` what else the manifest of a stage tells,
-    ``doubts`` what contradicts the chosen iteration, ``warnings`` what a user should know before the result is used,
-    ``kept`` the entries that are of the metadata's iteration.
+    ``inputs`` the files that each rank is read from, ``doubts`` what contradicts the chosen iteration, ``warnings`` what a
+    user should know before the result is used, ``kept`` the entries that are of the metadata's iteration.
     """
 
     target: Target
@@ -58,6 +58,7 @@ class Conversion:
     overwrite: bool
     meaning: Json
     facts: Json
+    inputs: Mapping[Rank, Sequence[Json]]
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
     how_to_load: str = ""
@@ -67,7 +68,10 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming; ``how_to_load`` ends a sentence."""
+    """What a run did.  ``newer`` is a later iteration, which the tracker goes on naming; ``how_to_load`` ends a sentence.
+
+    ``verified`` is how every file of it was verified, those that were kept included; kept files may be better verified.
+    """
 
     target: Target
     stages: tuple[int, ...]
@@ -75,6 +79,7 @@ class Outcome:
     kept: tuple[Rank, ...]
     bytes_written: int
     files: int
+    verified: Verify
     seconds: float
     published: bool
     newer: int | None
@@ -97,6 +102,7 @@ class Outcome:
             "ranksConverted": len(self.converted),
             "ranksKept": len(self.kept),
             "bytesWritten": self.bytes_written,
+            "verified": self.verified,
             "seconds": round(self.seconds, 3),
             "published": self.published,
             "newerIteration": self.newer,
@@ -174,7 +180,8 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         verify=request.verify,
         overwrite=request.overwrite,
         meaning=request.meaning(),
-        facts={"inputs": chosen.inputs, "assumed": assumed(request.metadata)},
+        facts={"assumed": assumed(request.metadata)},
+        inputs=chosen.inputs,
         doubts=chosen.clock.doubts,
         warnings=contradictions(request, chosen, ranks[0]) if ranks else (),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
@@ -273,7 +280,10 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
             finally:
                 reporter.close()
             for pp in stages:
-                target.publish_stage(pp, {**options, "iteration": target.iteration, **conversion.facts})
+                # Its own inputs alone: those of all ranks in each stage would grow with the square of their number.
+                inputs = [one for tp in range(target.tensor) for one in conversion.inputs[tp, pp]]
+                facts: Json = {"iteration": target.iteration, "inputs": inputs, **conversion.facts}
+                target.publish_stage(pp, {**options, **facts})
         published = target.publish_iteration()
     manifests = [target.rank_manifest(*rank) or {} for rank in ranks]
     checksums = Counter[str]()
@@ -286,6 +296,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         kept=kept,
         bytes_written=size,
         files=sum(target.file_count(*rank) for rank in ranks),
+        verified=conversion.verify,
         seconds=time.monotonic() - began,
         published=published,
         newer=target.newer,

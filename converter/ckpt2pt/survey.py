@@ -22,7 +22,16 @@ from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.meta import METADATA, RankMeta, metadata_files, read_arguments, read_rank_meta, require
+from ckpt2pt.meta import (
+    METADATA,
+    Maps,
+    RankMeta,
+    list_param_maps,
+    metadata_files,
+    read_arguments,
+    read_rank_meta,
+    require,
+)
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
@@ -41,7 +50,8 @@ Inputs = list[dict[str, object]]
 class Survey:
     """The chosen checkpoint: a file for each rank, the time they agree on, and the identity of the conversion.
 
-    ``purpose`` is the digest of what is asked for, ``ranks`` adds what each rank is read from, ``identity`` all of it.
+    ``purpose`` is the digest of what is asked for, ``ranks`` adds what each rank is read from, ``identity`` all of it;
+    ``inputs`` are the files that each rank is read from.
     """
 
     files: Mapping[Rank, SourceFile]
@@ -49,7 +59,7 @@ class Survey:
     identity: str
     purpose: str
     ranks: Mapping[Rank, str]
-    inputs: tuple[dict[str, object], ...]
+    inputs: Mapping[Rank, Inputs]
     indexes: Mapping[Rank, Index] = field(default_factory=dict[Rank, Index])
     """Indexes that :func:`survey` was asked to keep, so that :func:`prepare` need not read those files again."""
 
@@ -105,7 +115,8 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     else:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
-    inputs = {rank: _inputs(rank, file, request) for rank, file in found[when].items()}
+    maps = list_param_maps(request.metadata)
+    inputs = {rank: _inputs(rank, file, request, maps) for rank, file in found[when].items()}
     headers.prove_unchanged()
     every = tuple(one for listed in inputs.values() for one in listed)
     purpose = digest({"options": request.meaning(), "iteration": clock.iteration})
@@ -115,7 +126,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         identity=digest([purpose, every]),
         purpose=purpose,
         ranks={rank: _identity(purpose, inputs[rank], inputs[rank[0], 0]) for rank in inputs},
-        inputs=every,
+        inputs=inputs,
         indexes={rank: headers.indexes[found[when][rank].path] for rank in keep},
     )
     keep_apart(
@@ -362,14 +373,15 @@ def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
         )
 
 
-def _inputs(rank: Rank, file: SourceFile, request: Request) -> Inputs:
+def _inputs(rank: Rank, file: SourceFile, request: Request, maps: Maps | None = None) -> Inputs:
     """What a rank is read from: sources by name, size and time, the small metadata files by content.
 
     The time matters: a retrained checkpoint has the same header and size.  A rank of the last stage may read a tied
     embedding of the first, so that is counted with every rank.
     """
     found = inputs_of(file, request.source)
-    for path in sorted(metadata_files(request.metadata, tp=rank[0], pp=rank[1]), key=lambda path: path.name):
+    files = metadata_files(request.metadata, tp=rank[0], pp=rank[1], listed=maps)
+    for path in sorted(files, key=lambda path: path.name):
         found.append({"metadata": path.name, "sha256": sha256(path, METADATA)})
     return found
 

@@ -37,7 +37,7 @@ from ckpt2pt_operator.rules.seen import (
     Training,
     wants_warnings,
 )
-from ckpt2pt_operator.rules.stages import behind
+from ckpt2pt_operator.rules.stages import behind, is_quota
 from ckpt2pt_operator.rules.views import (
     Claim,
     Pod,
@@ -60,7 +60,11 @@ _VOLATILE_OF_STAGE = frozenset({"bytes", "bytesTotal", "throughput"})
 _PROGRESS_SECONDS = 10.0
 _RUNNING_FOR_ONE_SECOND = 10
 _JOB_NAME = "batch.kubernetes.io/job-name"
-_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _CONFLICT, _INVALID = 401, 403, 404, 409, 422
+_UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _CONFLICT = 401, 403, 404, 409
+_NEVER = frozenset({400, 413, 422})
+"""What no API server takes, however often it is asked: it cannot be read, it is too large, it is wrong."""
+_REFUSED_SECONDS = {True: 5.0, False: 30.0}
+"""Until a Job is asked for again, by whether the API server is only busy."""
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +72,9 @@ log = logging.getLogger(__name__)
 class Workloads(Protocol):
     """Who knows how the workload stands that a conversion waits for."""
 
-    async def look(self, conversion: Json, after: Json) -> Training | None:
-        """How it stands; None where its kind is not watched."""
+    async def look(self, conversion: Json, after: Json) -> Training:
+        """How it stands."""
+        raise NotImplementedError
 
 
 class Reconciler:
@@ -125,7 +130,7 @@ class Reconciler:
         again until there is another, which cannot be made there: the namespace would never go.
         """
         jobs = [job for job in seen.jobs if not job.ending and not job.deleted]
-        if not jobs or not any(pod.over and pod.deleted for pod in seen.pods):
+        if not jobs or not any(pod.over and pod.deleted and not pod.gone for pod in seen.pods):
             return False
         if not await self._api.is_ending(namespace):
             return False
@@ -187,8 +192,14 @@ class Reconciler:
         for job in self._store.jobs(key, uid):
             pods = [pod for pod in self._store.pods(key, uid) if pod.job_uid == job.uid]
             if job.ending and behind(job, pods):
+                there: set[str] = set()
                 async for raw in pages(self._api, PODS, job.namespace, labelSelector=f"{_JOB_NAME}={job.name}"):
-                    self._store.put_pod(pod_view(raw))
+                    pod = pod_view(raw)
+                    there.add(pod.uid)
+                    self._store.put_pod(pod)
+                for pod in pods:
+                    if pod.uid not in there and not pod.gone:
+                        self._store.drop_pod(pod)
 
     async def _claims(self, namespace: str, names: list[str]) -> dict[str, Claim | None] | None:
         if not self._check_volumes:
@@ -309,7 +320,9 @@ class Reconciler:
             reason = refusal_of(error)
             if not reason:
                 raise
-            return Refusal(reason=reason, message=error.message)
+            return Refusal(
+                reason=reason, message=error.message, pause=max(error.pause, _REFUSED_SECONDS[error.passing])
+            )
         self._store.put_job(job_view(created))
         log.info("Job created", extra={"job": f"{namespace}/{name}"})
         return None
@@ -335,14 +348,16 @@ def refusal_of(error: ApiError) -> str:
 
     A webhook chooses its code freely, and gets 400 without one; a ValidatingAdmissionPolicy says 422, as a wrong Job would.
     """
-    if "exceeded quota" in error.message:
+    if is_quota(error.message):
         return "QuotaExceeded"
     denied = "denied the request" in error.message or "denied request" in error.message
     if denied or "failed calling webhook" in error.message or error.code == _FORBIDDEN:
         return "JobRefused"
-    if error.passing or error.code in {_UNAUTHORIZED, _NOT_FOUND}:
+    if error.code in {0, _UNAUTHORIZED, _NOT_FOUND}:
         return ""
-    return "InvalidSpec" if error.code == _INVALID else "JobRefused"
+    if error.passing:
+        return "JobNotCreated"
+    return "InvalidSpec" if error.code in _NEVER else "JobRefused"
 
 
 def steady(status: Json) -> Json:

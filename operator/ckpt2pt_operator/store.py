@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from ckpt2pt.conversion.spec import Json
+from ckpt2pt.conversion.status import TERMINAL
 from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.views import Job, Pod, Report, child, is_of, text
@@ -49,6 +51,7 @@ class Store:
         self._jobs: dict[str, dict[str, Job]] = {}
         self._pods: dict[str, dict[str, Pod]] = {}
         self._gone: dict[str, None] = {}
+        self._departed: dict[str, dict[str, Pod]] = {}
         self._waiting: dict[Name, dict[Key, None]] = {}
 
     # ---------------------------------------------------------------------------------------------------- conversions
@@ -64,6 +67,8 @@ class Store:
             self._forget(key, known)
         self.conversions[key] = raw
         self._keys[uid] = key
+        if child(raw, "status").get("phase") in TERMINAL:
+            self._departed.pop(uid, None)
         if training := _training_of(raw):
             self._waiting.setdefault(training, {})[key] = None
         self._changed(key)
@@ -74,6 +79,7 @@ class Store:
         known = self.conversions.get(key)
         if known is not None and text(child(known, "metadata"), "uid") == uid:
             self._forget(key, known)
+            self._departed.pop(uid, None)
             del self.conversions[key]
         self._changed(key)
 
@@ -86,7 +92,8 @@ class Store:
         return tuple(self._waiting.get(training, ()))
 
     def _forget(self, key: Key, known: Json) -> None:
-        self._keys.pop(text(child(known, "metadata"), "uid"), None)
+        uid = text(child(known, "metadata"), "uid")
+        self._keys.pop(uid, None)
         training = _training_of(known)
         if training:
             del self._waiting[training][key]
@@ -130,6 +137,10 @@ class Store:
         self._lose_pod(pod)
 
     def _lose_pod(self, pod: Pod) -> None:
+        """Its last words stay until its conversion has ended: a stage may be done, and nobody else knows it."""
+        key = self._keys.get(pod.owner)
+        if pod.over and key and child(self.conversions[key], "status").get("phase") not in TERMINAL:
+            remember(self._departed.setdefault(pod.owner, {}), pod.uid, replace(pod, gone=True), _REMEMBERED)
         self.live.pop(pod.uid, None)
         self._drop(self._pods, pod)
 
@@ -150,8 +161,9 @@ class Store:
         return tuple(job for job in self._jobs.get(uid, {}).values() if is_of(job, *key))
 
     def pods(self, key: Key, uid: str) -> tuple[Pod, ...]:
-        """The pods of a conversion."""
-        return tuple(pod for pod in self._pods.get(uid, {}).values() if is_of(pod, *key))
+        """The pods of a conversion, those that are gone included if they had ended."""
+        held = (*self._pods.get(uid, {}).values(), *self._departed.get(uid, {}).values())
+        return tuple(pod for pod in held if is_of(pod, *key))
 
     def _drop(self, kind: dict[str, dict[str, Job]] | dict[str, dict[str, Pod]], thing: Job | Pod) -> None:
         objects = kind.get(thing.owner, {})

@@ -51,11 +51,12 @@ class Trainings:
             _Watch(api, metrics, kind, namespace, self) for kind in kinds for namespace in namespaces or ("",)
         ]
 
-    async def look(self, conversion: Json, after: Json) -> Training | None:
-        """How the workload that it waits for stands; None where its kind is not in the table."""
+    async def look(self, conversion: Json, after: Json) -> Training:
+        """How the workload that it waits for stands."""
         pair = text(after, "apiVersion"), text(after, "kind")
         if pair not in self._kinds:
-            return None
+            watched = ", ".join(" ".join(pair) for pair in sorted(self._kinds))
+            return Training(state="Unwatched", message=watched)
         namespace = key_of(conversion)[0]
         listed = [
             watch for watch in self.informers if watch.kind == self._kinds[pair] and watch.namespace in {"", namespace}

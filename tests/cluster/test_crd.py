@@ -15,6 +15,7 @@ import pytest
 from documents import ABSENT, CRD_PATH, EXAMPLE_PATH, HOSTILE_NAMES, NAMED_FIELDS, changed, claim, root_schema
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError
+from statuses import kstatus
 
 AFTER = {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}
 HOST = {"hostPath": {"path": "/data"}}
@@ -57,8 +58,8 @@ def refusal(kubectl: Kubectl, verb: str, document: dict[str, Any]) -> str:
 
 #     what is changed -> the field that is told, and a piece of the advice
 REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
-    "name-too-long": ([("metadata.name", "a" * 46)], "", "choose a name of at most 45 characters"),
-    "name-with-a-dot": ([("metadata.name", "a.b")], "", "choose a name of lower-case letters, digits and dashes"),
+    "name-too-long": ([("metadata.name", "a" * 46)], "metadata.name", "choose a name of at most 45 characters"),
+    "name-with-a-dot": ([("metadata.name", "a.b")], "metadata.name", "choose a name of lower-case letters, digits and dashes"),
     "layers-do-not-divide": ([("spec.parallelism", {"pipeline": 3})], "spec.model.numLayers", "make numLayers"),
     "layers-do-not-divide-by-chunks": (
         [("spec.parallelism", {"pipeline": 2, "virtualPipeline": 3})], "spec.model.numLayers", "make numLayers",
@@ -131,6 +132,7 @@ def test_a_wrong_document_is_refused_with_advice(
     said = refusal(conversions, "create", changed(*changes))
     assert field in said
     assert advice in said
+    assert f"<nil>: Invalid value: {advice}" not in said, "every rule names its field"
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
@@ -353,11 +355,20 @@ def test_the_server_puts_the_defaults_in(conversions: Kubectl, bare: dict[str, A
     assert spec["parallelism"] == dict.fromkeys(("tensor", "pipeline", "virtualPipeline", "data", "context"), 1)
 
 
+def test_what_no_operator_has_looked_at_is_ready_for_nobody(conversions: Kubectl, bare: dict[str, Any]) -> None:
+    """A status that is not of this generation: kstatus, and so helm and Flux, wait for it."""
+    assert bare["status"] == {"observedGeneration": -1}
+    assert bare["metadata"]["generation"] == 1
+    assert kstatus(bare["status"], 1) == "InProgress"
+
+
 def test_status_is_written_apart_from_the_rest(conversions: Kubectl, bare: dict[str, Any]) -> None:
     patch = json.dumps({"status": {"phase": "Running", "unknownField": 1}, "spec": {"suspend": False}})
     conversions("patch", "ckc", "bare", "--subresource=status", "--type=merge", "--patch", patch)
     found = conversions.get("ckc", "bare")
-    assert found["status"] == {"phase": "Running"}, "a field that the schema does not know is dropped"
+    assert found["status"] == {"observedGeneration": -1, "phase": "Running"}, (
+        "a field that the schema does not know is dropped"
+    )
     assert found["spec"]["suspend"] is True
 
 

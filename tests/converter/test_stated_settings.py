@@ -26,7 +26,7 @@ def stating(folder: Path, **values: float) -> tuple[Handmade, Any]:
     model = Handmade(topology=TWO)
     for entries in model.entries.values():
         for name, value in values.items():
-            code, dtype = ("<d", "float64") if isinstance(value, float) else ("<i", "int32")
+            code, dtype = ("<i", "int32") if type(value) is int else ("<d", "float64")
             entries[name] = Tensor(name, dtype, (), struct.pack(code, value))
     return model, model.write(folder)
 

@@ -195,12 +195,15 @@ def test_a_watch_in_which_nothing_happens_and_that_ends_in_its_time_is_not_silen
     assert talk(lambda *_: watches.pop(0), use)[0] > 0
 
 
+DONE = json.dumps({"version": 1, "exitCode": 0, "reason": "Converted"})
+
+
 def test_a_worker_that_ends_is_counted_once_with_a_reason_that_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.dumps({"version": 1, "exitCode": 65, "reason": "ChosenByAUser", "message": "m"})
     told = "".join(
         event("MODIFIED", pod(uid, version, **status))
         for version, (uid, status) in enumerate(
-            [("a", RUNNING), ("b", RUNNING), ("a", ended(0)), ("a", ended(0)), ("b", ended(65, report))], 10
+            [("a", RUNNING), ("b", RUNNING), ("a", ended(0, DONE)), ("a", ended(0, DONE)), ("b", ended(65, report))], 10
         )
     )
     _, metrics, _ = follow(Pods((200, told)), monkeypatch)

@@ -21,7 +21,7 @@ from ckpt2pt_operator.rules.seen import House
 from ckpt2pt_operator.rules.views import pod_view
 from ckpt2pt_operator.store import Store, key_of
 from documents import changed
-from simulation import owned_by_job
+from simulation import done, owned_by_job
 from statuses import told
 from talking import api_of
 
@@ -220,7 +220,17 @@ QUOTA = {"reason": "Forbidden", "message": "exceeded quota: none, requested: cou
             "Pending",
         ),
         ((500, {"message": "failed calling webhook w: connection refused"}), "JobRefused", "Pending"),
+        (
+            (403, {"message": "pods is forbidden: failed quota: q: must specify limits.memory"}),
+            "QuotaExceeded",
+            "Pending",
+        ),
+        ((429, {"message": "too many requests"}), "JobNotCreated", "Pending"),
+        ((500, {"message": "etcdserver: leader changed"}), "JobNotCreated", "Pending"),
+        ((503, {"message": "apiserver is shutting down"}), "JobNotCreated", "Pending"),
         ((422, {"message": "spec.template: Invalid value"}), "InvalidSpec", "Failed"),
+        ((400, {"message": "json: cannot unmarshal string into Go struct field PodSpec"}), "InvalidSpec", "Failed"),
+        ((413, {"message": "Request entity too large: limit is 3145728"}), "InvalidSpec", "Failed"),
     ],
 )
 def test_a_job_that_the_api_server_refuses_is_told_in_its_words(answer: Answer, reason: str, phase: str) -> None:
@@ -230,11 +240,32 @@ def test_a_job_that_the_api_server_refuses_is_told_in_its_words(answer: Answer, 
     assert (world.status["phase"], told(world.status, "Ready")[1]) == (phase, reason)
     assert str(answer[1]["message"]) in json.dumps(world.status)  # type: ignore[index]
     assert (again is not None) == (phase == "Pending")
+    degraded, accepted = told(world.status, "Degraded"), told(world.status, "Accepted")
+    assert degraded == (("True", reason) if phase == "Pending" else ("False", "Ended"))
+    assert accepted == (("True", "Valid") if phase == "Pending" else ("False", "InvalidSpec"))
     asked, _ = world.look(4)
     assert "PUT demo/status" not in asked, "the same refusal again is no news"
 
 
-@pytest.mark.parametrize("code", [401, 404, 408, 429, 500])
+def test_a_refusal_is_told_in_few_words() -> None:
+    world = World()
+    world.refuses = lambda _, path: (400, {"message": "x" * 9000}) if path.endswith("/jobs") else None
+    world.look()
+    assert max(len(condition["message"]) for condition in world.status["conditions"]) == 1024
+
+
+def test_a_busy_api_server_is_asked_again_when_it_says() -> None:
+    world = World()
+    world.headers = {"Retry-After": "17"}
+    world.refuses = lambda _, path: (429, {"message": "busy"}) if path.endswith("/jobs") else None
+    _, again = world.look()
+    assert again == 17.0
+    world.headers = {}
+    _, again = world.look()
+    assert again == 5.0
+
+
+@pytest.mark.parametrize("code", [401, 404])
 def test_what_may_pass_is_no_refusal(code: int) -> None:
     world = World()
     world.refuses = lambda _, path: (code, {"message": "no"}) if path.endswith("/jobs") else None
@@ -378,13 +409,12 @@ def test_the_job_of_a_namespace_that_is_being_deleted_goes_so_that_the_namespace
 def test_the_last_words_of_workers_are_fetched_where_the_watch_is_silent() -> None:
     world = World(("spec.parallelism.pipeline", 1))
     world.look(2)
-    done = {
+    world.objects["demo-1"]["status"] = {
         "completedIndexes": "0",
         "conditions": [{"type": "Complete", "status": "True"}],
         "completionTime": "2026-01-02T03:04:05Z",
     }
-    world.objects["demo-1"]["status"] = done
-    report = json.dumps({"version": 1, "exitCode": 0, "bytes": 7, "bytesTotal": 7, "iteration": 500})
+    report = done([0], bytes=7, bytesTotal=7)
     terminated = {
         "exitCode": 0,
         "message": report,

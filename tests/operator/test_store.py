@@ -235,3 +235,40 @@ def test_a_version_that_is_no_number_does_no_harm(watched: Watched) -> None:
         found["metadata"]["resourceVersion"] = version
         watched.store.put_job(job_view(found))
     assert [found.version for found in watched.store.jobs(KEY, "u")] == ["7"]
+
+
+def ended(uid: str = "p") -> Pod:
+    raw = pod(uid)
+    raw["status"] = {"phase": "Succeeded"}
+    return pod_view(raw)
+
+
+def test_the_last_words_of_a_pod_that_is_gone_stay_until_its_conversion_has_ended(watched: Watched) -> None:
+    store = watched.store
+    store.put_conversion(conversion(1))
+    store.put_pod(pod_view(pod()))
+    store.drop_pod(ended())
+    [kept] = store.pods(KEY, "u")
+    assert (kept.gone, kept.over) == (True, True)
+    store.put_pod(ended("q"))
+    store.keep_pods("", [])
+    assert {each.uid for each in store.pods(KEY, "u")} == {"p", "q"}
+    store.put_conversion(conversion(2, status={"phase": "Running"}))
+    assert len(store.pods(KEY, "u")) == 2
+    store.put_conversion(conversion(3, status={"phase": "Succeeded"}))
+    assert store.pods(KEY, "u") == ()
+    store.put_pod(ended("r"))
+    store.drop_pod(ended("r"))
+    assert store.pods(KEY, "u") == (), "nobody asks for it any more"
+
+
+def test_last_words_go_with_their_conversion_and_nobody_elses_are_kept(watched: Watched) -> None:
+    store = watched.store
+    store.drop_pod(ended())
+    assert store.pods(KEY, "u") == (), "of a conversion that is not known"
+    store.put_conversion(conversion(1))
+    store.drop_pod(pod_view(pod("running")))
+    assert store.pods(KEY, "u") == (), "it has said nothing"
+    store.drop_pod(ended("q"))
+    store.drop_conversion(conversion(1))
+    assert store.pods(KEY, "u") == ()

@@ -250,5 +250,6 @@ def test_before_the_first_list_nothing_is_known(watched: Watched) -> None:
 
 
 def test_a_kind_that_is_not_in_the_table(watched: Watched) -> None:
-    assert asyncio.run(watched.trainings.look(watched.conversion, {**AFTER, "kind": "CronJob"})) is None
+    found = asyncio.run(watched.trainings.look(watched.conversion, {**AFTER, "kind": "CronJob"}))
+    assert (found.state, found.message) == ("Unwatched", "batch/v1 Job")
     assert workload(watched.job("a"), watched.kind).uid == "a"

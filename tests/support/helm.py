@@ -12,6 +12,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 VERSIONS = {"v3": "v3.22.0", "v4": "v4.3.1"}
@@ -54,12 +56,19 @@ def _program(name: str) -> Path:
         raise MissingError(
             f"{name} is not in {program.parent} and Go is not installed to build it; install Go, then: make helm"
         )
-    program.parent.mkdir(parents=True, exist_ok=True)
-    with (program.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several test workers ask at the same time; one builds
+    with locked(program.parent):
         if not program.exists():
             _build(module, program)
     return program
+
+
+@contextmanager
+def locked(folder: Path) -> Generator[None]:
+    """A folder of the cache, made if need be, for one process: several test workers ask at the same time, and one builds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _build(module: str, program: Path) -> None:

@@ -7,6 +7,8 @@ control plane is proved in ``tests/cluster``.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -44,6 +46,12 @@ def spans(numbers: set[int]) -> str:
     return ",".join(map(str, sorted(numbers)))
 
 
+def done(stages: Sequence[int], **more: object) -> str:
+    """The termination message of a worker that has done these stages."""
+    facts = {"version": 1, "exitCode": 0, "reason": "Converted", "message": "", "stages": [*stages], "iteration": 500}
+    return json.dumps({**facts, "verified": "digest", **more})
+
+
 class World:
     """One conversion and what became of it."""
 
@@ -52,6 +60,8 @@ class World:
         self.now = START
         self.jobs: dict[str, Raw] = {}
         self.pods: dict[str, Raw] = {}
+        self.departed: dict[str, Raw] = {}
+        """Pods that are gone, as an operator that was there has seen them last."""
         self.claims: dict[str, Claim | None] | None = {"training": BOUND}
         self.training: Training | None = None
         self.live: dict[str, Report] = {}
@@ -81,7 +91,10 @@ class World:
             conversion=deepcopy(self.document),
             now=self.now,
             jobs=tuple(job_view(job) for job in self.jobs.values()),
-            pods=tuple(pod_view(pod) for pod in self.pods.values()),
+            pods=(
+                *(pod_view(pod) for pod in self.pods.values()),
+                *(replace(pod_view(pod), gone=True) for pod in self.departed.values()),
+            ),
             claims=self.claims,
             live=self.live,
             warnings=self.warnings,
@@ -174,7 +187,7 @@ class World:
         owners = {job["metadata"]["uid"] for job in self.jobs.values()}
         for name, pod in list(self.pods.items()):
             if pod["metadata"]["ownerReferences"][0]["uid"] not in owners and pod not in self.alive:
-                del self.pods[name]
+                self.departed[name] = self.pods.pop(name)
         for job in self.jobs.values():
             if not self.over(job):
                 self._control(job)
@@ -260,7 +273,10 @@ class World:
                     **job["metadata"]["labels"],
                     "batch.kubernetes.io/job-completion-index": str(index),
                 },
-                "annotations": {"batch.kubernetes.io/job-index-failure-count": str(self.failures(job, index))},
+                "annotations": {
+                    **job["spec"]["template"]["metadata"].get("annotations", {}),
+                    "batch.kubernetes.io/job-index-failure-count": str(self.failures(job, index)),
+                },
             },
             "spec": {"nodeName": "node-a"},
             "status": {"phase": "Pending"},
@@ -290,8 +306,16 @@ class World:
             running = {"name": "convert", "state": {"running": {"startedAt": stamp(self.now)}}}
             self.worker(stage)["status"] = {"phase": "Running", "podIP": "10.0.0.1", "containerStatuses": [running]}
 
-    def finish(self, pod: Raw, code: int, *, reason: str = "", report: str = "", disrupted: str = "") -> None:
-        """It ends with an exit code, and what it leaves as its termination message."""
+    def report(self, pod: Raw, **more: object) -> str:
+        """What a worker leaves that has done what it was asked for."""
+        spec = self.document["spec"]
+        one, plans = "follow" in spec or spec.get("dryRun") is True, spec.get("dryRun") is True
+        stages = range(spec["parallelism"]["pipeline"]) if one else [self.stage_of(pod)]
+        return done(stages, **({"reason": "Planned", "plan": {"files": 1}} if plans else {}) | more)
+
+    def finish(self, pod: Raw, code: int, *, reason: str = "", report: str | None = None, disrupted: str = "") -> None:
+        """It ends with an exit code, and what it leaves as its termination message: by default what a worker leaves."""
+        report = (self.report(pod) if code == 0 else "") if report is None else report
         ended = {"exitCode": code, "reason": reason or ("Error" if code else "Completed"), "message": report,
                  "startedAt": stamp(self.now), "finishedAt": stamp(self.now)}  # fmt: skip
         pod["status"] |= {
@@ -304,6 +328,13 @@ class World:
     def end(self, stage: int, code: int = 0, **more: str) -> None:
         """The worker of a stage ends."""
         self.finish(self.worker(stage), code, **more)
+
+    def lose_pods(self) -> None:
+        """Those that have ended are deleted while no operator is there to see them."""
+        for name, pod in list(self.pods.items()):
+            if pod not in self.alive:
+                del self.pods[name]
+        self.departed.clear()
 
     def reap(self) -> None:
         """Kubelets end what was told to stop: gone at once where the Job is gone or waits."""

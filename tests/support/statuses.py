@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
+from ckpt2pt.conversion.status import TERMINAL
 from documents import root_schema
 
 _RANGES = {"int32": 1 << 31, "int64": 1 << 63}
@@ -51,6 +52,30 @@ def check_status(status: object) -> None:
     assert (told["Complete"] == "True") == (status["phase"] in {"Succeeded", "Planned"})
     assert (told["Failed"] == "True") == (status["phase"] in {"Failed", "Cancelled"})
     assert told["Ready"] == told["Complete"]
+    assert expected_of(status) == kstatus(status, status["observedGeneration"]), told
+
+
+def expected_of(status: dict[str, Any]) -> str:
+    """What whoever waits for the object is to see: the end as it is, and what only somebody can change as a failure."""
+    if status["phase"] in TERMINAL:
+        return "Current" if status["phase"] in {"Succeeded", "Planned"} else "Failed"
+    [stalled] = [c["status"] for c in status["conditions"] if c["type"] == "Stalled"]
+    return "Failed" if stalled == "True" else "InProgress"
+
+
+def kstatus(status: dict[str, Any], generation: int) -> str:
+    """As sigs.k8s.io/cli-utils/pkg/kstatus/status computes it (generic.go); ``test_kstatus.py`` holds the two together.
+
+    The first of Reconciling and Stalled that is True decides, so both must not be.
+    """
+    if status.get("observedGeneration", generation) != generation:
+        return "InProgress"
+    conditions = status.get("conditions", [])
+    for each in conditions:
+        if each["type"] in {"Reconciling", "Stalled"} and each["status"] == "True":
+            return {"Reconciling": "InProgress", "Stalled": "Failed"}[each["type"]]
+    ready = [each["status"] for each in conditions if each["type"] == "Ready"]
+    return "InProgress" if ready and ready[0] != "True" else "Current"
 
 
 def told(status: dict[str, Any], kind: str) -> tuple[str, str]:

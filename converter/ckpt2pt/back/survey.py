@@ -14,18 +14,26 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
-from ckpt2pt.inputs import sha256
+from ckpt2pt.inputs import is_file, sha256
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.meta import data_parallel_size, read_param_maps
+from ckpt2pt.meta import Maps, data_parallel_size, list_param_maps, param_map_files, read_param_maps
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.entries import Entry
 from ckpt2pt.plan.imported import ImportedChunk, missing_layers, scalar_entries, tensor_entries
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, Move
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.resume import Unmet
-from ckpt2pt.ptmeta.capture import Layout, lay_out_rank, prove_given, rank_files, unmet_of_rank
+from ckpt2pt.ptmeta.capture import (
+    Layout,
+    lay_out_rank,
+    prove_copies,
+    prove_given,
+    rank_files,
+    unmet_of_rank,
+)
 from ckpt2pt.ptmeta.files import render
+from ckpt2pt.records import Json
 from ckpt2pt.request import digest
 from ckpt2pt.survey import changed
 from ckpt2pt.system.access import access_error
@@ -36,7 +44,7 @@ _SAMPLE_NUMEL = 1 << 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackSurvey:
-    """The checkpoint that was found: a folder for each rank, its cut with the no-op layers, its iteration.
+    """The checkpoint that was found: a folder and the files to be read for each rank, its cut with the no-op layers, its iteration.
 
     ``unmet`` is what keeps Megatron-LM from resuming with the metadata of each rank.
     """
@@ -45,7 +53,7 @@ class BackSurvey:
     topology: Topology
     iteration: int
     identity: str
-    inputs: tuple[dict[str, object], ...]
+    inputs: Mapping[Rank, Sequence[Json]]
     unmet: Mapping[Rank, tuple[Unmet, ...]]
 
 
@@ -70,14 +78,16 @@ class BackPrepared:
 def survey_back(request: BackRequest) -> BackSurvey:
     """Find the ranks, learn the cut from the arguments and the layers from the names, and check that all ranks agree."""
     folders = rank_folders(iteration_folder(request.source))
-    inputs = tuple(_inputs(request, folders))
+    maps = list_param_maps(request.maps) if request.full and request.maps else None
+    inputs = {rank: _inputs(request, folder, rank, maps) for rank, folder in folders.items()}
     first = read_rank(folders[0, 0], optimizer=False, allow=request.rules.pickle_globals)
     cut = _topology(request, first, folders)
     empty: set[int] = set()
     broken: dict[Rank, tuple[Unmet, ...]] = {}
     for (tp, pp), folder in folders.items():
         rank = read_rank(folder, optimizer=False, allow=request.rules.pickle_globals)
-        broken[tp, pp] = unmet_of_rank(rank, folders, full=request.full)
+        # Metadata of a run without the distributed optimizer is for parameters alone.
+        broken[tp, pp] = unmet_of_rank(rank, folders, full=request.full and _has_distributed_optimizer(rank))
         _agree(rank, first, cut)
         if not tp:
             names = {vpp: [name for name, _ in chunk] for vpp, chunk in enumerate(rank.chunks)}
@@ -89,7 +99,7 @@ def survey_back(request: BackRequest) -> BackSurvey:
         ranks=folders,
         topology=cut,
         iteration=iteration,
-        identity=digest({"options": request.meaning(cut), "iteration": iteration, "inputs": inputs}),
+        identity=digest({"options": request.meaning(cut), "iteration": iteration, "inputs": [*inputs.values()]}),
         inputs=inputs,
         unmet=broken,
     )
@@ -143,32 +153,41 @@ def _agree(rank: MegatronRank, first: MegatronRank, cut: Topology) -> None:
         )
 
 
+def _has_distributed_optimizer(rank: MegatronRank) -> bool:
+    """Whether the optimizer lies in a file of its own; a rank without the one that its arguments promise is refused."""
+    distributed = rank.template.args.get("use_distributed_optimizer") is True
+    if is_file(rank.folder / OPTIM_FILE, "--megatron-path"):
+        return True
+    if not distributed and "optimizer" in rank.template.tree:
+        return False
+    raise MissingInputError(
+        f"{OPTIM_FILE} is not there" if distributed else f"{MODEL_FILE} holds no optimizer",
+        where=rank.folder,
+        mend="save without --no-save-optim, or give --convert-param-only",
+    )
+
+
 def prove_unchanged_back(request: BackRequest, found: BackSurvey, rank: Rank) -> None:
     """Refuse what was read of files that are not those that were surveyed."""
-    if tuple(_inputs(request, found.ranks)) != found.inputs:
+    if _inputs(request, found.ranks[rank], rank) != found.inputs[rank]:
         raise changed(found.ranks[rank])
 
 
-def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict[str, object]]:
-    """What is read: large files by size and time, param maps by content."""
-    found: list[dict[str, object]] = []
-    files = [MODEL_FILE, OPTIM_FILE] if request.full else [MODEL_FILE]
-    for folder in folders.values():
-        for name in files:
-            try:
-                seen = (folder / name).stat()
-            except FileNotFoundError:
-                raise MissingInputError(
-                    f"{name} is not there",
-                    where=folder,
-                    mend="save with --use-distributed-optimizer and without --no-save-optim, or give --convert-param-only",
-                ) from None
-            except OSError as error:
-                raise access_error(error, folder / name, "examining", reading=True) from error
-            place = f"{folder.name}/{name}"
-            found.append({"source": place, "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
+def _inputs(request: BackRequest, folder: Path, rank: Rank, listed: Maps | None = None) -> Sequence[Json]:
+    """What a rank is read from: large files by size and time, its param maps by content."""
+    found: list[Json] = []
+    for name in [MODEL_FILE, OPTIM_FILE] if request.full else [MODEL_FILE]:
+        try:
+            seen = (folder / name).stat()
+        except FileNotFoundError as error:
+            if name == OPTIM_FILE:  # a run without the distributed optimizer has none
+                continue
+            raise access_error(error, folder / name, "examining", option="--megatron-path") from error
+        except OSError as error:
+            raise access_error(error, folder / name, "examining", reading=True) from error
+        found.append({"source": f"{folder.name}/{name}", "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
     if request.full and request.maps:
-        maps = sorted(request.maps.glob("param_map_*.json"))
+        maps = param_map_files(request.maps, *rank, listed)
         found.extend({"metadata": path.name, "sha256": sha256(path, "--param-map-path")} for path in maps)
     return found
 
@@ -176,7 +195,9 @@ def _inputs(request: BackRequest, folders: Mapping[Rank, Path]) -> Sequence[dict
 def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPrepared:
     """Read a rank's headers, prove its buffers, and plan every copy."""
     tp, pp = rank
-    stored = read_rank(found.ranks[rank], optimizer=request.full, allow=request.rules.pickle_globals)
+    stored = read_rank(
+        found.ranks[rank], optimizer=request.full, copies=request.full, allow=request.rules.pickle_globals
+    )
     layout = _layout(request, stored, rank) if request.full else Layout(buffers=(), bucket_numel=None, evidence="")
     entries = (
         *tensor_entries(
@@ -195,13 +216,15 @@ def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPre
         mindspore_file(request.format, f"rank_{number}/{request.prefix}.{request.format}", entries)
         for number in _rank_numbers(request, found.topology, tp, pp)
     )
-    metadata = render([rank_files(stored, tp, pp, layout.buffers)], with_maps=request.full)
+    metadata = render([rank_files(stored, tp, pp, layout.buffers)], with_maps=stored.buffers is not None)
     return BackPrepared(files=files, entries=entries, metadata=metadata, evidence=layout.evidence)
 
 
 def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:
     """The buffers by the maps given, else by Megatron's rules; either way proved by the checkpoint itself."""
     at_most = None if request.verify == "full" else _SAMPLE_NUMEL
+    if stored.copies is not None:
+        return Layout(buffers=(), bucket_numel=None, evidence=prove_copies(stored, at_most=at_most))
     if request.maps is None:
         return lay_out_rank(stored, rank[1], at_most=at_most)
     given = read_param_maps(request.maps, tp=rank[0], pp=rank[1], divisor=data_parallel_size(stored.template))
@@ -209,6 +232,11 @@ def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:
 
 
 def _chunks(stored: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, full: bool) -> tuple[ImportedChunk, ...]:
+    if stored.copies is not None:
+        return tuple(
+            ImportedChunk(vpp=vpp, weights=weights, copies=stored.copies[vpp])
+            for vpp, weights in enumerate(stored.chunks)
+        )
     if not full:
         return tuple(ImportedChunk(vpp=vpp, weights=weights) for vpp, weights in enumerate(stored.chunks))
     held = iter(stored.buffers or ())

@@ -79,7 +79,7 @@ def prove_sources(paths: Iterable[Path], read: Mapping[str, Sequence[Piece]], *,
     ``read`` are the pieces that were read of each, by path.  Unless ``every_byte`` the rest is not read for the sake of
     the checksum, and the file counts as not checked.
     """
-    found = dict.fromkeys(("verified", "notChecked", "none"), 0)
+    found: dict[str, int] = {"verified": 0, "notChecked": 0, "none": 0}
     for path in paths:
         if every_byte:
             found["verified" if prove_checksum(path, read.get(str(path), ())) else "none"] += 1

@@ -57,11 +57,18 @@ def _patch(api: Api, there: Submitted, change: Json, what: str) -> None:
 
 
 def log_of_stage(api: Api, there: Submitted, stage: int) -> str:
-    """What the newest worker of a stage has written; the one worker of a follower or a dry run has all stages."""
+    """What the newest worker of a stage has written; the one worker of a follower or a dry run has all stages.
+
+    UsageError where the conversion has no such stage, MissingInputError where no worker of it is there.
+    """
     where = f"stage {stage} of {_name(there)}"
     conversion = _get(api, there, "reading its log")
     spec = cast("Json", conversion.get("spec") or {})
     uid = str(cast("Json", conversion.get("metadata") or {}).get("uid", ""))
+    stages = cast("Json", spec.get("parallelism") or {}).get("pipeline") or 1
+    if isinstance(stages, int) and stage >= stages:
+        known = f"stages 0 to {stages - 1}" if stages > 1 else "stage 0 alone"
+        raise UsageError(f"there is no stage {stage}", where=_name(there), mend=f"it has {known}; name one of them")
     stage = 0 if "follow" in spec or spec.get("dryRun") is True else stage
     chosen = f"app.kubernetes.io/name=ckpt2pt,app.kubernetes.io/instance={there.name}"
     try:

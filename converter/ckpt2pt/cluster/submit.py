@@ -11,13 +11,14 @@ from typing import cast
 from ckpt2pt.cluster.api import CONVERSIONS, Api, ApiError, Json, explained
 from ckpt2pt.conversion.names import request_path
 from ckpt2pt.conversion.status import REASONS, TERMINAL, WORST_FIRST
-from ckpt2pt.errors import MissingInputError, TryAgainError, UsageError
+from ckpt2pt.errors import NOT_THE_SPEC, MissingInputError, TryAgainError, UsageError
 
 log = logging.getLogger("ckpt2pt")
 
 POLL_SECONDS = 2.0
 _CODES = {reason: code for code, reason in REASONS.items()} | {
-    "InvalidSpec": 64, "NameConflict": 64, "TrainingFailed": 66, "TrainingDeleted": 66,
+    "InvalidSpec": 64, "NameConflict": 64, "NoReport": 70, "TrainingFailed": 66, "TrainingDeleted": 66,
+    **dict.fromkeys(NOT_THE_SPEC, 64),
 }  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def follow(api: Api, there: Submitted, tell: Callable[[Json], None], *, seconds:
         try:
             seen = api.json("GET", there.path)
         except ApiError as error:
-            if error.status == 404:
+            if error.status == 404 and (there.created or last is not None):
                 mend = "submit it again: what is finished is kept"
                 raise MissingInputError("it was deleted before it had ended", where=where, mend=mend) from error
             raise explained(error, "reading it", where) from error

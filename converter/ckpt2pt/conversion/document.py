@@ -64,7 +64,8 @@ def validate(document: object, *, where: str) -> Json:
     findings = [finding for error in checker.iter_errors(asked) for finding in _findings(error)]
     if findings:
         raise refusal(sorted(findings, key=lambda finding: finding.field), where)
-    return cast("Json", _with_defaults(asked, schema))
+    whole = cast("Json", _with_defaults(asked, schema))
+    return {name: value for name, value in whole.items() if name != "status"}
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -101,7 +102,9 @@ def _schema() -> Json:
     except OSError as error:
         mend = "install ckpt2pt again"
         raise FileAccessError(f"the CRD cannot be read: {error.strerror}", where=crd_path(), mend=mend) from error
-    return cast("Json", crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"])
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    schema["properties"]["metadata"] = {"type": "object"}  # every object has its fields
+    return cast("Json", schema)
 
 
 def _properties(schema: Json) -> dict[str, Json]:

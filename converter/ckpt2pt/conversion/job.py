@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from ckpt2pt.conversion.report import UID_VARIABLE
 from ckpt2pt.conversion.spec import API_VERSION, KIND, ROLES, Conversion, Json, convert_args
 from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE
 
@@ -22,7 +23,7 @@ POD_VARIABLE = "CKPT2PT_POD_NAME"
 """The pod's own name: its host name lacks the last part, by which tries of one index differ."""
 
 STAGES_ANNOTATION = "ckpt2pt.dev/stages"
-"""The same on the Job, for whoever reads it."""
+"""The same on the Job and its pods, for whoever reads them."""
 UID_LABEL = "ckpt2pt.dev/conversion-uid"
 ATTEMPT_LABEL = "ckpt2pt.dev/attempt"
 MANAGER = "ckpt2pt-operator"
@@ -118,13 +119,18 @@ def build_job(
         spec["suspend"] = True
     # ttlSecondsAfterFinished is not set here: termination messages have to be recorded before the pods may go.
     metadata: Json = {"name": job_name(conversion, attempt), **_home(conversion), "labels": {**labels, **queue}}
-    if _partial(conversion, todo):
-        metadata["annotations"] = {STAGES_ANNOTATION: ",".join(map(str, todo))}
+    if told := _told_stages(conversion, todo):
+        metadata["annotations"] = told
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
 def _partial(conversion: Conversion, stages: Sequence[int]) -> bool:
     return len(stages) != conversion.topology.pipeline and not conversion.one_worker
+
+
+def _told_stages(conversion: Conversion, stages: Sequence[int]) -> dict[str, str]:
+    """The annotation of a Job, and of its pods, that does not do all stages."""
+    return {STAGES_ANNOTATION: ",".join(map(str, stages))} if _partial(conversion, stages) else {}
 
 
 def _home(conversion: Conversion) -> Json:
@@ -202,10 +208,12 @@ def _template(
     if conversion.workers.co_schedule:
         spec["affinity"] = _beside_each_other(cast("Json", spec.get("affinity", {})), labels)
     template = cast("Json", _merged({"metadata": metadata, "spec": spec}, pod.get("podOverrides", {})))
-    # By our labels the operator finds its pods; whatever else an override makes of them, the API server judges.
+    # By these labels and annotations the operator knows its pods; whatever else an override makes of them, the API server judges.
     metadata = cast("Json", template["metadata"])
-    given = metadata.get("labels")
-    metadata["labels"] = {**cast("Json", given), **labels} if isinstance(given, dict) else {**labels}
+    for field, own in (("labels", labels), ("annotations", _told_stages(conversion, stages))):
+        given = metadata.get(field)
+        if own:
+            metadata[field] = {**cast("Json", given), **own} if isinstance(given, dict) else {**own}
     if memory_percent != 100:
         _grow(template, conversion, memory_percent)
     return template
@@ -300,6 +308,8 @@ def _environment(conversion: Conversion, stages: Sequence[int]) -> list[Json]:
     # JOB_COMPLETION_INDEX, the stage by default, is given by Kubernetes.
     own = {"fieldRef": {"fieldPath": "metadata.name"}}
     found: list[Json] = [{"name": POD_VARIABLE, "valueFrom": own}]
+    if conversion.uid:
+        found.append({"name": UID_VARIABLE, "value": conversion.uid})
     if _partial(conversion, stages):
         found.append({"name": STAGES_VARIABLE, "value": ",".join(map(str, stages))})
     return found

@@ -38,7 +38,10 @@ MAX_MESSAGE = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRecord:
-    """One pipeline stage as it was last seen; ``done`` and ``total`` are bytes to read, total None before they are known."""
+    """One pipeline stage as it was last seen; ``done`` and ``total`` are bytes to read, total None before they are known.
+
+    ``iteration`` and ``verified`` are those of the report that proves it done; ``verified`` is empty where none says it.
+    """
 
     stage: int
     state: State = "Pending"
@@ -50,6 +53,8 @@ class StageRecord:
     attempts: int = 0
     disruptions: int = 0
     node: str = ""
+    iteration: int | None = None
+    verified: str = ""
 
     @property
     def fraction(self) -> float:
@@ -69,6 +74,8 @@ class StageRecord:
             "attempts": self.attempts,
             "disruptions": self.disruptions,
             "node": self.node,
+            "iteration": self.iteration,
+            "verified": self.verified,
         }
         return {"stage": self.stage, "state": self.state, **{key: value for key, value in optional.items() if value}}
 
@@ -79,6 +86,19 @@ class Ending:
 
     reason: str
     message: str
+
+
+def disagreement(records: Sequence[StageRecord]) -> Ending | None:
+    """The end of a run whose stages are of different iterations: together they are no checkpoint, and none is published."""
+    found: dict[int, list[str]] = {}
+    for record in records:
+        if record.iteration is not None:
+            found.setdefault(record.iteration, []).append(str(record.stage))
+    if len(found) < 2:
+        return None
+    told = "; ".join(f"iteration {each} of stage {', '.join(stages)}" for each, stages in sorted(found.items()))
+    hint = "the source got a newer checkpoint meanwhile; retry it, or name one with spec.source.iteration"
+    return Ending(reason="IterationsDiffer", message=f"converted were {told[:800]}; {hint}")
 
 
 def status_of_run(
@@ -156,15 +176,7 @@ def _conditions(
     """Complete and Failed as a Job has them, Verified, and the three that kstatus reads."""
     done, over = phase in {"Succeeded", "Planned"}, phase in {"Failed", "Cancelled"}
     reason, message = _why(conversion, records, phase, ended, planned)
-    mismatch = [record.stage for record in records if record.reason == REASONS[76]]
-    if conversion.verify == "None" or conversion.dry_run:
-        verified = ("False", "NotRequested", "verification was not asked for")
-    elif mismatch:
-        verified = ("False", REASONS[76], f"stages {mismatch} differ from what was written, or from their source")
-    elif done:
-        verified = ("True", "DigestsMatch", "every file was read back, and is what was written")
-    else:
-        verified = ("False", "NotYet", "not every stage is verified yet")
+    verified = _verified(conversion, records, done=done)
 
     def condition(kind: str, status: str, reason: str, message: str) -> Json:
         return {"type": kind, "status": status, "reason": reason, "message": message, "lastTransitionTime": when}
@@ -182,6 +194,27 @@ def _conditions(
         condition("Reconciling", yes(phase in {"Pending", "Running"}), reason, "it has ended" if over else message),
         condition("Stalled", yes(over), reason, message),
     ]
+
+
+def _verified(conversion: Conversion, records: Sequence[StageRecord], *, done: bool) -> tuple[str, str, str]:
+    """The condition Verified: True only where the report of every stage says so."""
+    if conversion.verify == "None" or conversion.dry_run:
+        return "False", "NotRequested", "verification was not asked for"
+    mismatch = [record.stage for record in records if record.reason == REASONS[76]]
+    if mismatch:
+        return "False", REASONS[76], f"stages {mismatch} differ from what was written, or from their source"
+    if not done:
+        return "False", "NotYet", "not every stage is verified yet"
+    enough = {conversion.verify, "Full"}
+    silent = [str(record.stage) for record in records if record.verified not in enough]
+    if silent:
+        what = (
+            f"no report says that stage {', '.join(silent)} was verified as spec.verify, {conversion.verify}, asks for"
+        )
+        return "Unknown", "NotReported", what[:MAX_MESSAGE]
+    if conversion.verify == "Full":
+        return "True", "SourceMatches", "every file was read back, and every element is that of its source"
+    return "True", "DigestsMatch", "every file was read back, and is what was written"
 
 
 def _why(

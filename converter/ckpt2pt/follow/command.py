@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError
 from ckpt2pt.flags import check_numbers
-from ckpt2pt.follow.keep import tracked
+from ckpt2pt.follow.keep import tracked, verified_as
 from ckpt2pt.follow.watch import Following, watch
 from ckpt2pt.local.runner import words_of_document
 from ckpt2pt.options import request_of
@@ -30,6 +30,7 @@ def watch_command(options: argparse.Namespace, show: Show, build: Callable[[], a
     request, account = request_of(wanted), options.account
     account.following, account.stages = True, range(request.topology.pipeline)
     account.iteration = tracked(request.target)  # what a worker before this one has converted
+    account.verified = None if account.iteration is None else verified_as(request, account.iteration)
 
     def given(name: str, default: float) -> float:
         values = (getattr(each, name, None) for each in (options, wanted))

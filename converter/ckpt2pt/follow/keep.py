@@ -12,11 +12,11 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import cast, get_args
 
 from ckpt2pt.publish import PARTIAL, STATE, TRACKER, read_record
 from ckpt2pt.records import Json
-from ckpt2pt.request import Request
+from ckpt2pt.request import Request, Verify
 from ckpt2pt.system.access import access_error
 
 log = logging.getLogger("ckpt2pt")
@@ -34,6 +34,15 @@ def tracked(root: Path) -> int | None:
     except OSError as error:
         raise access_error(error, root / TRACKER, "reading", reading=True) from error
     return int(text) if re.fullmatch("[0-9]+", text) else None
+
+
+def verified_as(request: Request, iteration: int) -> Verify | None:
+    """How every file of a result was verified, at the least; None where no manifest of this conversion says it."""
+    results = dict(_results(request.target))
+    if iteration not in results or not _is_ours(results[iteration], request):
+        return None
+    told = [(read_record(path) or {}).get("verified") for path in (results[iteration] / STATE).glob("rank-*.json")]
+    return None if None in told else next((level for level in get_args(Verify) if level in told), None)
 
 
 def prune(request: Request, keep: int) -> list[int]:

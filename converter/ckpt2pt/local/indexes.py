@@ -27,9 +27,9 @@ from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Protocol, cast
 
-from ckpt2pt.conversion.spec import Json
+from ckpt2pt.conversion.report import MAX_REPORT, NO_REPORT, Report, report_of, unproved
+from ckpt2pt.conversion.spec import Conversion, Json
 from ckpt2pt.conversion.status import REASONS, Ending, StageRecord, State
-from ckpt2pt.publish import read_json
 from ckpt2pt.show.progress import INTERVAL_VARIABLE
 
 GRACE_SECONDS = 30.0
@@ -73,6 +73,8 @@ class Index:
     done: int = 0
     total: int | None = None
     throughput: int = 0
+    iteration: int | None = None
+    verified: str = ""
     result: Json | None = None
 
     @property
@@ -87,6 +89,8 @@ class Index:
             total=self.total,
             throughput=self.throughput,
             attempts=self.attempts,
+            iteration=self.iteration,
+            verified=self.verified,
         )
 
 
@@ -104,9 +108,12 @@ class _Worker:
 
 
 class LocalJob:
-    """Runs the manifest of an Indexed Job; ``args`` are the container's, with paths of this machine."""
+    """Runs the manifest of a conversion's Indexed Job; ``args`` are the container's, with paths of this machine."""
 
-    def __init__(self, manifest: Json, args: Sequence[str], *, board: Board, limit: int) -> None:
+    def __init__(
+        self, conversion: Conversion, manifest: Json, args: Sequence[str], *, board: Board, limit: int
+    ) -> None:
+        self._conversion = conversion
         spec = cast("Json", manifest["spec"])
         self.indexes = [Index(number) for number in range(cast("int", spec["completions"]))]
         self._args = list(args)
@@ -245,31 +252,20 @@ class LocalJob:
             self._hear(worker, worker.line.decode(errors="replace"))
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.process.pid, signal.SIGKILL)
-        self._take_last_word(worker)
         code = worker.process.returncode
         self._judge(worker, code if code >= 0 else 128 - code)
         self._board.changed(worker.index.record)
 
-    def _take_last_word(self, worker: _Worker) -> None:
-        """The facts of its termination message, which the operator has too; a killed worker leaves none."""
-        found = read_json(worker.last_word) or {}
-        index = worker.index
-        if "bytes" in found:
-            index.done, index.total = _number(found, "bytes"), _number(found, "bytesTotal")
-            index.throughput = _number(found, "throughput")
-
     def _judge(self, worker: _Worker, code: int) -> None:
-        index = worker.index
-        index.code = code
+        index, report = worker.index, _report(worker)
+        index.code, index.result = code, _result(worker)
+        if report is not None and report.total is not None:
+            index.done, index.total, index.throughput = report.done, report.total, report.throughput
         if code == 0:
-            index.state, index.result = "Succeeded", _result(worker)
-            index.done = index.total or 0
-            if index.result and index.result.get("ranksConverted") == 0:
-                index.reason, index.message = "AlreadyThere", "everything was there already"
+            self._believe(index, report)
             return
         index.reason = "Killed" if code > 128 else REASONS.get(code, "Bug")
         index.message = _message(worker, code)
-        index.result = _result(worker)
         if self._ending is not None:
             index.state = "Pending"
             return
@@ -292,6 +288,17 @@ class LocalJob:
                 f"{self._backoff_limit - index.failures + 1} of {self._backoff_limit} retries left",
             },
         )
+
+    def _believe(self, index: Index, report: Report | None) -> None:
+        """An exit code of 0 is a success if the worker's own report proves it, as for the operator."""
+        lacking = unproved(report, self._conversion, index.number)
+        if lacking or report is None:
+            index.state, index.reason, index.message, index.code = "Failed", NO_REPORT, lacking, 70
+            return
+        index.state, index.done = "Succeeded", index.total or 0
+        index.iteration, index.verified = report.iteration, report.verified
+        if index.result and index.result.get("ranksConverted") == 0:
+            index.reason, index.message = "AlreadyThere", "everything was there already"
 
     def _end(self, reason: str, message: str) -> None:
         self._ending = self._ending or Ending(reason=reason, message=message)
@@ -331,6 +338,15 @@ def action_for(rules: Sequence[Json], code: int) -> str:
         if exits and (code in values) == (exits.get("operator") == "In"):
             return str(rule["action"])
     return "Count"
+
+
+def _report(worker: _Worker) -> Report | None:
+    """Its termination message, which the operator has too; a killed worker leaves none."""
+    try:
+        with worker.last_word.open("rb") as file:
+            return report_of(file.read(MAX_REPORT + 1).decode(errors="replace"))
+    except OSError:
+        return None
 
 
 def _result(worker: _Worker) -> Json | None:

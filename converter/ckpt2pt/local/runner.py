@@ -22,7 +22,7 @@ from ckpt2pt import __version__
 from ckpt2pt.conversion.document import read
 from ckpt2pt.conversion.job import Mount, build_job, mounts_of
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Conversion, Json, parse
-from ckpt2pt.conversion.status import WORST_FIRST, Ending, status_of_run
+from ckpt2pt.conversion.status import WORST_FIRST, Ending, disagreement, status_of_run
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.local.board import board
 from ckpt2pt.local.indexes import Index, LocalJob
@@ -60,12 +60,14 @@ def run_document(options: argparse.Namespace, show: Show) -> int:
     started = _now()
     stages = 1 if conversion.dry_run else conversion.topology.pipeline
     with board(options.progress, options.log_format, stages) as seen:
-        job = LocalJob(manifest, local_args(manifest, folders), board=seen, limit=os.cpu_count() or 1)
+        job = LocalJob(conversion, manifest, local_args(manifest, folders), board=seen, limit=os.cpu_count() or 1)
         ended = job.run()
     results = [index.result for index in job.indexes if index.result]
+    records = [index.record for index in job.indexes]
+    ended = ended or disagreement(records)
     status = status_of_run(
         conversion,
-        [index.record for index in job.indexes],
+        records,
         job=str(cast("Json", manifest["metadata"])["name"]),
         started=started,
         finished=_now(),
@@ -108,7 +110,7 @@ def _refuse_what_waits(conversion: Conversion) -> None:
 
 def exit_code(indexes: Sequence[Index], ended: Ending | None) -> int:
     """The one code for all stages."""
-    if ended is not None and ended.reason in {"Interrupted", "DeadlineExceeded"}:
+    if ended is not None and ended.reason in {"Interrupted", "DeadlineExceeded", "IterationsDiffer"}:
         return 75
     codes = {75 if (index.code or 0) > 128 else index.code for index in indexes if index.code}
     return next((code for code in WORST_FIRST if code in codes), 70 if codes else 0)

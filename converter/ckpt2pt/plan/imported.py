@@ -35,12 +35,14 @@ class ImportedChunk:
     """One model chunk: its weights in order of registration, and its buffers with the tensors of their buckets.
 
     ``buckets`` holds for each buffer and bucket the tensors by kind; both are empty when parameters alone are imported.
+    ``copies`` holds each parameter's tensors by kind where the run had no distributed optimizer.
     """
 
     vpp: int
     weights: tuple[tuple[str, TensorRef], ...]
     buffers: tuple[Buffer, ...] = ()
     buckets: tuple[tuple[Mapping[str, TensorRef], ...], ...] = ()
+    copies: Mapping[str, Mapping[str, TensorRef]] | None = None
 
 
 def tensor_entries(
@@ -88,6 +90,10 @@ def _plain(chunk: ImportedChunk) -> Iterator[tuple[str, dict[str, TensorRef]]]:
 
 def _slices(chunk: ImportedChunk, kinds: Sequence[str], where: str) -> Iterator[tuple[str, dict[str, TensorRef]]]:
     """Each parameter's part of its bucket, for each kind wanted.  A bucket's tensor begins at the bucket's start."""
+    if chunk.copies is not None:
+        for name, tensors in chunk.copies.items():
+            yield name, {kind: tensors[kind] for kind in OPTIM_KINDS if kind in kinds}
+        return
     weights = dict(chunk.weights)
     placed = [placement for buffer in chunk.buffers for placement in buffer.placements]
     missing = sorted(weights.keys() ^ {placement.name for placement in placed})

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import FormatError, MissingInputError
+from ckpt2pt.inputs import is_file
 from ckpt2pt.mapping.names import TIED_HEAD
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.archive import Archive
+from ckpt2pt.pt.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, Value, as_tensor, entries, read_pickle
 from ckpt2pt.system.access import access_error
@@ -25,6 +27,7 @@ from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MODEL_KEY = re.compile(r"model(\d*)")
+_BUCKET_NBYTES = 64
 _SAVED_AGAIN = "point at a checkpoint of Megatron-LM 0.6 with --use-distributed-optimizer and a legacy GPT model"
 
 
@@ -41,13 +44,15 @@ class StoredBucket:
 class MegatronRank:
     """One ``mp_rank_*`` folder.  ``chunks`` holds for each model chunk its parameters in order of registration.
 
-    ``buffers`` are those of ``distrib_optim.pt``, None where there is none.
+    ``buffers`` are those of ``distrib_optim.pt``, None where there is none; ``copies`` what ``model_optim_rng.pt`` holds
+    of the optimizer in a run without the distributed one, None unless it was asked for.
     """
 
     folder: Path
     template: Template
     chunks: tuple[tuple[tuple[str, TensorRef], ...], ...]
     buffers: tuple[tuple[StoredBucket, ...], ...] | None
+    copies: Copies | None = None
 
 
 def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
@@ -71,8 +76,13 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
     return found
 
 
-def read_rank(folder: Path, *, optimizer: bool = True, allow: tuple[str, ...] = ()) -> MegatronRank:
-    """Read the headers of one rank; ``optimizer`` False leaves ``distrib_optim.pt`` alone."""
+def read_rank(
+    folder: Path, *, optimizer: bool = True, copies: bool = False, allow: tuple[str, ...] = ()
+) -> MegatronRank:
+    """Read the headers of one rank; ``optimizer`` False leaves ``distrib_optim.pt`` alone.
+
+    ``copies`` asks for the optimizer in ``model_optim_rng.pt`` where there is no ``distrib_optim.pt``.
+    """
     path = folder / MODEL_FILE
     archive = Archive.open(path)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
@@ -83,22 +93,40 @@ def read_rank(folder: Path, *, optimizer: bool = True, allow: tuple[str, ...] = 
     if keys not in (["model"], [f"model{number}" for number in range(len(keys))]) or not keys:
         raise FormatError(f"model chunks are {', '.join(keys) or 'none'}", where=path, mend=_SAVED_AGAIN)
     optim = folder / OPTIM_FILE
+    chunks = tuple(tuple(_weights(named[key], archive, path)) for key in keys)
+    buffers = _buffers(optim) if optimizer and is_file(optim, "--megatron-path") else None
+    whole = copies and buffers is None
     return MegatronRank(
         folder=folder,
         template=Template(
             path=str(path),
-            tree={key: value for key, value in named.items() if key not in keys},
+            tree={
+                key: groups_alone(value) if key == "optimizer" else value
+                for key, value in named.items()
+                if key not in keys
+            },
             storages=dict(archive.storages),
         ),
-        chunks=tuple(tuple(_weights(named[key], archive, path)) for key in keys),
-        buffers=_buffers(optim) if optimizer and optim.is_file() else None,
+        chunks=chunks,
+        buffers=buffers,
+        copies=read_copies(
+            named.get("optimizer"), chunks, lambda value, name: tensor_ref(value, archive, name, path), where=path
+        )
+        if whole
+        else None,
     )
 
 
 def _weights(model: Value, archive: Archive, path: Path) -> Iterator[tuple[str, TensorRef]]:
     """Parameters in order: nested dictionaries joined by dots, the tied head under the name that buffers use."""
+    # Dictionaries may be shared, and double what there is with each level: each visit has to pay for a byte of the pickle.
+    visits_left = len(archive.pickle)
 
     def walk(prefix: str, value: Value) -> Iterator[tuple[str, TensorRef]]:
+        nonlocal visits_left
+        visits_left -= 1
+        if visits_left < 0:
+            raise FormatError("more parameters than a file of its size can hold", where=path, mend=_SAVED_AGAIN)
         inner = entries(value)
         if inner is not None:
             for key, item in inner:
@@ -153,8 +181,13 @@ def _buffers(path: Path) -> tuple[tuple[StoredBucket, ...], ...]:
         _sizes(tree, "per_bucket_numel_unpadded", count, path),
     )
     found: list[tuple[StoredBucket, ...]] = []
+    # Lists may be shared: each bucket has to pay for its three tensors.
+    buckets_left = len(archive.pickle) // _BUCKET_NBYTES
     for number in range(count):
         for key, numels in padded[number].items():
+            buckets_left -= len(numels)
+            if buckets_left < 0:
+                raise FormatError("more buckets than a file of its size can hold", where=path, mend=_SAVED_AGAIN)
             kinds = _inner(tree.get(number), path).get(key)
             tensors = {kind: _list(_inner(kinds, path).get(kind), path) for kind in OPTIM_KINDS}
             sizes = unpadded[number].get(key, [])

@@ -24,6 +24,7 @@ from ckpt2pt.pt.trees import Value as Value
 from ckpt2pt.pt.trees import as_storage as as_storage
 from ckpt2pt.pt.trees import as_tensor as as_tensor
 from ckpt2pt.pt.trees import entries as entries
+from ckpt2pt.pt.trees import enum_member as enum_member
 from ckpt2pt.pt.trees import is_namespace as is_namespace
 from ckpt2pt.pt.trees import namespace as namespace
 from ckpt2pt.pt.trees import namespace_attrs as namespace_attrs

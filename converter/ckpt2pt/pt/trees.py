@@ -6,6 +6,7 @@ Nothing here imports or calls what a node names.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -118,7 +119,12 @@ ORDERED_DICT = Global("collections", "OrderedDict")
 REBUILD_TENSOR = Global("torch._utils", "_rebuild_tensor_v2")
 REBUILD_PARAMETER = Global("torch._utils", "_rebuild_parameter")
 REBUILD_PARAMETER_WITH_STATE = Global("torch._utils", "_rebuild_parameter_with_state")
+REBUILD_FROM_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+GETATTRS = frozenset({Global("__builtin__", "getattr"), Global("builtins", "getattr")})
+"""How Python 3.11.0 to 3.11.3 pickles a member of an enumeration: ``getattr(<class>, "NAME")`` (CPython gh-93820)."""
 ENCODE = Global("_codecs", "encode")
+_TENSOR_TYPES = frozenset({Global("torch", "Tensor"), Global("torch.nn.parameter", "Parameter")})
+_ATTRIBUTE = re.compile(r"(?!__)[A-Za-z_]\w*", re.ASCII)
 _MAX_INT = 2**63
 
 
@@ -156,6 +162,8 @@ def as_tensor(value: Value) -> StoredTensor | None:
     if value.func in (REBUILD_PARAMETER, REBUILD_PARAMETER_WITH_STATE):
         inner = value.args[0] if value.args else None
         return as_tensor(inner) if isinstance(inner, Call) and inner.func == REBUILD_TENSOR else None
+    if value.func == REBUILD_FROM_TYPE:
+        return _with_attributes(value)
     if value.func != REBUILD_TENSOR or value.state is not MISSING:
         return None
     match value.args:
@@ -164,6 +172,28 @@ def as_tensor(value: Value) -> StoredTensor | None:
             if hooks != ORDERED_DICT or len(rest) > 1:
                 return None
             return _view(storage, offset, shape, stride)
+        case _:
+            return None
+
+
+def _with_attributes(value: Call) -> StoredTensor | None:
+    """The tensor that a call of ``_rebuild_from_type_v2`` makes and gives attributes (torch 2.15, torch/_tensor.py).
+
+    Megatron's float32 copies of weights carry some (Megatron-LM cac60ce4, core/optimizer/optimizer.py, line 427).
+    """
+    match value.args:
+        case (Global() as func, Global() as kind, tuple(args), dict(state)) if func == REBUILD_TENSOR:
+            named = all(isinstance(name, str) and _ATTRIBUTE.fullmatch(name) for name in state)
+            return as_tensor(Call(func, args)) if named and kind in _TENSOR_TYPES else None
+        case _:
+            return None
+
+
+def enum_member(value: Value) -> str | None:
+    """``module.Class.NAME`` of a member of an enumeration that is written by its name; None for anything else."""
+    match value:
+        case Call(func=Global() as func, args=(Global() as kind, str(name))) if func in GETATTRS:
+            return f"{kind}.{name}"
         case _:
             return None
 

@@ -10,11 +10,15 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
-from ckpt2pt.pt.trees import MISSING, Call, Global, Persistent, Value
-from ckpt2pt.pt.vetting import check_name, check_tree, damaged, is_key
+from ckpt2pt.pt.trees import GETATTRS, MISSING, Call, Global, Persistent, Value
+from ckpt2pt.pt.vetting import check_member, check_name, check_tree, damaged, is_key, refuse_mention
 
 _MAX_NBYTES = 256 << 20
 _MAX_OPCODES = 10_000_000
+# Memory that a pickle may ask for. Torch's own needs up to 16 bytes for each of its bytes, an endless row of empty
+# dictionaries 90.
+_FREE_NBYTES = 48 << 20
+_NBYTES_PER_BYTE = 20
 _MAX_LONG_NBYTES = 1024
 _MAX_LINE_NBYTES = 1024
 _MAX_MARKS = 1000
@@ -30,7 +34,7 @@ _NEWOBJ_EX = Global("copyreg", "__newobj_ex__")
 class Reader:
     """The pickle machine, with inert values on its stack."""
 
-    __slots__ = ("allow", "data", "known", "marks", "memo", "pos", "stack", "where")
+    __slots__ = ("allow", "data", "known", "marks", "memo", "pending", "pos", "stack", "where")
 
     def __init__(self, data: bytes, where: str, allow: frozenset[str]) -> None:
         self.data, self.where, self.allow = data, where, allow
@@ -40,18 +44,24 @@ class Reader:
         # A dict: an array would have to be as long as the largest index, which a file can put at 2**32.
         self.memo: dict[int, Value] = {}
         self.known: dict[tuple[str, str], Global] = {}
+        # A getattr that has not been called yet.
+        self.pending: Global | None = None
 
     def read(self) -> Value:
         """Run to STOP."""
-        data, do = self.data, _OPCODES
+        data, do, costs = self.data, _OPCODES, _COSTS
         if len(data) > _MAX_NBYTES:
             self.fail(f"holds {len(data)} bytes, more than {_MAX_NBYTES}")
         try:
+            left = _FREE_NBYTES + _NBYTES_PER_BYTE * len(data)
             for _ in range(_MAX_OPCODES):
                 code = data[self.pos]
                 self.pos += 1
                 if code == _STOP:
                     break
+                left -= costs[code]
+                if left < 0:
+                    self.fail("makes more values than a file of its size can need")
                 do[code](self)
             else:
                 self.fail(f"has more than {_MAX_OPCODES} opcodes")
@@ -66,6 +76,8 @@ class Reader:
             self.fail("does not end with one value")
         if self.pos != len(self.data):
             self.fail(f"is followed by {len(self.data) - self.pos} more bytes")
+        if self.pending is not None:
+            refuse_mention(self.pending, self.where)
         check_tree(self.stack[0], self.where)
         return self.stack[0]
 
@@ -105,6 +117,8 @@ class Reader:
         if found is None:
             check_name(module, name, self.allow, self.where)
             found = self.known[module, name] = Global(module, name)
+        if found in GETATTRS:
+            self.pending = found
         self.stack.append(found)
 
     def op_global(self) -> None:
@@ -128,6 +142,9 @@ class Reader:
     def call(self, func: Value, args: Value, *, new: bool) -> None:
         if not isinstance(func, Global) or not isinstance(args, tuple):
             self.fail("calls something that is not a name, or with arguments that are not a tuple")
+        if func.name == "getattr" and func in GETATTRS:
+            check_member(func, args, self.allow, self.where)
+            self.pending = None
         self.stack.append(Call(func, args, new))
 
     def op_reduce(self) -> None:
@@ -330,4 +347,12 @@ _OPS: Final[dict[bytes, _Op]] = {
     b"R": Reader.op_reduce, b"\x81": Reader.op_newobj, b"\x92": Reader.op_newobj_ex,
     b"b": Reader.op_build, b"Q": Reader.op_persistent,
 }  # fmt: skip
+# Bytes that an opcode's value takes; containers are counted threefold, of which torch writes few.
+_COSTS = [8] * 256
+for _codes, _cost in (
+    (b"MJ\x8a\x8bGFIL", 40), (b"VX\x8c\x8dCB\x8e", 64), (b"pqr\x94", 56), (b"s", 120),
+    (b"t\x85\x86\x87Q", 64), (b"RuU\x81", 88), (b"]}ld", 250), (b"\x8f\x91\x92\x96", 600),
+):  # fmt: skip
+    for _code in _codes:
+        _COSTS[_code] = _cost
 _OPCODES = [_OPS.get(bytes((code,)), Reader.refuse) for code in range(256)]

@@ -10,13 +10,16 @@ import sys
 from _compat_pickle import IMPORT_MAPPING  # torch.load renames modules by this table
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Final, TypeAlias
+from typing import Final, NoReturn, TypeAlias
 
 from ckpt2pt.errors import FormatError, UnsafePickleError
 from ckpt2pt.pt.trees import (
     ENCODE,
+    GETATTRS,
+    MISSING,
     NAMESPACE,
     ORDERED_DICT,
+    REBUILD_FROM_TYPE,
     REBUILD_PARAMETER,
     REBUILD_PARAMETER_WITH_STATE,
     REBUILD_TENSOR,
@@ -59,8 +62,10 @@ _SAFE: Final[dict[str, str]] = {
     "pathlib._local":          "Path PosixPath PurePath PurePosixPath",
     "signal":                  "Signals",
     "torch":                   "Size device uint16 uint32 uint64 complex32 float8_e4m3fn float8_e4m3fnuz float8_e5m2"
-                               " float8_e5m2fnuz float8_e8m0fnu UntypedStorage",
+                               " float8_e5m2fnuz float8_e8m0fnu Tensor UntypedStorage",
+    "torch._tensor":           "_rebuild_from_type_v2",
     "torch._utils":            "_rebuild_tensor_v2 _rebuild_parameter _rebuild_parameter_with_state",
+    "torch.nn.parameter":      "Parameter",
     "torch.serialization":     "_get_layout",
     "torch.storage":           "TypedStorage UntypedStorage",
     "types":                   "SimpleNamespace",
@@ -74,6 +79,8 @@ _HOUSES = frozenset({"megatron", "mindspeed", "mindspeed_llm", "mindspeed_ms", "
 _MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _CLASS = re.compile(r"[A-Z]\w*", re.ASCII)
+_ENUMS = frozenset({("signal", "Signals")})
+_MEMBER = re.compile(r"[A-Za-z]\w*", re.ASCII)
 _DTYPE_CLASS = re.compile(r"[A-Z]\w*DType", re.ASCII)
 # A rule file may add the classes of a fork, never these.
 _NEVER = frozenset(
@@ -82,9 +89,37 @@ _NEVER = frozenset(
 
 
 def check_name(module: str, name: str, allow: frozenset[str], where: str) -> None:
-    """Refuse a name that has no business in a checkpoint; ``allow`` holds further ones as ``module.name``."""
-    if _is_safe(module, name, allow):
+    """Refuse a name that has no business in a checkpoint; ``allow`` holds further ones as ``module.name``.
+
+    ``getattr`` passes: it is judged by its arguments (:func:`check_member`).
+    """
+    if _is_safe(module, name, allow) or Global(module, name) in GETATTRS:
         return
+    raise _refused(module, name, where)
+
+
+def check_member(func: Global, args: tuple[Value, ...], allow: frozenset[str], where: str) -> None:
+    """Refuse any call of ``getattr`` but that for a member of an enumeration: ``getattr(<class>, "NAME")``."""
+    match args:
+        case (Global(module=module, name=kind), str(member)):
+            known = (module, kind) in _ENUMS or _is_trusted_class(module, kind, allow)
+            if known and _MEMBER.fullmatch(member):
+                return
+        case _:
+            pass
+    raise UnsafePickleError(
+        f"the pickle calls {func} with something else than a known class and the name of one of its members",
+        where=where,
+        mend="write the file again without it",
+    )
+
+
+def refuse_mention(name: Global, where: str) -> NoReturn:
+    """Refuse a name that may only be called, and was not."""
+    raise _refused(name.module, name.name, where)
+
+
+def _refused(module: str, name: str, where: str) -> UnsafePickleError:
     full = f"{module}.{name}"
     shown = full if full.isprintable() and len(full) <= 200 else ascii(full[:200])
     mend = "write the file again without it"
@@ -93,7 +128,7 @@ def check_name(module: str, name: str, allow: frozenset[str], where: str) -> Non
             f", or if {shown} is a class of your own Megatron fork, list it under pickle_globals in the rule file"
             " given by --rules"
         )
-    raise UnsafePickleError(f"the pickle names {shown}, which has no business in a checkpoint", where=where, mend=mend)
+    return UnsafePickleError(f"the pickle names {shown}, which has no business in a checkpoint", where=where, mend=mend)
 
 
 def _is_safe(module: str, name: str, allow: frozenset[str]) -> bool:
@@ -102,6 +137,10 @@ def _is_safe(module: str, name: str, allow: frozenset[str]) -> bool:
         return False
     if (module, name) in _SAFE_PAIRS or (module == "numpy.dtypes" and _DTYPE_CLASS.fullmatch(name)):
         return True
+    return _is_trusted_class(module, name, allow)
+
+
+def _is_trusted_class(module: str, name: str, allow: frozenset[str]) -> bool:
     house = module.partition(".")[0]
     if house in _HOUSES and _CLASS.fullmatch(name):
         return True
@@ -133,6 +172,8 @@ def check_tree(root: Value, where: str) -> None:
     depths: dict[int, int] = {}
 
     def depth(node: Value, above: int) -> int:
+        if isinstance(node, Global) and node in GETATTRS:
+            refuse_mention(node, where)
         fault = _flaw(node)
         if fault is not None:
             raise damaged(f"the pickle holds something it should not: {fault}", where)
@@ -157,7 +198,7 @@ def check_tree(root: Value, where: str) -> None:
 
 
 _OPEN = -1
-_LEAVES = frozenset({type(None), bool, int, float, str, bytes, Global, StoredTensor, Missing})
+_LEAVES = frozenset({type(None), bool, int, float, str, bytes, StoredTensor, Missing})
 
 
 def _children(node: Value) -> Iterable[Value]:
@@ -236,6 +277,11 @@ def _is_plain_data(call: Call) -> bool:
     )
 
 
+def _is_member(call: Call) -> bool:
+    # State or items would go to the class's one member, which every user of it shares.
+    return not (call.new or call.items or call.pairs) and call.state is MISSING
+
+
 _Form: TypeAlias = tuple[Callable[[Call], bool], str]
 _TENSOR: Final[_Form] = (
     lambda call: as_tensor(call) is not None,
@@ -248,6 +294,7 @@ _FORMS: Final[dict[Global, _Form]] = {
     REBUILD_TENSOR: _TENSOR,
     REBUILD_PARAMETER: _TENSOR,
     REBUILD_PARAMETER_WITH_STATE: _TENSOR,
+    REBUILD_FROM_TYPE: _TENSOR,
     NAMESPACE: _ATTRS,
     SIMPLE_NAMESPACE: _ATTRS,
     ORDERED_DICT: (_is_filled_later, "an OrderedDict that starts empty and has each key once"),
@@ -258,6 +305,7 @@ _FORMS: Final[dict[Global, _Form]] = {
     Global("copyreg", "_reconstructor"): (_is_reconstructed, "given a class, object and None"),
     Global("copy_reg", "_reconstructor"): (_is_reconstructed, "given a class, object and None"),
     Global("copyreg", "__newobj_ex__"): (_is_new_with_keywords, "given a class, a tuple and a dict"),
+    **dict.fromkeys(GETATTRS, (_is_member, "a member of an enumeration, which takes no state and no items")),
     Global("builtins", "bytes"): _DATA,
     Global("__builtin__", "bytes"): _DATA,
     Global("builtins", "bytearray"): _DATA,

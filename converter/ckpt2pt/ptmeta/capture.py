@@ -16,7 +16,7 @@ from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
 from ckpt2pt.ptmeta.files import RankFiles
 from ckpt2pt.ptmeta.missing import synthesize_entries
-from ckpt2pt.ptmeta.proof import check_sizes, check_slices, check_views
+from ckpt2pt.ptmeta.proof import check_copies, check_sizes, check_slices, check_views
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _MEND = "make pt_meta from a run of Megatron-LM 0.6 with --use-distributed-optimizer"
@@ -179,6 +179,15 @@ def _prove(rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, at_mo
             count += check_slices(buffer, buckets, weights, where=str(rank.folder), at_most=at_most)
     compared = f"{count} elements of distrib_optim.pt equal their weights"
     return [*notes, compared if count else "sizes equal those of distrib_optim.pt"]
+
+
+def prove_copies(rank: MegatronRank, *, at_most: int | None) -> str:
+    """Compare the float32 copies of a run without the distributed optimizer, rounded, with the weights."""
+    count = sum(
+        check_copies(copies, weights, where=str(rank.folder), at_most=at_most)
+        for copies, weights in zip(rank.copies or (), rank.chunks, strict=True)
+    )
+    return f"{count} elements of the optimizer's float32 copies equal their weights"
 
 
 def _fits(rank: MegatronRank, pp: int, divisor: int) -> bool:

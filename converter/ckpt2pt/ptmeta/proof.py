@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ckpt2pt.casts import find_cast
 from ckpt2pt.errors import FormatError
-from ckpt2pt.plan.buckets import Buffer, Placement
+from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.pt.megatron import StoredBucket
 from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
@@ -69,24 +69,35 @@ def check_slices(
             for placement in bucket.placements:
                 numel = min(placement.stop - placement.start, at_most or placement.stop)
                 param = held.tensors["param"]
-                _check_slice(placement, placement.start - bucket.start, numel, param, refs, read, where)
+                start, weight = placement.start - bucket.start, refs[placement.name]
+                _check_slice(weight, param, start, numel, read, where)
                 count += numel
+    return count
+
+
+def check_copies(
+    copies: Mapping[str, Mapping[str, TensorRef]],
+    weights: Sequence[tuple[str, TensorRef]],
+    *,
+    where: str,
+    at_most: int | None,
+) -> int:
+    """The same for float32 copies that are tensors of their own, of a run without the distributed optimizer."""
+    count = 0
+    with ExitStack() as stack:
+        read = _reader(stack)
+        for name, weight in weights:
+            numel = min(weight.numel, at_most or weight.numel)
+            _check_slice(weight, copies[name]["param"], 0, numel, read, where)
+            count += numel
     return count
 
 
 _Read = Callable[[TensorRef, int, int], "npt.NDArray[np.uint8]"]
 
 
-def _check_slice(
-    placement: Placement,
-    start: int,
-    numel: int,
-    param: TensorRef,
-    refs: dict[str, TensorRef],
-    read: _Read,
-    where: str,
-) -> None:
-    weight = refs[placement.name]
+def _check_slice(weight: TensorRef, param: TensorRef, start: int, numel: int, read: _Read, where: str) -> None:
+    """Compare ``numel`` elements of ``param`` from ``start`` on, rounded, with the first of ``weight``."""
     cast = find_cast("float32", weight.dtype)
     width = DTYPE_BYTES[weight.dtype]
     for first in range(0, numel, _BLOCK_NUMEL):
@@ -99,7 +110,7 @@ def _check_slice(
         found = read(weight, first * width, size * width)
         if not np.array_equal(rounded, found) and not _same_but_nan(rounded, found, main, width):
             raise FormatError(
-                f"{placement.name} is not what the optimizer holds at element {placement.start} of its buffer",
+                f"{weight.name} is not what the optimizer holds of it, from element {start} on",
                 where=where,
                 mend=_MEND,
             )

@@ -29,6 +29,7 @@ from ckpt2pt.pt.pickles import (
     StoredTensor,
     as_storage,
     as_tensor,
+    enum_member,
     is_namespace,
     namespace_attrs,
     read_pickle,
@@ -38,8 +39,9 @@ from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 BLOCK_BYTES = 512 << 10
-MAX_LEAVES = 4_000_000
-"""More than any checkpoint has; containers of a pickle may be shared, so a small file can describe a huge tree."""
+MAX_NAMES_NBYTES = 64 << 20
+"""Bytes that the paths of leaves may take beyond ten times the pickle's: names may be long, and stand in each path below."""
+_LEAF_NBYTES = 150
 _MAX_SPAN_BYTES = 8 << 20
 
 Bytes: TypeAlias = npt.NDArray[np.uint8]
@@ -209,7 +211,8 @@ def open_pt(path: Path, *, allow: Collection[str] = ()) -> Leaves:
             return _view(whole, storages, path)
         return value
 
-    return flatten(read_pickle(archive.pickle, where=str(path), allow=allow), translate, where=str(path))
+    tree = read_pickle(archive.pickle, where=str(path), allow=allow)
+    return flatten(tree, translate, where=str(path), nbytes=len(archive.pickle))
 
 
 def _size(path: Path) -> int:
@@ -235,17 +238,21 @@ def _view(found: StoredTensor, storages: Mapping[str, Extent], path: Path) -> Te
     return TensorLeaf(found.dtype, found.shape, Stored(size, (part,)), (part,))
 
 
-def flatten(tree: object, translate: Callable[[object], object], *, where: str) -> Leaves:
+def flatten(tree: object, translate: Callable[[object], object], *, where: str, nbytes: int) -> Leaves:
     """Path -> leaf, depth first.  ``translate`` makes nodes of ours from a reader's own, and tensors leaves.
 
     Each container leaves a :class:`Symbol` at its own path, so that an empty one is seen too.  What an object has
-    besides its items is below ``@state``, ``@args`` and ``@items``.
+    besides its items is below ``@state``, ``@args`` and ``@items``.  ``nbytes`` is the size of the pickle.
     """
     found: Leaves = {}
 
+    left = MAX_NAMES_NBYTES + 10 * nbytes
+
     def walk(path: str, value: object) -> None:
-        if len(found) > MAX_LEAVES:
-            raise FormatError(f"more than {MAX_LEAVES} leaves", where=where, mend="save the file again without them")
+        nonlocal left
+        left -= len(path) + _LEAF_NBYTES
+        if left < 0:
+            raise FormatError("more leaves than a file of its size can need", where=where, mend="save the file again")
         value = translate(value)
         if isinstance(value, TensorLeaf | bool | int | float | str | bytes) or value is None:
             found[path or "/"] = value
@@ -261,16 +268,7 @@ def flatten(tree: object, translate: Callable[[object], object], *, where: str) 
 
 def _children(value: object) -> tuple[str, Sequence[tuple[str, object]]]:
     if isinstance(value, Call):
-        if is_namespace(value):
-            return str(value.func), list(namespace_attrs(value).items())
-        children: list[tuple[str, object]] = [(key_text(key), item) for key, item in value.pairs]
-        if value.args:
-            children.append(("@args", list(value.args)))
-        if value.items:
-            children.append(("@items", list(value.items)))
-        if value.state is not MISSING:
-            children.append(("@state", value.state))
-        return str(value.func), children
+        return _parts(value)
     if isinstance(value, Global):
         return str(value), ()
     if isinstance(value, Persistent):
@@ -282,6 +280,21 @@ def _children(value: object) -> tuple[str, Sequence[tuple[str, object]]]:
         raise TypeError(f"{type(value).__name__} is no node of a tree")
     items = _as_list(cast("object", value))
     return ("tuple" if isinstance(value, tuple) else "list"), [(str(number), item) for number, item in enumerate(items)]
+
+
+def _parts(value: Call) -> tuple[str, Sequence[tuple[str, object]]]:
+    if member := enum_member(value):
+        return member, ()
+    if is_namespace(value):
+        return str(value.func), list(namespace_attrs(value).items())
+    children: list[tuple[str, object]] = [(key_text(key), item) for key, item in value.pairs]
+    if value.args:
+        children.append(("@args", list(value.args)))
+    if value.items:
+        children.append(("@items", list(value.items)))
+    if value.state is not MISSING:
+        children.append(("@state", value.state))
+    return str(value.func), children
 
 
 def _as_list(value: object) -> list[object]:

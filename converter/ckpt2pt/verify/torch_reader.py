@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from ckpt2pt.errors import FormatError, UsageError
+from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.pickles import MISSING, Call, Global, Value, ordered_dict
 from ckpt2pt.pt.vetting import check_name
 from ckpt2pt.verify.leaves import Bytes, Files, Leaves, TensorLeaf, flatten, open_pt
@@ -90,9 +91,15 @@ class _StandIn:
     def node(self) -> Call:
         """The same as our own reader's node."""
         held: dict[str, Any] = self.__dict__
-        args: Any = self._args
+        args: Any = tuple(_described(arg) for arg in self._args)
         state: Any = self._state
         return Call(self.named, args, state=state, items=held.get("_items", ()), pairs=held.get("_pairs", ()))
+
+
+def _described(value: object) -> object:
+    """The name that a stand-in for a class has; anything else as it is."""
+    named: object = getattr(value, "named", None) if isinstance(value, type) else None
+    return value if named is None else named
 
 
 def open_with_torch(path: Path, *, allow: Collection[str] = (), weights_only: bool = False) -> Leaves:
@@ -100,6 +107,7 @@ def open_with_torch(path: Path, *, allow: Collection[str] = (), weights_only: bo
     torch = _torch()
     # Our own reader goes first: it refuses names, nesting, cycles, and storages shorter than their tensors, beyond
     # whose end torch reads on (2.15, mmap=True).
+    nbytes = len(Archive.open(path).pickle)
     open_pt(path, allow=allow)
     options: dict[str, Any] = {} if weights_only else {"pickle_module": _vetting_pickle(path, frozenset(allow))}
     try:
@@ -111,7 +119,7 @@ def open_with_torch(path: Path, *, allow: Collection[str] = (), weights_only: bo
             where=path,
             mend="copy the file again from where it was made, or remove it and convert again",
         ) from error
-    return flatten(tree, _translator(torch), where=str(path))
+    return flatten(tree, _translator(torch), where=str(path), nbytes=nbytes)
 
 
 def _torch() -> ModuleType:

@@ -22,15 +22,19 @@ VERSION = 1
 class Account:
     """A reporter that remembers.  Sizes are in bytes, times in seconds; None is what is not known (yet).
 
-    ``message`` says in one line why the run ended without success.  Of a worker that follows a training the iteration
-    is the last that is converted, and ``reason`` and ``message`` tell of a checkpoint that could not be.
+    ``message`` says in one line why the run ended without success, ``failure`` in one word where an exit code would
+    mislead.  Of a worker that follows a training the iteration is the last that is converted, and ``reason`` and
+    ``message`` tell of a checkpoint that could not be.  ``conversion`` is the uid that the Job has given, ``verified`` how
+    the files of that iteration were verified.
     """
 
     def __init__(self) -> None:
         self.stages: Sequence[int] | None = None
         self.iteration: int | None = None
         self.plan: Json | None = None
-        self.message = self.reason = ""
+        self.message = self.reason = self.failure = ""
+        self.conversion: str | None = None
+        self.verified: str | None = None
         self.following = False
         self._began = time.monotonic()
         self._converting: float | None = None
@@ -65,6 +69,7 @@ class Account:
         """Note the result."""
         self.iteration = outcome.target.iteration
         self.message = self.reason = ""
+        self.verified = outcome.verified
         self._result = {
             "bytesWritten": outcome.bytes_written,
             "outputPath": outcome.target.folder.name,
@@ -122,7 +127,9 @@ class Account:
         """For the termination message: what is known at the end."""
         return _known(
             {
+                "conversion": self.conversion,
                 "stages": _listed(self.stages),
+                "verified": self.verified,
                 "bytes": self._done if self._converting is not None else None,
                 "bytesTotal": self._total,
                 "seconds": round(time.monotonic() - self._began, 3),

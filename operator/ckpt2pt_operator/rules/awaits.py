@@ -41,7 +41,7 @@ def start(conversion: Conversion, standing: Standing, training: Training | None)
         mend = "if it did, make the conversion anew without startAfter"
         return Ending(reason="TrainingDeleted", message=f"{name} was deleted before it was seen to complete; {mend}")
     if training.state == "Unwatched":
-        return _unwatched(name)
+        return _unwatched(conversion.start_after or {}, training)
     unknown = f"is not known yet{f' ({training.message})' if training.message else ''}"
     known = {"Missing": "is not there yet", "Unknown": unknown}
     what = known.get(training.state, f"runs: {training.message or 'not complete yet'}")
@@ -60,14 +60,19 @@ def follow_end(conversion: Conversion, standing: Standing, training: Training | 
 def unfollowed(conversion: Conversion, standing: Standing, training: Training | None) -> Obstacle | None:
     """The end of the training that is followed would not be noticed."""
     follow = conversion.follow
-    if follow is None or follow.until is None or conversion.dry_run or standing.follow_end or training is not None:
+    training = training or _UNWATCHED
+    over = conversion.dry_run or standing.follow_end
+    if follow is None or follow.until is None or over or training.state != "Unwatched":
         return None
-    return _unwatched(_name(follow.until))
+    return _unwatched(follow.until, training)
 
 
-def _unwatched(name: str) -> Obstacle:
-    mend = "add the kind to trainingKinds in the values of the chart"
-    return Obstacle(reason="TrainingKindUnknown", message=f"this operator does not watch {name}; {mend}")
+def _unwatched(workload: Json, training: Training) -> Obstacle:
+    """Nobody would notice its end; of one kind there may be several API groups."""
+    what = f"{_name(workload)} is of {workload.get('apiVersion')} {workload.get('kind')}, which this operator does not watch"
+    watched = f"it watches {training.message}" if training.message else "it watches no kind"
+    hint = "name one of them, or add the kind to trainingKinds in the values of the chart"
+    return Obstacle(reason="TrainingKindUnknown", message=f"{what}; {watched}; {hint}")
 
 
 def _name(workload: Json) -> str:

@@ -9,13 +9,14 @@ from typing import Literal, cast
 
 from ckpt2pt.conversion.spec import Conversion, Json
 from ckpt2pt.conversion.status import FOLLOWED, FOLLOWING, MAX_MESSAGE, Ending, StageRecord, status_of_run
+from ckpt2pt_operator.rules.seen import REFUSALS
 from ckpt2pt_operator.rules.stages import Obstacle
 from ckpt2pt_operator.rules.views import condition, items
 
 _MESSAGES = 256 << 10
 """Characters for the messages of all stages together: an object may have 1.5 MB."""
 
-_NEEDS_SOMEBODY = frozenset(
+_STALLED = frozenset(
     {
         "PVCNotFound",
         "PVCLost",
@@ -24,9 +25,14 @@ _NEEDS_SOMEBODY = frozenset(
         "CreateContainerError",
         "PodRejected",
         "JobRefused",
+        "NodeLost",
+        "TrainingKindUnknown",
     }
 )
-"""What does not pass by itself."""
+"""What does not pass by itself: Stalled is True, and so Reconciling is False."""
+
+_TROUBLES = _STALLED | REFUSALS
+"""What is wrong, of all that a conversion may wait for."""
 
 Verdict = tuple[Literal["True", "False", "Unknown"], str, str]
 """Status, reason and message of a condition."""
@@ -42,7 +48,7 @@ QUEUE_DECIDES = "QueueDecides"
 class Standing:
     """How a conversion stands.  ``waits`` is why no worker was asked for, ``degraded`` why workers do not get on.
 
-    ``unheeded`` is what a queue decides in place of the spec.
+    ``unheeded`` is what a queue decides in place of the spec, ``pending_since`` the time since when no Job could be made.
     """
 
     records: Sequence[StageRecord]
@@ -52,6 +58,7 @@ class Standing:
     recreations: int = 0
     retry_token: str = ""
     memory_percent: int = 100
+    pending_since: str | None = None
     started: str | None = None
     finished: str | None = None
     ended: Ending | None = None
@@ -104,6 +111,7 @@ def status_document(
         "retryToken": standing.retry_token,
         "trainingUID": standing.training_uid,
         "followEnd": standing.follow_end,
+        "pendingSince": standing.pending_since,
         "memoryPercent": standing.memory_percent if standing.memory_percent != 100 else 0,
     }
     conditions = _conditions(standing, {str(c["type"]): c for c in cast("list[Json]", found["conditions"])})
@@ -150,6 +158,12 @@ def refused_document(message: str, *, before: Json, generation: int, now: dateti
     }
 
 
+def still(before: Json, generation: int) -> Json:
+    """The status of a conversion that has ended, after another edit of its spec: as true of that one."""
+    conditions = [{**told, "observedGeneration": generation} for told in items(before, "conditions")]
+    return {**before, "observedGeneration": generation, "conditions": conditions}
+
+
 def _since(old: Json, new: Mapping[str, object]) -> object:
     same = old.get("status") == new["status"] and "lastTransitionTime" in old
     return old["lastTransitionTime"] if same else new["lastTransitionTime"]
@@ -173,6 +187,10 @@ def _conditions(standing: Standing, found: Mapping[str, Json]) -> list[Json]:
             "type": kind, "status": status, "reason": reason, "message": message[:MAX_MESSAGE], "lastTransitionTime": when,
         }  # fmt: skip
 
+    waits = standing.waits if standing.suspended is None and not over else None
+    degraded = standing.degraded or (waits if waits and waits.reason in _TROUBLES else None)
+    expected = ("Ended", "no worker is left") if over else ("AsExpected", "workers get on as expected")
+
     def obstacle(seen: Obstacle | None, reason: str, message: str) -> Verdict:
         return ("True", seen.reason, seen.message) if seen else ("False", reason, message)
 
@@ -181,13 +199,18 @@ def _conditions(standing: Standing, found: Mapping[str, Json]) -> list[Json]:
         told("Accepted", standing.accepted),
         told("VolumesReady", standing.volumes),
         told("Suspended", obstacle(None if over else standing.suspended, unheeded.reason, unheeded.message)),
-        told("Degraded", obstacle(standing.degraded, "AsExpected", "workers get on as expected")),
+        told("Degraded", obstacle(degraded, *expected)),
     ]
-    now = None if over else standing.suspended or standing.waits or standing.degraded
+    if over:
+        return [*ours, *found.values()]
+    # What only somebody can change is told before what a conversion waits for.
+    worst = degraded if degraded and degraded.reason in _STALLED else None
+    now = standing.suspended or worst or waits or degraded
     if now is None:
         return [*ours, *found.values()]
     said: Json = {"reason": now.reason, "message": now.message[:MAX_MESSAGE]}
     theirs = {kind: {**c, **said} if kind in {"Ready", "Reconciling", "Stalled"} else c for kind, c in found.items()}
-    if now.reason in _NEEDS_SOMEBODY:
-        theirs["Stalled"] = {**theirs["Stalled"], "status": "True"}
+    if now.reason in _STALLED:
+        # kstatus looks at Reconciling first, and would wait for ever.
+        theirs["Stalled"]["status"], theirs["Reconciling"]["status"] = "True", "False"
     return [*ours, *theirs.values()]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ckpt2pt.conversion.spec import Conversion
 from ckpt2pt.conversion.status import Ending, StageRecord
-from ckpt2pt.errors import FAILS_JOB
+from ckpt2pt.errors import FAILS_JOB, NOT_THE_SPEC
 from ckpt2pt.text import size
 from ckpt2pt_operator.rules.views import Job, Pod, report_of
 
@@ -45,9 +45,9 @@ def ending(conversion: Conversion, job: Job, pods: Sequence[Pod], failed: Sequen
     wrong = next((pod for pod in pods if pod.exit_code in FAILS_JOB), None)
     if wrong is not None:
         report = report_of(wrong.report)
-        return Ending(
-            reason="InvalidSpec", message=report.message if report else f"pod {wrong.name} refused its arguments"
-        )
+        reason = report.reason if report and report.reason in NOT_THE_SPEC else "InvalidSpec"
+        message = report.message if report and report.message else f"pod {wrong.name} refused its arguments"
+        return Ending(reason=reason, message=message)
     if reason == "ActiveDeadline":
         seconds = conversion.active_deadline_seconds
         return Ending(reason=reason, message=f"not done after spec.activeDeadlineSeconds, {seconds} s")

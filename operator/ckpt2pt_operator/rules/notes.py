@@ -32,10 +32,11 @@ class Note:
 
 def notes(before: Json, after: Json) -> tuple[Note, ...]:
     """The events between two statuses, in the order of the road."""
-    return tuple(
+    told = (
         Note(kind=note.kind, reason=note.reason, message=note.message[:_MAX])
         for note in (*_of_the_job(before, after), *_of_stages(before, after), *_of_conditions(before, after))
     )
+    return tuple(dict.fromkeys(told))  # two conditions may say the same
 
 
 def _of_the_job(before: Json, after: Json) -> Iterator[Note]:
@@ -44,8 +45,14 @@ def _of_the_job(before: Json, after: Json) -> Iterator[Note]:
         percent = number(after, "memoryPercent")
         yield Note(kind="Normal", reason="MemoryGrown", message=f"workers get {percent} % of the memory of the spec")
     if number(after, "jobRecreations") > number(before, "jobRecreations"):
-        yield Note(kind="Warning", reason="JobRecreated", message=f"Job {job} was deleted and is made anew")
-    if text(after, "retryToken") != text(before, "retryToken") and before:
+        again = number(after, "attempt") > number(before, "attempt")
+        lost = f"reports of workers were lost with their pods; Job {job} does those stages again"
+        yield (
+            Note(kind="Warning", reason="ReportLost", message=lost)
+            if again
+            else Note(kind="Warning", reason="JobRecreated", message=f"Job {job} was deleted and is made anew")
+        )
+    if text(after, "retryToken") != text(before, "retryToken") and "phase" in before:
         early = "it had not failed when ckpt2pt.dev/retry was set; if it does, set another value"
         late = Note(kind="Normal", reason="RetryRequested", message="the stages that are not done are tried again")
         yield late if before.get("phase") == "Failed" else Note(kind="Warning", reason="RetryIgnored", message=early)

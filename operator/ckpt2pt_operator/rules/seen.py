@@ -20,7 +20,10 @@ class House:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """The workload that ``spec.startAfter`` names: Running, Succeeded, Failed, Missing or Unwatched."""
+    """The workload that ``spec.startAfter`` names: Running, Succeeded, Failed, Missing, Unknown or Unwatched.
+
+    ``message`` of one that is Unwatched lists the kinds that are watched.
+    """
 
     state: str
     uid: str = ""
@@ -29,10 +32,15 @@ class Training:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
-    """Why the API server did not take the Job just now."""
+    """Why the API server did not take the Job just now; ``pause`` is the time until it is asked again, in seconds."""
 
     reason: str
     message: str
+    pause: float = 30.0
+
+
+REFUSALS = frozenset({"QuotaExceeded", "JobRefused", "JobNotCreated"})
+"""Reasons that may pass: a quota, a policy or a webhook, an API server that is busy."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

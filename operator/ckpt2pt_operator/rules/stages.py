@@ -1,7 +1,8 @@
 """A Job and its pods -> one record for each pipeline stage, and what stands in their way.  Pure.
 
-The Job says which indexes are done and which were given up; pods and their termination messages say why.  What was
-recorded before stays, so a pod that is gone takes nothing with it.
+A stage is done when a worker of it ended with exit code 0 and its termination message proves it; that a Job counts the
+index as completed is not enough.  The Job says which indexes were given up, and the messages say why.  What was recorded
+before stays, so a pod that is gone takes nothing with it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import cast
+from typing import Literal, cast
 
+from ckpt2pt.conversion.report import NO_REPORT, clean, unproved
 from ckpt2pt.conversion.spec import Conversion, Json
 from ckpt2pt.conversion.status import REASONS, WAITING, StageRecord, State
-from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE
+from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE, NOT_THE_SPEC
 from ckpt2pt_operator.rules.views import Job, Pod, Report, items, number, report_of, text
 
 OUT_OF_MEMORY = "OOMKilled"
@@ -22,10 +24,12 @@ _LOST_AFTER = timedelta(seconds=90)
 
 _FIRST_PAUSE, _LONGEST_PAUSE = timedelta(seconds=10), timedelta(minutes=10)
 
-REASON_WORDS = frozenset({*REASONS.values(), OUT_OF_MEMORY, "Evicted", "Killed", "PodDeleted"})
+REASON_WORDS = frozenset(
+    {*REASONS.values(), *NOT_THE_SPEC, NO_REPORT, OUT_OF_MEMORY, "Evicted", "Killed", "PodDeleted"}
+)
 """Every reason of a stage that is ours: a worker may write anything into its message."""
 
-_FINAL = frozenset(REASONS[code] for code in FAILS_STAGE | FAILS_JOB)
+_FINAL = frozenset(REASONS[code] for code in FAILS_STAGE | FAILS_JOB) | NOT_THE_SPEC
 """What is not tried again: the Job is about to say so."""
 
 _WAITING = {
@@ -65,23 +69,43 @@ def recorded(status: Json, total: int) -> dict[int, StageRecord]:
                 attempts=number(item, "attempts"),
                 disruptions=number(item, "disruptions"),
                 node=text(item, "node"),
+                iteration=number(item, "iteration") or None,
+                verified=text(item, "verified"),
             )
     return found
 
 
 def observed(
-    before: Mapping[int, StageRecord], job: Job, pods: Sequence[Pod], live: Mapping[str, Report]
+    conversion: Conversion,
+    before: Mapping[int, StageRecord],
+    job: Job | None,
+    pods: Sequence[Pod],
+    live: Mapping[str, Report],
 ) -> dict[int, StageRecord]:
-    """``before``, brought up to date with a Job, its pods, and what running workers tell (by pod uid)."""
-    found = dict(before)
+    """``before``, brought up to date with a Job, its pods, and what running workers tell (by pod uid).
+
+    Of a Job that is gone the pods alone tell, which may outlive it for a while.
+    """
     workers: dict[int, list[Pod]] = {}
     for pod in pods:
-        workers.setdefault(pod.index, []).append(pod)
-    for index in range(job.completions):
-        stage = job.stage_of(index)
-        if stage in found:
-            found[stage] = _record(found[stage], job, index, workers.get(index, ()), live)
+        workers.setdefault(job.stage_of(pod.index) if job else pod.stage, []).append(pod)
+    counted: dict[int, _Counted] = dict.fromkeys(workers, "")
+    if job:
+        counted |= {job.stage_of(index): _counted(job, index) for index in range(job.completions)}
+    found = dict(before)
+    for stage in counted.keys() & found.keys():
+        found[stage] = _record(conversion, found[stage], counted[stage], workers.get(stage, ()), live)
     return found
+
+
+_Counted = Literal["", "Lost", "Completed", "Failed"]
+"""What a Job says of an index.  ``Lost`` is one that a Job that is over counts as completed."""
+
+
+def _counted(job: Job, index: int) -> _Counted:
+    if index in job.completed:
+        return "Lost" if job.ending else "Completed"
+    return "Failed" if index in job.failed else ""
 
 
 def behind(job: Job, pods: Sequence[Pod]) -> bool:
@@ -91,25 +115,30 @@ def behind(job: Job, pods: Sequence[Pod]) -> bool:
     return bool(job.completed - told or job.failed - ended or any(not pod.over for pod in pods))
 
 
-def _record(before: StageRecord, job: Job, index: int, pods: Sequence[Pod], live: Mapping[str, Report]) -> StageRecord:
-    last = max(pods, key=_recency, default=None)
-    if index in job.completed:
-        # A replaced worker may have ended later than the one that did the work.
-        last = max((pod for pod in pods if pod.phase == "Succeeded"), key=_recency, default=last)
-        state: State = "Succeeded"
-    elif index in job.failed:
-        state = "Failed"
-    else:
-        state = "Running" if last is not None and last.running else "Pending"
+def _record(
+    conversion: Conversion, before: StageRecord, counted: _Counted, pods: Sequence[Pod], live: Mapping[str, Report]
+) -> StageRecord:
+    if before.state == "Succeeded":
+        return before
+    proved = [
+        pod for pod in pods if pod.exit_code == 0 and not unproved(report_of(pod.report), conversion, before.stage)
+    ]
+    mute = [pod for pod in pods if pod.phase == "Succeeded"]
+    # A replaced worker may have ended later than the one that did the work.
+    last = max(proved or mute or pods, key=_recency, default=None)
     if last is None:
-        done = state == "Succeeded"
-        return replace(
-            before, state=state, reason="" if done else before.reason, message="" if done else before.message
-        )
+        return _unseen(before, counted)
     report = live.get(last.uid) if last.running else report_of(last.report)
+    state: State = "Running" if last.running else "Pending"
     reason, message = cause(last, report) if last.over or last.finished else _underway(last, report, pods)
-    if state == "Succeeded":
-        reason, message = "", ""
+    if proved:
+        state, reason, message = "Succeeded", "", ""
+    elif mute:
+        state, reason, message = "Failed", NO_REPORT, _mute(unproved(report, conversion, before.stage), last)
+    elif counted == "Failed":
+        state = "Failed"
+    elif counted == "Lost":
+        state, reason, message = "Pending", NO_REPORT, _LOST
     return replace(
         before,
         state=state,
@@ -121,7 +150,28 @@ def _record(before: StageRecord, job: Job, index: int, pods: Sequence[Pod], live
         done=report.done if report else before.done,
         total=(report.total if report else None) or before.total,
         throughput=report.throughput if report else before.throughput,
+        iteration=report.iteration if report and proved else None,
+        verified=report.verified if report and proved else "",
     )
+
+
+_LOST = "it ended with exit code 0, and its pod was gone before its report was read; a stage that is done is done again at no cost"
+
+
+def _unseen(before: StageRecord, counted: _Counted) -> StageRecord:
+    """A stage of whose workers nothing is there: what its Job counts is no proof."""
+    if counted == "Failed":
+        return replace(before, state="Failed")
+    if counted == "Completed" or (counted == "Lost" and before.state == "Failed"):
+        return before
+    pending = replace(before, state="Pending")
+    return replace(pending, reason=NO_REPORT, message=_LOST) if counted == "Lost" else pending
+
+
+def _mute(lacking: str, pod: Pod) -> str:
+    """Why an exit code of 0 was not believed, with the end of whatever stands in place of a report."""
+    tail = _tail(pod)
+    return f"{lacking}{f'; it left: {tail}' if tail and not report_of(pod.report) else ''}; see that spec.workers.image and podOverrides run ckpt2pt"
 
 
 def _recency(pod: Pod) -> tuple[int, float, bool]:
@@ -139,7 +189,7 @@ def _underway(pod: Pod, report: Report | None, pods: Sequence[Pod]) -> tuple[str
 def cause(pod: Pod, report: Report | None) -> tuple[str, str]:
     """Why a worker ended, as reason and message; both empty where it did what it should."""
     if pod.phase == "Succeeded" or (pod.exit_code == 0 and not pod.disruption):
-        return "", ""
+        return ("", "") if report and report.exit_code == 0 else (NO_REPORT, "exit code 0 without a report")
     if pod.ending == OUT_OF_MEMORY:
         return OUT_OF_MEMORY, "the worker needed more memory than its limit; raise spec.workers.resources.limits.memory"
     if pod.disruption:
@@ -151,8 +201,12 @@ def cause(pod: Pod, report: Report | None) -> tuple[str, str]:
     if pod.exit_code is None:
         return "PodDeleted", "the pod was deleted before its worker ended"
     reason = REASONS.get(pod.exit_code, "Killed" if pod.exit_code > 128 else "Failed")
-    tail = pod.report.strip().splitlines()[-1][-512:] if pod.report.strip() else "it left no message"
-    return reason, text({"": f"exit code {pod.exit_code}: {tail}"}, "")
+    return reason, f"exit code {pod.exit_code}: {_tail(pod) or 'it left no message'}"
+
+
+def _tail(pod: Pod) -> str:
+    """The last line of its termination message."""
+    return clean(pod.report.strip().splitlines()[-1][-512:]) if pod.report.strip() else ""
 
 
 # ----------------------------------------------------------------------------------------------------------- obstacles
@@ -170,7 +224,14 @@ def refused_pods(job: Job, pods: Sequence[Pod], warnings: Mapping[str, str]) -> 
     message = warnings.get(job.uid)
     if message is None or any(not pod.over for pod in pods):
         return None
-    return Obstacle(reason="QuotaExceeded" if "exceeded quota" in message else "PodRejected", message=message)
+    if "failed quota" in message and "must specify" in message:
+        message = f"{message}; set spec.workers.resources, or worker.defaults.resources in the values of the chart"
+    return Obstacle(reason="QuotaExceeded" if is_quota(message) else "PodRejected", message=message)
+
+
+def is_quota(message: str) -> bool:
+    """Whether a ResourceQuota refuses: what is asked for is too much, or not said (k8s.io/apiserver plugin resourcequota)."""
+    return "exceeded quota" in message or "failed quota" in message
 
 
 def stuck_since(job: Job, pods: Sequence[Pod], refused: Obstacle | None) -> datetime | None:

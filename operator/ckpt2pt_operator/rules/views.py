@@ -6,36 +6,27 @@ control characters, because they end in the status and on terminals.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
 from ckpt2pt.conversion.job import CONTAINER, MANAGER, STAGES_ANNOTATION, UID_LABEL
+from ckpt2pt.conversion.report import MAX_REPORT, word
+from ckpt2pt.conversion.report import Report as Report
+from ckpt2pt.conversion.report import child as child
+from ckpt2pt.conversion.report import number as number
+from ckpt2pt.conversion.report import report_of as report_of
+from ckpt2pt.conversion.report import text as text
 from ckpt2pt.conversion.spec import Json
-from ckpt2pt.conversion.status import MAX_MESSAGE
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _FAILURES = "batch.kubernetes.io/job-index-failure-count"
 _IGNORED = "batch.kubernetes.io/job-index-ignored-failure-count"
-_MAX_REPORT = 12 << 10
-_MOST = 1 << 63
-_MOST_BYTES = 1 << 50
-"""Of one stage: the sum of 1024 of them fits into 64 bits."""
 _MOST_TRIES = (1 << 31) - 1
 _MOST_INDEXES = 100_000
 _MAX_DIGITS = 18
 _NOTHING: Json = {}
-
-
-def child(value: Mapping[str, object], *names: str) -> Json:
-    """The object below ``names``; an empty one where there is none."""
-    found: object = value
-    for name in names:
-        found = cast("Json", found).get(name) if isinstance(found, Mapping) else None
-    return cast("Json", found) if isinstance(found, Mapping) else {}
 
 
 def items(value: Mapping[str, object], name: str) -> list[Json]:
@@ -46,33 +37,6 @@ def items(value: Mapping[str, object], name: str) -> list[Json]:
         if isinstance(found, list)
         else []
     )
-
-
-def text(value: Mapping[str, object], name: str, limit: int = MAX_MESSAGE) -> str:
-    """A string without control characters."""
-    found = value.get(name)
-    return clean(found, limit) if isinstance(found, str) else ""
-
-
-def clean(found: str, limit: int = MAX_MESSAGE) -> str:
-    """At most ``limit`` printable characters on one line."""
-    return "".join(char if char.isprintable() else " " for char in found[: limit * 4])[:limit].strip()
-
-
-def word(value: Mapping[str, object], name: str) -> str:
-    """A reason in CamelCase; empty where it is anything else."""
-    found = text(value, name, 128)
-    return found if re.fullmatch(r"[A-Z][A-Za-z0-9]*", found) else ""
-
-
-def number(value: Mapping[str, object], name: str, default: int = 0) -> int:
-    """A whole number that is not negative and fits into 64 bits; a fraction is cut off."""
-    found = value.get(name)
-    if isinstance(found, str) and found.isdecimal() and len(found) < len(str(_MOST)):
-        found = int(found)
-    if isinstance(found, float) and 0 <= found < _MOST:
-        found = int(found)
-    return found if type(found) is int and 0 <= found < _MOST else default
 
 
 def time(value: Mapping[str, object], name: str) -> datetime | None:
@@ -107,62 +71,14 @@ def condition(conditions: list[Json], kind: str) -> Json:
     return next((item for item in conditions if item.get("type") == kind), _NOTHING)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Preview:
-    """What a dry run has found: what would be written, and what it would need.  Numbers of bytes, but for the files."""
-
-    files: int
-    written: int
-    free: int
-    memory: int
+def _stages(annotations: Json) -> tuple[int, ...] | None:
+    """Those of a Job that does not do all of them; None stands for all in order."""
+    stages = text(annotations, STAGES_ANNOTATION, 8192)
+    return tuple(int(stage) for stage in stages.split(",") if _is_index(stage)) if stages else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What a worker says of itself: in its termination message, or while it runs.  Numbers of bytes; None is unknown."""
-
-    exit_code: int | None = None
-    reason: str = ""
-    message: str = ""
-    done: int = 0
-    total: int | None = None
-    throughput: int = 0
-    iteration: int | None = None
-    preview: Preview | None = None
-
-
-def report_of(message: str) -> Report | None:
-    """Read a report; None where it is not one, as when a worker was killed and the kubelet took its log instead."""
-    if len(message) > _MAX_REPORT:
-        return None
-    try:
-        found = json.loads(message)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(found, dict):
-        return None
-    value = cast("Json", found)
-    if value.get("version") != 1:
-        return None
-    return Report(
-        exit_code=number(value, "exitCode", -1) if "exitCode" in value else None,
-        reason=word(value, "reason"),
-        message=text(value, "message"),
-        done=min(number(value, "bytes"), _MOST_BYTES),
-        total=min(number(value, "bytesTotal"), _MOST_BYTES) or None,
-        throughput=min(number(value, "throughput"), _MOST_BYTES),
-        iteration=number(value, "iteration") if "iteration" in value else None,
-        preview=_preview_of(child(value, "plan")) if "plan" in value else None,
-    )
-
-
-def _preview_of(plan: Json) -> Preview:
-    return Preview(
-        files=number(plan, "files"),
-        written=min(number(plan, "bytes"), _MOST_BYTES),
-        free=min(number(plan, "freeSpace"), _MOST_BYTES),
-        memory=min(number(plan, "memory"), _MOST_BYTES),
-    )
+def _stage_of(stages: tuple[int, ...] | None, index: int) -> int:
+    return index if stages is None else stages[index] if index < len(stages) else -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,6 +86,7 @@ class Pod:
     """One worker: ``index`` is its completion index, ``failures`` how often that index failed before it.
 
     ``owner`` is the conversion that its label names; ``job`` and ``job_uid`` are the Job that controls it, if one does.
+    ``stages`` is as of that Job, which may be gone; ``gone`` is a pod that was deleted, as it was seen last.
     """
 
     name: str
@@ -180,6 +97,7 @@ class Pod:
     job_uid: str
     owner: str
     index: int
+    stages: tuple[int, ...] | None
     phase: str
     reason: str
     message: str
@@ -197,6 +115,12 @@ class Pod:
     report: str
     failures: int
     disruptions: int
+    gone: bool = False
+
+    @property
+    def stage(self) -> int:
+        """The pipeline stage that it converts."""
+        return _stage_of(self.stages, self.index)
 
     @property
     def over(self) -> bool:
@@ -233,6 +157,7 @@ def pod_view(raw: Json) -> Pod:
         job_uid=text(controller, "uid"),
         owner=text(labels, UID_LABEL),
         index=number(labels if _INDEX in labels else annotations, _INDEX),
+        stages=_stages(annotations),
         phase=text(status, "phase"),
         reason=word(status, "reason"),
         message=text(status, "message"),
@@ -247,7 +172,7 @@ def pod_view(raw: Json) -> Pod:
         finished=time(ended, "finishedAt"),
         exit_code=number(ended, "exitCode", -1) if ended else None,
         ending=text(ended, "reason"),
-        report=str(ended.get("message", ""))[:_MAX_REPORT],
+        report=str(ended.get("message", ""))[:MAX_REPORT],
         failures=min(number(annotations, _FAILURES), _MOST_TRIES - 1),
         disruptions=min(number(annotations, _IGNORED), _MOST_TRIES),
     )
@@ -285,7 +210,7 @@ class Job:
 
     def stage_of(self, index: int) -> int:
         """The pipeline stage that a completion index converts."""
-        return index if self.stages is None else self.stages[index] if index < len(self.stages) else -1
+        return _stage_of(self.stages, index)
 
 
 def job_view(raw: Json) -> Job:
@@ -294,7 +219,6 @@ def job_view(raw: Json) -> Job:
     labels, name = child(meta, "labels"), text(meta, "name")
     conditions = [item for item in items(status, "conditions") if item.get("status") == "True"]
     end = condition(conditions, "Complete") or condition(conditions, "Failed")
-    stages = text(child(meta, "annotations"), STAGES_ANNOTATION, 8192)
     return Job(
         name=name,
         namespace=text(meta, "namespace"),
@@ -302,7 +226,7 @@ def job_view(raw: Json) -> Job:
         version=text(meta, "resourceVersion"),
         owner=text(_controller(meta), "uid"),
         attempt=number({"number": name.rpartition("-")[2]}, "number", 1),  # as job_name made it; a label is anybody's
-        stages=tuple(int(stage) for stage in stages.split(",") if _is_index(stage)) if stages else None,
+        stages=_stages(child(meta, "annotations")),
         created=time(meta, "creationTimestamp"),
         deleted="deletionTimestamp" in meta,
         started=time(status, "startTime"),

@@ -120,4 +120,4 @@ def test_the_plugin(server: Any, capsys: pytest.CaptureFixture[str], monkeypatch
     assert "/namespaces/own/checkpointconversions/demo" in server.asked[-1][1]
     assert "tried again" in capsys.readouterr().out
     monkeypatch.setitem(ANSWERS, "GET", (200, {"items": []}))
-    assert kubectl(["logs", "demo", "1"]) == 66
+    assert kubectl(["logs", "demo", "0"]) == 66

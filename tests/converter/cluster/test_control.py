@@ -68,7 +68,10 @@ def test_one_worker_that_does_all_stages_has_the_log_of_each(spec: dict[str, Any
             return 200, path
         items = {"jobs": [job(1)], "pods": [pod("a", 1, 0, "01")]}
         kind = path.partition("?")[0].rpartition("/")[2]
-        return 200, {"items": items[kind]} if kind in items else {"metadata": {"uid": UID}, "spec": spec}
+        return 200, {"items": items[kind]} if kind in items else {
+            "metadata": {"uid": UID},
+            "spec": {"parallelism": {"pipeline": 4}, **spec},
+        }
 
     server = Server(answer)
     with server.running(), nullcontext() if name else pytest.raises(MissingInputError):
@@ -121,12 +124,28 @@ def test_the_newest_pod_of_a_stage(stage: int, name: str | None) -> None:
     assert newest_pod(UID, JOBS, PODS, stage) == name
 
 
+@pytest.mark.parametrize(
+    ("spec", "stage", "known"),
+    [
+        ({"parallelism": {"pipeline": 2}}, 7, "stages 0 to 1"),
+        ({}, 1, "stage 0 alone"),
+        ({"dryRun": True}, 1, "stage 0"),
+    ],
+)
+def test_a_stage_that_it_does_not_have_is_not_waited_for(spec: dict[str, Any], stage: int, known: str) -> None:
+    server = Server(lambda *_: (200, {"spec": spec}))
+    with server.running(), pytest.raises(UsageError, match=f"there is no stage {stage}") as caught:
+        log_of_stage(api_of(server), THERE, stage)
+    assert known in caught.value.mend
+    assert len(server.asked) == 1
+
+
 def test_the_log_of_a_stage() -> None:
     def answer(_: str, path: str, body: object) -> Answer:
         if path.startswith("/apis/batch"):
             return 200, {"items": JOBS}
         if path.endswith("/demo"):
-            return 200, {"metadata": {"uid": UID}}
+            return 200, {"metadata": {"uid": UID}, "spec": {"parallelism": {"pipeline": 4}}}
         return (
             (200, "line 1\nline 2\n") if re.search(r"/pods/c/log\?container=convert$", path) else (200, {"items": PODS})
         )

@@ -105,6 +105,16 @@ def test_one_that_is_deleted_ends_the_wait(statuses: list[Any]) -> None:
         followed([{"phase": "Running"}, "gone"])
 
 
+@pytest.mark.parametrize("created", [True, False])
+def test_one_that_was_never_seen_is_not_said_to_be_deleted(created: bool) -> None:
+    server = Server(lambda *_: (404, {"message": "not found"}))
+    there = Submitted(namespace="ml", name="nosuch", created=created)
+    with server.running(), pytest.raises(MissingInputError) as caught:
+        follow(api_of(server), there, print)
+    assert ("deleted" in caught.value.what) == created
+    assert created or caught.value.what == "reading it was refused (404): not found"
+
+
 def test_patience_may_end(statuses: list[Any]) -> None:
     with pytest.raises(TryAgainError, match=r"not ended within 0\.05 s"):
         followed([{"phase": "Running"}], seconds=0.05)
@@ -126,6 +136,8 @@ def failed(*reasons: str) -> dict[str, Any]:
         ({"phase": "Cancelled"}, 75),
         ({"phase": "Failed", "conditions": [{"type": "Failed", "reason": "InvalidSpec"}]}, 64),
         ({"phase": "Failed", "conditions": [{"type": "Failed", "reason": "TrainingFailed"}]}, 66),
+        ({"phase": "Failed", "conditions": [{"type": "Failed", "reason": "TargetConflict"}]}, 64),
+        (failed("NoReport"), 70),
         ({"phase": "Failed", "conditions": [{"type": "Failed", "reason": "PendingDeadline"}]}, 75),
     ],
 )

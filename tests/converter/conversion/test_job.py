@@ -311,5 +311,24 @@ def test_workers_that_belong_together_share_a_node() -> None:
 
 
 def test_a_job_of_some_stages_says_so() -> None:
-    assert job_of(stages=[3, 1])["metadata"]["annotations"] == {STAGES_ANNOTATION: "1,3"}
-    assert "annotations" not in job_of()["metadata"]
+    for made, told in ((job_of(stages=[3, 1]), {STAGES_ANNOTATION: "1,3"}), (job_of(), {})):
+        template = made["spec"]["template"]["metadata"]
+        assert made["metadata"].get("annotations", {}) == template.get("annotations", {}) == told
+
+
+def test_its_pods_say_their_stages_whatever_an_override_makes_of_them() -> None:
+    """They may outlive their Job, and what they report has to be of their stage."""
+    stolen = {"metadata": {"annotations": {STAGES_ANNOTATION: "0", "note": "1"}}}
+    for override in (stolen, {"metadata": {"annotations": "nonsense"}}):
+        made = job_of(("spec.workers", {"podOverrides": override}), stages=[3, 1])
+        assert made["spec"]["template"]["metadata"]["annotations"][STAGES_ANNOTATION] == "1,3"
+
+
+def test_a_worker_is_told_for_which_conversion_it_reports() -> None:
+    document = changed()
+    document["metadata"]["uid"] = "uid-1"
+    made: Any = build_job(parse(document), image="i")
+    [container] = made["spec"]["template"]["spec"]["containers"]
+    assert {"name": "CKPT2PT_CONVERSION_UID", "value": "uid-1"} in container["env"]
+    [container] = job_of()["spec"]["template"]["spec"]["containers"]
+    assert "CKPT2PT_CONVERSION_UID" not in {item["name"] for item in container["env"]}, "a file has no uid"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ckpt2pt.errors import Ckpt2ptError
-from ckpt2pt.follow.keep import prune, tracked
+from ckpt2pt.follow.keep import prune, tracked, verified_as
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.publish import TRACKER
 from ckpt2pt.request import Request
@@ -54,9 +55,16 @@ def test_without_a_number_in_the_tracker_nothing_is_removed(request_: Request, t
     assert prune(request_, 1) == []
 
 
-def test_what_others_wrote_stays(request_: Request, caplog: pytest.LogCaptureFixture) -> None:
-    from dataclasses import replace
+def test_how_a_result_was_verified_is_what_each_of_its_ranks_says(request_: Request) -> None:
+    assert verified_as(request_, 30) == request_.verify == "full"
+    assert verified_as(replace(request_, full=False), 30) is None, "of another conversion"
+    assert verified_as(request_, 99) is None
+    [manifest] = (request_.target / "iter_0000030" / ".ckpt2pt").glob("rank-*.json")
+    manifest.write_text(manifest.read_text().replace('"verified": "full"', '"verified": "none"'))
+    assert verified_as(request_, 30) is None, "its seal is broken"
 
+
+def test_what_others_wrote_stays(request_: Request, caplog: pytest.LogCaptureFixture) -> None:
     (request_.target / "iter_0000005").mkdir()
     (request_.target / "iter_0000005" / "model.pt").touch()
     (request_.target / "iter_0000010" / "mp_rank_00" / "notes.txt").touch()

@@ -344,6 +344,9 @@ def test_with_once_it_waits_for_the_newest_and_then_converts_what_is_whole(
     assert once(training, *words) == 0
     said = json.loads(message.read_text())
     assert (said["reason"], said["iteration"], said["message"]) == ("Converted", 20, "")
+    assert (said["stages"], said["verified"]) == ([0, 1], "digest")
+    assert once(training, *words) == 0
+    assert json.loads(message.read_text())["verified"] == "digest", "a worker before it has converted what there is"
 
 
 def test_of_one_that_cannot_be_converted_the_last_word_says_why(training: Training) -> None:

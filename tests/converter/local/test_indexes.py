@@ -20,6 +20,7 @@ from ckpt2pt.conversion.spec import Json, parse
 from ckpt2pt.conversion.status import StageRecord
 from ckpt2pt.local import indexes
 from ckpt2pt.local.indexes import LocalJob, action_for
+from ckpt2pt.local.runner import exit_code
 from documents import changed
 from workers import stand_in, wait_for
 
@@ -62,7 +63,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Notes) -> Any:
         conversion = parse(
             changed(("spec.model.numLayers", 12), ("spec.parallelism", {"pipeline": pipeline}), *changes)
         )
-        return LocalJob(build_job(conversion, image="i"), ["convert", "--x"], board=notes, limit=limit)
+        return LocalJob(conversion, build_job(conversion, image="i"), ["convert", "--x"], board=notes, limit=limit)
 
     return make
 
@@ -113,10 +114,38 @@ def test_each_try_has_a_termination_message_of_its_own_and_its_facts_count(start
 
 
 def test_the_last_word_of_a_failed_try_is_in_its_record(start: Any) -> None:
-    job = start('0 * word {"bytes": 5, "bytesTotal": 9, "throughput": 2}', "0 * exit 65", pipeline=1)
+    job = start('0 * word {"version": 1, "bytes": 5, "bytesTotal": 9, "throughput": 2}', "0 * exit 65", pipeline=1)
     job.run()
     record = job.indexes[0].record
     assert (record.state, record.done, record.total, record.throughput) == ("Failed", 5, 9, 2)
+
+
+@pytest.mark.parametrize(
+    ("left", "says"),
+    [
+        (["* * mute"], "left no report of ckpt2pt"),
+        (["* * word all fine"], "left no report of ckpt2pt"),
+        (
+            ['* * word {"version": 1, "exitCode": 0, "reason": "Converted", "stages": [1], "iteration": 5}'],
+            "of stages 1, not 0",
+        ),
+        (['* * word {"version": 1, "exitCode": 75, "reason": "TryAgain"}'], "its report says exit code 75"),
+    ],
+    ids=["nothing", "noise", "of-another-stage", "of-a-failure"],
+)
+def test_exit_code_0_without_a_report_of_its_own_is_a_failed_stage(start: Any, left: list[str], says: str) -> None:
+    job = start(*left, pipeline=1)
+    assert job.run() is None
+    record = job.indexes[0].record
+    assert (record.state, record.reason, record.verified, job.indexes[0].code) == ("Failed", "NoReport", "", 70)
+    assert says in record.message
+    assert exit_code(job.indexes, None) == 70
+
+
+def test_a_stage_that_is_done_tells_its_iteration_and_how_it_was_verified(start: Any) -> None:
+    job = start()
+    job.run()
+    assert [(r.iteration, r.verified) for r in (index.record for index in job.indexes)] == [(5, "Digest")] * 2
 
 
 def test_a_stage_whose_files_were_there_says_so(start: Any) -> None:

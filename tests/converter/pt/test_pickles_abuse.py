@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import pickle
+import pickletools
 import struct
 import sys
 import time
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt2pt.errors import Ckpt2ptError, FormatError, UnsafePickleError
+from ckpt2pt.pt import unpickle
 from ckpt2pt.pt.pickles import read_pickle, write_pickle
 from goldens import golden_root
 
@@ -100,7 +105,7 @@ HOSTILE: list[Any] = [
     pytest.param(
         lambda p: b"c__builtin__\ngetattr\nc__builtin__\n__import__\n" + text("os") + b"\x85R" + text("system")
         + b"\x86R" + text(touch(p)) + b"\x85R.",
-        "__builtin__.getattr",
+        "__builtin__.__import__",
         id="getattr-chain",
     ),
     pytest.param(
@@ -386,3 +391,42 @@ def test_any_sequence_of_opcodes_is_refused_or_read(sequence: list[bytes]) -> No
 @given(st.binary(max_size=60))
 def test_any_bytes_are_refused_or_read(data: bytes) -> None:
     survives(data)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(b"}" * 31_000_000, id="31-million-dictionaries"),
+        pytest.param(b"]q\x00" * 3_000_000, id="lists-that-are-remembered"),
+        pytest.param(b"\x8f" * 5_000_000, id="five-million-sets"),
+        pytest.param(b"N" + b"\x85" * 5_000_000 + b".", id="five-million-tuples-in-each-other"),
+        pytest.param(b"](" + b"}" * 3_000_000 + b"e.", id="a-list-of-dictionaries"),
+    ],
+)
+def test_a_pickle_costs_what_its_size_can_explain(data: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(FormatError, match="more values than a file of its size"):
+            read_pickle(data, where="test")
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(data) + (64 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_torch_writes_is_never_too_much() -> None:
+    """Small tensors with attributes, whose pickles make the most values for their size."""
+
+    def marked(number: int) -> torch.Tensor:
+        tensor: Any = torch.zeros(1, 1)
+        tensor.a, tensor.b = number, True
+        return cast("torch.Tensor", tensor)
+
+    stream = io.BytesIO()
+    torch.save({number: {"x": marked(number)} for number in range(20_000)}, stream)
+    with zipfile.ZipFile(stream) as archive:
+        data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+    costs = sum(unpickle._COSTS[ord(opcode.code)] for opcode, _, _ in pickletools.genops(data))
+    assert costs < unpickle._NBYTES_PER_BYTE * len(data)

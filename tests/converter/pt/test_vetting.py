@@ -10,7 +10,7 @@ import pytest
 
 from ckpt2pt.errors import FormatError, UnsafePickleError
 from ckpt2pt.pt import vetting
-from ckpt2pt.pt.pickles import Call, Global, Value, read_pickle, write_pickle
+from ckpt2pt.pt.pickles import Call, Global, Persistent, Value, as_tensor, read_pickle, write_pickle
 from ckpt2pt.pt.vetting import check_name, check_tree, is_key
 
 
@@ -33,7 +33,8 @@ def mention(module: str, name: str) -> bytes:
         "torch.float32", "torch.bfloat16", "torch.bool", "torch.float8_e4m3fn", "torch.FloatStorage",
         "torch.BFloat16Storage", "torch.ComplexDoubleStorage", "torch.Size", "torch.device",
         "torch.storage.UntypedStorage", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter",
-        "torch.serialization._get_layout", "numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType",
+        "torch._tensor._rebuild_from_type_v2", "torch.Tensor", "torch.nn.parameter.Parameter", "torch.serialization._get_layout",
+        "numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType",
         "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy._core.multiarray.scalar",
         "_codecs.encode", "copyreg._reconstructor", "copy_reg._reconstructor", "__builtin__.set", "builtins.frozenset",
         "builtins.object", "datetime.datetime", "pathlib.PosixPath", "pathlib._local.PosixPath", "signal.Signals",
@@ -57,7 +58,7 @@ REFUSED: list[tuple[str, str]] = [
     ("_io", "open"), ("_io", "FileIO"), ("io", "open"), ("codecs", "open"), ("_codecs", "lookup"), ("_codecs", "decode"),
     ("copyreg", "__newobj__"), ("copyreg", "add_extension"), ("collections", "namedtuple"), ("pathlib", "os"),
     ("torch", "load"), ("torch", "save"), ("torch.hub", "load"), ("torch", "hub"), ("torch.jit", "load"),
-    ("torch._tensor", "_rebuild_from_type_v2"), ("torch.storage", "_load_from_bytes"), ("torch", "Float"),
+    ("torch._tensor", "_rebuild_from_type"), ("torch.storage", "_load_from_bytes"), ("torch", "Float"),
     ("torch.serialization", "load"), ("torch._utils", "_rebuild_tensor_v3"), ("torch.utils.data", "DataLoader"),
     ("numpy", "load"), ("numpy", "fromfile"), ("numpy", "memmap"), ("numpy.dtypes", "os"), ("numpy.core", "os"),
     ("numpy.testing._private.utils", "runstring"), ("numpy.f2py", "compile"), ("numpy.random._pickle", "Foo"),
@@ -151,6 +152,18 @@ def test_the_allowed_names_that_exist_here_are_what_they_say() -> None:
 
 OBJECT = Global("builtins", "object")
 NAMESPACE = Global("argparse", "Namespace")
+REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
+TENSOR_CLASS = Global("torch", "Tensor")
+STORED: tuple[Value, ...] = (
+    Persistent(("storage", Global("torch", "FloatStorage"), "0", "cpu", 6)), 0, (2, 3), (3, 1), False,
+    Call(Global("collections", "OrderedDict")),
+)  # fmt: skip
+
+
+def from_type(*, func: Value = REBUILD, kind: Value = TENSOR_CLASS, args: Value = STORED, state: Value = None) -> Call:
+    """A tensor with attributes, as torch saves it."""
+    attributes: Value = {"partition_dim": 0, "tensor_model_parallel": True} if state is None else state
+    return Call(Global("torch._tensor", "_rebuild_from_type_v2"), (func, kind, args, attributes))
 
 
 @pytest.mark.parametrize(
@@ -158,6 +171,13 @@ NAMESPACE = Global("argparse", "Namespace")
     [
         pytest.param(Call(Global("torch._utils", "_rebuild_tensor_v2"), ()), id="tensor-of-nothing"),
         pytest.param(Call(Global("torch._utils", "_rebuild_parameter"), (1, True, None)), id="parameter-of-a-number"),
+        pytest.param(from_type(func=Global("torch._utils", "_rebuild_parameter")), id="typed-by-another-function"),
+        pytest.param(from_type(kind=NAMESPACE), id="typed-as-a-namespace"),
+        pytest.param(from_type(kind=Global("megatron.core.x", "Subclass")), id="typed-as-a-class-of-megatron"),
+        pytest.param(from_type(args=()), id="typed-tensor-of-nothing"),
+        pytest.param(from_type(state={"__class__": 1}), id="typed-tensor-with-another-class"),
+        pytest.param(from_type(state={1: 1}), id="typed-tensor-with-a-number-for-a-name"),
+        pytest.param(from_type(state=(None, {"a": 1})), id="typed-tensor-with-slots"),
         pytest.param(Call(NAMESPACE, (1,), new=True), id="namespace-with-arguments"),
         pytest.param(Call(NAMESPACE, new=True, state=[1]), id="namespace-from-a-list"),
         pytest.param(Call(NAMESPACE, new=True, state=(None, {"__class__": 1})), id="namespace-with-slots"),
@@ -192,6 +212,9 @@ def test_a_call_of_known_name_in_another_form_is_refused(call: Call) -> None:
 
 
 def test_a_good_form_passes() -> None:
+    check_tree(from_type(), "test")
+    check_tree(from_type(kind=Global("torch.nn.parameter", "Parameter"), state={}), "test")
+    assert as_tensor(from_type()) == as_tensor(Call(REBUILD, STORED))
     check_tree(Call(Global("copyreg", "_reconstructor"), (NAMESPACE, OBJECT, None), state={"a": 1}), "test")
     check_tree(Call(Global("builtins", "bytearray"), (b"a",)), "test")
 

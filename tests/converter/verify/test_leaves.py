@@ -142,9 +142,17 @@ def test_a_tree_with_too_many_leaves_is_refused(tmp_path: Path, monkeypatch: pyt
     shared: list[Any] = [0]
     for _ in range(30):
         shared = [shared, shared]
-    monkeypatch.setattr(leaves_module, "MAX_LEAVES", 1000)
-    with pytest.raises(FormatError, match="more than 1000 leaves"):
+    with pytest.raises(FormatError, match="more leaves than a file of its size can need"):
         open_pt(saved(tmp_path, shared))
+
+
+def test_long_names_above_many_leaves_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of a megabyte stands in the path of each leaf below it."""
+    tree = {"x" * 1_000_000: list(range(1000))}
+    with pytest.raises(FormatError, match="more leaves than a file of its size can need"):
+        open_pt(saved(tmp_path, tree))
+    monkeypatch.setattr(leaves_module, "MAX_NAMES_NBYTES", 1 << 31)
+    assert len(open_pt(saved(tmp_path, tree))) == 1002
 
 
 def test_more_files_than_are_kept_open_can_be_read_in_turn(tmp_path: Path) -> None:

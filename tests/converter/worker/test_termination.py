@@ -150,8 +150,25 @@ def test_success(flags: list[str], log: Path, monkeypatch: pytest.MonkeyPatch) -
     assert document.pop("bytesWritten") > 0
     assert document == {
         "version": 1, "stages": [0], "exitCode": 0, "reason": "Converted", "message": "", "iteration": 12,
-        "outputPath": "iter_0000012", "files": 2,
+        "outputPath": "iter_0000012", "files": 2, "verified": "digest",
     }  # fmt: skip
+
+
+def test_it_names_the_conversion_and_the_level_of_verification(
+    flags: list[str], log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CKPT2PT_CONVERSION_UID", "uid-1")
+    for level, known in (("none", "none"), ("full", "full"), ("digest", "digest")):
+        assert main(["convert", *flags, "--progress", "none", "--verify", level]) == 0
+        assert (word(log)["conversion"], word(log)["verified"]) == ("uid-1", known)
+
+
+def test_a_target_that_is_taken_is_no_wrong_usage(flags: list[str], log: Path) -> None:
+    assert main(["convert", *flags, "--progress", "none"]) == 0
+    assert main(["convert", *flags, "--progress", "none", "--convert-param-only"]) == 64
+    assert (word(log)["exitCode"], word(log)["reason"]) == (64, "TargetConflict")
+    assert "another conversion" in word(log)["message"]
+    assert "verified" not in word(log)
 
 
 def test_a_plan(flags: list[str], log: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,7 +45,9 @@ def following(*changes: tuple[str, object], training: Training | None = RUNNING)
 
 
 def last_word(code: int = 0, **facts: object) -> str:
-    return json.dumps({"version": 1, "exitCode": code, "reason": "Converted", "message": "", **facts})
+    return json.dumps(
+        {"version": 1, "exitCode": code, "reason": "Converted", "message": "", "stages": [0, 1, 2, 3], **facts}
+    )
 
 
 def test_one_worker_follows_all_stages() -> None:

@@ -11,10 +11,11 @@ from ckpt2pt.conversion.status import Ending, StageRecord
 from ckpt2pt_operator.rules.conditions import Standing, follows, refused_document, stamp, status_document
 from ckpt2pt_operator.rules.stages import Obstacle
 from simulation import START, conversion
-from statuses import check_status, told
+from standings import statuses
+from statuses import check_status, expected_of, kstatus, told
 
 RUNNING = tuple(StageRecord(stage=stage, state="Running") for stage in range(4))
-DONE = tuple(StageRecord(stage=stage, state="Succeeded") for stage in range(4))
+DONE = tuple(StageRecord(stage=stage, state="Succeeded", verified="Digest") for stage in range(4))
 BAD = (*DONE[:3], StageRecord(stage=3, state="Failed", reason="DigestMismatch", message="differs"))
 OVER = stamp(START)
 
@@ -94,3 +95,15 @@ def test_a_refused_document_keeps_what_is_recorded() -> None:
     check_status(found)
     assert recorded(found) == ["Succeeded"] + ["Pending"] * 3
     assert told(found, "Accepted") == ("False", "InvalidSpec")
+
+
+def test_however_a_conversion_stands_its_conditions_agree() -> None:
+    """``tests/e2e/test_kstatus.py`` asks the real kstatus the same."""
+    found = list(statuses())
+    for status in found:
+        assert (kstatus(status, 3), kstatus(status, 4)) == (expected_of(status), "InProgress")
+        trouble = told(status, "Stalled")[0] == "True" and status["phase"] not in {"Failed", "Cancelled"}
+        suspended = "Suspended" in {c["type"] for c in status["conditions"]} and told(status, "Suspended")[0] == "True"
+        assert not trouble or suspended or told(status, "Degraded")[0] == "True", status
+    for status in found[:: len(found) // 200]:
+        check_status(status)

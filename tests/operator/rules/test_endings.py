@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,16 @@ def test_a_worker_that_refused_its_arguments_without_a_word_is_named() -> None:
     pods = [pod_view(pod) for pod in world.pods.values()]
     found = ending(parse(world.document), a_job(ending="Failed", reason="PodFailurePolicy"), pods, ())
     assert (found.reason, "refused its arguments" in found.message) == ("InvalidSpec", True)
+
+
+def test_a_target_that_is_taken_is_no_wrong_spec() -> None:
+    world = World()
+    world.run()
+    said = {"version": 1, "exitCode": 64, "reason": "TargetConflict", "message": "the result of another conversion"}
+    world.end(2, 64, report=json.dumps(said))
+    pods = [pod_view(pod) for pod in world.pods.values()]
+    found = ending(parse(world.document), a_job(ending="Failed", reason="PodFailurePolicy"), pods, ())
+    assert (found.reason, found.message) == ("TargetConflict", "the result of another conversion")
 
 
 @pytest.mark.parametrize(

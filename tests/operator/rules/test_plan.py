@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.plan import conversion_of
 from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, House, PatchJob, Refusal, Training
 from ckpt2pt_operator.rules.views import Report, claim_view
-from simulation import World, conversion
-from statuses import check_status, told
+from simulation import World, conversion, done
+from statuses import check_status, kstatus, told
 
 MEMORY = ("spec.workers.resources", {"limits": {"memory": "256Mi"}})
 ONE_TRY = ("spec.retries", {"perStage": 0})
@@ -62,9 +63,8 @@ def test_a_conversion_from_its_first_look_to_its_end() -> None:
     world.run(5)
     assert world.phase == "Running"
     assert told(world.status, "Reconciling") == ("True", "InProgress")
-    done = json.dumps({"version": 1, "exitCode": 0, "bytes": 7, "bytesTotal": 7, "iteration": 500})
     for number in range(4):
-        world.end(number, report=done)
+        world.end(number, report=done([number], bytes=7, bytesTotal=7))
     world.run(5)
     assert world.phase == "Succeeded"
     assert (world.status["progress"], world.status["stageSummary"], world.status["bytesDone"]) == ("100%", "4/4", 28)
@@ -83,7 +83,7 @@ def test_what_a_worker_said_before_it_knew_the_iteration_does_not_hide_it() -> N
     world.run(1)
     assert "iteration" not in world.status
     for number in range(4):
-        world.end(number, report=json.dumps({"version": 1, "exitCode": 0, "iteration": 500}))
+        world.end(number)
     world.run(5)
     assert world.status["iteration"] == 500
     assert world.status["outputPath"] == "out/iter_0000500"
@@ -111,7 +111,7 @@ def test_a_plan_needs_one_worker_and_ends_as_planned() -> None:
     world.run()
     assert len(world.alive) == 1
     found = {"files": 24, "bytes": 3 << 30, "memory": 96 << 20, "freeSpace": 5 << 40, "ranks": 8}
-    world.end(0, report=json.dumps({"version": 1, "exitCode": 0, "bytesTotal": 7 << 29, "iteration": 2, "plan": found}))
+    world.end(0, report=world.report(world.worker(0), bytesTotal=7 << 29, iteration=2, plan=found))
     world.run(9)
     assert world.phase == "Planned"
     said = {c["type"]: c["message"] for c in world.status["conditions"]}
@@ -559,6 +559,7 @@ def test_an_image_that_cannot_be_pulled() -> None:
     ("message", "reason"),
     [
         ('pods "demo-1-0" is forbidden: exceeded quota: compute', "QuotaExceeded"),
+        ('pods "demo-1-0" is forbidden: failed quota: q: must specify limits.memory', "QuotaExceeded"),
         ('pods "demo-1-0" is forbidden: violates PodSecurity "restricted:latest"', "PodRejected"),
     ],
 )
@@ -569,6 +570,8 @@ def test_pods_that_the_api_server_refuses(message: str, reason: str) -> None:
     world.now = world.now.replace(minute=5)
     world.settle()
     assert told(world.status, "Degraded") == ("True", reason)
+    [said] = [c["message"] for c in world.status["conditions"] if c["type"] == "Degraded"]
+    assert ("set spec.workers.resources" in said) == ("must specify" in message)
 
 
 @pytest.mark.parametrize(("code", "kept"), [(0, 0.0), (75, 10.0)], ids=["the-next-stage", "another-try"])
@@ -620,6 +623,62 @@ def test_a_refused_job_is_asked_for_again_and_the_status_does_not_flap(reason: s
     assert told(world.status, "Ready") == ("False", "InProgress")
 
 
+@pytest.mark.parametrize(
+    ("reason", "stalled"), [("QuotaExceeded", "False"), ("JobRefused", "True"), ("JobNotCreated", "False")]
+)
+def test_a_refused_job_is_asked_for_until_the_pending_deadline(reason: str, stalled: str) -> None:
+    world = World(("spec.pendingDeadlineSeconds", 60))
+    refusal = Refusal(reason=reason, message="no")
+    world.step(dies=True)
+    assert world.refused(refusal).again == 30.0
+    assert told(world.status, "Degraded") == ("True", reason)
+    assert told(world.status, "Stalled") == (stalled, reason)
+    assert world.status["pendingSince"] == "2026-01-02T03:04:05Z"
+    check_status(world.status)
+    world.now += timedelta(seconds=45)
+    assert [type(action) for action in world.step(dies=True).actions] == [CreateJob]
+    assert world.refused(refusal).again == 15.0
+    assert world.phase == "Pending"
+    world.now += timedelta(seconds=15)
+    assert [type(action) for action in world.step(dies=True).actions] == [CreateJob], "once more before it is given up"
+    world.refused(refusal)
+    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "PendingDeadline"))
+    assert told(world.status, "Degraded") == ("True", reason)
+    [said] = [c["message"] for c in world.status["conditions"] if c["type"] == "Failed"]
+    assert said == f"no worker could start for 60 s; {reason}: no"
+    assert "pendingSince" not in world.status
+    check_status(world.status)
+    world.retry("1")
+    world.step()
+    world.step(dies=True)
+    world.refused(refusal)
+    assert world.phase == "Pending", "a retry has its whole pending time"
+
+
+def test_the_pending_time_of_a_refused_job_ends_when_there_is_one() -> None:
+    world = World(("spec.pendingDeadlineSeconds", 60))
+    world.step(dies=True)
+    world.refused(Refusal(reason="QuotaExceeded", message="no"))
+    world.run(59)
+    assert "pendingSince" not in world.status
+    world.start(0, 1, 2, 3)
+    world.run(3600)
+    world.delete_job("demo-1")
+    world.reap()
+    world.step(dies=True)
+    world.refused(Refusal(reason="QuotaExceeded", message="no"))
+    assert world.phase == "Running", "it begins anew"
+
+
+def test_one_that_is_suspended_is_refused_as_long_as_its_user_likes() -> None:
+    world = World(("spec.pendingDeadlineSeconds", 60), ("spec.suspend", True))
+    for _ in range(3):
+        world.step(dies=True)
+        world.refused(Refusal(reason="QuotaExceeded", message="no"))
+        world.now += timedelta(hours=1)
+    assert world.phase == "Suspended"
+
+
 @pytest.mark.parametrize("reason", ["NameConflict", "InvalidSpec"])
 def test_a_job_that_can_never_be_made(reason: str) -> None:
     world = World()
@@ -633,9 +692,15 @@ def test_a_node_that_is_lost() -> None:
     world.worker(1)["metadata"]["deletionTimestamp"] = "2026-01-02T03:04:05Z"
     world.run(30)
     assert told(world.status, "Degraded") == ("False", "AsExpected")
+    why = "rank_3 has nothing yet"
+    world.live = {pod["metadata"]["uid"]: Report(reason="WaitingForCheckpoint", message=why) for pod in world.alive}
+    world.run(1)
+    assert told(world.status, "Ready") == ("False", "WaitingForCheckpoint")
     world.run(90)
     assert told(world.status, "Degraded") == ("True", "NodeLost")
+    assert (told(world.status, "Ready"), told(world.status, "Stalled")) == (("False", "NodeLost"), ("True", "NodeLost"))
     assert world.phase == "Running"
+    check_status(world.status)
 
 
 def lost(world: World) -> None:
@@ -652,11 +717,12 @@ def test_a_lost_node_is_told_while_a_cancelled_conversion_waits_for_it() -> None
     world = ready()
     world.edit(cancel=True)
     world.run(1)
-    lost(world)
     assert told(world.status, "Ready") == ("False", "Cancelling")
+    lost(world)
+    assert told(world.status, "Ready") == ("False", "NodeLost")
     world.reap()
     world.run(1)
-    assert (world.phase, told(world.status, "Degraded")) == ("Cancelled", ("False", "AsExpected"))
+    assert (world.phase, told(world.status, "Degraded")) == ("Cancelled", ("False", "Ended"))
 
 
 def test_a_lost_node_is_told_while_a_suspended_conversion_waits_for_it() -> None:
@@ -674,8 +740,9 @@ def test_a_lost_node_is_told_while_a_job_is_made_anew() -> None:
     world = ready()
     world.delete_job("demo-1")
     world.run(1)
-    lost(world)
     assert told(world.status, "Ready") == ("False", "WaitingForPods")
+    lost(world)
+    assert told(world.status, "Ready") == ("False", "NodeLost")
 
 
 def test_a_lost_node_is_told_while_a_retry_waits_for_what_the_failed_attempt_left() -> None:
@@ -726,7 +793,9 @@ def test_a_failure_that_may_pass_is_tried_again() -> None:
     world.end(3)
     world.run(2)
     assert told(world.status, "Degraded") == ("False", "AsExpected")
-    assert stage(world, 3) == {"stage": 3, "state": "Succeeded", "attempts": 2, "node": "node-a"}
+    assert stage(world, 3) == {
+        "stage": 3, "state": "Succeeded", "attempts": 2, "node": "node-a", "iteration": 500, "verified": "Digest",
+    }  # fmt: skip
 
 
 def test_an_eviction_costs_no_attempt() -> None:
@@ -891,6 +960,22 @@ def test_the_training_comes_first(training: Training | None, phase: str, reason:
     check_status(world.status)
 
 
+def test_a_training_of_a_kind_that_nobody_watches_is_told_with_what_is_watched() -> None:
+    volcano = {"apiVersion": "batch.volcano.sh/v1alpha1", "kind": "Job", "name": "train-x"}
+    world = World(("spec.startAfter", volcano))
+    world.training = Training(state="Unwatched", message="batch/v1 Job, kubeflow.org/v1 PyTorchJob")
+    world.run()
+    assert told(world.status, "Stalled") == ("True", "TrainingKindUnknown")
+    assert told(world.status, "Degraded") == ("True", "TrainingKindUnknown")
+    [note] = notes({}, world.status)
+    assert (note.kind, note.reason) == ("Warning", "TrainingKindUnknown")
+    assert note.message == (
+        "Job train-x is of batch.volcano.sh/v1alpha1 Job, which this operator does not watch; it watches batch/v1 Job, "
+        "kubeflow.org/v1 PyTorchJob; name one of them, or add the kind to trainingKinds in the values of the chart"
+    )
+    check_status(world.status)
+
+
 def test_a_training_that_vanishes_is_no_success() -> None:
     world = World(AFTER)
     world.training = Training(state="Running", uid="t")
@@ -998,6 +1083,36 @@ def test_a_token_that_comes_before_the_failure_has_no_effect_then_or_later() -> 
 
 
 # ------------------------------------------------------------------------------------------------------------ abuse and size
+
+
+@pytest.mark.parametrize("phase", ["Succeeded", "Failed", "Cancelled"])
+def test_an_edit_after_the_end_is_observed_in_every_place(phase: str) -> None:
+    world = ready(ONE_TRY)
+    for number in range(4):
+        world.end(number, {"Succeeded": 0, "Failed": 65, "Cancelled": 75}[phase])
+    if phase == "Cancelled":
+        world.edit(cancel=True)
+    world.run(1)
+    world.run(9)
+    assert world.phase == phase
+    for pipeline in (4, 3):  # what this operator refuses, another may have carried out
+        world.document["spec"]["parallelism"]["pipeline"] = pipeline
+        world.edit(ttlSecondsAfterFinished=60)
+        world.run(1)
+        generation = world.document["metadata"]["generation"]
+        seen = {c["observedGeneration"] for c in world.status["conditions"]} | {world.status["observedGeneration"]}
+        assert (world.phase, seen) == (phase, {generation})
+
+
+def test_the_status_of_one_that_nobody_has_looked_at_yet_is_no_status() -> None:
+    """An API server fills it in, so that whoever waits for the object waits for an operator."""
+    world = World()
+    world.document["status"] = {"observedGeneration": -1}
+    world.retry("before-it-began")
+    assert kstatus(world.status, 1) == "InProgress"
+    world.run()
+    assert (world.phase, world.status["observedGeneration"]) == ("Pending", 1)
+    assert "RetryIgnored" not in [note.reason for note in notes({"observedGeneration": -1}, world.written[0])]
 
 
 def test_a_thousand_failing_stages_fit_into_a_status() -> None:

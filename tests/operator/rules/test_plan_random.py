@@ -10,12 +10,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from ckpt2pt.conversion.status import TERMINAL
-from simulation import World
+from simulation import World, done
 from statuses import check_status
 
 CODES = (0, 0, 0, 64, 65, 66, 70, 74, 75, 76, 137, 143)
 REPORTS = (
+    None,
+    None,
     "",
+    done([7]),
+    done([0, 1, 2, 3]),
+    done([0], conversion="uid-of-another"),
     "Traceback (most recent call last):\n  boom",
     '{"version": 1, "exitCode": 75, "reason": "TryAgain", "message": "no space", "bytes": 5, "iteration": 500}',
     '{"version": 1, "reason": "not a word\\n", "message": "\\u0000\\ud800", "bytes": 9223372036854775807}',
@@ -62,6 +67,11 @@ class Life(RuleBasedStateMachine):
     def reap(self) -> None:
         self.world.reap()
 
+    @rule()
+    def lose_pods(self) -> None:
+        """While no operator is there."""
+        self.world.lose_pods()
+
     @precondition(lambda self: self.world.alive)
     @rule(data=st.data())
     def start(self, data: st.DataObject) -> None:
@@ -73,13 +83,13 @@ class Life(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         code=st.sampled_from(CODES),
-        report=st.sampled_from(REPORTS),
+        report=st.sampled_from(REPORTS),  # by default what a worker leaves at the end of its own stage
         disrupted=st.sampled_from(["", "", "", "EvictionByEvictionAPI"]),
     )
-    def finish(self, data: st.DataObject, code: int, report: str, disrupted: str) -> None:
+    def finish(self, data: st.DataObject, code: int, report: str | None, disrupted: str) -> None:
         pod: dict[str, Any] = data.draw(st.sampled_from(self.world.alive), label="pod")
         reason = "OOMKilled" if code == 137 else ""
-        if code == 0 and not disrupted:
+        if code == 0 and report is None:
             self.really_done.add(self.world.stage_of(pod))
         self.world.finish(pod, code, report=report, reason=reason, disrupted=disrupted)
 

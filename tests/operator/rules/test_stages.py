@@ -28,7 +28,8 @@ def test_records_are_those_of_the_status_and_what_is_odd_is_pending() -> None:
 @pytest.mark.parametrize(
     ("pod", "report", "reason", "says"),
     [
-        ({"phase": "Succeeded"}, None, "", ""),
+        ({"phase": "Succeeded"}, Report(exit_code=0), "", ""),
+        ({"phase": "Succeeded"}, None, "NoReport", "without a report"),
         ({"phase": "Failed", "exit_code": 137, "ending": "OOMKilled"}, None, "OOMKilled", "limits.memory"),
         (
             {"phase": "Failed", "exit_code": 143, "disruption": "Taint", "message": ""},
@@ -61,7 +62,7 @@ def test_what_is_recorded_stays_when_its_pods_are_gone() -> None:
     world.run()
     job = job_view(world.jobs["demo-1"])
     before = {0: StageRecord(stage=0, reason="TryAgain", message="m", attempts=2, done=5, total=9, node="n")}
-    found = observed(before, job, (), {})[0]
+    found = observed(parse(world.document), before, job, (), {})[0]
     assert found == before[0]
 
 
@@ -72,7 +73,7 @@ def test_live_reports_are_those_of_the_pod_that_runs() -> None:
     pods = [pod_view(pod) for pod in world.pods.values()]
     running = next(pod for pod in pods if pod.running)
     live = {running.uid: Report(done=3, total=4, throughput=2), "other": Report(done=9)}
-    found = observed(recorded({}, 4), job_view(world.jobs["demo-1"]), pods, live)
+    found = observed(parse(world.document), recorded({}, 4), job_view(world.jobs["demo-1"]), pods, live)
     assert (found[0].state, found[0].done, found[0].total, found[0].throughput) == ("Running", 3, 4, 2)
     assert found[1] == StageRecord(stage=1, node="node-a")
 

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt2pt_operator.rules.views import (
-    Preview,
     child,
     claim_view,
-    clean,
     condition,
     indexes,
     items,
     job_view,
-    number,
     pod_view,
-    report_of,
-    text,
     time,
-    word,
 )
 from simulation import World
 
@@ -39,38 +31,6 @@ ANYTHING = st.recursive(
 )
 def test_indexes(intervals: str, expected: set[int]) -> None:
     assert indexes(intervals) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (3, 3),
-        ("3", 3),
-        (2.9, 2),
-        (-1, 7),
-        (True, 7),
-        (None, 7),
-        (1 << 63, 7),
-        ("1" * 40, 7),
-        (float("nan"), 7),
-        ([], 7),
-    ],
-)
-def test_number(value: object, expected: int) -> None:
-    assert number({"n": value}, "n", 7) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"), [("StageFailed", "StageFailed"), ("not a word", ""), ("lower", ""), ("A\n", "A"), (3, "")]
-)
-def test_word(value: object, expected: str) -> None:
-    assert word({"reason": value}, "reason") == expected
-
-
-def test_texts_are_cut_and_have_no_control_characters() -> None:
-    assert clean("a\x1b[31m\r\nb\ud800") == "a [31m  b"
-    assert len(text({"m": "x" * 10_000}, "m")) == 1024
-    assert text({"m": 5}, "m") == ""
 
 
 def test_times_have_a_zone() -> None:
@@ -92,34 +52,6 @@ def test_any_value_can_be_looked_into(value: object) -> None:
         )
     assert isinstance(child(raw, "metadata", "labels"), dict)
     assert isinstance(items(raw, "spec"), list)
-
-
-@given(ANYTHING)
-def test_any_message_is_a_report_or_none(value: object) -> None:
-    numbers = {"bytes": value, "files": value, "memory": value, "freeSpace": value}
-    for message in (
-        value,
-        {"version": 1, "plan": value},
-        {"version": 1, **numbers, "message": value, "reason": value, "exitCode": value, "plan": numbers},
-    ):
-        report = report_of(json.dumps(message))
-        assert report is None or (0 <= report.done <= 1 << 50 and len(report.message) <= 1024)
-        assert not report or not report.preview or 0 <= report.preview.written <= 1 << 50
-
-
-def test_a_report() -> None:
-    told = {"version": 1, "exitCode": 65, "reason": "InputWrong", "message": "m", "bytes": 3, "bytesTotal": 4}
-    report = report_of(json.dumps(told | {"iteration": 500, "throughput": 2}))
-    assert report
-    assert (report.exit_code, report.reason, report.done, report.total) == (65, "InputWrong", 3, 4)
-    assert (report.iteration, report.throughput) == (500, 2)
-    assert report.preview is None
-    planned = report_of(json.dumps(told | {"plan": {"files": 4, "bytes": 3, "memory": 2, "freeSpace": 1, "ranks": 2}}))
-    assert planned
-    assert planned.preview == Preview(files=4, written=3, memory=2, free=1)
-    assert report_of(json.dumps(told | {"version": 2})) is None
-    assert report_of("x" * (13 << 10)) is None
-    assert report_of("[" * 5000) is None
 
 
 def test_a_job_and_its_pods() -> None:
