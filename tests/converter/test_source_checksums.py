@@ -12,7 +12,8 @@ import pytest
 
 from ckpt2pt import run as run_module
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.combine.merge import Combination, Combined, combine
+from ckpt2pt.combine.merge import Combination, combine
+from ckpt2pt.combine.outcome import Combined
 from ckpt2pt.errors import FormatError, TryAgainError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Request

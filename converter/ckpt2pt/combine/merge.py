@@ -33,6 +33,7 @@ from ckpt2pt.ckpt.ranks import (
 )
 from ckpt2pt.ckpt.shards import check_covered, has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
+from ckpt2pt.combine.outcome import Combined
 from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, write_files
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceError, TryAgainError, UsageError
@@ -51,7 +52,6 @@ from ckpt2pt.publish import (
 )
 from ckpt2pt.records import Json, seal
 from ckpt2pt.request import Pace, digest
-from ckpt2pt.run import checksums_told
 from ckpt2pt.survey import agree, changed, facts_of, inputs_of
 from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
@@ -105,44 +105,6 @@ class Combination:
             "optimizer": self.optimizer,
             "crc": self.crc,
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Combined:
-    """What a merge did."""
-
-    output: str
-    when: When
-    ranks: int
-    written: int
-    kept: int
-    bytes_written: int
-    seconds: float
-    source_checksums: Mapping[str, int]
-
-    def document(self) -> Json:
-        """For ``--output json``."""
-        return {
-            "output": self.output,
-            "epoch": self.when[0],
-            "step": self.when[1],
-            "ranksMerged": self.written,
-            "ranksKept": self.kept,
-            "shardsPerRank": self.ranks,
-            "bytesWritten": self.bytes_written,
-            "seconds": round(self.seconds, 3),
-            "sourceChecksums": dict(self.source_checksums),
-        }
-
-    def sentence(self) -> str:
-        """For a person."""
-        did = f"merged {self.written} ranks of {self.ranks} shards each ({self.bytes_written} bytes) in {self.seconds:.1f} s"
-        if not self.written:
-            did = "everything was there already"
-        elif self.kept:
-            did += f", kept {self.kept} that were there"
-        did += checksums_told(self.source_checksums)
-        return f"epoch {self.when[0]}, step {self.when[1]}: {did}\n{self.output}"
 
 
 @dataclass(frozen=True, slots=True)
