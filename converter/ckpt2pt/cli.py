@@ -353,9 +353,9 @@ def _served(account: Account, port: int) -> AbstractContextManager[int]:
 
 def _plan(options: argparse.Namespace) -> int:
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.publish import check_space  # noqa: PLC0415
     from ckpt2pt.show.preview import preview, render  # noqa: PLC0415
     from ckpt2pt.survey import prepare_all, survey, target_of  # noqa: PLC0415
+    from ckpt2pt.system.volume import check_room  # noqa: PLC0415
 
     account: Account = options.account
     request = request_of(options)
@@ -369,7 +369,7 @@ def _plan(options: argparse.Namespace) -> int:
     account.planned(document)
     _show(document, render(document), options)
     target.check(overwrite=request.overwrite)
-    check_space(target, int(str(document["bytesToWrite"])))
+    check_room(target.root, int(str(document["bytesToWrite"])), target.kind.option)
     return 0
 
 

@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import os
 import secrets
-import shutil
 import socket
 import stat
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -23,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import NoSpaceError, TargetConflictError, TryAgainError
+from ckpt2pt.errors import TargetConflictError, TryAgainError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.records import Json, load, seal, seal_joined, unseal
 from ckpt2pt.system.access import access_error
@@ -404,27 +403,6 @@ class Target:
         """Digits that the tracker holds; empty where it holds something else."""
         named = read_tracker(self.root)
         return named if named.isdecimal() and named.isascii() and len(named) < _MAX_DIGITS else ""
-
-
-def free_bytes(folder: Path) -> int:
-    """Room for this user on the volume that will hold ``folder``."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError as error:
-        raise access_error(error, folder, "asking for free space") from error
-
-
-def check_space(target: Target, needed: int) -> None:
-    """Refuse before the first byte what cannot fit."""
-    free = free_bytes(target.root)
-    if needed > free:
-        raise NoSpaceError(
-            f"{needed} bytes are needed, {free} are free",
-            where=target.root,
-            mend=f"free {needed - free} bytes there, or choose another {target.kind.option}",
-        )
 
 
 def sweep_partials(folder: Path, name: str) -> None:

@@ -26,7 +26,7 @@ from ckpt2pt.errors import InterruptedRunError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.publish import Target, check_space
+from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import (
@@ -41,6 +41,7 @@ from ckpt2pt.survey import (
     target_of,
 )
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.volume import check_volume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +268,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         totals[rank] = share.source_bytes
         size += share.nbytes
         alone = share if len(todo) == 1 else None
-    check_space(target, size)
+    check_volume(target.root, size, target.kind.option)
     options = {"version": __version__, "options": conversion.meaning}
     with stopped_by_signals() as stop:
         target.claim({**options, "begun": _now()}, overwrite=conversion.overwrite)

@@ -17,8 +17,6 @@ from ckpt2pt.publish import (
     MINDSPORE,
     TRACKER,
     Target,
-    check_space,
-    free_bytes,
     locked,
     partial_name,
     publish_bytes,
@@ -327,10 +325,3 @@ def test_a_document_that_is_not_whole_is_none(data: bytes | None, tmp_path: Path
     if data is not None:
         (tmp_path / "a.json").write_bytes(data)
     assert read_json(tmp_path / "a.json") is None
-
-
-def test_room_is_asked_of_the_nearest_folder_that_is_there(target: Target) -> None:
-    free = free_bytes(target.root / "not" / "yet")
-    check_space(target, 1)
-    with pytest.raises(NoSpaceError, match="bytes are needed"):
-        check_space(target, 2 * free + 1)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from ckpt2pt import run as run_module
-from ckpt2pt.errors import FormatError, InputError, NoSpaceError, TryAgainError, UsageError
+from ckpt2pt.errors import FormatError, InputError, NoSpaceError, TryAgainError, UsageError, VolumeTooSmallError
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
 from ckpt2pt.verify.prove import verify_target
@@ -219,8 +219,8 @@ def test_two_runs_on_one_stage_one_wins_and_the_other_says_why(pipelined: Path, 
 def test_a_target_without_room_is_refused_before_anything_is_made(
     pipelined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckpt2pt.publish.free_bytes", lambda _: 1000)
-    with pytest.raises(NoSpaceError, match="1000 are free"):
+    monkeypatch.setattr("ckpt2pt.system.volume.free_bytes", lambda _: 1000)
+    with pytest.raises(VolumeTooSmallError, match="1000 are free"):
         convert(request_for(pipelined, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -276,3 +278,33 @@ def test_a_missing_model_rank_is_named_with_those_there_are(tmp_path: Path) -> N
     shutil.rmtree(tmp_path / "ms" / "iter_0000012" / "mp_rank_01_001")
     with pytest.raises(MissingInputError, match=re.escape("mp_rank_01_001 (there are mp_rank_00_000, mp_rank_00_001")):
         survey(made.request(tmp_path))
+
+
+def test_hundreds_of_shards_need_few_open_files(tmp_path: Path) -> None:
+    """600 data-parallel ranks with a limit of 64 open files, cold, in a process of its own."""
+    topology = Topology(num_layers=2, data=600)
+    made = made_of(topology, hidden=32, vocab=64, ffn=64)
+    place(made, Sharding(), tmp_path)
+    script = """
+import os, resource, sys
+from pathlib import Path
+from ckpt2pt.cli import main
+from ckpt2pt.engine.sources import drop_from_cache
+os.sync()
+for path in Path(sys.argv[1]).rglob("*.ckpt"):
+    drop_from_cache(path)
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+sys.exit(main(sys.argv[2:]))
+"""
+    flags = ["--num-layers", 2, "--dp-size", 600, "--verify", "full", "--multiprocess-off"]
+    paths = [
+        "--ms-path",
+        tmp_path / "ms",
+        "--param-map-path",
+        tmp_path / "pt_meta",
+        "--megatron-path",
+        tmp_path / "out",
+    ]
+    words = [sys.executable, "-c", script, tmp_path / "ms", "convert", *flags, *paths]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

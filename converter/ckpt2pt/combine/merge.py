@@ -36,7 +36,7 @@ from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.combine.outcome import Combined
 from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, write_files
-from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, NoSpaceError, TryAgainError, UsageError
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, TryAgainError, UsageError
 from ckpt2pt.folders import layout_of
 from ckpt2pt.mapping.names import MOMENTS
 from ckpt2pt.mapping.topology import Rank, Topology
@@ -44,7 +44,6 @@ from ckpt2pt.plan.entries import Entry, text_entry
 from ckpt2pt.plan.moves import Move
 from ckpt2pt.publish import (
     STATE,
-    free_bytes,
     locked,
     publish_bytes,
     read_record,
@@ -54,6 +53,7 @@ from ckpt2pt.records import Json, seal
 from ckpt2pt.request import Pace, digest
 from ckpt2pt.survey import agree, changed, facts_of, inputs_of
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 log = logging.getLogger("ckpt2pt")
@@ -262,13 +262,7 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
         if not group.is_done:
             todo[rank] = group.source_bytes
             needed += group.nbytes
-    free = free_bytes(asked.output)
-    if needed > free:
-        raise NoSpaceError(
-            f"{needed} bytes are needed, {free} are free",
-            where=asked.output,
-            mend=f"free {needed - free} bytes there, or choose another --output-dir; convert needs no merged copy at all",
-        )
+    check_volume(asked.output, needed, "--output-dir", " (convert needs no merged copy at all)")
     when = next(iter(merge.files.values())).when
     with stopped_by_signals() as stop:
         reporter.begin(todo, max(when[1], 0))

@@ -80,11 +80,14 @@ def number(value: Mapping[str, object], name: str, default: int = 0) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preview:
-    """What a dry run has found: what would be written, and what it would need.  Numbers of bytes, but for the files."""
+    """What a dry run has found: what would be written, and what it would need.  Numbers of bytes, but for the files.
+
+    ``free`` is None where the file system does not tell.
+    """
 
     files: int
     written: int
-    free: int
+    free: int | None
     memory: int
 
 
@@ -153,7 +156,7 @@ def _preview_of(plan: Json) -> Preview:
     return Preview(
         files=number(plan, "files"),
         written=min(number(plan, "bytes"), _MOST_BYTES),
-        free=min(number(plan, "freeSpace"), _MOST_BYTES),
+        free=min(number(plan, "freeSpace"), _MOST_BYTES) if "freeSpace" in plan else None,
         memory=min(number(plan, "memory"), _MOST_BYTES),
     )
 

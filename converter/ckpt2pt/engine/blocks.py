@@ -18,13 +18,13 @@ import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ckpt2pt.system.access import UNSUPPORTED, access_error
 from ckpt2pt.system.files import write_at, write_once
+from ckpt2pt.system.volume import file_system
 
 ALIGNMENT = max(4096, mmap.PAGESIZE)
 """Offset, size and memory address of a direct write are multiples of this."""
@@ -131,23 +131,3 @@ def open_direct(path: Path, mode: int) -> int | None:
         return os.open(path, mode | os.O_CLOEXEC | flag)
     except OSError:
         return None
-
-
-def file_system(path: Path) -> str | None:
-    """Type of the file system that holds ``path``, as ``mount`` calls it; None where Linux does not tell."""
-    try:
-        return _file_system(path.stat().st_dev)
-    except OSError:
-        return None
-
-
-@lru_cache(64)
-def _file_system(device: int) -> str | None:
-    table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
-    number = f"{os.major(device)}:{os.minor(device)}"
-    # 36 35 98:0 / /mnt rw,noatime shared:1 - ext4 /dev/root rw (proc_pid_mountinfo(5))
-    for line in table.splitlines():
-        mount, _, kind = line.partition(" - ")
-        if mount.split()[2:3] == [number]:
-            return kind.split(" ", 1)[0]
-    return None

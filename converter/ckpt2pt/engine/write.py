@@ -9,6 +9,7 @@ the page cache go on beside it (sources.py, blocks.py).  Why so: docs/adr/0003 a
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -22,7 +23,7 @@ from ckpt2pt.casts import find_cast
 from ckpt2pt.checksums import Piece, crc32, crc32_combine, join
 from ckpt2pt.engine.blocks import Blocks, OutputFile, open_direct
 from ckpt2pt.engine.sources import Sources, drop_from_cache
-from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError
+from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError, VolumeTooSmallError
 from ckpt2pt.framing import Layout, Payload
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.meta import METADATA
@@ -230,7 +231,10 @@ def _output(folder: Path, payload: Payload, stop: Stop) -> Generator[Output]:
             stack.callback(os.close, fd)
             reserve(fd, layout.nbytes, stop.check)
         except OSError as error:
-            raise access_error(error, path, f"reserving {layout.nbytes} bytes") from error
+            refusal = access_error(error, path, f"reserving {layout.nbytes} bytes")
+            if error.errno == errno.EDQUOT:  # known before the first byte, and nobody else can make room
+                refusal = VolumeTooSmallError(refusal.what, where=path, mend=f"raise the quota, or {refusal.mend}")
+            raise refusal from error
         direct = open_direct(partial, os.O_WRONLY)
         if direct is not None:
             stack.callback(os.close, direct)

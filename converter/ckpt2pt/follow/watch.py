@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from ckpt2pt.ckpt.ranks import When
 from ckpt2pt.ckpt.ready import Look, Watcher
 from ckpt2pt.crew import Reporter
-from ckpt2pt.errors import RETRIED, Ckpt2ptError, InterruptedRunError, MissingInputError
+from ckpt2pt.errors import RETRIED, Ckpt2ptError, InterruptedRunError, MissingInputError, SetupError
 from ckpt2pt.follow.keep import prune, tracked
 from ckpt2pt.request import Request
 from ckpt2pt.run import Outcome, run
@@ -132,7 +132,7 @@ def _convert(
         raise
     except Ckpt2ptError as error:
         # What a later look may find mended is tried again, until a newer checkpoint is converted.
-        if error.exit_code not in RETRIED and not isinstance(error, MissingInputError):
+        if error.exit_code not in RETRIED and not isinstance(error, MissingInputError | SetupError):
             memory.done.add(when)
         _note(error, when, how, memory)
 

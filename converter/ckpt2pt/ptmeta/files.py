@@ -22,6 +22,7 @@ from ckpt2pt.pt.pickles import Value
 from ckpt2pt.publish import publish_bytes
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import write_all
+from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import Extent
 
 ORIGIN = "origin.json"
@@ -126,6 +127,8 @@ def publish(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tup
             what, where=folder, mend="choose another --param-map-path, or replace what is there with --overwrite"
         )
     missing = [name for name in files if name not in there or name in changed]
+    if missing:
+        check_volume(folder, sum(len(files[name]) for name in missing), "--param-map-path")
     for name in strangers:
         with suppress(FileNotFoundError):
             there[name].unlink()

@@ -9,10 +9,11 @@ from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
 from ckpt2pt.pt.resume import warning
-from ckpt2pt.publish import Target, free_bytes
+from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Prepared, Survey, contradictions, kept_of_template, unmet_of
+from ckpt2pt.system.volume import free_bytes
 from ckpt2pt.text import size, table
 
 WORKER_BYTES = 48 << 20
@@ -129,7 +130,7 @@ def render(document: Json) -> str:
     lines += _shard_lines(document)
     lines += _name_lines(document)
     lines.append(
-        f"reads {_size(document['bytesToRead'])}, writes {_size(document['bytesToWrite'])}; {_size(document['bytesFree'])} free; "
+        f"reads {_size(document['bytesToRead'])}, writes {_size(document['bytesToWrite'])}; {_free(document)}; "
         f"{document['workers']} workers, at most {_size(document['memoryBytes'])} of memory"
     )
     return "\n".join(lines)
@@ -182,6 +183,11 @@ def _name_lines(document: Json) -> list[str]:
         for name in map(_mapping, _list(chunk.get("names", [])))
     ]
     return [*table(("stage", "tp", "chunk", "MindSpore", "Megatron", "shape", "type"), rows), ""] if rows else []
+
+
+def _free(document: Json) -> str:
+    free = document["bytesFree"]
+    return "free space unknown" if free is None else f"{_size(free)} free"
 
 
 def _size(nbytes: object) -> str:

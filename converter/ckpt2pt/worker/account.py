@@ -90,13 +90,15 @@ class Account:
         files = sum(len(rank["files"]) for rank in each if isinstance(rank["files"], list))  # pyright: ignore[reportUnknownArgumentType]
         self.iteration = int(str(document["iteration"]))
         self._total = int(str(document["bytesToRead"]))
-        self.plan = {
-            "files": files,
-            "bytes": document["bytesToWrite"],
-            "memory": document["memoryBytes"],
-            "freeSpace": document["bytesFree"],
-            "ranks": len(each),
-        }
+        self.plan = _known(
+            {
+                "files": files,
+                "bytes": document["bytesToWrite"],
+                "memory": document["memoryBytes"],
+                "freeSpace": document["bytesFree"],
+                "ranks": len(each),
+            }
+        )
 
     @property
     def phase(self) -> Phase:

@@ -35,19 +35,21 @@ def planned(pods: Sequence[Pod]) -> str:
     preview = found.preview
     return (
         f"{preview.files} files are planned: {size(found.total or 0)} to read, {size(preview.written)} to write with "
-        f"{size(preview.free)} free, at most {size(preview.memory)} of memory for a worker; nothing was written"
+        f"{'an unknown amount' if preview.free is None else size(preview.free)} free, at most {size(preview.memory)} of memory for a worker; nothing was written"
     )
 
 
 def ending(conversion: Conversion, job: Job, pods: Sequence[Pod], failed: Sequence[StageRecord]) -> Ending:
     """The end in words, with the mend; ``failed`` are the stages that were given up."""
     reason = reason_of(job)
+    hint = f"mend it, then: kubectl annotate ckc {conversion.name} --overwrite {RETRY_ANNOTATION}=$(date +%s)"
     wrong = next((pod for pod in pods if pod.exit_code in FAILS_JOB), None)
     if wrong is not None:
         report = report_of(wrong.report)
         reason = report.reason if report and report.reason in NOT_THE_SPEC else "InvalidSpec"
         message = report.message if report and report.message else f"pod {wrong.name} refused its arguments"
-        return Ending(reason=reason, message=message)
+        again = f"; {hint}" if reason in NOT_THE_SPEC else ""  # the document may stay as it is
+        return Ending(reason=reason, message=f"{message[:800]}{again}")
     if reason == "ActiveDeadline":
         seconds = conversion.active_deadline_seconds
         return Ending(reason=reason, message=f"not done after spec.activeDeadlineSeconds, {seconds} s")
@@ -55,6 +57,5 @@ def ending(conversion: Conversion, job: Job, pods: Sequence[Pod], failed: Sequen
     if not failed:
         return Ending(reason=reason, message=job.message or "the Job failed")
     first = failed[0]
-    hint = f"mend it, then: kubectl annotate ckc {conversion.name} --overwrite {RETRY_ANNOTATION}=$(date +%s)"
     message = f"stage {stages} failed; stage {first.stage}: {first.reason}: {first.message}"
     return Ending(reason=reason, message=f"{message[:800]}; {hint}")

@@ -19,9 +19,9 @@ from ckpt2pt.errors import (
     FormatError,
     InterruptedRunError,
     MissingInputError,
-    NoSpaceError,
     TopologyError,
     UsageError,
+    VolumeTooSmallError,
 )
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.pt.archive import Archive
@@ -239,8 +239,8 @@ def test_a_stop_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_no_room_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt2pt.publish.free_bytes", lambda folder: 1000)
-    with pytest.raises(NoSpaceError, match="--ms-path"):
+    monkeypatch.setattr("ckpt2pt.system.volume.free_bytes", lambda folder: 1000)
+    with pytest.raises(VolumeTooSmallError, match="--ms-path"):
         imported(SETS[0], tmp_path / "ms")
     assert not (tmp_path / "ms").exists()
 

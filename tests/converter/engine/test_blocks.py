@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.engine import blocks as module
-from ckpt2pt.engine.blocks import ALIGNMENT, Blocks, OutputFile, file_system, open_direct
+from ckpt2pt.engine.blocks import ALIGNMENT, Blocks, OutputFile, open_direct
 from ckpt2pt.errors import FileAccessError, NoSpaceError
 from ckpt2pt.system.files import write_at
 
@@ -122,11 +122,6 @@ def test_a_kernel_that_writes_less_than_asked_is_asked_again(tmp_path: Path, mon
     finally:
         os.close(fd)
     assert (tmp_path / "file").read_bytes() == b"\0\x000123456789"
-
-
-def test_kernel_file_systems_go_by_their_names(tmp_path: Path) -> None:
-    assert file_system(Path("/proc/self")) == "proc"
-    assert file_system(tmp_path / "nothing") is None
 
 
 def test_an_unknown_file_system_is_written_through_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpt2pt.ckpt.writer import mindspore_file
 from ckpt2pt.engine import write as engine
 from ckpt2pt.engine.write import Meter, Stop, read_back, write_files
 from ckpt2pt.errors import (
@@ -25,12 +26,14 @@ from ckpt2pt.errors import (
     NoSpaceError,
     TimedOutError,
     VerificationError,
+    VolumeTooSmallError,
 )
+from ckpt2pt.plan.entries import Entry
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, Move, Sink
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.payload import FilePayload
 from ckpt2pt.pt.pickles import tensor, write_pickle
-from ckpt2pt.tensors import DTYPE_BYTES, Extent
+from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 # ------------------------------------------------------------------------------------------------------------- whole files
 
@@ -203,6 +206,31 @@ def test_a_target_without_room_is_told_before_a_byte_is_moved(tmp_path: Path, mo
     monkeypatch.setattr("ckpt2pt.system.files.fallocate", lambda fd, offset, nbytes: errno.ENOSPC)
     (tmp_path / "source").write_bytes(bytes(400))
     assert_refused(tmp_path / "out", tmp_path / "source", 400, NoSpaceError, "reserving")
+
+
+def test_a_quota_that_is_too_small_is_no_reason_to_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckpt2pt.system.files.fallocate", lambda fd, offset, nbytes: errno.EDQUOT)
+    (tmp_path / "source").write_bytes(bytes(400))
+    assert_refused(tmp_path / "out", tmp_path / "source", 400, VolumeTooSmallError, "Disk quota exceeded")
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_mode_that_cannot_be_set_is_a_warning(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(fd: int, mode: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    (tmp_path / "source").write_bytes(b"1234" * 100)
+    entry = Entry(name="w", dtype="float32", shape=(100,), source=TensorRef(
+        name="w", dtype="float32", shape=(100,), extents=(Extent(str(tmp_path / "source"), 0, 400),)
+    ))  # fmt: skip
+    file = mindspore_file("ckpt", "x.ckpt", [entry], crc=False)
+    (tmp_path / "out").mkdir()
+    write_files(tmp_path / "out", [file], file.moves(), stop=Stop(), advance=lambda _: None, check=True)
+    assert (tmp_path / "out" / "x.ckpt").read_bytes().endswith(b"1234" * 100)
+    assert "mode 0400 cannot be set" in caplog.text
 
 
 def test_a_template_that_shrank_is_told(tmp_path: Path) -> None:

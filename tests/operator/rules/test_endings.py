@@ -59,14 +59,16 @@ def test_a_worker_that_refused_its_arguments_without_a_word_is_named() -> None:
     assert (found.reason, "refused its arguments" in found.message) == ("InvalidSpec", True)
 
 
-def test_a_target_that_is_taken_is_no_wrong_spec() -> None:
+@pytest.mark.parametrize("told", ["TargetConflict", "PermissionDenied", "ReadOnlyVolume", "VolumeTooSmall"])
+def test_what_is_wrong_outside_of_the_document_is_told_by_its_name_and_may_be_tried_again(told: str) -> None:
     world = World()
     world.run()
-    said = {"version": 1, "exitCode": 64, "reason": "TargetConflict", "message": "the result of another conversion"}
+    said = {"version": 1, "exitCode": 64, "reason": told, "message": "what is wrong; where; run as uid 1000"}
     world.end(2, 64, report=json.dumps(said))
     pods = [pod_view(pod) for pod in world.pods.values()]
     found = ending(parse(world.document), a_job(ending="Failed", reason="PodFailurePolicy"), pods, ())
-    assert (found.reason, found.message) == ("TargetConflict", "the result of another conversion")
+    assert found.reason == told
+    assert found.message.startswith("what is wrong; where; run as uid 1000; mend it, then: kubectl annotate ckc demo")
 
 
 @pytest.mark.parametrize(
@@ -78,3 +80,10 @@ def test_a_dry_run_that_left_nothing_to_tell_is_no_mishap(report: str) -> None:
     world.end(0, report=report)
     found = planned([pod_view(pod) for pod in world.pods.values()])
     assert found == "" if "plan" not in report else found.startswith("0 files are planned: 0 B to read")
+
+
+def test_room_that_nobody_knows_is_told_as_such() -> None:
+    world = World()
+    world.run()
+    world.end(0, report='{"version": 1, "plan": {"bytes": 5}}')
+    assert "5 B to write with an unknown amount free" in planned([pod_view(pod) for pod in world.pods.values()])
