@@ -21,21 +21,36 @@ _TRY_AGAIN = 75
 
 def main() -> int:
     """``ckpt2pt``."""
-    return _enter("main")
+    return _enter("cli", "main")
 
 
 def kubectl() -> int:
     """``kubectl ckpt2pt``."""
-    return _enter("kubectl")
+    return _enter("programs.kubectl", "kubectl")
 
 
-def _enter(program: str) -> int:
+def convert_ckpt2pt() -> int:
+    """The reference's ``convert_ckpt2pt.py``."""
+    return _enter("programs.scripts", "convert_ckpt2pt")
+
+
+def convert_pt2ckpt() -> int:
+    """The reference's ``convert_pt2ckpt.py``."""
+    return _enter("programs.scripts", "convert_pt2ckpt")
+
+
+def combine_ckpt_dp_zero() -> int:
+    """The reference's ``combine_ckpt_dp_zero.py``."""
+    return _enter("programs.scripts", "combine_ckpt_dp_zero")
+
+
+def _enter(module: str, program: str) -> int:
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         _settle_streams()
-        from ckpt2pt import cli  # noqa: PLC0415
+        from importlib import import_module  # noqa: PLC0415
 
-        code: int = getattr(cli, program)()
+        code: int = getattr(import_module(f"ckpt2pt.{module}"), program)()
     except KeyboardInterrupt:
         sys.stderr.write("ckpt2pt: stopped by a signal\n  where: at the door\n  mend:  run the same command again\n")
         code = _TRY_AGAIN

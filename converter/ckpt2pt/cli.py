@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ckpt2pt import __version__
 from ckpt2pt.back.options import add_import_options
-from ckpt2pt.cluster.flags import add_submit_options, add_target_options
+from ckpt2pt.cluster.flags import add_submit_options
 from ckpt2pt.combine.flags import add_combine_options
 from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, FileAccessError, InterruptedRunError, UsageError
 from ckpt2pt.flags import Parser
@@ -57,21 +57,38 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=command)
         return sub
 
-    _add_road_there(add)
-    _add_proof(add)
-    _add_road_back(add)
+    _add_conversions(add)
     document = add("run", "carry out a CheckpointConversion document on this machine", _run)
     add_document_options(document)
     add_progress_option(document)
     add_output_options(document)
     add_submit_options(
-        add("submit", "make a CheckpointConversion on the cluster, exactly once", _on_the_cluster("submit"))
+        add("submit", "make a CheckpointConversion on the cluster, exactly once", on_the_cluster("submit"))
     )
     return parser
 
 
 Add = Callable[[str, str, Command], argparse.ArgumentParser]
 """Make a command of a name, a summary and what it does."""
+
+
+def build_alone(command: str, program: str) -> argparse.ArgumentParser:
+    """One command as a program of its own, with all its options."""
+    found: dict[str, argparse.ArgumentParser] = {}
+
+    def add(name: str, summary: str, run: Command) -> argparse.ArgumentParser:
+        found[name] = Parser(prog=program, description=f"{summary} (ckpt2pt {name})", allow_abbrev=False)
+        found[name].set_defaults(run=run)
+        return found[name]
+
+    _add_conversions(add)
+    return found[command]
+
+
+def _add_conversions(add: Add) -> None:
+    _add_road_there(add)
+    _add_proof(add)
+    _add_road_back(add)
 
 
 def _add_road_there(add: Add) -> None:
@@ -132,25 +149,9 @@ def _add_road_back(add: Add) -> None:
     add_output_options(meta)
 
 
-def build_kubectl_parser() -> argparse.ArgumentParser:
-    """The commands of ``kubectl ckpt2pt``."""
-    parser = Parser(prog="kubectl ckpt2pt", description="CheckpointConversions on the cluster.", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+def on_the_cluster(name: str) -> Command:
+    """A command that speaks to an API server."""
 
-    def add(name: str, summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        sub.set_defaults(run=_on_the_cluster(name))
-        return sub
-
-    add_submit_options(add("submit", "make a CheckpointConversion, exactly once"))
-    add_target_options(add("watch", "follow one to its end, and end with its exit code"), wait=True)
-    add_target_options(add("retry", "try its failed stages again"))
-    add_target_options(add("cancel", "stop it; what is finished stays"))
-    add_target_options(add("logs", "what the newest worker of a stage has written"), stage=True)
-    return parser
-
-
-def _on_the_cluster(name: str) -> Command:
     def command(options: argparse.Namespace) -> int:
         from ckpt2pt.cluster import commands  # noqa: PLC0415
 
@@ -179,11 +180,6 @@ def _front_door() -> Parser:
     return parser
 
 
-def kubectl(argv: Sequence[str] | None = None) -> int:
-    """``kubectl ckpt2pt``: kubectl runs the ``kubectl-ckpt2pt`` that it finds on the PATH."""
-    return main(argv, build_kubectl_parser)
-
-
 def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.ArgumentParser] | None = None) -> int:
     """Run one command; a bug keeps its traceback and exits 70.  A worker's end is told in its termination message."""
     signal.signal(signal.SIGTERM, _interrupt)
@@ -198,7 +194,7 @@ def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.Argumen
         from ckpt2pt.conversion.status import REASONS  # noqa: PLC0415 - a worker's alone
 
         account.conversion = os.environ.get(UID_VARIABLE)
-        reason = account.failure or REASONS.get(code) or (PLANNED if words[0] == "plan" else CONVERTED)
+        reason = account.failure or REASONS.get(code) or (PLANNED if words[:1] == ["plan"] else CONVERTED)
         termination.write(path, termination.render(code, reason, account.message, account.facts()))
     return code
 
@@ -323,8 +319,8 @@ def _convert(options: argparse.Namespace) -> int:
         _wait(request, options)
         outcome = run(request, stages, Both(account, reporter(options.progress)))
     account.converted(outcome)
-    for doubt in outcome.doubts:
-        log.warning("iteration %d was chosen, but %s", outcome.target.iteration, doubt)
+    for remark in outcome.remarks:
+        log.warning("%s", remark)
     _show(outcome.document(), outcome.sentence(), options)
     return 0
 
@@ -352,6 +348,7 @@ def _served(account: Account, port: int) -> AbstractContextManager[int]:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from ckpt2pt.folders import COVERED, covered  # noqa: PLC0415
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
     from ckpt2pt.show.preview import preview, render  # noqa: PLC0415
     from ckpt2pt.survey import prepare_all, survey, target_of  # noqa: PLC0415
@@ -368,6 +365,9 @@ def _plan(options: argparse.Namespace) -> int:
         document = preview(request, chosen, target, ranks, names=options.names)
     account.planned(document)
     _show(document, render(document), options)
+    if not request.overwrite and covered(target):
+        log.warning("%s", COVERED)
+        return 0
     target.check(overwrite=request.overwrite)
     check_room(target.root, int(str(document["bytesToWrite"])), target.kind.option)
     return 0

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ckpt2pt.errors import InputError, MissingInputError, UsageError
+from ckpt2pt.errors import InputError, MissingInputError, TargetConflictError, UsageError
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.publish import TRACKER, Target, read_tracker
+from ckpt2pt.publish import TRACKER, Target, rank_name, read_record, read_tracker
 from ckpt2pt.text import short
 
 SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors"})
+COVERED = "a full conversion of the same source is there, and holds the parameters that are asked for"
 
 
 def keep_apart(target: Target, read: Mapping[Path | None, str]) -> None:
@@ -29,6 +30,26 @@ def keep_apart(target: Target, read: Mapping[Path | None, str]) -> None:
                 where=f"{target.folder} and {path}",
                 mend=f"choose another {target.kind.option}",
             )
+
+
+def covered(target: Target) -> str:
+    """How a full conversion of the same source that is there, and complete, was verified at least; empty without one.
+
+    Raises :class:`TargetConflictError` when one was begun and is not complete: parameters alone would take its place.
+    """
+    claim = read_record(target.state / "claim.json") or {}
+    if target.full or claim.get("full") is not True or not target.base or claim.get("base") != target.base:
+        return ""
+    names = (rank_name(tp, pp) for pp in range(target.stages) for tp in range(target.tensor))
+    ranks = [read_record(target.state / name) for name in names]
+    if read_record(target.state / "report.json") and all(rank and target.has_files(rank) for rank in ranks):
+        found = {str(rank.get("verified")) for rank in ranks if rank}
+        return next((level for level in ("none", "digest", "full") if level in found), "none")
+    raise TargetConflictError(
+        f"a full conversion of the same source was begun there by {claim.get('host')}, and is not complete",
+        where=target.folder,
+        mend=f"finish it: run it again with spec.mode Full (without --convert-param-only); or choose another {target.kind.option}",
+    )
 
 
 def _is(one: Path, other: Path) -> bool:

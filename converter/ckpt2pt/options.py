@@ -3,50 +3,56 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
 from ckpt2pt.flags import check_numbers, counts, joined, path, port, seconds
-from ckpt2pt.mapping.topology import Topology
 
 if TYPE_CHECKING:
     from ckpt2pt.request import Request
 
 
+log = logging.getLogger("ckpt2pt")
+
+
 def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """What is converted: the reference's own flags, and ours."""
-    _add_cut(parser, required=required)
+    _add_cut(parser)
     _add_places(parser, required=required)
     _add_kind(parser)
 
 
-def _add_cut(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def _add_cut(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model and how it is cut")
     group.add_argument(
-        "--num-layers", type=int, required=required, help="layers, no-op layers included (spec.model.numLayers)"
+        "--num-layers",
+        type=int,
+        help="layers, no-op layers included; default: as pt_meta says (spec.model.numLayers)",
     )
-    group.add_argument("--tp-size", type=int, default=1, help="tensor parallel size (spec.parallelism.tensor)")
-    group.add_argument("--pp-size", type=int, default=1, help="pipeline parallel size (spec.parallelism.pipeline)")
+    for flag, what, field in (
+        ("--tp-size", "tensor parallel size", "tensor"),
+        ("--pp-size", "pipeline parallel size", "pipeline"),
+        ("--vpp-size", "model chunks of each stage", "virtualPipeline"),
+    ):
+        group.add_argument(flag, type=int, help=f"{what}; default: as pt_meta says (spec.parallelism.{field})")
     group.add_argument(
-        "--vpp-size", type=int, default=1, help="model chunks of each stage (spec.parallelism.virtualPipeline)"
-    )
-    group.add_argument(
-        "--dp-size", type=int, default=1, help="data parallel size of the MindSpore training (spec.parallelism.data)"
+        "--dp-size",
+        type=int,
+        help="data parallel size of the MindSpore training; default: as pt_meta says, if there are folders of so many ranks, else 1 (spec.parallelism.data)",
     )
     group.add_argument(
         "--cp-size",
         type=int,
-        default=1,
-        help="context parallel size of the MindSpore training (spec.parallelism.context)",
+        help="context parallel size of the MindSpore training; default: counted with --dp-size, else 1 (spec.parallelism.context)",
     )
     group.add_argument(
         "--noop",
         type=int,
         nargs="*",
-        default=[],
         metavar="LAYER",
-        help="no-op layers; each keeps its slot (spec.model.noopLayers)",
+        help="no-op layers; each keeps its slot; default: those without parameters in pt_meta (spec.model.noopLayers)",
     )
     group.add_argument(
         "--stage-list",
@@ -320,10 +326,10 @@ def add_document_options(document: argparse.ArgumentParser) -> None:
 
 def request_of(options: argparse.Namespace) -> Request:
     """The frozen request that the flags describe."""
+    from ckpt2pt.meta import Given, learn  # noqa: PLC0415
     from ckpt2pt.request import Request, rules_of  # noqa: PLC0415
 
     for flag, value in {
-        "--num-layers": options.num_layers,
         "--ms-path": options.ms_path,
         "--param-map-path": options.param_map_path,
         "--megatron-path": options.megatron_path,
@@ -338,16 +344,20 @@ def request_of(options: argparse.Namespace) -> Request:
             "--iteration": options.iteration,
         }
     )
-    topology = Topology(
+    rules = rules_of(options.rules)
+    given = Given(
         num_layers=options.num_layers,
         tensor=options.tp_size,
         pipeline=options.pp_size,
         virtual=options.vpp_size,
         data=options.dp_size,
         context=options.cp_size,
-        noop=frozenset(options.noop),
+        noop=None if options.noop is None else frozenset(options.noop),
         layers_per_stage=joined(options.stage_list),
     )
+    topology = learn(given, source=options.ms_path, metadata=options.param_map_path, allow=rules.pickle_globals)
+    if topology.remark:
+        log.warning("%s", topology.remark)
     return Request(
         topology=topology,
         source=options.ms_path,
@@ -358,7 +368,7 @@ def request_of(options: argparse.Namespace) -> Request:
         iteration=options.iteration,
         shard_info=options.opt_shard_info_path,
         target_data=options.target_dp_size,
-        rules=rules_of(options.rules),
+        rules=rules,
         reference_samples=options.zero_consumed_samples,
         overwrite=options.overwrite,
         verify=getattr(options, "verify", "digest"),

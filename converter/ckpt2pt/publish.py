@@ -31,7 +31,7 @@ from ckpt2pt.system.files import read_bytes, write_all
 TRACKER = "latest_checkpointed_iteration.txt"
 STATE = ".ckpt2pt"
 PARTIAL = ".partial"
-_MAX_DIGITS = 19
+_MAX_DIGITS, _CLAIMED = 19, ("identity", "purpose", "base", "full")
 
 
 def host() -> str:
@@ -179,6 +179,7 @@ class Target:
 
     ``identity`` is the digest of everything that decides what is written, ``purpose`` that of the options alone, and
     ``ranks`` those of the options and what each rank is read from.  Without ``purpose`` any change makes another conversion.
+    ``base`` is the digest of the source and of the options but for ``full``: parameters alone, and with the optimizer.
     """
 
     root: Path
@@ -189,6 +190,8 @@ class Target:
     purpose: str = ""
     ranks: Mapping[Rank, str] = field(default_factory=dict[Rank, str])
     kind: Kind = MEGATRON
+    base: str = ""
+    full: bool = True
 
     @property
     def reader(self) -> str:
@@ -212,7 +215,7 @@ class Target:
         """Refuse a folder that is somebody else's; touches nothing."""
         data = _read(self.state / "claim.json")  # once: another worker may be about to write it
         claim = unseal(data)
-        if overwrite or (claim and (claim.get("identity") == self.identity or self._goes_on(claim))):
+        if overwrite or (claim and self._is_ours(claim)):
             return
         mend = f"choose another {self.kind.option}, or replace it with {self.kind.replace}"
         if data and claim is None:
@@ -238,6 +241,11 @@ class Target:
                     mend=mend,
                 )
 
+    def _is_ours(self, claim: Json) -> bool:
+        """Whether a claim is of this conversion, or of the parameters of its source, which it extends."""
+        extends = self.base and claim.get("base") == self.base and self.full and claim.get("full") is False
+        return bool(extends) or claim.get("identity") == self.identity or self._goes_on(claim)
+
     def _goes_on(self, claim: Json) -> bool:
         """Whether the same was begun with a source that was mended since, and nothing is published yet."""
         return bool(self.purpose) and claim.get("purpose") == self.purpose and not (self.state / "report.json").exists()
@@ -262,7 +270,7 @@ class Target:
                         self._retire()
                     publish_bytes(
                         self.state / "claim.json",
-                        seal({"identity": self.identity, "purpose": self.purpose, "host": host(), **facts}),
+                        seal({name: getattr(self, name) for name in _CLAIMED} | {"host": host(), **facts}),
                     )
         except OSError as error:
             raise access_error(error, self.folder, "taking the target folder") from error
@@ -310,15 +318,16 @@ class Target:
     def rank_manifest(self, tp: int, pp: int) -> Json | None:
         """The manifest of a finished rank whose files are still there with their sizes; None otherwise."""
         manifest = read_record(self.state / rank_name(tp, pp))
-        if manifest is None or not self.is_of_rank((tp, pp), manifest):
-            return None
-        for file in cast("list[Json]", manifest.get("files", [])):
-            try:
-                if (self.folder / str(file["path"])).stat().st_size != file["nbytes"]:
-                    return None
-            except OSError:
-                return None
-        return manifest
+        ours = manifest is not None and self.is_of_rank((tp, pp), manifest) and self.has_files(manifest)
+        return manifest if ours else None
+
+    def has_files(self, manifest: Json) -> bool:
+        """Whether all files that a manifest lists are there with their sizes."""
+        files = cast("list[Json]", manifest.get("files", []))
+        try:
+            return all((self.folder / str(file["path"])).stat().st_size == file["nbytes"] for file in files)
+        except OSError:
+            return False
 
     def file_count(self, tp: int, pp: int) -> int:
         """Files of a finished rank, 0 while it is not finished."""

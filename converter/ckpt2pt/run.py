@@ -22,7 +22,8 @@ from ckpt2pt import __version__
 from ckpt2pt.ckpt import prove_sources
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, is_whole, write_files
-from ckpt2pt.errors import InterruptedRunError
+from ckpt2pt.errors import InterruptedRunError, TargetConflictError
+from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
@@ -42,6 +43,10 @@ from ckpt2pt.survey import (
 )
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.volume import check_volume
+
+
+def _nothing(_: int) -> tuple[str, ...]:
+    return ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,8 @@ class Conversion:
     how_to_load: str = ""
     kept: tuple[str, ...] = ()
     plan: Callable[[Rank], Share]
+    examine: Callable[[int], tuple[str, ...]] = _nothing
+    """What is suspicious of a stage whose ranks are all there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +119,12 @@ class Outcome:
             "sourceChecksums": dict(self.source_checksums),
             "fromTemplate": list(self.kept_of_template),
         }
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What contradicts the iteration, in whole sentences."""
+        chosen = f"iteration {self.target.iteration} was chosen, but"
+        return tuple(f"{chosen} {doubt}" for doubt in self.doubts)
 
     def sentence(self) -> str:
         """For a person."""
@@ -169,6 +182,14 @@ def _plan(request: Request, chosen: Survey, rank: Rank) -> _Forward:
     return _Forward(request, chosen, prepare(request, chosen, rank))
 
 
+def _examine(request: Request, chosen: Survey, pp: int) -> tuple[str, ...]:
+    if request.topology.tensor == 1:
+        return _nothing(pp)
+    from ckpt2pt.verify.copies import copies_in_stage  # noqa: PLC0415 - numpy, for layouts that can have copies
+
+    return copies_in_stage(request, chosen, pp)
+
+
 def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     """Convert the given pipeline stages; what an earlier run finished is kept."""
     began = time.monotonic()
@@ -188,6 +209,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
         plan=partial(_plan, request, chosen),
+        examine=partial(_examine, request, chosen),
     )
     return carry_out(conversion, stages, reporter, began)
 
@@ -255,8 +277,11 @@ def _check_twins(prepared: Prepared) -> None:
 def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter, began: float) -> Outcome:
     """Convert the given pipeline stages; what an earlier run finished is kept."""
     target = conversion.target
-    target.check(overwrite=conversion.overwrite)
     ranks = [(tp, pp) for pp in stages for tp in range(target.tensor)]
+    proof = "" if conversion.overwrite else covered(target)
+    if proof:
+        return _covered(conversion, stages, ranks, cast("Verify", proof), began)
+    target.check(overwrite=conversion.overwrite)
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals: dict[Rank, int] = {}
@@ -280,10 +305,14 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
                 work_through(conversion, todo, alone, reporter, stop)
             finally:
                 reporter.close()
+            warnings: list[str] = []
             for pp in stages:
+                found = conversion.examine(pp)
+                warnings += found
                 # Its own inputs alone: those of all ranks in each stage would grow with the square of their number.
                 inputs = [one for tp in range(target.tensor) for one in conversion.inputs[tp, pp]]
                 facts: Json = {"iteration": target.iteration, "inputs": inputs, **conversion.facts}
+                facts |= {"warnings": list(found)} if found else {}
                 target.publish_stage(pp, {**options, **facts})
         published = target.publish_iteration()
     manifests = [target.rank_manifest(*rank) or {} for rank in ranks]
@@ -302,11 +331,37 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         published=published,
         newer=target.newer,
         doubts=conversion.doubts,
-        warnings=conversion.warnings,
+        warnings=(*conversion.warnings, *warnings),
         how_to_load=conversion.how_to_load,
         kept_of_template=conversion.kept,
         source_checksums=checksums,
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
+    )
+
+
+def _covered(
+    conversion: Conversion, stages: Sequence[int], ranks: Sequence[Rank], proof: Verify, began: float
+) -> Outcome:
+    """Nothing is left to do: the full conversion that is there holds the parameters, and was verified as asked for."""
+    if _PROOFS[proof] < _PROOFS[conversion.verify]:
+        raise TargetConflictError(
+            f"a full conversion of the same source is there, verified {proof}; {conversion.verify} is asked for",
+            where=conversion.target.folder,
+            mend="run the full conversion again with this spec.verify (--verify): it verifies what is there",
+        )
+    return Outcome(
+        target=conversion.target,
+        stages=tuple(stages),
+        converted=(),
+        kept=tuple(ranks),
+        bytes_written=0,
+        files=len(ranks),
+        verified=proof,
+        seconds=time.monotonic() - began,
+        published=True,
+        newer=conversion.target.newer,
+        doubts=conversion.doubts,
+        warnings=(COVERED,),
     )
 
 

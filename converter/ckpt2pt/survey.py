@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Collection, Generator, Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ckpt2pt.ckpt import index_file, read_scalar, statement_of
-from ckpt2pt.ckpt.ranks import SourceFile, When, choose, find_groups, find_sources, index_source, last_saved
+from ckpt2pt.ckpt.filenames import When, shown
+from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import FormatError, InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
@@ -26,14 +27,17 @@ from ckpt2pt.meta import (
     METADATA,
     Maps,
     RankMeta,
+    answering,
+    check,
     list_param_maps,
     metadata_files,
     read_arguments,
     read_rank_meta,
+    read_stated,
     require,
 )
-from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
-from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
+from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, name_contradiction, read_clock
+from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.pt.resume import Unmet, hint, summary
 from ckpt2pt.publish import Target
@@ -51,13 +55,15 @@ class Survey:
     """The chosen checkpoint: a file for each rank, the time they agree on, and the identity of the conversion.
 
     ``purpose`` is the digest of what is asked for, ``ranks`` adds what each rank is read from, ``identity`` all of it;
-    ``inputs`` are the files that each rank is read from.
+    ``base`` that of the source and of the options, but for whether the optimizer is converted too; ``inputs`` are the
+    files that each rank is read from.
     """
 
     files: Mapping[Rank, SourceFile]
     clock: Clock
     identity: str
     purpose: str
+    base: str
     ranks: Mapping[Rank, str]
     inputs: Mapping[Rank, Inputs]
     indexes: Mapping[Rank, Index] = field(default_factory=dict[Rank, Index])
@@ -97,6 +103,12 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     Every file is indexed to learn its step; the indexes of ``keep`` stay in the result.
     """
     require(request.metadata, source=request.source, target=request.target)
+    stated = read_stated(request.metadata, allow=request.rules.pickle_globals)
+    first = next(iter(request.topology.ranks()))
+    if stated:
+        check(request.topology, stated)
+        with answering(request.metadata, request.rules.pickle_globals):
+            check_layers(_meta(request, first).chunks, request.topology, pp=0, where=str(request.metadata))
     files = find_sources(request.source, request.topology, wanted_format=request.source_format)
     headers = _Headers({ranks[rank].path for ranks in files.values() for rank in keep})
     found = find_groups(
@@ -107,11 +119,11 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         info=request.shard_info,
         wanted_format=request.source_format,
     )
-    first = next(iter(request.topology.ranks()))
     batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size
     if request.iteration is None:
         when = _given(request, found) or choose(found, last_saved(request.source, request.topology))
         clock = _clock(found[when][first], batch, headers)
+        clock = _with_rivals(clock, when, {other: files[first] for other, files in found.items()}, batch, headers)
     else:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
@@ -125,6 +137,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         clock=clock,
         identity=digest([purpose, every]),
         purpose=purpose,
+        base=_base(request, clock.iteration, every),
         ranks={rank: _identity(purpose, inputs[rank], inputs[rank[0], 0]) for rank in inputs},
         inputs=inputs,
         indexes={rank: headers.indexes[found[when][rank].path] for rank in keep},
@@ -138,6 +151,12 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         },
     )
     return chosen
+
+
+def _base(request: Request, iteration: int, inputs: Sequence[Mapping[str, object]]) -> str:
+    """The metadata is left out: for parameters alone it needs no maps, which may be added for the full conversion."""
+    sources = [one for one in inputs if "metadata" not in one]
+    return digest([{**request.meaning(), "mode": None}, iteration, sources])
 
 
 def _identity(purpose: str, inputs: Inputs, first: Inputs) -> str:
@@ -170,6 +189,8 @@ def target_of(request: Request, chosen: Survey) -> Target:
         identity=chosen.identity,
         purpose=chosen.purpose,
         ranks=chosen.ranks,
+        base=chosen.base,
+        full=request.full,
         stages=request.topology.pipeline,
         tensor=request.topology.tensor,
     )
@@ -197,6 +218,11 @@ def when_of_iteration(request: Request, files: Mapping[When, SourceFile]) -> Whe
 @only_growing()
 def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     """Index one rank's file, or its group's shards, and plan every copy."""
+    with answering(request.metadata, request.rules.pickle_globals):
+        return _prepare(request, chosen, rank)
+
+
+def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     topology = request.topology
     tp, pp = rank
     meta = _meta(request, rank)
@@ -207,6 +233,7 @@ def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
         tp=tp,
         pp=pp,
         source=str(file.path),
+        metadata=str(request.metadata),
         index=index,
         stated=statement_of(index),
         clock=chosen.clock,
@@ -327,6 +354,21 @@ def _clock(file: SourceFile, batch: int | None, headers: _Headers) -> Clock:
     return read_clock(facts, global_batch_size=batch, named=file.named, where=str(file.path))
 
 
+def _with_rivals(
+    clock: Clock, when: When, files: Mapping[When, SourceFile], batch: int | None, headers: _Headers
+) -> Clock:
+    """Where the chosen file contradicts its name: name the others that claim its iteration too."""
+    if not name_contradiction(files[when].named, headers.facts(files[when].path)):
+        return clock
+    rivals: list[str] = []
+    for other, file in files.items():
+        with suppress(InputError):
+            if other != when and _clock(file, batch, headers).iteration == clock.iteration:
+                rivals.append(file.path.name)
+    doubt = f"{', '.join(rivals)} hold the same iteration: {files[when].path.name} was taken for its name"
+    return replace(clock, doubts=(*clock.doubts, doubt)) if rivals else clock
+
+
 def _choose_iteration(
     found: Mapping[When, Mapping[Rank, SourceFile]],
     first: Rank,
@@ -347,11 +389,22 @@ def _choose_iteration(
             return when, Clock(iteration=wanted, samples=samples, because="--iteration")
     matching = [when for when, clock in clocks.items() if clock.iteration == wanted]
     if len(matching) != 1:
-        there = ", ".join(str(clock.iteration) for clock in clocks.values())
+        there = ", ".join(
+            f"{clocks[when].iteration} ({shown(when)})"
+            if name_contradiction(files[first].named, headers.facts(files[first].path))
+            else str(clocks[when].iteration)
+            for when, files in found.items()
+        )
+        several = (
+            f"{len(matching)} checkpoints are of iteration {wanted}"
+            if matching
+            else f"no checkpoint is of iteration {wanted}"
+        )
         raise InputError(
-            f"iteration {wanted} is there {len(matching)} times; the checkpoints are of iterations {there}",
+            f"{several}; by what the files hold they are of iterations {there}",
             where=request.source,
-            mend="set spec.source.iteration (--iteration) to one of them",
+            mend="set spec.source.iteration (--iteration) to one of them"
+            + (", or move the files of all but one of the same iteration away" if matching else ""),
         )
     return matching[0], clocks[matching[0]]
 

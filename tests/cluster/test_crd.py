@@ -72,8 +72,7 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
         [("spec.parallelism", {"pipeline": 2}), ("spec.model.layersPerStage", [3, 2])],
         "spec.model.layersPerStage", "make the counts add up",
     ),
-    "noop-out-of-range": ([("spec.model.noopLayers", [4])], "spec.model.noopLayers", "number the no-op layers from 0"),
-    "nothing-but-noop": ([("spec.model.noopLayers", [0, 1, 2, 3])], "spec.model.noopLayers", "leave at least one layer"),
+    "nothing-but-noop": ([("spec.model.noopLayers", [0, 1, 2, 3, 62])], "spec.model.noopLayers", "leave at least one layer"),
     "target-is-source": ([("spec.target.path", "ms")], "spec.target.path", "cannot take the place of its source"),
     "target-is-source-on-a-volume-named-twice": (
         [("spec.target.path", "ms"), ("spec.target.volume", claim("training"))],
@@ -315,6 +314,7 @@ ACCEPTED: dict[str, list[tuple[str, object]]] = {
     "the-root-of-the-volume": [("spec.source.path", ".")],
     "uneven": [("spec.parallelism", {"pipeline": 3}), ("spec.model.layersPerStage", [2, 1, 1])],
     "chunks": [("spec.parallelism", {"pipeline": 2, "virtualPipeline": 2}), ("spec.model.noopLayers", [3])],
+    "noop-beyond-the-model": [("spec.model.noopLayers", [3, 62, 63])],
     "one-path-on-two-volumes": [("spec.target", {"path": "ms", "volume": HOST})],
     "nfs": [("spec.source.volume", {"nfs": {"server": "s", "path": "/export"}})],
     "csi": [("spec.source.volume", {"csi": {"driver": "d", "volumeAttributes": {"a": "b"}}})],

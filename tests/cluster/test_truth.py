@@ -20,6 +20,7 @@ from helm import helm
 from statuses import check_status, kstatus
 
 TRACKER = "latest_checkpointed_iteration.txt"
+ALLOWS = ("podOverrides",)
 
 
 def running(words: list[str], checkpoint: Path) -> dict[str, Any]:

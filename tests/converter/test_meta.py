@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from archives import write_archive
-from ckpt2pt.errors import FormatError, MissingInputError, UnsafePickleError
+from ckpt2pt.errors import FormatError, InputError, MissingInputError, UnsafePickleError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.meta import RankMeta, data_parallel_size, metadata_files, read_arguments, read_rank_meta, read_template
 from ckpt2pt.pt.pickles import Global, Value, namespace, write_pickle
@@ -131,7 +131,7 @@ def test_a_group_of_no_ranks_is_no_group(tmp_path: Path) -> None:
 
 
 def refused(folder: Path, topology: Topology = VIRTUAL) -> str:
-    with pytest.raises((FormatError, MissingInputError)) as caught:
+    with pytest.raises((InputError, MissingInputError)) as caught:
         read(folder, topology)
     assert str(folder) in caught.value.where
     return caught.value.what

@@ -64,7 +64,7 @@ def test_uneven_stages_are_a_list(words: list[str]) -> None:
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--stage-list", "a,b"], ["--tp-size", "0"], ["--tp-size", "x"], ["--pp-size", "3"], ["--noop", "8"],
+        ["--stage-list", "a,b"], ["--tp-size", "0"], ["--tp-size", "x"], ["--pp-size", "3"], ["--noop", "-1"],
         ["--stage-list", "3,4", "--pp-size", "2"], ["--iteration", "0"], ["--iteration", "-1"], ["--process-limit", "0"],
         ["--process_timeout", "0"], ["--process_timeout", "nan"], ["--process_timeout", "1e30"], ["--target-dp-size", "0"], ["--src-model-format", "pt"], ["--unknown"], ["--verify", "x"],
         ["--num-layer", "4"], ["stray"],

@@ -94,7 +94,9 @@ def test_an_iteration_can_be_asked_for(iteration: int, tmp_path: Path) -> None:
 
 
 def test_an_iteration_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="iteration 91 is there 0 times; the checkpoints are of iterations 90, 105"):
+    with pytest.raises(
+        InputError, match="no checkpoint is of iteration 91; by what the files hold they are of iterations 90, 105"
+    ):
         survey(replace(saves(tmp_path, (0, 90), (1, 5)), iteration=91))
 
 
@@ -209,3 +211,39 @@ def test_metadata_of_another_user_names_who_may_read_it(closed: str, mode: int, 
     become_a_stranger()
     with pytest.raises(PermissionDeniedError, match=f"{Path(closed).name} belongs to uid {os.getuid()},"):
         survey(request)
+
+
+def renamed(folder: Path, old: str, new: str) -> None:
+    for path in list((folder / "ms").glob(f"rank_*/*-{old}.ckpt")):
+        path.rename(path.with_name(path.name.replace(old, new)))
+
+
+def test_a_name_that_says_another_step_is_told_with_those_that_hold_the_same(tmp_path: Path) -> None:
+    request = saves(tmp_path, (0, 90))
+    for name in ("0_300", "0_400"):
+        for path in list((tmp_path / "ms").glob("rank_*/*-0_90.ckpt")):
+            path.with_name(path.name.replace("0_90", name)).write_bytes(path.read_bytes())
+    chosen = survey(request)
+    assert chosen.clock.iteration == 90
+    assert chosen.clock.doubts == (
+        "the file is named 0_400, and holds step_num 90",
+        "n_rank_0-0_90.ckpt, n_rank_0-0_300.ckpt hold the same iteration: n_rank_0-0_400.ckpt was taken for its name",
+    )
+
+
+def test_an_iteration_that_only_a_name_says_is_not_there(tmp_path: Path) -> None:
+    request = saves(tmp_path, (0, 90), (0, 100))
+    renamed(tmp_path, "0_100", "0_400")
+    with pytest.raises(InputError, match=r"no checkpoint is of iteration 400; .* of iterations 90, 100 \(0_400\)"):
+        survey(replace(request, iteration=400))
+
+
+def test_an_iteration_that_two_checkpoints_hold_is_not_guessed(tmp_path: Path) -> None:
+    request = saves(tmp_path, (0, 90))
+    for path in list((tmp_path / "ms").glob("rank_*/*-0_90.ckpt")):
+        path.with_name(path.name.replace("0_90", "0_400")).write_bytes(path.read_bytes())
+    with pytest.raises(
+        InputError, match=r"2 checkpoints are of iteration 90; .* of iterations 90, 90 \(0_400\)"
+    ) as told:
+        survey(replace(request, iteration=90))
+    assert "move the files of all but one" in told.value.mend

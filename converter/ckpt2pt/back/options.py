@@ -91,7 +91,7 @@ def _add_import_run(parser: argparse.ArgumentParser) -> None:
 def import_request_of(options: argparse.Namespace) -> BackRequest:
     """The frozen request that the flags of ``import`` describe."""
     from ckpt2pt.back.request import BackRequest  # noqa: PLC0415
-    from ckpt2pt.ckpt.ranks import is_passed_by  # noqa: PLC0415
+    from ckpt2pt.ckpt.filenames import is_passed_by, rank_of_name  # noqa: PLC0415
     from ckpt2pt.request import Pace, rules_of  # noqa: PLC0415
 
     check_numbers(
@@ -114,6 +114,12 @@ def import_request_of(options: argparse.Namespace) -> BackRequest:
             f"--file-prefix is {prefix!r}: convert passes by {prefix}.{options.format}, which is no checkpoint by its name",
             where="the command line",
             mend="give another name, such as network; not that of a strategy, a breakpoint or a best checkpoint",
+        )
+    if rank_of_name(f"{prefix}.{options.format}"):
+        raise UsageError(
+            f"--file-prefix is {prefix!r}, which names a rank, and every rank's file gets this name",
+            where="the command line",
+            mend="give another name, such as network",
         )
     return BackRequest(
         source=options.megatron_path,

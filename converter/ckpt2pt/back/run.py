@@ -128,6 +128,8 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     """Import every rank; what an earlier run finished is kept."""
     began = time.monotonic()
     found = survey_back(request)
+    if found.topology.remark:
+        log.warning("%s", found.topology.remark)
     log.debug("iteration %d of %s, cut as %s", found.iteration, request.source, found.topology)
     for (tp, pp), folder in found.ranks.items():
         log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, folder, found.topology.source_rank(tp, pp))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.ckpt import index_file
+from ckpt2pt.ckpt.filenames import UNNAMED, When, check_rank, is_passed_by, when_of_name
 from ckpt2pt.ckpt.shards import check_ranks, join_shards, read_info
 from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.inputs import InputFile
@@ -28,9 +29,6 @@ from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
 
 SUFFIXES = ("ckpt", "safetensors")
-_NAMED = re.compile(r".*-(?P<epoch>\d{1,12})_(?P<step>\d{1,12})(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
-_GLOBAL = re.compile(r".*_rank_\d+_(?P<step>\d{1,12})(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
-_SKIPPED = re.compile(r"\..*|.*_best_rank_\d+-.*|.*_breakpoint\.ckpt|.*\.tmp|stratey\d+\.ckpt|strategy\d+\.ckpt")
 _MODEL = re.compile(r"(?:.*_)?model_optim_rng(?:_(?P<member>\d{3}))?(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
 _ITERATION = re.compile(r"iter_(\d{1,12})|release")
 _RANK = re.compile(r"rank_\d{1,9}")
@@ -38,9 +36,6 @@ _MODEL_RANK = re.compile(r"mp_rank_\d{2,}(?:_\d{3,})?")
 _TRACKER = "latest_checkpointed_iteration.txt"
 SHARD_INFO = "opt_shard_info"
 
-When = tuple[int, int]
-"""(epoch, step) as in a file's name; files without one share ``UNNAMED``."""
-UNNAMED: When = (-1, -1)
 Key = tuple[int, int]
 """(tp, pp)"""
 Wanted = tuple[str | None, bool]
@@ -77,11 +72,6 @@ class SourceFile:
 def rank_folder(root: Path, rank: int) -> Path:
     """``root/rank_R``."""
     return root / f"rank_{rank}"
-
-
-def is_passed_by(name: str) -> bool:
-    """Whether a file of this name is no checkpoint to go on from: hidden, a best one, a breakpoint, a strategy."""
-    return _SKIPPED.fullmatch(name) is not None
 
 
 def find_sources(
@@ -300,12 +290,6 @@ def choose(found: Iterable[When], reported: When | None) -> When:
     return reported if reported in whens else whens[-1]
 
 
-def when_of_name(name: str) -> When:
-    """(epoch, step) as a file's name tells them, ``UNNAMED`` if it does not."""
-    found = _NAMED.fullmatch(name) or _GLOBAL.fullmatch(name)
-    return (int(found.groupdict().get("epoch") or 0), int(found["step"])) if found else UNNAMED
-
-
 def candidates(folder: Path, wanted: Wanted) -> dict[When, SourceFile]:
     """The checkpoints of one rank folder; raises :class:`MissingInputError` for none, :class:`InputError` for two of one step."""
     found: dict[When, SourceFile] = {}
@@ -315,6 +299,7 @@ def candidates(folder: Path, wanted: Wanted) -> dict[When, SourceFile]:
             continue
         if "_dp_merged" in path.name and not wanted[1]:
             continue
+        check_rank(path)
         _take(found, SourceFile(path=path, when=when_of_name(path.name), merged="_dp_merged" in path.name))
     if not found:
         raise MissingInputError(
@@ -376,6 +361,7 @@ def _by_model_rank(
                     and wanted[0] in {None, path.suffix[1:]}
                     and (wanted[1] or not name["merged"])
                 ):
+                    check_rank(path)
                     _take(found[tp, pp, number], SourceFile(path=path, when=when, merged=bool(name["merged"])))
     missing = [member for member, files in found.items() if not files]
     if missing:
@@ -421,6 +407,7 @@ def _info_file(folder: Path, topology: Topology, key: Key) -> Path:
                 mend="leave the one of the run that wrote the shards",
             )
         if found:
+            check_rank(found[0])
             return found[0]
     raise MissingInputError(
         f"the ranks hold data-parallel shards, and nothing describes them: no {places[0]}/dist_opt_shard_info*.json",

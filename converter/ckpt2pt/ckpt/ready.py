@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Literal, cast
 
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.ckpt.ranks import UNNAMED, SourceFile, When, candidates, last_saved, rank_folder, when_of_name
+from ckpt2pt.ckpt.filenames import UNNAMED, When, shown, when_of_name
+from ckpt2pt.ckpt.ranks import SourceFile, candidates, last_saved, rank_folder
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, TimedOutError
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.system.files import read_all
 
-Kind = Literal["missing", "unfinished", "broken", "other"]
+Kind = Literal["absent", "missing", "unfinished", "broken", "other"]
 Choose = Callable[[Mapping[When, SourceFile]], When | None]
 """From the files of the first rank to the one that is wanted; None when it is not there (yet)."""
 
@@ -63,16 +65,23 @@ class Look:
 
     @property
     def sentence(self) -> str:
-        """``checkpoint 0_12 is not whole: rank_1 is at 0_10; rank_3 is missing``."""
+        """``checkpoint 0_12 is not whole: rank_1 is at 0_10; rank_3 is missing``; the folder is named while none is seen in it."""
         texts = [obstacle.text for obstacle in self.obstacles]
+        if any(obstacle.kind == "absent" for obstacle in self.obstacles):
+            return "; ".join(texts)
         more = f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-        which = f" {_shown(self.wanted)}" if self.wanted not in {None, UNNAMED} else ""
+        which = (
+            f" in {self.root}" if self.wanted is None else f" {shown(self.wanted)}" if self.wanted != UNNAMED else ""
+        )
         return f"checkpoint{which} is not whole: {'; '.join(texts[:_SHOWN])}{more}"
 
     def refusal(self, waited: float | None = None) -> Ckpt2ptError:
         """The error of a wait in vain: 66 when a rank is missing, 75 when it is only still being written, else 65."""
         kinds = {obstacle.kind for obstacle in self.obstacles}
         what = self.sentence if waited is None else f"after {waited:g} s the {self.sentence}"
+        if "absent" in kinds:
+            mend = "check spec.source.path (--ms-path): it is the folder that holds rank_0, rank_1, ..."
+            return MissingInputError(what, where=self.root, mend=mend)
         if "missing" in kinds:
             mend = (
                 "see that every rank has saved into this folder, check spec.parallelism (--tp-size --pp-size --dp-size "
@@ -119,6 +128,10 @@ class Watcher:
         self._settle, self._choose = settle_seconds, choose
         self._traces: dict[Path, _Trace] = {}
 
+    def is_there(self) -> bool:
+        """Whether the training output is there at all."""
+        return self._root.is_dir()
+
     def steps(self) -> list[When]:
         """(epoch, step) of the files under final names that every rank has; oldest first."""
         first, *others = (set(self._files(self._topology.source_rank(*key))) for key in self._topology.ranks())
@@ -137,6 +150,8 @@ class Watcher:
 
     def look(self, wanted: When | None = None) -> Look:
         """What is there now, of ``wanted`` where it is given.  Raises :class:`InputError` where a rank has two files of one step."""
+        if not self.is_there():
+            return self._lacks(None, [Obstacle(kind="absent", text=f"source folder {self._root} is not there")])
         ranks = [self._topology.source_rank(*key) for key in self._topology.ranks()]
         files = {rank: self._files(rank) for rank in ranks}
         writing = {rank: _temporary(rank_folder(self._root, rank)) for rank in ranks}
@@ -178,7 +193,7 @@ class Watcher:
         for path in sorted((self._root / "opt_shard_info" / f"rank_{rank}").glob("dist_opt_shard_info*.json")):
             try:
                 # The training does not truncate it, so that a longer, older text may stand behind (docs/format-ckpt.md).
-                text = path.read_bytes()[:_MAX_JSON_BYTES].decode(errors="replace")
+                text = read_all(path, _MAX_JSON_BYTES).decode(errors="replace")
                 document: object = json.JSONDecoder().raw_decode(text.lstrip())[0]
             except (OSError, ValueError, RecursionError):
                 continue
@@ -240,7 +255,7 @@ class Watcher:
         reported = last_saved(self._root, self._topology)
         if reported in {None, wanted} or wanted == UNNAMED:
             return []
-        return [Obstacle(kind="other", text=f"meta.json of the ranks still says {_shown(reported)}")]
+        return [Obstacle(kind="other", text=f"meta.json of the ranks still says {shown(reported)}")]
 
 
 def _temporary(folder: Path) -> dict[When, str]:
@@ -253,9 +268,5 @@ def _temporary(folder: Path) -> dict[When, str]:
 
 
 def _has(rank: int, files: Mapping[When, SourceFile], otherwise: str) -> str:
-    there = ", ".join(_shown(when) for when in sorted(files)[-3:])
+    there = ", ".join(shown(when) for when in sorted(files)[-3:])
     return f"rank_{rank} is at {there}{', ' if otherwise else ''}{otherwise}" if there else f"rank_{rank} has none yet"
-
-
-def _shown(when: When | None) -> str:
-    return "a file without a step in its name" if when is None or when == UNNAMED else f"{when[0]}_{when[1]}"

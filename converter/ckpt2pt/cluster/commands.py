@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.ckpt.ranks import When
+from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.ckpt.ready import Watcher
 from ckpt2pt.cluster.api import Api, Json
 from ckpt2pt.cluster.control import cancel, log_of_stage, retry

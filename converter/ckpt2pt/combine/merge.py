@@ -19,10 +19,9 @@ from typing import cast
 
 from ckpt2pt import __version__
 from ckpt2pt.ckpt import index_file, prove_sources, read_scalar
+from ckpt2pt.ckpt.filenames import UNNAMED, When
 from ckpt2pt.ckpt.ranks import (
-    UNNAMED,
     SourceFile,
-    When,
     choose,
     find_groups,
     find_sources,
@@ -33,13 +32,14 @@ from ckpt2pt.ckpt.ranks import (
 )
 from ckpt2pt.ckpt.shards import check_covered, has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
+from ckpt2pt.combine.described import MODEL_RANK, described_topology, descriptions
 from ckpt2pt.combine.outcome import Combined
 from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, write_files
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, TryAgainError, UsageError
-from ckpt2pt.folders import layout_of
-from ckpt2pt.mapping.names import MOMENTS
+from ckpt2pt.mapping.names import MOMENTS, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
+from ckpt2pt.plan.clock import name_contradiction
 from ckpt2pt.plan.entries import Entry, text_entry
 from ckpt2pt.plan.moves import Move
 from ckpt2pt.publish import (
@@ -55,10 +55,10 @@ from ckpt2pt.survey import agree, changed, facts_of, inputs_of
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
+from ckpt2pt.verify.copies import copied_ranks, remark
 
 log = logging.getLogger("ckpt2pt")
 
-_INFO = "dist_opt_shard_info*.json"
 # Flags of convert, as the rooms that both use name them in their mends, and what they are called here.
 _FLAGS = {
     "spec.source.path (--ms-path)": "--checkpoint-dir",
@@ -70,7 +70,6 @@ _FLAGS = {
     "check spec.parallelism.data and context (--dp-size --cp-size)": "copy all of it",
     "choose a checkpoint that every rank has finished (spec.source.iteration, --iteration), or remove": "remove",
 }  # fmt: skip
-_MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MOMENTS = (*(f"{moment}." for moment in MOMENTS), "max_exp_avg_sq.", "moments.")
 # What the reference leaves out with the moments, but by whole names: it looks for "step" and "epoch" anywhere in them.
 _PROGRESS = re.compile(
@@ -121,7 +120,7 @@ class Merge:
         return Pace(workers=self.asked.workers, in_process=self.asked.in_process)
 
     def manifest(self, rank: Rank) -> Path:
-        """What tells whose a group's files are."""
+        """Where the record of a merged group is."""
         name = f"rank_{self.topology.source_rank(*rank)}-{_step(self.files[rank])}.json"
         return self.asked.output / STATE / "combined" / name
 
@@ -273,6 +272,8 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
     checksums = Counter[str]()
     for rank in chosen:
         checksums.update(cast("dict[str, int]", (read_record(merge.manifest(rank)) or {}).get("sourceChecksums", {})))
+    for remarked in _copies(merge, chosen):
+        log.warning("%s", remarked)
     return Combined(
         output=str(asked.output),
         when=when,
@@ -283,6 +284,21 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
         seconds=time.monotonic() - began,
         source_checksums=checksums,
     )
+
+
+def _copies(merge: Merge, chosen: list[Rank]) -> list[str]:
+    """Groups of one stage that were merged to the same bits."""
+    digests: dict[Rank, Json] = {}
+    for rank in chosen if merge.topology.tensor > 1 else ():
+        tensors = cast("Json", (read_record(merge.manifest(rank)) or {}).get("tensors", {}))
+        digests[rank] = {name: crc for name, crc in tensors.items() if not name.startswith(_MOMENTS)}
+
+    def weights(rank: Rank) -> list[TensorRef]:
+        index = index_source(merge.files[rank], merge.topology.group(*rank))
+        return [ref for name, ref in index.items() if is_split(name) and not name.startswith(_MOMENTS)]
+
+    found = copied_ranks(digests, weights)
+    return [remark(group, lambda rank: merge.files[rank].path) for group in found]
 
 
 def _in_section(rank: int, section: tuple[int, int] | None) -> bool:
@@ -303,8 +319,8 @@ def _own_words() -> Generator[None]:
 
 def choose_groups(asked: Combination) -> Merge:
     """The groups that the descriptions tell of, at the newest step that all their ranks have."""
-    infos = _descriptions(asked.strategy)
-    if any(_MODEL_RANK.fullmatch(name) for name in infos):  # whose degrees do not tell what is missing
+    infos = descriptions(asked.strategy)
+    if any(MODEL_RANK.fullmatch(name) for name in infos):  # whose degrees do not tell what is missing
         _check_described(asked, None, set())
     topology = described_topology(asked.strategy)
     found = find_sources(asked.source, topology, wanted_format=asked.source_format, merged=False)
@@ -328,72 +344,21 @@ def choose_groups(asked: Combination) -> Merge:
     facts = {path: facts_of(index_file(path)) for file in files.values() for path in file.paths}
     agree(facts, asked.source)
     path, told = next(iter(facts.items()))
-    for doubt in doubts(when, told):
-        log.warning("%s %s", path, doubt)
+    misnamed = name_contradiction(None if when == UNNAMED else when, told)
+    if misnamed:
+        log.warning("%s is %s: the merged file keeps the name, and convert goes by what the file holds", path, misnamed)
     return Merge(asked, topology, files)
-
-
-def doubts(named: When, facts: Mapping[str, float]) -> list[str]:
-    """Where a file contradicts the epoch and step of its name; ``facts`` as of :func:`facts_of`."""
-    wanted = {"epoch_num": named[0], "step_num": named[1], "iteration": named[1]}
-    return [
-        f"is named {named[0]}_{named[1]}, and holds {entry} {facts[entry]:g}: the merged file keeps the name, and convert "
-        "goes by what the file holds"
-        for entry, value in wanted.items()
-        if named != UNNAMED and facts.get(entry, value) != value
-    ]
 
 
 def _check_described(asked: Combination, when: When | None, described: set[str]) -> None:
     """Refuse folders of shards that nothing describes: part of the model would be left out."""
-    found = surplus(asked.source, when, described.union(_descriptions(asked.strategy)))
+    found = surplus(asked.source, when, described.union(descriptions(asked.strategy)))
     if found:
         raise MissingInputError(
             f"{len(found)} folders of --checkpoint-dir hold shards that nothing describes: {', '.join(found[:8])}",
             where=asked.strategy,
             mend="copy the whole opt_shard_info folder of the training, or move what another run has left away",
         )
-
-
-def _descriptions(strategy: Path) -> dict[str, Path]:
-    """By the names of their folders, ``rank_R`` or ``mp_rank_T_P``."""
-    try:
-        infos = {path.parent.name: path for path in sorted(strategy.glob(f"*/{_INFO}"))}
-    except OSError as error:
-        raise access_error(error, strategy, "listing", option="--strategy-dir") from error
-    if not infos:
-        raise MissingInputError(
-            f"no */{_INFO} there",
-            where=strategy,
-            mend="point --strategy-dir at the opt_shard_info folder of the training",
-        )
-    return infos
-
-
-def described_topology(strategy: Path) -> Topology:
-    """Degrees from the folders that hold descriptions, and the first one's list of ranks."""
-    infos = _descriptions(strategy)
-    data = len(read_info(next(iter(infos.values()))).ranks)
-    ranks = sorted(int(name[5:]) for name in infos if re.fullmatch(r"rank_\d{1,9}", name))
-    models = [found for name in infos if (found := _MODEL_RANK.fullmatch(name))]
-    layout: Topology | None
-    if models:
-        tensor = 1 + max(int(found[1]) for found in models)
-        pipeline = 1 + max(int(found[2] or 0) for found in models)
-        layout = Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline)
-    else:
-        layout = layout_of(ranks)
-    if layout is not None:
-        made = replace(layout, data=data)
-        wanted = len(models) or [made.source_rank(*rank) for rank in made.ranks()]
-        if wanted in (ranks, made.tensor * made.pipeline):
-            return made
-    raise InputError(
-        f"descriptions are there for {', '.join(list(infos)[:8])}, the first of {data} ranks: "
-        "they are not the first ranks of equal groups",
-        where=strategy,
-        mend="copy the whole opt_shard_info folder of the training, and nothing else into it",
-    )
 
 
 def merged_entries(index: Mapping[str, TensorRef], *, optimizer: bool) -> list[Entry]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ckpt2pt.ckpt.ranks import When
+from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.records import Json
 from ckpt2pt.run import checksums_told
 

@@ -371,7 +371,7 @@ def convert_args(conversion: Conversion, mounts: Mapping[str, str], *, ended: st
         "--process-limit", conversion.workers.processes,
     ]  # fmt: skip
     given: dict[str, object] = {
-        "--noop": sorted(cut.noop),
+        "--noop": sorted(cut.noop | cut.ignored_noop),
         "--stage-list": ",".join(map(str, cut.layers_per_stage or ())),
         "--rules": json.dumps(conversion.rules) if conversion.rules else None,
         "--opt-shard-info-path": Place(volume={}, path=conversion.shard_info).below(mounts["source"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -18,6 +19,8 @@ from ckpt2pt.show.progress import reporter
 from ckpt2pt.worker.account import Account, Both
 from ckpt2pt.worker.endpoint import served
 from ckpt2pt.worker.waiting import wait_until_whole
+
+log = logging.getLogger("ckpt2pt")
 
 Show = Callable[[object, str, argparse.Namespace], None]
 
@@ -38,6 +41,8 @@ def watch_command(options: argparse.Namespace, show: Show, build: Callable[[], a
 
     def hear(outcome: Outcome, removed: list[int]) -> None:
         account.converted(outcome)
+        for remark in outcome.remarks:
+            log.warning("%s", remark)
         text = outcome.sentence() + (f"\nremoved the results of iterations {removed}" if removed else "")
         show({**outcome.document(), "removed": removed}, text, options)
 
@@ -54,7 +59,12 @@ def watch_command(options: argparse.Namespace, show: Show, build: Callable[[], a
         patience = options.readiness_timeout if options.once else 0.0
         late = _late(request, patience, how.settle, account)
         code = watch(
-            request, how, reporter=lambda: Both(account, reporter(options.progress)), hear=hear, lament=account.lament
+            request,
+            how,
+            reporter=lambda: Both(account, reporter(options.progress)),
+            hear=hear,
+            lament=account.lament,
+            wait=account.wait,
         )
     if late is not None and not code:
         raise late

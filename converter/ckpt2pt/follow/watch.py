@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from ckpt2pt.ckpt.ranks import When
+from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.ckpt.ready import Look, Watcher
 from ckpt2pt.crew import Reporter
 from ckpt2pt.errors import RETRIED, Ckpt2ptError, InterruptedRunError, MissingInputError, SetupError
@@ -44,6 +44,9 @@ class _Memory:
     """What this process knows of checkpoints: those that are done with, and what was said of the others."""
 
     lament: Callable[[Ckpt2ptError], None]
+    wait: Callable[[str], None]
+    idle: str = ""
+    converted: int = 0
     done: set[When] = field(default_factory=set[When])
     told: dict[When, str] = field(default_factory=dict[When, str])
     errors: list[Ckpt2ptError] = field(default_factory=list[Ckpt2ptError])
@@ -56,31 +59,40 @@ def watch(
     reporter: Callable[[], Reporter],
     hear: Callable[[Outcome, list[int]], None],
     lament: Callable[[Ckpt2ptError], None] = lambda _: None,
+    wait: Callable[[str], None] = lambda _: None,
 ) -> int:
     """Until a signal comes, or for one round; ``hear`` is told each result and the iterations removed after it,
-    ``lament`` why a checkpoint is not converted.
+    ``lament`` why a checkpoint is not converted, ``wait`` that there is none yet.
+
+    A source folder that is not there may appear later, and is waited for; one round ends with :class:`MissingInputError`.
 
     Returns 0, or the exit code of the last error of a single round.  Raises what ends it.
     """
     watcher = Watcher(request.source, request.topology, wanted_format=request.source_format, settle_seconds=how.settle)
-    memory = _Memory(lament)
+    memory = _Memory(lament, wait)
     while True:
         memory.errors.clear()
-        whole, lacking = _look(watcher, how, memory)
+        if how.once and not watcher.is_there():
+            raise watcher.look().refusal()
+        whole, lacking, writing = _look(watcher, how, memory)
+        if whole:
+            memory.wait("")
         for when in whole[-how.keep :]:  # all of them when keep is 0
             _convert(replace(request, when=when, iteration=None), how, memory, reporter=reporter, hear=hear)
         _tell(lacking, max(whole, default=None), how, memory)
+        if not (memory.converted or memory.errors or lacking):
+            _tell_idle(watcher, bool(whole), writing, how, memory)
         if how.once:
             return memory.errors[-1].exit_code if memory.errors else 0
         time.sleep(how.interval)
 
 
-def _look(watcher: Watcher, how: Following, memory: _Memory) -> tuple[list[When], dict[When, Look]]:
-    """Whole checkpoints to convert, and what the others lack, each oldest first.
+def _look(watcher: Watcher, how: Following, memory: _Memory) -> tuple[list[When], dict[When, Look], list[Look]]:
+    """Whole checkpoints to convert, what the others lack, and those that are being written, each oldest first.
 
-    One that is being written is neither: a file that changed just now may be followed by those of other ranks.
+    A file that changed just now may be followed by those of other ranks.
     """
-    whole, lacking = list[When](), dict[When, Look]()
+    whole, lacking, unsettled = list[When](), dict[When, Look](), list[Look]()
     try:
         steps, begun = watcher.steps(), watcher.begun()
         for when in sorted({*steps, *begun} - memory.done):
@@ -90,12 +102,27 @@ def _look(watcher: Watcher, how: Following, memory: _Memory) -> tuple[list[When]
                 whole.append(when)
             elif seen.rested >= how.settle or not (writing or when in begun):
                 lacking[when] = seen
+            else:
+                unsettled.append(seen)
     except InterruptedRunError:
         raise
     except Ckpt2ptError as error:
         _note(error, (-1, -1), how, memory)
-        return [], {}
-    return whole, lacking
+        return [], {}, []
+    return whole, lacking, unsettled
+
+
+def _tell_idle(watcher: Watcher, whole: bool, writing: list[Look], how: Following, memory: _Memory) -> None:
+    """Say why nothing was converted: of one round always, of a watch while there is no checkpoint at all."""
+    idle = ""
+    if not (whole or writing or memory.done):
+        idle = watcher.look().sentence
+    elif how.once:
+        idle = writing[-1].sentence if writing else "every checkpoint that is there was converted before"
+    memory.wait(idle)
+    if idle and idle != memory.idle:
+        log.info("nothing is converted: %s" if how.once else "waiting: %s", idle)
+    memory.idle = idle
 
 
 def _tell(lacking: dict[When, Look], whole: When | None, how: Following, memory: _Memory) -> None:
@@ -125,6 +152,7 @@ def _convert(
             return
         outcome = run(request, range(request.topology.pipeline), reporter())
         memory.done.add(when)
+        memory.converted += 1
         hear(outcome, prune(request, how.keep))
         if outcome.asked_to_stop:
             raise outcome.asked_to_stop

@@ -51,6 +51,16 @@ _TIED_HEAD_SOURCES = (f"{_OUTPUT}.weight", *sorted(_TIED_HEAD_SPELLINGS), f"{_EM
 HAS_EXTRA_STATE = frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h", "output_layer"})
 """Modules whose ``_extra_state`` (None) Megatron 0.6 saves after the module's own parameters."""
 
+# Of these each tensor-parallel rank holds another part; of norms, biases of rows and learned positions all hold the same.
+_SPLIT = HAS_EXTRA_STATE | {
+    "word_embeddings",
+    "word_embeddings_for_head",
+    "qkv_proj",
+    "out_proj",
+    "mapping",
+    "projection",
+}
+
 Role = Literal["param", "exp_avg", "exp_avg_sq", "ignored"]
 MOMENTS: dict[str, Role] = {
     "exp_avg": "exp_avg", "adam_m": "exp_avg", "moment1": "exp_avg",
@@ -82,6 +92,12 @@ _LAYERS = "language_model.encoder.layers."
 _LAYER = re.compile(r"language_model\.encoder\.layers\.(\d{1,9})(?:_pp\w+)?\.(.+)")
 _NEIGHBOURS, _LONGEST = 32, 512
 _PREFIX = re.compile(r"\A(?:module|model\d*)\.")
+
+
+def is_split(name: str) -> bool:
+    """Whether a parameter (Megatron's name or MindSpore's) is a matrix of which each tensor-parallel rank holds another part."""
+    module, _, leaf = name.rpartition(".")
+    return leaf == "weight" and module.rpartition(".")[2] in _SPLIT
 
 
 @dataclass(frozen=True, slots=True)

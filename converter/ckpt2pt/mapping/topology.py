@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckpt2pt.errors import UsageError
 
@@ -31,6 +31,8 @@ class Topology:
     context: int = 1
     noop: frozenset[int] = frozenset()
     layers_per_stage: tuple[int, ...] | None = None
+    ignored_noop: frozenset[int] = field(default=frozenset(), init=False, compare=False)
+    """No-op layers that were given and do not exist, as the reference's own example gives 62 and 63 of 8."""
 
     def __post_init__(self) -> None:
         degrees = {
@@ -52,12 +54,16 @@ class Topology:
                 f"the degrees multiply to {ranks} ranks, more than {MAX_RANKS}",
                 "set tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) to those of the training",
             )
-        outside = sorted(layer for layer in self.noop if not 0 <= layer < self.num_layers)
-        if outside:
+        negative = sorted(layer for layer in self.noop if layer < 0)
+        if negative:
             raise _refused(
-                f"no-op layers {outside} do not exist among {self.num_layers} layers",
+                f"no-op layers {negative} are below 0",
                 f"give spec.model.noopLayers (--noop) numbers from 0 to {self.num_layers - 1}",
             )
+        # The metadata proves which layers there are, so a number beyond them changes nothing.
+        beyond = frozenset(layer for layer in self.noop if layer >= self.num_layers)
+        object.__setattr__(self, "noop", self.noop - beyond)
+        object.__setattr__(self, "ignored_noop", beyond)
         if len(self.noop) == self.num_layers:
             raise _refused("every layer is a no-op layer", "list fewer layers in spec.model.noopLayers (--noop)")
         self._check_split()
@@ -89,6 +95,12 @@ class Topology:
                 f"layersPerStage {list(counts)} adds up to {sum(counts)} layers, not {self.num_layers}",
                 "make spec.model.layersPerStage (--stage-list) add up to spec.model.numLayers (--num-layers)",
             )
+
+    @property
+    def remark(self) -> str:
+        """A warning about no-op layers that do not exist; empty when all do."""
+        names = ", ".join(map(str, sorted(self.ignored_noop)))
+        return names and f"no-op layers {names} are ignored: there are only layers 0 to {self.num_layers - 1}"
 
     def slots(self, pp: int, vpp: int) -> range:
         """Global layer slots of one chunk; local slot 0 is the first of them.

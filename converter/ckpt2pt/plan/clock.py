@@ -58,9 +58,27 @@ def read_clock(
         for why, value in known.items()
         if value != iteration and not (why == "state_step" and value == iteration - 1)
     )
+    misnamed = name_contradiction(named, facts)
+    if misnamed:
+        doubts += (f"the file is {misnamed}",)
     if samples is None and global_batch_size:
         samples = iteration * global_batch_size
     return Clock(iteration=iteration, samples=samples, because=because, doubts=doubts)
+
+
+def name_contradiction(named: tuple[int, int] | None, facts: Mapping[str, float]) -> str:
+    """``named 0_400, and holds step_num 2`` where a file contradicts its name; empty where it does not.
+
+    A name without an epoch (``named`` has 0) may count the steps of all epochs: ``iter_0000400``, ``network_rank_0_400``.
+    """
+    if named is None:
+        return ""
+    epoch, step = named
+    if not epoch and step in {facts.get(entry) for entry in ("iteration", "state_step", "global_step")}:
+        return ""
+    wanted = {"epoch_num": epoch, "step_num": step} | ({} if epoch else {"iteration": step})
+    held = [f"{entry} {facts[entry]:g}" for entry, value in wanted.items() if facts.get(entry, value) != value]
+    return f"named {epoch}_{step}, and holds {' and '.join(held)}" if held else ""
 
 
 def _positive(value: float | None) -> int | None:

@@ -112,7 +112,7 @@ class StagePlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankInput:
-    """What was found for one rank: the index of its file, the time it tells, and its metadata."""
+    """What was found for one rank: the index of its file, the time it tells, and its metadata with the folder it is from."""
 
     tp: int
     pp: int
@@ -123,6 +123,7 @@ class RankInput:
     sizes: Mapping[str, int | bool]
     params_dtype: str
     tied: bool
+    metadata: str = ""
     first_stage: Mapping[str, TensorRef] | None = None
     """Index of the first stage's file at the same tp, for a last stage without a copy of the tied embeddings."""
     stated: Statement = Statement()  # noqa: RUF009 - frozen
@@ -131,7 +132,7 @@ class RankInput:
 def plan_rank(found: RankInput, topology: Topology, table: NameTable, *, full: bool) -> RankPlan:
     """Match every target slot with its source tensor, or raise naming what does not match."""
     source = _Source(found, table)
-    check_layers(found.chunks, topology, pp=found.pp, where=found.source)
+    check_layers(found.chunks, topology, pp=found.pp, where=found.metadata or found.source)
     chunks = tuple(_plan_chunk(chunk, found, source, topology, table, full=full) for chunk in found.chunks)
     if full and not all(chunk.buffer for chunk in chunks if chunk.weights):
         raise FormatError(

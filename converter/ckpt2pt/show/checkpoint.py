@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.ckpt import index_file, read_scalar, states_checksum
-from ckpt2pt.ckpt.ranks import UNNAMED, choose, find_sources, last_saved
+from ckpt2pt.ckpt.filenames import UNNAMED
+from ckpt2pt.ckpt.ranks import choose, find_sources, last_saved
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
 from ckpt2pt.folders import SUFFIXES, checkpoint_files, iteration_name, layout_of
 from ckpt2pt.inputs import read_whole

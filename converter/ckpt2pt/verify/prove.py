@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from ckpt2pt.ckpt import prove_sources, states_checksum
 from ckpt2pt.errors import MissingInputError, VerificationError
@@ -22,6 +22,7 @@ from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey, survey, target_of
 from ckpt2pt.text import size, table
+from ckpt2pt.verify.copies import copies_in_stage
 from ckpt2pt.verify.examine import MODEL_FILE, OPTIM_FILE, Difference, Examination, Opener
 from ckpt2pt.verify.leaves import Files, open_pt
 from ckpt2pt.verify.manifests import digest_files, published, recorded, surplus
@@ -41,6 +42,7 @@ class Report:
     checked_bytes: int
     ranks: int = 1
     source_checksums: Mapping[str, int] = field(default_factory=dict[str, int])
+    warnings: tuple[str, ...] = ()
 
     def document(self) -> Json:
         """For ``--output json``."""
@@ -64,6 +66,7 @@ class Report:
                 }
                 for d in self.differences
             ],
+            "warnings": list(self.warnings),
         }
 
     def render(self) -> str:
@@ -81,7 +84,7 @@ class Report:
         verified = self.source_checksums.get("verified", 0)
         what["full"] += f", the checksums of {verified} source files" if verified else ""
         done = f"{self.folder}: {self.ranks} ranks, {what[self.level]}, {size(self.checked_bytes)} read: {verdict}"
-        return "\n".join([*lines, *([""] if lines else []), done])
+        return "\n".join([*lines, *([""] if lines else []), *(f"warning: {each}" for each in self.warnings), done])
 
     def raise_differences(self) -> None:
         """Raise :class:`VerificationError` naming the first few; nothing when there are none."""
@@ -138,7 +141,8 @@ def verify_target(
         reports = [verify_rank(request, chosen, rank, target.folder, reader=reader) for rank in ranks]
     names = (MODEL_FILE, OPTIM_FILE) if request.full else (MODEL_FILE,)
     listed = {f"{topology.directory(*rank)}/{name}" for rank in topology.ranks() for name in names}
-    return _joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
+    report = _joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
+    return replace(report, warnings=tuple(one for pp in stages for one in copies_in_stage(request, chosen, pp)))
 
 
 def verify_records(path: Path) -> Report:
@@ -146,7 +150,14 @@ def verify_records(path: Path) -> Report:
     result = recorded(path)
     reports = [_digests(result.target, rank) for rank in result.ranks]
     found = [*published(result.target, range(result.target.stages)), *surplus(result.target, result.files)]
-    return _joined(result.target, "digest", found, reports)
+    warnings = tuple(one for pp in range(result.target.stages) for one in _noted(result.target, pp))
+    return replace(_joined(result.target, "digest", found, reports), warnings=warnings)
+
+
+def _noted(target: Target, pp: int) -> list[str]:
+    """What the conversion warned of."""
+    noted = (target.stage_manifest(pp) or {}).get("warnings")
+    return [str(one) for one in cast("list[object]", noted)] if isinstance(noted, list) else []
 
 
 def _digests(target: Target, rank: Rank) -> Report:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.ckpt.ranks import UNNAMED, choose, find_groups, find_sources, last_saved, rank_folder
+from ckpt2pt.ckpt.filenames import UNNAMED
+from ckpt2pt.ckpt.ranks import choose, find_groups, find_sources, last_saved, rank_folder
 from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
 from ckpt2pt.mapping.topology import Topology
 

@@ -65,10 +65,20 @@ def test_a_rank_that_is_missing(root: Path) -> None:
 
 
 def test_nothing_is_there_yet(tmp_path: Path) -> None:
-    seen = look(tmp_path / "none")
+    seen = look(tmp_path)
     assert (seen.wanted, len(seen.obstacles)) == (None, 4)
-    assert seen.sentence.startswith("checkpoint is not whole: rank_0 is missing; ")
+    assert seen.sentence.startswith(f"checkpoint in {tmp_path} is not whole: rank_0 is missing; ")
     assert seen.refusal(1).exit_code == 66
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    seen = look(tmp_path / "none")
+    assert (seen.ready, seen.broken) == (False, False)
+    assert seen.sentence == f"source folder {tmp_path / 'none'} is not there"
+    error = seen.refusal(3)
+    assert isinstance(error, MissingInputError)
+    assert error.what == f"after 3 s the source folder {tmp_path / 'none'} is not there"
+    assert "--ms-path" in error.mend
 
 
 def test_a_rank_at_another_step(root: Path) -> None:
@@ -193,7 +203,7 @@ def test_a_chosen_checkpoint_is_all_that_counts(root: Path) -> None:
     assert look(root, choose=lambda _: (0, 12)).ready
     assert look(root, choose=lambda _: (0, 20)).sentence.startswith("checkpoint 0_20 is not whole: rank_1 is at 0_12;")
     none = look(root, choose=lambda _: None)
-    assert none.sentence == "checkpoint is not whole: rank_0 is at 0_12, 0_20, not that one"
+    assert none.sentence == f"checkpoint in {root} is not whole: rank_0 is at 0_12, 0_20, not that one"
     assert none.refusal(1).exit_code == 66
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from apiserver import Answer, Server
-from ckpt2pt.cli import kubectl, main
+from ckpt2pt.cli import main
 from ckpt2pt.cluster import commands
 from ckpt2pt.cluster.api import Connection
 from ckpt2pt.conversion.template import name_for
+from ckpt2pt.programs.kubectl import kubectl
 from ckptfiles import Tensor, ckpt
 from documents import changed, write
 

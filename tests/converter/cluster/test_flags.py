@@ -6,7 +6,8 @@ import argparse
 
 import pytest
 
-from ckpt2pt.cli import build_kubectl_parser, build_parser, kubectl
+from ckpt2pt.cli import build_parser
+from ckpt2pt.programs.kubectl import build_kubectl_parser, kubectl
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

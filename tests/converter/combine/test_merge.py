@@ -14,7 +14,7 @@ import pytest
 
 from checked import checked
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.combine.merge import Combination, combine, described_topology
+from ckpt2pt.combine.merge import Combination, combine
 from ckpt2pt.engine.write import write_files
 from ckpt2pt.errors import (
     Ckpt2ptError,
@@ -368,12 +368,3 @@ def test_the_manifest_names_inputs_and_digests(tmp_path: Path) -> None:
         "dist_opt_shard_info_rank_2-0_0.json",
     ]
     assert len(document["tensors"]) == len(index_file(tmp_path / document["files"][0]["path"]))
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_degrees_are_read_from_the_descriptions(case: str, tmp_path: Path) -> None:
-    made = made_in(tmp_path, case)
-    found, wanted = described_topology(tmp_path / "ms" / "opt_shard_info"), made.topology
-    assert (found.tensor, found.pipeline, found.data) == (
-        wanted.tensor, wanted.pipeline, wanted.data * wanted.context,
-    )  # fmt: skip

@@ -72,9 +72,36 @@ def once(training: Training, *more: str) -> int:
     return cli.main(["watch", "--once", *training.flags(), *more])
 
 
-def test_nothing_to_do_is_no_error(training: Training) -> None:
+def test_nothing_to_do_is_no_error_and_is_said(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
+    training.source.mkdir(exist_ok=True)
     assert once(training) == 0
     assert training.results() == []
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        f"ckpt2pt: nothing is converted: checkpoint in {training.source} is not whole: rank_0 is missing"
+    )
+
+
+def test_one_round_of_a_folder_that_is_not_there_ends_at_once(
+    training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(training.source, ignore_errors=True)
+    for more in ([], ["--readiness-timeout", "0.2"], ["--stop-on-error"]):
+        assert once(training, *more) == 66
+        told = capsys.readouterr().err
+        assert f"source folder {training.source} is not there" in told
+        assert "--ms-path" in told
+
+
+def test_a_checkpoint_that_is_there_already_is_said(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
+    training.save(10)
+    once(training, "--settle", "0")
+    capsys.readouterr()
+    assert once(training, "--settle", "0") == 0
+    assert (
+        capsys.readouterr().err
+        == "ckpt2pt: nothing is converted: every checkpoint that is there was converted before\n"
+    )
 
 
 def test_each_whole_checkpoint_is_converted_and_the_last_are_kept(
@@ -111,12 +138,14 @@ def test_of_many_old_checkpoints_only_those_that_are_kept_are_converted(training
     assert training.results() == ["iter_0000030", TRACKER]
 
 
-def test_one_that_is_being_written_is_left_alone(training: Training) -> None:
+def test_one_that_is_being_written_is_left_alone(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
     training.save(10)
     [file] = (training.source / "rank_1").glob("*.ckpt")
     file.chmod(0o600)
     assert once(training) == 0
     assert training.results() == []
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("ckpt2pt: nothing is converted: checkpoint 0_10 is not whole: rank_1 may still be written")
     assert once(training, "--settle", "0") == 0
     assert training.results() == ["iter_0000010", TRACKER]
 
@@ -165,7 +194,8 @@ def test_an_incomplete_checkpoint_is_told_when_it_has_rested(
         [file] = (training.source / "rank_1").glob("*-0_20.ckpt")
         file.rename(file.with_suffix(".tmp"))
     assert once(training) == 0, "others may still come"
-    assert "20 is not whole" not in capsys.readouterr().err
+    idle = "nothing is converted: checkpoint 0_20 is not whole" in capsys.readouterr().err
+    assert idle == (left == "rank"), "said when nothing else was done"
     rest(training)
     code, text = {
         "rank": (66, "rank_1 is missing"),
@@ -208,6 +238,40 @@ def test_a_follower_tells_what_is_broken_once_and_its_status_until_one_succeeds(
     assert ["rank_1 is broken" in record.getMessage() for record in caplog.records].count(True) == 1
     assert heard == [20]
     assert laments == [65, 65, 65], "after a success no more"
+
+
+def test_a_follower_waits_for_its_source_and_says_so_once(
+    training: Training, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO", logger="ckpt2pt")
+    request = request_of(cli.build_parser().parse_args(["watch", *training.flags()]))
+    rounds = iter([None, training.source.mkdir, None, lambda: training.save(10)])
+    waits: list[str] = []
+    heard: list[int] = []
+
+    def pause(_: float) -> None:
+        happens = next(rounds, "end")
+        if happens == "end":
+            raise InterruptedRunError("enough", where="here", mend="none")
+        if callable(happens):
+            happens()
+
+    monkeypatch.setattr("ckpt2pt.follow.watch.time.sleep", pause)
+    with pytest.raises(InterruptedRunError, match="enough"):
+        watch(
+            request,
+            Following(),
+            reporter=Quiet,
+            hear=lambda outcome, _: heard.append(outcome.target.iteration),
+            wait=waits.append,
+        )
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        f"waiting: source folder {training.source} is not there",
+        f"waiting: checkpoint in {training.source} is not whole: rank_0 is missing; rank_1 is missing",
+    ]
+    assert heard == [10]
+    assert waits[-1] == "", "with a checkpoint there is nothing to wait for"
 
 
 def test_what_is_incomplete_ends_no_watch_and_what_is_broken_does(
@@ -293,7 +357,7 @@ def test_a_document_says_how_the_training_is_followed(training: Training, tmp_pa
 
 def test_without_flags_it_says_which_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["watch", "--once"]) == 64
-    assert "--num-layers is missing" in capsys.readouterr().err
+    assert "--ms-path is missing" in capsys.readouterr().err
 
 
 def test_a_last_look_that_finds_nothing_new_tells_what_is_converted_already(training: Training, tmp_path: Path) -> None:

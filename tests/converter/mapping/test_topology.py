@@ -55,8 +55,8 @@ def test_the_folder_has_a_pipeline_suffix_only_when_there_are_stages(pipeline: i
         pytest.param({"num_layers": 7, "pipeline": 2}, "7 layers do not divide", id="layers-not-divisible"),
         pytest.param({"num_layers": 0}, "numLayers .--num-layers. is 0", id="no-layers"),
         pytest.param({"num_layers": 4, "tensor": 0}, "--tp-size", id="no-tensor-ranks"),
-        pytest.param({"num_layers": 4, "noop": frozenset({4})}, r"\[4\] do not exist", id="noop-outside"),
-        pytest.param({"num_layers": 2, "noop": frozenset({0, 1})}, "every layer", id="all-noop"),
+        pytest.param({"num_layers": 4, "noop": frozenset({-1, 2})}, r"\[-1\] are below 0", id="noop-below-0"),
+        pytest.param({"num_layers": 2, "noop": frozenset({0, 1, 62})}, "every layer", id="all-noop"),
         pytest.param({"num_layers": 4, "pipeline": 2, "layers_per_stage": (4,)}, "1 counts, 2 stages", id="short-list"),
         pytest.param({"num_layers": 4, "pipeline": 2, "layers_per_stage": (1, 2)}, "adds up to 3", id="wrong-sum"),
         pytest.param(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ckpt2pt.errors import InputError
-from ckpt2pt.plan.clock import read_clock
+from ckpt2pt.plan.clock import name_contradiction, read_clock
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,28 @@ def test_a_checkpoint_that_does_not_tell_is_refused(facts: dict[str, float]) -> 
     with pytest.raises(InputError, match="tells its iteration") as caught:
         read_clock(facts, global_batch_size=4, named=None, where="rank_0/network.ckpt")
     assert "--iteration" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("named", "facts", "told"),
+    [
+        ((0, 400), {"step_num": 2, "epoch_num": 0}, "named 0_400, and holds step_num 2"),
+        ((1, 400), {"step_num": 400, "epoch_num": 0}, "named 1_400, and holds epoch_num 0"),
+        ((0, 3), {"iteration": 2}, "named 0_3, and holds iteration 2"),
+        ((1, 3), {"step_num": 3, "epoch_num": 1, "iteration": 23}, ""),
+        ((0, 23), {"step_num": 3, "epoch_num": 1, "iteration": 23}, ""),
+        ((0, 23), {"step_num": 3, "epoch_num": 1, "global_step": 23}, ""),
+        ((0, 2), {"step_num": 2}, ""),
+        ((0, 2), {}, ""),
+        (None, {"step_num": 2}, ""),
+    ],
+)
+def test_a_name_that_the_contents_contradict_is_told(
+    named: tuple[int, int] | None, facts: dict[str, float], told: str
+) -> None:
+    assert name_contradiction(named, facts) == told
+
+
+def test_a_name_that_the_contents_contradict_is_a_doubt() -> None:
+    clock = read_clock({"step_num": 2, "epoch_num": 0}, global_batch_size=4, named=(0, 400), where="f")
+    assert (clock.iteration, clock.doubts) == (2, ("the file is named 0_400, and holds step_num 2",))

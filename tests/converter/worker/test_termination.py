@@ -165,7 +165,7 @@ def test_it_names_the_conversion_and_the_level_of_verification(
 
 def test_a_target_that_is_taken_is_no_wrong_usage(flags: list[str], log: Path) -> None:
     assert main(["convert", *flags, "--progress", "none"]) == 0
-    assert main(["convert", *flags, "--progress", "none", "--convert-param-only"]) == 64
+    assert main(["convert", *flags, "--progress", "none", "--zero-consumed-samples"]) == 64
     assert (word(log)["exitCode"], word(log)["reason"]) == (64, "TargetConflict")
     assert "another conversion" in word(log)["message"]
     assert "verified" not in word(log)
@@ -187,7 +187,8 @@ def test_a_plan(flags: list[str], log: Path, capsys: pytest.CaptureFixture[str])
         pytest.param(["--nonsense"], 64, "WrongUsage", id="unknown-flag"),
         pytest.param(["--stage", "5"], 64, "WrongUsage", id="no-such-stage"),
         pytest.param(["--iteration", "7"], 65, "InputWrong", id="input"),
-        pytest.param(["--tp-size", "2"], 66, "InputMissing", id="missing"),
+        pytest.param(["--tp-size", "2"], 65, "InputWrong", id="not-what-pt-meta-states"),
+        pytest.param(["--param-map-path", "none"], 66, "InputMissing", id="missing"),
     ],
 )
 def test_errors(flags: list[str], log: Path, words: list[str], code: int, reason: str) -> None:

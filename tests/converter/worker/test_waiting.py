@@ -156,4 +156,4 @@ def test_whoever_watches_is_told_what_is_missing_once(
         wait_until_whole(request_, timeout=0.3, settle=10, account=Account())
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1
-    assert "the checkpoint is not whole: rank_0 is missing; rank_1 is missing" in told[0]
+    assert f"the checkpoint in {request_.source} is not whole: rank_0 is missing; rank_1 is missing" in told[0]

@@ -1,0 +1,60 @@
+"""What ``opt_shard_info`` tells before any shard is read: which groups of ranks there are, and so the degrees."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from ckpt2pt.ckpt.filenames import check_rank
+from ckpt2pt.ckpt.shards import read_info
+from ckpt2pt.errors import InputError, MissingInputError
+from ckpt2pt.folders import layout_of
+from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.system.access import access_error
+
+_INFO = "dist_opt_shard_info*.json"
+MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+
+
+def descriptions(strategy: Path) -> dict[str, Path]:
+    """By the names of their folders, ``rank_R`` or ``mp_rank_T_P``; refused where a file's own name says another rank."""
+    try:
+        infos = {path.parent.name: path for path in sorted(strategy.glob(f"*/{_INFO}"))}
+    except OSError as error:
+        raise access_error(error, strategy, "listing", option="--strategy-dir") from error
+    for path in infos.values():
+        check_rank(path)
+    if not infos:
+        raise MissingInputError(
+            f"no */{_INFO} there",
+            where=strategy,
+            mend="point --strategy-dir at the opt_shard_info folder of the training",
+        )
+    return infos
+
+
+def described_topology(strategy: Path) -> Topology:
+    """Degrees from the folders that hold descriptions, and the first one's list of ranks."""
+    infos = descriptions(strategy)
+    data = len(read_info(next(iter(infos.values()))).ranks)
+    ranks = sorted(int(name[5:]) for name in infos if re.fullmatch(r"rank_\d{1,9}", name))
+    models = [found for name in infos if (found := MODEL_RANK.fullmatch(name))]
+    layout: Topology | None
+    if models:
+        tensor = 1 + max(int(found[1]) for found in models)
+        pipeline = 1 + max(int(found[2] or 0) for found in models)
+        layout = Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline)
+    else:
+        layout = layout_of(ranks)
+    if layout is not None:
+        made = replace(layout, data=data)
+        wanted = len(models) or [made.source_rank(*rank) for rank in made.ranks()]
+        if wanted in (ranks, made.tensor * made.pipeline):
+            return made
+    raise InputError(
+        f"descriptions are there for {', '.join(list(infos)[:8])}, the first of {data} ranks: "
+        "they are not the first ranks of equal groups",
+        where=strategy,
+        mend="copy the whole opt_shard_info folder of the training, and nothing else into it",
+    )
