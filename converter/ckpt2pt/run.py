@@ -27,15 +27,13 @@ from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
+from ckpt2pt.ptmeta.loading import check_loadable, contradictions, kept_of_template
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import (
     Prepared,
     Survey,
-    check_loadable,
-    contradictions,
-    kept_of_template,
     prepare,
     prove_unchanged,
     survey,
@@ -315,10 +313,6 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
                 facts |= {"warnings": list(found)} if found else {}
                 target.publish_stage(pp, {**options, **facts})
         published = target.publish_iteration()
-    manifests = [target.rank_manifest(*rank) or {} for rank in ranks]
-    checksums = Counter[str]()
-    for manifest in manifests:
-        checksums.update(cast("dict[str, int]", manifest.get("sourceChecksums", {})))
     return Outcome(
         target=target,
         stages=tuple(stages),
@@ -334,7 +328,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         warnings=(*conversion.warnings, *warnings),
         how_to_load=conversion.how_to_load,
         kept_of_template=conversion.kept,
-        source_checksums=checksums,
+        source_checksums=_source_checksums(target, ranks),
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
 
@@ -363,6 +357,15 @@ def _covered(
         doubts=conversion.doubts,
         warnings=(COVERED,),
     )
+
+
+def _source_checksums(target: Target, ranks: Sequence[Rank]) -> Mapping[str, int]:
+    """How many source files were verified by their own checksums, by the manifests of the ranks."""
+    found = Counter[str]()
+    for rank in ranks:
+        manifest = target.rank_manifest(*rank) or {}
+        found.update(cast("dict[str, int]", manifest.get("sourceChecksums", {})))
+    return found
 
 
 def _is_kept(conversion: Conversion, rank: Rank) -> bool:

@@ -18,7 +18,7 @@ from ckpt2pt.ckpt import index_file, read_scalar, statement_of
 from ckpt2pt.ckpt.filenames import When, shown
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
-from ckpt2pt.errors import FormatError, InputError, MissingInputError, TryAgainError
+from ckpt2pt.errors import InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
@@ -39,7 +39,6 @@ from ckpt2pt.meta import (
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, name_contradiction, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
-from ckpt2pt.pt.resume import Unmet, hint, summary
 from ckpt2pt.publish import Target
 from ckpt2pt.request import Request, digest
 from ckpt2pt.system.access import access_error
@@ -253,25 +252,6 @@ def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict
     return {(tp, pp): prepare(request, chosen, (tp, pp)) for pp in stages for tp in range(request.topology.tensor)}
 
 
-def unmet_of(request: Request, rank: Rank) -> tuple[Unmet, ...]:
-    """What keeps Megatron-LM from loading the result of a rank, by its metadata."""
-    return _meta(request, rank).unmet(request.topology, full=request.full)
-
-
-def check_loadable(request: Request, ranks: Iterable[Rank]) -> None:
-    """Refuse metadata from which Megatron-LM could not resume (parameters only: could not load weights)."""
-    for tp, pp in ranks:
-        found = unmet_of(request, (tp, pp))
-        if found:
-            raise FormatError(
-                f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
-                + summary(found),
-                where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
-                mend=hint(found)
-                + (", or convert with spec.mode ParamsOnly (--convert-param-only)" if request.full else ""),
-            )
-
-
 def _meta(request: Request, rank: Rank) -> RankMeta:
     return read_rank_meta(
         request.metadata,
@@ -326,27 +306,6 @@ def facts_of(index: Index) -> dict[str, float]:
             if isinstance(value, int | float) and math.isfinite(value):
                 facts[name] = value
     return facts
-
-
-def kept_of_template(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
-    """What a result takes from the metadata as it is though it belongs to another iteration; none where it is the same."""
-    tree = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals).tree
-    if tree.get("iteration") == chosen.clock.iteration:
-        return ()
-    return tuple(key for key in ("rng_state", "num_floating_point_operations_so_far") if key in tree)
-
-
-def contradictions(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
-    """A warning where the checkpoint and the metadata of a rank tell different settings of optimizer or scheduler."""
-    index = index_source(chosen.files[rank], request.topology.group(*rank))
-    template = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals)
-    conflicts = template.carried(statement_of(index)).conflicts
-    if not conflicts:
-        return ()
-    return (
-        f"the checkpoint and pt_meta disagree, and the checkpoint's values are taken: {', '.join(conflicts)}\n"
-        "  hint: start Megatron-LM with the same, or with --override-opt_param-scheduler",
-    )
 
 
 def _clock(file: SourceFile, batch: int | None, headers: _Headers) -> Clock:

@@ -9,10 +9,11 @@ from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
 from ckpt2pt.pt.resume import warning
+from ckpt2pt.ptmeta.loading import contradictions, kept_of_template, unmet_of
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Prepared, Survey, contradictions, kept_of_template, unmet_of
+from ckpt2pt.survey import Prepared, Survey
 from ckpt2pt.system.volume import free_bytes
 from ckpt2pt.text import size, table
 
