@@ -439,7 +439,7 @@ def _pt_meta(options: argparse.Namespace) -> int:
     from ckpt2pt.ptmeta.options import make_pt_meta  # noqa: PLC0415
 
     made = make_pt_meta(options)
-    _show(made.document(), made.sentence(), options)
+    _show(made.document(), made.sentence(details=options.details), options)
     made.confirm()
     return 0
 

@@ -74,8 +74,8 @@ SHARD = re.compile(r"(?:exp_avg\.|exp_avg_sq\.)?buffer_\d+_bucket_\d+")
 
 # What a training file holds besides parameters and moments (MindSpeed-Core-MS feature-0.1, br_master; MindFormers).
 _IGNORED = {
-    "training progress": r"epoch_num|step_num|iteration|global_step|state_step|checkpoint_version|global_batch_size",
-    "scheduler state": r"max_lr|min_lr|start_wd|end_wd|lr_warmup_steps|num_steps|lr_decay_style|lr_decay_steps"
+    "training progress": r"epoch_num|step_num|num_steps|iteration|global_step|state_step|checkpoint_version|global_batch_size",
+    "scheduler state": r"max_lr|min_lr|start_wd|end_wd|lr_warmup_steps|lr_decay_style|lr_decay_steps"
     r"|wd_incr_style|wd_incr_steps|learning_rate",
     "optimizer scalar": r"(?:wd_mult|lr_mult|is_expert_parallel|is_decoupled_lr|max_lr|min_lr|learning_rate|betas?\d?"
     r"|bias_correction|eps|weight_decay)_group_\d+|beta1_power|beta2_power",

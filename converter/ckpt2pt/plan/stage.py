@@ -18,6 +18,7 @@ from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.buckets import Buffer, Placement, expected_shape
 from ckpt2pt.plan.clock import Clock
+from ckpt2pt.plan.stated import Statement
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 FLOATS = frozenset({"float32", "bfloat16", "float16"})
@@ -77,6 +78,8 @@ class RankPlan:
     ignored: tuple[tuple[str, str], ...]
     twins: tuple[tuple[TensorRef, TensorRef], ...]
     prefix: str = ""
+    stated: Statement = Statement()  # noqa: RUF009 - frozen
+    """What the source says of optimizer and scheduler."""
 
     @property
     def weights(self) -> Iterable[Weight]:
@@ -124,6 +127,7 @@ class RankInput:
     metadata: str = ""
     first_stage: Mapping[str, TensorRef] | None = None
     """Index of the first stage's file at the same tp, for a last stage without a copy of the tied embeddings."""
+    stated: Statement = Statement()  # noqa: RUF009 - frozen
 
 
 def plan_rank(found: RankInput, topology: Topology, table: NameTable, *, full: bool) -> RankPlan:
@@ -149,6 +153,7 @@ def plan_rank(found: RankInput, topology: Topology, table: NameTable, *, full: b
         ignored=tuple(source.ignored),
         twins=twins,
         prefix=source.prefix,
+        stated=found.stated,
     )
 
 
@@ -208,7 +213,8 @@ class _Source:
         for name, ref in found.index.items():
             what = known[name]
             if what.role == "ignored":
-                self.ignored.append((name, what.name))
+                if name not in found.stated.names:
+                    self.ignored.append((name, what.name))
                 continue
             bare = names.without_pipeline_suffix(what.name)
             twice = self.roles[what.role].setdefault(bare, ref)

@@ -16,6 +16,7 @@ from ckpt2pt.mapping import names
 from ckpt2pt.plan.clock import Clock
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS, Storage, model_storages, optim_storages
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
+from ckpt2pt.plan.stated import Carried, Statement, carry
 from ckpt2pt.pt.archive import Layout, lay_out
 from ckpt2pt.pt.pickles import (
     Call,
@@ -53,6 +54,25 @@ class Template:
         args = self.args
         size = args.get("global_batch_size")
         return size if isinstance(size, int) and size > 0 and not args.get("rampup_batch_size") else None
+
+    @property
+    def scheduler(self) -> dict[str, Value]:
+        """The entry ``opt_param_scheduler``, empty where there is none."""
+        found = self.tree.get("opt_param_scheduler")
+        return {key: value for key, value in found.items() if isinstance(key, str)} if isinstance(found, dict) else {}
+
+    @property
+    def groups(self) -> list[dict[str, Value]]:
+        """The parameter groups of a distributed optimizer, none where the entry has another form."""
+        outer = self.tree.get("optimizer")
+        inner = outer.get("optimizer") if isinstance(outer, dict) else None
+        groups = inner.get("param_groups") if isinstance(inner, dict) else None
+        found = groups if isinstance(groups, list) and all(isinstance(group, dict) for group in groups) else []
+        return cast("list[dict[str, Value]]", found)
+
+    def carried(self, statement: Statement) -> Carried:
+        """What the source states otherwise of optimizer and scheduler."""
+        return carry(statement, self.scheduler, self.groups)
 
     @property
     def gradients_as_parameters(self) -> bool:
@@ -98,6 +118,7 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
         tree["iteration"] = plan.clock.iteration
         tree.update(model)
     _set_time(tree, plan.clock, reference_samples=reference_samples)
+    _set_optimizer(tree, plan, template)
     check_storages(copied, template.storages, template.path)
     extents = tuple(template.storages[key] for key in copied)
     return FilePayload(
@@ -206,22 +227,26 @@ def _set_time(tree: dict[Value, Value], clock: Clock, *, reference_samples: bool
         elif clock.samples is not None:
             changes["consumed_train_samples"] = clock.samples
         tree["args"] = with_attrs(args, changes)
+
+
+def _set_optimizer(tree: dict[Value, Value], plan: RankPlan, template: Template) -> None:
+    """Put what the source states into scheduler and groups, and the true time."""
+    carried, clock = template.carried(plan.stated), plan.clock
     scheduler = tree.get("opt_param_scheduler")
-    if isinstance(scheduler, dict) and "num_steps" in scheduler and clock.samples is not None:
-        tree["opt_param_scheduler"] = scheduler | {"num_steps": clock.samples}
-    if "optimizer" in tree:
-        tree["optimizer"] = _with_step(tree["optimizer"], clock.iteration)
-
-
-def _with_step(optimizer: Value, iteration: int) -> Value:
-    """Set ``step`` in each group of ``{'optimizer': {'param_groups': [...]}}``; what has another form stays as it is."""
-    inner = optimizer.get("optimizer") if isinstance(optimizer, dict) else None
-    groups = inner.get("param_groups") if isinstance(inner, dict) else None
-    if not isinstance(optimizer, dict) or not isinstance(inner, dict) or not isinstance(groups, list):
-        return optimizer
-    stepped: list[Value] = [group | {"step": iteration} if isinstance(group, dict) else group for group in groups]
-    changed: dict[Value, Value] = {**inner, "param_groups": stepped}
-    return {**optimizer, "optimizer": changed}
+    if isinstance(scheduler, dict):
+        time: dict[Value, Value] = {}
+        if "num_steps" in scheduler and clock.samples is not None:
+            time["num_steps"] = clock.samples
+        tree["opt_param_scheduler"] = scheduler | dict(carried.scheduler.items()) | time
+    outer = tree.get("optimizer")
+    if template.groups and isinstance(outer, dict):
+        inner = cast("dict[Value, Value]", outer["optimizer"])
+        groups = cast("list[dict[Value, Value]]", inner["param_groups"])
+        changed: list[Value] = [
+            group | dict(more.items()) | {"step": clock.iteration}
+            for group, more in zip(groups, carried.groups, strict=True)
+        ]
+        tree["optimizer"] = {**outer, "optimizer": {**inner, "param_groups": changed}}
 
 
 def _for_any_numpy(name: Global) -> Global:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.ckpt import index_file, read_scalar
+from ckpt2pt.ckpt import index_file, read_scalar, states_checksum
 from ckpt2pt.ckpt.filenames import UNNAMED
 from ckpt2pt.ckpt.ranks import choose, find_sources, last_saved
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
@@ -110,6 +110,7 @@ def _mindspore(path: Path, *, details: bool) -> Json:
         "entries": len(index),
         "layers": spans(layers),
         **_clock(path, index),
+        **({"checksum": "stated, not checked here"} if states_checksum(path) else {}),
         "totals": [
             {
                 "role": role,

@@ -166,7 +166,7 @@ class Examination:
         if model:
             self._check_model_keys(model, expected)
             rest = {path: leaf for path, leaf in model.items() if not is_model(path)}
-            wanted = others(template, self.chosen, reference_samples=self.request.reference_samples)
+            wanted = others(template, self.chosen, self.rank, reference_samples=self.request.reference_samples)
             self._check_leaves(MODEL_FILE, wanted, rest)
             self._check_loadable(expected)
         numbers = {chunk.key: number for number, chunk in enumerate(c for c in expected.chunks if c.buckets)}

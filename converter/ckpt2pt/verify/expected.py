@@ -17,11 +17,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal, cast
 
+from ckpt2pt.ckpt import statement_of
 from ckpt2pt.errors import FormatError, UnmappedNameError
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping import names
 from ckpt2pt.mapping.names import TIED_HEAD, NameTable, SourceName, is_tied_head
 from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.plan.stated import carry
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey
 from ckpt2pt.system.paths import is_there
@@ -296,8 +298,8 @@ def _integer(template: Mapping[str, Leaf], name: str) -> int:
     return value if isinstance(value, int) and value > 0 else 1
 
 
-def others(template: Leaves, chosen: Survey, *, reference_samples: bool) -> Leaves:
-    """The leaves outside the model: the template's, with the true time put in."""
+def others(template: Leaves, chosen: Survey, rank: Rank, *, reference_samples: bool) -> Leaves:
+    """The leaves outside the model: the template's, with what the source states and the true time put in."""
     found = {
         path: _for_any_numpy(leaf)
         for path, leaf in template.items()
@@ -316,11 +318,23 @@ def others(template: Leaves, chosen: Survey, *, reference_samples: bool) -> Leav
     if samples is not None and "/opt_param_scheduler/num_steps" in found:
         found["/opt_param_scheduler/num_steps"] = samples
     groups = "/optimizer/optimizer/param_groups"
-    number = 0
-    while f"{groups}/{number}" in found:
+    numbers = [number for number in range(len(found)) if f"{groups}/{number}" in found]
+    carried = carry(
+        statement_of(expected_index(chosen.files[rank])),
+        _below(found, "/opt_param_scheduler"),
+        [_below(found, f"{groups}/{number}") for number in numbers],
+    )
+    for key, value in carried.scheduler.items():
+        found[f"/opt_param_scheduler/{key}"] = value
+    for number, values in zip(numbers, carried.groups, strict=True):
+        found |= {f"{groups}/{number}/{key}": value for key, value in values.items()}
         found[f"{groups}/{number}/step"] = iteration
-        number += 1
     return found
+
+
+def _below(leaves: Leaves, folder: str) -> dict[str, object]:
+    prefix = f"{folder}/"
+    return {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
 
 
 def _for_any_numpy(leaf: Leaf) -> Leaf:
