@@ -53,6 +53,7 @@ from ckpt2pt.survey import agree, changed, facts_of, inputs_of
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
+from ckpt2pt.text import counted, size
 from ckpt2pt.verify.copies import copied_ranks, remark
 
 log = logging.getLogger("ckpt2pt")
@@ -131,7 +132,7 @@ class Combined:
 
     def sentence(self) -> str:
         """For a person."""
-        did = f"merged {self.written} ranks of {self.ranks} shards each ({self.bytes_written} bytes) in {self.seconds:.1f} s"
+        did = f"merged {counted(self.written, 'rank')} of {counted(self.ranks, 'shard')} each ({size(self.bytes_written)}) in {self.seconds:.1f} s"
         if not self.written:
             did = "everything was there already"
         elif self.kept:
