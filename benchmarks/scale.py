@@ -64,6 +64,7 @@ class Running:
     def __init__(self, namespace: str) -> None:
         self.began = time.monotonic()
         words = [
+            "--allow=hostPath",
             "--worker-image",
             "none:1",
             "--namespace",

@@ -13,6 +13,7 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.files import read_text
 
 Verify = Literal["none", "digest", "full"]
 
@@ -109,7 +110,7 @@ def load_rules(path: Path) -> Rules:
 
     mend = "see docs/rules.md for the sections layer_modules, modules, ignore and pickle_globals"
     try:
-        document: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document: object = yaml.safe_load(read_text(path))
     except OSError as error:
         raise access_error(error, path, "reading", option="--rules (spec.model.rules)") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -113,7 +113,7 @@ class Operator:
         _stop_on_signals()
         runner = await self._health.serve(given.metrics_port)
         api = await Api.create(self._metrics, qps=given.qps, burst=given.burst)
-        house = House(image=given.worker_image, pod=given.worker_defaults)
+        house = House(image=given.worker_image, pod=given.worker_defaults, allowed=frozenset(given.allow))
         trainings = Trainings(
             api, self._store, self._metrics, given.training_kinds, given.namespaces, trigger=given.training_trigger,
             changed=self._queue.add,

@@ -15,6 +15,7 @@ from ckpt2pt import __version__
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.errors import FileAccessError, UsageError
 from ckpt2pt.flags import Parser
+from ckpt2pt_operator.rules.permissions import PERMISSIONS
 from ckpt2pt_operator.rules.trainings import Kind, kinds
 
 _PREFIX = "CKPT2PT_"
@@ -28,6 +29,7 @@ class Settings:
     namespaces: tuple[str, ...]
     worker_image: str
     worker_defaults: Json
+    allow: tuple[str, ...]
     training_kinds: tuple[Kind, ...]
     training_trigger: bool
     metrics_port: int
@@ -60,6 +62,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         namespaces=tuple(dict.fromkeys(names)),
         worker_image=_image(given.worker_image),
         worker_defaults=cast("Json", _yaml(given.worker_defaults, dict)) or {},
+        allow=given.allow,
         training_kinds=kinds(cast("list[Json]", _yaml(given.training_kinds, list)) or ()),
         training_trigger=given.training_trigger,
         metrics_port=given.metrics_port,
@@ -134,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="YAML: fields of spec.workers for conversions without them",
     )
+    add(
+        "--allow",
+        "",
+        _permissions,
+        metavar="WHAT",
+        help=f"what conversions may ask for, by comma: {', '.join(PERMISSIONS)}",
+    )
     add("--training-kinds", None, Path, metavar="FILE", help="YAML: the kinds that spec.startAfter may name")
     add("--training-trigger", False, bool, help="make a conversion for each training that is annotated to ask for one")
     add("--metrics-port", 8080, _above(int, 0), metavar="PORT", help="/metrics, /healthz and /readyz")
@@ -149,6 +159,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-format", "json", choices=("json", "text"), help="one JSON object a line, or text")
     add("--log-level", "info", choices=("debug", "info", "warning", "error"), help="least that is logged")
     return parser
+
+
+def _permissions(given: str) -> tuple[str, ...]:
+    found = [name.strip() for name in given.split(",") if name.strip()]
+    unknown = [name for name in found if name not in PERMISSIONS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(PERMISSIONS)}")
+    return tuple(dict.fromkeys(found))
 
 
 def _image(given: str) -> str:

@@ -17,6 +17,7 @@ import yaml
 from charts import CASES, CHART, KUBERNETES, Object, Rendered, case_file, rendered_case, run, template, template_of
 from ckpt2pt import __version__
 from ckpt2pt_operator import access, settings
+from ckpt2pt_operator.rules.permissions import PERMISSIONS
 from documents import crd
 from goldens import COMMITTED
 from helm import VERSIONS, MissingError, helm, helm_docs
@@ -387,6 +388,57 @@ def test_names_are_unique_and_short_enough(major: str, case: str) -> None:
     assert len(names) == len(set(names))
     long = template(major, "--set", f"fullnameOverride={'n' * 40}", "--set", "rbac.submitter.enabled=true").objects
     assert all(len(found["metadata"]["name"]) <= 63 for found in long if found["kind"] != "CustomResourceDefinition")
+
+
+# ------------------------------------------------------------------------------------------------------ admission policy
+
+POLICY = ("ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding")
+ON_ADMISSION = set(PERMISSIONS) - {"serviceAccountName"}
+"""Permissions that fields of a conversion need; the others are asked for inside of podOverrides, where the operator looks."""
+
+
+def refused_by(rendered: Rendered) -> set[str]:
+    """Permissions that the policy asks for."""
+    [policy, binding] = rendered.of(*POLICY)
+    assert binding["spec"] == {"policyName": policy["metadata"]["name"], "validationActions": ["Deny"]}
+    assert policy["spec"]["failurePolicy"] == "Fail"
+    return {
+        name for rule in policy["spec"]["validations"] for name in re.findall(r"worker\.allow\.(\w+)", rule["message"])
+    }
+
+
+def flags_of(rendered: Rendered) -> list[str]:
+    [found] = rendered.of("Deployment")
+    return [word for word in found["spec"]["template"]["spec"]["containers"][0]["args"] if word.startswith("--allow")]
+
+
+def test_policy_and_operator_refuse_what_the_values_do_not_allow(major: str) -> None:
+    found = template(major)
+    assert (refused_by(found), flags_of(found)) == (ON_ADMISSION, ["--allow="])
+    some = template(major, "--set", "worker.allow.root=true,worker.allow.hostPath=true")
+    assert (refused_by(some), flags_of(some)) == (ON_ADMISSION - {"root", "hostPath"}, ["--allow=hostPath,root"])
+    everything = template(major, "--set", ",".join(f"worker.allow.{name}=true" for name in PERMISSIONS))
+    assert not everything.of(*POLICY), "there is nothing to refuse"
+    assert settings.read(["--worker-image=i", *flags_of(everything)], {}).allow == tuple(sorted(PERMISSIONS))
+
+
+@pytest.mark.parametrize(
+    ("flags", "made"),
+    [
+        ([], True),
+        (["--set", "admissionPolicy.enabled=false"], False),
+        (["--kube-version", "1.29.0"], False),
+        (["--kube-version", "1.30.0"], True),
+        (["--set", "watchNamespaces={team-a}"], False),
+        (["--set", "watchNamespaces={team-a},admissionPolicy.enabled=true"], True),
+    ],
+)
+def test_there_is_a_policy_where_there_can_be_one(major: str, flags: list[str], made: bool) -> None:
+    found = template(major, *flags).of(*POLICY)
+    assert len(found) == (2 if made else 0)
+    if made:
+        selector = found[0]["spec"]["matchConstraints"].get("namespaceSelector", {}).get("matchExpressions", [])
+        assert [each["values"] for each in selector] == ([["team-a"]] if "watchNamespaces" in str(flags) else [])
 
 
 # -------------------------------------------------------------------------------------------------------------- refusals

@@ -19,7 +19,7 @@ from harness.kubectl import Kubectl
 from harness.machine import UnavailableError
 from harness.process import Process
 from harness.proxy import Proxy
-from harness.release import Release
+from harness.release import ALLOWED, Release
 from harness.sharing import KUBECONFIG, given_kubeconfig, suite_cluster
 
 WORKER_UID = 65532
@@ -133,8 +133,8 @@ def releases(kubectl: Kubectl, operator_image: str, converter_image: str) -> Ite
     """Install the chart: ``releases(major="v3")`` gives a Release that is not installed yet; what is left goes at the end."""
     made: list[Release] = []
 
-    def make(major: str = "v4", name: str = "ckpt2pt") -> Release:
-        made.append(Release(kubectl, (operator_image, converter_image), major, name))
+    def make(major: str = "v4", name: str = "ckpt2pt", allows: tuple[str, ...] = ALLOWED) -> Release:
+        made.append(Release(kubectl, (operator_image, converter_image), major, name, allows=allows))
         return made[-1]
 
     yield make
@@ -143,9 +143,12 @@ def releases(kubectl: Kubectl, operator_image: str, converter_image: str) -> Ite
 
 
 @pytest.fixture(scope="module")
-def operator(releases: Callable[..., Release]) -> Iterator[Release]:
-    """The operator of all namespaces, installed by its chart, while the tests of a module run."""
-    release = releases()
+def operator(releases: Callable[..., Release], request: pytest.FixtureRequest) -> Iterator[Release]:
+    """The operator of all namespaces, installed by its chart, while the tests of a module run.
+
+    ``ALLOWS`` of the module are permissions that its conversions need besides the usual ones.
+    """
+    release = releases(allows=(*ALLOWED, *getattr(request.module, "ALLOWS", ())))
     release.install()
     yield release
     release.uninstall()

@@ -18,6 +18,7 @@ from harness.release import CHART, Release
 
 CRD = "checkpointconversions.ckpt2pt.dev"
 CLUSTER_WIDE = "clusterroles,clusterrolebindings"
+POLICIES = "validatingadmissionpolicies,validatingadmissionpolicybindings"
 pytestmark = pytest.mark.usefixtures("cluster")  # one that is ours to disturb
 
 Releases = Callable[..., Release]
@@ -99,7 +100,7 @@ def test_installed_tested_upgraded_and_taken_away(
         assert template["spec"]["nodeSelector"] == {"disk": "fast"}, "the new defaults of workers"
 
         release.helm("uninstall", release.name, "--wait")
-        assert owned(release, CLUSTER_WIDE) == []
+        assert owned(release, f"{CLUSTER_WIDE},{POLICIES}") == []
         assert not release.kubectl.get("deployments,services,configmaps,serviceaccounts", "-l", "helm.sh/chart")[
             "items"
         ]

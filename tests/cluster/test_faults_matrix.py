@@ -18,6 +18,7 @@ from harness.pods import host_path
 pytestmark = pytest.mark.usefixtures("operator")
 
 ONE_TRY = {"perStage": 0}
+ALLOWS = ("podOverrides",)
 
 
 def pod_of(namespace: Kubectl, index: int) -> str:

@@ -18,6 +18,8 @@ from harness.release import Release
 
 pytestmark = pytest.mark.usefixtures("operator")
 
+ALLOWS = ("image",)
+
 
 def jobs(namespace: Kubectl) -> list[str]:
     return sorted(job["metadata"]["name"] for job in namespace.get("jobs")["items"])

@@ -15,6 +15,7 @@ from harness.machine import wait_until
 pytestmark = pytest.mark.usefixtures("operator")
 
 NODE = "ckpt2pt-node"
+ALLOWS = ("podOverrides", "priorityClassName", "serviceAccountName")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from helm import helm
 from statuses import check_status, kstatus
 
 TRACKER = "latest_checkpointed_iteration.txt"
+ALLOWS = ("podOverrides",)
 
 
 def running(words: list[str], checkpoint: Path) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def test_what_is_told_after_a_late_end_is_what_lies_on_the_volume(
     operator: Release, namespace: Kubectl, large: Large, stop: Callable[[Kubectl], None], killed: bool
 ) -> None:
     """Every rank is there, and the workers are about to publish."""
-    namespace.apply(large.document())
+    namespace.apply(large.document(mode="ParamsOnly"))
 
     def ranks() -> bool:
         return len(list(large.target.rglob(".ckpt2pt/rank-*.json"))) == 2

@@ -20,7 +20,7 @@ from ckpt2pt_operator.rules.conditions import stamp
 from ckpt2pt_operator.rules.seen import House
 from ckpt2pt_operator.rules.views import pod_view
 from ckpt2pt_operator.store import Store, key_of
-from documents import changed
+from documents import HOSTILE_NAMES, changed, claim
 from simulation import done, owned_by_job
 from statuses import told
 from talking import api_of
@@ -380,6 +380,17 @@ def test_bytes_of_a_training_that_is_followed_are_counted_with_each_of_its_check
     assert converted(begun, first, same, second, over) == [0, 7, 7, 14, 14]
     last = a_status("TrainingFollowed", "Succeeded", 7, iteration=1000)
     assert converted(second, last) == [7, 14]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_the_name_of_a_claim_that_is_none_is_not_asked_for(name: str) -> None:
+    """One that was stored before the schema had a pattern for it."""
+    world = World(("spec.source.volume", claim(name)))
+    asked, _ = world.look(2)
+    assert not [one for one in asked if one.startswith("GET")]
+    assert (world.status["phase"], told(world.status, "Failed")[1]) == ("Failed", "InvalidSpec")
+    [message] = {c["message"] for c in world.status["conditions"] if c["type"] == "Failed"}
+    assert "spec.source.volume.persistentVolumeClaim.claimName" in message
 
 
 def left_behind() -> Raw:

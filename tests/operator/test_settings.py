@@ -33,6 +33,14 @@ def test_each_flag_is_a_variable_and_the_flag_counts() -> None:
     assert (found.worker_image, found.qps, found.leader_elect, found.namespaces) == ("i:1", 3.0, False, ("c",))
 
 
+def test_what_conversions_may_ask_for_is_nothing_unless_it_is_said() -> None:
+    assert read(IMAGE, {}).allow == ()
+    assert read([*IMAGE, "--allow="], {"CKPT2PT_ALLOW": "root"}).allow == ()
+    assert read([*IMAGE, "--allow", "hostPath, root,hostPath"], {}).allow == ("hostPath", "root")
+    with pytest.raises(UsageError, match="everything is none of podOverrides, image, hostPath"):
+        read([*IMAGE, "--allow", "everything"], {})
+
+
 def test_files_are_read(tmp_path: Path) -> None:
     defaults, kinds = tmp_path / "defaults.yaml", tmp_path / "kinds.yaml"
     defaults.write_text("nodeSelector: {disk: fast}")

@@ -50,6 +50,17 @@ app.kubernetes.io/managed-by: ckpt2pt-operator
 {{- include "ckpt2pt.fullname" . }}-operator
 {{- end -}}
 
+{{/* Permissions of worker.allow that are given, by comma. */}}
+{{- define "ckpt2pt.allowed" -}}
+{{- $names := list -}}
+{{- range $name, $given := .Values.worker.allow -}}
+{{- if $given -}}
+{{- $names = append $names $name -}}
+{{- end -}}
+{{- end -}}
+{{- join "," $names -}}
+{{- end -}}
+
 {{/* Kinds of trainings that are enabled, as the operator reads them with --training-kinds. */}}
 {{- define "ckpt2pt.trainingKinds" -}}
 {{- $kinds := list -}}

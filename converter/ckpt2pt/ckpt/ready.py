@@ -23,6 +23,7 @@ from ckpt2pt.ckpt.filenames import UNNAMED, When, shown, when_of_name
 from ckpt2pt.ckpt.ranks import SourceFile, candidates, last_saved, rank_folder
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, TimedOutError
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.system.files import read_all
 
 Kind = Literal["absent", "missing", "unfinished", "broken", "other"]
 Choose = Callable[[Mapping[When, SourceFile]], When | None]
@@ -192,7 +193,7 @@ class Watcher:
         for path in sorted((self._root / "opt_shard_info" / f"rank_{rank}").glob("dist_opt_shard_info*.json")):
             try:
                 # The training does not truncate it, so that a longer, older text may stand behind (docs/format-ckpt.md).
-                text = path.read_bytes()[:_MAX_JSON_BYTES].decode(errors="replace")
+                text = read_all(path, _MAX_JSON_BYTES).decode(errors="replace")
                 document: object = json.JSONDecoder().raw_decode(text.lstrip())[0]
             except (OSError, ValueError, RecursionError):
                 continue

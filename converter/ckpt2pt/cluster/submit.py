@@ -17,7 +17,7 @@ log = logging.getLogger("ckpt2pt")
 
 POLL_SECONDS = 2.0
 _CODES = {reason: code for code, reason in REASONS.items()} | {
-    "InvalidSpec": 64, "NameConflict": 64, "NoReport": 70, "TrainingFailed": 66, "TrainingDeleted": 66,
+    "InvalidSpec": 64, "NotAllowed": 64, "NameConflict": 64, "NoReport": 70, "TrainingFailed": 66, "TrainingDeleted": 66,
     **dict.fromkeys(NOT_THE_SPEC, 64),
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ from ckpt2pt.conversion.names import HINTS
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
 from ckpt2pt.errors import FileAccessError, UsageError
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.files import read_all
 
 _CRD = "checkpointconversions.yaml"
 _MEND = "see examples/conversion.yaml for the form of the document"
@@ -73,11 +74,7 @@ def validate(document: object, *, where: str) -> Json:
 
 def _text(path: Path) -> bytes:
     try:
-        if str(path) == "-":
-            data = sys.stdin.buffer.read(MAX_BYTES + 1)
-        else:
-            with path.open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
+        data = sys.stdin.buffer.read(MAX_BYTES + 1) if str(path) == "-" else read_all(path, MAX_BYTES + 1)
     except OSError as error:
         raise access_error(error, path, "reading", option="-f") from error
     if len(data) > MAX_BYTES:

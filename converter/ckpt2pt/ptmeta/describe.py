@@ -21,6 +21,7 @@ import yaml
 from ckpt2pt.errors import UsageError
 from ckpt2pt.plan.gpt import Argument
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.files import read_text
 
 _MEND = "see docs/pt-meta.md: a YAML mapping of Megatron's arguments, or the script that starts the training"
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)\+?=(.*)", re.DOTALL)
@@ -102,7 +103,7 @@ def known() -> Known:
 def describe(path: Path) -> Description:
     """Read a description: YAML by the suffix ``.yaml``, ``.yml`` or ``.json``, a script otherwise."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except OSError as error:
         raise access_error(error, path, "reading", option="--description") from error
     except UnicodeDecodeError as error:

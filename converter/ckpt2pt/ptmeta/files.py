@@ -21,7 +21,7 @@ from ckpt2pt.pt.payload import tree_payload
 from ckpt2pt.pt.pickles import Value
 from ckpt2pt.publish import publish_bytes
 from ckpt2pt.system.access import access_error
-from ckpt2pt.system.files import write_all
+from ckpt2pt.system.files import read_all, write_all
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import Extent
 
@@ -139,6 +139,6 @@ def publish(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tup
 
 def _same(path: Path, content: bytes) -> bool:
     try:
-        return path.stat().st_size == len(content) and path.read_bytes() == content
+        return path.stat().st_size == len(content) and read_all(path, len(content) + 1) == content
     except OSError as error:
         raise access_error(error, path, "reading", reading=True) from error

@@ -25,6 +25,12 @@ from ckpt2pt.errors import (
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ESPIPE, errno.EXDEV})
 """A file system that answers so lacks what was asked for, however often it is asked."""
 
+OBJECT_STORES = (
+    "an object store needs a mount with a write cache (rclone: --vfs-cache-mode writes), "
+    "or write to a local volume and copy the finished result"
+)
+"""What to do about a target that is no file system of its own."""
+
 _NO_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
 
 
@@ -82,8 +88,7 @@ def access_error(
         return UnsupportedFileSystemError(
             f"{doing} failed: the file system cannot do this ({reason})",
             where=path,
-            mend="choose a volume with a POSIX file system; an object store needs a mount with a write cache "
-            "(rclone --vfs-cache-mode writes)",
+            mend=f"choose another volume; {OBJECT_STORES}",
         )
     if number == errno.ENOMEM:
         return TryAgainError(

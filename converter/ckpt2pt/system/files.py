@@ -6,8 +6,10 @@ No other module reads or writes through a descriptor: the kernel may do less tha
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
@@ -25,6 +27,7 @@ SLICE_BYTES = 1 << 30
 """Room is reserved in slices of this size: a signal is heard between two of them."""
 
 _BUSY_SECONDS = 5.0
+_PIECE_BYTES = 1 << 20
 _OPEN_PATHS = 64
 _OTHER_FILES = 32  # standard streams, locks, pipes to workers, the files that are written
 
@@ -40,6 +43,27 @@ def read_once(fd: int, into: memoryview, offset: int) -> int:
 def read_bytes(fd: int, nbytes: int, offset: int) -> bytes:
     """One pread of at most ``nbytes``; nothing at the end of the file.  An ``OSError`` passes through."""
     return _patiently(os.pread, fd, nbytes, offset)
+
+
+def read_all(file: Path | int, limit: int = sys.maxsize) -> bytes:
+    """A small file, a pipe or what is left of a descriptor, up to ``limit`` bytes.  An ``OSError`` passes through.
+
+    A buffered read of Python's gives None where the file system is busy.
+    """
+    fd = file if isinstance(file, int) else os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = bytearray()
+        while piece := _patiently(os.read, fd, min(limit - len(found), _PIECE_BYTES)):
+            found += piece
+        return bytes(found)
+    finally:
+        if fd is not file:
+            os.close(fd)
+
+
+def read_text(path: Path) -> str:
+    """A small text file in UTF-8, with any line ends.  An ``OSError`` passes through."""
+    return io.TextIOWrapper(io.BytesIO(read_all(path)), encoding="utf-8").read()
 
 
 def read_at(fd: int, into: memoryview, offset: int, path: str | Path) -> None:

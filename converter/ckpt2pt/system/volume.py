@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ckpt2pt.errors import UnsupportedFileSystemError, VolumeTooSmallError
-from ckpt2pt.system.access import UNSUPPORTED, access_error
+from ckpt2pt.system.access import OBJECT_STORES, UNSUPPORTED, access_error
 from ckpt2pt.system.files import read_bytes, write_all
 
 _PREFIX = ".ckpt2pt-probe."
@@ -138,8 +138,7 @@ def _lacks(ability: str, error: OSError | None, place: Path, option: str) -> Uns
     return UnsupportedFileSystemError(
         f"the file system there ({file_system(place) or 'of unknown type'}) cannot {ability}{reason}; nothing was written",
         where=place,
-        mend=f"choose another volume with {option}; an object store needs a mount with a write cache "
-        "(rclone: --vfs-cache-mode writes), or a copy of the finished result",
+        mend=f"choose another volume with {option}; {OBJECT_STORES}",
     )
 
 

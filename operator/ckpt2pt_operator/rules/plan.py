@@ -17,7 +17,7 @@ from ckpt2pt.conversion.report import NO_REPORT
 from ckpt2pt.conversion.spec import Conversion, Json, parse
 from ckpt2pt.conversion.status import TERMINAL, WAITING, Ending, StageRecord, disagreement
 from ckpt2pt.errors import UsageError
-from ckpt2pt_operator.rules import awaits, volumes
+from ckpt2pt_operator.rules import awaits, permissions, volumes
 from ckpt2pt_operator.rules.case import WAIT_SECONDS, Case
 from ckpt2pt_operator.rules.changes import BY_USER, changes, suspension, unheeded, volumes_ready
 from ckpt2pt_operator.rules.conditions import NOT_LOOKED, Standing, refused_document, stamp, still
@@ -139,6 +139,11 @@ class _Case(Case):
 
     def without_job(self) -> Plan:
         self.listen()
+        # A Job that is there was allowed when it was made, and goes on.  The operator's own defaults are the owner's words.
+        refused = permissions.refusal(parse(self.seen.conversion), self.house.allowed)
+        if refused and self.todo() and not self.alive:
+            standing = replace(self.standing, accepted=("False", "NotAllowed", refused))
+            return self.end(standing, Ending(reason="NotAllowed", message=refused))
         if self.conversion.suspend:
             self.standing = replace(self.standing, suspended=BY_USER)
         standing = self.standing

@@ -12,10 +12,14 @@ from ckpt2pt_operator.rules.views import Claim, Job, Pod, Report
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class House:
-    """What the operator adds to every conversion: the image, and pod fields that a conversion does not give itself."""
+    """What the operator adds to every conversion: the image, and pod fields that a conversion does not give itself.
+
+    ``allowed`` are the ``permissions.PERMISSIONS`` that a conversion has.
+    """
 
     image: str
     pod: Json = field(default_factory=dict[str, object])
+    allowed: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.machine import ClusterError, wait_until
+from harness.release import ALLOWED
 
 
 def free_port() -> int:
@@ -39,7 +40,7 @@ class Process:
         """Start it, and wait until it watches, unless told otherwise."""
         words = [
             sys.executable, "-m", "ckpt2pt_operator.main", "--namespace", self.namespace, "--worker-image", self.image,
-            "--metrics-port", str(self.port), "--log-format", "text", *self.flags,
+            "--metrics-port", str(self.port), "--log-format", "text", "--allow", ",".join(ALLOWED), *self.flags,
         ]  # fmt: skip
         with self.log.open("ab") as log:
             environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig)}

@@ -21,6 +21,8 @@ from helm import helm
 CHART = REPOSITORY / "charts" / "ckpt2pt"
 OPERATOR = "app.kubernetes.io/component=operator"
 Values = Mapping[str, Any]
+ALLOWED = ("hostPath", "root")
+"""What most conversions of these tests need: folders of this machine, and files as their owner left them."""
 
 
 def image_values(reference: str) -> dict[str, str]:
@@ -49,6 +51,8 @@ class Release:
     name: str = "ckpt2pt"
     chart: Path = CHART
     namespace: str = field(default_factory=lambda: f"system-{uuid.uuid4().hex[:6]}")
+    allows: tuple[str, ...] = ALLOWED
+    """Permissions of ``worker.allow`` that it is installed with; an empty tuple for the chart's own."""
     installed: bool = False
 
     @property
@@ -74,7 +78,8 @@ class Release:
     def values(self, **values: Any) -> dict[str, Any]:
         """Values of the chart: the images of this checkout, and these."""
         operator, converter = self.images
-        return merged({"image": image_values(operator), "worker": {"image": image_values(converter)}}, values)
+        worker = {"image": image_values(converter), "allow": dict.fromkeys(self.allows, True)}
+        return merged({"image": image_values(operator), "worker": worker}, values)
 
     def install(self, **values: Any) -> str:
         """Install the chart, and wait until the operator is ready; what helm says (its notes)."""

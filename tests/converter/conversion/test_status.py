@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from ckpt2pt.conversion.spec import parse
-from ckpt2pt.conversion.status import MAX_MESSAGE, REASONS, Ending, StageRecord, status_of_run
+from ckpt2pt.conversion.status import MAX_MESSAGE, REASONS, Ending, StageRecord, disagreement, status_of_run
 from ckpt2pt.errors import EXIT_CODES
 from documents import changed, root_schema
 
@@ -135,3 +135,46 @@ def test_the_crd_has_a_field_for_everything(document: dict[str, Any]) -> None:
         return found
 
     jsonschema.validate(document, strict(root_schema()["properties"]["status"]))
+
+
+@pytest.mark.parametrize(
+    ("iterations", "says"),
+    [
+        ([500, 500], None),
+        ([500, None], None),
+        ([None, None], None),
+        (
+            [510, 500, 510],
+            "converted were iteration 500 of stage 1; iteration 510 of stage 0, 2; the source got a newer",
+        ),
+    ],
+)
+def test_stages_are_of_one_iteration(iterations: list[int | None], says: str | None) -> None:
+    records = [stage(number, "Succeeded", iteration=each) for number, each in enumerate(iterations)]
+    found = disagreement(records)
+    assert (found is None) == (says is None)
+    if found:
+        assert says
+        assert found.message.startswith(says)
+        assert status(records, finished=END, ended=found)["phase"] == "Failed"
+
+
+def test_many_stages_of_many_iterations_are_told_in_few_words() -> None:
+    found = disagreement([stage(number, "Succeeded", iteration=number + 1) for number in range(1024)])
+    assert found
+    assert len(found.message) < MAX_MESSAGE
+
+
+@pytest.mark.parametrize(
+    ("verify", "levels", "expected"),
+    [
+        ("Digest", ["Digest", "Full"], ("True", "DigestsMatch")),
+        ("Full", ["Full", "Full"], ("True", "SourceMatches")),
+        ("Full", ["Full", "Digest"], ("Unknown", "NotReported")),
+        ("Digest", ["", "None"], ("Unknown", "NotReported")),
+        ("None", ["Full", "Full"], ("False", "NotRequested")),
+    ],
+)
+def test_verified_is_true_when_every_stage_says_so(verify: str, levels: list[str], expected: tuple[str, str]) -> None:
+    records = [stage(number, "Succeeded", verified=level) for number, level in enumerate(levels)]
+    assert conditions(status(records, ("spec.verify", verify), finished=END))["Verified"] == expected

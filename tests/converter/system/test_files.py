@@ -16,7 +16,7 @@ import pytest
 import ckpt2pt
 from ckpt2pt import errors
 from ckpt2pt.system import files
-from ckpt2pt.system.files import OpenFiles, raise_file_limit, read_at, reserve, write_at
+from ckpt2pt.system.files import OpenFiles, raise_file_limit, read_all, read_at, read_text, reserve, write_at
 
 DATA = bytes(range(256)) * 40
 
@@ -59,6 +59,32 @@ def test_short_and_busy_calls_are_continued(fd: int, path: Path, monkeypatch: py
     write_at(fd, memoryview(into), 2, path)
     monkeypatch.undo()
     assert path.read_bytes() == DATA[:2] + DATA[7:1007] + DATA[1002:]
+
+
+def test_a_small_file_is_read_whole_though_the_file_system_is_busy(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.read, iter(range(1_000_000))
+
+    def busy(fd: int, nbytes: int) -> bytes:
+        if next(calls) % 2:
+            raise BlockingIOError(errno.EAGAIN, "busy")
+        return real(fd, min(nbytes, 7))
+
+    monkeypatch.setattr(os, "read", busy)
+    assert read_all(path) == DATA
+    assert read_all(path, 10) == DATA[:10]
+
+
+def test_text_may_have_any_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes("a\r\nb\rö\n".encode())
+    assert read_text(tmp_path / "text") == "a\nb\nö\n"
+
+
+def test_what_comes_through_a_pipe_is_read_to_its_end() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"12345")
+    os.close(writer)
+    assert read_all(reader) == b"12345"
+    os.close(reader)
 
 
 def test_a_file_system_that_stays_busy_is_told(fd: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
