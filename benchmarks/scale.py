@@ -27,7 +27,7 @@ from ckpt2pt.conversion.job import PROGRESS_PORT
 from ckpt2pt_operator.api import CONVERSIONS, JOBS, PODS, Api, ApiError
 from ckpt2pt_operator.informer import SELECTOR, pages
 from ckpt2pt_operator.metrics import Metrics
-from ckpt2pt_operator.rules.views import child, text
+from ckpt2pt_operator.rules.kept import key_of
 from measure import commit, host, today
 
 HERE = Path(__file__).parent
@@ -40,8 +40,8 @@ SILENT = 200
 """Workers that are said to run and whose progress port takes a connection and never answers."""
 
 
-def document(number: int, stages: int) -> dict[str, Any]:
-    """A conversion whose workers never start."""
+def document(number: int, stages: int, *, pods: bool = True) -> dict[str, Any]:
+    """A conversion whose workers never start; without ``pods`` its Job is suspended."""
     return {
         "apiVersion": "ckpt2pt.dev/v1alpha1",
         "kind": "CheckpointConversion",
@@ -53,6 +53,7 @@ def document(number: int, stages: int) -> dict[str, Any]:
             "metadata": {"path": "pt_meta"},
             "target": {"path": f"out/{number}"},
             "pendingDeadlineSeconds": 86400,
+            "suspend": not pods,
             "workers": {"schedulerName": "nobody", "resources": {"limits": {"memory": "256Mi"}}},
         },
     }
@@ -61,7 +62,7 @@ def document(number: int, stages: int) -> dict[str, Any]:
 class Running:
     """An operator as a process of its own."""
 
-    def __init__(self, namespace: str) -> None:
+    def __init__(self, namespace: str, qps: float) -> None:
         self.began = time.monotonic()
         words = [
             "--allow=hostPath",
@@ -73,6 +74,7 @@ class Running:
             str(PORT),
             "--log-level",
             "warning",
+            f"--qps={qps}",
         ]
         self.process = subprocess.Popen([sys.executable, "-m", "ckpt2pt_operator.main", *words])
 
@@ -120,9 +122,9 @@ class Running:
 
 
 @contextmanager
-def operator(namespace: str) -> Iterator[Running]:
+def operator(namespace: str, qps: float) -> Iterator[Running]:
     """Run one."""
-    running = Running(namespace)
+    running = Running(namespace, qps)
     try:
         yield running
     finally:
@@ -137,18 +139,18 @@ async def install(api: Api) -> None:
         await api.create_object(CRDS, "", crd)
     for _ in range(100):
         with suppress(ApiError):
-            await api.list(CONVERSIONS, "", limit="1")
+            await api.list(CONVERSIONS, "", key_of, limit="1")
             return
         await asyncio.sleep(0.2)
 
 
-async def create(api: Api, namespace: str, count: int, stages: int) -> None:
+async def create(api: Api, namespace: str, count: int, stages: int, *, pods: bool) -> None:
     """Make the conversions, many at a time."""
     slots = asyncio.Semaphore(32)
 
     async def one(number: int) -> None:
         async with slots:
-            await api.create_object(CONVERSIONS, namespace, document(number, stages))
+            await api.create_object(CONVERSIONS, namespace, document(number, stages, pods=pods))
 
     await asyncio.gather(*(one(number) for number in range(count)))
 
@@ -157,7 +159,7 @@ async def settled(api: Api, namespace: str, pods: int) -> int:
     """Wait until the Job controller has made the pods; returns how many there are."""
     found, since = 0, time.monotonic()
     while found < pods and time.monotonic() - since < 600:
-        found = len([raw async for raw in pages(api, PODS, namespace, labelSelector=SELECTOR)])
+        found = len([pod async for pod in pages(api, PODS, namespace, key_of, labelSelector=SELECTOR)])
         await asyncio.sleep(5)
     return found
 
@@ -169,11 +171,12 @@ async def beside_silent(api: Api, namespace: str, number: int, stages: int) -> f
     running = {"containerStatuses": [{**container, "state": {"running": {"startedAt": began}}}]}
     address = {"phase": "Running", "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}]}
     with socket.create_server(("127.0.0.1", PROGRESS_PORT), backlog=4096):
-        names = [
-            text(child(raw, "metadata"), "name") async for raw in pages(api, PODS, namespace, labelSelector=SELECTOR)
-        ]
+        names = [name async for _, name in pages(api, PODS, namespace, key_of, labelSelector=SELECTOR)]
         for name in names[:SILENT]:
-            await api.patch(PODS, namespace, f"{name}/status", {"status": {**address, **running}})
+            body = {"status": {**address, **running}}
+            await api._request(
+                "PATCH", PODS, namespace, name, subresource="status", body=body, content="application/merge-patch+json"
+            )
         await asyncio.sleep(REST_SECONDS)
         asked = time.monotonic()
         await api.create_object(CONVERSIONS, namespace, document(number, stages))
@@ -185,18 +188,18 @@ async def beside_silent(api: Api, namespace: str, number: int, stages: int) -> f
     raise SystemExit("a new conversion has no Job within 600 s")
 
 
-async def measure(count: int, stages: int) -> dict[str, Any]:
+async def measure(count: int, stages: int, qps: float, *, with_pods: bool) -> dict[str, Any]:
     """Once from nothing, and once from everything."""
     api = await Api.create(Metrics("bench"), qps=1000, burst=1000)
     namespace = f"scale-{int(time.time())}"
     await api.create_object(NAMESPACES, "", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
     try:
         await install(api)
-        await create(api, namespace, count, stages)
-        with operator(namespace) as first:
-            asked = await first.until("Jobs", lambda page: first.value("api_requests_total", jobs(page)) >= count, 1200)
+        await create(api, namespace, count, stages, pods=with_pods)
+        with operator(namespace, qps) as first:
+            asked = await first.until("Jobs", lambda page: first.value("api_requests_total", jobs(page)) >= count, 3600)
             wrote = sum(writes(first.metrics(), verb) for verb in WRITES)
-            pods = await settled(api, namespace, count * stages)
+            pods = await settled(api, namespace, count * stages if with_pods else 0)
             await asyncio.sleep(REST_SECONDS)
             cold = {
                 "jobs_created_seconds": asked,
@@ -207,7 +210,7 @@ async def measure(count: int, stages: int) -> dict[str, Any]:
                 "queue_latency_p99_at_most": first.quantile("queue_latency_seconds", 0.99),
                 "reconcile_duration_p99_at_most": first.quantile("reconcile_duration_seconds", 0.99),
             }
-        with operator(namespace) as again:
+        with operator(namespace, qps) as again:
             seen = await again.until("seen", lambda page: again.value("reconciles_total", page) >= count, 300)
             at_start = again.value("status_writes_total")
             await asyncio.sleep(REST_SECONDS)
@@ -225,11 +228,12 @@ async def measure(count: int, stages: int) -> dict[str, Any]:
                 "queue_latency_p99_at_most": again.quantile("queue_latency_seconds", 0.99),
                 "reconcile_duration_p99_at_most": again.quantile("reconcile_duration_seconds", 0.99),
             }
-            new = await beside_silent(api, namespace, count, stages)
-        jobs_there = len([raw async for raw in pages(api, JOBS, namespace)])
+            new = await beside_silent(api, namespace, count, stages) if pods else None
+        jobs_there = len([job async for job in pages(api, JOBS, namespace, key_of)])
         return {
             "conversions": count,
             "stages": stages,
+            "qps": qps,
             "jobs": jobs_there,
             "pods": pods,
             "from_nothing": cold,
@@ -261,12 +265,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--conversions", type=int, default=1000)
     parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--qps", type=float, default=20.0, help="writes a second that the operator is allowed")
+    parser.add_argument(
+        "--no-pods", action="store_true", help="suspend the Jobs: making pods takes controllers most of an hour"
+    )
     parser.add_argument("--no-keep", action="store_true", help="do not write a results file")
     given = parser.parse_args()
     if "KUBECONFIG" not in os.environ:
         parser.error("set KUBECONFIG: `make cluster` prints it")
     where = host()
-    found = asyncio.run(measure(given.conversions, given.stages))
+    found = asyncio.run(measure(given.conversions, given.stages, given.qps, with_pods=not given.no_pods))
     document = {"theme": "scale", "date": today(), "commit": commit(), "host": where} | found
     text = json.dumps(document, indent=1)
     print(text)

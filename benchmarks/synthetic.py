@@ -155,7 +155,7 @@ def _write_meta(folder: Path, model: Model, tp: int, pp: int) -> None:
         (folder / f"param_map_buffer0_dp0tp{tp}pp{pp}vpp{number}.json").write_text(json.dumps(document))
     stem = f"args_tp{tp:02d}_pp{pp:03d}"
     storages = [os.urandom(5056), *(bytes(16) for _ in range(4))]
-    pickle = write_pickle(_template(model))
+    pickle = write_pickle(_template(model, pp))
     layout = lay_out(stem, pickle, [len(data) for data in storages])
     with (folder / f"{stem}.pt").open("wb") as file:
         for number, data in enumerate(storages):
@@ -163,14 +163,18 @@ def _write_meta(folder: Path, model: Model, tp: int, pp: int) -> None:
         finish(file.fileno(), layout, [crc32(data, 0) for data in storages])
 
 
-def _template(model: Model) -> Value:
+def _template(model: Model, pp: int) -> Value:
     group: dict[Value, Value] = {
         "wd_mult": 1.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "max_lr": 1e-3,
         "min_lr": 1e-5, "lr": 4e-4, "bias_correction": True, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "step": 1,
     }  # fmt: skip
+    groups: list[Value] = [group, group | {"wd_mult": 0.0, "weight_decay": 0.0}]
+    if pp:  # Megatron begins with the group of the first parameter: a norm where there is no embedding
+        groups.reverse()
     trackers = ("data-parallel-rng", "model-parallel-rng", "expert-parallel-rng")
     rng: dict[Value, Value] = {
         "random_rng_state": (3, tuple(random.Random(1).getstate()[1]), None),
+        "np_rng_state": ("MT19937", [*range(624)], 624, 0, 0.0),
         "torch_rng_state": tensor("uint8", "0", 5056, 0, (5056,)),
         "cuda_rng_state": tensor("uint8", "1", 16, 0, (16,)),
         "rng_tracker_states": {name: tensor("uint8", str(n), 16, 0, (16,)) for n, name in enumerate(trackers, 2)},
@@ -179,8 +183,19 @@ def _template(model: Model) -> Value:
         "args": namespace(model.arguments()),
         "checkpoint_version": 3.0,
         "iteration": 1,
-        "optimizer": {"optimizer": {"param_groups": [group | {"wd_mult": 0.0, "weight_decay": 0.0}, group]}},
-        "opt_param_scheduler": {"max_lr": 1e-3, "num_steps": model.batch, "lr_decay_style": "cosine"},
+        "optimizer": {"optimizer": {"param_groups": groups}},
+        "opt_param_scheduler": {
+            "max_lr": 1e-3,
+            "min_lr": 1e-5,
+            "num_steps": model.batch,
+            "lr_warmup_steps": 0,
+            "lr_decay_steps": 1 << 20,
+            "lr_decay_style": "cosine",
+            "start_wd": 0.1,
+            "end_wd": 0.1,
+            "wd_incr_steps": 1 << 20,
+            "wd_incr_style": "constant",
+        },
         "rng_state": [rng],
         "num_floating_point_operations_so_far": 0.0,
     }

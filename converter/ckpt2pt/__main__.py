@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 PARENT_VARIABLE = "CKPT2PT_PARENT"
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _TRY_AGAIN = 75
 
 
@@ -83,31 +82,11 @@ def _settle_streams() -> None:
     sys.stderr = io.TextIOWrapper(raw, encoding=sys.stderr.encoding, errors="backslashreplace", line_buffering=True)
 
 
-def end_with(parent: int) -> None:
-    """Have this process stopped by SIGTERM, as if asked by its parent, when the parent is gone, however that ended."""
-    import ctypes  # noqa: PLC0415 - these are for workers alone
-    import threading  # noqa: PLC0415
-    import time  # noqa: PLC0415
-    from contextlib import suppress  # noqa: PLC0415
-
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) == 0:
-                if os.getppid() != parent:  # it was gone before the kernel was told
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 if __name__ == "__main__":
     # Taken out of the environment: the processes that this one starts have another parent.
     given = os.environ.pop(PARENT_VARIABLE, "")
     if given.isdecimal():
-        end_with(int(given))
+        from ckpt2pt.system.parent import end_with
+
+        end_with(int(given), signal.SIGTERM)
     sys.exit(main())

@@ -19,7 +19,9 @@ from typing import Protocol
 from ckpt2pt.engine.write import Meter, Stop
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError
 from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.publish import Lock
 from ckpt2pt.request import Pace
+from ckpt2pt.system.parent import end_with
 
 
 class Reporter(Protocol):
@@ -51,6 +53,11 @@ class Share(Protocol):
         """Bytes to write."""
         ...
 
+    @property
+    def paths(self) -> Sequence[str]:
+        """Files to write, from the target's folder on."""
+        ...
+
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """Write its files and publish them."""
         ...
@@ -69,8 +76,13 @@ class Work(Protocol):
         ...
 
 
-def work_through(work: Work, todo: Sequence[Rank], alone: Share | None, reporter: Reporter, stop: Stop) -> None:
-    """Here or in processes; ``alone`` is the only rank, as it was planned before."""
+def work_through(
+    work: Work, todo: Sequence[Rank], alone: Share | None, reporter: Reporter, stop: Stop, locks: Sequence[Lock] = ()
+) -> None:
+    """Here or in processes; ``alone`` is the only rank, as it was planned before.
+
+    Worker processes hold ``locks`` as well: as long as one of them is at work, nobody else takes them for ended.
+    """
     pace = work.pace
     if pace.in_process or len(todo) <= 1:
         for rank in todo:
@@ -80,7 +92,7 @@ def work_through(work: Work, todo: Sequence[Rank], alone: Share | None, reporter
                 meter.flush()
             reporter.end(rank)
         return
-    _Crew(work, reporter, stop).work(todo)
+    _Crew(work, reporter, stop, locks).work(todo)
 
 
 @contextmanager
@@ -142,8 +154,8 @@ class _Hand:
 class _Crew:
     """Runs ranks in processes of their own, at most ``workers`` at a time; every failure is heard."""
 
-    def __init__(self, work: Work, reporter: Reporter, stop: Stop) -> None:
-        self._work, self._reporter, self._stop = work, reporter, stop
+    def __init__(self, work: Work, reporter: Reporter, stop: Stop, locks: Sequence[Lock]) -> None:
+        self._work, self._reporter, self._stop, self._locks = work, reporter, stop, locks
         self._hands: list[_Hand] = []
 
     def work(self, todo: Sequence[Rank]) -> None:
@@ -164,7 +176,8 @@ class _Crew:
     def _start(self, rank: Rank) -> _Hand:
         context = get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=work_on_rank, args=(self._work, rank, theirs), name=f"tp{rank[0]}-pp{rank[1]}")
+        words = (self._work, rank, theirs, os.getpid(), tuple(self._locks))
+        process = context.Process(target=work_on_rank, args=words, name=f"tp{rank[0]}-pp{rank[1]}")
         with _deaf_to_interrupts():
             process.start()
         theirs.close()
@@ -218,8 +231,9 @@ def _deaf_to_interrupts() -> Generator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def work_on_rank(work: Work, rank: Rank, pipe: Connection) -> None:
-    """The body of a worker process: bytes done as integers, then None, or the error."""
+def work_on_rank(work: Work, rank: Rank, pipe: Connection, parent: int, _: Sequence[Lock]) -> None:
+    """The body of a worker process, which ends with its parent: bytes done as integers, then None, or the error."""
+    end_with(parent, signal.SIGKILL)
     with stopped_by_signals() as stop:
 
         def report(nbytes: int) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ckpt2pt.errors import InputError, MissingInputError, TargetConflictError, UsageError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.publish import TRACKER, Target, rank_name, read_record, read_tracker
+from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.text import short
 
 SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors"})
@@ -21,7 +24,7 @@ def keep_apart(target: Target, read: Mapping[Path | None, str]) -> None:
     ``read`` names the options of folders.  Links and mounts give one folder many paths, so the folders are compared.
     """
     for path, option in read.items():
-        if path is None or not path.exists():
+        if path is None or not is_there(path, option):
             continue
         above = (path, *path.resolve().parents) if target.kind.alone else (path,)
         if _is(path, target.root) or any(_is(place, target.folder) for place in above):
@@ -53,10 +56,8 @@ def covered(target: Target) -> str:
 
 
 def _is(one: Path, other: Path) -> bool:
-    try:
-        return one.samefile(other)
-    except OSError:  # not there: so it cannot be what is read
-        return False
+    found, against = status(one), status(other)
+    return found is not None and against is not None and os.path.samestat(found, against)
 
 
 def iteration_name(named: str) -> str:
@@ -82,13 +83,14 @@ def layout_of(ranks: Sequence[int]) -> Topology | None:
 def pairs(left: Path, right: Path) -> Iterator[tuple[str, Path | None, Path | None]]:
     """Files that belong together, by their place; a file without a partner is paired with None."""
     for path in (left, right):
-        if not path.exists():
+        if not is_there(path, "the path"):
             raise MissingInputError("it is not there", where=path, mend="check the two paths")
-    if left.is_dir() != right.is_dir():
+    folders = [is_folder(path, "the path") for path in (left, right)]
+    if folders[0] != folders[1]:
         raise UsageError(
             "one is a folder, the other a file", where=f"{left} and {right}", mend="give two files or two folders"
         )
-    if not left.is_dir():
+    if not folders[0]:
         yield (left.name, left, right)
         return
     one, other = checkpoint_files(iteration_folder(left)), checkpoint_files(iteration_folder(right))
@@ -115,7 +117,7 @@ def iteration_folder(folder: Path) -> Path:
             where=folder / TRACKER,
             mend="write the number of an iteration that is there into it, or name the folder of the iteration itself",
         )
-    iterations = sorted(path for path in folder.glob("iter_*") if path.is_dir())
+    iterations = [path for path in listing(folder, "iter_*", "the path") if is_folder(path)]
     if len(iterations) > 1:
         raise InputError(
             f"{len(iterations)} iterations and no {TRACKER}",
@@ -127,12 +129,16 @@ def iteration_folder(folder: Path) -> Path:
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:
     """Checkpoint files by their place below ``folder``; names with a dot in front are unfinished or not ours."""
-    found = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES}
-    return {
-        place.as_posix(): path
-        for place, path in found.items()
-        if path.is_file() and not any(part.startswith(".") for part in place.parts)
-    }
+    found: dict[str, Path] = {}
+    for path in listing(folder, option="the path"):
+        seen = None if path.name.startswith(".") else status(path, "the path")
+        if seen is None:
+            continue
+        if stat.S_ISDIR(seen.st_mode) and not path.is_symlink():
+            found |= {f"{path.name}/{name}": inner for name, inner in checkpoint_files(path).items()}
+        elif path.suffix in SUFFIXES and stat.S_ISREG(seen.st_mode):
+            found[path.name] = path
+    return found
 
 
 def _rename(one: dict[str, Path], other: Mapping[str, Path]) -> None:

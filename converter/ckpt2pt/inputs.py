@@ -100,16 +100,6 @@ def _check_size(file: InputFile, limit: int, option: str) -> None:
         raise FormatError(f"larger than {limit >> 20} MiB", where=file.path, mend=f"check {option}")
 
 
-def is_file(path: Path, option: str) -> bool:
-    """Whether a regular file is there; only ENOENT means that none is."""
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except FileNotFoundError:
-        return False
-    except OSError as error:
-        raise access_error(error, path, "examining", option=option) from error
-
-
 def quoted(value: str | bytes | int | list[int]) -> str:
     """``value`` for a message: printable, and not longer than a line."""
     text = repr(value)

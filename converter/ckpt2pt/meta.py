@@ -6,9 +6,7 @@ param_map_buffer0_dp0tp0pp3vpp1.json        -> Buffer     (order, buckets, paddi
 
 from __future__ import annotations
 
-import fnmatch
 import json
-import os
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.ckpt.ranks import rank_folder
-from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, UsageError
+from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, TryAgainError, UsageError
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.names import bare, local_layer
 from ckpt2pt.mapping.topology import MAX_RANKS, Topology
@@ -29,6 +27,7 @@ from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, read_pickle
 from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.paths import is_file, is_folder, is_there, listing
 
 _Described = tuple[tuple[str, ...], Buffer | None]
 """A chunk's names in registration order, and its buffer when there is a map."""
@@ -36,6 +35,8 @@ Maps = Mapping[tuple[int, int], Sequence[tuple[int, int, Path]]]
 """(tp, pp) -> (buffer, chunk, path) of each param map."""
 _MAX_NAMES = 200_000
 METADATA = "spec.metadata.path (--param-map-path)"
+WRITING = ".ckpt2pt/pt_meta.writing.json"
+"""There while the folder is being written: its files may be of two runs."""
 _MEND = "point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees"
 
 _ARGUMENTS = re.compile(r"args_tp(\d{2,6})_pp(\d{3,6})\.pt")
@@ -105,7 +106,7 @@ def read_rank_meta(
 
 def read_arguments(folder: Path, rank: tuple[int, int], *, allow: tuple[str, ...] = ()) -> Template:
     """The template of one (tp, pp) alone."""
-    if not folder.is_dir():
+    if not is_folder(folder, METADATA):
         raise MissingInputError("the metadata folder is not there", where=folder, mend=_MEND)
     return read_template(_arguments_file(folder, *rank), allow=allow)
 
@@ -123,16 +124,16 @@ def chunk_names(
 
 def require(folder: Path, *, source: Path, target: Path) -> None:
     """Refuse a folder without metadata, with the command that would make it."""
-    try:
-        found = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        found = []
-    except OSError as error:
-        raise access_error(error, folder, "listing", option=METADATA) from error
-    if fnmatch.filter(found, "args_tp*_pp*.pt"):
+    if is_there(folder / WRITING, METADATA):
+        raise TryAgainError(
+            "the metadata is being written, or a run that wrote it was killed",
+            where=folder,
+            mend="run the same ckpt2pt pt-meta again: it completes the folder",
+        )
+    if listing(folder, "args_tp*_pp*.pt", METADATA):
         return
     made = f"--param-map-path {folder}"
-    checkpoint = next((path.parents[2] for path in sorted(target.glob("*/mp_rank_*/model_optim_rng.pt"))), None)
+    checkpoint = next((path.parents[2] for path in listing(target, "*/mp_rank_*/model_optim_rng.pt")), None)
     captured = f"ckpt2pt pt-meta --megatron-path {checkpoint or 'MEGATRON'} {made}"
     described = f"ckpt2pt pt-meta --description FILE --ms-path {source} {made}"
     if checkpoint:
@@ -143,14 +144,16 @@ def require(folder: Path, *, source: Path, target: Path) -> None:
             f"without one, describe Megatron's arguments (YAML or the training script), and run: {described}"
         )
     what = (
-        "there is no args_tp*_pp*.pt in the metadata folder" if folder.is_dir() else "the metadata folder is not there"
+        "there is no args_tp*_pp*.pt in the metadata folder"
+        if is_folder(folder)
+        else "the metadata folder is not there"
     )
     raise MissingInputError(what, where=folder, mend=mend)
 
 
 def assumed(folder: Path) -> dict[str, object]:
     """What the metadata rests on besides what was read: ``assumed`` of ``origin.json`` (ckpt2pt.ptmeta.files)."""
-    if not (folder / "origin.json").is_file():
+    if not is_file(folder / "origin.json", METADATA):
         return {}
     document = _load_json(folder / "origin.json")
     found = cast("dict[str, object]", document).get("assumed") if isinstance(document, dict) else None

@@ -110,7 +110,8 @@ def _add_places(parser: argparse.ArgumentParser, *, required: bool, writes: bool
         group.add_argument(
             "--overwrite",
             action="store_true",
-            help="replace another conversion's result of the same iteration (spec.target.overwrite)",
+            help="replace another conversion's result of the same iteration, which stays until the new one is complete: room for both "
+            "is needed; what ckpt2pt did not write is never replaced (spec.target.overwrite)",
         )
 
 

@@ -12,24 +12,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import cast
 
 from ckpt2pt import __version__
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
-from ckpt2pt.engine.write import Stop, is_whole, write_files
+from ckpt2pt.engine.write import Stop, Written, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.publish import Target
+from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, check_loadable, prepare, prove_unchanged, survey, target_of
-from ckpt2pt.system.access import access_error
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.text import counted, size
 
@@ -56,9 +55,13 @@ class Conversion:
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
     how_to_load: str
-    plan: Callable[[Rank], Share]
+    prepare: Callable[[Rank, Target], Share]
     examine: Callable[[int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
+
+    def plan(self, rank: Rank, /) -> Share:
+        """One rank, to be written into the target as it is now."""
+        return self.prepare(rank, self.target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +91,7 @@ class Outcome:
         """For ``--output json`` and the termination message."""
         return {
             "iteration": self.target.iteration,
-            "folder": str(self.target.folder),
+            "folder": str(self.target.at_home.folder),
             "stages": list(self.stages),
             "ranksConverted": len(self.converted),
             "ranksKept": len(self.kept),
@@ -118,10 +121,12 @@ class Outcome:
         end = f"published; {self.target.reader} can load it{self.how_to_load}"
         if not self.published:
             end = "the tracker waits for the other stages"
+            if self.target.beside:
+                end = "the result that is there stays until the other stages are done, too"
         elif self.newer is not None:
             end = f"published; the tracker stays at iteration {self.newer}, which is newer: write {self.target.iteration} into it to go back"
         first = "".join(f"warning: {text}\n" for text in self.warnings)
-        return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.folder}\n{end}"
+        return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.at_home.folder}\n{end}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +135,7 @@ class _Forward:
 
     request: Request
     chosen: Survey
+    target: Target
     prepared: Prepared
 
     @property
@@ -140,12 +146,17 @@ class _Forward:
     def nbytes(self) -> int:
         return sum(self.prepared.sizes.values())
 
+    @property
+    def paths(self) -> list[str]:
+        return [f"{self.prepared.plan.directory}/{name}" for name in self.prepared.sizes]
+
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
-        convert_rank(self.request, self.chosen, self.prepared, stop, advance)
+        with self.target.guarded():
+            convert_rank(self.request, self.chosen, self.target, self.prepared, stop, advance)
 
 
-def _plan(request: Request, chosen: Survey, rank: Rank) -> _Forward:
-    return _Forward(request, chosen, prepare(request, chosen, rank))
+def _plan(request: Request, chosen: Survey, rank: Rank, target: Target) -> _Forward:
+    return _Forward(request, chosen, target, prepare(request, chosen, rank))
 
 
 def _examine(request: Request, chosen: Survey, pp: int) -> tuple[str, ...]:
@@ -173,25 +184,31 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         doubts=chosen.clock.doubts,
         warnings=(),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
-        plan=partial(_plan, request, chosen),
+        prepare=partial(_plan, request, chosen),
         examine=partial(_examine, request, chosen),
     )
     return carry_out(conversion, stages, reporter, began)
 
 
 def convert_rank(
-    request: Request, chosen: Survey, prepared: Prepared, stop: Stop, advance: Callable[[int], None]
+    request: Request,
+    chosen: Survey,
+    target: Target,
+    prepared: Prepared,
+    stop: Stop,
+    advance: Callable[[int], None],
 ) -> None:
     """Convert one rank and publish it."""
     rank = prepared.plan.tp, prepared.plan.pp
-    target = target_of(request, chosen)
     folder = target.folder / prepared.plan.directory
+    ledger = target.ledger(rank, repair=request.overwrite)
     _check_twins(prepared)
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise access_error(error, folder, "making the folder") from error
-    target.sweep(*rank, prepared.plan.directory)
+    make_folder(folder, target.root)
+
+    def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
+        prove_unchanged(request, chosen, rank)
+        ledger.announce([file.entry(target.folder) for file in files])
+
     files, digests = write_files(
         folder,
         prepared.files,
@@ -199,12 +216,14 @@ def convert_rank(
         stop=stop,
         advance=advance,
         check=request.verify != "none",
+        announce=announce,
+        fence=ledger.fence,
     )
     if request.verify == "full":
         from ckpt2pt.verify.prove import verify_rank  # noqa: PLC0415 - a second reader, loaded only when asked for
 
         verify_rank(request, chosen, rank, target.folder).raise_differences()
-    prove_unchanged(request, chosen, rank)
+        prove_unchanged(request, chosen, rank)
     target.publish_rank(
         rank[0],
         rank[1],
@@ -232,12 +251,15 @@ def _check_twins(prepared: Prepared) -> None:
 
 def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter, began: float) -> Outcome:
     """Convert the given pipeline stages; what an earlier run finished is kept."""
+    with stopped_by_signals() as stop:
+        conversion.target.recover(stop.check)
     target = conversion.target
     ranks = [(tp, pp) for pp in stages for tp in range(target.tensor)]
     proof = "" if conversion.overwrite else covered(target)
     if proof:
         return _covered(conversion, stages, ranks, cast("Verify", proof), began)
-    target.check(overwrite=conversion.overwrite)
+    target = target.check(overwrite=conversion.overwrite)
+    conversion = replace(conversion, target=target)
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals: dict[Rank, int] = {}
@@ -246,31 +268,27 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     for rank in todo:
         # One at a time: the plans of many ranks would not fit into the memory of one.
         share = conversion.plan(rank)
+        target.ledger(rank, repair=conversion.overwrite).refuse(share.paths)
         totals[rank] = share.source_bytes
         size += share.nbytes
         alone = share if len(todo) == 1 else None
-    check_volume(target.root, size, target.kind.option)
-    options = {"version": __version__, "options": conversion.meaning}
+    both = "; the result that is there stays until the new one is complete, so there has to be room for both"
+    check_volume(target.root, size, target.kind.option, both if target.beside else "")
+    options: Json = {"version": __version__, "options": conversion.meaning}
     with stopped_by_signals() as stop:
-        target.claim({**options, "begun": _now()}, overwrite=conversion.overwrite)
+        target.claim({**options, "begun": _now()}, overwrite=conversion.overwrite, heed=stop.check)
         with ExitStack() as locks:
-            for pp in stages:
-                locks.enter_context(target.stage_lock(pp))
+            held = [locks.enter_context(target.stage_lock(pp, stop.check)) for pp in stages]
+            target.sweep(stages)
             reporter.begin(totals, target.iteration)
             try:
-                work_through(conversion, todo, alone, reporter, stop)
+                work_through(conversion, todo, alone, reporter, stop, held)
             finally:
                 reporter.close()
-            warnings: list[str] = []
-            for pp in stages:
-                found = conversion.examine(pp)
-                warnings += found
-                # Its own inputs alone: those of all ranks in each stage would grow with the square of their number.
-                inputs = [one for tp in range(target.tensor) for one in conversion.inputs[tp, pp]]
-                facts: Json = {"iteration": target.iteration, "inputs": inputs, **conversion.facts}
-                facts |= {"warnings": list(found)} if found else {}
-                target.publish_stage(pp, {**options, **facts})
-        published = target.publish_iteration()
+            with target.guarded():
+                warnings = [text for pp in stages for text in _publish_stage(conversion, pp, options)]
+        published = target.publish_iteration(stop.check)
+    target = target.at_home if published else target
     return Outcome(
         target=target,
         stages=tuple(stages),
@@ -315,12 +333,25 @@ def _covered(
     )
 
 
+def _publish_stage(conversion: Conversion, pp: int, options: Json) -> tuple[str, ...]:
+    """Join the manifests of a stage's ranks; returns what is suspicious of them."""
+    target, found = conversion.target, conversion.examine(pp)
+    # Its own inputs alone: those of all ranks in each stage would grow with the square of their number.
+    inputs = [one for tp in range(target.tensor) for one in conversion.inputs[tp, pp]]
+    facts: Json = {"iteration": target.iteration, "inputs": inputs, **conversion.facts}
+    facts |= {"warnings": list(found)} if found else {}
+    target.publish_stage(pp, {**options, **facts})
+    return found
+
+
 def _is_kept(conversion: Conversion, rank: Rank) -> bool:
     """Whether what an earlier run made of a rank stays.  Who wants it replaced keeps what is right to the last bit."""
     manifest = conversion.target.rank_manifest(*rank)
     if manifest is None or not _is_proved(manifest, conversion.verify):
         return False
-    return not conversion.overwrite or all(
+    if not conversion.overwrite or conversion.target.beside:
+        return True
+    return all(
         is_whole(conversion.target.folder / str(file["path"]), int(str(file["crc32"]), 16))
         for file in cast("list[Json]", manifest["files"])
     )

@@ -29,18 +29,25 @@ TRIGGER: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
     ("",    "configmaps", "", ("get",)),
     (GROUP, PLURAL,       "", ("create",)),
 )  # fmt: skip
+DELETES: tuple[tuple[str, str, str, tuple[str, ...]], ...] = ((GROUP, PLURAL, "", ("delete",)),)
 LEASE = "coordination.k8s.io", "leases"
 
 
 async def missing(
-    api: Api, namespaces: Sequence[str], *, check_volumes: bool, kinds: Sequence[Kind] = (), trigger: bool = False
+    api: Api,
+    namespaces: Sequence[str],
+    *,
+    check_volumes: bool,
+    kinds: Sequence[Kind] = (),
+    trigger: bool = False,
+    deletes: bool = False,
 ) -> list[str]:
     """What is not allowed, as ``patch jobs.batch in namespace training``; empty where all is well."""
     watched = [(kind.api_version.rpartition("/")[0], kind.plural, "", ("list", "watch")) for kind in kinds]
     wanted = [
         Right(verb, group, resource, sub, namespace)
         for group, resource, sub, verbs in (
-            *NEEDED, *(CLAIMS if check_volumes else ()), *watched, *(TRIGGER if trigger else ()),
+            *NEEDED, *(CLAIMS if check_volumes else ()), *watched, *(TRIGGER if trigger else ()), *(DELETES if deletes else ()),
         )
         for verb in verbs
         for namespace in (namespaces or ("",))

@@ -6,29 +6,30 @@ Typed models cost several times the memory and time of the objects themselves, a
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import aiohttp
 from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
+from ckpt2pt import __version__
+from ckpt2pt.conversion.job import MANAGER
 from ckpt2pt.conversion.names import request_path
 from ckpt2pt.conversion.spec import API_VERSION, Json
 from ckpt2pt.errors import UsageError
+from ckpt2pt_operator.decoding import LARGE, Page, decode, lines
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.views import child, items, number, text
+from ckpt2pt_operator.workqueue import Turns
 
 _TIMEOUT = 30
 _SILENCE = 100.0
 """Seconds without a word after which a watch is given up: an API server sends a bookmark each minute."""
-_MAX_LINE = 8 << 20
-"""Bytes of one event of a watch: an object may have 1.5 MB, and twice that in JSON."""
 _MAX_PAUSE = 300.0
 _MAX_FIELDS = 8
 _TRUE_TO = timedelta(seconds=5)
@@ -39,6 +40,11 @@ _BAD_REQUEST, _FORBIDDEN = 400, 403
 _MERGE_PATCH = "application/merge-patch+json"
 _WRITES = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
+AGENT = f"{MANAGER}/{__version__}"
+"""Its first part is also the field manager of all that is written."""
+PLAIN = {"Accept-Encoding": "identity"}
+"""An API server would compress large answers, and 64 KiB of them may hold 60 MB."""
+
 CONVERSIONS = f"apis/{API_VERSION}", "checkpointconversions"
 JOBS = "apis/batch/v1", "jobs"
 PODS = "api/v1", "pods"
@@ -46,6 +52,15 @@ EVENTS = "api/v1", "events"
 CLAIMS = "api/v1", "persistentvolumeclaims"
 Resource = tuple[str, str]
 """Where a kind is served, and its plural."""
+Found = TypeVar("Found")
+
+
+class Listed(NamedTuple, Generic[Found]):
+    """A page of a list: ``more`` continues it, empty on the last one; a watch goes on from ``version``."""
+
+    items: list[Found]
+    more: str
+    version: str
 
 
 class ApiError(Exception):
@@ -72,7 +87,7 @@ class ApiError(Exception):
         return self.code == _FORBIDDEN and "being terminated" in self.message
 
 
-async def patiently(ask: Callable[[], Awaitable[Json]]) -> Json:
+async def patiently(ask: Callable[[], Awaitable[Found]]) -> Found:
     """Ask again while the API server is busy or does not answer; it must be something that changes nothing."""
     for failures in range(1, _TRIES):
         try:
@@ -85,19 +100,34 @@ async def patiently(ask: Callable[[], Awaitable[Json]]) -> Json:
 
 
 class Bucket:
-    """``qps`` a second, ``burst`` at once."""
+    """``qps`` a second, ``burst`` at once; of those who wait, groups (namespaces) take turns."""
 
     def __init__(self, qps: float, burst: int) -> None:
         self._qps, self._burst, self._tokens, self._at = qps, float(burst), float(burst), 0.0
+        self._waiting: Turns[asyncio.Future[None]] = Turns()
 
-    async def take(self) -> None:
+    async def take(self, group: str = "") -> None:
         """Wait for a turn."""
-        now = asyncio.get_running_loop().time()
+        turn = asyncio.get_running_loop().create_future()
+        idle = not self._waiting
+        self._waiting.add(group, turn)
+        if idle:
+            self._give()
+        await turn
+
+    def _give(self) -> None:
+        """Let go who may, and come back when there is a token for the next."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
         self._tokens = min(self._burst, self._tokens + (now - self._at) * self._qps) if self._at else self._tokens
         self._at = now
-        self._tokens -= 1
-        if self._tokens < 0:
-            await asyncio.sleep(-self._tokens / self._qps)
+        while self._waiting and self._tokens >= 1:
+            turn = self._waiting.take()
+            if not turn.done():  # who was cancelled has no use for it
+                self._tokens -= 1
+                turn.set_result(None)
+        if self._waiting:
+            loop.call_later((1 - self._tokens) / self._qps, self._give)
 
 
 class Api:
@@ -121,7 +151,9 @@ class Api:
                 message = f"neither a pod's service account nor a kubeconfig says where the cluster is ({error})"
                 raise ApiError(0, "NoCluster", message, what="start") from error
         configuration.connection_pool_maxsize = 64
-        return cls(client.ApiClient(configuration), metrics, Bucket(qps, burst))
+        inner = client.ApiClient(configuration)
+        cast("Any", inner).user_agent = AGENT
+        return cls(inner, metrics, Bucket(qps, burst))
 
     @property
     def inner(self) -> client.ApiClient:
@@ -149,9 +181,31 @@ class Api:
         """One object."""
         return await self._request("GET", resource, namespace, name)
 
-    async def list(self, resource: Resource, namespace: str, **query: str) -> Json:
-        """One page of a list; ``namespace`` may be empty."""
-        return await self._request("GET", resource, namespace, query=query, verb="list")
+    async def list(
+        self, resource: Resource, namespace: str, take: Callable[[Json], Found], **query: str
+    ) -> Listed[Found]:
+        """One page of a list, of each object what ``take`` makes of it; ``namespace`` may be empty.
+
+        The objects are decoded one at a time, and gone before the next.
+        """
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_TIMEOUT)
+        asked = _Asked("list", resource, namespace)
+        stream = await self._send(asked, "GET", query, None, "", timeout)
+        page, found = Page(), list[Found]()
+        try:
+            if stream.status >= 400:
+                raise self._refused(stream, await stream.read(), asked)
+            async for data in stream.content.iter_any():
+                for item in page.feed(data):
+                    found.append(take(decode(item)))
+                    if len(item) > LARGE:
+                        await asyncio.sleep(0)
+            meta = child(decode(page.rest()), "metadata")
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=str(asked)) from error
+        finally:
+            stream.release()
+        return Listed(found, text(meta, "continue", 4096), text(meta, "resourceVersion"))
 
     async def create_object(self, resource: Resource, namespace: str, body: Json) -> Json:
         """Create an object; returns it as it was stored."""
@@ -165,9 +219,10 @@ class Api:
         """Replace the status; 409 if the object has changed since."""
         return await self._request("PUT", resource, namespace, name, subresource="status", body=body)
 
-    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str) -> Json:
-        """Delete that very object, and what it owns in the background."""
-        body: Json = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+    async def delete(self, resource: Resource, namespace: str, name: str, *, uid: str, version: str = "") -> Json:
+        """Delete that very object, in that very version if it is given, and what it owns in the background."""
+        same = {"uid": uid} | ({"resourceVersion": version} if version else {})
+        body: Json = {"propagationPolicy": "Background", "preconditions": same}
         return await self._request("DELETE", resource, namespace, name, body=body)
 
     async def is_ending(self, namespace: str) -> bool:
@@ -205,10 +260,10 @@ class Api:
         try:
             if stream.status >= 400:
                 raise self._refused(stream, await stream.read(), asked)
-            async for line in _lines(stream.content):
-                yield _object(line)
+            async for line in lines(stream.content):
+                yield decode(line)
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=f"watch {resource[1]}") from error
+            raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=str(asked)) from error
         finally:
             stream.close()
 
@@ -226,7 +281,7 @@ class Api:
         verb: str = "",
     ) -> Json:
         if method in _WRITES:
-            await self._bucket.take()
+            await self._bucket.take(namespace)
         asked = _Asked(verb or method.lower(), resource, namespace, name, subresource)
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT, sock_connect=10)
         response = await self._send(asked, method, query or {}, body, content, timeout)
@@ -237,7 +292,7 @@ class Api:
         if response.status >= 400:
             raise self._refused(response, data, asked)
         try:
-            return _object(data) if data else {}
+            return decode(data) if data else {}
         except ValueError as error:
             # Something between here and there answered in its place.
             raise ApiError(0, "NotJson", str(error), what=str(asked)) from error
@@ -251,7 +306,7 @@ class Api:
         content: str,
         timeout: aiohttp.ClientTimeout,
     ) -> aiohttp.ClientResponse:
-        headers = {"Accept": "application/json"} | ({"Content-Type": content} if content else {})
+        headers = PLAIN | {"Accept": "application/json"} | ({"Content-Type": content} if content else {})
         try:
             path = request_path(asked.resource[0], asked.namespace, asked.resource[1], asked.name, asked.subresource)
         except UsageError as wrong:
@@ -310,33 +365,9 @@ class _Asked:
         return " ".join(filter(None, (self.verb, self.kind, self.name)))
 
 
-async def _lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """Lines of any length up to ``_MAX_LINE``: aiohttp's own end at 128 KiB, and a large object would end every watch."""
-    rest = bytearray()
-    async for data in content.iter_any():
-        *lines, last = data.split(b"\n")
-        for line in lines:
-            rest += line
-            if rest:
-                yield bytes(rest)
-            rest.clear()
-        rest += last
-        if len(rest) > _MAX_LINE:
-            raise ValueError(f"a line of more than {_MAX_LINE} bytes")
-    if rest:
-        raise ValueError("the last line is not whole")
-
-
-def _object(data: bytes) -> Json:
-    found: object = json.loads(data)
-    if not isinstance(found, dict):
-        raise ValueError("not a JSON object")
-    return cast("Json", found)
-
-
 def _error(code: int, data: bytes, headers: Mapping[str, str], what: str) -> ApiError:
     try:
-        status = _object(data)
+        status = decode(data)
     except ValueError:
         status = {"message": data[:512].decode("utf-8", "replace")}
     details = child(status, "details")

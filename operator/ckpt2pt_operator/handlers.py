@@ -1,4 +1,4 @@
-"""What kopf hands over: events of conversions and of their Jobs.  They are put into the store, and nothing else.
+"""What kopf hands over: changes of conversions.  They are put into the store, and nothing else.
 
 An ``on.event`` handler is never tried again and its errors are swallowed, so nothing that can fail is done here; and
 it writes nothing: no annotation, no finalizer.
@@ -11,46 +11,31 @@ from dataclasses import replace
 
 import kopf
 
-from ckpt2pt.conversion.job import MANAGER
 from ckpt2pt.conversion.spec import API_VERSION
-from ckpt2pt_operator.metrics import Metrics
-from ckpt2pt_operator.rules.views import job_view
 from ckpt2pt_operator.store import Store
+from ckpt2pt_operator.transport import Conversions
 
 GROUP, VERSION = API_VERSION.split("/")
 PLURAL = "checkpointconversions"
 
 
-def registry(store: Store, metrics: Metrics) -> kopf.OperatorRegistry:
+def registry(store: Store, watched: Conversions) -> kopf.OperatorRegistry:
     """The handlers, for a store of ours."""
     found = kopf.OperatorRegistry()
 
-    def heard(resource: str) -> None:
-        metrics.watch_last_event.labels(resource).set_to_current_time()
-
     async def on_conversion(event: kopf.RawEvent, **_: object) -> None:
-        heard(PLURAL)
-        store.watched = True
         raw = dict(event["object"])
         if event["type"] == "DELETED":
             store.drop_conversion(raw)
         else:
             store.put_conversion(raw)
 
-    async def on_job(event: kopf.RawEvent, **_: object) -> None:
-        heard("jobs")
-        job = job_view(dict(event["object"]))
-        if event["type"] == "DELETED":
-            store.drop_job(job)
-        else:
-            store.put_job(job)
-
-    async def login(settings: kopf.OperatorSettings, **_: object) -> kopf.ConnectionInfo | None:
-        return in_pod(settings) or kopf.login_with_kubeconfig(settings=settings)
+    async def login(settings: kopf.OperatorSettings, **_: object) -> kopf.AiohttpSession | None:
+        info = in_pod(settings) or kopf.login_with_kubeconfig(settings=settings)
+        return await watched.session(info) if info else None
 
     kopf.on.login(registry=found)(login)
     kopf.on.event(GROUP, VERSION, PLURAL, registry=found)(on_conversion)
-    kopf.on.event("batch", "v1", "jobs", registry=found)(on_job)
     return found
 
 
@@ -69,18 +54,17 @@ def settings(*, namespaced: bool) -> kopf.OperatorSettings:
     found.peering.standalone = True
     found.posting.enabled = False
     found.scanning.disabled = namespaced
-    found.watching.label_selectors["batch", "jobs"] = f"app.kubernetes.io/managed-by={MANAGER}"
     found.watching.field_selectors["apiextensions.k8s.io", "customresourcedefinitions"] = (
         f"metadata.name={PLURAL}.{GROUP}"
     )
-    found.watching.chunk_size = 500
+    found.watching.chunk_size = 100
     found.watching.server_timeout = 300
     found.watching.client_timeout = 330
     found.watching.connect_timeout = 10
-    found.networking.request_timeout = 30
+    found.networking.request_timeout = 90  # for a page of 100 objects of a megabyte, too
     found.networking.error_backoffs = (1, 2, 4, 8, 16)
     found.networking.enforce_retry_after = True
-    found.queueing.idle_timeout = 1.0
+    found.queueing.idle_timeout = 0.05  # an object is held as long after it was handled
     found.queueing.worker_limit = None
     found.execution.max_workers = 4
     return found

@@ -6,18 +6,18 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from ckpt2pt.conversion.job import MANAGER
-from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
-from ckpt2pt_operator.api import CONVERSIONS, JOBS, PODS, Api, ApiError, Resource, patiently
+from ckpt2pt.conversion.spec import Json
+from ckpt2pt_operator.api import JOBS, PODS, Api, ApiError, Found, Resource, patiently
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.stages import REASON_WORDS, cause
-from ckpt2pt_operator.rules.views import child, items, job_view, number, pod_view, report_of, text
+from ckpt2pt_operator.rules.views import child, job_view, number, pod_view, report_of, text
 from ckpt2pt_operator.store import Store
 
 SELECTOR = f"app.kubernetes.io/managed-by={MANAGER}"
-_PAGE = "500"
+_PAGE = "100"
 _SERVER_SECONDS = "300"
 _GONE = 410
 _AT_ONCE = 1.0
@@ -37,6 +37,7 @@ class Informer:
     def __init__(self, api: Api, metrics: Metrics, resource: Resource, namespace: str, selector: str = "") -> None:
         self._api, self._metrics, self._resource, self.namespace = api, metrics, resource, namespace
         self._query = {"labelSelector": selector} if selector else dict[str, str]()
+        self.plural = resource[1]
         self.synced = asyncio.Event()
         self.heard = time.monotonic()
         self.trouble = ""
@@ -79,15 +80,14 @@ class Informer:
         more, seen = "", set[str]()
         while True:
             query = {**self._query, "limit": _PAGE} | ({"continue": more} if more else {})
-            page = await self._api.list(self._resource, self.namespace, **query)
-            seen.update(self.put(raw) for raw in items(page, "items"))
+            page = await self._api.list(self._resource, self.namespace, self.put, **query)
+            seen.update(page.items)
             self._hear()
-            meta = child(page, "metadata")
-            more = text(meta, "continue", 4096)
+            more = page.more
             if not more:
                 self.keep(seen)
                 self.synced.set()
-                return text(meta, "resourceVersion")
+                return page.version
 
     async def _follow(self) -> None:
         """Watch from the last version on; a watch that ends, in whatever way, is begun again where it was."""
@@ -153,33 +153,37 @@ class PodInformer(Informer):
         self._store.keep_pods(self.namespace, uids)
 
 
-async def pages(api: Api, resource: Resource, namespace: str, **query: str) -> AsyncIterator[Json]:
-    """Every object of a list, page by page."""
+class JobInformer(Informer):
+    """All our Jobs."""
+
+    def __init__(self, api: Api, store: Store, metrics: Metrics, namespace: str) -> None:
+        super().__init__(api, metrics, JOBS, namespace, SELECTOR)
+        self._store = store
+
+    def put(self, raw: Json) -> str:
+        """Keep its view."""
+        job = job_view(raw)
+        self._store.put_job(job)
+        return job.uid
+
+    def drop(self, raw: Json) -> None:
+        """Forget it."""
+        self._store.drop_job(job_view(raw))
+
+    def keep(self, uids: Iterable[str]) -> None:
+        """Forget all others."""
+        self._store.keep_jobs(self.namespace, uids)
+
+
+async def pages(
+    api: Api, resource: Resource, namespace: str, take: Callable[[Json], Found], **query: str
+) -> AsyncIterator[Found]:
+    """What ``take`` makes of every object of a list, page by page."""
     query["limit"] = _PAGE
     while True:
-        page = await patiently(lambda: api.list(resource, namespace, **query))
-        for raw in items(page, "items"):
-            yield raw
-        query["continue"] = text(child(page, "metadata"), "continue", 4096)
-        if not query["continue"]:
+        page = await patiently(lambda: api.list(resource, namespace, take, **query))
+        for found in page.items:
+            yield found
+        query["continue"] = page.more
+        if not page.more:
             return
-
-
-async def refresh(api: Api, store: Store, namespaces: Sequence[str]) -> None:
-    """List conversions and Jobs anew: kopf tells nothing of what was deleted while its watch was interrupted."""
-    jobs, conversions = store.held_jobs(), tuple(store.conversions.values())
-    there: set[str] = set()
-    for namespace in namespaces or ("",):
-        async for raw in pages(api, JOBS, namespace, labelSelector=SELECTOR):
-            job = job_view(raw)
-            there.add(job.uid)
-            store.put_job(job)
-        async for raw in pages(api, CONVERSIONS, namespace):
-            there.add(text(child(raw, "metadata"), "uid"))
-            store.put_conversion({"apiVersion": API_VERSION, "kind": KIND} | raw)
-    for job in jobs:
-        if job.uid not in there:
-            store.drop_job(job)
-    for raw in conversions:
-        if text(child(raw, "metadata"), "uid") not in there:
-            store.drop_conversion(raw)

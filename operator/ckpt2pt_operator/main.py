@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import time
-from collections import Counter
 from collections.abc import Coroutine, Sequence
 from typing import Any, cast
 
@@ -19,22 +18,24 @@ import kopf
 from pythonjsonlogger.json import JsonFormatter
 
 from ckpt2pt import __version__
-from ckpt2pt.conversion.spec import Json
 from ckpt2pt.errors import Ckpt2ptError
 from ckpt2pt_operator import access, handlers, lease, settings
 from ckpt2pt_operator.api import CONVERSIONS, Api, ApiError
 from ckpt2pt_operator.health import Health
-from ckpt2pt_operator.informer import PodInformer, refresh
+from ckpt2pt_operator.informer import Informer, JobInformer, PodInformer
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.reconcile import Reconciler
-from ckpt2pt_operator.rules.conditions import follows
+from ckpt2pt_operator.rules.kept import Key, key_of
 from ckpt2pt_operator.rules.seen import House
-from ckpt2pt_operator.rules.views import child, text
 from ckpt2pt_operator.settings import Settings
-from ckpt2pt_operator.store import Key, Store
+from ckpt2pt_operator.store import Store
 from ckpt2pt_operator.trainings import Trainings
+from ckpt2pt_operator.transport import Conversions
 from ckpt2pt_operator.workqueue import WorkQueue
 
+PHASES = (
+    "Pending", "Queued", "Suspended", "Running", "Following", "Succeeded", "Planned", "Failed", "Cancelled",
+)  # fmt: skip
 _CRD_SECONDS = 60.0
 _SILENT_SECONDS = 400.0
 """Longer than the server lets a watch last: it is begun anew every five minutes at least."""
@@ -101,11 +102,12 @@ class Operator:
     def __init__(self, given: Settings) -> None:
         self._given = given
         self._metrics = Metrics(__version__)
-        self._queue: WorkQueue[Key] = WorkQueue()
+        self._queue: WorkQueue[Key] = WorkQueue(lambda key: key[0])
         self._store = Store(self._queue.add)
         self._health = Health(self._metrics, refresh=self._refresh_metrics)
-        self._leading, self._kopf_ready = asyncio.Event(), asyncio.Event()
-        self._informers: list[PodInformer] = []
+        self._leading = asyncio.Event()
+        self._conversions = Conversions(self._store, self._metrics, given.namespaces)
+        self._informers: list[Informer] = []
 
     async def serve(self) -> None:
         """Until a signal comes, or a part of it fails."""
@@ -113,7 +115,10 @@ class Operator:
         _stop_on_signals()
         runner = await self._health.serve(given.metrics_port)
         api = await Api.create(self._metrics, qps=given.qps, burst=given.burst)
-        house = House(image=given.worker_image, pod=given.worker_defaults, allowed=frozenset(given.allow))
+        house = House(
+            image=given.worker_image, pod=given.worker_defaults, allowed=frozenset(given.allow),
+            deletes=given.delete_finished,
+        )  # fmt: skip
         trainings = Trainings(
             api, self._store, self._metrics, given.training_kinds, given.namespaces, trigger=given.training_trigger,
             changed=self._queue.add,
@@ -135,7 +140,6 @@ class Operator:
                     await self._leading.wait()
                 self._leading.set()
                 await self._prove(api)
-                await refresh(api, self._store, given.namespaces)
                 helpers += [
                     group.create_task(part, name=name) for name, part in self._parts(api, reconciler, trainings)
                 ]
@@ -151,28 +155,31 @@ class Operator:
         self, api: Api, reconciler: Reconciler, trainings: Trainings
     ) -> list[tuple[str, Coroutine[None, None, None]]]:
         namespaces = self._given.namespaces or ("",)
-        self._informers = [PodInformer(api, self._store, self._metrics, namespace) for namespace in namespaces]
+        self._informers = [
+            kind(api, self._store, self._metrics, namespace)
+            for kind in (JobInformer, PodInformer)
+            for namespace in namespaces
+        ]
         workers = range(self._given.concurrency)
         return [
-            *((f"pods {informer.namespace}", informer.run()) for informer in self._informers),
+            *((f"{informer.plural} {informer.namespace}", informer.run()) for informer in self._informers),
             *((f"worker {number}", self._work(reconciler)) for number in workers),
             *((f"trainings {watch.kind.plural}", watch.run()) for watch in trainings.informers),
             ("annotated trainings", trainings.run()),
-            ("resync", self._resync(api)),
+            ("resync", self._resync()),
         ]
 
     async def _run_kopf(self) -> None:
         """kopf ends when a signal comes, and takes care of its own."""
         namespaces = self._given.namespaces
         await kopf.operator(
-            registry=handlers.registry(self._store, self._metrics),
+            registry=handlers.registry(self._store, self._conversions),
             settings=handlers.settings(namespaced=bool(namespaces)),
             # Otherwise it asks for the name of the user, and a pod's user often has none.
             identity=cast("Any", socket.gethostname()),
             standalone=True,
             clusterwide=not namespaces,
             namespaces=namespaces,
-            ready_flag=self._kopf_ready,
         )
 
     # ----------------------------------------------------------------------------------------------------------- parts
@@ -184,7 +191,7 @@ class Operator:
             try:
                 version = await api.version()
                 for namespace in self._given.namespaces or ("",):
-                    await api.list(CONVERSIONS, namespace, limit="1")
+                    await api.list(CONVERSIONS, namespace, key_of, limit="1")
                 break
             except ApiError as error:
                 if time.monotonic() - waited > _CRD_SECONDS:
@@ -195,15 +202,15 @@ class Operator:
         given = self._given
         lacking = await access.missing(
             api, given.namespaces, check_volumes=given.check_volumes, kinds=given.training_kinds,
-            trigger=given.training_trigger,
+            trigger=given.training_trigger, deletes=given.delete_finished,
         )  # fmt: skip
         _may_all(lacking)
         log.info("API server %s", version)
 
     async def _work(self, reconciler: Reconciler) -> None:
         """Look at one conversion after another.  A bug in one look must not end the others, and is told each time."""
-        for informer in self._informers:
-            await informer.synced.wait()
+        for synced in (self._conversions.synced, *(informer.synced for informer in self._informers)):
+            await synced.wait()
         while True:
             key, waited = await self._queue.get()
             self._metrics.queue_latency.observe(waited)
@@ -238,14 +245,10 @@ class Operator:
         log.error("a bug; again in %.1f s", pause, exc_info=error, extra={"conversion": name})
         return "bug"
 
-    async def _resync(self, api: Api) -> None:
-        """Look at everything now and then: a watch that missed something is made up for."""
+    async def _resync(self) -> None:
+        """Look at everything now and then."""
         while True:
             await asyncio.sleep(self._given.resync_seconds)
-            try:
-                await refresh(api, self._store, self._given.namespaces)
-            except ApiError as error:
-                log.warning("no resync", extra={"error": str(error)})
             for key in list(self._store.conversions):
                 self._queue.add(key)
 
@@ -254,38 +257,23 @@ class Operator:
     def _not_ready(self) -> str:
         if not self._leading.is_set():
             return ""  # a standby is as ready as it can be
-        # kopf tells of each object that is there when its watch begins, and of nothing where there is none.
-        if not self._kopf_ready.is_set() or (self._store.conversions and not self._store.watched):
-            return "conversions are not watched yet"
-        if not all(informer.synced.is_set() for informer in self._informers):
-            return "pods are not listed yet"
-        return ""
+        waits = [informer.plural for informer in self._informers if not informer.synced.is_set()]
+        waits += [] if self._conversions.synced.is_set() else ["conversions"]
+        return f"{' and '.join(dict.fromkeys(waits))} are not listed yet" if waits else ""
 
     def _silent(self) -> str:
-        quiet = [now for informer in self._informers if (now := time.monotonic() - informer.heard) > _SILENT_SECONDS]
-        return f"nothing was heard of pods for {max(quiet):.0f} s" if quiet else ""
+        if not self._informers:
+            return ""  # nothing is watched yet
+        heard = {informer.plural: informer.heard for informer in self._informers}
+        heard |= {"conversions": self._conversions.heard}
+        quiet = [(time.monotonic() - at, what) for what, at in heard.items()]
+        longest, what = max(quiet)
+        return f"nothing was heard of {what} for {longest:.0f} s" if longest > _SILENT_SECONDS else ""
 
     def _refresh_metrics(self) -> None:
-        phases = Counter(_phase(child(raw, "status")) for raw in self._store.conversions.values())
-        for phase in (
-            "Pending",
-            "Queued",
-            "Suspended",
-            "Running",
-            "Following",
-            "Succeeded",
-            "Planned",
-            "Failed",
-            "Cancelled",
-        ):
-            self._metrics.conversions.labels(phase).set(phases[phase])
+        for phase in PHASES:
+            self._metrics.conversions.labels(phase).set(self._store.phases[phase])
         self._metrics.queue_depth.set(self._queue.ready(asyncio.get_running_loop().time()))
-
-
-def _phase(status: Json) -> str:
-    """The phase, but Following for what runs as long as the training that it follows."""
-    phase = text(status, "phase") or "Pending"
-    return "Following" if phase == "Running" and follows(status) else phase
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 _LATENCY = (0.005, 0.02, 0.1, 0.5, 1, 2, 5, 10, 30, 60)
 _DURATION = (1, 10, 30, 60, 300, 900, 1800, 3600, 7200, 14400, 43200)
@@ -14,6 +14,7 @@ class Metrics:
 
     def __init__(self, version: str) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(name, text, labels, namespace=_PREFIX, registry=registry)

@@ -23,11 +23,13 @@ from ckpt2pt_operator.progress import Progress
 from ckpt2pt_operator.recorder import Recorder
 from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.conditions import follows
+from ckpt2pt_operator.rules.kept import Key, key_of, slim
 from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.plan import conversion_of, plan
 from ckpt2pt_operator.rules.seen import (
     Action,
     CreateJob,
+    DeleteConversion,
     DeleteJob,
     House,
     PatchJob,
@@ -50,10 +52,11 @@ from ckpt2pt_operator.rules.views import (
     number,
     pod_view,
     text,
+    warning_view,
 )
 from ckpt2pt_operator.rules.views import time as moment
 from ckpt2pt_operator.rules.volumes import claims_of
-from ckpt2pt_operator.store import Key, Store, key_of
+from ckpt2pt_operator.store import Store
 
 _VOLATILE = frozenset({"progress", "bytesDone", "bytesTotal"})
 _VOLATILE_OF_STAGE = frozenset({"bytes", "bytesTotal", "throughput"})
@@ -104,7 +107,7 @@ class Reconciler:
 
     async def reconcile(self, key: Key) -> float | None:
         """Do what is due for one conversion; returns in how many seconds it wants to be looked at again."""
-        raw = self._store.conversions.get(key)
+        raw = await self._document(key)
         if raw is None or "deletionTimestamp" in child(raw, "metadata"):
             self._written_at.pop(key, None)
             return None  # its Jobs and pods are collected by the API server
@@ -116,12 +119,26 @@ class Reconciler:
         if written is None:
             return None
         for action in decided.actions:
-            refusal = await self._act(action)
+            refusal = await self._act(written, action)
             if refusal is not None:
                 decided = plan(replace(seen, conversion=written, refusal=refusal), self._house)
                 await self._write(written, decided.status)
                 break
         return self._again(decided)
+
+    async def _document(self, key: Key) -> Json | None:
+        """The conversion, from the API server where it is too large to be held in memory; None where it is gone."""
+        kept = self._store.conversions.get(key)
+        if kept is None or kept.packed is not None:
+            return None if kept is None else kept.document()
+        try:
+            raw = slim(await self._api.get(CONVERSIONS, *key))
+        except ApiError as error:
+            if error.code != _NOT_FOUND:
+                raise
+            return None  # the watch is about to tell
+        self._store.put_conversion(raw)
+        return raw
 
     async def _leave(self, seen: Seen, namespace: str) -> bool:
         """Delete the Jobs of a namespace that is being deleted; whether it is.
@@ -135,7 +152,7 @@ class Reconciler:
         if not await self._api.is_ending(namespace):
             return False
         for job in jobs:
-            await self._act(DeleteJob(job=job))
+            await self._act(seen.conversion, DeleteJob(job=job))
         return True
 
     def _again(self, decided: Plan) -> float | None:
@@ -145,7 +162,7 @@ class Reconciler:
 
     def _progress_interval(self) -> float:
         """Progress is told less often when there is much of it, so that writes stay bounded."""
-        running = sum(1 for raw in self._store.conversions.values() if child(raw, "status").get("phase") == "Running")
+        running = self._store.phases["Running"] + self._store.phases["Following"]
         return max(_PROGRESS_SECONDS, running / _RUNNING_FOR_ONE_SECOND)
 
     # ------------------------------------------------------------------------------------------------------------ look
@@ -193,8 +210,8 @@ class Reconciler:
             pods = [pod for pod in self._store.pods(key, uid) if pod.job_uid == job.uid]
             if job.ending and behind(job, pods):
                 there: set[str] = set()
-                async for raw in pages(self._api, PODS, job.namespace, labelSelector=f"{_JOB_NAME}={job.name}"):
-                    pod = pod_view(raw)
+                query = {"labelSelector": f"{_JOB_NAME}={job.name}"}
+                async for pod in pages(self._api, PODS, job.namespace, pod_view, **query):
                     there.add(pod.uid)
                     self._store.put_pod(pod)
                 for pod in pods:
@@ -227,19 +244,13 @@ class Reconciler:
         for uid in uids:
             query = {"fieldSelector": f"involvedObject.uid={uid},type=Warning", "limit": "50"}
             try:
-                events = items(await self._api.list(EVENTS, namespace, **query), "items")
+                events = (await self._api.list(EVENTS, namespace, warning_view, **query)).items
             except ApiError as error:
                 if error.code != _FORBIDDEN:
                     raise
                 return {}
-            told = [
-                event
-                for event in events
-                if text(event, "reason") in {"FailedCreate", "FailedMount", "FailedAttachVolume"}
-            ]
-            if told:
-                newest = max(told, key=lambda event: str(event.get("lastTimestamp") or event.get("eventTime") or ""))
-                found[uid] = text(newest, "message", 700)
+            if told := max(filter(None, events), default=None):
+                found[uid] = told[1]
         return found
 
     # ----------------------------------------------------------------------------------------------------------- write
@@ -253,9 +264,12 @@ class Reconciler:
             return raw
         namespace, name = key
         self._written_at[key] = time.monotonic()  # whatever comes of it: an answer may be lost
-        # The whole object goes back as it came: what this version of the schema does not know has to stay.
+        meta = child(raw, "metadata")
+        # The API server takes the rest from what it has, and refuses where that is another version.
+        named = {field: meta[field] for field in ("namespace", "name", "uid", "resourceVersion")}
+        body: Json = {"apiVersion": raw["apiVersion"], "kind": raw["kind"], "metadata": named, "status": status}
         try:
-            written = await self._api.put_status(CONVERSIONS, namespace, name, {**raw, "status": status})
+            written = slim(await self._api.put_status(CONVERSIONS, namespace, name, body))
         except ApiError as error:
             if error.code == _NOT_FOUND:
                 self._store.drop_conversion(raw)
@@ -293,10 +307,13 @@ class Reconciler:
 
     # ------------------------------------------------------------------------------------------------------------- act
 
-    async def _act(self, action: Action) -> Refusal | None:
+    async def _act(self, raw: Json, action: Action) -> Refusal | None:
         """Do it; returns why the API server will not have the Job, if it will not."""
         if isinstance(action, CreateJob):
             return await self._create(action.manifest)
+        if isinstance(action, DeleteConversion):
+            await self._delete(raw)
+            return None
         job = action.job
         try:
             if isinstance(action, PatchJob):
@@ -309,6 +326,18 @@ class Reconciler:
                 raise
             log.info("a Job has changed meanwhile", extra={"job": f"{job.namespace}/{job.name}", "error": str(error)})
         return None
+
+    async def _delete(self, raw: Json) -> None:
+        """Delete a finished conversion, unless somebody has changed it since."""
+        meta, (namespace, name) = child(raw, "metadata"), key_of(raw)
+        uid, version = text(meta, "uid"), text(meta, "resourceVersion")
+        try:
+            await self._api.delete(CONVERSIONS, namespace, name, uid=uid, version=version)
+        except ApiError as error:
+            if error.code not in {_NOT_FOUND, _CONFLICT}:
+                raise
+            return
+        log.info("deleted: its time to live is over", extra={"conversion": f"{namespace}/{name}"})
 
     async def _create(self, manifest: Json) -> Refusal | None:
         namespace, name = key_of(manifest)

@@ -11,9 +11,9 @@ from ckpt2pt.conversion.job import MANAGER
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt_operator.api import EVENTS, Api, ApiError
 from ckpt2pt_operator.rules.conditions import stamp
+from ckpt2pt_operator.rules.kept import key_of
 from ckpt2pt_operator.rules.notes import Note
 from ckpt2pt_operator.rules.views import child, text
-from ckpt2pt_operator.store import key_of
 
 _WINDOW = 600.0
 _MOST = 4096

@@ -42,6 +42,7 @@ class Settings:
     resync_seconds: float
     check_volumes: bool
     live_progress: bool
+    delete_finished: bool
     log_format: Literal["json", "text"]
     log_level: str
 
@@ -75,6 +76,7 @@ def read(arguments: Sequence[str], environment: Mapping[str, str] | None = None)
         resync_seconds=given.resync_seconds,
         check_volumes=given.check_volumes,
         live_progress=given.live_progress,
+        delete_finished=given.delete_finished,
         log_format=given.log_format,
         log_level=given.log_level,
     )
@@ -156,6 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--resync-seconds", 300.0, _above(float, 1), metavar="S", help="look at each conversion at least this often")
     add("--check-volumes", True, bool, help="look at PersistentVolumeClaims before a Job is made")
     add("--live-progress", True, bool, help="ask running workers how far they are, at port 8080 of their pods")
+    add("--delete-finished", True, bool, help="delete finished conversions when their timeToLiveSeconds are over")
     add("--log-format", "json", choices=("json", "text"), help="one JSON object a line, or text")
     add("--log-level", "info", choices=("debug", "info", "warning", "error"), help="least that is logged")
     return parser

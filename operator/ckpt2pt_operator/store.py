@@ -1,38 +1,18 @@
-"""What has been seen of the cluster, in memory: conversions whole, Jobs and pods as their views."""
+"""What has been seen of the cluster, in memory: conversions packed, Jobs and pods as their views."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import TERMINAL
 from ckpt2pt_operator.recent import remember
-from ckpt2pt_operator.rules.awaits import awaited
-from ckpt2pt_operator.rules.views import Job, Pod, Report, child, is_of, text
+from ckpt2pt_operator.rules.kept import Kept, Key, Name, keep, key_of
+from ckpt2pt_operator.rules.views import Job, Pod, Report, child, is_of, number, text
 
 _REMEMBERED = 4096
-
-Key = tuple[str, str]
-"""Namespace and name of a conversion."""
-Name = tuple[str, str, str, str]
-"""apiVersion, kind, namespace and name of a training."""
-
-
-def key_of(raw: Json) -> Key:
-    """The key of an object."""
-    meta = child(raw, "metadata")
-    return text(meta, "namespace"), text(meta, "name")
-
-
-def version_of(raw: Json) -> int:
-    """Its resource version: those of one kind only grow."""
-    return _order(text(child(raw, "metadata"), "resourceVersion"))
-
-
-def _training_of(raw: Json) -> Name | None:
-    after = awaited(raw)
-    return (text(after, "apiVersion"), text(after, "kind"), key_of(raw)[0], text(after, "name")) if after else None
 
 
 def _order(version: str) -> int:
@@ -44,8 +24,9 @@ class Store:
 
     def __init__(self, changed: Callable[[Key], None]) -> None:
         self._changed = changed
-        self.watched = False
-        self.conversions: dict[Key, Json] = {}
+        self.conversions: dict[Key, Kept] = {}
+        self.phases: Counter[str] = Counter()
+        """How many conversions there are of each phase."""
         self.live: dict[str, Report] = {}
         self._keys: dict[str, Key] = {}
         self._jobs: dict[str, dict[str, Job]] = {}
@@ -56,32 +37,35 @@ class Store:
 
     # ---------------------------------------------------------------------------------------------------- conversions
 
-    def put_conversion(self, raw: Json) -> None:
-        """It is there, and this is how; one that is older than what is known is not news."""
-        key, uid = key_of(raw), text(child(raw, "metadata"), "uid")
-        known = self.conversions.get(key)
-        same = known is not None and text(child(known, "metadata"), "uid") == uid
-        if known is not None and same and version_of(raw) <= version_of(known):
-            return
+    def put_conversion(self, raw: Json) -> str:
+        """It is there, and this is how; one that is older than what is known is not news.  Returns its uid."""
+        key, meta = key_of(raw), child(raw, "metadata")
+        uid, known = text(meta, "uid"), self.conversions.get(key)
+        if known is not None and known.uid == uid and number(meta, "resourceVersion") <= known.version:
+            return uid
+        kept = keep(raw)
         if known is not None:
             self._forget(key, known)
-        self.conversions[key] = raw
+        self.conversions[key] = kept
+        self.phases[kept.phase] += 1
         self._keys[uid] = key
-        if child(raw, "status").get("phase") in TERMINAL:
+        if kept.phase in TERMINAL:
             self._departed.pop(uid, None)
-        if training := _training_of(raw):
-            self._waiting.setdefault(training, {})[key] = None
+        if kept.training:
+            self._waiting.setdefault(kept.training, {})[key] = None
         self._changed(key)
+        return uid
 
     def drop_conversion(self, raw: Json) -> None:
         """It is gone; what it owned is collected by the API server."""
-        key, uid = key_of(raw), text(child(raw, "metadata"), "uid")
-        known = self.conversions.get(key)
-        if known is not None and text(child(known, "metadata"), "uid") == uid:
-            self._forget(key, known)
-            self._departed.pop(uid, None)
-            del self.conversions[key]
-        self._changed(key)
+        self._lose_conversion(key_of(raw), text(child(raw, "metadata"), "uid"))
+
+    def keep_conversions(self, namespace: str, uids: Iterable[str]) -> None:
+        """After a new list: every other conversion of that namespace (empty: of all) is gone."""
+        kept = frozenset(uids)
+        for key, known in list(self.conversions.items()):
+            if known.uid not in kept and namespace in {"", key[0]}:
+                self._lose_conversion(key, known.uid)
 
     def trainings(self) -> tuple[Name, ...]:
         """Every training that a conversion waits for."""
@@ -91,14 +75,21 @@ class Store:
         """The conversions that begin, or end, when that training has ended."""
         return tuple(self._waiting.get(training, ()))
 
-    def _forget(self, key: Key, known: Json) -> None:
-        uid = text(child(known, "metadata"), "uid")
-        self._keys.pop(uid, None)
-        training = _training_of(known)
-        if training:
-            del self._waiting[training][key]
-            if not self._waiting[training]:
-                del self._waiting[training]
+    def _lose_conversion(self, key: Key, uid: str) -> None:
+        known = self.conversions.get(key)
+        if known is not None and known.uid == uid:
+            self._forget(key, known)
+            self._departed.pop(uid, None)
+            del self.conversions[key]
+        self._changed(key)
+
+    def _forget(self, key: Key, known: Kept) -> None:
+        self._keys.pop(known.uid, None)
+        self.phases[known.phase] -= 1
+        if known.training:
+            del self._waiting[known.training][key]
+            if not self._waiting[known.training]:
+                del self._waiting[known.training]
 
     # ---------------------------------------------------------------------------------------------------- Jobs and pods
 
@@ -139,7 +130,7 @@ class Store:
     def _lose_pod(self, pod: Pod) -> None:
         """Its last words stay until its conversion has ended: a stage may be done, and nobody else knows it."""
         key = self._keys.get(pod.owner)
-        if pod.over and key and child(self.conversions[key], "status").get("phase") not in TERMINAL:
+        if pod.over and key and self.conversions[key].phase not in TERMINAL:
             remember(self._departed.setdefault(pod.owner, {}), pod.uid, replace(pod, gone=True), _REMEMBERED)
         self.live.pop(pod.uid, None)
         self._drop(self._pods, pod)
@@ -152,9 +143,13 @@ class Store:
             if pod.uid not in kept and namespace in {"", pod.namespace}:
                 self._lose_pod(pod)
 
-    def held_jobs(self) -> tuple[Job, ...]:
-        """Every Job that is known."""
-        return tuple(job for jobs in self._jobs.values() for job in jobs.values())
+    def keep_jobs(self, namespace: str, uids: Iterable[str]) -> None:
+        """As ``keep_pods``, of Jobs."""
+        kept = frozenset(uids)
+        held = [job for jobs in self._jobs.values() for job in jobs.values()]
+        for job in held:
+            if job.uid not in kept and namespace in {"", job.namespace}:
+                self._drop(self._jobs, job)
 
     def jobs(self, key: Key, uid: str) -> tuple[Job, ...]:
         """The Jobs of a conversion."""

@@ -18,11 +18,12 @@ from ckpt2pt_operator.informer import Informer
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.recorder import Recorder
+from ckpt2pt_operator.rules.kept import Key, Name, key_of
 from ckpt2pt_operator.rules.notes import Note
 from ckpt2pt_operator.rules.seen import Training
 from ckpt2pt_operator.rules.trainings import Kind, Workload, conversion_for, template_of, workload
 from ckpt2pt_operator.rules.views import child, text
-from ckpt2pt_operator.store import Key, Name, Store, key_of
+from ckpt2pt_operator.store import Store
 from ckpt2pt_operator.workqueue import WorkQueue
 
 CONFIG_MAPS = "api/v1", "configmaps"
@@ -45,7 +46,7 @@ class Trainings:
         self._recorder = Recorder(api)
         self._known: dict[Name, Workload] = {}
         self._gone: dict[str, Workload] = {}
-        self._due: WorkQueue[Workload] = WorkQueue()
+        self._due: WorkQueue[Workload] = WorkQueue(lambda training: training.namespace)
         self._kinds = {(kind.api_version, kind.kind): kind for kind in kinds}
         self.informers = [
             _Watch(api, metrics, kind, namespace, self) for kind in kinds for namespace in namespaces or ("",)

@@ -1,4 +1,4 @@
-"""A queue in which each key waits at most once and is handled by one worker at a time."""
+"""A queue in which each key waits at most once and is handled by one worker at a time, and groups of keys take turns."""
 
 from __future__ import annotations
 
@@ -7,22 +7,50 @@ import contextlib
 import heapq
 import itertools
 import random
-from collections.abc import Hashable
+from collections import deque
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
+Item = TypeVar("Item")
 
 _FIRST_BACKOFF = 0.5
 _LAST_BACKOFF = 120.0
+
+
+class Turns(Generic[Item]):
+    """Groups take turns, and within one the first comes first: one line for each group, so that a namespace with thousands of items holds up another's one by one item."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Hashable, deque[Item]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def add(self, group: Hashable, item: Item) -> None:
+        """Let it wait at the end of its group's line."""
+        self._lines.setdefault(group, deque()).append(item)
+
+    def take(self) -> Item:
+        """The next one; its group is the last to be asked again.  StopIteration where nothing waits."""
+        group = next(iter(self._lines))
+        line = self._lines.pop(group)
+        item = line.popleft()
+        if line:
+            self._lines[group] = line
+        return item
 
 
 class WorkQueue(Generic[Key]):
     """``add`` as often as something changes; ``get`` gives a key when it is due, ``done`` gives it back.
 
     A key that is added while it is handled is handled again afterwards.  Times are those of the running event loop.
+    Of keys that are due, those of one group (the namespace) do not go before another's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, group: Callable[[Key], Hashable]) -> None:
+        self._group = group
+        self._ready: Turns[tuple[float, Key]] = Turns()
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, int, Key]] = []
         self._handled: set[Key] = set()
@@ -71,6 +99,9 @@ class WorkQueue(Generic[Key]):
             now = loop.time()
             while self._heap and self._heap[0][0] <= now:
                 due, _, key = heapq.heappop(self._heap)
+                self._ready.add(self._group(key), (due, key))
+            while self._ready:
+                due, key = self._ready.take()
                 # Moved forward or discarded; or handled just now, and then `done` brings it back.
                 if self._due.get(key) != due or key in self._handled:
                     continue

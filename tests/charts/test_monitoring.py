@@ -11,11 +11,13 @@ import yaml
 from prometheus_client import Counter, Gauge, Histogram
 
 from charts import CHART
+from ckpt2pt.worker import endpoint
 from ckpt2pt_operator.metrics import Metrics
 from goldens import REPOSITORY
 
 PREFIX = "ckpt2pt_operator_"
-METRICS = list(Metrics("0").registry.collect())
+METRICS = [metric for metric in Metrics("0").registry.collect() if metric.name.startswith(PREFIX)]
+WORKER = "ckpt2pt_worker_"
 HISTOGRAMS = {metric.name.removeprefix(PREFIX) for metric in METRICS if metric.type == "histogram"}
 
 
@@ -41,6 +43,9 @@ PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 def check(expression: str) -> None:
     """Every metric exists, a histogram is asked for its buckets, every label is one that the metric has."""
     assert expression.count("(") == expression.count(")")
+    if worker := re.findall(rf"{WORKER}(\w+)", expression):
+        assert set(worker) <= {name for name, *_ in endpoint._METRICS}, worker
+        return
     used = re.findall(rf"{PREFIX}(\w+)(?:\{{([^}}]*)\}})?", expression)
     assert used, expression
     for name, selector in used:
@@ -81,7 +86,8 @@ def test_a_panel_is_about_metrics_that_exist(panel: dict[str, Any]) -> None:
     for target in panel["targets"]:
         check(target["expr"])
         wanted = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
-        assert wanted <= set().union(*LABELS.values()) | {"namespace"}
+        # Those of a worker and of its pod come from it and from the PodMonitor.
+        assert wanted <= set().union(*LABELS.values()) | {"namespace", "instance", "conversion", "stage"}
 
 
 def test_the_dashboard_shows_every_metric_once_and_no_panel_lies_on_another() -> None:

@@ -176,10 +176,9 @@ def test_the_check_of_the_standard_sees_what_is_wrong() -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- rights
 
-SERVED = {
-    (group, f"{resource}/{sub}" if sub else resource): set(verbs)
-    for group, resource, sub, verbs in access.NEEDED + access.CLAIMS
-}
+SERVED: dict[tuple[str, ...], set[str]] = {}
+for group, resource, sub, verbs in access.NEEDED + access.CLAIMS + access.DELETES:
+    SERVED.setdefault((group, f"{resource}/{sub}" if sub else resource), set()).update(verbs)
 """What the operator asks for at its start; without one of them it does not begin."""
 CRD_ONLY = {
     ("apiextensions.k8s.io", "customresourcedefinitions", "checkpointconversions.ckpt2pt.dev"): {"list", "watch"}
@@ -242,7 +241,7 @@ def test_further_rights_come_with_what_needs_them_and_no_others(major: str) -> N
         ("kubeflow.org", "pytorchjobs"): read,
         ("kubeflow.org", "mpijobs"): read,
         ("example.com", "trainings"): read,
-        ("ckpt2pt.dev", "checkpointconversions"): read | {"create"},
+        ("ckpt2pt.dev", "checkpointconversions"): read | {"create", "delete"},
         ("", "configmaps"): {"get"},
     }  # fmt: skip
     del wanted[("", "persistentvolumeclaims")]
@@ -456,6 +455,14 @@ BAD = [
     ("operator.logLevel=loud", "value must be one of 'debug', 'info', 'warning', 'error'"),
     ("watchNamespaces=team-a", "got string, want array"),
     ("image.digest=abc", "does not match pattern"),
+    (
+        "podDisruptionBudget.enabled=true,podDisruptionBudget.minAvailable=100%",
+        "minAvailable keeps every operator",
+    ),
+    (
+        "operator.deleteFinished=false,worker.defaults.timeToLiveSeconds=60",
+        "set operator.deleteFinished to true, or nothing is deleted",
+    ),
     ("worker.defaults.resource=1", "additional properties 'resource' not allowed"),
 ]
 
@@ -472,6 +479,29 @@ def test_monitoring_objects_need_the_api_they_are_of(major: str, name: str) -> N
     found = run(major, "template", "x", CHART, "--kube-version", KUBERNETES, "--set", f"metrics.{name}.enabled=true")
     assert found.code != 0
     assert f"metrics.{name}.enabled needs the Prometheus Operator" in found.stderr
+
+
+def test_finished_conversions_are_deleted_only_by_an_operator_that_has_the_right_to(major: str) -> None:
+    kind = ("ckpt2pt.dev", "checkpointconversions")
+    for wanted in ("true", "false"):
+        found = template(major, "--set", f"operator.deleteFinished={wanted}")
+        [role] = [role for role in found.of("ClusterRole") if kind in rights(role) and "list" in rights(role)[kind]][:1]
+        [container] = found.of("Deployment")[0]["spec"]["template"]["spec"]["containers"]
+        assert ("delete" in rights(role)[kind]) == (wanted == "true")
+        assert ("--delete-finished" in container["args"]) == (wanted == "true")
+
+
+@pytest.mark.parametrize(("version", "has"), [("1.29.0", False), ("1.30.4", False), ("1.31.0", True), ("1.36.3", True)])
+def test_fields_to_select_by_are_left_out_where_an_api_server_knows_none(major: str, version: str, has: bool) -> None:
+    found = run(major, "template", "x", CHART, "--kube-version", version)
+    [crd] = found.of("CustomResourceDefinition")
+    assert all(("selectableFields" in served) == has for served in crd["spec"]["versions"])
+
+
+def test_what_workers_tell_carries_their_conversion(major: str) -> None:
+    [monitor] = rendered_case(major, "full").of("PodMonitor")
+    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+    assert {found["targetLabel"] for found in endpoint["relabelings"]} == {"conversion", "attempt"}
 
 
 def test_an_old_cluster_is_refused(major: str) -> None:

@@ -65,7 +65,9 @@ def test_a_second_run_that_asks_for_more_proof_gives_it(pipelined: Path, tmp_pat
     folder = run(request, range(2), Quiet()).target.folder
     path = folder / "mp_rank_00_001" / "distrib_optim.pt"
     whole = path.read_bytes()
+    seen = path.stat()
     path.write_bytes(whole[:70_000] + bytes([whole[70_000] ^ 1]) + whole[70_001:])
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))  # as when the disk did it: nobody has written
     assert not run(replace(request, verify="none"), range(2), Quiet()).converted
     assert len(run(replace(request, verify="full"), range(2), Quiet()).converted) == 2
     assert path.read_bytes() == whole
@@ -186,13 +188,19 @@ def test_an_older_iteration_is_there_and_the_tracker_stays(pipelined: Path, tmp_
     assert "the tracker stays at iteration 9, which is newer: write 2 into it to go back" in outcome.sentence()
 
 
-def test_overwrite_takes_the_old_tracker_down_first(pipelined: Path, tmp_path: Path) -> None:
+def test_the_older_result_stays_until_the_newer_is_complete(pipelined: Path, tmp_path: Path) -> None:
     convert(request_for(pipelined, tmp_path))
+    old = contents(tmp_path / "iter_0000002")
     half = convert(request_for(pipelined, tmp_path, full=False, overwrite=True), 0)
     assert not half.published
-    assert not (tmp_path / TRACKER).exists()
-    assert sorted(p.name for p in half.target.folder.rglob("*.pt")) == ["model_optim_rng.pt"]
-    assert convert(request_for(pipelined, tmp_path, full=False, overwrite=True)).published
+    assert "the result that is there stays until the other stages are done" in half.sentence()
+    assert (tmp_path / TRACKER).read_text() == "2"
+    assert contents(tmp_path / "iter_0000002") == old
+    rest = convert(request_for(pipelined, tmp_path, full=False, overwrite=True))
+    assert (rest.published, rest.converted) == (True, ((0, 1),))
+    convert(request_for(pipelined, tmp_path / "fresh", full=False))
+    assert contents(tmp_path / "iter_0000002") == contents(tmp_path / "fresh" / "iter_0000002")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fresh", "iter_0000002", TRACKER]
 
 
 def test_a_folder_of_megatron_is_not_touched(pipelined: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from apiserver import Answer
 from ckpt2pt_operator import api, trainings
-from ckpt2pt_operator.access import CLAIMS, NEEDED, TRIGGER, missing, missing_of_lease
+from ckpt2pt_operator.access import CLAIMS, DELETES, NEEDED, TRIGGER, missing, missing_of_lease
 from ckpt2pt_operator.handlers import GROUP, PLURAL
 from ckpt2pt_operator.rules.trainings import kinds
 from talking import talk
@@ -134,7 +134,7 @@ def requests() -> Iterator[tuple[str, str, str]]:
 
 def test_what_is_asked_for_at_the_start_is_what_the_code_requests() -> None:
     """No more and no less.  What kopf watches is not in our code; the chart's rules are held to the same tables."""
-    kopf = {(verb, *kind) for kind in ((GROUP, PLURAL), ("batch", "jobs")) for verb in ("list", "watch")}
+    kopf = {(verb, *kind) for kind in ((GROUP, PLURAL),) for verb in ("list", "watch")}
     # Whoever may list conversions may read them all, so `get` gives nothing away; people expect it with the others.
     spare = {("get", GROUP, PLURAL)}
-    assert set(requests()) | kopf | spare == rows(NEEDED, CLAIMS, TRIGGER)
+    assert set(requests()) | kopf | spare == rows(NEEDED, CLAIMS, TRIGGER, DELETES)

@@ -24,7 +24,7 @@ Use = Callable[[Api], Awaitable[object]]
     ("use", "method", "path", "body"),
     [
         (lambda api: api.get(CLAIMS, "team", "a"), "GET", "/api/v1/namespaces/team/persistentvolumeclaims/a", None),
-        (lambda api: api.list(PODS, "", limit="5"), "GET", "/api/v1/pods?limit=5", None),
+        (lambda api: api.list(PODS, "", str, limit="5"), "GET", "/api/v1/pods?limit=5", None),
         (lambda api: api.create_object(JOBS, "team", {"a": 1}), "POST", "/apis/batch/v1/namespaces/team/jobs", {"a": 1}),
         (lambda api: api.patch(EVENTS, "team", "e", {"count": 2}), "PATCH", "/api/v1/namespaces/team/events/e", {"count": 2}),
         (lambda api: api.put_status(CONVERSIONS, "team", "a", {"b": 1}), "PUT", f"{CONVERSION_PATH}/status", {"b": 1}),
@@ -74,7 +74,9 @@ def test_the_http_library_leaves_an_encoded_name_one_segment(name: str) -> None:
 
 @pytest.mark.parametrize("value", ["a=b,c&watch=true", "a=b#c", "a=%26b", "a=b+c d", "a=b;c"])
 def test_a_selector_stays_one_parameter(value: str) -> None:
-    _, [(_, path, *_)] = talk(lambda *_: (200, {}), lambda api: api.list(PODS, "team", labelSelector=value, limit="5"))
+    _, [(_, path, *_)] = talk(
+        lambda *_: (200, {}), lambda api: api.list(PODS, "team", str, labelSelector=value, limit="5")
+    )
     assert parse_qs(urlsplit(path).query, separator="&") == {"labelSelector": [value], "limit": ["5"]}
 
 
@@ -175,7 +177,7 @@ def test_a_watch_that_breaks_off_is_an_error_after_what_was_whole(text: str) -> 
 
 
 def test_a_line_without_end_is_refused() -> None:
-    events, error = watched("x" * (9 << 20))
+    events, error = watched("x" * (17 << 20))
     assert not events
     assert error
     assert "more than" in error.message
@@ -205,7 +207,7 @@ def test_a_watch_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 
 def test_requests_are_counted_by_verb_resource_and_code() -> None:
     async def use(api: Api) -> float | None:
-        await api.list(PODS, "")
+        await api.list(PODS, "", str)
         return api._metrics.registry.get_sample_value(
             "ckpt2pt_operator_api_requests_total", {"verb": "list", "resource": "pods", "code": "200"}
         )
@@ -239,3 +241,26 @@ def test_writes_are_held_back_but_for_a_burst() -> None:
         return time.monotonic() - began
 
     assert asyncio.run(use()) >= 0.15
+
+
+def test_one_write_of_a_namespace_does_not_wait_for_all_of_another() -> None:
+    async def use() -> list[str]:
+        bucket, order = Bucket(200.0, 1), list[str]()
+
+        async def write(namespace: str) -> None:
+            await bucket.take(namespace)
+            order.append(namespace)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(50):
+                group.create_task(write("many"))
+            await asyncio.sleep(0)
+            given_up = group.create_task(write("gone"))
+            group.create_task(write("one"))
+            await asyncio.sleep(0)
+            given_up.cancel()
+        return order
+
+    order = asyncio.run(use())
+    assert len(order) == 51
+    assert order.index("one") <= 2

@@ -12,6 +12,7 @@ import pytest
 from ckpt2pt_operator import handlers
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.store import Store
+from ckpt2pt_operator.transport import Conversions
 from documents import crd
 
 
@@ -20,9 +21,13 @@ def store() -> Store:
     return Store(lambda _: None)
 
 
+def registry_of(store: Store) -> kopf.OperatorRegistry:
+    return handlers.registry(store, Conversions(store, Metrics("0"), ()))
+
+
 def handle(store: Store, resource: str, kind: str, body: dict[str, Any]) -> None:
     """Call the one handler of a resource as kopf does."""
-    registry = handlers.registry(store, Metrics("0"))
+    registry = registry_of(store)
     [found] = [each for each in registry._watching.get_all_handlers() if resource in str(each.selector)]
     event = {"type": kind, "object": body}
     asyncio.run(found.fn(event=event))  # type: ignore[arg-type, call-arg]
@@ -34,26 +39,18 @@ CONVERSION: dict[str, Any] = {"metadata": {"namespace": "a", "name": "b", "uid":
 def test_events_go_into_the_store(store: Store) -> None:
     handle(store, "checkpointconversions", "ADDED", CONVERSION)
     assert list(store.conversions) == [("a", "b")]
-    assert store.watched
-    owned = {"controller": True, "uid": "u"}
-    job = {"metadata": {"namespace": "a", "name": "b-1", "uid": "j", "ownerReferences": [owned]}}
-    handle(store, "jobs", "MODIFIED", job)
-    assert [found.uid for found in store.jobs(("a", "b"), "u")] == ["j"]
-    handle(store, "jobs", "DELETED", job)
-    assert store.jobs(("a", "b"), "u") == ()
     handle(store, "checkpointconversions", "DELETED", CONVERSION)
     assert not store.conversions
 
 
 def test_an_object_of_any_shape_does_no_harm(store: Store) -> None:
-    for body in ({}, {"metadata": None}, {"metadata": {"ownerReferences": "x"}, "spec": 3, "status": []}):
-        handle(store, "jobs", "ADDED", body)
+    for body in ({}, {"metadata": None}, {"metadata": {"annotations": "x"}, "spec": 3, "status": []}):
         handle(store, "checkpointconversions", "ADDED", body)
 
 
 def test_there_are_only_event_handlers_so_nothing_is_written(store: Store) -> None:
-    registry = handlers.registry(store, Metrics("0"))
-    assert len(registry._watching.get_all_handlers()) == 2
+    registry = registry_of(store)
+    assert len(registry._watching.get_all_handlers()) == 1
     for other in (registry._changing, registry._spawning, registry._indexing, registry._webhooks):
         assert not other.get_all_handlers()
 
@@ -65,7 +62,6 @@ def test_kopf_neither_posts_nor_peers_nor_scans_where_it_may_not(namespaced: boo
     assert not found.posting.enabled
     assert found.scanning.disabled is namespaced
     assert (found.watching.server_timeout, found.watching.client_timeout) == (300, 330), "the server ends a watch first"
-    assert found.watching.label_selectors["batch", "jobs"] == "app.kubernetes.io/managed-by=ckpt2pt-operator"
 
 
 def test_group_and_plural_are_those_of_the_crd() -> None:

@@ -13,7 +13,7 @@ import pytest
 from apiserver import Answer
 from ckpt2pt_operator import informer as module
 from ckpt2pt_operator.api import Api, ApiError
-from ckpt2pt_operator.informer import PodInformer, refresh
+from ckpt2pt_operator.informer import PodInformer
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.store import Store
 from simulation import owned_by_job
@@ -214,17 +214,3 @@ def test_a_worker_that_ends_is_counted_once_with_a_reason_that_is_ours(monkeypat
         if sample.name == "ckpt2pt_operator_stage_attempts_total"
     }
     assert found == {("Succeeded", "Converted"): 1, ("Failed", "Other"): 1}
-
-
-def test_what_was_deleted_while_nobody_listened_is_forgotten() -> None:
-    store = Store(lambda _: None)
-
-    def answer(_: str, path: str, __: Any) -> Answer:
-        kept = {"metadata": {"namespace": "team", "name": "kept", "uid": "k", "resourceVersion": "3"}}
-        return 200, {"metadata": {}, "items": [kept] if "checkpointconversions" in path else []}
-
-    for name in ("kept", "gone"):
-        store.put_conversion({"metadata": {"namespace": "team", "name": name, "uid": name[0], "resourceVersion": "1"}})
-    talk(answer, lambda api: refresh(api, store, ()))
-    assert list(store.conversions) == [("team", "kept")]
-    assert store.conversions["team", "kept"]["kind"] == "CheckpointConversion", "items of a list have no kind"

@@ -17,9 +17,10 @@ from ckpt2pt_operator.api import ApiError
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.reconcile import Reconciler, steady
 from ckpt2pt_operator.rules.conditions import stamp
+from ckpt2pt_operator.rules.kept import key_of
 from ckpt2pt_operator.rules.seen import House
 from ckpt2pt_operator.rules.views import pod_view
-from ckpt2pt_operator.store import Store, key_of
+from ckpt2pt_operator.store import Store
 from documents import HOSTILE_NAMES, changed, claim
 from simulation import done, owned_by_job
 from statuses import told
@@ -57,7 +58,8 @@ class World:
         if path.endswith("/status"):
             if body["metadata"]["resourceVersion"] != self.conversion["metadata"]["resourceVersion"]:
                 return 409, {"reason": "Conflict"}
-            self.conversion = {**body, "metadata": {**body["metadata"], "resourceVersion": self._next()}}
+            meta = {**self.conversion["metadata"], "resourceVersion": self._next()}
+            self.conversion = {**self.conversion, "metadata": meta, "status": body["status"]}
             return 200, self.conversion
         if path.endswith("/jobs") or "/jobs/" in path:
             return self.answer_of_jobs(method, path.rsplit("/", 1)[1], body)

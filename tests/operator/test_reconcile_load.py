@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from apiserver import Answer, Server
+from ckpt2pt_operator.api import Bucket
 from ckpt2pt_operator.main import Operator
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.reconcile import Reconciler
@@ -24,10 +25,10 @@ from talking import api_of
 MANY, STAGES, AT_MOST = 200, 64, 0.1
 
 
-def conversion(number: int) -> dict[str, Any]:
+def conversion(number: int, namespace: str = "team") -> dict[str, Any]:
     document = changed(("spec.parallelism.pipeline", STAGES), ("spec.model.numLayers", STAGES))
     document["metadata"] |= {
-        "name": f"c{number}", "uid": f"u{number}", "namespace": "team", "generation": 1, "resourceVersion": "1",
+        "name": f"c{number}", "uid": f"u{number}", "namespace": namespace, "generation": 1, "resourceVersion": "1",
     }  # fmt: skip
     return document
 
@@ -42,7 +43,9 @@ def yes_to_everything() -> Any:
             return 200, {"items": []}
         meta = {"resourceVersion": str(next(versions))}
         meta |= {"uid": f"uid-of-{body['metadata']['name']}"} if path.endswith("/jobs") else {}
-        return 200, {**body, "metadata": {**body["metadata"], **meta}}
+        where = path.split("/namespaces/")[1].split("/", maxsplit=1)[0]
+        given = conversion(int(body["metadata"]["name"][1:]), where) if path.endswith("/status") else {}
+        return 200, given | body | {"metadata": given.get("metadata", {}) | body["metadata"] | meta}
 
     return answer
 
@@ -73,11 +76,14 @@ def test_no_callback_holds_up_the_loop(calls: list[tuple[float, str]]) -> None:
     async def run() -> Operator:
         operator, api = Operator(read(["--worker-image=i:1"], {})), api_of(server.url)
         reconciler = Reconciler(api, operator._store, Metrics("0"), House(image="i:1"), check_volumes=True)
+        operator._conversions.synced.set()
         workers = [asyncio.create_task(operator._work(reconciler)) for _ in range(4)]
         try:
             for number in range(MANY):
                 operator._store.put_conversion(conversion(number))
-            while not all("jobUID" in child(raw, "status") for raw in operator._store.conversions.values()):
+            while not all(
+                "jobUID" in child(kept.document() or {}, "status") for kept in operator._store.conversions.values()
+            ):
                 assert not any(worker.done() for worker in workers)
                 await asyncio.sleep(0.05)
         finally:
@@ -107,3 +113,37 @@ def test_the_measure_sees_a_callback_that_takes_long(calls: list[tuple[float, st
 
     asyncio.run(busy())
     assert max(calls) > (AT_MOST,)
+
+
+def test_one_conversion_of_a_namespace_does_not_wait_for_two_thousand_of_another() -> None:
+    """At 20 writes a second theirs take five minutes."""
+    server = Server(yes_to_everything())
+
+    async def run() -> None:
+        operator, api = Operator(read(["--worker-image=i:1"], {})), api_of(server.url)
+        api._bucket = Bucket(100.0, 1)
+        operator._conversions.synced.set()
+        reconciler = Reconciler(api, operator._store, Metrics("0"), House(image="i:1"), check_volumes=True)
+        for number in range(2000):
+            operator._store.put_conversion(conversion(number, "many"))
+        operator._store.put_conversion(conversion(2000, "one"))
+        workers = [asyncio.create_task(operator._work(reconciler)) for _ in range(4)]
+        try:
+            async with asyncio.timeout(60):
+                while not made("one"):
+                    await asyncio.sleep(0.01)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.wait(workers)
+            await reconciler.close()
+            await api.close()
+
+    def made(namespace: str) -> int:
+        """Jobs of a namespace that were asked for."""
+        return sum(1 for method, path, *_ in server.asked if method == "POST" and path.endswith(f"{namespace}/jobs"))
+
+    with server.running():
+        asyncio.run(run())
+    assert made("one") == 1
+    assert made("many") <= 10, "first come, first served would be 2,000"

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt_operator.rules.views import Pod, child, job_view, pod_view, report_of
-from ckpt2pt_operator.store import Key, Store, key_of, version_of
+from ckpt2pt_operator.rules.kept import Key, key_of
+from ckpt2pt_operator.rules.views import Pod, job_view, pod_view, report_of
+from ckpt2pt_operator.store import Store
 from simulation import owned_by_job
 
 Raw = dict[str, Any]
@@ -59,13 +60,13 @@ def test_an_older_version_is_not_news(watched: Watched) -> None:
     assert watched.news() == [KEY]
     watched.store.put_conversion(conversion(6))
     assert watched.news() == [KEY]
-    assert version_of(watched.store.conversions[KEY]) == 6
+    assert watched.store.conversions[KEY].version == 6
 
 
 def test_one_that_was_made_anew_takes_the_place_of_the_old_whatever_their_versions(watched: Watched) -> None:
     watched.store.put_conversion(conversion(9, uid="old"))
     watched.store.put_conversion(conversion(3, uid="new"))
-    assert child(watched.store.conversions[KEY], "metadata")["uid"] == "new"
+    assert watched.store.conversions[KEY].uid == "new"
     watched.store.drop_conversion(conversion(10, uid="old"))
     assert KEY in watched.store.conversions, "the late news of the old one's end is not of the new one"
 
@@ -163,6 +164,7 @@ def test_nothing_is_kept_of_what_is_gone(watched: Watched, monkeypatch: pytest.M
         watched.store.drop_conversion(conversion(number + 1, uid=uid))
     kept = {name: value for name, value in vars(watched.store).items() if isinstance(value, dict)}
     assert len(kept.pop("_gone")) == 8, "but the last few uids"
+    assert not any(kept.pop("phases").values())
     assert not any(kept.values()), kept
 
 

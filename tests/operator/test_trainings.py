@@ -15,9 +15,10 @@ from apiserver import Answer
 from ckpt2pt_operator.api import Api
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.conditions import stamp
+from ckpt2pt_operator.rules.kept import Key
 from ckpt2pt_operator.rules.seen import Training
 from ckpt2pt_operator.rules.trainings import Kind, kinds, workload
-from ckpt2pt_operator.store import Key, Store
+from ckpt2pt_operator.store import Store
 from ckpt2pt_operator.trainings import Trainings
 from documents import changed
 from talking import talk

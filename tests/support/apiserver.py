@@ -22,12 +22,14 @@ class Server:
     def __init__(self, answer: Callable[[str, str, Any], Answer]) -> None:
         self.asked: list[tuple[str, str, Any, str]] = []
         self.headers: dict[str, str] = {}
+        self.agents: set[str] = set()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def _handle(self) -> None:
                 data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 body = json.loads(data) if data else None
+                outer.agents.add(self.headers.get("User-Agent", ""))
                 outer.asked.append((self.command, self.path, body, self.headers.get("Authorization", "")))
                 try:
                     status, found = answer(self.command, self.path, body)

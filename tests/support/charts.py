@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ckpt2pt_operator.rules.defaults import OF_SPEC
 from documents import root_schema
 from goldens import REPOSITORY
 from helm import helm
@@ -21,8 +22,8 @@ CASES = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci")
 KUBERNETES = "1.32.0"
 MONITORING = "monitoring.coreos.com/v1"
 
-NOT_DEFAULTS = {"maxParallelStages", "rankTimeoutSeconds", "image"}
-"""Fields of spec.workers that are a matter of the conversion, or have a value of their own in the chart."""
+NOT_DEFAULTS = {"image"}
+"""Fields of spec.workers that have a value of their own in the chart."""
 
 Object = dict[str, Any]
 
@@ -61,11 +62,15 @@ def values_schema() -> Object:
 def worker_defaults_schema() -> Object:
     """What ``worker.defaults`` may hold: the CRD's own schema of spec.workers, in the words of JSON Schema."""
     workers = root_schema()["properties"]["spec"]["properties"]["workers"]
-    plain: Object = _plain({**workers, "description": "Fields of spec.workers for every conversion that gives none."})
+    plain: Object = _plain(
+        {**workers, "description": "Fields of spec.workers, and a few of spec, for every conversion that gives none."}
+    )
     # What the API server fills in, every conversion gives.
     given = {name for name, schema in workers["properties"].items() if schema.get("default")} - {"queueKind"}
     kept = plain["properties"].keys() - NOT_DEFAULTS - given
     plain["properties"] = {name: schema for name, schema in plain["properties"].items() if name in kept}
+    spec = _plain(root_schema()["properties"]["spec"])["properties"]
+    plain["properties"] |= {name: spec[name] for name in OF_SPEC}
     # The kind that the API server fills in counts for no other queue than the conversion's own.
     plain["dependencies"] = {"queueKind": ["queueName"]}
     return plain

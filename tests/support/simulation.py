@@ -17,7 +17,17 @@ from typing import Any
 from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE
 from ckpt2pt_operator.rules.conditions import stamp
 from ckpt2pt_operator.rules.plan import plan
-from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, House, PatchJob, Plan, Refusal, Seen, Training
+from ckpt2pt_operator.rules.seen import (
+    Action,
+    CreateJob,
+    DeleteConversion,
+    House,
+    PatchJob,
+    Plan,
+    Refusal,
+    Seen,
+    Training,
+)
 from ckpt2pt_operator.rules.views import Claim, Report, claim_view, indexes, job_view, pod_view
 from documents import changed
 
@@ -112,10 +122,12 @@ class World:
                 self.obey(action)
         return decided
 
-    def obey(self, action: CreateJob | PatchJob | DeleteJob) -> None:
+    def obey(self, action: Action) -> None:
         """As the API server does, for this owner."""
         if isinstance(action, CreateJob):
             self.create(deepcopy(dict(action.manifest)))
+        elif isinstance(action, DeleteConversion):
+            raise AssertionError("the world has no end")
         elif action.job.name in self.jobs and self.jobs[action.job.name]["metadata"]["uid"] == action.job.uid:
             if isinstance(action, PatchJob):
                 self.jobs[action.job.name]["spec"].update(action.spec)

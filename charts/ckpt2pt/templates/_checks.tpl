@@ -8,9 +8,13 @@
 {{- fail "serviceAccount.create is false: give the name of an existing ServiceAccount in serviceAccount.name" -}}
 {{- end -}}
 {{- with $values.podDisruptionBudget -}}
-{{- if and .enabled (not (kindIs "string" .minAvailable)) (ge (int .minAvailable) (int $values.operator.replicas)) -}}
+{{- $whole := eq (toString .minAvailable) "100%" -}}
+{{- if and .enabled (or $whole (and (not (kindIs "string" .minAvailable)) (ge (int .minAvailable) (int $values.operator.replicas)))) -}}
 {{- fail "podDisruptionBudget.minAvailable keeps every operator: no node that runs one could be drained; make it less than operator.replicas" -}}
 {{- end -}}
+{{- end -}}
+{{- if and (hasKey $values.worker.defaults "timeToLiveSeconds") (not $values.operator.deleteFinished) -}}
+{{- fail "worker.defaults.timeToLiveSeconds: set operator.deleteFinished to true, or nothing is deleted" -}}
 {{- end -}}
 {{- if and $values.networkPolicy.workers.enabled (not $values.networkPolicy.enabled) -}}
 {{- fail "networkPolicy.workers.enabled needs networkPolicy.enabled" -}}

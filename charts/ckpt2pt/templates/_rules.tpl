@@ -5,7 +5,7 @@ tests compare this with what it asks for.
 {{- define "ckpt2pt.operatorRules" -}}
 - apiGroups: [ckpt2pt.dev]
   resources: [checkpointconversions]
-  verbs: [get, list, watch{{ if .Values.trainingTrigger.enabled }}, create{{ end }}]
+  verbs: [get, list, watch{{ if .Values.trainingTrigger.enabled }}, create{{ end }}{{ if .Values.operator.deleteFinished }}, delete{{ end }}]
 - apiGroups: [ckpt2pt.dev]
   resources: [checkpointconversions/status]
   verbs: [update]

@@ -27,7 +27,11 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
         type=path,
         help="folder of param_map_*.json; default: computed, and proved by the checkpoint",
     )
-    group.add_argument("--overwrite", action="store_true", help="replace another import's result")
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace another import's result, once the new one is complete (room for both is needed); never what ckpt2pt did not write",
+    )
     group = parser.add_argument_group("how the model is cut")
     group.add_argument("--num-layers", type=int, help="layers, no-op layers included; default: as the checkpoint says")
     group.add_argument("--tp-size", type=int, help="tensor parallel size; default: as the checkpoint says")

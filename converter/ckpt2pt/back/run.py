@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -14,18 +14,16 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, prove_unchanged_back, survey_back
 from ckpt2pt.checksums import Piece, crc32
 from ckpt2pt.crew import Reporter
-from ckpt2pt.engine.write import Stop, write_files
-from ckpt2pt.errors import Ckpt2ptError
+from ckpt2pt.engine.write import Stop, Written, write_files
 from ckpt2pt.folders import iteration_folder, keep_apart
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
 from ckpt2pt.plan.moves import Move
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.resume import warning
-from ckpt2pt.publish import MINDSPORE, Target, publish_bytes
+from ckpt2pt.publish import MINDSPORE, Target, make_folder, publish_bytes
 from ckpt2pt.records import Json
 from ckpt2pt.run import Conversion, Outcome, carry_out
-from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import Extent
 
 log = logging.getLogger("ckpt2pt")
@@ -41,6 +39,7 @@ class _Back:
     request: BackRequest
     found: BackSurvey
     rank: Rank
+    target: Target
     prepared: BackPrepared
 
     @property
@@ -52,18 +51,32 @@ class _Back:
         written = sum(file.lay_out().nbytes for file in self.prepared.files)
         return written + sum(map(len, self.prepared.metadata.values()))
 
+    @property
+    def paths(self) -> list[str]:
+        return [*(file.name for file in self.prepared.files), *(f"{META}/{name}" for name in self.prepared.metadata)]
+
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """The files, then the metadata, then the manifest."""
-        prepared, target = self.prepared, target_back(self.request, self.found)
-        moves = prepared.moves()
-        metadata = target.folder / META
-        for folder in (metadata, *(target.folder / Path(file.name).parent for file in prepared.files)):
-            try:
-                folder.mkdir(exist_ok=True)
-            except OSError as error:
-                raise access_error(error, folder, "making the folder") from error
-            if folder != metadata:
-                target.sweep(*self.rank, folder.name)
+        with self.target.guarded():
+            self._carry(stop, advance)
+
+    def _carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
+        prepared, target = self.prepared, self.target
+        moves, ledger = prepared.moves(), target.ledger(self.rank, repair=self.request.overwrite)
+        for name in (META, *(str(Path(file.name).parent) for file in prepared.files)):
+            make_folder(target.folder / name, target.root)
+        metadata = {f"{META}/{name}": content for name, content in prepared.metadata.items()}
+        described: list[Json] = [
+            {"path": name, "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"}
+            for name, content in metadata.items()
+        ]
+
+        def announce(files: Sequence[Written], digests: Mapping[str, int]) -> None:
+            if self.request.verify != "none":
+                prove_archives(moves, digests)
+            prove_unchanged_back(self.request, self.found, self.rank)
+            ledger.announce([*(file.entry(target.folder) for file in files), *described])
+
         files, digests = write_files(
             target.folder,
             prepared.files,
@@ -71,19 +84,11 @@ class _Back:
             stop=stop,
             advance=advance,
             check=self.request.verify != "none",
+            announce=announce,
+            fence=ledger.fence,
         )
-        try:
-            if self.request.verify != "none":
-                prove_archives(moves, digests)
-            prove_unchanged_back(self.request, self.found, self.rank)
-        except Ckpt2ptError:
-            for file in files:  # nothing but their names tells MindSpore what to load
-                file.path.unlink(missing_ok=True)
-            raise
-        described: list[Json] = []
-        for name, content in prepared.metadata.items():
-            publish_bytes(metadata / name, content)
-            described.append({"path": f"{META}/{name}", "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"})
+        for name, content in metadata.items():
+            publish_bytes(target.folder / name, content, fence=ledger.fence)
         target.publish_rank(
             *self.rank,
             {
@@ -117,8 +122,8 @@ def prove_archives(moves: Iterable[Move], digests: Mapping[str, int]) -> None:
         Archive.open(Path(path)).prove_read(read)
 
 
-def _plan(request: BackRequest, found: BackSurvey, rank: Rank) -> _Back:
-    return _Back(request, found, rank, prepare_back(request, found, rank))
+def _plan(request: BackRequest, found: BackSurvey, rank: Rank, target: Target) -> _Back:
+    return _Back(request, found, rank, target, prepare_back(request, found, rank))
 
 
 def target_back(request: BackRequest, found: BackSurvey) -> Target:
@@ -159,7 +164,7 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         doubts=(),
         warnings=warning(found.unmet, full=request.full),
         how_to_load="",
-        plan=partial(_plan, request, found),
+        prepare=partial(_plan, request, found),
     )
     outcome = carry_out(conversion, range(found.topology.pipeline), reporter, began)
     for tp, pp in outcome.converted:

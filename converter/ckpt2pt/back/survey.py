@@ -14,7 +14,7 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
-from ckpt2pt.inputs import is_file, sha256
+from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import Maps, data_parallel_size, list_param_maps, param_map_files, read_param_maps
@@ -37,6 +37,7 @@ from ckpt2pt.records import Json
 from ckpt2pt.request import digest
 from ckpt2pt.survey import changed
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.paths import is_file
 
 _SAMPLE_NUMEL = 1 << 10
 """Elements of each weight that are compared with their slice at least: files of two ranks or steps are told apart by them."""

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -25,10 +26,12 @@ from ckpt2pt.ckpt.shards import check_ranks, join_shards, read_info
 from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.system.access import access_error
+from ckpt2pt.system.paths import is_folder, is_there, listing
 from ckpt2pt.tensors import TensorRef
 
 SUFFIXES = ("ckpt", "safetensors")
+_listing = partial(listing, option=InputFile.option)
+_is_folder, _is_there = (partial(look, option=InputFile.option) for look in (is_folder, is_there))
 _MODEL = re.compile(r"(?:.*_)?model_optim_rng(?:_(?P<member>\d{3}))?(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
 _ITERATION = re.compile(r"iter_(\d{1,12})|release")
 _RANK = re.compile(r"rank_\d{1,9}")
@@ -107,7 +110,7 @@ def find_groups(
     ``sharded`` looks into a file; ``info`` is the folder of the shard descriptions (None: ``opt_shard_info`` beside the
     ranks).  Raises :class:`InputError` when no checkpoint is left, :class:`MissingInputError` when a description is missing.
     """
-    if info is not None and not info.is_dir():
+    if info is not None and not _is_folder(info):
         raise MissingInputError(
             "the folder of shard descriptions is not there",
             where=info,
@@ -155,7 +158,7 @@ def surplus(root: Path, when: When | None, wanted: Iterable[str]) -> list[str]:
         return []
     when = max(iterations) if when is None else when
     form = _MODEL_RANK if iterations else _RANK
-    folders = [path for path in _listing(iterations.get(when, root)) if form.fullmatch(path.name) and path.is_dir()]
+    folders = [path for path in _listing(iterations.get(when, root)) if form.fullmatch(path.name) and _is_folder(path)]
     other = {path.name for path in folders}.difference(wanted)
     return [
         path.name
@@ -188,7 +191,7 @@ def _complete(
     root: Path, topology: Topology, members: Sequence[_Member], wanted: Wanted
 ) -> dict[When, dict[_Member, SourceFile]]:
     """The checkpoints that all of ``members`` have."""
-    if not root.is_dir():
+    if not _is_folder(root):
         raise MissingInputError(
             "the source folder is not there",
             where=root,
@@ -246,7 +249,7 @@ def _by_rank(
     root: Path, topology: Topology, members: Sequence[_Member], wanted: Wanted
 ) -> dict[_Member, dict[When, SourceFile]]:
     ranks = {member: topology.group(member[0], member[1])[member[2]] for member in members}
-    missing = sorted(rank for rank in ranks.values() if not rank_folder(root, rank).is_dir())
+    missing = sorted(rank for rank in ranks.values() if not _is_folder(rank_folder(root, rank)))
     if missing:
         there = sorted(int(p.name[5:]) for p in _listing(root) if re.fullmatch(r"rank_\d+", p.name))
         raise MissingInputError(
@@ -270,9 +273,9 @@ def last_saved(root: Path, topology: Topology) -> When | None:
     for key in topology.ranks():
         path = rank_folder(root, topology.source_rank(*key)) / "meta.json"
         try:
-            text = path.read_text(encoding="utf-8")[:65536]
+            text = _small_text(path)
             document: object = json.JSONDecoder().raw_decode(text.lstrip())[0]
-        except (OSError, ValueError, RecursionError):
+        except (ValueError, RecursionError):
             return None
         if not isinstance(document, dict):
             return None
@@ -332,10 +335,10 @@ def _iterations(root: Path) -> dict[When, Path]:
     Megatron's own results look the same, but hold no checkpoint file of MindSpore.
     """
     found: dict[When, Path] = {}
-    for folder in (root, *_listing(root)) if root.is_dir() else ():
+    for folder in (root, *_listing(root)) if _is_folder(root) else ():
         named = _ITERATION.fullmatch(folder.name)
-        if folder == root or (named and folder.is_dir()):
-            places = (path for path in _listing(folder) if _MODEL_RANK.fullmatch(path.name) and path.is_dir())
+        if folder == root or (named and _is_folder(folder)):
+            places = (path for path in _listing(folder) if _MODEL_RANK.fullmatch(path.name) and _is_folder(path))
             when = (0, int(named[1])) if named and named[1] else UNNAMED
             if any(path.suffix[1:] in SUFFIXES for place in places for path in _listing(place)):
                 found[when] = folder
@@ -353,7 +356,7 @@ def _by_model_rank(
     for when, folder in iterations.items():
         for tp, pp, number in members:
             place = folder / topology.directory(tp, pp)
-            for path in _listing(place) if place.is_dir() else ():
+            for path in _listing(place) if _is_folder(place) else ():
                 name = _MODEL.fullmatch(path.name)
                 if (
                     name
@@ -379,11 +382,19 @@ def _by_model_rank(
 
 def _tracked(root: Path) -> When | None:
     try:
-        text = (root / _TRACKER).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = _small_text(root / _TRACKER)
+    except UnicodeDecodeError:
         return None
     digits = re.match(r"\s*(\d{1,12})", text)
     return (0, int(digits[1])) if digits else UNNAMED if text.strip().startswith("release") else None
+
+
+def _small_text(path: Path) -> str:
+    """The beginning of a small text of the training; empty where there is none."""
+    if not _is_there(path):
+        return ""
+    with InputFile(path) as file:
+        return file.read(0, min(file.size, 65536)).decode()
 
 
 # ------------------------------------------------------------------------------------------- descriptions of the shards
@@ -392,14 +403,14 @@ def _tracked(root: Path) -> When | None:
 def _info_folder(root: Path) -> Path:
     """``opt_shard_info`` beside the ranks or the iterations."""
     above = [root, root.parent] if root in _iterations(root).values() else [root]
-    return next((folder / SHARD_INFO for folder in above if (folder / SHARD_INFO).is_dir()), root / SHARD_INFO)
+    return next((folder / SHARD_INFO for folder in above if _is_folder(folder / SHARD_INFO)), root / SHARD_INFO)
 
 
 def _info_file(folder: Path, topology: Topology, key: Key) -> Path:
     """The description of one group: its first rank's, whichever layout wrote it."""
     places = [f"rank_{rank}" for rank in topology.group(*key)] + [topology.directory(*key)]
     for place in places:
-        found = sorted((folder / place).glob("dist_opt_shard_info*.json"))
+        found = _listing(folder / place, "dist_opt_shard_info*.json")
         if len(found) > 1:
             raise InputError(
                 f"two descriptions of one group's shards: {found[0].name} and {found[1].name}",
@@ -414,13 +425,6 @@ def _info_file(folder: Path, topology: Topology, key: Key) -> Path:
         where=folder,
         mend="point spec.source.optShardInfoPath (--opt-shard-info-path) at the opt_shard_info folder of the training",
     )
-
-
-def _listing(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise access_error(error, folder, "listing", option=InputFile.option) from error
 
 
 def _some(items: Sequence[int] | Sequence[When], form: str) -> str:

@@ -22,8 +22,11 @@ from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.filenames import UNNAMED, When, shown, when_of_name
 from ckpt2pt.ckpt.ranks import SourceFile, candidates, last_saved, rank_folder
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, TimedOutError
+from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import read_all
+from ckpt2pt.system.paths import is_folder, listing, status
 
 Kind = Literal["absent", "missing", "unfinished", "broken", "other"]
 Choose = Callable[[Mapping[When, SourceFile]], When | None]
@@ -181,7 +184,7 @@ class Watcher:
     def _files(self, rank: int) -> dict[When, SourceFile]:
         folder = rank_folder(self._root, rank)
         try:
-            return candidates(folder, (self._format, True)) if folder.is_dir() else {}
+            return candidates(folder, (self._format, True)) if is_folder(folder, InputFile.option) else {}
         except MissingInputError:
             return {}
 
@@ -190,13 +193,17 @@ class Watcher:
         file = files.get(wanted) if wanted else None
         if file and file.merged:
             return
-        for path in sorted((self._root / "opt_shard_info" / f"rank_{rank}").glob("dist_opt_shard_info*.json")):
+        for path in listing(
+            self._root / "opt_shard_info" / f"rank_{rank}", "dist_opt_shard_info*.json", InputFile.option
+        ):
             try:
                 # The training does not truncate it, so that a longer, older text may stand behind (docs/format-ckpt.md).
                 text = read_all(path, _MAX_JSON_BYTES).decode(errors="replace")
                 document: object = json.JSONDecoder().raw_decode(text.lstrip())[0]
-            except (OSError, ValueError, RecursionError):
+            except (FileNotFoundError, ValueError, RecursionError):
                 continue
+            except OSError as error:
+                raise access_error(error, path, "reading", option=InputFile.option) from error
             listed: object = (
                 cast("Mapping[str, object]", document).get("dp_rank_list") if isinstance(document, dict) else None
             )
@@ -209,34 +216,33 @@ class Watcher:
         if wanted in writing:
             return Obstacle(kind="unfinished", text=f"rank_{rank} is being written ({writing[cast('When', wanted)]})")
         if wanted is None or not files:
-            there = rank_folder(self._root, rank).is_dir()
+            there = is_folder(rank_folder(self._root, rank), InputFile.option)
             return Obstacle(kind="missing", text=f"rank_{rank} {'has none yet' if there else 'is missing'}")
         if wanted not in files:
             return Obstacle(kind="other", text=_has(rank, files, ""))
         return self._unfinished(rank, files[wanted].path)
 
-    def _trace(self, path: Path, status: os.stat_result) -> _Trace:
+    def _trace(self, path: Path, found: os.stat_result) -> _Trace:
         trace = self._traces.get(path)
-        if trace is None or (trace.size, trace.mtime_ns) != (status.st_size, status.st_mtime_ns):
-            trace = _Trace(size=status.st_size, mtime_ns=status.st_mtime_ns, since=time.monotonic())
+        if trace is None or (trace.size, trace.mtime_ns) != (found.st_size, found.st_mtime_ns):
+            trace = _Trace(size=found.st_size, mtime_ns=found.st_mtime_ns, since=time.monotonic())
             self._traces[path] = trace
         return trace
 
     def _rested(self, path: Path) -> float:
         """Seconds without a change; 0 for a file that has just gone."""
-        try:
-            trace = self._trace(path, path.stat())
-        except OSError:
+        found = status(path, InputFile.option)
+        if found is None:
             return 0.0
+        trace = self._trace(path, found)
         return max(time.monotonic() - trace.since, time.time() - trace.mtime_ns / 1e9)
 
     def _unfinished(self, rank: int, path: Path) -> Obstacle | None:
-        try:
-            status = path.stat()
-        except OSError as error:
-            return Obstacle(kind="unfinished", text=f"rank_{rank}: {path.name} has gone ({error.strerror})")
-        trace = self._trace(path, status)
-        if status.st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
+        found = status(path, InputFile.option)
+        if found is None:
+            return Obstacle(kind="unfinished", text=f"rank_{rank}: {path.name} has gone")
+        trace = self._trace(path, found)
+        if found.st_mode & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH):
             rested = self._rested(path)
             if rested < self._settle:
                 text = f"rank_{rank} may still be written ({path.name} changed {rested:.0f} s ago)"
@@ -260,10 +266,7 @@ class Watcher:
 
 def _temporary(folder: Path) -> dict[When, str]:
     """What MindSpore is writing there: (epoch, step) -> name."""
-    try:
-        names = sorted(path.name for path in folder.glob("*.tmp"))
-    except OSError:
-        return {}
+    names = [path.name for path in listing(folder, "*.tmp", InputFile.option)]
     return {when_of_name(re.sub(r"tmp$", "ckpt", name)): name for name in names}
 
 

@@ -11,7 +11,7 @@ from ckpt2pt.ckpt.shards import read_info
 from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.folders import layout_of
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.system.access import access_error
+from ckpt2pt.system.paths import listing
 
 _INFO = "dist_opt_shard_info*.json"
 MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
@@ -19,10 +19,7 @@ MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 
 def descriptions(strategy: Path) -> dict[str, Path]:
     """By the names of their folders, ``rank_R`` or ``mp_rank_T_P``; refused where a file's own name says another rank."""
-    try:
-        infos = {path.parent.name: path for path in sorted(strategy.glob(f"*/{_INFO}"))}
-    except OSError as error:
-        raise access_error(error, strategy, "listing", option="--strategy-dir") from error
+    infos = {path.parent.name: path for path in listing(strategy, f"*/{_INFO}", "--strategy-dir")}
     for path in infos.values():
         check_rank(path)
     if not infos:

@@ -53,7 +53,11 @@ def add_combine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--crc", action="store_true", help="add mindspore's checksum (.ckpt only)")
     parser.add_argument("--multiprocess-off", action="store_true", help="merge file after file in this process")
-    parser.add_argument("--overwrite", action="store_true", help="replace merged files that are there and differ")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace merged files of this command that differ; never what it did not write",
+    )
 
 
 def combination_of(options: argparse.Namespace) -> Combination:

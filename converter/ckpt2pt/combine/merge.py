@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from ckpt2pt.ckpt.shards import check_covered, has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.combine.described import MODEL_RANK, described_topology, descriptions
 from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
-from ckpt2pt.engine.write import Stop, write_files
+from ckpt2pt.engine.write import Stop, Written, write_files
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, UsageError
 from ckpt2pt.mapping.names import MOMENTS, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
@@ -42,7 +42,10 @@ from ckpt2pt.plan.entries import Entry, text_entry
 from ckpt2pt.plan.moves import Move
 from ckpt2pt.publish import (
     STATE,
+    Ledger,
+    host,
     locked,
+    make_folder,
     publish_bytes,
     read_record,
     sweep_partials,
@@ -50,7 +53,7 @@ from ckpt2pt.publish import (
 from ckpt2pt.records import Json, seal
 from ckpt2pt.request import Pace, digest
 from ckpt2pt.survey import agree, changed, facts_of, inputs_of
-from ckpt2pt.system.access import access_error
+from ckpt2pt.system.paths import status
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 from ckpt2pt.text import counted, size
@@ -203,52 +206,63 @@ class Group:
         return sum(file.lay_out().nbytes for file in self.files)
 
     @property
+    def paths(self) -> list[str]:
+        """Files to write, from the output folder on."""
+        return [file.name for file in self.files]
+
+    @property
     def is_done(self) -> bool:
-        """True when this very merge is there; raises for files that are there and are another's."""
+        """True when this very merge is there; raises for files that are there and are another's, or nobody's."""
         manifest = read_record(self.manifest) or {}
-        there = [path for file in self.files if (path := self.asked.output / file.name).exists()]
-        if manifest.get("identity") == self.identity:
-            sizes = [file.lay_out().nbytes for file in self.files]
-            return "files" in manifest and len(there) == len(sizes) and [path.stat().st_size for path in there] == sizes
-        if there and not self.asked.overwrite:
+        found = {name: status(self.asked.output / name, "--output-dir", follow=False) for name in self.paths}
+        sizes = [seen.st_size if seen else None for seen in found.values()]
+        ours = manifest.get("identity") == self.identity and "files" in manifest
+        if ours and sizes == [file.lay_out().nbytes for file in self.files]:
+            return True
+        ledger = self._ledger()
+        ledger.refuse(found)
+        owner = manifest or read_record(ledger.claim) or {}
+        if any(found.values()) and owner.get("identity") != self.identity and not self.asked.overwrite:
             raise UsageError(
                 "a merged file is there that this command did not make: other options, another source, or a source that "
                 "changed since",
-                where=there[0],
+                where=next(self.asked.output / name for name, seen in found.items() if seen),
                 mend="choose another --output-dir, or replace it with --overwrite",
             )
         return False
 
+    def _ledger(self) -> Ledger:
+        mine = (read_record(self.manifest) or {}).get("identity") == self.identity
+        mend = "choose another --output-dir, or move it away: it is never replaced"
+        repair = mine and self.asked.overwrite
+        return Ledger.of_group(self.asked.output, self.manifest, self.identity, mend=mend, repair=repair)
+
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """Say whose files they will be, write them, then complete the manifest."""
-        output = self.asked.output
-        paths = [output / file.name for file in self.files]
-        try:
-            for folder in {self.manifest.parent, *(path.parent for path in paths)}:
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise access_error(error, output, "making the folders") from error
-        facts: Json = {
-            "identity": self.identity,
-            "version": __version__,
-            "options": self.asked.meaning(),
-            "inputs": list(self.inputs),
-        }
-        with locked(self.manifest.with_suffix(".lock"), "merging this group", wait=False):
-            # A run that is killed between its files and its manifest has to know them again.
-            publish_bytes(self.manifest, seal(facts))
+        output, ledger = self.asked.output, self._ledger()
+        paths = [output / name for name in self.paths]
+        for folder in {self.manifest.parent, *(path.parent for path in paths)}:
+            make_folder(folder, output)
+        meaning, inputs = self.asked.meaning(), list(self.inputs)
+        facts: Json = {"identity": self.identity, "version": __version__, "options": meaning, "inputs": inputs}
+
+        def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
+            if tuple(inputs_of(self.source, self.asked.source)) != self.inputs:
+                raise changed(self.source.path)
+            ledger.announce([file.entry(output) for file in files])
+
+        with locked(self.manifest.with_suffix(".lock"), "merging this group", heed=stop.check):
+            publish_bytes(ledger.claim, seal({"identity": self.identity, "host": host()}))
+            sweep_partials(self.manifest.parent, f"{self.manifest.stem}.*")
             for path in paths:
                 sweep_partials(path.parent, path.name)
             written, digests = write_files(
-                output, self.files, merged_moves(self.files), stop=stop, advance=advance, check=self.asked.check
-            )
-            if tuple(inputs_of(self.source, self.asked.source)) != self.inputs:
-                for path in paths:
-                    path.unlink(missing_ok=True)
-                raise changed(self.source.path)
+                output, self.files, merged_moves(self.files), stop=stop, advance=advance, check=self.asked.check,
+                announce=announce, fence=ledger.fence,
+            )  # fmt: skip
             facts["files"] = [file.entry(output) for file in written]
             facts["tensors"] = {label.partition(":")[2]: f"{crc:08x}" for label, crc in sorted(digests.items())}
-            publish_bytes(self.manifest, seal(facts))
+            ledger.publish(facts)
 
 
 def _step(file: SourceFile) -> str:

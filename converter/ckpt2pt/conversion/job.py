@@ -32,6 +32,9 @@ TERMINATION_PATH = "/dev/termination-log"
 PROGRESS_PORT = 8080
 PROGRESS_PORT_NAME = "progress"
 
+IMAGE_ID = 65532
+"""User and group of the image, as the Dockerfile has them."""
+
 _MOUNT_ROOT = "/volumes"
 _GRACE_SECONDS = 60
 _POD_FIELDS = (
@@ -253,7 +256,7 @@ def grown_memory(conversion: Conversion, percent: int) -> int | None:
     for item in containers:
         if item.get("name") == CONTAINER:
             given = cast("Json", item.get("resources", given))
-    resources = cast("Json", _merged(conversion.workers.pod["resources"], given))
+    resources = cast("Json", _merged(resources_of(conversion), given))
     limit = quantity(cast("Json", resources.get("limits", {})).get("memory", 0))
     if not limit:
         return None
@@ -285,7 +288,7 @@ def _container(
         "image": str(pod.get("image") or image),
         "args": [word.replace("$", "$$") for word in words],  # the kubelet expands $(NAME), and makes one $ of two
         "ports": [{"name": PROGRESS_PORT_NAME, "containerPort": PROGRESS_PORT}],
-        "resources": pod["resources"],
+        "resources": resources_of(conversion),
         "env": _environment(conversion, stages),
         "terminationMessagePath": TERMINATION_PATH,
         "terminationMessagePolicy": "FallbackToLogsOnError",
@@ -315,9 +318,27 @@ def _environment(conversion: Conversion, stages: Sequence[int]) -> list[Json]:
     return found
 
 
+def resources_of(conversion: Conversion) -> Json:
+    """What a worker asks for and may use: what the spec says, or what its processes need.
+
+    A namespace with a quota admits no pod without requests and limits, and memory without a limit cannot grow after an
+    out-of-memory kill.  A process uses one core and 48 MiB; the rest is for the page cache.
+    """
+    given, processes = cast("Json", conversion.workers.pod["resources"]), conversion.workers.processes
+    if any(given.values()):
+        return given
+    memory = f"{128 + 64 * processes}Mi"
+    return {
+        "requests": {"cpu": f"{250 * processes}m", "memory": memory},
+        "limits": {"cpu": str(processes), "memory": memory},
+    }
+
+
 def _pod_security(given: Json) -> Json:
     # MindSpore leaves files that only their owner can read, and the owner is often root.
     security: Json = {
+        # A kubelet takes the user of the image and not its group: files would belong to group 0.
+        "runAsGroup": given.get("runAsUser", IMAGE_ID),
         "runAsNonRoot": given.get("runAsUser") != 0,
         "seccompProfile": {"type": "RuntimeDefault"},
         **given,

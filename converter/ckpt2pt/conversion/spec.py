@@ -15,6 +15,7 @@ from typing import cast
 
 from ckpt2pt.conversion.fields import Fields, Finding, refusal
 from ckpt2pt.conversion.names import DRIVER, GROUP_VERSION, HOST, KIND_WORD, NAME
+from ckpt2pt.conversion.size import too_large
 from ckpt2pt.errors import UsageError
 from ckpt2pt.mapping.topology import Topology
 
@@ -144,7 +145,8 @@ class Conversion:
 
 def parse(document: Mapping[str, object]) -> Conversion:
     """Apply the defaults and prove the rules; all that is wrong is told at once."""
-    findings: list[Finding] = []
+    large = too_large(document.get("spec"))
+    findings: list[Finding] = [large] if large else []
     root = Fields(document, "", findings)
     meta, spec = root.child("metadata"), root.child("spec")
     name = meta.text("name", "")

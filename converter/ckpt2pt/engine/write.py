@@ -29,6 +29,8 @@ from ckpt2pt.inputs import InputFile
 from ckpt2pt.meta import METADATA
 from ckpt2pt.plan.moves import Move, Sink
 from ckpt2pt.publish import partial_name, sync_folder
+from ckpt2pt.publish.files import vanished
+from ckpt2pt.records import Json
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import reserve, write_at
 from ckpt2pt.tensors import DTYPE_BYTES, Extent
@@ -76,15 +78,21 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """A published file."""
+    """A file that is whole, under its temporary name or its own."""
 
     path: Path
     nbytes: int
     crc32: int
+    mtime_ns: int
 
-    def entry(self, folder: Path) -> dict[str, object]:
+    def entry(self, folder: Path) -> Json:
         """For a manifest of ``folder``."""
-        return {"path": str(self.path.relative_to(folder)), "nbytes": self.nbytes, "crc32": f"{self.crc32:08x}"}
+        return {
+            "path": str(self.path.relative_to(folder)),
+            "nbytes": self.nbytes,
+            "crc32": f"{self.crc32:08x}",
+            "mtimeNs": self.mtime_ns,
+        }
 
 
 @dataclass(slots=True)
@@ -178,11 +186,14 @@ def write_files(
     stop: Stop,
     advance: Callable[[int], None],
     check: bool,
+    announce: Callable[[Sequence[Written], Mapping[str, int]], None] = lambda _, __: None,
+    fence: Callable[[], None] = lambda: None,
 ) -> tuple[tuple[Written, ...], dict[str, int]]:
     """Write a rank's files and give them their names when all of them are whole, synced and (``check``) read back.
 
-    Returns the files, and for each ``role:parameter`` the CRC-32 of its source bytes.  On any failure the temporary
-    files are removed and no final name has changed.
+    Returns the files, and for each ``role:parameter`` the CRC-32 of its source bytes.  ``announce`` gets both before the
+    first name appears, ``fence`` is called before each: what they raise keeps the names from appearing.  On any failure
+    the temporary files are removed.
     """
     with ExitStack() as stack:
         outputs = {p.name: stack.enter_context(_output(folder, p, stop)) for p in payloads}
@@ -195,7 +206,10 @@ def write_files(
         if check:
             for output in outputs.values():
                 read_back(output.partial, output.crc, stop)
-        return _publish(outputs.values()), digests
+        written = tuple(_written(output) for output in outputs.values())
+        announce(written, digests)
+        _publish(outputs.values(), fence)
+        return written, digests
 
 
 def _carry(
@@ -219,7 +233,7 @@ def _output(folder: Path, payload: Payload, stop: Stop) -> Generator[Output]:
     with ExitStack() as stack:
         stack.callback(_remove, partial)
         try:
-            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, WRITTEN_MODE)
+            fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, WRITTEN_MODE)
             stack.callback(os.close, fd)
             reserve(fd, layout.nbytes, stop.check)
         except OSError as error:
@@ -227,7 +241,7 @@ def _output(folder: Path, payload: Payload, stop: Stop) -> Generator[Output]:
             if error.errno == errno.EDQUOT:  # known before the first byte, and nobody else can make room
                 refusal = VolumeTooSmallError(refusal.what, where=path, mend=f"raise the quota, or {refusal.mend}")
             raise refusal from error
-        direct = open_direct(partial, os.O_WRONLY)
+        direct = open_direct(partial, os.O_WRONLY | os.O_NOFOLLOW)
         if direct is not None:
             stack.callback(os.close, direct)
         file = OutputFile(path=path, fd=fd, direct=direct)
@@ -271,17 +285,30 @@ def _set_mode(output: Output) -> None:
         )  # fmt: skip
 
 
-def _publish(outputs: Iterable[Output]) -> tuple[Written, ...]:
-    written: list[Written] = []
+def _written(output: Output) -> Written:
+    try:
+        found = os.fstat(output.file.fd)
+    except OSError as error:
+        raise access_error(error, output.path, "writing") from error
+    return Written(path=output.path, nbytes=found.st_size, crc32=output.crc, mtime_ns=found.st_mtime_ns)
+
+
+def _publish(outputs: Iterable[Output], fence: Callable[[], None]) -> None:
+    folders: set[Path] = set()
     for output in outputs:
+        fence()
         try:
             output.partial.replace(output.path)
+        except FileNotFoundError as error:
+            raise vanished(output.path) from error
         except OSError as error:
             raise access_error(error, output.path, "publishing") from error
-        written.append(Written(path=output.path, nbytes=output.layout.nbytes, crc32=output.crc))
-    for folder in {file.path.parent for file in written}:
-        sync_folder(folder)
-    return tuple(written)
+        folders.add(output.path.parent)
+    for folder in folders:
+        try:
+            sync_folder(folder)
+        except OSError as error:
+            raise access_error(error, folder, "syncing the folder") from error
 
 
 def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
@@ -289,6 +316,8 @@ def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
     block, crc = memoryview(bytearray(BLOCK_BYTES)), 0
     try:
         nbytes = drop_from_cache(path)
+    except FileNotFoundError as error:
+        raise vanished(path) from error
     except OSError as error:
         raise access_error(error, path, "reading back", reading=True) from error
     with Sources([Extent(str(path), 0, nbytes)]) as sources:

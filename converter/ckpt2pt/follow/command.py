@@ -9,10 +9,11 @@ from contextlib import nullcontext
 
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError
 from ckpt2pt.flags import check_numbers
-from ckpt2pt.follow.keep import tracked, verified_as
+from ckpt2pt.follow.keep import verified_as
 from ckpt2pt.follow.watch import Following, watch
 from ckpt2pt.local.runner import words_of_document
 from ckpt2pt.options import request_of
+from ckpt2pt.publish import tracked
 from ckpt2pt.request import Request
 from ckpt2pt.run import Outcome
 from ckpt2pt.show.progress import reporter

@@ -1,39 +1,25 @@
-"""Remove older results: only those of this very conversion, never the one that the tracker names.
-
-megatron_pt/iter_0000400  --rename-->  .iter_0000400.removed  --> gone      what a killed run left is swept next time
-"""
+"""Remove older results: only those of this very conversion, never the one that the tracker names."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
-from ckpt2pt.publish import PARTIAL, STATE, TRACKER, read_record
-from ckpt2pt.records import Json
+from ckpt2pt.errors import TryAgainError
+from ckpt2pt.publish import STATE, Holdings, nobody_at_work, read_record, remove_ours, retire, tracked
+from ckpt2pt.publish.kinds import REPORT
+from ckpt2pt.publish.retire import REMOVED, files_below, foreign, records_of
 from ckpt2pt.request import Request, Verify
-from ckpt2pt.system.access import access_error
+from ckpt2pt.system.paths import is_file, listing, status
 
 log = logging.getLogger("ckpt2pt")
 
 _FOLDER = re.compile(r"iter_(\d{7,})")
-_REMOVED = ".removed"
-
-
-def tracked(root: Path) -> int | None:
-    """The iteration that the tracker names; None without one, or when it says ``release``."""
-    try:
-        text = (root / TRACKER).read_text(errors="replace").strip()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise access_error(error, root / TRACKER, "reading", reading=True) from error
-    return int(text) if re.fullmatch("[0-9]+", text) else None
 
 
 def verified_as(request: Request, iteration: int) -> Verify | None:
@@ -41,41 +27,46 @@ def verified_as(request: Request, iteration: int) -> Verify | None:
     results = dict(_results(request.target))
     if iteration not in results or not _is_ours(results[iteration], request):
         return None
-    told = [(read_record(path) or {}).get("verified") for path in (results[iteration] / STATE).glob("rank-*.json")]
+    told = [(read_record(path) or {}).get("verified") for path in listing(results[iteration] / STATE, "rank-*.json")]
     return None if None in told else next((level for level in get_args(Verify) if level in told), None)
 
 
 def prune(request: Request, keep: int) -> list[int]:
     """Remove what is older than the last ``keep`` complete results (0: nothing); returns their iterations."""
     root = request.target
-    for left in root.glob(f".iter_*{_REMOVED}"):
-        shutil.rmtree(left, ignore_errors=True)
+    for left in listing(root, f".iter_*{REMOVED}"):
+        remove_ours(left)
     named = tracked(root)
     ours = {iteration: folder for iteration, folder in _results(root) if _is_ours(folder, request)}
-    complete = sorted(iteration for iteration, folder in ours.items() if (folder / STATE / "report.json").is_file())
+    complete = sorted(iteration for iteration, folder in ours.items() if is_file(folder / STATE / REPORT))
     if keep <= 0 or len(complete) <= keep or named is None:
         return []
     oldest = complete[-keep]
-    gone: list[int] = []
-    for iteration in sorted(iteration for iteration in ours if iteration < oldest and iteration != named):
-        strangers = _strangers(ours[iteration])
-        if strangers:
-            log.warning("%s is kept: it holds %s, which ckpt2pt did not write", ours[iteration], strangers[0])
-            continue
-        hidden = ours[iteration].with_name(f".{ours[iteration].name}{_REMOVED}")
-        try:
-            ours[iteration].rename(hidden)
-        except OSError as error:
-            raise access_error(error, ours[iteration], "removing an older result") from error
-        shutil.rmtree(hidden, ignore_errors=True)
-        gone.append(iteration)
-    return gone
+    candidates = sorted(iteration for iteration in ours if iteration < oldest and iteration != named)
+    return [iteration for iteration in candidates if _remove(ours[iteration])]
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a result unless it holds what is not ours, or somebody is at work in it."""
+    names = list(files_below(folder))
+    held = Holdings.of(folder, records_of(folder / STATE))
+    stranger = foreign(folder, names, held)
+    if stranger is not None:
+        log.warning("%s is kept: it holds %s, which ckpt2pt did not write", folder, stranger)
+        return False
+    try:
+        with nobody_at_work(folder / STATE):
+            retire(folder, held)
+    except TryAgainError as error:
+        log.warning("%s is kept: %s", folder, error.what)
+        return False
+    return True
 
 
 def _results(root: Path) -> Iterator[tuple[int, Path]]:
-    for folder in sorted(root.glob("iter_*")):
-        found = _FOLDER.fullmatch(folder.name)
-        if found and folder.is_dir() and not folder.is_symlink():
+    for folder in listing(root, "iter_*"):
+        found, seen = _FOLDER.fullmatch(folder.name), status(folder, follow=False)
+        if found and seen and stat.S_ISDIR(seen.st_mode):
             yield int(found[1]), folder
 
 
@@ -83,17 +74,3 @@ def _is_ours(folder: Path, request: Request) -> bool:
     """Whether the claim there is of a conversion with the same options."""
     claim = read_record(folder / STATE / "claim.json")
     return claim is not None and claim.get("options") == json.loads(json.dumps(request.meaning()))
-
-
-def _strangers(folder: Path) -> list[str]:
-    """Files that no manifest of ours lists."""
-    listed: set[str] = set()
-    for path in (folder / STATE).glob("rank-*.json"):
-        files = cast("list[Json]", (read_record(path) or {}).get("files", []))
-        listed.update(str(file["path"]) for file in files)
-    found = (
-        os.path.relpath(os.path.join(top, name), folder) for top, _, names in os.walk(folder) for name in names
-    )  # fmt: skip
-    return sorted(
-        name for name in found if name not in listed and not name.startswith(f"{STATE}/") and not name.endswith(PARTIAL)
-    )

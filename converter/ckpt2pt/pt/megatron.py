@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import FormatError, MissingInputError
-from ckpt2pt.inputs import is_file
 from ckpt2pt.mapping.names import TIED_HEAD
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.archive import Archive
@@ -23,6 +22,7 @@ from ckpt2pt.pt.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, Value, as_tensor, entries, read_pickle
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.paths import is_file
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")

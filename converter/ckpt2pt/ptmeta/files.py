@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +19,22 @@ from ckpt2pt.plan.layout import param_map
 from ckpt2pt.pt.archive import finish, lay_out
 from ckpt2pt.pt.payload import tree_payload
 from ckpt2pt.pt.pickles import Value
-from ckpt2pt.publish import publish_bytes
+from ckpt2pt.publish import (
+    STATE,
+    Holdings,
+    Ledger,
+    host,
+    locked,
+    make_folder,
+    publish_bytes,
+    sweep_partials,
+)
+from ckpt2pt.publish.ledger import not_ours
+from ckpt2pt.publish.retire import foreign
+from ckpt2pt.records import seal
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import read_all, write_all
+from ckpt2pt.system.paths import listing, status
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import Extent
 
@@ -112,29 +125,59 @@ def origin(*, way: str, evidence: Sequence[str], assumed: Mapping[str, object]) 
 def publish(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tuple[str, ...]:
     """Write what is not there yet; returns the names written.
 
-    A file of the same name and another content, or metadata of other ranks, is refused unless ``overwrite``.
+    A file of the same name and another content, or metadata of other ranks, is refused unless ``overwrite``; with it, only
+    files that this command wrote are replaced or removed.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        there = {path.name: path for path in folder.iterdir()}
-    except OSError as error:
-        raise access_error(error, folder, "making the folder") from error
-    strangers = sorted(name for name in there if _OURS.fullmatch(name) and name not in files)
-    changed = sorted(name for name in files if name in there and not _same(there[name], files[name]))
-    if (strangers or changed) and not overwrite:
-        what = f"{changed[0]} is there and differs" if changed else f"{strangers[0]} is of another model or cut"
-        raise UsageError(
-            what, where=folder, mend="choose another --param-map-path, or replace what is there with --overwrite"
-        )
-    missing = [name for name in files if name not in there or name in changed]
-    if missing:
-        check_volume(folder, sum(len(files[name]) for name in missing), "--param-map-path")
-    for name in strangers:
-        with suppress(FileNotFoundError):
-            there[name].unlink()
-    for name in missing:
-        publish_bytes(folder / name, files[name])
+    ledger = _ledger(folder, files)
+    missing, surplus = _compare(folder, files, overwrite=overwrite)
+    if not missing and not surplus and status(ledger.writing) is None:
+        return ()
+    check_volume(folder, sum(len(files[name]) for name in missing), "--param-map-path")
+    make_folder(folder / STATE, folder)
+    with locked(ledger.record.with_suffix(".lock"), "writing this metadata"):
+        missing, surplus = _compare(folder, files, overwrite=overwrite)
+        held = Holdings.of(folder, [ledger.writing, ledger.record])
+        publish_bytes(ledger.claim, seal({"identity": ledger.identity, "host": host()}))
+        for place in (folder, folder / STATE):
+            sweep_partials(place)
+        mine = {name: _entry(name, files[name]) for name in missing}
+        ledger.announce(list(mine.values()))
+        for name in missing:
+            publish_bytes(folder / name, files[name], fence=ledger.fence)
+        for name in surplus:
+            ledger.fence()
+            (folder / name).unlink(missing_ok=True)
+        kept = [entry for name in files if name not in mine for entry in held.entries(name)]
+        ledger.publish({"identity": ledger.identity, "files": [*mine.values(), *kept]})
     return tuple(missing)
+
+
+def _compare(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tuple[list[str], list[str]]:
+    """What has to be written, and what has to go; refuses what may not be replaced or removed."""
+    there = {path.name: path for path in listing(folder, option="--param-map-path")}
+    surplus = sorted(name for name in there if _OURS.fullmatch(name) and name not in files)
+    changed = sorted(name for name in files if name in there and not _same(there[name], files[name]))
+    mend = "choose another --param-map-path, or "
+    if (surplus or changed) and not overwrite:
+        what = f"{changed[0]} is there and differs" if changed else f"{surplus[0]} is of another model or cut"
+        raise UsageError(what, where=folder, mend=f"{mend}replace what is there with --overwrite")
+    ledger = _ledger(folder, files)
+    stranger = foreign(folder, [*changed, *surplus], Holdings.of(folder, [ledger.writing, ledger.record]))
+    if stranger is not None:
+        raise not_ours(folder / stranger, f"{mend}move it away: it is never replaced")
+    return [name for name in files if name not in there or name in changed], surplus
+
+
+def _ledger(folder: Path, files: Mapping[str, bytes]) -> Ledger:
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    mend = "choose another --param-map-path, or move it away: it is never replaced"
+    return Ledger.of_group(folder, folder / STATE / "pt_meta.json", digest.hexdigest(), mend=mend)
+
+
+def _entry(name: str, content: bytes) -> dict[str, object]:
+    return {"path": name, "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"}
 
 
 def _same(path: Path, content: bytes) -> bool:

@@ -17,7 +17,11 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--param-map-path", type=path, required=True, help="the pt_meta folder to be made (spec.metadata.path)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace metadata that is there and differs")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace metadata of this command that differs; never what it did not write",
+    )
     parser.add_argument(
         "--target-dp-size",
         type=int,

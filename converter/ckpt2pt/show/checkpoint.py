@@ -26,6 +26,7 @@ from ckpt2pt.pt.archive import Archive
 from ckpt2pt.publish import PARTIAL, STATE, TRACKER, read_record, read_tracker
 from ckpt2pt.records import Json
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.paths import is_folder, is_there, listing
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import render as render
 from ckpt2pt.text import short
@@ -78,9 +79,9 @@ class _Entry:
 
 def inspect(path: Path, *, details: bool = False) -> Json:
     """Look at a file or a folder.  ``details`` lists every tensor and argument instead of what is usually asked for."""
-    if not path.exists():
+    if not is_there(path, "the path"):
         raise MissingInputError("it is not there", where=path, mend="check the path")
-    if path.is_dir():
+    if is_folder(path, "the path"):
         return _folder(path, details=details)
     return _archive(path, details=details) if is_archive(path) else _mindspore(path, details=details)
 
@@ -378,14 +379,14 @@ def _megatron(path: Path, names: Sequence[str]) -> Json:
 def _iteration(folder: Path, named: str) -> Json:
     """One iteration: its ranks and files, and how far a conversion has come."""
     ranks = sorted(
-        (found[1], found[2] or "000") for path in folder.iterdir() if (found := _MODEL_RANK.fullmatch(path.name))
+        (found[1], found[2] or "000") for path in listing(folder) if (found := _MODEL_RANK.fullmatch(path.name))
     )
     files = checkpoint_files(folder)
     state = folder / STATE
-    stages = sorted(path.name[6:9] for path in state.glob("stage-*.json"))
+    stages = sorted(path.name[6:9] for path in listing(state, "stage-*.json"))
     claim = read_record(state / "claim.json")
     current = iteration_name(named) == folder.name
-    partial = sum(1 for _ in folder.glob(f"mp_rank_*/.*{PARTIAL}"))
+    partial = sum(1 for _ in listing(folder, f"mp_rank_*/.*{PARTIAL}"))
     return {
         "tp": len({tp for tp, _ in ranks}),
         "pp": len({pp for _, pp in ranks}),

@@ -24,6 +24,7 @@ from ckpt2pt.mapping.names import TIED_HEAD, NameTable, SourceName, is_tied_head
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey
+from ckpt2pt.system.paths import is_there
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.verify.leaves import Leaf, Leaves, Symbol
 from ckpt2pt.verify.sharded import expected_index
@@ -180,7 +181,7 @@ def _lay(
 def _listed(folder: Path, tp: int, pp: int, template: Mapping[str, Leaf]) -> list[list[_Entry]]:
     """Parameters of each chunk in buffer order, from the param maps or the name list of a params-only pt_meta."""
     found: list[list[_Entry]] = []
-    while (path := folder / f"param_map_buffer0_dp0tp{tp}pp{pp}vpp{len(found)}.json").exists():
+    while is_there(path := folder / f"param_map_buffer0_dp0tp{tp}pp{pp}vpp{len(found)}.json"):
         found.append(_read_map(path))
     if found:
         return found

@@ -15,6 +15,7 @@ from ckpt2pt.folders import iteration_folder, iteration_name
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, TRACKER, Target, rank_name, read_record, read_tracker
 from ckpt2pt.records import Json
+from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.text import short
 from ckpt2pt.verify.examine import Difference
 from ckpt2pt.verify.leaves import BLOCK_BYTES, Files, spans
@@ -37,20 +38,20 @@ def recorded(path: Path) -> Recorded:
 
     Which ranks and stages there have to be is told by the manifests above them, so that one that is missing is missed.
     """
-    folder = path if (path / STATE).is_dir() else iteration_folder(path)
+    folder = path if is_folder(path / STATE, "the path") else iteration_folder(path)
     state = folder / STATE
     claim = read_record(state / "claim.json")
-    if claim is None and (state / "claim.json").exists():
+    if claim is None and is_there(state / "claim.json"):
         raise InputError("the claim there was changed, so nobody can tell whose result it is", where=state, mend=_MEND)
     if claim is None:
         raise MissingInputError("ckpt2pt has left no records there", where=folder, mend=_MEND)
     report = read_record(state / "report.json") or {}
     briefs = cast("list[Json]", report.get("stages", []))
-    stages = [read_record(found) or {} for found in sorted(state.glob("stage-*.json"))]
+    stages = [read_record(found) or {} for found in listing(state, "stage-*.json")]
     ranks: dict[Rank, Json] = {}
     for one in (
         *(rank for stage in (*briefs, *stages) for rank in cast("list[Json]", stage.get("ranks", []))),
-        *(read_record(found) or {} for found in sorted(state.glob("rank-*.json"))),
+        *(read_record(found) or {} for found in listing(state, "rank-*.json")),
     ):
         if one:
             ranks[cast("int", one["tp"]), cast("int", one["pp"])] = one
@@ -72,6 +73,9 @@ def published(target: Target, stages: Sequence[int]) -> Iterator[Difference]:
     """Claim, manifests of ranks and stages; report and tracker once all stages are there.  Each is the sum of the one before."""
     state, topology = target.state, range(target.tensor)
     yield from _record(state / "claim.json", lambda found: found.get("identity") == target.identity)
+    if "swap" in (read_record(state / "claim.json") or {}):
+        problem = "tells of a replacement that is half done: run the command that replaces it again"
+        yield Difference(file=f"{STATE}/claim.json", tensor="record", problem=problem)
     manifests = [read_record(state / f"stage-{pp:03d}.json") for pp in range(target.stages)]
     for pp in stages:
         ranks = [read_record(state / rank_name(tp, pp)) for tp in topology]
@@ -88,7 +92,7 @@ def published(target: Target, stages: Sequence[int]) -> Iterator[Difference]:
     if all(manifests) and target.kind.tracker:
         named = read_tracker(target.root)
         # A later iteration in the same folder is none of our business, a tracker that leads nowhere is.
-        if not iteration_name(named) or not (target.root / iteration_name(named)).is_dir():
+        if not iteration_name(named) or not is_folder(target.root / iteration_name(named)):
             yield Difference(
                 file=TRACKER, tensor="iteration", problem="does not lead to an iteration",
                 expected=str(target.iteration), found=short(named),
@@ -105,7 +109,7 @@ def _record(
     """What is wrong with a document of ours: it is damaged, of something else, or not the sum of its parts."""
     found, problem = read_record(path), ""
     if found is None:
-        problem = "was changed" if path.exists() else "is not there"
+        problem = "was changed" if is_there(path) else "is not there"
     elif not ours(found):
         problem = "is of another conversion or another source"
     elif right is not None and not right(found):
@@ -116,7 +120,7 @@ def _record(
 
 def surplus(target: Target, listed: Collection[str]) -> Iterator[Difference]:
     """Checkpoint files that no rank of the conversion has, where nothing else may be."""
-    found = (path for pattern in target.kind.results for path in target.folder.glob(pattern) if target.kind.alone)
+    found = (path for pattern in target.kind.results for path in listing(target.folder, pattern) if target.kind.alone)
     for name in sorted(path.relative_to(target.folder).as_posix() for path in found):
         if name not in listed:
             yield Difference(file=name, tensor="file", problem="is there, and should not be")
@@ -129,11 +133,11 @@ def digest_files(target: Target, rank: Rank) -> tuple[tuple[Difference, ...], in
     total = 0
     for file in cast("list[Json]", manifest.get("files", [])):
         path = str(file["path"])
-        try:
-            nbytes = (target.folder / path).stat().st_size
-        except OSError:
+        found = status(target.folder / path)
+        if found is None:
             differences.append(Difference(file=path, tensor="file", problem="is not there"))
             continue
+        nbytes = found.st_size
         if nbytes != file["nbytes"]:
             differences.append(
                 Difference(

@@ -19,6 +19,7 @@ from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey, survey, target_of
+from ckpt2pt.system.paths import is_folder
 from ckpt2pt.text import size, table
 from ckpt2pt.verify.copies import copies_in_stage
 from ckpt2pt.verify.examine import MODEL_FILE, OPTIM_FILE, Difference, Examination, Opener
@@ -115,7 +116,7 @@ def verify_target(
     """Verify the given stages of the checkpoint that the request chooses, where the request puts it."""
     chosen, topology = survey(request), request.topology
     target = target_of(request, chosen)
-    if not target.folder.is_dir():
+    if not is_folder(target.folder, target.kind.option):
         raise MissingInputError(
             f"there is no result of iteration {target.iteration}",
             where=target.folder,

@@ -118,14 +118,21 @@ _METRICS = (
 
 
 def metrics(account: Account) -> str:
-    """The same numbers in Prometheus' text format; the stage is a label of the pod."""
+    """The same numbers in Prometheus' text format, with the stage where there is one."""
     progress = account.progress()
+    stages = account.stages or ()
+    stage = f'stage="{stages[0]}"' if len(stages) == 1 else ""
     lines: list[str] = []
     for name, field, kind, meaning in _METRICS:
         if field in progress:
             full = f"ckpt2pt_worker_{name}"
-            lines += [f"# HELP {full} {meaning}", f"# TYPE {full} {kind}", f"{full} {progress[field]}"]
+            lines += [
+                f"# HELP {full} {meaning}",
+                f"# TYPE {full} {kind}",
+                f"{full}{f'{{{stage}}}' if stage else ''} {progress[field]}",
+            ]
     name = "ckpt2pt_worker_phase"
     lines += [f"# HELP {name} 1 for what the worker is doing.", f"# TYPE {name} gauge"]
-    lines.append(f'{name}{{phase="{progress["phase"]}"}} 1')
+    labels = ",".join(filter(None, (f'phase="{progress["phase"]}"', stage)))
+    lines.append(f"{name}{{{labels}}} 1")
     return "\n".join(lines) + "\n"

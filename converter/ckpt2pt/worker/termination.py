@@ -66,7 +66,9 @@ def write(path: Path, data: bytes) -> None:
     """In place: the kubelet has mounted this very file.  Never waits for a reader, never raises."""
     with _undisturbed():
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+            fd = os.open(
+                path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644
+            )
             with os.fdopen(fd, "wb") as file:
                 file.write(data)
         except (OSError, ValueError) as error:

@@ -7,6 +7,7 @@ import time
 from functools import partial
 
 from ckpt2pt.ckpt.ready import Watcher
+from ckpt2pt.errors import FileAccessError
 from ckpt2pt.request import Request
 from ckpt2pt.survey import when_of_iteration
 from ckpt2pt.worker.account import Account
@@ -35,13 +36,20 @@ def wait_until_whole(request: Request, *, timeout: float, settle: float, account
     """
     watcher, began, pause, told = watcher_of(request, settle), time.monotonic(), FIRST_PAUSE_SECONDS, ""
     try:
-        while not (look := watcher.look()).ready:
-            account.wait(look.sentence)
+        while True:
+            try:
+                look = watcher.look()
+                if look.ready:
+                    return
+                refusal, sentence = look.refusal(timeout), look.sentence
+            except FileAccessError as error:  # it may pass, as when a mount comes back
+                refusal, sentence = error, f"checkpoint cannot be read: {error.what} ({error.where})"
+            account.wait(sentence)
             left = began + timeout - time.monotonic()
             if left <= 0:
-                raise look.refusal(timeout)
-            if look.sentence != told:
-                told = look.sentence
+                raise refusal
+            if sentence != told:
+                told = sentence
                 log.info("waiting for at most %.0f s: the %s", left, told)
             time.sleep(min(pause, left))
             pause = min(pause * _GROWTH, MAX_PAUSE_SECONDS)

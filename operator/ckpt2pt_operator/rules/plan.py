@@ -21,8 +21,20 @@ from ckpt2pt_operator.rules import awaits, permissions, volumes
 from ckpt2pt_operator.rules.case import WAIT_SECONDS, Case
 from ckpt2pt_operator.rules.changes import BY_USER, changes, suspension, unheeded, volumes_ready
 from ckpt2pt_operator.rules.conditions import NOT_LOOKED, Standing, refused_document, stamp, still
+from ckpt2pt_operator.rules.defaults import filled, life_left, of_pods
 from ckpt2pt_operator.rules.endings import ending, reason_of
-from ckpt2pt_operator.rules.seen import REFUSALS, Action, CreateJob, DeleteJob, House, PatchJob, Plan, Seen
+from ckpt2pt_operator.rules.kept import refused
+from ckpt2pt_operator.rules.seen import (
+    REFUSALS,
+    Action,
+    CreateJob,
+    DeleteConversion,
+    DeleteJob,
+    House,
+    PatchJob,
+    Plan,
+    Seen,
+)
 from ckpt2pt_operator.rules.stages import OUT_OF_MEMORY, Obstacle, refused_pods, setback, stuck_since
 from ckpt2pt_operator.rules.views import Job, child, condition, items, number, text
 
@@ -34,11 +46,13 @@ _VOLUME_SECONDS = 15.0
 
 def conversion_of(document: Json, house: House) -> Conversion:
     """The document with the operator's defaults; UsageError where it is wrong."""
-    conversion = parse(document)
+    if error := refused(document):
+        raise error
+    conversion = parse(filled(document, house.pod))
     own = {name: value for name, value in conversion.workers.pod.items() if value not in ({}, [], None)}
     if "queueName" not in own:
         own.pop("queueKind", None)  # an API server fills it in, and the queue of the house has a kind of its own
-    pod = {**conversion.workers.pod, **house.pod, **own}
+    pod = {**conversion.workers.pod, **of_pods(house.pod), **own}
     together = pod.pop("coSchedule", False) is True
     if "coSchedule" in child(document, "spec", "workers"):
         together = conversion.workers.co_schedule
@@ -47,6 +61,17 @@ def conversion_of(document: Json, house: House) -> Conversion:
 
 def plan(seen: Seen, house: House) -> Plan:
     """Decide."""
+    decided = _decide(seen, house)
+    over = decided.status.get("phase") in TERMINAL and decided.again is None and house.deletes
+    left = life_left(seen.conversion, decided.status, house.pod, seen.now) if over else None
+    if left is None:
+        return decided
+    if left > 0:
+        return replace(decided, again=left)
+    return replace(decided, actions=(DeleteConversion(),))
+
+
+def _decide(seen: Seen, house: House) -> Plan:
     before = child(seen.conversion, "status")
     try:
         conversion = conversion_of(seen.conversion, house)

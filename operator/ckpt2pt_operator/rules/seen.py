@@ -12,7 +12,7 @@ from ckpt2pt_operator.rules.views import Claim, Job, Pod, Report
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class House:
-    """What the operator adds to every conversion: the image, and pod fields that a conversion does not give itself.
+    """What the operator adds to every conversion: the image, and what a conversion does not say itself (``pod``).
 
     ``allowed`` are the ``permissions.PERMISSIONS`` that a conversion has.
     """
@@ -20,6 +20,8 @@ class House:
     image: str
     pod: Json = field(default_factory=dict[str, object])
     allowed: frozenset[str] = frozenset()
+    deletes: bool = True
+    """Whether finished conversions are deleted when their time is over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,12 @@ class DeleteJob:
     job: Job
 
 
-Action = CreateJob | PatchJob | DeleteJob
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteConversion:
+    """Delete the conversion that was looked at, if it is still as it was, and all that it owns."""
+
+
+Action = CreateJob | PatchJob | DeleteJob | DeleteConversion
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

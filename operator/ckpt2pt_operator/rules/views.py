@@ -275,3 +275,10 @@ def claim_view(raw: Json) -> Claim:
     """A claim as an API server gives it."""
     modes = child(raw, "status").get("accessModes") or child(raw, "spec").get("accessModes") or ()
     return Claim(phase=text(child(raw, "status"), "phase"), modes=frozenset(map(str, cast("Sequence[object]", modes))))
+
+
+def warning_view(raw: Json) -> tuple[str, str] | None:
+    """When a warning event was last seen, and what it says, where it tells why a worker cannot start."""
+    if text(raw, "reason") not in {"FailedCreate", "FailedMount", "FailedAttachVolume"}:
+        return None
+    return text(raw, "lastTimestamp") or text(raw, "eventTime"), text(raw, "message", 700)

@@ -162,7 +162,9 @@ def test_pods_are_restricted_and_carry_no_token() -> None:
         False,
         False,
     )
-    assert pod["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert pod["securityContext"] == {
+        "runAsGroup": 65532, "runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"},
+    }  # fmt: skip
     security = container["securityContext"]
     assert (security["allowPrivilegeEscalation"], security["readOnlyRootFilesystem"]) == (False, True)
     assert security["capabilities"] == {"drop": ["ALL"]}
@@ -174,6 +176,28 @@ def test_a_user_may_be_chosen_and_root_must_be_chosen() -> None:
     context = job_of(("spec.workers", {"security": security}))["spec"]["template"]["spec"]["securityContext"]
     assert (context["runAsUser"], context["runAsNonRoot"]) == (0, False)
     assert (context["fsGroup"], context["fsGroupChangePolicy"]) == (7, "OnRootMismatch")
+
+
+@pytest.mark.parametrize(
+    ("security", "group"), [({}, 65532), ({"runAsUser": 1005}, 1005), ({"runAsUser": 1005, "runAsGroup": 0}, 0)]
+)
+def test_files_belong_to_no_group_that_nobody_chose(security: dict[str, int], group: int) -> None:
+    """A kubelet passes the user of the image and not its group, which is then 0."""
+    context = job_of(("spec.workers", {"security": security}))["spec"]["template"]["spec"]["securityContext"]
+    assert context["runAsGroup"] == group
+
+
+@pytest.mark.parametrize(("processes", "memory"), [(1, "192Mi"), (2, "256Mi"), (8, "640Mi")])
+def test_a_worker_asks_for_what_its_processes_need_where_nobody_says(processes: int, memory: str) -> None:
+    """A namespace with a quota of all four admits it, and memory can grow."""
+    job = job_of(("spec.workers", {"processes": processes}))
+    assert container_of(job)["resources"] == {
+        "requests": {"cpu": f"{250 * processes}m", "memory": memory},
+        "limits": {"cpu": str(processes), "memory": memory},
+    }
+    for given in ({"requests": {"cpu": "1"}}, {"limits": {"memory": "1Gi"}}):
+        job = job_of(("spec.workers", {"processes": processes, "resources": given}))
+        assert container_of(job)["resources"] == given
 
 
 def test_fields_of_the_pods_are_passed_on() -> None:
@@ -217,7 +241,7 @@ def test_overrides_are_merged_last_and_containers_by_name() -> None:
     template = job_of(("spec.workers", {"podOverrides": overrides}))["spec"]["template"]
     worker, side = template["spec"]["containers"]
     assert (worker["name"], worker["image"], worker["tty"], side) == ("convert", "worker:1", True, {"name": "side"})
-    assert worker["resources"] == {"limits": {"cpu": 1}}
+    assert worker["resources"]["limits"] == {"cpu": 1, "memory": "256Mi"}
     assert template["spec"]["hostNetwork"] is True
     assert template["metadata"]["labels"]["x"] == "y"
     assert template["metadata"]["labels"]["app.kubernetes.io/instance"] == "demo"
@@ -283,8 +307,13 @@ def test_memory_grows_no_further_than_it_may() -> None:
 
 
 def test_memory_without_a_limit_cannot_grow() -> None:
-    assert grown_memory(parse(changed(FOUR)), 150) is None
-    assert container_of(job_of(memory_percent=150))["resources"] == {}
+    unlimited = ("spec.workers", {"resources": {"requests": {"cpu": "1"}}})
+    assert grown_memory(parse(changed(FOUR, unlimited)), 150) is None
+    assert container_of(job_of(unlimited, memory_percent=150))["resources"] == {"requests": {"cpu": "1"}}
+
+
+def test_memory_that_nobody_gave_grows_too() -> None:
+    assert memory_of(job_of(memory_percent=150)) == (str(384 << 20),) * 2
 
 
 def test_memory_of_an_override_counts() -> None:

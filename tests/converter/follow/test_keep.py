@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from ckpt2pt.errors import Ckpt2ptError
-from ckpt2pt.follow.keep import prune, tracked, verified_as
+from ckpt2pt.follow.keep import prune, verified_as
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.publish import TRACKER
+from ckpt2pt.publish import TRACKER, locked, tracked
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
 from conversions import Quiet
@@ -93,8 +94,27 @@ def test_what_a_killed_run_was_removing_is_swept(request_: Request) -> None:
     assert there(request_) == ["iter_0000020", "iter_0000030", TRACKER]
 
 
-def test_a_folder_that_cannot_be_renamed_is_told(request_: Request) -> None:
-    blocker = request_.target / ".iter_0000010.removed"
-    blocker.write_text("a file in the way")
-    with pytest.raises(Ckpt2ptError):
+def test_a_folder_that_cannot_be_renamed_is_told(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: object) -> Path:
+        raise OSError(errno.EBUSY, "busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(Ckpt2ptError, match="removing an older result"):
         prune(request_, 1)
+
+
+def test_a_listed_file_that_was_changed_is_not_ours_any_more(
+    request_: Request, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = next((request_.target / "iter_0000010").rglob("*.pt"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert prune(request_, 1) == [20]
+    assert path.is_file()
+    assert f"{path.name}, which ckpt2pt did not write" in caplog.text
+
+
+def test_what_somebody_is_at_work_in_stays(request_: Request, caplog: pytest.LogCaptureFixture) -> None:
+    with locked(request_.target / "iter_0000010" / ".ckpt2pt" / "stage-000.lock", "converting this stage"):
+        assert prune(request_, 1) == [20]
+    assert "another run is converting" in caplog.text
+    assert prune(request_, 1) == [10]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt2pt.errors import FileAccessError, UsageError
+from ckpt2pt.errors import FileAccessError, TryAgainError, UsageError
+from ckpt2pt.meta import require
 from ckpt2pt.plan.layout import Parameter, lay_out
 from ckpt2pt.pt.pickles import namespace, tensor
 from ckpt2pt.ptmeta.files import RankFiles, origin, publish, render
@@ -59,21 +60,66 @@ def test_publishing_twice_writes_once(tmp_path: Path) -> None:
 def test_what_differs_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
     files = render([rank()], with_maps=True)
     name = "param_map_buffer0_dp0tp1pp2vpp0.json"
-    (tmp_path / name).write_text("{}")
+    older = {**files, name: b"{}"}
+    publish(tmp_path / "ours", older, overwrite=False)
     with pytest.raises(UsageError, match="is there and differs"):
-        publish(tmp_path, files, overwrite=False)
+        publish(tmp_path / "ours", files, overwrite=False)
+    assert publish(tmp_path / "ours", files, overwrite=True) == (name,)
+    assert publish(tmp_path / "ours", older, overwrite=True) == (name,)
+
+
+@pytest.mark.parametrize("name", ["param_map_buffer0_dp0tp1pp2vpp0.json", "args_tp07_pp000.pt"])
+def test_what_this_command_did_not_write_is_never_replaced(name: str, tmp_path: Path) -> None:
+    files = render([rank()], with_maps=True)
+    (tmp_path / name).write_text("{}")
+    for overwrite, words in ((False, "is there and differs|another model"), (True, "which ckpt2pt did not write")):
+        with pytest.raises(UsageError, match=words):
+            publish(tmp_path, files, overwrite=overwrite)
     assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert name in publish(tmp_path, files, overwrite=True)
+
+
+def test_a_listed_file_that_was_changed_since_is_not_ours(tmp_path: Path) -> None:
+    files = render([rank()], with_maps=True)
+    publish(tmp_path, files, overwrite=False)
+    (tmp_path / next(iter(files))).write_text("edited")
+    with pytest.raises(UsageError, match="changed since"):
+        publish(tmp_path, {**files, next(iter(files)): b"{}"}, overwrite=True)
+
+
+def test_equal_files_of_others_do_not_become_ours(tmp_path: Path) -> None:
+    files = render([rank()], with_maps=True)
+    first, *_ = files
+    (tmp_path / first).write_bytes(files[first])
+    assert first not in publish(tmp_path, files, overwrite=False)
+    with pytest.raises(UsageError, match="did not write"):
+        publish(tmp_path, {**files, first: b"{}"}, overwrite=True)
+
+
+def test_metadata_that_was_half_written_is_not_converted_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = render([rank()], with_maps=True)
+    publish(tmp_path, {**files, next(iter(files)): b"{}"}, overwrite=False)
+    with monkeypatch.context() as patch:
+        patch.setattr("ckpt2pt.ptmeta.files.Ledger.publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            publish(tmp_path, files, overwrite=True)
+    with pytest.raises(TryAgainError, match="is being written"):
+        require(tmp_path, source=tmp_path, target=tmp_path)
+    publish(tmp_path, files, overwrite=True)
+    require(tmp_path, source=tmp_path, target=tmp_path)
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_metadata_of_another_cut_must_not_stay_beside(tmp_path: Path) -> None:
-    (tmp_path / "args_tp07_pp000.pt").write_text("older")
+    publish(tmp_path, {"args_tp07_pp000.pt": b"older"}, overwrite=False)
     (tmp_path / "notes.txt").write_text("anything")
     files = render([rank()], with_maps=True)
     with pytest.raises(UsageError, match="another model or cut"):
         publish(tmp_path, files, overwrite=False)
     publish(tmp_path, files, overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, "notes.txt"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".ckpt2pt", *files, "notes.txt"])
 
 
 def test_a_storage_that_ends_early_is_refused(tmp_path: Path) -> None:

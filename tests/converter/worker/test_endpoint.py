@@ -51,13 +51,23 @@ def test_metrics_are_in_the_text_format(port: int) -> None:
     kind, text = get(port, "/metrics")
     assert kind.startswith("text/plain; version=0.0.4")
     samples = [line for line in text.splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r'ckpt2pt_worker_[a-z_]+(\{phase="\w+"\})? \d+', line) for line in samples)
-    assert "ckpt2pt_worker_bytes_total 40" in samples
-    assert 'ckpt2pt_worker_phase{phase="Converting"} 1' in samples
+    assert all(re.fullmatch(r'ckpt2pt_worker_[a-z_]+\{(phase="\w+",)?stage="3"\} \d+', line) for line in samples)
+    assert 'ckpt2pt_worker_bytes_total{stage="3"} 40' in samples
+    assert 'ckpt2pt_worker_phase{phase="Converting",stage="3"} 1' in samples
     for line in samples:
         name = re.split(r"[{ ]", line)[0]
         assert f"# TYPE {name} " in text
         assert f"# HELP {name} " in text
+
+
+def test_metrics_tell_the_stage_where_there_is_one() -> None:
+    account = Account()
+    account.stages = [3]
+    text = metrics(account)
+    assert 'ckpt2pt_worker_bytes_total{stage="3"} 0\n' in text
+    assert 'ckpt2pt_worker_phase{phase="Planning",stage="3"} 1\n' in text
+    account.stages = [0, 1]
+    assert "stage=" not in metrics(account)
 
 
 def test_metrics_of_an_account_that_knows_nothing_yet() -> None:

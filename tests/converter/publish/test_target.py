@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable
@@ -11,43 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt import publish
-from ckpt2pt.errors import NoSpaceError, TryAgainError, UsageError
-from ckpt2pt.publish import (
-    MINDSPORE,
-    TRACKER,
-    Target,
-    locked,
-    partial_name,
-    publish_bytes,
-    read_json,
-)
+from ckpt2pt.errors import TryAgainError, UsageError
+from ckpt2pt.publish import MINDSPORE, TRACKER, Target, partial_name
+from ckpt2pt.publish.files import read_small
+from targets import finish, finish_rank, finish_stages, replacing
 
 
 @pytest.fixture
 def target(tmp_path: Path) -> Target:
     return Target(root=tmp_path / "out", iteration=500, identity="me", stages=2, tensor=1)
-
-
-def finish_rank(target: Target, pp: int) -> None:
-    path = target.folder / f"mp_rank_00_{pp:03d}" / "model_optim_rng.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"12345")
-    target.publish_rank(
-        0,
-        pp,
-        {
-            "files": [{"path": str(path.relative_to(target.folder)), "nbytes": 5, "crc32": "cbf53a1c"}],
-            "tensors": {"a": 1},
-        },
-    )
-
-
-def finish(target: Target, *stages: int) -> None:
-    target.claim({}, overwrite=False)
-    for pp in stages:
-        finish_rank(target, pp)
-        target.publish_stage(pp, {"host": "h"})
 
 
 def test_the_tracker_comes_when_every_stage_is_there(target: Target) -> None:
@@ -91,7 +62,11 @@ def test_a_rank_counts_only_while_its_files_are_whole(damage: str, target: Targe
     found = replace(target, identity="other") if damage == "other-identity" else target
     assert found.rank_manifest(0, 1) is None
     assert found.stage_manifest(1) is None
-    assert not found.publish_iteration()
+    if damage == "other-identity":
+        with pytest.raises(TryAgainError, match="took the folder over"):
+            found.publish_iteration()
+    else:
+        assert not found.publish_iteration()
     assert target.rank_manifest(0, 0) is not None
 
 
@@ -102,10 +77,13 @@ def test_a_folder_of_another_conversion_is_refused_unless_overwritten(target: Ta
     with pytest.raises(UsageError, match="another conversion"):
         other.claim({}, overwrite=False)
     assert (target.root / TRACKER).read_text() == "500"
-    other.claim({}, overwrite=True)
-    assert not (target.root / TRACKER).exists()
-    assert not list(target.folder.rglob("*.pt"))
-    assert target.stage_manifest(0) is None
+    beside = replacing(other)
+    assert target.stage_manifest(0), "the old result stays until the new one is complete"
+    finish_stages(beside, 0, 1)
+    assert target.stage_manifest(0)
+    assert beside.publish_iteration()
+    assert other.stage_manifest(0)
+    assert sorted(path.name for path in target.root.iterdir()) == ["iter_0000500", TRACKER]
 
 
 @pytest.mark.parametrize(
@@ -113,30 +91,30 @@ def test_a_folder_of_another_conversion_is_refused_unless_overwritten(target: Ta
     [
         (lambda path: rewrite(path, {"identity": "other"}), "claim of the conversion there is damaged"),
         (lambda path: path.write_text("{"), "claim of the conversion there is damaged"),
-        (pipe, "which ckpt2pt did not write"),
+        (pipe, "claim of the conversion there is damaged"),
     ],
     ids=["changed", "cut", "pipe"],
 )
 def test_a_claim_that_was_damaged_is_nobodys(target: Target, damage: Callable[[Path], object], words: str) -> None:
     finish(target, 0, 1)
     damage(target.state / "claim.json")
-    with pytest.raises(UsageError, match=words):
-        target.claim({}, overwrite=False)
-    target.claim({}, overwrite=True)
-    assert target.rank_manifest(0, 0) is None
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=words):
+            target.claim({}, overwrite=overwrite)
+    assert target.rank_manifest(0, 0), "what nobody can tell the owner of is not removed"
 
 
 def test_two_workers_that_begin_at_once_both_go_on(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second looks for a claim just before the first writes it and makes its rank's folder."""
-    real = publish._read
+    real = read_small
 
     def first(path: Path) -> bytes:
         data = real(path)
-        monkeypatch.setattr(publish, "_read", real)
+        monkeypatch.setattr("ckpt2pt.publish.target.read_small", real)
         finish(target, 0)
         return data
 
-    monkeypatch.setattr(publish, "_read", first)
+    monkeypatch.setattr("ckpt2pt.publish.target.read_small", first)
     target.check(overwrite=False)
 
 
@@ -221,9 +199,12 @@ def test_another_purpose_is_another_conversion(mended: tuple[Target, Target]) ->
 
 def test_overwriting_leaves_the_tracker_of_another_iteration(target: Target) -> None:
     finish(target, 0)
-    (target.root / TRACKER).write_text("400")
-    replace(target, identity="other").claim({}, overwrite=True)
-    assert (target.root / TRACKER).read_text() == "400"
+    (target.root / TRACKER).write_text("600")
+    (target.root / "iter_0000600").mkdir()
+    beside = replacing(replace(target, identity="other"))
+    finish_stages(beside, 0, 1)
+    assert beside.publish_iteration()
+    assert (target.root / TRACKER).read_text() == "600"
 
 
 def test_a_folder_with_strangers_is_refused(target: Target) -> None:
@@ -246,34 +227,27 @@ def test_a_stage_is_converted_by_one_run_at_a_time(target: Target) -> None:
         pass
 
 
-def test_a_lock_that_cannot_be_made_is_an_error_with_a_mend_and_its_holders_name_is_a_courtesy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UsageError, match="opening the lock file"), locked(tmp_path, "working", wait=False):
-        pass
-    monkeypatch.setattr("os.pwrite", full)
-    with locked(tmp_path / "lock", "working", wait=False):
-        pass
-
-
-def full(*_: object) -> int:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 def test_what_a_run_is_working_on_is_not_overwritten(target: Target) -> None:
     finish(target, 0)
     other = replace(target, identity="other", stages=1)
     with target.stage_lock(1), pytest.raises(TryAgainError, match=f"what is to be replaced: .* pid {os.getpid()}"):
-        other.claim({}, overwrite=True)
+        replacing(other)
     assert target.stage_manifest(0)
     assert list(target.folder.rglob("*.pt"))
-    other.claim({}, overwrite=True)
+    beside = replacing(other)
+    finish_stages(beside, 0)
+    with target.stage_lock(1), pytest.raises(TryAgainError, match="what is to be replaced"):
+        beside.publish_iteration()
+    assert target.stage_manifest(0)
+    assert beside.publish_iteration(), "what was finished meanwhile is still there"
 
 
 def test_a_run_whose_folder_was_taken_before_it_began_a_stage_ends(target: Target) -> None:
     target.claim({}, overwrite=False)
-    replace(target, identity="other").claim({}, overwrite=True)
-    with pytest.raises(UsageError, match="another conversion"), target.stage_lock(0):
+    beside = replacing(replace(target, identity="other", stages=1))
+    finish_stages(beside, 0)
+    assert beside.publish_iteration()
+    with pytest.raises(TryAgainError, match="took the folder over"), target.stage_lock(0):
         pass
 
 
@@ -287,7 +261,7 @@ def test_a_stage_whose_files_have_gone_is_not_published(target: Target) -> None:
 def test_a_tracker_that_is_no_text_is_somebody_elses(target: Target) -> None:
     finish(target, 0, 1)
     (target.root / TRACKER).write_bytes(b"\xff\xfe5")
-    replace(target, identity="other").claim({}, overwrite=True)
+    replacing(replace(target, identity="other"))
     assert (target.root / TRACKER).read_bytes() == b"\xff\xfe5"
 
 
@@ -304,24 +278,5 @@ def test_a_sweep_takes_only_what_a_killed_run_left(target: Target) -> None:
     finish(target, 0)
     partial_name(folder / "model_optim_rng.pt").write_bytes(b"half")
     (folder / ".keep").write_bytes(b"")
-    target.sweep(0, 0, "mp_rank_00_000")
+    target.sweep([0])
     assert sorted(p.name for p in folder.iterdir()) == [".keep", "model_optim_rng.pt"]
-
-
-def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish_bytes(tmp_path / "a", b"old")
-
-    def full(fd: int) -> None:
-        raise OSError(errno.ENOSPC, "full")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(NoSpaceError):
-        publish_bytes(tmp_path / "a", b"new")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"old"}
-
-
-@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff", b"[" * 200_000, None])
-def test_a_document_that_is_not_whole_is_none(data: bytes | None, tmp_path: Path) -> None:
-    if data is not None:
-        (tmp_path / "a.json").write_bytes(data)
-    assert read_json(tmp_path / "a.json") is None

@@ -1,0 +1,69 @@
+"""How target folders are laid out, and what our records in them are called."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+from ckpt2pt.publish.files import is_partial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """How a target folder is laid out.
+
+    ``folder`` is the iteration's place below the root (the root itself when empty), ``results`` what a conversion puts
+    there, ``alone`` whether nothing else may be there; ``option`` names the folder's option in the user's words.
+    """
+
+    reader: str
+    folder: str
+    results: tuple[str, ...]
+    alone: bool
+    tracker: bool
+    option: str
+    replace: str
+
+
+MEGATRON = Kind(
+    reader="Megatron",
+    folder="iter_{:07d}",
+    results=("mp_rank_*/*.pt",),
+    alone=True,
+    tracker=True,
+    option="spec.target.path (--megatron-path)",
+    replace="spec.target.overwrite (--overwrite)",
+)
+MINDSPORE = Kind(
+    reader="MindSpore",
+    folder="",
+    results=("rank_*/*.ckpt", "rank_*/*.safetensors", "pt_meta/args_tp*.pt", "pt_meta/*.json"),
+    alone=False,
+    tracker=False,
+    option="--ms-path",
+    replace="--overwrite",
+)
+
+CLAIM = "claim.json"
+REPORT = "report.json"
+_RECORDS = (CLAIM, REPORT, "rank-*.json", "stage-*.json", "writing-*.json", "*.lock")
+
+
+def rank_name(tp: int, pp: int) -> str:
+    """Name of a rank's manifest."""
+    return f"rank-{tp:02d}-{pp:03d}.json"
+
+
+def writing_name(tp: int, pp: int) -> str:
+    """Name of the record of what is about to appear of a rank."""
+    return f"writing-{tp:02d}-{pp:03d}.json"
+
+
+def stage_name(pp: int) -> str:
+    """Name of a stage's manifest."""
+    return f"stage-{pp:03d}.json"
+
+
+def is_record(name: str) -> bool:
+    """Whether a file in the folder of records is one of ours by its name."""
+    return is_partial(name) or any(fnmatch.fnmatchcase(name, form) for form in _RECORDS)
