@@ -162,12 +162,15 @@ def _holder(fd: int) -> tuple[str, bool]:
     if not found:
         return "another process", False
     where, pid = found[1].decode(errors="replace"), int(found[2])
-    gone = False
-    if where == host():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            gone = True
-        except OSError:
-            gone = False
-    return f"{where} pid {pid}", gone
+    return f"{where} pid {pid}", where == host() and _is_gone(pid)
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether a process of this machine has ended, also when nobody has asked for its exit code yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[:1]
+    except FileNotFoundError:
+        return Path("/proc/self/stat").exists()
+    except OSError:
+        return False
+    return state in ([b"Z"], [b"X"])

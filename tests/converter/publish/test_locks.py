@@ -107,9 +107,12 @@ def test_a_wait_heeds_a_signal_at_once(tmp_path: Path) -> None:
     os.close(fd)
 
 
-def test_workers_of_a_run_that_is_gone_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("buried", [True, False], ids=["gone", "zombie"])
+def test_workers_of_a_run_that_is_gone_are_waited_for(
+    buried: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
+    os.waitid(os.P_PID, done.pid, os.WEXITED | (0 if buried else os.WNOWAIT))
     fd = held(tmp_path / "stage-000.lock", f"{host()} pid {done.pid}")
     monkeypatch.setattr(module, "ORPHAN_SECONDS", 0.3)
     with (
@@ -121,6 +124,7 @@ def test_workers_of_a_run_that_is_gone_are_waited_for(tmp_path: Path, monkeypatc
     monkeypatch.setattr(time, "sleep", lambda _: os.close(fd))
     with locked(tmp_path / "stage-000.lock", "converting this stage"):
         pass
+    done.wait()
 
 
 def test_a_lock_whose_file_was_replaced_while_it_was_waited_for_is_taken_anew(
