@@ -129,7 +129,7 @@ def _add_proof(add: Add) -> None:
         _verify,
     )
     add_verify_options(verify)
-    add_conversion_options(verify, required=False)
+    add_conversion_options(verify, required=False, writes=False)
     add_output_options(verify)
 
 

@@ -34,6 +34,7 @@ from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.volume import check_volume
+from ckpt2pt.text import counted, size
 
 
 class Planned(Share, Protocol):
@@ -132,8 +133,8 @@ class Outcome:
 
     def sentence(self) -> str:
         """For a person."""
-        stages = f"{len(self.stages)} of {self.target.stages} stages"
-        did = f"wrote {len(self.converted)} ranks ({self.bytes_written} bytes) in {self.seconds:.1f} s"
+        stages = f"{len(self.stages)} of {counted(self.target.stages, 'stage')}"
+        did = f"wrote {counted(len(self.converted), 'rank')} ({size(self.bytes_written)}) in {self.seconds:.1f} s"
         if not self.converted:
             did = "everything was there already"
         elif self.kept:

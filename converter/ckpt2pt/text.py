@@ -39,6 +39,11 @@ def size(nbytes: float) -> str:
     return f"{value:.1f} TiB"
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def short(value: object, limit: int = 60) -> str:
     """``repr`` of a value on one line, cut when it is long."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)

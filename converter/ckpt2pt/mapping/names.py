@@ -272,8 +272,8 @@ def _unmapped(name: str, side: str, section: str) -> UnmappedNameError:
     return UnmappedNameError(
         f"no mapping for the {side} parameter {name}",
         where=name,
-        mend=f"if it is a module of your own, list it under {section} in a rule file (--rules, spec.model.rules); "
-        "if every user has it, add it to mapping/names.py",
+        mend=f"if it is a module of your own, list it under {section} in a rule file (--rules, spec.model.rules), "
+        "as docs/rules.md shows",
     )
 
 

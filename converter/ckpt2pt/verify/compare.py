@@ -106,7 +106,7 @@ class Comparison:
         return {
             "left": self.left,
             "right": self.right,
-            "same": self.same,
+            "equal": self.same,
             "files": self.files,
             "equalLeaves": self.equal,
             "bytesCompared": self.nbytes,
