@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from bisect import bisect_left
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
-from ckpt2pt.checksums import crc32
+from ckpt2pt.checksums import Piece, crc32, crc32_combine
 from ckpt2pt.errors import FormatError
 from ckpt2pt.system.access import access_error, ended
 from ckpt2pt.system.files import read_bytes
@@ -60,8 +62,12 @@ class InputFile:
             data += self._pread(offset + len(data), nbytes - len(data))
         return data
 
-    def crc32(self, start: int, stop: int, value: int = 0) -> int:
-        """CRC-32 of the bytes ``[start, stop)``, continuing ``value``."""
+    def crc32(self, start: int, stop: int, value: int = 0, read: Sequence[Piece] = ()) -> int:
+        """CRC-32 of the bytes ``[start, stop)``, continuing ``value``; what ``read`` (sorted) tells of is not read again."""
+        for first, nbytes, crc in read[bisect_left(read, (start, 0, 0)) : bisect_left(read, (stop, 0, 0))]:
+            if start <= first and first + nbytes <= stop:  # once, where two reads overlap
+                value = crc32_combine(self.crc32(start, first, value), crc, nbytes)
+                start = first + nbytes
         while start < stop:
             piece = self._pread(start, min(_PIECE_BYTES, stop - start))
             value = crc32(piece, value)
@@ -93,6 +99,12 @@ def read_whole(path: Path, option: str, limit: int = MAX_JSON_BYTES) -> bytes:
     with InputFile(path, option) as file:
         _check_size(file, limit, option)
         return file.read(0, file.size)
+
+
+def read_head(path: Path, option: str, limit: int) -> bytes:
+    """The first ``limit`` bytes of a file, which ``option`` names, or all of a smaller one."""
+    with InputFile(path, option) as file:
+        return file.read(0, min(limit, file.size))
 
 
 def _check_size(file: InputFile, limit: int, option: str) -> None:

@@ -10,27 +10,40 @@ measure every rank asked for            nothing has been written; everything tha
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 from ckpt2pt import __version__
+from ckpt2pt.ckpt import prove_sources
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
-from ckpt2pt.engine.write import Stop, Written, is_whole, write_files
+from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError
 from ckpt2pt.folders import COVERED, covered
+from ckpt2pt.mapping.names import prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
+from ckpt2pt.ptmeta.loading import check_loadable, contradictions, kept_of_template
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.survey import Prepared, Survey, check_loadable, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.text import counted, size
+
+
+class Planned(Share, Protocol):
+    """A rank whose plan says what a user should know before the result is used."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Whole sentences."""
+        ...
 
 
 def _nothing(_: int) -> tuple[str, ...]:
@@ -42,7 +55,8 @@ class Conversion:
     """What is converted, in either direction; worker processes get a copy of it.
 
     ``meaning`` are the options that decide what is written, ``facts`` what else the manifest of a stage tells,
-    ``inputs`` the files that each rank is read from, ``doubts`` what contradicts the chosen iteration, ``warnings`` what a user should know before the result is used.
+    ``inputs`` the files that each rank is read from, ``doubts`` what contradicts the chosen iteration, ``warnings`` what a
+    user should know before the result is used, ``kept`` the entries that are of the metadata's iteration.
     """
 
     target: Target
@@ -54,12 +68,13 @@ class Conversion:
     inputs: Mapping[Rank, Sequence[Json]]
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
-    how_to_load: str
-    prepare: Callable[[Rank, Target], Share]
+    how_to_load: str = ""
+    kept: tuple[str, ...] = ()
+    prepare: Callable[[Rank, Target], Planned]
     examine: Callable[[int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
 
-    def plan(self, rank: Rank, /) -> Share:
+    def plan(self, rank: Rank, /) -> Planned:
         """One rank, to be written into the target as it is now."""
         return self.prepare(rank, self.target)
 
@@ -84,6 +99,10 @@ class Outcome:
     doubts: tuple[str, ...]
     warnings: tuple[str, ...]
     how_to_load: str = ""
+    kept_of_template: tuple[str, ...] = ()
+    """Entries that are pt_meta's as they are, of another iteration."""
+    source_checksums: Mapping[str, int] = field(default_factory=dict[str, int])
+    """How many files of the source were verified by their own checksums, not checked, or state none."""
     asked_to_stop: InterruptedRunError | None = None
     """A signal that came too late to stop this run; whoever would go on must heed it."""
 
@@ -102,6 +121,8 @@ class Outcome:
             "newerIteration": self.newer,
             "doubts": list(self.doubts),
             "warnings": list(self.warnings),
+            "sourceChecksums": dict(self.source_checksums),
+            "fromTemplate": list(self.kept_of_template),
         }
 
     @property
@@ -125,8 +146,23 @@ class Outcome:
                 end = "the result that is there stays until the other stages are done, too"
         elif self.newer is not None:
             end = f"published; the tracker stays at iteration {self.newer}, which is newer: write {self.target.iteration} into it to go back"
+        did += checksums_told(self.source_checksums)
+        if self.kept_of_template:
+            did += f"\nas pt_meta has it, of another iteration: {', '.join(self.kept_of_template)}"
         first = "".join(f"warning: {text}\n" for text in self.warnings)
         return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.at_home.folder}\n{end}"
+
+
+def checksums_told(found: Mapping[str, int]) -> str:
+    """For a person; nothing where no file states a checksum."""
+    told = {
+        "verified": "{} verified",
+        "notChecked": "{} not checked (only a part of the file is read)",
+        "none": "{} files state none",
+    }
+    if not found.get("verified") and not found.get("notChecked"):
+        return ""
+    return "\nsource checksums: " + ", ".join(form.format(found[key]) for key, form in told.items() if found.get(key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +181,11 @@ class _Forward:
     @property
     def nbytes(self) -> int:
         return sum(self.prepared.sizes.values())
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        prefix = self.prepared.plan.prefix
+        return (prefix_remark(prefix),) if prefix else ()
 
     @property
     def paths(self) -> list[str]:
@@ -182,8 +223,9 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         facts={"assumed": assumed(request.metadata)},
         inputs=chosen.inputs,
         doubts=chosen.clock.doubts,
-        warnings=(),
+        warnings=contradictions(request, chosen, ranks[0]) if ranks else (),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
+        kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
         prepare=partial(_plan, request, chosen),
         examine=partial(_examine, request, chosen),
     )
@@ -204,6 +246,12 @@ def convert_rank(
     ledger = target.ledger(rank, repair=request.overwrite)
     _check_twins(prepared)
     make_folder(folder, target.root)
+    checksums: dict[str, int] = {}
+
+    def prove(read: ReadPieces) -> None:
+        prove_unchanged(request, chosen, rank)  # first: a source that was written meanwhile is not a damaged one
+        every_byte = request.full or request.verify == "full"
+        checksums.update(prove_sources(chosen.files[rank].paths, read, every_byte=every_byte))
 
     def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
         prove_unchanged(request, chosen, rank)
@@ -216,6 +264,7 @@ def convert_rank(
         stop=stop,
         advance=advance,
         check=request.verify != "none",
+        prove=prove,
         announce=announce,
         fence=ledger.fence,
     )
@@ -232,6 +281,7 @@ def convert_rank(
             "pp": rank[1],
             "source": prepared.plan.source,
             "verified": request.verify,
+            "sourceChecksums": checksums,
             "files": [file.entry(target.folder) for file in files],
             "tensors": {label: f"{crc:08x}" for label, crc in sorted(digests.items())},
             "ignored": dict(prepared.plan.ignored),
@@ -263,6 +313,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals: dict[Rank, int] = {}
+    remarks: dict[str, None] = {}
     size = 0
     alone: Share | None = None
     for rank in todo:
@@ -270,6 +321,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         share = conversion.plan(rank)
         target.ledger(rank, repair=conversion.overwrite).refuse(share.paths)
         totals[rank] = share.source_bytes
+        remarks |= dict.fromkeys(share.remarks)
         size += share.nbytes
         alone = share if len(todo) == 1 else None
     both = "; the result that is there stays until the new one is complete, so there has to be room for both"
@@ -301,8 +353,10 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         published=published,
         newer=target.newer,
         doubts=conversion.doubts,
-        warnings=(*conversion.warnings, *warnings),
+        warnings=(*conversion.warnings, *remarks, *warnings),
         how_to_load=conversion.how_to_load,
+        kept_of_template=conversion.kept,
+        source_checksums=_source_checksums(target, ranks),
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
 
@@ -331,6 +385,15 @@ def _covered(
         doubts=conversion.doubts,
         warnings=(COVERED,),
     )
+
+
+def _source_checksums(target: Target, ranks: Sequence[Rank]) -> Mapping[str, int]:
+    """How many source files were verified by their own checksums, by the manifests of the ranks."""
+    found = Counter[str]()
+    for rank in ranks:
+        manifest = target.rank_manifest(*rank) or {}
+        found.update(cast("dict[str, int]", manifest.get("sourceChecksums", {})))
+    return found
 
 
 def _publish_stage(conversion: Conversion, pp: int, options: Json) -> tuple[str, ...]:

@@ -14,11 +14,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file, read_scalar
+from ckpt2pt.ckpt import index_file, read_scalar, statement_of
 from ckpt2pt.ckpt.filenames import When, shown
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
-from ckpt2pt.errors import FormatError, InputError, MissingInputError, TryAgainError
+from ckpt2pt.errors import InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head
@@ -39,7 +39,6 @@ from ckpt2pt.meta import (
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, name_contradiction, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
-from ckpt2pt.pt.resume import Unmet, hint, summary
 from ckpt2pt.publish import Target
 from ckpt2pt.request import Request, digest
 from ckpt2pt.system.access import access_error
@@ -227,13 +226,15 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     tp, pp = rank
     meta = _meta(request, rank)
     file = chosen.files[rank]
+    index = (None if file.peers else chosen.indexes.get(rank)) or index_source(file, topology.group(tp, pp))
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(
         tp=tp,
         pp=pp,
         source=str(file.path),
         metadata=str(request.metadata),
-        index=(None if file.peers else chosen.indexes.get(rank)) or index_source(file, topology.group(tp, pp)),
+        index=index,
+        stated=statement_of(index),
         clock=chosen.clock,
         chunks=meta.chunks,
         sizes=meta.sizes,
@@ -249,25 +250,6 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:
     """Every rank of the given stages."""
     return {(tp, pp): prepare(request, chosen, (tp, pp)) for pp in stages for tp in range(request.topology.tensor)}
-
-
-def unmet_of(request: Request, rank: Rank) -> tuple[Unmet, ...]:
-    """What keeps Megatron-LM from loading the result of a rank, by its metadata."""
-    return _meta(request, rank).unmet(request.topology, full=request.full)
-
-
-def check_loadable(request: Request, ranks: Iterable[Rank]) -> None:
-    """Refuse metadata from which Megatron-LM could not resume (parameters only: could not load weights)."""
-    for tp, pp in ranks:
-        found = unmet_of(request, (tp, pp))
-        if found:
-            raise FormatError(
-                f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
-                + summary(found),
-                where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
-                mend=hint(found)
-                + (", or convert with spec.mode ParamsOnly (--convert-param-only)" if request.full else ""),
-            )
 
 
 def _meta(request: Request, rank: Rank) -> RankMeta:

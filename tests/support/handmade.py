@@ -202,12 +202,12 @@ class Handmade:
             ],
         }  # fmt: skip
 
-    def write_source(self, folder: Path, *, suffix: str = "ckpt") -> None:
+    def write_source(self, folder: Path, *, suffix: str = "ckpt", crc: bool = False) -> None:
         for (tp, pp), entries in self.entries.items():
             rank = self.topology.source_rank(tp, pp)
             path = folder / f"rank_{rank}" / f"network_rank_{rank}-0_{self.iteration}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes((ckpt if suffix == "ckpt" else safe)(entries.values()))
+            path.write_bytes((ckpt if suffix == "ckpt" else safe)(entries.values(), crc=crc))
 
     def write_meta(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, prove_unchanged_back, survey_back
-from ckpt2pt.checksums import Piece, crc32
+from ckpt2pt.checksums import crc32
 from ckpt2pt.crew import Reporter
-from ckpt2pt.engine.write import Stop, Written, write_files
+from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
 from ckpt2pt.folders import iteration_folder, keep_apart
+from ckpt2pt.mapping.names import prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
-from ckpt2pt.plan.moves import Move
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import MINDSPORE, Target, make_folder, publish_bytes
 from ckpt2pt.records import Json
 from ckpt2pt.run import Conversion, Outcome, carry_out
-from ckpt2pt.tensors import Extent
 
 log = logging.getLogger("ckpt2pt")
 
@@ -51,6 +49,15 @@ class _Back:
         written = sum(file.lay_out().nbytes for file in self.prepared.files)
         return written + sum(map(len, self.prepared.metadata.values()))
 
+    def _prove(self, read: ReadPieces) -> None:
+        prove_unchanged_back(self.request, self.found, self.rank)
+        if self.request.verify != "none":
+            prove_archives(read)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return (prefix_remark(self.prepared.prefix),) if self.prepared.prefix else ()
+
     @property
     def paths(self) -> list[str]:
         return [*(file.name for file in self.prepared.files), *(f"{META}/{name}" for name in self.prepared.metadata)]
@@ -71,9 +78,7 @@ class _Back:
             for name, content in metadata.items()
         ]
 
-        def announce(files: Sequence[Written], digests: Mapping[str, int]) -> None:
-            if self.request.verify != "none":
-                prove_archives(moves, digests)
+        def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
             prove_unchanged_back(self.request, self.found, self.rank)
             ledger.announce([*(file.entry(target.folder) for file in files), *described])
 
@@ -84,6 +89,7 @@ class _Back:
             stop=stop,
             advance=advance,
             check=self.request.verify != "none",
+            prove=self._prove,
             announce=announce,
             fence=ledger.fence,
         )
@@ -103,23 +109,13 @@ class _Back:
         )
 
 
-def prove_archives(moves: Iterable[Move], digests: Mapping[str, int]) -> None:
+def prove_archives(read: ReadPieces) -> None:
     """Compare what was read with the checksums of the archives it came from: a byte that changed in them is not passed on.
 
-    ``digests`` are the CRC-32 of each ``role:name``, as the engine has read it; what lies between is read now.
+    What lies between the pieces is read now.
     """
-    extents: dict[str, list[Extent]] = {}
-    for move in moves:
-        extents.setdefault(f"{move.role}:{move.name}", []).extend(move.extents)
-    pieces: dict[str, list[Piece]] = {}
-    for label, parts in extents.items():
-        whole = all((one.path, one.offset + one.nbytes) == (other.path, other.offset) for one, other in pairwise(parts))
-        if whole and parts:  # what was cut is read again
-            pieces.setdefault(parts[0].path, []).append(
-                (parts[0].offset, sum(part.nbytes for part in parts), digests[label])
-            )
-    for path, read in pieces.items():
-        Archive.open(Path(path)).prove_read(read)
+    for path, pieces in read.items():
+        Archive.open(Path(path)).prove_read(pieces)
 
 
 def _plan(request: BackRequest, found: BackSurvey, rank: Rank, target: Target) -> _Back:
@@ -163,7 +159,6 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         inputs=found.inputs,
         doubts=(),
         warnings=warning(found.unmet, full=request.full),
-        how_to_load="",
         prepare=partial(_plan, request, found),
     )
     outcome = carry_out(conversion, range(found.topology.pipeline), reporter, began)

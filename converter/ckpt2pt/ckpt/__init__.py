@@ -9,49 +9,141 @@ The suffix of a file is its writer's opinion: the first bytes decide.
 
 from __future__ import annotations
 
+import math
 import struct
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ckpt2pt.ckpt.protobuf import index_ckpt
-from ckpt2pt.ckpt.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, index_safetensors
+from ckpt2pt.checksums import Piece
+from ckpt2pt.ckpt.protobuf import ckpt_checksum, index_ckpt, prove_ckpt
+from ckpt2pt.ckpt.safetensors import (
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    index_safetensors,
+    prove_safetensors,
+    safetensors_checksum,
+)
 from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import InputFile
+from ckpt2pt.plan.stated import Stated, Statement, is_stated, read_statement
 from ckpt2pt.tensors import TensorRef
+from ckpt2pt.untrusted.foreign import HEAD_BYTES, READS, recognise
 
-__all__ = ["index_ckpt", "index_file", "index_safetensors", "read_scalar"]
+__all__ = [
+    "index_ckpt",
+    "index_file",
+    "index_safetensors",
+    "prove_checksum",
+    "prove_sources",
+    "read_scalar",
+    "states_checksum",
+]
 
 _MAX_TEXT_BYTES = 1 << 20
+_NUMBERS = frozenset(
+    {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64", "bool"}
+)
 _STRUCTS = {
     "bool": "<?", "int4": "<b", "int8": "<b", "uint8": "<B", "int16": "<h", "uint16": "<H", "int32": "<i", "uint32": "<I",
     "int64": "<q", "uint64": "<Q", "float16": "<e", "bfloat16": "<f", "float32": "<f", "float64": "<d",
 }  # fmt: skip
 
 
-def index_file(path: Path, *, check_crc: bool = False, partial: bool = False) -> dict[str, TensorRef]:
+def index_file(path: Path, *, partial: bool = False) -> dict[str, TensorRef]:
     """Index a checkpoint; its first bytes say what it is, its suffix only when they do not.
 
-    ``check_crc`` reads the file once and compares, if it carries a checksum; ``partial`` lists a ``.safetensors``
-    file without redundancy instead of refusing it.
+    ``partial`` lists a ``.safetensors`` file without redundancy instead of refusing it.
     """
+    return index_safetensors(path, partial=partial) if _is_safetensors(path) else index_ckpt(path)
+
+
+def prove_checksum(path: Path, read: Sequence[Piece] = ()) -> bool:
+    """Compare a checkpoint with the CRC-32 that it states of itself; False if it states none.
+
+    ``read`` are pieces of the file whose CRC-32 is known, sorted by their first bytes; the rest is read now.  Raises
+    :class:`FormatError` when the file is not what was saved.
+    """
+    return prove_safetensors(path, read) if _is_safetensors(path) else prove_ckpt(path, read)
+
+
+def states_checksum(path: Path) -> bool:
+    """Whether a checkpoint states a CRC-32 of itself (``save_checkpoint(..., crc_check=True)``)."""
+    return (safetensors_checksum if _is_safetensors(path) else ckpt_checksum)(path) is not None
+
+
+def prove_sources(paths: Iterable[Path], read: Mapping[str, Sequence[Piece]], *, every_byte: bool) -> dict[str, int]:
+    """Compare each file with its own checksum; how many were verified, not checked, or state none.
+
+    ``read`` are the pieces that were read of each, by path.  Unless ``every_byte`` the rest is not read for the sake of
+    the checksum, and the file counts as not checked.
+    """
+    found: dict[str, int] = {"verified": 0, "notChecked": 0, "none": 0}
+    for path in paths:
+        if every_byte:
+            found["verified" if prove_checksum(path, read.get(str(path), ())) else "none"] += 1
+        else:
+            found["notChecked" if states_checksum(path) else "none"] += 1
+    return found
+
+
+def _is_safetensors(path: Path) -> bool:
     with InputFile(path) as file:
-        head = file.read(0, min(LENGTH_BYTES + 1, file.size))
-    length, brace = int.from_bytes(head[:LENGTH_BYTES], "little"), head[LENGTH_BYTES:]
+        head = file.read(0, min(HEAD_BYTES, file.size))
+    length, brace = int.from_bytes(head[:LENGTH_BYTES], "little"), head[LENGTH_BYTES : LENGTH_BYTES + 1]
     looks_safe = brace == b"{" and length <= MAX_HEADER_BYTES
-    if looks_safe or (path.suffix == ".safetensors" and not head.startswith(b"\n")):
-        return index_safetensors(path, check_crc=check_crc, partial=partial)
-    return index_ckpt(path, check_crc=check_crc)
+    other = "" if looks_safe else recognise(head)
+    if other:
+        raise FormatError(
+            f"this is {other}; {READS}",
+            where=path,
+            mend="name a checkpoint that MindSpore saved",
+        )
+    return looks_safe or (path.suffix == ".safetensors" and not head.startswith(b"\n"))
 
 
 def read_scalar(ref: TensorRef) -> int | float | bool | str:
     """Read the one value of a small tensor, or the text of a string entry."""
-    code = _STRUCTS.get(ref.dtype)
+    return read_scalars([ref])[ref.name]
+
+
+def read_scalars(refs: Iterable[TensorRef]) -> dict[str, int | float | bool | str]:
+    """Read the values of small tensors by name; a file that several lie in is opened once."""
+    refs = list(refs)
+    for ref in refs:
+        _check_scalar(ref)
+    raw = dict.fromkeys((ref.name for ref in refs), b"")
+    for path in dict.fromkeys(extent.path for ref in refs for extent in ref.extents):
+        with InputFile(Path(path)) as file:
+            for ref in refs:
+                for extent in ref.extents:
+                    if extent.path == path:
+                        raw[ref.name] += file.read(extent.offset, extent.nbytes)
+    return {ref.name: _decoded(ref, raw[ref.name]) for ref in refs}
+
+
+def statement_of(index: Mapping[str, TensorRef]) -> Statement:
+    """What a file states of optimizer and scheduler; an entry that is no finite number states nothing."""
+    refs = [ref for name, ref in index.items() if is_stated(name) and ref.numel == 1 and ref.dtype in _NUMBERS]
+    values = read_scalars(refs)
+    return read_statement(
+        {
+            name: Stated(value, index[name].dtype)
+            for name, value in values.items()
+            if not isinstance(value, str) and math.isfinite(value)
+        }
+    )
+
+
+def _check_scalar(ref: TensorRef) -> None:
     if ref.dtype == "str":
         if ref.nbytes > _MAX_TEXT_BYTES:
             raise _unreadable(ref, f"a text of {ref.nbytes} bytes")
-    elif code is None or ref.numel != 1:
+    elif ref.dtype not in _STRUCTS or ref.numel != 1:
         raise _unreadable(ref, f"expected one number, found {ref.dtype}{list(ref.shape)}")
-    raw = b"".join(_read(ref))
-    if code is None:
+
+
+def _decoded(ref: TensorRef, raw: bytes) -> int | float | bool | str:
+    if ref.dtype == "str":
         try:
             # numpy pads with NUL characters; the empty text is one of them.
             return raw.decode("utf-32-le").rstrip("\0")
@@ -59,16 +151,8 @@ def read_scalar(ref: TensorRef) -> int | float | bool | str:
             raise _unreadable(ref, "a text that is not UTF-32") from error
     if ref.dtype == "bfloat16":
         raw = b"\0\0" + raw  # the upper half of a float32
-    value: int | float | bool = struct.unpack(code, raw)[0]
+    value: int | float | bool = struct.unpack(_STRUCTS[ref.dtype], raw)[0]
     return value
-
-
-def _read(ref: TensorRef) -> list[bytes]:
-    pieces: list[bytes] = []
-    for extent in ref.extents:
-        with InputFile(Path(extent.path)) as file:
-            pieces.append(file.read(extent.offset, extent.nbytes))
-    return pieces
 
 
 def _unreadable(ref: TensorRef, what: str) -> FormatError:

@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+from ckpt2pt.checksums import Piece
 from ckpt2pt.ckpt.window import COPY_AGAIN, Window
 from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import InputFile, quoted
@@ -70,29 +71,57 @@ class _Entry(NamedTuple):
     stop: int
 
 
-def index_ckpt(path: Path, *, check_crc: bool = False) -> dict[str, TensorRef]:
-    """Index ``path``; ``check_crc`` reads the whole file once, if it carries a checksum at all.
+def index_ckpt(path: Path) -> dict[str, TensorRef]:
+    """Index ``path``.
 
     Adjacent entries of one name are slices of one tensor; of other repeats the last wins, as in mindspore.  A map
     parameter ``table`` appears as ``table.keys``, ``table.values`` and ``table.status``.
     """
     refs: dict[str, TensorRef] = {}
-    maps: list[_Entry] = []
     with InputFile(path) as file:
         _recognise(file)
-        stop, crc = _trailer(file)
+        stop, _ = _trailer(file)
         for slices in _runs(_entries(Window(file), stop)):
             name = slices[0].name
             if slices[0].is_map:
-                maps += slices
                 refs.update(_join_map(file.path, name, slices))
             else:
                 refs[name] = _join(file.path, name, slices)
         if not refs:
             raise FormatError("the file holds no parameter", where=path, mend=COPY_AGAIN)
-        if check_crc and crc is not None:
-            _check_crc(file, stop, crc, maps)
     return refs
+
+
+def ckpt_checksum(path: Path) -> int | None:
+    """The CRC-32 that a ``.ckpt`` states of itself, if it does."""
+    with InputFile(path) as file:
+        return _trailer(file)[1]
+
+
+def prove_ckpt(path: Path, read: Sequence[Piece] = ()) -> bool:
+    """Compare a ``.ckpt`` with the checksum in its trailer; False if it has none.
+
+    ``read`` are pieces of the file whose CRC-32 is known, sorted by their first bytes; they are not read again.
+    """
+    with InputFile(path) as file:
+        stop, wanted = _trailer(file)
+        if wanted is None:
+            return False
+        found = file.crc32(0, stop, read=read)
+        maps = [entry for entry in _entries(Window(file), stop) if entry.is_map] if found != wanted else []
+        if maps:
+            # The writer does not add map parameters to its sum (mindspore 2.10.0, serialization.py, _exec_save).
+            edges = [0, *(edge for entry in maps for edge in (entry.start, entry.stop)), stop]
+            found = 0
+            for start, end in zip(edges[::2], edges[1::2], strict=True):
+                found = file.crc32(start, end, found, read)
+        if found != wanted:
+            raise FormatError(
+                f"the CRC-32 of the content is {found:#010x}, the file's own crc_num says {wanted:#010x}",
+                where=path,
+                mend="the file is damaged: copy it again from its source, or convert an earlier checkpoint",
+            )
+    return True
 
 
 def _recognise(file: InputFile) -> None:
@@ -130,22 +159,6 @@ def _trailer(file: InputFile) -> tuple[int, int | None]:
     if not tail.startswith(_TRAILER_MARK):
         return file.size, None
     return stop, int.from_bytes(tail[len(_TRAILER_MARK) :], "big")
-
-
-def _check_crc(file: InputFile, stop: int, wanted: int, maps: Sequence[_Entry]) -> None:
-    found = file.crc32(0, stop)
-    if found != wanted and maps:
-        # The writer does not add map parameters to its sum (mindspore 2.10.0, serialization.py, _exec_save).
-        edges = [0, *(edge for entry in maps for edge in (entry.start, entry.stop)), stop]
-        found = 0
-        for start, end in zip(edges[::2], edges[1::2], strict=True):
-            found = file.crc32(start, end, found)
-    if found != wanted:
-        raise FormatError(
-            f"the CRC-32 of the content is {found:#010x}, the file's own crc_num says {wanted:#010x}",
-            where=file.path,
-            mend="the file is damaged: copy it again from its source, or convert an earlier checkpoint",
-        )
 
 
 def _runs(entries: Iterable[_Entry]) -> Iterator[list[_Entry]]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.checksums import crc32
+from ckpt2pt.checksums import Piece, crc32
 from ckpt2pt.ckpt.window import COPY_AGAIN
 from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import InputFile, quoted
@@ -34,19 +34,14 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def index_safetensors(path: Path, *, check_crc: bool = False, partial: bool = False) -> dict[str, TensorRef]:
-    """Index ``path``; ``check_crc`` reads the whole file once, if it carries a checksum at all.
+def index_safetensors(path: Path, *, partial: bool = False) -> dict[str, TensorRef]:
+    """Index ``path``.
 
     A file saved with ``remove_redundancy=True`` holds only this rank's share and is refused, unless ``partial``
     says that a listing is wanted and not a conversion.
     """
     with InputFile(path) as file:
-        header, data_start = _header(file)
-        metadata = _metadata(header.pop(_METADATA, {}), file)
-        refs: dict[str, TensorRef] = {}
-        for name, entry in header.items():
-            refs[name] = _tensor(file, name, entry, data_start=data_start, is_int4=metadata.get(name) == "Int4")
-        _check_cover(file, refs, data_start)
+        refs, metadata = _contents(file)
         if metadata.get("remove_redundancy", "").lower() == "true" and not partial:
             raise FormatError(
                 "the file was saved with remove_redundancy=True: it lacks what only other data-parallel ranks hold",
@@ -54,9 +49,48 @@ def index_safetensors(path: Path, *, check_crc: bool = False, partial: bool = Fa
                 mend="merge it first: mindspore.load_checkpoint(..., remove_redundancy=True) on all ranks, "
                 "then save_checkpoint without remove_redundancy",
             )
-        if check_crc and "crc_num" in metadata:
-            _check_crc(file, refs, metadata["crc_num"])
     return refs
+
+
+def safetensors_checksum(path: Path) -> str | None:
+    """The CRC-32 that MindSpore has put into a ``.safetensors``, if it did."""
+    with InputFile(path) as file:
+        return _contents(file)[1].get("crc_num")
+
+
+def prove_safetensors(path: Path, read: Sequence[Piece] = ()) -> bool:
+    """Compare a ``.safetensors`` with the checksum in its metadata; False if it has none.
+
+    ``read`` are pieces of the file whose CRC-32 is known, sorted by their first bytes; they are not read again.
+    """
+    with InputFile(path) as file:
+        refs, metadata = _contents(file)
+        wanted = metadata.get("crc_num")
+        if wanted is None:
+            return False
+        found = 0
+        for name in sorted(refs):  # names and payloads, in order of the names (serialization.py, _exec_save)
+            found = crc32(name.encode(), found)
+            for extent in refs[name].extents:
+                found = file.crc32(extent.offset, extent.offset + extent.nbytes, found, read)
+        if wanted != str(found):
+            raise FormatError(
+                f"the CRC-32 of the content is {found}, the file's own crc_num says {quoted(wanted)}",
+                where=path,
+                mend="the file is damaged: copy it again from its source, or convert an earlier checkpoint",
+            )
+    return True
+
+
+def _contents(file: InputFile) -> tuple[dict[str, TensorRef], Mapping[str, str]]:
+    """Every tensor, and the metadata."""
+    header, data_start = _header(file)
+    metadata = _metadata(header.pop(_METADATA, {}), file)
+    refs: dict[str, TensorRef] = {}
+    for name, entry in header.items():
+        refs[name] = _tensor(file, name, entry, data_start=data_start, is_int4=metadata.get(name) == "Int4")
+    _check_cover(file, refs, data_start)
+    return refs, metadata
 
 
 def _header(file: InputFile) -> tuple[dict[str, object], int]:
@@ -147,20 +181,6 @@ def _check_cover(file: InputFile, refs: Mapping[str, TensorRef], data_start: int
         at, last = offset + nbytes, name
     if at != file.size:
         raise _bad(f"{file.size - at} bytes of data belong to no tensor", file)
-
-
-def _check_crc(file: InputFile, refs: Mapping[str, TensorRef], spelled: str) -> None:
-    found = 0
-    for name in sorted(refs):
-        found = crc32(name.encode(), found)
-        for extent in refs[name].extents:
-            found = file.crc32(extent.offset, extent.offset + extent.nbytes, found)
-    if spelled != str(found):
-        raise FormatError(
-            f"the CRC-32 of the content is {found}, the file's own crc_num says {quoted(spelled)}",
-            where=file.path,
-            mend="the file is damaged: copy it again from its source, or convert an earlier checkpoint",
-        )
 
 
 def _bad(what: str, file: InputFile, name: str | None = None) -> FormatError:

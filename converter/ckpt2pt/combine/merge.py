@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt import __version__
-from ckpt2pt.ckpt import index_file, read_scalar
+from ckpt2pt.ckpt import index_file, prove_sources, read_scalar
 from ckpt2pt.ckpt.filenames import UNNAMED, When
 from ckpt2pt.ckpt.ranks import (
     SourceFile,
@@ -32,8 +33,9 @@ from ckpt2pt.ckpt.ranks import (
 from ckpt2pt.ckpt.shards import check_covered, has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.combine.described import MODEL_RANK, described_topology, descriptions
+from ckpt2pt.combine.outcome import Combined
 from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
-from ckpt2pt.engine.write import Stop, Written, write_files
+from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, UsageError
 from ckpt2pt.mapping.names import MOMENTS, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
@@ -56,7 +58,6 @@ from ckpt2pt.survey import agree, changed, facts_of, inputs_of
 from ckpt2pt.system.paths import status
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
-from ckpt2pt.text import counted, size
 from ckpt2pt.verify.copies import copied_ranks, remark
 
 log = logging.getLogger("ckpt2pt")
@@ -106,41 +107,6 @@ class Combination:
             "optimizer": self.optimizer,
             "crc": self.crc,
         }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Combined:
-    """What a merge did."""
-
-    output: str
-    when: When
-    ranks: int
-    written: int
-    kept: int
-    bytes_written: int
-    seconds: float
-
-    def document(self) -> Json:
-        """For ``--output json``."""
-        return {
-            "output": self.output,
-            "epoch": self.when[0],
-            "step": self.when[1],
-            "ranksMerged": self.written,
-            "ranksKept": self.kept,
-            "shardsPerRank": self.ranks,
-            "bytesWritten": self.bytes_written,
-            "seconds": round(self.seconds, 3),
-        }
-
-    def sentence(self) -> str:
-        """For a person."""
-        did = f"merged {counted(self.written, 'rank')} of {counted(self.ranks, 'shard')} each ({size(self.bytes_written)}) in {self.seconds:.1f} s"
-        if not self.written:
-            did = "everything was there already"
-        elif self.kept:
-            did += f", kept {self.kept} that were there"
-        return f"epoch {self.when[0]}, step {self.when[1]}: {did}\n{self.output}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +197,10 @@ class Group:
             )
         return False
 
+    def _check_unchanged(self) -> None:
+        if tuple(inputs_of(self.source, self.asked.source)) != self.inputs:
+            raise changed(self.source.path)
+
     def _ledger(self) -> Ledger:
         mine = (read_record(self.manifest) or {}).get("identity") == self.identity
         mend = "choose another --output-dir, or move it away: it is never replaced"
@@ -247,8 +217,7 @@ class Group:
         facts: Json = {"identity": self.identity, "version": __version__, "options": meaning, "inputs": inputs}
 
         def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
-            if tuple(inputs_of(self.source, self.asked.source)) != self.inputs:
-                raise changed(self.source.path)
+            self._check_unchanged()
             ledger.announce([file.entry(output) for file in files])
 
         with locked(self.manifest.with_suffix(".lock"), "merging this group", heed=stop.check):
@@ -256,10 +225,17 @@ class Group:
             sweep_partials(self.manifest.parent, f"{self.manifest.stem}.*")
             for path in paths:
                 sweep_partials(path.parent, path.name)
+            checksums: dict[str, int] = {}
+
+            def prove(read: ReadPieces) -> None:
+                self._check_unchanged()  # first: a source that was written meanwhile is not a damaged one
+                checksums.update(prove_sources(self.source.paths, read, every_byte=self.asked.optimizer))
+
             written, digests = write_files(
                 output, self.files, merged_moves(self.files), stop=stop, advance=advance, check=self.asked.check,
-                announce=announce, fence=ledger.fence,
+                prove=prove, announce=announce, fence=ledger.fence,
             )  # fmt: skip
+            facts["sourceChecksums"] = checksums
             facts["files"] = [file.entry(output) for file in written]
             facts["tensors"] = {label.partition(":")[2]: f"{crc:08x}" for label, crc in sorted(digests.items())}
             ledger.publish(facts)
@@ -298,6 +274,9 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
             work_through(merge, list(todo), None, reporter, stop)
         finally:
             reporter.close()
+    checksums = Counter[str]()
+    for rank in chosen:
+        checksums.update(cast("dict[str, int]", (read_record(merge.manifest(rank)) or {}).get("sourceChecksums", {})))
     for remarked in _copies(merge, chosen):
         log.warning("%s", remarked)
     return Combined(
@@ -308,6 +287,7 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
         kept=len(chosen) - len(todo),
         bytes_written=needed,
         seconds=time.monotonic() - began,
+        source_checksums=checksums,
     )
 
 

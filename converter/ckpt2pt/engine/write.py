@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt2pt.casts import find_cast
-from ckpt2pt.checksums import Piece, crc32, join
+from ckpt2pt.checksums import Piece, crc32, crc32_combine, join
 from ckpt2pt.engine.blocks import Blocks, OutputFile, open_direct
 from ckpt2pt.engine.sources import Sources, drop_from_cache
 from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError, VolumeTooSmallError
@@ -36,6 +36,9 @@ from ckpt2pt.system.files import reserve, write_at
 from ckpt2pt.tensors import DTYPE_BYTES, Extent
 
 log = logging.getLogger("ckpt2pt")
+
+ReadPieces = Mapping[str, Sequence[Piece]]
+"""Path of a source -> what was read of it, sorted by the first bytes."""
 
 BLOCK_BYTES = 1 << 20
 WRITTEN_MODE = 0o644  # less the umask
@@ -105,16 +108,17 @@ class _Carrier:
     stop: Stop
     advance: Callable[[int], None]
     digests: dict[str, list[Piece]] = field(default_factory=dict[str, list[Piece]])
+    read: dict[str, list[Piece]] = field(default_factory=dict[str, list[Piece]])
 
     def carry(self, move: Move) -> None:
         """Read, sum, convert and write all elements of a move."""
         width = DTYPE_BYTES[move.dtype]
         widest = max(width, *(DTYPE_BYTES[sink.dtype] for sink in move.sinks))
         as_is = next((sink for sink in reversed(move.sinks) if sink.dtype == move.dtype), None)
-        crcs = [0] * (1 + len(move.sinks))  # of the source bytes so far, then of what each sink got
-        numel, held = 0, b""
+        crcs = [0] * len(move.sinks)  # of what each sink got that takes another type
+        total, numel, held = 0, 0, b""
         for extent in move.extents:
-            done = 0
+            done = crc = 0
             # An extent may end inside an element (MindSpore cuts slices at bytes): what is left over is held.
             while done < extent.nbytes:
                 self.stop.check()
@@ -125,16 +129,19 @@ class _Carrier:
                 data = block[origin : origin + filled]
                 data[: len(held)] = held
                 self.sources.read(extent.path, extent.offset + done, data[len(held) :])
+                crc = crc32(data[len(held) :], crc)
                 whole = filled // width * width
                 held = bytes(data[whole:])
                 self._write(move, as_is, numel, block, origin, whole, crcs)
                 numel, done = numel + whole // width, done + size
                 self.advance(size)
+            self.read.setdefault(extent.path, []).append((extent.offset, extent.nbytes, crc))
+            total = crc32_combine(total, crc, extent.nbytes)
         if held:
             raise FormatError(
                 f"{move.name} ends inside an element", where=move.extents[-1].path, mend="copy the checkpoint again"
             )
-        self._record(move, numel, crcs)
+        self._record(move, numel, total, crcs)
 
     def _origin(self, sink: Sink | None, numel: int) -> int:
         """Where in its block the next element lies: as in its page of the file that takes the block as it is."""
@@ -143,12 +150,12 @@ class _Carrier:
         output = self.outputs[sink.file]
         return output.file.origin(output.offset(sink, numel))
 
-    def _record(self, move: Move, numel: int, crcs: Sequence[int]) -> None:
+    def _record(self, move: Move, numel: int, total: int, crcs: Sequence[int]) -> None:
         """One piece for a move, not for a block: a list that grew with every block would grow with the model."""
         width = DTYPE_BYTES[move.dtype]
-        self.digests.setdefault(f"{move.role}:{move.name}", []).append((move.first * width, numel * width, crcs[0]))
-        for sink, crc in zip(move.sinks, crcs[1:], strict=True):
-            size = DTYPE_BYTES[sink.dtype]
+        self.digests.setdefault(f"{move.role}:{move.name}", []).append((move.first * width, numel * width, total))
+        for sink, crc in zip(move.sinks, crcs, strict=True):
+            size, crc = DTYPE_BYTES[sink.dtype], crc if find_cast(move.dtype, sink.dtype) else total
             self.outputs[sink.file].pieces[sink.storage].append((sink.start * size, numel * size, crc))
 
     def _write(
@@ -156,8 +163,7 @@ class _Carrier:
     ) -> None:
         """Send whole elements to every sink, ``numel`` elements after its start; the block itself goes last."""
         data = block[origin : origin + nbytes]
-        crcs[0] = crc32(data, crcs[0])
-        for number, sink in enumerate(move.sinks, 1):
+        for number, sink in enumerate(move.sinks):
             output = self.outputs[sink.file]
             cast = find_cast(move.dtype, sink.dtype)
             offset = output.offset(sink, numel)
@@ -168,7 +174,6 @@ class _Carrier:
                 crcs[number] = crc32(twin[start : start + size], crcs[number])
                 self.blocks.write(output.file, offset, twin, start, size)
                 continue
-            crcs[number] = crcs[0]
             if sink is not as_is:
                 write_at(output.file.fd, data, offset, output.path)
         if as_is is None:
@@ -186,18 +191,20 @@ def write_files(
     stop: Stop,
     advance: Callable[[int], None],
     check: bool,
+    prove: Callable[[ReadPieces], None] = lambda _: None,
     announce: Callable[[Sequence[Written], Mapping[str, int]], None] = lambda _, __: None,
     fence: Callable[[], None] = lambda: None,
 ) -> tuple[tuple[Written, ...], dict[str, int]]:
     """Write a rank's files and give them their names when all of them are whole, synced and (``check``) read back.
 
-    Returns the files, and for each ``role:parameter`` the CRC-32 of its source bytes.  ``announce`` gets both before the
-    first name appears, ``fence`` is called before each: what they raise keeps the names from appearing.  On any failure
-    the temporary files are removed.
+    Returns the files, and for each ``role:parameter`` the CRC-32 of its source bytes.  ``prove`` gets what was read of
+    each source before the files are finished, ``announce`` the result before the first name appears, ``fence`` is called
+    before each: what they raise keeps the names from appearing.  On any failure the temporary files are removed.
     """
     with ExitStack() as stack:
         outputs = {p.name: stack.enter_context(_output(folder, p, stop)) for p in payloads}
-        digests = _carry(moves, outputs, stop, advance)
+        digests, read = _carry(moves, outputs, stop, advance)
+        prove(read)
         for payload in payloads:
             _copy_template(outputs[payload.name], payload)
         for output in outputs.values():
@@ -214,14 +221,15 @@ def write_files(
 
 def _carry(
     moves: Sequence[Move], outputs: Mapping[str, Output], stop: Stop, advance: Callable[[int], None]
-) -> dict[str, int]:
-    """Carry the moves out; the CRC-32 of each ``role:parameter``."""
+) -> tuple[dict[str, int], ReadPieces]:
+    """Carry the moves out; the CRC-32 of each ``role:parameter``, and of what was read of each source."""
     with Sources(extent for move in moves for extent in move.extents) as sources, Blocks(BLOCK_BYTES) as blocks:
         carrier = _Carrier(outputs=outputs, sources=sources, blocks=blocks, stop=stop, advance=advance)
         for move in moves:
             carrier.carry(move)
         blocks.drain()
-    return {label: join(pieces, sum(size for _, size, _ in pieces)) for label, pieces in carrier.digests.items()}
+    digests = {label: join(pieces, sum(size for _, size, _ in pieces)) for label, pieces in carrier.digests.items()}
+    return digests, {path: sorted(pieces) for path, pieces in carrier.read.items()}
 
 
 @contextmanager

@@ -22,15 +22,11 @@ from ckpt2pt.plan.buckets import Buffer, expected_shape
 from ckpt2pt.plan.entries import Entry, number_entry
 from ckpt2pt.plan.moves import OPTIM_KINDS, cut
 from ckpt2pt.plan.stage import FLOATS
+from ckpt2pt.plan.stated import STYLES
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
-WD_INCR_STYLES = ("constant", "linear", "cosine")
-LR_DECAY_STYLES = ("constant", "WSD", "linear", "cosine", "inverse-square-root")
-"""MindSpeed-Core-MS stores a style as its place in these lists."""
-
 _DOUBLES = frozenset({"max_lr", "min_lr", "start_wd", "end_wd"})
-_STYLES = {"wd_incr_style": WD_INCR_STYLES, "lr_decay_style": LR_DECAY_STYLES}
-_INTEGERS = frozenset({"lr_warmup_steps", "num_steps", "lr_decay_steps", "wd_incr_steps", *_STYLES})
+_INTEGERS = frozenset({"lr_warmup_steps", "num_steps", "lr_decay_steps", "wd_incr_steps", *STYLES})
 _INT32 = range(-(2**31), 2**31)
 
 
@@ -200,7 +196,7 @@ def _group_entries(number: int, group: Mapping[str, object]) -> Iterator[Entry]:
 
 
 def _scheduler_entry(name: str, value: object, where: str) -> Iterator[Entry]:
-    styles = _STYLES.get(name)
+    styles = STYLES.get(name)
     if styles is not None and value is not None:
         if value not in styles:
             raise InputError(

@@ -24,7 +24,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from ckpt2pt.checksums import Piece, crc32, crc32_combine
+from ckpt2pt.checksums import Piece, crc32
 from ckpt2pt.errors import FormatError
 from ckpt2pt.framing import Framer
 from ckpt2pt.pt.reader import (
@@ -279,12 +279,7 @@ class Archive:
                 inside = told[bisect_left(told, (first, 0, 0)) : bisect_left(told, (stop, 0, 0))]
                 if not inside or not record.crc32:
                     continue
-                crc, position = 0, first
-                for start, nbytes, piece in inside:
-                    if start >= position:  # not read twice
-                        crc = crc32_combine(file.crc32(position, start, crc), piece, nbytes)
-                        position = start + nbytes
-                crc = file.crc32(position, stop, crc)
+                crc = file.crc32(first, stop, read=inside)
                 if crc != record.crc32:
                     raise _wrong_crc(file, record, crc)
 

@@ -6,15 +6,17 @@ megatron/core/optimizer/distrib_optimizer.py (``save_parameter_state``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 from ckpt2pt.errors import FormatError
+from ckpt2pt.inputs import quoted
 from ckpt2pt.mapping import names
 from ckpt2pt.plan.clock import Clock
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS, Storage, model_storages, optim_storages
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
+from ckpt2pt.plan.stated import Carried, Statement, carry
 from ckpt2pt.pt.archive import Layout, lay_out
 from ckpt2pt.pt.pickles import (
     Call,
@@ -52,6 +54,25 @@ class Template:
         args = self.args
         size = args.get("global_batch_size")
         return size if isinstance(size, int) and size > 0 and not args.get("rampup_batch_size") else None
+
+    @property
+    def scheduler(self) -> dict[str, Value]:
+        """The entry ``opt_param_scheduler``, empty where there is none."""
+        found = self.tree.get("opt_param_scheduler")
+        return {key: value for key, value in found.items() if isinstance(key, str)} if isinstance(found, dict) else {}
+
+    @property
+    def groups(self) -> list[dict[str, Value]]:
+        """The parameter groups of a distributed optimizer, none where the entry has another form."""
+        outer = self.tree.get("optimizer")
+        inner = outer.get("optimizer") if isinstance(outer, dict) else None
+        groups = inner.get("param_groups") if isinstance(inner, dict) else None
+        found = groups if isinstance(groups, list) and all(isinstance(group, dict) for group in groups) else []
+        return cast("list[dict[str, Value]]", found)
+
+    def carried(self, statement: Statement) -> Carried:
+        """What the source states otherwise of optimizer and scheduler."""
+        return carry(statement, self.scheduler, self.groups)
 
     @property
     def gradients_as_parameters(self) -> bool:
@@ -97,13 +118,8 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
         tree["iteration"] = plan.clock.iteration
         tree.update(model)
     _set_time(tree, plan.clock, reference_samples=reference_samples)
-    missing = sorted(set(copied) - set(template.storages))
-    if missing:
-        raise FormatError(
-            f"the pickle names storages {missing[:4]} that the archive does not hold",
-            where=template.path,
-            mend="copy the file again from where it was made",
-        )
+    _set_optimizer(tree, plan, template)
+    check_storages(copied, template.storages, template.path)
     extents = tuple(template.storages[key] for key in copied)
     return FilePayload(
         name=MODEL_FILE,
@@ -148,10 +164,25 @@ def payloads(plan: RankPlan, template: Template, *, reference_samples: bool = Fa
     return (model, optim_payload(plan, template)) if plan.full else (model,)
 
 
-def tree_payload(tree: Mapping[str, Value]) -> tuple[bytes, list[str]]:
-    """The pickle of a small tree, and the keys of the storages it brings, in the order of their new numbers."""
+def check_storages(keys: Iterable[str], storages: Container[str], where: str) -> None:
+    """Refuse a pickle that names storages which its archive does not hold."""
+    missing = sorted(key for key in keys if key not in storages)
+    if missing:
+        raise FormatError(
+            f"the pickle names storages that the archive does not hold: {', '.join(map(quoted, missing[:4]))}",
+            where=where,
+            mend="copy the file again from where it was made",
+        )
+
+
+def tree_payload(tree: Mapping[str, Value], storages: Container[str], where: str) -> tuple[bytes, list[str]]:
+    """The pickle of a small tree, and the keys of the storages it brings, in the order of their new numbers.
+
+    Raises :class:`FormatError` for a key that ``storages`` lacks; ``where`` is the file that the tree is from.
+    """
     keys: list[str] = []
     renumbered = _renumber(dict(tree.items()), keys, 0)
+    check_storages(keys, storages, where)
     return write_pickle(renumbered), keys
 
 
@@ -196,22 +227,26 @@ def _set_time(tree: dict[Value, Value], clock: Clock, *, reference_samples: bool
         elif clock.samples is not None:
             changes["consumed_train_samples"] = clock.samples
         tree["args"] = with_attrs(args, changes)
+
+
+def _set_optimizer(tree: dict[Value, Value], plan: RankPlan, template: Template) -> None:
+    """Put what the source states into scheduler and groups, and the true time."""
+    carried, clock = template.carried(plan.stated), plan.clock
     scheduler = tree.get("opt_param_scheduler")
-    if isinstance(scheduler, dict) and "num_steps" in scheduler and clock.samples is not None:
-        tree["opt_param_scheduler"] = scheduler | {"num_steps": clock.samples}
-    if "optimizer" in tree:
-        tree["optimizer"] = _with_step(tree["optimizer"], clock.iteration)
-
-
-def _with_step(optimizer: Value, iteration: int) -> Value:
-    """Set ``step`` in each group of ``{'optimizer': {'param_groups': [...]}}``; what has another form stays as it is."""
-    inner = optimizer.get("optimizer") if isinstance(optimizer, dict) else None
-    groups = inner.get("param_groups") if isinstance(inner, dict) else None
-    if not isinstance(optimizer, dict) or not isinstance(inner, dict) or not isinstance(groups, list):
-        return optimizer
-    stepped: list[Value] = [group | {"step": iteration} if isinstance(group, dict) else group for group in groups]
-    changed: dict[Value, Value] = {**inner, "param_groups": stepped}
-    return {**optimizer, "optimizer": changed}
+    if isinstance(scheduler, dict):
+        time: dict[Value, Value] = {}
+        if "num_steps" in scheduler and clock.samples is not None:
+            time["num_steps"] = clock.samples
+        tree["opt_param_scheduler"] = scheduler | dict(carried.scheduler.items()) | time
+    outer = tree.get("optimizer")
+    if template.groups and isinstance(outer, dict):
+        inner = cast("dict[Value, Value]", outer["optimizer"])
+        groups = cast("list[dict[Value, Value]]", inner["param_groups"])
+        changed: list[Value] = [
+            group | dict(more.items()) | {"step": clock.iteration}
+            for group, more in zip(groups, carried.groups, strict=True)
+        ]
+        tree["optimizer"] = {**outer, "optimizer": {**inner, "param_groups": changed}}
 
 
 def _for_any_numpy(name: Global) -> Global:

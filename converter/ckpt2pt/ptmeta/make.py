@@ -15,6 +15,9 @@ from ckpt2pt.ptmeta.files import ORIGIN, RankFiles, origin, publish, render
 from ckpt2pt.ptmeta.missing import SYNTHESIZED
 from ckpt2pt.ptmeta.synthesize import Wanted, synthesize
 
+_SHOWN = 15
+"""Arguments that are named without ``--details``."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Made:
@@ -48,8 +51,8 @@ class Made:
             "assumed": dict(self.assumed),
         }
 
-    def sentence(self) -> str:
-        """For a person."""
+    def sentence(self, *, details: bool = False) -> str:
+        """For a person: warnings first; ``details`` lists every assumed argument instead of counting them."""
         lines = [f"{self.folder}: {self.ranks} ranks, {self.maps} param maps, from a {self.way}"]
         lines[:0] = [f"warning: {text}" for text in self.warnings]
         label = "proved " if self.loadable else "layout "
@@ -57,8 +60,13 @@ class Made:
         for what, value in self.assumed.items():
             if isinstance(value, dict):
                 inner = cast("dict[str, object]", value)
-                lines.append(f"  assumed  {what}:")
-                lines += [f"             {name}: {item}" for name, item in inner.items()]
+                if details:
+                    lines.append(f"  assumed  {what}:")
+                    lines += [f"             {name}: {item}" for name, item in inner.items()]
+                elif len(inner) <= _SHOWN:
+                    lines.append(f"  assumed  {what}: " + ", ".join(f"{name} {item}" for name, item in inner.items()))
+                else:
+                    lines.append(f"  assumed  {what}: {len(inner)} of them (--details lists them)")
             else:
                 lines.append(f"  assumed  {what}: {value}")
         if self.written is not None:
@@ -111,7 +119,8 @@ def from_description(path: Path, folder: Path, wanted: Wanted, *, accepted: bool
     """Make ``folder`` from a description; without ``accepted`` nothing is written."""
     found = synthesize(describe(path), wanted)
     if accepted:
-        return _made(folder, "description", found.ranks, found.evidence, found.assumed, True, overwrite=overwrite)
+        made = _made(folder, "description", found.ranks, found.evidence, found.assumed, True, overwrite=overwrite)
+        return replace(made, warnings=found.warnings)
     return Made(
         folder=folder,
         way="description",
@@ -120,6 +129,7 @@ def from_description(path: Path, folder: Path, wanted: Wanted, *, accepted: bool
         evidence=found.evidence,
         assumed=found.assumed,
         written=None,
+        warnings=found.warnings,
     )
 
 

@@ -66,6 +66,7 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
     second.add_argument(
         "--stage-list", type=counts, metavar="N,N,..", help="layers of each stage (of each chunk) where they are uneven"
     )
+    second.add_argument("--details", action="store_true", help="list every assumed argument instead of counting them")
     second.add_argument(
         "--accept-assumptions", action="store_true", help="write, after the listed assumptions have been checked"
     )

@@ -7,26 +7,30 @@ Every name and shape of the MindSpore files is checked against the description, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file, read_scalar
+from ckpt2pt.ckpt import index_file, statement_of
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import InputError
-from ckpt2pt.mapping.names import NameTable, Rules
+from ckpt2pt.mapping.names import NameTable, Rules, nearest
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.buckets import Buffer
-from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, read_clock
+from ckpt2pt.plan.clock import Clock, read_clock
 from ckpt2pt.plan.gpt import EMBEDDING, Argument, chunk_parameters
 from ckpt2pt.plan.layout import Parameter, bucket_numel, lay_out
 from ckpt2pt.plan.stage import ChunkMap, RankInput, plan_rank
+from ckpt2pt.plan.stated import Statement
+from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Call, Global, Value, namespace
 from ckpt2pt.ptmeta.arguments import Arguments, complete, integer, topology_of
-from ckpt2pt.ptmeta.describe import Description
+from ckpt2pt.ptmeta.defaults import told_by_checkpoint
+from ckpt2pt.ptmeta.describe import Description, known
 from ckpt2pt.ptmeta.files import RankFiles
 from ckpt2pt.ptmeta.rng import rng_state
 from ckpt2pt.ptmeta.schedule import param_groups, scheduler
+from ckpt2pt.survey import facts_of
 from ckpt2pt.tensors import TensorRef
 
 _SET_HERE = ("rank", "model_type", "iteration", "consumed_train_samples")
@@ -50,20 +54,24 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Synthesized:
-    """Metadata of all ranks, what proves it and what was assumed."""
+    """Metadata of all ranks, what proves it, what was assumed, and what contradicts the description."""
 
     ranks: tuple[RankFiles, ...]
     evidence: tuple[str, ...]
     assumed: Mapping[str, object]
+    warnings: tuple[str, ...]
 
 
 def synthesize(said: Description, wanted: Wanted) -> Synthesized:
     """Make the metadata of every rank, checked against the headers of the newest MindSpore checkpoint."""
     data = wanted.target_data or wanted.data * wanted.context
-    cut = _topology(complete(said, data=data, vocabulary=None), wanted)
+    # The degrees find the files, and only the files tell the learning rate that the description may leave out.
+    cut = _topology(complete(replace(said, given={"lr": 0.0, **said.given}), data=data, vocabulary=None), wanted)
     files = _files(wanted, cut)
-    vocabulary = _vocabulary(index_source(files[0, 0], cut.group(0, 0)), cut.tensor, wanted)
-    arguments = complete(said, data=data, vocabulary=vocabulary)
+    index = index_source(files[0, 0], cut.group(0, 0))
+    vocabulary, statement = _vocabulary(index, cut.tensor, wanted), statement_of(index)
+    told = told_by_checkpoint(said.given, statement, facts_of(index))
+    arguments = complete(replace(said, given={**said.given, **told}), data=data, vocabulary=vocabulary)
     _check_vocabulary(arguments, vocabulary, files[0, 0], cut.tensor)
     clock = _clock(files[0, 0], arguments)
     ranks: list[RankFiles] = []
@@ -77,7 +85,30 @@ def synthesize(said: Description, wanted: Wanted) -> Synthesized:
         compared += _check(files, chunks, buffers, cut, arguments, clock, (tp, pp), wanted.rules)
         ranks.append(_rank(arguments, clock, chunks, buffers, tp, pp, wanted))
     evidence = f"{compared} parameters of {len(ranks)} ranks have the names and shapes that the description gives"
-    return Synthesized(ranks=tuple(ranks), evidence=(evidence,), assumed=_assumed(said, arguments, wanted))
+    return Synthesized(
+        ranks=tuple(ranks),
+        evidence=(evidence,),
+        assumed={**({"args from the checkpoint": told} if told else {}), **_assumed(said, arguments, wanted)},
+        warnings=_warnings(said, statement, clock, ranks[0]),
+    )
+
+
+def _warnings(said: Description, statement: Statement, clock: Clock, first: RankFiles) -> tuple[str, ...]:
+    """What the checkpoint contradicts, and arguments that Megatron-LM does not know: they may be misspelt."""
+    template = Template(path=said.path, tree=dict(first.tree.items()), storages={})
+    conflicts = [*template.carried(statement).conflicts, *clock.doubts]
+    found: list[str] = []
+    if conflicts:
+        found.append(
+            f"the checkpoint contradicts the description: {', '.join(conflicts)}\n"
+            "  hint: correct the description or leave these out; a conversion takes what the checkpoint says"
+        )
+    if said.unknown:
+        names = sorted(known().arguments)
+        near = {name: nearest(name, names) for name in said.unknown}
+        listed = ", ".join(f"{name} (nearest is {other})" if other else name for name, other in near.items())
+        found.append(f"not an argument of Megatron-LM 0.6, and kept as it is: {listed}")
+    return tuple(found)
 
 
 def _topology(arguments: Arguments, wanted: Wanted) -> Topology:
@@ -104,9 +135,12 @@ def _files(wanted: Wanted, cut: Topology) -> Mapping[tuple[int, int], SourceFile
 
 def _vocabulary(index: Mapping[str, TensorRef], tensor: int, wanted: Wanted) -> int | None:
     """The padded vocabulary: rows of the first stage's embedding on all tensor-parallel ranks."""
-    for name in NameTable(wanted.rules).to_mindspore(EMBEDDING, lambda layer: layer):
-        if name in index and index[name].shape:
-            return index[name].shape[0] * tensor
+    table = NameTable(wanted.rules)
+    known, _ = table.classify_all(index, where=str(wanted.source))
+    refs = {what.name: index[entry] for entry, what in known.items() if what.role == "param"}
+    for name in table.to_mindspore(EMBEDDING, lambda layer: layer):
+        if name in refs and refs[name].shape:
+            return refs[name].shape[0] * tensor
     return None
 
 
@@ -123,11 +157,8 @@ def _check_vocabulary(arguments: Arguments, rows: int | None, file: SourceFile, 
 
 
 def _clock(file: SourceFile, arguments: Arguments) -> Clock:
-    index = index_file(file.path)
-    facts = {name: value for name in CLOCK_ENTRIES if name in index for value in [read_scalar(index[name])]}
-    numbers = {name: value for name, value in facts.items() if isinstance(value, int | float)}
     batch = arguments.number("global_batch_size")
-    return read_clock(numbers, global_batch_size=batch, named=file.named, where=str(file.path))
+    return read_clock(facts_of(index_file(file.path)), global_batch_size=batch, named=file.named, where=str(file.path))
 
 
 def _buffers(
@@ -209,6 +240,7 @@ def _rank(
         tp=tp,
         pp=pp,
         tree=tree,
+        path="the description",
         storages=dict(storages),
         buffers=buffers,
         names=tuple(

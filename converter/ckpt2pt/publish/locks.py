@@ -66,9 +66,9 @@ def locked(
     with _waiting(path, what, wait, heed) as lock:
         # Only whoever is second reads it; a full disk is told by what needs the room.
         with suppress(OSError):
-            text = f"{host()} pid {os.getpid()}\n".encode()
-            write_all(lock.fd, memoryview(text), 0)
-            os.ftruncate(lock.fd, len(text))
+            # Emptied first: whoever opens it in between would find the end of a longer line behind ours.
+            os.ftruncate(lock.fd, 0)
+            write_all(lock.fd, memoryview(f"{host()} pid {os.getpid()}\n".encode()), 0)
         yield lock
         if passing:
             with suppress(OSError):
@@ -119,7 +119,8 @@ def _open(path: Path) -> int:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > _MAX_BYTES:
             raise _refused(path, "is not a lock file of ckpt2pt")
-        text = read_bytes(fd, _MAX_BYTES, 0)
+        # A power failure may leave zeros in the place of what was written last.
+        text = read_bytes(fd, _MAX_BYTES, 0).strip(b"\0")
         if text.strip() and not _HOLDER.fullmatch(text):
             raise _refused(path, "is not a lock file of ckpt2pt")
     except BaseException:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from ckpt2pt.mapping.names import prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
 from ckpt2pt.pt.resume import warning
+from ckpt2pt.ptmeta.loading import contradictions, kept_of_template, unmet_of
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Prepared, Survey, unmet_of
+from ckpt2pt.survey import Prepared, Survey
 from ckpt2pt.system.volume import free_bytes
 from ckpt2pt.text import size, table
 
@@ -51,7 +53,12 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
         "iteration": chosen.clock.iteration,
         "because": chosen.clock.because,
         "doubts": list(chosen.clock.doubts),
-        "warnings": list(warning({rank: unmet_of(request, rank) for rank in ranks}, full=request.full)),
+        "warnings": [
+            *warning({rank: unmet_of(request, rank) for rank in ranks}, full=request.full),
+            *dict.fromkeys(prefix_remark(rank.plan.prefix) for rank in ranks.values() if rank.plan.prefix),
+            *contradictions(request, chosen, next(iter(ranks))),
+        ],
+        "fromTemplate": list(kept_of_template(request, chosen, next(iter(ranks)))),
         "consumedSamples": chosen.clock.samples,
         "identity": chosen.identity,
         "target": str(target.folder),
@@ -121,6 +128,8 @@ def render(document: Json) -> str:
             ignored[reason] += int(str(count))
     if ignored:
         lines.append("not carried: " + ", ".join(f"{count} x {reason}" for reason, count in sorted(ignored.items())))
+    if document["fromTemplate"]:
+        lines.append(f"as pt_meta has it, of another iteration: {', '.join(map(str, _list(document['fromTemplate'])))}")
     lines += _shard_lines(document)
     lines += _name_lines(document)
     lines.append(

@@ -9,7 +9,6 @@ two does not hide in the other.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,14 +17,18 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal, cast
 
+from ckpt2pt.ckpt import statement_of
 from ckpt2pt.errors import FormatError, UnmappedNameError
+from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping import names
 from ckpt2pt.mapping.names import TIED_HEAD, NameTable, SourceName, is_tied_head
 from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.plan.stated import carry
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey
 from ckpt2pt.system.paths import is_there
 from ckpt2pt.tensors import TensorRef
+from ckpt2pt.untrusted.jsontext import parse_json
 from ckpt2pt.verify.leaves import Leaf, Leaves, Symbol
 from ckpt2pt.verify.sharded import expected_index
 
@@ -197,7 +200,10 @@ def _listed(folder: Path, tp: int, pp: int, template: Mapping[str, Leaf]) -> lis
 
 def _read_map(path: Path) -> list[_Entry]:
     try:
-        document = cast("dict[str, tuple[str, list[int], int, int, int]]", json.loads(path.read_bytes()))
+        document = cast(
+            "dict[str, tuple[str, list[int], int, int, int]]",
+            parse_json(read_whole(path, "spec.metadata.path (--param-map-path)")),
+        )
         return [
             _Entry(
                 names.bare(name),
@@ -220,8 +226,10 @@ def _sources(request: Request, chosen: Survey, rank: Rank, listed: Mapping[int, 
     pp = rank[1]
     table, found = NameTable(request.rules), _Found()
     tied_names: dict[str, dict[str, TensorRef]] = {}
-    for entry, ref in expected_index(chosen.files[rank]).items():
-        what = table.classify(entry)
+    index = expected_index(chosen.files[rank])
+    known, _ = table.classify_all(index, where=str(chosen.files[rank].path))
+    for entry, ref in index.items():
+        what = known[entry]
         if what.role == "ignored" or (what.role != "param" and not request.full):
             continue
         name = names.without_pipeline_suffix(what.name)
@@ -274,9 +282,11 @@ def _tie(
         copies = dict(tied.get(role, {}))
         if is_copy and not copies:
             # A last stage without a copy of its own takes the first stage's: both ends hold the same values.
-            for entry, ref in expected_index(chosen.files[rank[0], 0]).items():
-                if table.classify(entry) == SourceName(role, _EMBEDDING):
-                    copies[_EMBEDDING] = ref
+            file = chosen.files[rank[0], 0]
+            index = expected_index(file)
+            for entry, what in table.classify_all(index, where=str(file.path))[0].items():
+                if what == SourceName(role, _EMBEDDING):
+                    copies[_EMBEDDING] = index[entry]
         order = sorted(copies, key=lambda name: (name != _HEAD if is_copy else name != _EMBEDDING, name))
         if order:
             found.weights.setdefault(home, {})[role] = copies[order[0]]
@@ -288,8 +298,8 @@ def _integer(template: Mapping[str, Leaf], name: str) -> int:
     return value if isinstance(value, int) and value > 0 else 1
 
 
-def others(template: Leaves, chosen: Survey, *, reference_samples: bool) -> Leaves:
-    """The leaves outside the model: the template's, with the true time put in."""
+def others(template: Leaves, chosen: Survey, rank: Rank, *, reference_samples: bool) -> Leaves:
+    """The leaves outside the model: the template's, with what the source states and the true time put in."""
     found = {
         path: _for_any_numpy(leaf)
         for path, leaf in template.items()
@@ -308,11 +318,23 @@ def others(template: Leaves, chosen: Survey, *, reference_samples: bool) -> Leav
     if samples is not None and "/opt_param_scheduler/num_steps" in found:
         found["/opt_param_scheduler/num_steps"] = samples
     groups = "/optimizer/optimizer/param_groups"
-    number = 0
-    while f"{groups}/{number}" in found:
+    numbers = [number for number in range(len(found)) if f"{groups}/{number}" in found]
+    carried = carry(
+        statement_of(expected_index(chosen.files[rank])),
+        _below(found, "/opt_param_scheduler"),
+        [_below(found, f"{groups}/{number}") for number in numbers],
+    )
+    for key, value in carried.scheduler.items():
+        found[f"/opt_param_scheduler/{key}"] = value
+    for number, values in zip(numbers, carried.groups, strict=True):
+        found |= {f"{groups}/{number}/{key}": value for key, value in values.items()}
         found[f"{groups}/{number}/step"] = iteration
-        number += 1
     return found
+
+
+def _below(leaves: Leaves, folder: str) -> dict[str, object]:
+    prefix = f"{folder}/"
+    return {path.removeprefix(prefix): leaf for path, leaf in leaves.items() if path.startswith(prefix)}
 
 
 def _for_any_numpy(leaf: Leaf) -> Leaf:

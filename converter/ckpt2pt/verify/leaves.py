@@ -9,7 +9,7 @@ The second readings (verify, compare, show) stand on this and not on the engine'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias, cast
@@ -17,6 +17,7 @@ from typing import Protocol, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
+from ckpt2pt.checksums import Piece, crc32
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.errors import FormatError
 from ckpt2pt.pt.archive import Archive
@@ -53,11 +54,25 @@ def width(dtype: str) -> int:
 
 
 class Files(OpenFiles):
-    """Files open for reading, a few at a time; closed together."""
+    """Files open for reading, a few at a time; closed together.
+
+    ``pieces`` tells what was read of the files that ``summed`` names: first byte, bytes, CRC-32.
+    """
+
+    def __init__(self, summed: Iterable[Path] = ()) -> None:
+        super().__init__()
+        self.pieces: dict[str, list[Piece]] = {str(path): [] for path in summed}
 
     def read(self, path: str, offset: int, out: memoryview) -> None:
         """Fill ``out`` from byte ``offset`` on."""
         read_at(self.get(path)[0], out, offset, path)
+        pieces = self.pieces.get(path)
+        if pieces is not None:
+            first, nbytes, crc = pieces[-1] if pieces else (0, 0, 0)
+            if pieces and first + nbytes == offset:
+                pieces[-1] = first, nbytes + len(out), crc32(out, crc)
+            else:
+                pieces.append((offset, len(out), crc32(out, 0)))
 
 
 class Elements(Protocol):

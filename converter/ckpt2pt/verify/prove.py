@@ -7,12 +7,14 @@ both     claim, manifests, report and tracker (``manifests``); with nothing but 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
+from ckpt2pt.ckpt import prove_sources, states_checksum
 from ckpt2pt.errors import MissingInputError, VerificationError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
@@ -40,6 +42,7 @@ class Report:
     checked_tensors: int
     checked_bytes: int
     ranks: int = 1
+    source_checksums: Mapping[str, int] = field(default_factory=dict[str, int])
     warnings: tuple[str, ...] = ()
 
     def document(self) -> Json:
@@ -51,6 +54,7 @@ class Report:
             "ranks": self.ranks,
             "checkedTensors": self.checked_tensors,
             "checkedBytes": self.checked_bytes,
+            "sourceChecksums": dict(self.source_checksums),
             "differences": [
                 {
                     "file": d.file,
@@ -78,6 +82,8 @@ class Report:
         }
         verdict = f"{len(rows)} differences" if rows else "no difference"
         lines = table(("file", "tensor or key", "problem", "element", "expected", "found"), rows)
+        verified = self.source_checksums.get("verified", 0)
+        what["full"] += f", the checksums of {verified} source files" if verified else ""
         done = f"{self.folder}: {self.ranks} ranks, {what[self.level]}, {size(self.checked_bytes)} read: {verdict}"
         return "\n".join([*lines, *([""] if lines else []), *(f"warning: {each}" for each in self.warnings), done])
 
@@ -97,16 +103,23 @@ class Report:
 
 
 def verify_rank(request: Request, chosen: Survey, rank: Rank, folder: Path, *, reader: Reader = "own") -> Report:
-    """Compare one rank's files in the iteration's ``folder`` with the source and the metadata, all of them."""
-    with Files() as files:
+    """Compare one rank's files in the iteration's ``folder`` with the source and the metadata, all of them.
+
+    Raises :class:`FormatError` for a source that differs from the checksum that it states of itself.
+    """
+    sources = chosen.files[rank].paths
+    with Files(summed=[path for path in sources if states_checksum(path)]) as files:
         found = Examination(request, chosen, rank, folder, _opener(request, reader), files)
         found.run()
+    read = {path: sorted(pieces) for path, pieces in files.pieces.items()}
+    checksums = prove_sources(sources, read, every_byte=True)
     return Report(
         folder=str(folder),
         level="full",
         differences=tuple(found.differences),
         checked_tensors=found.tensors,
         checked_bytes=found.nbytes,
+        source_checksums=checksums,
     )
 
 
@@ -163,6 +176,7 @@ def _joined(target: Target, level: str, found: Sequence[Difference], reports: Se
         checked_tensors=sum(report.checked_tensors for report in reports),
         checked_bytes=sum(report.checked_bytes for report in reports),
         ranks=len(reports),
+        source_checksums=sum((Counter(report.source_checksums) for report in reports), Counter[str]()),
     )
 
 

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checked import checked
 from ckpt2pt.ckpt import index_ckpt, index_file, read_scalar
+from ckpt2pt.ckpt.protobuf import prove_ckpt
 from ckpt2pt.errors import FormatError
 from ckpt2pt.tensors import Extent, TensorRef
 from ckptfiles import Tensor, chunk, ckpt, entry, map_entry, number, tensor, trailer, value, varint
@@ -18,10 +20,13 @@ ONE = b"\0\0\x80\x3f"
 SIX = bytes(range(24))
 
 
-def indexed(folder: Path, *parts: bytes, check_crc: bool = False) -> dict[str, TensorRef]:
+def indexed(folder: Path, *parts: bytes, check: bool = False) -> dict[str, TensorRef]:
     path = folder / "x.ckpt"
     path.write_bytes(b"".join(parts))
-    return index_ckpt(path, check_crc=check_crc)
+    found = index_ckpt(path)
+    if check:
+        prove_ckpt(path)
+    return found
 
 
 def payload(ref: TensorRef) -> bytes:
@@ -40,7 +45,7 @@ def test_every_rank_of_a_training_directory_is_indexed(name: str, golden: Path) 
     files = sorted((golden / "mindspore" / name).glob("rank_*/*.ckpt"))
     assert files
     for path in files:
-        found = index_file(path, check_crc=True)
+        found = checked(path)
         assert all(
             ref.numel * (4 if ref.dtype != "int64" else 8) == ref.nbytes
             for ref in found.values()
@@ -211,32 +216,32 @@ def test_a_map_parameter_has_three_tensors_each_time(tmp_path: Path, parts: list
 
 def test_the_checksum_is_stripped_whether_it_is_checked_or_not(tmp_path: Path) -> None:
     data = entry("w", "Float32", (6,), SIX)
-    for check_crc in (False, True):
-        assert list(indexed(tmp_path, data, trailer(data), check_crc=check_crc)) == ["w"]
+    for check in (False, True):
+        assert list(indexed(tmp_path, data, trailer(data), check=check)) == ["w"]
         with pytest.raises(FormatError):
-            indexed(tmp_path, data, b"crc_nun", bytes(10), check_crc=check_crc)
+            indexed(tmp_path, data, b"crc_nun", bytes(10), check=check)
 
 
 def test_ten_bytes_of_checksum_count_not_only_four(tmp_path: Path) -> None:
     data = entry("w", "Float32", (6,), SIX)
     wrong = b"crc_num" + (int.from_bytes(trailer(data)[7:], "big") + (1 << 40)).to_bytes(10, "big")
     with pytest.raises(FormatError, match="crc_num"):
-        indexed(tmp_path, data, wrong, check_crc=True)
+        indexed(tmp_path, data, wrong, check=True)
 
 
 def test_map_parameters_may_be_left_out_of_the_checksum(tmp_path: Path) -> None:
     tensors, table = [entry("a", "Float32", (6,), SIX), entry("b", "Float32", (), ONE)], map_entry("t", *a_map(1))
     content = [tensors[0], table, table, tensors[1], table]
     for summed in (b"".join(tensors), b"".join(content)):
-        assert len(indexed(tmp_path, *content, trailer(summed), check_crc=True)) == 5
+        assert len(indexed(tmp_path, *content, trailer(summed), check=True)) == 5
     with pytest.raises(FormatError, match="CRC-32"):
-        indexed(tmp_path, *content, trailer(tensors[0]), check_crc=True)
+        indexed(tmp_path, *content, trailer(tensors[0]), check=True)
 
 
 def test_a_checksum_over_many_pieces_is_right(tmp_path: Path) -> None:
     nbytes = (3 << 19) + 7
     data = entry("w", "UInt8", (nbytes,), bytes(range(251)) * (nbytes // 251) + bytes(nbytes % 251))
-    assert indexed(tmp_path, data, trailer(data), check_crc=True)["w"].nbytes == nbytes
+    assert indexed(tmp_path, data, trailer(data), check=True)["w"].nbytes == nbytes
 
 
 # --------------------------------------------------------------------------------- what protobuf allows and nobody does

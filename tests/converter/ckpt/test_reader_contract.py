@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.ckpt import index_ckpt, index_file, index_safetensors, read_scalar
+from checked import checked
+from ckpt2pt.ckpt import (
+    index_ckpt,
+    index_file,
+    index_safetensors,
+    prove_checksum,
+    read_scalar,
+    states_checksum,
+)
 from ckpt2pt.errors import FormatError, InputError, MissingInputError, PermissionDeniedError
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 from ckptfiles import MINDSPORE, Tensor, chunk, ckpt, safe, safe_entry, safe_file, some_tensors, varint
@@ -49,10 +57,9 @@ def test_the_samples_are_there() -> None:
     assert {path.suffix for path in samples()} == {".ckpt", ".safetensors"}
 
 
-@pytest.mark.parametrize("check_crc", [False, True], ids=["", "crc"])
 @pytest.mark.parametrize("sample", samples(), ids=lambda path: path.name)
-def test_every_sample_is_read_as_mindspore_reads_it(sample: Path, check_crc: bool) -> None:
-    found = index_file(sample, check_crc=check_crc)
+def test_every_sample_is_read_as_mindspore_reads_it(sample: Path) -> None:
+    found = checked(sample)
     expected = json.loads(sample.with_name(sample.name + ".json").read_text(encoding="utf-8"))
     assert sorted(found) == sorted(row["name"] for row in expected)
     for row in expected:
@@ -97,21 +104,23 @@ def test_a_right_checksum_is_accepted_and_a_wrong_one_is_refused_only_on_request
     path = tmp_path / f"x{reader.suffix}"
     data = bytearray(reader.write(some_tensors(), crc=True))
     path.write_bytes(data)
-    good = reader.index(path, check_crc=True)
-    assert good == reader.index(path) == index_file(path, check_crc=True)
+    good = reader.index(path)
+    assert good == checked(path)
+    assert states_checksum(path)
+    assert prove_checksum(path)
     data[good["t.int64"].extents[0].offset] ^= 1
     path.write_bytes(data)
     assert reader.index(path) == good
-    for index in (reader.index, index_file):
-        with pytest.raises(FormatError, match="CRC-32"):
-            index(path, check_crc=True)
+    with pytest.raises(FormatError, match="CRC-32"):
+        prove_checksum(path)
 
 
 @each_reader
 def test_a_file_without_a_checksum_passes_the_check(reader: Reader, tmp_path: Path) -> None:
     path = tmp_path / f"x{reader.suffix}"
     path.write_bytes(reader.write(some_tensors()))
-    assert reader.index(path, check_crc=True) == reader.index(path)
+    assert not prove_checksum(path)
+    assert not states_checksum(path)
 
 
 @each_reader
@@ -217,7 +226,7 @@ def test_no_file_stays_open(reader: Reader, tmp_path: Path) -> None:
     good.write_bytes(reader.write(some_tensors(), crc=True))
     bad.write_bytes(good.read_bytes()[:99])
     before = os.listdir("/proc/self/fd")
-    found = index_file(good, check_crc=True)
+    found = checked(good)
     read_scalar(found["one"])
     for path in (bad, tmp_path):
         with pytest.raises(FormatError):

@@ -15,7 +15,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt2pt.ckpt import index_file, index_safetensors, read_scalar
+from checked import checked
+from ckpt2pt.ckpt import index_file, index_safetensors, prove_checksum, read_scalar
 from ckpt2pt.errors import Ckpt2ptError, FormatError
 from ckpt2pt.tensors import TensorRef
 from ckptfiles import Tensor, safe, safe_entry, safe_file, some_tensors
@@ -103,7 +104,8 @@ def test_redundancy_that_was_kept_is_no_reason_to_refuse(tmp_path: Path, said: s
 def test_the_checksum_goes_by_name_and_not_by_place(tmp_path: Path) -> None:
     # The wide type lies first, the narrow one is first by name.
     tensors = [Tensor("b", "float64", (1,), b"12345678"), Tensor("a", "int8", (1,), b"9")]
-    assert len(indexed(tmp_path, safe(tensors, crc=True), check_crc=True)) == 2
+    assert len(indexed(tmp_path, safe(tensors, crc=True))) == 2
+    assert prove_checksum(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("said", ["0", "", "ten", "-1", "1e3"])
@@ -111,7 +113,7 @@ def test_a_checksum_that_is_no_right_number_is_refused_when_asked(tmp_path: Path
     data = safe([Tensor("w", "int8", (1,), b"a")], metadata={"crc_num": said})
     assert len(indexed(tmp_path, data)) == 1
     with pytest.raises(FormatError, match="crc_num"):
-        indexed(tmp_path, data, check_crc=True)
+        prove_checksum(tmp_path / "x.safetensors")
 
 
 def with_entry(**changes: object) -> bytes:
@@ -204,7 +206,7 @@ def test_changed_bytes_are_refused_or_read(
         data[at] = byte
     path.write_bytes(data)
     with suppress(Ckpt2ptError):
-        for ref in index_file(path, check_crc=True).values():
+        for ref in checked(path).values():
             assert all(e.offset + e.nbytes <= len(data) for e in ref.extents)
 
 

@@ -13,6 +13,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from checked import checked
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.writer import CkptFile, MindSporeFile, SafetensorsFile, mindspore_file
 from ckpt2pt.engine.write import Stop, write_files
@@ -133,7 +134,7 @@ def test_slices_and_checksum_come_back_and_a_reader_that_checks_agrees(crc: bool
     tensors = some_tensors()
     file = CkptFile(name="x.ckpt", entries=source_of(tensors, tmp_path / "raw"), crc=crc, slice_bytes=limit)
     path = write(tmp_path / "out", file)
-    found = index_file(path, check_crc=True)
+    found = checked(path)
     assert {ref.name: payload(ref) for ref in found.values()} == {each.name: each.data for each in tensors}
     assert {name: len(ref.extents) for name, ref in found.items()} == {
         each.name: -(-len(each.data) // limit) for each in tensors
@@ -164,7 +165,7 @@ def test_any_entries_come_back(
         empty = Entry(name=name, dtype=dtype, shape=tuple(shape), source=TensorRef(name, dtype, tuple(shape), ()))
         entries.append(Entry(name=name, dtype=dtype, shape=empty.shape, source=bytes(empty.nbytes)))
     path = write(folder, CkptFile(name="x.ckpt", entries=tuple(entries), crc=crc, slice_bytes=64))
-    found = index_file(path, check_crc=True)
+    found = checked(path)
     # One element under dims [0] would be a legacy scalar; an empty tensor of one dimension has none.
     assert [(r.name, r.dtype, r.shape, payload(r)) for r in found.values()] == [
         (e.name, e.dtype, e.shape, e.source) for e in entries

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from checked import checked
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.combine.merge import Combination, combine
 from ckpt2pt.engine.write import write_files
@@ -66,7 +67,7 @@ def test_the_files_are_those_of_the_reference_to_the_byte(suffix: str, golden: s
 def test_the_golden_shards_merge_to_the_expected_values(tp: int, suffix: str, tmp_path: Path) -> None:
     combine(asked(DIST, tmp_path, target_format=suffix, crc=suffix == "ckpt"), Quiet())
     (path,) = (tmp_path / f"rank_{tp}").iterdir()
-    found = index_file(path, check_crc=True)
+    found = checked(path)
     expected = np.load(DIST / f"expected_merged_tp{tp}.npz")
     for name in expected.files:
         assert (found[name].dtype, found[name].shape) == (expected[name].dtype.name, expected[name].shape)

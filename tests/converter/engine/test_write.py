@@ -7,6 +7,7 @@ import os
 import zlib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +63,15 @@ def both_files(target: str = "bfloat16", start: int = 0) -> tuple[Sink, ...]:
 
 def write(folder: Path, payloads: list[FilePayload], moves: list[Move], *, check: bool = True) -> dict[str, int]:
     folder.mkdir(exist_ok=True)
-    written, digests = write_files(folder, payloads, moves, stop=Stop(), advance=lambda _: None, check=check)
+    told: dict[str, Any] = {}
+    written, digests = write_files(
+        folder, payloads, moves, stop=Stop(), advance=lambda _: None, check=check, prove=told.update
+    )
+    extents = sorted(extent for move in moves for extent in move.extents)
+    assert [(path, first, size) for path in sorted(told) for first, size, _ in told[path]] == extents
+    for path, pieces in told.items():
+        data = Path(path).read_bytes()
+        assert all(crc == zlib.crc32(data[first : first + size]) for first, size, crc in pieces)
     for file in written:
         data = file.path.read_bytes()
         assert (file.nbytes, file.crc32) == (len(data), zlib.crc32(data))

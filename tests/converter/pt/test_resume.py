@@ -158,7 +158,7 @@ def test_weights_alone_need_only_what_megatron_reads_for_them(
         assert key in caught.value.what
     else:
         outcome = model.convert(tmp_path, full=False)
-        assert outcome.sentence().endswith("--no-load-optim --no-load-rng (it holds parameters only)")
+        assert outcome.sentence().endswith("can load it with --no-load-optim --no-load-rng (it holds parameters only)")
 
 
 def test_heads_that_contradict_the_shapes_are_refused_where_kv_channels_is_absent(tmp_path: Path) -> None:

@@ -56,6 +56,36 @@ def test_a_file_that_is_no_lock_of_ours_is_not_written(content: bytes, tmp_path:
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("left", [b"", bytes(13), b"vm pid 7\n" + bytes(4)])
+def test_what_a_power_failure_leaves_of_a_lock_file_is_one(left: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "claim.lock"
+    path.write_bytes(left)
+    with locked(path, "working"):
+        assert path.read_text().endswith(f" pid {os.getpid()}\n")
+
+
+def test_a_lock_file_is_one_at_every_moment_of_being_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, seen = tmp_path / "claim.lock", list[bytes]()
+    path.write_bytes(b"a-host-of-a-much-longer-name pid 1234567\n")
+    real = os.pwrite
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        seen.append(path.read_bytes())
+        done = real(fd, data, offset)
+        seen.append(path.read_bytes())
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with locked(path, "working"):
+            pass
+    assert len(seen) == 2
+    for text in seen:
+        (tmp_path / "copy.lock").write_bytes(text)
+        with locked(tmp_path / "copy.lock", "working"):
+            pass
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "claim.lock")
     with pytest.raises(UsageError, match="is not a lock file"), locked(tmp_path / "claim.lock", "working"):

@@ -260,7 +260,7 @@ def test_a_chunk_of_noop_layers_alone_has_its_key_and_no_buffer(golden: Path, tm
 def test_the_other_keys_carry_the_time_of_the_source(inputs: Request, reference: bool, samples: int) -> None:
     template = open_pt(inputs.metadata / "args_tp00_pp000.pt")
     template |= {"/iteration": 1, "/args/iteration": 1, "/param_name_list/0/0": "x", "/model/x": 1}
-    found = others(template, survey(inputs), reference_samples=reference)
+    found = others(template, survey(inputs), (0, 0), reference_samples=reference)
     assert found["/args/consumed_train_samples"] == samples
     assert (found["/iteration"], found["/args/iteration"], found["/opt_param_scheduler/num_steps"]) == (2, 2, 8)
     assert found["/optimizer/optimizer/param_groups/1/step"] == 2
