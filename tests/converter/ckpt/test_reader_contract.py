@@ -212,9 +212,9 @@ def test_heads_between_large_payloads_are_all_that_is_read(tmp_path: Path) -> No
 def test_many_small_tensors_take_few_reads_and_little_time(reader: Reader, tmp_path: Path) -> None:
     path = tmp_path / f"x{reader.suffix}"
     path.write_bytes(reader.write(Tensor(f"layers.{n}.weight", "float32", (4, 4), bytes(64)) for n in range(20_000)))
-    before, start = read_bytes_and_calls(), time.monotonic()
+    before, start = read_bytes_and_calls(), time.process_time()
     assert len(index_file(path)) == 20_000
-    after, seconds = read_bytes_and_calls(), time.monotonic() - start
+    after, seconds = read_bytes_and_calls(), time.process_time() - start
     assert after[1] - before[1] < 100
     assert after[0] - before[0] < 1.1 * path.stat().st_size
     assert seconds < 5, "a tenth of a second was measured"
