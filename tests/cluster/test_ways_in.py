@@ -62,7 +62,7 @@ def test_kubectl_submits_follows_and_shows_the_log_of_a_stage(
         assert log.returncode == 0, log.stderr
         assert f'"stages": [\n  {stage}\n ]' in log.stdout
     missing = plugin("logs", "golden", 7)
-    assert (missing.returncode, "there is no pod" in missing.stderr) == (66, True)
+    assert (missing.returncode, "there is no stage 7" in missing.stderr) == (64, True)
 
 
 def test_kubectl_tries_again_what_has_failed(

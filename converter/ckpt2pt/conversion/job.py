@@ -336,10 +336,13 @@ def resources_of(conversion: Conversion) -> Json:
 
 def _pod_security(given: Json) -> Json:
     # MindSpore leaves files that only their owner can read, and the owner is often root.
+    user = given.get("runAsUser", IMAGE_ID)
     security: Json = {
-        # A kubelet takes the user of the image and not its group: files would belong to group 0.
-        "runAsGroup": given.get("runAsUser", IMAGE_ID),
-        "runAsNonRoot": given.get("runAsUser") != 0,
+        # A kubelet takes the user of the image and not its group: files would belong to group 0.  A group without a user is
+        # refused by containerd (pkg/cri/server/helpers.go of 1.6, generateUserString), so both are said.
+        "runAsUser": user,
+        "runAsGroup": user,
+        "runAsNonRoot": user != 0,
         "seccompProfile": {"type": "RuntimeDefault"},
         **given,
     }

@@ -163,7 +163,7 @@ def test_pods_are_restricted_and_carry_no_token() -> None:
         False,
     )
     assert pod["securityContext"] == {
-        "runAsGroup": 65532, "runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"},
+        "runAsUser": 65532, "runAsGroup": 65532, "runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"},
     }  # fmt: skip
     security = container["securityContext"]
     assert (security["allowPrivilegeEscalation"], security["readOnlyRootFilesystem"]) == (False, True)
@@ -179,12 +179,18 @@ def test_a_user_may_be_chosen_and_root_must_be_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("security", "group"), [({}, 65532), ({"runAsUser": 1005}, 1005), ({"runAsUser": 1005, "runAsGroup": 0}, 0)]
+    ("security", "user", "group"),
+    [
+        ({}, 65532, 65532),
+        ({"runAsUser": 1005}, 1005, 1005),
+        ({"runAsUser": 1005, "runAsGroup": 7}, 1005, 7),
+        ({"runAsGroup": 7}, 65532, 7),
+    ],
 )
-def test_files_belong_to_no_group_that_nobody_chose(security: dict[str, int], group: int) -> None:
-    """A kubelet passes the user of the image and not its group, which is then 0."""
+def test_files_belong_to_no_group_that_nobody_chose(security: dict[str, int], user: int, group: int) -> None:
+    """A kubelet passes the user of the image and not its group, which is then 0; a group without a user starts no container."""
     context = job_of(("spec.workers", {"security": security}))["spec"]["template"]["spec"]["securityContext"]
-    assert context["runAsGroup"] == group
+    assert (context["runAsUser"], context["runAsGroup"]) == (user, group)
 
 
 @pytest.mark.parametrize(("processes", "memory"), [(1, "192Mi"), (2, "256Mi"), (8, "640Mi")])
