@@ -75,6 +75,7 @@ class Running:
             "--log-level",
             "warning",
             f"--qps={qps}",
+            "--allow=hostPath",
         ]
         self.process = subprocess.Popen([sys.executable, "-m", "ckpt2pt_operator.main", *words])
 

@@ -19,7 +19,7 @@ from ckpt2pt import __version__
 from ckpt2pt.back.options import add_import_options
 from ckpt2pt.cluster.flags import add_submit_options
 from ckpt2pt.combine.flags import add_combine_options
-from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, FileAccessError, InterruptedRunError, UsageError
+from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, FileAccessError, InterruptedRunError, UsageError, printable
 from ckpt2pt.flags import Parser
 from ckpt2pt.options import (
     add_conversion_options,
@@ -36,6 +36,7 @@ from ckpt2pt.options import (
 )
 from ckpt2pt.ptmeta.options import add_pt_meta_options
 from ckpt2pt.system.files import raise_file_limit
+from ckpt2pt.untrusted.lines import LineFormatter
 from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
 
@@ -128,7 +129,7 @@ def _add_proof(add: Add) -> None:
         _verify,
     )
     add_verify_options(verify)
-    add_conversion_options(verify, required=False)
+    add_conversion_options(verify, required=False, writes=False)
     add_output_options(verify)
 
 
@@ -278,7 +279,7 @@ def _set_up_logging(options: argparse.Namespace) -> None:
             JsonFormatter("%(asctime)s %(levelname)s %(message)s", rename_fields={"levelname": "level"})
         )
     else:
-        handler.setFormatter(logging.Formatter("ckpt2pt: %(message)s"))
+        handler.setFormatter(LineFormatter("ckpt2pt: %(message)s"))
     logging.getLogger().handlers[:] = [handler]
     log.setLevel(logging.INFO)
 
@@ -290,7 +291,7 @@ def _show(document: object, text: str, options: argparse.Namespace) -> None:
 def _say(text: str) -> None:
     """At once: whoever follows a watch through a pipe or a file hears of each checkpoint when it is done."""
     try:
-        print(text, flush=True)
+        print(printable(text, lines=True), flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

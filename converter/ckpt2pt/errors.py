@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from pathlib import Path
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """``text`` for a terminal: what moves its cursor, changes its colours or turns its writing around is spelled out.
+
+    Names come out of files that anybody may have written.  ``lines`` keeps line breaks, for text that is laid out already.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    # A path that is not UTF-8 here may be so elsewhere (LC_ALL=POSIX); half a character is spelled out below.
+    with suppress(UnicodeError):
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    kept = "\n\t" if lines else ""
+    return "".join(
+        char if char.isprintable() or char in kept else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 class Ckpt2ptError(Exception):
@@ -21,11 +39,20 @@ class Ckpt2ptError(Exception):
         self.what, self.where, self.mend = what, str(where), mend
 
     def __str__(self) -> str:
-        return f"{self.what}\n  where: {self.where}\n  mend:  {self.mend}"
+        return message(self.what, self.where, self.mend)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders; keyword-only arguments need help to be pickled.
         return _rebuild, (type(self), self.what, self.where, self.mend)
+
+
+def message(what: object, where: object, mend: object) -> str:
+    """An error in three parts.  Lines of ``what`` are indented; a line break in a name is spelled out."""
+    first = _BREAK.sub(r"\\n", printable(str(what), lines=True))
+    return f"{first}\n  where: {printable(str(where))}\n  mend:  {printable(str(mend))}"
+
+
+_BREAK = re.compile(r"\n(?!  (?!where:|mend:))")
 
 
 def _rebuild(kind: type[Ckpt2ptError], what: str, where: str, mend: str) -> Ckpt2ptError:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
-from collections.abc import Iterable, Mapping
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -37,10 +40,38 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - argparse's own
         settings.setdefault("formatter_class", _Help)
         super().__init__(**settings)
+        self._words: list[str] = []
+
+    def parse_known_args(  # type: ignore[override]  # the overloads of its stub say the same
+        self,
+        args: Sequence[str] | None = None,
+        namespace: Any = None,  # noqa: ANN401 - argparse's own
+    ) -> tuple[Any, list[str]]:
+        """As argparse, but what a parser does not know is refused by itself, which knows what may have been meant."""
+        self._words = list(sys.argv[1:] if args is None else args)
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, []
 
     def error(self, message: str) -> NoReturn:
-        """Raise a :class:`UsageError`."""
-        raise UsageError(message, where=f"the command line of {self.prog}", mend=f"see {self.prog} --help")
+        """Raise a :class:`UsageError`; a misspelt option comes before one that is missing, as it may be the same."""
+        flags = (word.partition("=")[0] for word in self._words if word.startswith("--") and word != "--")
+        unknown = [flag for flag in flags if flag not in self._option_string_actions]
+        choice = re.search(r"invalid choice: '([^']*)'", message)
+        near = ""
+        if unknown and "arguments are required" in message:
+            message = f"unrecognized arguments: {' '.join(unknown)}"
+        if unknown and message.startswith("unrecognized"):
+            near = _nearest(unknown[0], self._option_string_actions)
+        elif choice:
+            near = _nearest(choice[1], {str(c) for action in self._actions for c in action.choices or ()})
+        meant = f"did you mean {near}? " if near else ""
+        raise UsageError(message, where=f"the command line of {self.prog}", mend=f"{meant}see {self.prog} --help")
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    return next(iter(difflib.get_close_matches(word, list(known), 1)), "")
 
 
 def path(text: str) -> Path:

@@ -14,7 +14,7 @@ from ckpt2pt.publish import TRACKER, Target, rank_name, read_record, read_tracke
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.text import short
 
-SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors"})
+SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors", ".bin"})
 COVERED = "a full conversion of the same source is there, and holds the parameters that are asked for"
 
 

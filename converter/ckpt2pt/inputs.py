@@ -101,6 +101,12 @@ def read_whole(path: Path, option: str, limit: int = MAX_JSON_BYTES) -> bytes:
         return file.read(0, file.size)
 
 
+def read_head(path: Path, option: str, limit: int) -> bytes:
+    """The first ``limit`` bytes of a file, which ``option`` names, or all of a smaller one."""
+    with InputFile(path, option) as file:
+        return file.read(0, min(limit, file.size))
+
+
 def _check_size(file: InputFile, limit: int, option: str) -> None:
     if file.size > limit:
         raise FormatError(f"larger than {limit >> 20} MiB", where=file.path, mend=f"check {option}")

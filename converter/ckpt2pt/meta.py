@@ -6,7 +6,6 @@ param_map_buffer0_dp0tp0pp3vpp1.json        -> Buffer     (order, buckets, paddi
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from ckpt2pt.pt.pickles import Global, read_pickle
 from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.paths import is_file, is_folder, is_there, listing
+from ckpt2pt.untrusted.jsontext import parse_json
 
 _Described = tuple[tuple[str, ...], Buffer | None]
 """A chunk's names in registration order, and its buffer when there is a map."""
@@ -273,15 +273,9 @@ def _assign(order: list[_Described], topology: Topology, pp: int, *, where: str)
 
 
 def _load_json(path: Path) -> object:
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name appears twice")
-        return found
-
     try:
-        return cast("object", json.loads(read_whole(path, METADATA), object_pairs_hook=once))
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_whole(path, METADATA))
+    except ValueError as error:
         raise FormatError(f"not a JSON document: {error}", where=path, mend=_MEND) from error
 
 

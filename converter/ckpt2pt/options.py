@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckpt2pt")
 
 
-def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = True, writes: bool = True) -> None:
     """What is converted: the reference's own flags, and ours."""
     _add_cut(parser)
-    _add_places(parser, required=required)
+    _add_places(parser, required=required, writes=writes)
     _add_kind(parser)
 
 
@@ -66,7 +66,7 @@ def _add_cut(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_places(parser: argparse.ArgumentParser, *, required: bool) -> None:
+def _add_places(parser: argparse.ArgumentParser, *, required: bool, writes: bool) -> None:
     group = parser.add_argument_group("where")
     group.add_argument(
         "--ms-path",
@@ -106,12 +106,13 @@ def _add_places(parser: argparse.ArgumentParser, *, required: bool) -> None:
         metavar="N",
         help="data x context parallel size of the Megatron run to come, for the padding of buckets; default that of pt_meta (spec.target.dataParallel)",
     )
-    group.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace another conversion's result of the same iteration, which stays until the new one is complete: room for both "
-        "is needed; what ckpt2pt did not write is never replaced (spec.target.overwrite)",
-    )
+    if writes:
+        group.add_argument(
+            "--overwrite",
+            action="store_true",
+            help="replace another conversion's result of the same iteration, which stays until the new one is complete: room for both "
+            "is needed; what ckpt2pt did not write is never replaced (spec.target.overwrite)",
+        )
 
 
 def _add_kind(parser: argparse.ArgumentParser) -> None:
@@ -371,7 +372,7 @@ def request_of(options: argparse.Namespace) -> Request:
         target_data=options.target_dp_size,
         rules=rules,
         reference_samples=options.zero_consumed_samples,
-        overwrite=options.overwrite,
+        overwrite=getattr(options, "overwrite", False),
         verify=getattr(options, "verify", "digest"),
         workers=getattr(options, "process_limit", 1),
         in_process=getattr(options, "multiprocess_off", False),

@@ -7,12 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from textwrap import indent
 from typing import cast
 
+from ckpt2pt.untrusted.jsontext import parse_json
+
 Json = dict[str, object]
 _SEAL = "seal"
+MAX_RECORD_BYTES = 256 << 20
+OVERSIZED = b"\0"
+"""Stands for the content of a file that is too large for a document of ours: it is none, and is not read."""
 
 
 def dump(document: Mapping[str, object]) -> bytes:
@@ -61,19 +68,82 @@ def _joined(items: Iterable[Json], update: Callable[[bytes], object]) -> Iterato
 def load(data: bytes) -> Json | None:
     """Any JSON object; None where it is none."""
     try:
-        document: object = json.loads(data)
-    except (ValueError, RecursionError):
+        document = parse_json(data)
+    except ValueError:
         return None
     return cast("Json", document) if isinstance(document, dict) else None
 
 
 def unseal(data: bytes) -> Json | None:
-    """What :func:`seal` was given; None unless all of it is there, unchanged."""
+    """What :func:`seal` was given; None unless all of it is there, unchanged, and of the form that a record has."""
     document = load(data)
     if document is None:
         return None
     told = document.pop(_SEAL, None)
-    return document if told == _digest(document) else None
+    return document if told == _digest(document) and _is_record(document) else None
+
+
+# ---------------------------------------------------------------------------------------------------- form of a record
+
+
+def _is_record(document: Mapping[str, object]) -> bool:
+    """Whether every field that is read has its type: claim, rank, stage, report and combined rank alike.
+
+    A seal says that nothing was cut; anybody can make one.
+    """
+    if ("tp" in document or "pp" in document) and not document.keys() >= _RANK_FIELDS:
+        return False
+    return all(check(document[name]) for name, check in _FIELDS.items() if name in document)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(limit: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and 0 <= value < limit
+
+
+def _is_file(value: object) -> bool:
+    if not isinstance(value, dict):
+        return False
+    file = cast("Json", value)
+    size = _is_count(1 << 63)(file.get("nbytes"))
+    return size and _is_place(file.get("path")) and bool(_CRC32.fullmatch(str(file.get("crc32"))))
+
+
+def _is_place(value: object) -> bool:
+    """Whether ``value`` is a path below a folder that the file system can be asked for."""
+    if not isinstance(value, str) or not value or value.startswith("/") or ".." in value.split("/") or "\0" in value:
+        return False
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_list(check: Callable[[Json], bool]) -> Callable[[object], bool]:
+    def is_list(value: object) -> bool:
+        items = cast("list[object]", value) if isinstance(value, list) else [None]
+        return all(isinstance(item, dict) and check(cast("Json", item)) for item in items)
+
+    return is_list
+
+
+_CRC32 = re.compile("[0-9a-f]{8}")
+_RANK_FIELDS = {"identity", "tp", "pp", "files"}
+_FIELDS: Mapping[str, Callable[[object], bool]] = {
+    "identity": _is_text,
+    "purpose": _is_text,
+    "tp": _is_count(1 << 16),
+    "pp": _is_count(1 << 16),
+    "iteration": _is_count(10**18),
+    "files": _is_list(_is_file),
+    "tensors": lambda value: isinstance(value, dict),
+    "ranks": lambda value: value is None or _is_list(_is_record)(value),
+    "stages": _is_list(_is_record),
+}
 
 
 def _digest(document: Mapping[str, object]) -> str:

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 from ckpt2pt import __version__
 from ckpt2pt.ckpt import prove_sources
@@ -24,6 +24,7 @@ from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError
 from ckpt2pt.folders import COVERED, covered
+from ckpt2pt.mapping.names import prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
@@ -33,6 +34,16 @@ from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.volume import check_volume
+from ckpt2pt.text import counted, size
+
+
+class Planned(Share, Protocol):
+    """A rank whose plan says what a user should know before the result is used."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Whole sentences."""
+        ...
 
 
 def _nothing(_: int) -> tuple[str, ...]:
@@ -59,11 +70,11 @@ class Conversion:
     warnings: tuple[str, ...]
     how_to_load: str = ""
     kept: tuple[str, ...] = ()
-    prepare: Callable[[Rank, Target], Share]
+    prepare: Callable[[Rank, Target], Planned]
     examine: Callable[[int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
 
-    def plan(self, rank: Rank, /) -> Share:
+    def plan(self, rank: Rank, /) -> Planned:
         """One rank, to be written into the target as it is now."""
         return self.prepare(rank, self.target)
 
@@ -122,8 +133,8 @@ class Outcome:
 
     def sentence(self) -> str:
         """For a person."""
-        stages = f"{len(self.stages)} of {self.target.stages} stages"
-        did = f"wrote {len(self.converted)} ranks ({self.bytes_written} bytes) in {self.seconds:.1f} s"
+        stages = f"{len(self.stages)} of {counted(self.target.stages, 'stage')}"
+        did = f"wrote {counted(len(self.converted), 'rank')} ({size(self.bytes_written)}) in {self.seconds:.1f} s"
         if not self.converted:
             did = "everything was there already"
         elif self.kept:
@@ -170,6 +181,11 @@ class _Forward:
     @property
     def nbytes(self) -> int:
         return sum(self.prepared.sizes.values())
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        prefix = self.prepared.plan.prefix
+        return (prefix_remark(prefix),) if prefix else ()
 
     @property
     def paths(self) -> list[str]:
@@ -297,6 +313,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals: dict[Rank, int] = {}
+    remarks: dict[str, None] = {}
     size = 0
     alone: Share | None = None
     for rank in todo:
@@ -304,6 +321,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         share = conversion.plan(rank)
         target.ledger(rank, repair=conversion.overwrite).refuse(share.paths)
         totals[rank] = share.source_bytes
+        remarks |= dict.fromkeys(share.remarks)
         size += share.nbytes
         alone = share if len(todo) == 1 else None
     both = "; the result that is there stays until the new one is complete, so there has to be room for both"
@@ -335,7 +353,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         published=published,
         newer=target.newer,
         doubts=conversion.doubts,
-        warnings=(*conversion.warnings, *warnings),
+        warnings=(*conversion.warnings, *remarks, *warnings),
         how_to_load=conversion.how_to_load,
         kept_of_template=conversion.kept,
         source_checksums=_source_checksums(target, ranks),

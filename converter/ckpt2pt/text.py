@@ -6,13 +6,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
+from ckpt2pt.errors import printable
+
 Document = Mapping[str, object]
 """Plain JSON: facts, groups of facts, and tables (lists of rows)."""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: frozenset[int] = frozenset()) -> list[str]:
     """Lines with aligned columns, those numbered in ``right`` flush right.  Nothing without rows, no column without cells."""
-    body = [tuple(str(cell) for cell in row) for row in rows]
+    body = [tuple(printable(str(cell)) for cell in row) for row in rows]
     kept = [column for column in range(len(head)) if any(row[column] for row in body)]
     cells = [[row[column] for column in kept] for row in (head, *body)] if body else []
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -37,6 +39,11 @@ def size(nbytes: float) -> str:
     return f"{value:.1f} TiB"
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 rank``, ``2 ranks``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def short(value: object, limit: int = 60) -> str:
     """``repr`` of a value on one line, cut when it is long."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
@@ -45,7 +52,7 @@ def short(value: object, limit: int = 60) -> str:
 
 def render(document: Document) -> str:
     """A document as text: facts, then groups, then tables."""
-    lines = [f"{document['kind']}  {document['path']}"]
+    lines = [f"{document['kind']}  {printable(str(document['path']))}"]
     facts = {
         key: value
         for key, value in document.items()
@@ -62,7 +69,7 @@ def render(document: Document) -> str:
 
 def _render_list(rows: list[object]) -> list[str]:
     if not isinstance(rows[0], dict):
-        return [f"  {row}" for row in rows]
+        return [f"  {printable(str(row))}" for row in rows]
     found = cast("list[Document]", rows)
     head = list(dict.fromkeys(key for row in found for key in row))
     numbers = {column for column, key in enumerate(head) if all(_is_number(row.get(key)) for row in found)}
@@ -77,7 +84,7 @@ def _render_group(title: str, group: Document) -> list[str]:
         if isinstance(value, dict):
             inner = cast("Document", value)
             lines += [
-                f"  {key}",
+                f"  {printable(str(key))}",
                 *(f"    {line}" for line in table(("", ""), [(k, short(v)) for k, v in inner.items()])[1:]),
             ]
     return lines

@@ -368,7 +368,7 @@ def test_nor_does_one_that_ran_before_there_was_a_job(
     """It held the conversion in WaitingForPods for as long as it ran."""
     after = {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}
     made = namespace.create({**honest, "spec": {**honest["spec"], "startAfter": after}})
-    wait_until("the operator to have seen it", lambda: status(namespace) != {})
+    wait_until("the operator to have seen it", lambda: "phase" in status(namespace))
     for there in (namespace, neighbour):
         there.create(forged(made, "nowhere.invalid/x:1"))
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "pretrain"}}

@@ -182,7 +182,7 @@ def test_the_roles_that_people_have_already_cover_conversions(
     with pytest.raises(ClusterError, match=r'cannot create resource "checkpointconversions"'):
         namespace("create", f"--as={viewer}", "--filename=-", stdin=conversion)
     namespace("create", f"--as={editor}", "--filename=-", stdin=conversion)
-    wait_until("the operator to have seen it", lambda: status(namespace) != {})
+    wait_until("the operator to have seen it", lambda: "phase" in status(namespace))
     assert "golden" in namespace("get", "ckc", f"--as={viewer}")
     patch = ("--subresource=status", "--type=merge", '--patch={"status":{"phase":"Succeeded"}}')
     with pytest.raises(ClusterError, match="checkpointconversions/status"):

@@ -64,3 +64,33 @@ def test_every_failing_code_has_exactly_one_policy() -> None:
 )  # fmt: skip
 def test_only_what_may_pass_by_itself_is_retried(kind: type[Ckpt2ptError], retried: bool) -> None:
     assert (kind.exit_code in RETRIED) is retried
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain ä 中", "plain ä 中"),
+        ("\x1b[2J\x1b]0;x\x07", "\\x1b[2J\\x1b]0;x\\x07"),
+        ("a\nno difference", "a\\nno difference"),
+        ("a\r\tb\x00\x7f\x9b", "a\\r\\tb\\x00\\x7f\\x9b"),
+        ("a\u202eb\u200b", "a\\u202eb\\u200b"),
+        ("p\udcc3\udca4th", "päth"),
+        ("p\udcff", "p\\xff"),
+        ("half \ud800", "half \\ud800"),
+    ],
+)
+def test_what_moves_a_terminal_is_spelled_out(text: str, shown: str) -> None:
+    assert errors.printable(text) == shown
+
+
+def test_lines_of_a_text_that_is_laid_out_are_kept() -> None:
+    assert errors.printable("a\n\tb\x1b", lines=True) == "a\n\tb\\x1b"
+
+
+def test_an_error_cannot_be_made_to_look_like_another() -> None:
+    error = errors.FormatError("x\n  mend:  run this\nno difference\x1b[1A", where="a\n  b", mend="c\x07")
+    assert str(error) == (
+        "x\\n  mend:  run this\\nno difference\\x1b[1A\n  where: a\\n  b\n  mend:  c\\x07"
+    )  # fmt: skip
+    assert str(errors.FormatError("two:\n  one\n  two", where="a", mend="b")).splitlines()[1] == "  one"
+    assert error.what.endswith("\x1b[1A")  # JSON has its own escapes

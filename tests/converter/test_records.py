@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,65 @@ def test_items_are_asked_for_as_they_are_written() -> None:
     while not any(b'"number": 0' in piece for piece in [next(pieces)]):
         pass
     assert asked == [0]
+
+
+RANK: Json = {"identity": "me", "tp": 0, "pp": 1, "files": RECORD["files"], "tensors": {"a": "00"}}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        RANK,
+        {"identity": "me", "purpose": "x", "host": "h", "options": {"tensor": 1}},
+        {"identity": "me", "stage": 1, "iteration": 3, "ranks": [RANK], "inputs": [1]},
+        {"identity": "me", "iteration": 3, "stages": [{"stage": 1, "ranks": [RANK]}]},
+    ],
+)
+def test_records_of_every_kind_come_back(document: dict[str, object]) -> None:
+    assert unseal(seal(document)) == document
+
+
+FILE: Json = {"path": "a.pt", "nbytes": 1, "crc32": "00ff00ff"}
+ODD: list[Any] = [
+    {"identity": 1},
+    {"identity": None},
+    *({"tp": value} for value in (None, -1, 1.0, True, "0", 1 << 40, list[object]())),
+    *({"pp": value} for value in (None, -1, 1 << 40, 10**5000 // 10**4000)),
+    *(
+        {"files": value}
+        for value in (None, dict[str, object](), "x", [1], [None], [list[object]()], [dict[str, object]()])
+    ),
+    *(
+        dict[str, object](files=[FILE | {"path": path}])
+        for path in (1, "", "/etc/x", "../x", "a/../../x", "a\0b", "\ud800", None)
+    ),
+    *(dict[str, object](files=[FILE | {"nbytes": nbytes}]) for nbytes in (-1, 1.5, "1", None, 1 << 64)),
+    *(dict[str, object](files=[FILE | {"crc32": crc32}]) for crc32 in (0, "zz", "", None, "00FF00FF", "0x00ff00")),
+    {"tensors": []},
+    {"iteration": 10**18},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: ascii(odd)[:60])
+def test_a_sealed_document_of_another_form_is_no_record(odd: dict[str, object]) -> None:
+    """A seal is a sum that anybody can make."""
+    rank = RANK | odd
+    assert unseal(seal(rank)) is None
+    assert unseal(seal({"identity": "me", "ranks": [rank]})) is None
+    assert unseal(seal({"identity": "me", "stages": [{"ranks": [rank]}]})) is None
+
+
+@pytest.mark.parametrize("name", ["identity", "tp", "pp", "files"])
+def test_a_rank_without_what_is_read_of_it_is_no_record(name: str) -> None:
+    assert unseal(seal({key: value for key, value in RANK.items() if key != name})) is None
+    assert unseal(seal({"ranks": [{key: value for key, value in RANK.items() if key != name}]})) is None
+
+
+@pytest.mark.parametrize("lists", [{"ranks": {}}, {"ranks": [1]}, {"stages": None}, {"stages": [[]]}])
+def test_lists_of_another_form_are_no_record(lists: dict[str, object]) -> None:
+    assert unseal(seal({"identity": "me"} | lists)) is None
+
+
+@pytest.mark.parametrize("data", [b'{"a": NaN}', b'{"a": 1, "a": 1}', b"[" + b"[]," * 3_000_000 + b"0]"])
+def test_a_document_that_is_none_of_ours_costs_nothing(data: bytes) -> None:
+    assert load(data) is None

@@ -15,6 +15,7 @@ from ckpt2pt.checksums import crc32
 from ckpt2pt.crew import Reporter
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
 from ckpt2pt.folders import iteration_folder, keep_apart
+from ckpt2pt.mapping.names import prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
 from ckpt2pt.pt.archive import Archive
@@ -52,6 +53,10 @@ class _Back:
         prove_unchanged_back(self.request, self.found, self.rank)
         if self.request.verify != "none":
             prove_archives(read)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return (prefix_remark(self.prepared.prefix),) if self.prepared.prefix else ()
 
     @property
     def paths(self) -> list[str]:

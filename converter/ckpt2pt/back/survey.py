@@ -66,6 +66,8 @@ class BackPrepared:
     entries: tuple[Entry, ...]
     metadata: Mapping[str, bytes]
     evidence: str
+    prefix: str
+    """What all names of parameters carried."""
 
     def moves(self) -> tuple[Move, ...]:
         """Every element read once and written to each copy."""
@@ -218,7 +220,7 @@ def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPre
         for number in _rank_numbers(request, found.topology, tp, pp)
     )
     metadata = render([rank_files(stored, tp, pp, layout.buffers)], with_maps=stored.buffers is not None)
-    return BackPrepared(files=files, entries=entries, metadata=metadata, evidence=layout.evidence)
+    return BackPrepared(files=files, entries=entries, metadata=metadata, evidence=layout.evidence, prefix=stored.prefix)
 
 
 def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:

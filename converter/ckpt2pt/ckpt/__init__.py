@@ -27,6 +27,7 @@ from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.plan.stated import Stated, Statement, is_stated, read_statement
 from ckpt2pt.tensors import TensorRef
+from ckpt2pt.untrusted.foreign import HEAD_BYTES, READS, recognise
 
 __all__ = [
     "index_ckpt",
@@ -39,9 +40,6 @@ __all__ = [
 ]
 
 _MAX_TEXT_BYTES = 1 << 20
-NUMBERS = frozenset(
-    {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64", "bool"}
-)
 _NUMBERS = frozenset(
     {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float32", "float64", "bool"}
 )
@@ -90,9 +88,16 @@ def prove_sources(paths: Iterable[Path], read: Mapping[str, Sequence[Piece]], *,
 
 def _is_safetensors(path: Path) -> bool:
     with InputFile(path) as file:
-        head = file.read(0, min(LENGTH_BYTES + 1, file.size))
-    length, brace = int.from_bytes(head[:LENGTH_BYTES], "little"), head[LENGTH_BYTES:]
+        head = file.read(0, min(HEAD_BYTES, file.size))
+    length, brace = int.from_bytes(head[:LENGTH_BYTES], "little"), head[LENGTH_BYTES : LENGTH_BYTES + 1]
     looks_safe = brace == b"{" and length <= MAX_HEADER_BYTES
+    other = "" if looks_safe else recognise(head)
+    if other:
+        raise FormatError(
+            f"this is {other}; {READS}",
+            where=path,
+            mend="name a checkpoint that MindSpore saved",
+        )
     return looks_safe or (path.suffix == ".safetensors" and not head.startswith(b"\n"))
 
 

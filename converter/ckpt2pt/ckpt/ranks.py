@@ -11,7 +11,6 @@ Converted checkpoints hold ``rank_{R}/network.ckpt``.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -24,11 +23,13 @@ from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.filenames import UNNAMED, When, check_rank, is_passed_by, when_of_name
 from ckpt2pt.ckpt.shards import check_ranks, join_shards, read_info
 from ckpt2pt.errors import InputError, MissingInputError
-from ckpt2pt.inputs import InputFile
+from ckpt2pt.inputs import InputFile, read_head
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.system.paths import is_folder, is_there, listing
 from ckpt2pt.tensors import TensorRef
+from ckpt2pt.untrusted.jsontext import parse_json
 
+_MAX_META_BYTES = 1 << 16
 SUFFIXES = ("ckpt", "safetensors")
 _listing = partial(listing, option=InputFile.option)
 _is_folder, _is_there = (partial(look, option=InputFile.option) for look in (is_folder, is_there))
@@ -273,9 +274,8 @@ def last_saved(root: Path, topology: Topology) -> When | None:
     for key in topology.ranks():
         path = rank_folder(root, topology.source_rank(*key)) / "meta.json"
         try:
-            text = _small_text(path)
-            document: object = json.JSONDecoder().raw_decode(text.lstrip())[0]
-        except (ValueError, RecursionError):
+            document = parse_json(_small(path), first=True)
+        except ValueError:
             return None
         if not isinstance(document, dict):
             return None
@@ -382,19 +382,16 @@ def _by_model_rank(
 
 def _tracked(root: Path) -> When | None:
     try:
-        text = _small_text(root / _TRACKER)
+        text = _small(root / _TRACKER).decode()
     except UnicodeDecodeError:
         return None
     digits = re.match(r"\s*(\d{1,12})", text)
     return (0, int(digits[1])) if digits else UNNAMED if text.strip().startswith("release") else None
 
 
-def _small_text(path: Path) -> str:
-    """The beginning of a small text of the training; empty where there is none."""
-    if not _is_there(path):
-        return ""
-    with InputFile(path) as file:
-        return file.read(0, min(file.size, 65536)).decode()
+def _small(path: Path) -> bytes:
+    """The beginning of a small file of the training; empty where there is none."""
+    return read_head(path, InputFile.option, _MAX_META_BYTES) if _is_there(path) else b""
 
 
 # ------------------------------------------------------------------------------------------- descriptions of the shards

@@ -7,7 +7,6 @@ right is whole; one with it was copied, or is being written, and has to rest for
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -22,18 +21,16 @@ from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.filenames import UNNAMED, When, shown, when_of_name
 from ckpt2pt.ckpt.ranks import SourceFile, candidates, last_saved, rank_folder
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, TimedOutError
-from ckpt2pt.inputs import InputFile
+from ckpt2pt.inputs import InputFile, read_whole
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.system.access import access_error
-from ckpt2pt.system.files import read_all
 from ckpt2pt.system.paths import is_folder, listing, status
+from ckpt2pt.untrusted.jsontext import parse_json
 
 Kind = Literal["absent", "missing", "unfinished", "broken", "other"]
 Choose = Callable[[Mapping[When, SourceFile]], When | None]
 """From the files of the first rank to the one that is wanted; None when it is not there (yet)."""
 
 _SHOWN = 8
-_MAX_JSON_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,12 +195,9 @@ class Watcher:
         ):
             try:
                 # The training does not truncate it, so that a longer, older text may stand behind (docs/format-ckpt.md).
-                text = read_all(path, _MAX_JSON_BYTES).decode(errors="replace")
-                document: object = json.JSONDecoder().raw_decode(text.lstrip())[0]
-            except (FileNotFoundError, ValueError, RecursionError):
+                document = parse_json(read_whole(path, InputFile.option), first=True)
+            except (MissingInputError, FormatError, ValueError):
                 continue
-            except OSError as error:
-                raise access_error(error, path, "reading", option=InputFile.option) from error
             listed: object = (
                 cast("Mapping[str, object]", document).get("dp_rank_list") if isinstance(document, dict) else None
             )

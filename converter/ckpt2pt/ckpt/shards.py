@@ -11,7 +11,6 @@ core/optimizer/distrib_optimizer.py) and br_master 07c5198 (``zero3_params``).
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,16 +21,18 @@ from typing import NamedTuple, cast
 
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.errors import CoverageError, FormatError, InputError, TopologyError
-from ckpt2pt.inputs import InputFile
+from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.names import SHARD
 from ckpt2pt.plan.moves import cut
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
+from ckpt2pt.untrusted.jsontext import parse_json
 
 MAX_INFO_BYTES = 256 << 20
 MAX_GAP = (512 + 30) // 2
 """Elements between two parameters: memory is aligned to 512 bytes with 31 to spare, and an element has 2 or more."""
 PREFIXES = ("", "exp_avg.", "exp_avg_sq.")
-_MEND = "point spec.source.optShardInfoPath (--opt-shard-info-path) at the opt_shard_info of the run that wrote these shards"
+_OPTION = "spec.source.optShardInfoPath (--opt-shard-info-path)"
+_MEND = f"point {_OPTION} at the opt_shard_info of the run that wrote these shards"
 
 
 class Place(NamedTuple):
@@ -81,13 +82,9 @@ def read_info(path: Path) -> ShardInfo:
     The training opens it without truncating, so a shorter rewrite leaves the tail of the older one: what follows the
     first JSON value is not looked at.
     """
-    with InputFile(path) as file:
-        if file.size > MAX_INFO_BYTES:
-            raise FormatError(f"larger than {MAX_INFO_BYTES >> 20} MiB", where=path, mend=_MEND)
-        raw = file.read(0, file.size)
     try:
-        document: object = json.JSONDecoder().raw_decode(raw.decode(errors="replace").lstrip())[0]
-    except (ValueError, RecursionError) as error:
+        document = parse_json(read_whole(path, _OPTION, MAX_INFO_BYTES), first=True)
+    except ValueError as error:
         raise FormatError(f"not a JSON document: {str(error)[:200]}", where=path, mend=_MEND) from error
     try:
         info = _parse(cast("Mapping[str, object]", document), str(path))

@@ -36,6 +36,9 @@ def submit_command(options: argparse.Namespace, say: Say) -> int:
         cast("Json", document["metadata"])["namespace"] = options.namespace
     parse(document)
     if options.print:
+        from ckpt2pt.conversion.document import validate  # noqa: PLC0415 - what is sent the API server checks itself
+
+        validate(document, where=str(options.filename))
         say(json.dumps(document, indent=1))
         return 0
     api = _api(options)

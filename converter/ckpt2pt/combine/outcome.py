@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.records import Json
 from ckpt2pt.run import checksums_told
+from ckpt2pt.text import counted, size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class Combined:
 
     def sentence(self) -> str:
         """For a person."""
-        did = f"merged {self.written} ranks of {self.ranks} shards each ({self.bytes_written} bytes) in {self.seconds:.1f} s"
+        did = f"merged {counted(self.written, 'rank')} of {counted(self.ranks, 'shard')} each ({size(self.bytes_written)}) in {self.seconds:.1f} s"
         if not self.written:
             did = "everything was there already"
         elif self.kept:

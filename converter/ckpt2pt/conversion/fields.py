@@ -25,7 +25,8 @@ class Finding:
 def refusal(findings: Sequence[Finding], where: str) -> UsageError:
     """One error for everything that is wrong."""
     if len(findings) == 1:
-        return UsageError(findings[0].what, where=f"{where}: {findings[0].field}", mend=findings[0].mend)
+        [found] = findings
+        return UsageError(f"{found.field} {found.what}".strip(), where=f"{where}: {found.field}", mend=found.mend)
     lines = "".join(f"\n  - {finding.field}: {finding.what}; {finding.mend}" for finding in findings)
     return UsageError(f"{len(findings)} fields are wrong:{lines}", where=where, mend="correct these fields")
 

@@ -35,7 +35,9 @@ def load(data: bytes | str, where: str) -> object:
         documents = [document for document in yaml.load_all(data, _Loader) if document is not None]
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UsageError(f"not a YAML document: {error}", where=where, mend="correct it there") from error
-    if len(documents) != 1:
+    if not documents:
+        raise UsageError("the file holds no document", where=where, mend="write one document into it")
+    if len(documents) > 1:
         raise UsageError(f"{len(documents)} documents in one file", where=where, mend="give each a file of its own")
     _prove_plain(documents[0], where)
     return documents[0]

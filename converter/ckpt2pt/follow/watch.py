@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from ckpt2pt.ckpt.filenames import When
+from ckpt2pt.ckpt.filenames import UNNAMED, When, shown
 from ckpt2pt.ckpt.ready import Look, Watcher
 from ckpt2pt.crew import Reporter
 from ckpt2pt.errors import RETRIED, Ckpt2ptError, InterruptedRunError, MissingInputError, SetupError
@@ -181,7 +181,8 @@ def _note(error: Ckpt2ptError, when: When, how: Following, memory: _Memory, form
     memory.lament(error)
     if how.stop_on_error:
         raise error
-    _say(form or f"checkpoint {when[0]}_{when[1]} is not converted: %s", error, when, memory)
+    which = "nothing" if when == UNNAMED else f"checkpoint {shown(when)}"
+    _say(form or f"{which} is {'' if when == UNNAMED else 'not '}converted: %s", error, when, memory)
 
 
 def _say(form: str, error: Ckpt2ptError, when: When, memory: _Memory) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import StageRecord
+from ckpt2pt.errors import message, printable
 from ckpt2pt.show.progress import INTERVAL_SECONDS, columns
 from ckpt2pt.text import size
 
@@ -135,7 +136,7 @@ def spoken(stage: int, line: Json | str, log_format: str) -> str:
     if log_format == "json":
         return json.dumps({"stage": stage, **(line if isinstance(line, dict) else {"level": "INFO", "message": line})})
     if isinstance(line, str):
-        return f"ckpt2pt: stage {stage}: {line}"
+        return f"ckpt2pt: stage {stage}: {printable(line)}"
     if "mend" in line:
-        return f"ckpt2pt: stage {stage}: {line.get('what')}\n  where: {line.get('where')}\n  mend:  {line.get('mend')}"
-    return f"ckpt2pt: stage {stage}: {line.get('message')}"
+        return f"ckpt2pt: stage {stage}: {message(line.get('what'), line.get('where'), line.get('mend'))}"
+    return f"ckpt2pt: stage {stage}: {printable(str(line.get('message')), lines=True)}"

@@ -264,7 +264,8 @@ class LocalJob:
         if code == 0:
             self._believe(index, report)
             return
-        index.reason = "Killed" if code > 128 else REASONS.get(code, "Bug")
+        told = report.reason if report and report.exit_code == code else ""
+        index.reason = "Killed" if code > 128 else told or REASONS.get(code, "Bug")
         index.message = _message(worker, code)
         if self._ending is not None:
             index.state = "Pending"

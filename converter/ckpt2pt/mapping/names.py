@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Literal
 
@@ -91,6 +92,7 @@ _REASONS = tuple(_IGNORED)
 _LAYERS = "language_model.encoder.layers."
 _LAYER = re.compile(r"language_model\.encoder\.layers\.(\d{1,9})(?:_pp\w+)?\.(.+)")
 _NEIGHBOURS, _LONGEST = 32, 512
+_WRAPPERS = re.compile(r"(?:(?:module|model)\.)+(?=language_model\.|word_embeddings)")
 _PREFIX = re.compile(r"\A(?:module|model\d*)\.")
 
 
@@ -156,9 +158,8 @@ class NameTable:
 
     def classify(self, entry: str) -> SourceName:
         """Say what an entry of a MindSpore file is, by its name alone."""
-        for pattern in self._ignore:
-            if entry == pattern or (pattern.endswith("*") and entry.startswith(pattern[:-1])):
-                return SourceName("ignored", "rule file")
+        if any(entry == pattern or fnmatchcase(entry, pattern) for pattern in self._ignore):
+            return SourceName("ignored", "rule file")
         head, _, rest = entry.partition(".")
         if rest and head in MOMENTS:
             return SourceName(MOMENTS[head], rest)
@@ -166,6 +167,42 @@ class NameTable:
         if known and known.lastindex:
             return SourceName("ignored", _REASONS[known.lastindex - 1])
         return SourceName("param", entry)
+
+    def classify_all(self, entries: Iterable[str], *, where: str) -> tuple[dict[str, SourceName], str]:
+        """Every entry of a file by its name without the prefix that all parameters and moments carry, and that prefix.
+
+        A model wrapped in others saves ``module.language_model...`` or ``model.language_model...``.  Raises
+        :class:`UnmappedNameError` where some names carry a prefix and others do not.
+        """
+        found = {entry: self.classify(entry) for entry in entries}
+        carried = {entry: what for entry, what in found.items() if what.role != "ignored"}
+        prefix = common_prefix({what.name: entry for entry, what in carried.items()}, where=where)
+        if prefix:
+            found |= {entry: SourceName(what.role, what.name.removeprefix(prefix)) for entry, what in carried.items()}
+        return found, prefix
+
+
+def common_prefix(parameters: Mapping[str, str], *, where: str) -> str:
+    """``module.`` or ``model.`` where all parameters carry it, else nothing; ``parameters`` maps names to those to be shown."""
+    prefix = next((found[0] for name in parameters if (found := _WRAPPERS.match(name))), "")
+    if not prefix:
+        return ""
+    other = next(
+        (name for name in parameters if not name.startswith(prefix) or _WRAPPERS.match(name, len(prefix))), None
+    )
+    if other is not None:
+        one = next(name for name in parameters if name.startswith(prefix))
+        raise UnmappedNameError(
+            f"{parameters[one]} has the prefix {prefix} and {parameters[other]} has not",
+            where=where,
+            mend="save all parameters under names of one model; a prefix is left out only where all names carry it",
+        )
+    return prefix
+
+
+def prefix_remark(prefix: str) -> str:
+    """The warning for names that carry one."""
+    return f"all parameters carry the prefix {prefix} in their names, which is left out"
 
 
 def bare(name: str) -> str:
@@ -235,8 +272,8 @@ def _unmapped(name: str, side: str, section: str) -> UnmappedNameError:
     return UnmappedNameError(
         f"no mapping for the {side} parameter {name}",
         where=name,
-        mend=f"if it is a module of your own, list it under {section} in a rule file (--rules, spec.model.rules); "
-        "if every user has it, add it to mapping/names.py",
+        mend=f"if it is a module of your own, list it under {section} in a rule file (--rules, spec.model.rules), "
+        "as docs/rules.md shows",
     )
 
 

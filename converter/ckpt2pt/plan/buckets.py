@@ -106,7 +106,7 @@ def parse_param_map(document: object, *, where: str, divisor: int | None) -> Buf
     try:
         return Buffer(dtype=next(iter(dtypes)), buckets=_buckets(entries, divisor))
     except FormatError as error:
-        raise _broken(error.what, f"{where}: {error.where}") from None
+        raise FormatError(error.what, where=f"{where}: {error.where}", mend=error.mend) from None
 
 
 def _buckets(entries: list[tuple[int, Placement]], divisor: int | None) -> tuple[Bucket, ...]:
@@ -122,10 +122,13 @@ def _buckets(entries: list[tuple[int, Placement]], divisor: int | None) -> tuple
         padded = stop if divisor is None else -(-stop // divisor) * divisor
         end = following[1][0].start if following else padded
         if following and divisor is not None and end != padded:
-            raise _broken(
+            raise FormatError(
                 f"bucket {index} ends at element {stop} and the next one begins at {end}, "
                 f"but a data-parallel group of {divisor} pads it to {padded}",
-                following[1][0].name,
+                where=following[1][0].name,
+                mend=f"write the maps for a group of {divisor}: ckpt2pt pt-meta --target-dp-size {divisor} with --megatron-path or "
+                "--description, into a new --param-map-path; or give spec.target.dataParallel (--target-dp-size) the size that "
+                "the maps were written for",
             )
         buckets.append(Bucket(index=index, start=start, placements=placements, numel=end - start))
         start = end

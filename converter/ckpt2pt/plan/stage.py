@@ -66,7 +66,7 @@ class RankPlan:
     """Everything that goes into one ``mp_rank_*`` folder.
 
     ``ignored`` pairs each source entry that is not carried with the reason; ``twins`` are pairs of source tensors that
-    must hold the same bytes because only the first is carried (tied embeddings).
+    must hold the same bytes because only the first is carried (tied embeddings); ``prefix`` is what all names carried.
     """
 
     tp: int
@@ -77,6 +77,7 @@ class RankPlan:
     chunks: tuple[ChunkPlan, ...]
     ignored: tuple[tuple[str, str], ...]
     twins: tuple[tuple[TensorRef, TensorRef], ...]
+    prefix: str = ""
     stated: Statement = Statement()  # noqa: RUF009 - frozen
     """What the source says of optimizer and scheduler."""
 
@@ -151,6 +152,7 @@ def plan_rank(found: RankInput, topology: Topology, table: NameTable, *, full: b
         chunks=_with_empty_chunks(chunks, topology, found.pp),
         ignored=tuple(source.ignored),
         twins=twins,
+        prefix=source.prefix,
         stated=found.stated,
     )
 
@@ -194,10 +196,10 @@ class _Source:
         self.roles: dict[str, dict[str, TensorRef]] = {"param": {}, "exp_avg": {}, "exp_avg_sq": {}}
         self.taken: dict[str, set[str]] = {role: set() for role in self.roles}
         # By role as well: both ends may prefix their moments with adam_m., adam_v. and the like.
+        first_stage = found.first_stage or {}
         self.first_stage: dict[tuple[str, str], TensorRef] = {
-            (what.role, what.name): ref
-            for name, ref in (found.first_stage or {}).items()
-            for what in (table.classify(name),)
+            (what.role, what.name): first_stage[name]
+            for name, what in table.classify_all(first_stage, where=found.source)[0].items()
         }
         shards = [name for name in found.index if names.SHARD.fullmatch(name)]
         if shards:
@@ -207,8 +209,9 @@ class _Source:
                 mend="the first rank holds named parameters: convert a checkpoint whose ranks were all saved alike "
                 "(spec.source.iteration, --iteration)",
             )
+        known, self.prefix = table.classify_all(found.index, where=found.source)
         for name, ref in found.index.items():
-            what = table.classify(name)
+            what = known[name]
             if what.role == "ignored":
                 if name not in found.stated.names:
                     self.ignored.append((name, what.name))

@@ -15,19 +15,20 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import FormatError, MissingInputError
-from ckpt2pt.mapping.names import TIED_HEAD
+from ckpt2pt.mapping.names import TIED_HEAD, common_prefix
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, Value, as_tensor, entries, read_pickle
 from ckpt2pt.system.access import access_error
-from ckpt2pt.system.paths import is_file
+from ckpt2pt.system.paths import is_file, listing
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MODEL_KEY = re.compile(r"model(\d*)")
 _BUCKET_NBYTES = 64
+_TIED_HEAD_SAVED = "word_embeddings_for_head.weight"
 _SAVED_AGAIN = "point at a checkpoint of Megatron-LM 0.6 with --use-distributed-optimizer and a legacy GPT model"
 
 
@@ -53,6 +54,8 @@ class MegatronRank:
     chunks: tuple[tuple[tuple[str, TensorRef], ...], ...]
     buffers: tuple[tuple[StoredBucket, ...], ...] | None
     copies: Copies | None = None
+    prefix: str = ""
+    """What all names of parameters carried in the file, such as ``module.``; left out here."""
 
 
 def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
@@ -61,6 +64,12 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
         found = {(int(m[1]), int(m[2] or 0)): p for p in sorted(iteration.iterdir()) if (m := _RANK.fullmatch(p.name))}
     except OSError as error:
         raise access_error(error, iteration, "listing", option="--megatron-path") from error
+    if not found and listing(iteration, "*.distcp"):
+        raise FormatError(
+            "this is a distributed checkpoint (torch_dist, .distcp files); ckpt2pt reads the torch format, mp_rank_*/*.pt",
+            where=iteration,
+            mend="load it with Megatron-LM and save it again without --use-dist-ckpt (--ckpt-format torch)",
+        )
     if not found:
         raise MissingInputError(
             "no mp_rank_* folder", where=iteration, mend="point --megatron-path at a Megatron checkpoint (torch format)"
@@ -93,7 +102,9 @@ def read_rank(
     if keys not in (["model"], [f"model{number}" for number in range(len(keys))]) or not keys:
         raise FormatError(f"model chunks are {', '.join(keys) or 'none'}", where=path, mend=_SAVED_AGAIN)
     optim = folder / OPTIM_FILE
-    chunks = tuple(tuple(_weights(named[key], archive, path)) for key in keys)
+    found = {key: _weights(named[key], archive, path) for key in keys}
+    prefix = common_prefix({name: name for weights in found.values() for name in weights}, where=str(path))
+    chunks = tuple(tuple(_named(weights, prefix, path)) for weights in found.values())
     buffers = _buffers(optim) if optimizer and is_file(optim, "--megatron-path") else None
     whole = copies and buffers is None
     return MegatronRank(
@@ -109,6 +120,7 @@ def read_rank(
         ),
         chunks=chunks,
         buffers=buffers,
+        prefix=prefix,
         copies=read_copies(
             named.get("optimizer"), chunks, lambda value, name: tensor_ref(value, archive, name, path), where=path
         )
@@ -117,8 +129,8 @@ def read_rank(
     )
 
 
-def _weights(model: Value, archive: Archive, path: Path) -> Iterator[tuple[str, TensorRef]]:
-    """Parameters in order: nested dictionaries joined by dots, the tied head under the name that buffers use."""
+def _weights(model: Value, archive: Archive, path: Path) -> dict[str, TensorRef]:
+    """Parameters in order: nested dictionaries joined by dots."""
     # Dictionaries may be shared, and double what there is with each level: each visit has to pay for a byte of the pickle.
     visits_left = len(archive.pickle)
 
@@ -132,11 +144,21 @@ def _weights(model: Value, archive: Archive, path: Path) -> Iterator[tuple[str, 
             for key, item in inner:
                 yield from walk(f"{prefix}.{key!s}" if prefix else str(key), item)
         elif value is not None and not prefix.endswith("._extra_state"):
-            name = TIED_HEAD if prefix == "word_embeddings_for_head.weight" else prefix
-            yield name, tensor_ref(value, archive, name, path)
+            yield prefix, tensor_ref(value, archive, prefix, path)
 
-    seen: set[str] = set()
+    found: dict[str, TensorRef] = {}
     for name, ref in walk("", model):
+        if found.setdefault(name, ref) is not ref:
+            raise FormatError(f"{name} is there twice", where=path, mend=_SAVED_AGAIN)
+    return found
+
+
+def _named(weights: Mapping[str, TensorRef], prefix: str, path: Path) -> Iterator[tuple[str, TensorRef]]:
+    """The same without the prefix, the tied head under the name that buffers use."""
+    seen: set[str] = set()
+    for full, ref in weights.items():
+        name = full.removeprefix(prefix)
+        name = TIED_HEAD if name == _TIED_HEAD_SAVED else name
         if name in seen:
             raise FormatError(f"{name} is there twice", where=path, mend=_SAVED_AGAIN)
         seen.add(name)
@@ -144,7 +166,7 @@ def _weights(model: Value, archive: Archive, path: Path) -> Iterator[tuple[str, 
             raise FormatError(
                 f"{name} is no parameter of a legacy GPT model of Megatron-LM 0.6", where=path, mend=_SAVED_AGAIN
             )
-        yield name, ref
+        yield name, ref._replace(name=name)
 
 
 def tensor_ref(value: Value, archive: Archive, name: str, path: Path) -> TensorRef:

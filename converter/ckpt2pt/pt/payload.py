@@ -6,11 +6,12 @@ megatron/core/optimizer/distrib_optimizer.py (``save_parameter_state``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 from ckpt2pt.errors import FormatError
+from ckpt2pt.inputs import quoted
 from ckpt2pt.mapping import names
 from ckpt2pt.plan.clock import Clock
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS, Storage, model_storages, optim_storages
@@ -118,13 +119,7 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
         tree.update(model)
     _set_time(tree, plan.clock, reference_samples=reference_samples)
     _set_optimizer(tree, plan, template)
-    missing = sorted(set(copied) - set(template.storages))
-    if missing:
-        raise FormatError(
-            f"the pickle names storages {missing[:4]} that the archive does not hold",
-            where=template.path,
-            mend="copy the file again from where it was made",
-        )
+    check_storages(copied, template.storages, template.path)
     extents = tuple(template.storages[key] for key in copied)
     return FilePayload(
         name=MODEL_FILE,
@@ -169,10 +164,25 @@ def payloads(plan: RankPlan, template: Template, *, reference_samples: bool = Fa
     return (model, optim_payload(plan, template)) if plan.full else (model,)
 
 
-def tree_payload(tree: Mapping[str, Value]) -> tuple[bytes, list[str]]:
-    """The pickle of a small tree, and the keys of the storages it brings, in the order of their new numbers."""
+def check_storages(keys: Iterable[str], storages: Container[str], where: str) -> None:
+    """Refuse a pickle that names storages which its archive does not hold."""
+    missing = sorted(key for key in keys if key not in storages)
+    if missing:
+        raise FormatError(
+            f"the pickle names storages that the archive does not hold: {', '.join(map(quoted, missing[:4]))}",
+            where=where,
+            mend="copy the file again from where it was made",
+        )
+
+
+def tree_payload(tree: Mapping[str, Value], storages: Container[str], where: str) -> tuple[bytes, list[str]]:
+    """The pickle of a small tree, and the keys of the storages it brings, in the order of their new numbers.
+
+    Raises :class:`FormatError` for a key that ``storages`` lacks; ``where`` is the file that the tree is from.
+    """
     keys: list[str] = []
     renumbered = _renumber(dict(tree.items()), keys, 0)
+    check_storages(keys, storages, where)
     return write_pickle(renumbered), keys
 
 

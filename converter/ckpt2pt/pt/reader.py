@@ -15,6 +15,7 @@ from typing import NamedTuple, NoReturn
 from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import InputFile, quoted
 from ckpt2pt.tensors import Extent
+from ckpt2pt.untrusted.foreign import HEAD_BYTES, READS, TORCH_LEGACY, recognise
 
 LOCAL = struct.Struct("<4s2x2H4x3I2H")
 CENTRAL = struct.Struct("<4s4x2H4x3I4H6xI")
@@ -36,9 +37,6 @@ _MAX_COMMENT = _U16_MAX
 _MAX_DIRECTORY_NBYTES = 256 << 20  # two million storages
 _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, or with its header masked
 _WINDOW_NBYTES = 1 << 12
-
-# The long integer 0x1950a86a20f9469cfc6c, pickled after the protocol: torch/serialization.py, MAGIC_NUMBER.
-_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 class Record(NamedTuple):
@@ -84,12 +82,16 @@ def read_records(file: PtFile) -> tuple[str, dict[str, Record]]:
 
 def _recognise(file: PtFile) -> None:
     """Refuse by name what is known not to be a torch archive."""
-    head = file.read(0, min(512, file.size))
+    head = file.read(0, min(HEAD_BYTES, file.size))
+    if file.path.endswith(".distcp"):  # a row of archives, each of one tensor
+        file.broken(
+            f"this is a shard of a distributed checkpoint (torch_dist); {READS}", "name a file that torch.save wrote"
+        )
     if head.startswith(b"PK\3\4"):  # torch.load, too, looks at these four bytes
         return
     if not head:
         file.broken("the file is empty")
-    if head[2:].startswith(_LEGACY_MAGIC):
+    if head[2:].startswith(TORCH_LEGACY):
         file.broken("the file has the format of torch before 1.6, a row of pickles", SAVE_AGAIN)
     if head[257:262] == b"ustar":
         file.broken("the file has the format of torch before 0.2, a tar archive", SAVE_AGAIN)
@@ -99,6 +101,12 @@ def _recognise(file: PtFile) -> None:
         file.broken("the file is a bare pickle, not a torch archive", SAVE_AGAIN)
     if head.startswith(b"PK\5\6"):
         file.broken("the archive holds no record")
+    other = recognise(head) or ("a MindSpore checkpoint (.ckpt)" if head.startswith(b"\n") else "")
+    if other:
+        file.broken(
+            f"this is {other}, not a torch archive: it starts with {head[:8].hex(' ')}; {READS}",
+            "name a file that torch.save wrote",
+        )
     file.broken(f"this is not a torch archive: it starts with {head[:8].hex(' ')}", "name a file that torch.save wrote")
 
 

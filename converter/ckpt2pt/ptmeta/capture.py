@@ -112,6 +112,7 @@ def rank_files(rank: MegatronRank, tp: int, pp: int, buffers: tuple[tuple[Buffer
         tp=tp,
         pp=pp,
         tree=rank.template.tree,
+        path=rank.template.path,
         storages=rank.template.storages,
         buffers=buffers,
         names=tuple(

@@ -68,6 +68,8 @@ class RankFiles:
     storages: Mapping[str, Extent | bytes]
     buffers: tuple[tuple[Buffer, ...], ...]
     names: tuple[tuple[str, ...], ...]
+    path: str = "the metadata to be written"
+    """What the tree was read from, for messages."""
 
 
 def render(ranks: Sequence[RankFiles], *, with_maps: bool) -> dict[str, bytes]:
@@ -85,14 +87,14 @@ def render(ranks: Sequence[RankFiles], *, with_maps: bool) -> dict[str, bytes]:
         if not with_maps:
             tree["param_name_list"] = [list(names) for names in rank.names]
         name = f"args_tp{rank.tp:02d}_pp{rank.pp:03d}.pt"
-        files[name] = _archive(name.removesuffix(".pt"), tree, rank.storages)
+        files[name] = _archive(name.removesuffix(".pt"), tree, rank)
     return files
 
 
-def _archive(stem: str, tree: dict[str, Value], storages: Mapping[str, Extent | bytes]) -> bytes:
+def _archive(stem: str, tree: dict[str, Value], rank: RankFiles) -> bytes:
     """A ``.pt`` file of a tree; it is small: what is large in a model file are the weights."""
-    pickle, keys = tree_payload(tree)
-    payloads = [_content(storages[key]) for key in keys]
+    pickle, keys = tree_payload(tree, rank.storages, rank.path)
+    payloads = [_content(rank.storages[key]) for key in keys]
     layout = lay_out(stem, pickle, [len(payload) for payload in payloads])
     # In memory, and not in a temporary folder: a pod's root may be read-only.
     with open(os.memfd_create(stem), "r+b") as file:

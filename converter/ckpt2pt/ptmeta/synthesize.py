@@ -135,9 +135,12 @@ def _files(wanted: Wanted, cut: Topology) -> Mapping[tuple[int, int], SourceFile
 
 def _vocabulary(index: Mapping[str, TensorRef], tensor: int, wanted: Wanted) -> int | None:
     """The padded vocabulary: rows of the first stage's embedding on all tensor-parallel ranks."""
-    for name in NameTable(wanted.rules).to_mindspore(EMBEDDING, lambda layer: layer):
-        if name in index and index[name].shape:
-            return index[name].shape[0] * tensor
+    table = NameTable(wanted.rules)
+    known, _ = table.classify_all(index, where=str(wanted.source))
+    refs = {what.name: index[entry] for entry, what in known.items() if what.role == "param"}
+    for name in table.to_mindspore(EMBEDDING, lambda layer: layer):
+        if name in refs and refs[name].shape:
+            return refs[name].shape[0] * tensor
     return None
 
 
@@ -237,6 +240,7 @@ def _rank(
         tp=tp,
         pp=pp,
         tree=tree,
+        path="the description",
         storages=dict(storages),
         buffers=buffers,
         names=tuple(

@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckpt2pt.errors import TryAgainError, UsageError
-from ckpt2pt.records import Json, load, unseal
+from ckpt2pt.records import MAX_RECORD_BYTES, OVERSIZED, Json, load, unseal
 from ckpt2pt.system.access import access_error
+from ckpt2pt.system.files import read_all
 from ckpt2pt.system.paths import listing, status
 
 STATE = ".ckpt2pt"
@@ -144,12 +145,17 @@ def read_json(path: Path) -> Json | None:
     return load(read_small(path))
 
 
-def read_small(path: Path) -> bytes:
-    """Nothing where there is no regular file: a named pipe would be waited for."""
+def read_small(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
+    """Nothing where there is no regular file: a named pipe would be waited for.  A larger file is :data:`OVERSIZED`, unread."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(fd, "rb") as file:
-            return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
+                return b""
+            return OVERSIZED if found.st_size > limit else read_all(fd, limit)
+        finally:
+            os.close(fd)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return b""
     except OSError as error:

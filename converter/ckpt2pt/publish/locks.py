@@ -66,9 +66,9 @@ def locked(
     with _waiting(path, what, wait, heed) as lock:
         # Only whoever is second reads it; a full disk is told by what needs the room.
         with suppress(OSError):
-            text = f"{host()} pid {os.getpid()}\n".encode()
-            write_all(lock.fd, memoryview(text), 0)
-            os.ftruncate(lock.fd, len(text))
+            # Emptied first: whoever opens it in between would find the end of a longer line behind ours.
+            os.ftruncate(lock.fd, 0)
+            write_all(lock.fd, memoryview(f"{host()} pid {os.getpid()}\n".encode()), 0)
         yield lock
         if passing:
             with suppress(OSError):
@@ -119,7 +119,8 @@ def _open(path: Path) -> int:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1 or found.st_size > _MAX_BYTES:
             raise _refused(path, "is not a lock file of ckpt2pt")
-        text = read_bytes(fd, _MAX_BYTES, 0)
+        # A power failure may leave zeros in the place of what was written last.
+        text = read_bytes(fd, _MAX_BYTES, 0).strip(b"\0")
         if text.strip() and not _HOLDER.fullmatch(text):
             raise _refused(path, "is not a lock file of ckpt2pt")
     except BaseException:
@@ -162,12 +163,15 @@ def _holder(fd: int) -> tuple[str, bool]:
     if not found:
         return "another process", False
     where, pid = found[1].decode(errors="replace"), int(found[2])
-    gone = False
-    if where == host():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            gone = True
-        except OSError:
-            gone = False
-    return f"{where} pid {pid}", gone
+    return f"{where} pid {pid}", where == host() and _is_gone(pid)
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether a process of this machine has ended, also when nobody has asked for its exit code yet."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[:1]
+    except FileNotFoundError:
+        return Path("/proc/self/stat").exists()
+    except OSError:
+        return False
+    return state in ([b"Z"], [b"X"])

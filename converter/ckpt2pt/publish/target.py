@@ -435,5 +435,5 @@ class Target:
 
 def _brief(manifest: Json) -> Json:
     """A stage's manifest without the digests of single tensors, which stay in the stage's own file."""
-    ranks = cast("list[Json]", manifest.get("ranks", []))
+    ranks = cast("list[Json]", manifest.get("ranks") or [])
     return {**manifest, "ranks": [{key: value for key, value in rank.items() if key != "tensors"} for rank in ranks]}

@@ -8,11 +8,12 @@ from ckpt2pt.publish.files import read_small
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _MAX_DIGITS = 18
+_MAX_BYTES = 4096
 
 
 def read_tracker(folder: Path) -> str:
     """What it says: digits or ``release``, or whatever else; empty only when there is none."""
-    return read_small(folder / TRACKER).decode(errors="replace").strip()
+    return read_small(folder / TRACKER, _MAX_BYTES).decode(errors="replace").strip()
 
 
 def tracked(root: Path) -> int | None:

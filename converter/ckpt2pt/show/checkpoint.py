@@ -5,7 +5,6 @@ A document is plain JSON: facts, groups of facts, and tables (lists of rows).  :
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,13 +29,16 @@ from ckpt2pt.system.paths import is_folder, is_there, listing
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import render as render
 from ckpt2pt.text import short
+from ckpt2pt.untrusted.jsontext import parse_json
 from ckpt2pt.verify.leaves import CONTAINERS, Leaf, Leaves, TensorLeaf, is_archive, leaf_of, open_pt
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=[._])")
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=[._])|(?<=_bucket_)\d+$")
+_HUGGING_FACE = re.compile(r"(?:model\.)?layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.|model\.embed_tokens\.")
 _RANK = re.compile(r"rank_(\d+)")
 _MODEL_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
 _ARGS = re.compile(r"args_tp(\d+)_pp(\d+)\.pt")
+_STAGE = re.compile(r"stage-(\d{3,6})\.json", re.ASCII)
 _MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(\d+)pp(\d+)vpp(\d+)\.json")
 _MAX_VALUES = 500
 _LONG_LIST = 32
@@ -102,7 +104,7 @@ def _mindspore(path: Path, *, details: bool) -> Json:
         order = list(_ROLES)
         tensors.sort(key=lambda entry: order.index(role) if (role := names.classify(entry.name).role) in order else 9)
     return {
-        "kind": f"MindSpore checkpoint ({kind})",
+        "kind": f"Hugging Face weights ({kind})" if _is_hugging_face(index) else f"MindSpore checkpoint ({kind})",
         "path": str(path),
         "bytes": path.stat().st_size,
         "entries": len(index),
@@ -121,6 +123,11 @@ def _mindspore(path: Path, *, details: bool) -> Json:
         "tensors": [entry.row() for entry in tensors] if details else _collapse(tensors),
         "scalars": {name: _value(ref) for name, ref in list(scalars.items())[:_MAX_VALUES]},
     }
+
+
+def _is_hugging_face(index: Iterable[str]) -> bool:
+    """Names as transformers gives them: ``model.layers.0.self_attn.q_proj.weight``."""
+    return any(_HUGGING_FACE.match(name) for name in index)
 
 
 def _is_scalar(ref: TensorRef) -> bool:
@@ -284,6 +291,9 @@ def _folder(path: Path, *, details: bool) -> Json:
         return _metadata(path, names, details=details)
     if TRACKER in names or any(re.fullmatch(r"iter_\d{7}|release", name) for name in names):
         return _megatron(path, names)
+    if any(name.endswith(".distcp") for name in names):
+        kind = "distributed checkpoint (torch_dist), which ckpt2pt does not read"
+        return {"kind": kind, "path": str(path), "files": _listing({name: path / name for name in names})}
     if any(_MODEL_RANK.fullmatch(name) for name in names):
         return {"kind": "Megatron iteration", "path": str(path), **_iteration(path, read_tracker(path.parent))}
     if any(_RANK.fullmatch(name) for name in names):
@@ -318,7 +328,7 @@ def _metadata(path: Path, names: Sequence[str], *, details: bool) -> Json:
 
 def _param_map(path: Path, found: re.Match[str]) -> Json:
     try:
-        document = cast("dict[str, tuple[str, list[int], int, int, int]]", json.loads(read_whole(path, "the path")))
+        document = cast("dict[str, tuple[str, list[int], int, int, int]]", parse_json(read_whole(path, "the path")))
         rows = [(str(dtype), int(start), int(stop), int(bucket)) for dtype, _, start, stop, bucket in document.values()]
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(
@@ -382,9 +392,17 @@ def _iteration(folder: Path, named: str) -> Json:
     ranks = sorted(
         (found[1], found[2] or "000") for path in listing(folder) if (found := _MODEL_RANK.fullmatch(path.name))
     )
+    shards = listing(folder, "*.distcp")
+    if shards:
+        size = sum(path.stat().st_size for path in shards)
+        return {
+            "files": len(shards),
+            "bytes": size,
+            "state": "a distributed checkpoint (torch_dist), which ckpt2pt does not read",
+        }
     files = checkpoint_files(folder)
     state = folder / STATE
-    stages = sorted(path.name[6:9] for path in listing(state, "stage-*.json"))
+    stages = {int(found[1]) for path in listing(state, "stage-*.json") if (found := _STAGE.fullmatch(path.name))}
     claim = read_record(state / "claim.json")
     current = iteration_name(named) == folder.name
     partial = sum(1 for _ in listing(folder, f"mp_rank_*/.*{PARTIAL}"))
@@ -396,5 +414,5 @@ def _iteration(folder: Path, named: str) -> Json:
         "optimizer": any(name.endswith("distrib_optim.pt") for name in files),
         "state": ("published" if current else "not named by the tracker")
         + (f", {partial} unfinished files" if partial else ""),
-        "converted": f"stages {spans({int(pp) for pp in stages})}" if claim else "not by ckpt2pt",
+        "converted": f"stages {spans(stages)}" if claim else "not by ckpt2pt",
     }

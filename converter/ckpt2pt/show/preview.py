@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from ckpt2pt.mapping.names import prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
@@ -54,6 +55,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
         "doubts": list(chosen.clock.doubts),
         "warnings": [
             *warning({rank: unmet_of(request, rank) for rank in ranks}, full=request.full),
+            *dict.fromkeys(prefix_remark(rank.plan.prefix) for rank in ranks.values() if rank.plan.prefix),
             *contradictions(request, chosen, next(iter(ranks))),
         ],
         "fromTemplate": list(kept_of_template(request, chosen, next(iter(ranks)))),

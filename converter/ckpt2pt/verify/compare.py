@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ckpt2pt.errors import InputError, UsageError, VerificationError
-from ckpt2pt.folders import pairs
+from ckpt2pt.errors import InputError, UsageError, VerificationError, printable
+from ckpt2pt.folders import iteration_folder, pairs
+from ckpt2pt.publish import TRACKER, read_tracker
 from ckpt2pt.records import Json
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import short, size, table
@@ -72,8 +73,8 @@ class Row:
 
     def __str__(self) -> str:
         if self.differing is None:
-            return f"{self.file}: {self.name}: {self.kind}: {self.left} | {self.right}"
-        return (
+            return printable(f"{self.file}: {self.name}: {self.kind}: {self.left} | {self.right}")
+        return printable(
             f"{self.file}: {self.name}: {self.differing + self.bits_only} of {self.numel} elements differ, "
             f"first at element {self.index}: {self.left} | {self.right}"
         )
@@ -105,7 +106,7 @@ class Comparison:
         return {
             "left": self.left,
             "right": self.right,
-            "same": self.same,
+            "equal": self.same,
             "files": self.files,
             "equalLeaves": self.equal,
             "bytesCompared": self.nbytes,
@@ -130,7 +131,7 @@ class Comparison:
             for row in self.rows
         ]
         lines = table(head, rows, right=frozenset({5, 6, 7, 8}))
-        lines += [f"note: {note}" for note in self.notes]
+        lines += [printable(f"note: {note}") for note in self.notes]
         verdict = "no difference" if self.same else f"{len(self.rows)} differ"
         done = f"{self.files} files, {self.equal} leaves are equal, {verdict}; {size(self.nbytes)} compared"
         return "\n".join([*lines, *([""] if lines else []), done])
@@ -185,6 +186,7 @@ def compare(
     """
     run = _Run(frozenset(ignore), ignore_padding, frozenset(allow))
     places = list(pairs(left, right))
+    run.compare_trackers(left, right)
     with Files() as files:
         for name, one, other in places:
             if one and other:
@@ -192,6 +194,7 @@ def compare(
             else:
                 kind = "left only" if one else "right only"
                 run.rows.append(Row(file=name, name="file", kind=kind, left=str(one or ""), right=str(other or "")))
+    run.notes += [f"--ignore {pattern} matches no leaf" for pattern in sorted(run.ignore - run.used)]
     return Comparison(
         left=str(left),
         right=str(right),
@@ -268,6 +271,16 @@ class _Run:
     equal: int = 0
     nbytes: int = 0
     padding: int = 0
+    used: set[str] = field(default_factory=set[str])
+
+    def compare_trackers(self, left: Path, right: Path) -> None:
+        """Which iteration is loaded is told by a file of its own; two folders of iterations have to agree in it."""
+        if any(not path.is_dir() or iteration_folder(path) == path for path in (left, right)):
+            return
+        one, other = read_tracker(left), read_tracker(right)
+        if one != other:
+            kind = "value" if one and other else "left only" if one else "right only"
+            self.rows.append(Row(file=TRACKER, name="iteration", kind=kind, left=short(one), right=short(other)))
 
     def compare_files(self, name: str, left: Path, right: Path, files: Files) -> None:
         """Every leaf of two files."""
@@ -311,7 +324,9 @@ class _Run:
             self.notes.append(f"{where}: _metadata of {len(tops)} state dicts, which no loader needs")
 
     def _ignored(self, path: str) -> bool:
-        return any(fnmatchcase(path, leaf) or fnmatchcase(path, f"{leaf}/*") for leaf in self.ignore)
+        matching = [leaf for leaf in self.ignore if fnmatchcase(path, leaf) or fnmatchcase(path, f"{leaf}/*")]
+        self.used.update(matching)
+        return bool(matching)
 
     def _compare_leaves(self, file: str, path: str, one: Leaves, other: Leaves, files: Files) -> None:
         left, right = one[path], other[path]

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, printable
 from ckpt2pt.mapping.names import HAS_EXTRA_STATE
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import read_template
@@ -66,7 +66,7 @@ class Difference:
     def __str__(self) -> str:
         where = "" if self.index is None else f", first at element {self.index}"
         both = f": expected {self.expected}, found {self.found}" if self.expected or self.found else ""
-        return f"{self.file}: {self.tensor}: {self.problem}{where}{both}"
+        return printable(f"{self.file}: {self.tensor}: {self.problem}{where}{both}")
 
 
 @dataclass(slots=True)

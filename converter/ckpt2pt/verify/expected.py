@@ -9,7 +9,6 @@ two does not hide in the other.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from typing import Literal, cast
 
 from ckpt2pt.ckpt import statement_of
 from ckpt2pt.errors import FormatError, UnmappedNameError
+from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping import names
 from ckpt2pt.mapping.names import TIED_HEAD, NameTable, SourceName, is_tied_head
 from ckpt2pt.mapping.topology import Rank
@@ -28,6 +28,7 @@ from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey
 from ckpt2pt.system.paths import is_there
 from ckpt2pt.tensors import TensorRef
+from ckpt2pt.untrusted.jsontext import parse_json
 from ckpt2pt.verify.leaves import Leaf, Leaves, Symbol
 from ckpt2pt.verify.sharded import expected_index
 
@@ -199,7 +200,10 @@ def _listed(folder: Path, tp: int, pp: int, template: Mapping[str, Leaf]) -> lis
 
 def _read_map(path: Path) -> list[_Entry]:
     try:
-        document = cast("dict[str, tuple[str, list[int], int, int, int]]", json.loads(path.read_bytes()))
+        document = cast(
+            "dict[str, tuple[str, list[int], int, int, int]]",
+            parse_json(read_whole(path, "spec.metadata.path (--param-map-path)")),
+        )
         return [
             _Entry(
                 names.bare(name),
@@ -222,8 +226,10 @@ def _sources(request: Request, chosen: Survey, rank: Rank, listed: Mapping[int, 
     pp = rank[1]
     table, found = NameTable(request.rules), _Found()
     tied_names: dict[str, dict[str, TensorRef]] = {}
-    for entry, ref in expected_index(chosen.files[rank]).items():
-        what = table.classify(entry)
+    index = expected_index(chosen.files[rank])
+    known, _ = table.classify_all(index, where=str(chosen.files[rank].path))
+    for entry, ref in index.items():
+        what = known[entry]
         if what.role == "ignored" or (what.role != "param" and not request.full):
             continue
         name = names.without_pipeline_suffix(what.name)
@@ -276,9 +282,11 @@ def _tie(
         copies = dict(tied.get(role, {}))
         if is_copy and not copies:
             # A last stage without a copy of its own takes the first stage's: both ends hold the same values.
-            for entry, ref in expected_index(chosen.files[rank[0], 0]).items():
-                if table.classify(entry) == SourceName(role, _EMBEDDING):
-                    copies[_EMBEDDING] = ref
+            file = chosen.files[rank[0], 0]
+            index = expected_index(file)
+            for entry, what in table.classify_all(index, where=str(file.path))[0].items():
+                if what == SourceName(role, _EMBEDDING):
+                    copies[_EMBEDDING] = index[entry]
         order = sorted(copies, key=lambda name: (name != _HEAD if is_copy else name != _EMBEDDING, name))
         if order:
             found.weights.setdefault(home, {})[role] = copies[order[0]]

@@ -20,6 +20,7 @@ from ckpt2pt.text import short
 from ckpt2pt.verify.examine import Difference
 from ckpt2pt.verify.leaves import BLOCK_BYTES, Files, spans
 
+_SPARSE = 1 << 12
 _ITERATION = re.compile(r"iter_(\d{1,18})", re.ASCII)
 _MEND = "name a result of ckpt2pt, or two checkpoints to compare them"
 
@@ -50,16 +51,17 @@ def recorded(path: Path) -> Recorded:
     stages = [read_record(found) or {} for found in listing(state, "stage-*.json")]
     ranks: dict[Rank, Json] = {}
     for one in (
-        *(rank for stage in (*briefs, *stages) for rank in cast("list[Json]", stage.get("ranks", []))),
+        *(rank for stage in (*briefs, *stages) for rank in cast("list[Json]", stage.get("ranks") or [])),
         *(read_record(found) or {} for found in listing(state, "rank-*.json")),
     ):
-        if one:
+        if "tp" in one:
             ranks[cast("int", one["tp"]), cast("int", one["pp"])] = one
+    _check_extent(ranks, stages, state)
     iteration = _ITERATION.fullmatch(folder.name)
     target = Target(
         root=folder.parent if iteration else folder,
         iteration=int(iteration[1]) if iteration else cast("int", report.get("iteration", 0)),
-        identity=str(claim["identity"]),
+        identity=str(claim.get("identity")),
         stages=max(len(briefs), len(stages), 1 + max((pp for _, pp in ranks), default=0)),
         tensor=1 + max((tp for tp, _ in ranks), default=0),
         ranks={rank: str(one["identity"]) for rank, one in ranks.items()} if iteration else {},
@@ -67,6 +69,18 @@ def recorded(path: Path) -> Recorded:
     )
     files = frozenset(str(file["path"]) for one in ranks.values() for file in cast("list[Json]", one["files"]))
     return Recorded(target=target, ranks=tuple(sorted(ranks)), files=files)
+
+
+def _check_extent(ranks: Collection[Rank], stages: Collection[Json], state: Path) -> None:
+    """Refuse rank numbers so far above the records there are that looking for all below them would not end."""
+    extent = (1 + max((tp for tp, _ in ranks), default=0)) * (1 + max((pp for _, pp in ranks), default=0))
+    if extent > _SPARSE * (len(ranks) + len(stages) + 1):
+        raise InputError(
+            f"the records name tp {max(tp for tp, _ in ranks)} and pp {max(pp for _, pp in ranks)}, "
+            f"and there are {len(ranks)} ranks",
+            where=state,
+            mend=_MEND,
+        )
 
 
 def published(target: Target, stages: Sequence[int]) -> Iterator[Difference]:

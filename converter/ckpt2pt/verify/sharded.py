@@ -8,7 +8,6 @@ in one of the two does not hide in the other.
 
 from __future__ import annotations
 
-import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,9 @@ from typing import Any, cast
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.ranks import SourceFile
 from ckpt2pt.errors import FormatError
+from ckpt2pt.inputs import read_whole
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
+from ckpt2pt.untrusted.jsontext import parse_json
 
 _SHARD = re.compile(r"(.*\.)?buffer_\d+_bucket_\d+")
 Index = Mapping[str, TensorRef]
@@ -28,7 +29,7 @@ def expected_index(file: SourceFile) -> Index:
     if file.info is None:
         return index_file(file.path)
     try:
-        document = json.JSONDecoder().raw_decode(file.info.read_text(encoding="utf-8").strip())[0]
+        document = cast("Any", parse_json(read_whole(file.info, "--opt-shard-info-path"), first=True))
         return _whole([index_file(path) for path in file.peers], document)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise FormatError(

@@ -67,6 +67,16 @@ def test_what_would_be_sent_can_be_seen(
     assert server.asked == []
 
 
+@pytest.mark.parametrize("field", ["spec.parallelism.pipelines=2", "spec.verify=Fully", "spec.colour=red"])
+def test_what_would_be_sent_is_checked_field_by_field(
+    field: str, submit: Callable[..., int], server: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit("--step", "5", "--name", "mine", "--print", "--set", field) == 64
+    told = capsys.readouterr()
+    assert (told.out, server.asked) == ("", [])
+    assert field.partition("=")[0].rpartition(".")[2] in told.err
+
+
 def test_a_document_that_is_wrong_is_refused_here(submit: Callable[..., int], server: Any) -> None:
     assert submit("--step", "5", "--set", "spec.parallelism.pipeline=3") == 64
     assert submit() == 64, "nobody says which step"

@@ -105,7 +105,7 @@ ALIASES = "a: &a [x]\n" + "".join(
 )
 #   text -> a word of the refusal
 TEXTS = {
-    "nothing": ("", "0 documents"),
+    "nothing": ("", "holds no document"),
     "two-documents": ("a: 1\n---\nb: 2\n", "2 documents"),
     "a-list": ("[1, 2]", "not a mapping"),
     "a-word": ("hello", "not a mapping"),

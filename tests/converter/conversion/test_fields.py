@@ -74,7 +74,7 @@ def test_one_finding_is_an_ordinary_error_and_several_are_a_list() -> None:
     one = Finding(field="spec.a", what="is 1", mend="write 2")
     two = Finding(field="spec.b", what="is 3", mend="write 4")
     alone = refusal([one], "demo.yaml")
-    assert (alone.what, alone.where, alone.mend) == ("is 1", "demo.yaml: spec.a", "write 2")
+    assert (alone.what, alone.where, alone.mend) == ("spec.a is 1", "demo.yaml: spec.a", "write 2")
     both = refusal([one, two], "demo.yaml")
     assert both.exit_code == 64
     assert "2 fields are wrong" in both.what

@@ -94,14 +94,15 @@ def test_a_bug_in_a_writer_is_raised(file: OutputFile, monkeypatch: pytest.Monke
         write_blocks(file, 1)
 
 
-def test_a_device_that_wants_other_sizes_is_written_through_the_cache(
-    file: OutputFile, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS], ids=errno.errorcode.get)
+def test_what_is_refused_past_the_cache_is_written_through_it(
+    number: int, file: OutputFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.pwrite
 
     def picky(fd: int, data: memoryview, offset: int) -> int:
         if fd == file.direct:
-            raise OSError(errno.EINVAL, "odd")
+            raise OSError(number, "odd")
         return real(fd, data, offset)
 
     monkeypatch.setattr(os, "pwrite", picky)

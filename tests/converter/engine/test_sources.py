@@ -142,10 +142,11 @@ def _is_direct(fd: int) -> bool:
     return bool(int(flags.split()[1], 8) & os.O_DIRECT)
 
 
-def test_a_device_that_wants_other_sizes_is_read_through_the_cache(
-    direct: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP], ids=errno.errorcode.get)
+def test_what_is_refused_past_the_cache_is_read_through_it(
+    number: int, direct: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, errno.EINVAL)
+    failing(monkeypatch, number)
     found = read_all([Extent(str(direct), 0, NBYTES)])
     monkeypatch.undo()
     assert found == direct.read_bytes()

@@ -211,6 +211,17 @@ def test_a_target_of_another_conversion_fails_the_job(golden_copy: Path, tmp_pat
     assert "spec.target.overwrite" in done.stderr
 
 
+def test_what_cannot_pass_is_tried_once_and_told_by_its_name(golden_copy: Path, tmp_path: Path, results: Path) -> None:
+    document = write(tmp_path / "a.yaml", document_of(golden_copy))
+    words = ("--volume", f"training={golden_copy}", "--volume", f"results={results}", "--progress", "none")
+    limited = ["prlimit", "--fsize=65536", *command("-f", document, *words, "--output", "json")]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 64, done.stderr
+    failed = [stage for stage in status_in(done)["stageStatuses"] if stage["state"] == "Failed"]
+    assert [(stage["attempts"], stage["reason"]) for stage in failed] == [(1, "VolumeTooSmall")]
+    assert "ulimit -f" in failed[0]["message"]
+
+
 def first_child(parent: int) -> int:
     """Its number, once it is there."""
     wait_for(lambda: children(parent))

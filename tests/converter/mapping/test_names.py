@@ -119,6 +119,12 @@ def test_a_rule_ignores_by_name_or_by_prefix() -> None:
     ]
 
 
+def test_a_rule_ignores_by_a_pattern_with_a_star_anywhere() -> None:
+    table = NameTable(Rules(ignore=("layers.*.lora_?.weight", "*.scale", "a[0]")))
+    names = ("layers.3.lora_a.weight", "x.y.scale", "a[0]", "layers.3.lora_a.weight2", "scale")
+    assert [table.classify(name).role for name in names] == ["ignored", "ignored", "ignored", "param", "param"]
+
+
 @pytest.mark.parametrize(
     ("name", "path"),
     [

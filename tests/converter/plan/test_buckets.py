@@ -130,3 +130,11 @@ def test_shapes_follow_from_the_arguments(name: str, changes: dict[str, Any], sh
 
 def test_an_argument_that_is_not_there_determines_nothing() -> None:
     assert expected_shape("l.query_key_value.weight", {"hidden_size": 64}, 1) is None
+
+
+def test_another_data_parallel_size_is_answered_with_the_way_to_it() -> None:
+    document = {"a": ["torch.bfloat16", [4], 0, 4, 0], "b": ["torch.bfloat16", [4], 4, 8, 1]}
+    with pytest.raises(FormatError, match="a data-parallel group of 3 pads it to 6") as told:
+        parse_param_map(document, where="map.json", divisor=3)
+    assert "pt-meta --target-dp-size 3" in told.value.mend
+    assert told.value.where == "map.json: b"

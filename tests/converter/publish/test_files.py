@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.errors import FileAccessError, NoSpaceError, TryAgainError, UsageError
-from ckpt2pt.publish import make_folder, partial_name, publish_bytes, read_json, sweep_partials
+from ckpt2pt.publish import make_folder, partial_name, publish_bytes, read_json, read_record, sweep_partials
+from ckpt2pt.records import seal
 
 
 def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,3 +122,16 @@ def test_only_temporary_files_of_ours_are_swept(tmp_path: Path) -> None:
         ".b.1-2.partial",
         "a.1-2.partial",
     ]
+
+
+def test_a_record_is_read_whole_though_the_file_system_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "record.json").write_bytes(seal({"identity": "me"}))
+    real, calls = os.read, iter(range(1_000_000))
+
+    def busy(fd: int, nbytes: int) -> bytes:
+        if next(calls) % 2:
+            raise BlockingIOError(errno.EAGAIN, "busy")
+        return real(fd, min(nbytes, 7))
+
+    monkeypatch.setattr(os, "read", busy)
+    assert read_record(tmp_path / "record.json") == {"identity": "me"}

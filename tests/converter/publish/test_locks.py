@@ -56,6 +56,36 @@ def test_a_file_that_is_no_lock_of_ours_is_not_written(content: bytes, tmp_path:
     assert path.read_bytes() == content
 
 
+@pytest.mark.parametrize("left", [b"", bytes(13), b"vm pid 7\n" + bytes(4)])
+def test_what_a_power_failure_leaves_of_a_lock_file_is_one(left: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "claim.lock"
+    path.write_bytes(left)
+    with locked(path, "working"):
+        assert path.read_text().endswith(f" pid {os.getpid()}\n")
+
+
+def test_a_lock_file_is_one_at_every_moment_of_being_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path, seen = tmp_path / "claim.lock", list[bytes]()
+    path.write_bytes(b"a-host-of-a-much-longer-name pid 1234567\n")
+    real = os.pwrite
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        seen.append(path.read_bytes())
+        done = real(fd, data, offset)
+        seen.append(path.read_bytes())
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        with locked(path, "working"):
+            pass
+    assert len(seen) == 2
+    for text in seen:
+        (tmp_path / "copy.lock").write_bytes(text)
+        with locked(tmp_path / "copy.lock", "working"):
+            pass
+
+
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "claim.lock")
     with pytest.raises(UsageError, match="is not a lock file"), locked(tmp_path / "claim.lock", "working"):
@@ -107,9 +137,12 @@ def test_a_wait_heeds_a_signal_at_once(tmp_path: Path) -> None:
     os.close(fd)
 
 
-def test_workers_of_a_run_that_is_gone_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("buried", [True, False], ids=["gone", "zombie"])
+def test_workers_of_a_run_that_is_gone_are_waited_for(
+    buried: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
+    os.waitid(os.P_PID, done.pid, os.WEXITED | (0 if buried else os.WNOWAIT))
     fd = held(tmp_path / "stage-000.lock", f"{host()} pid {done.pid}")
     monkeypatch.setattr(module, "ORPHAN_SECONDS", 0.3)
     with (
@@ -121,6 +154,7 @@ def test_workers_of_a_run_that_is_gone_are_waited_for(tmp_path: Path, monkeypatc
     monkeypatch.setattr(time, "sleep", lambda _: os.close(fd))
     with locked(tmp_path / "stage-000.lock", "converting this stage"):
         pass
+    done.wait()
 
 
 def test_a_lock_whose_file_was_replaced_while_it_was_waited_for_is_taken_anew(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ckpt2pt.errors import InputError, UsageError, VerificationError
+from ckpt2pt.publish import TRACKER
 from ckpt2pt.tensors import Extent, TensorRef
 from ckpt2pt.verify import leaves as leaves_module
 from ckpt2pt.verify.compare import Comparison, Row, compare, same_bytes
@@ -197,6 +198,39 @@ def test_the_order_of_keys_is_noted_and_is_no_difference(tmp_path: Path) -> None
 def test_ignored_leaves_are_left_out_with_all_below(tmp_path: Path, ignore: list[str], left: list[str]) -> None:
     one, other = ({"args": {"save": value, "load": {"a": value}}, "x": 1} for value in (1, 2))
     assert [row.name for row in two(tmp_path, one, other, ignore=ignore).rows] == left
+
+
+@pytest.mark.parametrize("pattern", ["/args/*/a", "/*/load/a", "/args/lo?d", "*d/a"])
+def test_a_pattern_holds_in_the_middle_as_well(pattern: str, tmp_path: Path) -> None:
+    one, other = ({"args": {"load": {"a": value}}} for value in (1, 2))
+    found = two(tmp_path, one, other, ignore=[pattern])
+    assert found.same
+    assert not found.notes
+
+
+def test_a_pattern_that_matches_nothing_is_said(tmp_path: Path) -> None:
+    found = two(tmp_path, {"a": 1}, {"a": 1}, ignore=["/b", "/a", "/c/*"])
+    assert found.notes == ("--ignore /b matches no leaf", "--ignore /c/* matches no leaf")
+    assert "note: --ignore /b matches no leaf" in found.render()
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "kind"), [("2", None, "left only"), (None, "2", "right only"), ("2", "release", "value")]
+)
+def test_the_tracker_is_compared_as_well(left: str | None, right: str | None, kind: str, tmp_path: Path) -> None:
+    for side, tracker in (("l", left), ("r", right)):
+        name = "release" if tracker == "release" else "iter_0000002"
+        (tmp_path / side / name).mkdir(parents=True)
+        save(tmp_path / side / name / "x.pt", {"a": 1})
+        if tracker:
+            (tmp_path / side / TRACKER).write_text(tracker)
+    found = compare(tmp_path / "l", tmp_path / "r")
+    assert [(row.file, row.kind, row.left, row.right) for row in found.rows] == [
+        (TRACKER, kind, left or "", right or "")
+    ]
+    with pytest.raises(VerificationError, match=TRACKER):
+        found.raise_differences()
+    assert compare(tmp_path / "l", tmp_path / "l").same
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints

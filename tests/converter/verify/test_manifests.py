@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.run import run_back
 from ckpt2pt.cli import main
 from ckpt2pt.errors import InputError, MissingInputError
+from ckpt2pt.records import seal, unseal
 from ckpt2pt.run import run
 from ckpt2pt.verify.prove import verify_records
 from conversions import Quiet, request_for
@@ -118,3 +121,35 @@ def test_one_path_on_the_command_line_is_a_result(copied: Path, capsys: pytest.C
     next(copied.rglob("distrib_optim.pt")).unlink()
     assert main(["verify", str(copied), "--output", "json"]) == 76
     assert json.loads(capsys.readouterr().out)["differences"][0]["problem"] == "is not there"
+
+
+def test_a_rank_number_without_end_is_refused_at_once(copied: Path) -> None:
+    [iteration] = copied.glob("iter_*")
+    path = iteration / ".ckpt2pt" / "rank-00-000.json"
+    record = unseal(path.read_bytes())
+    assert record is not None
+    for tp, pp, error in ((0, 1 << 40, None), (0, 60_000, InputError), (60_000, 60_000, InputError)):
+        path.write_bytes(seal(record | {"tp": tp, "pp": pp}))
+        start = time.process_time()
+        if error:
+            with pytest.raises(error, match="the records name tp"):
+                verify_records(copied)
+        else:
+            assert (".ckpt2pt/rank-00-000.json", "was changed") in problems(copied)
+        assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("name", ["claim.json", "report.json", "stage-000.json", "rank-00-000.json"])
+def test_a_record_of_two_gigabytes_is_not_read(name: str, copied: Path) -> None:
+    [iteration] = copied.glob("iter_*")
+    os.truncate(iteration / ".ckpt2pt" / name, 2 << 30)
+    tracemalloc.start()
+    try:
+        if name == "claim.json":
+            with pytest.raises(InputError, match="claim"):
+                verify_records(copied)
+        else:
+            assert (f".ckpt2pt/{name}", "was changed") in problems(copied)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()

@@ -1,0 +1,1 @@
+"""Files that anybody may have written: JSON within bounds, and what a file of another program is."""
