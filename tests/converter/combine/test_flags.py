@@ -60,7 +60,7 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
     words = ["combine", "--strategy-dir", str(SOURCE / "opt_shard_info"), "--checkpoint-dir", str(SOURCE)]
     words += ["--output-dir", str(tmp_path), "--multiprocess-off", "--progress", "none"]
     assert main(words) == 0
-    assert "epoch 0, step 2: merged 2 ranks of 2 shards each (1882810 bytes)" in capsys.readouterr().out
+    assert "epoch 0, step 2: merged 2 ranks of 2 shards each (1.8 MiB)" in capsys.readouterr().out
     assert main(words) == 0
     assert "everything was there already" in capsys.readouterr().out
     assert main([*words[:-4], str(tmp_path), "--crc", "--progress", "none", "--multiprocess-off"]) == 64

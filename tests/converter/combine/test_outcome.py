@@ -17,7 +17,7 @@ FACTS: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "epoch 0, step 2: merged 2 ranks of 2 shards each (10 bytes) in 1.0 s\nout"),
+        ({}, "epoch 0, step 2: merged 2 ranks of 2 shards each (10 B) in 1.0 s\nout"),
         ({"written": 1, "kept": 1}, "in 1.0 s, kept 1 that were there\nout"),
         ({"written": 0, "kept": 2}, "epoch 0, step 2: everything was there already\nout"),
         ({"source_checksums": {"verified": 3, "none": 1}}, "\nsource checksums: 3 verified, 1 files state none\nout"),
