@@ -63,7 +63,7 @@ def test_a_node_that_does_not_end_its_pods_is_named_with_the_remedy(
     assert "node.kubernetes.io/out-of-service:NoExecute" in said
     unfinished.finish()
     found = reach(namespace, "Succeeded")
-    assert told(found, "Degraded") == ("False", "AsExpected")
+    assert told(found, "Degraded") == ("False", "Ended")
 
 
 # --------------------------------------------------------------------------------------------------------------- volumes
@@ -120,7 +120,7 @@ def test_a_volume_without_room_is_told_in_bytes_and_the_rest_is_done_when_there_
     target = {"volume": host_path(small), "path": "out"}
     namespace.apply(document(checkpoint, volume, target=target, retries=ONE_TRY))
     found = reach(namespace, "Failed")
-    assert {stage["reason"] for stage in found["stageStatuses"]} == {"TryAgain"}
+    assert {stage["reason"] for stage in found["stageStatuses"]} == {"VolumeTooSmall"}
     assert "bytes are needed" in message(found, "Failed")
     assert not list(small.rglob("*.pt"))
     run("mount", "-o", "remount,size=64m", small)
