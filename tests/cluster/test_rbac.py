@@ -23,7 +23,7 @@ Rights = set[str]
 """``verb resource.group[/name]`` each."""
 
 SERVED = {
-    "checkpointconversions.ckpt2pt.dev": "get list watch",
+    "checkpointconversions.ckpt2pt.dev": "get list watch delete",
     "checkpointconversions/status.ckpt2pt.dev": "update",
     "jobs.batch": "get list watch create patch delete",
     "pods": "list watch",
@@ -35,6 +35,9 @@ SERVED = {
 CLUSTER = {"customresourcedefinitions.apiextensions.k8s.io/checkpointconversions.ckpt2pt.dev": "list watch"}
 """And besides, where it serves all of them."""
 
+FINISHED = {"checkpointconversions.ckpt2pt.dev": "delete"}
+"""Withdrawn by operator.deleteFinished."""
+
 LEASE = {"leases.coordination.k8s.io": "create", "leases.coordination.k8s.io/ckpt2pt-operator": "get update"}
 
 TRIGGER = {"checkpointconversions.ckpt2pt.dev": "create", "configmaps": "get"}
@@ -45,7 +48,7 @@ delete pods                     get pods                        patch pods
 create pods/exec                get pods/log                    create pods/eviction
 create pods/ephemeralcontainers create serviceaccounts/token    impersonate serviceaccounts
 create checkpointconversions.ckpt2pt.dev                        patch checkpointconversions.ckpt2pt.dev
-delete checkpointconversions.ckpt2pt.dev                        patch checkpointconversions/status.ckpt2pt.dev
+deletecollection checkpointconversions.ckpt2pt.dev              patch checkpointconversions/status.ckpt2pt.dev
 update jobs.batch               deletecollection jobs.batch     patch jobs/status.batch
 create persistentvolumeclaims   list persistentvolumeclaims     delete events
 get configmaps                  create configmaps               create deployments.apps
@@ -145,11 +148,11 @@ def test_in_some_namespaces_it_may_do_nothing_in_others(
     try:
         release.install(
             watchNamespaces=[namespace.namespace],
-            operator={"replicas": 0, "leaderElection": {"enabled": True}},
+            operator={"replicas": 0, "leaderElection": {"enabled": True}, "deleteFinished": False},
             trainingTrigger={"enabled": True},
             crds={"enabled": False},
         )
-        assert rights(namespace, release.account) == flat(SERVED, TRIGGER)
+        assert rights(namespace, release.account) == flat(SERVED, TRIGGER) - flat(FINISHED)
         assert rights(release.kubectl, release.account) == flat(LEASE)
         assert rights(kubectl.within("kube-system"), release.account) == set()
     finally:
