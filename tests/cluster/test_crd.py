@@ -122,6 +122,18 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     "no-interval": ([("spec.follow", {"intervalSeconds": 0})], "spec.follow.intervalSeconds", "greater than or equal to 1"),
     "no-iteration": ([("spec.source.iteration", 0)], "spec.source.iteration", "greater than or equal to 1"),
 }  # fmt: skip
+LONG_NAME = {"x" * 318: "1"}
+CSI = {"csi": {"driver": "nfs.csi.k8s.io", "volumeAttributes": LONG_NAME}}
+LONG_NAMES: dict[str, list[tuple[str, object]]] = {
+    **{field: [(field, LONG_NAME)] for field in ("spec.model.rules.layerModules", "spec.model.rules.modules",
+       "spec.workers.resources.requests", "spec.workers.resources.limits", "spec.workers.nodeSelector", "spec.workers.labels",
+       "spec.workers.annotations", "spec.workers.podOverrides.metadata.labels", "spec.workers.podOverrides.metadata.annotations")},
+    **{f"spec.{side}.volume.csi.volumeAttributes": [(f"spec.{side}.volume", CSI)] for side in ("source", "metadata", "target")},
+}  # fmt: skip
+REFUSED |= {
+    f"name-too-long-in-{field}": (changes, field, "keep each name to at most 317 characters")
+    for field, changes in LONG_NAMES.items()
+}
 
 
 @pytest.mark.parametrize(("changes", "field", "advice"), REFUSED.values(), ids=REFUSED)
