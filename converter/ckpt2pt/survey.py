@@ -107,7 +107,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     if stated:
         check(request.topology, stated)
         with answering(request.metadata, request.rules.pickle_globals):
-            check_layers(_meta(request, first).chunks, request.topology, pp=0, where=str(request.metadata))
+            check_layers(meta_of(request, first).chunks, request.topology, pp=0, where=str(request.metadata))
     files = find_sources(request.source, request.topology, wanted_format=request.source_format)
     headers = _Headers({ranks[rank].path for ranks in files.values() for rank in keep})
     found = find_groups(
@@ -224,7 +224,7 @@ def prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
 def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     topology = request.topology
     tp, pp = rank
-    meta = _meta(request, rank)
+    meta = meta_of(request, rank)
     file = chosen.files[rank]
     index = (None if file.peers else chosen.indexes.get(rank)) or index_source(file, topology.group(tp, pp))
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
@@ -252,7 +252,8 @@ def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict
     return {(tp, pp): prepare(request, chosen, (tp, pp)) for pp in stages for tp in range(request.topology.tensor)}
 
 
-def _meta(request: Request, rank: Rank) -> RankMeta:
+def meta_of(request: Request, rank: Rank) -> RankMeta:
+    """What ``pt_meta`` says of a rank."""
     return read_rank_meta(
         request.metadata,
         request.topology,

@@ -8,23 +8,15 @@ from ckpt2pt.ckpt import statement_of
 from ckpt2pt.ckpt.ranks import index_source
 from ckpt2pt.errors import FormatError
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.meta import metadata_files, read_arguments, read_rank_meta
+from ckpt2pt.meta import metadata_files, read_arguments
 from ckpt2pt.pt.resume import Unmet, hint, summary
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Survey
+from ckpt2pt.survey import Survey, meta_of
 
 
 def unmet_of(request: Request, rank: Rank) -> tuple[Unmet, ...]:
     """What keeps Megatron-LM from loading the result of a rank, by its metadata."""
-    meta = read_rank_meta(
-        request.metadata,
-        request.topology,
-        tp=rank[0],
-        pp=rank[1],
-        target_data=request.target_data,
-        allow=request.rules.pickle_globals,
-    )
-    return meta.unmet(request.topology, full=request.full)
+    return meta_of(request, rank).unmet(request.topology, full=request.full)
 
 
 def check_loadable(request: Request, ranks: Iterable[Rank]) -> None:
