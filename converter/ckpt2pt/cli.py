@@ -101,7 +101,7 @@ def _add_road_there(add: Add) -> None:
     add_worker_options(convert)
     add_output_options(convert)
 
-    plan = add("plan", "print what convert would do; reads only headers, writes nothing", _plan)
+    plan = add("plan", "print what convert would do; reads headers and a few bytes, writes nothing", _plan)
     add_conversion_options(plan)
     plan.add_argument("--names", action="store_true", help="list every parameter with both its names")
     add_readiness_options(plan)

@@ -112,7 +112,8 @@ def test_a_call_that_fails_loses_nothing_and_is_told_with_its_path(
             "a traceback": "Traceback" in told,
             "no path": code and f"where: {tmp_path}" not in told,
             "not what was to be written": not code and found != after,
-            "neither old nor new": code and not whole(final, before, {file: after.get(file) for file in before}),
+            "neither old nor new": code
+            and not whole(final, before, {file: after[file] for file in before if file in after}),
         }
         if path.startswith("out"):
             again, why = main(words), capsys.readouterr().err
