@@ -255,9 +255,10 @@ def work_on_rank(work: Work, rank: Rank, pipe: Connection, parent: int, _: Seque
             meter.flush()
         except Ckpt2ptError as error:
             _say(pipe, error)
-        except Exception as bug:  # noqa: BLE001 - the parent raises it
+        except Exception as bug:
             bug.add_note(f"in the worker process:\n{traceback.format_exc()}")
             _say(pipe, bug)
+            raise SystemExit(70) from bug  # in silence: the parent raises it
         else:
             _say(pipe, None)
 

@@ -34,7 +34,7 @@ from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.volume import check_volume
-from ckpt2pt.text import counted, size
+from ckpt2pt.text import checksums_told, counted, size
 
 
 class Planned(Share, Protocol):
@@ -156,18 +156,6 @@ class Outcome:
             did += f"\nas pt_meta has it, of another iteration: {', '.join(self.kept_of_template)}"
         first = "".join(f"warning: {text}\n" for text in self.warnings)
         return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.at_home.folder}\n{end}"
-
-
-def checksums_told(found: Mapping[str, int]) -> str:
-    """For a person; nothing where no file states a checksum."""
-    told = {
-        "verified": "{} verified",
-        "notChecked": "{} not checked (only a part of the file is read)",
-        "none": "{} files state none",
-    }
-    if not found.get("verified") and not found.get("notChecked"):
-        return ""
-    return "\nsource checksums: " + ", ".join(form.format(found[key]) for key, form in told.items() if found.get(key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,22 +309,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     conversion = replace(conversion, target=target)
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
-    totals: dict[Rank, int] = {}
-    remarks: dict[str, None] = {}
-    unused: list[frozenset[str]] = []
-    size = 0
-    alone: Share | None = None
-    for rank in todo:
-        # One at a time: the plans of many ranks would not fit into the memory of one.
-        share = conversion.plan(rank)
-        target.ledger(rank, repair=conversion.overwrite).refuse(share.paths)
-        totals[rank] = share.source_bytes
-        remarks |= dict.fromkeys(share.remarks)
-        unused.append(share.unused_rules)
-        size += share.nbytes
-        alone = share if len(todo) == 1 else None
-    if len(unused) == target.tensor * target.stages:  # a rule may be for a name that one stage alone has
-        remarks |= dict.fromkeys(rules_remark(frozenset.intersection(*unused)))
+    totals, size, remarks, alone = _plan_all(conversion, todo)
     both = "; the result that is there stays until the new one is complete, so there has to be room for both"
     check_volume(target.root, size, target.kind.option, both if target.beside else "")
     options: Json = {"version": __version__, "options": conversion.meaning}
@@ -372,6 +345,27 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         source_checksums=_source_checksums(target, ranks),
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
+
+
+def _plan_all(
+    conversion: Conversion, todo: Sequence[Rank]
+) -> tuple[dict[Rank, int], int, tuple[str, ...], Planned | None]:
+    """Bytes to read for each rank, bytes to write, what to warn of; and the plan itself where there is only one.
+
+    One at a time: the plans of many ranks would not fit into the memory of one.
+    """
+    target, totals, nbytes = conversion.target, dict[Rank, int](), 0
+    remarks, unused, share = dict[str, None](), list[frozenset[str]](), None
+    for rank in todo:
+        share = conversion.plan(rank)
+        target.ledger(rank, repair=conversion.overwrite).refuse(share.paths)
+        totals[rank] = share.source_bytes
+        nbytes += share.nbytes
+        remarks |= dict.fromkeys(share.remarks)
+        unused.append(share.unused_rules)
+    if len(unused) == target.tensor * target.stages:  # a rule may be for a name that one stage alone has
+        remarks |= dict.fromkeys(rules_remark(unused))
+    return totals, nbytes, tuple(remarks), share if len(todo) == 1 else None
 
 
 def _covered(

@@ -197,9 +197,10 @@ class NameTable:
         return found, prefix
 
 
-def rules_remark(unused: Iterable[str]) -> tuple[str, ...]:
-    """The warning for rules that match nothing, which may be misspelt."""
-    names = sorted(unused)
+def rules_remark(unused: Iterable[frozenset[str]]) -> tuple[str, ...]:
+    """The warning for rules that match nothing on any rank, which may be misspelt; ``unused`` are those of each rank."""
+    first, *others = unused
+    names = sorted(first.intersection(*others))
     return (f"rules that match no name of this checkpoint: {'; '.join(names)}",) if names else ()
 
 

@@ -86,7 +86,7 @@ def _unused_rules(request: Request, ranks: Mapping[Rank, Prepared]) -> tuple[str
     """Of all ranks together: a rule may be for a name that one stage alone has."""
     if len(ranks) < request.topology.tensor * request.topology.pipeline:
         return ()
-    return rules_remark(frozenset.intersection(*(rank.plan.unused_rules for rank in ranks.values())))
+    return rules_remark(rank.plan.unused_rules for rank in ranks.values())
 
 
 def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -> Json:
