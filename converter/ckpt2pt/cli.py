@@ -115,9 +115,16 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
                 options,
             )
         account.message = f"{type(bug).__name__}: {bug}; this is a bug, please report it with the log"
-        traceback.print_exc()
-        print("ckpt2pt: this is a bug; please report it with the lines above", file=sys.stderr)
+        if options.log_format == "json":
+            _tell(error=type(bug).__name__, what=account.message, traceback=traceback.format_exc(), exitCode=70)
+        else:
+            traceback.print_exc()
+            print("ckpt2pt: this is a bug; please report it with the lines above", file=sys.stderr)
         return 70
+
+
+def _tell(**error: object) -> None:
+    print(json.dumps({"level": "error", **error}), file=sys.stderr)
 
 
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
@@ -136,15 +143,8 @@ def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
     if getattr(options, "debug", False):
         traceback.print_exc()
     if getattr(options, "log_format", "text") == "json":
-        document = {
-            "level": "error",
-            "error": type(error).__name__,
-            "what": error.what,
-            "where": error.where,
-            "mend": error.mend,
-            "exitCode": error.exit_code,
-        }
-        print(json.dumps(document), file=sys.stderr)
+        parts = {"what": error.what, "where": error.where, "mend": error.mend}
+        _tell(error=type(error).__name__, **parts, exitCode=error.exit_code)
     else:
         print(f"ckpt2pt: {error}", file=sys.stderr)
     return error.exit_code

@@ -263,7 +263,7 @@ def add_output_options(parser: argparse.ArgumentParser, *, progress: bool = Fals
             "--progress",
             choices=("auto", "bar", "json", "none"),
             default="auto",
-            help="auto: after a second, bars on a terminal that can draw them, JSON lines elsewhere",
+            help="auto: bars on a terminal, JSON lines elsewhere",
         )
     group.add_argument("--output", choices=("text", "json"), default="text", help="form of the result on stdout")
     group.add_argument(
