@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -245,7 +245,7 @@ def _plan(options: argparse.Namespace) -> int:
         ranks = prepare_all(request, chosen, stages)
         document = preview(request, chosen, target, ranks, names=options.names)
     account.planned(document)
-    _show(document, render(document), options)
+    _show(document, render(document, details=options.details), options)
     if not request.overwrite and covered(target):
         log.warning("%s", COVERED)
         return 0
@@ -256,9 +256,10 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from ckpt2pt.show.checkpoint import inspect, render  # noqa: PLC0415
+    from ckpt2pt.show.folding import folded  # noqa: PLC0415
 
     document = inspect(options.path, details=options.details)
-    _show(document, render(document), options)
+    _show(document, render(document if options.details else folded(document)), options)
     return 0
 
 
@@ -266,19 +267,23 @@ def _verify(options: argparse.Namespace) -> int:
     if len(options.paths) > 1:
         return _compare(options)
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
+    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
     from ckpt2pt.verify.prove import verify_records, verify_target  # noqa: PLC0415
 
-    if options.paths:
-        report = verify_records(options.paths[0])
-    else:
-        request = request_of(options)
-        report = verify_target(request, stages_of(options, request), level=options.level, reader=options.reader)
+    with closing(reporter(options.progress)) as heard:
+        if options.paths:
+            report = verify_records(options.paths[0], reporter=heard)
+        else:
+            request = request_of(options)
+            stages = stages_of(options, request)
+            report = verify_target(request, stages, level=options.level, reader=options.reader, reporter=heard)
     _show(report.document(), report.render(), options)
     report.raise_differences()
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
     from ckpt2pt.verify.compare import compare  # noqa: PLC0415
 
     if len(options.paths) != 2:
@@ -287,7 +292,9 @@ def _compare(options: argparse.Namespace) -> int:
             where="ckpt2pt verify",
             mend="give two checkpoints to compare, one result, or none and the flags of convert",
         )
-    result = compare(*options.paths, ignore=tuple(options.ignore), ignore_padding=options.ignore_padding)
+    with closing(reporter(options.progress, "compared")) as heard:
+        how = {"ignore": tuple(options.ignore), "ignore_padding": options.ignore_padding}
+        result = compare(*options.paths, **how, reporter=heard)
     _show(result.document(), result.render(), options)
     result.raise_differences()
     return 0
@@ -317,8 +324,10 @@ def _import(options: argparse.Namespace) -> int:
 
 def _pt_meta(options: argparse.Namespace) -> int:
     from ckpt2pt.ptmeta.options import make_pt_meta  # noqa: PLC0415
+    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
-    made = make_pt_meta(options)
+    with closing(reporter(options.progress)) as heard:
+        made = make_pt_meta(options, heard)
     _show(made.document(), made.sentence(details=options.details), options)
     made.confirm()
     return 0

@@ -7,9 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from ckpt2pt.errors import printable
+from ckpt2pt.units import counted as counted
+from ckpt2pt.units import size as size
 
 Document = Mapping[str, object]
 """Plain JSON: facts, groups of facts, and tables (lists of rows)."""
+
+
+_COUNTS = frozenset({"elements", "parameters", "tensors", "files", "buckets"})
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: frozenset[int] = frozenset()) -> list[str]:
@@ -27,21 +32,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: froze
         return "  ".join(padded).rstrip()
 
     return [line(row) for row in cells]
-
-
-def size(nbytes: float) -> str:
-    """``1536`` -> ``1.5 KiB``."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 rank``, ``2 ranks``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def short(value: object, limit: int = 60) -> str:
@@ -99,7 +89,7 @@ def _cell(key: str, value: object) -> str:
         return "yes" if value else "no"
     if key == "bytes" and isinstance(value, int):
         return size(value)
-    if key == "elements" and isinstance(value, int):
+    if key in _COUNTS and isinstance(value, int):
         return f"{value:,}"
     return "" if value is None else str(value)
 

@@ -34,6 +34,7 @@ from ckpt2pt.records import Json
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import reserve, write_at
 from ckpt2pt.tensors import DTYPE_BYTES, Extent
+from ckpt2pt.units import size
 
 log = logging.getLogger("ckpt2pt")
 
@@ -245,7 +246,7 @@ def _output(folder: Path, payload: Payload, stop: Stop) -> Generator[Output]:
             stack.callback(os.close, fd)
             reserve(fd, layout.nbytes, stop.check)
         except OSError as error:
-            refusal = access_error(error, path, f"reserving {layout.nbytes} bytes")
+            refusal = access_error(error, path, f"reserving {size(layout.nbytes)}")
             if error.errno == errno.EDQUOT:  # known before the first byte, and nobody else can make room
                 refusal = VolumeTooSmallError(refusal.what, where=path, mend=f"raise the quota, or {refusal.mend}")
             raise refusal from error

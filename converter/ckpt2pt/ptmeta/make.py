@@ -14,6 +14,8 @@ from ckpt2pt.ptmeta.describe import describe
 from ckpt2pt.ptmeta.files import ORIGIN, RankFiles, origin, publish, render
 from ckpt2pt.ptmeta.missing import SYNTHESIZED
 from ckpt2pt.ptmeta.synthesize import Wanted, synthesize
+from ckpt2pt.reporter import SILENCE, Reporter
+from ckpt2pt.units import counted, grouped
 
 _SHOWN = 15
 """Arguments that are named without ``--details``."""
@@ -53,10 +55,10 @@ class Made:
 
     def sentence(self, *, details: bool = False) -> str:
         """For a person: warnings first; ``details`` lists every assumed argument instead of counting them."""
-        lines = [f"{self.folder}: {self.ranks} ranks, {self.maps} param maps, from a {self.way}"]
+        lines = [f"{self.folder}: {counted(self.ranks, 'rank')}, {counted(self.maps, 'param map')}, from a {self.way}"]
         lines[:0] = [f"warning: {text}" for text in self.warnings]
         label = "proved " if self.loadable else "layout "
-        lines += [f"  {label}  {fact}" for fact in self.evidence]
+        lines += [f"  {label}  {grouped(fact)}" for fact in self.evidence]
         for what, value in self.assumed.items():
             if isinstance(value, dict):
                 inner = cast("dict[str, object]", value)
@@ -70,7 +72,9 @@ class Made:
             else:
                 lines.append(f"  assumed  {what}: {value}")
         if self.written is not None:
-            lines.append(f"wrote {len(self.written)} files" if self.written else "everything was there already")
+            lines.append(
+                f"wrote {counted(len(self.written), 'file')}" if self.written else "everything was there already"
+            )
         return "\n".join(lines)
 
     def confirm(self) -> None:
@@ -93,6 +97,7 @@ def from_checkpoint(
     overwrite: bool,
     synthesize: tuple[str, ...] = (),
     allow: tuple[str, ...] = (),
+    reporter: Reporter = SILENCE,
 ) -> Made:
     """Make ``folder`` from a checkpoint that Megatron wrote."""
     found = capture(
@@ -102,6 +107,7 @@ def from_checkpoint(
         compare=compare,
         synthesize=synthesize,
         allow=allow,
+        reporter=reporter,
     )
     assumed: dict[str, object] = dict(SYNTHESIZED[part] for part in found.made)
     if not found.with_maps:

@@ -11,6 +11,7 @@ from ckpt2pt.flags import check_numbers, counts, path
 
 if TYPE_CHECKING:
     from ckpt2pt.ptmeta.make import Made
+    from ckpt2pt.reporter import Reporter
 
 log = logging.getLogger("ckpt2pt")
 
@@ -94,7 +95,7 @@ def _tell_unused(options: argparse.Namespace) -> None:
         log.warning("with %s nothing is made of %s", one, ", ".join(given))
 
 
-def make_pt_meta(options: argparse.Namespace) -> Made:
+def make_pt_meta(options: argparse.Namespace, reporter: Reporter) -> Made:
     """Carry out ``pt-meta``."""
     from ckpt2pt.ptmeta.make import from_checkpoint, from_description  # noqa: PLC0415
     from ckpt2pt.ptmeta.synthesize import Wanted  # noqa: PLC0415
@@ -126,6 +127,7 @@ def make_pt_meta(options: argparse.Namespace) -> Made:
             overwrite=options.overwrite,
             synthesize=tuple(options.synthesize),
             allow=rules.pickle_globals,
+            reporter=reporter,
         )
     if options.ms_path is None:
         raise UsageError("--ms-path is missing", where="the command line", mend="give --ms-path")

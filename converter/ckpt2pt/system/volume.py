@@ -19,6 +19,7 @@ from ckpt2pt.errors import UnsupportedFileSystemError, VolumeTooSmallError
 from ckpt2pt.system.access import OBJECT_STORES, UNSUPPORTED, access_error
 from ckpt2pt.system.files import read_bytes, write_all
 from ckpt2pt.system.paths import listing
+from ckpt2pt.units import size
 
 _PREFIX = ".ckpt2pt-probe."
 _PAGE = 4096
@@ -41,9 +42,9 @@ def check_room(folder: Path, needed: int, option: str, hint: str = "") -> None:
     free = free_bytes(folder)
     if free is not None and needed > free:
         raise VolumeTooSmallError(
-            f"{needed} bytes are needed, {free} are free",
+            f"{size(needed)} are needed, {size(free)} are free",
             where=folder,
-            mend=f"free {needed - free} bytes there, or choose another {option}{hint}; then run the same command again",
+            mend=f"free {size(needed - free)} there, or choose another {option}{hint}; then run the same command again",
         )
 
 
