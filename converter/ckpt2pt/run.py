@@ -2,7 +2,7 @@
 
 measure every rank asked for            nothing has been written; everything that can be wrong is found here
 -> claim, lock of the stage
--> one process a rank                   a rank's files appear together, by rename
+-> ranks, in worker processes            a rank's files appear together, by rename
 -> stage manifest                       when every rank of the stage is there and verified
 -> report, tracker                      when every stage is there; by whoever sees it first
 """
@@ -71,6 +71,8 @@ class Conversion:
     how_to_load: str = ""
     kept: tuple[str, ...] = ()
     prepare: Callable[[Rank, Target], Planned]
+    check_kept: Callable[[Rank], None] = lambda _: None
+    """Refuse a rank that an earlier run finished, as :attr:`prepare` refuses one to be converted."""
     examine: Callable[[int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
 
@@ -197,7 +199,9 @@ class _Forward:
 
 
 def _plan(request: Request, chosen: Survey, rank: Rank, target: Target) -> _Forward:
-    return _Forward(request, chosen, target, prepare(request, chosen, rank))
+    prepared = prepare(request, chosen, rank)
+    check_loadable(request, rank, prepared.meta)
+    return _Forward(request, chosen, target, prepared)
 
 
 def _examine(request: Request, chosen: Survey, pp: int) -> tuple[str, ...]:
@@ -213,7 +217,6 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
     chosen = survey(request, keep=ranks if len(ranks) == 1 else ())
-    check_loadable(request, ranks)
     conversion = Conversion(
         target=target_of(request, chosen),
         pace=request.pace,
@@ -227,6 +230,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
         prepare=partial(_plan, request, chosen),
+        check_kept=partial(check_loadable, request),
         examine=partial(_examine, request, chosen),
     )
     return carry_out(conversion, stages, reporter, began)
@@ -311,6 +315,8 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     target = target.check(overwrite=conversion.overwrite)
     conversion = replace(conversion, target=target)
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
+    for rank in kept:
+        conversion.check_kept(rank)
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals: dict[Rank, int] = {}
     remarks: dict[str, None] = {}
@@ -365,6 +371,8 @@ def _covered(
     conversion: Conversion, stages: Sequence[int], ranks: Sequence[Rank], proof: Verify, began: float
 ) -> Outcome:
     """Nothing is left to do: the full conversion that is there holds the parameters, and was verified as asked for."""
+    for rank in ranks:
+        conversion.check_kept(rank)
     if _PROOFS[proof] < _PROOFS[conversion.verify]:
         raise TargetConflictError(
             f"a full conversion of the same source is there, verified {proof}; {conversion.verify} is asked for",
