@@ -33,6 +33,7 @@ from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.system.paths import is_folder
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.text import counted, size
 
@@ -71,8 +72,6 @@ class Conversion:
     how_to_load: str = ""
     kept: tuple[str, ...] = ()
     prepare: Callable[[Rank, Target], Planned]
-    check_kept: Callable[[Rank], None] = lambda _: None
-    """Refuse a rank that an earlier run finished, as :attr:`prepare` refuses one to be converted."""
     examine: Callable[[int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
 
@@ -217,8 +216,9 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
     chosen = survey(request, keep=ranks if len(ranks) == 1 else ())
+    target = target_of(request, chosen)
     conversion = Conversion(
-        target=target_of(request, chosen),
+        target=target,
         pace=request.pace,
         verify=request.verify,
         overwrite=request.overwrite,
@@ -230,9 +230,11 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
         prepare=partial(_plan, request, chosen),
-        check_kept=partial(check_loadable, request),
         examine=partial(_examine, request, chosen),
     )
+    if is_folder(target.folder, target.kind.option):
+        for rank in ranks:  # one that an earlier run finished is not planned, which would check it
+            check_loadable(request, rank)
     return carry_out(conversion, stages, reporter, began)
 
 
@@ -315,8 +317,6 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     target = target.check(overwrite=conversion.overwrite)
     conversion = replace(conversion, target=target)
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
-    for rank in kept:
-        conversion.check_kept(rank)
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals: dict[Rank, int] = {}
     remarks: dict[str, None] = {}
@@ -371,8 +371,6 @@ def _covered(
     conversion: Conversion, stages: Sequence[int], ranks: Sequence[Rank], proof: Verify, began: float
 ) -> Outcome:
     """Nothing is left to do: the full conversion that is there holds the parameters, and was verified as asked for."""
-    for rank in ranks:
-        conversion.check_kept(rank)
     if _PROOFS[proof] < _PROOFS[conversion.verify]:
         raise TargetConflictError(
             f"a full conversion of the same source is there, verified {proof}; {conversion.verify} is asked for",

@@ -121,18 +121,22 @@ class Page:
         self._over = self._text.startswith("]", at)
         if self._over or len(self._text) - at <= self._enough:
             return None
-        try:
-            found, end = _DECODER.raw_decode(self._text, at)
-        except RecursionError:
-            end = next((place + 1 for place, depth, _ in _brackets(self._text, at) if not depth), 0)
-            found = json.loads(_cut(self._text[at:end])) if end else None
-        except ValueError:
-            end = 0
+        found, end = self._decode(at)
         self._enough = 0 if end else 2 * (len(self._text) - at)
         if not end:
             return None
         self._at = end
         return _object(found), end - at
+
+    def _decode(self, at: int) -> tuple[object, int]:
+        """What begins there, and where it ends; 0 where it is not complete."""
+        try:
+            return _DECODER.raw_decode(self._text, at)
+        except RecursionError:
+            end = next((place + 1 for place, depth, _ in _brackets(self._text, at) if not depth), 0)
+            return (json.loads(_cut(self._text[at:end])) if end else None), end
+        except ValueError:
+            return None, 0
 
 
 async def lines(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt import meta as meta_module
 from ckpt2pt import run as run_module
 from ckpt2pt.errors import FormatError, InputError, NoSpaceError, TryAgainError, UsageError, VolumeTooSmallError
 from ckpt2pt.pt.archive import Archive
@@ -341,13 +340,13 @@ def test_a_stage_whose_source_was_mended_is_done_alone(pipelined: Path, tmp_path
 
 def test_the_metadata_of_a_rank_is_read_once(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = list[str]()
-    real = meta_module.Archive.open
+    real = Archive.open
 
     def count(path: Path, option: str = "") -> Archive:
         opened.append(path.name)
         return real(path, option)
 
-    monkeypatch.setattr(meta_module, "Archive", SimpleNamespace(open=count))
+    monkeypatch.setattr("ckpt2pt.meta.Archive", SimpleNamespace(open=count))
     request = request_for(golden / "megatron06" / "c_tp2pp2vpp2", tmp_path / "out", in_process=False, workers=2)
     convert(request)  # in worker processes, which read it for themselves
     assert sorted(opened) == [f"args_tp{tp:02d}_pp{pp:03d}.pt" for tp in range(2) for pp in range(2)]
