@@ -139,15 +139,21 @@ class Trainings:
                 await self._make(training)
                 self._due.forget(training)
             except (ApiError, UsageError) as error:
-                name = f"{training.kind} {training.namespace}/{training.name}"
-                if not _is_recent(training):
-                    log.warning("no conversion; given up", extra={"training": name, "error": str(error)})
-                    self._due.forget(training)
-                    continue
-                pause = self._due.retry(training, error.pause if isinstance(error, ApiError) else 0.0)
-                log.warning("no conversion yet; again in %.1f s", pause, extra={"training": name, "error": str(error)})
+                self._again(training, str(error), error.pause if isinstance(error, ApiError) else 0.0)
+            except Exception:  # one template must not end the operator, whatever is in it
+                log.exception("a bug; a conversion could not be made")
+                self._again(training, "a bug")
             finally:
                 self._due.done(training)
+
+    def _again(self, training: Workload, why: str, pause: float = 0.0) -> None:
+        """Try it again later, as long as the run is recent."""
+        about = {"training": f"{training.kind} {training.namespace}/{training.name}", "error": why}
+        if not _is_recent(training):
+            log.warning("no conversion; given up", extra=about)
+            self._due.forget(training)
+            return
+        log.warning("no conversion yet; again in %.1f s", self._due.retry(training, pause), extra=about)
 
     async def _make(self, training: Workload) -> None:
         reference: Json = {
