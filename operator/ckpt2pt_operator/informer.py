@@ -21,6 +21,8 @@ _PAGE = "100"
 _SERVER_SECONDS = "300"
 _GONE = 410
 _AT_ONCE = 1.0
+_ODD = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What reading an object of a form that nobody expected may raise."""
 _TRUSTED = 3
 """Failures in a row after which a watch is not begun again where it was: the API server may not be the same any more."""
 
@@ -122,7 +124,7 @@ class Informer:
         """``put``: a bug costs one object, which may be anybody's, and not the watch of all."""
         try:
             return self.put(raw)
-        except Exception:
+        except _ODD:
             meta = child(raw, "metadata")
             name = f"{self._resource[1]} {text(meta, 'namespace')}/{text(meta, 'name')}"
             log.exception("a bug; an object is not understood", extra={"object": name})

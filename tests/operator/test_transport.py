@@ -105,11 +105,14 @@ def run(
                 identity=cast("Any", "test"), stop_flag=stop,
             )
         )  # fmt: skip
-        async with asyncio.timeout(30):
-            while not until(store):
-                assert not running.done(), running.exception()
-                await asyncio.sleep(0.02)
-        stop.set()
+        try:
+            async with asyncio.timeout(30):
+                while not until(store):
+                    assert not running.done(), running.exception()
+                    await asyncio.sleep(0.02)
+        finally:
+            stop.set()
+            await asyncio.wait({running}, timeout=30)
         await running
 
     with server.running():

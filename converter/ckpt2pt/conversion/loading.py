@@ -64,14 +64,15 @@ def _prove_small(document: yaml.Node, where: str) -> None:
     """
     left = MAX_NODES
 
-    def walk(node: Any, depth: int) -> None:
+    def walk(node: yaml.Node, depth: int) -> None:
         nonlocal left
         left -= 1
         if left < 0 or depth > MAX_DEPTH:
             what = f"more than {MAX_NODES} values, or more than {MAX_DEPTH} inside each other"
             raise UsageError(what, where=where, mend="write it without YAML aliases")
-        for inner in node.value if isinstance(node, yaml.CollectionNode) else ():
-            for each in inner if isinstance(inner, tuple) else (inner,):
+        inside: list[Any] = node.value if isinstance(node, yaml.CollectionNode) else []
+        for inner in inside:
+            for each in inner if isinstance(inner, tuple) else (inner,):  # the field and its value, of a mapping
                 walk(each, depth + 1)
 
     walk(document, 0)
