@@ -232,11 +232,11 @@ def _harden(template: Json) -> None:
     spec = cast("Json", template["spec"]) if isinstance(template.get("spec"), dict) else {}
     for kind in ("containers", "initContainers"):
         listed = spec.get(kind)
-        for container in cast("list[object]", listed) if isinstance(listed, list) else ():
-            if isinstance(container, dict):
-                given = cast("Json", container).get("securityContext", {})
-                if isinstance(given, dict) and not given.get("privileged"):
-                    container["securityContext"] = {**_HARDENED, **cast("Json", given)}
+        for item in cast("list[object]", listed) if isinstance(listed, list) else ():
+            container = cast("Json", item) if isinstance(item, dict) else {}
+            given = container.get("securityContext", {})
+            if isinstance(given, dict) and not cast("Json", given).get("privileged"):
+                container["securityContext"] = {**_HARDENED, **cast("Json", given)}
 
 
 def _beside_each_other(affinity: Json, labels: Mapping[str, str]) -> Json:

@@ -70,12 +70,17 @@ def _prove_small(document: yaml.Node, where: str) -> None:
         if left < 0 or depth > MAX_DEPTH:
             what = f"more than {MAX_NODES} values, or more than {MAX_DEPTH} inside each other"
             raise UsageError(what, where=where, mend="write it without YAML aliases")
-        inside: list[Any] = node.value if isinstance(node, yaml.CollectionNode) else []
-        for inner in inside:
-            for each in inner if isinstance(inner, tuple) else (inner,):  # the field and its value, of a mapping
-                walk(each, depth + 1)
+        for inner in _inside(node):
+            walk(inner, depth + 1)
 
     walk(document, 0)
+
+
+def _inside(node: yaml.Node) -> list[yaml.Node]:
+    """The items of a sequence; names and values of a mapping."""
+    if isinstance(node, yaml.MappingNode):
+        return [each for pair in cast("list[tuple[yaml.Node, yaml.Node]]", node.value) for each in pair]
+    return cast("list[yaml.Node]", node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def _prove_plain(document: object, where: str) -> None:
@@ -102,4 +107,4 @@ def _prove_plain(document: object, where: str) -> None:
 
 def _is_sent(number: float) -> bool:
     """Whether JSON has it, for every reader: whole numbers of 64 bits, and no NaN or infinity."""
-    return math.isfinite(number) if isinstance(number, float) else -_MOST <= number < _MOST
+    return -_MOST <= number < _MOST if type(number) is int else math.isfinite(number)
