@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, UsageError, printable
+from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, printable
 from ckpt2pt.parsers import PROGRAMS, Command, parser_of_all, parser_of_one
 from ckpt2pt.system.files import raise_file_limit
 from ckpt2pt.untrusted.lines import LineFormatter
@@ -23,7 +23,10 @@ from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
 
 if TYPE_CHECKING:
+    from ckpt2pt.reporter import Reporter
     from ckpt2pt.request import Request
+    from ckpt2pt.verify.compare import Comparison
+    from ckpt2pt.verify.prove import Report
 
 log = logging.getLogger("ckpt2pt")
 
@@ -264,14 +267,15 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    if len(options.paths) > 1:
-        return _compare(options)
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
     from ckpt2pt.verify.prove import verify_records, verify_target  # noqa: PLC0415
 
-    with closing(reporter(options.progress)) as heard:
-        if options.paths:
+    report: Comparison | Report
+    with closing(reporter(options.progress, "compared" if len(options.paths) > 1 else "stage {}")) as heard:
+        if len(options.paths) > 1:
+            report = _comparison(options, heard)
+        elif options.paths:
             report = verify_records(options.paths[0], reporter=heard)
         else:
             request = request_of(options)
@@ -282,22 +286,13 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
-    from ckpt2pt.verify.compare import compare  # noqa: PLC0415
+def _comparison(options: argparse.Namespace, heard: Reporter) -> Comparison:
+    from ckpt2pt.request import rules_of  # noqa: PLC0415
+    from ckpt2pt.verify.across import compare_any  # noqa: PLC0415
 
-    if len(options.paths) != 2:
-        raise UsageError(
-            f"{len(options.paths)} paths are given",
-            where="ckpt2pt verify",
-            mend="give two checkpoints to compare, one result, or none and the flags of convert",
-        )
-    with closing(reporter(options.progress, "compared")) as heard:
-        how = {"ignore": tuple(options.ignore), "ignore_padding": options.ignore_padding}
-        result = compare(*options.paths, **how, reporter=heard)
-    _show(result.document(), result.render(), options)
-    result.raise_differences()
-    return 0
+    sizes, rules = (options.tp_size, options.pp_size), rules_of(options.rules)
+    how = {"ignore": options.ignore, "ignore_padding": options.ignore_padding}
+    return compare_any(options.paths, sizes, rules, **how, reporter=heard)
 
 
 def _combine(options: argparse.Namespace) -> int:

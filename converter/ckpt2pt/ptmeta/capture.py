@@ -110,8 +110,13 @@ def _read_nbytes(folder: Path) -> int:
     return (model.st_size if model else 0) + (optim.st_size // len(OPTIM_KINDS) if optim else 0)
 
 
-def unmet_of_rank(rank: MegatronRank, ranks: Collection[tuple[int, int]], *, full: bool) -> tuple[Unmet, ...]:
-    """What keeps Megatron-LM from resuming with this rank's metadata; ``ranks`` are those of the whole checkpoint."""
+def unmet_of_rank(
+    rank: MegatronRank, ranks: Collection[tuple[int, int]], *, full: bool, checkpoint: bool = False
+) -> tuple[Unmet, ...]:
+    """What keeps Megatron-LM from resuming with this rank's metadata; ``ranks`` are those of the whole checkpoint.
+
+    With ``checkpoint``: from resuming from the rank as it is.
+    """
     flat = [parameter for chunk in range(len(rank.chunks)) for parameter in _parameters(rank, chunk)]
     run = TargetRun(
         num_layers=None,
@@ -120,7 +125,7 @@ def unmet_of_rank(rank: MegatronRank, ranks: Collection[tuple[int, int]], *, ful
         virtual=len(rank.chunks),
         groups=weight_decay_groups(flat),
     )
-    return unmet(rank.template, run, full=full)
+    return unmet(rank.template, run, full=full, checkpoint=checkpoint)
 
 
 def rank_files(rank: MegatronRank, tp: int, pp: int, buffers: tuple[tuple[Buffer, ...], ...]) -> RankFiles:
