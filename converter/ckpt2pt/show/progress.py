@@ -32,11 +32,17 @@ def reporter(kind: str, label: str = "stage {}") -> Reporter:
     ``auto`` says nothing of what is done within a second.  ``label`` names a bar by its stage.
     """
     after = _PATIENCE_SECONDS if kind == "auto" else 0.0
-    if kind == "auto":
-        kind = "bar" if sys.stderr.isatty() and os.environ.get("TERM") not in {"dumb", "unknown"} else "json"
+    kind = drawn_or_written(kind)
     if kind == "none":
         return Silence()
     return Bars(label, after=after) if kind == "bar" else Lines(after=after)
+
+
+def drawn_or_written(kind: str) -> str:
+    """``bar`` or ``json`` in place of ``auto``, by what stderr is."""
+    if kind != "auto":
+        return kind
+    return "bar" if sys.stderr.isatty() and os.environ.get("TERM") not in {"dumb", "unknown"} else "json"
 
 
 class Lines:
