@@ -23,8 +23,7 @@ from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
 
 if TYPE_CHECKING:
-    from ckpt2pt.reporter import Reporter
-    from ckpt2pt.request import Request
+    from ckpt2pt.request import Reporter, Request
     from ckpt2pt.verify.compare import Comparison
     from ckpt2pt.verify.prove import Report
 

@@ -23,8 +23,7 @@ from ckpt2pt.engine.write import Meter, Stop
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Lock
-from ckpt2pt.reporter import Reporter
-from ckpt2pt.request import Pace
+from ckpt2pt.request import Pace, Reporter
 from ckpt2pt.system.parent import end_with
 
 

@@ -31,8 +31,7 @@ from ckpt2pt.plan.moves import moves
 from ckpt2pt.ptmeta.loading import check_loadable, contradictions, kept_of_template
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
-from ckpt2pt.reporter import Reporter
-from ckpt2pt.request import Pace, Request, Verify
+from ckpt2pt.request import Pace, Reporter, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.system.volume import check_volume

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
+from ckpt2pt.errors import counted as counted
 from ckpt2pt.errors import printable
-from ckpt2pt.units import counted as counted
-from ckpt2pt.units import size as size
+from ckpt2pt.errors import size as size
 
 Document = Mapping[str, object]
 """Plain JSON: facts, groups of facts, and tables (lists of rows)."""

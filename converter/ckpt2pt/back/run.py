@@ -21,7 +21,7 @@ from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import MINDSPORE, Target, make_folder, publish_bytes
 from ckpt2pt.records import Json
-from ckpt2pt.reporter import Reporter
+from ckpt2pt.request import Reporter
 from ckpt2pt.run import Conversion, Outcome, carry_out
 from ckpt2pt.tensors import TensorRef
 

@@ -16,10 +16,9 @@ from typing import cast
 
 from ckpt2pt.checksums import Piece, crc32
 from ckpt2pt.ckpt.window import COPY_AGAIN
-from ckpt2pt.errors import FormatError
+from ckpt2pt.errors import FormatError, size
 from ckpt2pt.inputs import InputFile, quoted
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
-from ckpt2pt.units import size
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000

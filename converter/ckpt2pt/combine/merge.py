@@ -53,8 +53,7 @@ from ckpt2pt.publish import (
     sweep_partials,
 )
 from ckpt2pt.records import Json, seal
-from ckpt2pt.reporter import Reporter
-from ckpt2pt.request import Pace, digest
+from ckpt2pt.request import Pace, Reporter, digest
 from ckpt2pt.survey import agree, changed, facts_of, inputs_of
 from ckpt2pt.system.paths import is_there, status
 from ckpt2pt.system.volume import check_volume

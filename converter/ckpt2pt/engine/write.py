@@ -23,7 +23,7 @@ from ckpt2pt.casts import find_cast
 from ckpt2pt.checksums import Piece, crc32, crc32_combine, join
 from ckpt2pt.engine.blocks import Blocks, OutputFile, open_direct
 from ckpt2pt.engine.sources import Sources, drop_from_cache
-from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError, VolumeTooSmallError
+from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError, VolumeTooSmallError, size
 from ckpt2pt.framing import Layout, Payload
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.meta import METADATA
@@ -34,7 +34,6 @@ from ckpt2pt.records import Json
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import reserve, write_at
 from ckpt2pt.tensors import DTYPE_BYTES, Extent
-from ckpt2pt.units import size
 
 log = logging.getLogger("ckpt2pt")
 

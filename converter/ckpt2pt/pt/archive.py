@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from ckpt2pt.checksums import Piece, crc32
-from ckpt2pt.errors import FormatError
+from ckpt2pt.errors import FormatError, size
 from ckpt2pt.framing import Framer
 from ckpt2pt.pt.reader import (
     CENTRAL,
@@ -41,7 +41,6 @@ from ckpt2pt.pt.reader import (
     read_records,
 )
 from ckpt2pt.tensors import Extent
-from ckpt2pt.units import size
 
 ALIGNMENT = 64
 """Payloads begin on multiples of this many bytes, so that torch can map them."""

@@ -12,10 +12,9 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
-from ckpt2pt.errors import FormatError
+from ckpt2pt.errors import FormatError, size
 from ckpt2pt.inputs import InputFile, quoted
 from ckpt2pt.tensors import Extent
-from ckpt2pt.units import size
 from ckpt2pt.untrusted.foreign import HEAD_BYTES, READS, TORCH_LEGACY, recognise
 
 LOCAL = struct.Struct("<4s2x2H4x3I2H")

@@ -18,7 +18,7 @@ from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
 from ckpt2pt.ptmeta.files import RankFiles
 from ckpt2pt.ptmeta.missing import synthesize_entries
 from ckpt2pt.ptmeta.proof import check_copies, check_sizes, check_slices, check_views
-from ckpt2pt.reporter import SILENCE, Advance, Portion, Reporter, unheard
+from ckpt2pt.request import SILENCE, Advance, Portion, Reporter, unheard
 from ckpt2pt.system.paths import status
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"

@@ -7,15 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import UsageError
+from ckpt2pt.errors import UsageError, counted, grouped
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.ptmeta.capture import capture
 from ckpt2pt.ptmeta.describe import describe
 from ckpt2pt.ptmeta.files import ORIGIN, RankFiles, origin, publish, render
 from ckpt2pt.ptmeta.missing import SYNTHESIZED
 from ckpt2pt.ptmeta.synthesize import Wanted, synthesize
-from ckpt2pt.reporter import SILENCE, Reporter
-from ckpt2pt.units import counted, grouped
+from ckpt2pt.request import SILENCE, Reporter
 
 _SHOWN = 15
 """Arguments that are named without ``--details``."""

@@ -11,7 +11,7 @@ from ckpt2pt.flags import check_numbers, counts, path
 
 if TYPE_CHECKING:
     from ckpt2pt.ptmeta.make import Made
-    from ckpt2pt.reporter import Reporter
+    from ckpt2pt.request import Reporter
 
 log = logging.getLogger("ckpt2pt")
 

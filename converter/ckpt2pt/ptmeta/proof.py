@@ -12,7 +12,7 @@ from ckpt2pt.casts import find_cast
 from ckpt2pt.errors import FormatError
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.pt.megatron import StoredBucket
-from ckpt2pt.reporter import Advance, unheard
+from ckpt2pt.request import Advance, unheard
 from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 

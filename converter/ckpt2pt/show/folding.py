@@ -40,8 +40,8 @@ def spanned(ranks: Iterable[Rank]) -> tuple[str, str]:
 
 def folded(document: Document) -> Document:
     """A document of ``inspect`` whose tables of ranks are folded; names of files keep what they share."""
-    found = {key: rows for key in _OF_RANKS if isinstance(rows := document.get(key), list)}
-    return {**document, **{key: _folded(cast("list[Json]", rows)) for key, rows in found.items()}}
+    found = [key for key in _OF_RANKS if isinstance(document.get(key), list)]
+    return {**document, **{key: _folded(cast("list[Json]", document[key])) for key in found}}
 
 
 def _folded(rows: list[Json]) -> list[Json]:

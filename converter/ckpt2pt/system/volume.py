@@ -15,11 +15,10 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from ckpt2pt.errors import UnsupportedFileSystemError, VolumeTooSmallError
+from ckpt2pt.errors import UnsupportedFileSystemError, VolumeTooSmallError, size
 from ckpt2pt.system.access import OBJECT_STORES, UNSUPPORTED, access_error
 from ckpt2pt.system.files import read_bytes, write_all
 from ckpt2pt.system.paths import listing
-from ckpt2pt.units import size
 
 _PREFIX = ".ckpt2pt-probe."
 _PAGE = 4096

@@ -23,7 +23,7 @@ from ckpt2pt.formats.degrees import weights_of
 from ckpt2pt.formats.registry import detect, read
 from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.pt.megatron import rank_folders
-from ckpt2pt.reporter import SILENCE, Portion, Reporter
+from ckpt2pt.request import SILENCE, Portion, Reporter
 from ckpt2pt.system.paths import listing
 from ckpt2pt.verify.compare import ALL_FILES, Comparison, ElementComparison, Row, compare
 from ckpt2pt.verify.examine import rounded

@@ -20,7 +20,7 @@ from ckpt2pt.errors import InputError, UsageError, VerificationError, printable
 from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.publish import TRACKER, read_tracker
 from ckpt2pt.records import Json
-from ckpt2pt.reporter import SILENCE, Portion, Reporter
+from ckpt2pt.request import SILENCE, Portion, Reporter
 from ckpt2pt.system.paths import is_folder, status
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import counted, short, size, table

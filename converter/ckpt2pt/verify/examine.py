@@ -24,8 +24,7 @@ from ckpt2pt.meta import read_template
 from ckpt2pt.plan.layout import weight_decay_groups
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.resume import TargetRun, unmet
-from ckpt2pt.reporter import Advance, unheard
-from ckpt2pt.request import Request
+from ckpt2pt.request import Advance, Request, unheard
 from ckpt2pt.survey import Survey
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import short

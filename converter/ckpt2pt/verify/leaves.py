@@ -34,7 +34,7 @@ from ckpt2pt.pt.pickles import (
     namespace_attrs,
     read_pickle,
 )
-from ckpt2pt.reporter import Advance, unheard
+from ckpt2pt.request import Advance, unheard
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef

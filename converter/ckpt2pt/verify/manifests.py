@@ -15,7 +15,7 @@ from ckpt2pt.folders import iteration_folder, iteration_name
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, TRACKER, Target, rank_name, read_record, read_tracker
 from ckpt2pt.records import Json
-from ckpt2pt.reporter import Advance, unheard
+from ckpt2pt.request import Advance, unheard
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.text import short
 from ckpt2pt.verify.examine import Difference

@@ -19,8 +19,7 @@ from ckpt2pt.errors import MissingInputError, VerificationError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
-from ckpt2pt.reporter import SILENCE, Advance, Portion, Reporter, unheard
-from ckpt2pt.request import Request
+from ckpt2pt.request import SILENCE, Advance, Portion, Reporter, Request, unheard
 from ckpt2pt.survey import Survey, survey, target_of
 from ckpt2pt.system.paths import is_folder, status
 from ckpt2pt.text import counted, size, table
@@ -154,7 +153,7 @@ def verify_target(
     if level == "digest":
         reports = _digests(target, ranks, reporter)
     else:
-        totals = {}
+        totals: dict[Rank, int] = {}
         for rank in ranks:
             results = [target.folder / topology.directory(*rank) / name for name in names]
             # Elements are compared, and checksums are computed, by two readings of our own reader.

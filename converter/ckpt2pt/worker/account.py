@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from ckpt2pt.errors import Ckpt2ptError
     from ckpt2pt.mapping.topology import Rank
-    from ckpt2pt.reporter import Reporter
+    from ckpt2pt.request import Reporter
     from ckpt2pt.run import Outcome
 
 Json = dict[str, object]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt2pt.units import counted, grouped, size
+from ckpt2pt.errors import counted, grouped, size
 
 
 @pytest.mark.parametrize(
