@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from ckpt2pt.ckpt import statement_of
 from ckpt2pt.ckpt.ranks import index_source
 from ckpt2pt.errors import FormatError
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.meta import metadata_files, read_arguments
-from ckpt2pt.pt.resume import Unmet, hint, summary
+from ckpt2pt.meta import RankMeta, metadata_files, read_arguments
+from ckpt2pt.pt.resume import hint, summary
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey, meta_of
 
 
-def unmet_of(request: Request, rank: Rank) -> tuple[Unmet, ...]:
-    """What keeps Megatron-LM from loading the result of a rank, by its metadata."""
-    return meta_of(request, rank).unmet(request.topology, full=request.full)
+def check_loadable(request: Request, rank: Rank, meta: RankMeta | None = None) -> None:
+    """Refuse metadata from which Megatron-LM could not resume (parameters only: could not load weights).
 
-
-def check_loadable(request: Request, ranks: Iterable[Rank]) -> None:
-    """Refuse metadata from which Megatron-LM could not resume (parameters only: could not load weights)."""
-    for tp, pp in ranks:
-        found = unmet_of(request, (tp, pp))
-        if found:
-            raise FormatError(
-                f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
-                + summary(found),
-                where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
-                mend=hint(found)
-                + (", or convert with spec.mode ParamsOnly (--convert-param-only)" if request.full else ""),
-            )
+    ``meta`` is that of the rank where it has been read already.
+    """
+    found = (meta or meta_of(request, rank)).unmet(request.topology, full=request.full)
+    if found:
+        tp, pp = rank
+        raise FormatError(
+            f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
+            + summary(found),
+            where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
+            mend=hint(found)
+            + (", or convert with spec.mode ParamsOnly (--convert-param-only)" if request.full else ""),
+        )
 
 
 def kept_of_template(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
