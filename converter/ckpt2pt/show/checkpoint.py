@@ -22,10 +22,11 @@ from ckpt2pt.mapping.names import SHARD, NameTable
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
 from ckpt2pt.plan.stage import spans
 from ckpt2pt.pt.archive import Archive
+from ckpt2pt.ptmeta.loading import verdicts
 from ckpt2pt.publish import PARTIAL, STATE, TRACKER, read_record, read_tracker
 from ckpt2pt.records import Json
 from ckpt2pt.system.access import access_error
-from ckpt2pt.system.paths import is_folder, is_there, listing
+from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import render as render
 from ckpt2pt.text import short
@@ -82,7 +83,7 @@ class _Entry:
 def inspect(path: Path, *, details: bool = False) -> Json:
     """Look at a file or a folder.  ``details`` lists every tensor and argument instead of what is usually asked for."""
     if not is_there(path, "the path"):
-        raise MissingInputError("it is not there", where=path, mend="check the path")
+        raise MissingInputError("the file or folder is not there", where=path, mend="check the path")
     if is_folder(path, "the path"):
         return _folder(path, details=details)
     return _archive(path, details=details) if is_archive(path) else _mindspore(path, details=details)
@@ -295,7 +296,8 @@ def _folder(path: Path, *, details: bool) -> Json:
         kind = "distributed checkpoint (torch_dist), which ckpt2pt does not read"
         return {"kind": kind, "path": str(path), "files": _listing({name: path / name for name in names})}
     if any(_MODEL_RANK.fullmatch(name) for name in names):
-        return {"kind": "Megatron iteration", "path": str(path), **_iteration(path, read_tracker(path.parent))}
+        found = _iteration(path, read_tracker(path.parent))
+        return {"kind": "Megatron iteration", "path": str(path), **found, **verdicts(path)}
     if any(_RANK.fullmatch(name) for name in names):
         return _training(path, names)
     files = checkpoint_files(path)
@@ -305,7 +307,21 @@ def _folder(path: Path, *, details: bool) -> Json:
             where=path,
             mend=f"name a file ({', '.join(sorted(SUFFIXES))}), a folder of rank_* folders, a pt_meta or a Megatron folder",
         )
-    return {"kind": "folder of checkpoints", "path": str(path), "files": _listing(files)}
+    return {"kind": "folder of checkpoints", "path": str(path), "files": [_held(*file) for file in files.items()]}
+
+
+def _held(name: str, path: Path) -> Json:
+    """What a file holds in one row; what is wrong with it, where it cannot be read."""
+    seen = status(path, "the path")
+    row: Json = {"file": name, "bytes": seen.st_size if seen else None}
+    try:
+        found = inspect(path)
+    except InputError as error:
+        row["holds"] = error.what
+    else:
+        row["holds"] = found.get("holds", found["kind"])
+        row.update({key: found[key] for key in ("layers", "iteration") if key in found})
+    return row
 
 
 def _listing(files: Mapping[str, Path]) -> list[Json]:
@@ -378,11 +394,12 @@ def _training(path: Path, names: Sequence[str]) -> Json:
 def _megatron(path: Path, names: Sequence[str]) -> Json:
     named = read_tracker(path)
     folders = [path / name for name in names if re.fullmatch(r"iter_\d{7}|release", name)]
+    loaded = path / iteration_name(named)
     return {
         "kind": "Megatron checkpoints",
         "path": str(path),
         "tracker": named or "none",
-        "loads": iteration_name(named) if path / iteration_name(named) in folders else "nothing",
+        **({"loads": loaded.name, **verdicts(loaded)} if loaded in folders else {"loads": "nothing"}),
         "iterations": [{"name": folder.name, **_iteration(folder, named)} for folder in folders],
     }
 
