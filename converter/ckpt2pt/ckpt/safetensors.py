@@ -16,7 +16,7 @@ from typing import cast
 
 from ckpt2pt.checksums import Piece, crc32
 from ckpt2pt.ckpt.window import COPY_AGAIN
-from ckpt2pt.errors import FormatError, size
+from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import InputFile, quoted
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
@@ -101,7 +101,7 @@ def _header(file: InputFile) -> tuple[dict[str, object], int]:
         raise _bad(f"{file.size} bytes are too few for a safetensors file", file)
     nbytes = int.from_bytes(file.read(0, LENGTH_BYTES), "little")
     if nbytes > MAX_HEADER_BYTES:
-        raise _bad(f"a header of {size(nbytes)}, at most {size(MAX_HEADER_BYTES)} are allowed", file)
+        raise _bad(f"a header of {nbytes:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed", file)
     if LENGTH_BYTES + nbytes > file.size:
         raise _bad(f"the file is cut short: a header of {nbytes:,} bytes, but {file.size:,} bytes in all", file)
     raw = file.read(LENGTH_BYTES, nbytes)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from ckpt2pt.checksums import Piece, crc32
-from ckpt2pt.errors import FormatError, size
+from ckpt2pt.errors import FormatError
 from ckpt2pt.framing import Framer
 from ckpt2pt.pt.reader import (
     CENTRAL,
@@ -299,7 +299,7 @@ def _read_pickle(file: PtFile, records: dict[str, Record]) -> bytes:
         )
     if record.extent.nbytes > _MAX_PICKLE_NBYTES:
         raise FormatError(
-            f"data.pkl has {size(record.extent.nbytes)}; at most {size(_MAX_PICKLE_NBYTES)} are read into memory",
+            f"data.pkl has {record.extent.nbytes:,} bytes; at most {_MAX_PICKLE_NBYTES:,} are read into memory",
             where=file.path,
             mend="keep tensors in the checkpoint, not lists of numbers: they lie outside the pickle",
         )

@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
-from ckpt2pt.errors import FormatError, size
+from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import InputFile, quoted
 from ckpt2pt.tensors import Extent
 from ckpt2pt.untrusted.foreign import HEAD_BYTES, READS, TORCH_LEGACY, recognise
@@ -127,7 +127,7 @@ def _find_directory(file: PtFile) -> tuple[int, int, int]:
     if count * CENTRAL.size > nbytes:
         file.broken(f"a directory of {nbytes} bytes cannot hold {count} entries")
     if nbytes > _MAX_DIRECTORY_NBYTES:
-        file.broken(f"a directory of {size(nbytes)}; at most {size(_MAX_DIRECTORY_NBYTES)} are read into memory")
+        file.broken(f"a directory of {nbytes:,} bytes; at most {_MAX_DIRECTORY_NBYTES:,} are read into memory")
     return start, stop, count
 
 

@@ -131,15 +131,18 @@ def test_what_takes_longer_is_told_from_its_beginning(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # so that rich takes what captures for a terminal
     monkeypatch.setenv("TERM", "xterm")
-    lines, bars = Lines(io.StringIO(), after=0.05), Bars("compared", after=0.05)
+    lines, bars = Lines(io.StringIO(), after=1.0), Bars("compared", after=1.0)
     for each in (lines, bars):
         each.begin(TOTALS, 500)
         each.advance((0, 0), 60)
     assert capsys.readouterr().err == ""
-    time.sleep(0.3)
+    seen, late = "", time.monotonic() + 30
+    while "compared" not in seen and time.monotonic() < late:
+        time.sleep(0.1)
+        seen += capsys.readouterr().err
+    assert "compared" in seen, "drawn although nothing has moved since"
     lines.end((0, 0))
     assert [line["event"] for line in spoken(lines._stream)] == ["begin", "rank"]  # type: ignore[arg-type]
-    assert "compared" in capsys.readouterr().err, "drawn although nothing has moved since"
     bars.close()
 
 
