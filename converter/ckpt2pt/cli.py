@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, UsageError, printable
+from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, printable
 from ckpt2pt.parsers import PROGRAMS, Command, parser_of_all, parser_of_one
 from ckpt2pt.system.files import raise_file_limit
 from ckpt2pt.untrusted.lines import LineFormatter
@@ -24,6 +24,8 @@ from ckpt2pt.worker.account import Account, Both
 
 if TYPE_CHECKING:
     from ckpt2pt.request import Request
+    from ckpt2pt.verify.compare import Comparison
+    from ckpt2pt.verify.prove import Report
 
 log = logging.getLogger("ckpt2pt")
 
@@ -263,12 +265,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    if len(options.paths) > 1:
-        return _compare(options)
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
     from ckpt2pt.verify.prove import verify_records, verify_target  # noqa: PLC0415
 
-    if options.paths:
+    report: Comparison | Report
+    if len(options.paths) > 1:
+        report = _comparison(options)
+    elif options.paths:
         report = verify_records(options.paths[0])
     else:
         request = request_of(options)
@@ -278,19 +281,12 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(options: argparse.Namespace) -> int:
-    from ckpt2pt.verify.compare import compare  # noqa: PLC0415
+def _comparison(options: argparse.Namespace) -> Comparison:
+    from ckpt2pt.request import rules_of  # noqa: PLC0415
+    from ckpt2pt.verify.across import compare_any  # noqa: PLC0415
 
-    if len(options.paths) != 2:
-        raise UsageError(
-            f"{len(options.paths)} paths are given",
-            where="ckpt2pt verify",
-            mend="give two checkpoints to compare, one result, or none and the flags of convert",
-        )
-    result = compare(*options.paths, ignore=tuple(options.ignore), ignore_padding=options.ignore_padding)
-    _show(result.document(), result.render(), options)
-    result.raise_differences()
-    return 0
+    sizes, rules = (options.tp_size, options.pp_size), rules_of(options.rules)
+    return compare_any(options.paths, sizes, rules, ignore=options.ignore, ignore_padding=options.ignore_padding)
 
 
 def _combine(options: argparse.Namespace) -> int:

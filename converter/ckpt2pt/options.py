@@ -286,7 +286,7 @@ def add_verify_options(verify: argparse.ArgumentParser) -> None:
         nargs="*",
         type=path,
         metavar="PATH",
-        help="one result, to be proved by its own manifests; two checkpoints, to be compared bit for bit, but that any NaN equals any other; none: prove a result against its source",
+        help="one result, to be proved by its own manifests; two checkpoints of any formats and parallel sizes, to be compared bit for bit, but that any NaN equals any other; none: prove a result against its source",
     )
     verify.add_argument(
         "--level",
@@ -305,12 +305,12 @@ def add_verify_options(verify: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="LEAF",
-        help="when comparing: a leaf such as /args/save to leave out (repeat)",
+        help="when comparing: a leaf such as /args/save to leave out; across formats or parallel sizes a pattern of role and name such as 'exp_avg/decoder.layers.7.*' (repeat)",
     )
     verify.add_argument(
         "--ignore-padding",
         action="store_true",
-        help="when comparing: leave out the padding of buckets, which Megatron does not initialise",
+        help="when comparing: leave out the padding of buckets, which Megatron does not initialise, and across parallel sizes the rows by which one vocabulary is longer",
     )
 
 
