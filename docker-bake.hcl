@@ -3,6 +3,7 @@
 variable "REGISTRY" { default = "" }
 variable "VERSION" { default = "0.1.0" }
 variable "REVISION" { default = "unknown" }
+variable "SOURCE" { default = "" } # URL of the repository
 variable "BASE_IMAGE" { default = "" }
 variable "SBOM" { default = false } # its scanner is an image of Docker's, which has to be pulled
 
@@ -11,6 +12,7 @@ group "default" { targets = ["operator", "converter"] }
 target "common" {
   platforms = ["linux/amd64", "linux/arm64"]
   attest    = concat(["type=provenance,mode=max"], SBOM ? ["type=sbom"] : [])
+  labels    = SOURCE != "" ? { "org.opencontainers.image.source" = SOURCE } : {}
   args = {
     VERSION    = VERSION
     REVISION   = REVISION
