@@ -103,7 +103,7 @@ push: ## build both images with buildah and push them: make push REGISTRY=regist
 	  name="$(REGISTRY)/$${image#*:}:$(VERSION)"; digest=$$(mktemp); \
 	  buildah manifest rm "$$name" >/dev/null 2>&1 || true; \
 	  sed "s|\$${BUILDPLATFORM}|$$(buildah info --format '{{.host.os}}/{{.host.arch}}')|" Dockerfile | \
-  buildah build --file - --layers --platform $(PLATFORMS) --target "$${image%:*}" --manifest "$$name" \
+	  buildah build --file - --layers --platform $(PLATFORMS) --target "$${image%:*}" --manifest "$$name" \
 	    --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) $(BASE) $(BUILD_FLAGS) .; \
 	  buildah manifest push $(PUSH_FLAGS) --quiet --all --rm --digestfile "$$digest" "$$name" "docker://$$name"; \
 	  echo "pushed $$name@$$(cat "$$digest")"; rm "$$digest"; \
