@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file, read_scalar, statement_of
+from ckpt2pt.ckpt import index_file, read_scalars, statement_of
 from ckpt2pt.ckpt.filenames import When, shown
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
@@ -38,7 +38,7 @@ from ckpt2pt.meta import (
 )
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, name_contradiction, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
-from ckpt2pt.pt.payload import FilePayload, Template, payloads
+from ckpt2pt.pt.payload import FilePayload, payloads
 from ckpt2pt.publish import Target
 from ckpt2pt.request import Request, digest
 from ckpt2pt.system.access import access_error
@@ -74,7 +74,7 @@ class Prepared:
     """One rank, ready to run."""
 
     plan: RankPlan
-    template: Template
+    meta: RankMeta
     files: tuple[FilePayload, ...]
 
     @property
@@ -244,7 +244,7 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     )
     plan = plan_rank(found, topology, NameTable(request.rules), full=request.full)
     files = payloads(plan, meta.template, reference_samples=request.reference_samples)
-    return Prepared(plan=plan, template=meta.template, files=files)
+    return Prepared(plan=plan, meta=meta, files=files)
 
 
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:
@@ -300,13 +300,8 @@ class _Headers:
 
 def facts_of(index: Index) -> dict[str, float]:
     """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
-    facts: dict[str, float] = {}
-    for name in CLOCK_ENTRIES:
-        if name in index:
-            value = read_scalar(index[name])
-            if isinstance(value, int | float) and math.isfinite(value):
-                facts[name] = value
-    return facts
+    values = read_scalars(index[name] for name in CLOCK_ENTRIES if name in index)
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _clock(file: SourceFile, batch: int | None, headers: _Headers) -> Clock:
