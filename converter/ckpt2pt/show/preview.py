@@ -25,6 +25,7 @@ WORKER_BYTES = 48 << 20
 def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Rank, Prepared], *, names: bool) -> Json:
     """The plan as a document for ``--output json``."""
     stages: list[Json] = []
+    first = next(iter(ranks.values()))
     read = written = 0
     for (tp, pp), prepared in ranks.items():
         plan = prepared.plan
@@ -59,7 +60,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
                 full=request.full,
             ),
             *dict.fromkeys(prefix_remark(rank.plan.prefix) for rank in ranks.values() if rank.plan.prefix),
-            *contradictions(request, chosen, next(iter(ranks))),
+            *contradictions(first.meta.template, first.plan.stated),
             *_copies(request, chosen, ranks),
             *_unused_rules(request, ranks),
         ],
