@@ -28,7 +28,7 @@ from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, read_pickle
 from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
 from ckpt2pt.system.access import access_error
-from ckpt2pt.system.paths import is_file, is_folder, is_there, listing
+from ckpt2pt.system.paths import is_file, is_folder, is_there, listing, status
 from ckpt2pt.untrusted.jsontext import parse_json
 
 _Described = tuple[tuple[str, ...], Buffer | None]
@@ -191,20 +191,12 @@ def data_parallel_size(template: Template) -> int | None:
 
 def read_template(path: Path, *, allow: tuple[str, ...] = ()) -> Template:
     """Read an ``args_*.pt`` without executing it; whatever torch or numpy wrote it."""
-    try:
-        seen = path.stat()
-    except OSError:
-        return _read_template(path, allow)  # which says what is wrong
-    return _last_template(path, allow, (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))
+    seen = status(path, METADATA)
+    return _template(path, allow, seen and (seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))
 
 
-@lru_cache(1)
-def _last_template(path: Path, allow: tuple[str, ...], _: tuple[int, ...]) -> Template:
-    """Several parts of a run ask for one rank in turn; those of many ranks would not fit into memory."""
-    return _read_template(path, allow)
-
-
-def _read_template(path: Path, allow: tuple[str, ...]) -> Template:
+@lru_cache(1)  # parts of a run ask for one rank in turn; those of many ranks would not fit into memory
+def _template(path: Path, allow: tuple[str, ...], _: tuple[int, ...] | None) -> Template:
     archive = Archive.open(path, METADATA)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
