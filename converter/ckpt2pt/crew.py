@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -23,6 +24,7 @@ from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, Try
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Lock
 from ckpt2pt.request import Pace
+from ckpt2pt.system.access import access_error
 from ckpt2pt.system.parent import end_with
 
 
@@ -176,12 +178,15 @@ class _Crew:
             self._dismiss()
 
     def _start(self, rank: Rank) -> _Hand:
-        context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        words = (self._work, rank, theirs, os.getpid(), tuple(self._locks))
-        process = context.Process(target=work_on_rank, args=words, name=f"tp{rank[0]}-pp{rank[1]}")
-        with _deaf_to_interrupts():
-            process.start()
+        context, name = get_context("spawn"), f"tp{rank[0]}-pp{rank[1]}"
+        try:
+            ours, theirs = context.Pipe()
+            words = (self._work, rank, theirs, os.getpid(), tuple(self._locks))
+            process = context.Process(target=work_on_rank, args=words, name=name)
+            with _deaf_to_interrupts():
+                process.start()
+        except OSError as error:
+            raise _not_started(error, f"worker {name}") from error
         theirs.close()
         timeout = self._work.pace.timeout
         return _Hand(rank, process, ours, time.monotonic() + timeout if timeout else None)
@@ -219,6 +224,17 @@ class _Crew:
                 hand.process.kill()
                 hand.process.join()
             hand.pipe.close()
+
+
+def _not_started(error: OSError, worker: str) -> Ckpt2ptError:
+    """A process takes descriptors, memory and a place among the processes that are allowed."""
+    if error.errno != errno.EAGAIN:
+        return access_error(error, worker, "starting a worker process")
+    return TryAgainError(
+        "a worker process could not be started: no more processes are allowed here",
+        where=worker,
+        mend="raise the limit (ulimit -u, the pids limit of the container), or lower --process-limit; then run again",
+    )
 
 
 @contextmanager

@@ -348,16 +348,18 @@ def read_stated(folder: Path, *, allow: tuple[str, ...] = ()) -> Stated | None:
     )
 
 
-def learn(given: Given, *, source: Path, metadata: Path, allow: tuple[str, ...] = ()) -> Topology:
+def learn(given: Given, *, source: Path, metadata: Path, target: Path, allow: tuple[str, ...] = ()) -> Topology:
     """The layout that was given, completed by what ``metadata`` states.
 
-    Where it states nothing, degrees are 1 and no layer is a no-op; only the layers have to be known.
+    Where it states nothing, degrees are 1 and no layer is a no-op; only the layers have to be known.  Raises
+    :class:`MissingInputError` where neither is there.
     """
     stated = None if given.complete else read_stated(metadata, allow=allow)
     layers = given.num_layers if given.num_layers is not None or stated is None else stated.num_layers
     if layers is None:
+        require(metadata, source=source, target=target)
         raise UsageError(
-            "--num-layers is missing" + (", and pt_meta does not say it" if stated else ""),
+            "--num-layers is missing, and pt_meta does not say it",
             where=f"the command line and {metadata}",
             mend="give --num-layers, no-op layers included, or check --param-map-path",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ import pytest
 from ckpt2pt.casts import Cast, find_cast
 from ckpt2pt.crew import stopped_by_signals, work_through
 from ckpt2pt.engine import write as engine
-from ckpt2pt.errors import TimedOutError, TryAgainError
+from ckpt2pt.errors import Ckpt2ptError, TimedOutError, TooManyFilesError, TryAgainError
 from ckpt2pt.publish import TRACKER
 from ckpt2pt.run import run
 from conversions import Quiet, flags_for, request_for
@@ -141,3 +142,23 @@ def test_a_bug_in_a_worker_keeps_its_traceback(capfd: pytest.CaptureFixture[str]
         work_through(Talking(broken=True), [(0, 0), (1, 0)], None, Quiet(), stop)
     assert "in carry" in "".join(caught.value.__notes__)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.EMFILE, TooManyFilesError, "this process may have [0-9]+ files open"),
+        (errno.EAGAIN, TryAgainError, "no more processes are allowed"),
+        (errno.ENOMEM, TryAgainError, "Cannot allocate memory"),
+    ],
+)
+def test_a_worker_that_cannot_be_started_is_an_error_that_says_why(
+    number: int, kind: type[Ckpt2ptError], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", refuse)
+    with pytest.raises(kind, match=words) as caught, stopped_by_signals() as stop:
+        work_through(Talking(), [(0, 0), (1, 0)], None, Quiet(), stop)
+    assert caught.value.where == "worker tp0-pp0"
