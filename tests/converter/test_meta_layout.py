@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ckpt2pt.cli import main
-from ckpt2pt.errors import TopologyError
+from ckpt2pt.errors import MissingInputError, TopologyError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.meta import Given, learn, read_stated
 from conversions import topology_of

@@ -7,6 +7,7 @@ the file and function that reads an entry.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -110,6 +111,24 @@ _ARCHITECTURE = ("num_layers", "hidden_size", "num_attention_heads")
 _WITH_VOCABULARY = ("max_position_embeddings", "make_vocab_size_divisible_by", "padded_vocab_size", "tokenizer_type")
 _GROUP = ("wd_mult", "is_decoupled_lr", "bias_correction", "betas", "eps")
 _SCHEDULER = ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "num_steps")
+_NUMBERS = frozenset(
+    [
+        "wd_mult",
+        "eps",
+        "max_lr",
+        "min_lr",
+        "lr_warmup_steps",
+        "lr_decay_steps",
+        "num_steps",
+        "start_wd",
+        "end_wd",
+        "wd_incr_steps",
+    ]
+)
+_STYLES: Mapping[str, tuple[str, ...]] = {
+    "lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root"),
+    "wd_incr_style": ("constant", "linear", "cosine"),
+}  # megatron/optimizer_param_scheduler.py, get_lr and get_wd: any other is an exception
 _GRAD_SCALER = ("scale", "growth_tracker", "hysteresis_tracker")
 _TORCH_STATES = frozenset({5056, 5048})  # pytorch, aten/src/ATen/CPUGeneratorImpl.cpp; the latter before 1.7
 _CUDA_STATES = frozenset({16, 816})  # pytorch, aten/src/ATen/cuda/CUDAGeneratorImpl.cpp; the latter before 2.1
@@ -118,7 +137,18 @@ _MODEL_PARALLEL = "model-parallel-rng"
 
 
 def _missing(tree: Mapping[str, Value], keys: Iterable[str]) -> _Found:
-    return ((f".{key}", "is missing") for key in keys if key not in tree)
+    """Keys that are not there, or hold what Megatron-LM cannot compute with."""
+    for key in keys:
+        problem = _unlike(key, tree[key]) if key in tree else "is missing"
+        if problem:
+            yield f".{key}", problem
+
+
+def _unlike(key: str, value: Value) -> str:
+    if key in _STYLES:
+        return "" if value in _STYLES[key] else f"is {value!r}, not one of {', '.join(_STYLES[key])}"
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return f"is {value!r}, not a number" if key in _NUMBERS and not number else ""
 
 
 def _args(template: Template, _: TargetRun) -> _Found:
@@ -221,7 +251,7 @@ def _scheduler(template: Template, _: TargetRun) -> _Found:
     known = _texts(state)
     yield from _missing(known, _SCHEDULER)
     if "start_wd" in known:
-        yield from _missing(known, ("end_wd", "wd_incr_steps", "wd_incr_style"))
+        yield from _missing(known, ("start_wd", "end_wd", "wd_incr_steps", "wd_incr_style"))
     if "num_iters" in known:
         yield ".num_iters", "is there, and Megatron-LM reads it in place of num_steps"
 

@@ -62,6 +62,10 @@ def scheduler(name: str) -> Callable[[Tree], object]:
     return lambda tree: tree["opt_param_scheduler"].pop(name)
 
 
+def scheduled(**values: Any) -> Callable[[Tree], object]:
+    return lambda tree: tree["opt_param_scheduler"].update(values)
+
+
 def state(**values: Any) -> Callable[[Tree], object]:
     def change(tree: Tree) -> None:
         for name, value in values.items():
@@ -94,6 +98,13 @@ BROKEN: dict[str, tuple[Callable[[Tree], object], str, bool]] = {
     "group-without-wd-mult": (group(wd_mult=drop), "param_groups[0].wd_mult is missing", False),
     "group-without-bias-correction": (group(bias_correction=drop), "bias_correction is missing", False),
     "group-without-decoupled": (group(is_decoupled_lr=drop), "is_decoupled_lr is missing", False),
+    "group-with-text-for-eps": (group(eps="x"), "param_groups[0].eps is 'x', not a number", False),
+    "group-with-none-for-wd-mult": (group(wd_mult=None), "param_groups[0].wd_mult is None, not a number", False),
+    "scheduler-with-none": (scheduled(max_lr=None), "opt_param_scheduler.max_lr is None, not a number", False),
+    "scheduler-with-a-list": (scheduled(lr_decay_steps=[]), "opt_param_scheduler.lr_decay_steps is [], not a number", False),
+    "scheduler-with-nan": (scheduled(min_lr=float("nan")), "opt_param_scheduler.min_lr is nan, not a number", False),
+    "scheduler-with-true": (scheduled(start_wd=True), "opt_param_scheduler.start_wd is True, not a number", False),
+    "scheduler-of-another-style": (scheduled(lr_decay_style="x"), "lr_decay_style is 'x', not one of constant, linear", False),
     "no-scheduler": (drop("opt_param_scheduler"), "opt_param_scheduler is missing", False),
     "scheduler-none": (put(opt_param_scheduler=None), "opt_param_scheduler is missing", False),
     **{f"scheduler-without-{name}": (scheduler(name), f"opt_param_scheduler.{name} is missing", False)
