@@ -22,13 +22,13 @@ from ckpt2pt.conversion.job import MANAGER
 from ckpt2pt.conversion.names import request_path
 from ckpt2pt.conversion.spec import API_VERSION, Json
 from ckpt2pt.errors import UsageError
-from ckpt2pt_operator.decoding import LARGE, Page, decode, lines
+from ckpt2pt_operator.decoding import Page, decode, lines
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.views import child, items, number, text
 from ckpt2pt_operator.workqueue import Turns
 
 _TIMEOUT = 30
-_SILENCE = 100.0
+SILENCE = 100.0
 """Seconds without a word after which a watch is given up: an API server sends a bookmark each minute."""
 _MAX_PAUSE = 300.0
 _MAX_FIELDS = 8
@@ -195,11 +195,8 @@ class Api:
         try:
             if stream.status >= 400:
                 raise self._refused(stream, await stream.read(), asked)
-            async for data in stream.content.iter_any():
-                for item in page.feed(data):
-                    found.append(take(decode(item)))
-                    if len(item) > LARGE:
-                        await asyncio.sleep(0)
+            async for item in page.items(stream.content):
+                found.append(take(item))
             meta = child(decode(page.rest()), "metadata")
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=str(asked)) from error
@@ -254,7 +251,7 @@ class Api:
 
     async def watch(self, resource: Resource, namespace: str, **query: str) -> AsyncIterator[Json]:
         """Events of a watch, one JSON object each, until the server ends it."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=SILENCE)
         asked = _Asked("watch", resource, namespace)
         stream = await self._send(asked, "GET", {**query, "watch": "true"}, None, "", timeout)
         try:

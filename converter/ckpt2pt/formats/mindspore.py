@@ -1,0 +1,104 @@
+"""MindSpore training output, read as global tensors.
+
+    rank_R/*.ckpt of (tp, pp) --ckpt--> {entry: TensorRef} --names--> (role, canonical name) --core.index--> tensors
+
+Every layer carries its global number in its name, so that neither the layers nor their stages have to be known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import cast
+
+from ckpt2pt.ckpt import index_file
+from ckpt2pt.ckpt.filenames import When
+from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
+from ckpt2pt.ckpt.shards import has_shards
+from ckpt2pt.core.index import Collector, Index, Local
+from ckpt2pt.core.params import EMBEDDING, FINAL_NORM, canonical_name
+from ckpt2pt.core.tensor import Role
+from ckpt2pt.errors import InputError, MissingInputError
+from ckpt2pt.formats.checkpoint import Checkpoint
+from ckpt2pt.formats.degrees import check_ranks, find_layout
+from ckpt2pt.mapping.names import NameTable, Rules, is_tied_head, without_pipeline_suffix
+from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.plan.clock import read_clock
+from ckpt2pt.survey import agree, facts_of
+
+
+def open_mindspore(
+    path: Path, *, tensor: int | None, pipeline: int | None, iteration: int | None, rules: Rules
+) -> Checkpoint:
+    """Read the headers of every rank of one iteration, the newest that all ranks have unless ``iteration`` names another.
+
+    ``tensor`` and ``pipeline`` may be left out where the folders, a ``pt_meta`` beside the ranks or the files tell them.
+    """
+    table = NameTable(rules)
+    layout = find_layout(path, tensor, pipeline, table)
+    found = find_sources(path, layout)
+    found = find_groups(path, layout, found, sharded=lambda file: has_shards(index_file(file)))
+    when = choose(found, last_saved(path, layout)) if iteration is None else _of_iteration(path, found, iteration)
+    files = found[when]
+    check_ranks(path, when, files, layout, table)
+    agree({file: facts_of(index_file(file)) for group in files.values() for file in group.paths}, path)
+    collector = Collector(layout.tensor, str(path))
+    for (tp, pp), file in files.items():
+        _collect(collector, tp, file, layout.group(tp, pp), table)
+    index = collector.index()
+    if not rules.modules:
+        _check_ends(index, path)
+    return Checkpoint(
+        path=path,
+        format="mindspore",
+        iteration=_iteration(files),
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        index=index,
+    )
+
+
+def _check_ends(index: Index, path: Path) -> None:
+    """Layers have gaps where there are no-op layers, but a model begins with its embedding and ends with a norm."""
+    names = {key.name for key in index}
+    lacking = [name for name in (EMBEDDING, FINAL_NORM) if name not in names]
+    if lacking:
+        raise MissingInputError(
+            f"no rank holds {lacking[0]}, so the {'first' if lacking[0] == EMBEDDING else 'last'} pipeline stage is missing",
+            where=path,
+            mend="copy the folders of all ranks, and check the parallel sizes if you give them",
+        )
+
+
+def _of_iteration(path: Path, found: Mapping[When, Mapping[Rank, SourceFile]], iteration: int) -> When:
+    steps = {when: _iteration(files) for when, files in found.items()}
+    matching = [when for when, step in steps.items() if step == iteration]
+    if len(matching) == 1:
+        return matching[0]
+    there = ", ".join(str(step) for step in sorted({step for step in steps.values() if step is not None}))
+    raise MissingInputError(
+        f"{len(matching) or 'no'} checkpoints are of iteration {iteration}; there are iterations {there or 'that nothing states'}",
+        where=path,
+        mend="ask for one of them, or leave the iteration out for the newest",
+    )
+
+
+def _collect(collector: Collector, tp: int, file: SourceFile, group: tuple[int, ...], table: NameTable) -> None:
+    index = index_source(file, group)
+    known, _ = table.classify_all(index, where=str(file.path))
+    for entry, ref in index.items():
+        what = known[entry]
+        if what.role == "ignored":
+            continue
+        name = without_pipeline_suffix(what.name)
+        canonical = EMBEDDING if is_tied_head(name) else canonical_name(table.to_megatron(name))
+        collector.add(cast("Role", what.role), canonical, tp, Local(ref.dtype, ref.shape, 0, ref.extents))
+
+
+def _iteration(files: Mapping[Rank, SourceFile]) -> int | None:
+    first = next(iter(files.values()))
+    with suppress(InputError):
+        facts = facts_of(index_file(first.path))
+        return read_clock(facts, global_batch_size=None, named=first.named, where=str(first.path)).iteration
+    return None

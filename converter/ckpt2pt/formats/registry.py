@@ -1,0 +1,64 @@
+"""Which format a folder is of, told by what is in it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ckpt2pt.errors import FormatError, MissingInputError, UsageError
+from ckpt2pt.formats.checkpoint import OPTION, Checkpoint
+from ckpt2pt.mapping.names import Rules
+from ckpt2pt.system.paths import is_folder, is_there, listing
+
+FORMATS = ("mindspore", "megatron")
+
+_RANK = re.compile(r"rank_\d+|mp_rank_\d+(?:_\d+)?")
+_SUFFIXES = {".pt": "megatron", ".ckpt": "mindspore", ".safetensors": "mindspore"}
+
+
+def detect(path: Path) -> str:
+    """``mindspore`` or ``megatron``.
+
+    Raises :class:`FormatError` for a folder that is neither and for a single file, :class:`MissingInputError` for nothing.
+    """
+    if not is_there(path, OPTION):
+        raise MissingInputError("there is no such folder", where=path, mend="check the path")
+    if not is_folder(path, OPTION):
+        raise FormatError(
+            "this is a file, and a checkpoint is read with the files of all its ranks",
+            where=path,
+            mend="name the folder that holds the folders of the ranks",
+        )
+    places = [path, *reversed(listing(path, "iter_*", OPTION)), path / "release"]
+    for place in places:
+        for folder in listing(place, option=OPTION):
+            for file in listing(folder, option=OPTION) if _RANK.fullmatch(folder.name) else ():
+                if found := _SUFFIXES.get(file.suffix):
+                    return found
+    if any(listing(place, "*.distcp", OPTION) for place in places):
+        return "megatron"  # whose reader says what it does not read
+    raise FormatError(
+        "neither a MindSpore training output (rank_*/*.ckpt, *.safetensors) nor a Megatron checkpoint (mp_rank_*/*.pt)",
+        where=path,
+        mend="name the folder that holds the folders of the ranks, or iterations of them",
+    )
+
+
+def read(
+    path: Path,
+    *,
+    source_format: str = "auto",
+    tensor: int | None = None,
+    pipeline: int | None = None,
+    iteration: int | None = None,
+    rules: Rules | None = None,
+) -> Checkpoint:
+    """Find one iteration of a checkpoint and read its headers."""
+    chosen = detect(path) if source_format == "auto" else source_format
+    if chosen == "mindspore":
+        from ckpt2pt.formats.mindspore import open_mindspore as open_checkpoint  # noqa: PLC0415
+    elif chosen == "megatron":
+        from ckpt2pt.formats.megatron import open_megatron as open_checkpoint  # noqa: PLC0415 - numpy and more
+    else:
+        raise UsageError(f"no format {chosen}", where="source_format", mend=f"give auto, {' or '.join(FORMATS)}")
+    return open_checkpoint(path, tensor=tensor, pipeline=pipeline, iteration=iteration, rules=rules or Rules())
