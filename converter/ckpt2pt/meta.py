@@ -211,7 +211,6 @@ def _read_template(path: Path, allow: tuple[str, ...]) -> Template:
     return Template(path=str(path), tree=cast("dict[str, object]", tree), storages=dict(archive.storages))  # type: ignore[arg-type]
 
 
-_SOURCE = "spec.source.path (--ms-path)"
 _MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(0|[1-9]\d*)pp(0|[1-9]\d*)vpp(\d+)\.json", re.ASCII)
 
 
@@ -366,8 +365,7 @@ def read_stated(folder: Path, *, allow: tuple[str, ...] = ()) -> Stated | None:
 def learn(given: Given, *, source: Path, metadata: Path, target: Path, allow: tuple[str, ...] = ()) -> Topology:
     """The layout that was given, completed by what ``metadata`` states.
 
-    Where it states nothing, degrees are 1 and no layer is a no-op; only the layers have to be known.  Raises
-    :class:`MissingInputError` where neither is there.
+    Where it states nothing, degrees are 1 and no layer is a no-op; only the layers have to be known.
     """
     stated = None if given.complete else read_stated(metadata, allow=allow)
     layers = given.num_layers if given.num_layers is not None or stated is None else stated.num_layers
@@ -449,4 +447,4 @@ def _with_group(topology: Topology, group: int, source: Path) -> Topology:
     first = {wide.source_rank(*rank) for rank in wide.ranks()}
     if first == {topology.source_rank(*rank) for rank in topology.ranks()}:
         first = {rank for key in wide.ranks() for rank in wide.group(*key)}
-    return wide if all(is_folder(rank_folder(source, rank), _SOURCE) for rank in first) else topology
+    return wide if all(is_folder(rank_folder(source, rank), "--ms-path") for rank in first) else topology
