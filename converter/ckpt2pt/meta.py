@@ -6,6 +6,7 @@ param_map_buffer0_dp0tp0pp3vpp1.json        -> Buffer     (order, buckets, paddi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -216,16 +217,23 @@ _MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(0|[1-9]\d*)pp(0|[1-9]\d*)vpp(\d+
 
 def list_param_maps(folder: Path) -> Maps:
     """The param maps in a folder.  Only data-parallel rank 0's are read: all ranks write the same."""
-    found: dict[tuple[int, int], list[tuple[int, int, Path]]] = {}
     try:
-        for path in folder.iterdir():
-            if match := _MAP.fullmatch(path.name):
-                buffer, tp, pp, chunk = map(int, match.groups())
-                found.setdefault((tp, pp), []).append((buffer, chunk, path))
+        seen = folder.stat()
+        return _listed_maps(folder, (seen.st_dev, seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns))
     except FileNotFoundError:
         raise MissingInputError("the folder of param maps is not there", where=folder, mend=_MEND) from None
     except OSError as error:
         raise access_error(error, folder, "listing", option=METADATA) from error
+
+
+@lru_cache(1)
+def _listed_maps(folder: Path, _: tuple[int, ...]) -> Maps:
+    """Each rank in turn asks for its own; listing the folder for each would take the square of their number."""
+    found: dict[tuple[int, int], list[tuple[int, int, Path]]] = {}
+    for name in os.listdir(folder):
+        if match := _MAP.fullmatch(name):
+            buffer, tp, pp, chunk = map(int, match.groups())
+            found.setdefault((tp, pp), []).append((buffer, chunk, folder / name))
     return found
 
 
