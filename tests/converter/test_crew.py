@@ -164,8 +164,9 @@ def test_a_rank_that_fails_ends_the_workers_of_all(pipelined: Path, tmp_path: Pa
 
 
 def test_what_workers_log_goes_through_the_parent(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])  # without those of tests before this one
     with caplog.at_level(logging.WARNING), stopped_by_signals() as stop:
         work_through(Talking(), [(0, 0), (1, 0)], None, Quiet(), stop)
     assert caplog.messages == ["a\x1b[31m: mode 0400 cannot be set"] * 2
