@@ -22,7 +22,7 @@ from ckpt2pt import __version__
 from ckpt2pt.ckpt import prove_sources
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
-from ckpt2pt.errors import InterruptedRunError, TargetConflictError
+from ckpt2pt.errors import InterruptedRunError, TargetConflictError, printable
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import prefix_remark, rules_remark
 from ckpt2pt.mapping.topology import Rank
@@ -35,7 +35,7 @@ from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.system.volume import check_volume
-from ckpt2pt.text import checksums_told, counted, size
+from ckpt2pt.text import checksums_told, counted, size, warned
 
 
 class Planned(Share, Protocol):
@@ -155,8 +155,8 @@ class Outcome:
         did += checksums_told(self.source_checksums)
         if self.kept_of_template:
             did += f"\nas pt_meta has it, of another iteration: {', '.join(self.kept_of_template)}"
-        first = "".join(f"warning: {text}\n" for text in self.warnings)
-        return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.at_home.folder}\n{end}"
+        first = f"iteration {self.target.iteration}, {stages}: {did}"
+        return "\n".join([*warned(self.warnings), first, printable(str(self.target.at_home.folder)), end])
 
 
 @dataclass(frozen=True, slots=True)
