@@ -360,7 +360,8 @@ def request_of(options: argparse.Namespace) -> Request:
         noop=None if options.noop is None else frozenset(options.noop),
         layers_per_stage=joined(options.stage_list),
     )
-    topology = learn(given, source=options.ms_path, metadata=options.param_map_path, allow=rules.pickle_globals)
+    source, metadata, target = options.ms_path, options.param_map_path, options.megatron_path
+    topology = learn(given, source=source, metadata=metadata, target=target, allow=rules.pickle_globals)
     if topology.remark:
         log.warning("%s", topology.remark)
     return Request(

@@ -22,20 +22,20 @@ from ckpt2pt import __version__
 from ckpt2pt.ckpt import prove_sources
 from ckpt2pt.crew import Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
-from ckpt2pt.errors import InterruptedRunError, TargetConflictError
+from ckpt2pt.errors import InterruptedRunError, TargetConflictError, printable
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import prefix_remark, rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.ptmeta.loading import check_loadable, contradictions, kept_of_template
+from ckpt2pt.ptmeta.loading import check_loadable, contradictions_of, kept_of_template
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Reporter, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.system.volume import check_volume
-from ckpt2pt.text import checksums_told, counted, size
+from ckpt2pt.text import checksums_told, counted, size, warned
 
 
 class Planned(Share, Protocol):
@@ -155,8 +155,8 @@ class Outcome:
         did += checksums_told(self.source_checksums)
         if self.kept_of_template:
             did += f"\nas pt_meta has it, of another iteration: {', '.join(self.kept_of_template)}"
-        first = "".join(f"warning: {text}\n" for text in self.warnings)
-        return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.at_home.folder}\n{end}"
+        first = f"iteration {self.target.iteration}, {stages}: {did}"
+        return "\n".join([*warned(self.warnings), first, printable(str(self.target.at_home.folder)), end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         facts={"assumed": assumed(request.metadata)},
         inputs=chosen.inputs,
         doubts=chosen.clock.doubts,
-        warnings=contradictions(request, chosen, ranks[0]) if ranks else (),
+        warnings=contradictions_of(request, chosen, ranks[0]) if ranks else (),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
         prepare=partial(_plan, request, chosen),

@@ -225,13 +225,12 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     topology = request.topology
     tp, pp = rank
     meta = meta_of(request, rank)
-    file = chosen.files[rank]
-    index = (None if file.peers else chosen.indexes.get(rank)) or index_source(file, topology.group(tp, pp))
+    index = index_of(request, chosen, rank)
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(
         tp=tp,
         pp=pp,
-        source=str(file.path),
+        source=str(chosen.files[rank].path),
         metadata=str(request.metadata),
         index=index,
         stated=statement_of(index),
@@ -245,6 +244,12 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     plan = plan_rank(found, topology, NameTable(request.rules), full=request.full)
     files = payloads(plan, meta.template, reference_samples=request.reference_samples)
     return Prepared(plan=plan, meta=meta, files=files)
+
+
+def index_of(request: Request, chosen: Survey, rank: Rank) -> Index:
+    """The index of one rank's file, or of its group's shards; read, where :func:`survey` did not keep it."""
+    file = chosen.files[rank]
+    return (None if file.peers else chosen.indexes.get(rank)) or index_source(file, request.topology.group(*rank))
 
 
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:

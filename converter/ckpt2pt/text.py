@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from ckpt2pt.errors import counted as counted
-from ckpt2pt.errors import printable
+from ckpt2pt.errors import printable, spelled
 from ckpt2pt.errors import size as size
 
 Document = Mapping[str, object]
@@ -32,6 +32,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: froze
         return "  ".join(padded).rstrip()
 
     return [line(row) for row in cells]
+
+
+def warned(texts: Iterable[object]) -> list[str]:
+    """A line for each warning, and those below it."""
+    return [f"warning: {spelled(str(text))}" for text in texts]
 
 
 def short(value: object, limit: int = 60) -> str:

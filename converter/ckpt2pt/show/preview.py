@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from ckpt2pt.errors import printable, spelled
 from ckpt2pt.mapping.names import prefix_remark, rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
@@ -17,7 +18,7 @@ from ckpt2pt.request import Request
 from ckpt2pt.show.folding import fold, spanned
 from ckpt2pt.survey import Prepared, Survey
 from ckpt2pt.system.volume import free_bytes
-from ckpt2pt.text import counted, size, table
+from ckpt2pt.text import counted, size, table, warned
 
 WORKER_BYTES = 48 << 20
 """What one worker needs at most (benchmarks/), whatever the size of the checkpoint."""
@@ -26,6 +27,7 @@ WORKER_BYTES = 48 << 20
 def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Rank, Prepared], *, names: bool) -> Json:
     """The plan as a document for ``--output json``."""
     stages: list[Json] = []
+    first = next(iter(ranks.values()))
     read = written = 0
     for (tp, pp), prepared in ranks.items():
         plan = prepared.plan
@@ -60,7 +62,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
                 full=request.full,
             ),
             *dict.fromkeys(prefix_remark(rank.plan.prefix) for rank in ranks.values() if rank.plan.prefix),
-            *contradictions(request, chosen, next(iter(ranks))),
+            *contradictions(first.meta.template, first.plan.stated),
             *_copies(request, chosen, ranks),
             *_unused_rules(request, ranks),
         ],
@@ -128,10 +130,10 @@ def render(document: Json, *, details: bool = False) -> str:
     """The plan as text; stages and ranks that are alike share a line unless ``details`` are asked for."""
     options = _mapping(document["options"])
     lines = [
-        *(f"warning: {text}" for text in _list(document["warnings"])),
+        *warned(_list(document["warnings"])),
         f"iteration  {document['iteration']} (from {document['because']}), {_count(document['consumedSamples'])} samples consumed",
-        *(f"  DOUBT: {doubt}" for doubt in _list(document["doubts"])),
-        f"target     {document['target']}",
+        *(f"  DOUBT: {spelled(str(doubt))}" for doubt in _list(document["doubts"])),
+        f"target     {printable(str(document['target']))}",
         f"mode       {options['mode']}, Megatron 0.6; tp {options['tensor']}, pp {options['pipeline']}, "
         f"vpp {options['virtualPipeline']}",
         "",
