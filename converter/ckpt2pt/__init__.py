@@ -14,6 +14,28 @@
 
 Above ``RankPlan`` only headers are read; below it only bytes move.  Importing this package loads nothing else: no
 numpy, no torch, no YAML.
+
+    with ckpt2pt.open("ms_ckpt", tp=2, pp=4) as checkpoint:
+        checkpoint["decoder.layers.7.mlp.linear_fc1.weight"]        # numpy, whole, whatever it was cut into
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckpt2pt.library import Checkpoint, TensorInfo
+    from ckpt2pt.library import open_checkpoint as open  # noqa: A004 - as ckpt2pt.open
+
+__all__ = ["Checkpoint", "TensorInfo", "__version__", "open"]
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """Load the library when it is first used (PEP 562)."""
+    if name not in {"Checkpoint", "TensorInfo", "open"}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ckpt2pt import library  # noqa: PLC0415
+
+    return getattr(library, "open_checkpoint" if name == "open" else name)

@@ -399,6 +399,8 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from ckpt2pt.request import rules_of  # noqa: PLC0415
+    from ckpt2pt.verify.across import compare_across, differ_in_layout, read_both  # noqa: PLC0415
     from ckpt2pt.verify.compare import compare  # noqa: PLC0415
 
     if len(options.paths) != 2:
@@ -407,7 +409,12 @@ def _compare(options: argparse.Namespace) -> int:
             where="ckpt2pt verify",
             mend="give two checkpoints to compare, one result, or none and the flags of convert",
         )
-    result = compare(*options.paths, ignore=tuple(options.ignore), ignore_padding=options.ignore_padding)
+    how = {"ignore": tuple(options.ignore), "ignore_padding": options.ignore_padding}
+    sizes = {"tensor": options.tp_size, "pipeline": options.pp_size}
+    if differ_in_layout(*options.paths, asked=any(sizes.values())):
+        result = compare_across(*read_both(*options.paths, **sizes, rules=rules_of(options.rules)), **how)
+    else:
+        result = compare(*options.paths, **how)
     _show(result.document(), result.render(), options)
     result.raise_differences()
     return 0

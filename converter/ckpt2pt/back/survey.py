@@ -161,7 +161,7 @@ def _has_distributed_optimizer(rank: MegatronRank) -> bool:
     distributed = rank.template.args.get("use_distributed_optimizer") is True
     if is_file(rank.folder / OPTIM_FILE, "--megatron-path"):
         return True
-    if not distributed and "optimizer" in rank.template.tree:
+    if rank.has_plain_optimizer:
         return False
     raise MissingInputError(
         f"{OPTIM_FILE} is not there" if distributed else f"{MODEL_FILE} holds no optimizer",

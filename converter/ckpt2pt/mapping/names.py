@@ -1,8 +1,7 @@
-"""The one table of names, Megatron-LM (0.6, legacy GPT) <-> MindSpeed-Core-MS, and what else a source file may hold.
+"""Names of Megatron-LM (0.6, legacy GPT) <-> MindSpeed-Core-MS, and what else a source file may hold.
 
-Pure: no files.  Names are compared segment by segment and never by substring.  The pairs are those of
-MindSpeed-Core-MS feature-0.1 (mindspeed_ms/tools/converter) and of Megatron-LM cac60ce4
-(megatron/model/transformer.py, language_model.py).
+Pure: no files.  The pairs are those of the one table (``core.params``); names are compared segment by segment and never by
+substring.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Literal
 
+from ckpt2pt.core.params import LAYER_MODULES, MODULES, modules
 from ckpt2pt.errors import UnmappedNameError, UsageError
 
 # Parameters of one kind of module: Megatron's name -> MindSpore's spellings, the one we write first.
@@ -22,25 +22,8 @@ LINEAR = MappingProxyType({"weight": ("weight",), "bias": ("bias",)})
 NORM = MappingProxyType({"weight": ("weight", "gamma"), "bias": ("bias", "beta")})
 _KINDS = {"linear": LINEAR, "norm": NORM}
 
-#   Megatron module in a layer           MindSpore module           parameters
-_LAYER_MODULES = {
-    "input_norm":                        ("input_norm",             "norm"),
-    "self_attention.query_key_value":    ("attention.qkv_proj",     "linear"),
-    "self_attention.dense":              ("attention.out_proj",     "linear"),
-    "post_attention_norm":               ("post_attention_norm",    "norm"),
-    "mlp.dense_h_to_4h":                 ("mlp.mapping",            "linear"),
-    "mlp.dense_4h_to_h":                 ("mlp.projection",         "linear"),
-}  # fmt: skip
-
-_EMBEDDING = "language_model.embedding.word_embeddings"
-_OUTPUT = "language_model.output_layer"
-#   Megatron module outside the layers   the same in MindSpore unless said otherwise
-_MODULES = {
-    _EMBEDDING:                                      (_EMBEDDING,                                        "linear"),
-    "language_model.embedding.position_embeddings":  ("language_model.embedding.position_embeddings",    "linear"),
-    "language_model.encoder.final_norm":             ("language_model.encoder.final_norm",               "norm"),
-    _OUTPUT:                                         (_OUTPUT,                                           "linear"),
-}  # fmt: skip
+_LAYER_MODULES, _MODULES = modules(LAYER_MODULES), modules(MODULES)
+_EMBEDDING, _OUTPUT = "language_model.embedding.word_embeddings", "language_model.output_layer"
 
 TIED_HEAD = "word_embeddings.weight"
 """The last stage's copy of tied embeddings, as Megatron's parameter buffers call it."""
@@ -53,14 +36,12 @@ HAS_EXTRA_STATE = frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense
 """Modules whose ``_extra_state`` (None) Megatron 0.6 saves after the module's own parameters."""
 
 # Of these each tensor-parallel rank holds another part; of norms, biases of rows and learned positions all hold the same.
-_SPLIT = HAS_EXTRA_STATE | {
-    "word_embeddings",
-    "word_embeddings_for_head",
-    "qkv_proj",
-    "out_proj",
-    "mapping",
-    "projection",
-}
+_SPLIT = {"word_embeddings_for_head"}.union(
+    spelled.rpartition(".")[2]
+    for row in (*LAYER_MODULES, *MODULES)
+    if row.kind.cuts["weight"] is not None
+    for spelled in (row.legacy, row.mindspore)
+)
 
 Role = Literal["param", "exp_avg", "exp_avg_sq", "ignored"]
 MOMENTS: dict[str, Role] = {

@@ -57,6 +57,11 @@ class MegatronRank:
     prefix: str = ""
     """What all names of parameters carried in the file, such as ``module.``; left out here."""
 
+    @property
+    def has_plain_optimizer(self) -> bool:
+        """Whether ``model_optim_rng.pt`` holds the optimizer, as without ``--use-distributed-optimizer``."""
+        return self.template.args.get("use_distributed_optimizer") is not True and "optimizer" in self.template.tree
+
 
 def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
     """(tp, pp) -> ``mp_rank_TT[_PPP]``.  Raises :class:`MissingInputError` when there is none, or a gap."""

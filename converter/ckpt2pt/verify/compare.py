@@ -208,7 +208,7 @@ def compare(
 
 
 @dataclass(slots=True)
-class _Elements:
+class ElementComparison:
     """Two tensors of equally many elements, compared block by block."""
 
     left: TensorLeaf
@@ -220,13 +220,33 @@ class _Elements:
     index: int | None = None
     shown: tuple[str, str] = ("", "")
 
-    def compare(self, files: Files) -> _Elements:
+    def compare(self, files: Files) -> ElementComparison:
+        """Read both sides, and count what differs."""
         widest = max(width(self.left.dtype), width(self.right.dtype))
         for start, stop in spans(self.numel, widest):
             one, other = (side.elements.block(files, start, stop) for side in (self.left, self.right))
             if self.left.dtype != self.right.dtype or not np.array_equal(one, other):
                 self._see(start, one, other)
         return self
+
+    def row(self, file: str, name: str) -> Row | None:
+        """What differs; None when nothing does."""
+        same_type = self.left.dtype == self.right.dtype
+        if same_type and not self.differing and not self.bits_only:
+            return None
+        text = [f"{leaf!r} {value}".rstrip() for leaf, value in zip((self.left, self.right), self.shown, strict=True)]
+        return Row(
+            file=file,
+            name=name,
+            kind="type" if not same_type else "value" if self.differing else "bits",
+            left=text[0],
+            right=text[1],
+            numel=self.numel,
+            differing=self.differing,
+            bits_only=self.bits_only,
+            max_abs=self.max_abs,
+            index=self.index,
+        )
 
     def _see(self, start: int, one: Bytes, other: Bytes) -> None:
         left, right = self.left.dtype, self.right.dtype
@@ -343,28 +363,14 @@ class _Run:
         if left.shape != right.shape and (None in both or both[0] != both[1]):
             self.rows.append(Row(file=file, name=path, kind="type", left=repr(left), right=repr(right)))
             return
-        found = _Elements(left, right, min(numel, left.numel, right.numel)).compare(files)
+        found = ElementComparison(left, right, min(numel, left.numel, right.numel)).compare(files)
         self.nbytes += found.numel * (width(left.dtype) + width(right.dtype))
-        if left.dtype == right.dtype and not found.differing and not found.bits_only:
+        row = found.row(file, path)
+        if row is None:
             self.equal += 1
             return
         self.padding += used[0] is not None and used[0] == used[1] and used[0] <= (found.index or 0)
-        kind = "type" if left.dtype != right.dtype else "value" if found.differing else "bits"
-        text = [f"{leaf!r} {value}".rstrip() for leaf, value in zip((left, right), found.shown, strict=True)]
-        self.rows.append(
-            Row(
-                file=file,
-                name=path,
-                kind=kind,
-                left=text[0],
-                right=text[1],
-                numel=found.numel,
-                differing=found.differing,
-                bits_only=found.bits_only,
-                max_abs=found.max_abs,
-                index=found.index,
-            )
-        )
+        self.rows.append(row)
 
 
 def _one_sided(file: str, there: Leaves, missing: Leaves, kind: str) -> list[Row]:

@@ -1,0 +1,94 @@
+"""The local tensors of ranks, one after the other, become global tensors.  Pure.
+
+tp 0: linear_fc1 (16, 8)  -+
+tp 1: linear_fc1 (16, 8)  -+->  Tensor (2, 16, 8), two views           norms, tied heads: one view, the others replicas
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ckpt2pt.core.params import EMBEDDING, axes_of, is_gated
+from ckpt2pt.core.tensor import Key, Role, Shape, Stored, Tensor, check_coverage, sharded
+from ckpt2pt.errors import CoverageError, TopologyError
+from ckpt2pt.tensors import Extent
+
+
+class Local(NamedTuple):
+    """A rank's part of a parameter: in C order, ``first`` elements into a storage."""
+
+    dtype: str
+    shape: Shape
+    first: int
+    storage: tuple[Extent, ...]
+
+
+Index = Mapping[Key, Tensor]
+"""Every tensor of a checkpoint."""
+
+
+def find(index: Index, key: Key) -> Tensor | None:
+    """The tensor of a key.
+
+    A weight is rounded from its float32 main parameter where the checkpoint has no other, and a float32 weight is its own
+    main parameter (MindSpeed-Core-MS feature-0.1 saves float32 parameters alone).
+    """
+    if key in index or key.role not in {"param", "main_param"}:
+        return index.get(key)
+    other = index.get(Key("main_param" if key.role == "param" else "param", key.name))
+    return other if other and other.dtype == "float32" else None
+
+
+@dataclass(slots=True)
+class Collector:
+    """Collects local tensors by key and tensor-parallel rank; ``tensor`` is the number of ranks."""
+
+    tensor: int
+    where: str
+    _parts: dict[Key, dict[int, list[Local]]] = field(default_factory=dict[Key, dict[int, list[Local]]])
+
+    def add(self, role: Role, name: str, tp: int, local: Local) -> None:
+        """Take what rank ``tp`` holds of a parameter.
+
+        What a second pipeline stage holds of it is a replica: tied embeddings lie on the first and on the last.
+        """
+        copies = self._parts.setdefault(Key(role, name), {}).setdefault(tp, [])
+        if copies and name != EMBEDDING:
+            raise CoverageError(
+                f"{Key(role, name)} is on two pipeline stages",
+                where=self.where,
+                mend="check the parallel sizes, and that all folders are of one save",
+            )
+        copies.append(local)
+
+    def index(self) -> Index:
+        """The global tensors.  Raises :class:`CoverageError` or :class:`TopologyError` for ranks that do not fit together."""
+        shapes = {key.name: next(iter(ranks.values()))[0].shape for key, ranks in self._parts.items()}
+        gated = is_gated(shapes, self.where)
+        return {key: self._tensor(key, ranks, gated=gated) for key, ranks in self._parts.items()}
+
+    def _tensor(self, key: Key, ranks: Mapping[int, list[Local]], *, gated: bool) -> Tensor:
+        missing = [tp for tp in range(self.tensor) if tp not in ranks]
+        parts = [local for copies in ranks.values() for local in copies]
+        if missing or len({(part.dtype, part.shape) for part in parts}) > 1:
+            kinds = sorted({f"{part.dtype}{list(part.shape)}" for part in parts})
+            raise TopologyError(
+                f"{key} is missing on tp {', '.join(map(str, missing))}"
+                if missing
+                else f"{key} is {' and '.join(kinds)} on different ranks",
+                where=self.where,
+                mend="check the tensor parallel size, and that the checkpoint is complete",
+            )
+        first = parts[0]
+        axes = axes_of(key.name, first.shape, self.tensor, gated=gated)
+        views: list[Stored] = []
+        replicas: list[Stored] = []
+        for tp, copies in ranks.items():
+            for number, local in enumerate(copies):
+                held = sharded(axes.shape, axes.cut, tp, self.tensor, local.first, local.storage)
+                (replicas if number or (axes.cut is None and tp) else views).append(held)
+        found = Tensor(key, first.dtype, axes.shape, axes.fused, tuple(views), tuple(replicas))
+        check_coverage(found, self.where)
+        return found

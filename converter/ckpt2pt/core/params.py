@@ -1,0 +1,161 @@
+"""The one table of parameters: what each format calls them, and along which axis tensor parallelism cuts them.  Pure.
+
+Names: Megatron-LM core (megatron/core/models/gpt/gpt_model.py), whose names are the canonical ones here; Megatron-LM 0.6
+(cac60ce4, megatron/model/transformer.py, language_model.py); MindSpeed-Core-MS feature-0.1 (mindspeed_ms/tools/converter).
+Cuts: megatron/core/tensor_parallel/layers.py, ``ColumnParallelLinear``, ``RowParallelLinear``, ``VocabParallelEmbedding``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from ckpt2pt.core.tensor import Shape
+from ckpt2pt.errors import TopologyError
+
+
+class Kind(NamedTuple):
+    """What tensor parallelism cuts of a module: an axis of each of its parameters, None for nothing."""
+
+    cuts: Mapping[str, int | None]
+    norm: bool = False
+    gated: bool = False
+    """Its rows are gate and up, each cut by itself, where the model is gated (swiglu)."""
+    padded: bool = False
+    """Its rows are tokens, filled up to a multiple that depends on the tensor-parallel size."""
+
+
+COLUMN = Kind({"weight": 0, "bias": 0})
+GATED = Kind({"weight": 0, "bias": 0}, gated=True)
+ROW = Kind({"weight": 1, "bias": None})
+VOCABULARY = Kind({"weight": 0, "bias": 0}, padded=True)
+WHOLE = Kind({"weight": None, "bias": None})
+NORM = Kind({"weight": None, "bias": None}, norm=True)
+
+
+class Module(NamedTuple):
+    """One row: its name in Megatron core, in Megatron 0.6 and in MindSpeed-Core-MS."""
+
+    name: str
+    legacy: str
+    mindspore: str
+    kind: Kind
+
+
+LAYER_MODULES = (
+    #      Megatron core                 Megatron 0.6                        MindSpeed-Core-MS
+    Module("input_layernorm",            "input_norm",                       "input_norm",            NORM),
+    Module("self_attention.linear_qkv",  "self_attention.query_key_value",   "attention.qkv_proj",    COLUMN),
+    Module("self_attention.linear_proj", "self_attention.dense",             "attention.out_proj",    ROW),
+    Module("pre_mlp_layernorm",          "post_attention_norm",              "post_attention_norm",   NORM),
+    Module("mlp.linear_fc1",             "mlp.dense_h_to_4h",                "mlp.mapping",           GATED),
+    Module("mlp.linear_fc2",             "mlp.dense_4h_to_h",                "mlp.projection",        ROW),
+)  # fmt: skip
+
+_EMBEDDING = "language_model.embedding.word_embeddings"
+_POSITIONS = "language_model.embedding.position_embeddings"
+_NORM = "language_model.encoder.final_norm"
+_OUTPUT = "language_model.output_layer"
+MODULES = (
+    Module("embedding.word_embeddings",     _EMBEDDING,  _EMBEDDING,  VOCABULARY),
+    Module("embedding.position_embeddings", _POSITIONS,  _POSITIONS,  WHOLE),
+    Module("decoder.final_layernorm",       _NORM,       _NORM,       NORM),
+    Module("output_layer",                  _OUTPUT,     _OUTPUT,     VOCABULARY),
+)  # fmt: skip
+
+EMBEDDING = "embedding.word_embeddings.weight"
+HEAD = "output_layer.weight"
+
+_LEGACY_LAYER = re.compile(r"language_model\.encoder\.layers\.(\d+)\.(.+)")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_CANONICAL = {row.legacy: row for row in LAYER_MODULES}, {row.legacy: row for row in MODULES}
+_ROWS = {row.name: row for row in LAYER_MODULES}, {row.name: row for row in MODULES}
+
+
+def canonical_name(legacy: str, layers: Sequence[int] | None = None) -> str:
+    """``language_model.encoder.layers.7.self_attention.dense.weight`` -> ``decoder.layers.7.self_attention.linear_proj.weight``.
+
+    ``layers`` are the global numbers of a chunk's local layers; without it numbers stay what they are.  A parameter outside
+    the table keeps its name.
+    """
+    found = _LEGACY_LAYER.fullmatch(legacy)
+    module, _, leaf = (found[2] if found else legacy).rpartition(".")
+    row = _CANONICAL[not found].get(module)
+    inner = found[2] if found else legacy
+    if row and leaf in row.kind.cuts:
+        inner = f"{row.name}.{leaf}"
+    if found is None:
+        return inner
+    number = int(found[1])
+    return f"decoder.layers.{layers[number] if layers else number}.{inner}"
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer in a canonical name; None outside the layers."""
+    found = _LAYER.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def kind_of(name: str) -> tuple[Kind, str] | None:
+    """The kind of a canonical name's module, and the parameter's own name in it; None outside the table."""
+    found = _LAYER.fullmatch(name)
+    module, _, leaf = (found[2] if found else name).rpartition(".")
+    row = _ROWS[not found].get(module)
+    return (row.kind, leaf) if row and leaf in row.kind.cuts else None
+
+
+def is_padded(name: str) -> bool:
+    """Whether the first axis of a canonical name's parameter is filled up to a size that depends on the layout."""
+    known = kind_of(name)
+    return known is not None and known[0].padded
+
+
+class Axes(NamedTuple):
+    """The natural axes of a global tensor; ``cut`` is the one that tensor parallelism cuts."""
+
+    shape: Shape
+    fused: Shape
+    cut: int | None
+
+
+def axes_of(name: str, local: Shape, tensor: int, *, gated: bool) -> Axes:
+    """The global axes of a parameter of which each of ``tensor`` ranks holds ``local``.
+
+    What the table does not know (a module of a rule file) may be cut along any axis or none: then the rank is an axis of its
+    own, and such a tensor cannot change its layout.
+    """
+    known = kind_of(name)
+    if known is None:
+        return Axes((tensor, *local), (tensor, *local), 0) if tensor > 1 else Axes(local, local, None)
+    kind, leaf = known
+    axis = kind.cuts[leaf]
+    if axis is None:
+        return Axes(local, local, None)
+    fused = tuple(length * tensor if number == axis else length for number, length in enumerate(local))
+    if kind.gated and gated:
+        return Axes((2, fused[0] // 2, *fused[1:]), fused, 1)
+    return Axes(fused, fused, axis)
+
+
+def is_gated(shapes: Mapping[str, Shape], where: str) -> bool:
+    """Whether the MLP has a gate, by the local shapes of a rank: ``linear_fc1`` then has two rows for a column of ``linear_fc2``.
+
+    Raises :class:`TopologyError` for any other relation.
+    """
+    for name, shape in shapes.items():
+        if name.endswith(".mlp.linear_fc1.weight") and len(shape) == 2:
+            other = shapes.get(name.replace("linear_fc1", "linear_fc2"), ())
+            if len(other) == 2 and shape[0] in {other[1], 2 * other[1]}:
+                return shape[0] == 2 * other[1]
+            raise TopologyError(
+                f"{name} has {shape[0]} rows and its linear_fc2 the shape {list(other)}: neither equal nor twice as many",
+                where=where,
+                mend="check that the checkpoint is complete, and that all ranks are of one save",
+            )
+    return False
+
+
+def modules(rows: Iterable[Module]) -> dict[str, tuple[str, str]]:
+    """Megatron 0.6's name of each module -> MindSpeed-Core-MS's, and whether it is a norm or linear."""
+    return {row.legacy: (row.mindspore, "norm" if row.kind.norm else "linear") for row in rows}

@@ -1,0 +1,161 @@
+"""Global tensors, and the views of storages that hold them.  Pure: integers and names.
+
+global tensor   (2, 16, 8): gate and up, rows, columns
+View            tp rank 1 of 2 holds the box [0:2, 8:16, 0:8], in C order, from element 0 of its storage on
+storage         the extents of a file
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import combinations, pairwise
+from typing import Generic, Literal, NamedTuple, TypeVar
+
+from ckpt2pt.errors import CoverageError
+from ckpt2pt.tensors import Extent
+
+Role = Literal["param", "main_param", "exp_avg", "exp_avg_sq"]
+"""A weight in the model's precision, its float32 main parameter, and Adam's two moments."""
+
+Shape = tuple[int, ...]
+Box = tuple[Shape, Shape]
+"""(origin, shape) of a part of a global tensor."""
+S = TypeVar("S")
+
+
+class Key(NamedTuple):
+    """What a tensor is: its role, and the name of the parameter with global numbers of layers."""
+
+    role: Role
+    name: str
+
+    def __str__(self) -> str:
+        return self.name if self.role == "param" else f"{self.role} of {self.name}"
+
+
+class View(NamedTuple, Generic[S]):
+    """A box of a global tensor in a storage: element ``first`` is the box's first, ``strides`` are in elements."""
+
+    origin: Shape
+    shape: Shape
+    strides: Shape
+    first: int
+    storage: S
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+Stored = View[tuple[Extent, ...]]
+"""A view whose storage lies in files: the bytes of its extents, joined in order."""
+
+
+class Tensor(NamedTuple):
+    """One global tensor.
+
+    ``shape`` are its natural axes: a gated ``linear_fc1`` has (2, ffn, hidden), so that what tensor parallelism cuts is one
+    axis; ``fused`` is the shape that users know, (2 * ffn, hidden), with the same elements in C order.  ``views`` hold
+    each element once; ``replicas`` must hold the same bytes and are compared.
+    """
+
+    key: Key
+    dtype: str
+    shape: Shape
+    fused: Shape
+    views: tuple[Stored, ...]
+    replicas: tuple[Stored, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.dtype}{list(self.fused)}"
+
+
+def dense_strides(shape: Sequence[int]) -> Shape:
+    """Strides of C order, in elements."""
+    strides = [1]
+    for length in reversed(shape[1:]):
+        strides.append(strides[-1] * length)
+    return tuple(reversed(strides)) if shape else ()
+
+
+def sharded(shape: Shape, axis: int | None, rank: int, of: int, first: int, storage: S) -> View[S]:
+    """What rank ``rank`` of ``of`` holds of a tensor that is cut along ``axis`` (None: all of it), in C order."""
+    local = tuple(length // of if number == axis else length for number, length in enumerate(shape))
+    origin = tuple(rank * length if number == axis else 0 for number, length in enumerate(local))
+    return View(origin, local, dense_strides(local), first, storage)
+
+
+def intersection(one: Box, other: Box) -> Box | None:
+    """What two boxes share; None for nothing."""
+    low = tuple(map(max, one[0], other[0]))
+    high = (min(a + n, b + m) for a, n, b, m in zip(*one, *other, strict=True))
+    shape = tuple(stop - start for start, stop in zip(low, high, strict=True))
+    return (low, shape) if min(shape, default=1) > 0 else None
+
+
+def box_of(view: View[S]) -> Box:
+    """The box that a view holds."""
+    return view.origin, view.shape
+
+
+def check_coverage(tensor: Tensor, where: str) -> None:
+    """Raise :class:`CoverageError` unless the views hold each element of the tensor exactly once."""
+    held = sum(view.numel for view in tensor.views)
+    outside = next(
+        (v for v in tensor.views if intersection(box_of(v), ((0,) * len(tensor.shape), tensor.shape)) != box_of(v)),
+        None,
+    )
+    if held != tensor.numel or outside or (not _is_row(tensor.views) and _overlap(tensor.views)):
+        raise CoverageError(
+            f"{tensor}: its {len(tensor.views)} parts hold {held} of {tensor.numel} elements"
+            + (", some of them twice" if held == tensor.numel else ""),
+            where=where,
+            mend="check the parallel sizes, and that the checkpoint is complete",
+        )
+
+
+def _is_row(views: Sequence[Stored]) -> bool:
+    """Whether each view begins where the one before it ends, along the one axis in which they differ."""
+    axes = {
+        number
+        for view in views
+        for number, (a, b) in enumerate(zip(view.origin, views[0].origin, strict=True))
+        if a != b
+    }
+    if len(axes) > 1:
+        return False
+    axis = next(iter(axes), 0)
+    ordered = sorted(views, key=lambda view: view.origin)
+    return len(views) == 1 or all(a.origin[axis] + a.shape[axis] == b.origin[axis] for a, b in pairwise(ordered))
+
+
+def _overlap(views: Sequence[Stored]) -> bool:
+    return any(intersection(box_of(one), box_of(other)) for one, other in combinations(views, 2))
+
+
+def boxes(shape: Shape, start: int, stop: int) -> Iterator[Box]:
+    """The elements ``[start, stop)`` of a C-ordered tensor as boxes, in order and as few as there can be for its axes."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield ((start,), (stop - start,)) if shape else ((), ())
+        return
+    inner = math.prod(shape[1:])
+    while start < stop:
+        row, offset = divmod(start, inner)
+        rows = (stop - start) // inner
+        if offset or not rows:
+            end = min(stop - row * inner, inner)
+            for origin, part in boxes(shape[1:], offset, end):
+                yield (row, *origin), (1, *part)
+            start = row * inner + end
+        else:
+            yield (row, *(0,) * (len(shape) - 1)), (rows, *shape[1:])
+            start += rows * inner
