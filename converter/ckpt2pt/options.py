@@ -11,6 +11,7 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt.flags import check_numbers, counts, joined, path, port, seconds
 
 if TYPE_CHECKING:
+    from ckpt2pt.mapping.topology import Topology
     from ckpt2pt.request import Request
 
 
@@ -37,6 +38,17 @@ def _add_cut(parser: argparse.ArgumentParser) -> None:
         ("--vpp-size", "model chunks of each stage", "virtualPipeline"),
     ):
         group.add_argument(flag, type=int, help=f"{what}; default: as pt_meta says (spec.parallelism.{field})")
+    for flag, what, field in (
+        ("--target-tp-size", "tensor parallel size", "tensor"),
+        ("--target-pp-size", "pipeline parallel size", "pipeline"),
+        ("--target-vpp-size", "model chunks of each stage", "virtualPipeline"),
+    ):
+        group.add_argument(
+            flag,
+            type=int,
+            metavar="N",
+            help=f"{what} of the result, where it is another than that of the source (spec.target.parallelism.{field})",
+        )
     group.add_argument(
         "--dp-size",
         type=int,
@@ -342,17 +354,23 @@ def request_of(options: argparse.Namespace) -> Request:
         {
             "--process-limit": getattr(options, "process_limit", 1),
             "--process_timeout": getattr(options, "process_timeout", None),
+            "--target-tp-size": options.target_tp_size,
+            "--target-pp-size": options.target_pp_size,
+            "--target-vpp-size": options.target_vpp_size,
             "--target-dp-size": options.target_dp_size,
             "--iteration": options.iteration,
         }
     )
     rules = rules_of(options.rules)
+    target = options.target_tp_size, options.target_pp_size, options.target_vpp_size
+    source = options.tp_size, options.pp_size, options.vpp_size
+    tensor, pipeline, virtual = (there or here for here, there in zip(source, target, strict=True))
     given = Given(
         num_layers=options.num_layers,
-        tensor=options.tp_size,
-        pipeline=options.pp_size,
-        virtual=options.vpp_size,
-        data=options.dp_size,
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual=virtual,
+        data=options.dp_size or (1 if any(target) else None),
         context=options.cp_size,
         noop=None if options.noop is None else frozenset(options.noop),
         layers_per_stage=joined(options.stage_list),
@@ -362,6 +380,7 @@ def request_of(options: argparse.Namespace) -> Request:
         log.warning("%s", topology.remark)
     return Request(
         topology=topology,
+        source_topology=_source_layout(options, topology) if any(target) else None,
         source=options.ms_path,
         metadata=options.param_map_path,
         target=options.megatron_path,
@@ -377,6 +396,22 @@ def request_of(options: argparse.Namespace) -> Request:
         workers=getattr(options, "process_limit", 1),
         in_process=getattr(options, "multiprocess_off", False),
         timeout=getattr(options, "process_timeout", None),
+    )
+
+
+def _source_layout(options: argparse.Namespace, target: Topology) -> Topology | None:
+    """How the source is laid out, None where it is laid out as the result will be.  Its layers do not matter."""
+    from ckpt2pt.mapping.topology import Topology  # noqa: PLC0415
+
+    source = options.tp_size or target.tensor, options.pp_size or target.pipeline, options.vpp_size
+    if source == (target.tensor, target.pipeline, target.virtual):
+        return None
+    return Topology(
+        num_layers=source[1],
+        tensor=source[0],
+        pipeline=source[1],
+        data=options.dp_size or 1,
+        context=options.cp_size or 1,
     )
 
 

@@ -32,6 +32,7 @@ from ckpt2pt.ptmeta.loading import check_loadable, contradictions, kept_of_templ
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
+from ckpt2pt.source import paths_for
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.text import counted, size
@@ -251,7 +252,7 @@ def convert_rank(
     def prove(read: ReadPieces) -> None:
         prove_unchanged(request, chosen, rank)  # first: a source that was written meanwhile is not a damaged one
         every_byte = request.full or request.verify == "full"
-        checksums.update(prove_sources(chosen.files[rank].paths, read, every_byte=every_byte))
+        checksums.update(prove_sources(paths_for(rank, chosen.files, request), read, every_byte=every_byte))
 
     def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
         prove_unchanged(request, chosen, rank)

@@ -41,6 +41,7 @@ from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.publish import Target
 from ckpt2pt.request import Request, digest
+from ckpt2pt.source import files_for, read_source
 from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
 
@@ -67,6 +68,10 @@ class Survey:
     inputs: Mapping[Rank, Inputs]
     indexes: Mapping[Rank, Index] = field(default_factory=dict[Rank, Index])
     """Indexes that :func:`survey` was asked to keep, so that :func:`prepare` need not read those files again."""
+
+    def read_for(self, rank: Rank, request: Request) -> tuple[SourceFile, ...]:
+        """The files that a rank of the result is read from."""
+        return files_for(rank, self.files, request)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +113,13 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         check(request.topology, stated)
         with answering(request.metadata, request.rules.pickle_globals):
             check_layers(meta_of(request, first).chunks, request.topology, pp=0, where=str(request.metadata))
-    files = find_sources(request.source, request.topology, wanted_format=request.source_format)
+    layout = request.source_layout
+    files = find_sources(request.source, layout, wanted_format=request.source_format)
+    keep = () if request.source_topology else keep
     headers = _Headers({ranks[rank].path for ranks in files.values() for rank in keep})
     found = find_groups(
         request.source,
-        request.topology,
+        layout,
         files,
         sharded=headers.has_shards,
         info=request.shard_info,
@@ -120,14 +127,14 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     )
     batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size
     if request.iteration is None:
-        when = _given(request, found) or choose(found, last_saved(request.source, request.topology))
+        when = _given(request, found) or choose(found, last_saved(request.source, layout))
         clock = _clock(found[when][first], batch, headers)
         clock = _with_rivals(clock, when, {other: files[first] for other, files in found.items()}, batch, headers)
     else:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
     maps = list_param_maps(request.metadata)
-    inputs = {rank: _inputs(rank, file, request, maps) for rank, file in found[when].items()}
+    inputs = {rank: _inputs(rank, found[when], request, maps) for rank in request.topology.ranks()}
     headers.prove_unchanged()
     every = tuple(one for listed in inputs.values() for one in listed)
     purpose = digest({"options": request.meaning(), "iteration": clock.iteration})
@@ -166,9 +173,9 @@ def _identity(purpose: str, inputs: Inputs, first: Inputs) -> str:
 def prove_unchanged(request: Request, chosen: Survey, rank: Rank) -> None:
     """Refuse a rank whose files are not those that were surveyed: what was read may be of two checkpoints."""
     first = rank[0], 0
-    now = _identity(chosen.purpose, *(_inputs(one, chosen.files[one], request) for one in (rank, first)))
+    now = _identity(chosen.purpose, *(_inputs(one, chosen.files, request) for one in (rank, first)))
     if now != chosen.ranks[rank]:
-        raise changed(chosen.files[rank].path)
+        raise changed(chosen.read_for(rank, request)[0].path)
 
 
 def changed(path: Path) -> TryAgainError:
@@ -225,13 +232,13 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     topology = request.topology
     tp, pp = rank
     meta = meta_of(request, rank)
-    file = chosen.files[rank]
-    index = (None if file.peers else chosen.indexes.get(rank)) or index_source(file, topology.group(tp, pp))
+    source = read_source(request, chosen.files, rank, meta, chosen.indexes.get(rank))
+    index = source.entries
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(
         tp=tp,
         pp=pp,
-        source=str(file.path),
+        source=str(request.source if request.source_topology else chosen.files[rank].path),
         metadata=str(request.metadata),
         index=index,
         stated=statement_of(index),
@@ -240,7 +247,10 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
         sizes=meta.sizes,
         params_dtype=meta.params_dtype,
         tied=meta.tied,
-        first_stage=index_source(chosen.files[tp, 0], topology.group(tp, 0)) if tied_head and pp else None,
+        copies=source.copies,
+        first_stage=index_source(chosen.files[tp, 0], topology.group(tp, 0))
+        if tied_head and pp and not request.source_topology
+        else None,
     )
     plan = plan_rank(found, topology, NameTable(request.rules), full=request.full)
     files = payloads(plan, meta.template, reference_samples=request.reference_samples)
@@ -386,16 +396,18 @@ def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
         )
 
 
-def _inputs(rank: Rank, file: SourceFile, request: Request, maps: Maps | None = None) -> Inputs:
+def _inputs(rank: Rank, files: Mapping[Rank, SourceFile], request: Request, maps: Maps | None = None) -> Inputs:
     """What a rank is read from: sources by name, size and time, the small metadata files by content.
 
     The time matters: a retrained checkpoint has the same header and size.  A rank of the last stage may read a tied
     embedding of the first, so that is counted with every rank.
     """
-    found = inputs_of(file, request.source)
-    files = metadata_files(request.metadata, tp=rank[0], pp=rank[1], listed=maps)
-    for path in sorted(files, key=lambda path: path.name):
-        found.append({"metadata": path.name, "sha256": sha256(path, METADATA)})
+    found = [one for file in files_for(rank, files, request) for one in inputs_of(file, request.source)]
+    described = metadata_files(request.metadata, tp=rank[0], pp=rank[1], listed=maps)
+    found.extend(
+        {"metadata": path.name, "sha256": sha256(path, METADATA)}
+        for path in sorted(described, key=lambda path: path.name)
+    )
     return found
 
 

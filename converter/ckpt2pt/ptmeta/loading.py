@@ -43,7 +43,8 @@ def kept_of_template(request: Request, chosen: Survey, rank: Rank) -> tuple[str,
 
 def contradictions(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
     """A warning where the checkpoint and the metadata of a rank tell different settings of optimizer or scheduler."""
-    index = index_source(chosen.files[rank], request.topology.group(*rank))
+    stated = (0, 0) if request.source_topology else rank
+    index = index_source(chosen.files[stated], request.source_layout.group(*stated))
     template = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals)
     conflicts = template.carried(statement_of(index)).conflicts
     if not conflicts:

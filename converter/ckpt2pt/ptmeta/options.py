@@ -52,6 +52,20 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="make these from the checkpoint's arguments where it was saved without them (--no-save-optim, --no-save-rng)",
     )
+    third = parser.add_argument_group("from the pt_meta of another parallel layout")
+    third.add_argument("--from-pt-meta", type=path, help="pt_meta of the same run in another layout")
+    for flag, what in (
+        ("--target-tp-size", "tensor parallel size"),
+        ("--target-pp-size", "pipeline parallel size"),
+        ("--target-vpp-size", "model chunks of each stage"),
+    ):
+        third.add_argument(flag, type=int, metavar="N", help=f"{what} of the new layout; default as it was")
+    third.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="tokens of the vocabulary before padding, where the arguments do not say it",
+    )
     second = parser.add_argument_group("from a description and the MindSpore checkpoint")
     second.add_argument(
         "--description", type=path, help="Megatron's arguments: a YAML mapping, or the script that starts the training"
@@ -74,7 +88,8 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
 
 def make_pt_meta(options: argparse.Namespace) -> Made:
     """Carry out ``pt-meta``."""
-    from ckpt2pt.ptmeta.make import from_checkpoint, from_description  # noqa: PLC0415
+    from ckpt2pt.ptmeta.make import from_checkpoint, from_description, from_pt_meta  # noqa: PLC0415
+    from ckpt2pt.ptmeta.relayout import NewLayout  # noqa: PLC0415
     from ckpt2pt.ptmeta.synthesize import Wanted  # noqa: PLC0415
     from ckpt2pt.request import rules_of  # noqa: PLC0415
 
@@ -84,15 +99,33 @@ def make_pt_meta(options: argparse.Namespace) -> Made:
             "--bucket-size": options.bucket_size,
             "--dp-size": options.dp_size,
             "--cp-size": options.cp_size,
+            "--target-tp-size": options.target_tp_size,
+            "--target-pp-size": options.target_pp_size,
+            "--target-vpp-size": options.target_vpp_size,
+            "--vocab-size": options.vocab_size,
         }
     )
-    if (options.megatron_path is None) == (options.description is None):
+    if [options.megatron_path, options.description, options.from_pt_meta].count(None) != 2:
         raise UsageError(
             "one source is needed",
             where="ckpt2pt pt-meta",
-            mend="give --megatron-path, a checkpoint that Megatron wrote, or --description with --ms-path",
+            mend="give --megatron-path, a checkpoint that Megatron wrote, or --description with --ms-path, or --from-pt-meta",
         )
     rules = rules_of(options.rules)
+    if options.from_pt_meta:
+        new = NewLayout(
+            tensor=options.target_tp_size,
+            pipeline=options.target_pp_size,
+            virtual=options.target_vpp_size,
+            data=options.target_dp_size,
+            noop=frozenset(options.noop),
+            layers_per_stage=options.stage_list,
+            tokens=options.vocab_size,
+            bucket_size=options.bucket_size,
+        )
+        return from_pt_meta(
+            options.from_pt_meta, options.param_map_path, new, overwrite=options.overwrite, allow=rules.pickle_globals
+        )
     if options.megatron_path:
         return from_checkpoint(
             options.megatron_path,

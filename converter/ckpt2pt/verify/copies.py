@@ -30,7 +30,10 @@ def copies_in_stage(request: Request, chosen: Survey, pp: int) -> tuple[str, ...
     def weights(rank: Rank) -> list[TensorRef]:
         return [weight.source for weight in prepare(request, chosen, rank).plan.weights if is_split(weight.name)]
 
-    return tuple(remark(group, lambda rank: chosen.files[rank].path) for group in copied_ranks(digests, weights))
+    def named(rank: Rank) -> object:
+        return f"tensor-parallel rank {rank[0]} of the result" if request.source_topology else chosen.files[rank].path
+
+    return tuple(remark(group, named) for group in copied_ranks(digests, weights))
 
 
 def copied_ranks(

@@ -20,6 +20,7 @@ from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
+from ckpt2pt.source import paths_for
 from ckpt2pt.survey import Survey, survey, target_of
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.text import size, table
@@ -107,7 +108,7 @@ def verify_rank(request: Request, chosen: Survey, rank: Rank, folder: Path, *, r
 
     Raises :class:`FormatError` for a source that differs from the checksum that it states of itself.
     """
-    sources = chosen.files[rank].paths
+    sources = paths_for(rank, chosen.files, request)
     with Files(summed=[path for path in sources if states_checksum(path)]) as files:
         found = Examination(request, chosen, rank, folder, _opener(request, reader), files)
         found.run()
