@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 
 from ckpt2pt.ckpt.collect import collect
@@ -31,17 +31,21 @@ def paths_for(rank: Rank, files: Mapping[Rank, SourceFile], request: Request) ->
 def read_source(
     request: Request,
     files: Mapping[Rank, SourceFile],
+    identity: str,
     rank: Rank,
     meta: RankMeta,
     known: Mapping[str, TensorRef] | None = None,
 ) -> Resharded:
-    """The entries of a rank of the result.  ``known`` is the index of its own file, where that has been read already."""
+    """The entries of a rank of the result.
+
+    ``identity`` is that of the files' contents; ``known`` the index of the rank's own file, where that has been read already.
+    """
     layout = request.source_layout
     if request.source_topology is None:
         file = files[rank]
         return Resharded(entries=(None if file.peers else known) or index_source(file, layout.group(*rank)))
     table = NameTable(request.rules)
-    tensors = _tensors(_Files(files, request))
+    tensors = kept(identity, partial(collect, files, layout, table, str(request.source)))
     wanted = Wanted(topology=request.topology, sizes=meta.sizes, tied=meta.tied, where=str(request.source))
     found = reshard(tensors, rank, wanted, table)
     # What is no tensor of the model is the same on every rank.
@@ -52,22 +56,12 @@ def read_source(
     return replace(found, entries={**found.entries, **scalars})
 
 
-class _Files:
-    """The files of one checkpoint, as a key of a cache."""
-
-    def __init__(self, files: Mapping[Rank, SourceFile], request: Request) -> None:
-        self.files, self.request = files, request
-        self._key = tuple(sorted(files.items(), key=lambda item: item[0])), request.source_layout, request.source
-
-    def __hash__(self) -> int:
-        return hash(self._key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Files) and self._key == other._key
+def kept(identity: str, read: Callable[[], Index]) -> Index:
+    """The global tensors of a source, read once in a process; ``identity`` changes with any of its files."""
+    if identity not in _KEPT:
+        _KEPT.clear()
+        _KEPT[identity] = read()
+    return _KEPT[identity]
 
 
-@lru_cache(maxsize=1)
-def _tensors(found: _Files) -> Index:
-    """The global tensors of the source, read once in a process."""
-    request = found.request
-    return collect(found.files, request.source_layout, NameTable(request.rules), str(request.source))
+_KEPT: dict[str, Index] = {}

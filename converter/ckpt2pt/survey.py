@@ -232,7 +232,7 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     topology = request.topology
     tp, pp = rank
     meta = meta_of(request, rank)
-    source = read_source(request, chosen.files, rank, meta, chosen.indexes.get(rank))
+    source = read_source(request, chosen.files, chosen.identity, rank, meta, chosen.indexes.get(rank))
     index = source.entries
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(

@@ -100,7 +100,7 @@ class _Back:
             {
                 "tp": self.rank[0],
                 "pp": self.rank[1],
-                "source": str(self.found.ranks[self.rank]),
+                "source": str(self.request.source if self.found.relaid else self.found.ranks[self.rank]),
                 "verified": self.request.verify,
                 "evidence": prepared.evidence,
                 "files": [*(file.entry(target.folder) for file in files), *described],
@@ -128,8 +128,8 @@ def target_back(request: BackRequest, found: BackSurvey) -> Target:
         root=request.target,
         iteration=found.iteration,
         identity=found.identity,
-        stages=found.topology.pipeline,
-        tensor=found.topology.tensor,
+        stages=found.layout.pipeline,
+        tensor=found.layout.tensor,
         kind=MINDSPORE,
     )
 
@@ -141,8 +141,8 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     if found.topology.remark:
         log.warning("%s", found.topology.remark)
     log.debug("iteration %d of %s, cut as %s", found.iteration, request.source, found.topology)
-    for (tp, pp), folder in found.ranks.items():
-        log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, folder, found.topology.source_rank(tp, pp))
+    for tp, pp in found.layout.ranks():
+        log.debug("tp %d pp %d -> rank_%d", tp, pp, found.layout.source_rank(tp, pp))
     target = target_back(request, found)
     iteration = iteration_folder(request.source)
     keep_apart(
@@ -154,14 +154,14 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         pace=request.pace,
         verify=request.verify,
         overwrite=request.overwrite,
-        meaning=request.meaning(found.topology),
+        meaning=request.meaning(found.layout),
         facts={},
         inputs=found.inputs,
         doubts=(),
         warnings=warning(found.unmet, full=request.full),
         prepare=partial(_plan, request, found),
     )
-    outcome = carry_out(conversion, range(found.topology.pipeline), reporter, began)
+    outcome = carry_out(conversion, range(found.layout.pipeline), reporter, began)
     for tp, pp in outcome.converted:
         done = outcome.target.rank_manifest(tp, pp) or {}
         log.debug("tp %d pp %d: wrote %s; %s", tp, pp, done.get("files"), done.get("evidence") or "parameters alone")

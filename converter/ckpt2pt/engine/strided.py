@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ckpt2pt.checksums import Piece, crc32
 from ckpt2pt.core.plan import Copy
 from ckpt2pt.plan.moves import cut
+from ckpt2pt.tensors import Extent
 
 STRETCH_BYTES = 1 << 20
 _SPARSE = 16
@@ -29,6 +31,8 @@ class Gatherer:
     def __init__(self, read: Read) -> None:
         self._read = read
         self._memory = memoryview(bytearray(STRETCH_BYTES))
+        self.read: dict[str, list[Piece]] = {}
+        """What was read of each file: first byte, bytes, CRC-32."""
 
     def fill(self, copies: Sequence[Copy], start: int, stop: int, width: int, out: memoryview) -> None:
         """Write the elements ``[start, stop)``, of ``width`` bytes each, into ``out``; what no copy brings is zero."""
@@ -60,8 +64,18 @@ class Gatherer:
 
     def _fetch(self, part: Copy, numel: int, width: int, into: memoryview) -> None:
         for extent in cut(part.storage, part.source_start * width, numel * width):
-            self._read(extent.path, extent.offset, into[: extent.nbytes])
-            into = into[extent.nbytes :]
+            piece, into = into[: extent.nbytes], into[extent.nbytes :]
+            self._read(extent.path, extent.offset, piece)
+            self._note(extent, piece)
+
+    def _note(self, extent: Extent, piece: memoryview) -> None:
+        """Stretches that follow each other are one piece: a list that grew with every block would grow with the model."""
+        pieces = self.read.setdefault(extent.path, [])
+        first, nbytes, crc = pieces[-1] if pieces else (0, 0, 0)
+        if pieces and first + nbytes == extent.offset:
+            pieces[-1] = first, nbytes + extent.nbytes, crc32(piece, crc)
+        else:
+            pieces.append((extent.offset, extent.nbytes, crc32(piece, 0)))
 
 
 def _parts(copy: Copy, width: int) -> Sequence[Copy]:

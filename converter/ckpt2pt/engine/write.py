@@ -261,7 +261,9 @@ def _carry(
             carrier.carry(move)
         blocks.drain()
     digests = {label: join(pieces, sum(size for _, size, _ in pieces)) for label, pieces in carrier.digests.items()}
-    return digests, {path: sorted(pieces) for path, pieces in carrier.read.items()}
+    both = carrier.read, carrier.gatherer.read
+    paths = dict.fromkeys(path for read in both for path in read)
+    return digests, {path: sorted(piece for read in both for piece in read.get(path, ())) for path in paths}
 
 
 @contextmanager

@@ -119,25 +119,38 @@ def _moves(plan: RankPlan) -> Iterator[Move]:
 
 
 def _move(name: str, role: str, source: TensorRef, sinks: tuple[Sink, ...]) -> Move:
-    extents, gathered = (
-        _gathered(source.gather, DTYPE_BYTES[source.dtype]) if source.gather else (source.extents, tuple[Copy, ...]())
-    )
+    return move_of(name, role, source, 0, source.numel, sinks)
+
+
+def move_of(name: str, role: str, source: TensorRef, first: int, numel: int, sinks: tuple[Sink, ...]) -> Move:
+    """A move of ``numel`` elements of a tensor from element ``first`` on."""
+    width = DTYPE_BYTES[source.dtype]
+    gathered: tuple[Copy, ...] = ()
+    if source.gather:
+        extents, gathered = _gathered(source.gather, width, first, numel)
+    else:
+        extents = cut(source.extents, first * width, numel * width)
     return Move(
         name=name,
         role=role,
         dtype=source.dtype,
         extents=extents,
-        first=0,
+        first=first,
         sinks=sinks,
         copies=gathered,
-        numel=source.numel if gathered else 0,
+        numel=numel if gathered else 0,
     )
 
 
-def _gathered(gather: Gather, width: int) -> tuple[tuple[Extent, ...], tuple[Copy, ...]]:
+def _gathered(gather: Gather, width: int, first: int, numel: int) -> tuple[tuple[Extent, ...], tuple[Copy, ...]]:
     """A few runs are joined extents, which is the faster way; many are copies.  Zeros behind the last run are not written."""
-    found, end = copies(gather), 0
+    found = tuple(
+        piece._replace(target_start=piece.target_start - first)
+        for copy in copies(gather)
+        for piece in copy.between(first, first + numel)
+    )
     joined: list[Extent] = []
+    end = 0
     for copy in found:
         if copy.target_start != end or copy.runs > 1:
             return (), found

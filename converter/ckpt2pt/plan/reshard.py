@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ckpt2pt.core.index import Index
-from ckpt2pt.core.params import EMBEDDING, axes_of, is_padded, kind_of, layer_of, legacy_name
-from ckpt2pt.core.tensor import Tensor, box_of, sharded
+from ckpt2pt.core.params import EMBEDDING, HEAD, axes_of, is_padded, kind_of, layer_of, legacy_name
+from ckpt2pt.core.tensor import Key, Tensor, box_of, sharded
 from ckpt2pt.errors import CoverageError, TopologyError
-from ckpt2pt.mapping.names import NameTable
+from ckpt2pt.mapping.names import TIED_HEAD, NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.tensors import Gather, Shape, TensorRef
 
@@ -50,9 +50,16 @@ def reshard(index: Index, rank: Rank, wanted: Wanted, table: NameTable) -> Resha
     entries: dict[str, TensorRef] = {}
     copies: list[tuple[TensorRef, TensorRef]] = []
     for tensor in _held(index, rank, wanted):
-        name = table.to_mindspore(legacy_name(tensor.key.name), lambda layer: layer)[0]
+        is_head = tensor.key.name == EMBEDDING and rank[1] > 0  # the last stage's copy of tied embeddings
+        legacy = TIED_HEAD if is_head else legacy_name(tensor.key.name)
+        name = table.to_mindspore(legacy, lambda layer: layer)[0]
         entry = name if tensor.key.role == "param" else f"{tensor.key.role}.{name}"
-        entries[entry] = _local(tensor, entry, rank[0], wanted)
+        local = _local(tensor, entry, rank[0], wanted)
+        own = index.get(Key(tensor.key.role, HEAD)) if is_head else None
+        if own:  # the source has a copy of its own, under the name of an output layer
+            copies.append((_local(own, entry, rank[0], wanted), local))
+            continue
+        entries[entry] = local
         if not rank[0]:
             copies += _copies(tensor, entry)
     return Resharded(entries=entries, copies=tuple(copies))
@@ -68,10 +75,12 @@ def _held(index: Index, rank: Rank, wanted: Wanted) -> Iterator[Tensor]:
         if layer is not None:
             if layer in layers:
                 yield tensor
-        elif (first and key.name in _FIRST) or (last and key.name not in _FIRST):
+        elif (
+            (first and key.name in _FIRST)
+            or (last and key.name not in _FIRST)
+            or (last and wanted.tied and key.name == EMBEDDING)
+        ):
             yield tensor
-        elif last and wanted.tied and key.name == EMBEDDING:
-            yield tensor  # the last stage holds a copy of tied embeddings
 
 
 def _local(tensor: Tensor, entry: str, tp: int, wanted: Wanted) -> TensorRef:

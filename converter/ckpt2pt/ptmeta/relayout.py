@@ -8,13 +8,13 @@ Everything that does not depend on the layout stays as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import FormatError, UsageError
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.meta import Stated, data_parallel_size, read_arguments, read_stated
+from ckpt2pt.meta import Given, Stated, data_parallel_size, learn, read_arguments, read_stated
 from ckpt2pt.plan.gpt import Argument, chunk_parameters
 from ckpt2pt.plan.layout import bucket_numel, lay_out, weight_decay_groups
 from ckpt2pt.pt.payload import Template
@@ -58,7 +58,8 @@ def relayout(folder: Path, new: NewLayout, *, allow: tuple[str, ...] = ()) -> Re
         raise UsageError("there is no pt_meta", where=folder, mend=f"point {_OPTION} at a folder with args_tp*_pp*.pt")
     base = read_arguments(folder, (0, 0), allow=allow)
     args = cast("Mapping[str, Argument]", base.args)
-    layout = _topology(args, stated, new)
+    noop = new.noop or learn(Given(data=1), source=folder, metadata=folder, allow=allow).noop
+    layout = _topology(args, stated, replace(new, noop=noop))
     rows, evidence = _vocabulary(args, layout, new)
     groups = _groups(folder, stated, allow)
     ranks = tuple(_rank(base, layout, rank, groups, _changes(args, layout, rows, new), new) for rank in layout.ranks())
@@ -153,7 +154,7 @@ def _rank(
 ) -> RankFiles:
     tp, pp = rank
     changes = {**changes, "rank": pp * (_of(changes, "world_size") // layout.pipeline) + tp}
-    args = cast("Mapping[str, Argument]", base.args) | cast("Mapping[str, Argument]", changes)
+    args = cast("dict[str, Argument]", {**base.args, **changes})
     dtype = base.args.get("params_dtype")
     spelled = dtype.name if isinstance(dtype, Global) else "bfloat16"
     chunks = {vpp: chunk_parameters(args, layout, pp=pp, vpp=vpp, dtype=spelled) for vpp in range(layout.virtual)}

@@ -255,7 +255,7 @@ def _entries(request: Request, chosen: Survey, rank: Rank) -> Mapping[str, Tenso
     """The entries of the source for a rank of the result."""
     if request.source_topology is None:
         return expected_index(chosen.files[rank])
-    return read_source(request, chosen.files, rank, meta_of(request, rank)).entries
+    return read_source(request, chosen.files, chosen.identity, rank, meta_of(request, rank)).entries
 
 
 def _home(megatron: str, pp: int, request: Request, listed: Mapping[int, list[_Entry]]) -> tuple[int, str] | None:
