@@ -35,6 +35,7 @@ from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.source import paths_for
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.volume import check_volume
+from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import counted, size
 
 
@@ -245,7 +246,7 @@ def convert_rank(
     rank = prepared.plan.tp, prepared.plan.pp
     folder = target.folder / prepared.plan.directory
     ledger = target.ledger(rank, repair=request.overwrite)
-    _check_twins(prepared)
+    check_twins(prepared.plan.twins)
     make_folder(folder, target.root)
     checksums: dict[str, int] = {}
 
@@ -290,13 +291,13 @@ def convert_rank(
     )
 
 
-def _check_twins(prepared: Prepared) -> None:
-    """Compare tied copies of which only one is carried."""
-    if not prepared.plan.twins:
+def check_twins(twins: Sequence[tuple[TensorRef, TensorRef]]) -> None:
+    """Compare copies of which only one is carried: tied weights, and what several ranks hold where the layout changes."""
+    if not twins:
         return
     from ckpt2pt.verify.compare import same_bytes  # noqa: PLC0415 - rare
 
-    for kept, copy in prepared.plan.twins:
+    for kept, copy in twins:
         same_bytes(kept, copy)
 
 

@@ -6,16 +6,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar, cast
 
 from ckpt2pt.ckpt.collect import collect
 from ckpt2pt.ckpt.ranks import SourceFile, index_source
-from ckpt2pt.core.index import Index
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import RankMeta
 from ckpt2pt.plan.reshard import Resharded, Wanted, reshard
 from ckpt2pt.request import Request
 from ckpt2pt.tensors import TensorRef
+
+T = TypeVar("T")
 
 
 def files_for(rank: Rank, files: Mapping[Rank, SourceFile], request: Request) -> tuple[SourceFile, ...]:
@@ -56,12 +58,12 @@ def read_source(
     return replace(found, entries={**found.entries, **scalars})
 
 
-def kept(identity: str, read: Callable[[], Index]) -> Index:
-    """The global tensors of a source, read once in a process; ``identity`` changes with any of its files."""
+def kept(identity: str, read: Callable[[], T]) -> T:
+    """What the headers of a whole source say, read once in a process; ``identity`` changes with any of its files."""
     if identity not in _KEPT:
         _KEPT.clear()
         _KEPT[identity] = read()
-    return _KEPT[identity]
+    return cast("T", _KEPT[identity])
 
 
-_KEPT: dict[str, Index] = {}
+_KEPT: dict[str, object] = {}

@@ -22,7 +22,7 @@ from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import MINDSPORE, Target, make_folder, publish_bytes
 from ckpt2pt.records import Json
-from ckpt2pt.run import Conversion, Outcome, carry_out
+from ckpt2pt.run import Conversion, Outcome, carry_out, check_twins
 
 log = logging.getLogger("ckpt2pt")
 
@@ -70,6 +70,7 @@ class _Back:
     def _carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         prepared, target = self.prepared, self.target
         moves, ledger = prepared.moves(), target.ledger(self.rank, repair=self.request.overwrite)
+        check_twins(prepared.copies)
         for name in (META, *(str(Path(file.name).parent) for file in prepared.files)):
             make_folder(target.folder / name, target.root)
         metadata = {f"{META}/{name}": content for name, content in prepared.metadata.items()}

@@ -19,7 +19,7 @@ from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.mapping.names import Rules, is_tied_head, local_layer
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
 from ckpt2pt.ptmeta.capture import lay_out_rank
@@ -54,7 +54,8 @@ def open_megatron(
         if type(step) is int:
             steps.setdefault(step, rank_folder)
         layout = layout or _layout(rank, *degrees)
-        _collect(collector, tp, pp, rank, layout)
+        buffers = lay_out_rank(rank, pp, at_most=_SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
+        collect_rank(collector, (tp, pp), rank, layout, buffers)
     if len(steps) != 1:
         raise FormatError(
             "the ranks are of iterations " + ", ".join(map(str, steps)) if steps else "the files state no iteration",
@@ -89,9 +90,12 @@ def _layout(rank: MegatronRank, tensor: int, pipeline: int) -> Topology:
     return Topology(num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=len(rank.chunks))
 
 
-def _collect(collector: Collector, tp: int, pp: int, rank: MegatronRank, layout: Topology) -> None:
+def collect_rank(
+    collector: Collector, where: Rank, rank: MegatronRank, layout: Topology, buffers: Sequence[Sequence[Buffer]]
+) -> None:
+    """Add what a rank holds; ``buffers`` are those of each of its chunks, none for its weights alone."""
     stored = iter(rank.buffers or ())
-    buffers = lay_out_rank(rank, pp, at_most=_SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
+    tp, pp = where
     for vpp, chunk in enumerate(rank.chunks):
         named = _Names(layout.slots(pp, vpp), rank.folder)
         for name, ref in chunk:
