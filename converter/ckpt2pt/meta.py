@@ -389,7 +389,15 @@ def check(topology: Topology, stated: Stated) -> None:
     """Refuse a layout whose ranks are not those that ``pt_meta`` has files for."""
     if (topology.tensor, topology.pipeline) != (stated.tensor, stated.pipeline):
         asked = _layout(topology.tensor, topology.pipeline, topology.virtual, topology.num_layers)
-        raise TopologyError(f"{stated}, the options ask for {asked}", where=stated.folder, mend=_LAYOUT_MEND)
+        degrees = f"--target-tp-size {topology.tensor} --target-pp-size {topology.pipeline}" + (
+            f" --target-vpp-size {topology.virtual}" if topology.virtual > 1 else ""
+        )
+        raise TopologyError(
+            f"{stated}, the options ask for {asked}",
+            where=stated.folder,
+            mend=f"{_LAYOUT_MEND}; to convert into another layout than that of pt_meta, make one of it: "
+            f"ckpt2pt pt-meta --from-pt-meta {stated.folder} --param-map-path NEW {degrees}",
+        )
 
 
 @contextmanager

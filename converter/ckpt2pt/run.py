@@ -24,7 +24,6 @@ from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError
 from ckpt2pt.folders import COVERED, covered
-from ckpt2pt.mapping.names import prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
@@ -186,8 +185,7 @@ class _Forward:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        prefix = self.prepared.plan.prefix
-        return (prefix_remark(prefix),) if prefix else ()
+        return self.prepared.remarks
 
     @property
     def paths(self) -> list[str]:

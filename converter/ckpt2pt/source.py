@@ -48,7 +48,13 @@ def read_source(
         return Resharded(entries=(None if file.peers else known) or index_source(file, layout.group(*rank)))
     table = NameTable(request.rules)
     tensors = kept(identity, partial(collect, files, layout, table, str(request.source)))
-    wanted = Wanted(topology=request.topology, sizes=meta.sizes, tied=meta.tied, where=str(request.source))
+    wanted = Wanted(
+        topology=request.topology,
+        source_tensor=layout.tensor,
+        sizes=meta.sizes,
+        tied=meta.tied,
+        where=str(request.source),
+    )
     found = reshard(tensors, rank, wanted, table)
     # What is no tensor of the model is the same on every rank.
     first, group = files[0, 0], layout.group(0, 0)

@@ -261,6 +261,12 @@ class Handmade:
             self._check_model(tp, pp, torch.load(folder / "model_optim_rng.pt", weights_only=False))
             self._check_optimizer(tp, pp, torch.load(folder / "distrib_optim.pt", weights_only=False))
 
+    def check_weights(self, outcome: Outcome) -> None:
+        """The same for parameters alone."""
+        for tp, pp in self.topology.ranks():
+            path = outcome.target.folder / self.topology.directory(tp, pp) / "model_optim_rng.pt"
+            self._check_model(tp, pp, torch.load(path, weights_only=False))
+
     def _check_model(self, tp: int, pp: int, tree: dict[str, Any]) -> None:
         assert (tree["iteration"], tree["args"].consumed_train_samples) == (self.iteration, self.iteration * self.batch)
         keys = ["model"] if self.topology.virtual == 1 else [f"model{vpp}" for vpp in range(self.topology.virtual)]

@@ -22,7 +22,7 @@ VOCABULARY = (EMBEDDING, HEAD)
 class Relaid(Handmade):
     """``heads``, ``groups``, ``columns`` (of the MLP) and ``rows`` (of the vocabulary) count all ranks together.
 
-    Rows of the vocabulary from ``known`` on are zero, as where a source with fewer of them was padded.
+    Rows of the vocabulary from ``known`` on are zero, as where a source with fewer of them was padded.  ``more`` are arguments.
     """
 
     hidden: int = 6
@@ -32,7 +32,7 @@ class Relaid(Handmade):
     columns: int = 8
     rows: int = 16
     known: int = 1 << 20
-    tokens: int | None = None
+    more: dict[str, Value] = field(default_factory=dict[str, Value])
     gated: bool = True
     kv: int = field(init=False, default=0)
     ffn: int = field(init=False, default=0)
@@ -71,15 +71,14 @@ class Relaid(Handmade):
         return super().arguments() | {
             "ffn_hidden_size": self.columns, "num_attention_heads": self.heads, "kv_channels": self.channels,
             "group_query_attention": self.groups is not None, "num_query_groups": self.groups or 1,
-            "swiglu": self.gated, "padded_vocab_size": self.rows,
-            **({} if self.tokens is None else {"vocab_size": self.tokens}),
+            "swiglu": self.gated, "padded_vocab_size": self.rows, **self.more,
         }  # fmt: skip
 
     def becomes(self, other: Relaid, folder: Path, **more: Any) -> Request:
         """This one's files, the other's metadata, and the request to make the other of them."""
         self.write_source(folder / "ms")
         other.write_meta(folder / "pt_meta")
-        return other.request(folder, source_topology=self.topology, **more)
+        return other.request(folder, **({"source_topology": self.topology} | more))
 
 
 def check_mindspore(made: Relaid, folder: Path, *, prefix: str = "network", suffix: str = "ckpt") -> None:

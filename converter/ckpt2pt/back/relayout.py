@@ -18,7 +18,7 @@ Twins = tuple[tuple[TensorRef, TensorRef], ...]
 
 
 def relaid(
-    request: BackRequest, tensors: Index, layout: Topology, rank: Rank, first: MegatronRank
+    request: BackRequest, tensors: Index, source: Topology, layout: Topology, rank: Rank, first: MegatronRank
 ) -> tuple[tuple[Entry, ...], Twins]:
     """Every parameter of a rank of the result, and its moments; and pairs of copies that must be equal.
 
@@ -26,7 +26,7 @@ def relaid(
     """
     sizes = {name: value for name, value in first.template.args.items() if isinstance(value, int)}
     tied = first.template.args.get("untie_embeddings_and_output_weights") is False
-    wanted = Wanted(topology=layout, sizes=sizes, tied=tied, where=str(request.source))
+    wanted = Wanted(topology=layout, source_tensor=source.tensor, sizes=sizes, tied=tied, where=str(request.source))
     made = reshard(_selected(tensors, request), rank, wanted, NameTable(request.rules))
     return tuple(_entry(name, ref) for name, ref in made.entries.items()), made.copies
 

@@ -267,7 +267,7 @@ def _prepare_relaid(request: BackRequest, found: BackSurvey, rank: Rank) -> Back
     """
     thorough = request if rank == (0, 0) or request.verify == "none" else replace(request, verify="digest")
     read = kept(found.identity, partial(_read, thorough, found))
-    entries, copies = relaid(request, read.tensors, found.layout, rank, read.first)
+    entries, copies = relaid(request, read.tensors, found.topology, found.layout, rank, read.first)
     entries = (*entries, *scalars_of(read.first, found.iteration, entries))
     return BackPrepared(
         files=files_of(request, found.layout, rank, entries),

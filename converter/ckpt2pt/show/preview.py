@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from ckpt2pt.mapping.names import prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
@@ -44,7 +43,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
                 "shards": [str(path) for file in chosen.read_for((tp, pp), request) for path in file.peers],
                 "shardInfo": str(chosen.read_for((tp, pp), request)[0].info or ""),
                 "ignored": dict(Counter(reason for _, reason in plan.ignored)),
-                "comparedCopies": [f"{kept.name} = {copy.name}" for kept, copy in plan.twins],
+                "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in plan.twins)],
                 "done": target.rank_manifest(tp, pp) is not None,
             }
         )
@@ -55,7 +54,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
         "doubts": list(chosen.clock.doubts),
         "warnings": [
             *warning({rank: unmet_of(request, rank) for rank in ranks}, full=request.full),
-            *dict.fromkeys(prefix_remark(rank.plan.prefix) for rank in ranks.values() if rank.plan.prefix),
+            *dict.fromkeys(remark for rank in ranks.values() for remark in rank.remarks),
             *contradictions(request, chosen, next(iter(ranks))),
         ],
         "fromTemplate": list(kept_of_template(request, chosen, next(iter(ranks)))),
