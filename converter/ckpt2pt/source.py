@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
+from ckpt2pt.checksums import Piece
+from ckpt2pt.ckpt import prove_sources
 from ckpt2pt.ckpt.collect import collect
 from ckpt2pt.ckpt.ranks import SourceFile, index_source
 from ckpt2pt.mapping.names import NameTable
@@ -28,6 +30,21 @@ def files_for(rank: Rank, files: Mapping[Rank, SourceFile], request: Request) ->
 def paths_for(rank: Rank, files: Mapping[Rank, SourceFile], request: Request) -> list[Path]:
     """The same, with every shard."""
     return [path for file in files_for(rank, files, request) for path in file.paths]
+
+
+def prove_read(
+    rank: Rank,
+    files: Mapping[Rank, SourceFile],
+    request: Request,
+    read: Mapping[str, Sequence[Piece]],
+    *,
+    every_byte: bool,
+) -> dict[str, int]:
+    """Compare the files that a rank was read from with their own checksums; those that it took nothing of are others' work."""
+    paths = paths_for(rank, files, request)
+    if request.source_topology:
+        paths = [path for path in paths if read.get(str(path))]
+    return prove_sources(paths, read, every_byte=every_byte)
 
 
 def read_source(
