@@ -101,7 +101,7 @@ def _add_road_there(add: Add) -> None:
     add_worker_options(convert)
     add_output_options(convert)
 
-    plan = add("plan", "print what convert would do; reads only headers, writes nothing", _plan)
+    plan = add("plan", "print what convert would do; reads headers and a few bytes, writes nothing", _plan)
     add_conversion_options(plan)
     plan.add_argument("--names", action="store_true", help="list every parameter with both its names")
     add_readiness_options(plan)
@@ -235,9 +235,16 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
                 options,
             )
         account.message = f"{type(bug).__name__}: {bug}; this is a bug, please report it with the log"
-        traceback.print_exc()
-        print("ckpt2pt: this is a bug; please report it with the lines above", file=sys.stderr)
+        if options.log_format == "json":
+            _tell(error=type(bug).__name__, what=account.message, traceback=traceback.format_exc(), exitCode=70)
+        else:
+            traceback.print_exc()
+            print("ckpt2pt: this is a bug; please report it with the lines above", file=sys.stderr)
         return 70
+
+
+def _tell(**error: object) -> None:
+    print(json.dumps({"level": "error", **error}), file=sys.stderr)
 
 
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
@@ -256,15 +263,8 @@ def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
     if getattr(options, "debug", False):
         traceback.print_exc()
     if getattr(options, "log_format", "text") == "json":
-        document = {
-            "level": "error",
-            "error": type(error).__name__,
-            "what": error.what,
-            "where": error.where,
-            "mend": error.mend,
-            "exitCode": error.exit_code,
-        }
-        print(json.dumps(document), file=sys.stderr)
+        parts = {"what": error.what, "where": error.where, "mend": error.mend}
+        _tell(error=type(error).__name__, **parts, exitCode=error.exit_code)
     else:
         print(f"ckpt2pt: {error}", file=sys.stderr)
     return error.exit_code

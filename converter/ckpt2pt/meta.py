@@ -196,6 +196,7 @@ def read_template(path: Path, *, allow: tuple[str, ...] = ()) -> Template:
     return Template(path=str(path), tree=cast("dict[str, object]", tree), storages=dict(archive.storages))  # type: ignore[arg-type]
 
 
+_SOURCE = "spec.source.path (--ms-path)"
 _MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(0|[1-9]\d*)pp(0|[1-9]\d*)vpp(\d+)\.json", re.ASCII)
 
 
@@ -439,4 +440,4 @@ def _with_group(topology: Topology, group: int, source: Path) -> Topology:
     first = {wide.source_rank(*rank) for rank in wide.ranks()}
     if first == {topology.source_rank(*rank) for rank in topology.ranks()}:
         first = {rank for key in wide.ranks() for rank in wide.group(*key)}
-    return wide if all(rank_folder(source, rank).is_dir() for rank in first) else topology
+    return wide if all(is_folder(rank_folder(source, rank), _SOURCE) for rank in first) else topology

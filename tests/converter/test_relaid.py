@@ -303,7 +303,7 @@ def test_a_flipped_bit_in_a_strided_tensor_is_found_by_the_source_s_own_checksum
     flip_a_bit(path, extent.offset + extent.nbytes // 2)
     with pytest.raises(FormatError, match="crc_num"):
         run(request, range(1), Quiet())
-    assert not list(tmp_path.rglob("out/**/distrib_optim.pt"))
+    assert not list(tmp_path.rglob("out/**/mp_rank_02/*"))
 
 
 def test_a_source_replaced_in_place_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

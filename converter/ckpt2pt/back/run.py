@@ -15,7 +15,7 @@ from ckpt2pt.checksums import crc32
 from ckpt2pt.crew import Reporter
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
 from ckpt2pt.folders import iteration_folder, keep_apart
-from ckpt2pt.mapping.names import prefix_remark
+from ckpt2pt.mapping.names import is_split, prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
 from ckpt2pt.pt.archive import Archive
@@ -23,6 +23,7 @@ from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import MINDSPORE, Target, make_folder, publish_bytes
 from ckpt2pt.records import Json
 from ckpt2pt.run import Conversion, Outcome, carry_out, check_twins
+from ckpt2pt.tensors import TensorRef
 
 log = logging.getLogger("ckpt2pt")
 
@@ -57,6 +58,10 @@ class _Back:
     @property
     def remarks(self) -> tuple[str, ...]:
         return (prefix_remark(self.prepared.prefix),) if self.prepared.prefix else ()
+
+    @property
+    def unused_rules(self) -> frozenset[str]:
+        return frozenset()
 
     @property
     def paths(self) -> list[str]:
@@ -123,6 +128,21 @@ def _plan(request: BackRequest, found: BackSurvey, rank: Rank, target: Target) -
     return _Back(request, found, rank, target, prepare_back(request, found, rank))
 
 
+def _examine(request: BackRequest, found: BackSurvey, target: Target, pp: int) -> tuple[str, ...]:
+    if found.layout.tensor == 1:
+        return ()
+    from ckpt2pt.verify.copies import copies_in_stage  # noqa: PLC0415 - numpy, for layouts that can have copies
+
+    def weights(rank: Rank) -> list[TensorRef]:
+        entries = prepare_back(request, found, rank).entries
+        return [e.source for e in entries if e.role == "param" and is_split(e.name) and isinstance(e.source, TensorRef)]
+
+    def place(rank: Rank) -> object:
+        return f"tp {rank[0]} of the result" if found.relaid else found.ranks[rank]
+
+    return copies_in_stage(target, pp, weights, place)
+
+
 def target_back(request: BackRequest, found: BackSurvey) -> Target:
     """The MindSpore folder."""
     return Target(
@@ -161,6 +181,7 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         doubts=(),
         warnings=warning(found.unmet, full=request.full),
         prepare=partial(_plan, request, found),
+        examine=partial(_examine, request, found),
     )
     outcome = carry_out(conversion, range(found.layout.pipeline), reporter, began)
     for tp, pp in outcome.converted:

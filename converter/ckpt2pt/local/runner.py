@@ -27,6 +27,7 @@ from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.local.board import board
 from ckpt2pt.local.indexes import Index, LocalJob
 from ckpt2pt.show.preview import render as render_plan
+from ckpt2pt.system.paths import is_folder
 from ckpt2pt.text import size, table
 
 log = logging.getLogger("ckpt2pt")
@@ -168,7 +169,7 @@ def names_of(mount: Mount) -> tuple[str, ...]:
 
 
 def _folder(path: Path, name: str) -> Path:
-    if not path.is_dir():
+    if not is_folder(path, "--volume"):
         mend = f"give an existing folder: --volume {name}=DIR"
         raise MissingInputError(f"the folder of the volume {name} is not there", where=path, mend=mend)
     return path.absolute()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
@@ -10,6 +11,8 @@ from ckpt2pt.flags import check_numbers, counts, path
 
 if TYPE_CHECKING:
     from ckpt2pt.ptmeta.make import Made
+
+log = logging.getLogger("ckpt2pt")
 
 
 def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
@@ -86,6 +89,27 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_OF_CHECKPOINT: dict[str, object] = {"compare": "full", "synthesize": []}
+_OF_DESCRIPTION: dict[str, object] = {
+    "ms_path": None,
+    "opt_shard_info_path": None,
+    "dp_size": 1,
+    "cp_size": 1,
+    "noop": [],
+    "stage_list": None,
+    "details": False,
+    "accept_assumptions": False,
+}
+"""Flags that only one of the two sources heeds, with their defaults."""
+
+
+def _tell_unused(options: argparse.Namespace) -> None:
+    one, other = ("--megatron-path", _OF_DESCRIPTION) if options.megatron_path else ("--description", _OF_CHECKPOINT)
+    given = [f"--{name.replace('_', '-')}" for name, default in other.items() if getattr(options, name) != default]
+    if given:
+        log.warning("with %s nothing is made of %s", one, ", ".join(given))
+
+
 def make_pt_meta(options: argparse.Namespace) -> Made:
     """Carry out ``pt-meta``."""
     from ckpt2pt.ptmeta.make import from_checkpoint, from_description, from_pt_meta  # noqa: PLC0415
@@ -111,6 +135,7 @@ def make_pt_meta(options: argparse.Namespace) -> Made:
             where="ckpt2pt pt-meta",
             mend="give --megatron-path, a checkpoint that Megatron wrote, or --description with --ms-path, or --from-pt-meta",
         )
+    _tell_unused(options)
     rules = rules_of(options.rules)
     if options.from_pt_meta:
         new = NewLayout(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
@@ -56,6 +57,8 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
             *warning({rank: unmet_of(request, rank) for rank in ranks}, full=request.full),
             *dict.fromkeys(remark for rank in ranks.values() for remark in rank.remarks),
             *contradictions(request, chosen, next(iter(ranks))),
+            *_copies(request, chosen, ranks),
+            *_unused_rules(request, ranks),
         ],
         "fromTemplate": list(kept_of_template(request, chosen, next(iter(ranks)))),
         "consumedSamples": chosen.clock.samples,
@@ -69,6 +72,21 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
         "workers": workers,
         "memoryBytes": workers * WORKER_BYTES,
     }
+
+
+def _copies(request: Request, chosen: Survey, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:
+    if request.topology.tensor == 1:
+        return ()
+    from ckpt2pt.verify.copies import suspected_copies  # noqa: PLC0415 - numpy, for layouts that can have copies
+
+    return suspected_copies(request, chosen, ranks)
+
+
+def _unused_rules(request: Request, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:
+    """Of all ranks together: a rule may be for a name that one stage alone has."""
+    if len(ranks) < request.topology.tensor * request.topology.pipeline:
+        return ()
+    return rules_remark(rank.plan.unused_rules for rank in ranks.values())
 
 
 def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -> Json:

@@ -20,6 +20,7 @@ from ckpt2pt.errors import InputError, UsageError, VerificationError, printable
 from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.publish import TRACKER, read_tracker
 from ckpt2pt.records import Json
+from ckpt2pt.system.paths import is_folder
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import short, size, table
 from ckpt2pt.verify.leaves import (
@@ -307,7 +308,7 @@ class _Run:
 
     def compare_trackers(self, left: Path, right: Path) -> None:
         """Which iteration is loaded is told by a file of its own; two folders of iterations have to agree in it."""
-        if any(not path.is_dir() or iteration_folder(path) == path for path in (left, right)):
+        if any(not is_folder(path) or iteration_folder(path) == path for path in (left, right)):
             return
         one, other = read_tracker(left), read_tracker(right)
         if one != other:

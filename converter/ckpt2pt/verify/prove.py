@@ -24,7 +24,7 @@ from ckpt2pt.source import paths_for, prove_read
 from ckpt2pt.survey import Survey, survey, target_of
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.text import size, table
-from ckpt2pt.verify.copies import copies_in_stage
+from ckpt2pt.verify.copies import copies_of
 from ckpt2pt.verify.examine import MODEL_FILE, OPTIM_FILE, Difference, Examination, Opener
 from ckpt2pt.verify.leaves import Files, open_pt
 from ckpt2pt.verify.manifests import digest_files, published, recorded, surplus
@@ -144,7 +144,7 @@ def verify_target(
     names = (MODEL_FILE, OPTIM_FILE) if request.full else (MODEL_FILE,)
     listed = {f"{topology.directory(*rank)}/{name}" for rank in topology.ranks() for name in names}
     report = _joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
-    return replace(report, warnings=tuple(one for pp in stages for one in copies_in_stage(request, chosen, pp)))
+    return replace(report, warnings=tuple(one for pp in stages for one in copies_of(request, chosen, target, pp)))
 
 
 def verify_records(path: Path) -> Report:
