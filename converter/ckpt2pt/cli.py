@@ -19,7 +19,7 @@ from ckpt2pt import __version__
 from ckpt2pt.back.options import add_import_options
 from ckpt2pt.cluster.flags import add_submit_options
 from ckpt2pt.combine.flags import add_combine_options
-from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, FileAccessError, InterruptedRunError, UsageError, printable
+from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, FileAccessError, InterruptedRunError, printable
 from ckpt2pt.flags import Parser
 from ckpt2pt.options import (
     add_conversion_options,
@@ -42,6 +42,8 @@ from ckpt2pt.worker.account import Account, Both
 
 if TYPE_CHECKING:
     from ckpt2pt.request import Request
+    from ckpt2pt.verify.compare import Comparison
+    from ckpt2pt.verify.prove import Report
 
 log = logging.getLogger("ckpt2pt")
 
@@ -383,12 +385,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    if len(options.paths) > 1:
-        return _compare(options)
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
     from ckpt2pt.verify.prove import verify_records, verify_target  # noqa: PLC0415
 
-    if options.paths:
+    report: Comparison | Report
+    if len(options.paths) > 1:
+        report = _comparison(options)
+    elif options.paths:
         report = verify_records(options.paths[0])
     else:
         request = request_of(options)
@@ -398,26 +401,12 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _comparison(options: argparse.Namespace) -> Comparison:
     from ckpt2pt.request import rules_of  # noqa: PLC0415
-    from ckpt2pt.verify.across import compare_across, differ_in_layout, read_both  # noqa: PLC0415
-    from ckpt2pt.verify.compare import compare  # noqa: PLC0415
+    from ckpt2pt.verify.across import compare_any  # noqa: PLC0415
 
-    if len(options.paths) != 2:
-        raise UsageError(
-            f"{len(options.paths)} paths are given",
-            where="ckpt2pt verify",
-            mend="give two checkpoints to compare, one result, or none and the flags of convert",
-        )
-    how = {"ignore": tuple(options.ignore), "ignore_padding": options.ignore_padding}
-    sizes = {"tensor": options.tp_size, "pipeline": options.pp_size}
-    if differ_in_layout(*options.paths, asked=any(sizes.values())):
-        result = compare_across(*read_both(*options.paths, **sizes, rules=rules_of(options.rules)), **how)
-    else:
-        result = compare(*options.paths, **how)
-    _show(result.document(), result.render(), options)
-    result.raise_differences()
-    return 0
+    sizes, rules = (options.tp_size, options.pp_size), rules_of(options.rules)
+    return compare_any(options.paths, sizes, rules, ignore=options.ignore, ignore_padding=options.ignore_padding)
 
 
 def _combine(options: argparse.Namespace) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
 from ckpt2pt.flags import check_numbers, counts, joined, path, port, seconds
 
 if TYPE_CHECKING:
+    from ckpt2pt.mapping.names import Rules
     from ckpt2pt.mapping.topology import Topology
     from ckpt2pt.request import Request
 
@@ -297,7 +299,7 @@ def add_verify_options(verify: argparse.ArgumentParser) -> None:
         nargs="*",
         type=path,
         metavar="PATH",
-        help="one result, to be proved by its own manifests; two checkpoints, to be compared bit for bit, but that any NaN equals any other; none: prove a result against its source",
+        help="one result, to be proved by its own manifests; two checkpoints of any formats and parallel sizes, to be compared bit for bit, but that any NaN equals any other; none: prove a result against its source",
     )
     verify.add_argument(
         "--level",
@@ -316,12 +318,12 @@ def add_verify_options(verify: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="LEAF",
-        help="when comparing: a leaf such as /args/save to leave out (repeat)",
+        help="when comparing: a leaf such as /args/save to leave out; across formats or parallel sizes a pattern of role and name such as 'exp_avg/decoder.layers.7.*' (repeat)",
     )
     verify.add_argument(
         "--ignore-padding",
         action="store_true",
-        help="when comparing: leave out the padding of buckets, which Megatron does not initialise",
+        help="when comparing: leave out the padding of buckets, which Megatron does not initialise, and across parallel sizes the rows by which one vocabulary is longer",
     )
 
 
@@ -370,17 +372,19 @@ def request_of(options: argparse.Namespace) -> Request:
         tensor=tensor,
         pipeline=pipeline,
         virtual=virtual,
-        data=options.dp_size or (1 if any(target) else None),
-        context=options.cp_size,
+        data=1 if any(target) else options.dp_size,
+        context=1 if any(target) else options.cp_size,
         noop=None if options.noop is None else frozenset(options.noop),
         layers_per_stage=joined(options.stage_list),
     )
     topology = learn(given, source=options.ms_path, metadata=options.param_map_path, allow=rules.pickle_globals)
     if topology.remark:
         log.warning("%s", topology.remark)
+    laid_out = _source_layout(options, topology, rules) if any(target) else topology
+    same = _is_same(options, laid_out, topology)
     return Request(
-        topology=topology,
-        source_topology=_source_layout(options, topology) if any(target) else None,
+        topology=replace(topology, data=laid_out.data, context=laid_out.context) if same else topology,
+        source_topology=None if same else laid_out,
         source=options.ms_path,
         metadata=options.param_map_path,
         target=options.megatron_path,
@@ -399,20 +403,20 @@ def request_of(options: argparse.Namespace) -> Request:
     )
 
 
-def _source_layout(options: argparse.Namespace, target: Topology) -> Topology | None:
-    """How the source is laid out, None where it is laid out as the result will be.  Its layers do not matter."""
-    from ckpt2pt.mapping.topology import Topology  # noqa: PLC0415
+def _source_layout(options: argparse.Namespace, target: Topology, rules: Rules) -> Topology:
+    from ckpt2pt.formats.degrees import source_layout  # noqa: PLC0415
+    from ckpt2pt.mapping.names import NameTable  # noqa: PLC0415
 
-    source = options.tp_size or target.tensor, options.pp_size or target.pipeline, options.vpp_size
-    if source == (target.tensor, target.pipeline, target.virtual):
-        return None
-    return Topology(
-        num_layers=source[1],
-        tensor=source[0],
-        pipeline=source[1],
-        data=options.dp_size or 1,
-        context=options.cp_size or 1,
-    )
+    sizes = options.tp_size, options.pp_size, options.dp_size, options.cp_size
+    return source_layout(options.ms_path, sizes, target, NameTable(rules))
+
+
+def _is_same(options: argparse.Namespace, source: Topology, target: Topology) -> bool:
+    """Whether each rank of the result is read from one rank of the source."""
+    if source is target:
+        return True
+    found = source.tensor, source.pipeline, options.vpp_size
+    return found == (target.tensor, target.pipeline, target.virtual) and not target.layers_per_stage
 
 
 def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt import run as run_module
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.cli import main
+from ckpt2pt.engine.write import write_files
 from ckpt2pt.errors import Ckpt2ptError, FormatError, TargetConflictError, TopologyError, TryAgainError
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.run import run
@@ -309,13 +309,13 @@ def test_a_flipped_bit_in_a_strided_tensor_is_found_by_the_source_s_own_checksum
 def test_a_source_replaced_in_place_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = Relaid(topology=topology(tensor=2)), Relaid(topology=topology())
     request = one.becomes(other, tmp_path)
-    real = run_module.write_files
+    real = write_files
 
     def replacing(*args: Any, **more: Any) -> Any:
         one.write_source(request.source)  # the same names, shapes and sizes
         return real(*args, **more)
 
-    monkeypatch.setattr(run_module, "write_files", replacing)
+    monkeypatch.setattr("ckpt2pt.run.write_files", replacing)
     with pytest.raises(TryAgainError, match="was written while it was read"):
         run(request, range(1), Quiet())
     assert not list(tmp_path.rglob("out/**/*.pt"))

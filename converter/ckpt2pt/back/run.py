@@ -27,8 +27,8 @@ from ckpt2pt.tensors import TensorRef
 
 log = logging.getLogger("ckpt2pt")
 
-META = "pt_meta"
-"""Where the metadata goes below the MindSpore folder."""
+META, META_OF_SOURCE = "pt_meta", "source_pt_meta"
+"""Where the metadata goes below the MindSpore folder; the second where the ranks beside it are of another layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,15 @@ class _Back:
 
     @property
     def paths(self) -> list[str]:
-        return [*(file.name for file in self.prepared.files), *(f"{META}/{name}" for name in self.prepared.metadata)]
+        return [
+            *(file.name for file in self.prepared.files),
+            *(f"{self.meta}/{name}" for name in self.prepared.metadata),
+        ]
+
+    @property
+    def meta(self) -> str:
+        """The folder of the metadata, which describes the checkpoint that was imported."""
+        return META_OF_SOURCE if self.found.relaid else META
 
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """The files, then the metadata, then the manifest."""
@@ -76,9 +84,9 @@ class _Back:
         prepared, target = self.prepared, self.target
         moves, ledger = prepared.moves(), target.ledger(self.rank, repair=self.request.overwrite)
         check_twins(prepared.copies)
-        for name in (META, *(str(Path(file.name).parent) for file in prepared.files)):
+        for name in (self.meta, *(str(Path(file.name).parent) for file in prepared.files)):
             make_folder(target.folder / name, target.root)
-        metadata = {f"{META}/{name}": content for name, content in prepared.metadata.items()}
+        metadata = {f"{self.meta}/{name}": content for name, content in prepared.metadata.items()}
         described: list[Json] = [
             {"path": name, "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"}
             for name, content in metadata.items()

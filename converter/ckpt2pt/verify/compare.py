@@ -48,7 +48,7 @@ _BUFFER_ROLES = frozenset({"param", "exp_avg", "exp_avg_sq"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One leaf that is not the same on both sides.
+    """One leaf, or tensor, that is not the same on both sides; ``file`` is empty where it is in no one file.
 
     ``kind``: ``left only``, ``right only``, ``type`` (type or shape), ``value``, or ``bits``: the values are equal, and
     0.0 stands against -0.0.  ``index`` counts elements in C order.
@@ -73,10 +73,11 @@ class Row:
         return found
 
     def __str__(self) -> str:
+        place = f"{self.file}: " if self.file else ""
         if self.differing is None:
-            return printable(f"{self.file}: {self.name}: {self.kind}: {self.left} | {self.right}")
+            return printable(f"{place}{self.name}: {self.kind}: {self.left} | {self.right}")
         return printable(
-            f"{self.file}: {self.name}: {self.differing + self.bits_only} of {self.numel} elements differ, "
+            f"{place}{self.name}: {self.differing + self.bits_only} of {self.numel} elements differ, "
             f"first at element {self.index}: {self.left} | {self.right}"
         )
 
@@ -147,7 +148,7 @@ class Comparison:
             f"{len(self.rows)} leaves differ:\n  {shown}" + (f"\n  and {more} more" if more > 0 else ""),
             where=f"{self.left} and {self.right}",
             mend="see the table; leave out what may differ with --ignore LEAF"
-            + (f", and the padding of {self.padding} buckets with --ignore-padding" if self.padding else ""),
+            + (f", and the padding of {self.padding} of them with --ignore-padding" if self.padding else ""),
         )
 
 
