@@ -127,3 +127,22 @@ def check_numbers(given: Mapping[str, float | None]) -> None:
                 where="the command line",
                 mend=f"give {flag} a number above 0, at most {_MAX_NUMBER}",
             )
+
+
+def add_target_sizes(group: argparse._ArgumentGroup, meaning: str) -> None:
+    """The parallel sizes of a result in another layout; ``meaning`` is what follows the name of a size, ``{}`` its field."""
+    for flag, what, field in (
+        ("--target-tp-size", "tensor parallel size", "tensor"),
+        ("--target-pp-size", "pipeline parallel size", "pipeline"),
+        ("--target-vpp-size", "model chunks of each stage", "virtualPipeline"),
+    ):
+        group.add_argument(flag, type=int, metavar="N", help=f"{what} {meaning.format(field)}")
+
+
+def target_sizes(options: argparse.Namespace) -> dict[str, int | None]:
+    """By flag, what was given of them."""
+    return {
+        "--target-tp-size": options.target_tp_size,
+        "--target-pp-size": options.target_pp_size,
+        "--target-vpp-size": options.target_vpp_size,
+    }

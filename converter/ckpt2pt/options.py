@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts, joined, path, port, seconds
+from ckpt2pt.flags import add_target_sizes, check_numbers, counts, joined, path, port, seconds, target_sizes
 
 if TYPE_CHECKING:
     from ckpt2pt.mapping.names import Rules
@@ -40,17 +40,7 @@ def _add_cut(parser: argparse.ArgumentParser) -> None:
         ("--vpp-size", "model chunks of each stage", "virtualPipeline"),
     ):
         group.add_argument(flag, type=int, help=f"{what}; default: as pt_meta says (spec.parallelism.{field})")
-    for flag, what, field in (
-        ("--target-tp-size", "tensor parallel size", "tensor"),
-        ("--target-pp-size", "pipeline parallel size", "pipeline"),
-        ("--target-vpp-size", "model chunks of each stage", "virtualPipeline"),
-    ):
-        group.add_argument(
-            flag,
-            type=int,
-            metavar="N",
-            help=f"{what} of the result, where it is another than that of the source (spec.target.parallelism.{field})",
-        )
+    add_target_sizes(group, "of the result, where it is another than that of the source (spec.target.parallelism.{})")
     group.add_argument(
         "--dp-size",
         type=int,
@@ -356,15 +346,13 @@ def request_of(options: argparse.Namespace) -> Request:
         {
             "--process-limit": getattr(options, "process_limit", 1),
             "--process_timeout": getattr(options, "process_timeout", None),
-            "--target-tp-size": options.target_tp_size,
-            "--target-pp-size": options.target_pp_size,
-            "--target-vpp-size": options.target_vpp_size,
+            **target_sizes(options),
             "--target-dp-size": options.target_dp_size,
             "--iteration": options.iteration,
         }
     )
     rules = rules_of(options.rules)
-    target = options.target_tp_size, options.target_pp_size, options.target_vpp_size
+    target = tuple(target_sizes(options).values())
     source = options.tp_size, options.pp_size, options.vpp_size
     tensor, pipeline, virtual = (there or here for here, there in zip(source, target, strict=True))
     given = Given(

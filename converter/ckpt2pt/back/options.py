@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts, joined, path
+from ckpt2pt.flags import add_target_sizes, check_numbers, counts, joined, path, target_sizes
 
 if TYPE_CHECKING:
     from ckpt2pt.back.request import BackRequest
@@ -37,14 +37,7 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tp-size", type=int, help="tensor parallel size; default: as the checkpoint says")
     group.add_argument("--pp-size", type=int, help="pipeline parallel size; default: as the checkpoint says")
     group.add_argument("--vpp-size", type=int, help="model chunks of each stage; default: as the checkpoint says")
-    for flag, what in (
-        ("--target-tp-size", "tensor parallel size"),
-        ("--target-pp-size", "pipeline parallel size"),
-        ("--target-vpp-size", "model chunks of each stage"),
-    ):
-        group.add_argument(
-            flag, type=int, metavar="N", help=f"{what} of the MindSpore training; default: the checkpoint's"
-        )
+    add_target_sizes(group, "of the MindSpore training; default: the checkpoint's")
     group.add_argument("--dp-size", type=int, default=1, help="data parallel size of the MindSpore training to come")
     group.add_argument("--cp-size", type=int, default=1, help="context parallel size of the MindSpore training to come")
     group.add_argument(
@@ -110,9 +103,7 @@ def import_request_of(options: argparse.Namespace) -> BackRequest:
         {
             "--process-limit": options.process_limit,
             "--process_timeout": options.process_timeout,
-            "--target-tp-size": options.target_tp_size,
-            "--target-pp-size": options.target_pp_size,
-            "--target-vpp-size": options.target_vpp_size,
+            **target_sizes(options),
         }
     )
     if options.parallel_init_order != "tp-cp-ep-dp-pp":

@@ -7,7 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts, path
+from ckpt2pt.flags import add_target_sizes, check_numbers, counts, path, target_sizes
 
 if TYPE_CHECKING:
     from ckpt2pt.ptmeta.make import Made
@@ -57,12 +57,7 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
     )
     third = parser.add_argument_group("from the pt_meta of another parallel layout")
     third.add_argument("--from-pt-meta", type=path, help="pt_meta of the same run in another layout")
-    for flag, what in (
-        ("--target-tp-size", "tensor parallel size"),
-        ("--target-pp-size", "pipeline parallel size"),
-        ("--target-vpp-size", "model chunks of each stage"),
-    ):
-        third.add_argument(flag, type=int, metavar="N", help=f"{what} of the new layout; default as it was")
+    add_target_sizes(third, "of the new layout; default as it was")
     third.add_argument(
         "--vocab-size",
         type=int,
@@ -123,9 +118,7 @@ def make_pt_meta(options: argparse.Namespace) -> Made:
             "--bucket-size": options.bucket_size,
             "--dp-size": options.dp_size,
             "--cp-size": options.cp_size,
-            "--target-tp-size": options.target_tp_size,
-            "--target-pp-size": options.target_pp_size,
-            "--target-vpp-size": options.target_vpp_size,
+            **target_sizes(options),
             "--vocab-size": options.vocab_size,
         }
     )
