@@ -401,10 +401,8 @@ def _source_layout(options: argparse.Namespace, target: Topology, rules: Rules) 
 
 def _is_same(options: argparse.Namespace, source: Topology, target: Topology) -> bool:
     """Whether each rank of the result is read from one rank of the source."""
-    if source is target:
-        return True
-    found = source.tensor, source.pipeline, options.vpp_size
-    return found == (target.tensor, target.pipeline, target.virtual) and not target.layers_per_stage
+    sizes = (source.tensor, source.pipeline, options.vpp_size) == (target.tensor, target.pipeline, target.virtual)
+    return source is target or (sizes and not target.layers_per_stage)
 
 
 def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
