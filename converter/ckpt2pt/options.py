@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckpt2pt")
 
 
-def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = True, writes: bool = True) -> None:
-    """What is converted: the reference's own flags, and ours."""
-    _add_cut(parser)
+def add_conversion_options(
+    parser: argparse.ArgumentParser, *, required: bool = True, writes: bool = True, chosen: bool = True
+) -> None:
+    """What is converted: the reference's own flags, and ours; not ``chosen`` means every checkpoint, and all its stages."""
     _add_places(parser, required=required, writes=writes)
-    _add_kind(parser)
+    _add_kind(parser, chosen=chosen)
+    _add_cut(parser)
 
 
 def _add_cut(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the model and how it is cut")
+    group = parser.add_argument_group("model and parallel layout")
     group.add_argument(
         "--num-layers",
         type=int,
@@ -89,11 +91,6 @@ def _add_places(parser: argparse.ArgumentParser, *, required: bool, writes: bool
         type=path,
         help="opt_shard_info folder of a training with data-parallel shards; default the one in --ms-path (spec.source.optShardInfoPath)",
     )
-    group.add_argument(
-        "--iteration",
-        type=int,
-        help="which checkpoint to convert; default the newest that all ranks have (spec.source.iteration)",
-    )
     group.add_argument("--param-map-path", type=path, required=required, help="the pt_meta folder (spec.metadata.path)")
     group.add_argument(
         "--megatron-path",
@@ -119,7 +116,7 @@ def _add_places(parser: argparse.ArgumentParser, *, required: bool, writes: bool
         )
 
 
-def _add_kind(parser: argparse.ArgumentParser) -> None:
+def _add_kind(parser: argparse.ArgumentParser, *, chosen: bool) -> None:
     group = parser.add_argument_group("what")
     group.add_argument(
         "--convert-param-only", action="store_true", help="weights without the optimizer (spec.mode ParamsOnly)"
@@ -128,6 +125,14 @@ def _add_kind(parser: argparse.ArgumentParser) -> None:
         "--zero-consumed-samples",
         action="store_true",
         help="write consumed_train_samples 0 as the reference does (spec.target.zeroConsumedSamples)",
+    )
+    if not chosen:
+        parser.set_defaults(iteration=None, stage=None)
+        return
+    group.add_argument(
+        "--iteration",
+        type=int,
+        help="which checkpoint to convert; default the newest that all ranks have (spec.source.iteration)",
     )
     group.add_argument(
         "--stage",
@@ -156,7 +161,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default="digest",
         help="digest: read every file back from the disk; full: also compare every element with the source (spec.verify)",
     )
-    add_progress_option(parser)
 
 
 def add_process_limit(
@@ -165,16 +169,6 @@ def add_process_limit(
 ) -> None:
     """How many ranks at a time: the same for those that are converted and for those that are planned."""
     parser.add_argument("--process-limit", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help=meaning)
-
-
-def add_progress_option(parser: argparse.ArgumentParser) -> None:
-    """How a run is watched."""
-    parser.add_argument(
-        "--progress",
-        choices=("auto", "bar", "json", "none"),
-        default="auto",
-        help="auto: bars on a terminal, JSON lines elsewhere",
-    )
 
 
 def add_watch_options(parser: argparse.ArgumentParser) -> None:
@@ -265,9 +259,16 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """What is printed, and how."""
+def add_output_options(parser: argparse.ArgumentParser, *, progress: bool = False) -> None:
+    """What is printed, and how; with ``progress`` for what may take its time."""
     group = parser.add_argument_group("output")
+    if progress:
+        group.add_argument(
+            "--progress",
+            choices=("auto", "bar", "json", "none"),
+            default="auto",
+            help="auto: bars on a terminal, JSON lines elsewhere",
+        )
     group.add_argument("--output", choices=("text", "json"), default="text", help="form of the result on stdout")
     group.add_argument(
         "--log-format", choices=("text", "json"), default="text", help="form of logs and errors on stderr"

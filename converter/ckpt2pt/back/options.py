@@ -32,7 +32,23 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace another import's result, once the new one is complete (room for both is needed); never what ckpt2pt did not write",
     )
-    group = parser.add_argument_group("how the model is cut")
+    group = parser.add_argument_group("what")
+    group.add_argument("--convert-param-only", action="store_true", help="weights of model_optim_rng.pt alone")
+    group.add_argument(
+        "--dist-opt-content",
+        nargs="+",
+        choices=("param", "exp_avg", "exp_avg_sq"),
+        default=["param", "exp_avg", "exp_avg_sq"],
+        help="what to take of distrib_optim.pt",
+    )
+    group.add_argument("--file-prefix", default="network", help="name of the files without their suffix")
+    group.add_argument("--format", choices=("ckpt", "safetensors"), default="ckpt", help="format of the files")
+    group.add_argument(
+        "--generate-all-dp-cp",
+        action="store_true",
+        help="a file for every data- and context-parallel rank, not the first alone",
+    )
+    group = parser.add_argument_group("model and parallel layout")
     group.add_argument("--num-layers", type=int, help="layers, no-op layers included; default: as the checkpoint says")
     group.add_argument("--tp-size", type=int, help="tensor parallel size; default: as the checkpoint says")
     group.add_argument("--pp-size", type=int, help="pipeline parallel size; default: as the checkpoint says")
@@ -52,22 +68,6 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
         "--noop", type=int, nargs="*", metavar="LAYER", help="no-op layers; default: those without parameters"
     )
     group.add_argument("--rules", help="rule file (YAML) for names of your own, or the rules themselves as JSON")
-    group = parser.add_argument_group("what")
-    group.add_argument("--convert-param-only", action="store_true", help="weights of model_optim_rng.pt alone")
-    group.add_argument(
-        "--dist-opt-content",
-        nargs="+",
-        choices=("param", "exp_avg", "exp_avg_sq"),
-        default=["param", "exp_avg", "exp_avg_sq"],
-        help="what to take of distrib_optim.pt",
-    )
-    group.add_argument("--file-prefix", default="network", help="name of the files without their suffix")
-    group.add_argument("--format", choices=("ckpt", "safetensors"), default="ckpt", help="format of the files")
-    group.add_argument(
-        "--generate-all-dp-cp",
-        action="store_true",
-        help="a file for every data- and context-parallel rank, not the first alone",
-    )
     _add_import_run(parser)
 
 

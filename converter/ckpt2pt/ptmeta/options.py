@@ -38,9 +38,7 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
         help="elements of a bucket in a Megatron that was changed (default 40000000, or what distrib_optim.pt shows)",
     )
     parser.add_argument("--rules", help="rule file (YAML) for names of your own, or the rules themselves as JSON")
-    first = parser.add_argument_group(
-        "from a checkpoint of the same model that Megatron-LM 0.6 wrote (one step is enough)"
-    )
+    first = parser.add_argument_group("from a checkpoint of the same model by Megatron-LM 0.6 (one step is enough)")
     first.add_argument("--megatron-path", type=path, help="folder with iter_*, or one iteration of it")
     first.add_argument(
         "--compare",
