@@ -15,31 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-<<<<<<< HEAD
-from ckpt2pt import __version__
-from ckpt2pt.back.options import add_import_options
-from ckpt2pt.cluster.flags import add_submit_options
-from ckpt2pt.combine.flags import add_combine_options
-from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, FileAccessError, InterruptedRunError, printable
-from ckpt2pt.flags import Parser
-from ckpt2pt.options import (
-    add_conversion_options,
-    add_document_options,
-    add_inspect_options,
-    add_output_options,
-    add_process_limit,
-    add_progress_option,
-    add_readiness_options,
-    add_run_options,
-    add_verify_options,
-    add_watch_options,
-    add_worker_options,
-)
-from ckpt2pt.ptmeta.options import add_pt_meta_options
-=======
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, UsageError, printable
+from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, printable
 from ckpt2pt.parsers import PROGRAMS, Command, parser_of_all, parser_of_one
->>>>>>> main
 from ckpt2pt.system.files import raise_file_limit
 from ckpt2pt.untrusted.lines import LineFormatter
 from ckpt2pt.worker import termination
