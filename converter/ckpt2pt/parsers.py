@@ -55,7 +55,7 @@ _EXAMPLES = {
     "verify": {
         "a result against its source, every element": _CONVERSION,
         "a copied result, by its own manifests": "megatron_pt",
-        "two checkpoints, element by element": "megatron_pt megatron_again --ignore-padding --ignore /args/save",
+        "two checkpoints of any formats and parallel sizes": "ms_ckpt megatron_pt --ignore-padding --ignore 'exp_avg*'",
     },
     "import": {
         "into a new folder, with its pt_meta": "--megatron-path megatron_pt --ms-path ms_again",

@@ -14,7 +14,7 @@ from ckpt2pt.core.tensor import Key
 from ckpt2pt.errors import CoverageError, InputError, MissingInputError, UnmappedNameError
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.registry import read
-from ckpt2pt.library import Checkpoint as Opened
+from ckpt2pt.library.checkpoint import Checkpoint as Opened
 from ckpt2pt.mapping.names import Rules
 from cutting import HEAD, MOMENTS, core_name, model, write_mindspore
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import ckpt2pt
 from ckpt2pt.errors import Ckpt2ptError, MissingInputError, UsageError
-from ckpt2pt.library import Part
+from ckpt2pt.library.checkpoint import Part
 from cutting import EMBEDDING, core_name, model, write_mindspore
 from goldens import REPOSITORY
 
