@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import layouts
 import roads
 from measure import Sample, commit, cool, host, memory_limit, run, summary, today, warm
 
@@ -264,12 +265,18 @@ def back(work: Path, options: argparse.Namespace) -> dict[str, object]:
     return roads.back(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
 
 
+def layout(work: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Into another parallel layout."""
+    return layouts.layout(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
+
+
 THEMES: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
     "convert": compare,
     "memory": memory,
     "names": names,
     "shards": shards,
     "import": back,
+    "layout": layout,
 }
 
 

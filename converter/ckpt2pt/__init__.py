@@ -24,8 +24,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ckpt2pt.library import Checkpoint, TensorInfo
-    from ckpt2pt.library import open_checkpoint as open  # noqa: A004 - as ckpt2pt.open
+    from ckpt2pt.library.checkpoint import Checkpoint, TensorInfo
+    from ckpt2pt.library.checkpoint import open_checkpoint as open  # noqa: A004 - as ckpt2pt.open
 
 __all__ = ["Checkpoint", "TensorInfo", "__version__", "open"]
 
@@ -36,6 +36,6 @@ def __getattr__(name: str) -> object:
     """Load the library when it is first used (PEP 562)."""
     if name not in {"Checkpoint", "TensorInfo", "open"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ckpt2pt import library  # noqa: PLC0415
+    from ckpt2pt.library import checkpoint  # noqa: PLC0415
 
-    return getattr(library, "open_checkpoint" if name == "open" else name)
+    return getattr(checkpoint, "open_checkpoint" if name == "open" else name)

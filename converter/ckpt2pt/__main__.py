@@ -76,8 +76,7 @@ def _settle_streams() -> None:
             null = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(null, True)
             setattr(sys, name, os.fdopen(null, mode, encoding="utf-8"))
-    if sys.stdout.errors == "strict":
-        cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
+    cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
     raw = io.BufferedWriter(_Unheard(sys.stderr.fileno(), "w", closefd=False))
     sys.stderr = io.TextIOWrapper(raw, encoding=sys.stderr.encoding, errors="backslashreplace", line_buffering=True)
 

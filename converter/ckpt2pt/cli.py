@@ -15,26 +15,8 @@ from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from ckpt2pt import __version__
-from ckpt2pt.back.options import add_import_options
-from ckpt2pt.cluster.flags import add_submit_options
-from ckpt2pt.combine.flags import add_combine_options
-from ckpt2pt.errors import EXIT_CODES, Ckpt2ptError, FileAccessError, InterruptedRunError, UsageError, printable
-from ckpt2pt.flags import Parser
-from ckpt2pt.options import (
-    add_conversion_options,
-    add_document_options,
-    add_inspect_options,
-    add_output_options,
-    add_process_limit,
-    add_progress_option,
-    add_readiness_options,
-    add_run_options,
-    add_verify_options,
-    add_watch_options,
-    add_worker_options,
-)
-from ckpt2pt.ptmeta.options import add_pt_meta_options
+from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, printable
+from ckpt2pt.parsers import PROGRAMS, Command, parser_of_all, parser_of_one
 from ckpt2pt.system.files import raise_file_limit
 from ckpt2pt.untrusted.lines import LineFormatter
 from ckpt2pt.worker import termination
@@ -42,112 +24,20 @@ from ckpt2pt.worker.account import Account, Both
 
 if TYPE_CHECKING:
     from ckpt2pt.request import Request
+    from ckpt2pt.verify.compare import Comparison
+    from ckpt2pt.verify.prove import Report
 
 log = logging.getLogger("ckpt2pt")
-
-Command = Callable[[argparse.Namespace], int]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Every command and option."""
-    parser = _front_door()
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-
-    def add(name: str, summary: str, command: Command) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        sub.set_defaults(run=command)
-        return sub
-
-    _add_conversions(add)
-    document = add("run", "carry out a CheckpointConversion document on this machine", _run)
-    add_document_options(document)
-    add_progress_option(document)
-    add_output_options(document)
-    add_submit_options(
-        add("submit", "make a CheckpointConversion on the cluster, exactly once", on_the_cluster("submit"))
-    )
-    return parser
-
-
-Add = Callable[[str, str, Command], argparse.ArgumentParser]
-"""Make a command of a name, a summary and what it does."""
+    return parser_of_all(_commands())
 
 
 def build_alone(command: str, program: str) -> argparse.ArgumentParser:
     """One command as a program of its own, with all its options."""
-    found: dict[str, argparse.ArgumentParser] = {}
-
-    def add(name: str, summary: str, run: Command) -> argparse.ArgumentParser:
-        found[name] = Parser(prog=program, description=f"{summary} (ckpt2pt {name})", allow_abbrev=False)
-        found[name].set_defaults(run=run)
-        return found[name]
-
-    _add_conversions(add)
-    return found[command]
-
-
-def _add_conversions(add: Add) -> None:
-    _add_road_there(add)
-    _add_proof(add)
-    _add_road_back(add)
-
-
-def _add_road_there(add: Add) -> None:
-    """MindSpore -> Megatron."""
-    convert = add("convert", "convert a MindSpore checkpoint into a Megatron one", _convert)
-    add_conversion_options(convert)
-    add_run_options(convert)
-    add_readiness_options(convert)
-    add_worker_options(convert)
-    add_output_options(convert)
-
-    plan = add("plan", "print what convert would do; reads only headers, writes nothing", _plan)
-    add_conversion_options(plan)
-    plan.add_argument("--names", action="store_true", help="list every parameter with both its names")
-    add_readiness_options(plan)
-    add_worker_options(plan)
-    add_process_limit(plan, "workers to predict memory for (spec.workers.processes)")
-    add_output_options(plan)
-
-    watch = add("watch", "convert each new checkpoint of a running training as it becomes whole", _watch)
-    add_watch_options(watch)
-    add_conversion_options(watch, required=False)
-    add_run_options(watch)
-    add_worker_options(watch)
-    add_output_options(watch)
-
-
-def _add_proof(add: Add) -> None:
-    """What there is, and whether it is right."""
-    inspect = add("inspect", "show what a checkpoint holds: .ckpt, .safetensors, .pt or a whole directory", _inspect)
-    add_inspect_options(inspect)
-    add_output_options(inspect)
-
-    verify = add(
-        "verify",
-        "prove a result, against its source or by its own manifests, or compare two checkpoints element by element",
-        _verify,
-    )
-    add_verify_options(verify)
-    add_conversion_options(verify, required=False, writes=False)
-    add_output_options(verify)
-
-
-def _add_road_back(add: Add) -> None:
-    """Megatron -> MindSpore, and what a conversion needs besides the checkpoint."""
-    back = add("import", "import a Megatron checkpoint into MindSpore, with its pt_meta", _import)
-    add_import_options(back)
-    add_progress_option(back)
-    add_output_options(back)
-
-    merge = add("combine", "merge data-parallel shards into .ckpt or .safetensors files", _combine)
-    add_combine_options(merge)
-    add_progress_option(merge)
-    add_output_options(merge)
-
-    meta = add("pt-meta", "make pt_meta from a Megatron checkpoint, or from a description of the run", _pt_meta)
-    add_pt_meta_options(meta)
-    add_output_options(meta)
+    return parser_of_one(_commands(), command, program)
 
 
 def on_the_cluster(name: str) -> Command:
@@ -166,19 +56,6 @@ def on_the_cluster(name: str) -> Command:
         return found[name](options, _say)
 
     return command
-
-
-def _front_door() -> Parser:
-    codes = "\n".join(f"  {code:3}  {meaning}" for code, meaning in EXIT_CODES.items())
-    parser = Parser(
-        prog="ckpt2pt",
-        description="Convert MindSpeed-Core-MS checkpoints into Megatron-LM checkpoints: exact, streaming, resumable, verified.",
-        epilog=f"exit codes:\n{codes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"ckpt2pt {__version__}")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.ArgumentParser] | None = None) -> int:
@@ -205,7 +82,12 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
     as_json = re.search(r"--log-format[ =]json\b", " ".join(words))
     options = argparse.Namespace(log_format="json" if as_json else "text", account=account)
     try:
-        options = build().parse_args(words, argparse.Namespace(account=account))
+        parser = build()
+        if "_ARGCOMPLETE" in os.environ:
+            import argcomplete  # noqa: PLC0415 - only when a shell asks
+
+            argcomplete.autocomplete(parser)
+        options = parser.parse_args(words, argparse.Namespace(account=account))
         _set_up_logging(options)
         command: Command = options.run
         return command(options)
@@ -235,9 +117,16 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
                 options,
             )
         account.message = f"{type(bug).__name__}: {bug}; this is a bug, please report it with the log"
-        traceback.print_exc()
-        print("ckpt2pt: this is a bug; please report it with the lines above", file=sys.stderr)
+        if options.log_format == "json":
+            _tell(error=type(bug).__name__, what=account.message, traceback=traceback.format_exc(), exitCode=70)
+        else:
+            traceback.print_exc()
+            print("ckpt2pt: this is a bug; please report it with the lines above", file=sys.stderr)
         return 70
+
+
+def _tell(**error: object) -> None:
+    print(json.dumps({"level": "error", **error}), file=sys.stderr)
 
 
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
@@ -256,15 +145,8 @@ def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
     if getattr(options, "debug", False):
         traceback.print_exc()
     if getattr(options, "log_format", "text") == "json":
-        document = {
-            "level": "error",
-            "error": type(error).__name__,
-            "what": error.what,
-            "where": error.where,
-            "mend": error.mend,
-            "exitCode": error.exit_code,
-        }
-        print(json.dumps(document), file=sys.stderr)
+        parts = {"what": error.what, "where": error.where, "mend": error.mend}
+        _tell(error=type(error).__name__, **parts, exitCode=error.exit_code)
     else:
         print(f"ckpt2pt: {error}", file=sys.stderr)
     return error.exit_code
@@ -383,12 +265,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    if len(options.paths) > 1:
-        return _compare(options)
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
     from ckpt2pt.verify.prove import verify_records, verify_target  # noqa: PLC0415
 
-    if options.paths:
+    report: Comparison | Report
+    if len(options.paths) > 1:
+        report = _comparison(options)
+    elif options.paths:
         report = verify_records(options.paths[0])
     else:
         request = request_of(options)
@@ -398,26 +281,12 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _comparison(options: argparse.Namespace) -> Comparison:
     from ckpt2pt.request import rules_of  # noqa: PLC0415
-    from ckpt2pt.verify.across import compare_across, differ_in_layout, read_both  # noqa: PLC0415
-    from ckpt2pt.verify.compare import compare  # noqa: PLC0415
+    from ckpt2pt.verify.across import compare_any  # noqa: PLC0415
 
-    if len(options.paths) != 2:
-        raise UsageError(
-            f"{len(options.paths)} paths are given",
-            where="ckpt2pt verify",
-            mend="give two checkpoints to compare, one result, or none and the flags of convert",
-        )
-    how = {"ignore": tuple(options.ignore), "ignore_padding": options.ignore_padding}
-    sizes = {"tensor": options.tp_size, "pipeline": options.pp_size}
-    if differ_in_layout(*options.paths, asked=any(sizes.values())):
-        result = compare_across(*read_both(*options.paths, **sizes, rules=rules_of(options.rules)), **how)
-    else:
-        result = compare(*options.paths, **how)
-    _show(result.document(), result.render(), options)
-    result.raise_differences()
-    return 0
+    sizes, rules = (options.tp_size, options.pp_size), rules_of(options.rules)
+    return compare_any(options.paths, sizes, rules, ignore=options.ignore, ignore_padding=options.ignore_padding)
 
 
 def _combine(options: argparse.Namespace) -> int:
@@ -455,3 +324,26 @@ def _run(options: argparse.Namespace) -> int:
     from ckpt2pt.local.runner import run_document  # noqa: PLC0415
 
     return run_document(options, _show)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from argcomplete.shell_integration import shellcode  # noqa: PLC0415 - only when asked for
+
+    _say(shellcode(PROGRAMS, shell=options.shell).strip())
+    return 0
+
+
+def _commands() -> dict[str, Command]:
+    return {
+        "convert": _convert,
+        "plan": _plan,
+        "watch": _watch,
+        "inspect": _inspect,
+        "verify": _verify,
+        "import": _import,
+        "combine": _combine,
+        "pt-meta": _pt_meta,
+        "run": _run,
+        "submit": on_the_cluster("submit"),
+        "completion": _completion,
+    }

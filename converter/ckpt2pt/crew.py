@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -197,6 +199,8 @@ class _Crew:
             ) from None
         if isinstance(message, int):
             self._reporter.advance(hand.rank, message)
+        elif isinstance(message, logging.LogRecord):
+            logging.getLogger(message.name).handle(message)
         elif isinstance(message, BaseException):
             raise message
         else:
@@ -232,8 +236,9 @@ def _deaf_to_interrupts() -> Generator[None]:
 
 
 def work_on_rank(work: Work, rank: Rank, pipe: Connection, parent: int, _: Sequence[Lock]) -> None:
-    """The body of a worker process, which ends with its parent: bytes done as integers, then None, or the error."""
+    """The body of a worker process, which ends with its parent: bytes done as integers, log records, then None, or the error."""
     end_with(parent, signal.SIGKILL)
+    logging.getLogger().handlers[:] = [_ToParent(pipe)]
     with stopped_by_signals() as stop:
 
         def report(nbytes: int) -> None:
@@ -251,12 +256,26 @@ def work_on_rank(work: Work, rank: Rank, pipe: Connection, parent: int, _: Seque
         except Ckpt2ptError as error:
             _say(pipe, error)
         except Exception as bug:
+            bug.add_note(f"in the worker process:\n{traceback.format_exc()}")
             _say(pipe, bug)
-            raise
+            raise SystemExit(70) from bug  # in silence: the parent raises it
         else:
             _say(pipe, None)
 
 
-def _say(pipe: Connection, last_word: Exception | None) -> None:
+def _say(pipe: Connection, message: Exception | logging.LogRecord | None) -> None:
     with suppress(OSError):  # the parent has gone, and there is nobody to tell
-        pipe.send(last_word)
+        pipe.send(message)
+
+
+class _ToParent(logging.Handler):
+    """Sends records to the parent, which alone knows in what form they are shown."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__()
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.msg, record.args = record.getMessage(), ()  # whatever the arguments are, text can be sent
+        record.exc_info = None
+        _say(self._pipe, record)

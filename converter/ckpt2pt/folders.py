@@ -84,7 +84,7 @@ def pairs(left: Path, right: Path) -> Iterator[tuple[str, Path | None, Path | No
     """Files that belong together, by their place; a file without a partner is paired with None."""
     for path in (left, right):
         if not is_there(path, "the path"):
-            raise MissingInputError("it is not there", where=path, mend="check the two paths")
+            raise MissingInputError("the file or folder is not there", where=path, mend="check the two paths")
     folders = [is_folder(path, "the path") for path in (left, right)]
     if folders[0] != folders[1]:
         raise UsageError(

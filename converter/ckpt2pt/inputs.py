@@ -7,6 +7,7 @@ import os
 import stat
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
@@ -38,14 +39,16 @@ class InputFile:
         try:
             # O_NONBLOCK: opening a named pipe must not wait for a writer.
             self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            with ExitStack() as refused:
+                refused.callback(os.close, self._fd)
+                found = os.fstat(self._fd)
+                self.size = found.st_size
+                if not stat.S_ISREG(found.st_mode):
+                    other = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
+                    raise FormatError(f"expected a {self.kind}, found {other}", where=path, mend="name the file itself")
+                refused.pop_all()
         except OSError as error:
             raise access_error(error, path, "opening", option=self._option) from error
-        found = os.fstat(self._fd)
-        self.size = found.st_size
-        if not stat.S_ISREG(found.st_mode):
-            os.close(self._fd)
-            other = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-            raise FormatError(f"expected a {self.kind}, found {other}", where=path, mend="name the file itself")
 
     def __enter__(self) -> Self:
         return self

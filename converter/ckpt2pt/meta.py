@@ -196,6 +196,7 @@ def read_template(path: Path, *, allow: tuple[str, ...] = ()) -> Template:
     return Template(path=str(path), tree=cast("dict[str, object]", tree), storages=dict(archive.storages))  # type: ignore[arg-type]
 
 
+_SOURCE = "spec.source.path (--ms-path)"
 _MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(0|[1-9]\d*)pp(0|[1-9]\d*)vpp(\d+)\.json", re.ASCII)
 
 
@@ -389,7 +390,15 @@ def check(topology: Topology, stated: Stated) -> None:
     """Refuse a layout whose ranks are not those that ``pt_meta`` has files for."""
     if (topology.tensor, topology.pipeline) != (stated.tensor, stated.pipeline):
         asked = _layout(topology.tensor, topology.pipeline, topology.virtual, topology.num_layers)
-        raise TopologyError(f"{stated}, the options ask for {asked}", where=stated.folder, mend=_LAYOUT_MEND)
+        degrees = f"--target-tp-size {topology.tensor} --target-pp-size {topology.pipeline}" + (
+            f" --target-vpp-size {topology.virtual}" if topology.virtual > 1 else ""
+        )
+        raise TopologyError(
+            f"{stated}, the options ask for {asked}",
+            where=stated.folder,
+            mend=f"{_LAYOUT_MEND}; to convert into another layout than that of pt_meta, make one of it: "
+            f"ckpt2pt pt-meta --from-pt-meta {stated.folder} --param-map-path NEW {degrees}",
+        )
 
 
 @contextmanager
@@ -431,4 +440,4 @@ def _with_group(topology: Topology, group: int, source: Path) -> Topology:
     first = {wide.source_rank(*rank) for rank in wide.ranks()}
     if first == {topology.source_rank(*rank) for rank in topology.ranks()}:
         first = {rank for key in wide.ranks() for rank in wide.group(*key)}
-    return wide if all(rank_folder(source, rank).is_dir() for rank in first) else topology
+    return wide if all(is_folder(rank_folder(source, rank), _SOURCE) for rank in first) else topology

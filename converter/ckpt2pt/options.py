@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts, joined, path, port, seconds
+from ckpt2pt.flags import add_target_sizes, check_numbers, counts, joined, path, port, seconds, target_sizes
 
 if TYPE_CHECKING:
+    from ckpt2pt.mapping.names import Rules
     from ckpt2pt.mapping.topology import Topology
     from ckpt2pt.request import Request
 
@@ -18,15 +20,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("ckpt2pt")
 
 
-def add_conversion_options(parser: argparse.ArgumentParser, *, required: bool = True, writes: bool = True) -> None:
-    """What is converted: the reference's own flags, and ours."""
-    _add_cut(parser)
+def add_conversion_options(
+    parser: argparse.ArgumentParser, *, required: bool = True, writes: bool = True, chosen: bool = True
+) -> None:
+    """What is converted: the reference's own flags, and ours; not ``chosen`` means every checkpoint, and all its stages."""
     _add_places(parser, required=required, writes=writes)
-    _add_kind(parser)
+    _add_kind(parser, chosen=chosen)
+    _add_cut(parser)
 
 
 def _add_cut(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("the model and how it is cut")
+    group = parser.add_argument_group("model and parallel layout")
     group.add_argument(
         "--num-layers",
         type=int,
@@ -38,17 +42,7 @@ def _add_cut(parser: argparse.ArgumentParser) -> None:
         ("--vpp-size", "model chunks of each stage", "virtualPipeline"),
     ):
         group.add_argument(flag, type=int, help=f"{what}; default: as pt_meta says (spec.parallelism.{field})")
-    for flag, what, field in (
-        ("--target-tp-size", "tensor parallel size", "tensor"),
-        ("--target-pp-size", "pipeline parallel size", "pipeline"),
-        ("--target-vpp-size", "model chunks of each stage", "virtualPipeline"),
-    ):
-        group.add_argument(
-            flag,
-            type=int,
-            metavar="N",
-            help=f"{what} of the result, where it is another than that of the source (spec.target.parallelism.{field})",
-        )
+    add_target_sizes(group, "of the result, where it is another than that of the source (spec.target.parallelism.{})")
     group.add_argument(
         "--dp-size",
         type=int,
@@ -97,11 +91,6 @@ def _add_places(parser: argparse.ArgumentParser, *, required: bool, writes: bool
         type=path,
         help="opt_shard_info folder of a training with data-parallel shards; default the one in --ms-path (spec.source.optShardInfoPath)",
     )
-    group.add_argument(
-        "--iteration",
-        type=int,
-        help="which checkpoint to convert; default the newest that all ranks have (spec.source.iteration)",
-    )
     group.add_argument("--param-map-path", type=path, required=required, help="the pt_meta folder (spec.metadata.path)")
     group.add_argument(
         "--megatron-path",
@@ -127,7 +116,7 @@ def _add_places(parser: argparse.ArgumentParser, *, required: bool, writes: bool
         )
 
 
-def _add_kind(parser: argparse.ArgumentParser) -> None:
+def _add_kind(parser: argparse.ArgumentParser, *, chosen: bool) -> None:
     group = parser.add_argument_group("what")
     group.add_argument(
         "--convert-param-only", action="store_true", help="weights without the optimizer (spec.mode ParamsOnly)"
@@ -136,6 +125,14 @@ def _add_kind(parser: argparse.ArgumentParser) -> None:
         "--zero-consumed-samples",
         action="store_true",
         help="write consumed_train_samples 0 as the reference does (spec.target.zeroConsumedSamples)",
+    )
+    if not chosen:
+        parser.set_defaults(iteration=None, stage=None)
+        return
+    group.add_argument(
+        "--iteration",
+        type=int,
+        help="which checkpoint to convert; default the newest that all ranks have (spec.source.iteration)",
     )
     group.add_argument(
         "--stage",
@@ -164,7 +161,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         default="digest",
         help="digest: read every file back from the disk; full: also compare every element with the source (spec.verify)",
     )
-    add_progress_option(parser)
 
 
 def add_process_limit(
@@ -173,16 +169,6 @@ def add_process_limit(
 ) -> None:
     """How many ranks at a time: the same for those that are converted and for those that are planned."""
     parser.add_argument("--process-limit", type=int, default=min(4, os.cpu_count() or 1), metavar="N", help=meaning)
-
-
-def add_progress_option(parser: argparse.ArgumentParser) -> None:
-    """How a run is watched."""
-    parser.add_argument(
-        "--progress",
-        choices=("auto", "bar", "json", "none"),
-        default="auto",
-        help="auto: bars on a terminal, JSON lines elsewhere",
-    )
 
 
 def add_watch_options(parser: argparse.ArgumentParser) -> None:
@@ -273,9 +259,16 @@ def add_worker_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """What is printed, and how."""
+def add_output_options(parser: argparse.ArgumentParser, *, progress: bool = False) -> None:
+    """What is printed, and how; with ``progress`` for what may take its time."""
     group = parser.add_argument_group("output")
+    if progress:
+        group.add_argument(
+            "--progress",
+            choices=("auto", "bar", "json", "none"),
+            default="auto",
+            help="auto: bars on a terminal, JSON lines elsewhere",
+        )
     group.add_argument("--output", choices=("text", "json"), default="text", help="form of the result on stdout")
     group.add_argument(
         "--log-format", choices=("text", "json"), default="text", help="form of logs and errors on stderr"
@@ -297,7 +290,7 @@ def add_verify_options(verify: argparse.ArgumentParser) -> None:
         nargs="*",
         type=path,
         metavar="PATH",
-        help="one result, to be proved by its own manifests; two checkpoints, to be compared bit for bit, but that any NaN equals any other; none: prove a result against its source",
+        help="one result, to be proved by its own manifests; two checkpoints of any formats and parallel sizes, to be compared bit for bit, but that any NaN equals any other; none: prove a result against its source",
     )
     verify.add_argument(
         "--level",
@@ -316,12 +309,12 @@ def add_verify_options(verify: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="LEAF",
-        help="when comparing: a leaf such as /args/save to leave out (repeat)",
+        help="when comparing: a leaf such as /args/save to leave out; across formats or parallel sizes a pattern of role and name such as 'exp_avg/decoder.layers.7.*' (repeat)",
     )
     verify.add_argument(
         "--ignore-padding",
         action="store_true",
-        help="when comparing: leave out the padding of buckets, which Megatron does not initialise",
+        help="when comparing: leave out the padding of buckets, which Megatron does not initialise, and across parallel sizes the rows by which one vocabulary is longer",
     )
 
 
@@ -354,15 +347,13 @@ def request_of(options: argparse.Namespace) -> Request:
         {
             "--process-limit": getattr(options, "process_limit", 1),
             "--process_timeout": getattr(options, "process_timeout", None),
-            "--target-tp-size": options.target_tp_size,
-            "--target-pp-size": options.target_pp_size,
-            "--target-vpp-size": options.target_vpp_size,
+            **target_sizes(options),
             "--target-dp-size": options.target_dp_size,
             "--iteration": options.iteration,
         }
     )
     rules = rules_of(options.rules)
-    target = options.target_tp_size, options.target_pp_size, options.target_vpp_size
+    target = tuple(target_sizes(options).values())
     source = options.tp_size, options.pp_size, options.vpp_size
     tensor, pipeline, virtual = (there or here for here, there in zip(source, target, strict=True))
     given = Given(
@@ -370,17 +361,19 @@ def request_of(options: argparse.Namespace) -> Request:
         tensor=tensor,
         pipeline=pipeline,
         virtual=virtual,
-        data=options.dp_size or (1 if any(target) else None),
-        context=options.cp_size,
+        data=1 if any(target) else options.dp_size,
+        context=1 if any(target) else options.cp_size,
         noop=None if options.noop is None else frozenset(options.noop),
         layers_per_stage=joined(options.stage_list),
     )
     topology = learn(given, source=options.ms_path, metadata=options.param_map_path, allow=rules.pickle_globals)
     if topology.remark:
         log.warning("%s", topology.remark)
+    laid_out = _source_layout(options, topology, rules) if any(target) else topology
+    same = _is_same(options, laid_out, topology)
     return Request(
-        topology=topology,
-        source_topology=_source_layout(options, topology) if any(target) else None,
+        topology=replace(topology, data=laid_out.data, context=laid_out.context) if same else topology,
+        source_topology=None if same else laid_out,
         source=options.ms_path,
         metadata=options.param_map_path,
         target=options.megatron_path,
@@ -399,20 +392,18 @@ def request_of(options: argparse.Namespace) -> Request:
     )
 
 
-def _source_layout(options: argparse.Namespace, target: Topology) -> Topology | None:
-    """How the source is laid out, None where it is laid out as the result will be.  Its layers do not matter."""
-    from ckpt2pt.mapping.topology import Topology  # noqa: PLC0415
+def _source_layout(options: argparse.Namespace, target: Topology, rules: Rules) -> Topology:
+    from ckpt2pt.formats.degrees import source_layout  # noqa: PLC0415
+    from ckpt2pt.mapping.names import NameTable  # noqa: PLC0415
 
-    source = options.tp_size or target.tensor, options.pp_size or target.pipeline, options.vpp_size
-    if source == (target.tensor, target.pipeline, target.virtual):
-        return None
-    return Topology(
-        num_layers=source[1],
-        tensor=source[0],
-        pipeline=source[1],
-        data=options.dp_size or 1,
-        context=options.cp_size or 1,
-    )
+    sizes = options.tp_size, options.pp_size, options.dp_size, options.cp_size
+    return source_layout(options.ms_path, sizes, target, NameTable(rules))
+
+
+def _is_same(options: argparse.Namespace, source: Topology, target: Topology) -> bool:
+    """Whether each rank of the result is read from one rank of the source."""
+    sizes = (source.tensor, source.pipeline, options.vpp_size) == (target.tensor, target.pipeline, target.virtual)
+    return source is target or (sizes and not target.layers_per_stage)
 
 
 def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:

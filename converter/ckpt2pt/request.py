@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from ckpt2pt.errors import UsageError
+from ckpt2pt.flags import nearest
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.system.access import access_error
@@ -103,6 +104,9 @@ def digest(document: object) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+_SECTIONS = {"layer_modules", "modules", "ignore", "pickle_globals"}
+
+
 def rules_of(given: str | None) -> Rules:
     """Rules from ``--rules``: the path of a rule file, or a JSON object, as a Job passes those of its document."""
     if given is None:
@@ -139,8 +143,10 @@ def parse_rules(document: object, *, where: str, mend: str) -> Rules:
     if not isinstance(document, dict):
         raise UsageError("the rules are not a mapping of sections", where=where, mend=mend)
     sections = cast("dict[str, object]", document)
-    unknown = sorted(map(str, set(sections) - {"layer_modules", "modules", "ignore", "pickle_globals"}))
+    unknown = sorted(map(str, set(sections) - _SECTIONS))
     if unknown:
+        near = nearest(unknown[0], sorted(_SECTIONS))
+        mend = f"did you mean {near}? {mend}" if near else mend
         raise UsageError(f"unknown section {unknown[0]}", where=where, mend=mend)
     return Rules(
         layer_modules=_names(sections, "layer_modules", where, mend),

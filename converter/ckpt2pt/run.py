@@ -19,12 +19,11 @@ from functools import partial
 from typing import Protocol, cast
 
 from ckpt2pt import __version__
-from ckpt2pt.ckpt import prove_sources
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError
 from ckpt2pt.folders import COVERED, covered
-from ckpt2pt.mapping.names import prefix_remark
+from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
@@ -32,10 +31,11 @@ from ckpt2pt.ptmeta.loading import check_loadable, contradictions, kept_of_templ
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.source import paths_for
+from ckpt2pt.source import prove_read
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.volume import check_volume
-from ckpt2pt.text import counted, size
+from ckpt2pt.tensors import TensorRef
+from ckpt2pt.text import checksums_told, counted, size
 
 
 class Planned(Share, Protocol):
@@ -46,8 +46,13 @@ class Planned(Share, Protocol):
         """Whole sentences."""
         ...
 
+    @property
+    def unused_rules(self) -> frozenset[str]:
+        """Rules of the rule file that match no name of this rank."""
+        ...
 
-def _nothing(_: int) -> tuple[str, ...]:
+
+def _nothing(_: Target, __: int) -> tuple[str, ...]:
     return ()
 
 
@@ -72,7 +77,7 @@ class Conversion:
     how_to_load: str = ""
     kept: tuple[str, ...] = ()
     prepare: Callable[[Rank, Target], Planned]
-    examine: Callable[[int], tuple[str, ...]] = _nothing
+    examine: Callable[[Target, int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
 
     def plan(self, rank: Rank, /) -> Planned:
@@ -154,18 +159,6 @@ class Outcome:
         return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.at_home.folder}\n{end}"
 
 
-def checksums_told(found: Mapping[str, int]) -> str:
-    """For a person; nothing where no file states a checksum."""
-    told = {
-        "verified": "{} verified",
-        "notChecked": "{} not checked (only a part of the file is read)",
-        "none": "{} files state none",
-    }
-    if not found.get("verified") and not found.get("notChecked"):
-        return ""
-    return "\nsource checksums: " + ", ".join(form.format(found[key]) for key, form in told.items() if found.get(key))
-
-
 @dataclass(frozen=True, slots=True)
 class _Forward:
     """One rank on its way to Megatron."""
@@ -185,8 +178,11 @@ class _Forward:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        prefix = self.prepared.plan.prefix
-        return (prefix_remark(prefix),) if prefix else ()
+        return self.prepared.remarks
+
+    @property
+    def unused_rules(self) -> frozenset[str]:
+        return self.prepared.plan.unused_rules
 
     @property
     def paths(self) -> list[str]:
@@ -201,12 +197,12 @@ def _plan(request: Request, chosen: Survey, rank: Rank, target: Target) -> _Forw
     return _Forward(request, chosen, target, prepare(request, chosen, rank))
 
 
-def _examine(request: Request, chosen: Survey, pp: int) -> tuple[str, ...]:
+def _examine(request: Request, chosen: Survey, target: Target, pp: int) -> tuple[str, ...]:
     if request.topology.tensor == 1:
-        return _nothing(pp)
-    from ckpt2pt.verify.copies import copies_in_stage  # noqa: PLC0415 - numpy, for layouts that can have copies
+        return _nothing(target, pp)
+    from ckpt2pt.verify.copies import copies_of  # noqa: PLC0415 - numpy, for layouts that can have copies
 
-    return copies_in_stage(request, chosen, pp)
+    return copies_of(request, chosen, target, pp)
 
 
 def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
@@ -245,14 +241,14 @@ def convert_rank(
     rank = prepared.plan.tp, prepared.plan.pp
     folder = target.folder / prepared.plan.directory
     ledger = target.ledger(rank, repair=request.overwrite)
-    _check_twins(prepared)
+    check_twins(prepared.plan.twins)
     make_folder(folder, target.root)
     checksums: dict[str, int] = {}
 
     def prove(read: ReadPieces) -> None:
         prove_unchanged(request, chosen, rank)  # first: a source that was written meanwhile is not a damaged one
         every_byte = request.full or request.verify == "full"
-        checksums.update(prove_sources(paths_for(rank, chosen.files, request), read, every_byte=every_byte))
+        checksums.update(prove_read(rank, chosen.files, request, read, every_byte=every_byte))
 
     def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
         prove_unchanged(request, chosen, rank)
@@ -290,13 +286,13 @@ def convert_rank(
     )
 
 
-def _check_twins(prepared: Prepared) -> None:
-    """Compare tied copies of which only one is carried."""
-    if not prepared.plan.twins:
+def check_twins(twins: Sequence[tuple[TensorRef, TensorRef]]) -> None:
+    """Compare copies of which only one is carried: tied weights, and what several ranks hold where the layout changes."""
+    if not twins:
         return
     from ckpt2pt.verify.compare import same_bytes  # noqa: PLC0415 - rare
 
-    for kept, copy in prepared.plan.twins:
+    for kept, copy in twins:
         same_bytes(kept, copy)
 
 
@@ -313,18 +309,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     conversion = replace(conversion, target=target)
     kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
     todo = tuple(rank for rank in ranks if rank not in kept)
-    totals: dict[Rank, int] = {}
-    remarks: dict[str, None] = {}
-    size = 0
-    alone: Share | None = None
-    for rank in todo:
-        # One at a time: the plans of many ranks would not fit into the memory of one.
-        share = conversion.plan(rank)
-        target.ledger(rank, repair=conversion.overwrite).refuse(share.paths)
-        totals[rank] = share.source_bytes
-        remarks |= dict.fromkeys(share.remarks)
-        size += share.nbytes
-        alone = share if len(todo) == 1 else None
+    totals, size, remarks, alone = _plan_all(conversion, todo)
     both = "; the result that is there stays until the new one is complete, so there has to be room for both"
     check_volume(target.root, size, target.kind.option, both if target.beside else "")
     options: Json = {"version": __version__, "options": conversion.meaning}
@@ -360,6 +345,27 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         source_checksums=_source_checksums(target, ranks),
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
+
+
+def _plan_all(
+    conversion: Conversion, todo: Sequence[Rank]
+) -> tuple[dict[Rank, int], int, tuple[str, ...], Planned | None]:
+    """Bytes to read for each rank, bytes to write, what to warn of; and the plan itself where there is only one.
+
+    One at a time: the plans of many ranks would not fit into the memory of one.
+    """
+    target, totals, nbytes = conversion.target, dict[Rank, int](), 0
+    remarks, unused, share = dict[str, None](), list[frozenset[str]](), None
+    for rank in todo:
+        share = conversion.plan(rank)
+        target.ledger(rank, repair=conversion.overwrite).refuse(share.paths)
+        totals[rank] = share.source_bytes
+        nbytes += share.nbytes
+        remarks |= dict.fromkeys(share.remarks)
+        unused.append(share.unused_rules)
+    if len(unused) == target.tensor * target.stages:  # a rule may be for a name that one stage alone has
+        remarks |= dict.fromkeys(rules_remark(unused))
+    return totals, nbytes, tuple(remarks), share if len(todo) == 1 else None
 
 
 def _covered(
@@ -399,7 +405,7 @@ def _source_checksums(target: Target, ranks: Sequence[Rank]) -> Mapping[str, int
 
 def _publish_stage(conversion: Conversion, pp: int, options: Json) -> tuple[str, ...]:
     """Join the manifests of a stage's ranks; returns what is suspicious of them."""
-    target, found = conversion.target, conversion.examine(pp)
+    target, found = conversion.target, conversion.examine(conversion.target, pp)
     # Its own inputs alone: those of all ranks in each stage would grow with the square of their number.
     inputs = [one for tp in range(target.tensor) for one in conversion.inputs[tp, pp]]
     facts: Json = {"iteration": target.iteration, "inputs": inputs, **conversion.facts}

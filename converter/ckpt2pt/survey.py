@@ -21,7 +21,7 @@ from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
-from ckpt2pt.mapping.names import NameTable, is_tied_head
+from ckpt2pt.mapping.names import NameTable, is_tied_head, prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import (
     METADATA,
@@ -81,6 +81,8 @@ class Prepared:
     plan: RankPlan
     template: Template
     files: tuple[FilePayload, ...]
+    remarks: tuple[str, ...]
+    """What a user should know before the result is used, in whole sentences."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -254,7 +256,8 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     )
     plan = plan_rank(found, topology, NameTable(request.rules), full=request.full)
     files = payloads(plan, meta.template, reference_samples=request.reference_samples)
-    return Prepared(plan=plan, template=meta.template, files=files)
+    remarks = (*source.remarks, *([prefix_remark(plan.prefix)] if plan.prefix else ()))
+    return Prepared(plan=plan, template=meta.template, files=files, remarks=remarks)
 
 
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:

@@ -95,5 +95,11 @@ class TensorRef(NamedTuple):
             return self.gather.numel * DTYPE_BYTES[self.dtype]
         return sum(extent.nbytes for extent in self.extents)
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files that hold it."""
+        storages = [view.storage for view in self.gather.views] if self.gather else [self.extents]
+        return tuple(dict.fromkeys(extent.path for storage in storages for extent in storage))
+
     def __str__(self) -> str:
         return f"{self.name} {self.dtype}{list(self.shape)}"

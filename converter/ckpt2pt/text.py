@@ -106,3 +106,15 @@ def _cell(key: str, value: object) -> str:
 
 def _words(key: str) -> str:
     return re.sub(r"(?<=[a-z])[A-Z]", lambda found: f" {found[0].lower()}", key)
+
+
+def checksums_told(found: Mapping[str, int]) -> str:
+    """For a person; nothing where no file states a checksum."""
+    told = {
+        "verified": "{} verified",
+        "notChecked": "{} not checked (only a part of the file is read)",
+        "none": "{} files state none",
+    }
+    if not found.get("verified") and not found.get("notChecked"):
+        return ""
+    return "\nsource checksums: " + ", ".join(form.format(found[key]) for key, form in told.items() if found.get(key))

@@ -28,7 +28,7 @@ from ckpt2pt_operator.rules.views import child, items, number, text
 from ckpt2pt_operator.workqueue import Turns
 
 _TIMEOUT = 30
-_SILENCE = 100.0
+SILENCE = 100.0
 """Seconds without a word after which a watch is given up: an API server sends a bookmark each minute."""
 _MAX_PAUSE = 300.0
 _MAX_FIELDS = 8
@@ -254,7 +254,7 @@ class Api:
 
     async def watch(self, resource: Resource, namespace: str, **query: str) -> AsyncIterator[Json]:
         """Events of a watch, one JSON object each, until the server ends it."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=_SILENCE)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=SILENCE)
         asked = _Asked("watch", resource, namespace)
         stream = await self._send(asked, "GET", {**query, "watch": "true"}, None, "", timeout)
         try:

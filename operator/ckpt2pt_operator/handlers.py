@@ -12,6 +12,7 @@ from dataclasses import replace
 import kopf
 
 from ckpt2pt.conversion.spec import API_VERSION
+from ckpt2pt_operator.api import SILENCE
 from ckpt2pt_operator.store import Store
 from ckpt2pt_operator.transport import Conversions
 
@@ -61,6 +62,8 @@ def settings(*, namespaced: bool) -> kopf.OperatorSettings:
     found.watching.server_timeout = 300
     found.watching.client_timeout = 330
     found.watching.connect_timeout = 10
+    found.watching.inactivity_timeout = SILENCE
+    found.watching.reconnect_backoff = 2.0  # it is a list of all that follows
     found.networking.request_timeout = 90  # for a page of 100 objects of a megabyte, too
     found.networking.error_backoffs = (1, 2, 4, 8, 16)
     found.networking.enforce_retry_after = True

@@ -21,6 +21,8 @@ _PAGE = "100"
 _SERVER_SECONDS = "300"
 _GONE = 410
 _AT_ONCE = 1.0
+_ODD = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What reading an object of a form that nobody expected may raise."""
 _TRUSTED = 3
 """Failures in a row after which a watch is not begun again where it was: the API server may not be the same any more."""
 
@@ -80,7 +82,7 @@ class Informer:
         more, seen = "", set[str]()
         while True:
             query = {**self._query, "limit": _PAGE} | ({"continue": more} if more else {})
-            page = await self._api.list(self._resource, self.namespace, self.put, **query)
+            page = await self._api.list(self._resource, self.namespace, self._see, **query)
             seen.update(page.items)
             self._hear()
             more = page.more
@@ -113,10 +115,20 @@ class Informer:
         if kind == "ERROR":
             raise ApiError(number(raw, "code"), text(raw, "reason"), text(raw, "message"), what="watch")
         if kind in {"ADDED", "MODIFIED"}:
-            self.put(raw)
+            self._see(raw)
         elif kind == "DELETED":
             self.drop(raw)
         return text(child(raw, "metadata"), "resourceVersion")
+
+    def _see(self, raw: Json) -> str:
+        """``put``: a bug costs one object, which may be anybody's, and not the watch of all."""
+        try:
+            return self.put(raw)
+        except _ODD:
+            meta = child(raw, "metadata")
+            name = f"{self._resource[1]} {text(meta, 'namespace')}/{text(meta, 'name')}"
+            log.exception("a bug; an object is not understood", extra={"object": name})
+            return text(meta, "uid")
 
     def _hear(self) -> None:
         self.heard, self.trouble = time.monotonic(), ""

@@ -24,7 +24,7 @@ from ckpt2pt_operator.recorder import Recorder
 from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.conditions import follows
 from ckpt2pt_operator.rules.kept import Key, key_of, slim
-from ckpt2pt_operator.rules.notes import notes
+from ckpt2pt_operator.rules.notes import Note, notes
 from ckpt2pt_operator.rules.plan import conversion_of, plan
 from ckpt2pt_operator.rules.seen import (
     Action,
@@ -323,6 +323,9 @@ class Reconciler:
                 await self._api.delete(JOBS, job.namespace, job.name, uid=job.uid)
         except ApiError as error:
             if error.code not in {_NOT_FOUND, _CONFLICT}:
+                if not error.passing:
+                    what = f"Job {job.name} cannot be changed: {error.message}"
+                    await self._recorder.write(raw, Note(kind="Warning", reason="JobNotChanged", message=what))
                 raise
             log.info("a Job has changed meanwhile", extra={"job": f"{job.namespace}/{job.name}", "error": str(error)})
         return None

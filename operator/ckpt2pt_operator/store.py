@@ -130,7 +130,7 @@ class Store:
     def _lose_pod(self, pod: Pod) -> None:
         """Its last words stay until its conversion has ended: a stage may be done, and nobody else knows it."""
         key = self._keys.get(pod.owner)
-        if pod.over and key and self.conversions[key].phase not in TERMINAL:
+        if pod.over and key and is_of(pod, *key) and self.conversions[key].phase not in TERMINAL:
             remember(self._departed.setdefault(pod.owner, {}), pod.uid, replace(pod, gone=True), _REMEMBERED)
         self.live.pop(pod.uid, None)
         self._drop(self._pods, pod)

@@ -6,6 +6,7 @@ conflict and no harm; runs that ended more than a day ago are left alone.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -135,19 +136,29 @@ class Trainings:
         """
         while True:
             training, _ = await self._due.get()
+            making = asyncio.create_task(self._make(training))
             try:
-                await self._make(training)
-                self._due.forget(training)
-            except (ApiError, UsageError) as error:
-                name = f"{training.kind} {training.namespace}/{training.name}"
-                if not _is_recent(training):
-                    log.warning("no conversion; given up", extra={"training": name, "error": str(error)})
-                    self._due.forget(training)
-                    continue
-                pause = self._due.retry(training, error.pause if isinstance(error, ApiError) else 0.0)
-                log.warning("no conversion yet; again in %.1f s", pause, extra={"training": name, "error": str(error)})
+                await asyncio.wait({making})
             finally:
+                making.cancel()
                 self._due.done(training)
+            error = making.exception()
+            if error is None:
+                self._due.forget(training)
+            else:
+                self._again(training, error)
+
+    def _again(self, training: Workload, error: BaseException) -> None:
+        """Try it again later, as long as the run is recent; one template must not end the operator, whatever is in it."""
+        about = {"training": f"{training.kind} {training.namespace}/{training.name}", "error": str(error)}
+        if not isinstance(error, ApiError | UsageError):
+            log.error("a bug; a conversion could not be made", exc_info=error, extra=about)
+        if not _is_recent(training):
+            log.warning("no conversion; given up", extra=about)
+            self._due.forget(training)
+            return
+        pause = self._due.retry(training, error.pause if isinstance(error, ApiError) else 0.0)
+        log.warning("no conversion yet; again in %.1f s", pause, extra=about)
 
     async def _make(self, training: Workload) -> None:
         reference: Json = {

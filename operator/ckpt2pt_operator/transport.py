@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Mapping
 from typing import cast
@@ -18,6 +19,7 @@ from typing import cast
 import aiohttp
 import kopf
 
+from ckpt2pt.conversion.spec import Json
 from ckpt2pt_operator.api import AGENT, CONVERSIONS, PLAIN
 from ckpt2pt_operator.decoding import LARGE, Page, decode, lines
 from ckpt2pt_operator.metrics import Metrics
@@ -27,6 +29,11 @@ from ckpt2pt_operator.store import Store
 
 _PLURAL = CONVERSIONS[1]
 _OBJECTS = frozenset({"ADDED", "MODIFIED", "DELETED"})
+_BUSY = frozenset({408, *range(500, 600)})
+_ANEW = json.dumps({"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}}).encode() + b"\n"
+"""At this word kopf lists and watches anew; at any other error of a watch it ends."""
+
+log = logging.getLogger(__name__)
 
 
 class Conversions:
@@ -59,11 +66,16 @@ class Conversions:
 
     async def _read(self, request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
         response = await handler(request)
+        if response.status in _BUSY:
+            # kopf ends for good after some tries, but for a connection that is lost it tries for ever.
+            response.close()
+            raise aiohttp.ClientConnectionError(f"{response.status} {response.reason}")
         *_, last = parts = request.url.path.split("/")
-        if response.status == 200 and request.method == "GET" and last == _PLURAL:
-            namespace = parts[-2] if parts[-3] == "namespaces" else ""
-            query = request.url.query
-            found = _Watched(response, self) if "watch" in query else _Listed(response, self, namespace, query)
+        namespace = parts[-2] if parts[-3:-2] == ["namespaces"] else ""
+        if response.status == 200 and "watch" in request.url.query:
+            response.content = cast("aiohttp.StreamReader", _Watched(response, self if last == _PLURAL else None))
+        elif response.status == 200 and last == _PLURAL:
+            found = _Listed(response, self, namespace, request.url.query)
             response.content = cast("aiohttp.StreamReader", found)
         return response
 
@@ -123,30 +135,47 @@ class _Listed:
         page = Page()
         if self._first:
             self._outer.begin(self._namespace)
-        async for data in self._inner.iter_any():
-            for item in page.feed(data):
-                self._outer.take(self._namespace, item)
-                if len(item) > LARGE:
-                    await asyncio.sleep(0)
-        if not text(child(decode(page.rest()), "metadata"), "continue", 4096):
+        try:
+            async for data in self._inner.iter_any():
+                for item in page.feed(data):
+                    self._outer.take(self._namespace, item)
+                    if len(item) > LARGE:
+                        await asyncio.sleep(0)
+            rest = decode(page.rest())
+            if "items" not in rest:
+                raise ValueError("not a list")
+        except ValueError as error:  # something between here and there answered in its place, or cut it off
+            raise aiohttp.ClientPayloadError(str(error)) from error
+        if not text(child(rest, "metadata"), "continue", 4096):
             self._outer.end(self._namespace)
         return page.rest()
 
 
 class _Watched:
-    """In the place of the content of a watch."""
+    """In the place of the content of a watch; of conversions if ``outer`` is given."""
 
-    def __init__(self, response: aiohttp.ClientResponse, outer: Conversions) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, outer: Conversions | None) -> None:
         self._inner, self._outer = response.content, outer
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._inner, name)
 
     async def iter_chunked(self, _: int) -> AsyncIterator[bytes]:
-        """The lines, with slim objects."""
-        async for line in lines(self._inner):
-            self._outer.hear()
-            event = decode(line)
-            if event.get("type") in _OBJECTS:
-                event["object"] = slim(child(event, "object"))
-            yield json.dumps(event).encode() + b"\n"
+        """The lines, with slim objects; whatever ends it before its time is a reason to list anew."""
+        try:
+            async for line in lines(self._inner):
+                event = decode(line)
+                if event.get("type") == "ERROR":
+                    break
+                yield self._slim(event) if self._outer else line + b"\n"
+            else:
+                return
+        except ValueError as error:
+            log.warning("a watch said what is no event; it is begun anew", extra={"error": str(error)})
+        yield _ANEW
+
+    def _slim(self, event: Json) -> bytes:
+        cast("Conversions", self._outer).hear()
+        if event.get("type") in _OBJECTS:
+            event["object"] = slim(child(event, "object"))
+        return json.dumps(event).encode() + b"\n"

@@ -224,3 +224,18 @@ def test_a_pod_converts_the_stage_of_its_index(
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
     assert main(["convert", *flags]) == 64
     assert "JOB_COMPLETION_INDEX 1 does not exist among 1 stages" in capsys.readouterr().err
+
+
+def test_a_bug_is_one_line_of_json_for_a_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a bug of ours")
+
+    monkeypatch.setattr("ckpt2pt.show.checkpoint.inspect", broken)
+    assert main(["inspect", str(tmp_path), "--log-format", "json"]) == 70
+    [line] = capsys.readouterr().err.splitlines()
+    document = json.loads(line)
+    assert (document["level"], document["error"], document["exitCode"]) == ("error", "ValueError", 70)
+    assert "this is a bug" in document["what"]
+    assert "in broken" in document["traceback"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -15,11 +16,13 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.casts import Cast, find_cast
+from ckpt2pt.crew import stopped_by_signals, work_through
 from ckpt2pt.engine import write as engine
 from ckpt2pt.errors import TimedOutError, TryAgainError
 from ckpt2pt.publish import TRACKER
 from ckpt2pt.run import run
 from conversions import Quiet, flags_for, request_for
+from loggers import Talking
 from workers import children, wait_for
 
 
@@ -122,3 +125,19 @@ def test_a_worker_that_is_killed_is_not_taken_for_done(pipelined: Path, tmp_path
     with pytest.raises(TryAgainError, match="exit code -9"):
         run(request, range(2), Killer())
     assert not (tmp_path / TRACKER).exists()
+
+
+def test_what_workers_log_goes_through_the_parent(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level(logging.WARNING), stopped_by_signals() as stop:
+        work_through(Talking(), [(0, 0), (1, 0)], None, Quiet(), stop)
+    assert caplog.messages == ["a\x1b[31m: mode 0400 cannot be set"] * 2
+    assert capfd.readouterr().err.count("cannot be set") == 0
+
+
+def test_a_bug_in_a_worker_keeps_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="a bug of ours") as caught, stopped_by_signals() as stop:
+        work_through(Talking(broken=True), [(0, 0), (1, 0)], None, Quiet(), stop)
+    assert "in carry" in "".join(caught.value.__notes__)
+    assert capfd.readouterr().err == ""

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
-from ckpt2pt.cli import main
+from ckpt2pt.cli import build_parser, main
+from ckpt2pt.conversion.template import fill
+from ckpt2pt.errors import UsageError
+from ckpt2pt.programs.kubectl import build_kubectl_parser
+from ckpt2pt.request import parse_rules
+from documents import changed, write
 
 
 @pytest.mark.parametrize(
@@ -17,9 +26,19 @@ from ckpt2pt.cli import main
             "unrecognized",
             "did you mean --tp-size?",
         ),
+        ("convert --tp-sz 2", "unrecognized arguments: --tp-sz 2", "did you mean --tp-size?"),
+        ("convert --tp 2", "unrecognized arguments: --tp 2", "did you mean --tp-size?"),
+        ("convert -tp-size 2", "unrecognized arguments: -tp-size 2", "did you mean --tp-size?"),
+        ("convert --num_layers 2", "unrecognized arguments: --num_layers 2", "did you mean --num-layers?"),
+        ("convert stray", "unrecognized arguments: stray", "see ckpt2pt convert --help"),
+        ("import --formt ckpt", "unrecognized arguments: --formt ckpt", "did you mean --format?"),
+        ("inspect --detail", "unrecognized arguments: --detail", "did you mean --details?"),
+        ("--verson", "unrecognized arguments: --verson", "did you mean --version?"),
         ("convert --src-model-format chkpt", "invalid choice: 'chkpt'", "did you mean ckpt?"),
         ("verify --overwrite", "unrecognized arguments: --overwrite", "see ckpt2pt verify --help"),
         ("convert", "the following arguments are required: --ms-path", "see ckpt2pt convert --help"),
+        ("", "the following arguments are required: COMMAND", "see ckpt2pt --help"),
+        ("inspect", "the following arguments are required: path", "see ckpt2pt inspect --help"),
         ("inspect a b", "unrecognized arguments: b", "see ckpt2pt inspect --help"),
         ("transmogrify", "invalid choice", "see ckpt2pt --help"),
     ],
@@ -32,3 +51,57 @@ def test_a_wrong_word_is_told_with_what_was_meant(
     assert what in told
     assert meant in told
     assert ("did you mean" in told) == ("did you mean" in meant)
+
+
+def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    return next(dict(a.choices) for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+
+
+@pytest.mark.parametrize("build", [build_parser, build_kubectl_parser])
+def test_every_option_and_command_is_found_again_with_a_letter_missing(
+    build: Callable[[], argparse.ArgumentParser],
+) -> None:
+    root = build()
+    for name, parser in commands(root).items():
+        with pytest.raises(UsageError) as caught:
+            root.parse_args([_shortened(name)])
+        assert f"did you mean {name}?" in caught.value.mend
+        options = [
+            o for o in parser._option_string_actions if len(o) > 6 and "_" not in o and o != "--max-process-limit"
+        ]
+        for option in options:
+            if (wrong := _shortened(option)) not in options:
+                with pytest.raises(UsageError) as caught:
+                    root.parse_args([name, wrong])
+                assert f"did you mean {option}?" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "meant"),
+    [
+        (["--volume", "trainin=."], "--volume trainin is no volume of the document", "did you mean training?"),
+        (["--volume", "x=."], "--volume x is no volume of the document", "the volumes of the document are training"),
+    ],
+)
+def test_a_volume_that_is_not_there_is_told_before_the_one_that_is_missing(
+    words: list[str], what: str, meant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    volume = {"volume": {"persistentVolumeClaim": {"claimName": "training"}}, "path": "ms"}
+    document = write(tmp_path / "a.yaml", changed(("spec.source", volume)))
+    assert main(["run", "-f", str(document), *words]) == 64
+    told = capsys.readouterr().err
+    assert what in told
+    assert meant in told
+
+
+def test_a_section_of_rules_and_a_field_of_a_template_as_well() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_rules({"modlues": {}}, where="x", mend="see the docs")
+    assert caught.value.mend == "did you mean modules? see the docs"
+    with pytest.raises(UsageError) as caught:
+        fill({"spec": {"path": "${stp}"}}, {"step": 1})
+    assert caught.value.mend == "did you mean ${step}? known here: ${step}"
+
+
+def _shortened(word: str) -> str:
+    return word[:-2] + word[-1]

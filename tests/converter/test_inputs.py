@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tracemalloc
@@ -97,3 +98,14 @@ def test_a_file_that_is_not_there_is_named_as_the_user_named_it(
     with pytest.raises(MissingInputError) as caught:
         opened(tmp_path / "nowhere")
     assert option in caught.value.mend
+
+
+def test_a_file_that_cannot_be_examined_is_an_error_with_its_path(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(fd: int) -> os.stat_result:
+        raise OSError(errno.ESTALE, "stale")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", gone)
+        with pytest.raises(FileAccessError, match="removed or replaced on the server") as caught:
+            InputFile(path)
+    assert caught.value.where == str(path)

@@ -70,11 +70,14 @@ def test_streams_that_cannot_be_written_to_end_as_documented(
     assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "12"
 
 
-def test_a_path_that_stdout_cannot_spell_is_told_nevertheless(convert: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_path_that_stdout_cannot_spell_is_told_nevertheless(
+    locale: dict[str, str], convert: str, tmp_path: Path
+) -> None:
     words = [*shlex.split(convert), "--megatron-path", str(tmp_path / "öut")]
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"}
-    )
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **locale})
     assert done.returncode == 0, done.stderr
     assert r"\xf6ut/iter_0000012" in done.stdout
 

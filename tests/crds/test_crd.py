@@ -86,6 +86,15 @@ def test_lists_and_texts_are_bounded() -> None:
                 assert free or "name.size() <= 317" in str(schema["x-kubernetes-validations"]), path
 
 
+def test_whole_numbers_are_bounded_as_those_of_a_job_are() -> None:
+    """Its ttlSecondsAfterFinished has 32 bits, as ids have; its activeDeadlineSeconds become nanoseconds of 64 bits."""
+    free = {"spec.source.iteration", "spec.workers.tolerations[].tolerationSeconds"}
+    for path, schema in FIELDS.items():
+        for each in (schema, schema.get("items", {})):
+            if path.startswith("spec") and each.get("type") == "integer" and path not in free:
+                assert each.get("maximum", 1 << 63) < 1 << 31, path
+
+
 def test_defaults_obey_their_own_schema() -> None:
     validate(minimal(), where="the shortest document")
     for path, schema in FIELDS.items():

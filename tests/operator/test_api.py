@@ -190,7 +190,7 @@ def test_a_watch_that_is_refused_says_why() -> None:
 
 
 def test_a_watch_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt2pt_operator.api._SILENCE", 0.2)
+    monkeypatch.setattr("ckpt2pt_operator.api.SILENCE", 0.2)
 
     async def use(api: Api) -> ApiError:
         with pytest.raises(ApiError) as caught:

@@ -10,6 +10,7 @@ import kopf
 import pytest
 
 from ckpt2pt_operator import handlers
+from ckpt2pt_operator.api import SILENCE
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.store import Store
 from ckpt2pt_operator.transport import Conversions
@@ -62,6 +63,7 @@ def test_kopf_neither_posts_nor_peers_nor_scans_where_it_may_not(namespaced: boo
     assert not found.posting.enabled
     assert found.scanning.disabled is namespaced
     assert (found.watching.server_timeout, found.watching.client_timeout) == (300, 330), "the server ends a watch first"
+    assert found.watching.inactivity_timeout == SILENCE, "an API server sends a bookmark each minute"
 
 
 def test_group_and_plural_are_those_of_the_crd() -> None:

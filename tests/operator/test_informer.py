@@ -111,6 +111,24 @@ def test_every_page_is_read_and_a_watch_goes_on_from_there(monkeypatch: pytest.M
     assert informer.synced.is_set()
 
 
+def test_an_object_that_is_not_understood_costs_nobody_else_anything(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real: Callable[[Raw], Any] = vars(module)["pod_view"]
+
+    def view(raw: Raw) -> Any:
+        if raw["metadata"]["uid"] == "b":
+            raise TypeError("odd")
+        return real(raw)
+
+    monkeypatch.setattr(module, "pod_view", view)
+    pods = Pods((200, event("ADDED", pod("b", 8)) + event("ADDED", pod("c", 9))), (200, event("BOOKMARK", pod("", 30))))
+    patch = pytest.MonkeyPatch()
+    store, _, _ = follow(pods, patch)
+    assert sorted(found.uid for found in store.pods(KEY, "u")) == ["a", "c"]
+    assert caplog.text.count("a bug; an object is not understood") == 2
+
+
 def test_a_version_that_is_too_old_is_listed_anew_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     gone = event("ERROR", {"code": 410, "reason": "Expired", "message": "too old"})
     pods = Pods((200, gone), (200, event("ADDED", pod("c", 9))))

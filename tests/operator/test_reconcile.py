@@ -45,6 +45,7 @@ class World:
         self.refuses: Callable[[str, str], Answer | None] = lambda *_: None
         self.version, self.ending = 1, False
         self.pods: list[Raw] = []
+        self.events: list[Raw] = []
         self.headers: dict[str, str] = {}
         self.metrics = Metrics("0")
 
@@ -67,6 +68,7 @@ class World:
             ending = {"message": "unable to create new content in namespace team because it is being terminated"}
             return (403, ending) if self.ending else (201, {})
         if path.endswith("/events"):
+            self.events += [body] if method == "POST" else []
             return (200, {"items": []}) if method == "GET" else (201, {"metadata": {"name": "e"}})
         raise AssertionError(f"{method} {path}")
 
@@ -265,6 +267,21 @@ def test_a_busy_api_server_is_asked_again_when_it_says() -> None:
     world.headers = {}
     _, again = world.look()
     assert again == 5.0
+
+
+def test_a_change_of_its_job_that_is_refused_is_told() -> None:
+    """A policy may keep anybody from that; the status alone would say that all is well."""
+    world = World()
+    world.look(2)
+    world.refuses = lambda method, _: (
+        (403, {"message": "admission webhook w denied the request: no"}) if method == "PATCH" else None
+    )
+    world.conversion["spec"]["suspend"] = True
+    world.conversion["metadata"]["generation"] = 2
+    with pytest.raises(ApiError):
+        world.look()
+    [told_of] = [body for body in world.events if body["reason"] == "JobNotChanged"]
+    assert told_of["message"] == "Job demo-1 cannot be changed: admission webhook w denied the request: no"
 
 
 @pytest.mark.parametrize("code", [401, 404])

@@ -264,6 +264,22 @@ def test_the_last_words_of_a_pod_that_is_gone_stay_until_its_conversion_has_ende
     assert store.pods(KEY, "u") == (), "nobody asks for it any more"
 
 
+def test_pods_that_only_carry_its_label_push_no_last_words_out(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody may make thousands of them, in a namespace of his own."""
+    monkeypatch.setattr("ckpt2pt_operator.store._REMEMBERED", 1)
+    store = watched.store
+    store.put_conversion(conversion(1))
+    store.drop_pod(ended())
+    raw = pod("forged")
+    raw["metadata"] |= {"namespace": "other"}
+    raw["status"] = {"phase": "Succeeded"}
+    store.put_pod(pod_view(raw))
+    store.drop_pod(pod_view(raw))
+    assert [each.uid for each in store.pods(KEY, "u")] == ["p"]
+
+
 def test_last_words_go_with_their_conversion_and_nobody_elses_are_kept(watched: Watched) -> None:
     store = watched.store
     store.drop_pod(ended())

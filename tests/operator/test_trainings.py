@@ -220,6 +220,40 @@ def test_a_refusal_by_the_api_server_is_told_without_the_values_that_it_quotes(w
     assert said[0] == "the conversion that ConfigMap mine describes was not made: 422 Invalid: spec.verify"
 
 
+def test_a_template_that_nobody_expected_ends_nothing(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What ends the loop ends the operator, of all tenants, and again after each restart."""
+
+    def broken(*_: object) -> Raw:
+        raise OverflowError("odd")
+
+    monkeypatch.setattr("ckpt2pt_operator.trainings.conversion_for", broken)
+    asked, _ = events_of(watched, "mine", lambda _: (200, {"data": {"conversion.yaml": "x"}}))
+    assert asked
+    assert "a bug; a conversion could not be made" in caplog.text
+    assert "no conversion yet; again in" in caplog.text
+    assert "OverflowError: odd" in caplog.text
+
+
+def test_a_number_that_cannot_be_sent_is_told(watched: Watched) -> None:
+    text = json.dumps(changed(("spec.workers.podOverrides.spec", {"x": 0}))).replace('"x": 0', f'"x": 0x{"f" * 9000}')
+    _, said = events_of(watched, "mine", lambda _: (200, {"data": {"conversion.yaml": text}}))
+    assert said
+    assert said[0].startswith("conversion.yaml cannot be read")
+
+
+@pytest.mark.parametrize(
+    "status",
+    [{"conditions": [{"type": ["Complete"], "status": "True"}]}, {"conditions": [{"type": {}, "status": "True"}]}, [], 3,
+     {"conditions": [[1], None, {"type": "Complete", "status": "True", "lastTransitionTime": {}}], "completionTime": []}],
+)  # fmt: skip
+def test_a_training_of_any_shape_does_no_harm(watched: Watched, status: object) -> None:
+    """The status of a kind of somebody's own may be without a schema."""
+    assert watched.watch._see({**watched.job("a"), "status": status}) == "a"
+    assert watched.watch.put({**watched.job("a"), "status": status}) == "a"
+
+
 def test_not_too_many_are_remembered(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ckpt2pt_operator.trainings._REMEMBERED", 2)
     for uid in "abc":

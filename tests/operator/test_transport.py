@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from typing import Any, cast
 from urllib.parse import parse_qs, urlsplit
 
@@ -24,6 +25,7 @@ SERVED = {
     f"{handlers.GROUP}/{handlers.VERSION}": (handlers.PLURAL, "CheckpointConversion"),
 }
 DEEP = "[" * 5000 + "]" * 5000
+GONE = '{"type": "ERROR", "object": {"kind": "Status", "code": 410, "reason": "Expired"}}\n'
 
 
 def conversion(name: str, version: int, inside: str = "1", kind: str = "CheckpointConversion") -> str:
@@ -72,11 +74,16 @@ class Cluster:
         return 200, f'{{"apiVersion": "v1", "items": [{",".join(pages[at])}], "metadata": {json.dumps(meta)}}}'
 
 
-def run(cluster: Cluster, until: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[Store, Metrics, list[Raw]]:
-    """Run kopf until something is true of the store; also what its handler was given."""
+def run(
+    cluster: Cluster,
+    until: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Callable[[str, str, Any], Answer] | None = None,
+) -> tuple[Store, Metrics, list[Raw]]:
+    """Run kopf until something is true of the store; also what its handler was given.  ``answer`` is in the cluster's place."""
     store, metrics, given = Store(lambda _: None), Metrics("0"), list[Raw]()
     watched = Conversions(store, metrics, ("team",))
-    real, server = store.put_conversion, Server(cluster)
+    real, server = store.put_conversion, Server(answer or cluster)
     server.headers, cluster.agents = {"Content-Type": "application/json"}, server.agents
 
     def put(raw: Raw) -> str:
@@ -88,6 +95,7 @@ def run(cluster: Cluster, until: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[
     monkeypatch.setattr(kopf, "login_with_service_account", lambda **_: kopf.ConnectionInfo(server=server.url))
     settings = handlers.settings(namespaced=True)
     settings.watching.reconnect_backoff = 0.01
+    settings.networking.error_backoffs = (0.01,)
 
     async def serve() -> None:
         stop = asyncio.Event()
@@ -97,11 +105,14 @@ def run(cluster: Cluster, until: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[
                 identity=cast("Any", "test"), stop_flag=stop,
             )
         )  # fmt: skip
-        async with asyncio.timeout(30):
-            while not until(store):
-                assert not running.done(), running.exception()
-                await asyncio.sleep(0.02)
-        stop.set()
+        try:
+            async with asyncio.timeout(30):
+                while not until(store):
+                    assert not running.done(), running.exception()
+                    await asyncio.sleep(0.02)
+        finally:
+            stop.set()
+            await asyncio.wait({running}, timeout=30)
         await running
 
     with server.running():
@@ -137,9 +148,44 @@ def test_conversions_of_any_size_and_depth_pass_through_kopf(monkeypatch: pytest
 
 
 def test_what_a_new_list_does_not_name_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    gone = '{"kind": "Status", "code": 410, "reason": "Expired"}'
-    cluster = Cluster([[[conversion("a", 1)], [conversion("b", 2)]], [[conversion("b", 2)]]], [[("ERROR", gone)]])
+    cluster = Cluster([[[conversion("a", 1)], [conversion("b", 2)]], [[conversion("b", 2)]]], [])
+    cluster.watches = [[("ERROR", json.dumps({"kind": "Status", "code": 410, "reason": "Expired"}))]]
     store, _, _ = run(cluster, lambda store: ("team", "a") not in store.conversions and store.conversions, monkeypatch)
+    assert list(store.conversions) == [("team", "b")]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        (
+            200,
+            '{"type": "ERROR", "object": {"kind": "Status", "code": 500, "message": "etcdserver: leader changed"}}\n',
+        ),
+        (
+            200,
+            '{"type": "ERROR", "object": {"kind": "Status", "code": 504, "message": "Too large resource version"}}\n',
+        ),
+        (200, '{"type": "MODIFIED", "obj'),
+        (200, "<html>a proxy answers</html>\n"),
+        (200, "[1]\n"),
+        (500, {"message": "etcdserver: request timed out"}),
+        (503, "apiserver is shutting down"),
+        (408, {}),
+    ],
+    ids=["error", "version", "half", "html", "list", "500", "503", "408"],
+)
+def test_a_watch_or_a_list_that_fails_in_any_way_is_begun_anew(broken: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kopf took each of these for its end, and the operator went with it."""
+    cluster = Cluster([[[conversion("a", 1)], [conversion("b", 2)]], [[conversion("b", 2)]]], [])
+    answers: dict[str, list[Answer]] = {"watch": [broken, (200, GONE), broken], "list": [broken] * 3}
+
+    def answer(method: str, path: str, body: Any) -> Answer:
+        verb = "watch" if "watch" in path else "list" if "limit" in path and cluster.lists else ""
+        return answers[verb].pop(0) if verb and answers[verb] else cluster(method, path, body)
+
+    store, _, _ = run(
+        cluster, lambda store: ("team", "a") not in store.conversions and store.conversions, monkeypatch, answer
+    )
     assert list(store.conversions) == [("team", "b")]
 
 

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts, joined, path
+from ckpt2pt.flags import add_target_sizes, check_numbers, counts, joined, path, target_sizes
 
 if TYPE_CHECKING:
     from ckpt2pt.back.request import BackRequest
@@ -32,33 +32,6 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="replace another import's result, once the new one is complete (room for both is needed); never what ckpt2pt did not write",
     )
-    group = parser.add_argument_group("how the model is cut")
-    group.add_argument("--num-layers", type=int, help="layers, no-op layers included; default: as the checkpoint says")
-    group.add_argument("--tp-size", type=int, help="tensor parallel size; default: as the checkpoint says")
-    group.add_argument("--pp-size", type=int, help="pipeline parallel size; default: as the checkpoint says")
-    group.add_argument("--vpp-size", type=int, help="model chunks of each stage; default: as the checkpoint says")
-    for flag, what in (
-        ("--target-tp-size", "tensor parallel size"),
-        ("--target-pp-size", "pipeline parallel size"),
-        ("--target-vpp-size", "model chunks of each stage"),
-    ):
-        group.add_argument(
-            flag, type=int, metavar="N", help=f"{what} of the MindSpore training; default: the checkpoint's"
-        )
-    group.add_argument("--dp-size", type=int, default=1, help="data parallel size of the MindSpore training to come")
-    group.add_argument("--cp-size", type=int, default=1, help="context parallel size of the MindSpore training to come")
-    group.add_argument(
-        "--parallel-init-order",
-        default="tp-cp-ep-dp-pp",
-        help="order in which ranks are counted; there is only tp-cp-ep-dp-pp",
-    )
-    group.add_argument(
-        "--stage-list", type=counts, nargs="+", metavar="N", help="layers of each stage (of each chunk); default: even"
-    )
-    group.add_argument(
-        "--noop", type=int, nargs="*", metavar="LAYER", help="no-op layers; default: those without parameters"
-    )
-    group.add_argument("--rules", help="rule file (YAML) for names of your own, or the rules themselves as JSON")
     group = parser.add_argument_group("what")
     group.add_argument("--convert-param-only", action="store_true", help="weights of model_optim_rng.pt alone")
     group.add_argument(
@@ -75,6 +48,26 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a file for every data- and context-parallel rank, not the first alone",
     )
+    group = parser.add_argument_group("model and parallel layout")
+    group.add_argument("--num-layers", type=int, help="layers, no-op layers included; default: as the checkpoint says")
+    group.add_argument("--tp-size", type=int, help="tensor parallel size; default: as the checkpoint says")
+    group.add_argument("--pp-size", type=int, help="pipeline parallel size; default: as the checkpoint says")
+    group.add_argument("--vpp-size", type=int, help="model chunks of each stage; default: as the checkpoint says")
+    add_target_sizes(group, "of the MindSpore training; default: the checkpoint's")
+    group.add_argument("--dp-size", type=int, default=1, help="data parallel size of the MindSpore training to come")
+    group.add_argument("--cp-size", type=int, default=1, help="context parallel size of the MindSpore training to come")
+    group.add_argument(
+        "--parallel-init-order",
+        default="tp-cp-ep-dp-pp",
+        help="order in which ranks are counted; there is only tp-cp-ep-dp-pp",
+    )
+    group.add_argument(
+        "--stage-list", type=counts, nargs="+", metavar="N", help="layers of each stage (of each chunk); default: even"
+    )
+    group.add_argument(
+        "--noop", type=int, nargs="*", metavar="LAYER", help="no-op layers; default: those without parameters"
+    )
+    group.add_argument("--rules", help="rule file (YAML) for names of your own, or the rules themselves as JSON")
     _add_import_run(parser)
 
 
@@ -110,9 +103,7 @@ def import_request_of(options: argparse.Namespace) -> BackRequest:
         {
             "--process-limit": options.process_limit,
             "--process_timeout": options.process_timeout,
-            "--target-tp-size": options.target_tp_size,
-            "--target-pp-size": options.target_pp_size,
-            "--target-vpp-size": options.target_vpp_size,
+            **target_sizes(options),
         }
     )
     if options.parallel_init_order != "tp-cp-ep-dp-pp":

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.tensor import Key, Role
-from ckpt2pt.formats.megatron import open_megatron
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.entries import Entry
 from ckpt2pt.plan.layout import weight_decay_groups
 from ckpt2pt.plan.reshard import Wanted, reshard
 from ckpt2pt.pt.megatron import MegatronRank
-from ckpt2pt.source import kept
 from ckpt2pt.tensors import TensorRef
 
 Groups = list[dict[str, object]]
+Twins = tuple[tuple[TensorRef, TensorRef], ...]
 
 
-def relaid_entries(
-    request: BackRequest, identity: str, layout: Topology, rank: Rank, first: MegatronRank
-) -> tuple[Entry, ...]:
-    """Every parameter of a rank of the result, and its moments; ``first`` is the checkpoint's first rank."""
-    tensors = kept(identity, partial(_read, request))
+def relaid(
+    request: BackRequest, tensors: Index, source: Topology, layout: Topology, rank: Rank, first: MegatronRank
+) -> tuple[tuple[Entry, ...], Twins]:
+    """Every parameter of a rank of the result, and its moments; and pairs of copies that must be equal.
+
+    ``first`` is the checkpoint's first rank.
+    """
     sizes = {name: value for name, value in first.template.args.items() if isinstance(value, int)}
     tied = first.template.args.get("untie_embeddings_and_output_weights") is False
-    wanted = Wanted(topology=layout, sizes=sizes, tied=tied, where=str(request.source))
-    index = _selected(tensors, request)
-    made = reshard(index, rank, wanted, NameTable(request.rules))
-    return tuple(_entry(name, ref) for name, ref in made.entries.items())
-
-
-def _read(request: BackRequest) -> Index:
-    return open_megatron(request.source, tensor=None, pipeline=None, iteration=None, rules=request.rules).index
+    wanted = Wanted(topology=layout, source_tensor=source.tensor, sizes=sizes, tied=tied, where=str(request.source))
+    made = reshard(_selected(tensors, request), rank, wanted, NameTable(request.rules))
+    return tuple(_entry(name, ref) for name, ref in made.entries.items()), made.copies
 
 
 def _entry(name: str, ref: TensorRef) -> Entry:

@@ -15,19 +15,20 @@ from ckpt2pt.checksums import crc32
 from ckpt2pt.crew import Reporter
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
 from ckpt2pt.folders import iteration_folder, keep_apart
-from ckpt2pt.mapping.names import prefix_remark
+from ckpt2pt.mapping.names import is_split, prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import MINDSPORE, Target, make_folder, publish_bytes
 from ckpt2pt.records import Json
-from ckpt2pt.run import Conversion, Outcome, carry_out
+from ckpt2pt.run import Conversion, Outcome, carry_out, check_twins
+from ckpt2pt.tensors import TensorRef
 
 log = logging.getLogger("ckpt2pt")
 
-META = "pt_meta"
-"""Where the metadata goes below the MindSpore folder."""
+META, META_OF_SOURCE = "pt_meta", "source_pt_meta"
+"""Where the metadata goes below the MindSpore folder; the second where the ranks beside it are of another layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,20 @@ class _Back:
         return (prefix_remark(self.prepared.prefix),) if self.prepared.prefix else ()
 
     @property
+    def unused_rules(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
     def paths(self) -> list[str]:
-        return [*(file.name for file in self.prepared.files), *(f"{META}/{name}" for name in self.prepared.metadata)]
+        return [
+            *(file.name for file in self.prepared.files),
+            *(f"{self.meta}/{name}" for name in self.prepared.metadata),
+        ]
+
+    @property
+    def meta(self) -> str:
+        """The folder of the metadata, which describes the checkpoint that was imported."""
+        return META_OF_SOURCE if self.found.relaid else META
 
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """The files, then the metadata, then the manifest."""
@@ -70,9 +83,10 @@ class _Back:
     def _carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         prepared, target = self.prepared, self.target
         moves, ledger = prepared.moves(), target.ledger(self.rank, repair=self.request.overwrite)
-        for name in (META, *(str(Path(file.name).parent) for file in prepared.files)):
+        check_twins(prepared.copies)
+        for name in (self.meta, *(str(Path(file.name).parent) for file in prepared.files)):
             make_folder(target.folder / name, target.root)
-        metadata = {f"{META}/{name}": content for name, content in prepared.metadata.items()}
+        metadata = {f"{self.meta}/{name}": content for name, content in prepared.metadata.items()}
         described: list[Json] = [
             {"path": name, "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"}
             for name, content in metadata.items()
@@ -122,6 +136,21 @@ def _plan(request: BackRequest, found: BackSurvey, rank: Rank, target: Target) -
     return _Back(request, found, rank, target, prepare_back(request, found, rank))
 
 
+def _examine(request: BackRequest, found: BackSurvey, target: Target, pp: int) -> tuple[str, ...]:
+    if found.layout.tensor == 1:
+        return ()
+    from ckpt2pt.verify.copies import copies_in_stage  # noqa: PLC0415 - numpy, for layouts that can have copies
+
+    def weights(rank: Rank) -> list[TensorRef]:
+        entries = prepare_back(request, found, rank).entries
+        return [e.source for e in entries if e.role == "param" and is_split(e.name) and isinstance(e.source, TensorRef)]
+
+    def place(rank: Rank) -> object:
+        return f"tp {rank[0]} of the result" if found.relaid else found.ranks[rank]
+
+    return copies_in_stage(target, pp, weights, place)
+
+
 def target_back(request: BackRequest, found: BackSurvey) -> Target:
     """The MindSpore folder."""
     return Target(
@@ -160,6 +189,7 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         doubts=(),
         warnings=warning(found.unmet, full=request.full),
         prepare=partial(_plan, request, found),
+        examine=partial(_examine, request, found),
     )
     outcome = carry_out(conversion, range(found.layout.pipeline), reporter, began)
     for tp, pp in outcome.converted:

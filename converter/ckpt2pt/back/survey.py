@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.back.relayout import groups_in_order, relaid_entries
+from ckpt2pt.back.relayout import Twins, groups_in_order, relaid
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
+from ckpt2pt.core.index import Collector, Index
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
+from ckpt2pt.formats.megatron import collect_rank
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
@@ -36,6 +39,7 @@ from ckpt2pt.ptmeta.capture import (
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.records import Json
 from ckpt2pt.request import digest
+from ckpt2pt.source import kept
 from ckpt2pt.survey import changed
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.paths import is_file
@@ -77,6 +81,8 @@ class BackPrepared:
     evidence: str
     prefix: str
     """What all names of parameters carried."""
+    copies: Twins = ()
+    """What other ranks hold of the same, where the layout changes."""
 
     def moves(self) -> tuple[Move, ...]:
         """Every element read once and written to each copy."""
@@ -213,10 +219,7 @@ def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPre
     if found.relaid:
         return _prepare_relaid(request, found, rank)
     tp, pp = rank
-    stored = read_rank(
-        found.ranks[rank], optimizer=request.full, copies=request.full, allow=request.rules.pickle_globals
-    )
-    layout = _layout(request, stored, rank) if request.full else Layout(buffers=(), bucket_numel=None, evidence="")
+    stored, layout = _proved(request, found.ranks[rank], rank)
     entries = (
         *tensor_entries(
             _chunks(stored, layout.buffers, full=request.full),
@@ -235,22 +238,53 @@ def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPre
     return BackPrepared(files=files, entries=entries, metadata=metadata, evidence=layout.evidence, prefix=stored.prefix)
 
 
-def _prepare_relaid(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPrepared:
-    """The same for a rank of another layout.  The metadata of all of the checkpoint's ranks comes with the first."""
-    first = read_rank(found.ranks[0, 0], optimizer=False, allow=request.rules.pickle_globals)
-    entries = relaid_entries(request, found.identity, found.layout, rank, first)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """The headers of the whole checkpoint, for an import into another layout."""
+
+    first: MegatronRank
+    tensors: Index
+    metadata: Mapping[str, bytes]
+    evidence: str
+
+
+def _read(request: BackRequest, found: BackSurvey) -> _Read:
+    collector = Collector(found.topology.tensor, str(request.source))
     metadata: dict[str, bytes] = {}
-    evidence = ""
-    for source, folder in found.ranks.items() if rank == (0, 0) else ():
-        stored = read_rank(folder, optimizer=request.full, allow=request.rules.pickle_globals)
-        layout = (
-            _layout(request, stored, source) if stored.buffers else Layout(buffers=(), bucket_numel=None, evidence="")
-        )
-        metadata |= render([rank_files(stored, *source, layout.buffers)], with_maps=stored.buffers is not None)
-        evidence = evidence or layout.evidence
-    entries = (*entries, *scalars_of(first, found.iteration, entries))
-    files = files_of(request, found.layout, rank, entries)
-    return BackPrepared(files=files, entries=entries, metadata=metadata, evidence=evidence, prefix=first.prefix)
+    first, evidence = None, ""
+    for rank, folder in found.ranks.items():
+        stored, layout = _proved(request, folder, rank)
+        collect_rank(collector, rank, stored, found.topology, layout.buffers)
+        metadata |= render([rank_files(stored, *rank, layout.buffers)], with_maps=stored.buffers is not None)
+        first, evidence = first or stored, evidence or layout.evidence
+    return _Read(first=cast("MegatronRank", first), tensors=collector.index(), metadata=metadata, evidence=evidence)
+
+
+def _prepare_relaid(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPrepared:
+    """The same for a rank of another layout.  The metadata of all of the checkpoint's ranks comes with the first.
+
+    So does a thorough proof: every other rank's process compares samples.
+    """
+    thorough = request if rank == (0, 0) or request.verify == "none" else replace(request, verify="digest")
+    read = kept(found.identity, partial(_read, thorough, found))
+    entries, copies = relaid(request, read.tensors, found.topology, found.layout, rank, read.first)
+    entries = (*entries, *scalars_of(read.first, found.iteration, entries))
+    return BackPrepared(
+        files=files_of(request, found.layout, rank, entries),
+        entries=entries,
+        metadata=read.metadata if rank == (0, 0) else {},
+        evidence=read.evidence,
+        prefix=read.first.prefix,
+        copies=copies,
+    )
+
+
+def _proved(request: BackRequest, folder: Path, rank: Rank) -> tuple[MegatronRank, Layout]:
+    """A rank's headers, and where its parameters lie in its buffers."""
+    stored = read_rank(folder, optimizer=request.full, copies=request.full, allow=request.rules.pickle_globals)
+    return stored, _layout(request, stored, rank) if request.full else Layout(
+        buffers=(), bucket_numel=None, evidence=""
+    )
 
 
 def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:

@@ -130,7 +130,7 @@ class Watcher:
 
     def is_there(self) -> bool:
         """Whether the training output is there at all."""
-        return self._root.is_dir()
+        return is_folder(self._root, "spec.source.path (--ms-path)")
 
     def steps(self) -> list[When]:
         """(epoch, step) of the files under final names that every rank has; oldest first."""

@@ -55,7 +55,7 @@ from ckpt2pt.publish import (
 from ckpt2pt.records import Json, seal
 from ckpt2pt.request import Pace, digest
 from ckpt2pt.survey import agree, changed, facts_of, inputs_of
-from ckpt2pt.system.paths import status
+from ckpt2pt.system.paths import is_there, status
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 from ckpt2pt.verify.copies import copied_ranks, remark
@@ -197,6 +197,18 @@ class Group:
             )
         return False
 
+    def end_writing(self) -> None:
+        """Remove what a run that was killed at its very end left behind."""
+        ledger = self._ledger()
+        if is_there(ledger.writing):
+            with locked(self._lock, "merging this group"):
+                if self.is_done:
+                    ledger.end_writing()
+
+    @property
+    def _lock(self) -> Path:
+        return self.manifest.with_suffix(".lock")
+
     def _check_unchanged(self) -> None:
         if tuple(inputs_of(self.source, self.asked.source)) != self.inputs:
             raise changed(self.source.path)
@@ -220,7 +232,7 @@ class Group:
             self._check_unchanged()
             ledger.announce([file.entry(output) for file in files])
 
-        with locked(self.manifest.with_suffix(".lock"), "merging this group", heed=stop.check):
+        with locked(self._lock, "merging this group", heed=stop.check):
             publish_bytes(ledger.claim, seal({"identity": self.identity, "host": host()}))
             sweep_partials(self.manifest.parent, f"{self.manifest.stem}.*")
             for path in paths:
@@ -263,7 +275,9 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
         # One at a time: the plans of many ranks would not fit into the memory of one.
         with _own_words():
             group = merge.plan(rank)
-        if not group.is_done:
+        if group.is_done:
+            group.end_writing()
+        else:
             todo[rank] = group.source_bytes
             needed += group.nbytes
     check_volume(asked.output, needed, "--output-dir", " (convert needs no merged copy at all)")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.records import Json
-from ckpt2pt.run import checksums_told
-from ckpt2pt.text import counted, size
+from ckpt2pt.text import checksums_told, counted, size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -217,9 +217,26 @@ def _template(
         given = metadata.get(field)
         if own:
             metadata[field] = {**cast("Json", given), **own} if isinstance(given, dict) else {**own}
+    _harden(template)
     if memory_percent != 100:
         _grow(template, conversion, memory_percent)
     return template
+
+
+_HARDENED: Json = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+"""Of every container: without it a program of an image may become root, whatever its uid is."""
+
+
+def _harden(template: Json) -> None:
+    """Give the containers that an override adds what ours has, where they do not say it themselves."""
+    spec = cast("Json", template["spec"]) if isinstance(template.get("spec"), dict) else {}
+    for kind in ("containers", "initContainers"):
+        listed = spec.get(kind)
+        for item in cast("list[object]", listed) if isinstance(listed, list) else ():
+            container = cast("Json", item) if isinstance(item, dict) else {}
+            given = container.get("securityContext", {})
+            if isinstance(given, dict) and not cast("Json", given).get("privileged"):
+                container["securityContext"] = {**_HARDENED, **cast("Json", given)}
 
 
 def _beside_each_other(affinity: Json, labels: Mapping[str, str]) -> Json:
@@ -240,12 +257,17 @@ _SUFFIXES: dict[str, float] = {"": 1, "m": 1e-3, "u": 1e-6, "n": 1e-9, "k": 1e3}
 }
 
 
+_MOST_EXPONENT = 30
+"""An API server takes larger ones, and makes 2**63 - 1 of them."""
+
+
 def quantity(text: object) -> float:
     """A Kubernetes quantity as a number: ``256Mi`` is 268435456."""
     found = re.fullmatch(r"([0-9.]+)(?:[eE]([+-]?[0-9]+))?([A-Za-z]{0,2})", str(text))
     if not found or found[3] not in _SUFFIXES:
         return 0.0
-    return float(found[1]) * 10.0 ** int(found[2] or 0) * _SUFFIXES[found[3]]
+    exponent = max(min(int(found[2] or 0), _MOST_EXPONENT), -_MOST_EXPONENT)
+    return float(found[1]) * 10.0**exponent * _SUFFIXES[found[3]]
 
 
 def grown_memory(conversion: Conversion, percent: int) -> int | None:
@@ -292,11 +314,7 @@ def _container(
         "env": _environment(conversion, stages),
         "terminationMessagePath": TERMINATION_PATH,
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "securityContext": {**_HARDENED, "readOnlyRootFilesystem": True},
         "volumeMounts": [
             {"name": mount.name, "mountPath": mount.path, **({"readOnly": True} if mount.read_only else {})}
             for mount in mounts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, cast
 
 import yaml
@@ -11,6 +13,7 @@ from ckpt2pt.errors import UsageError
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000
 MAX_DEPTH = 50
+_MOST = 1 << 63
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,7 +35,7 @@ def load(data: bytes | str, where: str) -> object:
     A syntax error has yaml's own as its cause, with the place; its words quote the text.
     """
     try:
-        documents = [document for document in yaml.load_all(data, _Loader) if document is not None]
+        documents = [document for document in _documents(data, where) if document is not None]
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UsageError(f"not a YAML document: {error}", where=where, mend="correct it there") from error
     if not documents:
@@ -43,26 +46,65 @@ def load(data: bytes | str, where: str) -> object:
     return documents[0]
 
 
-def _prove_plain(document: object, where: str) -> None:
-    """Refuse what JSON cannot say, and aliases that unfold into more than a document of this size would hold."""
+def _documents(data: bytes | str, where: str) -> Iterator[object]:
+    loader: Any = _Loader(data)
+    try:
+        while loader.check_node():
+            node = loader.get_node()
+            _prove_small(node, where)
+            yield loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _prove_small(document: yaml.Node, where: str) -> None:
+    """Refuse what would unfold into more than a document of this size holds, before anything is made of it.
+
+    An alias costs nothing until it is copied, and a merge key (``<<``) copies what is below all aliases that it names.
+    """
     left = MAX_NODES
 
-    def walk(value: object, path: str, depth: int) -> None:
+    def walk(node: yaml.Node, depth: int) -> None:
         nonlocal left
         left -= 1
         if left < 0 or depth > MAX_DEPTH:
             what = f"more than {MAX_NODES} values, or more than {MAX_DEPTH} inside each other"
             raise UsageError(what, where=where, mend="write it without YAML aliases")
+        for inner in _inside(node):
+            walk(inner, depth + 1)
+
+    walk(document, 0)
+
+
+def _inside(node: yaml.Node) -> list[yaml.Node]:
+    """The items of a sequence; names and values of a mapping."""
+    if isinstance(node, yaml.MappingNode):
+        return [each for pair in cast("list[tuple[yaml.Node, yaml.Node]]", node.value) for each in pair]
+    return cast("list[yaml.Node]", node.value) if isinstance(node, yaml.SequenceNode) else []
+
+
+def _prove_plain(document: object, where: str) -> None:
+    """Refuse what JSON cannot say, and numbers that no API server and no field takes."""
+
+    def walk(value: object, path: str) -> None:
         if isinstance(value, dict):
             for key, item in cast("dict[object, object]", value).items():
                 if not isinstance(key, str):
                     raise UsageError(f"{key!r} is used as a name", where=f"{where}: {path}", mend="put it in quotes")
-                walk(item, f"{path}.{key}".lstrip("."), depth + 1)
+                walk(item, f"{path}.{key}".lstrip("."))
         elif isinstance(value, list):
             for item in cast("list[object]", value):
-                walk(item, path, depth + 1)
+                walk(item, path)
+        elif isinstance(value, int | float) and not _is_sent(value):
+            what = "a number does not fit into 64 bits"
+            raise UsageError(what, where=f"{where}: {path}", mend="write a smaller one, or put it in quotes")
         elif value is not None and not isinstance(value, str | int | float):
             what = f"{value} is read as a {type(value).__name__}"
             raise UsageError(what, where=f"{where}: {path}", mend="put it in quotes")
 
-    walk(document, "", 0)
+    walk(document, "")
+
+
+def _is_sent(number: float) -> bool:
+    """Whether JSON has it, for every reader: whole numbers of 64 bits, and no NaN or infinity."""
+    return -_MOST <= number < _MOST if type(number) is int else math.isfinite(number)

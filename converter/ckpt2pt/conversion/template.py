@@ -14,6 +14,7 @@ from typing import cast
 
 from ckpt2pt.conversion.spec import MAX_NAME, Json
 from ckpt2pt.errors import UsageError
+from ckpt2pt.flags import nearest
 
 FIELDS = ("namespace", "name", "uid", "epoch", "step", "iteration")
 """What a template may ask for; a run that does not know one cannot fill a template that asks for it."""
@@ -44,8 +45,13 @@ def _known(name: str, fields: Mapping[str, str | int], path: str) -> str | int:
     if name in fields:
         return fields[name]
     known = ", ".join(f"${{{field}}}" for field in fields) or "none"
-    what = f"${{{name}}} is not known here" if name in FIELDS else f"${{{name}}} is no field of a template"
-    raise UsageError(what, where=path, mend=f"known here: {known}; write the value itself, or give it with --{name}")
+    if name in FIELDS:
+        what, option = f"${{{name}}} is not known here", "run" if name == "name" else name
+        mend = f"known here: {known}; write the value itself, or give it with --{option}"
+        raise UsageError(what, where=path, mend=mend)
+    near = nearest(name, FIELDS)
+    mend = f"did you mean ${{{near}}}? " if near else ""
+    raise UsageError(f"${{{name}}} is no field of a template", where=path, mend=f"{mend}known here: {known}")
 
 
 def set_fields(document: Mapping[str, object], changes: Sequence[str]) -> Json:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ckpt2pt.core.params import EMBEDDING, axes_of, is_gated
-from ckpt2pt.core.tensor import Key, Role, Tensor, check_coverage, sharded
+from ckpt2pt.core.params import EMBEDDING, axes_of, is_gated, model_order
+from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, check_coverage, sharded
 from ckpt2pt.errors import CoverageError, TopologyError
 from ckpt2pt.tensors import Extent, Shape, Stored
 
@@ -64,10 +64,13 @@ class Collector:
         copies.append(local)
 
     def index(self) -> Index:
-        """The global tensors.  Raises :class:`CoverageError` or :class:`TopologyError` for ranks that do not fit together."""
+        """The global tensors, role by role in the order of the model.  Raises :class:`CoverageError` or :class:`TopologyError` for ranks that do not fit together."""
         shapes = {key.name: next(iter(ranks.values()))[0].shape for key, ranks in self._parts.items()}
         gated = is_gated(shapes, self.where)
-        return {key: self._tensor(key, ranks, gated=gated) for key, ranks in self._parts.items()}
+        found = {key: self._tensor(key, ranks, gated=gated) for key, ranks in self._parts.items()}
+        _check_roles(found, self.where)
+        order = {name: number for number, name in enumerate(sorted(shapes, key=model_order))}
+        return dict(sorted(found.items(), key=lambda item: (ROLES.index(item[0].role), order[item[0].name])))
 
     def _tensor(self, key: Key, ranks: Mapping[int, list[Local]], *, gated: bool) -> Tensor:
         missing = [tp for tp in range(self.tensor) if tp not in ranks]
@@ -92,3 +95,16 @@ class Collector:
         found = Tensor(key, first.dtype, axes.shape, axes.fused, tuple(views), tuple(replicas))
         check_coverage(found, self.where)
         return found
+
+
+def _check_roles(index: Index, where: str) -> None:
+    """Refuse a checkpoint of which some ranks hold the optimizer and others do not."""
+    names = dict.fromkeys(key.name for key in index)
+    for role in ROLES:
+        lacking = [name for name in names if Key(role, name) not in index]
+        if 0 < len(lacking) < len(names):
+            raise CoverageError(
+                f"{len(lacking)} of {len(names)} parameters have no {role}, such as {lacking[0]}",
+                where=where,
+                mend="check that all ranks are of one save, with the optimizer or all of them without",
+            )

@@ -65,12 +65,14 @@ MODULES = (
 )  # fmt: skip
 
 EMBEDDING = "embedding.word_embeddings.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
 HEAD = "output_layer.weight"
 
 _LEGACY_LAYER = re.compile(r"language_model\.encoder\.layers\.(\d+)\.(.+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _CANONICAL = {row.legacy: row for row in LAYER_MODULES}, {row.legacy: row for row in MODULES}
 _ROWS = {row.name: row for row in LAYER_MODULES}, {row.name: row for row in MODULES}
+_PLACES = tuple({name: place for place, name in enumerate(rows)} for rows in _ROWS)
 
 
 def canonical_name(legacy: str, layers: Sequence[int] | None = None) -> str:
@@ -106,6 +108,14 @@ def layer_of(name: str) -> int | None:
     """The number of the layer in a canonical name; None outside the layers."""
     found = _LAYER.fullmatch(name)
     return int(found[1]) if found else None
+
+
+def model_order(name: str) -> tuple[int, int, int, str]:
+    """A key that sorts canonical names as the model runs: embeddings, layers by number, head; then what no table knows."""
+    found = _LAYER.fullmatch(name)
+    places = _PLACES[not found]
+    place = places.get((found[2] if found else name).rpartition(".")[0], len(places))
+    return (1, int(found[1]), place, name) if found else (0 if name.startswith("embedding.") else 2, 0, place, name)
 
 
 def kind_of(name: str) -> tuple[Kind, str] | None:

@@ -18,6 +18,8 @@ from ckpt2pt.tensors import Box, S, Shape, Stored, View, intersection
 Role = Literal["param", "main_param", "exp_avg", "exp_avg_sq"]
 """A weight in the model's precision, its float32 main parameter, and Adam's two moments."""
 
+ROLES: tuple[Role, ...] = ("param", "main_param", "exp_avg", "exp_avg_sq")
+
 
 class Key(NamedTuple):
     """What a tensor is: its role, and the name of the parameter with global numbers of layers."""

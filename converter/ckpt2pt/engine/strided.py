@@ -69,13 +69,21 @@ class Gatherer:
             self._note(extent, piece)
 
     def _note(self, extent: Extent, piece: memoryview) -> None:
-        """Stretches that follow each other are one piece: a list that grew with every block would grow with the model."""
+        """Stretches that follow each other are one piece: a list that grew with every block would grow with the model.
+
+        So is what lies between them, as whoever compares the file's checksum would read it, and it is in the page cache now.
+        """
         pieces = self.read.setdefault(extent.path, [])
         first, nbytes, crc = pieces[-1] if pieces else (0, 0, 0)
-        if pieces and first + nbytes == extent.offset:
-            pieces[-1] = first, nbytes + extent.nbytes, crc32(piece, crc)
-        else:
+        gap = extent.offset - first - nbytes
+        if not pieces or not 0 <= gap <= STRETCH_BYTES // 2:
             pieces.append((extent.offset, extent.nbytes, crc32(piece, 0)))
+            return
+        if gap:
+            between = memoryview(bytearray(gap))
+            self._read(extent.path, first + nbytes, between)
+            crc = crc32(between, crc)
+        pieces[-1] = first, nbytes + gap + extent.nbytes, crc32(piece, crc)
 
 
 def _parts(copy: Copy, width: int) -> Sequence[Copy]:

@@ -6,13 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt2pt.core.index import Index
+from ckpt2pt.errors import TopologyError
+
+OPTION = "the checkpoint's path"
+"""What names the folder, in the user's words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
     """``path`` is the folder of the chosen iteration, or of the ranks where one folder holds several iterations.
 
-    ``iteration`` is None where nothing in the checkpoint states it.
+    ``iteration`` is None where nothing in the checkpoint states it; ``tensor`` and ``pipeline`` are the parallel sizes of
+    the files.
     """
 
     path: Path
@@ -21,3 +26,15 @@ class Checkpoint:
     tensor: int
     pipeline: int
     index: Index
+
+
+def agreed(asked: tuple[int | None, int | None], there: tuple[int, int], where: Path) -> tuple[int, int]:
+    """Tensor and pipeline parallel size as they are there; :class:`TopologyError` where another one is asked for."""
+    for what, one, other in zip(("tensor", "pipeline"), asked, there, strict=True):
+        if one not in {None, other}:
+            raise TopologyError(
+                f"the {what} parallel size is {other}, not {one}",
+                where=where,
+                mend=f"leave it out, or give {other}",
+            )
+    return there

@@ -7,7 +7,7 @@ mp_rank_01_003/model_optim_rng.pt   weights: param
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,63 +17,101 @@ from ckpt2pt.core.params import EMBEDDING, canonical_name
 from ckpt2pt.core.tensor import Role
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
-from ckpt2pt.formats.checkpoint import Checkpoint
+from ckpt2pt.formats.checkpoint import OPTION, Checkpoint, agreed
 from ckpt2pt.mapping.names import Rules, is_tied_head, local_layer
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.buckets import Buffer
+from ckpt2pt.plan.moves import OPTIM_FILE
 from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
 from ckpt2pt.ptmeta.capture import lay_out_rank
 from ckpt2pt.system.paths import is_folder
+from ckpt2pt.tensors import TensorRef
 
 _SAMPLE_NUMEL = 1 << 10
 _ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+Ranks = Mapping[Rank, MegatronRank]
+"""(tp, pp) -> what its files hold."""
 
 
 def open_megatron(
     path: Path, *, tensor: int | None, pipeline: int | None, iteration: int | None, rules: Rules
 ) -> Checkpoint:
-    """Read the headers of every rank of one iteration: that of the tracker unless ``iteration`` names another."""
+    """Read the headers of every rank of one iteration: that of the tracker unless ``iteration`` names another.
+
+    The layout of the optimizer's buffers is proved by a few elements of each parameter, which are read as well.
+    """
     folder = iteration_folder(path) if iteration is None else _of_iteration(path, iteration)
     folders = rank_folders(folder)
-    degrees = tuple(1 + max(rank[axis] for rank in folders) for axis in (0, 1))
-    for what, asked, there in zip(("tensor", "pipeline"), (tensor, pipeline), degrees, strict=True):
-        if asked not in {None, there}:
-            raise TopologyError(
-                f"the {what} parallel size is {there}, not {asked}",
-                where=folder,
-                mend="leave it out: the checkpoint states it",
-            )
-    collector = Collector(degrees[0], str(folder))
-    steps: dict[int, Path] = {}
-    layout: Topology | None = None
-    for (tp, pp), rank_folder in folders.items():
-        rank = read_rank(rank_folder, allow=rules.pickle_globals)
-        if rank.buffers is None and rank.has_plain_optimizer:
-            rank = read_rank(rank_folder, copies=True, allow=rules.pickle_globals)
-        step = rank.template.tree.get("iteration")
-        if type(step) is int:
-            steps.setdefault(step, rank_folder)
-        layout = layout or _layout(rank, *degrees)
-        _collect(collector, tp, pp, rank, layout)
-    if len(steps) != 1:
-        raise FormatError(
-            "the ranks are of iterations " + ", ".join(map(str, steps)) if steps else "the files state no iteration",
-            where=folder,
-            mend="copy one whole iteration",
-        )
+    there = (1 + max(tp for tp, _ in folders), 1 + max(pp for _, pp in folders))
+    agreed((tensor, pipeline), there, folder)
+    ranks = {rank: _read(rank_folder, rules) for rank, rank_folder in folders.items()}
+    _check_ranks(ranks, there)
+    layout = _layout(ranks, *there)
+    collector = Collector(there[0], str(folder))
+    for (tp, pp), rank in ranks.items():
+        buffers = lay_out_rank(rank, pp, at_most=_SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
+        collect_rank(collector, (tp, pp), rank, layout, buffers)
     return Checkpoint(
         path=folder,
         format="megatron",
-        iteration=next(iter(steps)),
-        tensor=degrees[0],
-        pipeline=degrees[1],
+        iteration=_iteration(ranks.values(), folder),
+        tensor=there[0],
+        pipeline=there[1],
         index=collector.index(),
     )
 
 
+def _read(folder: Path, rules: Rules) -> MegatronRank:
+    rank = read_rank(folder, allow=rules.pickle_globals)
+    if rank.buffers is None and rank.has_plain_optimizer:
+        return read_rank(folder, copies=True, allow=rules.pickle_globals)
+    return rank
+
+
+def _check_ranks(ranks: Ranks, there: tuple[int, int]) -> None:
+    """Refuse folders that are not all of one checkpoint, or whose optimizer is not there."""
+    first = ranks[0, 0]
+    keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    for key, count in zip(keys, there, strict=True):
+        stated = first.template.args.get(key)
+        if type(stated) is int and stated != count:
+            kind = MissingInputError if stated > count else TopologyError
+            raise kind(
+                f"the arguments say {key} {stated}, and there are folders for {count}",
+                where=first.folder.parent,
+                mend="copy the whole iteration, and nothing else",
+            )
+    for rank in ranks.values():
+        if len(rank.chunks) != len(first.chunks):
+            raise TopologyError(
+                f"the rank holds {len(rank.chunks)} model chunks, and {first.folder.name} holds {len(first.chunks)}",
+                where=rank.folder,
+                mend="copy one whole iteration",
+            )
+        if rank.buffers is None and any(other.buffers is not None for other in ranks.values()):
+            raise MissingInputError(
+                f"{OPTIM_FILE} is not there, and other ranks have one",
+                where=rank.folder,
+                mend="copy the whole iteration",
+            )
+
+
+def _iteration(ranks: Collection[MegatronRank], folder: Path) -> int:
+    stated = [step for rank in ranks if type(step := rank.template.tree.get("iteration")) is int]
+    steps = sorted(set(stated))
+    if len(steps) != 1 or len(stated) != len(ranks):
+        raise FormatError(
+            f"{len(stated)} of {len(ranks)} ranks state an iteration"
+            + (f": {', '.join(map(str, steps))}" if steps else ""),
+            where=folder,
+            mend="copy one whole iteration",
+        )
+    return steps[0]
+
+
 def _of_iteration(path: Path, iteration: int) -> Path:
     folder = path / f"iter_{iteration:07d}"
-    if not is_folder(folder, "the checkpoint's path"):
+    if not is_folder(folder, OPTION):
         raise MissingInputError(
             f"there is no iteration {iteration}",
             where=folder,
@@ -82,16 +120,41 @@ def _of_iteration(path: Path, iteration: int) -> Path:
     return folder
 
 
-def _layout(rank: MegatronRank, tensor: int, pipeline: int) -> Topology:
-    layers = rank.template.args.get("num_layers")
-    if type(layers) is not int:
-        raise FormatError("the arguments have no num_layers", where=rank.folder, mend="give another checkpoint")
-    return Topology(num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=len(rank.chunks))
+def _layout(ranks: Ranks, tensor: int, pipeline: int) -> Topology:
+    """Which layers a chunk has.
+
+    Local numbers tell the least that each chunk can have.  Where these add up to all layers, the stages may be uneven; else
+    there are no-op layers, and the stages are even.
+    """
+    first = ranks[0, 0]
+    layers, virtual = first.template.args.get("num_layers"), len(first.chunks)
+    if type(layers) is not int or layers < 1:
+        raise FormatError(
+            f"the arguments say num_layers {layers!r}", where=first.folder, mend="give another checkpoint"
+        )
+    least = tuple(_slots(ranks[0, pp].chunks[vpp]) for vpp in range(virtual) for pp in range(pipeline))
+    if sum(least) == layers:
+        return Topology(num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=virtual, layers_per_stage=least)
+    if layers % len(least) or max(least) > layers // len(least):
+        raise TopologyError(
+            f"of {layers} layers by the arguments, the {len(least)} model chunks hold {', '.join(map(str, least))}",
+            where=first.folder.parent,
+            mend="uneven stages with no-op layers cannot be told apart: convert with the layout given (--stage-list)",
+        )
+    return Topology(num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=virtual)
 
 
-def _collect(collector: Collector, tp: int, pp: int, rank: MegatronRank, layout: Topology) -> None:
+def _slots(chunk: Sequence[tuple[str, TensorRef]]) -> int:
+    """Layers of a chunk up to its last that has parameters."""
+    return 1 + max((layer for name, _ in chunk if (layer := local_layer(name)) is not None), default=-1)
+
+
+def collect_rank(
+    collector: Collector, where: Rank, rank: MegatronRank, layout: Topology, buffers: Sequence[Sequence[Buffer]]
+) -> None:
+    """Add what a rank holds; ``buffers`` are those of each of its chunks, none for its weights alone."""
     stored = iter(rank.buffers or ())
-    buffers = lay_out_rank(rank, pp, at_most=_SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
+    tp, pp = where
     for vpp, chunk in enumerate(rank.chunks):
         named = _Names(layout.slots(pp, vpp), rank.folder)
         for name, ref in chunk:
@@ -113,9 +176,9 @@ class _Names:
         layer = local_layer(name)
         if layer is not None and layer >= len(self.slots):
             raise TopologyError(
-                f"{name} is there, and the chunk has {len(self.slots)} layers by the arguments",
+                f"{name} is there, and the chunk has {len(self.slots)} layers on the first tensor-parallel rank",
                 where=self.folder,
-                mend="uneven stages need an explicit layout, which the arguments of Megatron-LM 0.6 do not hold",
+                mend="copy one whole iteration",
             )
         return canonical_name(name, self.slots)
 

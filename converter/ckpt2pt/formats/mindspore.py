@@ -5,27 +5,24 @@ rank_R/*.ckpt, *.safetensors, shards --ckpt.ranks--> the files of one iteration 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.collect import collect
+from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, last_saved
 from ckpt2pt.ckpt.shards import has_shards
-from ckpt2pt.errors import InputError, MissingInputError, UsageError
+from ckpt2pt.core.index import Index
+from ckpt2pt.core.params import EMBEDDING, FINAL_NORM
+from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.formats.checkpoint import Checkpoint
+from ckpt2pt.formats.degrees import check_ranks, find_layout
 from ckpt2pt.mapping.names import NameTable, Rules
-from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.meta import read_stated
+from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.clock import read_clock
 from ckpt2pt.survey import agree, facts_of
-from ckpt2pt.system.paths import listing
-
-_RANK = re.compile(r"rank_(\d{1,9})")
-_MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
-_OPTION = "the checkpoint's path"
 
 
 def open_mindspore(
@@ -33,33 +30,51 @@ def open_mindspore(
 ) -> Checkpoint:
     """Read the headers of every rank of one iteration, the newest that all ranks have unless ``iteration`` names another.
 
-    ``tensor`` and ``pipeline`` may be left out where folder names or a ``pt_meta`` beside the ranks state them.
+    ``tensor`` and ``pipeline`` may be left out where the folders, a ``pt_meta`` beside the ranks or the files tell them.
     """
-    layout = _layout(path, tensor, pipeline)
+    table = NameTable(rules)
+    layout = find_layout(path, tensor, pipeline, table)
     found = find_sources(path, layout)
     found = find_groups(path, layout, found, sharded=lambda file: has_shards(index_file(file)))
-    steps = {when: _iteration(files) for when, files in found.items()}
-    if iteration is None:
-        when = choose(found, last_saved(path, layout))
-    else:
-        matching = [when for when, step in steps.items() if step == iteration]
-        if len(matching) != 1:
-            there = ", ".join(sorted(str(step) for step in steps.values() if step is not None)) or "none that is stated"
-            raise MissingInputError(
-                f"{len(matching)} checkpoints are of iteration {iteration}; there are iterations {there}",
-                where=path,
-                mend="ask for one of them, or leave the iteration out for the newest",
-            )
-        when = matching[0]
+    when = choose(found, last_saved(path, layout)) if iteration is None else _of_iteration(path, found, iteration)
     files = found[when]
+    check_ranks(path, when, files, layout, table)
     agree({file: facts_of(index_file(file)) for group in files.values() for file in group.paths}, path)
+    index = collect(files, layout, table, str(path))
+    if not rules.modules:
+        _check_ends(index, path)
     return Checkpoint(
         path=path,
         format="mindspore",
-        iteration=steps[when],
+        iteration=_iteration(files),
         tensor=layout.tensor,
         pipeline=layout.pipeline,
-        index=collect(files, layout, NameTable(rules), str(path)),
+        index=index,
+    )
+
+
+def _check_ends(index: Index, path: Path) -> None:
+    """Layers have gaps where there are no-op layers, but a model begins with its embedding and ends with a norm."""
+    names = {key.name for key in index}
+    lacking = [name for name in (EMBEDDING, FINAL_NORM) if name not in names]
+    if lacking:
+        raise MissingInputError(
+            f"no rank holds {lacking[0]}, so the {'first' if lacking[0] == EMBEDDING else 'last'} pipeline stage is missing",
+            where=path,
+            mend="copy the folders of all ranks, and check the parallel sizes if you give them",
+        )
+
+
+def _of_iteration(path: Path, found: Mapping[When, Mapping[Rank, SourceFile]], iteration: int) -> When:
+    steps = {when: _iteration(files) for when, files in found.items()}
+    matching = [when for when, step in steps.items() if step == iteration]
+    if len(matching) == 1:
+        return matching[0]
+    there = ", ".join(str(step) for step in sorted({step for step in steps.values() if step is not None}))
+    raise MissingInputError(
+        f"{len(matching) or 'no'} checkpoints are of iteration {iteration}; there are iterations {there or 'that nothing states'}",
+        where=path,
+        mend="ask for one of them, or leave the iteration out for the newest",
     )
 
 
@@ -69,39 +84,3 @@ def _iteration(files: Mapping[Rank, SourceFile]) -> int | None:
         facts = facts_of(index_file(first.path))
         return read_clock(facts, global_batch_size=None, named=first.named, where=str(first.path)).iteration
     return None
-
-
-def _layout(path: Path, tensor: int | None, pipeline: int | None) -> Topology:
-    """Which folders belong to which rank; the layers do not matter, so each stage has one."""
-    names = [entry.name for entry in listing(path, option=_OPTION)]
-    ranks = sorted(int(match[1]) for name in names if (match := _RANK.fullmatch(name)))
-    if not ranks:
-        folders = [
-            match
-            for inner in (path, *listing(path, "iter_*", _OPTION))
-            for entry in listing(inner, option=_OPTION)
-            if (match := _MODEL_RANK.fullmatch(entry.name))
-        ]
-        tensor = 1 + max((int(match[1]) for match in folders), default=0) if tensor is None else tensor
-        pipeline = 1 + max((int(match[2] or 0) for match in folders), default=0) if pipeline is None else pipeline
-        return Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline)
-    if (tensor is None or pipeline is None) and (stated := read_stated(path / "pt_meta")):
-        tensor = stated.tensor if tensor is None else tensor
-        pipeline = stated.pipeline if pipeline is None else pipeline
-    if ranks == [0]:
-        tensor, pipeline = tensor or 1, pipeline or 1
-    if tensor is None or pipeline is None:
-        raise UsageError(
-            f"{len(ranks)} rank folders, and nothing says which of them are tensor parallel and which pipeline parallel",
-            where=path,
-            mend="give tp and pp, as in ckpt2pt.open(path, tp=2, pp=4)",
-        )
-    return Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline, data=_data(ranks, tensor, pipeline))
-
-
-def _data(ranks: list[int], tensor: int, pipeline: int) -> int:
-    """The size of the data x context parallel group: all ranks have a folder, or the first of each group has."""
-    count, last = len(ranks), ranks[-1]
-    if last + 1 == count:
-        return max(1, count // (tensor * pipeline))
-    return max(1, (last + 1 - tensor) // (tensor * (pipeline - 1))) if pipeline > 1 else 1

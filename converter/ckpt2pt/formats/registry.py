@@ -5,36 +5,37 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ckpt2pt.errors import FormatError, MissingInputError
-from ckpt2pt.folders import checkpoint_files, iteration_folder
-from ckpt2pt.formats.checkpoint import Checkpoint
-from ckpt2pt.formats.megatron import open_megatron
-from ckpt2pt.formats.mindspore import open_mindspore
+from ckpt2pt.errors import FormatError, MissingInputError, UsageError
+from ckpt2pt.formats.checkpoint import OPTION, Checkpoint
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.system.paths import is_folder, is_there, listing
 
-READERS = {"mindspore": open_mindspore, "megatron": open_megatron}
-"""Format -> what reads its headers."""
+FORMATS = ("mindspore", "megatron")
 
-_OPTION = "the checkpoint's path"
-_MINDSPORE = re.compile(r"(?:.*/)?(?:rank_\d+|mp_rank_\d+(?:_\d+)?)/[^/]*\.(?:ckpt|safetensors)")
-_MEGATRON = re.compile(r"(?:.*/)?mp_rank_\d+(?:_\d+)?/[^/]*\.pt")
+_RANK = re.compile(r"rank_\d+|mp_rank_\d+(?:_\d+)?")
+_SUFFIXES = {".pt": "megatron", ".ckpt": "mindspore", ".safetensors": "mindspore"}
 
 
 def detect(path: Path) -> str:
-    """``mindspore`` or ``megatron``.  Raises :class:`FormatError` for a folder that is neither."""
-    if not is_there(path, _OPTION):
+    """``mindspore`` or ``megatron``.
+
+    Raises :class:`FormatError` for a folder that is neither and for a single file, :class:`MissingInputError` for nothing.
+    """
+    if not is_there(path, OPTION):
         raise MissingInputError("there is no such folder", where=path, mend="check the path")
-    if not is_folder(path, _OPTION):
+    if not is_folder(path, OPTION):
         raise FormatError(
-            "a single file is a part of a checkpoint", where=path, mend="name the folder of the whole checkpoint"
+            "this is a file, and a checkpoint is read with the files of all its ranks",
+            where=path,
+            mend="name the folder that holds the folders of the ranks",
         )
-    folder = iteration_folder(path)
-    names = checkpoint_files(folder)
-    for format_name, pattern in (("megatron", _MEGATRON), ("mindspore", _MINDSPORE)):
-        if any(map(pattern.fullmatch, names)):
-            return format_name
-    if listing(folder, "*.distcp", _OPTION):
+    places = [path, *reversed(listing(path, "iter_*", OPTION)), path / "release"]
+    for place in places:
+        for folder in listing(place, option=OPTION):
+            for file in listing(folder, option=OPTION) if _RANK.fullmatch(folder.name) else ():
+                if found := _SUFFIXES.get(file.suffix):
+                    return found
+    if any(listing(place, "*.distcp", OPTION) for place in places):
         return "megatron"  # whose reader says what it does not read
     raise FormatError(
         "neither a MindSpore training output (rank_*/*.ckpt, *.safetensors) nor a Megatron checkpoint (mp_rank_*/*.pt)",
@@ -54,4 +55,10 @@ def read(
 ) -> Checkpoint:
     """Find one iteration of a checkpoint and read its headers."""
     chosen = detect(path) if source_format == "auto" else source_format
-    return READERS[chosen](path, tensor=tensor, pipeline=pipeline, iteration=iteration, rules=rules or Rules())
+    if chosen == "mindspore":
+        from ckpt2pt.formats.mindspore import open_mindspore as open_checkpoint  # noqa: PLC0415
+    elif chosen == "megatron":
+        from ckpt2pt.formats.megatron import open_megatron as open_checkpoint  # noqa: PLC0415 - numpy and more
+    else:
+        raise UsageError(f"no format {chosen}", where="source_format", mend=f"give auto, {' or '.join(FORMATS)}")
+    return open_checkpoint(path, tensor=tensor, pipeline=pipeline, iteration=iteration, rules=rules or Rules())

@@ -24,9 +24,11 @@ from ckpt2pt.conversion.job import Mount, build_job, mounts_of
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Conversion, Json, parse
 from ckpt2pt.conversion.status import WORST_FIRST, Ending, disagreement, status_of_run
 from ckpt2pt.errors import MissingInputError, UsageError
+from ckpt2pt.flags import nearest
 from ckpt2pt.local.board import board
 from ckpt2pt.local.indexes import Index, LocalJob
 from ckpt2pt.show.preview import render as render_plan
+from ckpt2pt.system.paths import is_folder
 from ckpt2pt.text import size, table
 
 log = logging.getLogger("ckpt2pt")
@@ -128,12 +130,18 @@ def map_volumes(mounts: Sequence[Mount], given: Sequence[str]) -> dict[str, Path
             raise UsageError(f"--volume is {text!r}", where="the command line", mend="write --volume NAME=DIR")
         if wanted.setdefault(name, folder) != folder:
             raise UsageError(f"--volume {name} is given twice", where="the command line", mend="give it once")
+    known = [name for mount in mounts for name in names_of(mount)]
+    unknown = next((name for name in sorted(wanted) if name not in known), None)
+    if unknown is not None:  # before what is missing, which may be the same volume
+        near = nearest(unknown, known)
+        listed = ", ".join(names_of(mount)[0] for mount in mounts)
+        mend = f"the volumes of the document are {listed}; source, metadata and target name them too"
+        mend = f"did you mean {near}? {mend}" if near else mend
+        raise UsageError(f"--volume {unknown} is no volume of the document", where="the command line", mend=mend)
     folders: dict[str, Path] = {}
-    used: set[str] = set()
     for mount in mounts:
         names = names_of(mount)
         found = {wanted[name] for name in names if name in wanted}
-        used.update(names)
         if len(found) > 1:
             mend = f"{' and '.join(mount.roles)} are on one volume: give it one folder"
             raise UsageError(f"--volume gives two folders for {names[0]}", where="the command line", mend=mend)
@@ -145,11 +153,6 @@ def map_volumes(mounts: Sequence[Mount], given: Sequence[str]) -> dict[str, Path
                 f"no folder is given for the volume {names[0]}", where=f"spec.{mount.name}.volume", mend=mend
             )
         folders[mount.name] = _folder(Path(found.pop()), names[0])
-    strangers = sorted(set(wanted) - used)
-    if strangers:
-        known = ", ".join(names_of(mount)[0] for mount in mounts)
-        mend = f"the volumes of the document are {known}; source, metadata and target name them too"
-        raise UsageError(f"--volume {strangers[0]} is no volume of the document", where="the command line", mend=mend)
     return folders
 
 
@@ -168,7 +171,7 @@ def names_of(mount: Mount) -> tuple[str, ...]:
 
 
 def _folder(path: Path, name: str) -> Path:
-    if not path.is_dir():
+    if not is_folder(path, "--volume"):
         mend = f"give an existing folder: --volume {name}=DIR"
         raise MissingInputError(f"the folder of the volume {name} is not there", where=path, mend=mend)
     return path.absolute()

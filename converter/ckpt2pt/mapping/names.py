@@ -109,7 +109,7 @@ class NameTable:
         rules = rules or Rules()
         self._layer = _parameters(_LAYER_MODULES, rules.layer_modules)
         self._outside = _parameters(_MODULES, rules.modules)
-        self._ignore = rules.ignore
+        self._rules, self._ignore = rules, rules.ignore
         self._layer_back = _inverse(self._layer)
         self._outside_back = _inverse(self._outside)
 
@@ -149,6 +149,21 @@ class NameTable:
             return SourceName("ignored", _REASONS[known.lastindex - 1])
         return SourceName("param", entry)
 
+    def unused(self, entries: Iterable[str], parameters: Iterable[str]) -> frozenset[str]:
+        """Rules that match none of the source's ``entries`` and of Megatron's ``parameters``."""
+        rules, there = self._rules, tuple(entries)
+        modules = (
+            {name.rpartition(".")[0] for name in parameters} if rules.modules or rules.layer_modules else set[str]()
+        )
+        local = {found[2] for module in modules if (found := _LAYER.fullmatch(module))}
+        return frozenset(
+            [
+                *(f"ignore: {p}" for p in rules.ignore if p not in there and not any(fnmatchcase(n, p) for n in there)),
+                *(f"modules: {module}" for module in rules.modules if module not in modules),
+                *(f"layer_modules: {module}" for module in rules.layer_modules if module not in local),
+            ]
+        )
+
     def classify_all(self, entries: Iterable[str], *, where: str) -> tuple[dict[str, SourceName], str]:
         """Every entry of a file by its name without the prefix that all parameters and moments carry, and that prefix.
 
@@ -161,6 +176,13 @@ class NameTable:
         if prefix:
             found |= {entry: SourceName(what.role, what.name.removeprefix(prefix)) for entry, what in carried.items()}
         return found, prefix
+
+
+def rules_remark(unused: Iterable[frozenset[str]]) -> tuple[str, ...]:
+    """The warning for rules that match nothing on any rank, which may be misspelt; ``unused`` are those of each rank."""
+    first, *others = unused
+    names = sorted(first.intersection(*others))
+    return (f"rules that match no name of this checkpoint: {'; '.join(names)}",) if names else ()
 
 
 def common_prefix(parameters: Mapping[str, str], *, where: str) -> str:

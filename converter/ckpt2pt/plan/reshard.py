@@ -7,7 +7,7 @@ Everything behind it (names, buckets, coverage, manifests) is the same as for a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt2pt.core.index import Index
@@ -16,24 +16,32 @@ from ckpt2pt.core.tensor import Key, Tensor, box_of, sharded
 from ckpt2pt.errors import CoverageError, TopologyError
 from ckpt2pt.mapping.names import TIED_HEAD, NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.tensors import Gather, Shape, TensorRef
+from ckpt2pt.tensors import Box, Gather, Shape, Stored, TensorRef, intersection
 
 _FIRST = (EMBEDDING, "embedding.position_embeddings.weight")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resharded:
-    """The entries of one rank; ``copies`` are pairs that must hold the same bytes, as only the first is carried."""
+    """The entries of one rank; ``copies`` are pairs that must hold the same bytes, as only the first is carried.
+
+    ``remarks`` are what a user should know before the result is used.
+    """
 
     entries: Mapping[str, TensorRef]
     copies: tuple[tuple[TensorRef, TensorRef], ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """The target: its layout, and what its arguments say; ``sizes`` holds Megatron's argument names."""
+    """The target: its layout, and what its arguments say; ``sizes`` holds Megatron's argument names.
+
+    ``source_tensor`` is the tensor parallel size of the source.
+    """
 
     topology: Topology
+    source_tensor: int
     sizes: Mapping[str, int | bool]
     tied: bool
     where: str
@@ -57,12 +65,13 @@ def reshard(index: Index, rank: Rank, wanted: Wanted, table: NameTable) -> Resha
         local = _local(tensor, entry, rank[0], wanted)
         own = index.get(Key(tensor.key.role, HEAD)) if is_head else None
         if own:  # the source has a copy of its own, under the name of an output layer
-            copies.append((_local(own, entry, rank[0], wanted), local))
+            tied = table.to_mindspore(legacy_name(EMBEDDING), lambda layer: layer)[0]
+            copies.append((_local(own, entry, rank[0], wanted), local._replace(name=entry.removesuffix(name) + tied)))
             continue
         entries[entry] = local
         if not rank[0]:
             copies += _copies(tensor, entry)
-    return Resharded(entries=entries, copies=tuple(copies))
+    return Resharded(entries=entries, copies=tuple(copies), remarks=_padding_remarks(index, rank, wanted))
 
 
 def _held(index: Index, rank: Rank, wanted: Wanted) -> Iterator[Tensor]:
@@ -96,7 +105,7 @@ def _local(tensor: Tensor, entry: str, tp: int, wanted: Wanted) -> TensorRef:
     axis = known[0].cuts[known[1]]
     fused = _padded(tensor, wanted)
     if axis is None:
-        return TensorRef(entry, tensor.dtype, fused, (), Gather(tensor.views, ((0,) * len(fused), fused)))
+        return TensorRef(entry, tensor.dtype, fused, (), _gather(tensor.views, ((0,) * len(fused), fused)))
     if fused[axis] % (of * (tensor.shape[0] if len(tensor.shape) > len(fused) else 1)):
         raise TopologyError(
             f"{tensor.key.name} has {fused[axis]} {('rows', 'columns')[axis]}, which {of} ranks do not divide",
@@ -106,34 +115,58 @@ def _local(tensor: Tensor, entry: str, tp: int, wanted: Wanted) -> TensorRef:
     local = tuple(length // of if number == axis else length for number, length in enumerate(fused))
     axes = axes_of(tensor.key.name, local, of, gated=len(tensor.shape) > len(fused))
     part = sharded(axes.shape, axes.cut, tp, of, 0, None)
-    return TensorRef(entry, tensor.dtype, local, (), Gather(tensor.views, box_of(part)))
+    return TensorRef(entry, tensor.dtype, local, (), _gather(tensor.views, box_of(part)))
+
+
+def _gather(views: Sequence[Stored], box: Box) -> Gather:
+    return Gather(tuple(view for view in views if intersection(box_of(view), box)), box)
 
 
 def _padded(tensor: Tensor, wanted: Wanted) -> Shape:
     """The global shape in the target."""
-    rows = wanted.sizes.get("padded_vocab_size")
-    if not is_padded(tensor.key.name) or type(rows) is not int or rows == tensor.fused[0]:
+    rows, held = wanted.sizes.get("padded_vocab_size"), tensor.fused[0]
+    if not is_padded(tensor.key.name) or type(rows) is not int or rows == held:
         return tensor.fused
-    tokens = wanted.sizes.get("vocab_size")
-    held = tensor.fused[0]
-    if rows < held and type(tokens) is int and tokens > rows:
-        raise TopologyError(
-            f"{tensor.key.name} has {held} rows, the target {rows}, and there are {tokens} tokens",
-            where=wanted.where,
-            mend="make pt_meta with the padded_vocab_size of this vocabulary",
-        )
+    _check_padding(tensor.key.name, held, rows, wanted)
     return (rows, *tensor.fused[1:])
 
 
-def padding_remark(index: Index, wanted: Wanted) -> str:
-    """What happens to the rows of the vocabulary; nothing where both sides have as many."""
-    held = next((tensor.fused[0] for key, tensor in index.items() if key.name == EMBEDDING), None)
+def _check_padding(name: str, held: int, rows: int, wanted: Wanted) -> None:
+    """Refuse a target whose vocabulary has rows more or less than can be padding.
+
+    Without the number of tokens, the smaller side is the most that it can be: the other one is then at most that, filled up
+    as Megatron-LM does it (cac60ce4, megatron/tokenizer/tokenizer.py, ``_vocab_size_with_padding``).
+    """
+    tokens, divisor = wanted.sizes.get("vocab_size"), wanted.sizes.get("make_vocab_size_divisible_by")
+    small, large = sorted((held, rows))
+    if type(tokens) is int and tokens > 0:
+        fits, known = tokens <= small, f"there are {tokens} tokens"
+    elif type(divisor) is int and divisor > 0:
+        multiple = divisor * (wanted.source_tensor if held > rows else wanted.topology.tensor)
+        fits = large <= -(-small // multiple) * multiple
+        known = f"padding is to a multiple of {multiple}"
+    else:
+        fits, known = False, "neither the number of tokens nor make_vocab_size_divisible_by is known"
+    if not fits:
+        raise TopologyError(
+            f"{name} has {held} rows in the source, {rows} in the target, and {known}",
+            where=wanted.where,
+            mend="make pt_meta for this vocabulary: ckpt2pt pt-meta --from-pt-meta ... --vocab-size TOKENS",
+        )
+
+
+def _padding_remarks(index: Index, rank: Rank, wanted: Wanted) -> tuple[str, ...]:
+    """What happens to the rows of the vocabulary; nothing where both sides have as many, or the rank has none."""
+    ends = {EMBEDDING: 0, HEAD: wanted.topology.pipeline - 1}
     rows = wanted.sizes.get("padded_vocab_size")
+    held = next((tensor.fused[0] for key, tensor in index.items() if ends.get(key.name) == rank[1]), None)
     if held is None or type(rows) is not int or held == rows:
-        return ""
+        return ()
     if rows > held:
-        return f"the vocabulary is padded from {held} to {rows} rows: rows {held} to {rows - 1} are zero"
-    return f"the vocabulary has {held} rows and the target {rows}: rows {rows} to {held - 1} are padding and left out"
+        return (f"the vocabulary is padded from {held} to {rows} rows: rows {held} to {rows - 1} are zero",)
+    return (
+        f"the vocabulary has {held} rows and the target {rows}: rows {rows} to {held - 1} are padding and left out",
+    )
 
 
 def _copies(tensor: Tensor, entry: str) -> Iterator[tuple[TensorRef, TensorRef]]:
@@ -141,7 +174,7 @@ def _copies(tensor: Tensor, entry: str) -> Iterator[tuple[TensorRef, TensorRef]]
     for view in tensor.replicas:
         box = box_of(view)
         kept, copy = (
-            TensorRef(entry, tensor.dtype, view.shape, (), Gather(views, box)) for views in (tensor.views, (view,))
+            TensorRef(entry, tensor.dtype, view.shape, (), _gather(views, box)) for views in (tensor.views, (view,))
         )
         yield kept, copy
 

@@ -78,6 +78,8 @@ class RankPlan:
     ignored: tuple[tuple[str, str], ...]
     twins: tuple[tuple[TensorRef, TensorRef], ...]
     prefix: str = ""
+    unused_rules: frozenset[str] = frozenset()
+    """Rules of the rule file that match no name of this rank."""
     stated: Statement = Statement()  # noqa: RUF009 - frozen
     """What the source says of optimizer and scheduler."""
 
@@ -156,6 +158,7 @@ def plan_rank(found: RankInput, topology: Topology, table: NameTable, *, full: b
         ignored=tuple(source.ignored),
         twins=twins,
         prefix=source.prefix,
+        unused_rules=table.unused(found.index, (weight.name for chunk in chunks for weight in chunk.weights)),
         stated=found.stated,
     )
 

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 
 from ckpt2pt.cli import main, on_the_cluster
 from ckpt2pt.cluster.flags import add_submit_options, add_target_options
-from ckpt2pt.flags import Parser
+from ckpt2pt.flags import Parser, examples
+
+_EXAMPLES = {
+    "submit": {
+        "and follow it to its end": "-n training -f conversion.yaml --wait",
+        "from a template, for step 500 of run7": "-f template.yaml --run run7 --step 500",
+    },
+    "watch": {"to its end": "run7-step-500 -n training", "for an hour at most": "run7-step-500 --wait-timeout 3600"},
+    "retry": {"once the cause is gone": "run8-step-500", "of another cluster": "run8-step-500 --context staging"},
+    "cancel": {"what is finished stays": "run8-step-500", "in a namespace": "run8-step-500 -n training"},
+    "logs": {"of stage 1": "run8-step-500 1", "of stage 0, in a namespace": "run8-step-500 0 -n training"},
+}
 
 
 def build_kubectl_parser() -> argparse.ArgumentParser:
@@ -16,7 +27,8 @@ def build_kubectl_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
     def add(name: str, summary: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        epilog = examples(f"kubectl ckpt2pt {name}", _EXAMPLES[name])
+        sub = commands.add_parser(name, help=summary, description=summary, epilog=epilog, allow_abbrev=False)
         sub.set_defaults(run=on_the_cluster(name))
         return sub
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts, path
+from ckpt2pt.flags import add_target_sizes, check_numbers, counts, path, target_sizes
 
 if TYPE_CHECKING:
     from ckpt2pt.ptmeta.make import Made
+
+log = logging.getLogger("ckpt2pt")
 
 
 def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +38,7 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
         help="elements of a bucket in a Megatron that was changed (default 40000000, or what distrib_optim.pt shows)",
     )
     parser.add_argument("--rules", help="rule file (YAML) for names of your own, or the rules themselves as JSON")
-    first = parser.add_argument_group(
-        "from a checkpoint of the same model that Megatron-LM 0.6 wrote (one step is enough)"
-    )
+    first = parser.add_argument_group("from a checkpoint of the same model by Megatron-LM 0.6 (one step is enough)")
     first.add_argument("--megatron-path", type=path, help="folder with iter_*, or one iteration of it")
     first.add_argument(
         "--compare",
@@ -54,12 +55,7 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
     )
     third = parser.add_argument_group("from the pt_meta of another parallel layout")
     third.add_argument("--from-pt-meta", type=path, help="pt_meta of the same run in another layout")
-    for flag, what in (
-        ("--target-tp-size", "tensor parallel size"),
-        ("--target-pp-size", "pipeline parallel size"),
-        ("--target-vpp-size", "model chunks of each stage"),
-    ):
-        third.add_argument(flag, type=int, metavar="N", help=f"{what} of the new layout; default as it was")
+    add_target_sizes(third, "of the new layout; default as it was")
     third.add_argument(
         "--vocab-size",
         type=int,
@@ -86,6 +82,27 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_OF_CHECKPOINT: dict[str, object] = {"compare": "full", "synthesize": []}
+_OF_DESCRIPTION: dict[str, object] = {
+    "ms_path": None,
+    "opt_shard_info_path": None,
+    "dp_size": 1,
+    "cp_size": 1,
+    "noop": [],
+    "stage_list": None,
+    "details": False,
+    "accept_assumptions": False,
+}
+"""Flags that only one of the two sources heeds, with their defaults."""
+
+
+def _tell_unused(options: argparse.Namespace) -> None:
+    one, other = ("--megatron-path", _OF_DESCRIPTION) if options.megatron_path else ("--description", _OF_CHECKPOINT)
+    given = [f"--{name.replace('_', '-')}" for name, default in other.items() if getattr(options, name) != default]
+    if given:
+        log.warning("with %s nothing is made of %s", one, ", ".join(given))
+
+
 def make_pt_meta(options: argparse.Namespace) -> Made:
     """Carry out ``pt-meta``."""
     from ckpt2pt.ptmeta.make import from_checkpoint, from_description, from_pt_meta  # noqa: PLC0415
@@ -99,9 +116,7 @@ def make_pt_meta(options: argparse.Namespace) -> Made:
             "--bucket-size": options.bucket_size,
             "--dp-size": options.dp_size,
             "--cp-size": options.cp_size,
-            "--target-tp-size": options.target_tp_size,
-            "--target-pp-size": options.target_pp_size,
-            "--target-vpp-size": options.target_vpp_size,
+            **target_sizes(options),
             "--vocab-size": options.vocab_size,
         }
     )
@@ -111,6 +126,7 @@ def make_pt_meta(options: argparse.Namespace) -> Made:
             where="ckpt2pt pt-meta",
             mend="give --megatron-path, a checkpoint that Megatron wrote, or --description with --ms-path, or --from-pt-meta",
         )
+    _tell_unused(options)
     rules = rules_of(options.rules)
     if options.from_pt_meta:
         new = NewLayout(

@@ -128,6 +128,8 @@ def _changes(args: Mapping[str, Argument], layout: Topology, rows: int | None, n
     }
     if rows is not None:
         changes["padded_vocab_size"] = rows
+    if new.tokens:
+        changes["vocab_size"] = new.tokens
     if layout.tensor == 1 and args.get("sequence_parallel"):
         changes["sequence_parallel"] = False
     return {name: value for name, value in changes.items() if name in args}

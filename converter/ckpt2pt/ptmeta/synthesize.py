@@ -89,7 +89,7 @@ def synthesize(said: Description, wanted: Wanted) -> Synthesized:
         ranks=tuple(ranks),
         evidence=(evidence,),
         assumed={**({"args from the checkpoint": told} if told else {}), **_assumed(said, arguments, wanted)},
-        warnings=_warnings(said, statement, clock, ranks[0]),
+        warnings=(*([cut.remark] if cut.remark else []), *_warnings(said, statement, clock, ranks[0])),
     )
 
 

@@ -69,11 +69,11 @@ def make_folder(folder: Path, root: Path) -> None:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         for path in inside:
             sync_folder(path.parent)
+        # Nobody has to let us read the folder that holds the root.
+        with suppress(PermissionError):
+            sync_folder(root.absolute().parent)
     except OSError as error:
         raise access_error(error, folder, "making the folder") from error
-    # Nobody has to let us read the folder that holds the root.
-    with suppress(PermissionError):
-        sync_folder(root.absolute().parent)
 
 
 def refuse_link(path: Path) -> None:

@@ -151,6 +151,10 @@ class Ledger:
     def publish(self, facts: Mapping[str, object]) -> None:
         """Say that the files are there."""
         publish_bytes(self.record, seal(facts), fence=self.fence)
+        self.end_writing()
+
+    def end_writing(self) -> None:
+        """Remove the record of what was about to appear: all of it is in the other one."""
         try:
             with suppress(FileNotFoundError):
                 self.writing.unlink()

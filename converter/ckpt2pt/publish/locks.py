@@ -123,6 +123,9 @@ def _open(path: Path) -> int:
         text = read_bytes(fd, _MAX_BYTES, 0).strip(b"\0")
         if text.strip() and not _HOLDER.fullmatch(text):
             raise _refused(path, "is not a lock file of ckpt2pt")
+    except OSError as error:
+        os.close(fd)
+        raise access_error(error, path, "reading the lock file", reading=True) from error
     except BaseException:
         os.close(fd)
         raise
@@ -159,7 +162,9 @@ def _is_still(fd: int, path: Path) -> bool:
 
 def _holder(fd: int) -> tuple[str, bool]:
     """Who holds a lock, and whether that process is gone, so that only workers of it are left."""
-    found = _HOLDER.fullmatch(read_bytes(fd, _MAX_BYTES, 0))
+    found = None
+    with suppress(OSError):
+        found = _HOLDER.fullmatch(read_bytes(fd, _MAX_BYTES, 0))
     if not found:
         return "another process", False
     where, pid = found[1].decode(errors="replace"), int(found[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,9 +28,11 @@ from ckpt2pt.publish.ledger import Holdings, Ledger, not_ours, taken_over
 from ckpt2pt.publish.leftovers import nobody_at_work, sweep_leftovers
 from ckpt2pt.publish.locks import WAIT_SECONDS, Lock, locked
 from ckpt2pt.publish.retire import files_below, foreign, records_of, retire
-from ckpt2pt.publish.tracker import TRACKER, tracked
+from ckpt2pt.publish.tracker import TRACKER, check_tracker, replaced, tracked
 from ckpt2pt.records import Json, seal, seal_joined, unseal
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
+
+log = logging.getLogger("ckpt2pt")
 
 _ID_DIGITS = 16
 _CLAIMED = ("identity", "purpose", "base", "full")
@@ -95,6 +98,8 @@ class Target:
         home = self.at_home
         for path in {home.folder, home.state} - {self.root}:
             refuse_link(path)
+        if self.kind.tracker:
+            check_tracker(self.root)
         data = read_small(home.state / CLAIM)  # once: another worker may be about to write it
         claim = unseal(data)
         if claim is None:
@@ -283,6 +288,10 @@ class Target:
         for pp in stages:
             for name in (f"rank-*-{pp:03d}.json", f"writing-*-{pp:03d}.json", stage_name(pp)):
                 sweep_partials(self.state, name)
+            for tp in range(self.tensor):
+                ledger = self.ledger((tp, pp))
+                if is_there(ledger.writing) and self.rank_manifest(tp, pp):
+                    ledger.end_writing()
         every = set(stages) == set(range(self.stages))
         for folder in self._folders():
             if every or (self.kind.alone and any(folder.name.endswith(f"_{pp:03d}") for pp in stages)):
@@ -406,6 +415,8 @@ class Target:
         with locked(lock, "writing the tracker", wait=WAIT_SECONDS, heed=heed, passing=True):
             sweep_partials(self.root, TRACKER)
             if self.newer is None:
+                if warning := replaced(self.root, self.iteration):
+                    log.warning("%s: %s", path, warning)
                 # Written in our own folder: when that is taken away, so is the tracker that would name it.
                 publish_bytes(path, str(self.iteration).encode(), fence=self.fence, beside=self.state / TRACKER)
 

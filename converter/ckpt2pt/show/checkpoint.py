@@ -25,7 +25,7 @@ from ckpt2pt.pt.archive import Archive
 from ckpt2pt.publish import PARTIAL, STATE, TRACKER, read_record, read_tracker
 from ckpt2pt.records import Json
 from ckpt2pt.system.access import access_error
-from ckpt2pt.system.paths import is_folder, is_there, listing
+from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import render as render
 from ckpt2pt.text import short
@@ -82,7 +82,7 @@ class _Entry:
 def inspect(path: Path, *, details: bool = False) -> Json:
     """Look at a file or a folder.  ``details`` lists every tensor and argument instead of what is usually asked for."""
     if not is_there(path, "the path"):
-        raise MissingInputError("it is not there", where=path, mend="check the path")
+        raise MissingInputError("the file or folder is not there", where=path, mend="check the path")
     if is_folder(path, "the path"):
         return _folder(path, details=details)
     return _archive(path, details=details) if is_archive(path) else _mindspore(path, details=details)
@@ -305,7 +305,21 @@ def _folder(path: Path, *, details: bool) -> Json:
             where=path,
             mend=f"name a file ({', '.join(sorted(SUFFIXES))}), a folder of rank_* folders, a pt_meta or a Megatron folder",
         )
-    return {"kind": "folder of checkpoints", "path": str(path), "files": _listing(files)}
+    return {"kind": "folder of checkpoints", "path": str(path), "files": [_held(*file) for file in files.items()]}
+
+
+def _held(name: str, path: Path) -> Json:
+    """What a file holds in one row; what is wrong with it, where it cannot be read."""
+    seen = status(path, "the path")
+    row: Json = {"file": name, "bytes": seen.st_size if seen else None}
+    try:
+        found = inspect(path)
+    except InputError as error:
+        row["holds"] = error.what
+    else:
+        row["holds"] = found.get("holds", found["kind"])
+        row.update({key: found[key] for key in ("layers", "iteration") if key in found})
+    return row
 
 
 def _listing(files: Mapping[str, Path]) -> list[Json]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from ckpt2pt.mapping.names import prefix_remark
+from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
@@ -44,7 +44,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
                 "shards": [str(path) for file in chosen.read_for((tp, pp), request) for path in file.peers],
                 "shardInfo": str(chosen.read_for((tp, pp), request)[0].info or ""),
                 "ignored": dict(Counter(reason for _, reason in plan.ignored)),
-                "comparedCopies": [f"{kept.name} = {copy.name}" for kept, copy in plan.twins],
+                "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in plan.twins)],
                 "done": target.rank_manifest(tp, pp) is not None,
             }
         )
@@ -55,8 +55,10 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
         "doubts": list(chosen.clock.doubts),
         "warnings": [
             *warning({rank: unmet_of(request, rank) for rank in ranks}, full=request.full),
-            *dict.fromkeys(prefix_remark(rank.plan.prefix) for rank in ranks.values() if rank.plan.prefix),
+            *dict.fromkeys(remark for rank in ranks.values() for remark in rank.remarks),
             *contradictions(request, chosen, next(iter(ranks))),
+            *_copies(request, chosen, ranks),
+            *_unused_rules(request, ranks),
         ],
         "fromTemplate": list(kept_of_template(request, chosen, next(iter(ranks)))),
         "consumedSamples": chosen.clock.samples,
@@ -70,6 +72,21 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
         "workers": workers,
         "memoryBytes": workers * WORKER_BYTES,
     }
+
+
+def _copies(request: Request, chosen: Survey, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:
+    if request.topology.tensor == 1:
+        return ()
+    from ckpt2pt.verify.copies import suspected_copies  # noqa: PLC0415 - numpy, for layouts that can have copies
+
+    return suspected_copies(request, chosen, ranks)
+
+
+def _unused_rules(request: Request, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:
+    """Of all ranks together: a rule may be for a name that one stage alone has."""
+    if len(ranks) < request.topology.tensor * request.topology.pipeline:
+        return ()
+    return rules_remark(rank.plan.unused_rules for rank in ranks.values())
 
 
 def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -> Json:

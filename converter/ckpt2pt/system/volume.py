@@ -18,6 +18,7 @@ from pathlib import Path
 from ckpt2pt.errors import UnsupportedFileSystemError, VolumeTooSmallError
 from ckpt2pt.system.access import OBJECT_STORES, UNSUPPORTED, access_error
 from ckpt2pt.system.files import read_bytes, write_all
+from ckpt2pt.system.paths import listing
 
 _PREFIX = ".ckpt2pt-probe."
 _PAGE = 4096
@@ -155,7 +156,7 @@ def _lock(fd: int) -> bool:
 
 def _sweep(place: Path) -> None:
     """Remove what killed runs left behind here."""
-    for path in place.glob(f"{_PREFIX}*.partial"):
+    for path in listing(place, f"{_PREFIX}*.partial"):
         with suppress(OSError):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:

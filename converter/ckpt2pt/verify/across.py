@@ -8,27 +8,52 @@ Megatron, tp 4  --formats--> index -+
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ckpt2pt.core.index import find
 from ckpt2pt.core.params import EMBEDDING, HEAD, is_padded
-from ckpt2pt.core.tensor import Key, Tensor, box_of
-from ckpt2pt.errors import InputError
-from ckpt2pt.folders import iteration_folder
+from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, box_of
+from ckpt2pt.errors import InputError, UsageError
+from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.formats.checkpoint import Checkpoint
+from ckpt2pt.formats.degrees import weights_of
 from ckpt2pt.formats.registry import detect, read
-from ckpt2pt.mapping.names import Rules
+from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.pt.megatron import rank_folders
-from ckpt2pt.text import short
-from ckpt2pt.verify.compare import Comparison, ElementComparison, Row
+from ckpt2pt.system.paths import listing
+from ckpt2pt.tensors import intersection
+from ckpt2pt.verify.compare import Comparison, ElementComparison, Row, compare
 from ckpt2pt.verify.examine import rounded
 from ckpt2pt.verify.gather import Gathered, gathered
 from ckpt2pt.verify.leaves import Bytes, Elements, Files, TensorLeaf, width
 
-_WHOLE = "checkpoint"
+
+def compare_any(
+    paths: Sequence[Path],
+    sizes: tuple[int | None, int | None] = (None, None),
+    rules: Rules | None = None,
+    *,
+    ignore: Collection[str] = (),
+    ignore_padding: bool = False,
+) -> Comparison:
+    """Compare two checkpoints leaf by leaf where their files are alike, else tensor by tensor.
+
+    ``sizes`` are the tensor and pipeline parallel size of a MindSpore training, and ask for the second.
+    """
+    if len(paths) != 2:
+        raise UsageError(
+            f"{len(paths)} paths are given",
+            where="ckpt2pt verify",
+            mend="give two checkpoints to compare, one result, or none and the flags of convert",
+        )
+    left, right = paths
+    if not differ_in_layout(left, right, asked=sizes != (None, None)):
+        return compare(left, right, ignore=ignore, ignore_padding=ignore_padding)
+    sides = read_both(left, right, tensor=sizes[0], pipeline=sizes[1], rules=rules or Rules())
+    return compare_across(*sides, ignore=ignore, ignore_padding=ignore_padding)
 
 
 def compare_across(
@@ -38,19 +63,18 @@ def compare_across(
 
     A float32 weight stands for its main parameter, and is compared rounded with a weight of less precision.  Copies on
     other ranks are compared with what they copy.  ``ignore`` are patterns of ``role/name``; ``ignore_padding`` leaves out the
-    rows that one side's vocabulary has more.
+    rows that one side's vocabulary has more.  An iteration that only one side states is no difference.
     """
-    run = _Run(left, right, frozenset(ignore), ignore_padding)
+    run = _Run((left, right), frozenset(ignore), ignore_padding)
     with Files() as files:
-        for key in dict.fromkeys((*left.index, *right.index)):
-            run.compare(key, files)
+        for role in ROLES:
+            run.compare_role(role, files)
         for side, checkpoint in (("left", left), ("right", right)):
             for tensor in checkpoint.index.values():
-                run.compare_replicas(side, tensor, files)
-    if left.iteration != right.iteration:
-        run.rows.append(
-            Row(file=_WHOLE, name="iteration", kind="value", left=short(left.iteration), right=short(right.iteration))
-        )
+                run.compare_replicas(side, checkpoint, tensor, files)
+    steps = [checkpoint.iteration for checkpoint in (left, right)]
+    if None not in steps and steps[0] != steps[1]:
+        run.rows.append(Row(file="", name="iteration", kind="value", left=str(steps[0]), right=str(steps[1])))
     unused = [f"--ignore {pattern} matches no tensor" for pattern in sorted(run.ignore - run.used)]
     return Comparison(
         left=str(left.path),
@@ -60,12 +84,34 @@ def compare_across(
         files=len(_files(left) | _files(right)),
         equal=run.equal,
         nbytes=run.nbytes,
+        padding=run.padding,
     )
 
 
 def _files(checkpoint: Checkpoint) -> set[str]:
     views = (view for tensor in checkpoint.index.values() for view in (*tensor.views, *tensor.replicas))
     return {extent.path for view in views for extent in view.storage}
+
+
+def _file(checkpoint: Checkpoint, tensor: Tensor, element: int) -> str:
+    """The file that holds an element (counted in C order), relative to the checkpoint where it is inside."""
+    place: list[int] = []
+    for length in reversed(tensor.shape):
+        element, at = divmod(element, length)
+        place.insert(0, at)
+    box = (tuple(place), (1,) * len(place))
+    view = next(view for view in tensor.views if intersection(box_of(view), box))
+    start = view.first + sum((a - o) * s for a, o, s in zip(place, view.origin, view.strides, strict=True))
+    start *= width(tensor.dtype)
+    for extent in view.storage:
+        if start < extent.nbytes:
+            return _relative(checkpoint, extent.path)
+        start -= extent.nbytes
+    return ""
+
+
+def _relative(checkpoint: Checkpoint, path: str) -> str:
+    return path.removeprefix(f"{checkpoint.path}/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,37 +131,54 @@ class _Rounded:
 class _Run:
     """A comparison under way."""
 
-    left: Checkpoint
-    right: Checkpoint
+    sides: tuple[Checkpoint, Checkpoint]
     ignore: frozenset[str]
     ignore_padding: bool
     rows: list[Row] = field(default_factory=list[Row])
     notes: list[str] = field(default_factory=list[str])
     equal: int = 0
     nbytes: int = 0
+    padding: int = 0
     used: set[str] = field(default_factory=set[str])
 
-    def compare(self, key: Key, files: Files) -> None:
-        """One tensor of both sides."""
-        name = f"{key.role}/{key.name}"
-        if self._is_ignored(name):
+    def compare_role(self, role: Role, files: Files) -> None:
+        """Every tensor of a role; where one side has none at all, that is one difference."""
+        keys = list(dict.fromkeys(key for side in self.sides for key in side.index))
+        if all(key.role != role for key in keys):
             return
-        one, other = self._find(self.left, key), self._find(self.right, key)
+        keys = list(dict.fromkeys(Key(role, key.name) for key in keys))
+        keys = [key for key in keys if not self._is_ignored(key)]
+        found = {key: tuple(_find(side, key) for side in self.sides) for key in keys}
+        counts = [sum(pair[side] is not None for pair in found.values()) for side in (0, 1)]
+        if all(counts):
+            for key, (one, other) in found.items():
+                self._compare(key, one, other, files)
+        elif any(counts):
+            shown = [f"{count} tensors" if count else "" for count in counts]
+            self._one_sided(f"{role}/*", shown[0], shown[1])
+
+    def _compare(self, key: Key, one: Tensor | None, other: Tensor | None, files: Files) -> None:
+        """One tensor of both sides."""
+        name = _name(key)
         if one is None or other is None:
-            kind = "left only" if one else "right only"
-            self.rows.append(Row(file=_WHOLE, name=name, kind=kind, left=short(one or ""), right=short(other or "")))
+            if one or other:
+                self._one_sided(name, str(one or ""), str(other or ""))
             return
         numel = self._common(name, one, other)
         if numel is None:
-            self.rows.append(Row(file=_WHOLE, name=name, kind="type", left=str(one), right=str(other)))
+            self.rows.append(Row(file="", name=name, kind="type", left=str(one), right=str(other)))
             return
-        sides = _alike(one, other)
-        self._record(_WHOLE, name, ElementComparison(*sides, numel).compare(files), files)
+        found = ElementComparison(*_alike(one, other), numel).compare(files)
+        places = (
+            ()
+            if found.index is None
+            else (_file(side, tensor, found.index) for side, tensor in zip(self.sides, (one, other), strict=True))
+        )
+        self._record(" | ".join(places), name, found)
 
-    def compare_replicas(self, side: str, tensor: Tensor, files: Files) -> None:
+    def compare_replicas(self, side: str, checkpoint: Checkpoint, tensor: Tensor, files: Files) -> None:
         """What other ranks hold of the same."""
-        name = f"{tensor.key.role}/{tensor.key.name}"
-        if self._is_ignored(name):
+        if self._is_ignored(tensor.key):
             return
         for view in tensor.replicas:
             own, copy = (
@@ -123,10 +186,13 @@ class _Run:
                 for views in (tensor.views, (view,))
             )
             found = ElementComparison(own, copy, view.numel).compare(files)
-            path = view.storage[0].path if view.storage else ""
-            self._record(f"{side}, {path}", f"copy of {name}", found, files)
+            path = _relative(checkpoint, view.storage[0].path) if view.storage else ""
+            self._record(f"{side}, {path}", f"copy of {_name(tensor.key)}", found)
 
-    def _record(self, file: str, name: str, found: ElementComparison, files: Files) -> None:
+    def _one_sided(self, name: str, left: str, right: str) -> None:
+        self.rows.append(Row(file="", name=name, kind="left only" if left else "right only", left=left, right=right))
+
+    def _record(self, file: str, name: str, found: ElementComparison) -> None:
         self.nbytes += found.numel * (width(found.left.dtype) + width(found.right.dtype))
         row = found.row(file, name)
         if row is None:
@@ -134,27 +200,35 @@ class _Run:
         else:
             self.rows.append(row)
 
-    def _find(self, checkpoint: Checkpoint, key: Key) -> Tensor | None:
-        found = find(checkpoint.index, key)
-        if found is None and key.name == HEAD and key.role in {other.role for other in checkpoint.index}:
-            # The last stage's copy of tied embeddings goes by this name in MindSpore's files.
-            return find(checkpoint.index, Key(key.role, EMBEDDING))
-        return found
-
     def _common(self, name: str, one: Tensor, other: Tensor) -> int | None:
         """Elements to be compared; None where the shapes exclude it."""
         if one.fused == other.fused:
             return one.numel
-        if self.ignore_padding and is_padded(one.key.name) and one.fused[1:] == other.fused[1:]:
-            rows = min(one.fused[0], other.fused[0])
-            self.notes.append(f"{name}: rows from {rows} on are on one side only, {one} | {other}")
-            return rows * math.prod(one.fused[1:])
-        return None
+        if not is_padded(one.key.name) or one.fused[1:] != other.fused[1:]:
+            return None
+        if not self.ignore_padding:
+            self.padding += 1
+            return None
+        rows = min(one.fused[0], other.fused[0])
+        self.notes.append(f"{name}: rows from {rows} on are on one side only, {one} | {other}")
+        return rows * math.prod(one.fused[1:])
 
-    def _is_ignored(self, name: str) -> bool:
-        matching = [pattern for pattern in self.ignore if fnmatchcase(name, pattern)]
+    def _is_ignored(self, key: Key) -> bool:
+        matching = [pattern for pattern in self.ignore if fnmatchcase(_name(key), pattern)]
         self.used.update(matching)
         return bool(matching)
+
+
+def _name(key: Key) -> str:
+    return f"{key.role}/{key.name}"
+
+
+def _find(checkpoint: Checkpoint, key: Key) -> Tensor | None:
+    found = find(checkpoint.index, key)
+    if found is None and key.name == HEAD:
+        # The last stage's copy of tied embeddings goes by this name in MindSpore's files.
+        return find(checkpoint.index, Key(key.role, EMBEDDING))
+    return found
 
 
 def _alike(one: Tensor, other: Tensor) -> tuple[TensorLeaf, TensorLeaf]:
@@ -169,17 +243,30 @@ def _alike(one: Tensor, other: Tensor) -> tuple[TensorLeaf, TensorLeaf]:
 
 
 def differ_in_layout(left: Path, right: Path, *, asked: bool) -> bool:
-    """Whether two folders cannot be compared file by file: other formats, or other ranks; ``asked`` says that they are."""
+    """Whether two folders are to be compared as tensors: other formats, or other ranks; ``asked`` says that they are."""
     try:
         formats = [detect(path) for path in (left, right)]
     except InputError:
         return False
-    if formats[0] != formats[1]:
+    if asked or formats[0] != formats[1]:
         return True
-    if formats[0] == "mindspore":
-        return asked
-    ranks = [rank_folders(iteration_folder(path)).keys() for path in (left, right)]
-    return asked or ranks[0] != ranks[1]
+    if formats[0] == "megatron":
+        ranks = [rank_folders(iteration_folder(path)).keys() for path in (left, right)]
+        return ranks[0] != ranks[1]
+    names = [
+        {folder.name for pattern in ("rank_*", "mp_rank_*", "iter_*/mp_rank_*") for folder in listing(path, pattern)}
+        for path in (left, right)
+    ]
+    return names[0] != names[1] or _differ_in_shapes(left, right)
+
+
+def _differ_in_shapes(left: Path, right: Path) -> bool:
+    """Whether the first files of two MindSpore folders hold other parameters, or other parts of them."""
+    first = next(((one, other) for _, one, other in pairs(left, right) if one and other), None)
+    if first is None:
+        return False
+    held = [{name: ref.shape for name, ref in weights_of(file, NameTable()).items()} for file in first]
+    return held[0] != held[1]
 
 
 def read_both(
@@ -187,13 +274,20 @@ def read_both(
 ) -> tuple[Checkpoint, Checkpoint]:
     """Read the headers of both sides.
 
-    Parallel sizes are those of MindSpore's side; without them they are the other side's, which reading then proves.
+    ``tensor`` and ``pipeline`` are the parallel sizes of the MindSpore training; where they are not given and nothing in it
+    tells them, they are those of the other side.
     """
     found: dict[Path, Checkpoint] = {}
-    for path in sorted((left, right), key=lambda path: detect(path) == "mindspore"):
-        if detect(path) == "megatron":
-            found[path] = read(path, rules=rules)
-            tensor, pipeline = tensor or found[path].tensor, pipeline or found[path].pipeline
-        else:
-            found[path] = read(path, tensor=tensor, pipeline=pipeline, rules=rules)
+    untold: dict[Path, UsageError] = {}
+    for path in dict.fromkeys((left, right)):
+        sizes = (tensor, pipeline) if detect(path) == "mindspore" else (None, None)
+        try:
+            found[path] = read(path, tensor=sizes[0], pipeline=sizes[1], rules=rules)
+        except UsageError as error:
+            untold[path] = error
+    for path, failure in untold.items():
+        if not found or (tensor, pipeline) != (None, None):
+            raise failure
+        other = next(iter(found.values()))
+        found[path] = read(path, tensor=other.tensor, pipeline=other.pipeline, rules=rules)
     return found[left], found[right]

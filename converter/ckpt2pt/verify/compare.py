@@ -20,6 +20,7 @@ from ckpt2pt.errors import InputError, UsageError, VerificationError, printable
 from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.publish import TRACKER, read_tracker
 from ckpt2pt.records import Json
+from ckpt2pt.system.paths import is_folder
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import short, size, table
 from ckpt2pt.verify.leaves import (
@@ -47,7 +48,7 @@ _BUFFER_ROLES = frozenset({"param", "exp_avg", "exp_avg_sq"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One leaf that is not the same on both sides.
+    """One leaf, or tensor, that is not the same on both sides; ``file`` is empty where it is in no one file.
 
     ``kind``: ``left only``, ``right only``, ``type`` (type or shape), ``value``, or ``bits``: the values are equal, and
     0.0 stands against -0.0.  ``index`` counts elements in C order.
@@ -72,10 +73,11 @@ class Row:
         return found
 
     def __str__(self) -> str:
+        place = f"{self.file}: " if self.file else ""
         if self.differing is None:
-            return printable(f"{self.file}: {self.name}: {self.kind}: {self.left} | {self.right}")
+            return printable(f"{place}{self.name}: {self.kind}: {self.left} | {self.right}")
         return printable(
-            f"{self.file}: {self.name}: {self.differing + self.bits_only} of {self.numel} elements differ, "
+            f"{place}{self.name}: {self.differing + self.bits_only} of {self.numel} elements differ, "
             f"first at element {self.index}: {self.left} | {self.right}"
         )
 
@@ -146,12 +148,15 @@ class Comparison:
             f"{len(self.rows)} leaves differ:\n  {shown}" + (f"\n  and {more} more" if more > 0 else ""),
             where=f"{self.left} and {self.right}",
             mend="see the table; leave out what may differ with --ignore LEAF"
-            + (f", and the padding of {self.padding} buckets with --ignore-padding" if self.padding else ""),
+            + (f", and the padding of {self.padding} of them with --ignore-padding" if self.padding else ""),
         )
 
 
 def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
-    """Refuse two copies of tied weights of which only the first is carried, unless they are equal bit for bit."""
+    """Refuse two copies of which only the first is carried, unless they are equal bit for bit.
+
+    They are tied weights, or what several ranks of the source hold of one parameter.
+    """
     one, other = leaf_of(kept), leaf_of(copy)
     what = "they differ in type or shape" if repr(one) != repr(other) else ""
     with Files() as files:
@@ -162,13 +167,22 @@ def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
                 shown = " and ".join(show_element(data, one.dtype, first) for data in (x, y))
                 what = f"they differ at element {start + first}: {shown}"
                 break
-    if what:
+    if not what:
+        return
+    where = " and ".join(dict.fromkeys(path for ref in (kept, copy) for path in ref.paths))
+    if kept.name == copy.name:
         raise InputError(
-            f"{kept} and {copy} are one tied weight, but {what}",
-            where=" and ".join(dict.fromkeys(ref.extents[0].path for ref in (kept, copy) if ref.extents)),
-            mend="save the checkpoint again with tied embeddings, or point spec.metadata.path (--param-map-path) at the "
-            "pt_meta of an untied model",
+            f"{kept} is held by several ranks, and one copy of it is carried, but {what}",
+            where=where,
+            mend="convert it with the parallel sizes that it was saved with, which keeps the copy of each rank, "
+            "or save the checkpoint again with copies that are equal",
         )
+    raise InputError(
+        f"{kept} and {copy} are one tied weight, but {what}",
+        where=where,
+        mend="save the checkpoint again with tied embeddings, or point spec.metadata.path (--param-map-path) at the "
+        "pt_meta of an untied model",
+    )
 
 
 def compare(
@@ -295,7 +309,7 @@ class _Run:
 
     def compare_trackers(self, left: Path, right: Path) -> None:
         """Which iteration is loaded is told by a file of its own; two folders of iterations have to agree in it."""
-        if any(not path.is_dir() or iteration_folder(path) == path for path in (left, right)):
+        if any(not is_folder(path) or iteration_folder(path) == path for path in (left, right)):
             return
         one, other = read_tracker(left), read_tracker(right)
         if one != other:

@@ -7,33 +7,65 @@ positions are equal on all of them, and what is constant (zeros of a new model) 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import cast
 
 from ckpt2pt.mapping.names import is_split
 from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Survey, prepare, target_of
+from ckpt2pt.survey import Prepared, Survey, prepare
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.verify.leaves import Files, leaf_of, spans, width
 
+_SAMPLE = 256
+"""Elements of a weight that a plan looks at."""
 
-def copies_in_stage(request: Request, chosen: Survey, pp: int) -> tuple[str, ...]:
-    """A warning for each group of ranks of a converted stage that hold the same bits, by its ranks' manifests."""
-    target = target_of(request, chosen)
-    ranks = [(tp, pp) for tp in range(request.topology.tensor)]
+
+def copies_of(request: Request, chosen: Survey, target: Target, pp: int) -> tuple[str, ...]:
+    """Those of a stage that was converted."""
+    return copies_in_stage(
+        target, pp, lambda rank: split_weights(prepare(request, chosen, rank)), partial(_place, request, chosen)
+    )
+
+
+def copies_in_stage(
+    target: Target, pp: int, weights: Callable[[Rank], Iterable[TensorRef]], file: Callable[[Rank], object]
+) -> tuple[str, ...]:
+    """A warning for each group of ranks of a finished stage that hold the same bits, by its ranks' manifests.
+
+    ``weights`` are a rank's split weights in its source, which ``file`` names.
+    """
     digests: dict[Rank, Json] = {}
-    for rank in ranks if len(ranks) > 1 else ():
+    for rank in ((tp, pp) for tp in range(target.tensor)):
         tensors = cast("Json", (target.rank_manifest(*rank) or {}).get("tensors", {}))
         digests[rank] = {n.removeprefix("param:"): crc for n, crc in tensors.items() if n.startswith("param:")}
+    return tuple(remark(group, file) for group in copied_ranks(digests, weights))
 
-    def weights(rank: Rank) -> list[TensorRef]:
-        return [weight.source for weight in prepare(request, chosen, rank).plan.weights if is_split(weight.name)]
 
-    def named(rank: Rank) -> object:
-        return f"tensor-parallel rank {rank[0]} of the result" if request.source_topology else chosen.files[rank].path
+def suspected_copies(request: Request, chosen: Survey, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:
+    """The same before anything is converted: a few bytes of each split weight are read, and not all of it."""
+    samples: dict[Rank, Json] = {}
+    with Files() as files:
+        for rank, prepared in ranks.items():
+            samples[rank] = {ref.name: _sample(ref, files) for ref in split_weights(prepared)}
+    found = copied_ranks(samples, lambda rank: split_weights(ranks[rank]))
+    return tuple(remark(group, partial(_place, request, chosen), "begin with") for group in found)
 
-    return tuple(remark(group, named) for group in copied_ranks(digests, weights))
+
+def _place(request: Request, chosen: Survey, rank: Rank) -> object:
+    return f"tp {rank[0]} of the result" if request.source_topology else chosen.files[rank].path
+
+
+def split_weights(prepared: Prepared) -> list[TensorRef]:
+    """The source tensors of which each tensor-parallel rank holds another part."""
+    return [weight.source for weight in prepared.plan.weights if is_split(weight.name)]
+
+
+def _sample(ref: TensorRef, files: Files) -> bytes:
+    leaf = leaf_of(ref)
+    return leaf.elements.block(files, 0, min(leaf.numel, _SAMPLE)).tobytes()
 
 
 def copied_ranks(
@@ -53,10 +85,12 @@ def copied_ranks(
     ]
 
 
-def remark(ranks: Iterable[Rank], file: Callable[[Rank], object]) -> str:
+def remark(ranks: Iterable[Rank], file: Callable[[Rank], object], verb: str = "hold") -> str:
     """The warning for one group, which names their files."""
     names = " and ".join(str(file(rank)) for rank in ranks)
-    return f"{names} hold the same bits in every weight that tensor parallelism splits: one may be a copy of the other"
+    return (
+        f"{names} {verb} the same bits in every weight that tensor parallelism splits: one may be a copy of the other"
+    )
 
 
 def _is_constant(ref: TensorRef) -> bool:

@@ -55,7 +55,7 @@ class Gathered:
                 continue
             low, shape = shared
             place = tuple(slice(a - o, a - o + n) for a, o, n in zip(low, box[0], shape, strict=True))
-            self._read(files, view, shared, out[place])
+            self._read(files, view, shared, out[place] if place else out)
 
     def _read(self, files: Files, view: Stored, box: Box, out: Elements) -> None:
         """Read a box of one view: the stretch from its first to its last element, in halves where that is long."""

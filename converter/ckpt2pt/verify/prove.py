@@ -14,17 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
-from ckpt2pt.ckpt import prove_sources, states_checksum
+from ckpt2pt.ckpt import states_checksum
 from ckpt2pt.errors import MissingInputError, VerificationError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
-from ckpt2pt.source import paths_for
+from ckpt2pt.source import paths_for, prove_read
 from ckpt2pt.survey import Survey, survey, target_of
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.text import size, table
-from ckpt2pt.verify.copies import copies_in_stage
+from ckpt2pt.verify.copies import copies_of
 from ckpt2pt.verify.examine import MODEL_FILE, OPTIM_FILE, Difference, Examination, Opener
 from ckpt2pt.verify.leaves import Files, open_pt
 from ckpt2pt.verify.manifests import digest_files, published, recorded, surplus
@@ -108,12 +108,12 @@ def verify_rank(request: Request, chosen: Survey, rank: Rank, folder: Path, *, r
 
     Raises :class:`FormatError` for a source that differs from the checksum that it states of itself.
     """
-    sources = paths_for(rank, chosen.files, request)
-    with Files(summed=[path for path in sources if states_checksum(path)]) as files:
+    sources = [path for path in paths_for(rank, chosen.files, request) if states_checksum(path)]
+    with Files(summed=sources) as files:
         found = Examination(request, chosen, rank, folder, _opener(request, reader), files)
         found.run()
     read = {path: sorted(pieces) for path, pieces in files.pieces.items()}
-    checksums = prove_sources(sources, read, every_byte=True)
+    checksums = prove_read(rank, chosen.files, request, read, every_byte=True)
     return Report(
         folder=str(folder),
         level="full",
@@ -144,7 +144,7 @@ def verify_target(
     names = (MODEL_FILE, OPTIM_FILE) if request.full else (MODEL_FILE,)
     listed = {f"{topology.directory(*rank)}/{name}" for rank in topology.ranks() for name in names}
     report = _joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
-    return replace(report, warnings=tuple(one for pp in stages for one in copies_in_stage(request, chosen, pp)))
+    return replace(report, warnings=tuple(one for pp in stages for one in copies_of(request, chosen, target, pp)))
 
 
 def verify_records(path: Path) -> Report:

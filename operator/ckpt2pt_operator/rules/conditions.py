@@ -37,6 +37,7 @@ _TROUBLES = _STALLED | REFUSALS
 Verdict = tuple[Literal["True", "False", "Unknown"], str, str]
 """Status, reason and message of a condition."""
 
+_ENDED = "Ended", "no worker is left"
 NOT_LOOKED: Verdict = ("Unknown", "NotChecked", "not looked at yet")
 WORKERS_LIMITED = "WorkersLimited"
 """The reason of VolumesReady where the volumes are ready for those workers that there are, and for no more."""
@@ -125,15 +126,18 @@ def status_document(
 
 def refused_document(message: str, *, before: Json, generation: int, now: datetime) -> Json:
     """The status of a document that describes no conversion; results that are recorded stay."""
-    told, when, message = items(before, "conditions"), stamp(now), message[:MAX_MESSAGE]
+    told, when = items(before, "conditions"), stamp(now)
+    refused = "InvalidSpec", message[:MAX_MESSAGE]
+    verdicts = (
+        ("Accepted", "False", *refused), ("Suspended", "False", *_ENDED), ("Degraded", "False", *_ENDED),
+        ("Complete", "False", *refused), ("Failed", "True", *refused), ("Ready", "False", *refused),
+        ("Reconciling", "False", *refused), ("Stalled", "True", *refused),
+    )  # fmt: skip
     conditions = [
-        {"type": kind, "status": status, "reason": "InvalidSpec", "message": message, "lastTransitionTime": when}
-        for kind, status in (
-            ("Accepted", "False"), ("Complete", "False"), ("Failed", "True"), ("Ready", "False"), ("Reconciling", "False"),
-            ("Stalled", "True"),
-        )
-    ]  # fmt: skip
-    kept: Json = dict(before)
+        {"type": kind, "status": status, "reason": reason, "message": words, "lastTransitionTime": when}
+        for kind, status, reason, words in verdicts
+    ]
+    kept: Json = {name: value for name, value in before.items() if name != "pendingSince"}
     if "stageStatuses" in before:
         stages = items(before, "stageStatuses")
         kept["stageStatuses"] = [{**s, "state": "Pending"} if s.get("state") == "Running" else s for s in stages]
@@ -189,7 +193,7 @@ def _conditions(standing: Standing, found: Mapping[str, Json]) -> list[Json]:
 
     waits = standing.waits if standing.suspended is None and not over else None
     degraded = standing.degraded or (waits if waits and waits.reason in _TROUBLES else None)
-    expected = ("Ended", "no worker is left") if over else ("AsExpected", "workers get on as expected")
+    expected = _ENDED if over else ("AsExpected", "workers get on as expected")
 
     def obstacle(seen: Obstacle | None, reason: str, message: str) -> Verdict:
         return ("True", seen.reason, seen.message) if seen else ("False", reason, message)

@@ -24,7 +24,6 @@ _VOLUMES = frozenset({"hostPath", "nfs", "csi"})
 _POD_FIELDS = {
     "serviceAccountName": "serviceAccountName",
     "serviceAccount": "serviceAccountName",
-    "automountServiceAccountToken": "serviceAccountName",
     "priorityClassName": "priorityClassName",
     "priority": "priorityClassName",
     "runtimeClassName": "runtimeClassName",
@@ -36,6 +35,8 @@ _POD_FIELDS = {
 _HARMLESS_VOLUMES = frozenset(
     {"name", "emptyDir", "configMap", "secret", "downwardAPI", "projected", "persistentVolumeClaim", "ephemeral"}
 )
+_HARMLESS_SOURCES = frozenset({"configMap", "secret", "downwardAPI", "clusterTrustBundle"})
+"""Of a projected volume; any other is a token or a certificate of the pod's account."""
 _CONTAINERS = ("containers", "initContainers", "ephemeralContainers")
 _IDS = ("runAsUser", "runAsGroup", "fsGroup")
 _SECURITY = frozenset(
@@ -106,6 +107,8 @@ def _of_pod(spec: object, path: str) -> Iterator[Asked]:
     for field, permission in _POD_FIELDS.items():
         if fields.get(field):
             yield Asked(f"{path}.{field}", permission)
+    if fields.get("automountServiceAccountToken", False) is not False:  # null takes away what we put there
+        yield Asked(f"{path}.automountServiceAccountToken", "serviceAccountName")
     if "securityContext" in fields:
         yield from _of_security(fields["securityContext"], f"{path}.securityContext")
     for number, volume in _objects(fields, "volumes"):
@@ -121,8 +124,8 @@ def _of_volume(volume: Json, path: str) -> Iterator[Asked]:
     projected = volume.get("projected")
     sources = _objects(cast("Json", projected), "sources") if isinstance(projected, Mapping) else ()
     for number, source in sources:
-        if "serviceAccountToken" in source:
-            yield Asked(f"{path}.projected.sources[{number}].serviceAccountToken", "serviceAccountName")
+        for kind in sorted(source.keys() - _HARMLESS_SOURCES):
+            yield Asked(f"{path}.projected.sources[{number}].{kind}", "serviceAccountName")
 
 
 def _of_container(container: Json, path: str) -> Iterator[Asked]:

@@ -22,6 +22,9 @@ OUT_OF_MEMORY = "OOMKilled"
 _LOST_AFTER = timedelta(seconds=90)
 """Longer than the grace of a worker: a pod that is still there has no kubelet to end it."""
 
+_LOOKED_AT_AFTER = timedelta(seconds=30)
+"""A scheduler that runs has bound a pod by then, or says why it cannot."""
+
 _FIRST_PAUSE, _LONGEST_PAUSE = timedelta(seconds=10), timedelta(minutes=10)
 
 REASON_WORDS = frozenset(
@@ -269,6 +272,9 @@ def _obstacle(pod: Pod, warnings: Mapping[str, str], now: datetime) -> Obstacle 
         return Obstacle(reason=_WAITING[waiting], message=f"pod {pod.name}: {waiting}: {message or 'no details'}")
     if pod.unscheduled:
         return Obstacle(reason="Unschedulable", message=f"pod {pod.name}: {pod.unscheduled}")
+    if not pod.node and pod.created and now - pod.created > _LOOKED_AT_AFTER:
+        hint = "see that the scheduler of spec.workers.schedulerName runs"
+        return Obstacle(reason="Unschedulable", message=f"pod {pod.name}: no scheduler has looked at it; {hint}")
     if pod.uid in warnings and pod.started is None:
         return Obstacle(reason="VolumeMountFailed", message=f"pod {pod.name}: {warnings[pod.uid]}")
     return None

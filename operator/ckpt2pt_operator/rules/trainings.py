@@ -41,7 +41,7 @@ class Sign:
     def shows(self, raw: Json) -> Json | None:
         """The condition that shows it, or what stands beside the phase; None where it does not show."""
         for condition in items(child(raw, "status"), "conditions"):
-            if condition.get("status") == "True" and condition.get("type") in self.conditions:
+            if condition.get("status") == "True" and text(condition, "type") in self.conditions:
                 return condition
         if not self.path:
             return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import cast
 
 from ckpt2pt.conversion.job import CONTAINER, MANAGER, STAGES_ANNOTATION, UID_LABEL
@@ -40,15 +40,15 @@ def items(value: Mapping[str, object], name: str) -> list[Json]:
 
 
 def time(value: Mapping[str, object], name: str) -> datetime | None:
-    """A time of an API server, with its zone."""
+    """A time of an API server, in UTC; None where it has no zone, or is none of the years that Python counts."""
     found = value.get(name)
     if not isinstance(found, str):
         return None
     try:
         moment = datetime.fromisoformat(found)
-    except ValueError:
+        return moment.astimezone(UTC) if moment.tzinfo else None
+    except (ValueError, OverflowError):
         return None
-    return moment if moment.tzinfo else None
 
 
 def indexes(intervals: str) -> frozenset[int]:

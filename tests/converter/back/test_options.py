@@ -113,7 +113,7 @@ def test_a_file_in_the_place_of_the_folder_is_wrong_usage(
 def test_the_help_says_what_the_checkpoint_says_and_what_not(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["import", "--help"])
-    told = " ".join(capsys.readouterr().out.split()).partition("how the model is cut: ")[2]
+    told = " ".join(capsys.readouterr().out.split()).partition("model and parallel layout: ")[2]
     for flag in ("--num-layers", "--tp-size", "--pp-size", "--vpp-size"):
         assert re.search(rf"{flag} [A-Z_]+ [^-]*(no-op [^-]*)?; default: as the checkpoint says", told)
     for flag in ("--dp-size", "--cp-size"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from ckpt2pt.conversion import document
 from ckpt2pt.conversion.document import crd_path, fields_of, read, validate
 from ckpt2pt.conversion.loading import MAX_BYTES
 from ckpt2pt.errors import Ckpt2ptError, MissingInputError, UsageError
@@ -156,3 +158,21 @@ def test_the_example_has_only_fields_that_exist_also_where_it_is_commented_out()
 def test_a_checkout_uses_its_own_schema() -> None:
     assert crd_path() == CRD_PATH
     assert "spec.model.numLayers" in fields_of()
+
+
+def named_fields(schema: Any, path: str = "") -> Iterator[tuple[str, str, list[str]]]:
+    """Place, name and siblings of every field that a document may have."""
+    properties = schema.get("properties", {})
+    for name, inner in properties.items():
+        if (path, name) != ("", "status"):
+            yield path, name, list(properties)
+            yield from named_fields(inner.get("items", inner), f"{path}.{name}")
+
+
+def test_every_field_is_found_again_with_a_letter_missing() -> None:
+    fields = list(named_fields(document._schema()))
+    assert len(fields) > 100
+    for path, name, siblings in fields:
+        wrong = name[:-2] + name[-1]
+        if len(name) > 3 and wrong not in siblings:
+            assert document._hint(path, wrong, siblings) == f"write {name}"

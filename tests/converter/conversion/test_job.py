@@ -14,6 +14,7 @@ from ckpt2pt.conversion.spec import parse
 from ckpt2pt.local.indexes import action_for
 from documents import changed, claim, minimal
 
+SIDE = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 FOUR = ("spec.parallelism", {"pipeline": 4})
 
 
@@ -246,7 +247,12 @@ def test_overrides_are_merged_last_and_containers_by_name() -> None:
     }
     template = job_of(("spec.workers", {"podOverrides": overrides}))["spec"]["template"]
     worker, side = template["spec"]["containers"]
-    assert (worker["name"], worker["image"], worker["tty"], side) == ("convert", "worker:1", True, {"name": "side"})
+    assert (worker["name"], worker["image"], worker["tty"], side) == (
+        "convert",
+        "worker:1",
+        True,
+        {"name": "side", "securityContext": SIDE},
+    )
     assert worker["resources"]["limits"] == {"cpu": 1, "memory": "256Mi"}
     assert template["spec"]["hostNetwork"] is True
     assert template["metadata"]["labels"]["x"] == "y"
@@ -367,3 +373,24 @@ def test_a_worker_is_told_for_which_conversion_it_reports() -> None:
     assert {"name": "CKPT2PT_CONVERSION_UID", "value": "uid-1"} in container["env"]
     [container] = job_of()["spec"]["template"]["spec"]["containers"]
     assert "CKPT2PT_CONVERSION_UID" not in {item["name"] for item in container["env"]}, "a file has no uid"
+
+
+@pytest.mark.parametrize("kind", ["containers", "initContainers"])
+def test_a_container_that_an_override_adds_can_no_more_become_root_than_ours(kind: str) -> None:
+    """By a program of its image that belongs to root and has the set-user-ID bit."""
+    added = [{"name": "a"}, {"name": "b", "securityContext": {"capabilities": {"add": ["CHOWN"]}}},
+             {"name": "c", "securityContext": {"privileged": True}}, {"name": "d", "securityContext": None}]  # fmt: skip
+    made = build_job(parse(changed(("spec.workers.podOverrides.spec", {kind: added}))), image="i:1")
+    template: Any = made["spec"]
+    found = {
+        each["name"]: each["securityContext"]
+        for each in template["template"]["spec"][kind]
+        if each["name"] != CONTAINER
+    }
+    asked = {"allowPrivilegeEscalation": False, "capabilities": {"add": ["CHOWN"]}}
+    assert found == {"a": SIDE, "b": asked, "c": {"privileged": True}, "d": None}, "the operator refuses the last three"
+
+
+@pytest.mark.parametrize("text", ["1e400", "1E999999999999999999", "5e-400"])
+def test_a_quantity_of_any_exponent_is_a_number(text: str) -> None:
+    assert 0 <= quantity(text) <= 1e40

@@ -33,6 +33,31 @@ def test_aliases_do_not_unfold_without_bounds() -> None:
         load(text, "here")
 
 
+def merged(depth: int) -> str:
+    """A mapping that merges ten of the one below it, and so on: ten times as many fields on each level."""
+    if not depth:
+        return "&n0 {k: v}"
+    return f"&n{depth} {{<<: [{merged(depth - 1)}, {', '.join([f'*n{depth - 1}'] * 9)}]}}"
+
+
+def test_nor_do_merge_keys() -> None:
+    with pytest.raises(UsageError, match="more than"):
+        load(f"x: {merged(9)}", "here")
+    assert load("a: &a {b: 1}\nc: {<<: *a, d: 2}", "here") == {"a": {"b": 1}, "c": {"b": 1, "d": 2}}
+
+
+def test_an_alias_of_what_it_is_in_has_no_end() -> None:
+    with pytest.raises(UsageError, match="inside each other"):
+        load("a: &a [*a]", "here")
+
+
+@pytest.mark.parametrize("number", ["0x" + "f" * 9000, ":".join(["1"] * 5000), "9223372036854775808", ".inf", ".nan"])
+def test_a_number_that_cannot_be_sent_is_none(number: str) -> None:
+    """Python writes no decimal number of more than 4,300 digits: who sent such a document failed with a ValueError."""
+    with pytest.raises(UsageError, match="64 bits"):
+        load(f"a: [{{b: {number}}}]", "here")
+
+
 def test_the_place_of_an_error_is_in_its_cause() -> None:
     with pytest.raises(UsageError) as caught:
         load("a: 1\nb: [", "here")

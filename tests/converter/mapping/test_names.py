@@ -15,6 +15,7 @@ from ckpt2pt.mapping.names import (
     bare,
     local_layer,
     nearest,
+    rules_remark,
     state_dict_path,
     without_pipeline_suffix,
 )
@@ -182,3 +183,17 @@ def test_prefixes_and_suffixes_come_off_once() -> None:
         12,
         None,
     )
+
+
+def test_rules_that_match_nothing_are_known() -> None:
+    rules = Rules(
+        ignore=("lora.scale", "vision.*", "debug.?"),
+        modules={"language_model.adapter": "language_model.a", "language_model.other": "language_model.b"},
+        layer_modules={"mlp.extra": "mlp.x", "mlp.more": "mlp.y"},
+    )
+    parameters = ("language_model.adapter.weight", "language_model.encoder.layers.3.mlp.extra.bias")
+    unused = NameTable(rules).unused(("lora.scale", "vision.a.weight", "debug.12"), parameters)
+    assert rules_remark([unused, unused | {"ignore: of another rank"}]) == (
+        "rules that match no name of this checkpoint: ignore: debug.?; layer_modules: mlp.more; modules: language_model.other",
+    )
+    assert rules_remark([NameTable().unused(("a",), parameters)]) == ()

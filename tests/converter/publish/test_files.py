@@ -135,3 +135,19 @@ def test_a_record_is_read_whole_though_the_file_system_is_busy(tmp_path: Path, m
 
     monkeypatch.setattr(os, "read", busy)
     assert read_record(tmp_path / "record.json") == {"identity": "me"}
+
+
+def test_a_folder_above_the_root_that_cannot_be_synced_is_an_error_with_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        if Path(f"/proc/self/fd/{fd}").readlink() == tmp_path:
+            raise OSError(errno.EIO, "broken")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(FileAccessError) as caught:
+        make_folder(tmp_path / "root" / "a", tmp_path / "root")
+    assert caught.value.where == str(tmp_path / "root" / "a")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.errors import InterruptedRunError, TryAgainError, UsageError
+from ckpt2pt.errors import FileAccessError, InterruptedRunError, TryAgainError, UsageError
 from ckpt2pt.publish import host, locked
 from ckpt2pt.publish import locks as module
 
@@ -191,3 +191,20 @@ def test_a_passing_lock_leaves_no_file(tmp_path: Path) -> None:
     with locked(tmp_path / "lock", "working", passing=True):
         assert (tmp_path / "lock").is_file()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", ["fstat", "pread"])
+def test_a_lock_file_that_cannot_be_read_is_an_error_with_its_path(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise OSError(errno.EIO, "broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, broken)
+        with (
+            pytest.raises(FileAccessError, match="reading the lock file") as caught,
+            locked(tmp_path / "lock", "working"),
+        ):
+            pass
+    assert caught.value.where == str(tmp_path / "lock")

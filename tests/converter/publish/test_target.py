@@ -13,6 +13,7 @@ import pytest
 from ckpt2pt.errors import TryAgainError, UsageError
 from ckpt2pt.publish import MINDSPORE, TRACKER, Target, partial_name
 from ckpt2pt.publish.files import read_small
+from ckpt2pt.records import seal
 from targets import finish, finish_rank, finish_stages, replacing
 
 
@@ -280,3 +281,14 @@ def test_a_sweep_takes_only_what_a_killed_run_left(target: Target) -> None:
     (folder / ".keep").write_bytes(b"")
     target.sweep([0])
     assert sorted(p.name for p in folder.iterdir()) == [".keep", "model_optim_rng.pt"]
+
+
+def test_a_sweep_ends_what_a_run_that_was_killed_at_its_end_was_writing(target: Target) -> None:
+    target.claim({}, overwrite=False)
+    finish_rank(target, 0)
+    writing = target.ledger((0, 0)).writing
+    announced = target.ledger((0, 1)).writing
+    for path in (writing, announced):
+        path.write_bytes(seal({"identity": target.identity, "files": []}))
+    target.sweep([0, 1])
+    assert (writing.exists(), announced.exists()) == (False, True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from ckpt2pt.errors import FileAccessError
+from ckpt2pt.errors import FileAccessError, UsageError
 from ckpt2pt.publish import TRACKER, Target, read_tracker, tracked
 from targets import finish
 
@@ -42,3 +44,47 @@ def test_a_tracker_that_cannot_be_read_does_not_go_back(tmp_path: Path, monkeypa
     assert (tmp_path / TRACKER).read_text() == "900"
     assert target.publish_iteration()
     assert (tmp_path / TRACKER).read_text() == "900"
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_what_is_no_file_in_the_place_of_a_tracker_is_refused_before_anything_is_written(
+    kind: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "out" / TRACKER
+    path.parent.mkdir()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        os.mkfifo(path)
+    target = Target(root=tmp_path / "out", iteration=500, identity="me", stages=1, tensor=1)
+    with pytest.raises(UsageError, match="not a regular file") as caught:
+        target.check(overwrite=True)
+    assert caught.value.where == str(path)
+    assert [entry.name for entry in path.parent.iterdir()] == [TRACKER]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("900", "named iteration 900, which is not there"),
+        ("release", "named the release checkpoint"),
+        ("\x1b[31m" + "9" * 50, r"named '\\x1b\[31m9{35}', which is no iteration"),
+        ("500", ""),
+        ("400", ""),
+        ("", ""),
+    ],
+)
+def test_a_tracker_that_is_replaced_without_being_older_is_told(
+    said: str, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / TRACKER).write_text(said)
+    target = Target(root=tmp_path, iteration=500, identity="me", stages=1, tensor=1)
+    finish(target, 0)
+    with caplog.at_level(logging.WARNING):
+        assert target.publish_iteration()
+    assert (tmp_path / TRACKER).read_text() == "500"
+    assert len(caplog.messages) == bool(told)
+    if told:
+        assert re.search(rf"{told}; it names iteration 500 now", caplog.messages[0])

@@ -243,13 +243,29 @@ def test_a_conversion_half_way_and_finished(pipelined: Path, tmp_path: Path) -> 
 
 def test_a_rank_folder_lists_its_files(pipelined: Path) -> None:
     document = shown(pipelined / "ms" / "rank_0")
-    assert [row["file"] for row in document["files"]] == ["network.ckpt"]
+    [row] = document["files"]
+    assert (row["file"], row["holds"], row["layers"], row["iteration"]) == (
+        "network.ckpt",
+        "MindSpore checkpoint (.ckpt)",
+        "0-1",
+        2,
+    )
+    model = {row["file"]: row["holds"] for row in shown(pipelined / "A" / "iter_0000002" / "mp_rank_00_000")["files"]}
+    assert model["model_optim_rng.pt"] == "a Megatron model"
+
+
+def test_a_file_of_a_rank_folder_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_bytes(b"")
+    (tmp_path / "b.ckpt").write_bytes(ckpt([Tensor("x", "float32", (1,), bytes(4))]))
+    damaged, whole = shown(tmp_path)["files"]
+    assert "empty" in damaged["holds"]
+    assert whole["holds"] == "MindSpore checkpoint (.ckpt)"
 
 
 def test_what_is_no_checkpoint_is_refused_with_a_mend(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no checkpoint"):
         inspect(tmp_path)
-    with pytest.raises(MissingInputError):
+    with pytest.raises(MissingInputError, match="the file or folder is not there"):
         inspect(tmp_path / "nowhere")
     (tmp_path / "x.txt").write_text("hello, this is no checkpoint at all")
     with pytest.raises(InputError):

@@ -52,6 +52,33 @@ def test_a_byte_copy_of_another_rank_is_a_warning_of_convert_and_of_verify(
     assert len(json.loads(capfd.readouterr().out)["warnings"]) == 1
 
 
+def test_it_is_a_warning_of_plan_of_import_and_of_a_replacement(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    request = Handmade(TP3).write(tmp_path)
+    flags = flags_of(request)
+    assert main(["convert", *flags]) == 0
+    copy_rank(request, 3, 5)
+    assert SAYS not in capfd.readouterr().out
+    assert main(["plan", *flags[:-1]]) == 64
+    begins = SAYS.replace("hold", "begin with")
+    told = [line for line in capfd.readouterr().out.splitlines() if begins in line]
+    assert told == [
+        f"warning: {request.source}/rank_3/network_rank_3-0_12.ckpt and {request.source}/rank_5/network_rank_5-0_12.ckpt "
+        f"{begins}: one may be a copy of the other"
+    ]
+    assert main(["convert", *flags, "--overwrite"]) == 0
+    assert SAYS in capfd.readouterr().out
+    assert main(["import", "--megatron-path", str(request.target), "--ms-path", str(tmp_path / "back")]) == 0
+    folder = request.target / "iter_0000012"
+    assert f"{folder}/mp_rank_00_001 and {folder}/mp_rank_02_001 {SAYS}" in capfd.readouterr().out
+
+
+def test_a_plan_of_ranks_as_they_should_be_does_not_warn(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *flags_of(Handmade(TP3).write(tmp_path))[:-1]]) == 0
+    assert "same bits" not in capfd.readouterr().out
+
+
 def warnings_of(made: Handmade, folder: Path, **more: object) -> tuple[str, ...]:
     return made.convert(folder, **more).warnings
 
@@ -86,3 +113,16 @@ def test_ranks_of_two_stages_and_ranks_without_a_split_weight_are_not_compared()
     norm = {"language_model.encoder.final_norm.weight": "bb"}
     assert copied_ranks({(0, 0): weight, (1, 1): weight}, lambda _: []) == []
     assert copied_ranks({(0, 0): norm, (1, 0): norm}, lambda _: []) == []
+
+
+def test_rules_that_match_nothing_are_told_by_plan_and_convert(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    request = Handmade(TP3).write(tmp_path)
+    flags = [*flags_of(request), "--rules", '{"ignore": ["step_n*", "debug.*"]}']
+    says = "warning: rules that match no name of this checkpoint: ignore: debug.*\n"
+    for command in (["plan", *(word for word in flags if word != "--multiprocess-off")], ["convert", *flags]):
+        assert main(command) == 0
+        assert says in capfd.readouterr().out
+    assert main(["plan", *(word for word in flags if word != "--multiprocess-off"), "--stage", "0"]) == 0
+    assert says not in capfd.readouterr().out, "another stage may have it"

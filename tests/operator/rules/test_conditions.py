@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from ckpt2pt.conversion.spec import parse
-from ckpt2pt.conversion.status import Ending, StageRecord
+from ckpt2pt.conversion.status import TERMINAL, Ending, StageRecord
 from ckpt2pt_operator.rules.conditions import Standing, follows, refused_document, stamp, status_document
 from ckpt2pt_operator.rules.stages import Obstacle
 from simulation import START, conversion
@@ -97,13 +97,36 @@ def test_a_refused_document_keeps_what_is_recorded() -> None:
     assert told(found, "Accepted") == ("False", "InvalidSpec")
 
 
+@pytest.mark.parametrize(
+    "standing",
+    [
+        {"suspended": obstacle("UserRequested")}, {"degraded": obstacle("ImagePullBackOff")},
+        {"waits": obstacle("PVCNotFound"), "volumes": ("False", "PVCNotFound", "m")},
+        {"waits": obstacle("QuotaExceeded"), "pending_since": OVER},
+    ],
+    ids=["suspended", "degraded", "waiting", "pending"],
+)  # fmt: skip
+def test_a_refused_document_is_neither_suspended_nor_degraded_any_more(standing: dict[str, object]) -> None:
+    begun = Standing(records=RUNNING, **standing)  # type: ignore[arg-type]
+    before = status_document(parse(conversion()), begun, before={}, generation=1, now=START)
+    found = refused_document("wrong", before=before, generation=2, now=START)
+    check_status(found)
+    assert [told(found, kind) for kind in ("Suspended", "Degraded")] == [("False", "Ended")] * 2
+    assert told(found, "Stalled") == ("True", "InvalidSpec")
+    assert "pendingSince" not in found
+    true = {condition["type"] for condition in found["conditions"] if condition["status"] == "True"}  # type: ignore[attr-defined]
+    assert true <= {"Failed", "Stalled", "VolumesReady"}
+
+
 def test_however_a_conversion_stands_its_conditions_agree() -> None:
     """``tests/e2e/test_kstatus.py`` asks the real kstatus the same."""
     found = list(statuses())
     for status in found:
         assert (kstatus(status, 3), kstatus(status, 4)) == (expected_of(status), "InProgress")
-        trouble = told(status, "Stalled")[0] == "True" and status["phase"] not in {"Failed", "Cancelled"}
-        suspended = "Suspended" in {c["type"] for c in status["conditions"]} and told(status, "Suspended")[0] == "True"
+        over = status["phase"] in TERMINAL
+        trouble = told(status, "Stalled")[0] == "True" and not over
+        suspended = told(status, "Suspended")[0] == "True"
         assert not trouble or suspended or told(status, "Degraded")[0] == "True", status
+        assert not (over and suspended), status
     for status in found[:: len(found) // 200]:
         check_status(status)

@@ -62,6 +62,13 @@ OVERRIDDEN: dict[str, tuple[Change, str, str]] = {
         override(volumes=[{"name": "t", "projected": {"sources": [{"configMap": {}}, {"serviceAccountToken": {"path": "t"}}]}}]),
         f"{SPEC}.volumes[0].projected.sources[1].serviceAccountToken", "serviceAccountName",
     ),
+    "token-by-default": (
+        override(automountServiceAccountToken=None), f"{SPEC}.automountServiceAccountToken", "serviceAccountName",
+    ),
+    "certificate": (
+        override(volumes=[{"name": "t", "projected": {"sources": [{"podCertificate": {"signerName": "kubernetes.io/kube-apiserver-client-pod"}}]}}]),
+        f"{SPEC}.volumes[0].projected.sources[0].podCertificate", "serviceAccountName",
+    ),
     "host-pid": (override(hostPID=True), f"{SPEC}.hostPID", "privileged"),
     "host-ipc": (override(hostIPC=True), f"{SPEC}.hostIPC", "privileged"),
     "host-network": (override(hostNetwork=True), f"{SPEC}.hostNetwork", "privileged"),

@@ -85,6 +85,8 @@ def test_live_reports_are_those_of_the_pod_that_runs() -> None:
         ({"waiting": ("InvalidImageName", "")}, "ImagePullBackOff"),
         ({"waiting": ("CreateContainerConfigError", "")}, "CreateContainerError"),
         ({"unscheduled": "0/3 nodes"}, "Unschedulable"),
+        ({"node": "", "created": START - timedelta(seconds=31)}, "Unschedulable"),
+        ({"node": "", "created": START - timedelta(seconds=20)}, None),
         ({"deleted": START - timedelta(seconds=91)}, "NodeLost"),
         ({"deleted": START - timedelta(seconds=60)}, None),
         ({"deleted": START - timedelta(seconds=91), "waiting": ("ErrImagePull", "")}, "NodeLost"),

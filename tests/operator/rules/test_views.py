@@ -35,7 +35,15 @@ def test_indexes(intervals: str, expected: set[int]) -> None:
 
 def test_times_have_a_zone() -> None:
     assert time({"t": "2026-01-02T03:04:05Z"}, "t") is not None
-    for wrong in ("2026-01-02T03:04:05", "yesterday", 5, None):
+    assert time({"t": "2026-01-02T03:04:05+02:00"}, "t") == time({"t": "2026-01-02T01:04:05Z"}, "t")
+    for wrong in (
+        "2026-01-02T03:04:05",
+        "yesterday",
+        5,
+        None,
+        "0001-01-01T00:00:00+14:00",
+        "9999-12-31T23:59:59-14:00",
+    ):
         assert time({"t": wrong}, "t") is None
 
 

@@ -7,14 +7,14 @@ with ckpt2pt.open("ms_ckpt", tp=2, pp=4) as checkpoint:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ckpt2pt.core.index import find
-from ckpt2pt.core.tensor import Key, Role, Tensor, boxes
+from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, boxes
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import Checkpoint as Found
 from ckpt2pt.formats.registry import read
@@ -23,16 +23,12 @@ from ckpt2pt.plan.moves import cut
 from ckpt2pt.tensors import DTYPE_BYTES, Box, Extent, Stored
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
-
-ROLES: tuple[Role, ...] = ("param", "main_param", "exp_avg", "exp_avg_sq")
-"""A weight, its float32 main parameter, and the two moments of Adam."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A piece of a tensor: the box from ``origin`` on, of ``shape`` elements along its natural axes.
+    """A piece of a tensor as a file holds it: the box from ``origin`` on, of ``shape`` elements along ``TensorInfo.axes``.
 
     ``extents`` are the stretches of files (path, first byte, bytes) from its first element to its last.
     """
@@ -44,9 +40,11 @@ class Part:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """What is known of a tensor without reading it: ``shape`` is global, ``axes`` the natural axes that ``parts`` count in.
+    """What is known of a tensor without reading it.
 
-    ``replicas`` counts pieces that have to hold the same bytes as others.
+    ``shape`` is that of the global tensor, as :meth:`Checkpoint.get` gives it.  ``axes`` is the same number of elements in
+    the same order, with an axis for gate and up where a weight holds both, (2, ffn, hidden) for (2 * ffn, hidden): what a
+    tensor-parallel rank holds is then one box.  ``parts`` hold each element once; ``replicas`` counts further copies.
     """
 
     name: str
@@ -61,7 +59,8 @@ class TensorInfo:
 class Checkpoint:
     """An open checkpoint: headers have been read, payload has not.  Use it as a context manager, or :meth:`close` it.
 
-    ``format`` is ``mindspore`` or ``megatron``; ``iteration`` is None where the checkpoint does not state it.
+    It behaves as a mapping from the names of weights to arrays, each of which is read when it is asked for.  One object is
+    for one thread.
     """
 
     def __init__(self, found: Found) -> None:
@@ -69,6 +68,7 @@ class Checkpoint:
 
         self._found = found
         self._files = Files()
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -79,8 +79,9 @@ class Checkpoint:
         self.close()
 
     def close(self) -> None:
-        """Close the files; headers stay usable."""
+        """Close the files.  What headers tell stays usable; reading raises :class:`UsageError`."""
         self._files.close()
+        self._closed = True
 
     @property
     def path(self) -> Path:
@@ -94,16 +95,28 @@ class Checkpoint:
 
     @property
     def iteration(self) -> int | None:
-        """The training step of the checkpoint."""
+        """The training step of the checkpoint, None where nothing in it states one."""
         return self._found.iteration
 
     @property
-    def parallel(self) -> Mapping[str, int]:
-        """``tensor`` and ``pipeline`` parallel sizes of the files."""
-        return {"tensor": self._found.tensor, "pipeline": self._found.pipeline}
+    def tp(self) -> int:
+        """The tensor parallel size of the files."""
+        return self._found.tensor
+
+    @property
+    def pp(self) -> int:
+        """The pipeline parallel size of the files."""
+        return self._found.pipeline
 
     def keys(self, role: Role = "param") -> tuple[str, ...]:
-        """Names of the parameters that have this role, in Megatron core's spelling with global numbers of layers."""
+        """Names of the parameters that have this role, in Megatron core's spelling and in the order of the model.
+
+        Layers have their global numbers.
+
+        A float32 weight without a main parameter beside it is its own, and a weight that is there as a main parameter alone
+        is given in float32.
+        """
+        _check_role(role)
         names = dict.fromkeys(key.name for key in self._found.index)
         return tuple(name for name in names if find(self._found.index, Key(role, name)) is not None)
 
@@ -129,7 +142,7 @@ class Checkpoint:
             replicas=len(tensor.replicas),
         )
 
-    def __getitem__(self, name: str) -> npt.NDArray[np.generic]:
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
         """The whole weight; :meth:`get` for moments and slices."""
         return self.get(name)
 
@@ -139,11 +152,14 @@ class Checkpoint:
         role: Role = "param",
         *,
         slice: slice | tuple[slice, ...] = (),  # noqa: A002 - as numpy says it
-    ) -> npt.NDArray[np.generic]:
-        """One global tensor, or a ``slice`` of it along its leading axes, with step 1; only what is asked for is read.
+    ) -> npt.NDArray[Any]:
+        """One global tensor, or a ``slice`` of it: one for each of its leading axes, as ``numpy.s_[0:1024, :]`` makes them.
 
-        numpy has no bfloat16: such elements come as float32, which holds each of them exactly.
+        Elements are as stored, but that numpy has no bfloat16: such come as float32, which holds each of them exactly.
+        Beside the array at most 8 MiB are held in memory.  Raises :class:`MissingInputError` for a name or a role that is not there.
         """
+        if self._closed:
+            raise UsageError("the checkpoint is closed", where=self.path, mend="read inside the with statement")
         import numpy as np  # noqa: PLC0415
 
         from ckpt2pt.verify.gather import gathered  # noqa: PLC0415
@@ -163,6 +179,7 @@ class Checkpoint:
         return out.view({"bool": "?"}.get(tensor.dtype, tensor.dtype))
 
     def _tensor(self, name: str, role: Role) -> Tensor:
+        _check_role(role)
         found = find(self._found.index, Key(role, name))
         if found is None:
             names = self.keys(role)
@@ -170,9 +187,14 @@ class Checkpoint:
             raise MissingInputError(
                 f"there is no {Key(role, name)}" + (f"; the nearest is {near}" if near else ""),
                 where=self.path,
-                mend="checkpoint.keys(role) lists what is there" if names else f"the checkpoint holds no {role} at all",
+                mend=f"keys({role!r}) lists what is there" if names else f"the checkpoint holds no {role} at all",
             )
         return found
+
+
+def _check_role(role: str) -> None:
+    if role not in ROLES:
+        raise UsageError(f"no role {role}", where="the role of a tensor", mend=f"give one of {', '.join(ROLES)}")
 
 
 def _part(tensor: Tensor, view: Stored) -> Part:
@@ -184,16 +206,16 @@ def _part(tensor: Tensor, view: Stored) -> Part:
 
 def _ranges(tensor: Tensor, slices: tuple[slice, ...]) -> list[range]:
     """What of each axis is asked for."""
-    if len(slices) > len(tensor.fused):
+    if len(slices) > len(tensor.fused) or {type(one) for one in slices} - {slice}:
         raise UsageError(
-            f"{len(slices)} slices for {len(tensor.fused)} axes",
+            f"{slices} is not a slice for each of {len(tensor.fused)} axes, or of the first of them",
             where=tensor.key.name,
-            mend="give one for each axis at most",
+            mend="give slices such as numpy.s_[0:1024, 0:8]; take a single row out of the array",
         )
     found = [range(length)[one] for length, one in zip(tensor.fused, slices, strict=False)]
     if any(one.step != 1 for one in found):
         raise UsageError(
-            "a slice has a step", where=tensor.key.name, mend="leave the step out, and thin the array out instead"
+            "a slice has another step than 1", where=tensor.key.name, mend="read all of it, and thin the array out"
         )
     return found + [range(length) for length in tensor.fused[len(slices) :]]
 
@@ -218,11 +240,15 @@ def open_checkpoint(
     source_format: str = "auto",
     rules: Rules | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint by its headers.
+    """Open a checkpoint by its headers: a MindSpore training output, or a Megatron-LM 0.6 checkpoint.
 
-    ``tp`` and ``pp`` are the parallel sizes of the files; a Megatron checkpoint states them, and so does a ``pt_meta`` beside
-    the ranks.  ``iteration`` chooses one of several; by default the one that the tracker names, or the newest that all ranks
-    have.  ``rules`` are names of parameters of your own.
+    ``tp`` and ``pp`` are the parallel sizes of the training that wrote it; they may be left out where the checkpoint tells
+    them, which is nearly always.  ``iteration`` chooses one of several; by default the one that the tracker names, or the
+    newest that all ranks have.  ``source_format`` is ``auto``, ``mindspore`` or ``megatron``.  ``rules`` are names of
+    parameters of your own.
+
+    Raises :class:`~ckpt2pt.errors.MissingInputError` for what is not there, :class:`~ckpt2pt.errors.InputError` for what is
+    wrong, :class:`~ckpt2pt.errors.UsageError` for parallel sizes that have to be given.
     """
     return Checkpoint(
         read(

@@ -1,0 +1,205 @@
+"""Which ranks of a MindSpore training output are tensor parallel, which pipeline parallel, and which are copies.
+
+iter_*/mp_rank_01_003/   the names of the folders tell
+rank_R/                  a pt_meta beside the ranks tells, or the files do: ranks of one stage hold parameters of the
+                         same names, and all of them are tensor parallel where each holds other weights
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+from ckpt2pt.ckpt import index_file
+from ckpt2pt.ckpt.filenames import When
+from ckpt2pt.ckpt.ranks import SHARD_INFO, SUFFIXES, SourceFile, candidates, names_of, rank_folder, surplus
+from ckpt2pt.ckpt.shards import has_shards, read_info
+from ckpt2pt.errors import TopologyError, UsageError
+from ckpt2pt.formats.checkpoint import OPTION, agreed
+from ckpt2pt.inputs import InputFile
+from ckpt2pt.mapping.names import NameTable, is_split
+from ckpt2pt.mapping.topology import Rank, Topology
+from ckpt2pt.meta import read_stated
+from ckpt2pt.system.paths import listing
+from ckpt2pt.tensors import TensorRef
+
+_RANK = re.compile(r"rank_(\d{1,9})")
+_MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
+_MEMBER = re.compile(rf".*model_optim_rng_(\d{{3}})\.(?:{'|'.join(SUFFIXES)})")
+_SAMPLED, _SAMPLE_BYTES = 3, 4096
+
+_MEND = "give the parallel sizes of the training that wrote it"
+
+Weights = Mapping[str, TensorRef]
+Files = Mapping[Rank, SourceFile]
+
+
+def find_layout(
+    path: Path, tensor: int | None, pipeline: int | None, table: NameTable, *, trust_metadata: bool = True
+) -> Topology:
+    """The degrees of a training output; the layers do not matter here, so that each stage counts one.
+
+    Without ``trust_metadata`` a pt_meta beside the ranks does not count: it may be that of another layout.
+    Raises :class:`TopologyError` where ``tensor`` or ``pipeline`` contradicts what is there, :class:`UsageError` where they
+    are not given and nothing tells them.
+    """
+    ranks = sorted(int(match[1]) for entry in listing(path, option=OPTION) if (match := _RANK.fullmatch(entry.name)))
+    if not ranks:
+        return _by_folders(path, tensor, pipeline)
+    asked = (tensor, pipeline)
+    if trust_metadata and (stated := read_stated(path / "pt_meta")):
+        tensor, pipeline = agreed(asked, (stated.tensor, stated.pipeline), path / "pt_meta")
+    elif tensor is None or pipeline is None:
+        tensor, pipeline = agreed(asked, (1, 1) if ranks == [0] else _by_files(path, ranks, table), path)
+    return _topology(tensor, pipeline, _group_size(ranks, tensor, pipeline))
+
+
+def source_layout(
+    path: Path, sizes: tuple[int | None, int | None, int | None, int | None], target: Topology, table: NameTable
+) -> Topology:
+    """The degrees of a training output that is converted into another layout; of ``sizes`` (tensor, pipeline, data, context) what is given.
+
+    While nothing is there, as where somebody waits for it, what is not given is the target's, and 1 for data and context.
+    """
+    tensor, pipeline, data, context = sizes
+    if listing(path, "*rank_*", OPTION) or listing(path, "iter_*", OPTION):
+        found = find_layout(path, tensor, pipeline, table, trust_metadata=False)
+    else:
+        found = _topology(tensor or target.tensor, pipeline or target.pipeline)
+    return replace(found, data=data or max(1, found.data // (context or 1)), context=context or 1)
+
+
+def _topology(tensor: int, pipeline: int, data: int = 1) -> Topology:
+    return Topology(num_layers=max(1, pipeline), tensor=tensor, pipeline=pipeline, data=data)
+
+
+def _by_folders(path: Path, tensor: int | None, pipeline: int | None) -> Topology:
+    """V2: ``mp_rank_TT_PPP``, with a file for each member of the data-parallel group where they hold shards."""
+    folders = [
+        (match, entry)
+        for iteration in (path, *listing(path, "iter_*", OPTION))
+        for entry in listing(iteration, option=OPTION)
+        if (match := _MODEL_RANK.fullmatch(entry.name))
+    ]
+    there = tuple(1 + max((int(match[axis] or 0) for match, _ in folders), default=0) for axis in (1, 2))
+    tensor, pipeline = agreed((tensor, pipeline), (there[0], there[1]), path)
+    files = (file.name for _, folder in folders for file in listing(folder, option=OPTION))
+    members = (int(match[1]) for name in files if (match := _MEMBER.fullmatch(name)))
+    return _topology(tensor, pipeline, 1 + max(members, default=0))
+
+
+def _by_files(path: Path, ranks: list[int], table: NameTable) -> tuple[int, int]:
+    """Tensor and pipeline parallel size by the parameters of each rank, where each rank has weights of its own."""
+    found = [candidates(rank_folder(path, rank), (None, True)) for rank in ranks]
+    common = set(found[0]).intersection(*found[1:])
+    why = "their files do not tell it either" if common else "they have no checkpoint in common"
+    if common:
+        weights = [weights_of(files[max(common)].path, table) for files in found]
+        if not any(weights) and (described := _by_descriptions(path)):
+            return described
+        stages = [list(members) for _, members in groupby(weights, key=frozenset)]
+        if all(weights) and len({len(stage) for stage in stages}) == 1:
+            if all(len(set(map(_sample, stage))) == len(stage) for stage in stages):
+                return len(stages[0]), len(stages)
+            why = "some of them hold the same weights"
+    raise UsageError(
+        f"{len(ranks)} rank folders, nothing says which of them are tensor parallel and which pipeline parallel, and {why}",
+        where=path,
+        mend="give the parallel sizes of the training: tp and pp of ckpt2pt.open, --tp-size and --pp-size",
+    )
+
+
+def _by_descriptions(path: Path) -> tuple[int, int] | None:
+    """The same by the descriptions of data-parallel shards, which name the ranks of each group; None without them."""
+    files = listing(path / SHARD_INFO, "rank_*/dist_opt_shard_info*.json", OPTION)
+    groups = {info.ranks: frozenset(info.places) for info in map(read_info, files)}
+    stages = [len(list(members)) for _, members in groupby(groups[ranks] for ranks in sorted(groups))]
+    return (stages[0], len(stages)) if len(set(stages)) == 1 else None
+
+
+def _group_size(ranks: list[int], tensor: int, pipeline: int) -> int:
+    """The size of the data x context parallel group: the first rank of each group has a folder, or all of them have."""
+    if min(tensor, pipeline) < 1:
+        return 1
+    count = ranks[-1] + 1
+    apart = (count - tensor) // (tensor * (pipeline - 1)) if pipeline > 1 else 1
+    if apart > 1:
+        alone = _topology(tensor, pipeline, apart)
+        if ranks == sorted(alone.source_rank(*rank) for rank in alone.ranks()):
+            return apart
+    return -(-count // (tensor * pipeline))
+
+
+def check_ranks(path: Path, when: When, files: Files, layout: Topology, table: NameTable) -> None:
+    """Refuse degrees under which a part of the checkpoint would be left out, or read twice.
+
+    Every folder with a file of it has its place, ranks of the first data-parallel group hold the same weights, and
+    tensor-parallel ranks hold other ones.
+    """
+    v1 = any(_RANK.fullmatch(entry.name) for entry in listing(path, option=OPTION))
+    left_out = surplus(path, when if v1 else None, names_of(layout))
+    degrees = f"with tensor parallel size {layout.tensor} and pipeline parallel size {layout.pipeline}"
+    if left_out:
+        raise TopologyError(
+            f"{', '.join(left_out[:6])} hold parts of the checkpoint too, which have no place {degrees}",
+            where=path,
+            mend=_MEND,
+        )
+    weights = {rank: weights_of(file.path, table) for rank, file in files.items()}
+    if not any(weights.values()):
+        return
+    _check_parts(weights, files, degrees, path)
+    first = weights[0, 0]
+    for rank in layout.group(0, 0)[1:] if v1 else ():
+        folder = rank_folder(path, rank)
+        there = candidates(folder, (None, True)) if listing(folder, option=OPTION) else {}
+        other = weights_of(there[when].path, table) if when in there else first
+        if other.keys() != first.keys() or _sample(other) != _sample(first):
+            raise TopologyError(
+                f"{degrees} rank_{rank} is a data-parallel copy of rank_0, and it holds other "
+                + ("weights" if other.keys() == first.keys() else "parameters"),
+                where=path,
+                mend=_MEND,
+            )
+
+
+def _check_parts(weights: Mapping[Rank, Weights], files: Files, degrees: str, path: Path) -> None:
+    seen: dict[tuple[int, bytes], Rank] = {}
+    for rank, held in weights.items():
+        sample = _sample(held)
+        other = seen.setdefault((rank[1], sample), rank)
+        if sample and other != rank:
+            one, two = (files[each].path.relative_to(path) for each in (other, rank))
+            raise TopologyError(
+                f"{degrees} {one} and {two} hold other parts of each weight, and they hold the same",
+                where=path,
+                mend=f"{_MEND}; if these are right, one file was copied into the place of the other",
+            )
+
+
+def weights_of(file: Path, table: NameTable) -> Weights:
+    """The parameters of a MindSpore file by name; none where it holds shards of them."""
+    index = index_file(file)
+    if has_shards(index):
+        return {}
+    known, _ = table.classify_all(index, where=str(file))
+    return {known[entry].name: ref for entry, ref in index.items() if known[entry].role == "param"}
+
+
+def _sample(weights: Weights) -> bytes:
+    """The beginnings of a few weights of which each tensor-parallel rank holds another part."""
+    split = sorted(name for name in weights if is_split(name))[:_SAMPLED]
+    return b"".join(_beginnings(weights[name] for name in split))
+
+
+def _beginnings(refs: Iterable[TensorRef]) -> Iterable[bytes]:
+    """Those that are not constant: zeros of a new model are the same on all ranks."""
+    for ref in refs:
+        for path, offset, nbytes in ref.extents[:1]:
+            with InputFile(Path(path)) as file:
+                data = file.read(offset, min(nbytes, _SAMPLE_BYTES))
+            if data[4:] != data[:-4]:
+                yield data

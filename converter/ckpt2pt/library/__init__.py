@@ -1,0 +1,1 @@
+"""What ``import ckpt2pt`` offers: checkpoints as global tensors."""
