@@ -12,7 +12,6 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt.flags import add_target_sizes, check_numbers, counts, joined, path, port, seconds, target_sizes
 
 if TYPE_CHECKING:
-    from ckpt2pt.mapping.names import Rules
     from ckpt2pt.mapping.topology import Topology
     from ckpt2pt.request import Request
 
@@ -333,6 +332,7 @@ def add_document_options(document: argparse.ArgumentParser) -> None:
 
 def request_of(options: argparse.Namespace) -> Request:
     """The frozen request that the flags describe."""
+    from ckpt2pt.formats.degrees import source_layout  # noqa: PLC0415
     from ckpt2pt.meta import Given, learn  # noqa: PLC0415
     from ckpt2pt.request import Request, rules_of  # noqa: PLC0415
 
@@ -369,7 +369,8 @@ def request_of(options: argparse.Namespace) -> Request:
     topology = learn(given, source=options.ms_path, metadata=options.param_map_path, allow=rules.pickle_globals)
     if topology.remark:
         log.warning("%s", topology.remark)
-    laid_out = _source_layout(options, topology, rules) if any(target) else topology
+    sizes = options.tp_size, options.pp_size, options.dp_size, options.cp_size
+    laid_out = source_layout(options.ms_path, sizes, topology, rules) if any(target) else topology
     same = _is_same(options, laid_out, topology)
     return Request(
         topology=replace(topology, data=laid_out.data, context=laid_out.context) if same else topology,
@@ -392,18 +393,12 @@ def request_of(options: argparse.Namespace) -> Request:
     )
 
 
-def _source_layout(options: argparse.Namespace, target: Topology, rules: Rules) -> Topology:
-    from ckpt2pt.formats.degrees import source_layout  # noqa: PLC0415
-    from ckpt2pt.mapping.names import NameTable  # noqa: PLC0415
-
-    sizes = options.tp_size, options.pp_size, options.dp_size, options.cp_size
-    return source_layout(options.ms_path, sizes, target, NameTable(rules))
-
-
 def _is_same(options: argparse.Namespace, source: Topology, target: Topology) -> bool:
     """Whether each rank of the result is read from one rank of the source."""
-    sizes = (source.tensor, source.pipeline, options.vpp_size) == (target.tensor, target.pipeline, target.virtual)
-    return source is target or (sizes and not target.layers_per_stage)
+    found = source.tensor, source.pipeline, options.vpp_size
+    return source is target or (
+        found == (target.tensor, target.pipeline, target.virtual) and not target.layers_per_stage
+    )
 
 
 def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from functools import partial
 from typing import Protocol, cast
 
 from ckpt2pt import __version__
+from ckpt2pt.ckpt.source import prove_read
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError
@@ -31,7 +32,6 @@ from ckpt2pt.ptmeta.loading import check_loadable, contradictions, kept_of_templ
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.source import prove_read
 from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import TensorRef

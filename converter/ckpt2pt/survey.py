@@ -18,6 +18,7 @@ from ckpt2pt.ckpt import index_file, read_scalar, statement_of
 from ckpt2pt.ckpt.filenames import When, shown
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
+from ckpt2pt.ckpt.source import files_for, read_source
 from ckpt2pt.errors import InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
@@ -41,7 +42,6 @@ from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.publish import Target
 from ckpt2pt.request import Request, digest
-from ckpt2pt.source import files_for, read_source
 from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
 
@@ -234,7 +234,9 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     topology = request.topology
     tp, pp = rank
     meta = meta_of(request, rank)
-    source = read_source(request, chosen.files, chosen.identity, rank, meta, chosen.indexes.get(rank))
+    source = read_source(
+        request, chosen.files, chosen.identity, rank, sizes=meta.sizes, tied=meta.tied, known=chosen.indexes.get(rank)
+    )
     index = source.entries
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(

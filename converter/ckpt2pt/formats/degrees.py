@@ -20,7 +20,7 @@ from ckpt2pt.ckpt.shards import has_shards, read_info
 from ckpt2pt.errors import TopologyError, UsageError
 from ckpt2pt.formats.checkpoint import OPTION, agreed
 from ckpt2pt.inputs import InputFile
-from ckpt2pt.mapping.names import NameTable, is_split
+from ckpt2pt.mapping.names import NameTable, Rules, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import read_stated
 from ckpt2pt.system.paths import listing
@@ -58,7 +58,7 @@ def find_layout(
 
 
 def source_layout(
-    path: Path, sizes: tuple[int | None, int | None, int | None, int | None], target: Topology, table: NameTable
+    path: Path, sizes: tuple[int | None, int | None, int | None, int | None], target: Topology, rules: Rules
 ) -> Topology:
     """The degrees of a training output that is converted into another layout; of ``sizes`` (tensor, pipeline, data, context) what is given.
 
@@ -66,7 +66,7 @@ def source_layout(
     """
     tensor, pipeline, data, context = sizes
     if listing(path, "*rank_*", OPTION) or listing(path, "iter_*", OPTION):
-        found = find_layout(path, tensor, pipeline, table, trust_metadata=False)
+        found = find_layout(path, tensor, pipeline, NameTable(rules), trust_metadata=False)
     else:
         found = _topology(tensor or target.tensor, pipeline or target.pipeline)
     return replace(found, data=data or max(1, found.data // (context or 1)), context=context or 1)

@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.ckpt.collect import collect
 from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, last_saved
 from ckpt2pt.ckpt.shards import has_shards
+from ckpt2pt.ckpt.source import collect
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.params import EMBEDDING, FINAL_NORM
 from ckpt2pt.errors import InputError, MissingInputError

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Literal, cast
 
 from ckpt2pt.ckpt import states_checksum
+from ckpt2pt.ckpt.source import paths_for, prove_read
 from ckpt2pt.errors import MissingInputError, VerificationError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
-from ckpt2pt.source import paths_for, prove_read
 from ckpt2pt.survey import Survey, survey, target_of
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.text import size, table
