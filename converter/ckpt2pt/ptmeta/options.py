@@ -91,8 +91,9 @@ def _add_from_description(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_OF_CHECKPOINT: dict[str, object] = {"compare": "full", "synthesize": []}
-_OF_DESCRIPTION: dict[str, object] = {
+_DEFAULTS: dict[str, object] = {
+    "compare": "full",
+    "synthesize": [],
     "ms_path": None,
     "opt_shard_info_path": None,
     "dp_size": 1,
@@ -101,15 +102,25 @@ _OF_DESCRIPTION: dict[str, object] = {
     "stage_list": None,
     "details": False,
     "accept_assumptions": False,
+    "vocab_size": None,
+    **dict.fromkeys(("target_tp_size", "target_pp_size", "target_vpp_size")),
 }
-"""Flags that only one of the two sources heeds, with their defaults."""
+"""Flags that not every source heeds, with their defaults."""
+
+_LAYERS = {"noop", "stage_list"}
+_HEEDED = {
+    "megatron_path": {"compare", "synthesize"},
+    "description": {"ms_path", "opt_shard_info_path", "dp_size", "cp_size", "details", "accept_assumptions", *_LAYERS},
+    "from_pt_meta": {"vocab_size", "target_tp_size", "target_pp_size", "target_vpp_size", *_LAYERS},
+}
 
 
 def _tell_unused(options: argparse.Namespace) -> None:
-    one, other = ("--megatron-path", _OF_DESCRIPTION) if options.megatron_path else ("--description", _OF_CHECKPOINT)
-    given = [f"--{name.replace('_', '-')}" for name, default in other.items() if getattr(options, name) != default]
-    if given:
-        log.warning("with %s nothing is made of %s", one, ", ".join(given))
+    source = next(name for name in _HEEDED if getattr(options, name))
+    given = [name for name in _DEFAULTS.keys() - _HEEDED[source] if getattr(options, name) != _DEFAULTS[name]]
+    flags = [f"--{name.replace('_', '-')}" for name in _DEFAULTS if name in given]
+    if flags:
+        log.warning("with --%s nothing is made of %s", source.replace("_", "-"), ", ".join(flags))
 
 
 def make_pt_meta(options: argparse.Namespace) -> Made:
