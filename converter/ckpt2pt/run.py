@@ -32,7 +32,7 @@ from ckpt2pt.ptmeta.loading import check_loadable, contradictions, kept_of_templ
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.survey import Prepared, Survey, distinct, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import checksums_told, counted, size
@@ -407,7 +407,7 @@ def _publish_stage(conversion: Conversion, pp: int, options: Json) -> tuple[str,
     """Join the manifests of a stage's ranks; returns what is suspicious of them."""
     target, found = conversion.target, conversion.examine(conversion.target, pp)
     # Its own inputs alone: those of all ranks in each stage would grow with the square of their number.
-    inputs = [one for tp in range(target.tensor) for one in conversion.inputs[tp, pp]]
+    inputs = list(distinct(conversion.inputs[tp, pp] for tp in range(target.tensor)))
     facts: Json = {"iteration": target.iteration, "inputs": inputs, **conversion.facts}
     facts |= {"warnings": list(found)} if found else {}
     target.publish_stage(pp, {**options, **facts})

@@ -41,6 +41,7 @@ from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, name_contradiction, read_cl
 from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
 from ckpt2pt.pt.payload import FilePayload, Template, payloads
 from ckpt2pt.publish import Target
+from ckpt2pt.records import Json
 from ckpt2pt.request import Request, digest
 from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
@@ -136,9 +137,9 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
     maps = list_param_maps(request.metadata)
-    inputs = {rank: _inputs(rank, found[when], request, maps) for rank in request.topology.ranks()}
+    inputs = _inputs(request.topology.ranks(), found[when], request, maps)
     headers.prove_unchanged()
-    every = tuple(one for listed in inputs.values() for one in listed)
+    every = distinct(inputs.values())
     purpose = digest({"options": request.meaning(), "iteration": clock.iteration})
     chosen = Survey(
         files=found[when],
@@ -175,7 +176,8 @@ def _identity(purpose: str, inputs: Inputs, first: Inputs) -> str:
 def prove_unchanged(request: Request, chosen: Survey, rank: Rank) -> None:
     """Refuse a rank whose files are not those that were surveyed: what was read may be of two checkpoints."""
     first = rank[0], 0
-    now = _identity(chosen.purpose, *(_inputs(one, chosen.files, request) for one in (rank, first)))
+    inputs = _inputs((rank, first), chosen.files, request)
+    now = _identity(chosen.purpose, inputs[rank], inputs[first])
     if now != chosen.ranks[rank]:
         raise changed(chosen.read_for(rank, request)[0].path)
 
@@ -401,19 +403,28 @@ def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
         )
 
 
-def _inputs(rank: Rank, files: Mapping[Rank, SourceFile], request: Request, maps: Maps | None = None) -> Inputs:
-    """What a rank is read from: sources by name, size and time, the small metadata files by content.
+def _inputs(
+    ranks: Iterable[Rank], files: Mapping[Rank, SourceFile], request: Request, maps: Maps | None = None
+) -> dict[Rank, Inputs]:
+    """What each rank is read from: sources by name, size and time, the small metadata files by content.
 
     The time matters: a retrained checkpoint has the same header and size.  A rank of the last stage may read a tied
-    embedding of the first, so that is counted with every rank.
+    embedding of the first, so that is counted with every rank.  Where the layout changes, ranks share all sources.
     """
-    found = [one for file in files_for(rank, files, request) for one in inputs_of(file, request.source)]
-    described = metadata_files(request.metadata, tp=rank[0], pp=rank[1], listed=maps)
-    found.extend(
-        {"metadata": path.name, "sha256": sha256(path, METADATA)}
-        for path in sorted(described, key=lambda path: path.name)
-    )
+    sources: dict[Path, Inputs] = {}
+    found: dict[Rank, Inputs] = {}
+    for rank in ranks:
+        needed = files_for(rank, files, request)
+        sources |= {file.path: inputs_of(file, request.source) for file in needed if file.path not in sources}
+        described = metadata_files(request.metadata, tp=rank[0], pp=rank[1], listed=maps)
+        metadata: Inputs = [{"metadata": path.name, "sha256": sha256(path, METADATA)} for path in sorted(described)]
+        found[rank] = [*(one for file in needed for one in sources[file.path]), *metadata]
     return found
+
+
+def distinct(inputs: Iterable[Sequence[Json]]) -> tuple[Json, ...]:
+    """Each input of several ranks once."""
+    return tuple({id(one): one for listed in inputs for one in listed}.values())
 
 
 def inputs_of(file: SourceFile, root: Path) -> Inputs:

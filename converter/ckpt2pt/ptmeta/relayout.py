@@ -240,7 +240,7 @@ def _rank(
 
 
 def _parameters(args: Mapping[str, Argument], layout: Topology, pp: int) -> dict[int, Sequence[Parameter]]:
-    dtype = args.get("params_dtype")
+    dtype: object = args.get("params_dtype")
     spelled = dtype.name if isinstance(dtype, Global) else "bfloat16"
     return {vpp: chunk_parameters(args, layout, pp=pp, vpp=vpp, dtype=spelled) for vpp in range(layout.virtual)}
 
