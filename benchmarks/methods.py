@@ -66,7 +66,7 @@ def optim(folder: Path, layers: int, out: Path) -> None:
         for move in moves(rank.plan)
         if (sinks := tuple(sink for sink in move.sinks if sink.file == OPTIM_FILE))
     ]
-    files = [payload for payload in payloads(rank.plan, rank.template) if payload.name == OPTIM_FILE]
+    files = [payload for payload in payloads(rank.plan, rank.meta.template) if payload.name == OPTIM_FILE]
     out.mkdir()
     write_files(out, files, only, stop=Stop(), advance=lambda _: None, check=False)
 

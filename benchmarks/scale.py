@@ -28,7 +28,7 @@ from ckpt2pt_operator.api import CONVERSIONS, JOBS, PODS, Api, ApiError
 from ckpt2pt_operator.informer import SELECTOR, pages
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.kept import key_of
-from measure import commit, host, today
+from measure import commit, host, installed, today
 
 HERE = Path(__file__).parent
 NAMESPACES = "api/v1", "namespaces"
@@ -76,7 +76,7 @@ class Running:
             "warning",
             f"--qps={qps}",
         ]
-        self.process = subprocess.Popen([sys.executable, "-m", "ckpt2pt_operator.main", *words])
+        self.process = subprocess.Popen([sys.executable, "-m", "ckpt2pt_operator.main", *words], env=installed())
 
     def age(self) -> float:
         """Seconds since its start."""
@@ -216,7 +216,15 @@ async def measure(count: int, stages: int, qps: float, *, with_pods: bool) -> di
                 "reconcile_duration_p99_at_most": first.quantile("reconcile_duration_seconds", 0.99),
             }
         with operator(namespace, qps) as again:
-            seen = await again.until("seen", lambda page: again.value("reconciles_total", page) >= count, 300)
+            listed = await again.until("list", lambda page: again.value("conversions", page) >= count, 300)
+            listed_cpu = again.cpu()
+            # Every one was looked at: its status is decided, and as there was nothing new to say, none was written.
+            seen = await again.until(
+                "seen",
+                lambda page: again.value("reconciles_total", page) >= count and not again.value("queue_depth", page),
+                300,
+            )
+            seen_cpu, seen_load = again.cpu(), os.getloadavg()[0]
             at_start = again.value("status_writes_total")
             await asyncio.sleep(REST_SECONDS)
             idle = again.metrics()
@@ -225,7 +233,11 @@ async def measure(count: int, stages: int, qps: float, *, with_pods: bool) -> di
             await asyncio.sleep(REST_SECONDS)
             rest = again.metrics()
             warm = {
+                "all_listed_seconds": listed,
+                "all_listed_cpu_seconds": listed_cpu,
                 "all_reconciled_seconds": seen,
+                "all_reconciled_cpu_seconds": seen_cpu,
+                "load": seen_load,
                 "writes_at_start": at_start,
                 "writes_at_rest": sum(writes(rest, verb) - value for verb, value in before.items()),
                 "cpu_share_at_rest": (again.cpu() - cpu) / REST_SECONDS,

@@ -6,10 +6,12 @@ param_map_buffer0_dp0tp0pp3vpp1.json        -> Buffer     (order, buckets, paddi
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -189,6 +191,20 @@ def data_parallel_size(template: Template) -> int | None:
 
 def read_template(path: Path, *, allow: tuple[str, ...] = ()) -> Template:
     """Read an ``args_*.pt`` without executing it; whatever torch or numpy wrote it."""
+    try:
+        seen = path.stat()
+    except OSError:
+        return _read_template(path, allow)  # which says what is wrong
+    return _last_template(path, allow, (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))
+
+
+@lru_cache(1)
+def _last_template(path: Path, allow: tuple[str, ...], _: tuple[int, ...]) -> Template:
+    """Several parts of a run ask for one rank in turn; those of many ranks would not fit into memory."""
+    return _read_template(path, allow)
+
+
+def _read_template(path: Path, allow: tuple[str, ...]) -> Template:
     archive = Archive.open(path, METADATA)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
@@ -202,16 +218,23 @@ _MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(0|[1-9]\d*)pp(0|[1-9]\d*)vpp(\d+
 
 def list_param_maps(folder: Path) -> Maps:
     """The param maps in a folder.  Only data-parallel rank 0's are read: all ranks write the same."""
-    found: dict[tuple[int, int], list[tuple[int, int, Path]]] = {}
     try:
-        for path in folder.iterdir():
-            if match := _MAP.fullmatch(path.name):
-                buffer, tp, pp, chunk = map(int, match.groups())
-                found.setdefault((tp, pp), []).append((buffer, chunk, path))
+        seen = folder.stat()
+        return _listed_maps(folder, (seen.st_dev, seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns))
     except FileNotFoundError:
         raise MissingInputError("the folder of param maps is not there", where=folder, mend=_MEND) from None
     except OSError as error:
         raise access_error(error, folder, "listing", option=METADATA) from error
+
+
+@lru_cache(1)
+def _listed_maps(folder: Path, _: tuple[int, ...]) -> Maps:
+    """Each rank in turn asks for its own; listing the folder for each would take the square of their number."""
+    found: dict[tuple[int, int], list[tuple[int, int, Path]]] = {}
+    for name in os.listdir(folder):
+        if match := _MAP.fullmatch(name):
+            buffer, tp, pp, chunk = map(int, match.groups())
+            found.setdefault((tp, pp), []).append((buffer, chunk, folder / name))
     return found
 
 

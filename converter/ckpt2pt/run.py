@@ -2,7 +2,7 @@
 
 measure every rank asked for            nothing has been written; everything that can be wrong is found here
 -> claim, lock of the stage
--> one process a rank                   a rank's files appear together, by rename
+-> ranks, in worker processes            a rank's files appear together, by rename
 -> stage manifest                       when every rank of the stage is there and verified
 -> report, tracker                      when every stage is there; by whoever sees it first
 """
@@ -33,6 +33,7 @@ from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, distinct, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.system.paths import is_folder
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import checksums_told, counted, size
@@ -194,7 +195,9 @@ class _Forward:
 
 
 def _plan(request: Request, chosen: Survey, rank: Rank, target: Target) -> _Forward:
-    return _Forward(request, chosen, target, prepare(request, chosen, rank))
+    prepared = prepare(request, chosen, rank)
+    check_loadable(request, rank, prepared.meta)
+    return _Forward(request, chosen, target, prepared)
 
 
 def _examine(request: Request, chosen: Survey, target: Target, pp: int) -> tuple[str, ...]:
@@ -210,9 +213,9 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
     chosen = survey(request, keep=ranks if len(ranks) == 1 else ())
-    check_loadable(request, ranks)
+    target = target_of(request, chosen)
     conversion = Conversion(
-        target=target_of(request, chosen),
+        target=target,
         pace=request.pace,
         verify=request.verify,
         overwrite=request.overwrite,
@@ -226,6 +229,9 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         prepare=partial(_plan, request, chosen),
         examine=partial(_examine, request, chosen),
     )
+    if is_folder(target.folder, target.kind.option):
+        for rank in ranks:  # one that an earlier run finished is not planned, which would check it
+            check_loadable(request, rank)
     return carry_out(conversion, stages, reporter, began)
 
 

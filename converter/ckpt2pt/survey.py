@@ -39,7 +39,7 @@ from ckpt2pt.meta import (
 )
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, name_contradiction, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
-from ckpt2pt.pt.payload import FilePayload, Template, payloads
+from ckpt2pt.pt.payload import FilePayload, payloads
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request, digest
@@ -80,7 +80,7 @@ class Prepared:
     """One rank, ready to run."""
 
     plan: RankPlan
-    template: Template
+    meta: RankMeta
     files: tuple[FilePayload, ...]
     remarks: tuple[str, ...]
     """What a user should know before the result is used, in whole sentences."""
@@ -261,7 +261,7 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     plan = plan_rank(found, topology, NameTable(request.rules), full=request.full)
     files = payloads(plan, meta.template, reference_samples=request.reference_samples)
     remarks = (*source.remarks, *([prefix_remark(plan.prefix)] if plan.prefix else ()))
-    return Prepared(plan=plan, template=meta.template, files=files, remarks=remarks)
+    return Prepared(plan=plan, meta=meta, files=files, remarks=remarks)
 
 
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:

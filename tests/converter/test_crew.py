@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ import pytest
 from ckpt2pt.casts import Cast, find_cast
 from ckpt2pt.crew import stopped_by_signals, work_through
 from ckpt2pt.engine import write as engine
-from ckpt2pt.errors import TimedOutError, TryAgainError
+from ckpt2pt.errors import Ckpt2ptError, TimedOutError, TryAgainError
 from ckpt2pt.publish import TRACKER
 from ckpt2pt.run import run
 from conversions import Quiet, flags_for, request_for
@@ -125,6 +127,39 @@ def test_a_worker_that_is_killed_is_not_taken_for_done(pipelined: Path, tmp_path
     with pytest.raises(TryAgainError, match="exit code -9"):
         run(request, range(2), Killer())
     assert not (tmp_path / TRACKER).exists()
+
+
+def test_a_worker_does_one_rank_after_another(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, started = golden / "megatron06" / "c_tp2pp2vpp2", list[int]()
+    real = SpawnProcess.start
+
+    def start(process: SpawnProcess) -> None:
+        real(process)
+        started.append(process.pid or 0)
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    request = request_for(folder, tmp_path / "many", in_process=False, workers=2)
+    assert len(run(request, range(2), Quiet()).converted) == 4
+    assert len(started) == 2
+    run(request_for(folder, tmp_path / "one"), range(2), Quiet())
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_a_rank_that_fails_ends_the_workers_of_all(pipelined: Path, tmp_path: Path) -> None:
+    """Its error is told although the worker has done another rank before."""
+    source = shutil.copytree(pipelined, tmp_path / pipelined.name)
+    request = request_for(source, tmp_path / "out", in_process=False, workers=1)
+
+    class Spoiler(Quiet):
+        def end(self, rank: tuple[int, int]) -> None:
+            [file] = (source / "ms" / "rank_2").glob("*.ckpt")
+            os.truncate(file, file.stat().st_size // 2)
+
+    with pytest.raises(Ckpt2ptError, match=r".") as raised:
+        run(request, range(2), Spoiler())
+    assert "rank_2" in str(raised.value)
+    assert multiprocessing.active_children() == []
+    assert not (tmp_path / "out" / TRACKER).exists()
 
 
 def test_what_workers_log_goes_through_the_parent(

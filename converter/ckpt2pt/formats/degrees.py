@@ -8,7 +8,7 @@ rank_R/                  a pt_meta beside the ranks tells, or the files do: rank
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -30,8 +30,6 @@ _RANK = re.compile(r"rank_(\d{1,9})")
 _MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MEMBER = re.compile(rf".*model_optim_rng_(\d{{3}})\.(?:{'|'.join(SUFFIXES)})")
 _SAMPLED, _SAMPLE_BYTES = 3, 4096
-
-_MEND = "give the parallel sizes of the training that wrote it"
 
 Weights = Mapping[str, TensorRef]
 Files = Mapping[Rank, SourceFile]
@@ -133,27 +131,25 @@ def _group_size(ranks: list[int], tensor: int, pipeline: int) -> int:
     return -(-count // (tensor * pipeline))
 
 
-def check_ranks(path: Path, when: When, files: Files, layout: Topology, table: NameTable) -> None:
-    """Refuse degrees under which a part of the checkpoint would be left out, or read twice.
+def check_ranks(path: Path, when: When, files: Files, layout: Topology, table: NameTable) -> tuple[str, ...]:
+    """Refuse degrees under which a part of the checkpoint would be left out: :class:`TopologyError`.
 
-    Every folder with a file of it has its place, ranks of the first data-parallel group hold the same weights, and
-    tensor-parallel ranks hold other ones.
+    Every folder with a file of it has its place, and ranks of the first data-parallel group hold the same weights.  Gives a
+    warning for tensor-parallel ranks that do: they may be copies, and the tensor parallel size too large.
     """
     v1 = any(_RANK.fullmatch(entry.name) for entry in listing(path, option=OPTION))
     left_out = surplus(path, when if v1 else None, names_of(layout))
     degrees = f"with tensor parallel size {layout.tensor} and pipeline parallel size {layout.pipeline}"
+    mend = "give the parallel sizes of the training that wrote it"
     if left_out:
         raise TopologyError(
             f"{', '.join(left_out[:6])} hold parts of the checkpoint too, which have no place {degrees}",
             where=path,
-            mend=_MEND,
+            mend=mend,
         )
     weights = {rank: weights_of(file.path, table) for rank, file in files.items()}
-    if not any(weights.values()):
-        return
-    _check_parts(weights, files, degrees, path)
     first = weights[0, 0]
-    for rank in layout.group(0, 0)[1:] if v1 else ():
+    for rank in layout.group(0, 0)[1:] if v1 and first else ():
         folder = rank_folder(path, rank)
         there = candidates(folder, (None, True)) if listing(folder, option=OPTION) else {}
         other = weights_of(there[when].path, table) if when in there else first
@@ -162,21 +158,20 @@ def check_ranks(path: Path, when: When, files: Files, layout: Topology, table: N
                 f"{degrees} rank_{rank} is a data-parallel copy of rank_0, and it holds other "
                 + ("weights" if other.keys() == first.keys() else "parameters"),
                 where=path,
-                mend=_MEND,
+                mend=mend,
             )
+    return tuple(_copies({rank: _sample(held) for rank, held in weights.items()}, files, path))
 
 
-def _check_parts(weights: Mapping[Rank, Weights], files: Files, degrees: str, path: Path) -> None:
+def _copies(samples: Mapping[Rank, bytes], files: Files, path: Path) -> Iterator[str]:
     seen: dict[tuple[int, bytes], Rank] = {}
-    for rank, held in weights.items():
-        sample = _sample(held)
+    for rank, sample in samples.items():
         other = seen.setdefault((rank[1], sample), rank)
         if sample and other != rank:
             one, two = (files[each].path.relative_to(path) for each in (other, rank))
-            raise TopologyError(
-                f"{degrees} {one} and {two} hold other parts of each weight, and they hold the same",
-                where=path,
-                mend=f"{_MEND}; if these are right, one file was copied into the place of the other",
+            yield (
+                f"{one} and {two} hold the same in the weights that were sampled: one may be a copy of the other, or the "
+                "tensor parallel size be smaller"
             )
 
 
@@ -195,7 +190,7 @@ def _sample(weights: Weights) -> bytes:
     return b"".join(_beginnings(weights[name] for name in split))
 
 
-def _beginnings(refs: Iterable[TensorRef]) -> Iterable[bytes]:
+def _beginnings(refs: Iterable[TensorRef]) -> Iterator[bytes]:
     """Those that are not constant: zeros of a new model are the same on all ranks."""
     for ref in refs:
         for path, offset, nbytes in ref.extents[:1]:

@@ -38,7 +38,7 @@ def open_mindspore(
     found = find_groups(path, layout, found, sharded=lambda file: has_shards(index_file(file)))
     when = choose(found, last_saved(path, layout)) if iteration is None else _of_iteration(path, found, iteration)
     files = found[when]
-    check_ranks(path, when, files, layout, table)
+    warnings = check_ranks(path, when, files, layout, table)
     agree({file: facts_of(index_file(file)) for group in files.values() for file in group.paths}, path)
     index = collect(files, layout, table, str(path))
     if not rules.modules:
@@ -50,6 +50,7 @@ def open_mindspore(
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         index=index,
+        warnings=warnings,
     )
 
 

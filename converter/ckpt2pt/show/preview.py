@@ -10,7 +10,7 @@ from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
 from ckpt2pt.pt.resume import warning
-from ckpt2pt.ptmeta.loading import contradictions, kept_of_template, unmet_of
+from ckpt2pt.ptmeta.loading import contradictions, kept_of_template
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
@@ -54,7 +54,10 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
         "because": chosen.clock.because,
         "doubts": list(chosen.clock.doubts),
         "warnings": [
-            *warning({rank: unmet_of(request, rank) for rank in ranks}, full=request.full),
+            *warning(
+                {key: rank.meta.unmet(request.topology, full=request.full) for key, rank in ranks.items()},
+                full=request.full,
+            ),
             *dict.fromkeys(remark for rank in ranks.values() for remark in rank.remarks),
             *contradictions(request, chosen, next(iter(ranks))),
             *_copies(request, chosen, ranks),

@@ -80,7 +80,7 @@ def compare_across(
         left=str(left.path),
         right=str(right.path),
         rows=tuple(run.rows),
-        notes=(*run.notes, *unused),
+        notes=(*left.warnings, *right.warnings, *run.notes, *unused),
         files=len(_files(left) | _files(right)),
         equal=run.equal,
         nbytes=run.nbytes,
