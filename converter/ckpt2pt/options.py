@@ -12,6 +12,7 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt.flags import add_target_sizes, check_numbers, counts, joined, path, port, seconds, target_sizes
 
 if TYPE_CHECKING:
+    from ckpt2pt.mapping.names import Rules
     from ckpt2pt.mapping.topology import Topology
     from ckpt2pt.request import Request
 
@@ -332,7 +333,6 @@ def add_document_options(document: argparse.ArgumentParser) -> None:
 
 def request_of(options: argparse.Namespace) -> Request:
     """The frozen request that the flags describe."""
-    from ckpt2pt.formats.degrees import source_layout  # noqa: PLC0415
     from ckpt2pt.meta import Given, learn  # noqa: PLC0415
     from ckpt2pt.request import Request, rules_of  # noqa: PLC0415
 
@@ -369,12 +369,10 @@ def request_of(options: argparse.Namespace) -> Request:
     topology = learn(given, source=options.ms_path, metadata=options.param_map_path, allow=rules.pickle_globals)
     if topology.remark:
         log.warning("%s", topology.remark)
-    sizes = options.tp_size, options.pp_size, options.dp_size, options.cp_size
-    laid_out = source_layout(options.ms_path, sizes, topology, rules) if any(target) else topology
-    same = _is_same(options, laid_out, topology)
+    topology, laid_out = _layouts(options, topology, rules)
     return Request(
-        topology=replace(topology, data=laid_out.data, context=laid_out.context) if same else topology,
-        source_topology=None if same else laid_out,
+        topology=topology,
+        source_topology=laid_out,
         source=options.ms_path,
         metadata=options.param_map_path,
         target=options.megatron_path,
@@ -393,12 +391,18 @@ def request_of(options: argparse.Namespace) -> Request:
     )
 
 
-def _is_same(options: argparse.Namespace, source: Topology, target: Topology) -> bool:
-    """Whether each rank of the result is read from one rank of the source."""
+def _layouts(options: argparse.Namespace, target: Topology, rules: Rules) -> tuple[Topology, Topology | None]:
+    """That of the result, and that of the source where a rank of the result is not read from one rank of the source."""
+    if not any(target_sizes(options).values()):
+        return target, None
+    from ckpt2pt.formats.degrees import source_layout  # noqa: PLC0415
+
+    sizes = options.tp_size, options.pp_size, options.dp_size, options.cp_size
+    source = source_layout(options.ms_path, sizes, target, rules)
     found = source.tensor, source.pipeline, options.vpp_size
-    return source is target or (
-        found == (target.tensor, target.pipeline, target.virtual) and not target.layers_per_stage
-    )
+    if found != (target.tensor, target.pipeline, target.virtual) or target.layers_per_stage:
+        return target, source
+    return replace(target, data=source.data, context=source.context), None
 
 
 def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
