@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file, read_scalar, statement_of
+from ckpt2pt.ckpt import index_file, read_scalars, statement_of
 from ckpt2pt.ckpt.filenames import When, shown
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
@@ -317,13 +317,8 @@ class _Headers:
 
 def facts_of(index: Index) -> dict[str, float]:
     """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
-    facts: dict[str, float] = {}
-    for name in CLOCK_ENTRIES:
-        if name in index:
-            value = read_scalar(index[name])
-            if isinstance(value, int | float) and math.isfinite(value):
-                facts[name] = value
-    return facts
+    values = read_scalars(index[name] for name in CLOCK_ENTRIES if name in index)
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _clock(file: SourceFile, batch: int | None, headers: _Headers) -> Clock:

@@ -8,7 +8,7 @@ rank_R/                  a pt_meta beside the ranks tells, or the files do: rank
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -19,10 +19,10 @@ from ckpt2pt.ckpt.ranks import SHARD_INFO, SUFFIXES, SourceFile, candidates, nam
 from ckpt2pt.ckpt.shards import has_shards, read_info
 from ckpt2pt.errors import TopologyError, UsageError
 from ckpt2pt.formats.checkpoint import OPTION, agreed
-from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.names import NameTable, Rules, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import read_stated
+from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.system.paths import listing
 from ckpt2pt.tensors import TensorRef
 
@@ -33,10 +33,18 @@ _SAMPLED, _SAMPLE_BYTES = 3, 4096
 
 Weights = Mapping[str, TensorRef]
 Files = Mapping[Rank, SourceFile]
+Header = Callable[[Path], Weights]
+"""Reads the header of a file; who opens a checkpoint keeps what was read, as files may lie on network storage."""
 
 
 def find_layout(
-    path: Path, tensor: int | None, pipeline: int | None, table: NameTable, *, trust_metadata: bool = True
+    path: Path,
+    tensor: int | None,
+    pipeline: int | None,
+    table: NameTable,
+    header: Header = index_file,
+    *,
+    trust_metadata: bool = True,
 ) -> Topology:
     """The degrees of a training output; the layers do not matter here, so that each stage counts one.
 
@@ -51,7 +59,7 @@ def find_layout(
     if trust_metadata and (stated := read_stated(path / "pt_meta")):
         tensor, pipeline = agreed(asked, (stated.tensor, stated.pipeline), path / "pt_meta")
     elif tensor is None or pipeline is None:
-        tensor, pipeline = agreed(asked, (1, 1) if ranks == [0] else _by_files(path, ranks, table), path)
+        tensor, pipeline = agreed(asked, (1, 1) if ranks == [0] else _by_files(path, ranks, table, header), path)
     return _topology(tensor, pipeline, _group_size(ranks, tensor, pipeline))
 
 
@@ -89,13 +97,13 @@ def _by_folders(path: Path, tensor: int | None, pipeline: int | None) -> Topolog
     return _topology(tensor, pipeline, 1 + max(members, default=0))
 
 
-def _by_files(path: Path, ranks: list[int], table: NameTable) -> tuple[int, int]:
+def _by_files(path: Path, ranks: list[int], table: NameTable, header: Header) -> tuple[int, int]:
     """Tensor and pipeline parallel size by the parameters of each rank, where each rank has weights of its own."""
     found = [candidates(rank_folder(path, rank), (None, True)) for rank in ranks]
     common = set(found[0]).intersection(*found[1:])
     why = "their files do not tell it either" if common else "they have no checkpoint in common"
     if common:
-        weights = [weights_of(files[max(common)].path, table) for files in found]
+        weights = [weights_of(files[max(common)].path, table, header) for files in found]
         if not any(weights) and (described := _by_descriptions(path)):
             return described
         stages = [list(members) for _, members in groupby(weights, key=frozenset)]
@@ -131,7 +139,9 @@ def _group_size(ranks: list[int], tensor: int, pipeline: int) -> int:
     return -(-count // (tensor * pipeline))
 
 
-def check_ranks(path: Path, when: When, files: Files, layout: Topology, table: NameTable) -> tuple[str, ...]:
+def check_ranks(
+    path: Path, when: When, files: Files, layout: Topology, table: NameTable, header: Header = index_file
+) -> tuple[str, ...]:
     """Refuse degrees under which a part of the checkpoint would be left out: :class:`TopologyError`.
 
     Every folder with a file of it has its place, and ranks of the first data-parallel group hold the same weights.  Gives a
@@ -147,12 +157,12 @@ def check_ranks(path: Path, when: When, files: Files, layout: Topology, table: N
             where=path,
             mend=mend,
         )
-    weights = {rank: weights_of(file.path, table) for rank, file in files.items()}
+    weights = {rank: weights_of(file.path, table, header) for rank, file in files.items()}
     first = weights[0, 0]
     for rank in layout.group(0, 0)[1:] if v1 and first else ():
         folder = rank_folder(path, rank)
         there = candidates(folder, (None, True)) if listing(folder, option=OPTION) else {}
-        other = weights_of(there[when].path, table) if when in there else first
+        other = weights_of(there[when].path, table, header) if when in there else first
         if other.keys() != first.keys() or _sample(other) != _sample(first):
             raise TopologyError(
                 f"{degrees} rank_{rank} is a data-parallel copy of rank_0, and it holds other "
@@ -175,9 +185,9 @@ def _copies(samples: Mapping[Rank, bytes], files: Files, path: Path) -> Iterator
             )
 
 
-def weights_of(file: Path, table: NameTable) -> Weights:
+def weights_of(file: Path, table: NameTable, header: Header = index_file) -> Weights:
     """The parameters of a MindSpore file by name; none where it holds shards of them."""
-    index = index_file(file)
+    index = header(file)
     if has_shards(index):
         return {}
     known, _ = table.classify_all(index, where=str(file))
@@ -185,16 +195,15 @@ def weights_of(file: Path, table: NameTable) -> Weights:
 
 
 def _sample(weights: Weights) -> bytes:
-    """The beginnings of a few weights of which each tensor-parallel rank holds another part."""
-    split = sorted(name for name in weights if is_split(name))[:_SAMPLED]
-    return b"".join(_beginnings(weights[name] for name in split))
+    """The beginnings of a few weights of which each tensor-parallel rank holds another part.
 
-
-def _beginnings(refs: Iterable[TensorRef]) -> Iterator[bytes]:
-    """Those that are not constant: zeros of a new model are the same on all ranks."""
-    for ref in refs:
-        for path, offset, nbytes in ref.extents[:1]:
-            with InputFile(Path(path)) as file:
-                data = file.read(offset, min(nbytes, _SAMPLE_BYTES))
-            if data[4:] != data[:-4]:
-                yield data
+    Constant ones are left out: zeros of a new model are the same on all ranks.
+    """
+    found = b""
+    with OpenFiles() as files:
+        for name in sorted(name for name in weights if is_split(name))[:_SAMPLED]:
+            for path, offset, nbytes in weights[name].extents[:1]:
+                data = bytearray(min(nbytes, _SAMPLE_BYTES))
+                read_at(files.get(path)[0], memoryview(data), offset, path)
+                found += data if data[4:] != data[:-4] else b""
+    return found
