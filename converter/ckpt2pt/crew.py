@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, Try
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Lock
 from ckpt2pt.request import Pace
+from ckpt2pt.system.access import access_error
 from ckpt2pt.system.parent import end_with
 
 
@@ -182,11 +184,14 @@ class _Crew:
 
     def _start(self) -> _Hand:
         context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        words = (self._work, theirs, os.getpid(), tuple(self._locks))
-        process = context.Process(target=work_on_ranks, args=words)
-        with _deaf_to_interrupts():
-            process.start()
+        try:
+            ours, theirs = context.Pipe()
+            words = (self._work, theirs, os.getpid(), tuple(self._locks))
+            process = context.Process(target=work_on_ranks, args=words)
+            with _deaf_to_interrupts():
+                process.start()
+        except OSError as error:
+            raise _not_started(error, "worker of tp {} pp {}".format(*self._waiting[0])) from error
         theirs.close()
         hand = _Hand(self._waiting[0], process, ours)
         self._assign(hand)
@@ -236,6 +241,17 @@ class _Crew:
             if hand.process.is_alive():
                 hand.process.kill()
                 hand.process.join()
+
+
+def _not_started(error: OSError, worker: str) -> Ckpt2ptError:
+    """A process takes descriptors, memory and a place among the processes that are allowed."""
+    if error.errno != errno.EAGAIN:
+        return access_error(error, worker, "starting a worker process")
+    return TryAgainError(
+        "a worker process could not be started: no more processes are allowed here",
+        where=worker,
+        mend="raise the limit (ulimit -u, the pids limit of the container), or lower --process-limit; then run again",
+    )
 
 
 @contextmanager

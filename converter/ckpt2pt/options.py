@@ -366,7 +366,8 @@ def request_of(options: argparse.Namespace) -> Request:
         noop=None if options.noop is None else frozenset(options.noop),
         layers_per_stage=joined(options.stage_list),
     )
-    topology = learn(given, source=options.ms_path, metadata=options.param_map_path, allow=rules.pickle_globals)
+    source, metadata, target = options.ms_path, options.param_map_path, options.megatron_path
+    topology = learn(given, source=source, metadata=metadata, target=target, allow=rules.pickle_globals)
     if topology.remark:
         log.warning("%s", topology.remark)
     topology, laid_out = _layouts(options, topology, rules)
@@ -397,10 +398,10 @@ def _layouts(options: argparse.Namespace, target: Topology, rules: Rules) -> tup
         return target, None
     from ckpt2pt.formats.degrees import source_layout  # noqa: PLC0415
 
-    sizes = options.tp_size, options.pp_size, options.dp_size, options.cp_size
-    source = source_layout(options.ms_path, sizes, target, rules)
-    found = source.tensor, source.pipeline, options.vpp_size
-    if found != (target.tensor, target.pipeline, target.virtual) or target.layers_per_stage:
+    given = options.tp_size, options.pp_size, options.dp_size, options.cp_size
+    source = source_layout(options.ms_path, given, target, rules)
+    sizes = source.tensor, source.pipeline, options.vpp_size
+    if sizes != (target.tensor, target.pipeline, target.virtual) or target.layers_per_stage:
         return target, source
     return replace(target, data=source.data, context=source.context), None
 

@@ -22,7 +22,7 @@ from ckpt2pt import __version__
 from ckpt2pt.ckpt.source import prove_read
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
-from ckpt2pt.errors import InterruptedRunError, TargetConflictError
+from ckpt2pt.errors import InterruptedRunError, TargetConflictError, printable
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
@@ -36,7 +36,7 @@ from ckpt2pt.survey import Prepared, Survey, distinct, prepare, prove_unchanged,
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import TensorRef
-from ckpt2pt.text import checksums_told, counted, size
+from ckpt2pt.text import checksums_told, counted, size, warned
 
 
 class Planned(Share, Protocol):
@@ -156,8 +156,8 @@ class Outcome:
         did += checksums_told(self.source_checksums)
         if self.kept_of_template:
             did += f"\nas pt_meta has it, of another iteration: {', '.join(self.kept_of_template)}"
-        first = "".join(f"warning: {text}\n" for text in self.warnings)
-        return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.at_home.folder}\n{end}"
+        first = f"iteration {self.target.iteration}, {stages}: {did}"
+        return "\n".join([*warned(self.warnings), first, printable(str(self.target.at_home.folder)), end])
 
 
 @dataclass(frozen=True, slots=True)

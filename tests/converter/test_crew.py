@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import pytest
 from ckpt2pt.casts import Cast, find_cast
 from ckpt2pt.crew import stopped_by_signals, work_through
 from ckpt2pt.engine import write as engine
-from ckpt2pt.errors import Ckpt2ptError, TimedOutError, TryAgainError
+from ckpt2pt.errors import Ckpt2ptError, TimedOutError, TooManyFilesError, TryAgainError
 from ckpt2pt.publish import TRACKER
 from ckpt2pt.run import run
 from conversions import Quiet, flags_for, request_for
@@ -163,8 +164,9 @@ def test_a_rank_that_fails_ends_the_workers_of_all(pipelined: Path, tmp_path: Pa
 
 
 def test_what_workers_log_goes_through_the_parent(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])  # without those of tests before this one
     with caplog.at_level(logging.WARNING), stopped_by_signals() as stop:
         work_through(Talking(), [(0, 0), (1, 0)], None, Quiet(), stop)
     assert caplog.messages == ["a\x1b[31m: mode 0400 cannot be set"] * 2
@@ -176,3 +178,23 @@ def test_a_bug_in_a_worker_keeps_its_traceback(capfd: pytest.CaptureFixture[str]
         work_through(Talking(broken=True), [(0, 0), (1, 0)], None, Quiet(), stop)
     assert "in carry" in "".join(caught.value.__notes__)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.EMFILE, TooManyFilesError, "this process may have [0-9]+ files open"),
+        (errno.EAGAIN, TryAgainError, "no more processes are allowed"),
+        (errno.ENOMEM, TryAgainError, "Cannot allocate memory"),
+    ],
+)
+def test_a_worker_that_cannot_be_started_is_an_error_that_says_why(
+    number: int, kind: type[Ckpt2ptError], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", refuse)
+    with pytest.raises(kind, match=words) as caught, stopped_by_signals() as stop:
+        work_through(Talking(), [(0, 0), (1, 0)], None, Quiet(), stop)
+    assert caught.value.where == "worker of tp 0 pp 0"

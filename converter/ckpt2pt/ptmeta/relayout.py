@@ -93,7 +93,7 @@ def _old_layout(folder: Path, stated: Stated, args: Mapping[str, Argument], allo
         held = tuple(_slots(chunks[pp][vpp]) for vpp in range(virtual) for pp in range(stated.pipeline))
         if sum(held) == args.get("num_layers"):
             return _topology(args, stated, NewLayout(layers_per_stage=held))
-    return learn(Given(data=1), source=folder, metadata=folder, allow=allow)
+    return learn(Given(data=1), source=folder, metadata=folder, target=folder, allow=allow)
 
 
 def _slots(names: Sequence[str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from ckpt2pt.errors import printable, spelled
 from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
@@ -16,7 +17,7 @@ from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Prepared, Survey
 from ckpt2pt.system.volume import free_bytes
-from ckpt2pt.text import size, table
+from ckpt2pt.text import size, table, warned
 
 WORKER_BYTES = 48 << 20
 """What one worker needs at most (benchmarks/), whatever the size of the checkpoint."""
@@ -127,10 +128,10 @@ def render(document: Json) -> str:
     """The plan as text."""
     options = _mapping(document["options"])
     lines = [
-        *(f"warning: {text}" for text in _list(document["warnings"])),
+        *warned(_list(document["warnings"])),
         f"iteration  {document['iteration']} (from {document['because']}), {document['consumedSamples']} samples consumed",
-        *(f"  DOUBT: {doubt}" for doubt in _list(document["doubts"])),
-        f"target     {document['target']}",
+        *(f"  DOUBT: {spelled(str(doubt))}" for doubt in _list(document["doubts"])),
+        f"target     {printable(str(document['target']))}",
         f"mode       {options['mode']}, Megatron 0.6; tp {options['tensor']}, pp {options['pipeline']}, "
         f"vpp {options['virtualPipeline']}",
         "",
