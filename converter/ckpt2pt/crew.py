@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import signal
@@ -92,12 +93,16 @@ def work_through(
     if pace.in_process or len(todo) <= 1:
         for rank in todo:
             with _deadline(pace.timeout, rank, stop):
-                meter = Meter(partial(reporter.advance, rank))
-                (alone or work.plan(rank)).carry(stop, meter.advance)
-                meter.flush()
+                _carry(alone or work.plan(rank), stop, Meter(partial(reporter.advance, rank)))
             reporter.end(rank)
         return
     _Crew(work, reporter, stop, locks).work(todo)
+
+
+def _carry(share: Share, stop: Stop, meter: Meter) -> None:
+    share.carry(stop, meter.advance)
+    meter.flush()
+    gc.collect()  # cycles keep its buffers, and the next rank would need its own beside them
 
 
 @contextmanager
@@ -289,8 +294,7 @@ def work_on_ranks(work: Work, pipe: Connection, parent: int, _: Sequence[Lock]) 
         meter = Meter(report)
         try:
             while (rank := _next(pipe)) is not None:
-                work.plan(rank).carry(stop, meter.advance)
-                meter.flush()
+                _carry(work.plan(rank), stop, meter)
                 _say(pipe, None)
         except Ckpt2ptError as error:
             _say(pipe, error)

@@ -189,20 +189,12 @@ def data_parallel_size(template: Template) -> int | None:
 
 def read_template(path: Path, *, allow: tuple[str, ...] = ()) -> Template:
     """Read an ``args_*.pt`` without executing it; whatever torch or numpy wrote it."""
-    try:
-        seen = path.stat()
-    except OSError:
-        return _read_template(path, allow)  # which says what is wrong
-    return _last_template(path, allow, (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))
+    seen = status(path, METADATA)
+    return _template(path, allow, seen and (seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))
 
 
-@lru_cache(1)
-def _last_template(path: Path, allow: tuple[str, ...], _: tuple[int, ...]) -> Template:
-    """Several parts of a run ask for one rank in turn; those of many ranks would not fit into memory."""
-    return _read_template(path, allow)
-
-
-def _read_template(path: Path, allow: tuple[str, ...]) -> Template:
+@lru_cache(1)  # parts of a run ask for one rank in turn; those of many ranks would not fit into memory
+def _template(path: Path, allow: tuple[str, ...], _: tuple[int, ...] | None) -> Template:
     archive = Archive.open(path, METADATA)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):

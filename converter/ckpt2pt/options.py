@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ckpt2pt.mapping.topology import Topology
     from ckpt2pt.request import Request
 
-
 log = logging.getLogger("ckpt2pt")
 
 
@@ -353,16 +352,16 @@ def request_of(options: argparse.Namespace) -> Request:
         }
     )
     rules = rules_of(options.rules)
-    target = tuple(target_sizes(options).values())
-    source = options.tp_size, options.pp_size, options.vpp_size
-    tensor, pipeline, virtual = (there or here for here, there in zip(source, target, strict=True))
+    sizes = tuple(target_sizes(options).values())
+    own = options.tp_size, options.pp_size, options.vpp_size
+    tensor, pipeline, virtual = (there or here for here, there in zip(own, sizes, strict=True))
     given = Given(
         num_layers=options.num_layers,
         tensor=tensor,
         pipeline=pipeline,
         virtual=virtual,
-        data=1 if any(target) else options.dp_size,
-        context=1 if any(target) else options.cp_size,
+        data=1 if any(sizes) else options.dp_size,
+        context=1 if any(sizes) else options.cp_size,
         noop=None if options.noop is None else frozenset(options.noop),
         layers_per_stage=joined(options.stage_list),
     )
@@ -398,8 +397,8 @@ def _layouts(options: argparse.Namespace, target: Topology, rules: Rules) -> tup
         return target, None
     from ckpt2pt.formats.degrees import source_layout  # noqa: PLC0415
 
-    given = options.tp_size, options.pp_size, options.dp_size, options.cp_size
-    source = source_layout(options.ms_path, given, target, rules)
+    known = options.tp_size, options.pp_size, options.dp_size, options.cp_size
+    source = source_layout(options.ms_path, known, target, rules)
     sizes = source.tensor, source.pipeline, options.vpp_size
     if sizes != (target.tensor, target.pipeline, target.virtual) or target.layers_per_stage:
         return target, source

@@ -28,7 +28,7 @@ from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.ptmeta.loading import check_loadable, contradictions, kept_of_template
+from ckpt2pt.ptmeta.loading import check_loadable, contradictions_of, kept_of_template
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
@@ -223,7 +223,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         facts={"assumed": assumed(request.metadata)},
         inputs=chosen.inputs,
         doubts=chosen.clock.doubts,
-        warnings=contradictions(request, chosen, ranks[0]) if ranks else (),
+        warnings=contradictions_of(request, chosen, ranks[0]) if ranks else (),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
         prepare=partial(_plan, request, chosen),

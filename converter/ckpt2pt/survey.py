@@ -239,15 +239,14 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     source = read_source(
         request, chosen.files, chosen.identity, rank, sizes=meta.sizes, tied=meta.tied, known=chosen.indexes.get(rank)
     )
-    index = source.entries
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(
         tp=tp,
         pp=pp,
         source=str(request.source if request.source_topology else chosen.files[rank].path),
         metadata=str(request.metadata),
-        index=index,
-        stated=statement_of(index),
+        index=source.entries,
+        stated=statement_of(source.entries),
         clock=chosen.clock,
         chunks=meta.chunks,
         sizes=meta.sizes,
@@ -262,6 +261,13 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     files = payloads(plan, meta.template, reference_samples=request.reference_samples)
     remarks = (*source.remarks, *([prefix_remark(plan.prefix)] if plan.prefix else ()))
     return Prepared(plan=plan, meta=meta, files=files, remarks=remarks)
+
+
+def index_of(request: Request, chosen: Survey, rank: Rank) -> Index:
+    """The index of one rank's file, or of its group's shards: of the source's first rank where the layout changes."""
+    own = (0, 0) if request.source_topology else rank
+    file = chosen.files[own]
+    return (None if file.peers else chosen.indexes.get(rank)) or index_source(file, request.source_layout.group(*own))
 
 
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:

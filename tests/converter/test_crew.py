@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -23,6 +24,7 @@ from ckpt2pt.crew import stopped_by_signals, work_through
 from ckpt2pt.engine import write as engine
 from ckpt2pt.errors import Ckpt2ptError, TimedOutError, TooManyFilesError, TryAgainError
 from ckpt2pt.publish import TRACKER
+from ckpt2pt.request import Pace
 from ckpt2pt.run import run
 from conversions import Quiet, flags_for, request_for
 from loggers import Talking
@@ -144,6 +146,27 @@ def test_a_worker_does_one_rank_after_another(golden: Path, tmp_path: Path, monk
     assert len(started) == 2
     run(request_for(folder, tmp_path / "one"), range(2), Quiet())
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+class Cycle:
+    """What only a collector of cycles frees."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_a_rank_leaves_nothing_in_memory_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers of two ranks would be more than a worker is said to need."""
+    left = list[weakref.ref[Cycle]]()
+
+    def carry(*_: object) -> None:
+        assert [one() for one in left] == [None] * len(left)
+        left.append(weakref.ref(Cycle()))
+
+    monkeypatch.setattr(Talking, "carry", carry)
+    with stopped_by_signals() as stop:
+        work_through(Talking(pace=Pace(in_process=True)), [(0, 0), (1, 0), (2, 0)], None, Quiet(), stop)
+    assert len(left) == 3
 
 
 def test_a_rank_that_fails_ends_the_workers_of_all(pipelined: Path, tmp_path: Path) -> None:

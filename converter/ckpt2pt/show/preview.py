@@ -26,6 +26,7 @@ WORKER_BYTES = 48 << 20
 def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Rank, Prepared], *, names: bool) -> Json:
     """The plan as a document for ``--output json``."""
     stages: list[Json] = []
+    first = next(iter(ranks.values()))
     read = written = 0
     for (tp, pp), prepared in ranks.items():
         plan = prepared.plan
@@ -60,7 +61,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
                 full=request.full,
             ),
             *dict.fromkeys(remark for rank in ranks.values() for remark in rank.remarks),
-            *contradictions(request, chosen, next(iter(ranks))),
+            *contradictions(first.meta.template, first.plan.stated),
             *_copies(request, chosen, ranks),
             *_unused_rules(request, ranks),
         ],
