@@ -16,7 +16,7 @@ export UV_HTTP_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mindspore demo test e2e cluster cluster-down images tiny check layers format golden bench lock crds helm chart clean
+.PHONY: help setup mindspore demo test e2e cluster cluster-down images push tiny check layers format golden bench lock crds helm chart clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -91,6 +91,24 @@ cluster-down: $(READY) ## end it: its processes, mounts, bridges, rules and file
 images: $(READY) ## build both images with buildah and give them to the cluster, if it runs
 	@$(HARNESS) images
 
+# What the chart names: <registry>/<repository>:<appVersion>.  BUILD_FLAGS and PUSH_FLAGS are further words for buildah, whose
+# older versions (as Debian 12's) do not know BUILDPLATFORM in a FROM.
+VERSION     := $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+PLATFORMS   ?= linux/amd64,linux/arm64
+BASE        = $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(BASE_IMAGE))
+
+push: ## build both images with buildah and push them: make push REGISTRY=registry.example.com/team
+	@test -n "$(REGISTRY)" || { echo "say where to: make push REGISTRY=registry.example.com/team" >&2; exit 64; }
+	@set -e; for image in operator:ckpt2pt-operator converter:ckpt2pt; do \
+	  name="$(REGISTRY)/$${image#*:}:$(VERSION)"; digest=$$(mktemp); \
+	  buildah manifest rm "$$name" >/dev/null 2>&1 || true; \
+	  sed "s|\$${BUILDPLATFORM}|$$(buildah info --format '{{.host.os}}/{{.host.arch}}')|" Dockerfile | \
+	  buildah build --file - --layers --platform $(PLATFORMS) --target "$${image%:*}" --manifest "$$name" \
+	    --build-arg VERSION=$(VERSION) --build-arg REVISION=$$(git rev-parse HEAD 2>/dev/null || echo unknown) $(BASE) $(BUILD_FLAGS) .; \
+	  buildah manifest push $(PUSH_FLAGS) --quiet --all --rm --digestfile "$$digest" "$$name" "docker://$$name"; \
+	  echo "pushed $$name@$$(cat "$$digest")"; rm "$$digest"; \
+	done
+
 tiny: $(TORCH_READY) ## ten seconds: one small checkpoint converted and read by torch
 	$(BIN)/pytest -q tests/e2e/test_tiny.py
 
@@ -126,15 +144,16 @@ lock: $(READY) ## resolve the requirements anew (UPGRADE=1 takes newer versions)
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra operator --group dev --constraint $(LOCK)/dev.txt -o $(LOCK)/test.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra mindspore -o $(LOCK)/mindspore.txt
 
-crds: ## copy the CRD into the chart
+crds: ## copy the CRD into the chart and the static manifests
 	cp crds/*.yaml charts/ckpt2pt/files/crds/
+	cp crds/*.yaml deploy/
 
-helm: $(READY) ## build helm 3, helm 4 and helm-docs into the cache; says so where there is no Go
+helm: $(READY) ## build helm 3, helm 4, helm-docs, actionlint and crane into the cache; says so where there is no Go
 	$(BIN)/python tests/support/helm.py
 
-chart: $(READY) crds helm ## the chart's copy of the CRD, its README and its schema, from their sources
+chart: $(READY) crds helm ## the copies of the CRD, the chart's README and schema, and deploy/, from their sources
 	"$${XDG_CACHE_HOME:-$$HOME/.cache}"/ckpt2pt/helm-docs-*/helm-docs --chart-search-root charts --log-level warning
-	GOLDEN=update $(BIN)/pytest -q tests/charts/test_chart.py -k worker_defaults
+	GOLDEN=update $(BIN)/pytest -q tests/charts -k "worker_defaults or static_manifests"
 
 clean: ## remove what make and the tests made, .venv included
 	rm -rf .venv .venv-mindspore build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

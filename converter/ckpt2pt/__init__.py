@@ -26,16 +26,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ckpt2pt.library.checkpoint import Checkpoint, TensorInfo
     from ckpt2pt.library.checkpoint import open_checkpoint as open  # noqa: A004 - as ckpt2pt.open
+    from ckpt2pt.library.commands import compare, convert, inspect
 
-__all__ = ["Checkpoint", "TensorInfo", "__version__", "open"]
+__all__ = ["Checkpoint", "TensorInfo", "__version__", "compare", "convert", "inspect", "open"]
 
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
     """Load the library when it is first used (PEP 562)."""
-    if name not in {"Checkpoint", "TensorInfo", "open"}:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from ckpt2pt.library import checkpoint  # noqa: PLC0415
+    from ckpt2pt.library import checkpoint, commands  # noqa: PLC0415
 
-    return getattr(checkpoint, "open_checkpoint" if name == "open" else name)
+    return getattr(commands, name, None) or getattr(checkpoint, "open_checkpoint" if name == "open" else name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,13 +1,16 @@
-"""Ranks at work: here, or each in a process of its own; deadlines, signals, and no failure that is not heard."""
+"""Ranks at work: here, or in worker processes; deadlines, signals, and no failure that is not heard."""
 
 from __future__ import annotations
 
+import errno
+import gc
 import logging
 import os
 import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,13 +19,14 @@ from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, cast
 
 from ckpt2pt.engine.write import Meter, Stop
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Lock
 from ckpt2pt.request import Pace
+from ckpt2pt.system.access import access_error
 from ckpt2pt.system.parent import end_with
 
 
@@ -89,12 +93,16 @@ def work_through(
     if pace.in_process or len(todo) <= 1:
         for rank in todo:
             with _deadline(pace.timeout, rank, stop):
-                meter = Meter(partial(reporter.advance, rank))
-                (alone or work.plan(rank)).carry(stop, meter.advance)
-                meter.flush()
+                _carry(alone or work.plan(rank), stop, Meter(partial(reporter.advance, rank)))
             reporter.end(rank)
         return
     _Crew(work, reporter, stop, locks).work(todo)
+
+
+def _carry(share: Share, stop: Stop, meter: Meter) -> None:
+    share.carry(stop, meter.advance)
+    meter.flush()
+    gc.collect()  # cycles keep its buffers, and the next rank would need its own beside them
 
 
 @contextmanager
@@ -145,28 +153,32 @@ def stopped_by_signals() -> Generator[Stop]:
 
 @dataclass(slots=True)
 class _Hand:
-    """A worker process and what it is doing."""
+    """A worker process and the rank that it is doing."""
 
     rank: Rank
     process: SpawnProcess
     pipe: Connection
-    deadline: float | None
+    deadline: float | None = None
 
 
 class _Crew:
-    """Runs ranks in processes of their own, at most ``workers`` at a time; every failure is heard."""
+    """Runs ranks in at most ``workers`` processes; every failure is heard.
+
+    A process does one rank after another: to start Python and numpy costs more than a small rank.
+    """
 
     def __init__(self, work: Work, reporter: Reporter, stop: Stop, locks: Sequence[Lock]) -> None:
         self._work, self._reporter, self._stop, self._locks = work, reporter, stop, locks
         self._hands: list[_Hand] = []
+        self._waiting: deque[Rank] = deque()
 
     def work(self, todo: Sequence[Rank]) -> None:
-        waiting = list(todo)
+        self._waiting.extend(todo)
         try:
-            while waiting or self._hands:
+            while self._waiting or self._hands:
                 self._stop.check()
-                while waiting and len(self._hands) < max(1, self._work.pace.workers):
-                    self._hands.append(self._start(waiting.pop(0)))
+                while self._waiting and len(self._hands) < max(1, self._work.pace.workers):
+                    self._hands.append(self._start())
                 for ready in wait([hand.pipe for hand in self._hands], timeout=0.2):
                     self._hear(next(hand for hand in self._hands if hand.pipe is ready))
                 late = next((h for h in self._hands if h.deadline and time.monotonic() > h.deadline), None)
@@ -175,21 +187,33 @@ class _Crew:
         finally:
             self._dismiss()
 
-    def _start(self, rank: Rank) -> _Hand:
+    def _start(self) -> _Hand:
         context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        words = (self._work, rank, theirs, os.getpid(), tuple(self._locks))
-        process = context.Process(target=work_on_rank, args=words, name=f"tp{rank[0]}-pp{rank[1]}")
-        with _deaf_to_interrupts():
-            process.start()
+        try:
+            ours, theirs = context.Pipe()
+            words = (self._work, theirs, os.getpid(), tuple(self._locks))
+            process = context.Process(target=work_on_ranks, args=words)
+            with _deaf_to_interrupts():
+                process.start()
+        except OSError as error:
+            raise _not_started(error, "worker of tp {} pp {}".format(*self._waiting[0])) from error
         theirs.close()
+        hand = _Hand(self._waiting[0], process, ours)
+        self._assign(hand)
+        return hand
+
+    def _assign(self, hand: _Hand) -> None:
+        """Give it the next rank, and its time."""
+        hand.rank = self._waiting.popleft()
         timeout = self._work.pace.timeout
-        return _Hand(rank, process, ours, time.monotonic() + timeout if timeout else None)
+        hand.deadline = time.monotonic() + timeout if timeout else None
+        with suppress(OSError):  # it has died: `_hear` tells how
+            hand.pipe.send(hand.rank)
 
     def _hear(self, hand: _Hand) -> None:
         try:
             message: object = hand.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # a reset, where it died before it read its next rank
             hand.process.join()
             self._stop.check()  # whoever stopped us may have stopped it as well
             raise TryAgainError(
@@ -204,21 +228,41 @@ class _Crew:
         elif isinstance(message, BaseException):
             raise message
         else:
+            self._reporter.end(hand.rank)
+            if self._waiting:
+                self._assign(hand)
+                return
             self._hands.remove(hand)
             hand.pipe.close()
             hand.process.join()
-            self._reporter.end(hand.rank)
 
     def _dismiss(self) -> None:
         """Ask every worker left to stop, and make sure of it."""
         for hand in self._hands:
             hand.process.terminate()
+            hand.pipe.close()
         for hand in self._hands:
             hand.process.join(5)
             if hand.process.is_alive():
                 hand.process.kill()
                 hand.process.join()
-            hand.pipe.close()
+
+
+def _not_started(error: OSError, worker: str) -> Ckpt2ptError:
+    """A process takes descriptors, memory and a place among the processes that are allowed."""
+    if error.errno == errno.EPIPE:
+        return TryAgainError(
+            "the worker died as it was started",
+            where=worker,
+            mend="give it more memory (spec.workers.resources) or fewer workers (--process-limit), and run again",
+        )
+    if error.errno != errno.EAGAIN:
+        return access_error(error, worker, "starting a worker process")
+    return TryAgainError(
+        "a worker process could not be started: no more processes are allowed here",
+        where=worker,
+        mend="raise the limit (ulimit -u, the pids limit of the container), or lower --process-limit; then run again",
+    )
 
 
 @contextmanager
@@ -235,8 +279,12 @@ def _deaf_to_interrupts() -> Generator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def work_on_rank(work: Work, rank: Rank, pipe: Connection, parent: int, _: Sequence[Lock]) -> None:
-    """The body of a worker process, which ends with its parent: bytes done as integers, log records, then None, or the error."""
+def work_on_ranks(work: Work, pipe: Connection, parent: int, _: Sequence[Lock]) -> None:
+    """The body of a worker process, which ends with its parent.
+
+    It gets ranks until the pipe is closed; for each it sends bytes done as integers, log records, then None, or the
+    error, its last.
+    """
     end_with(parent, signal.SIGKILL)
     logging.getLogger().handlers[:] = [_ToParent(pipe)]
     with stopped_by_signals() as stop:
@@ -251,16 +299,22 @@ def work_on_rank(work: Work, rank: Rank, pipe: Connection, parent: int, _: Seque
 
         meter = Meter(report)
         try:
-            work.plan(rank).carry(stop, meter.advance)
-            meter.flush()
+            while (rank := _next(pipe)) is not None:
+                _carry(work.plan(rank), stop, meter)
+                _say(pipe, None)
         except Ckpt2ptError as error:
             _say(pipe, error)
         except Exception as bug:
             bug.add_note(f"in the worker process:\n{traceback.format_exc()}")
             _say(pipe, bug)
             raise SystemExit(70) from bug  # in silence: the parent raises it
-        else:
-            _say(pipe, None)
+
+
+def _next(pipe: Connection) -> Rank | None:
+    try:
+        return cast("Rank", pipe.recv())
+    except (EOFError, OSError):
+        return None  # nothing more is to be done
 
 
 def _say(pipe: Connection, message: Exception | logging.LogRecord | None) -> None:

@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, cast
 
 from ckpt2pt.errors import UsageError
 
@@ -184,7 +184,15 @@ def check_numbers(given: Mapping[str, float | None]) -> None:
             )
 
 
-def add_target_sizes(group: argparse._ArgumentGroup, meaning: str) -> None:
+class Group(Protocol):
+    """A parser, or a group of its flags."""
+
+    def add_argument(self, *names: str, **settings: Any) -> object:  # noqa: ANN401 - argparse's own
+        """Add one flag."""
+        ...
+
+
+def add_target_sizes(group: Group, meaning: str) -> None:
     """The parallel sizes of a result in another layout; ``meaning`` is what follows the name of a size, ``{}`` its field."""
     for flag, what, field in (
         ("--target-tp-size", "tensor parallel size", "tensor"),

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from ckpt2pt.mapping.topology import Topology
     from ckpt2pt.request import Request
 
-
 log = logging.getLogger("ckpt2pt")
 
 
@@ -353,27 +352,27 @@ def request_of(options: argparse.Namespace) -> Request:
         }
     )
     rules = rules_of(options.rules)
-    target = tuple(target_sizes(options).values())
-    source = options.tp_size, options.pp_size, options.vpp_size
-    tensor, pipeline, virtual = (there or here for here, there in zip(source, target, strict=True))
+    sizes = tuple(target_sizes(options).values())
+    own = options.tp_size, options.pp_size, options.vpp_size
+    tensor, pipeline, virtual = (there or here for here, there in zip(own, sizes, strict=True))
     given = Given(
         num_layers=options.num_layers,
         tensor=tensor,
         pipeline=pipeline,
         virtual=virtual,
-        data=1 if any(target) else options.dp_size,
-        context=1 if any(target) else options.cp_size,
+        data=1 if any(sizes) else options.dp_size,
+        context=1 if any(sizes) else options.cp_size,
         noop=None if options.noop is None else frozenset(options.noop),
         layers_per_stage=joined(options.stage_list),
     )
-    topology = learn(given, source=options.ms_path, metadata=options.param_map_path, allow=rules.pickle_globals)
+    source, metadata, target = options.ms_path, options.param_map_path, options.megatron_path
+    topology = learn(given, source=source, metadata=metadata, target=target, allow=rules.pickle_globals)
     if topology.remark:
         log.warning("%s", topology.remark)
-    laid_out = _source_layout(options, topology, rules) if any(target) else topology
-    same = _is_same(options, laid_out, topology)
+    topology, laid_out = _layouts(options, topology, rules)
     return Request(
-        topology=replace(topology, data=laid_out.data, context=laid_out.context) if same else topology,
-        source_topology=None if same else laid_out,
+        topology=topology,
+        source_topology=laid_out,
         source=options.ms_path,
         metadata=options.param_map_path,
         target=options.megatron_path,
@@ -392,18 +391,18 @@ def request_of(options: argparse.Namespace) -> Request:
     )
 
 
-def _source_layout(options: argparse.Namespace, target: Topology, rules: Rules) -> Topology:
+def _layouts(options: argparse.Namespace, target: Topology, rules: Rules) -> tuple[Topology, Topology | None]:
+    """That of the result, and that of the source where a rank of the result is not read from one rank of the source."""
+    if not any(target_sizes(options).values()):
+        return target, None
     from ckpt2pt.formats.degrees import source_layout  # noqa: PLC0415
-    from ckpt2pt.mapping.names import NameTable  # noqa: PLC0415
 
-    sizes = options.tp_size, options.pp_size, options.dp_size, options.cp_size
-    return source_layout(options.ms_path, sizes, target, NameTable(rules))
-
-
-def _is_same(options: argparse.Namespace, source: Topology, target: Topology) -> bool:
-    """Whether each rank of the result is read from one rank of the source."""
-    sizes = (source.tensor, source.pipeline, options.vpp_size) == (target.tensor, target.pipeline, target.virtual)
-    return source is target or (sizes and not target.layers_per_stage)
+    known = options.tp_size, options.pp_size, options.dp_size, options.cp_size
+    source = source_layout(options.ms_path, known, target, rules)
+    sizes = source.tensor, source.pipeline, options.vpp_size
+    if sizes != (target.tensor, target.pipeline, target.virtual) or target.layers_per_stage:
+        return target, source
+    return replace(target, data=source.data, context=source.context), None
 
 
 def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:

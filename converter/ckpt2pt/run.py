@@ -2,7 +2,7 @@
 
 measure every rank asked for            nothing has been written; everything that can be wrong is found here
 -> claim, lock of the stage
--> one process a rank                   a rank's files appear together, by rename
+-> ranks, in worker processes            a rank's files appear together, by rename
 -> stage manifest                       when every rank of the stage is there and verified
 -> report, tracker                      when every stage is there; by whoever sees it first
 """
@@ -19,23 +19,24 @@ from functools import partial
 from typing import Protocol, cast
 
 from ckpt2pt import __version__
+from ckpt2pt.ckpt.source import prove_read
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
-from ckpt2pt.errors import InterruptedRunError, TargetConflictError
+from ckpt2pt.errors import InterruptedRunError, TargetConflictError, printable
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.ptmeta.loading import check_loadable, contradictions, kept_of_template
+from ckpt2pt.ptmeta.loading import check_loadable, contradictions_of, kept_of_template
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.source import prove_read
-from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.survey import Prepared, Survey, distinct, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.system.paths import is_folder
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import TensorRef
-from ckpt2pt.text import checksums_told, counted, size
+from ckpt2pt.text import checksums_told, counted, size, warned
 
 
 class Planned(Share, Protocol):
@@ -155,8 +156,8 @@ class Outcome:
         did += checksums_told(self.source_checksums)
         if self.kept_of_template:
             did += f"\nas pt_meta has it, of another iteration: {', '.join(self.kept_of_template)}"
-        first = "".join(f"warning: {text}\n" for text in self.warnings)
-        return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.at_home.folder}\n{end}"
+        first = f"iteration {self.target.iteration}, {stages}: {did}"
+        return "\n".join([*warned(self.warnings), first, printable(str(self.target.at_home.folder)), end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +195,9 @@ class _Forward:
 
 
 def _plan(request: Request, chosen: Survey, rank: Rank, target: Target) -> _Forward:
-    return _Forward(request, chosen, target, prepare(request, chosen, rank))
+    prepared = prepare(request, chosen, rank)
+    check_loadable(request, rank, prepared.meta)
+    return _Forward(request, chosen, target, prepared)
 
 
 def _examine(request: Request, chosen: Survey, target: Target, pp: int) -> tuple[str, ...]:
@@ -210,9 +213,9 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
     chosen = survey(request, keep=ranks if len(ranks) == 1 else ())
-    check_loadable(request, ranks)
+    target = target_of(request, chosen)
     conversion = Conversion(
-        target=target_of(request, chosen),
+        target=target,
         pace=request.pace,
         verify=request.verify,
         overwrite=request.overwrite,
@@ -220,12 +223,15 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         facts={"assumed": assumed(request.metadata)},
         inputs=chosen.inputs,
         doubts=chosen.clock.doubts,
-        warnings=contradictions(request, chosen, ranks[0]) if ranks else (),
+        warnings=contradictions_of(request, chosen, ranks[0]) if ranks else (),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
         prepare=partial(_plan, request, chosen),
         examine=partial(_examine, request, chosen),
     )
+    if is_folder(target.folder, target.kind.option):
+        for rank in ranks:  # one that an earlier run finished is not planned, which would check it
+            check_loadable(request, rank)
     return carry_out(conversion, stages, reporter, began)
 
 
@@ -407,7 +413,7 @@ def _publish_stage(conversion: Conversion, pp: int, options: Json) -> tuple[str,
     """Join the manifests of a stage's ranks; returns what is suspicious of them."""
     target, found = conversion.target, conversion.examine(conversion.target, pp)
     # Its own inputs alone: those of all ranks in each stage would grow with the square of their number.
-    inputs = [one for tp in range(target.tensor) for one in conversion.inputs[tp, pp]]
+    inputs = list(distinct(conversion.inputs[tp, pp] for tp in range(target.tensor)))
     facts: Json = {"iteration": target.iteration, "inputs": inputs, **conversion.facts}
     facts |= {"warnings": list(found)} if found else {}
     target.publish_stage(pp, {**options, **facts})

@@ -14,10 +14,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file, read_scalar, statement_of
+from ckpt2pt.ckpt import index_file, read_scalars, statement_of
 from ckpt2pt.ckpt.filenames import When, shown
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
+from ckpt2pt.ckpt.source import files_for, read_source
 from ckpt2pt.errors import InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
@@ -38,10 +39,10 @@ from ckpt2pt.meta import (
 )
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, name_contradiction, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
-from ckpt2pt.pt.payload import FilePayload, Template, payloads
+from ckpt2pt.pt.payload import FilePayload, payloads
 from ckpt2pt.publish import Target
+from ckpt2pt.records import Json
 from ckpt2pt.request import Request, digest
-from ckpt2pt.source import files_for, read_source
 from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
 
@@ -79,7 +80,7 @@ class Prepared:
     """One rank, ready to run."""
 
     plan: RankPlan
-    template: Template
+    meta: RankMeta
     files: tuple[FilePayload, ...]
     remarks: tuple[str, ...]
     """What a user should know before the result is used, in whole sentences."""
@@ -136,9 +137,9 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
     maps = list_param_maps(request.metadata)
-    inputs = {rank: _inputs(rank, found[when], request, maps) for rank in request.topology.ranks()}
+    inputs = _inputs(request.topology.ranks(), found[when], request, maps)
     headers.prove_unchanged()
-    every = tuple(one for listed in inputs.values() for one in listed)
+    every = distinct(inputs.values())
     purpose = digest({"options": request.meaning(), "iteration": clock.iteration})
     chosen = Survey(
         files=found[when],
@@ -175,7 +176,8 @@ def _identity(purpose: str, inputs: Inputs, first: Inputs) -> str:
 def prove_unchanged(request: Request, chosen: Survey, rank: Rank) -> None:
     """Refuse a rank whose files are not those that were surveyed: what was read may be of two checkpoints."""
     first = rank[0], 0
-    now = _identity(chosen.purpose, *(_inputs(one, chosen.files, request) for one in (rank, first)))
+    inputs = _inputs((rank, first), chosen.files, request)
+    now = _identity(chosen.purpose, inputs[rank], inputs[first])
     if now != chosen.ranks[rank]:
         raise changed(chosen.read_for(rank, request)[0].path)
 
@@ -234,16 +236,17 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     topology = request.topology
     tp, pp = rank
     meta = meta_of(request, rank)
-    source = read_source(request, chosen.files, chosen.identity, rank, meta, chosen.indexes.get(rank))
-    index = source.entries
+    source = read_source(
+        request, chosen.files, chosen.identity, rank, sizes=meta.sizes, tied=meta.tied, known=chosen.indexes.get(rank)
+    )
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(
         tp=tp,
         pp=pp,
         source=str(request.source if request.source_topology else chosen.files[rank].path),
         metadata=str(request.metadata),
-        index=index,
-        stated=statement_of(index),
+        index=source.entries,
+        stated=statement_of(source.entries),
         clock=chosen.clock,
         chunks=meta.chunks,
         sizes=meta.sizes,
@@ -257,7 +260,14 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     plan = plan_rank(found, topology, NameTable(request.rules), full=request.full)
     files = payloads(plan, meta.template, reference_samples=request.reference_samples)
     remarks = (*source.remarks, *([prefix_remark(plan.prefix)] if plan.prefix else ()))
-    return Prepared(plan=plan, template=meta.template, files=files, remarks=remarks)
+    return Prepared(plan=plan, meta=meta, files=files, remarks=remarks)
+
+
+def index_of(request: Request, chosen: Survey, rank: Rank) -> Index:
+    """The index of one rank's file, or of its group's shards: of the source's first rank where the layout changes."""
+    own = (0, 0) if request.source_topology else rank
+    file = chosen.files[own]
+    return (None if file.peers else chosen.indexes.get(rank)) or index_source(file, request.source_layout.group(*own))
 
 
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:
@@ -313,13 +323,8 @@ class _Headers:
 
 def facts_of(index: Index) -> dict[str, float]:
     """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
-    facts: dict[str, float] = {}
-    for name in CLOCK_ENTRIES:
-        if name in index:
-            value = read_scalar(index[name])
-            if isinstance(value, int | float) and math.isfinite(value):
-                facts[name] = value
-    return facts
+    values = read_scalars(index[name] for name in CLOCK_ENTRIES if name in index)
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _clock(file: SourceFile, batch: int | None, headers: _Headers) -> Clock:
@@ -399,19 +404,28 @@ def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
         )
 
 
-def _inputs(rank: Rank, files: Mapping[Rank, SourceFile], request: Request, maps: Maps | None = None) -> Inputs:
-    """What a rank is read from: sources by name, size and time, the small metadata files by content.
+def _inputs(
+    ranks: Iterable[Rank], files: Mapping[Rank, SourceFile], request: Request, maps: Maps | None = None
+) -> dict[Rank, Inputs]:
+    """What each rank is read from: sources by name, size and time, the small metadata files by content.
 
     The time matters: a retrained checkpoint has the same header and size.  A rank of the last stage may read a tied
-    embedding of the first, so that is counted with every rank.
+    embedding of the first, so that is counted with every rank.  Where the layout changes, ranks share all sources.
     """
-    found = [one for file in files_for(rank, files, request) for one in inputs_of(file, request.source)]
-    described = metadata_files(request.metadata, tp=rank[0], pp=rank[1], listed=maps)
-    found.extend(
-        {"metadata": path.name, "sha256": sha256(path, METADATA)}
-        for path in sorted(described, key=lambda path: path.name)
-    )
+    sources: dict[Path, Inputs] = {}
+    found: dict[Rank, Inputs] = {}
+    for rank in ranks:
+        needed = files_for(rank, files, request)
+        sources |= {file.path: inputs_of(file, request.source) for file in needed if file.path not in sources}
+        described = metadata_files(request.metadata, tp=rank[0], pp=rank[1], listed=maps)
+        metadata: Inputs = [{"metadata": path.name, "sha256": sha256(path, METADATA)} for path in sorted(described)]
+        found[rank] = [*(one for file in needed for one in sources[file.path]), *metadata]
     return found
+
+
+def distinct(inputs: Iterable[Sequence[Json]]) -> tuple[Json, ...]:
+    """Each input of several ranks once."""
+    return tuple({id(one): one for listed in inputs for one in listed}.values())
 
 
 def inputs_of(file: SourceFile, root: Path) -> Inputs:

@@ -22,7 +22,7 @@ from ckpt2pt.conversion.job import MANAGER
 from ckpt2pt.conversion.names import request_path
 from ckpt2pt.conversion.spec import API_VERSION, Json
 from ckpt2pt.errors import UsageError
-from ckpt2pt_operator.decoding import LARGE, Page, decode, lines
+from ckpt2pt_operator.decoding import Page, decode, lines
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.views import child, items, number, text
 from ckpt2pt_operator.workqueue import Turns
@@ -195,11 +195,8 @@ class Api:
         try:
             if stream.status >= 400:
                 raise self._refused(stream, await stream.read(), asked)
-            async for data in stream.content.iter_any():
-                for item in page.feed(data):
-                    found.append(take(decode(item)))
-                    if len(item) > LARGE:
-                        await asyncio.sleep(0)
+            async for item in page.items(stream.content):
+                found.append(take(item))
             meta = child(decode(page.rest()), "metadata")
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             raise ApiError(0, "Interrupted", str(error) or type(error).__name__, what=str(asked)) from error

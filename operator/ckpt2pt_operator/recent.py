@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+Key = TypeVar("Key")
 Value = TypeVar("Value")
 
 
-def remember(found: dict[str, Value], key: str, value: Value, most: int) -> None:
+def remember(found: dict[Key, Value], key: Key, value: Value, most: int) -> None:
     """Keep a value by its key; what has been there longest goes where there would be more than ``most``."""
     found[key] = value
     while len(found) > most:

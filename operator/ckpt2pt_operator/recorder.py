@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from ckpt2pt.conversion.job import MANAGER
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt_operator.api import EVENTS, Api, ApiError
+from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.rules.conditions import stamp
 from ckpt2pt_operator.rules.kept import key_of
 from ckpt2pt_operator.rules.notes import Note
@@ -69,6 +70,5 @@ class Recorder:
             self._written.pop((uid, note.reason, note.message), None)  # it may be the event that is gone
             log.warning("an event could not be written", extra={"error": str(error)})
             return
-        if len(self._written) >= _MOST:
-            self._written = {key: seen for key, seen in self._written.items() if now - seen.at < _WINDOW}
-        self._written[uid, note.reason, note.message] = _Written(text(child(written, "metadata"), "name"), 1, now)
+        seen = _Written(text(child(written, "metadata"), "name"), 1, now)
+        remember(self._written, (uid, note.reason, note.message), seen, _MOST)

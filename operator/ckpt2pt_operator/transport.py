@@ -21,7 +21,7 @@ import kopf
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt_operator.api import AGENT, CONVERSIONS, PLAIN
-from ckpt2pt_operator.decoding import LARGE, Page, decode, lines
+from ckpt2pt_operator.decoding import Page, decode, lines
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.kept import slim
 from ckpt2pt_operator.rules.views import child, text
@@ -85,10 +85,10 @@ class Conversions:
         """The first page of a list is there."""
         self._listed[namespace] = set()
 
-    def take(self, namespace: str, data: bytes) -> None:
+    def take(self, namespace: str, raw: Json) -> None:
         """One object of a list."""
         self.hear()
-        self._listed.setdefault(namespace, set()).add(self._store.put_conversion(decode(data)))
+        self._listed.setdefault(namespace, set()).add(self._store.put_conversion(raw))
 
     def end(self, namespace: str) -> None:
         """It was the last page: what was not listed is gone."""
@@ -136,11 +136,8 @@ class _Listed:
         if self._first:
             self._outer.begin(self._namespace)
         try:
-            async for data in self._inner.iter_any():
-                for item in page.feed(data):
-                    self._outer.take(self._namespace, item)
-                    if len(item) > LARGE:
-                        await asyncio.sleep(0)
+            async for item in page.items(self._inner):
+                self._outer.take(self._namespace, item)
             rest = decode(page.rest())
             if "items" not in rest:
                 raise ValueError("not a list")

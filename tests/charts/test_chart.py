@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 import yaml
 
-from charts import CASES, CHART, values, values_schema, worker_defaults_schema
+from charts import CASES, CHART, DEPLOY, values, values_schema, worker_defaults_schema
 from ckpt2pt.conversion.document import validate
 from documents import CRD_PATH
 from goldens import REPOSITORY
@@ -39,10 +39,11 @@ def errors_of(document: dict[str, Any]) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- in step
 
 
-def test_the_chart_carries_the_crd_byte_for_byte() -> None:
+def test_chart_and_static_manifests_carry_the_crd_byte_for_byte() -> None:
     copies = list((CHART / "files" / "crds").iterdir())
     assert [copy.name for copy in copies] == [CRD_PATH.name]
     assert copies[0].read_bytes() == CRD_PATH.read_bytes(), "make crds"
+    assert (DEPLOY / CRD_PATH.name).read_bytes() == CRD_PATH.read_bytes(), "make crds"
 
 
 def test_no_folder_that_helm_would_never_upgrade() -> None:

@@ -14,7 +14,20 @@ from typing import Any
 import pytest
 import yaml
 
-from charts import CASES, CHART, KUBERNETES, Object, Rendered, case_file, rendered_case, run, template, template_of
+from charts import (
+    CASES,
+    CHART,
+    DEPLOY,
+    KUBERNETES,
+    Object,
+    Rendered,
+    case_file,
+    images,
+    rendered_case,
+    run,
+    template,
+    template_of,
+)
 from ckpt2pt import __version__
 from ckpt2pt_operator import access, settings
 from ckpt2pt_operator.rules.permissions import PERMISSIONS
@@ -94,6 +107,62 @@ def test_a_package_holds_what_is_needed_and_nothing_else(major: str, tmp_path: P
         "files/crds/checkpointconversions.yaml",
     } <= names
     assert not [name for name in names if name.startswith(("ci/", "tests/")) or name.endswith(".gotmpl")]
+
+
+# --------------------------------------------------------------------------------------------------------------- images
+
+
+DIGEST = f"sha256:{'1' * 64}"
+IMAGES = {
+    "one value for both": ("image.registry=r.io/t/", "r.io/t/ckpt2pt-operator:0.1.0", "r.io/t/ckpt2pt:0.1.0"),
+    "one for each": (
+        "image.registry=r.io,worker.image.registry=w.io",
+        "r.io/ckpt2pt-operator:0.1.0",
+        "w.io/ckpt2pt:0.1.0",
+    ),
+    "by digest": (
+        f"image.registry=r.io,image.digest={DIGEST},worker.image.digest={DIGEST}",
+        f"r.io/ckpt2pt-operator@{DIGEST}",
+        f"r.io/ckpt2pt@{DIGEST}",
+    ),
+    "within the repositories": (
+        "image.registry=,image.repository=o.io/a/b,worker.image.repository=w.io/c",
+        "o.io/a/b:0.1.0",
+        "w.io/c:0.1.0",
+    ),
+    "a repository of another registry": (
+        "image.registry=r.io,worker.image.repository=w.io/c",
+        "r.io/ckpt2pt-operator:0.1.0",
+        "w.io/c:0.1.0",
+    ),
+    "a path of the node's own registry": (
+        "image.registry=,image.repository=a/b,worker.image.repository=a/c",
+        "a/b:0.1.0",
+        "a/c:0.1.0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("flags", "operator", "worker"), IMAGES.values(), ids=IMAGES)
+def test_where_the_images_are(major: str, flags: str, operator: str, worker: str) -> None:
+    assert images(template(major, "--set", flags)) == [operator, worker]
+
+
+@pytest.mark.parametrize("flags", ["image.registry=", "image.registry=,image.repository=r.io/a/b"])
+def test_without_a_registry_nothing_is_installed_and_what_to_do_is_said(major: str, flags: str) -> None:
+    found = template(major, "--set", flags)
+    assert found.code
+    assert "build and push both images (README.md, Install it on a cluster)" in found.stderr
+
+
+def test_static_manifests_are_what_the_chart_renders(assert_golden: Callable[[str, Path], None]) -> None:
+    try:
+        flags = ("--namespace", "ckpt2pt", "--no-hooks", "--set", "crds.enabled=false")
+        found = template("v4", *flags)
+    except MissingError as reason:
+        pytest.skip(str(reason))
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "ckpt2pt"}}
+    assert_golden(yaml.safe_dump_all([namespace, *found.objects], width=120), DEPLOY / "ckpt2pt.yaml")
 
 
 # ------------------------------------------------------------------------------------------------------------------ CRD
@@ -338,7 +407,8 @@ def test_the_operator_reads_its_flags_and_the_configuration_that_is_mounted(majo
 def test_the_defaults_of_the_chart_are_those_of_the_operator(major: str) -> None:
     [container] = rendered_case(major, "default").of("Deployment")[0]["spec"]["template"]["spec"]["containers"]
     flags = [flag for flag in container["args"] if "=/etc/ckpt2pt/" not in flag]
-    assert settings.read(flags, {}) == settings.read([f"--worker-image=ckpt2pt:{__version__}"], {})
+    image = f"--worker-image=registry.example.com/team/ckpt2pt:{__version__}"
+    assert settings.read(flags, {}) == settings.read([image], {})
 
 
 def test_a_changed_configuration_restarts_the_operator(major: str) -> None:
@@ -476,7 +546,8 @@ def test_a_bad_combination_or_value_is_refused_in_clear_words(major: str, flags:
 
 @pytest.mark.parametrize("name", ["serviceMonitor", "podMonitor", "prometheusRule"])
 def test_monitoring_objects_need_the_api_they_are_of(major: str, name: str) -> None:
-    found = run(major, "template", "x", CHART, "--kube-version", KUBERNETES, "--set", f"metrics.{name}.enabled=true")
+    flags = ("--set", f"image.registry=r.io,metrics.{name}.enabled=true")
+    found = run(major, "template", "x", CHART, "--kube-version", KUBERNETES, *flags)
     assert found.code != 0
     assert f"metrics.{name}.enabled needs the Prometheus Operator" in found.stderr
 
@@ -493,7 +564,7 @@ def test_finished_conversions_are_deleted_only_by_an_operator_that_has_the_right
 
 @pytest.mark.parametrize(("version", "has"), [("1.29.0", False), ("1.30.4", False), ("1.31.0", True), ("1.36.3", True)])
 def test_fields_to_select_by_are_left_out_where_an_api_server_knows_none(major: str, version: str, has: bool) -> None:
-    found = run(major, "template", "x", CHART, "--kube-version", version)
+    found = run(major, "template", "x", CHART, "--kube-version", version, "--set", "image.registry=r.io")
     [crd] = found.of("CustomResourceDefinition")
     assert all(("selectableFields" in served) == has for served in crd["spec"]["versions"])
 

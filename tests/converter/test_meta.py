@@ -137,6 +137,12 @@ def refused(folder: Path, topology: Topology = VIRTUAL) -> str:
     return caught.value.what
 
 
+def test_arguments_that_were_written_anew_are_read_anew(tmp_path: Path) -> None:
+    for layers in (2, 4):
+        path = write_args(tmp_path, {"args": namespace({"num_layers": layers})})
+        assert read_template(path).args == {"num_layers": layers}
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "metadata folder" in refused(tmp_path / "nowhere")
 

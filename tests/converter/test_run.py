@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ckpt2pt import run as run_module
 from ckpt2pt.errors import FormatError, InputError, NoSpaceError, TryAgainError, UsageError, VolumeTooSmallError
+from ckpt2pt.pt.archive import Archive
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
 from ckpt2pt.verify.prove import verify_target
@@ -334,3 +336,20 @@ def test_a_stage_whose_source_was_mended_is_done_alone(pipelined: Path, tmp_path
     os.utime(file)
     with pytest.raises(UsageError, match="a source that changed since"):
         convert(request)
+
+
+def test_the_metadata_of_a_rank_is_read_once(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = list[str]()
+    real = Archive.open
+
+    def count(path: Path, option: str = "") -> Archive:
+        opened.append(path.name)
+        return real(path, option)
+
+    monkeypatch.setattr("ckpt2pt.meta.Archive", SimpleNamespace(open=count))
+    request = request_for(golden / "megatron06" / "c_tp2pp2vpp2", tmp_path / "out", in_process=False, workers=2)
+    convert(request)  # in worker processes, which read it for themselves
+    assert sorted(opened) == [f"args_tp{tp:02d}_pp{pp:03d}.pt" for tp in range(2) for pp in range(2)]
+    opened.clear()
+    convert(request)  # everything is kept
+    assert sorted(opened) == [f"args_tp{tp:02d}_pp{pp:03d}.pt" for tp in range(2) for pp in range(2)]

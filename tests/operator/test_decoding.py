@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from ckpt2pt_operator import decoding
 from ckpt2pt_operator.decoding import MAX_OBJECT, Page, decode, lines
 
 Raw = dict[str, Any]
@@ -30,8 +31,9 @@ def read(data: bytes, sizes: Iterator[int]) -> tuple[list[Raw], Raw]:
     page, found, at = Page(), list[Raw](), 0
     while at < len(data):
         size = next(sizes)
-        found += [decode(item) for item in page.feed(data[at : at + size])]
+        found += [item for item, _ in page.feed(data[at : at + size])]
         at += size
+    found += [item for item, _ in page.feed(b"", last=True)]
     return found, decode(page.rest())
 
 
@@ -59,6 +61,20 @@ def test_an_object_that_nests_too_deeply_for_json_is_read_without_its_depths(ins
     assert len(json.dumps(found)) < 3000
     [item], rest = read(f'{{"items": [{data}], "kind": "L"}}'.encode(), iter([1000] * 100))
     assert (item, rest) == (found, {"items": [], "kind": "L"})
+
+
+def test_a_large_item_is_not_read_again_with_each_piece_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = list[int]()
+
+    class Counting(json.JSONDecoder):
+        def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+            tried.append(len(s) - idx)
+            return super().raw_decode(s, idx)
+
+    monkeypatch.setattr(decoding, "_DECODER", Counting())
+    item = {"a": ["x"] * 200_000}
+    assert read(json.dumps({"items": [item, item]}).encode(), iter([4096] * 1000)) == ([item, item], {"items": []})
+    assert sum(tried) < 4 * len(json.dumps(item)) * 2
 
 
 def test_an_object_that_cannot_be_one_is_refused() -> None:

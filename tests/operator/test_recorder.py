@@ -64,6 +64,14 @@ def test_after_a_while_it_is_a_new_event(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [one[0] for one in written(NOTE, NOTE)] == ["POST", "POST"]
 
 
+def test_a_fixed_number_of_events_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOST", 2)
+    first, second, third = (Note(kind="Normal", reason="Any", message=message) for message in "abc")
+    assert [one[0] for one in written(first, second, third, third, second, first)] == [
+        "POST", "POST", "POST", "PATCH", "PATCH", "POST",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("code", [403, 404, 500])
 def test_an_event_that_cannot_be_written_is_no_obstacle(code: int) -> None:
     assert [one[0] for one in written(NOTE, NOTE, answer=(code, {}))] == ["POST", "POST"]

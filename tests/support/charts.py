@@ -18,6 +18,7 @@ from goldens import REPOSITORY
 from helm import helm
 
 CHART = REPOSITORY / "charts" / "ckpt2pt"
+DEPLOY = REPOSITORY / "deploy"
 CASES = sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").glob("*-values.yaml"))
 KUBERNETES = "1.32.0"
 MONITORING = "monitoring.coreos.com/v1"
@@ -118,14 +119,17 @@ def run(major: str, *arguments: str | Path) -> Rendered:
 
 
 def template(major: str, *arguments: str | Path) -> Rendered:
-    """``helm template`` in namespace ``ops``, as release ``ckpt2pt``, in a cluster with the Prometheus Operator."""
+    """``helm template`` in namespace ``ops``, as release ``ckpt2pt``, in a cluster with the Prometheus Operator.
+
+    Later ``--values`` win over the registry that has to be given.
+    """
     return template_of(CHART, major, *arguments)
 
 
 def template_of(chart: Path, major: str, *arguments: str | Path) -> Rendered:
     """The same of a changed copy of the chart."""
     cluster = ["--namespace", "ops", "--kube-version", KUBERNETES, "--api-versions", MONITORING]
-    return run(major, "template", "ckpt2pt", chart, *cluster, *arguments)
+    return run(major, "template", "ckpt2pt", chart, *cluster, "--values", case_file("default"), *arguments)
 
 
 def rendered_case(major: str, case: str) -> Rendered:
@@ -136,3 +140,12 @@ def rendered_case(major: str, case: str) -> Rendered:
 @cache
 def _rendered_case(major: str, case: str) -> Rendered:
     return template(major, "--values", case_file(case))
+
+
+def images(rendered: Rendered) -> list[str]:
+    """The operator's image and the workers'."""
+    [container] = rendered.of("Deployment")[0]["spec"]["template"]["spec"]["containers"]
+    [worker] = [flag.partition("=")[2] for flag in container["args"] if flag.startswith("--worker-image=")]
+    [test] = rendered.of("Pod")[0]["spec"]["containers"]
+    assert test["image"] == container["image"]
+    return [container["image"], worker]

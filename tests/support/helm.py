@@ -1,4 +1,4 @@
-"""Real helm, version 3 and 4, built once from the Go module proxy into the cache: ``python tests/support/helm.py``.
+"""Real helm, version 3 and 4, and what goes with it, built once from the Go module proxy into the cache: ``python tests/support/helm.py``.
 
 ``helm("v3")`` is the path of the program; tests and the cluster suite run it as it is.
 """
@@ -22,9 +22,17 @@ VERSIONS = {"v3": "v3.22.0", "v4": "v4.3.1"}
 DOCS_VERSION = "v1.14.2"
 """Of helm-docs, which writes the chart's README."""
 
+ACTIONLINT_VERSION = "v1.7.12"
+"""Of actionlint, which checks the workflow of a release."""
+
+CRANE_VERSION = "v0.22.1"
+"""Of crane, which serves a registry of images."""
+
 _MODULES = {
     **{f"helm-{version}": f"helm.sh/helm/{major}/cmd/helm@{version}" for major, version in VERSIONS.items()},
     f"helm-docs-{DOCS_VERSION}": f"github.com/norwoodj/helm-docs/cmd/helm-docs@{DOCS_VERSION}",
+    f"actionlint-{ACTIONLINT_VERSION}": f"github.com/rhysd/actionlint/cmd/actionlint@{ACTIONLINT_VERSION}",
+    f"crane-{CRANE_VERSION}": f"github.com/google/go-containerregistry/cmd/crane@{CRANE_VERSION}",
 }
 
 
@@ -45,6 +53,16 @@ def helm(major: str = "v4") -> Path:
 def helm_docs() -> Path:
     """The program ``helm-docs``, built if need be; ``MissingError`` where there is no Go."""
     return _program(f"helm-docs-{DOCS_VERSION}")
+
+
+def actionlint() -> Path:
+    """The program ``actionlint``, built if need be; ``MissingError`` where there is no Go."""
+    return _program(f"actionlint-{ACTIONLINT_VERSION}")
+
+
+def crane() -> Path:
+    """The program ``crane``, built if need be; ``MissingError`` where there is no Go."""
+    return _program(f"crane-{CRANE_VERSION}")
 
 
 def _program(name: str) -> Path:

@@ -15,30 +15,29 @@ ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 
 def wait_until_ready(url, seconds=60):
-    """True as soon as the operator answers 200; the Service may be a moment behind the pod."""
+    """True as soon as the operator answers 200; it may just have been installed, and the Service is a moment behind the pod."""
     deadline = time.monotonic() + seconds
     while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                print(f"ok: {url} answers {answer.status}")
-                return True
-        except OSError as error:
-            last = error
-        if isinstance(getattr(last, "reason", None), socket.gaierror):
-            return is_available(f"{url} cannot be looked up, as if the cluster had no DNS")
-        if time.monotonic() > deadline:
-            print(f"FAILED: {url} does not answer 200: {last}")
-            return False
+        ready, said = look(url)
+        if ready or time.monotonic() > deadline:
+            print(f"{'ok' if ready else 'FAILED'}: {said}")
+            return ready
         time.sleep(1)
 
 
-def is_available(why):
-    """What the kubelet found at /readyz, by way of the API server."""
+def look(url):
+    """Whether it answers 200, and what it says; where the cluster has no DNS, what the kubelet found, by way of the API server."""
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return True, f"{url} answers {answer.status}"
+    except OSError as error:
+        if not isinstance(getattr(error, "reason", None), socket.gaierror):
+            return False, f"{url} does not answer 200: {error}"
     namespace, name = os.environ["NAMESPACE"], os.environ["DEPLOYMENT"]
     code, deployment = ask(f"/apis/apps/v1/namespaces/{namespace}/deployments/{name}")
     ready = deployment.get("status", {}).get("readyReplicas", 0)
-    print(f"{'ok' if ready else 'FAILED'}: {why}; deployment {name} gets {code} and has {ready} ready replicas")
-    return bool(ready)
+    why = f"{url} cannot be looked up, as if the cluster had no DNS"
+    return bool(ready), f"{why}; deployment {name} gets {code} and has {ready} ready replicas"
 
 
 def dry_run(conversion):

@@ -32,12 +32,21 @@ app.kubernetes.io/component: worker
 app.kubernetes.io/managed-by: ckpt2pt-operator
 {{- end -}}
 
-{{/* Reference of an image: called with (list $ .Values.image). */}}
+{{/*
+Reference of an image: called with (list $ .Values.image).  image.registry is that of both images, where another one is not given and
+the repository does not begin with a registry itself.
+*/}}
 {{- define "ckpt2pt.image" -}}
 {{- $root := index . 0 -}}
 {{- $image := index . 1 -}}
-{{- with $image.registry }}{{ . | trimSuffix "/" }}/{{ end -}}
-{{- $image.repository -}}
+{{- $repository := $image.repository -}}
+{{- $hasRegistry := regexMatch "^(localhost|[^/]*[.][^/]*)/" $repository -}}
+{{- $registry := $image.registry | default (ternary "" $root.Values.image.registry $hasRegistry) -}}
+{{- if not (or $registry (contains "/" $repository)) -}}
+{{- fail "image.registry is not given, and no image of ckpt2pt is published: build and push both images (README.md, Install it on a cluster), then --set image.registry=REGISTRY. It is docker.io/library for images that the nodes were given by their bare names" -}}
+{{- end -}}
+{{- with $registry }}{{ . | trimSuffix "/" }}/{{ end -}}
+{{- $repository -}}
 {{- if $image.digest }}@{{ $image.digest }}{{ else }}:{{ $image.tag | default $root.Chart.AppVersion }}{{ end -}}
 {{- end -}}
 

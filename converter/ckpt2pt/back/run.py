@@ -171,7 +171,8 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         log.warning("%s", found.topology.remark)
     log.debug("iteration %d of %s, cut as %s", found.iteration, request.source, found.topology)
     for tp, pp in found.layout.ranks():
-        log.debug("tp %d pp %d -> rank_%d", tp, pp, found.layout.source_rank(tp, pp))
+        source = iteration_folder(request.source) if found.relaid else found.ranks[tp, pp]
+        log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, source, found.layout.source_rank(tp, pp))
     target = target_back(request, found)
     iteration = iteration_folder(request.source)
     keep_apart(

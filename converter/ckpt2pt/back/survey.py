@@ -13,6 +13,7 @@ from typing import cast
 
 from ckpt2pt.back.relayout import Twins, groups_in_order, relaid
 from ckpt2pt.back.request import BackRequest
+from ckpt2pt.ckpt.source import kept
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.core.index import Collector, Index
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
@@ -39,7 +40,6 @@ from ckpt2pt.ptmeta.capture import (
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.records import Json
 from ckpt2pt.request import digest
-from ckpt2pt.source import kept
 from ckpt2pt.survey import changed
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.paths import is_file

@@ -354,18 +354,19 @@ def _by_model_rank(
 ) -> dict[_Member, dict[When, SourceFile]]:
     found: dict[_Member, dict[When, SourceFile]] = {member: {} for member in members}
     for when, folder in iterations.items():
-        for tp, pp, number in members:
+        for tp, pp in dict.fromkeys((tp, pp) for tp, pp, _ in members):  # a folder holds the files of a whole group
             place = folder / topology.directory(tp, pp)
             for path in _listing(place) if _is_folder(place) else ():
                 name = _MODEL.fullmatch(path.name)
+                files = found.get((tp, pp, int(name["member"] or 0))) if name else None
                 if (
                     name
-                    and int(name["member"] or 0) == number
+                    and files is not None
                     and wanted[0] in {None, path.suffix[1:]}
                     and (wanted[1] or not name["merged"])
                 ):
                     check_rank(path)
-                    _take(found[tp, pp, number], SourceFile(path=path, when=when, merged=bool(name["merged"])))
+                    _take(files, SourceFile(path=path, when=when, merged=bool(name["merged"])))
     missing = [member for member, files in found.items() if not files]
     if missing:
         newest = iterations[max(iterations)]

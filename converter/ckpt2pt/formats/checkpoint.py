@@ -26,6 +26,8 @@ class Checkpoint:
     tensor: int
     pipeline: int
     index: Index
+    warnings: tuple[str, ...] = ()
+    """What may be wrong with it, in sentences."""
 
 
 def agreed(asked: tuple[int | None, int | None], there: tuple[int, int], where: Path) -> tuple[int, int]:

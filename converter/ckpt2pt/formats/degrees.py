@@ -8,7 +8,7 @@ rank_R/                  a pt_meta beside the ranks tells, or the files do: rank
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -19,10 +19,10 @@ from ckpt2pt.ckpt.ranks import SHARD_INFO, SUFFIXES, SourceFile, candidates, nam
 from ckpt2pt.ckpt.shards import has_shards, read_info
 from ckpt2pt.errors import TopologyError, UsageError
 from ckpt2pt.formats.checkpoint import OPTION, agreed
-from ckpt2pt.inputs import InputFile
-from ckpt2pt.mapping.names import NameTable, is_split
+from ckpt2pt.mapping.names import NameTable, Rules, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import read_stated
+from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.system.paths import listing
 from ckpt2pt.tensors import TensorRef
 
@@ -31,14 +31,20 @@ _MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MEMBER = re.compile(rf".*model_optim_rng_(\d{{3}})\.(?:{'|'.join(SUFFIXES)})")
 _SAMPLED, _SAMPLE_BYTES = 3, 4096
 
-_MEND = "give the parallel sizes of the training that wrote it"
-
 Weights = Mapping[str, TensorRef]
 Files = Mapping[Rank, SourceFile]
+Header = Callable[[Path], Weights]
+"""Reads the header of a file; who opens a checkpoint keeps what was read, as files may lie on network storage."""
 
 
 def find_layout(
-    path: Path, tensor: int | None, pipeline: int | None, table: NameTable, *, trust_metadata: bool = True
+    path: Path,
+    tensor: int | None,
+    pipeline: int | None,
+    table: NameTable,
+    header: Header = index_file,
+    *,
+    trust_metadata: bool = True,
 ) -> Topology:
     """The degrees of a training output; the layers do not matter here, so that each stage counts one.
 
@@ -53,12 +59,12 @@ def find_layout(
     if trust_metadata and (stated := read_stated(path / "pt_meta")):
         tensor, pipeline = agreed(asked, (stated.tensor, stated.pipeline), path / "pt_meta")
     elif tensor is None or pipeline is None:
-        tensor, pipeline = agreed(asked, (1, 1) if ranks == [0] else _by_files(path, ranks, table), path)
+        tensor, pipeline = agreed(asked, (1, 1) if ranks == [0] else _by_files(path, ranks, table, header), path)
     return _topology(tensor, pipeline, _group_size(ranks, tensor, pipeline))
 
 
 def source_layout(
-    path: Path, sizes: tuple[int | None, int | None, int | None, int | None], target: Topology, table: NameTable
+    path: Path, sizes: tuple[int | None, int | None, int | None, int | None], target: Topology, rules: Rules
 ) -> Topology:
     """The degrees of a training output that is converted into another layout; of ``sizes`` (tensor, pipeline, data, context) what is given.
 
@@ -66,7 +72,7 @@ def source_layout(
     """
     tensor, pipeline, data, context = sizes
     if listing(path, "*rank_*", OPTION) or listing(path, "iter_*", OPTION):
-        found = find_layout(path, tensor, pipeline, table, trust_metadata=False)
+        found = find_layout(path, tensor, pipeline, NameTable(rules), trust_metadata=False)
     else:
         found = _topology(tensor or target.tensor, pipeline or target.pipeline)
     return replace(found, data=data or max(1, found.data // (context or 1)), context=context or 1)
@@ -91,13 +97,13 @@ def _by_folders(path: Path, tensor: int | None, pipeline: int | None) -> Topolog
     return _topology(tensor, pipeline, 1 + max(members, default=0))
 
 
-def _by_files(path: Path, ranks: list[int], table: NameTable) -> tuple[int, int]:
+def _by_files(path: Path, ranks: list[int], table: NameTable, header: Header) -> tuple[int, int]:
     """Tensor and pipeline parallel size by the parameters of each rank, where each rank has weights of its own."""
     found = [candidates(rank_folder(path, rank), (None, True)) for rank in ranks]
     common = set(found[0]).intersection(*found[1:])
     why = "their files do not tell it either" if common else "they have no checkpoint in common"
     if common:
-        weights = [weights_of(files[max(common)].path, table) for files in found]
+        weights = [weights_of(files[max(common)].path, table, header) for files in found]
         if not any(weights) and (described := _by_descriptions(path)):
             return described
         stages = [list(members) for _, members in groupby(weights, key=frozenset)]
@@ -133,56 +139,55 @@ def _group_size(ranks: list[int], tensor: int, pipeline: int) -> int:
     return -(-count // (tensor * pipeline))
 
 
-def check_ranks(path: Path, when: When, files: Files, layout: Topology, table: NameTable) -> None:
-    """Refuse degrees under which a part of the checkpoint would be left out, or read twice.
+def check_ranks(
+    path: Path, when: When, files: Files, layout: Topology, table: NameTable, header: Header = index_file
+) -> tuple[str, ...]:
+    """Refuse degrees under which a part of the checkpoint would be left out: :class:`TopologyError`.
 
-    Every folder with a file of it has its place, ranks of the first data-parallel group hold the same weights, and
-    tensor-parallel ranks hold other ones.
+    Every folder with a file of it has its place, and ranks of the first data-parallel group hold the same weights.  Gives a
+    warning for tensor-parallel ranks that do: they may be copies, and the tensor parallel size too large.
     """
     v1 = any(_RANK.fullmatch(entry.name) for entry in listing(path, option=OPTION))
     left_out = surplus(path, when if v1 else None, names_of(layout))
     degrees = f"with tensor parallel size {layout.tensor} and pipeline parallel size {layout.pipeline}"
+    mend = "give the parallel sizes of the training that wrote it"
     if left_out:
         raise TopologyError(
             f"{', '.join(left_out[:6])} hold parts of the checkpoint too, which have no place {degrees}",
             where=path,
-            mend=_MEND,
+            mend=mend,
         )
-    weights = {rank: weights_of(file.path, table) for rank, file in files.items()}
-    if not any(weights.values()):
-        return
-    _check_parts(weights, files, degrees, path)
+    weights = {rank: weights_of(file.path, table, header) for rank, file in files.items()}
     first = weights[0, 0]
-    for rank in layout.group(0, 0)[1:] if v1 else ():
+    for rank in layout.group(0, 0)[1:] if v1 and first else ():
         folder = rank_folder(path, rank)
         there = candidates(folder, (None, True)) if listing(folder, option=OPTION) else {}
-        other = weights_of(there[when].path, table) if when in there else first
+        other = weights_of(there[when].path, table, header) if when in there else first
         if other.keys() != first.keys() or _sample(other) != _sample(first):
             raise TopologyError(
                 f"{degrees} rank_{rank} is a data-parallel copy of rank_0, and it holds other "
                 + ("weights" if other.keys() == first.keys() else "parameters"),
                 where=path,
-                mend=_MEND,
+                mend=mend,
             )
+    return tuple(_copies({rank: _sample(held) for rank, held in weights.items()}, files, path))
 
 
-def _check_parts(weights: Mapping[Rank, Weights], files: Files, degrees: str, path: Path) -> None:
+def _copies(samples: Mapping[Rank, bytes], files: Files, path: Path) -> Iterator[str]:
     seen: dict[tuple[int, bytes], Rank] = {}
-    for rank, held in weights.items():
-        sample = _sample(held)
+    for rank, sample in samples.items():
         other = seen.setdefault((rank[1], sample), rank)
         if sample and other != rank:
             one, two = (files[each].path.relative_to(path) for each in (other, rank))
-            raise TopologyError(
-                f"{degrees} {one} and {two} hold other parts of each weight, and they hold the same",
-                where=path,
-                mend=f"{_MEND}; if these are right, one file was copied into the place of the other",
+            yield (
+                f"{one} and {two} hold the same in the weights that were sampled: one may be a copy of the other, or the "
+                "tensor parallel size be smaller"
             )
 
 
-def weights_of(file: Path, table: NameTable) -> Weights:
+def weights_of(file: Path, table: NameTable, header: Header = index_file) -> Weights:
     """The parameters of a MindSpore file by name; none where it holds shards of them."""
-    index = index_file(file)
+    index = header(file)
     if has_shards(index):
         return {}
     known, _ = table.classify_all(index, where=str(file))
@@ -190,16 +195,15 @@ def weights_of(file: Path, table: NameTable) -> Weights:
 
 
 def _sample(weights: Weights) -> bytes:
-    """The beginnings of a few weights of which each tensor-parallel rank holds another part."""
-    split = sorted(name for name in weights if is_split(name))[:_SAMPLED]
-    return b"".join(_beginnings(weights[name] for name in split))
+    """The beginnings of a few weights of which each tensor-parallel rank holds another part.
 
-
-def _beginnings(refs: Iterable[TensorRef]) -> Iterable[bytes]:
-    """Those that are not constant: zeros of a new model are the same on all ranks."""
-    for ref in refs:
-        for path, offset, nbytes in ref.extents[:1]:
-            with InputFile(Path(path)) as file:
-                data = file.read(offset, min(nbytes, _SAMPLE_BYTES))
-            if data[4:] != data[:-4]:
-                yield data
+    Constant ones are left out: zeros of a new model are the same on all ranks.
+    """
+    found = b""
+    with OpenFiles() as files:
+        for name in sorted(name for name in weights if is_split(name))[:_SAMPLED]:
+            for path, offset, nbytes in weights[name].extents[:1]:
+                data = bytearray(min(nbytes, _SAMPLE_BYTES))
+                read_at(files.get(path)[0], memoryview(data), offset, path)
+                found += data if data[4:] != data[:-4] else b""
+    return found

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.ckpt.collect import collect
 from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, last_saved
 from ckpt2pt.ckpt.shards import has_shards
+from ckpt2pt.ckpt.source import collect
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.params import EMBEDDING, FINAL_NORM
 from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.formats.checkpoint import Checkpoint
-from ckpt2pt.formats.degrees import check_ranks, find_layout
+from ckpt2pt.formats.degrees import Header, check_ranks, find_layout
 from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.clock import read_clock
@@ -32,24 +33,27 @@ def open_mindspore(
 
     ``tensor`` and ``pipeline`` may be left out where the folders, a ``pt_meta`` beside the ranks or the files tell them.
     """
-    table = NameTable(rules)
-    layout = find_layout(path, tensor, pipeline, table)
+    table, header = NameTable(rules), cache(index_file)
+    layout = find_layout(path, tensor, pipeline, table, header)
     found = find_sources(path, layout)
-    found = find_groups(path, layout, found, sharded=lambda file: has_shards(index_file(file)))
-    when = choose(found, last_saved(path, layout)) if iteration is None else _of_iteration(path, found, iteration)
+    found = find_groups(path, layout, found, sharded=lambda file: has_shards(header(file)))
+    when = (
+        choose(found, last_saved(path, layout)) if iteration is None else _of_iteration(path, found, iteration, header)
+    )
     files = found[when]
-    check_ranks(path, when, files, layout, table)
-    agree({file: facts_of(index_file(file)) for group in files.values() for file in group.paths}, path)
+    warnings = check_ranks(path, when, files, layout, table, header)
+    agree({file: facts_of(header(file)) for group in files.values() for file in group.paths}, path)
     index = collect(files, layout, table, str(path))
     if not rules.modules:
         _check_ends(index, path)
     return Checkpoint(
         path=path,
         format="mindspore",
-        iteration=_iteration(files),
+        iteration=_iteration(files, header),
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         index=index,
+        warnings=warnings,
     )
 
 
@@ -65,8 +69,8 @@ def _check_ends(index: Index, path: Path) -> None:
         )
 
 
-def _of_iteration(path: Path, found: Mapping[When, Mapping[Rank, SourceFile]], iteration: int) -> When:
-    steps = {when: _iteration(files) for when, files in found.items()}
+def _of_iteration(path: Path, found: Mapping[When, Mapping[Rank, SourceFile]], iteration: int, header: Header) -> When:
+    steps = {when: _iteration(files, header) for when, files in found.items()}
     matching = [when for when, step in steps.items() if step == iteration]
     if len(matching) == 1:
         return matching[0]
@@ -78,9 +82,9 @@ def _of_iteration(path: Path, found: Mapping[When, Mapping[Rank, SourceFile]], i
     )
 
 
-def _iteration(files: Mapping[Rank, SourceFile]) -> int | None:
+def _iteration(files: Mapping[Rank, SourceFile], header: Header) -> int | None:
     first = next(iter(files.values()))
     with suppress(InputError):
-        facts = facts_of(index_file(first.path))
+        facts = facts_of(header(first.path))
         return read_clock(facts, global_batch_size=None, named=first.named, where=str(first.path)).iteration
     return None

@@ -108,6 +108,11 @@ class Checkpoint:
         """The pipeline parallel size of the files."""
         return self._found.pipeline
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may be wrong with the checkpoint, in sentences: files of two ranks that hold the same weights."""
+        return self._found.warnings
+
     def keys(self, role: Role = "param") -> tuple[str, ...]:
         """Names of the parameters that have this role, in Megatron core's spelling and in the order of the model.
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeGuard, cast
 
+from ckpt2pt.inputs import quoted
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Call, Value, as_tensor, is_namespace
 
@@ -50,7 +51,8 @@ class Unmet:
 class Rule:
     """One entry: its place in the file, which function reads it, and a check that yields what is wrong.
 
-    ``always`` holds for weights alone as well (``--no-load-optim --no-load-rng``).
+    ``always`` holds for weights alone as well (``--no-load-optim --no-load-rng``).  ``put_in`` is an entry that a
+    conversion puts in itself: it is looked at in a checkpoint and not in a template.
     """
 
     key: str
@@ -58,17 +60,19 @@ class Rule:
     check: Callable[[Template, TargetRun], Iterable[tuple[str, str]]]
     synthesize: str = ""
     always: bool = False
+    put_in: bool = False
 
 
-def unmet(template: Template, run: TargetRun, *, full: bool) -> tuple[Unmet, ...]:
+def unmet(template: Template, run: TargetRun, *, full: bool, checkpoint: bool = False) -> tuple[Unmet, ...]:
     """The rules that ``template`` breaks for this run, in Megatron-LM's order of reading.
 
-    ``full`` False keeps to what loading weights alone needs.
+    ``full`` False keeps to what loading weights alone needs; ``checkpoint`` says that it is a model file that will be
+    loaded as it is, and not what a conversion is made with.
     """
     return tuple(
         Unmet(key=rule.key + suffix, problem=problem, synthesize=rule.synthesize)
         for rule in RULES
-        if full or rule.always
+        if (full or rule.always) and (checkpoint or not rule.put_in)
         for suffix, problem in rule.check(template, run)
     )
 
@@ -89,17 +93,23 @@ def hint(
     return "make pt_meta again from a checkpoint of Megatron-LM 0.6 of this model and these degrees"
 
 
-def warning(found: Mapping[tuple[int, int], Sequence[Unmet]], *, full: bool, command: str = "") -> tuple[str, ...]:
-    """One warning for the templates of all ranks (tp, pp), with a hint in its second line; or none."""
+def first_of(found: Mapping[tuple[int, int], Sequence[Unmet]]) -> str:
+    """The first rank (tp, pp) that breaks rules with its rules, in one line; empty where none does."""
     broken = {rank: rules for rank, rules in found.items() if rules}
     if not broken:
-        return ()
+        return ""
     (tp, pp), first = next(iter(broken.items()))
     ranks = f"{len(broken)} of {len(found)} ranks, first tp {tp} pp {pp}: " if len(found) > 1 else ""
-    every = tuple(rule for rules in broken.values() for rule in rules)
-    what = (
-        f"Megatron-LM 0.6 cannot {'resume from' if full else 'load'} what this metadata gives: {ranks}{summary(first)}"
-    )
+    return ranks + summary(first)
+
+
+def warning(found: Mapping[tuple[int, int], Sequence[Unmet]], *, full: bool, command: str = "") -> tuple[str, ...]:
+    """One warning for the templates of all ranks (tp, pp), with a hint in its second line; or none."""
+    first = first_of(found)
+    if not first:
+        return ()
+    every = tuple(rule for rules in found.values() for rule in rules)
+    what = f"Megatron-LM 0.6 cannot {'resume from' if full else 'load'} what this metadata gives: {first}"
     return (f"{what}\n  hint: {hint(every, command) if command else hint(every)}",)
 
 
@@ -108,12 +118,19 @@ def warning(found: Mapping[tuple[int, int], Sequence[Unmet]], *, full: bool, com
 _Found = Iterable[tuple[str, str]]
 _ARCHITECTURE = ("num_layers", "hidden_size", "num_attention_heads")
 _WITH_VOCABULARY = ("max_position_embeddings", "make_vocab_size_divisible_by", "padded_vocab_size", "tokenizer_type")
-_GROUP = ("wd_mult", "is_decoupled_lr", "bias_correction", "betas", "eps")
+_GROUP = ("is_decoupled_lr", "bias_correction", "betas", "eps")
 _SCHEDULER = ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "num_steps")
+_WEIGHT_DECAY = ("start_wd", "end_wd", "wd_incr_steps", "wd_incr_style")
+_NUMBERS = ("lr_warmup_steps", "lr_decay_steps", "num_steps", "start_wd", "end_wd", "wd_incr_steps")
+_STYLES = {
+    "lr_decay_style": ("constant", "linear", "cosine", "inverse-square-root"),
+    "wd_incr_style": ("constant", "linear", "cosine"),
+}
 _GRAD_SCALER = ("scale", "growth_tracker", "hysteresis_tracker")
-_TORCH_STATES = frozenset({5056, 5048})  # pytorch, aten/src/ATen/CPUGeneratorImpl.cpp; the latter before 1.7
+_TORCH_STATES = frozenset({5056})  # pytorch, aten/src/ATen/CPUGeneratorImpl.cpp
 _CUDA_STATES = frozenset({16, 816})  # pytorch, aten/src/ATen/cuda/CUDAGeneratorImpl.cpp; the latter before 2.1
 _TWISTER_WORDS = 624
+_VERSION = 3.0
 _MODEL_PARALLEL = "model-parallel-rng"
 
 
@@ -121,23 +138,27 @@ def _missing(tree: Mapping[str, Value], keys: Iterable[str]) -> _Found:
     return ((f".{key}", "is missing") for key in keys if key not in tree)
 
 
+def _no_args(template: Template, _: TargetRun) -> _Found:
+    return () if "args" in template.tree else (("", "is missing"),)
+
+
 def _args(template: Template, _: TargetRun) -> _Found:
-    if not is_namespace(template.tree.get("args")):
-        yield "", "is missing" if template.tree.get("args") is None else "is not a namespace"
+    if "args" in template.tree and not is_namespace(template.tree["args"]):
+        yield "", "is not a namespace"
 
 
 def _version(template: Template, _: TargetRun) -> _Found:
     found = template.tree.get("checkpoint_version")
     if found is None:
         yield "", "is missing"
-    elif isinstance(found, bool) or found != 3.0:
-        yield "", f"is {found!r}, not 3.0"
+    elif not _is_number(found) or found < _VERSION:
+        yield "", f"is {_shown(found)}, not {_VERSION} or newer"
 
 
 def _iteration(template: Template, _: TargetRun) -> _Found:
     found = template.tree.get("iteration")
     if type(found) is not int or found < 0:
-        yield "", "is missing" if found is None else f"is {found!r}, not a count of iterations"
+        yield "", "is missing" if found is None else f"is {_shown(found)}, not a count of iterations"
 
 
 def _architecture(template: Template, run: TargetRun) -> _Found:
@@ -147,7 +168,7 @@ def _architecture(template: Template, run: TargetRun) -> _Found:
     for name in _ARCHITECTURE:
         value = args.get(name)
         if type(value) is not int or value < 1:
-            yield f".{name}", "is missing" if name not in args else f"is {value!r}, not a number above 0"
+            yield f".{name}", "is missing" if name not in args else f"is {_shown(value)}, not a number above 0"
         elif name == "num_layers" and run.num_layers not in (None, value):
             yield f".{name}", f"is {value}, the run to come has {run.num_layers}"
 
@@ -161,7 +182,10 @@ def _degrees(template: Template, run: TargetRun) -> _Found:
         ("pipeline_model_parallel_size", run.pipeline),
     ):
         if args.get(name) != wanted or isinstance(args[name], bool):
-            yield f".{name}", "is missing" if name not in args else f"is {args[name]!r}, the run to come has {wanted}"
+            yield (
+                f".{name}",
+                "is missing" if name not in args else f"is {_shown(args[name])}, the run to come has {wanted}",
+            )
 
 
 def _virtual(template: Template, run: TargetRun) -> _Found:
@@ -169,7 +193,7 @@ def _virtual(template: Template, run: TargetRun) -> _Found:
     args = _attributes(template) or {}
     value = args.get("virtual_pipeline_model_parallel_size")
     if "virtual_pipeline_model_parallel_size" in args and (value or 1) != run.virtual:
-        yield "", f"is {value!r}, the run to come has {run.virtual} model chunks in each stage"
+        yield "", f"is {_shown(value)}, the run to come has {run.virtual} model chunks in each stage"
 
 
 def _vocabulary(template: Template, _: TargetRun) -> _Found:
@@ -195,13 +219,36 @@ def _groups(template: Template, run: TargetRun) -> _Found:
         if not isinstance(group, dict):
             yield f"{place}[{number}]", "is not a dictionary"
             continue
-        yield from ((f"{place}[{number}]{key}", problem) for key, problem in _missing(_texts(group), _GROUP))
-        betas = group.get("betas")
-        if "betas" in group and not (isinstance(betas, tuple | list) and len(betas) == 2):
-            yield f"{place}[{number}].betas", f"is {betas!r}, not two numbers"
-        if run.groups is not None and "wd_mult" in group and bool(group["wd_mult"]) != run.groups[number]:
-            kind = "weights" if run.groups[number] else "biases and norms"
-            yield f"{place}[{number}].wd_mult", f"is {group['wd_mult']!r}, this group holds the {kind} of this rank"
+        known = _texts(group)
+        for key, problem in (*_missing(known, _GROUP), *_wrong_settings(known), *_wrong_decay(known, run, number)):
+            yield f"{place}[{number}]{key}", problem
+
+
+def _wrong_settings(group: Mapping[str, Value]) -> _Found:
+    betas = group.get("betas")
+    if "betas" in group and not (isinstance(betas, tuple | list) and len(betas) == 2 and all(map(_is_number, betas))):
+        yield ".betas", f"is {_shown(betas)}, not two numbers"
+    if "eps" in group and not _is_number(group["eps"]):
+        yield ".eps", f"is {_shown(group['eps'])}, not a number"
+
+
+def _wrong_decay(group: Mapping[str, Value], run: TargetRun, number: int) -> _Found:
+    """Where it is missing the scheduler takes 1: biases and norms would decay, and nothing says so."""
+    if run.groups is None:
+        return
+    value = group.get("wd_mult", 1.0)
+    if not _is_number(value) or bool(value) != run.groups[number]:
+        kind = "weights" if run.groups[number] else "biases and norms"
+        found = f"is {_shown(value)}" if "wd_mult" in group else "is missing, which counts as 1"
+        yield ".wd_mult", f"{found}, this group holds the {kind} of this rank"
+
+
+def _steps(template: Template, _: TargetRun) -> _Found:
+    for number, group in enumerate(template.groups):
+        step = group.get("step")
+        if not _is_number(step) and as_tensor(step) is None:
+            problem = "is missing: Adam would begin at step 1 again" if step is None else f"is {_shown(step)}"
+            yield f".optimizer.param_groups[{number}].step", problem
 
 
 def _scaler(template: Template, _: TargetRun) -> _Found:
@@ -219,9 +266,14 @@ def _scheduler(template: Template, _: TargetRun) -> _Found:
         yield "", "is missing" if state is None else "is not a dictionary"
         return
     known = _texts(state)
-    yield from _missing(known, _SCHEDULER)
-    if "start_wd" in known:
-        yield from _missing(known, ("end_wd", "wd_incr_steps", "wd_incr_style"))
+    wanted = (*_SCHEDULER, *(_WEIGHT_DECAY if "start_wd" in known else ()))
+    yield from _missing(known, wanted)
+    for name in wanted:
+        value = known.get(name)
+        if name in known and name in _NUMBERS and not _is_number(value):
+            yield f".{name}", f"is {_shown(value)}, not a number"
+        if name in known and name in _STYLES and value not in _STYLES[name]:
+            yield f".{name}", f"is {_shown(value)}, not one of {', '.join(_STYLES[name])}"
     if "num_iters" in known:
         yield ".num_iters", "is there, and Megatron-LM reads it in place of num_steps"
 
@@ -234,7 +286,7 @@ def _old_scheduler(template: Template, _: TargetRun) -> _Found:
 def _random_states(template: Template, _: TargetRun) -> _Found:
     states = template.tree.get("rng_state")
     args = _attributes(template) or {}
-    if not isinstance(states, list):
+    if not isinstance(states, list | tuple):
         yield "", "is missing" if states is None else "is not a list"
         return
     size = args.get("data_parallel_size")
@@ -303,6 +355,14 @@ _GENERATORS: Mapping[str, Callable[[Value], str]] = {
 }
 
 
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    return quoted(cast("str", value))
+
+
 def _attributes(template: Template) -> dict[str, Value] | None:
     return template.args if is_namespace(template.tree.get("args")) else None
 
@@ -318,9 +378,10 @@ _CHECK = "megatron/checkpointing.py, check_checkpoint_args"
 RULES: tuple[Rule, ...] = (
     # Absent counts as version 0: qkv is re-ordered; below 3.0 args.model_parallel_size is compared, which is not there.
     Rule("checkpoint_version", f"{_LOAD}; {_CHECK}; fix_query_key_value_ordering", _version, always=True),
-    Rule("iteration", _LOAD, _iteration),
+    Rule("iteration", _LOAD, _iteration, always=True, put_in=True),
     # Absent is no error: nothing is compared, and the data start again at sample 0.
-    Rule("args", _LOAD, _args),
+    Rule("args", _LOAD, _no_args),
+    Rule("args", _CHECK, _args, always=True),
     Rule("args", _CHECK, _architecture, always=True),
     Rule("args", _CHECK, _vocabulary, always=True),
     Rule("args", _CHECK, _degrees, always=True),
@@ -332,11 +393,18 @@ RULES: tuple[Rule, ...] = (
         _groups,
         "optimizer",
     ),
+    Rule("optimizer", "megatron/core/optimizer/__init__.py; apex FusedAdam, step", _steps, put_in=True),
     Rule("optimizer.grad_scaler", "megatron/core/optimizer/grad_scaler.py, load_state_dict", _scaler, "optimizer"),
     Rule("lr_scheduler", _LOAD, _old_scheduler),
     Rule("opt_param_scheduler", "megatron/optimizer_param_scheduler.py, load_state_dict", _scheduler, "scheduler"),
     Rule("rng_state", f"{_LOAD}; megatron/core/tensor_parallel/random.py, CudaRNGStatesTracker", _random_states, "rng"),
 )  # fmt: skip
 """Not in it: ``num_floating_point_operations_so_far`` and ``args.consumed_*_samples`` (0 where absent), what a conversion
-itself puts in (``model``, ``num_steps``, ``step``), and ``lr``, ``weight_decay``, ``max_lr``, ``min_lr`` and ``lr_mult`` of a
-group, which the scheduler sets before the first step or has defaults for."""
+itself puts in (``model``, ``num_steps``), and ``lr``, ``weight_decay``, ``max_lr``, ``min_lr`` and ``lr_mult`` of a
+group, which the scheduler sets before the first step or has defaults for.  Entries under names that Megatron-LM wrote
+before it had a distributed optimizer (``start_lr``, ``total_iters``, generators at the top of the file, ...) count as
+missing, though 0.6 still reads them.
+
+Every rule was tried on a checkpoint of Megatron-LM 0.6 with megatron-core 0.6.0 from PyPI, loading and one step on a CPU:
+tests/converter/pt/test_resume.py has the cases.  Not seen there: the size of a CUDA generator's state, which needs a GPU,
+and ``virtual_pipeline_model_parallel_size``, which is compared nowhere."""

@@ -92,8 +92,13 @@ def capture(
     return Captured(ranks=tuple(ranks), evidence=tuple(evidence), with_maps=with_maps, unmet=broken, made=tuple(made))
 
 
-def unmet_of_rank(rank: MegatronRank, ranks: Collection[tuple[int, int]], *, full: bool) -> tuple[Unmet, ...]:
-    """What keeps Megatron-LM from resuming with this rank's metadata; ``ranks`` are those of the whole checkpoint."""
+def unmet_of_rank(
+    rank: MegatronRank, ranks: Collection[tuple[int, int]], *, full: bool, checkpoint: bool = False
+) -> tuple[Unmet, ...]:
+    """What keeps Megatron-LM from resuming with this rank's metadata; ``ranks`` are those of the whole checkpoint.
+
+    With ``checkpoint``: from resuming from the rank as it is.
+    """
     flat = [parameter for chunk in range(len(rank.chunks)) for parameter in _parameters(rank, chunk)]
     run = TargetRun(
         num_layers=None,
@@ -102,7 +107,7 @@ def unmet_of_rank(rank: MegatronRank, ranks: Collection[tuple[int, int]], *, ful
         virtual=len(rank.chunks),
         groups=weight_decay_groups(flat),
     )
-    return unmet(rank.template, run, full=full)
+    return unmet(rank.template, run, full=full, checkpoint=checkpoint)
 
 
 def rank_files(rank: MegatronRank, tp: int, pp: int, buffers: tuple[tuple[Buffer, ...], ...]) -> RankFiles:

@@ -1,36 +1,39 @@
-"""Whether Megatron-LM can load what a conversion will write, and what of it a user should know before it is used."""
+"""Whether Megatron-LM can load a checkpoint or what a conversion will write, and what of it a user should know before."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from pathlib import Path
 
 from ckpt2pt.ckpt import statement_of
-from ckpt2pt.ckpt.ranks import index_source
-from ckpt2pt.errors import FormatError
+from ckpt2pt.errors import Ckpt2ptError, FormatError
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.meta import metadata_files, read_arguments
-from ckpt2pt.pt.resume import Unmet, hint, summary
+from ckpt2pt.meta import RankMeta, metadata_files, read_arguments
+from ckpt2pt.plan.moves import OPTIM_FILE
+from ckpt2pt.plan.stated import Statement
+from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
+from ckpt2pt.pt.payload import Template
+from ckpt2pt.pt.resume import Unmet, first_of, hint, summary
+from ckpt2pt.ptmeta.capture import unmet_of_rank
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Survey, meta_of
+from ckpt2pt.survey import Survey, index_of, meta_of
+from ckpt2pt.system.paths import is_file
 
 
-def unmet_of(request: Request, rank: Rank) -> tuple[Unmet, ...]:
-    """What keeps Megatron-LM from loading the result of a rank, by its metadata."""
-    return meta_of(request, rank).unmet(request.topology, full=request.full)
+def check_loadable(request: Request, rank: Rank, meta: RankMeta | None = None) -> None:
+    """Refuse metadata from which Megatron-LM could not resume (parameters only: could not load weights).
 
-
-def check_loadable(request: Request, ranks: Iterable[Rank]) -> None:
-    """Refuse metadata from which Megatron-LM could not resume (parameters only: could not load weights)."""
-    for tp, pp in ranks:
-        found = unmet_of(request, (tp, pp))
-        if found:
-            raise FormatError(
-                f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
-                + summary(found),
-                where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
-                mend=hint(found)
-                + (", or convert with spec.mode ParamsOnly (--convert-param-only)" if request.full else ""),
-            )
+    ``meta`` is that of the rank where it has been read already.
+    """
+    found = (meta or meta_of(request, rank)).unmet(request.topology, full=request.full)
+    if found:
+        tp, pp = rank
+        raise FormatError(
+            f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
+            + summary(found),
+            where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
+            mend=hint(found)
+            + (", or convert with spec.mode ParamsOnly (--convert-param-only)" if request.full else ""),
+        )
 
 
 def kept_of_template(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
@@ -41,15 +44,49 @@ def kept_of_template(request: Request, chosen: Survey, rank: Rank) -> tuple[str,
     return tuple(key for key in ("rng_state", "num_floating_point_operations_so_far") if key in tree)
 
 
-def contradictions(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
+def contradictions(template: Template, stated: Statement) -> tuple[str, ...]:
     """A warning where the checkpoint and the metadata of a rank tell different settings of optimizer or scheduler."""
-    stated = (0, 0) if request.source_topology else rank
-    index = index_source(chosen.files[stated], request.source_layout.group(*stated))
-    template = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals)
-    conflicts = template.carried(statement_of(index)).conflicts
+    conflicts = template.carried(stated).conflicts
     if not conflicts:
         return ()
     return (
         f"the checkpoint and pt_meta disagree, and the checkpoint's values are taken: {', '.join(conflicts)}\n"
         "  hint: start Megatron-LM with the same, or with --override-opt_param-scheduler",
     )
+
+
+def contradictions_of(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
+    """The same, of a rank that was not planned."""
+    template = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals)
+    return contradictions(template, statement_of(index_of(request, chosen, rank)))
+
+
+def verdicts(iteration: Path) -> dict[str, str]:
+    """Whether Megatron-LM 0.6 can resume from an iteration as it is, and, if not, whether it can load its weights."""
+    broken: dict[bool, dict[Rank, tuple[Unmet, ...]]] = {True: {}, False: {}}
+    try:
+        ranks = rank_folders(iteration)
+        for rank, folder in ranks.items():
+            found = read_rank(folder, optimizer=False)
+            for full, so_far in broken.items():
+                rules = unmet_of_rank(found, ranks, full=full, checkpoint=True)
+                so_far[rank] = (*_misplaced(found, pipelined=max(ranks)[1] > 0, full=full), *rules)
+    except Ckpt2ptError as error:
+        return {"resumable": f"unknown: {error.what}"}
+    resumes, loads = (first_of(broken[full]) for full in (True, False))
+    if not resumes:
+        return {"resumable": "yes, by Megatron-LM 0.6"}
+    return {"resumable": f"no: {resumes}", "weightsLoadable": f"no: {loads}" if loads else "yes"}
+
+
+def _misplaced(rank: MegatronRank, *, pipelined: bool, full: bool) -> tuple[Unmet, ...]:
+    """Files that Megatron-LM does not find: megatron/checkpointing.py, get_checkpoint_name."""
+    folder, found = rank.folder, list[Unmet]()
+    tensor, _, stage = folder.name.removeprefix("mp_rank_").partition("_")
+    if bool(stage) != pipelined:
+        right = f"mp_rank_{tensor}" + ("_000" if pipelined else "")
+        found.append(Unmet(key=folder.name, problem=f"has to be {right} for this pipeline size", synthesize=""))
+    distributed = rank.template.args.get("use_distributed_optimizer") is True
+    if full and distributed and not is_file(folder / OPTIM_FILE):
+        found.append(Unmet(key=OPTIM_FILE, problem="is missing", synthesize=""))
+    return tuple(found)

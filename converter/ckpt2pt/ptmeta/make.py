@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import UsageError
+from ckpt2pt.errors import UsageError, printable
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.ptmeta.capture import capture
 from ckpt2pt.ptmeta.describe import describe
@@ -15,6 +15,7 @@ from ckpt2pt.ptmeta.files import ORIGIN, RankFiles, origin, publish, render
 from ckpt2pt.ptmeta.missing import SYNTHESIZED
 from ckpt2pt.ptmeta.relayout import NewLayout, relayout
 from ckpt2pt.ptmeta.synthesize import Wanted, synthesize
+from ckpt2pt.text import warned
 
 _SHOWN = 15
 """Arguments that are named without ``--details``."""
@@ -54,8 +55,8 @@ class Made:
 
     def sentence(self, *, details: bool = False) -> str:
         """For a person: warnings first; ``details`` lists every assumed argument instead of counting them."""
-        lines = [f"{self.folder}: {self.ranks} ranks, {self.maps} param maps, from a {self.way}"]
-        lines[:0] = [f"warning: {text}" for text in self.warnings]
+        lines = [f"{printable(str(self.folder))}: {self.ranks} ranks, {self.maps} param maps, from a {self.way}"]
+        lines[:0] = warned(self.warnings)
         label = "proved " if self.loadable else "layout "
         lines += [f"  {label}  {fact}" for fact in self.evidence]
         for what, value in self.assumed.items():

@@ -7,16 +7,27 @@ Everything that does not depend on the layout stays as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import FormatError, UsageError
+from ckpt2pt.mapping.names import local_layer
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.meta import Given, Stated, data_parallel_size, learn, read_arguments, read_stated
+from ckpt2pt.meta import (
+    Given,
+    Stated,
+    chunk_names,
+    data_parallel_size,
+    learn,
+    read_arguments,
+    read_param_maps,
+    read_stated,
+)
+from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.gpt import Argument, chunk_parameters
-from ckpt2pt.plan.layout import bucket_numel, lay_out, weight_decay_groups
+from ckpt2pt.plan.layout import Parameter, bucket_numel, lay_out, weight_decay_groups
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, Value, with_attrs
 from ckpt2pt.ptmeta.arguments import integer
@@ -58,8 +69,9 @@ def relayout(folder: Path, new: NewLayout, *, allow: tuple[str, ...] = ()) -> Re
         raise UsageError("there is no pt_meta", where=folder, mend=f"point {_OPTION} at a folder with args_tp*_pp*.pt")
     base = read_arguments(folder, (0, 0), allow=allow)
     args = cast("Mapping[str, Argument]", base.args)
-    noop = new.noop or learn(Given(data=1), source=folder, metadata=folder, allow=allow).noop
-    layout = _topology(args, stated, replace(new, noop=noop))
+    old = _old_layout(folder, stated, args, allow)
+    _check_maps(folder, old, base, new.bucket_size)
+    layout = _topology(args, stated, replace(new, noop=new.noop or old.noop))
     rows, evidence = _vocabulary(args, layout, new)
     groups = _groups(folder, stated, allow)
     ranks = tuple(_rank(base, layout, rank, groups, _changes(args, layout, rows, new), new) for rank in layout.ranks())
@@ -67,10 +79,45 @@ def relayout(folder: Path, new: NewLayout, *, allow: tuple[str, ...] = ()) -> Re
         ranks=ranks,
         assumed={
             "vocabulary": evidence,
-            "parameter order": "the built-in order of a legacy GPT model of Megatron-LM 0.6",
+            "parameter order": "the built-in order of a legacy GPT model of Megatron-LM 0.6, which the maps of the old layout have",
             "rng_state": f"as at the start of a run with seed {args.get('seed')}, as other ranks draw other numbers",
         },
     )
+
+
+def _old_layout(folder: Path, stated: Stated, args: Mapping[str, Argument], allow: tuple[str, ...]) -> Topology:
+    """Local numbers tell the layers of each chunk: where these add up to all layers there are no no-op layers."""
+    chunks = [chunk_names(folder, (0, pp), allow=allow) for pp in range(stated.pipeline)]
+    virtual = stated.virtual or 1
+    if all(len(one) == virtual for one in chunks):
+        held = tuple(_slots(chunks[pp][vpp]) for vpp in range(virtual) for pp in range(stated.pipeline))
+        if sum(held) == args.get("num_layers"):
+            return _topology(args, stated, NewLayout(layers_per_stage=held))
+    return learn(Given(data=1), source=folder, metadata=folder, target=folder, allow=allow)
+
+
+def _slots(names: Sequence[str]) -> int:
+    return 1 + max((layer for name in names if (layer := local_layer(name)) is not None), default=-1)
+
+
+def _check_maps(folder: Path, old: Topology, base: Template, bucket_size: int | None) -> None:
+    """The maps that are there are those that would be made for the same layout: else the model, or its Megatron, is another."""
+    divisor = data_parallel_size(base)
+    for pp in range(old.pipeline):
+        there = read_param_maps(folder, tp=0, pp=pp, divisor=divisor)
+        made = [
+            buffer
+            for buffers in _buffers(base, cast("Mapping[str, Argument]", base.args), old, (0, pp), bucket_size).values()
+            for buffer in buffers
+        ]
+        if there and list(there) != made:
+            raise FormatError(
+                f"the param maps of stage {pp} are not those of a legacy GPT model of Megatron-LM 0.6"
+                + (f" with buckets of {bucket_size} elements" if bucket_size else ""),
+                where=folder,
+                mend="give --bucket-size if that Megatron's number of elements for a bucket was changed; for a model with an "
+                "order of parameters of its own make pt_meta from a checkpoint in the new layout (--megatron-path)",
+            )
 
 
 def _topology(args: Mapping[str, Argument], stated: Stated, new: NewLayout) -> Topology:
@@ -157,22 +204,8 @@ def _rank(
     tp, pp = rank
     changes = {**changes, "rank": pp * (_of(changes, "world_size") // layout.pipeline) + tp}
     args = cast("dict[str, Argument]", {**base.args, **changes})
-    dtype = base.args.get("params_dtype")
-    spelled = dtype.name if isinstance(dtype, Global) else "bfloat16"
-    chunks = {vpp: chunk_parameters(args, layout, pp=pp, vpp=vpp, dtype=spelled) for vpp in range(layout.virtual)}
+    chunks = _parameters(args, layout, pp)
     flat = [parameter for parameters in chunks.values() for parameter in parameters]
-    divisor = data_parallel_size(
-        Template(path=base.path, tree={"args": with_attrs(base.tree["args"], changes)}, storages={})
-    )
-    overlap = args.get("overlap_grad_reduce") is True
-    buffers = tuple(
-        lay_out(
-            parameters,
-            divisor=divisor or 1,
-            bucket_numel=bucket_numel(overlap=overlap, pp=pp, chunk=vpp, size=new.bucket_size),
-        )
-        for vpp, parameters in chunks.items()
-    )
     tree: dict[str, Value] = dict(base.tree) | {"args": with_attrs(base.tree["args"], changes)}
     tree.pop("param_name_list", None)
     storages: dict[str, object] = dict(base.storages)
@@ -196,12 +229,29 @@ def _rank(
         tree=tree,
         path=base.path,
         storages=cast("dict[str, bytes]", storages),
-        buffers=buffers,
+        buffers=tuple(
+            _buffers(Template(path=base.path, tree=tree, storages={}), args, layout, rank, new.bucket_size).values()
+        ),
         names=tuple(
             tuple(f"{prefix.format(vpp)}.{parameter.name}" for parameter in reversed(parameters))
             for vpp, parameters in chunks.items()
         ),
     )
+
+
+def _parameters(args: Mapping[str, Argument], layout: Topology, pp: int) -> dict[int, Sequence[Parameter]]:
+    dtype: object = args.get("params_dtype")
+    spelled = dtype.name if isinstance(dtype, Global) else "bfloat16"
+    return {vpp: chunk_parameters(args, layout, pp=pp, vpp=vpp, dtype=spelled) for vpp in range(layout.virtual)}
+
+
+def _buffers(
+    template: Template, args: Mapping[str, Argument], layout: Topology, rank: Rank, size: int | None
+) -> dict[int, tuple[Buffer, ...]]:
+    overlap, divisor = args.get("overlap_grad_reduce") is True, data_parallel_size(template) or 1
+    limits = {vpp: bucket_numel(overlap=overlap, pp=rank[1], chunk=vpp, size=size) for vpp in range(layout.virtual)}
+    chunks = _parameters(args, layout, rank[1])
+    return {vpp: lay_out(found, divisor=divisor, bucket_numel=limits[vpp]) for vpp, found in chunks.items()}
 
 
 def _of(changes: Mapping[str, Value], name: str) -> int:

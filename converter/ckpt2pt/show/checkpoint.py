@@ -22,6 +22,7 @@ from ckpt2pt.mapping.names import SHARD, NameTable
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
 from ckpt2pt.plan.stage import spans
 from ckpt2pt.pt.archive import Archive
+from ckpt2pt.ptmeta.loading import verdicts
 from ckpt2pt.publish import PARTIAL, STATE, TRACKER, read_record, read_tracker
 from ckpt2pt.records import Json
 from ckpt2pt.system.access import access_error
@@ -295,7 +296,8 @@ def _folder(path: Path, *, details: bool) -> Json:
         kind = "distributed checkpoint (torch_dist), which ckpt2pt does not read"
         return {"kind": kind, "path": str(path), "files": _listing({name: path / name for name in names})}
     if any(_MODEL_RANK.fullmatch(name) for name in names):
-        return {"kind": "Megatron iteration", "path": str(path), **_iteration(path, read_tracker(path.parent))}
+        found = _iteration(path, read_tracker(path.parent))
+        return {"kind": "Megatron iteration", "path": str(path), **found, **verdicts(path)}
     if any(_RANK.fullmatch(name) for name in names):
         return _training(path, names)
     files = checkpoint_files(path)
@@ -392,11 +394,12 @@ def _training(path: Path, names: Sequence[str]) -> Json:
 def _megatron(path: Path, names: Sequence[str]) -> Json:
     named = read_tracker(path)
     folders = [path / name for name in names if re.fullmatch(r"iter_\d{7}|release", name)]
+    loaded = path / iteration_name(named)
     return {
         "kind": "Megatron checkpoints",
         "path": str(path),
         "tracker": named or "none",
-        "loads": iteration_name(named) if path / iteration_name(named) in folders else "nothing",
+        **({"loads": loaded.name, **verdicts(loaded)} if loaded in folders else {"loads": "nothing"}),
         "iterations": [{"name": folder.name, **_iteration(folder, named)} for folder in folders],
     }
 

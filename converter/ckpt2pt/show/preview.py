@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from ckpt2pt.errors import printable, spelled
 from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
 from ckpt2pt.pt.resume import warning
-from ckpt2pt.ptmeta.loading import contradictions, kept_of_template, unmet_of
+from ckpt2pt.ptmeta.loading import contradictions, kept_of_template
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Prepared, Survey
 from ckpt2pt.system.volume import free_bytes
-from ckpt2pt.text import size, table
+from ckpt2pt.text import size, table, warned
 
 WORKER_BYTES = 48 << 20
 """What one worker needs at most (benchmarks/), whatever the size of the checkpoint."""
@@ -25,6 +26,7 @@ WORKER_BYTES = 48 << 20
 def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Rank, Prepared], *, names: bool) -> Json:
     """The plan as a document for ``--output json``."""
     stages: list[Json] = []
+    first = next(iter(ranks.values()))
     read = written = 0
     for (tp, pp), prepared in ranks.items():
         plan = prepared.plan
@@ -54,9 +56,12 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
         "because": chosen.clock.because,
         "doubts": list(chosen.clock.doubts),
         "warnings": [
-            *warning({rank: unmet_of(request, rank) for rank in ranks}, full=request.full),
+            *warning(
+                {key: rank.meta.unmet(request.topology, full=request.full) for key, rank in ranks.items()},
+                full=request.full,
+            ),
             *dict.fromkeys(remark for rank in ranks.values() for remark in rank.remarks),
-            *contradictions(request, chosen, next(iter(ranks))),
+            *contradictions(first.meta.template, first.plan.stated),
             *_copies(request, chosen, ranks),
             *_unused_rules(request, ranks),
         ],
@@ -124,10 +129,10 @@ def render(document: Json) -> str:
     """The plan as text."""
     options = _mapping(document["options"])
     lines = [
-        *(f"warning: {text}" for text in _list(document["warnings"])),
+        *warned(_list(document["warnings"])),
         f"iteration  {document['iteration']} (from {document['because']}), {document['consumedSamples']} samples consumed",
-        *(f"  DOUBT: {doubt}" for doubt in _list(document["doubts"])),
-        f"target     {document['target']}",
+        *(f"  DOUBT: {spelled(str(doubt))}" for doubt in _list(document["doubts"])),
+        f"target     {printable(str(document['target']))}",
         f"mode       {options['mode']}, Megatron 0.6; tp {options['tensor']}, pp {options['pipeline']}, "
         f"vpp {options['virtualPipeline']}",
         "",

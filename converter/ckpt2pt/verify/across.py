@@ -16,14 +16,14 @@ from pathlib import Path
 from ckpt2pt.core.index import find
 from ckpt2pt.core.params import EMBEDDING, HEAD, is_padded
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, box_of
-from ckpt2pt.errors import InputError, UsageError
+from ckpt2pt.errors import FormatError, UsageError
 from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.degrees import weights_of
 from ckpt2pt.formats.registry import detect, read
 from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.pt.megatron import rank_folders
-from ckpt2pt.system.paths import listing
+from ckpt2pt.system.paths import is_folder, listing
 from ckpt2pt.tensors import intersection
 from ckpt2pt.verify.compare import Comparison, ElementComparison, Row, compare
 from ckpt2pt.verify.examine import rounded
@@ -80,7 +80,7 @@ def compare_across(
         left=str(left.path),
         right=str(right.path),
         rows=tuple(run.rows),
-        notes=(*run.notes, *unused),
+        notes=(*left.warnings, *right.warnings, *run.notes, *unused),
         files=len(_files(left) | _files(right)),
         equal=run.equal,
         nbytes=run.nbytes,
@@ -244,10 +244,14 @@ def _alike(one: Tensor, other: Tensor) -> tuple[TensorLeaf, TensorLeaf]:
 
 def differ_in_layout(left: Path, right: Path, *, asked: bool) -> bool:
     """Whether two folders are to be compared as tensors: other formats, or other ranks; ``asked`` says that they are."""
-    try:
-        formats = [detect(path) for path in (left, right)]
-    except InputError:
+    formats = [_format(path) for path in (left, right)]
+    if formats == [None, None]:
         return False
+    for path, found in zip((left, right), formats, strict=True):
+        if found is None:
+            if not is_folder(path):
+                return False
+            detect(path)  # says what a checkpoint is
     if asked or formats[0] != formats[1]:
         return True
     if formats[0] == "megatron":
@@ -258,6 +262,13 @@ def differ_in_layout(left: Path, right: Path, *, asked: bool) -> bool:
         for path in (left, right)
     ]
     return names[0] != names[1] or _differ_in_shapes(left, right)
+
+
+def _format(path: Path) -> str | None:
+    try:
+        return detect(path)
+    except FormatError:
+        return None
 
 
 def _differ_in_shapes(left: Path, right: Path) -> bool:

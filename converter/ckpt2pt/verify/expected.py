@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from ckpt2pt.ckpt import statement_of
+from ckpt2pt.ckpt.source import read_source
 from ckpt2pt.errors import FormatError, UnmappedNameError
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping import names
@@ -25,7 +26,6 @@ from ckpt2pt.mapping.names import TIED_HEAD, NameTable, SourceName, is_tied_head
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stated import carry
 from ckpt2pt.request import Request
-from ckpt2pt.source import read_source
 from ckpt2pt.survey import Survey, meta_of
 from ckpt2pt.system.paths import is_there
 from ckpt2pt.tensors import TensorRef
@@ -255,7 +255,8 @@ def _entries(request: Request, chosen: Survey, rank: Rank) -> Mapping[str, Tenso
     """The entries of the source for a rank of the result."""
     if request.source_topology is None:
         return expected_index(chosen.files[rank])
-    return read_source(request, chosen.files, chosen.identity, rank, meta_of(request, rank)).entries
+    meta = meta_of(request, rank)
+    return read_source(request, chosen.files, chosen.identity, rank, sizes=meta.sizes, tied=meta.tied).entries
 
 
 def _home(megatron: str, pp: int, request: Request, listed: Mapping[int, list[_Entry]]) -> tuple[int, str] | None:

@@ -67,6 +67,41 @@ def archive(target: str) -> Path:
     return kept
 
 
+@contextmanager
+def building(registry: str) -> Iterator[dict[str, str]]:
+    """What `make push` is told here in its environment: this machine's base image and package index, a registry without TLS."""
+    given = os.environ.get("CKPT2PT_BASE_IMAGE")
+    store = cache_folder() / "buildah"
+    with _alone(cache_folder() / "images"), _pip_secrets() as secrets, tempfile.TemporaryDirectory() as scratch:
+        storage, registries = Path(scratch) / "storage.conf", Path(scratch) / "registries.conf"
+        driver = os.environ.get("STORAGE_DRIVER", "overlay")
+        storage.write_text(f'[storage]\ndriver = "{driver}"\ngraphroot = "{store}"\nrunroot = "{store}/run"\n')
+        registries.write_text(f'[[registry]]\nlocation = "{registry}"\ninsecure = true\n')
+        yield {
+            "CONTAINERS_STORAGE_CONF": str(storage),
+            "CONTAINERS_REGISTRIES_CONF": str(registries),
+            "BUILDAH_ISOLATION": "chroot",
+            "BASE_IMAGE": given or _push_base(f"{registry}/base:1"),
+            "BUILD_FLAGS": " ".join(secrets),
+            "PUSH_FLAGS": "--tls-verify=false",
+        }
+
+
+def _push_base(name: str) -> str:
+    """Push the base for both architectures; that of the other one is empty, as nothing of it is run and nothing of it is read."""
+    base = _base_image()
+    native = run("buildah", "info", "--format", "{{.host.arch}}").strip()
+    [other] = {"amd64", "arm64"} - {native}
+    with tempfile.TemporaryDirectory() as context:
+        (Path(context) / "Dockerfile").write_text("FROM scratch\nLABEL architecture=other\n")
+        _buildah("bud", "--quiet", "--platform", f"linux/{other}", "--tag", f"{base}-{other}", context)
+    _buildah("manifest", "create", name)
+    for image in (base, f"{base}-{other}"):
+        _buildah("manifest", "add", name, image)
+    _buildah("manifest", "push", "--quiet", "--tls-verify=false", "--rm", "--all", name, f"docker://{name}")
+    return name
+
+
 def _labels() -> list[str]:
     version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
     try:

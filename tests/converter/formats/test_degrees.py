@@ -53,6 +53,9 @@ def test_no_wrong_degrees_give_a_part_of_the_model(tmp_path: Path, tp: int, pp: 
         if asked == (tp, pp):
             found = read(tmp_path, tensor=tp, pipeline=pp).index
             assert {key.name: tensor.fused for key, tensor in found.items() if key.role == "param"} == whole
+        elif copies and asked == (tp * dp, pp):
+            # Copies may be parts that are equal by chance: a warning.
+            assert read(tmp_path, tensor=asked[0], pipeline=asked[1]).warnings
         else:
             with pytest.raises((InputError, MissingInputError)):
                 read(tmp_path, tensor=asked[0], pipeline=asked[1])
@@ -114,18 +117,20 @@ def test_older_files_of_a_larger_run_are_not_looked_at(tmp_path: Path) -> None:
     assert read(tmp_path, tensor=2, pipeline=2).iteration == 12
 
 
-def test_a_file_in_the_place_of_another_is_named(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_another_is_a_warning(tmp_path: Path) -> None:
     write_mindspore(tmp_path, model(), tp=2, pp=2)
+    assert read(tmp_path).warnings == ()
     (tmp_path / "rank_3" / "network_rank_3-0_12.ckpt").write_bytes(
         (tmp_path / "rank_2" / "network_rank_2-0_12.ckpt").read_bytes()
     )
-    with pytest.raises(TopologyError, match=r"rank_2/\S+ and rank_3/\S+ hold other parts .* and they hold the same"):
-        read(tmp_path, tensor=2, pipeline=2)
+    (warning,) = read(tmp_path, tensor=2, pipeline=2).warnings
+    assert warning.startswith("rank_2/network_rank_2-0_12.ckpt and rank_3/network_rank_3-0_12.ckpt hold the same")
 
 
 def test_constant_weights_say_nothing(tmp_path: Path) -> None:
     write_mindspore(tmp_path, {name: array * 0 for name, array in model().items()}, tp=2, pp=2)
-    assert len(read(tmp_path, tensor=2, pipeline=2).index) == len(model())
+    found = read(tmp_path, tensor=2, pipeline=2)
+    assert (len(found.index), found.warnings) == (len(model()), ())
 
 
 def test_pt_meta_beside_the_ranks_states_the_degrees(golden: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +128,19 @@ def test_shards_of_the_golden_set_are_its_tensors(golden: Path, layout: str) -> 
             for role in ("main_param", "exp_avg", "exp_avg_sq"):
                 found = [side.get(name, role).tobytes() for side in (one, other)]
                 assert found[0] == found[1], (name, role)
+
+
+def test_each_file_is_opened_a_few_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files may lie on network storage, where each opening is a round trip."""
+    write_mindspore(tmp_path, model(), tp=2, pp=2)
+    opened: Counter[str] = Counter()
+    real = os.open
+
+    def counted(path: Any, *args: Any, **more: Any) -> int:
+        opened[str(path)] += 1
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(os, "open", counted)
+    read(tmp_path)
+    assert len(opened) == 4
+    assert max(opened.values()) <= 8

@@ -22,7 +22,7 @@ def prepared(folder: Path) -> Prepared:
 
 
 def tree(found: Prepared, **more: Any) -> dict[Any, Any]:
-    value = read_pickle(model_payload(found.plan, found.template, **more).pickle, where="model")
+    value = read_pickle(model_payload(found.plan, found.meta.template, **more).pickle, where="model")
     assert isinstance(value, dict)
     return dict(value)
 
@@ -44,7 +44,7 @@ def test_the_time_is_put_wherever_megatron_looks_for_it(reference: bool, samples
 
 def test_storages_of_the_template_come_after_those_of_the_weights(tmp_path: Path) -> None:
     found = prepared(tmp_path)
-    model, optimizer = payloads(found.plan, found.template)
+    model, optimizer = payloads(found.plan, found.meta.template)
     assert len(model.copied) == 3
     assert model.storages[-3:] == (5056, 16, 16) == tuple(extent.nbytes for extent in model.copied)
     assert len(model.storages) == len(list(found.plan.weights)) + 3
@@ -55,7 +55,7 @@ def test_an_optimizer_of_another_kind_stays_as_it_is(tmp_path: Path) -> None:
     """A full conversion refuses it before (pt/resume.py); beside weights alone nothing reads it."""
     found = prepared(tmp_path)
     template = Template(
-        path="p", tree=found.template.tree | {"optimizer": {"state": 1}}, storages=found.template.storages
+        path="p", tree=found.meta.template.tree | {"optimizer": {"state": 1}}, storages=found.meta.template.storages
     )
     assert read_pickle(model_payload(found.plan, template).pickle, where="p")["optimizer"] == {"state": 1}  # type: ignore[index,call-overload]
 
@@ -63,4 +63,4 @@ def test_an_optimizer_of_another_kind_stays_as_it_is(tmp_path: Path) -> None:
 def test_a_storage_that_the_template_does_not_hold_is_refused(tmp_path: Path) -> None:
     found = prepared(tmp_path)
     with pytest.raises(FormatError, match="does not hold"):
-        model_payload(found.plan, replace(found.template, storages={}))
+        model_payload(found.plan, replace(found.meta.template, storages={}))

@@ -42,12 +42,12 @@ def argument(**values: Any) -> Callable[[Tree], object]:
     return change
 
 
-def group(**values: Any) -> Callable[[Tree], object]:
+def group(number: int = 0, **values: Any) -> Callable[[Tree], object]:
     def change(tree: Tree) -> None:
-        first = tree["optimizer"]["optimizer"]["param_groups"][0]
-        first.update(values)
+        one = tree["optimizer"]["optimizer"]["param_groups"][number]
+        one.update(values)
         for name in [name for name, value in values.items() if value is drop]:
-            del first[name]
+            del one[name]
 
     return change
 
@@ -60,6 +60,10 @@ def groups(change: Callable[[list[Any]], Any]) -> Callable[[Tree], object]:
 
 def scheduler(name: str) -> Callable[[Tree], object]:
     return lambda tree: tree["opt_param_scheduler"].pop(name)
+
+
+def put_scheduler(**values: Any) -> Callable[[Tree], object]:
+    return lambda tree: tree["opt_param_scheduler"].update(values)
 
 
 def state(**values: Any) -> Callable[[Tree], object]:
@@ -91,7 +95,10 @@ BROKEN: dict[str, tuple[Callable[[Tree], object], str, bool]] = {
     "group-without-betas": (group(betas=drop), "param_groups[0].betas is missing", False),
     "group-with-one-beta": (group(betas=(0.9,)), "param_groups[0].betas is ", False),
     "group-without-eps": (group(eps=drop), "param_groups[0].eps is missing", False),
-    "group-without-wd-mult": (group(wd_mult=drop), "param_groups[0].wd_mult is missing", False),
+    "group-with-betas-of-text": (group(betas="ab"), "param_groups[0].betas is 'ab'", False),
+    "group-with-eps-none": (group(eps=None), "param_groups[0].eps is None, not a number", False),
+    "biases-without-wd-mult": (group(1, wd_mult=drop), "param_groups[1].wd_mult is missing, which counts as 1", False),
+    "group-with-wd-mult-none": (group(wd_mult=None), "param_groups[0].wd_mult is None", False),
     "group-without-bias-correction": (group(bias_correction=drop), "bias_correction is missing", False),
     "group-without-decoupled": (group(is_decoupled_lr=drop), "is_decoupled_lr is missing", False),
     "no-scheduler": (drop("opt_param_scheduler"), "opt_param_scheduler is missing", False),
@@ -99,6 +106,9 @@ BROKEN: dict[str, tuple[Callable[[Tree], object], str, bool]] = {
     **{f"scheduler-without-{name}": (scheduler(name), f"opt_param_scheduler.{name} is missing", False)
        for name in ("max_lr", "min_lr", "lr_warmup_steps", "lr_decay_steps", "lr_decay_style", "num_steps", "end_wd",
                     "wd_incr_steps", "wd_incr_style")},
+    "scheduler-steps-none": (put_scheduler(num_steps=None), "opt_param_scheduler.num_steps is None, not a number", False),
+    "scheduler-style": (put_scheduler(lr_decay_style="step"), "lr_decay_style is 'step', not one of constant", False),
+    "scheduler-decay-style": (put_scheduler(wd_incr_style="step"), "wd_incr_style is 'step', not one of constant", False),
     "old-scheduler-beside": (put(lr_scheduler={}), "lr_scheduler is there", False),
     "rng-empty": (put(rng_state=[]), "rng_state has 0 entries", False),
     "rng-dict": (put(rng_state={}), "rng_state is not a list", False),
@@ -117,8 +127,9 @@ BROKEN: dict[str, tuple[Callable[[Tree], object], str, bool]] = {
     "no-version": (drop("checkpoint_version"), "checkpoint_version is missing", True),
     "version-2": (put(checkpoint_version=2.0), "checkpoint_version is 2.0, not 3.0", True),
     "version-true": (put(checkpoint_version=True), "checkpoint_version is True", True),
-    "no-iteration": (drop("iteration"), "iteration is missing", False),
+    "version-text": (put(checkpoint_version="3.0"), "checkpoint_version is '3.0'", True),
     "no-args": (drop("args"), "args is missing", False),
+    "args-of-another-type": (put(args={"num_layers": 4}), "args is not a namespace", True),
     "other-tp": (argument(tensor_model_parallel_size=2), "args.tensor_model_parallel_size is 2", True),
     "other-pp": (argument(pipeline_model_parallel_size=4), "args.pipeline_model_parallel_size is 4", True),
     "no-pp": (argument(pipeline_model_parallel_size=drop), "args.pipeline_model_parallel_size is missing", True),
@@ -159,6 +170,56 @@ def test_weights_alone_need_only_what_megatron_reads_for_them(
     else:
         outcome = model.convert(tmp_path, full=False)
         assert outcome.sentence().endswith("can load it with --no-load-optim --no-load-rng (it holds parameters only)")
+
+
+WEIGHT_DECAY = ("start_wd", "end_wd", "wd_incr_steps", "wd_incr_style")
+GOOD: dict[str, Callable[[Tree], object]] = {
+    "weights-without-wd-mult": groups(
+        lambda found: [{name: value for name, value in one.items() if name != "wd_mult" or not value} for one in found]
+    ),
+    "group-without-what-the-scheduler-sets": group(lr=drop, weight_decay=drop, max_lr=drop, min_lr=drop, lr_mult=drop),
+    "betas-in-a-list": group(betas=[0.9, 0.95]),
+    "scheduler-without-weight-decay": lambda tree: [
+        tree["opt_param_scheduler"].pop(name, None) for name in WEIGHT_DECAY
+    ],
+    "version-4": put(checkpoint_version=4.0),
+    "no-iteration": drop("iteration"),
+    "group-without-step": group(step=drop),
+    "rng-in-a-tuple": lambda tree: tree.update(rng_state=tuple(tree["rng_state"])),
+    "no-samples": argument(consumed_train_samples=drop),
+}
+"""What megatron-core 0.6.0 loads and goes on from as from the whole; iteration and step are put in by the conversion."""
+
+
+@pytest.mark.parametrize("change", GOOD.values(), ids=GOOD)
+def test_a_template_that_megatron_takes_is_taken(change: Callable[[Tree], object], tmp_path: Path) -> None:
+    Handmade(topology=TWO, edit=change).convert(tmp_path)
+    result = read_template(tmp_path / "out" / "iter_0000012" / "mp_rank_00_000" / "model_optim_rng.pt")
+    assert result.tree["iteration"] == 12
+    assert {group["step"] for group in result.groups} == {12}
+    run = TargetRun(num_layers=4, tensor=1, pipeline=2, virtual=1)
+    assert unmet(result, run, full=True, checkpoint=True) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "always"),
+    [
+        pytest.param(drop("iteration"), "iteration is missing", True, id="no-iteration"),
+        pytest.param(put(iteration=-1), "iteration is -1", True, id="iteration-below-0"),
+        pytest.param(group(1, step=drop), "param_groups[1].step is missing", False, id="no-step"),
+        pytest.param(group(step="x"), "param_groups[0].step is 'x'", False, id="step-text"),
+    ],
+)
+def test_what_a_conversion_puts_in_is_needed_in_a_checkpoint(
+    change: Callable[[Tree], object], key: str, always: bool, tmp_path: Path
+) -> None:
+    model = Handmade(topology=TWO, edit=change)
+    model.write(tmp_path)
+    template = read_template(tmp_path / "pt_meta" / "args_tp00_pp000.pt")
+    run = TargetRun(num_layers=4, tensor=1, pipeline=2, virtual=1)
+    assert unmet(template, run, full=True) == ()
+    assert [key in str(rule) for rule in unmet(template, run, full=True, checkpoint=True)] == [True]
+    assert bool(unmet(template, run, full=False, checkpoint=True)) == always
 
 
 def test_heads_that_contradict_the_shapes_are_refused_where_kv_channels_is_absent(tmp_path: Path) -> None:

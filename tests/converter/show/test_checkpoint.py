@@ -11,10 +11,14 @@ from typing import Any, cast
 import pytest
 import torch
 
+from archives import write_archive
 from ckpt2pt.errors import FormatError, InputError, MissingInputError, UsageError
+from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.pt.pickles import Value, tensor, write_pickle
 from ckpt2pt.show.checkpoint import inspect, render
 from ckptfiles import Tensor, chunk, ckpt, number, safe, some_tensors, value
 from conversions import request_for
+from handmade import Handmade
 from results import convert
 
 Rows = list[dict[str, Any]]
@@ -221,6 +225,8 @@ def test_megatrons_own_folder(golden_set: Path) -> None:
     (row,) = document["iterations"]
     assert (row["tp"], row["pp"]) == (topology.tensor, topology.pipeline)
     assert (row["state"], row["converted"], row["optimizer"]) == ("published", "not by ckpt2pt", True)
+    assert document["resumable"] == "yes, by Megatron-LM 0.6"
+    assert "weightsLoadable" not in document
 
 
 def test_a_conversion_half_way_and_finished(pipelined: Path, tmp_path: Path) -> None:
@@ -239,6 +245,39 @@ def test_a_conversion_half_way_and_finished(pipelined: Path, tmp_path: Path) -> 
     assert row["converted"] == "stages 0-1"
     assert row["state"].startswith("published")
     assert shown(tmp_path / "iter_0000002")["kind"] == "Megatron iteration"
+
+
+def test_what_megatron_cannot_resume_from_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ckpt2pt.run.check_loadable", lambda *_: None)  # which refuses to write such a checkpoint
+    model = Handmade(topology=Topology(num_layers=2, pipeline=2), edit=lambda tree: tree.pop("rng_state"))
+    folder = model.convert(tmp_path, verify="digest").target.folder
+    for document in (shown(folder), shown(folder.parent)):
+        assert document["resumable"] == "no: 2 of 2 ranks, first tp 0 pp 0: rng_state is missing"
+        assert document["weightsLoadable"] == "yes"
+    (folder / "mp_rank_00_001" / "distrib_optim.pt").unlink()
+    assert "rng_state" in shown(folder)["resumable"]
+    (folder / "mp_rank_00_001").rename(tmp_path / "away")
+    why = "no: mp_rank_00_000 has to be mp_rank_00 for this pipeline size; args.pipeline_model_parallel_size is 2"
+    assert shown(folder)["resumable"].startswith(why)
+    assert shown(folder)["weightsLoadable"].startswith(why)
+
+
+def test_without_the_optimizers_file_only_the_weights_are_loaded(golden: Path) -> None:
+    document = shown(golden / "megatron06" / "c_tp2pp2vpp2" / "C_params")
+    assert document["resumable"] == "no: 4 of 4 ranks, first tp 0 pp 0: distrib_optim.pt is missing"
+    assert document["weightsLoadable"] == "yes"
+
+
+def test_of_another_megatron_nothing_is_claimed(tmp_path: Path) -> None:
+    folder = tmp_path / "iter_0000001" / "mp_rank_00"
+    folder.mkdir(parents=True)
+    tree: Value = {
+        "model": {"decoder.layers.0.x.weight": tensor("bfloat16", "0", 4, 0, (4,))},
+        "checkpoint_version": 3.0,
+    }
+    write_archive(folder / "model_optim_rng.pt", "model_optim_rng", write_pickle(tree), [bytes(8)])
+    assert shown(tmp_path)["loads"] == "nothing"
+    assert shown(folder.parent)["resumable"].startswith("unknown: decoder.layers.0.x.weight is no parameter")
 
 
 def test_a_rank_folder_lists_its_files(pipelined: Path) -> None:

@@ -299,6 +299,22 @@ def test_folders_of_one_layout_are_compared_file_by_file(golden: Path, tmp_path:
     assert not differ_in_layout(one / "A", one / "C_full", asked=False), "the reference's suffix is no other layout"
 
 
+def test_a_checkpoint_beside_something_else_is_told_what_is_read(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = golden / "megatron06" / "b_tp2pp2"
+    for other in (folder / "pt_meta", tmp_path):
+        for paths in ((folder / "ms", other), (other, folder / "A")):
+            code, found, err = verify(capsys, *paths)
+            assert (code, found) == (65, {})
+            assert "neither a MindSpore training output" in err
+            assert str(other) in err
+    assert verify(capsys, folder / "pt_meta", folder / "pt_meta")[0] == 0
+    code, _, err = verify(capsys, folder / "ms" / "rank_0" / "network.ckpt", folder / "A")
+    assert code == 64
+    assert "one is a folder, the other a file" in err
+
+
 def test_the_table_names_tensors_and_files(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     flip_source(
         pair[0] / "rank_2" / "network.ckpt", "exp_avg.language_model.encoder.layers.3.attention.qkv_proj.weight"

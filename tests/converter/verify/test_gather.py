@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,25 @@ def test_a_tensor_larger_than_the_limit_is_read_in_stretches_within_it(
         assert found.tobytes() == array.tobytes()
         assert files.longest <= 4096
         assert files.total == array.nbytes
+
+
+def test_gathering_holds_a_block_and_a_stretch_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 MB cut along columns, in blocks of 64 KiB."""
+    limit, shape = 1 << 17, (2048, 4096)
+    monkeypatch.setattr(gather, "_MAX_STRETCH_BYTES", limit)
+    part = np.random.default_rng(1).normal(size=(shape[0], shape[1] // 4)).astype("<f4").tobytes()
+    views = tuple(sharded(shape, 1, rank, 4, 0, write(tmp_path, str(rank), part)) for rank in range(4))
+    transposed = View((0, 0), shape, (1, shape[0]), 0, write(tmp_path, "columns", part * 4))
+    elements = gathered(Tensor(WEIGHT, "float32", shape, shape, views))
+    with Files() as files:
+        elements.block(files, 0, 1)
+        tracemalloc.start()
+        for start in range(0, math.prod(shape), 1 << 14):
+            elements.block(files, start, start + (1 << 14))
+        Gathered("float32", (transposed,), ((0, 0), shape)).block(files, 0, 1 << 10)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 2 * (1 << 16) + 2 * limit
 
 
 def test_an_empty_tensor_and_a_scalar_have_their_elements(tmp_path: Path) -> None:

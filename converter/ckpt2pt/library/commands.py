@@ -1,0 +1,104 @@
+"""The commands as functions: compare, inspect and convert, with values instead of flags.
+
+ckpt2pt.compare("ms_ckpt", "megatron_pt").same
+ckpt2pt.convert(source="ms_ckpt", metadata="pt_meta", target="megatron_pt").document()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckpt2pt.mapping.names import Rules
+
+if TYPE_CHECKING:
+    from ckpt2pt.request import Verify
+    from ckpt2pt.run import Outcome
+    from ckpt2pt.verify.compare import Comparison
+
+
+def compare(
+    left: str | Path,
+    right: str | Path,
+    *,
+    tp: int | None = None,
+    pp: int | None = None,
+    ignore: Collection[str] = (),
+    ignore_padding: bool = False,
+    rules: Rules | None = None,
+) -> Comparison:
+    """Compare two checkpoints bit for bit, as ``ckpt2pt verify A B`` does: any formats, any parallel sizes.
+
+    ``tp`` and ``pp`` are the parallel sizes of a MindSpore training that does not tell them.  ``same`` of the result says
+    whether all is equal, ``rows`` are the differences; nothing is raised for them.
+    """
+    from ckpt2pt.verify.across import compare_any  # noqa: PLC0415
+
+    paths = (Path(left), Path(right))
+    return compare_any(paths, (tp, pp), rules, ignore=ignore, ignore_padding=ignore_padding)
+
+
+def inspect(path: str | Path, *, details: bool = False) -> dict[str, Any]:
+    """What a file or a folder holds, by its headers: the document of ``ckpt2pt inspect --output json``."""
+    from ckpt2pt.show.checkpoint import inspect as look  # noqa: PLC0415
+
+    return look(Path(path), details=details)
+
+
+def convert(
+    *,
+    source: str | Path,
+    metadata: str | Path,
+    target: str | Path,
+    num_layers: int | None = None,
+    tp: int | None = None,
+    pp: int | None = None,
+    vpp: int | None = None,
+    dp: int | None = None,
+    cp: int | None = None,
+    noop_layers: Collection[int] | None = None,
+    layers_per_stage: Sequence[int] | None = None,
+    iteration: int | None = None,
+    params_only: bool = False,
+    overwrite: bool = False,
+    verify: Verify = "digest",
+    rules: Rules | None = None,
+) -> Outcome:
+    """Convert a MindSpore training output into a Megatron-LM 0.6 checkpoint, as ``ckpt2pt convert`` does, in this process.
+
+    ``metadata`` is the ``pt_meta`` folder.  Sizes that are not given are those that it states.  ``verify`` is ``none``, ``digest``
+    or ``full``.  The same call after any interruption does what is missing.  Call it in the main thread: it heeds SIGTERM
+    and SIGINT, after which it raises :class:`~ckpt2pt.errors.InterruptedRunError`.
+    """
+    from ckpt2pt.meta import Given, learn  # noqa: PLC0415
+    from ckpt2pt.request import Request  # noqa: PLC0415
+    from ckpt2pt.run import run  # noqa: PLC0415
+    from ckpt2pt.show.progress import Silence  # noqa: PLC0415
+
+    rules = rules or Rules()
+    given = Given(
+        num_layers=num_layers,
+        tensor=tp,
+        pipeline=pp,
+        virtual=vpp,
+        data=dp,
+        context=cp,
+        noop=None if noop_layers is None else frozenset(noop_layers),
+        layers_per_stage=tuple(layers_per_stage) if layers_per_stage else None,
+    )
+    places = {"source": Path(source), "metadata": Path(metadata), "target": Path(target)}
+    topology = learn(given, **places, allow=rules.pickle_globals)
+    request = Request(
+        topology=topology,
+        source=Path(source),
+        metadata=Path(metadata),
+        target=Path(target),
+        full=not params_only,
+        iteration=iteration,
+        rules=rules,
+        overwrite=overwrite,
+        verify=verify,
+        in_process=True,
+    )
+    return run(request, range(topology.pipeline), Silence())
