@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import layouts
 import roads
 from measure import Sample, commit, cool, host, memory_limit, run, summary, today, warm
 
@@ -264,6 +265,11 @@ def back(work: Path, options: argparse.Namespace) -> dict[str, object]:
     return roads.back(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
 
 
+def layout(work: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Into another parallel layout."""
+    return layouts.layout(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
+
+
 def checksums(work: Path, options: argparse.Namespace) -> dict[str, object]:
     """What the source's own checksum costs: the same conversion of files with and without one."""
     case, out = Case.of(work / "case", options.size_gb * 1e9), work / "out"
@@ -294,6 +300,7 @@ THEMES: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
     "names": names,
     "shards": shards,
     "import": back,
+    "layout": layout,
     "checksums": checksums,
 }
 

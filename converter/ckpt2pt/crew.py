@@ -234,6 +234,12 @@ class _Crew:
 
 def _not_started(error: OSError, worker: str) -> Ckpt2ptError:
     """A process takes descriptors, memory and a place among the processes that are allowed."""
+    if error.errno == errno.EPIPE:
+        return TryAgainError(
+            "the worker died as it was started",
+            where=worker,
+            mend="give it more memory (spec.workers.resources) or fewer workers (--process-limit), and run again",
+        )
     if error.errno != errno.EAGAIN:
         return access_error(error, worker, "starting a worker process")
     return TryAgainError(

@@ -395,7 +395,10 @@ def check(topology: Topology, stated: Stated) -> None:
     """Refuse a layout whose ranks are not those that ``pt_meta`` has files for."""
     if (topology.tensor, topology.pipeline) != (stated.tensor, stated.pipeline):
         asked = _layout(topology.tensor, topology.pipeline, topology.virtual, topology.num_layers)
-        raise TopologyError(f"{stated}, the options ask for {asked}", where=stated.folder, mend=_LAYOUT_MEND)
+        made = f"ckpt2pt pt-meta --from-pt-meta {stated.folder} --param-map-path NEW"
+        sizes = f"--target-tp-size {topology.tensor} --target-pp-size {topology.pipeline}"
+        mend = f"{_LAYOUT_MEND}; for another layout than that of pt_meta make metadata of it: {made} {sizes}"
+        raise TopologyError(f"{stated}, the options ask for {asked}", where=stated.folder, mend=mend)
 
 
 @contextmanager

@@ -127,9 +127,20 @@ def test_a_worker_that_is_killed_is_not_taken_for_done(pipelined: Path, tmp_path
         def close(self) -> None:
             over.set()
 
-    with pytest.raises(TryAgainError, match="exit code -9"):
+    with pytest.raises(TryAgainError, match=r"exit code -9|died as it was started"):
         run(request, range(2), Killer())
     assert not (tmp_path / TRACKER).exists()
+
+
+def test_a_worker_that_is_killed_as_it_is_started_is_said_to_have_died(
+    pipelined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(process: SpawnProcess) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # of the pipe through which it gets its work
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    with pytest.raises(TryAgainError, match="died as it was started"):
+        run(request_for(pipelined, tmp_path, in_process=False, workers=2), range(2), Quiet())
 
 
 def test_a_worker_does_one_rank_after_another(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from ckpt2pt.ptmeta.capture import capture
 from ckpt2pt.ptmeta.describe import describe
 from ckpt2pt.ptmeta.files import ORIGIN, RankFiles, origin, publish, render
 from ckpt2pt.ptmeta.missing import SYNTHESIZED
+from ckpt2pt.ptmeta.relayout import NewLayout, relayout
 from ckpt2pt.ptmeta.synthesize import Wanted, synthesize
 from ckpt2pt.request import SILENCE, Reporter
 from ckpt2pt.text import warned
@@ -138,6 +139,12 @@ def from_description(path: Path, folder: Path, wanted: Wanted, *, accepted: bool
         written=None,
         warnings=found.warnings,
     )
+
+
+def from_pt_meta(old: Path, folder: Path, new: NewLayout, *, overwrite: bool, allow: tuple[str, ...] = ()) -> Made:
+    """Make ``folder`` for another parallel layout."""
+    found = relayout(old, new, allow=allow)
+    return _made(folder, "pt_meta of another layout", found.ranks, (), found.assumed, True, overwrite=overwrite)
 
 
 def _made(

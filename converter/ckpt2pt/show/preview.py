@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ckpt2pt.errors import printable, spelled
-from ckpt2pt.mapping.names import prefix_remark, rules_remark
+from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
@@ -44,10 +44,10 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
                 "bytesToRead": nbytes,
                 "files": [{"name": name, "nbytes": size} for name, size in files.items()],
                 "chunks": [_chunk(chunk, plan, request, names=names) for chunk in plan.chunks],
-                "shards": [str(path) for path in chosen.files[tp, pp].peers],
-                "shardInfo": str(chosen.files[tp, pp].info or ""),
+                "shards": [str(path) for file in chosen.read_for((tp, pp), request) for path in file.peers],
+                "shardInfo": str(chosen.read_for((tp, pp), request)[0].info or ""),
                 "ignored": dict(Counter(reason for _, reason in plan.ignored)),
-                "comparedCopies": [f"{kept.name} = {copy.name}" for kept, copy in plan.twins],
+                "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in plan.twins)],
                 "done": target.rank_manifest(tp, pp) is not None,
             }
         )
@@ -61,7 +61,7 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
                 {key: rank.meta.unmet(request.topology, full=request.full) for key, rank in ranks.items()},
                 full=request.full,
             ),
-            *dict.fromkeys(prefix_remark(rank.plan.prefix) for rank in ranks.values() if rank.plan.prefix),
+            *dict.fromkeys(remark for rank in ranks.values() for remark in rank.remarks),
             *contradictions(first.meta.template, first.plan.stated),
             *_copies(request, chosen, ranks),
             *_unused_rules(request, ranks),
@@ -85,7 +85,7 @@ def _copies(request: Request, chosen: Survey, ranks: Mapping[Rank, Prepared]) ->
         return ()
     from ckpt2pt.verify.copies import suspected_copies  # noqa: PLC0415 - numpy, for layouts that can have copies
 
-    return suspected_copies(chosen, ranks)
+    return suspected_copies(request, chosen, ranks)
 
 
 def _unused_rules(request: Request, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
-from ckpt2pt.ckpt import prove_sources, states_checksum
+from ckpt2pt.ckpt import states_checksum
+from ckpt2pt.ckpt.source import paths_for, prove_read
 from ckpt2pt.errors import MissingInputError, VerificationError, printable
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
@@ -118,12 +119,12 @@ def verify_rank(
 
     Raises :class:`FormatError` for a source that differs from the checksum that it states of itself.
     """
-    sources = chosen.files[rank].paths
-    with Files([path for path in sources if states_checksum(path)], advance) as files:
+    sources = [path for path in paths_for(rank, chosen.files, request) if states_checksum(path)]
+    with Files(sources, advance) as files:
         found = Examination(request, chosen, rank, folder, _opener(request, reader), files, advance)
         found.run()
     read = {path: sorted(pieces) for path, pieces in files.pieces.items()}
-    checksums = prove_sources(sources, read, every_byte=True)
+    checksums = prove_read(rank, chosen.files, request, read, every_byte=True)
     return Report(
         folder=str(folder),
         level="full",
@@ -156,12 +157,7 @@ def verify_target(
     if level == "digest":
         reports = _digests(target, ranks, reporter)
     else:
-        totals: dict[Rank, int] = {}
-        for rank in ranks:
-            results = [target.folder / topology.directory(*rank) / name for name in names]
-            # Elements are compared, and checksums are computed, by two readings of our own reader.
-            readings = 2 if reader == "own" else 1
-            totals[rank] = _size(chosen.files[rank].paths) + readings * _size(results)
+        totals = _to_read(request, chosen, target, ranks, names, reader)
         reports = _reports(
             totals,
             target.iteration,
@@ -171,6 +167,22 @@ def verify_target(
     listed = {f"{topology.directory(*rank)}/{name}" for rank in topology.ranks() for name in names}
     report = _joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
     return replace(report, warnings=tuple(one for pp in stages for one in copies_of(request, chosen, target, pp)))
+
+
+def _to_read(
+    request: Request, chosen: Survey, target: Target, ranks: Sequence[Rank], names: Sequence[str], reader: Reader
+) -> dict[Rank, int]:
+    """About what a full verification of each rank reads; a source that several ranks share is shared among them."""
+    sources = {rank: paths_for(rank, chosen.files, request) for rank in ranks}
+    readers = Counter(path for paths in sources.values() for path in paths)
+    # Elements are compared, and checksums are computed, by two readings of our own reader.
+    readings = 2 if reader == "own" else 1
+
+    def nbytes(rank: Rank) -> int:
+        results = [target.folder / request.topology.directory(*rank) / name for name in names]
+        return sum(_size([path]) // readers[path] for path in sources[rank]) + readings * _size(results)
+
+    return {rank: nbytes(rank) for rank in ranks}
 
 
 def verify_records(path: Path, *, reporter: Reporter = SILENCE) -> Report:
