@@ -51,7 +51,7 @@ def _enter(module: str, program: str) -> int:
 
         code: int = getattr(import_module(f"ckpt2pt.{module}"), program)()
     except KeyboardInterrupt:
-        sys.stderr.write("ckpt2pt: stopped by a signal\n  where: at the door\n  mend:  run the same command again\n")
+        sys.stderr.write("ckpt2pt: stopped by a signal\n  where: at the door\n  hint:  run the same command again\n")
         code = _TRY_AGAIN
     # All is said and done, and only Python itself has still to leave.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -95,7 +95,7 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
         return _fail(error, options)
     except KeyboardInterrupt:
         return _fail(
-            InterruptedRunError("stopped by SIGINT", where="this run", mend="run the same command again"), options
+            InterruptedRunError("stopped by SIGINT", where="this run", hint="run the same command again"), options
         )
     except BrokenPipeError:
         account.message = "whoever read the result has gone"
@@ -104,7 +104,7 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
     except MemoryError:
         return _fail(
             InterruptedRunError(
-                "out of memory", where="this process", mend="give it more memory (spec.workers.resources)"
+                "out of memory", where="this process", hint="give it more memory (spec.workers.resources)"
             ),
             options,
         )
@@ -131,7 +131,7 @@ def _tell(**error: object) -> None:
 
 def _interrupt(number: int, _: FrameType | None) -> NoReturn:
     raise InterruptedRunError(
-        f"stopped by {signal.Signals(number).name}", where="before the first byte", mend="run the same command again"
+        f"stopped by {signal.Signals(number).name}", where="before the first byte", hint="run the same command again"
     )
 
 
@@ -145,7 +145,7 @@ def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
     if getattr(options, "debug", False):
         traceback.print_exc()
     if getattr(options, "log_format", "text") == "json":
-        parts = {"what": error.what, "where": error.where, "mend": error.mend}
+        parts = {"what": error.what, "where": error.where, "hint": error.hint}
         _tell(error=type(error).__name__, **parts, exitCode=error.exit_code)
     else:
         print(f"ckpt2pt: {error}", file=sys.stderr)
@@ -181,7 +181,7 @@ def _say(text: str) -> None:
         raise FileAccessError(
             f"the result could not be written: {error.strerror}",
             where="standard output",
-            mend="see that it can be written to, and run the same command again: what is finished is kept",
+            hint="see that it can be written to, and run the same command again: what is finished is kept",
         ) from error
 
 

@@ -106,7 +106,7 @@ def _timed_out(rank: Rank, seconds: float) -> TimedOutError:
     return TimedOutError(
         f"the rank was not converted within {seconds:g} seconds",
         where=f"tp {rank[0]} pp {rank[1]}",
-        mend="give more time with --process_timeout, and run the same command again: what is finished is kept",
+        hint="give more time with --process_timeout, and run the same command again: what is finished is kept",
     )
 
 
@@ -119,7 +119,7 @@ def stopped_by_signals() -> Generator[Stop]:
         name = signal.Signals(number).name
         stop.ask(
             InterruptedRunError(
-                f"stopped by {name}", where="this run", mend="run the same command again: what is finished is kept"
+                f"stopped by {name}", where="this run", hint="run the same command again: what is finished is kept"
             )
         )
         signal.signal(number, signal.SIG_DFL)
@@ -203,7 +203,7 @@ class _Crew:
             raise TryAgainError(
                 f"the worker died with exit code {hand.process.exitcode} (-9 is a kill, often for want of memory)",
                 where=f"tp {hand.rank[0]} pp {hand.rank[1]}",
-                mend="give it more memory (spec.workers.resources) or fewer workers (--process-limit), and run again",
+                hint="give it more memory (spec.workers.resources) or fewer workers (--process-limit), and run again",
             ) from None
         if isinstance(message, int):
             self._reporter.advance(hand.rank, message)
@@ -238,14 +238,14 @@ def _not_started(error: OSError, worker: str) -> Ckpt2ptError:
         return TryAgainError(
             "the worker died as it was started",
             where=worker,
-            mend="give it more memory (spec.workers.resources) or fewer workers (--process-limit), and run again",
+            hint="give it more memory (spec.workers.resources) or fewer workers (--process-limit), and run again",
         )
     if error.errno != errno.EAGAIN:
         return access_error(error, worker, "starting a worker process")
     return TryAgainError(
         "a worker process could not be started: no more processes are allowed here",
         where=worker,
-        mend="raise the limit (ulimit -u, the pids limit of the container), or lower --process-limit; then run again",
+        hint="raise the limit (ulimit -u, the pids limit of the container), or lower --process-limit; then run again",
     )
 
 
@@ -278,7 +278,7 @@ def work_on_ranks(work: Work, pipe: Connection, parent: int, _: Sequence[Lock]) 
                 pipe.send(nbytes)
             except OSError:
                 stop.ask(
-                    InterruptedRunError("the parent process is gone", where=f"pid {os.getppid()}", mend="run it again")
+                    InterruptedRunError("the parent process is gone", where=f"pid {os.getppid()}", hint="run it again")
                 )
 
         meter = Meter(report)

@@ -27,28 +27,28 @@ class Ckpt2ptError(Exception):
     """Base of every error a user can meet.
 
     ``what`` holds the value found and the value expected, ``where`` a path, rank or tensor, and
-    ``mend`` an instruction in the user's words (the flag and the field of the CheckpointConversion).
+    ``hint`` an instruction in the user's words (the flag and the field of the CheckpointConversion).
     """
 
     exit_code = 70
     reason = ""
     """In one word, where the exit code alone would mislead; that of the exit code where it is empty."""
 
-    def __init__(self, what: str, *, where: str | Path, mend: str) -> None:
-        super().__init__(what, str(where), mend)
-        self.what, self.where, self.mend = what, str(where), mend
+    def __init__(self, what: str, *, where: str | Path, hint: str) -> None:
+        super().__init__(what, str(where), hint)
+        self.what, self.where, self.hint = what, str(where), hint
 
     def __str__(self) -> str:
-        return message(self.what, self.where, self.mend)
+        return message(self.what, self.where, self.hint)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders; keyword-only arguments need help to be pickled.
-        return _rebuild, (type(self), self.what, self.where, self.mend)
+        return _rebuild, (type(self), self.what, self.where, self.hint)
 
 
-def message(what: object, where: object, mend: object) -> str:
+def message(what: object, where: object, hint: object) -> str:
     """An error in three parts.  Lines of ``what`` are indented; a line break in a name is spelled out."""
-    return f"{spelled(str(what))}\n  where: {printable(str(where))}\n  mend:  {printable(str(mend))}"
+    return f"{spelled(str(what))}\n  where: {printable(str(where))}\n  hint:  {printable(str(hint))}"
 
 
 def spelled(text: str) -> str:
@@ -56,11 +56,11 @@ def spelled(text: str) -> str:
     return _BREAK.sub(r"\\n", printable(text, lines=True))
 
 
-_BREAK = re.compile(r"\n(?!  (?!where:|mend:))")
+_BREAK = re.compile(r"\n(?!  (?!where:|hint:))")
 
 
-def _rebuild(kind: type[Ckpt2ptError], what: str, where: str, mend: str) -> Ckpt2ptError:
-    return kind(what, where=where, mend=mend)
+def _rebuild(kind: type[Ckpt2ptError], what: str, where: str, hint: str) -> Ckpt2ptError:
+    return kind(what, where=where, hint=hint)
 
 
 class UsageError(Ckpt2ptError):

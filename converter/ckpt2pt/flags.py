@@ -1,4 +1,4 @@
-"""How flags are read, by every program of ours: wrong usage is an error with a mend, and numbers are within reason."""
+"""How flags are read, by every program of ours: wrong usage is an error with a hint, and numbers are within reason."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Parser(argparse.ArgumentParser):
         elif choice:
             near = nearest(choice[1], {str(c) for action in self._actions for c in action.choices or ()})
         meant = f"did you mean {near}? " if near else ""
-        raise UsageError(message, where=f"the command line of {self.prog}", mend=f"{meant}see {self.prog} --help")
+        raise UsageError(message, where=f"the command line of {self.prog}", hint=f"{meant}see {self.prog} --help")
 
 
 def _named(action: argparse.Action, *, value: bool = False) -> str:
@@ -180,7 +180,7 @@ def check_numbers(given: Mapping[str, float | None]) -> None:
             raise UsageError(
                 f"{flag} is {number}",
                 where="the command line",
-                mend=f"give {flag} a number above 0, at most {_MAX_NUMBER}",
+                hint=f"give {flag} a number above 0, at most {_MAX_NUMBER}",
             )
 
 

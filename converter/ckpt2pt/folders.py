@@ -31,7 +31,7 @@ def keep_apart(target: Target, read: Mapping[Path | None, str]) -> None:
             raise UsageError(
                 f"the result would take the place of {option}",
                 where=f"{target.folder} and {path}",
-                mend=f"choose another {target.kind.option}",
+                hint=f"choose another {target.kind.option}",
             )
 
 
@@ -51,7 +51,7 @@ def covered(target: Target) -> str:
     raise TargetConflictError(
         f"a full conversion of the same source was begun there by {claim.get('host')}, and is not complete",
         where=target.folder,
-        mend=f"finish it: run it again with spec.mode Full (without --convert-param-only); or choose another {target.kind.option}",
+        hint=f"finish it: run it again with spec.mode Full (without --convert-param-only); or choose another {target.kind.option}",
     )
 
 
@@ -84,11 +84,11 @@ def pairs(left: Path, right: Path) -> Iterator[tuple[str, Path | None, Path | No
     """Files that belong together, by their place; a file without a partner is paired with None."""
     for path in (left, right):
         if not is_there(path, "the path"):
-            raise MissingInputError("the file or folder is not there", where=path, mend="check the two paths")
+            raise MissingInputError("the file or folder is not there", where=path, hint="check the two paths")
     folders = [is_folder(path, "the path") for path in (left, right)]
     if folders[0] != folders[1]:
         raise UsageError(
-            "one is a folder, the other a file", where=f"{left} and {right}", mend="give two files or two folders"
+            "one is a folder, the other a file", where=f"{left} and {right}", hint="give two files or two folders"
         )
     if not folders[0]:
         yield (left.name, left, right)
@@ -98,7 +98,7 @@ def pairs(left: Path, right: Path) -> Iterator[tuple[str, Path | None, Path | No
         raise MissingInputError(
             "neither folder holds a .pt, .ckpt or .safetensors file",
             where=f"{left} and {right}",
-            mend="name the folders that hold the checkpoints",
+            hint="name the folders that hold the checkpoints",
         )
     _rename(one, other)
     _rename(other, one)
@@ -115,14 +115,14 @@ def iteration_folder(folder: Path) -> Path:
         raise InputError(
             f"the tracker says {short(named)}, which is neither an iteration nor release",
             where=folder / TRACKER,
-            mend="write the number of an iteration that is there into it, or name the folder of the iteration itself",
+            hint="write the number of an iteration that is there into it, or name the folder of the iteration itself",
         )
     iterations = [path for path in listing(folder, "iter_*", "the path") if is_folder(path)]
     if len(iterations) > 1:
         raise InputError(
             f"{len(iterations)} iterations and no {TRACKER}",
             where=folder,
-            mend=f"name one of them, such as {iterations[-1]}",
+            hint=f"name one of them, such as {iterations[-1]}",
         )
     return iterations[0] if iterations else folder
 

@@ -45,7 +45,7 @@ class InputFile:
                 self.size = found.st_size
                 if not stat.S_ISREG(found.st_mode):
                     other = "a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
-                    raise FormatError(f"expected a {self.kind}, found {other}", where=path, mend="name the file itself")
+                    raise FormatError(f"expected a {self.kind}, found {other}", where=path, hint="name the file itself")
                 refused.pop_all()
         except OSError as error:
             raise access_error(error, path, "opening", option=self._option) from error
@@ -112,7 +112,7 @@ def read_head(path: Path, option: str, limit: int) -> bytes:
 
 def _check_size(file: InputFile, limit: int, option: str) -> None:
     if file.size > limit:
-        raise FormatError(f"larger than {limit >> 20} MiB", where=file.path, mend=f"check {option}")
+        raise FormatError(f"larger than {limit >> 20} MiB", where=file.path, hint=f"check {option}")
 
 
 def quoted(value: str | bytes | int | list[int]) -> str:

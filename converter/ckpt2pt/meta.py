@@ -37,10 +37,10 @@ _MAX_NAMES = 200_000
 METADATA = "spec.metadata.path (--param-map-path)"
 WRITING = ".ckpt2pt/pt_meta.writing.json"
 """There while the folder is being written: its files may be of two runs."""
-_MEND = "point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees"
+_HINT = "point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees"
 
 _ARGUMENTS = re.compile(r"args_tp(\d{2,6})_pp(\d{3,6})\.pt")
-_LAYOUT_MEND = (
+_LAYOUT_HINT = (
     "set spec.parallelism and spec.model (--tp-size --pp-size --vpp-size --num-layers --noop --stage-list) to those of the "
     "Megatron run that wrote pt_meta; on a command line they may be left out, but for --stage-list"
 )
@@ -107,7 +107,7 @@ def read_rank_meta(
 def read_arguments(folder: Path, rank: tuple[int, int], *, allow: tuple[str, ...] = ()) -> Template:
     """The template of one (tp, pp) alone."""
     if not is_folder(folder, METADATA):
-        raise MissingInputError("the metadata folder is not there", where=folder, mend=_MEND)
+        raise MissingInputError("the metadata folder is not there", where=folder, hint=_HINT)
     return read_template(_arguments_file(folder, *rank), allow=allow)
 
 
@@ -128,7 +128,7 @@ def require(folder: Path, *, source: Path, target: Path) -> None:
         raise TryAgainError(
             "the metadata is being written, or a run that wrote it was killed",
             where=folder,
-            mend="run the same ckpt2pt pt-meta again: it completes the folder",
+            hint="run the same ckpt2pt pt-meta again: it completes the folder",
         )
     if listing(folder, "args_tp*_pp*.pt", METADATA):
         return
@@ -137,9 +137,9 @@ def require(folder: Path, *, source: Path, target: Path) -> None:
     captured = f"ckpt2pt pt-meta --megatron-path {checkpoint or 'MEGATRON'} {made}"
     described = f"ckpt2pt pt-meta --description FILE --ms-path {source} {made}"
     if checkpoint:
-        mend = f"there is a Megatron checkpoint; if it is of the same model and cut, run: {captured}"
+        hint = f"there is a Megatron checkpoint; if it is of the same model and cut, run: {captured}"
     else:
-        mend = (
+        hint = (
             f"with any checkpoint of the same model and cut that Megatron wrote (one step is enough), run: {captured}; "
             f"without one, describe Megatron's arguments (YAML or the training script), and run: {described}"
         )
@@ -148,7 +148,7 @@ def require(folder: Path, *, source: Path, target: Path) -> None:
         if is_folder(folder)
         else "the metadata folder is not there"
     )
-    raise MissingInputError(what, where=folder, mend=mend)
+    raise MissingInputError(what, where=folder, hint=hint)
 
 
 def assumed(folder: Path) -> dict[str, object]:
@@ -198,7 +198,7 @@ def _template(path: Path, allow: tuple[str, ...], _: tuple[int, ...] | None) -> 
     archive = Archive.open(path, METADATA)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise FormatError("the file does not hold a dictionary with text keys", where=path, mend=_MEND)
+        raise FormatError("the file does not hold a dictionary with text keys", where=path, hint=_HINT)
     return Template(path=str(path), tree=cast("dict[str, object]", tree), storages=dict(archive.storages))  # type: ignore[arg-type]
 
 
@@ -209,7 +209,7 @@ def list_param_maps(folder: Path) -> Maps:
     """The param maps in a folder.  Only data-parallel rank 0's are read: all ranks write the same."""
     seen = status(folder, METADATA)
     if seen is None:
-        raise MissingInputError("the folder of param maps is not there", where=folder, mend=_MEND)
+        raise MissingInputError("the folder of param maps is not there", where=folder, hint=_HINT)
     return _listed_maps(folder, (seen.st_dev, seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns))
 
 
@@ -232,13 +232,13 @@ def param_map_files(folder: Path, tp: int, pp: int, listed: Maps | None = None) 
         raise FormatError(
             f"a second buffer: {more[0]} (parameters of several types in one chunk)",
             where=folder,
-            mend="convert with spec.mode ParamsOnly (--convert-param-only); the optimizer of such a model is not supported",
+            hint="convert with spec.mode ParamsOnly (--convert-param-only); the optimizer of such a model is not supported",
         )
     if [chunk for _, chunk, _ in found] != list(range(len(found))):
         raise FormatError(
             f"param maps of tp {tp} pp {pp} are numbered vpp {[chunk for _, chunk, _ in found]}, not 0, 1, 2, ...",
             where=folder,
-            mend="copy all of them; a run that was restarted in one folder numbers on, so start with an empty one",
+            hint="copy all of them; a run that was restarted in one folder numbers on, so start with an empty one",
         )
     return [path for _, _, path in found]
 
@@ -250,17 +250,17 @@ def _name_lists(template: Template) -> list[tuple[str, ...]]:
         raise MissingInputError(
             "there is neither a param map (param_map_buffer0_*.json) nor a param_name_list in the args file",
             where=template.path,
-            mend=_MEND,
+            hint=_HINT,
         )
     if not isinstance(lists, list) or not all(isinstance(names, list) for names in lists):
-        raise FormatError("param_name_list is not a list of lists", where=template.path, mend=_MEND)
+        raise FormatError("param_name_list is not a list of lists", where=template.path, hint=_HINT)
     if sum(len(names) for names in cast("list[list[object]]", lists)) > _MAX_NAMES:  # lists may be shared
-        raise FormatError(f"param_name_list holds more than {_MAX_NAMES} names", where=template.path, mend=_MEND)
+        raise FormatError(f"param_name_list holds more than {_MAX_NAMES} names", where=template.path, hint=_HINT)
     found: list[tuple[str, ...]] = []
     for names in cast("list[list[object]]", lists):
         if not all(isinstance(name, str) for name in names) or len(set(map(str, names))) != len(names):
             raise FormatError(
-                "param_name_list holds something else than distinct names", where=template.path, mend=_MEND
+                "param_name_list holds something else than distinct names", where=template.path, hint=_HINT
             )
         found.append(tuple(bare(str(name)) for name in reversed(names)))
     return found
@@ -277,7 +277,7 @@ def _assign(order: list[_Described], topology: Topology, pp: int, *, where: str)
         raise TopologyError(
             f"{len(order)} model chunks are described for stage {pp}, the options ask for {len(filled)}",
             where=where,
-            mend="set spec.parallelism.virtualPipeline (--vpp-size) to that of the run that wrote pt_meta",
+            hint="set spec.parallelism.virtualPipeline (--vpp-size) to that of the run that wrote pt_meta",
         )
     return tuple(ChunkMap(vpp=vpp, names=names, buffer=buffer) for vpp, (names, buffer) in chunks)
 
@@ -286,7 +286,7 @@ def _load_json(path: Path) -> object:
     try:
         return parse_json(read_whole(path, METADATA))
     except ValueError as error:
-        raise FormatError(f"not a JSON document: {error}", where=path, mend=_MEND) from error
+        raise FormatError(f"not a JSON document: {error}", where=path, hint=_HINT) from error
 
 
 # ------------------------------------------------------------------------------------------------------------ the layout
@@ -364,7 +364,7 @@ def learn(given: Given, *, source: Path, metadata: Path, target: Path, allow: tu
         raise UsageError(
             "--num-layers is missing, and pt_meta does not say it",
             where=f"the command line and {metadata}",
-            mend="give --num-layers, no-op layers included, or check --param-map-path",
+            hint="give --num-layers, no-op layers included, or check --param-map-path",
         )
     with answering(metadata, allow):
         topology = Topology(
@@ -397,8 +397,8 @@ def check(topology: Topology, stated: Stated) -> None:
         asked = _layout(topology.tensor, topology.pipeline, topology.virtual, topology.num_layers)
         made = f"ckpt2pt pt-meta --from-pt-meta {stated.folder} --param-map-path NEW"
         sizes = f"--target-tp-size {topology.tensor} --target-pp-size {topology.pipeline}"
-        mend = f"{_LAYOUT_MEND}; for another layout than that of pt_meta make metadata of it: {made} {sizes}"
-        raise TopologyError(f"{stated}, the options ask for {asked}", where=stated.folder, mend=mend)
+        hint = f"{_LAYOUT_HINT}; for another layout than that of pt_meta make metadata of it: {made} {sizes}"
+        raise TopologyError(f"{stated}, the options ask for {asked}", where=stated.folder, hint=hint)
 
 
 @contextmanager
@@ -410,7 +410,7 @@ def answering(metadata: Path, allow: tuple[str, ...] = ()) -> Generator[None]:
         stated = read_stated(metadata, allow=allow)
         if stated is None:
             raise
-        raise type(error)(f"{error.what}; {stated}", where=error.where, mend=error.mend) from error
+        raise type(error)(f"{error.what}; {stated}", where=error.where, hint=error.hint) from error
 
 
 def _layout(tensor: int, pipeline: int, virtual: int | None, layers: int | None) -> str:

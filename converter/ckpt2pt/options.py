@@ -343,7 +343,7 @@ def request_of(options: argparse.Namespace) -> Request:
         "--megatron-path": options.megatron_path,
     }.items():
         if value is None:
-            raise UsageError(f"{flag} is missing", where="the command line", mend=f"give {flag}")
+            raise UsageError(f"{flag} is missing", where="the command line", hint=f"give {flag}")
     check_numbers(
         {
             "--process-limit": getattr(options, "process_limit", 1),
@@ -416,7 +416,7 @@ def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
         origin = "$JOB_COMPLETION_INDEX"
         if not index.isdecimal():
             raise UsageError(
-                f"{origin} is {index!r}", where="the environment", mend="run it in an Indexed Job, or unset it"
+                f"{origin} is {index!r}", where="the environment", hint="run it in an Indexed Job, or unset it"
             )
         stages = [_stage_of(int(index))]
     if stages is None:
@@ -426,7 +426,7 @@ def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
         raise UsageError(
             f"{origin} {wrong[0]} does not exist among {request.topology.pipeline} stages",
             where="the command line",
-            mend=f"give a stage from 0 to {request.topology.pipeline - 1}, or check --pp-size (spec.parallelism.pipeline)",
+            hint=f"give a stage from 0 to {request.topology.pipeline - 1}, or check --pp-size (spec.parallelism.pipeline)",
         )
     return tuple(sorted(set(stages)))
 
@@ -442,7 +442,7 @@ def _stage_of(index: int) -> int:
         raise UsageError(
             f"$CKPT2PT_STAGES is {listed!r}, and has no stage for index {index}",
             where="the environment",
-            mend="list a stage for each completion index, as 3,7, or unset it",
+            hint="list a stage for each completion index, as 3,7, or unset it",
         ) from None
 
 

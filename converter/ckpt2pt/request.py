@@ -111,65 +111,65 @@ def rules_of(given: str | None) -> Rules:
     """Rules from ``--rules``: the path of a rule file, or a JSON object, as a Job passes those of its document."""
     if given is None:
         return Rules()
-    mend = "see docs/rules.md for the sections layer_modules, modules, ignore and pickle_globals"
+    hint = "see docs/rules.md for the sections layer_modules, modules, ignore and pickle_globals"
     if not given:
-        raise UsageError("neither rules nor the path of a rule file", where="--rules", mend=mend)
+        raise UsageError("neither rules nor the path of a rule file", where="--rules", hint=hint)
     if not given.lstrip().startswith(("{", "[")):
         return load_rules(Path(given))
     try:
-        return parse_rules(json.loads(given), where="--rules", mend=mend)
+        return parse_rules(json.loads(given), where="--rules", hint=hint)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"not a JSON document: {error}", where="--rules", mend=mend) from error
+        raise UsageError(f"not a JSON document: {error}", where="--rules", hint=hint) from error
 
 
 def load_rules(path: Path) -> Rules:
     """Read a rule file (YAML).  Sections: layer_modules, modules (Megatron: MindSpore), ignore, pickle_globals."""
     import yaml  # noqa: PLC0415 - only when a rule file is given
 
-    mend = "see docs/rules.md for the sections layer_modules, modules, ignore and pickle_globals"
+    hint = "see docs/rules.md for the sections layer_modules, modules, ignore and pickle_globals"
     try:
         document: object = yaml.safe_load(read_text(path))
     except OSError as error:
         raise access_error(error, path, "reading", option="--rules (spec.model.rules)") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"not a YAML document: {error}", where=path, mend=mend) from error
-    return parse_rules(document, where=str(path), mend=mend)
+        raise UsageError(f"not a YAML document: {error}", where=path, hint=hint) from error
+    return parse_rules(document, where=str(path), hint=hint)
 
 
-def parse_rules(document: object, *, where: str, mend: str) -> Rules:
+def parse_rules(document: object, *, where: str, hint: str) -> Rules:
     """Rules from a parsed document; the same shape in a rule file and in ``spec.model.rules``."""
     if document is None:
         return Rules()
     if not isinstance(document, dict):
-        raise UsageError("the rules are not a mapping of sections", where=where, mend=mend)
+        raise UsageError("the rules are not a mapping of sections", where=where, hint=hint)
     sections = cast("dict[str, object]", document)
     unknown = sorted(map(str, set(sections) - _SECTIONS))
     if unknown:
         near = nearest(unknown[0], sorted(_SECTIONS))
-        mend = f"did you mean {near}? {mend}" if near else mend
-        raise UsageError(f"unknown section {unknown[0]}", where=where, mend=mend)
+        hint = f"did you mean {near}? {hint}" if near else hint
+        raise UsageError(f"unknown section {unknown[0]}", where=where, hint=hint)
     return Rules(
-        layer_modules=_names(sections, "layer_modules", where, mend),
-        modules=_names(sections, "modules", where, mend),
-        ignore=_list(sections, "ignore", where, mend),
-        pickle_globals=_list(sections, "pickle_globals", where, mend),
+        layer_modules=_names(sections, "layer_modules", where, hint),
+        modules=_names(sections, "modules", where, hint),
+        ignore=_list(sections, "ignore", where, hint),
+        pickle_globals=_list(sections, "pickle_globals", where, hint),
     )
 
 
-def _names(sections: Mapping[str, object], section: str, where: str, mend: str) -> dict[str, str]:
+def _names(sections: Mapping[str, object], section: str, where: str, hint: str) -> dict[str, str]:
     value: object = sections.get(section) or {}
     if not isinstance(value, dict):
-        raise UsageError(f"{section} is not a mapping of Megatron name to MindSpore name", where=where, mend=mend)
+        raise UsageError(f"{section} is not a mapping of Megatron name to MindSpore name", where=where, hint=hint)
     pairs = cast("dict[object, object]", value)
     if not all(isinstance(part, str) and part for pair in pairs.items() for part in pair):
-        raise UsageError(f"{section} holds something else than names", where=where, mend=mend)
+        raise UsageError(f"{section} holds something else than names", where=where, hint=hint)
     return cast("dict[str, str]", pairs)
 
 
-def _list(sections: Mapping[str, object], section: str, where: str, mend: str) -> tuple[str, ...]:
+def _list(sections: Mapping[str, object], section: str, where: str, hint: str) -> tuple[str, ...]:
     value: object = sections.get(section) or []
     if not isinstance(value, list) or not all(isinstance(item, str) and item for item in cast("list[object]", value)):
-        raise UsageError(f"{section} is not a list of names", where=where, mend=mend)
+        raise UsageError(f"{section} is not a list of names", where=where, hint=hint)
     return tuple(cast("list[str]", value))
 
 

@@ -382,7 +382,7 @@ def _covered(
         raise TargetConflictError(
             f"a full conversion of the same source is there, verified {proof}; {conversion.verify} is asked for",
             where=conversion.target.folder,
-            mend="run the full conversion again with this spec.verify (--verify): it verifies what is there",
+            hint="run the full conversion again with this spec.verify (--verify): it verifies what is there",
         )
     return Outcome(
         target=conversion.target,

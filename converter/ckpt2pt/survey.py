@@ -187,7 +187,7 @@ def changed(path: Path) -> TryAgainError:
     return TryAgainError(
         "the source was written while it was read",
         where=path,
-        mend="let whatever writes it end, keep the checkpoint from being replaced, and run the same command again",
+        hint="let whatever writes it end, keep the checkpoint from being replaced, and run the same command again",
     )
 
 
@@ -209,8 +209,8 @@ def target_of(request: Request, chosen: Survey) -> Target:
 def _given(request: Request, found: Mapping[When, object]) -> When | None:
     if request.when is not None and request.when not in found:
         epoch, step = request.when
-        mend = "run it again: the training may have removed it, as it keeps only its last checkpoints"
-        raise MissingInputError(f"checkpoint {epoch}_{step} is gone", where=request.source, mend=mend)
+        hint = "run it again: the training may have removed it, as it keeps only its last checkpoints"
+        raise MissingInputError(f"checkpoint {epoch}_{step} is gone", where=request.source, hint=hint)
     return request.when
 
 
@@ -381,7 +381,7 @@ def _choose_iteration(
         raise InputError(
             f"{several}; by what the files hold they are of iterations {there}",
             where=request.source,
-            mend="set spec.source.iteration (--iteration) to one of them"
+            hint="set spec.source.iteration (--iteration) to one of them"
             + (", or move the files of all but one of the same iteration away" if matching else ""),
         )
     return matching[0], clocks[matching[0]]
@@ -399,7 +399,7 @@ def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
             "ranks are at different steps: "
             + "; ".join(f"{name} is {dict(one).get(name)} and {dict(other).get(name)}" for name in differing),
             where=f"{path} and {rival}",
-            mend="choose a checkpoint that every rank has finished (spec.source.iteration, --iteration), "
+            hint="choose a checkpoint that every rank has finished (spec.source.iteration, --iteration), "
             f"or remove the files of the broken save from {root}",
         )
 

@@ -1,7 +1,7 @@
 """/healthz, /readyz and /metrics, and what they say.
 
 Healthy: the event loop turns, and every watch was heard of lately or the API server itself cannot be reached, which a
-restart would not mend.  Ready: everything has been listed once, or another operator holds the lease.
+restart would not hint.  Ready: everything has been listed once, or another operator holds the lease.
 """
 
 from __future__ import annotations

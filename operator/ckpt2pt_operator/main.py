@@ -208,8 +208,8 @@ class Operator:
                 break
             except ApiError as error:
                 if time.monotonic() - waited > _CRD_SECONDS:
-                    mend = "apply crds/ of this version" if error.code == _NOT_FOUND else "see the RBAC of the chart"
-                    raise CannotServeError(f"CheckpointConversions cannot be listed; {mend}: {error}") from error
+                    hint = "apply crds/ of this version" if error.code == _NOT_FOUND else "see the RBAC of the chart"
+                    raise CannotServeError(f"CheckpointConversions cannot be listed; {hint}: {error}") from error
                 log.warning("CheckpointConversions cannot be listed yet", extra={"error": str(error)})
                 await asyncio.sleep(2.0)
         given = self._given

@@ -371,8 +371,8 @@ class Reconciler:
             # It belonged to an earlier conversion of this name, and the API server is about to collect it.
             raise ApiError(_CONFLICT, "AlreadyExists", f"Job {name} of an earlier conversion is still there", pause=2.0)
         # One of ours without an owner was left behind by a deletion with --cascade=orphan.
-        mend = "delete it, or choose another name for the conversion"
-        return Refusal(reason="NameConflict", message=f"there is a Job {name} that is not of this conversion; {mend}")
+        hint = "delete it, or choose another name for the conversion"
+        return Refusal(reason="NameConflict", message=f"there is a Job {name} that is not of this conversion; {hint}")
 
 
 def refusal_of(error: ApiError) -> str:

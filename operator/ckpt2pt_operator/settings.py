@@ -94,12 +94,12 @@ def _from_variables(parser: argparse.ArgumentParser, environ: Mapping[str, str])
         if isinstance(action, argparse.BooleanOptionalAction):
             truth = _TRUTH.get(value.lower())
             if truth is None:
-                raise UsageError(f"{value!r} is neither true nor false", where=name, mend="set it to true or false")
+                raise UsageError(f"{value!r} is neither true nor false", where=name, hint="set it to true or false")
             flag = [action.option_strings[0 if truth else 1]]
         try:
             parser.parse_args(flag, found)
         except UsageError as error:
-            raise UsageError(error.what, where=name, mend=error.mend) from error
+            raise UsageError(error.what, where=name, hint=error.hint) from error
     return found
 
 
@@ -175,7 +175,7 @@ def _permissions(given: str) -> tuple[str, ...]:
 def _image(given: str) -> str:
     if not given:
         raise UsageError(
-            "no image is given for the workers", where="the command line", mend="give --worker-image, as the chart does"
+            "no image is given for the workers", where="the command line", hint="give --worker-image, as the chart does"
         )
     return given
 
@@ -186,10 +186,10 @@ def _yaml(path: Path | None, kind: type) -> object:
     try:
         found: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise FileAccessError(f"cannot be read: {error.strerror}", where=path, mend="check its ConfigMap") from error
+        raise FileAccessError(f"cannot be read: {error.strerror}", where=path, hint="check its ConfigMap") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"is not YAML: {error}", where=path, mend="correct it") from error
+        raise UsageError(f"is not YAML: {error}", where=path, hint="correct it") from error
     if found is not None and not isinstance(found, kind):
         wanted = "a mapping of fields" if kind is dict else "a list"
-        raise UsageError(f"is not {wanted}", where=path, mend="see the values of the chart")
+        raise UsageError(f"is not {wanted}", where=path, hint="see the values of the chart")
     return found

@@ -127,7 +127,7 @@ def test_a_path_that_can_never_be_right_is_not_tried_again(
     (tmp_path / "loop").symlink_to("loop")
     assert main(["convert", *flags, "--multiprocess-off", "--progress", "none", flag, str(tmp_path / place)]) == code
     told = capsys.readouterr().err
-    assert "mend:" in told
+    assert "hint:" in told
     assert "permission" not in told
     assert "mount" not in told
 
@@ -180,7 +180,7 @@ def test_wrong_input_has_its_code(arguments: list[str], code: int, tmp_path: Pat
 
 
 class_of_code: dict[str, tuple[BaseException, int]] = {
-    kind.__name__: (kind("w", where="x", mend="m"), kind.exit_code)
+    kind.__name__: (kind("w", where="x", hint="m"), kind.exit_code)
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, errors.Ckpt2ptError)
 } | {
@@ -210,7 +210,7 @@ def test_errors_are_json_when_asked_for(capsys: pytest.CaptureFixture[str]) -> N
     assert (document["level"], document["error"], document["exitCode"]) == ("error", "MissingInputError", 66)
     assert document["what"]
     assert document["where"] == "/no/such/file"
-    assert document["mend"]
+    assert document["hint"]
 
 
 def test_wrong_usage_is_json_too_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Errors: what, where and mend survive every border, and each exit code has one meaning."""
+"""Errors: what, where and hint survive every border, and each exit code has one meaning."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def test_every_failing_code_has_a_kind_of_error() -> None:
 
 @each_kind
 def test_an_error_crosses_process_borders_whole(kind: type[Ckpt2ptError]) -> None:
-    error = kind("2 found, 3 expected", where=Path("/data/rank_0"), mend="set --tp-size to 3")
+    error = kind("2 found, 3 expected", where=Path("/data/rank_0"), hint="set --tp-size to 3")
     for copied in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
         assert type(copied) is kind
-        assert (copied.what, copied.where, copied.mend) == ("2 found, 3 expected", "/data/rank_0", "set --tp-size to 3")
+        assert (copied.what, copied.where, copied.hint) == ("2 found, 3 expected", "/data/rank_0", "set --tp-size to 3")
         assert str(copied) == str(error)
 
 
 @each_kind
 def test_an_error_reads_as_three_lines(kind: type[Ckpt2ptError]) -> None:
-    text = str(kind("it is wrong", where="rank_0", mend="mend it"))
-    assert text.splitlines() == ["it is wrong", "  where: rank_0", "  mend:  mend it"]
+    text = str(kind("it is wrong", where="rank_0", hint="hint it"))
+    assert text.splitlines() == ["it is wrong", "  where: rank_0", "  hint:  hint it"]
 
 
 @each_kind
-def test_an_error_must_say_where_and_how_to_mend_it(kind: type[Ckpt2ptError]) -> None:
+def test_an_error_must_say_where_and_how_to_hint_it(kind: type[Ckpt2ptError]) -> None:
     with pytest.raises(TypeError):
         kind("it is wrong")  # type: ignore[call-arg]
 
@@ -88,9 +88,9 @@ def test_lines_of_a_text_that_is_laid_out_are_kept() -> None:
 
 
 def test_an_error_cannot_be_made_to_look_like_another() -> None:
-    error = errors.FormatError("x\n  mend:  run this\nno difference\x1b[1A", where="a\n  b", mend="c\x07")
+    error = errors.FormatError("x\n  hint:  run this\nno difference\x1b[1A", where="a\n  b", hint="c\x07")
     assert str(error) == (
-        "x\\n  mend:  run this\\nno difference\\x1b[1A\n  where: a\\n  b\n  mend:  c\\x07"
+        "x\\n  hint:  run this\\nno difference\\x1b[1A\n  where: a\\n  b\n  hint:  c\\x07"
     )  # fmt: skip
-    assert str(errors.FormatError("two:\n  one\n  two", where="a", mend="b")).splitlines()[1] == "  one"
+    assert str(errors.FormatError("two:\n  one\n  two", where="a", hint="b")).splitlines()[1] == "  one"
     assert error.what.endswith("\x1b[1A")  # JSON has its own escapes

@@ -60,11 +60,11 @@ def test_a_number_beyond_reason_is_refused(number: float) -> None:
     check_numbers({"--one": 1, "--none": None, "--half": 0.5})
     with pytest.raises(UsageError, match="--b is") as caught:
         check_numbers({"--a": 1, "--b": number})
-    assert "give --b a number above 0" in caught.value.mend
+    assert "give --b a number above 0" in caught.value.hint
 
 
 def test_wrong_usage_names_the_program() -> None:
     with pytest.raises(UsageError) as caught:
         Parser(prog="demo").parse_args(["--nothing"])
     assert (caught.value.exit_code, caught.value.where) == (64, "the command line of demo")
-    assert "demo --help" in caught.value.mend
+    assert "demo --help" in caught.value.hint

@@ -65,7 +65,7 @@ def test_every_option_and_command_is_found_again_with_a_letter_missing(
     for name, parser in commands(root).items():
         with pytest.raises(UsageError) as caught:
             root.parse_args([_shortened(name)])
-        assert f"did you mean {name}?" in caught.value.mend
+        assert f"did you mean {name}?" in caught.value.hint
         options = [
             o for o in parser._option_string_actions if len(o) > 6 and "_" not in o and o != "--max-process-limit"
         ]
@@ -73,7 +73,7 @@ def test_every_option_and_command_is_found_again_with_a_letter_missing(
             if (wrong := _shortened(option)) not in options:
                 with pytest.raises(UsageError) as caught:
                     root.parse_args([name, wrong])
-                assert f"did you mean {option}?" in caught.value.mend
+                assert f"did you mean {option}?" in caught.value.hint
 
 
 @pytest.mark.parametrize(
@@ -96,11 +96,11 @@ def test_a_volume_that_is_not_there_is_told_before_the_one_that_is_missing(
 
 def test_a_section_of_rules_and_a_field_of_a_template_as_well() -> None:
     with pytest.raises(UsageError) as caught:
-        parse_rules({"modlues": {}}, where="x", mend="see the docs")
-    assert caught.value.mend == "did you mean modules? see the docs"
+        parse_rules({"modlues": {}}, where="x", hint="see the docs")
+    assert caught.value.hint == "did you mean modules? see the docs"
     with pytest.raises(UsageError) as caught:
         fill({"spec": {"path": "${stp}"}}, {"step": 1})
-    assert caught.value.mend == "did you mean ${step}? known here: ${step}"
+    assert caught.value.hint == "did you mean ${step}? known here: ${step}"
 
 
 def _shortened(word: str) -> str:

@@ -72,7 +72,7 @@ def test_metadata_of_an_absurd_size_is_refused_unread(
     os.truncate(path, limit + 1)
     with pytest.raises(FormatError, match=f"larger than {limit >> 20} MiB") as caught:
         read(path, "--param-map-path")
-    assert "--param-map-path" in caught.value.mend
+    assert "--param-map-path" in caught.value.hint
 
 
 def test_hashing_takes_no_more_memory_than_a_piece(path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_file_that_is_not_there_is_named_as_the_user_named_it(
 ) -> None:
     with pytest.raises(MissingInputError) as caught:
         opened(tmp_path / "nowhere")
-    assert option in caught.value.mend
+    assert option in caught.value.hint
 
 
 def test_a_file_that_cannot_be_examined_is_an_error_with_its_path(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

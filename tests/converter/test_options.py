@@ -74,7 +74,7 @@ def test_uneven_stages_are_a_list(words: list[str]) -> None:
 def test_wrong_flags_are_wrong_usage(flags: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
         request(*flags)
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("flag", ["--ms-path", "--param-map-path", "--megatron-path"])

@@ -110,7 +110,7 @@ def test_another_conversion_is_refused_and_leaves_the_first_alone(pipelined: Pat
     before = contents(tmp_path)
     with pytest.raises(UsageError, match="another conversion") as caught:
         convert(request_for(pipelined, tmp_path, full=False))
-    assert "--overwrite" in caught.value.mend
+    assert "--overwrite" in caught.value.hint
     assert contents(tmp_path) == before
     assert (tmp_path / TRACKER).read_text() == "2"
 
@@ -251,7 +251,7 @@ def test_a_disk_that_fills_in_the_middle_leaves_nothing_half_done(
         patch.setattr(os, "pwrite", full_disk)
         with pytest.raises(NoSpaceError, match="No space left") as caught:
             convert(request)
-    assert "run the same command again" in caught.value.mend
+    assert "run the same command again" in caught.value.hint
     assert not list((tmp_path / "out").rglob("*.partial"))
     assert not (tmp_path / "out" / TRACKER).exists()
     assert convert(request).published

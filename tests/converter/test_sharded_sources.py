@@ -106,7 +106,7 @@ def test_descriptions_may_lie_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "ms" / "opt_shard_info").rename(tmp_path / "elsewhere")
     with pytest.raises(MissingInputError, match="nothing describes them") as caught:
         survey(made.request(tmp_path))
-    assert "--opt-shard-info-path" in caught.value.mend
+    assert "--opt-shard-info-path" in caught.value.hint
     made.check(run(made.request(tmp_path, shard_info=tmp_path / "elsewhere"), [0], Quiet()))
 
 

@@ -70,7 +70,7 @@ def test_a_result_in_the_place_of_what_is_read_is_refused(target: str, option: s
     (tmp_path / "above" / "iter_0000100").symlink_to("../ms")
     with pytest.raises(UsageError, match=f"would take the place of .*{option}") as refused:
         survey(replace(request, target=tmp_path / target, shard_info=tmp_path / "shards"))
-    assert "--megatron-path" in refused.value.mend
+    assert "--megatron-path" in refused.value.hint
 
 
 @pytest.mark.parametrize("target", [".", "ms/megatron", "pt_meta/megatron"])
@@ -246,4 +246,4 @@ def test_an_iteration_that_two_checkpoints_hold_is_not_guessed(tmp_path: Path) -
         InputError, match=r"2 checkpoints are of iteration 90; .* of iterations 90, 90 \(0_400\)"
     ) as told:
         survey(replace(request, iteration=90))
-    assert "move the files of all but one" in told.value.mend
+    assert "move the files of all but one" in told.value.hint

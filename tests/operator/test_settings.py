@@ -55,7 +55,7 @@ def test_files_are_read(tmp_path: Path) -> None:
 def test_without_an_image_nothing_begins() -> None:
     with pytest.raises(UsageError, match="no image is given") as caught:
         read([], {})
-    assert "--worker-image" in caught.value.mend
+    assert "--worker-image" in caught.value.hint
 
 
 @pytest.mark.parametrize(

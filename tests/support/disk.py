@@ -34,9 +34,9 @@ def fill_at_every_step(work: Callable[[], object], folder: Path) -> Iterator[int
             try:
                 work()
             except NoSpaceError as error:
-                mend = error.mend
+                hint = error.hint
             else:
                 return
-        assert "run the same command again" in mend
+        assert "run the same command again" in hint
         assert not list(folder.rglob("*.partial")), f"write {at} left a temporary file"
         yield at

@@ -110,22 +110,22 @@ def import_request_of(options: argparse.Namespace) -> BackRequest:
         raise UsageError(
             f"--parallel-init-order is {options.parallel_init_order}",
             where="the command line",
-            mend="MindSpeed-Core-MS counts its ranks tp-cp-ep-dp-pp; leave the flag out",
+            hint="MindSpeed-Core-MS counts its ranks tp-cp-ep-dp-pp; leave the flag out",
         )
     prefix: str = options.file_prefix
     if not prefix or prefix.startswith(".") or "/" in prefix:
-        raise UsageError(f"--file-prefix is {prefix!r}", where="the command line", mend="give a plain file name")
+        raise UsageError(f"--file-prefix is {prefix!r}", where="the command line", hint="give a plain file name")
     if is_passed_by(f"{prefix}.{options.format}"):
         raise UsageError(
             f"--file-prefix is {prefix!r}: convert passes by {prefix}.{options.format}, which is no checkpoint by its name",
             where="the command line",
-            mend="give another name, such as network; not that of a strategy, a breakpoint or a best checkpoint",
+            hint="give another name, such as network; not that of a strategy, a breakpoint or a best checkpoint",
         )
     if rank_of_name(f"{prefix}.{options.format}"):
         raise UsageError(
             f"--file-prefix is {prefix!r}, which names a rank, and every rank's file gets this name",
             where="the command line",
-            mend="give another name, such as network",
+            hint="give another name, such as network",
         )
     return BackRequest(
         source=options.megatron_path,

@@ -139,11 +139,11 @@ def _topology(request: BackRequest, first: MegatronRank, folders: Mapping[Rank, 
             raise TopologyError(
                 f"{flag} is {asked}, the checkpoint has {there!r}",
                 where=first.folder,
-                mend=f"leave {flag} out, or give {there!r}",
+                hint=f"leave {flag} out, or give {there!r}",
             )
     layers = args.get("num_layers")
     if type(layers) is not int:
-        raise FormatError("the arguments have no num_layers", where=first.folder, mend="give another checkpoint")
+        raise FormatError("the arguments have no num_layers", where=first.folder, hint="give another checkpoint")
     return Topology(
         num_layers=layers,
         tensor=tensor,
@@ -159,7 +159,7 @@ def _topology(request: BackRequest, first: MegatronRank, folders: Mapping[Rank, 
 def _iteration(rank: MegatronRank) -> int:
     value = rank.template.tree.get("iteration")
     if type(value) is not int or value < 0:
-        raise FormatError(f"iteration is {value!r}", where=rank.folder, mend="give a checkpoint of a training run")
+        raise FormatError(f"iteration is {value!r}", where=rank.folder, hint="give a checkpoint of a training run")
     return value
 
 
@@ -169,7 +169,7 @@ def _agree(rank: MegatronRank, first: MegatronRank, cut: Topology) -> None:
             f"iteration {_iteration(rank)} in {len(rank.chunks)} chunks, the first rank is at iteration "
             f"{_iteration(first)} in {cut.virtual}",
             where=rank.folder,
-            mend="copy one whole iteration",
+            hint="copy one whole iteration",
         )
 
 
@@ -183,7 +183,7 @@ def _has_distributed_optimizer(rank: MegatronRank) -> bool:
     raise MissingInputError(
         f"{OPTIM_FILE} is not there" if distributed else f"{MODEL_FILE} holds no optimizer",
         where=rank.folder,
-        mend="save without --no-save-optim, or give --convert-param-only",
+        hint="save without --no-save-optim, or give --convert-param-only",
     )
 
 

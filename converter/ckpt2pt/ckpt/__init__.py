@@ -96,7 +96,7 @@ def _is_safetensors(path: Path) -> bool:
         raise FormatError(
             f"this is {other}; {READS}",
             where=path,
-            mend="name a checkpoint that MindSpore saved",
+            hint="name a checkpoint that MindSpore saved",
         )
     return looks_safe or (path.suffix == ".safetensors" and not head.startswith(b"\n"))
 
@@ -157,4 +157,4 @@ def _decoded(ref: TensorRef, raw: bytes) -> int | float | bool | str:
 
 def _unreadable(ref: TensorRef, what: str) -> FormatError:
     where = f"{ref.extents[0].path}, {ref.name}" if ref.extents else ref.name
-    return FormatError(what, where=where, mend="the entry is damaged or of another kind: convert an earlier checkpoint")
+    return FormatError(what, where=where, hint="the entry is damaged or of another kind: convert an earlier checkpoint")

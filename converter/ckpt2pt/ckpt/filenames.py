@@ -59,7 +59,7 @@ def check_rank(path: Path) -> None:
         raise InputError(
             f"{path.name} is named after {named}, but lies in {folder}",
             where=path.parent,
-            mend="put the file of each rank into the folder of its rank; if the folders were renumbered on purpose, "
+            hint="put the file of each rank into the folder of its rank; if the folders were renumbered on purpose, "
             "rename the files to match",
         )
 

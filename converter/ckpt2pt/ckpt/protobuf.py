@@ -88,7 +88,7 @@ def index_ckpt(path: Path) -> dict[str, TensorRef]:
             else:
                 refs[name] = _join(file.path, name, slices)
         if not refs:
-            raise FormatError("the file holds no parameter", where=path, mend=COPY_AGAIN)
+            raise FormatError("the file holds no parameter", where=path, hint=COPY_AGAIN)
     return refs
 
 
@@ -119,7 +119,7 @@ def prove_ckpt(path: Path, read: Sequence[Piece] = ()) -> bool:
             raise FormatError(
                 f"the CRC-32 of the content is {found:#010x}, the file's own crc_num says {wanted:#010x}",
                 where=path,
-                mend="the file is damaged: copy it again from its source, or convert an earlier checkpoint",
+                hint="the file is damaged: copy it again from its source, or convert an earlier checkpoint",
             )
     return True
 
@@ -128,25 +128,25 @@ def _recognise(file: InputFile) -> None:
     """Refuse by name what is known not to be a readable checkpoint."""
     head = file.read(0, min(4, file.size))
     if not head:
-        raise FormatError("the file is empty", where=file.path, mend=COPY_AGAIN)
+        raise FormatError("the file is empty", where=file.path, hint=COPY_AGAIN)
     if head[0] == _STRATEGY:
         raise FormatError(
             "this is a parallel strategy file (ParallelStrategyMap), not a checkpoint, although both end in .ckpt",
             where=file.path,
-            mend="point at the checkpoints (rank_0/...ckpt), not at the folder strategy/",
+            hint="point at the checkpoints (rank_0/...ckpt), not at the folder strategy/",
         )
     # Magic 0x7F3A5ED8..DA, little-endian: AES-GCM, AES-CBC, SM4-CBC.
     if head[0] in b"\xd8\xd9\xda" and head[1:] == b"\x5e\x3a\x7f":
         raise FormatError(
             "the checkpoint is encrypted",
             where=file.path,
-            mend="decrypt it: mindspore.load_checkpoint(..., dec_key=..., dec_mode=...), then save_checkpoint without enc_key",
+            hint="decrypt it: mindspore.load_checkpoint(..., dec_key=..., dec_mode=...), then save_checkpoint without enc_key",
         )
     if head == b"PK\x03\x04":
         raise FormatError(
             "this is a zip archive (torch writes such .pt files), not a MindSpore checkpoint",
             where=file.path,
-            mend="point spec.source.path (--ms-path) at the MindSpore checkpoint",
+            hint="point spec.source.path (--ms-path) at the MindSpore checkpoint",
         )
 
 
@@ -348,7 +348,7 @@ def _join(path: str, name: str, slices: Sequence[_Entry]) -> TensorRef:
         raise FormatError(
             f"{dtype}{quoted(list(dims))} takes {quoted(wanted)} bytes, the file holds {nbytes:,}{twice}",
             where=f"{path}, parameter {quoted(name)}",
-            mend=COPY_AGAIN,
+            hint=COPY_AGAIN,
         )
     return TensorRef(name, dtype, dims, extents)
 
@@ -360,5 +360,5 @@ def _check_alike(path: str, name: str, slices: Sequence[_Entry]) -> None:
         raise FormatError(
             f"slices of one parameter differ: {' and '.join(spelled[:2])}",
             where=f"{path}, parameter {quoted(name)}",
-            mend=COPY_AGAIN,
+            hint=COPY_AGAIN,
         )

@@ -115,7 +115,7 @@ def find_groups(
         raise MissingInputError(
             "the folder of shard descriptions is not there",
             where=info,
-            mend="check spec.source.optShardInfoPath (--opt-shard-info-path), or leave it out",
+            hint="check spec.source.optShardInfoPath (--opt-shard-info-path), or leave it out",
         )
     shards = {when for when, files in found.items() if sharded(next(iter(files.values())).path)}
     if not shards:
@@ -134,7 +134,7 @@ def find_groups(
             "no checkpoint with shards is there in all data-parallel ranks; those of all ranks are of steps "
             + _some(sorted(complete), "{0[0]}_{0[1]}"),
             where=root,
-            mend="wait until every rank has saved, or remove what a broken save has left",
+            hint="wait until every rank has saved, or remove what a broken save has left",
         )
     folder = info or _info_folder(root)
     for when in shards & kept.keys():
@@ -196,7 +196,7 @@ def _complete(
         raise MissingInputError(
             "the source folder is not there",
             where=root,
-            mend="point spec.source.path (--ms-path) at the training output",
+            hint="point spec.source.path (--ms-path) at the training output",
         )
     iterations = _iterations(root)
     if iterations:
@@ -213,14 +213,14 @@ def _complete(
                 for member, found in _telling(by_member)
             ),
             where=root,
-            mend="wait until every rank has saved, or remove what a broken save has left",
+            hint="wait until every rank has saved, or remove what a broken save has left",
         )
     if UNNAMED in common and len(common) > 1 and not iterations:
         files = next(iter(by_member.values()))
         raise InputError(
             f"files with and without a step in their name: {', '.join(files[when].path.name for when in sorted(common)[:6])}",
             where=files[UNNAMED].path.parent,
-            mend="leave one kind in the rank folders, or move the other away",
+            hint="leave one kind in the rank folders, or move the other away",
         )
     return {when: {member: found[when] for member, found in by_member.items()} for when in sorted(common)}
 
@@ -257,7 +257,7 @@ def _by_rank(
             f"{len(missing)} of {len(ranks)} rank folders are missing: {_some(missing, 'rank_{}')}"
             f" (there are {_some(there, 'rank_{}')})",
             where=root,
-            mend="check spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) of "
+            hint="check spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) of "
             "the training that wrote it, and spec.source.path (--ms-path)",
         )
     return {member: candidates(rank_folder(root, rank), wanted) for member, rank in ranks.items()}
@@ -308,7 +308,7 @@ def candidates(folder: Path, wanted: Wanted) -> dict[When, SourceFile]:
         raise MissingInputError(
             f"no {wanted[0] or 'ckpt or safetensors'} file",
             where=folder,
-            mend="check spec.source.path (--ms-path) and spec.source.format (--src-model-format)",
+            hint="check spec.source.path (--ms-path) and spec.source.format (--src-model-format)",
         )
     return found
 
@@ -322,7 +322,7 @@ def _take(found: dict[When, SourceFile], file: SourceFile) -> None:
         raise InputError(
             f"two files of one step: {rival.path.name} and {file.path.name}",
             where=file.path.parent,
-            mend="choose with spec.source.format (--src-model-format), or move one of them away",
+            hint="choose with spec.source.format (--src-model-format), or move one of them away",
         )
 
 
@@ -375,7 +375,7 @@ def _by_model_rank(
             f"{len(missing)} of {len(members)} model files are in no iteration, first that of "
             f"{_label(topology, missing[0], v2=True)} (there are {', '.join(there[:8]) or 'none'})",
             where=newest,
-            mend="check spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) of "
+            hint="check spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) of "
             "the training that wrote it, and spec.source.format (--src-model-format)",
         )
     return found
@@ -413,7 +413,7 @@ def _info_file(folder: Path, topology: Topology, key: Key) -> Path:
             raise InputError(
                 f"two descriptions of one group's shards: {found[0].name} and {found[1].name}",
                 where=folder / place,
-                mend="leave the one of the run that wrote the shards",
+                hint="leave the one of the run that wrote the shards",
             )
         if found:
             check_rank(found[0])
@@ -421,7 +421,7 @@ def _info_file(folder: Path, topology: Topology, key: Key) -> Path:
     raise MissingInputError(
         f"the ranks hold data-parallel shards, and nothing describes them: no {places[0]}/dist_opt_shard_info*.json",
         where=folder,
-        mend="point spec.source.optShardInfoPath (--opt-shard-info-path) at the opt_shard_info folder of the training",
+        hint="point spec.source.optShardInfoPath (--opt-shard-info-path) at the opt_shard_info folder of the training",
     )
 
 

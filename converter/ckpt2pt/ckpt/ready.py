@@ -80,22 +80,22 @@ class Look:
         kinds = {obstacle.kind for obstacle in self.obstacles}
         what = self.sentence if waited is None else f"after {waited:g} s the {self.sentence}"
         if "absent" in kinds:
-            mend = "check spec.source.path (--ms-path): it is the folder that holds rank_0, rank_1, ..."
-            return MissingInputError(what, where=self.root, mend=mend)
+            hint = "check spec.source.path (--ms-path): it is the folder that holds rank_0, rank_1, ..."
+            return MissingInputError(what, where=self.root, hint=hint)
         if "missing" in kinds:
-            mend = (
+            hint = (
                 "see that every rank has saved into this folder, check spec.parallelism (--tp-size --pp-size --dp-size "
                 "--cp-size), or wait longer with spec.readiness.timeoutSeconds (--readiness-timeout)"
             )
-            return MissingInputError(what, where=self.root, mend=mend)
+            return MissingInputError(what, where=self.root, hint=hint)
         if kinds == {"unfinished"}:
-            mend = "wait longer with spec.readiness.timeoutSeconds (--readiness-timeout); remove what a killed save has left"
-            return TimedOutError(what, where=self.root, mend=mend)
-        mend = (
+            hint = "wait longer with spec.readiness.timeoutSeconds (--readiness-timeout); remove what a killed save has left"
+            return TimedOutError(what, where=self.root, hint=hint)
+        hint = (
             "choose a checkpoint that every rank has saved with spec.source.iteration (--iteration), or remove the files "
             "of the broken save"
         )
-        return InputError(what, where=self.root, mend=mend)
+        return InputError(what, where=self.root, hint=hint)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ def index_safetensors(path: Path, *, partial: bool = False) -> dict[str, TensorR
             raise FormatError(
                 "the file was saved with remove_redundancy=True: it lacks what only other data-parallel ranks hold",
                 where=path,
-                mend="merge it first: mindspore.load_checkpoint(..., remove_redundancy=True) on all ranks, "
+                hint="merge it first: mindspore.load_checkpoint(..., remove_redundancy=True) on all ranks, "
                 "then save_checkpoint without remove_redundancy",
             )
     return refs
@@ -77,7 +77,7 @@ def prove_safetensors(path: Path, read: Sequence[Piece] = ()) -> bool:
             raise FormatError(
                 f"the CRC-32 of the content is {found}, the file's own crc_num says {quoted(wanted)}",
                 where=path,
-                mend="the file is damaged: copy it again from its source, or convert an earlier checkpoint",
+                hint="the file is damaged: copy it again from its source, or convert an earlier checkpoint",
             )
     return True
 
@@ -96,7 +96,7 @@ def _contents(file: InputFile) -> tuple[dict[str, TensorRef], Mapping[str, str]]
 def _header(file: InputFile) -> tuple[dict[str, object], int]:
     """(header, where the data begins)."""
     if not file.size:
-        raise FormatError("the file is empty", where=file.path, mend=COPY_AGAIN)
+        raise FormatError("the file is empty", where=file.path, hint=COPY_AGAIN)
     if file.size < LENGTH_BYTES:
         raise _bad(f"{file.size} bytes are too few for a safetensors file", file)
     nbytes = int.from_bytes(file.read(0, LENGTH_BYTES), "little")
@@ -185,4 +185,4 @@ def _check_cover(file: InputFile, refs: Mapping[str, TensorRef], data_start: int
 
 def _bad(what: str, file: InputFile, name: str | None = None) -> FormatError:
     where = file.path if name is None else f"{file.path}, tensor {quoted(name)}"
-    return FormatError(what, where=where, mend=COPY_AGAIN)
+    return FormatError(what, where=where, hint=COPY_AGAIN)

@@ -32,7 +32,7 @@ MAX_GAP = (512 + 30) // 2
 """Elements between two parameters: memory is aligned to 512 bytes with 31 to spare, and an element has 2 or more."""
 PREFIXES = ("", "exp_avg.", "exp_avg_sq.")
 _OPTION = "spec.source.optShardInfoPath (--opt-shard-info-path)"
-_MEND = f"point {_OPTION} at the opt_shard_info of the run that wrote these shards"
+_HINT = f"point {_OPTION} at the opt_shard_info of the run that wrote these shards"
 
 
 class Place(NamedTuple):
@@ -85,14 +85,14 @@ def read_info(path: Path) -> ShardInfo:
     try:
         document = parse_json(read_whole(path, _OPTION, MAX_INFO_BYTES), first=True)
     except ValueError as error:
-        raise FormatError(f"not a JSON document: {str(error)[:200]}", where=path, mend=_MEND) from error
+        raise FormatError(f"not a JSON document: {str(error)[:200]}", where=path, hint=_HINT) from error
     try:
         info = _parse(cast("Mapping[str, object]", document), str(path))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(
             f"not a shard description of MindSpeed-Core-MS: {type(error).__name__} {str(error)[:200]}",
             where=path,
-            mend=_MEND,
+            hint=_HINT,
         ) from error
     _check_places(info)
     return info
@@ -135,15 +135,15 @@ def _check_places(info: ShardInfo) -> None:
                 f"{name} of shape {list(place.shape)} is at [{place.start}, {place.stop}) of buffer {place.buffer}, "
                 f"which has {size} elements",
                 where=info.path,
-                mend=_MEND,
+                hint=_HINT,
             )
         by_buffer.setdefault(place.buffer, []).append((place.start, place.stop, name))
     for found in by_buffer.values():
         for (_, stop, name), (start, _, other) in pairwise(sorted(found)):
             if start < stop:
-                raise FormatError(f"{name} and {other} overlap at element {start}", where=info.path, mend=_MEND)
+                raise FormatError(f"{name} and {other} overlap at element {start}", where=info.path, hint=_HINT)
     if len(set(info.ranks)) != len(info.ranks) or not info.ranks:
-        raise FormatError(f"dp_rank_list is {list(info.ranks)}", where=info.path, mend=_MEND)
+        raise FormatError(f"dp_rank_list is {list(info.ranks)}", where=info.path, hint=_HINT)
 
 
 def check_covered(info: ShardInfo) -> None:
@@ -159,7 +159,7 @@ def check_covered(info: ShardInfo) -> None:
                         f"nothing describes elements [{reached}, {start}) of buffer {buffer}: {start - reached} of the "
                         f"{used} that bucket {number} uses, where at most {MAX_GAP} part two parameters",
                         where=info.path,
-                        mend=_MEND,
+                        hint=_HINT,
                     )
                 reached = max(reached, stop)
 
@@ -170,7 +170,7 @@ def check_ranks(info: ShardInfo, wanted: Sequence[int]) -> None:
         raise TopologyError(
             f"the shards are spread over ranks {list(info.ranks)}, the options give ranks {list(wanted)}",
             where=info.path,
-            mend="set spec.parallelism.data, context, tensor and pipeline (--dp-size --cp-size --tp-size --pp-size) to those "
+            hint="set spec.parallelism.data, context, tensor and pipeline (--dp-size --cp-size --tp-size --pp-size) to those "
             "of the training that wrote the shards",
         )
 
@@ -208,7 +208,7 @@ def join_shards(paths: Sequence[Path], info: ShardInfo) -> dict[str, TensorRef]:
     twice = sorted(found.keys() & rest.keys())
     if twice:
         raise CoverageError(
-            f"{twice[0]} is there as a whole and as shards", where=paths[0], mend=f"remove one of the two, or {_MEND}"
+            f"{twice[0]} is there as a whole and as shards", where=paths[0], hint=f"remove one of the two, or {_HINT}"
         )
     return found | rest
 
@@ -229,7 +229,7 @@ def _check_complete(
                     if names
                 ),
                 where=path,
-                mend=_MEND,
+                hint=_HINT,
             )
 
 
@@ -249,7 +249,7 @@ def _buffers(
                     f"{ref} where {found[buffer][0]}[{share}] belongs: the bucket has {size} elements, "
                     f"and each of {count} ranks holds {size} // {count} of them",
                     where=paths[number],
-                    mend=f"{_MEND}, and check spec.parallelism.data and context (--dp-size --cp-size)",
+                    hint=f"{_HINT}, and check spec.parallelism.data and context (--dp-size --cp-size)",
                 )
             first = start + number * share
             found[buffer] = (ref.dtype, pieces)
@@ -290,7 +290,7 @@ def _short(name: str, place: Place, reached: int, info: ShardInfo, count: int) -
         f"shard: bucket {bucket} begins at {start} and has {size} elements, of which {count} ranks hold {count} x "
         f"{size // count} = {held}; the last {size - held} were never saved",
         where=info.path,
-        mend="save again with enable_mem_align=True in the training's DDP configuration, or with a data parallel size that "
+        hint="save again with enable_mem_align=True in the training's DDP configuration, or with a data parallel size that "
         "divides every bucket",
     )
 
@@ -311,7 +311,7 @@ def _zero3(indexes: Sequence[Mapping[str, TensorRef]], info: ShardInfo, paths: S
                     f"the ZeRO-3 parameter {name} is in {len(parts)} of {len(indexes)} ranks, with shapes {shown}; "
                     "it is cut along its first axis over all of them",
                     where=f"{paths[0]} and its data-parallel peers",
-                    mend="this save is incomplete: convert an earlier checkpoint",
+                    hint="this save is incomplete: convert an earlier checkpoint",
                 )
             rows = sum(part.shape[0] for part in parts)
             extents = tuple(extent for part in parts for extent in part.extents)

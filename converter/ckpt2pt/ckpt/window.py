@@ -90,7 +90,7 @@ class Window:
 
     def bad(self, what: str, at: int) -> FormatError:
         """An error at byte ``at``."""
-        return FormatError(what, where=f"{self._file.path}, byte {at}", mend=COPY_AGAIN)
+        return FormatError(what, where=f"{self._file.path}, byte {at}", hint=COPY_AGAIN)
 
     def _reach_for(self, pos: int) -> None:
         """Have the head of the field at ``pos`` in the window."""

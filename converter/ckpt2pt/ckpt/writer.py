@@ -225,7 +225,7 @@ def _check_safe(entries: Sequence[Entry], where: str) -> None:
             raise InputError(
                 f"{what} cannot be kept in a .safetensors file that mindspore loads",
                 where=where,
-                mend="write .ckpt instead (--dst-format ckpt)",
+                hint="write .ckpt instead (--dst-format ckpt)",
             )
 
 

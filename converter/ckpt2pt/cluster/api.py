@@ -60,8 +60,8 @@ def in_cluster(environment: Mapping[str, str] = os.environ) -> Connection | None
         context = ssl.create_default_context(cafile=str(account / "ca.crt"))
         namespace = (account / "namespace").read_text().strip()
     except OSError as error:
-        mend = "mount the service account's token into this pod (automountServiceAccountToken: true)"
-        raise MissingInputError(f"cannot be read: {error}", where=account, mend=mend) from error
+        hint = "mount the service account's token into this pod (automountServiceAccountToken: true)"
+        raise MissingInputError(f"cannot be read: {error}", where=account, hint=hint) from error
     return Connection(
         server=f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}",
         context=context,
@@ -104,9 +104,9 @@ class Api:
             except (OSError, http.client.HTTPException) as error:
                 if left <= pause:
                     reason = getattr(error, "reason", None) or error
-                    mend = "try again; check the network and --kubeconfig"
+                    hint = "try again; check the network and --kubeconfig"
                     what = f"the API server cannot be reached: {reason}"
-                    raise TryAgainError(what, where=self.connection.server, mend=mend) from error
+                    raise TryAgainError(what, where=self.connection.server, hint=hint) from error
             time.sleep(min(pause, max(end - time.monotonic(), 0.0)))
             pause *= 2
 
@@ -144,13 +144,13 @@ def explained(error: ApiError, what: str, where: str) -> Ckpt2ptError:
     """A refusal in the user's words."""
     text = f"{what} was refused ({error.status}): {error.message}"
     if error.status in {400, 422}:
-        return UsageError(text, where=where, mend="correct the document")
+        return UsageError(text, where=where, hint="correct the document")
     if error.status in {401, 403}:
-        mend = (
+        hint = (
             "give this account the right by a Role (docs/automation.md), or choose another with --kubeconfig, --context"
         )
-        return UsageError(text, where=where, mend=mend)
+        return UsageError(text, where=where, hint=hint)
     if error.status == 404:
-        mend = "check the name and --namespace; the CRD comes with the chart, or by kubectl apply -f crds/"
-        return MissingInputError(text, where=where, mend=mend)
-    return TryAgainError(text, where=where, mend="try again later")
+        hint = "check the name and --namespace; the CRD comes with the chart, or by kubectl apply -f crds/"
+        return MissingInputError(text, where=where, hint=hint)
+    return TryAgainError(text, where=where, hint="try again later")

@@ -89,9 +89,9 @@ def load(path: Path) -> Json:
         try:
             found: object = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise UsageError(f"cannot be read: {error}", where=path, mend="give a JSON document with -f") from error
+            raise UsageError(f"cannot be read: {error}", where=path, hint="give a JSON document with -f") from error
         if not isinstance(found, dict):
-            raise UsageError("the document is not a mapping of fields", where=path, mend="give a CheckpointConversion")
+            raise UsageError("the document is not a mapping of fields", where=path, hint="give a CheckpointConversion")
         return cast("Json", found)
     from ckpt2pt.conversion.document import load_mapping  # noqa: PLC0415 - YAML and a schema, only when needed
 
@@ -132,8 +132,8 @@ def _moment(options: argparse.Namespace, template: Json) -> When:
             raise look.refusal(options.readiness_timeout)
         time.sleep(POLL_SECONDS)
     if look.wanted is None or min(look.wanted) < 0:
-        mend = "give --name instead of --ready-in"
-        raise UsageError("the files tell no epoch and step by their names", where=options.ready_in, mend=mend)
+        hint = "give --name instead of --ready-in"
+        raise UsageError("the files tell no epoch and step by their names", where=options.ready_in, hint=hint)
     return look.wanted
 
 

@@ -21,8 +21,8 @@ def retry(api: Api, there: Submitted) -> None:
     """Have the failed stages tried again; UsageError where nothing has failed."""
     phase = _phase(_get(api, there, "retrying it"))
     if phase != "Failed":
-        mend = "wait until it has ended" if phase not in TERMINAL else "make a new CheckpointConversion"
-        raise UsageError(f"it is {phase}, and only what has Failed is tried again", where=_name(there), mend=mend)
+        hint = "wait until it has ended" if phase not in TERMINAL else "make a new CheckpointConversion"
+        raise UsageError(f"it is {phase}, and only what has Failed is tried again", where=_name(there), hint=hint)
     _patch(api, there, {"metadata": {"annotations": {RETRY_ANNOTATION: secrets.token_hex(4)}}}, "retrying it")
 
 
@@ -30,7 +30,7 @@ def cancel(api: Api, there: Submitted) -> None:
     """Stop it for good; what is finished stays on the volume.  UsageError where it has ended."""
     phase = _phase(_get(api, there, "cancelling it"))
     if phase in TERMINAL:
-        raise UsageError(f"it is {phase} already", where=_name(there), mend="delete it, if it is to go")
+        raise UsageError(f"it is {phase} already", where=_name(there), hint="delete it, if it is to go")
     _patch(api, there, {"spec": {"cancel": True}}, "cancelling it")
 
 
@@ -69,7 +69,7 @@ def log_of_stage(api: Api, there: Submitted, stage: int) -> str:
     stages = result.get("pipeline") or cast("Json", spec.get("parallelism") or {}).get("pipeline") or 1
     if isinstance(stages, int) and stage >= stages:
         known = f"stages 0 to {stages - 1}" if stages > 1 else "stage 0 alone"
-        raise UsageError(f"there is no stage {stage}", where=_name(there), mend=f"it has {known}; name one of them")
+        raise UsageError(f"there is no stage {stage}", where=_name(there), hint=f"it has {known}; name one of them")
     stage = 0 if "follow" in spec or spec.get("dryRun") is True else stage
     chosen = f"app.kubernetes.io/name=ckpt2pt,app.kubernetes.io/instance={there.name}"
     try:
@@ -77,8 +77,8 @@ def log_of_stage(api: Api, there: Submitted, stage: int) -> str:
         pods = _items(api.json("GET", request_path("api/v1", there.namespace, "pods"), labelSelector=chosen))
         pod = newest_pod(uid, jobs, pods, stage)
         if pod is None:
-            mend = "wait until it runs; pods are gone when the Job's time to live is over"
-            raise MissingInputError("there is no pod", where=where, mend=mend)
+            hint = "wait until it runs; pods are gone when the Job's time to live is over"
+            raise MissingInputError("there is no pod", where=where, hint=hint)
         path = request_path("api/v1", there.namespace, "pods", pod, "log")
         return api.text("GET", path, container=CONTAINER)
     except ApiError as error:

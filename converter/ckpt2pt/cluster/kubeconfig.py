@@ -16,11 +16,11 @@ def connect(kubeconfig: Path | None, context: str | None) -> Connection:
         found = in_cluster()
         if found:
             return found
-    mend = "install ckpt2pt with the extra submit ('.[submit]' in a checkout), or run it in a pod that has a service account"
+    hint = "install ckpt2pt with the extra submit ('.[submit]' in a checkout), or run it in a pod that has a service account"
     try:
         from kubernetes import client, config  # noqa: PLC0415 - an extra
     except ImportError:
-        raise UsageError("the package kubernetes is not there", where="this environment", mend=mend) from None
+        raise UsageError("the package kubernetes is not there", where="this environment", hint=hint) from None
     loader: Any = config
     settings: Any = client.Configuration()
     file = None if kubeconfig is None else str(kubeconfig)
@@ -29,7 +29,7 @@ def connect(kubeconfig: Path | None, context: str | None) -> Connection:
         contexts, active = loader.list_kube_config_contexts(config_file=file)
     except (config.ConfigException, OSError) as error:
         where = kubeconfig or "the kubeconfig"
-        raise UsageError(f"no connection: {error}", where=where, mend="check --kubeconfig and --context") from error
+        raise UsageError(f"no connection: {error}", where=where, hint="check --kubeconfig and --context") from error
     chosen = next((each for each in contexts if each["name"] == context), active)
     return Connection(
         server=str(settings.host).rstrip("/"),

@@ -69,7 +69,7 @@ def _same(api: Api, there: Submitted, document: Json, where: str) -> None:
         raise UsageError(
             "one of this name is there already, and asks for something else",
             where=where,
-            mend="give another --name, or --epoch and --step, from which a name is made; or delete it",
+            hint="give another --name, or --epoch and --step, from which a name is made; or delete it",
         )
 
 
@@ -100,8 +100,8 @@ def follow(api: Api, there: Submitted, tell: Callable[[Json], None], *, seconds:
             seen = api.json("GET", there.path)
         except ApiError as error:
             if error.status == 404 and (there.created or last is not None):
-                mend = "submit it again: what is finished is kept"
-                raise MissingInputError("it was deleted before it had ended", where=where, mend=mend) from error
+                hint = "submit it again: what is finished is kept"
+                raise MissingInputError("it was deleted before it had ended", where=where, hint=hint) from error
             raise explained(error, "reading it", where) from error
         status = cast("Json", seen.get("status") or {})
         if status != last:
@@ -111,7 +111,7 @@ def follow(api: Api, there: Submitted, tell: Callable[[Json], None], *, seconds:
             return seen
         if end is not None and time.monotonic() > end:
             what = f"it has not ended within {seconds:g} s ({status.get('phase', 'no operator has looked at it yet')})"
-            raise TryAgainError(what, where=where, mend="look again with ckpt2pt submit --wait; it goes on by itself")
+            raise TryAgainError(what, where=where, hint="look again with ckpt2pt submit --wait; it goes on by itself")
         time.sleep(POLL_SECONDS)
 
 

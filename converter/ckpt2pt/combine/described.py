@@ -26,7 +26,7 @@ def descriptions(strategy: Path) -> dict[str, Path]:
         raise MissingInputError(
             f"no */{_INFO} there",
             where=strategy,
-            mend="point --strategy-dir at the opt_shard_info folder of the training",
+            hint="point --strategy-dir at the opt_shard_info folder of the training",
         )
     return infos
 
@@ -53,5 +53,5 @@ def described_topology(strategy: Path) -> Topology:
         f"descriptions are there for {', '.join(list(infos)[:8])}, the first of {data} ranks: "
         "they are not the first ranks of equal groups",
         where=strategy,
-        mend="copy the whole opt_shard_info folder of the training, and nothing else into it",
+        hint="copy the whole opt_shard_info folder of the training, and nothing else into it",
     )

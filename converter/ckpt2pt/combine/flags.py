@@ -66,20 +66,20 @@ def combination_of(options: argparse.Namespace) -> Combination:
 
     if options.max_proccess_limit < 1:
         raise UsageError(
-            f"--max-proccess-limit is {options.max_proccess_limit}", where="the command line", mend="give 1 or more"
+            f"--max-proccess-limit is {options.max_proccess_limit}", where="the command line", hint="give 1 or more"
         )
     if options.crc and options.dst_format != "ckpt":
         raise UsageError(
             "--crc with --dst-format safetensors: mindspore cannot save that beside bfloat16, and its training refuses it",
             where="the command line",
-            mend="leave --crc out, or write .ckpt",
+            hint="leave --crc out, or write .ckpt",
         )
     section = options.rank_section
     if section and not 0 <= section[0] < section[1]:
         raise UsageError(
             f"--rank-section is {section[0]} {section[1]}",
             where="the command line",
-            mend="give the first rank and the one after the last, as 0 8",
+            hint="give the first rank and the one after the last, as 0 8",
         )
     return Combination(
         strategy=options.strategy_dir,

@@ -62,7 +62,7 @@ from ckpt2pt.verify.copies import copied_ranks, remark
 
 log = logging.getLogger("ckpt2pt")
 
-# Flags of convert, as the rooms that both use name them in their mends, and what they are called here.
+# Flags of convert, as the rooms that both use name them in their hints, and what they are called here.
 _FLAGS = {
     "spec.source.path (--ms-path)": "--checkpoint-dir",
     "spec.source.format (--src-model-format)": "--src-format",
@@ -193,7 +193,7 @@ class Group:
                 "a merged file is there that this command did not make: other options, another source, or a source that "
                 "changed since",
                 where=next(self.asked.output / name for name, seen in found.items() if seen),
-                mend="choose another --output-dir, or replace it with --overwrite",
+                hint="choose another --output-dir, or replace it with --overwrite",
             )
         return False
 
@@ -215,9 +215,9 @@ class Group:
 
     def _ledger(self) -> Ledger:
         mine = (read_record(self.manifest) or {}).get("identity") == self.identity
-        mend = "choose another --output-dir, or move it away: it is never replaced"
+        hint = "choose another --output-dir, or move it away: it is never replaced"
         repair = mine and self.asked.overwrite
-        return Ledger.of_group(self.asked.output, self.manifest, self.identity, mend=mend, repair=repair)
+        return Ledger.of_group(self.asked.output, self.manifest, self.identity, hint=hint, repair=repair)
 
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """Say whose files they will be, write them, then complete the manifest."""
@@ -267,7 +267,7 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
         raise UsageError(
             f"--rank-section {asked.section} holds the first rank of no group",
             where=asked.strategy,
-            mend=f"first ranks are {sorted(merge.topology.source_rank(*rank) for rank in merge.files)}",
+            hint=f"first ranks are {sorted(merge.topology.source_rank(*rank) for rank in merge.files)}",
         )
     todo: dict[Rank, int] = {}
     needed = 0
@@ -330,10 +330,10 @@ def _own_words() -> Generator[None]:
     try:
         yield
     except Ckpt2ptError as error:
-        mend = error.mend
+        hint = error.hint
         for theirs, ours in _FLAGS.items():
-            mend = mend.replace(theirs, ours)
-        raise type(error)(error.what, where=error.where, mend=mend) from error
+            hint = hint.replace(theirs, ours)
+        raise type(error)(error.what, where=error.where, hint=hint) from error
 
 
 def choose_groups(asked: Combination) -> Merge:
@@ -357,7 +357,7 @@ def choose_groups(asked: Combination) -> Merge:
         raise InputError(
             "the files hold named parameters and no shards: there is nothing to merge",
             where=next(iter(files.values())).path,
-            mend="convert them as they are (ckpt2pt convert)",
+            hint="convert them as they are (ckpt2pt convert)",
         )
     _check_described(asked, when, names_of(topology))
     facts = {path: facts_of(index_file(path)) for file in files.values() for path in file.paths}
@@ -376,7 +376,7 @@ def _check_described(asked: Combination, when: When | None, described: set[str])
         raise MissingInputError(
             f"{len(found)} folders of --checkpoint-dir hold shards that nothing describes: {', '.join(found[:8])}",
             where=asked.strategy,
-            mend="copy the whole opt_shard_info folder of the training, or move what another run has left away",
+            hint="copy the whole opt_shard_info folder of the training, or move what another run has left away",
         )
 
 
@@ -394,7 +394,7 @@ def merged_entries(index: Mapping[str, TensorRef], *, optimizer: bool) -> list[E
             raise InputError(
                 f"{ref} is of a type that mindspore does not load",
                 where=ref.extents[0].path if ref.extents else name,
-                mend="convert the shards directly (ckpt2pt convert), which leaves such entries out",
+                hint="convert the shards directly (ckpt2pt convert), which leaves such entries out",
             )
     return entries
 

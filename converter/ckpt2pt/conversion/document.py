@@ -28,7 +28,7 @@ from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import read_all
 
 _CRD = "checkpointconversions.yaml"
-_MEND = "see examples/conversion.yaml for the form of the document"
+_HINT = "see examples/conversion.yaml for the form of the document"
 
 
 def read(path: Path) -> Json:
@@ -42,20 +42,20 @@ def load_mapping(path: Path) -> Json:
     where = "standard input" if str(path) == "-" else str(path)
     found = load(_text(path), where)
     if not isinstance(found, dict):
-        raise UsageError("the document is not a mapping of fields", where=where, mend=_MEND)
+        raise UsageError("the document is not a mapping of fields", where=where, hint=_HINT)
     return cast("Json", found)
 
 
 def validate(document: object, *, where: str) -> Json:
     """Check a document with the schema; returns it without nulls and with the defaults."""
     if not isinstance(document, dict):
-        raise UsageError("the document is not a mapping of fields", where=where, mend=_MEND)
+        raise UsageError("the document is not a mapping of fields", where=where, hint=_HINT)
     document = cast("Json", document)
     if (document.get("apiVersion"), document.get("kind")) != (API_VERSION, KIND):
         raise UsageError(
             f"kind is {document.get('kind')}, apiVersion is {document.get('apiVersion')}",
             where=where,
-            mend=f"begin it with apiVersion: {API_VERSION} and kind: {KIND}",
+            hint=f"begin it with apiVersion: {API_VERSION} and kind: {KIND}",
         )
     schema = _schema()
     pruned = cast("Json", _without_nulls(document, schema))
@@ -78,7 +78,7 @@ def _text(path: Path) -> bytes:
     except OSError as error:
         raise access_error(error, path, "reading", option="-f") from error
     if len(data) > MAX_BYTES:
-        raise UsageError(f"larger than {MAX_BYTES >> 20} MiB", where=path, mend="give a CheckpointConversion with -f")
+        raise UsageError(f"larger than {MAX_BYTES >> 20} MiB", where=path, hint="give a CheckpointConversion with -f")
     return data
 
 
@@ -97,8 +97,8 @@ def _schema() -> Json:
     try:
         crd = cast("dict[str, Any]", yaml.safe_load(crd_path().read_bytes()))
     except OSError as error:
-        mend = "install ckpt2pt again"
-        raise FileAccessError(f"the CRD cannot be read: {error.strerror}", where=crd_path(), mend=mend) from error
+        hint = "install ckpt2pt again"
+        raise FileAccessError(f"the CRD cannot be read: {error.strerror}", where=crd_path(), hint=hint) from error
     schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     schema["properties"]["metadata"] = {"type": "object"}  # every object has its fields
     return cast("Json", schema)
@@ -184,14 +184,14 @@ def _findings(error: jsonschema.ValidationError) -> Iterator[Finding]:
         known = cast("Json", error.schema)["properties"]
         for name in sorted(set(cast("Json", instance)) - set(cast("Json", known))):
             yield Finding(
-                field=_join(path, name), what="is no field", mend=_hint(path, name, list(cast("Json", known)))
+                field=_join(path, name), what="is no field", hint=_hint(path, name, list(cast("Json", known)))
             )
     elif error.validator == "required":
         for name in cast("list[str]", error.validator_value):
             if name not in cast("Json", instance):
-                yield Finding(field=_join(path, name), what="is missing", mend="give it")
+                yield Finding(field=_join(path, name), what="is missing", hint="give it")
     else:
-        yield Finding(field=path, what=f"is {_shown(instance)}", mend=_wanted(error))
+        yield Finding(field=path, what=f"is {_shown(instance)}", hint=_wanted(error))
 
 
 def _path(parts: Iterable[str | int]) -> str:

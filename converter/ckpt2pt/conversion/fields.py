@@ -19,16 +19,16 @@ class Finding:
 
     field: str
     what: str
-    mend: str
+    hint: str
 
 
 def refusal(findings: Sequence[Finding], where: str) -> UsageError:
     """One error for everything that is wrong."""
     if len(findings) == 1:
         [found] = findings
-        return UsageError(f"{found.field} {found.what}".strip(), where=f"{where}: {found.field}", mend=found.mend)
-    lines = "".join(f"\n  - {finding.field}: {finding.what}; {finding.mend}" for finding in findings)
-    return UsageError(f"{len(findings)} fields are wrong:{lines}", where=where, mend="correct these fields")
+        return UsageError(f"{found.field} {found.what}".strip(), where=f"{where}: {found.field}", hint=found.hint)
+    lines = "".join(f"\n  - {finding.field}: {finding.what}; {finding.hint}" for finding in findings)
+    return UsageError(f"{len(findings)} fields are wrong:{lines}", where=where, hint="correct these fields")
 
 
 class Fields:
@@ -44,10 +44,10 @@ class Fields:
         elif self.broken:
             self.note("", "is not a mapping of fields", "write its fields below it, one on a line")
 
-    def note(self, name: str, what: str, mend: str) -> None:
+    def note(self, name: str, what: str, hint: str) -> None:
         """Keep what is wrong with a field."""
         field = ".".join(part for part in (self.path, name) if part)
-        finding = Finding(field=field, what=what, mend=mend)
+        finding = Finding(field=field, what=what, hint=hint)
         if finding not in self._findings:
             self._findings.append(finding)
 

@@ -37,11 +37,11 @@ def load(data: bytes | str, where: str) -> object:
     try:
         documents = [document for document in _documents(data, where) if document is not None]
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise UsageError(f"not a YAML document: {error}", where=where, mend="correct it there") from error
+        raise UsageError(f"not a YAML document: {error}", where=where, hint="correct it there") from error
     if not documents:
-        raise UsageError("the file holds no document", where=where, mend="write one document into it")
+        raise UsageError("the file holds no document", where=where, hint="write one document into it")
     if len(documents) > 1:
-        raise UsageError(f"{len(documents)} documents in one file", where=where, mend="give each a file of its own")
+        raise UsageError(f"{len(documents)} documents in one file", where=where, hint="give each a file of its own")
     _prove_plain(documents[0], where)
     return documents[0]
 
@@ -69,7 +69,7 @@ def _prove_small(document: yaml.Node, where: str) -> None:
         left -= 1
         if left < 0 or depth > MAX_DEPTH:
             what = f"more than {MAX_NODES} values, or more than {MAX_DEPTH} inside each other"
-            raise UsageError(what, where=where, mend="write it without YAML aliases")
+            raise UsageError(what, where=where, hint="write it without YAML aliases")
         for inner in _inside(node):
             walk(inner, depth + 1)
 
@@ -90,17 +90,17 @@ def _prove_plain(document: object, where: str) -> None:
         if isinstance(value, dict):
             for key, item in cast("dict[object, object]", value).items():
                 if not isinstance(key, str):
-                    raise UsageError(f"{key!r} is used as a name", where=f"{where}: {path}", mend="put it in quotes")
+                    raise UsageError(f"{key!r} is used as a name", where=f"{where}: {path}", hint="put it in quotes")
                 walk(item, f"{path}.{key}".lstrip("."))
         elif isinstance(value, list):
             for item in cast("list[object]", value):
                 walk(item, path)
         elif isinstance(value, int | float) and not _is_sent(value):
             what = "a number does not fit into 64 bits"
-            raise UsageError(what, where=f"{where}: {path}", mend="write a smaller one, or put it in quotes")
+            raise UsageError(what, where=f"{where}: {path}", hint="write a smaller one, or put it in quotes")
         elif value is not None and not isinstance(value, str | int | float):
             what = f"{value} is read as a {type(value).__name__}"
-            raise UsageError(what, where=f"{where}: {path}", mend="put it in quotes")
+            raise UsageError(what, where=f"{where}: {path}", hint="put it in quotes")
 
     walk(document, "")
 

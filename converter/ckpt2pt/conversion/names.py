@@ -56,5 +56,5 @@ def request_path(base: str, namespace: str, plural: str, name: str | None = None
 
 def _segment(text: str) -> str:
     if text in {"", ".", ".."} or "/" in text or "%" in text:
-        raise UsageError(f"{text[:80]!r} is not the name of an object", where="the request", mend=HINTS[NAME])
+        raise UsageError(f"{text[:80]!r} is not the name of an object", where="the request", hint=HINTS[NAME])
     return quote(text, safe="")

@@ -25,12 +25,12 @@ def too_large(spec: object) -> Finding | None:
     parts = [(f"spec.workers.{name}", _field(workers, name), MAX_FREE) for name in FREE]
     for field, value, most in (*parts, ("spec", spec, MAX_SPEC)):
         if _is_deep(value):
-            mend = f"nest no more than {MAX_DEPTH} levels"
-            return Finding(field=field, what=f"nests more than {MAX_DEPTH} levels", mend=mend)
+            hint = f"nest no more than {MAX_DEPTH} levels"
+            return Finding(field=field, what=f"nests more than {MAX_DEPTH} levels", hint=hint)
         size = len(json.dumps(value, separators=(",", ":")))
         if size > most:
-            mend = f"keep it to {most:,} bytes; put files into a ConfigMap or into the image"
-            return Finding(field=field, what=f"has {size:,} bytes as JSON", mend=mend)
+            hint = f"keep it to {most:,} bytes; put files into a ConfigMap or into the image"
+            return Finding(field=field, what=f"has {size:,} bytes as JSON", hint=hint)
     return None
 
 

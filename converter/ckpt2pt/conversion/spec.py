@@ -233,7 +233,7 @@ def _saved(degrees: Mapping[str, int], result: Mapping[str, int], findings: Fiel
             context=degrees["context"],
         )
     except UsageError as error:
-        findings.note("", error.what, error.mend)
+        findings.note("", error.what, error.hint)
         return None
 
 
@@ -255,7 +255,7 @@ def _topology(model: Fields, degrees: Mapping[str, int]) -> Topology:
             layers_per_stage=model.numbers("layersPerStage"),
         )
     except UsageError as error:
-        model.note("", error.what, error.mend)
+        model.note("", error.what, error.hint)
         return Topology(num_layers=1)
 
 
@@ -306,7 +306,7 @@ def _check_places(conversion: Conversion, findings: list[Finding]) -> None:
                 Finding(
                     field="spec.target.path",
                     what=f"is {other.path!r} on the same volume as {what}",
-                    mend=f"choose another target.path; the result cannot take the place of {what}",
+                    hint=f"choose another target.path; the result cannot take the place of {what}",
                 )
             )
 

@@ -31,7 +31,7 @@ FOLLOWING, FOLLOWED = "Following", "TrainingFollowed"
 """The reasons of a conversion of each new checkpoint of a training: while it runs, and when the training has ended."""
 
 WORST_FIRST = (64, 65, 66, 76, 70, 74, 75)
-"""A user mends a wrong document before anything else, then the input; what only wants another try comes last."""
+"""A user hints a wrong document before anything else, then the input; what only wants another try comes last."""
 
 MAX_MESSAGE = 1024
 

@@ -47,11 +47,11 @@ def _known(name: str, fields: Mapping[str, str | int], path: str) -> str | int:
     known = ", ".join(f"${{{field}}}" for field in fields) or "none"
     if name in FIELDS:
         what, option = f"${{{name}}} is not known here", "run" if name == "name" else name
-        mend = f"known here: {known}; write the value itself, or give it with --{option}"
-        raise UsageError(what, where=path, mend=mend)
+        hint = f"known here: {known}; write the value itself, or give it with --{option}"
+        raise UsageError(what, where=path, hint=hint)
     near = nearest(name, FIELDS)
-    mend = f"did you mean ${{{near}}}? " if near else ""
-    raise UsageError(f"${{{name}}} is no field of a template", where=path, mend=f"{mend}known here: {known}")
+    hint = f"did you mean ${{{near}}}? " if near else ""
+    raise UsageError(f"${{{name}}} is no field of a template", where=path, hint=f"{hint}known here: {known}")
 
 
 def set_fields(document: Mapping[str, object], changes: Sequence[str]) -> Json:
@@ -62,14 +62,14 @@ def set_fields(document: Mapping[str, object], changes: Sequence[str]) -> Json:
         names = path.split(".")
         if not equals or not all(names):
             raise UsageError(
-                f"--set is {change!r}", where="the command line", mend="write --set spec.source.path=run7/ms"
+                f"--set is {change!r}", where="the command line", hint="write --set spec.source.path=run7/ms"
             )
         node = found
         for depth, name in enumerate(names[:-1], 1):
             inner = node.setdefault(name, {})
             if not isinstance(inner, dict):
                 what = f"{'.'.join(names[:depth])} is no mapping of fields"
-                raise UsageError(what, where=f"--set {change}", mend="name a field that has fields")
+                raise UsageError(what, where=f"--set {change}", hint="name a field that has fields")
             node = cast("Json", inner)
         node[names[-1]] = _value(text)
     return found

@@ -59,7 +59,7 @@ class Collector:
             raise CoverageError(
                 f"{Key(role, name)} is on two pipeline stages",
                 where=self.where,
-                mend="check the parallel sizes, and that all folders are of one save",
+                hint="check the parallel sizes, and that all folders are of one save",
             )
         copies.append(local)
 
@@ -82,7 +82,7 @@ class Collector:
                 if missing
                 else f"{key} is {' and '.join(kinds)} on different ranks",
                 where=self.where,
-                mend="check the tensor parallel size, and that the checkpoint is complete",
+                hint="check the tensor parallel size, and that the checkpoint is complete",
             )
         first = parts[0]
         axes = axes_of(key.name, first.shape, self.tensor, gated=gated)
@@ -106,5 +106,5 @@ def _check_roles(index: Index, where: str) -> None:
             raise CoverageError(
                 f"{len(lacking)} of {len(names)} parameters have no {role}, such as {lacking[0]}",
                 where=where,
-                mend="check that all ranks are of one save, with the optimizer or all of them without",
+                hint="check that all ranks are of one save, with the optimizer or all of them without",
             )

@@ -172,7 +172,7 @@ def is_gated(shapes: Mapping[str, Shape], where: str) -> bool:
             raise TopologyError(
                 f"{name} has {shape[0]} rows and its linear_fc2 the shape {list(other)}: neither equal nor twice as many",
                 where=where,
-                mend="check that the checkpoint is complete, and that all ranks are of one save",
+                hint="check that the checkpoint is complete, and that all ranks are of one save",
             )
     return False
 

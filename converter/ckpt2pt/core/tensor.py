@@ -87,7 +87,7 @@ def check_coverage(tensor: Tensor, where: str) -> None:
             f"{tensor}: its {len(tensor.views)} parts hold {held} of {tensor.numel} elements"
             + (", some of them twice" if held == tensor.numel else ""),
             where=where,
-            mend="check the parallel sizes, and that the checkpoint is complete",
+            hint="check the parallel sizes, and that the checkpoint is complete",
         )
 
 

@@ -60,7 +60,7 @@ class Stop:
     def check(self) -> None:
         """Raise if somebody asked."""
         if self._asked.is_set():
-            raise self.error or InterruptedRunError("stopped", where="this run", mend="run the same command again")
+            raise self.error or InterruptedRunError("stopped", where="this run", hint="run the same command again")
 
 
 @dataclass(slots=True)
@@ -144,7 +144,7 @@ class _Carrier:
             total = crc32_combine(total, crc, extent.nbytes)
         if held:
             raise FormatError(
-                f"{move.name} ends inside an element", where=move.extents[-1].path, mend="copy the checkpoint again"
+                f"{move.name} ends inside an element", where=move.extents[-1].path, hint="copy the checkpoint again"
             )
         self._record(move, numel, total, crcs)
 
@@ -281,7 +281,7 @@ def _output(folder: Path, payload: Payload, stop: Stop) -> Generator[Output]:
         except OSError as error:
             refusal = access_error(error, path, f"reserving {size(layout.nbytes)}")
             if error.errno == errno.EDQUOT:  # known before the first byte, and nobody else can make room
-                refusal = VolumeTooSmallError(refusal.what, where=path, mend=f"raise the quota, or {refusal.mend}")
+                refusal = VolumeTooSmallError(refusal.what, where=path, hint=f"raise the quota, or {refusal.hint}")
             raise refusal from error
         direct = open_direct(partial, os.O_WRONLY | os.O_NOFOLLOW)
         if direct is not None:
@@ -373,7 +373,7 @@ def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
         raise VerificationError(
             f"CRC-32 is {crc:08x} on the disk, {expected:08x} was written",
             where=path,
-            mend="check the target volume (dmesg, quota, mount options), remove the file and run the same command again",
+            hint="check the target volume (dmesg, quota, mount options), remove the file and run the same command again",
         )
 
 

@@ -37,6 +37,6 @@ def agreed(asked: tuple[int | None, int | None], there: tuple[int, int], where: 
             raise TopologyError(
                 f"the {what} parallel size is {other}, not {one}",
                 where=where,
-                mend=f"leave it out, or give {other}",
+                hint=f"leave it out, or give {other}",
             )
     return there

@@ -114,7 +114,7 @@ def _by_files(path: Path, ranks: list[int], table: NameTable, header: Header) ->
     raise UsageError(
         f"{len(ranks)} rank folders, nothing says which of them are tensor parallel and which pipeline parallel, and {why}",
         where=path,
-        mend="give the parallel sizes of the training: tp and pp of ckpt2pt.open, --tp-size and --pp-size",
+        hint="give the parallel sizes of the training: tp and pp of ckpt2pt.open, --tp-size and --pp-size",
     )
 
 
@@ -150,12 +150,12 @@ def check_ranks(
     v1 = any(_RANK.fullmatch(entry.name) for entry in listing(path, option=OPTION))
     left_out = surplus(path, when if v1 else None, names_of(layout))
     degrees = f"with tensor parallel size {layout.tensor} and pipeline parallel size {layout.pipeline}"
-    mend = "give the parallel sizes of the training that wrote it"
+    hint = "give the parallel sizes of the training that wrote it"
     if left_out:
         raise TopologyError(
             f"{', '.join(left_out[:6])} hold parts of the checkpoint too, which have no place {degrees}",
             where=path,
-            mend=mend,
+            hint=hint,
         )
     weights = {rank: weights_of(file.path, table, header) for rank, file in files.items()}
     first = weights[0, 0]
@@ -168,7 +168,7 @@ def check_ranks(
                 f"{degrees} rank_{rank} is a data-parallel copy of rank_0, and it holds other "
                 + ("weights" if other.keys() == first.keys() else "parameters"),
                 where=path,
-                mend=mend,
+                hint=hint,
             )
     return tuple(_copies({rank: _sample(held) for rank, held in weights.items()}, files, path))
 

@@ -79,20 +79,20 @@ def _check_ranks(ranks: Ranks, there: tuple[int, int]) -> None:
             raise kind(
                 f"the arguments say {key} {stated}, and there are folders for {count}",
                 where=first.folder.parent,
-                mend="copy the whole iteration, and nothing else",
+                hint="copy the whole iteration, and nothing else",
             )
     for rank in ranks.values():
         if len(rank.chunks) != len(first.chunks):
             raise TopologyError(
                 f"the rank holds {len(rank.chunks)} model chunks, and {first.folder.name} holds {len(first.chunks)}",
                 where=rank.folder,
-                mend="copy one whole iteration",
+                hint="copy one whole iteration",
             )
         if rank.buffers is None and any(other.buffers is not None for other in ranks.values()):
             raise MissingInputError(
                 f"{OPTIM_FILE} is not there, and other ranks have one",
                 where=rank.folder,
-                mend="copy the whole iteration",
+                hint="copy the whole iteration",
             )
 
 
@@ -104,7 +104,7 @@ def _iteration(ranks: Collection[MegatronRank], folder: Path) -> int:
             f"{len(stated)} of {len(ranks)} ranks state an iteration"
             + (f": {', '.join(map(str, steps))}" if steps else ""),
             where=folder,
-            mend="copy one whole iteration",
+            hint="copy one whole iteration",
         )
     return steps[0]
 
@@ -115,7 +115,7 @@ def _of_iteration(path: Path, iteration: int) -> Path:
         raise MissingInputError(
             f"there is no iteration {iteration}",
             where=folder,
-            mend="leave the iteration out for the one that the tracker names",
+            hint="leave the iteration out for the one that the tracker names",
         )
     return folder
 
@@ -130,7 +130,7 @@ def _layout(ranks: Ranks, tensor: int, pipeline: int) -> Topology:
     layers, virtual = first.template.args.get("num_layers"), len(first.chunks)
     if type(layers) is not int or layers < 1:
         raise FormatError(
-            f"the arguments say num_layers {layers!r}", where=first.folder, mend="give another checkpoint"
+            f"the arguments say num_layers {layers!r}", where=first.folder, hint="give another checkpoint"
         )
     least = tuple(_slots(ranks[0, pp].chunks[vpp]) for vpp in range(virtual) for pp in range(pipeline))
     if sum(least) == layers:
@@ -139,7 +139,7 @@ def _layout(ranks: Ranks, tensor: int, pipeline: int) -> Topology:
         raise TopologyError(
             f"of {layers} layers by the arguments, the {len(least)} model chunks hold {', '.join(map(str, least))}",
             where=first.folder.parent,
-            mend="uneven stages with no-op layers cannot be told apart: convert with the layout given (--stage-list)",
+            hint="uneven stages with no-op layers cannot be told apart: convert with the layout given (--stage-list)",
         )
     return Topology(num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=virtual)
 
@@ -178,7 +178,7 @@ class _Names:
             raise TopologyError(
                 f"{name} is there, and the chunk has {len(self.slots)} layers on the first tensor-parallel rank",
                 where=self.folder,
-                mend="copy one whole iteration",
+                hint="copy one whole iteration",
             )
         return canonical_name(name, self.slots)
 

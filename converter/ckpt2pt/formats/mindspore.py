@@ -65,7 +65,7 @@ def _check_ends(index: Index, path: Path) -> None:
         raise MissingInputError(
             f"no rank holds {lacking[0]}, so the {'first' if lacking[0] == EMBEDDING else 'last'} pipeline stage is missing",
             where=path,
-            mend="copy the folders of all ranks, and check the parallel sizes if you give them",
+            hint="copy the folders of all ranks, and check the parallel sizes if you give them",
         )
 
 
@@ -78,7 +78,7 @@ def _of_iteration(path: Path, found: Mapping[When, Mapping[Rank, SourceFile]], i
     raise MissingInputError(
         f"{len(matching) or 'no'} checkpoints are of iteration {iteration}; there are iterations {there or 'that nothing states'}",
         where=path,
-        mend="ask for one of them, or leave the iteration out for the newest",
+        hint="ask for one of them, or leave the iteration out for the newest",
     )
 
 

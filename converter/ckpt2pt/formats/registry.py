@@ -22,12 +22,12 @@ def detect(path: Path) -> str:
     Raises :class:`FormatError` for a folder that is neither and for a single file, :class:`MissingInputError` for nothing.
     """
     if not is_there(path, OPTION):
-        raise MissingInputError("there is no such folder", where=path, mend="check the path")
+        raise MissingInputError("there is no such folder", where=path, hint="check the path")
     if not is_folder(path, OPTION):
         raise FormatError(
             "this is a file, and a checkpoint is read with the files of all its ranks",
             where=path,
-            mend="name the folder that holds the folders of the ranks",
+            hint="name the folder that holds the folders of the ranks",
         )
     places = [path, *reversed(listing(path, "iter_*", OPTION)), path / "release"]
     for place in places:
@@ -40,7 +40,7 @@ def detect(path: Path) -> str:
     raise FormatError(
         "neither a MindSpore training output (rank_*/*.ckpt, *.safetensors) nor a Megatron checkpoint (mp_rank_*/*.pt)",
         where=path,
-        mend="name the folder that holds the folders of the ranks, or iterations of them",
+        hint="name the folder that holds the folders of the ranks, or iterations of them",
     )
 
 
@@ -60,5 +60,5 @@ def read(
     elif chosen == "megatron":
         from ckpt2pt.formats.megatron import open_megatron as open_checkpoint  # noqa: PLC0415 - numpy and more
     else:
-        raise UsageError(f"no format {chosen}", where="source_format", mend=f"give auto, {' or '.join(FORMATS)}")
+        raise UsageError(f"no format {chosen}", where="source_format", hint=f"give auto, {' or '.join(FORMATS)}")
     return open_checkpoint(path, tensor=tensor, pipeline=pipeline, iteration=iteration, rules=rules or Rules())

@@ -164,7 +164,7 @@ class Checkpoint:
         Beside the array at most 8 MiB are held in memory.  Raises :class:`MissingInputError` for a name or a role that is not there.
         """
         if self._closed:
-            raise UsageError("the checkpoint is closed", where=self.path, mend="read inside the with statement")
+            raise UsageError("the checkpoint is closed", where=self.path, hint="read inside the with statement")
         import numpy as np  # noqa: PLC0415
 
         from ckpt2pt.verify.gather import gathered  # noqa: PLC0415
@@ -192,14 +192,14 @@ class Checkpoint:
             raise MissingInputError(
                 f"there is no {Key(role, name)}" + (f"; the nearest is {near}" if near else ""),
                 where=self.path,
-                mend=f"keys({role!r}) lists what is there" if names else f"the checkpoint holds no {role} at all",
+                hint=f"keys({role!r}) lists what is there" if names else f"the checkpoint holds no {role} at all",
             )
         return found
 
 
 def _check_role(role: str) -> None:
     if role not in ROLES:
-        raise UsageError(f"no role {role}", where="the role of a tensor", mend=f"give one of {', '.join(ROLES)}")
+        raise UsageError(f"no role {role}", where="the role of a tensor", hint=f"give one of {', '.join(ROLES)}")
 
 
 def _part(tensor: Tensor, view: Stored) -> Part:
@@ -215,12 +215,12 @@ def _ranges(tensor: Tensor, slices: tuple[slice, ...]) -> list[range]:
         raise UsageError(
             f"{slices} is not a slice for each of {len(tensor.fused)} axes, or of the first of them",
             where=tensor.key.name,
-            mend="give slices such as numpy.s_[0:1024, 0:8]; take a single row out of the array",
+            hint="give slices such as numpy.s_[0:1024, 0:8]; take a single row out of the array",
         )
     found = [range(length)[one] for length, one in zip(tensor.fused, slices, strict=False)]
     if any(one.step != 1 for one in found):
         raise UsageError(
-            "a slice has another step than 1", where=tensor.key.name, mend="read all of it, and thin the array out"
+            "a slice has another step than 1", where=tensor.key.name, hint="read all of it, and thin the array out"
         )
     return found + [range(length) for length in tensor.fused[len(slices) :]]
 

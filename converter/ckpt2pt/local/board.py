@@ -136,6 +136,6 @@ def spoken(stage: int, line: Json | str, log_format: str) -> str:
         return json.dumps({"stage": stage, **(line if isinstance(line, dict) else {"level": "INFO", "message": line})})
     if isinstance(line, str):
         return f"ckpt2pt: stage {stage}: {printable(line)}"
-    if "mend" in line:
-        return f"ckpt2pt: stage {stage}: {message(line.get('what'), line.get('where'), line.get('mend'))}"
+    if "hint" in line:
+        return f"ckpt2pt: stage {stage}: {message(line.get('what'), line.get('where'), line.get('hint'))}"
     return f"ckpt2pt: stage {stage}: {spelled(str(line.get('message')))}"

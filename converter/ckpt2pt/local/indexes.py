@@ -237,7 +237,7 @@ class LocalJob:
             self._board.progress(index.number, line)
             self._board.changed(index.record)
         else:
-            worker.error = line if "mend" in line else worker.error
+            worker.error = line if "hint" in line else worker.error
             self._board.say(index.number, line)
 
     def _bury(self, worker: _Worker) -> None:
@@ -367,7 +367,7 @@ def _number(line: Json, name: str) -> int:
 def _message(worker: _Worker, code: int) -> str:
     error = worker.error
     if error:
-        return f"{error.get('what')} (where: {error.get('where')}; mend: {error.get('mend')})"
+        return f"{error.get('what')} (where: {error.get('where')}; hint: {error.get('hint')})"
     if code > 128:
         return (
             f"killed by {signal.Signals(code - 128).name}" if code - 128 in set(signal.Signals) else f"exit code {code}"

@@ -54,7 +54,7 @@ def run_document(options: argparse.Namespace, show: Show) -> int:
         raise UsageError(
             "spec.follow is given, and run carries out one conversion",
             where=f"{KIND} {conversion.name}",
-            mend=f"follow the training with ckpt2pt watch -f {options.filename}, which ends with a signal",
+            hint=f"follow the training with ckpt2pt watch -f {options.filename}, which ends with a signal",
         )
     folders = map_volumes(mounts_of(conversion), options.volume)
     if conversion.start_after:
@@ -93,8 +93,8 @@ def words_of_document(filename: Path, volumes: Sequence[str]) -> list[str]:
     conversion = parse(read(filename))
     _refuse_what_waits(conversion)
     if conversion.dry_run:
-        mend = "set spec.dryRun to false, or plan it with ckpt2pt run"
-        raise UsageError("spec.dryRun is true, so nothing is to be done", where=f"{KIND} {conversion.name}", mend=mend)
+        hint = "set spec.dryRun to false, or plan it with ckpt2pt run"
+        raise UsageError("spec.dryRun is true, so nothing is to be done", where=f"{KIND} {conversion.name}", hint=hint)
     manifest = build_job(conversion, image=IMAGE)
     words = local_args(manifest, map_volumes(mounts_of(conversion), volumes))
     return words[: words.index("--termination-log")]
@@ -106,7 +106,7 @@ def _refuse_what_waits(conversion: Conversion) -> None:
             raise UsageError(
                 f"spec.{field} is true, so nothing is to be done",
                 where=f"{KIND} {conversion.name}",
-                mend=f"set spec.{field} to false to run it",
+                hint=f"set spec.{field} to false to run it",
             )
 
 
@@ -127,30 +127,30 @@ def map_volumes(mounts: Sequence[Mount], given: Sequence[str]) -> dict[str, Path
     for text in given:
         name, equals, folder = text.partition("=")
         if not (name and equals and folder):
-            raise UsageError(f"--volume is {text!r}", where="the command line", mend="write --volume NAME=DIR")
+            raise UsageError(f"--volume is {text!r}", where="the command line", hint="write --volume NAME=DIR")
         if wanted.setdefault(name, folder) != folder:
-            raise UsageError(f"--volume {name} is given twice", where="the command line", mend="give it once")
+            raise UsageError(f"--volume {name} is given twice", where="the command line", hint="give it once")
     known = [name for mount in mounts for name in names_of(mount)]
     unknown = next((name for name in sorted(wanted) if name not in known), None)
     if unknown is not None:  # before what is missing, which may be the same volume
         near = nearest(unknown, known)
         listed = ", ".join(names_of(mount)[0] for mount in mounts)
-        mend = f"the volumes of the document are {listed}; source, metadata and target name them too"
-        mend = f"did you mean {near}? {mend}" if near else mend
-        raise UsageError(f"--volume {unknown} is no volume of the document", where="the command line", mend=mend)
+        hint = f"the volumes of the document are {listed}; source, metadata and target name them too"
+        hint = f"did you mean {near}? {hint}" if near else hint
+        raise UsageError(f"--volume {unknown} is no volume of the document", where="the command line", hint=hint)
     folders: dict[str, Path] = {}
     for mount in mounts:
         names = names_of(mount)
         found = {wanted[name] for name in names if name in wanted}
         if len(found) > 1:
-            mend = f"{' and '.join(mount.roles)} are on one volume: give it one folder"
-            raise UsageError(f"--volume gives two folders for {names[0]}", where="the command line", mend=mend)
+            hint = f"{' and '.join(mount.roles)} are on one volume: give it one folder"
+            raise UsageError(f"--volume gives two folders for {names[0]}", where="the command line", hint=hint)
         if not found and "hostPath" in mount.volume:
             found = {names[0]}
         if not found:
-            mend = f"give --volume {names[0]}=DIR, the folder that it stands for"
+            hint = f"give --volume {names[0]}=DIR, the folder that it stands for"
             raise UsageError(
-                f"no folder is given for the volume {names[0]}", where=f"spec.{mount.name}.volume", mend=mend
+                f"no folder is given for the volume {names[0]}", where=f"spec.{mount.name}.volume", hint=hint
             )
         folders[mount.name] = _folder(Path(found.pop()), names[0])
     return folders
@@ -172,8 +172,8 @@ def names_of(mount: Mount) -> tuple[str, ...]:
 
 def _folder(path: Path, name: str) -> Path:
     if not is_folder(path, "--volume"):
-        mend = f"give an existing folder: --volume {name}=DIR"
-        raise MissingInputError(f"the folder of the volume {name} is not there", where=path, mend=mend)
+        hint = f"give an existing folder: --volume {name}=DIR"
+        raise MissingInputError(f"the folder of the volume {name} is not there", where=path, hint=hint)
     return path.absolute()
 
 

@@ -198,7 +198,7 @@ def common_prefix(parameters: Mapping[str, str], *, where: str) -> str:
         raise UnmappedNameError(
             f"{parameters[one]} has the prefix {prefix} and {parameters[other]} has not",
             where=where,
-            mend="save all parameters under names of one model; a prefix is left out only where all names carry it",
+            hint="save all parameters under names of one model; a prefix is left out only where all names carry it",
         )
     return prefix
 
@@ -265,7 +265,7 @@ def _inverse(table: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
                 raise UsageError(
                     f"two Megatron parameters, {back[mindspore]} and {megatron}, map to {mindspore}",
                     where="the table of names",
-                    mend="give each module a MindSpore name of its own in the rule file (--rules, spec.model.rules)",
+                    hint="give each module a MindSpore name of its own in the rule file (--rules, spec.model.rules)",
                 )
             back[mindspore] = megatron
     return back
@@ -275,7 +275,7 @@ def _unmapped(name: str, side: str, section: str) -> UnmappedNameError:
     return UnmappedNameError(
         f"no mapping for the {side} parameter {name}",
         where=name,
-        mend=f"if it is a module of your own, list it under {section} in a rule file (--rules, spec.model.rules), "
+        hint=f"if it is a module of your own, list it under {section} in a rule file (--rules, spec.model.rules), "
         "as docs/rules.md shows",
     )
 

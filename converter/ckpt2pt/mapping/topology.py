@@ -165,5 +165,5 @@ class Topology:
         return "model" if self.virtual == 1 else f"model{vpp}"
 
 
-def _refused(what: str, mend: str) -> UsageError:
-    return UsageError(what, where="spec.parallelism and spec.model (the command line)", mend=mend)
+def _refused(what: str, hint: str) -> UsageError:
+    return UsageError(what, where="spec.parallelism and spec.model (the command line)", hint=hint)

@@ -106,7 +106,7 @@ def parse_param_map(document: object, *, where: str, divisor: int | None) -> Buf
     try:
         return Buffer(dtype=next(iter(dtypes)), buckets=_buckets(entries, divisor))
     except FormatError as error:
-        raise FormatError(error.what, where=f"{where}: {error.where}", mend=error.mend) from None
+        raise FormatError(error.what, where=f"{where}: {error.where}", hint=error.hint) from None
 
 
 def _buckets(entries: list[tuple[int, Placement]], divisor: int | None) -> tuple[Bucket, ...]:
@@ -126,7 +126,7 @@ def _buckets(entries: list[tuple[int, Placement]], divisor: int | None) -> tuple
                 f"bucket {index} ends at element {stop} and the next one begins at {end}, "
                 f"but a data-parallel group of {divisor} pads it to {padded}",
                 where=following[1][0].name,
-                mend=f"write the maps for a group of {divisor}: ckpt2pt pt-meta --target-dp-size {divisor} with --megatron-path or "
+                hint=f"write the maps for a group of {divisor}: ckpt2pt pt-meta --target-dp-size {divisor} with --megatron-path or "
                 "--description, into a new --param-map-path; or give spec.target.dataParallel (--target-dp-size) the size that "
                 "the maps were written for",
             )
@@ -158,7 +158,7 @@ def _broken(what: str, where: str) -> FormatError:
     return FormatError(
         what,
         where=where,
-        mend="point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees",
+        hint="point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees",
     )
 
 

@@ -49,7 +49,7 @@ def read_clock(
         raise InputError(
             "nothing in the checkpoint tells its iteration (no iteration, step_num in epoch 0, num_steps or state_step)",
             where=where,
-            mend="say it with spec.source.iteration (--iteration)",
+            hint="say it with spec.source.iteration (--iteration)",
         )
     because, iteration = next(iter(known.items()))
     # mint.AdamW starts its count at -1: one less than the iteration is no contradiction.

@@ -32,7 +32,7 @@ def chunk_parameters(
             raise UsageError(
                 f"the shape of {name} cannot be told",
                 where="the model description",
-                mend="give hidden_size, num_attention_heads, kv_channels, ffn_hidden_size, padded_vocab_size and "
+                hint="give hidden_size, num_attention_heads, kv_channels, ffn_hidden_size, padded_vocab_size and "
                 "max_position_embeddings",
             )
         shared = tied and name in {EMBEDDING, TIED_HEAD}

@@ -79,7 +79,7 @@ def tensor_entries(
         raise CoverageError(
             f"two parameters become {twice[0]}",
             where=where,
-            mend="give each a name of its own in a rule file (--rules)",
+            hint="give each a name of its own in a rule file (--rules)",
         )
     return tuple(found)
 
@@ -102,7 +102,7 @@ def _slices(chunk: ImportedChunk, kinds: Sequence[str], where: str) -> Iterator[
         raise CoverageError(
             f"{missing[0] if missing else 'a parameter'} is only in {side} of chunk {chunk.vpp}",
             where=where,
-            mend="point --param-map-path at the maps of this run, or leave it out to have them computed",
+            hint="point --param-map-path at the maps of this run, or leave it out to have them computed",
         )
     for buffer, buckets in zip(chunk.buffers, chunk.buckets, strict=True):
         for bucket, tensors in zip(buffer.buckets, buckets, strict=True):
@@ -112,7 +112,7 @@ def _slices(chunk: ImportedChunk, kinds: Sequence[str], where: str) -> Iterator[
                         f"{placement.name} has shape {list(placement.shape)} in the param map, "
                         f"{list(weights[placement.name].shape)} in the model file",
                         where=where,
-                        mend="point --param-map-path at the maps of this run",
+                        hint="point --param-map-path at the maps of this run",
                     )
                 start, numel = placement.start - bucket.start, placement.stop - placement.start
                 yield (
@@ -137,7 +137,7 @@ def missing_layers(chunks: Mapping[int, Sequence[str]], topology: Topology, *, p
             raise TopologyError(
                 f"stage {pp} chunk {vpp} holds a layer {max(there)}, by the options it has {len(slots)}",
                 where=where,
-                mend="check --num-layers, --vpp-size and --stage-list",
+                hint="check --num-layers, --vpp-size and --stage-list",
             )
         empty |= {layer for local, layer in enumerate(slots) if local not in there}
     return frozenset(empty)
@@ -149,7 +149,7 @@ def _check_layers(chunk: ImportedChunk, slots: Mapping[int, int], pp: int, where
         raise TopologyError(
             f"stage {pp} chunk {chunk.vpp} has layers {sorted(there)}, by the options it has {sorted(slots)}",
             where=where,
-            mend="check --noop, --num-layers, --vpp-size and --stage-list",
+            hint="check --noop, --num-layers, --vpp-size and --stage-list",
         )
 
 
@@ -159,13 +159,13 @@ def _check_weight(name: str, ref: TensorRef, sizes: Mapping[str, int | bool], te
         raise TopologyError(
             f"{name} has shape {list(ref.shape)}, the arguments give {list(wanted)}",
             where=where,
-            mend="the model file and its arguments contradict each other: save the checkpoint again",
+            hint="the model file and its arguments contradict each other: save the checkpoint again",
         )
     if ref.dtype not in FLOATS:
         raise InputError(
             f"{name} is of type {ref.dtype}; only {', '.join(sorted(FLOATS))} can be imported without loss",
             where=where,
-            mend="save the checkpoint with parameters of one of these types",
+            hint="save the checkpoint with parameters of one of these types",
         )
 
 
@@ -202,7 +202,7 @@ def _scheduler_entry(name: str, value: object, where: str) -> Iterator[Entry]:
             raise InputError(
                 f"{name} is {value!r}; MindSpeed-Core-MS knows {', '.join(styles)}",
                 where=where,
-                mend="import parameters only, or change the style in the checkpoint",
+                hint="import parameters only, or change the style in the checkpoint",
             )
         value = styles.index(str(value))
     if not isinstance(value, int | float):

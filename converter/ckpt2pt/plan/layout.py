@@ -83,7 +83,7 @@ def _buffer(parameters: Sequence[Parameter], dtype: str, divisor: int, bucket_nu
                     f"the bucket before the shared {parameter.name} ends at element {at}, "
                     f"which a data-parallel group of {divisor} does not divide: Megatron-LM 0.6 stops there",
                     where="the layout of the optimizer's buffer",
-                    mend="choose a data-parallel size that divides it (--target-dp-size), or untie the embeddings",
+                    hint="choose a data-parallel size that divides it (--target-dp-size), or untie the embeddings",
                 )
             close(at)
         stop = at + parameter.numel

@@ -100,7 +100,7 @@ def _local(tensor: Tensor, entry: str, tp: int, wanted: Wanted) -> TensorRef:
         raise TopologyError(
             f"nothing says how {tensor.key.name} is cut over tensor-parallel ranks",
             where=wanted.where,
-            mend="convert it with the parallel sizes that it was saved with",
+            hint="convert it with the parallel sizes that it was saved with",
         )
     axis = known[0].cuts[known[1]]
     fused = _padded(tensor, wanted)
@@ -110,7 +110,7 @@ def _local(tensor: Tensor, entry: str, tp: int, wanted: Wanted) -> TensorRef:
         raise TopologyError(
             f"{tensor.key.name} has {fused[axis]} {('rows', 'columns')[axis]}, which {of} ranks do not divide",
             where=wanted.where,
-            mend="choose another tensor parallel size for the target (--target-tp-size)",
+            hint="choose another tensor parallel size for the target (--target-tp-size)",
         )
     local = tuple(length // of if number == axis else length for number, length in enumerate(fused))
     axes = axes_of(tensor.key.name, local, of, gated=len(tensor.shape) > len(fused))
@@ -151,7 +151,7 @@ def _check_padding(name: str, held: int, rows: int, wanted: Wanted) -> None:
         raise TopologyError(
             f"{name} has {held} rows in the source, {rows} in the target, and {known}",
             where=wanted.where,
-            mend="make pt_meta for this vocabulary: ckpt2pt pt-meta --from-pt-meta ... --vocab-size TOKENS",
+            hint="make pt_meta for this vocabulary: ckpt2pt pt-meta --from-pt-meta ... --vocab-size TOKENS",
         )
 
 
@@ -190,7 +190,7 @@ def _check_layers(index: Index, wanted: Wanted) -> None:
             if unexpected
             else f"layer {missing[0]} of the target is not in the source",
             where=wanted.where,
-            mend="check the number of layers and the no-op layers (--num-layers, --noop)",
+            hint="check the number of layers and the no-op layers (--num-layers, --noop)",
         )
 
 
@@ -203,5 +203,5 @@ def _check_heads(wanted: Wanted) -> None:
         raise TopologyError(
             f"{name} is {heads}, which a tensor parallel size of {tensor} does not divide",
             where=wanted.where,
-            mend="choose another tensor parallel size for the target (--target-tp-size)",
+            hint="choose another tensor parallel size for the target (--target-tp-size)",
         )

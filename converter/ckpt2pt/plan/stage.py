@@ -143,7 +143,7 @@ def plan_rank(found: RankInput, topology: Topology, table: NameTable, *, full: b
         raise FormatError(
             "the metadata has no param map, which the optimizer's buckets need",
             where=found.source,
-            mend="point spec.metadata.path (--param-map-path) at a pt_meta with param_map_buffer0_*.json, "
+            hint="point spec.metadata.path (--param-map-path) at a pt_meta with param_map_buffer0_*.json, "
             "or convert with spec.mode ParamsOnly (--convert-param-only)",
         )
     copies = [pair for pair in found.copies if full or table.classify(pair[0].name).role == "param"]
@@ -177,7 +177,7 @@ def check_layers(chunks: Sequence[ChunkMap], topology: Topology, *, pp: int, whe
             f"the metadata of stage {pp} describes chunks {[chunk.vpp for chunk in chunks]}, "
             f"the options ask for {list(topology.filled_chunks(pp))}",
             where=where,
-            mend="check spec.parallelism.virtualPipeline (--vpp-size) and spec.model.noopLayers (--noop), "
+            hint="check spec.parallelism.virtualPipeline (--vpp-size) and spec.model.noopLayers (--noop), "
             "or point spec.metadata.path (--param-map-path) at the right pt_meta",
         )
     for chunk in chunks:
@@ -188,7 +188,7 @@ def check_layers(chunks: Sequence[ChunkMap], topology: Topology, *, pp: int, whe
                 f"stage {pp} chunk {chunk.vpp} has layer slots {spans(found)} in the metadata, "
                 f"but {spans(wanted)} by the options (no-op layers keep their slot)",
                 where=where,
-                mend="set spec.model.numLayers (--num-layers), noopLayers (--noop) and layersPerStage (--stage-list) "
+                hint="set spec.model.numLayers (--num-layers), noopLayers (--noop) and layersPerStage (--stage-list) "
                 "to those of the Megatron run that wrote pt_meta",
             )
 
@@ -212,7 +212,7 @@ class _Source:
             raise InputError(
                 f"the file holds {len(shards)} data-parallel shards ({shards[0]}, ...) instead of named parameters",
                 where=found.source,
-                mend="the first rank holds named parameters: convert a checkpoint whose ranks were all saved alike "
+                hint="the first rank holds named parameters: convert a checkpoint whose ranks were all saved alike "
                 "(spec.source.iteration, --iteration)",
             )
         known, self.prefix = table.classify_all(found.index, where=found.source)
@@ -228,7 +228,7 @@ class _Source:
                 raise CoverageError(
                     f"{twice.name} and {name} are the same {what.role} of {bare}",
                     where=found.source,
-                    mend="remove one of the two, or list it under ignore in a rule file (--rules, spec.model.rules)",
+                    hint="remove one of the two, or list it under ignore in a rule file (--rules, spec.model.rules)",
                 )
 
     def take(self, role: str, spellings: Sequence[str], wanted: str) -> TensorRef:
@@ -248,7 +248,7 @@ class _Source:
             f"{prefix}{spellings[0]} is missing, which Megatron's {wanted} is made from"
             + (f" (nearest is {prefix}{near})" if near else ""),
             where=self.where,
-            mend="check the degrees and spec.model.noopLayers (--noop), or add the name to a rule file (--rules)"
+            hint="check the degrees and spec.model.noopLayers (--noop), or add the name to a rule file (--rules)"
             + ("" if role == "param" else ", or convert with spec.mode ParamsOnly (--convert-param-only)"),
         )
 
@@ -271,7 +271,7 @@ class _Source:
                     raise CoverageError(
                         f"{ref.name} has no place in the target",
                         where=self.where,
-                        mend="check the degrees and --num-layers, or list it under ignore in a rule file "
+                        hint="check the degrees and --num-layers, or list it under ignore in a rule file "
                         "(--rules, spec.model.rules) if it is not wanted",
                     )
         return tuple(twins)
@@ -314,27 +314,27 @@ def _check_weight(weight: Weight, found: RankInput, tensor: int) -> None:
         raise FormatError(
             f"parameters of type {weight.dtype}; known are {', '.join(sorted(FLOATS))}",
             where=f"pt_meta, {weight.name}",
-            mend="point spec.metadata.path (--param-map-path) at the metadata of a bf16, fp16 or fp32 run",
+            hint="point spec.metadata.path (--param-map-path) at the metadata of a bf16, fp16 or fp32 run",
         )
     by_args = expected_shape(weight.name, found.sizes, tensor)
     if by_args is not None and by_args != weight.shape:
         raise TopologyError(
             f"{weight.name} has shape {list(weight.shape)}, the arguments in pt_meta give {list(by_args)}",
             where=found.source,
-            mend="check spec.parallelism.tensor (--tp-size), and that pt_meta belongs to this model",
+            hint="check spec.parallelism.tensor (--tp-size), and that pt_meta belongs to this model",
         )
     for ref in (weight.source, *(weight.moments or ())):
         if ref.shape != weight.shape:
             raise TopologyError(
                 f"{ref.name} has shape {list(ref.shape)}, the target needs {list(weight.shape)}",
                 where=found.source,
-                mend="check spec.parallelism.tensor (--tp-size), and that pt_meta belongs to this model",
+                hint="check spec.parallelism.tensor (--tp-size), and that pt_meta belongs to this model",
             )
         if ref.dtype not in FLOATS:
             raise InputError(
                 f"{ref.name} is of type {ref.dtype}; only {', '.join(sorted(FLOATS))} can be converted without loss",
                 where=found.source,
-                mend="save the checkpoint with float32 (or bfloat16, float16) parameters and moments",
+                hint="save the checkpoint with float32 (or bfloat16, float16) parameters and moments",
             )
 
 

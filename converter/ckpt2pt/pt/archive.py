@@ -295,13 +295,13 @@ def _read_pickle(file: PtFile, records: dict[str, Record]) -> bytes:
         raise FormatError(
             "this is a TorchScript archive, not a checkpoint" if script else "the archive holds no data.pkl",
             where=file.path,
-            mend="save the state dict itself with torch.save",
+            hint="save the state dict itself with torch.save",
         )
     if record.extent.nbytes > _MAX_PICKLE_NBYTES:
         raise FormatError(
             f"data.pkl has {record.extent.nbytes:,} bytes; at most {_MAX_PICKLE_NBYTES:,} are read into memory",
             where=file.path,
-            mend="keep tensors in the checkpoint, not lists of numbers: they lie outside the pickle",
+            hint="keep tensors in the checkpoint, not lists of numbers: they lie outside the pickle",
         )
     data = file.read(record.extent.offset, record.extent.nbytes)
     found = crc32(data, 0)
@@ -320,7 +320,7 @@ def _check_byteorder(file: PtFile, records: dict[str, Record]) -> None:
         raise FormatError(
             f"the tensors are stored in byte order {order.decode(errors='replace')!r}, expected 'little'",
             where=file.path,
-            mend=f"on a little-endian machine, {SAVE_AGAIN}",
+            hint=f"on a little-endian machine, {SAVE_AGAIN}",
         )
 
 
@@ -329,10 +329,10 @@ def _wrong_crc(file: PtFile, record: Record, found: int) -> FormatError:
         return FormatError(
             f"no CRC-32 is stored for {record.name} (torch.serialization.set_crc32_options(False))",
             where=file.path,
-            mend=SAVE_AGAIN,
+            hint=SAVE_AGAIN,
         )
     return FormatError(
         f"the CRC-32 of {record.name} is {found:08x}, but {record.crc32:08x} is stored",
         where=file.path,
-        mend=COPY_AGAIN,
+        hint=COPY_AGAIN,
     )

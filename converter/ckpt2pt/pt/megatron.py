@@ -73,11 +73,11 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
         raise FormatError(
             "this is a distributed checkpoint (torch_dist, .distcp files); ckpt2pt reads the torch format, mp_rank_*/*.pt",
             where=iteration,
-            mend="load it with Megatron-LM and save it again without --use-dist-ckpt (--ckpt-format torch)",
+            hint="load it with Megatron-LM and save it again without --use-dist-ckpt (--ckpt-format torch)",
         )
     if not found:
         raise MissingInputError(
-            "no mp_rank_* folder", where=iteration, mend="point --megatron-path at a Megatron checkpoint (torch format)"
+            "no mp_rank_* folder", where=iteration, hint="point --megatron-path at a Megatron checkpoint (torch format)"
         )
     tensor, pipeline = (1 + max(rank[axis] for rank in found) for axis in (0, 1))
     missing = [f"tp {tp} pp {pp}" for pp in range(pipeline) for tp in range(tensor) if (tp, pp) not in found]
@@ -85,7 +85,7 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
         raise MissingInputError(
             f"{len(missing)} of {tensor * pipeline} ranks are missing: {', '.join(missing[:6])}",
             where=iteration,
-            mend="copy the whole iteration",
+            hint="copy the whole iteration",
         )
     return found
 
@@ -101,11 +101,11 @@ def read_rank(
     archive = Archive.open(path)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
-        raise FormatError("the file does not hold a dictionary with text keys", where=path, mend=_SAVED_AGAIN)
+        raise FormatError("the file does not hold a dictionary with text keys", where=path, hint=_SAVED_AGAIN)
     named = cast("dict[str, Value]", tree)
     keys = sorted((key for key in named if _MODEL_KEY.fullmatch(key)), key=lambda key: int(key[5:] or 0))
     if keys not in (["model"], [f"model{number}" for number in range(len(keys))]) or not keys:
-        raise FormatError(f"model chunks are {', '.join(keys) or 'none'}", where=path, mend=_SAVED_AGAIN)
+        raise FormatError(f"model chunks are {', '.join(keys) or 'none'}", where=path, hint=_SAVED_AGAIN)
     optim = folder / OPTIM_FILE
     found = {key: _weights(named[key], archive, path) for key in keys}
     prefix = common_prefix({name: name for weights in found.values() for name in weights}, where=str(path))
@@ -143,7 +143,7 @@ def _weights(model: Value, archive: Archive, path: Path) -> dict[str, TensorRef]
         nonlocal visits_left
         visits_left -= 1
         if visits_left < 0:
-            raise FormatError("more parameters than a file of its size can hold", where=path, mend=_SAVED_AGAIN)
+            raise FormatError("more parameters than a file of its size can hold", where=path, hint=_SAVED_AGAIN)
         inner = entries(value)
         if inner is not None:
             for key, item in inner:
@@ -154,7 +154,7 @@ def _weights(model: Value, archive: Archive, path: Path) -> dict[str, TensorRef]
     found: dict[str, TensorRef] = {}
     for name, ref in walk("", model):
         if found.setdefault(name, ref) is not ref:
-            raise FormatError(f"{name} is there twice", where=path, mend=_SAVED_AGAIN)
+            raise FormatError(f"{name} is there twice", where=path, hint=_SAVED_AGAIN)
     return found
 
 
@@ -165,11 +165,11 @@ def _named(weights: Mapping[str, TensorRef], prefix: str, path: Path) -> Iterato
         name = full.removeprefix(prefix)
         name = TIED_HEAD if name == _TIED_HEAD_SAVED else name
         if name in seen:
-            raise FormatError(f"{name} is there twice", where=path, mend=_SAVED_AGAIN)
+            raise FormatError(f"{name} is there twice", where=path, hint=_SAVED_AGAIN)
         seen.add(name)
         if not name.startswith("language_model.") and name != TIED_HEAD:
             raise FormatError(
-                f"{name} is no parameter of a legacy GPT model of Megatron-LM 0.6", where=path, mend=_SAVED_AGAIN
+                f"{name} is no parameter of a legacy GPT model of Megatron-LM 0.6", where=path, hint=_SAVED_AGAIN
             )
         yield name, ref._replace(name=name)
 
@@ -178,12 +178,12 @@ def tensor_ref(value: Value, archive: Archive, name: str, path: Path) -> TensorR
     """Where a tensor of the tree lies; it may be a view into a storage that others share."""
     found = as_tensor(value)
     if found is None:
-        raise FormatError(f"{name} is not a tensor", where=path, mend=_SAVED_AGAIN)
+        raise FormatError(f"{name} is not a tensor", where=path, hint=_SAVED_AGAIN)
     storage = archive.storages.get(found.key)
     width = DTYPE_BYTES.get(found.dtype, 0)
     if storage is None or not width or storage.nbytes != found.storage_numel * width or not found.is_contiguous:
         raise FormatError(
-            f"{name} is not a contiguous tensor of a type that can be read", where=path, mend="copy the file again"
+            f"{name} is not a contiguous tensor of a type that can be read", where=path, hint="copy the file again"
         )
     extent = Extent(storage.path, storage.offset + found.offset * width, found.numel * width)
     return TensorRef(name, found.dtype, found.shape, (extent,) if extent.nbytes else ())
@@ -200,7 +200,7 @@ def _buffers(path: Path) -> tuple[tuple[StoredBucket, ...], ...]:
             if coalesced
             else "there is no per_bucket_numel_unpadded",
             where=path,
-            mend="use a checkpoint of Megatron-LM 0.6, whose buckets are lists; or convert parameters only",
+            hint="use a checkpoint of Megatron-LM 0.6, whose buckets are lists; or convert parameters only",
         )
     count = sum(isinstance(key, int) for key in tree)
     padded, unpadded = (
@@ -214,12 +214,12 @@ def _buffers(path: Path) -> tuple[tuple[StoredBucket, ...], ...]:
         for key, numels in padded[number].items():
             buckets_left -= len(numels)
             if buckets_left < 0:
-                raise FormatError("more buckets than a file of its size can hold", where=path, mend=_SAVED_AGAIN)
+                raise FormatError("more buckets than a file of its size can hold", where=path, hint=_SAVED_AGAIN)
             kinds = _inner(tree.get(number), path).get(key)
             tensors = {kind: _list(_inner(kinds, path).get(kind), path) for kind in OPTIM_KINDS}
             sizes = unpadded[number].get(key, [])
             if any(len(items) != len(numels) for items in (sizes, *tensors.values())):
-                raise FormatError(f"buffer {number} has lists of different length", where=path, mend=_SAVED_AGAIN)
+                raise FormatError(f"buffer {number} has lists of different length", where=path, hint=_SAVED_AGAIN)
             buckets: list[StoredBucket] = []
             for index, (numel, size) in enumerate(zip(numels, sizes, strict=True)):
                 refs = {
@@ -239,20 +239,20 @@ def _check_bucket(refs: Mapping[str, TensorRef], numel: int, unpadded: int, wher
             raise FormatError(
                 f"{kind} is {ref.dtype} with {ref.numel} elements; the header says {unpadded}, padded to {numel}",
                 where=where,
-                mend=_SAVED_AGAIN,
+                hint=_SAVED_AGAIN,
             )
 
 
 def _sizes(tree: Mapping[Value, Value], name: str, count: int, path: Path) -> list[dict[Value, list[int]]]:
     rows = _list(tree.get(name), path)
     if len(rows) != count:
-        raise FormatError(f"{name} has {len(rows)} entries for {count} buffers", where=path, mend=_SAVED_AGAIN)
+        raise FormatError(f"{name} has {len(rows)} entries for {count} buffers", where=path, hint=_SAVED_AGAIN)
     found: list[dict[Value, list[int]]] = []
     for row in rows:
         sizes = {key: _list(value, path) for key, value in _inner(row, path).items()}
         for key, numels in sizes.items():
             if not _is_type_pair(key) or not all(type(n) is int and n >= 0 for n in numels):
-                raise FormatError(f"{name} holds something else than sizes", where=path, mend=_SAVED_AGAIN)
+                raise FormatError(f"{name} holds something else than sizes", where=path, hint=_SAVED_AGAIN)
         found.append(cast("dict[Value, list[int]]", sizes))
     return found
 
@@ -263,11 +263,11 @@ def _is_type_pair(key: Value) -> bool:
 
 def _inner(value: Value, path: Path) -> Mapping[Value, Value]:
     if not isinstance(value, dict):
-        raise FormatError("a dictionary of buckets is missing", where=path, mend=_SAVED_AGAIN)
+        raise FormatError("a dictionary of buckets is missing", where=path, hint=_SAVED_AGAIN)
     return value
 
 
 def _list(value: Value, path: Path) -> Sequence[Value]:
     if not isinstance(value, list):
-        raise FormatError("a list of buckets is missing", where=path, mend=_SAVED_AGAIN)
+        raise FormatError("a list of buckets is missing", where=path, hint=_SAVED_AGAIN)
     return value

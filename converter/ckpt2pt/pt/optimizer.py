@@ -104,5 +104,5 @@ def _refuse(what: str, where: Path) -> NoReturn:
     raise FormatError(
         f"the optimizer does not fit the model: {what}",
         where=where,
-        mend="give --convert-param-only to import weights alone",
+        hint="give --convert-param-only to import weights alone",
     )

@@ -171,7 +171,7 @@ def check_storages(keys: Iterable[str], storages: Container[str], where: str) ->
         raise FormatError(
             f"the pickle names storages that the archive does not hold: {', '.join(map(quoted, missing[:4]))}",
             where=where,
-            mend="copy the file again from where it was made",
+            hint="copy the file again from where it was made",
         )
 
 

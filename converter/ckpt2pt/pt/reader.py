@@ -61,9 +61,9 @@ class PtFile(InputFile):
     kind = ".pt file"
     option = "the path of the .pt file"
 
-    def broken(self, what: str, mend: str = COPY_AGAIN) -> NoReturn:
+    def broken(self, what: str, hint: str = COPY_AGAIN) -> NoReturn:
         """Refuse the file."""
-        raise FormatError(what, where=self.path, mend=mend)
+        raise FormatError(what, where=self.path, hint=hint)
 
 
 def read_records(file: PtFile) -> tuple[str, dict[str, Record]]:

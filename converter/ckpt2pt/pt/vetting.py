@@ -110,7 +110,7 @@ def check_member(func: Global, args: tuple[Value, ...], allow: frozenset[str], w
     raise UnsafePickleError(
         f"the pickle calls {func} with something else than a known class and the name of one of its members",
         where=where,
-        mend="write the file again without it",
+        hint="write the file again without it",
     )
 
 
@@ -122,13 +122,13 @@ def refuse_mention(name: Global, where: str) -> NoReturn:
 def _refused(module: str, name: str, where: str) -> UnsafePickleError:
     full = f"{module}.{name}"
     shown = full if full.isprintable() and len(full) <= 200 else ascii(full[:200])
-    mend = "write the file again without it"
+    hint = "write the file again without it"
     if module.partition(".")[0] not in _NEVER and _NAME.fullmatch(name):
-        mend += (
+        hint += (
             f", or if {shown} is a class of your own Megatron fork, list it under pickle_globals in the rule file"
             " given by --rules"
         )
-    return UnsafePickleError(f"the pickle names {shown}, which has no business in a checkpoint", where=where, mend=mend)
+    return UnsafePickleError(f"the pickle names {shown}, which has no business in a checkpoint", where=where, hint=hint)
 
 
 def _is_safe(module: str, name: str, allow: frozenset[str]) -> bool:
@@ -164,7 +164,7 @@ def is_key(key: Value) -> bool:
 
 def damaged(what: str, where: str) -> FormatError:
     """The error for a pickle that is not what torch.save writes."""
-    return FormatError(what, where=where, mend="copy the file again from where it was made, or save it again there")
+    return FormatError(what, where=where, hint="copy the file again from where it was made, or save it again there")
 
 
 def check_tree(root: Value, where: str) -> None:

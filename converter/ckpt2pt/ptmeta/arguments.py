@@ -14,7 +14,7 @@ from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.gpt import Argument
 from ckpt2pt.ptmeta.describe import Description, known
 
-_MEND = "add it to the description (docs/pt-meta.md)"
+_HINT = "add it to the description (docs/pt-meta.md)"
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "micro_batch_size", "lr")
 #   argument                 what alone can be synthesised
 _SUPPORTED: Mapping[str, tuple[Argument, ...]] = {
@@ -64,7 +64,7 @@ def complete(said: Description, *, data: int | None, vocabulary: int | None) -> 
 
     for name in _REQUIRED:
         if values[name] is None:
-            raise UsageError(f"the description does not give {name}", where=said.path, mend=_MEND)
+            raise UsageError(f"the description does not give {name}", where=said.path, hint=_HINT)
     _check_supported(values, said)
     if not values["bf16"]:
         derive("params_dtype", "float32")
@@ -89,7 +89,7 @@ def _check_supported(values: Mapping[str, Argument], said: Description) -> None:
             raise UsageError(
                 f"{name} is {values[name]}; metadata of such a run cannot be made from a description",
                 where=said.path,
-                mend="make it from a checkpoint: run Megatron for one step, then ckpt2pt pt-meta --megatron-path",
+                hint="make it from a checkpoint: run Megatron for one step, then ckpt2pt pt-meta --megatron-path",
             )
 
 
@@ -123,14 +123,14 @@ def _derive_degrees(values: dict[str, Argument], said: Description, data: int | 
         raise UsageError(
             f"{world} ranks do not divide into tensor {tensor} x pipeline {pipeline} x context {context}",
             where=said.path,
-            mend="check the degrees and world_size of the description",
+            hint="check the degrees and world_size of the description",
         )
     if stated not in {None, world // model}:
         raise UsageError(
             f"data_parallel_size is {stated}, but {world} ranks by tensor {tensor} x pipeline {pipeline} x context "
             f"{context} are {world // model}",
             where=said.path,
-            mend="correct world_size or data_parallel_size of the description, or leave one of them out",
+            hint="correct world_size or data_parallel_size of the description, or leave one of them out",
         )
     derive("world_size", world)
     derive("data_parallel_size", world // model)
@@ -188,7 +188,7 @@ def integer(values: Mapping[str, Argument], name: str) -> int:
     """An argument that must be a positive integer."""
     value = values.get(name)
     if type(value) is not int or value < 1:
-        raise UsageError(f"{name} is {value}, not a number above 0", where="the model description", mend=_MEND)
+        raise UsageError(f"{name} is {value}, not a number above 0", where="the model description", hint=_HINT)
     return value
 
 
@@ -198,5 +198,5 @@ def floating(values: Mapping[str, Argument], name: str, default: float | None = 
     if value is None and default is not None:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UsageError(f"{name} is {value}, not a number", where="the model description", mend=_MEND)
+        raise UsageError(f"{name} is {value}, not a number", where="the model description", hint=_HINT)
     return value

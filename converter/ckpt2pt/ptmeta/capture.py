@@ -22,7 +22,7 @@ from ckpt2pt.request import SILENCE, Advance, Portion, Reporter, unheard
 from ckpt2pt.system.paths import status
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
-_MEND = "make pt_meta from a run of Megatron-LM 0.6 with --use-distributed-optimizer"
+_HINT = "make pt_meta from a run of Megatron-LM 0.6 with --use-distributed-optimizer"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +172,7 @@ def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | No
         raise FormatError(
             f"{len(maps)} param maps for {len(filled)} chunks of {rank.folder.name}",
             where=where,
-            mend="copy all maps of the run, or leave --param-map-path out to have them computed",
+            hint="copy all maps of the run, or leave --param-map-path out to have them computed",
         )
     placed = dict(zip(filled, maps, strict=True))
     buffers = tuple((placed[vpp],) if vpp in placed else () for vpp in range(len(rank.chunks)))
@@ -183,7 +183,7 @@ def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | No
             raise FormatError(
                 f"{strange[0]} is not in both the map and the model file of chunk {vpp}",
                 where=where,
-                mend="point --param-map-path at the maps of this run, or leave it out to have them computed",
+                hint="point --param-map-path at the maps of this run, or leave it out to have them computed",
             )
     return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(_prove(rank, buffers, at_most=at_most)))
 
@@ -196,7 +196,7 @@ def _prove(
     notes: list[str] = []
     if rank.buffers is not None and len(stored) != len(flat):
         raise FormatError(
-            f"distrib_optim.pt holds {len(stored)} buffers, the model makes {len(flat)}", where=rank.folder, mend=_MEND
+            f"distrib_optim.pt holds {len(stored)} buffers, the model makes {len(flat)}", where=rank.folder, hint=_HINT
         )
     views = [check_views(buffer, weights, where=str(rank.folder)) for buffer, weights in flat]
     if all(views):
@@ -283,5 +283,5 @@ def _divisor(rank: MegatronRank) -> int:
     found = data_parallel_size(rank.template)
     if found is None:
         value = rank.template.args.get("data_parallel_size")
-        raise FormatError(f"the arguments say data_parallel_size {value!r}", where=rank.folder, mend=_MEND)
+        raise FormatError(f"the arguments say data_parallel_size {value!r}", where=rank.folder, hint=_HINT)
     return found

@@ -23,7 +23,7 @@ from ckpt2pt.plan.gpt import Argument
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import read_text
 
-_MEND = "see docs/pt-meta.md: a YAML mapping of Megatron's arguments, or the script that starts the training"
+_HINT = "see docs/pt-meta.md: a YAML mapping of Megatron's arguments, or the script that starts the training"
 _ASSIGNMENT = re.compile(r"([A-Za-z_]\w*)\+?=(.*)", re.DOTALL)
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?[-=]([^}]*))?\})")
 _ARITHMETIC = re.compile(r"\$\(\((.+?)\)\)", re.DOTALL)
@@ -107,7 +107,7 @@ def describe(path: Path) -> Description:
     except OSError as error:
         raise access_error(error, path, "reading", option="--description") from error
     except UnicodeDecodeError as error:
-        raise UsageError("the description is not text", where=path, mend=_MEND) from error
+        raise UsageError("the description is not text", where=path, hint=_HINT) from error
     if path.suffix in {".yaml", ".yml", ".json"}:
         return _sort(dict(_of_mapping(text, path)), path)
     return _sort(dict(_of_script(text, path)), path)
@@ -118,13 +118,13 @@ def _of_mapping(text: str, path: Path) -> Iterator[tuple[str, Argument]]:
         document: object = yaml.safe_load(text)
         root = cast("yaml.MappingNode", yaml.compose(text, yaml.SafeLoader))
     except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"not a YAML document: {error}", where=path, mend=_MEND) from error
+        raise UsageError(f"not a YAML document: {error}", where=path, hint=_HINT) from error
     if not isinstance(document, dict):
-        raise UsageError("not a mapping of arguments", where=path, mend=_MEND)
+        raise UsageError("not a mapping of arguments", where=path, hint=_HINT)
     _refuse_twice([str(key.value) for key, _ in root.value], path)
     for name, value in cast("dict[object, object]", document).items():
         if not isinstance(name, str) or not isinstance(value, bool | int | float | str | list | None):
-            raise UsageError(f"{name} is not an argument with a plain value", where=path, mend=_MEND)
+            raise UsageError(f"{name} is not an argument with a plain value", where=path, hint=_HINT)
         yield _plain(name), value
 
 
@@ -139,7 +139,7 @@ def _refuse_twice(keys: Sequence[str], path: Path) -> None:
         name = known().negations.get(_plain(key), _plain(key))
         if name in first:
             raise UsageError(
-                f"{name} is given twice, as {first[name]} and as {key}", where=path, mend="leave one of them out"
+                f"{name} is given twice, as {first[name]} and as {key}", where=path, hint="leave one of them out"
             )
         first[name] = key
 
@@ -148,7 +148,7 @@ def _of_script(text: str, path: Path) -> Iterator[tuple[str, Argument]]:
     try:
         words = list(_words(text))
     except ValueError as error:
-        raise UsageError(f"the script cannot be read: {error}", where=path, mend=_MEND) from error
+        raise UsageError(f"the script cannot be read: {error}", where=path, hint=_HINT) from error
     at = 0
     while at < len(words):
         flag, at = words[at], at + 1
@@ -158,7 +158,7 @@ def _of_script(text: str, path: Path) -> Iterator[tuple[str, Argument]]:
         name = name.replace("-", "_")
         values = [inline] if inline else []
         if inline and known().is_switch(name):
-            raise UsageError(f"{flag.partition('=')[0]} takes no value, and has {inline}", where=path, mend=_MEND)
+            raise UsageError(f"{flag.partition('=')[0]} takes no value, and has {inline}", where=path, hint=_HINT)
         if not inline:
             stop = next((n for n in range(at, len(words)) if words[n].startswith("--")), len(words))
             values = words[at:stop]
@@ -216,7 +216,7 @@ def _value(name: str, words: Sequence[str], path: Path) -> Argument:
         return True
     if not words:
         if name in table.arguments:
-            raise UsageError(f"--{name.replace('_', '-')} has no value", where=path, mend=_MEND)
+            raise UsageError(f"--{name.replace('_', '-')} has no value", where=path, hint=_HINT)
         return True
     if name in table.lists:
         return cast("list[object]", [_number(word) for word in words])
@@ -224,7 +224,7 @@ def _value(name: str, words: Sequence[str], path: Path) -> Argument:
         raise UsageError(
             f"--{name.replace('_', '-')} is {words[0]}, which the script does not say",
             where=path,
-            mend="give the value itself in a YAML description",
+            hint="give the value itself in a YAML description",
         )
     return words[0]
 
@@ -259,7 +259,7 @@ def _typed(name: str, value: Argument, path: Path) -> Argument:
             if type(word) in types:
                 return make(word)
     raise UsageError(
-        f"{name} is {value!r}, not {expected}", where=path, mend=f"correct {name.replace('_', '-')} in the description"
+        f"{name} is {value!r}, not {expected}", where=path, hint=f"correct {name.replace('_', '-')} in the description"
     )
 
 

@@ -112,7 +112,7 @@ def _content(storage: Extent | bytes) -> bytes:
         return storage
     if storage.nbytes > _MAX_STORAGE_BYTES:
         raise FormatError(
-            f"a tensor of {storage.nbytes} bytes beside the weights", where=storage.path, mend="report this checkpoint"
+            f"a tensor of {storage.nbytes} bytes beside the weights", where=storage.path, hint="report this checkpoint"
         )
     with InputFile(Path(storage.path), _SOURCE) as file:
         return file.read(storage.offset, storage.nbytes)
@@ -159,14 +159,14 @@ def _compare(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tu
     there = {path.name: path for path in listing(folder, option="--param-map-path")}
     surplus = sorted(name for name in there if _OURS.fullmatch(name) and name not in files)
     changed = sorted(name for name in files if name in there and not _same(there[name], files[name]))
-    mend = "choose another --param-map-path, or "
+    hint = "choose another --param-map-path, or "
     if (surplus or changed) and not overwrite:
         what = f"{changed[0]} is there and differs" if changed else f"{surplus[0]} is of another model or cut"
-        raise UsageError(what, where=folder, mend=f"{mend}replace what is there with --overwrite")
+        raise UsageError(what, where=folder, hint=f"{hint}replace what is there with --overwrite")
     ledger = _ledger(folder, files)
     stranger = foreign(folder, [*changed, *surplus], Holdings.of(folder, [ledger.writing, ledger.record]))
     if stranger is not None:
-        raise not_ours(folder / stranger, f"{mend}move it away: it is never replaced")
+        raise not_ours(folder / stranger, f"{hint}move it away: it is never replaced")
     return [name for name in files if name not in there or name in changed], surplus
 
 
@@ -174,8 +174,8 @@ def _ledger(folder: Path, files: Mapping[str, bytes]) -> Ledger:
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name} {len(content)}\n".encode() + content)
-    mend = "choose another --param-map-path, or move it away: it is never replaced"
-    return Ledger.of_group(folder, folder / STATE / "pt_meta.json", digest.hexdigest(), mend=mend)
+    hint = "choose another --param-map-path, or move it away: it is never replaced"
+    return Ledger.of_group(folder, folder / STATE / "pt_meta.json", digest.hexdigest(), hint=hint)
 
 
 def _entry(name: str, content: bytes) -> dict[str, object]:

@@ -31,7 +31,7 @@ def check_loadable(request: Request, rank: Rank, meta: RankMeta | None = None) -
             f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
             + summary(found),
             where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
-            mend=hint(found)
+            hint=hint(found)
             + (", or convert with spec.mode ParamsOnly (--convert-param-only)" if request.full else ""),
         )
 

@@ -85,7 +85,7 @@ class Made:
             raise UsageError(
                 "the metadata rests on the assumptions above, and nothing was written",
                 where=self.folder,
-                mend="check them, correct the description where it is wrong, and run the command again with --accept-assumptions",
+                hint="check them, correct the description where it is wrong, and run the command again with --accept-assumptions",
             )
 
 

@@ -53,6 +53,6 @@ def synthesize_entries(
         raise FormatError(
             f"the arguments do not give what --synthesize needs: {error.what}",
             where=template.path,
-            mend="make pt_meta from a checkpoint that holds these entries, or from a description (--description)",
+            hint="make pt_meta from a checkpoint that holds these entries, or from a description (--description)",
         ) from error
     return made, storages

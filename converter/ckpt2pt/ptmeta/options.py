@@ -144,7 +144,7 @@ def make_pt_meta(options: argparse.Namespace, reporter: Reporter) -> Made:
         raise UsageError(
             "one source is needed",
             where="ckpt2pt pt-meta",
-            mend="give --megatron-path, a checkpoint that Megatron wrote, or --description with --ms-path, or --from-pt-meta",
+            hint="give --megatron-path, a checkpoint that Megatron wrote, or --description with --ms-path, or --from-pt-meta",
         )
     _tell_unused(options)
     rules = rules_of(options.rules)
@@ -163,7 +163,7 @@ def make_pt_meta(options: argparse.Namespace, reporter: Reporter) -> Made:
             reporter=reporter,
         )
     if options.ms_path is None:
-        raise UsageError("--ms-path is missing", where="the command line", mend="give --ms-path")
+        raise UsageError("--ms-path is missing", where="the command line", hint="give --ms-path")
     wanted = Wanted(
         source=options.ms_path,
         data=options.dp_size,

@@ -17,7 +17,7 @@ from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 _BLOCK_NUMEL = 1 << 17
-_MEND = (
+_HINT = (
     "make sure that both files are of one checkpoint of Megatron-LM 0.6, saved with --use-distributed-optimizer; "
     "give --bucket-size if that Megatron's number of elements for a bucket was changed"
 )
@@ -29,7 +29,7 @@ def check_sizes(buffer: Buffer, stored: Sequence[StoredBucket], *, where: str) -
     found = [(bucket.numel_unpadded, bucket.numel) for bucket in stored]
     if computed != found:
         raise FormatError(
-            f"the buckets are {_few(found)} (elements, padded); computed are {_few(computed)}", where=where, mend=_MEND
+            f"the buckets are {_few(found)} (elements, padded); computed are {_few(computed)}", where=where, hint=_HINT
         )
 
 
@@ -46,7 +46,7 @@ def check_views(buffer: Buffer, weights: Sequence[tuple[str, TensorRef]], *, whe
         return len(found) > 1
     spread = max(ref.extents[0].offset for _, ref in found) - min(ref.extents[0].offset for _, ref in found)
     if spread + DTYPE_BYTES[buffer.dtype] * max(p.stop - p.start for p, _ in found) <= buffer.numel * width:
-        raise FormatError("the weights lie in the model file in another order", where=where, mend=_MEND)
+        raise FormatError("the weights lie in the model file in another order", where=where, hint=_HINT)
     return False
 
 
@@ -115,7 +115,7 @@ def _check_slice(weight: TensorRef, param: TensorRef, start: int, numel: int, re
             raise FormatError(
                 f"{weight.name} is not what the optimizer holds of it, from element {start} on",
                 where=where,
-                mend=_MEND,
+                hint=_HINT,
             )
 
 

@@ -66,7 +66,7 @@ def relayout(folder: Path, new: NewLayout, *, allow: tuple[str, ...] = ()) -> Re
     """
     stated = read_stated(folder, allow=allow)
     if stated is None:
-        raise UsageError("there is no pt_meta", where=folder, mend=f"point {_OPTION} at a folder with args_tp*_pp*.pt")
+        raise UsageError("there is no pt_meta", where=folder, hint=f"point {_OPTION} at a folder with args_tp*_pp*.pt")
     base = read_arguments(folder, (0, 0), allow=allow)
     args = cast("Mapping[str, Argument]", base.args)
     old = _old_layout(folder, stated, args, allow)
@@ -115,7 +115,7 @@ def _check_maps(folder: Path, old: Topology, base: Template, bucket_size: int | 
                 f"the param maps of stage {pp} are not those of a legacy GPT model of Megatron-LM 0.6"
                 + (f" with buckets of {bucket_size} elements" if bucket_size else ""),
                 where=folder,
-                mend="give --bucket-size if that Megatron's number of elements for a bucket was changed; for a model with an "
+                hint="give --bucket-size if that Megatron's number of elements for a bucket was changed; for a model with an "
                 "order of parameters of its own make pt_meta from a checkpoint in the new layout (--megatron-path)",
             )
 
@@ -145,7 +145,7 @@ def _vocabulary(args: Mapping[str, Argument], layout: Topology, new: NewLayout) 
         raise UsageError(
             f"--vocab-size is {new.tokens}, and the embedding has {held} rows",
             where="the command line",
-            mend="give the number of tokens before padding",
+            hint="give the number of tokens before padding",
         )
     rows = -(-held // multiple) * multiple
     return rows, f"{rows} rows, as the number of tokens is not known (--vocab-size); Megatron pads it to {multiple}"
@@ -160,7 +160,7 @@ def _changes(args: Mapping[str, Argument], layout: Topology, rows: int | None, n
         raise UsageError(
             f"--target-dp-size {group} counts data and context parallel ranks together, and there are {context} of these",
             where="the command line",
-            mend=f"give a multiple of {context}",
+            hint=f"give a multiple of {context}",
         )
     changes: dict[str, Value] = {
         "tensor_model_parallel_size": layout.tensor,
@@ -219,7 +219,7 @@ def _rank(
             raise FormatError(
                 f"no rank has a parameter group {'with' if missing[0] else 'without'} weight decay",
                 where=base.path,
-                mend="make pt_meta from a checkpoint or from a description (ckpt2pt pt-meta --help)",
+                hint="make pt_meta from a checkpoint or from a description (ckpt2pt pt-meta --help)",
             )
         tree["optimizer"] = {"optimizer": {"param_groups": [dict(groups[kind].items()) for kind in wanted]}}
     prefix = "model{}" if layout.virtual > 1 else "model"

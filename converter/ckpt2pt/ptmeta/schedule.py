@@ -15,7 +15,7 @@ from ckpt2pt.plan.layout import Parameter, weight_decay_groups
 from ckpt2pt.pt.pickles import Value
 from ckpt2pt.ptmeta.arguments import floating, integer
 
-_MEND = "give train_iters (or train_samples) and the lr_* arguments of the run in the description"
+_HINT = "give train_iters (or train_samples) and the lr_* arguments of the run in the description"
 
 
 def scheduler(args: Mapping[str, Argument], samples: int) -> dict[str, Value]:
@@ -30,7 +30,7 @@ def scheduler(args: Mapping[str, Argument], samples: int) -> dict[str, Value]:
         decay, growth = integer(args, "lr_decay_samples"), integer(args, "train_samples")
         warmup = int(floating(args, "lr_warmup_samples", 0))
     else:
-        raise UsageError("neither train_iters nor train_samples", where="the model description", mend=_MEND)
+        raise UsageError("neither train_iters nor train_samples", where="the model description", hint=_HINT)
     return {
         "max_lr": floating(args, "lr"),
         "lr_warmup_steps": warmup if fraction is None else floating(args, "lr_warmup_fraction") * decay,
@@ -63,7 +63,7 @@ def learning_rate(args: Mapping[str, Argument], state: Mapping[str, Value]) -> f
         return low + (1.0 - ratio) * (top - low)
     if style == "cosine":
         return low + 0.5 * (math.cos(math.pi * ratio) + 1.0) * (top - low)
-    raise UsageError(f"lr_decay_style {style!r} is not known", where="the model description", mend=_MEND)
+    raise UsageError(f"lr_decay_style {style!r} is not known", where="the model description", hint=_HINT)
 
 
 def weight_decay(state: Mapping[str, Value]) -> float:

@@ -152,7 +152,7 @@ def _check_vocabulary(arguments: Arguments, rows: int | None, file: SourceFile, 
             f"the description does not fit the checkpoint: vocab_size is {size}, the embedding has {rows} rows on "
             f"{tensor} tensor-parallel ranks",
             where=file.path,
-            mend="correct vocab_size or tensor_model_parallel_size of the description, or leave vocab_size out",
+            hint="correct vocab_size or tensor_model_parallel_size of the description, or leave vocab_size out",
         )
 
 
@@ -206,7 +206,7 @@ def _check(
         plan = plan_rank(found, cut, NameTable(rules), full=False)
     except InputError as error:
         raise type(error)(
-            f"the description does not fit the checkpoint: {error.what}", where=error.where, mend=error.mend
+            f"the description does not fit the checkpoint: {error.what}", where=error.where, hint=error.hint
         ) from error
     return sum(1 for _ in plan.weights)
 

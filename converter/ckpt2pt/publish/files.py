@@ -35,7 +35,7 @@ def vanished(path: Path) -> TryAgainError:
     return TryAgainError(
         "the temporary file was removed while it was written: another run is at work here",
         where=path,
-        mend="let the other run finish, or stop it; then run the same command again",
+        hint="let the other run finish, or stop it; then run the same command again",
     )
 
 
@@ -83,7 +83,7 @@ def refuse_link(path: Path) -> None:
         raise UsageError(
             "this is a symbolic link, and nothing is written through it",
             where=path,
-            mend="name the folder that it leads to as the target, or remove the link",
+            hint="name the folder that it leads to as the target, or remove the link",
         )
 
 

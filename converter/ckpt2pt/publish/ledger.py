@@ -92,10 +92,10 @@ def _entries(record: Json) -> Iterable[tuple[str, _Listed]]:
             yield path, _Listed(nbytes, crc, mtime if isinstance(mtime, int) else None)
 
 
-def not_ours(path: Path, mend: str) -> TargetConflictError:
+def not_ours(path: Path, hint: str) -> TargetConflictError:
     """The error for a file that would be replaced or removed and that no record lists as it is."""
     return TargetConflictError(
-        f"{path.name} is there, which ckpt2pt did not write, or which was changed since", where=path, mend=mend
+        f"{path.name} is there, which ckpt2pt did not write, or which was changed since", where=path, hint=hint
     )
 
 
@@ -112,15 +112,15 @@ class Ledger:
     identity: str
     writing: Path
     record: Path
-    mend: str
+    hint: str
     repair: bool = False
 
     @classmethod
-    def of_group(cls, folder: Path, record: Path, identity: str, *, mend: str, repair: bool = False) -> Ledger:
+    def of_group(cls, folder: Path, record: Path, identity: str, *, hint: str, repair: bool = False) -> Ledger:
         """The ledger of a group with a claim of its own, which lies beside its ``record`` as all the rest."""
         claim, writing = record.with_suffix(".claim.json"), record.with_suffix(".writing.json")
         return cls(
-            folder=folder, claim=claim, identity=identity, writing=writing, record=record, mend=mend, repair=repair
+            folder=folder, claim=claim, identity=identity, writing=writing, record=record, hint=hint, repair=repair
         )
 
     def fence(self) -> None:
@@ -145,7 +145,7 @@ class Ledger:
             if there is None or (self.repair and name in held.listed and not stat.S_ISDIR(there.st_mode)):
                 continue
             if not held.is_ours(name):
-                raise not_ours(self.folder / name, self.mend)
+                raise not_ours(self.folder / name, self.hint)
         return held
 
     def publish(self, facts: Mapping[str, object]) -> None:
@@ -167,7 +167,7 @@ def taken_over(folder: Path, who: str) -> TryAgainError:
     return TryAgainError(
         f"another run took the folder over while this one was at work ({who}), so nothing more is written",
         where=folder,
-        mend="run the same command again, if both were not meant for the same place",
+        hint="run the same command again, if both were not meant for the same place",
     )
 
 

@@ -96,7 +96,7 @@ def _waiting(path: Path, what: str, wait: float, heed: Callable[[], None]) -> Ge
                     raise TryAgainError(
                         f"{whose}{' still ending' if orphans else ''}{f', for {waited:.0f} s' if waited > 1 else ''}",
                         where=path,
-                        mend="wait for it to finish, or stop it; then run the same command again",
+                        hint="wait for it to finish, or stop it; then run the same command again",
                     )
                 if waited > _TELL_SECONDS and not told:
                     told = True
@@ -133,7 +133,7 @@ def _open(path: Path) -> int:
 
 
 def _refused(path: Path, what: str) -> UsageError:
-    return UsageError(f"the lock file {what}", where=path, mend="look at what put it there, and remove it")
+    return UsageError(f"the lock file {what}", where=path, hint="look at what put it there, and remove it")
 
 
 def _try(fd: int, path: Path) -> bool | None:

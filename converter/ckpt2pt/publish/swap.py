@@ -90,7 +90,7 @@ def begin_moving(home: Path, new: Path, claim: Mapping[str, object], old: Holdin
     return document
 
 
-def move(home: Path, claim: Mapping[str, object], fence: Callable[[], None], mend: str) -> None:
+def move(home: Path, claim: Mapping[str, object], fence: Callable[[], None], hint: str) -> None:
     """Move the files one by one, then their records, then remove what the older result had besides."""
     swap = cast("Json", claim["swap"])
     new, state = home / str(swap["from"]), home / STATE
@@ -105,7 +105,7 @@ def move(home: Path, claim: Mapping[str, object], fence: Callable[[], None], men
             if not is_there(new / name):
                 continue  # moved by a run before this one
             if status(home / name, follow=False) and not ours.is_ours(name):
-                raise not_ours(home / name, mend)
+                raise not_ours(home / name, hint)
             make_folder((home / name).parent, home)
             fence()
             with suppress(FileNotFoundError):
@@ -150,5 +150,5 @@ def refuse_mount(place: Path) -> None:
         raise UsageError(
             "the folder is a mount of its own, so no other can take its place",
             where=place,
-            mend="write into another target, or mount the folder above instead of this one",
+            hint="write into another target, or mount the folder above instead of this one",
         )

@@ -108,7 +108,7 @@ class Target:
                 f"iteration {self.iteration} there is the result of another conversion "
                 f"(begun {claim.get('begun')} by {claim.get('host')}): other options, another source, or a source that changed since",
                 where=home.folder,
-                mend=self._mend,
+                hint=self._hint,
             )
         found = replace(self, beside=True)
         if self.kind.alone:
@@ -118,7 +118,7 @@ class Target:
         return found
 
     @property
-    def _mend(self) -> str:
+    def _hint(self) -> str:
         return f"choose another {self.kind.option}, or replace it with {self.kind.replace}"
 
     def _replaces(self, claim: Json, *, overwrite: bool) -> bool:
@@ -135,7 +135,7 @@ class Target:
             raise TargetConflictError(
                 "the claim of the conversion there is damaged, so nobody can tell what is whose",
                 where=claim,
-                mend=f"choose another {self.kind.option}, or remove what is there yourself",
+                hint=f"choose another {self.kind.option}, or remove what is there yourself",
             )
         found = listing(self.folder) if self.kind.alone else self._results()
         strangers = sorted(str(path.relative_to(self.folder)) for path in found if path.name != STATE)
@@ -146,7 +146,7 @@ class Target:
         raise TargetConflictError(
             f"the folder holds {strangers[0]}, which ckpt2pt did not write",
             where=self.folder,
-            mend=f"choose another {self.kind.option}, or move what is there away: it is never replaced",
+            hint=f"choose another {self.kind.option}, or move what is there away: it is never replaced",
         )
 
     def _refuse_foreign(self) -> Holdings:
@@ -202,7 +202,7 @@ class Target:
                 raise TryAgainError(
                     "another run has published its result there meanwhile",
                     where=home.folder,
-                    mend="run the same command again",
+                    hint="run the same command again",
                 )
             self._sweep_leftovers()
             if self.beside:
@@ -229,7 +229,7 @@ class Target:
             raise TryAgainError(
                 "the conversion there was published at this very moment",
                 where=self.folder,
-                mend="run the same command again",
+                hint="run the same command again",
             )
 
     def _sweep_leftovers(self) -> None:
@@ -258,7 +258,7 @@ class Target:
             raise TryAgainError(
                 "another worker of the same conversion has published it meanwhile",
                 where=self.at_home.folder,
-                mend="run the same command again: what is finished is kept",
+                hint="run the same command again: what is finished is kept",
             )
         raise taken_over(self.folder, f"{other.get('host', 'nobody')}, begun {other.get('begun', 'at no known time')}")
 
@@ -307,7 +307,7 @@ class Target:
             identity=self.identity,
             writing=self.state / writing_name(*rank),
             record=self.state / rank_name(*rank),
-            mend=f"{self._keep}; the same conversion repairs its own result with {self.kind.replace}",
+            hint=f"{self._keep}; the same conversion repairs its own result with {self.kind.replace}",
             repair=repair,
         )
 
@@ -358,7 +358,7 @@ class Target:
             raise TryAgainError(
                 f"files of tp {ranks.index(None)} pp {pp} were removed while the stage was converted",
                 where=self.folder,
-                mend="keep other programs out of this folder, and run the same command again",
+                hint="keep other programs out of this folder, and run the same command again",
             )
         publish_bytes(
             self.state / stage_name(pp),
@@ -424,7 +424,7 @@ class Target:
             path = self.state / stage_name(pp)
             manifest = read_record(path)
             if manifest is None:
-                raise TryAgainError("the manifest was removed", where=path, mend="run the same command again")
+                raise TryAgainError("the manifest was removed", where=path, hint="run the same command again")
             yield _brief(manifest)
 
     def report(self, manifests: Iterable[Json]) -> Json:

@@ -40,7 +40,7 @@ def check_tracker(root: Path) -> None:
         raise UsageError(
             "the tracker is not a regular file, and is not replaced",
             where=root / TRACKER,
-            mend="look at what put it there, and move it away; then run the same command again",
+            hint="look at what put it there, and move it away; then run the same command again",
         )
 
 

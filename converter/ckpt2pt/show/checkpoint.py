@@ -83,7 +83,7 @@ class _Entry:
 def inspect(path: Path, *, details: bool = False) -> Json:
     """Look at a file or a folder.  ``details`` lists every tensor and argument instead of what is usually asked for."""
     if not is_there(path, "the path"):
-        raise MissingInputError("the file or folder is not there", where=path, mend="check the path")
+        raise MissingInputError("the file or folder is not there", where=path, hint="check the path")
     if is_folder(path, "the path"):
         return _folder(path, details=details)
     return _archive(path, details=details) if is_archive(path) else _mindspore(path, details=details)
@@ -305,7 +305,7 @@ def _folder(path: Path, *, details: bool) -> Json:
         raise UsageError(
             "the folder holds no checkpoint that is known here",
             where=path,
-            mend=f"name a file ({', '.join(sorted(SUFFIXES))}), a folder of rank_* folders, a pt_meta or a Megatron folder",
+            hint=f"name a file ({', '.join(sorted(SUFFIXES))}), a folder of rank_* folders, a pt_meta or a Megatron folder",
         )
     return {"kind": "folder of checkpoints", "path": str(path), "files": [_held(*file) for file in files.items()]}
 
@@ -348,7 +348,7 @@ def _param_map(path: Path, found: re.Match[str]) -> Json:
         rows = [(str(dtype), int(start), int(stop), int(bucket)) for dtype, _, start, stop, bucket in document.values()]
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(
-            f"cannot be read as a param map: {error}", where=path, mend="copy it again from where it was made"
+            f"cannot be read as a param map: {error}", where=path, hint="copy it again from where it was made"
         ) from error
     return {
         "tp": int(found[2]),

@@ -39,7 +39,7 @@ def ended(path: str | Path, offset: int) -> Ckpt2ptError:
     return FileAccessError(
         f"the file ended at byte {offset} while it was being read",
         where=path,
-        mend="make sure that nothing writes the file, copy it again if it is a copy, and run the same command again",
+        hint="make sure that nothing writes the file, copy it again if it is a copy, and run the same command again",
     )
 
 
@@ -63,42 +63,42 @@ def access_error(
         return ReadOnlyVolumeError(
             f"{doing} failed: the volume is mounted read-only",
             where=path,
-            mend="mount it writable (readOnly of the volume), or choose another path; if it was writable before, "
+            hint="mount it writable (readOnly of the volume), or choose another path; if it was writable before, "
             f"look for file system errors (dmesg); {again}",
         )
     if number in {errno.ENOSPC, errno.EDQUOT}:
         return NoSpaceError(
             f"{doing} failed: {reason}",
             where=path,
-            mend="make room on the target volume and run the same command again; what is finished is kept",
+            hint="make room on the target volume and run the same command again; what is finished is kept",
         )
     if number == errno.EFBIG:
         return VolumeTooSmallError(
             f"{doing} failed: the file is larger than the file system or the limit of this process (ulimit -f) allows",
             where=path,
-            mend=f"raise the limit, or choose a volume for large files; {again}",
+            hint=f"raise the limit, or choose a volume for large files; {again}",
         )
     if number == errno.EMFILE:
         return TooManyFilesError(
             f"{doing} failed: this process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files open, and has",
             where=path,
-            mend=f"raise the limit (ulimit -n, LimitNOFILE of the container runtime), or lower --process-limit; {again}",
+            hint=f"raise the limit (ulimit -n, LimitNOFILE of the container runtime), or lower --process-limit; {again}",
         )
     if number in UNSUPPORTED:
         return UnsupportedFileSystemError(
             f"{doing} failed: the file system cannot do this ({reason})",
             where=path,
-            mend=f"choose another volume; {OBJECT_STORES}",
+            hint=f"choose another volume; {OBJECT_STORES}",
         )
     if number == errno.ENOMEM:
         return TryAgainError(
-            f"{doing} failed: {reason}", where=path, mend=f"give more memory (spec.workers.resources), {again}"
+            f"{doing} failed: {reason}", where=path, hint=f"give more memory (spec.workers.resources), {again}"
         )
-    cause, mend = _PASSING.get(
+    cause, hint = _PASSING.get(
         number, (reason, "check that the volume is mounted and healthy (dmesg, log of its storage driver)")
     )
     cause = cause if cause == reason else f"{cause} ({reason})"
-    return FileAccessError(f"{doing} failed: {cause}", where=path, mend=f"{mend}; {again}")
+    return FileAccessError(f"{doing} failed: {cause}", where=path, hint=f"{hint}; {again}")
 
 
 _MOUNT = "check the network and the server of this mount"
@@ -124,18 +124,18 @@ _PASSING = {
 def _wrong_path(number: int, path: Path, what: str, option: str) -> Ckpt2ptError:
     """The path itself is wrong: as an input it is missing; as an output something else is in its place."""
     if option and number == errno.EISDIR:
-        return UsageError("this is a folder, and a file is needed", where=path, mend=f"check {option}")
+        return UsageError("this is a folder, and a file is needed", where=path, hint=f"check {option}")
     if option:
         missing = number == errno.ENOENT
         what = "the file is not there" if missing else f"the path leads nowhere: {os.strerror(number)}"
-        return MissingInputError(what, where=path, mend=f"check {option}")
+        return MissingInputError(what, where=path, hint=f"check {option}")
     if number == errno.ENOENT:
-        mend = "let nothing remove files or folders there meanwhile, and run the same command again"
-        return FileAccessError(what, where=path, mend=mend)
+        hint = "let nothing remove files or folders there meanwhile, and run the same command again"
+        return FileAccessError(what, where=path, hint=hint)
     if number in {errno.ELOOP, errno.ENAMETOOLONG}:
-        return UsageError(what, where=path, mend="choose another path; this one leads nowhere")
-    mend = "a file stands where a folder is to be, or a folder where a file: choose another path, or move it away"
-    return UsageError(what, where=path, mend=f"{mend}; then run the same command again")
+        return UsageError(what, where=path, hint="choose another path; this one leads nowhere")
+    hint = "a file stands where a folder is to be, or a folder where a file: choose another path, or move it away"
+    return UsageError(what, where=path, hint=f"{hint}; then run the same command again")
 
 
 def _denied(path: Path, doing: str, *, writing: bool) -> Ckpt2ptError:
@@ -144,13 +144,13 @@ def _denied(path: Path, doing: str, *, writing: bool) -> Ckpt2ptError:
     try:
         place, found = _barrier(path)
     except OSError:  # not even the root folder can be examined
-        return PermissionDeniedError(f"{doing} failed: permission denied; {me}", where=path, mend="run as another user")
+        return PermissionDeniedError(f"{doing} failed: permission denied; {me}", where=path, hint="run as another user")
     kind, access = ("folder", "a+rx") if stat.S_ISDIR(found.st_mode) else ("file", "a+r")
     mode = stat.S_IMODE(found.st_mode)
     given = f"give this user write access to {place}" if writing else f"`chmod {access} {place}`"
-    mend = f"run as uid {found.st_uid} (spec.workers.security.runAsUser), or let the owner {given}"
+    hint = f"run as uid {found.st_uid} (spec.workers.security.runAsUser), or let the owner {given}"
     if os.geteuid() in {0, found.st_uid}:
-        mend += (
+        hint += (
             "; where the mode allows it, the server (root_squash) or an attribute of the file (chattr +i) forbids it"
         )
     return PermissionDeniedError(
@@ -158,7 +158,7 @@ def _denied(path: Path, doing: str, *, writing: bool) -> Ckpt2ptError:
         f"gid {found.st_gid} and has mode {mode:04o}; {me}"
         + (" (MindSpore leaves its checkpoints at mode 0400)" if mode == 0o400 else ""),
         where=path,
-        mend=mend,
+        hint=hint,
     )
 
 

@@ -43,7 +43,7 @@ def check_room(folder: Path, needed: int, option: str, hint: str = "") -> None:
         raise VolumeTooSmallError(
             f"{size(needed)} are needed, {size(free)} are free",
             where=folder,
-            mend=f"free {size(needed - free)} there, or choose another {option}{hint}; then run the same command again",
+            hint=f"free {size(needed - free)} there, or choose another {option}{hint}; then run the same command again",
         )
 
 
@@ -139,7 +139,7 @@ def _lacks(ability: str, error: OSError | None, place: Path, option: str) -> Uns
     return UnsupportedFileSystemError(
         f"the file system there ({file_system(place) or 'of unknown type'}) cannot {ability}{reason}; nothing was written",
         where=place,
-        mend=f"choose another volume with {option}; {OBJECT_STORES}",
+        hint=f"choose another volume with {option}; {OBJECT_STORES}",
     )
 
 

@@ -49,7 +49,7 @@ def compare_any(
         raise UsageError(
             f"{len(paths)} paths are given",
             where="ckpt2pt verify",
-            mend="give two checkpoints to compare, one result, or none and the flags of convert",
+            hint="give two checkpoints to compare, one result, or none and the flags of convert",
         )
     left, right = paths
     if not differ_in_layout(left, right, asked=sizes != (None, None)):

@@ -152,7 +152,7 @@ class Comparison:
         raise VerificationError(
             f"{len(self.rows)} leaves differ:\n  {shown}" + (f"\n  and {more} more" if more > 0 else ""),
             where=f"{self.left} and {self.right}",
-            mend="see the table; leave out what may differ with --ignore LEAF"
+            hint="see the table; leave out what may differ with --ignore LEAF"
             + (f", and the padding of {self.padding} of them with --ignore-padding" if self.padding else ""),
         )
 
@@ -179,13 +179,13 @@ def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
         raise InputError(
             f"{kept} is held by several ranks, and one copy of it is carried, but {what}",
             where=where,
-            mend="convert it with the parallel sizes that it was saved with, which keeps the copy of each rank, "
+            hint="convert it with the parallel sizes that it was saved with, which keeps the copy of each rank, "
             "or save the checkpoint again with copies that are equal",
         )
     raise InputError(
         f"{kept} and {copy} are one tied weight, but {what}",
         where=where,
-        mend="save the checkpoint again with tied embeddings, or point spec.metadata.path (--param-map-path) at the "
+        hint="save the checkpoint again with tied embeddings, or point spec.metadata.path (--param-map-path) at the "
         "pt_meta of an untied model",
     )
 
@@ -333,7 +333,7 @@ class _Run:
             raise UsageError(
                 "one is a torch archive, the other a MindSpore file: their names do not match",
                 where=f"{left} and {right}",
-                mend="prove a conversion with `ckpt2pt verify` and the flags of convert, without paths",
+                hint="prove a conversion with `ckpt2pt verify` and the flags of convert, without paths",
             )
         one, other = (
             {path: leaf for path, leaf in open_file(file, allow=self.allow).items() if not self._ignored(path)}

@@ -218,7 +218,7 @@ def _read_map(path: Path) -> list[_Entry]:
         ]
     except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(
-            f"cannot be read as a param map: {error}", where=path, mend="restore pt_meta as it was for the conversion"
+            f"cannot be read as a param map: {error}", where=path, hint="restore pt_meta as it was for the conversion"
         ) from error
 
 

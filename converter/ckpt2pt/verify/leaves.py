@@ -237,7 +237,7 @@ def _view(found: StoredTensor, storages: Mapping[str, Extent], path: Path) -> Te
         raise FormatError(
             f"a tensor lies in storage {found.key} of {found.storage_numel * size:,} bytes, the record {there}",
             where=path,
-            mend="copy the file again from where it was made",
+            hint="copy the file again from where it was made",
         )
     if not found.is_contiguous:
         elements = Strided(size, extent, found.offset, found.shape, found.stride)
@@ -260,7 +260,7 @@ def flatten(tree: object, translate: Callable[[object], object], *, where: str, 
         nonlocal left
         left -= len(path) + _LEAF_NBYTES
         if left < 0:
-            raise FormatError("more leaves than a file of its size can need", where=where, mend="save the file again")
+            raise FormatError("more leaves than a file of its size can need", where=where, hint="save the file again")
         value = translate(value)
         if isinstance(value, TensorLeaf | bool | int | float | str | bytes) or value is None:
             found[path or "/"] = value

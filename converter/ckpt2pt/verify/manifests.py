@@ -23,7 +23,7 @@ from ckpt2pt.verify.leaves import BLOCK_BYTES, Files, spans
 
 _SPARSE = 1 << 12
 _ITERATION = re.compile(r"iter_(\d{1,18})", re.ASCII)
-_MEND = "name a result of ckpt2pt, or two checkpoints to compare them"
+_HINT = "name a result of ckpt2pt, or two checkpoints to compare them"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +44,9 @@ def recorded(path: Path) -> Recorded:
     state = folder / STATE
     claim = read_record(state / "claim.json")
     if claim is None and is_there(state / "claim.json"):
-        raise InputError("the claim there was changed, so nobody can tell whose result it is", where=state, mend=_MEND)
+        raise InputError("the claim there was changed, so nobody can tell whose result it is", where=state, hint=_HINT)
     if claim is None:
-        raise MissingInputError("ckpt2pt has left no records there", where=folder, mend=_MEND)
+        raise MissingInputError("ckpt2pt has left no records there", where=folder, hint=_HINT)
     report = read_record(state / "report.json") or {}
     briefs = cast("list[Json]", report.get("stages", []))
     stages = [read_record(found) or {} for found in listing(state, "stage-*.json")]
@@ -80,7 +80,7 @@ def _check_extent(ranks: Collection[Rank], stages: Collection[Json], state: Path
             f"the records name tp {max(tp for tp, _ in ranks)} and pp {max(pp for _, pp in ranks)}, "
             f"and there are {len(ranks)} ranks",
             where=state,
-            mend=_MEND,
+            hint=_HINT,
         )
 
 

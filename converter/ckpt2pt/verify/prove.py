@@ -101,7 +101,7 @@ class Report:
             f"{len(self.differences)} differences between the result and its source:\n  {shown}"
             + (f"\n  and {more} more" if more > 0 else ""),
             where=self.folder,
-            mend="remove the files that differ and convert again; "
+            hint="remove the files that differ and convert again; "
             "if the source or the options changed since, with --overwrite (spec.target.overwrite)",
         )
 
@@ -150,7 +150,7 @@ def verify_target(
         raise MissingInputError(
             f"there is no result of iteration {target.iteration}",
             where=target.folder,
-            mend="convert first, or point spec.target.path (--megatron-path) at the result",
+            hint="convert first, or point spec.target.path (--megatron-path) at the result",
         )
     ranks = [(tp, pp) for pp in stages for tp in range(topology.tensor)]
     names = (MODEL_FILE, OPTIM_FILE) if request.full else (MODEL_FILE,)

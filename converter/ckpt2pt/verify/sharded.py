@@ -35,7 +35,7 @@ def expected_index(file: SourceFile) -> Index:
         raise FormatError(
             f"the shards do not add up by this description: {type(error).__name__} {error}",
             where=file.info,
-            mend="restore the source and its opt_shard_info as they were for the conversion",
+            hint="restore the source and its opt_shard_info as they were for the conversion",
         ) from error
 
 

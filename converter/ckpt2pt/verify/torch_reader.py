@@ -117,7 +117,7 @@ def open_with_torch(path: Path, *, allow: Collection[str] = (), weights_only: bo
         raise FormatError(
             f"torch {torch.__version__} cannot load it: {sentence}",
             where=path,
-            mend="copy the file again from where it was made, or remove it and convert again",
+            hint="copy the file again from where it was made, or remove it and convert again",
         ) from error
     return flatten(tree, _translator(torch), where=str(path), nbytes=nbytes)
 
@@ -129,7 +129,7 @@ def _torch() -> ModuleType:
         raise UsageError(
             f"torch cannot be imported ({error})",
             where="--reader torch",
-            mend="install torch beside ckpt2pt (the extra torch: '.[torch]' in a checkout), or use --reader own",
+            hint="install torch beside ckpt2pt (the extra torch: '.[torch]' in a checkout), or use --reader own",
         ) from error
 
 

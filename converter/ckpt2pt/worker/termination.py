@@ -46,11 +46,11 @@ def path_of(words: Sequence[str], environment: Mapping[str, str]) -> Path | None
 
 
 def message_of(error: Ckpt2ptError) -> str:
-    """What, where and mend in one line; where it is too long, what was found gives way to how it is mended."""
-    where, mend = plain(error.where)[-_MAX_PART:], plain(error.mend)[:_MAX_PART]
-    room = MAX_MESSAGE - len(where) - len(mend) - 4
+    """What, where and hint in one line; where it is too long, what was found gives way to how it is mended."""
+    where, hint = plain(error.where)[-_MAX_PART:], plain(error.hint)[:_MAX_PART]
+    room = MAX_MESSAGE - len(where) - len(hint) - 4
     what = plain(error.what)
-    return f"{what if len(what) <= room else what[: room - 3] + '...'}; {where}; {mend}"
+    return f"{what if len(what) <= room else what[: room - 3] + '...'}; {where}; {hint}"
 
 
 def render(code: int, reason: str, message: str, facts: Mapping[str, object]) -> bytes:

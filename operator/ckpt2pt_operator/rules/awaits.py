@@ -38,8 +38,8 @@ def start(conversion: Conversion, standing: Standing, training: Training | None)
         message = f"{name} failed, so there is nothing whole to convert: {training.message}"
         return Ending(reason="TrainingFailed", message=message)
     if training.state == "Missing" and standing.training_uid:
-        mend = "if it did, make the conversion anew without startAfter"
-        return Ending(reason="TrainingDeleted", message=f"{name} was deleted before it was seen to complete; {mend}")
+        hint = "if it did, make the conversion anew without startAfter"
+        return Ending(reason="TrainingDeleted", message=f"{name} was deleted before it was seen to complete; {hint}")
     if training.state == "Unwatched":
         return _unwatched(conversion.start_after or {}, training)
     unknown = f"is not known yet{f' ({training.message})' if training.message else ''}"

@@ -95,7 +95,7 @@ def _kind(row: Json, number: int) -> Kind:
             raise UsageError(
                 f"{name} is missing",
                 where=where,
-                mend="give apiVersion, kind and plural, as kubectl api-resources shows them",
+                hint="give apiVersion, kind and plural, as kubectl api-resources shows them",
             )
     return Kind(
         api_version=found["apiVersion"],
@@ -119,8 +119,8 @@ def _sign(row: Json, where: str) -> Sign:
     if sign.path == ("",):
         sign = Sign(conditions=sign.conditions)
     if not sign.conditions and not (sign.path and sign.phases):
-        mend = "give conditions: [Complete], or phasePath: status.state.phase and phases: [Completed]"
-        raise UsageError("nothing says when it has succeeded or failed", where=where, mend=mend)
+        hint = "give conditions: [Complete], or phasePath: status.state.phase and phases: [Completed]"
+        raise UsageError("nothing says when it has succeeded or failed", where=where, hint=hint)
     return sign
 
 
@@ -148,7 +148,7 @@ def template_of(training: Workload) -> str:
     """The ConfigMap that an annotated training names; UsageError where that is no name."""
     if not is_name(training.template):
         where = f"{training.kind} {training.namespace}/{training.name}: annotation {CONVERT_ANNOTATION}"
-        raise UsageError("it is not the name of a ConfigMap", where=where, mend=HINTS[NAME])
+        raise UsageError("it is not the name of a ConfigMap", where=where, hint=HINTS[NAME])
     return training.template
 
 
@@ -162,24 +162,24 @@ def conversion_for(training: Workload, data: Mapping[str, object]) -> Json:
     where = f"ConfigMap {training.namespace}/{training.template}"
     found = data.get(TEMPLATE_KEY)
     if not isinstance(found, str):
-        raise UsageError(f"it has no key {TEMPLATE_KEY}", where=where, mend="put the CheckpointConversion there")
+        raise UsageError(f"it has no key {TEMPLATE_KEY}", where=where, hint="put the CheckpointConversion there")
     if len(found) > _MAX_TEMPLATE:
         what = f"{TEMPLATE_KEY} has more than {_MAX_TEMPLATE >> 10} KiB"
-        raise UsageError(what, where=where, mend="put one CheckpointConversion there, and nothing else")
+        raise UsageError(what, where=where, hint="put one CheckpointConversion there, and nothing else")
     fields = {"namespace": training.namespace, "name": training.name, "uid": training.uid}
     try:
         document = load(string.Template(found).substitute(fields), where)
     except KeyError as error:
-        mend = "use ${namespace}, ${name} and ${uid}, and $$ for a dollar sign"
-        raise UsageError("it asks for a ${...} that is not known here", where=where, mend=mend) from error
+        hint = "use ${namespace}, ${name} and ${uid}, and $$ for a dollar sign"
+        raise UsageError("it asks for a ${...} that is not known here", where=where, hint=hint) from error
     except ValueError as error:  # of string.Template: a line and a column
         raise UsageError(
-            f"{TEMPLATE_KEY} cannot be read: {error}", where=where, mend="write $$ for a dollar sign"
+            f"{TEMPLATE_KEY} cannot be read: {error}", where=where, hint="write $$ for a dollar sign"
         ) from error
     except UsageError as error:
-        raise UsageError(f"{TEMPLATE_KEY} cannot be read{_place(error)}", where=where, mend="correct it") from error
+        raise UsageError(f"{TEMPLATE_KEY} cannot be read{_place(error)}", where=where, hint="correct it") from error
     if not isinstance(document, dict) or cast("Json", document).get("kind", KIND) != KIND:
-        raise UsageError(f"{TEMPLATE_KEY} is no {KIND}", where=where, mend="see examples/conversion.yaml")
+        raise UsageError(f"{TEMPLATE_KEY} is no {KIND}", where=where, hint="see examples/conversion.yaml")
     template = cast("Json", document)
     meta = child(template, "metadata")
     labels = {**child(meta, "labels"), TRAINING_LABEL: training.uid}

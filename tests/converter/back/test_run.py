@@ -225,7 +225,7 @@ def test_a_stop_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.
     def stopping(self: Stop) -> None:
         asked.append(self)
         if len(asked) > 3:
-            self.ask(InterruptedRunError("stopped", where="here", mend="again"))
+            self.ask(InterruptedRunError("stopped", where="here", hint="again"))
         check(self)
 
     with monkeypatch.context() as patch:

@@ -76,14 +76,14 @@ def test_a_strategy_file_is_refused_by_name(golden: Path, rank: int) -> None:
     path = golden / "mindspore" / "dist_opt_dp2_tp2" / "strategy" / f"stratey{rank}.ckpt"
     with pytest.raises(FormatError, match="parallel strategy file") as caught:
         index_file(path)
-    assert "strategy/" in caught.value.mend
+    assert "strategy/" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["enc_cbc.ckpt", "enc_gcm.ckpt"])
 def test_an_encrypted_file_is_refused_with_the_way_out(golden: Path, name: str) -> None:
     with pytest.raises(FormatError, match="encrypted") as caught:
         index_file(golden / "mindspore" / name)
-    assert "dec_key=" in caught.value.mend
+    assert "dec_key=" in caught.value.hint
 
 
 @pytest.mark.parametrize("first", [0xD8, 0xD9, 0xDA])

@@ -28,7 +28,7 @@ def refusal(folder: Path, *parts: bytes) -> FormatError:
     with pytest.raises(FormatError) as caught:
         index_ckpt(path)
     assert caught.value.where.startswith(str(path))
-    assert caught.value.mend
+    assert caught.value.hint
     assert len(str(caught.value)) < 1000
     return caught.value
 

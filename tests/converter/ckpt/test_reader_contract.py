@@ -144,7 +144,7 @@ def test_what_is_no_file_is_refused_by_name(
     with pytest.raises(kind, match=what) as caught:
         (reader.index if door == "reader" else index_file)(path)
     assert caught.value.where.startswith(str(path))
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 @each_reader
@@ -247,8 +247,8 @@ def test_a_file_of_another_user_names_owner_mode_and_us(reader: Reader, door: st
     assert f"belongs to uid {owner}," in caught.value.what
     assert f"mode {path.stat().st_mode & 0o777:04o}" in caught.value.what
     assert f"runs as uid {os.geteuid()}," in caught.value.what
-    assert caught.value.mend.startswith(f"run as uid {owner} ")
-    assert f"chmod a+r {path}" in caught.value.mend
+    assert caught.value.hint.startswith(f"run as uid {owner} ")
+    assert f"chmod a+r {path}" in caught.value.hint
 
 
 def test_a_closed_folder_above_the_file_is_named(stranger: Path) -> None:
@@ -259,7 +259,7 @@ def test_a_closed_folder_above_the_file_is_named(stranger: Path) -> None:
     become_a_stranger()
     with pytest.raises(PermissionDeniedError, match="the folder rank_0 belongs to") as caught:
         index_file(closed / "deep" / "x.ckpt")
-    assert f"chmod a+rx {closed}`" in caught.value.mend
+    assert f"chmod a+rx {closed}`" in caught.value.hint
     os.seteuid(os.getuid())
     closed.chmod(0o700)
 

@@ -85,7 +85,7 @@ def test_a_file_without_redundancy_is_refused_with_the_way_out(golden: Path) -> 
     for index in (index_safetensors, index_file):
         with pytest.raises(FormatError, match="remove_redundancy=True") as caught:
             index(path)
-        assert "mindspore.load_checkpoint(..., remove_redundancy=True)" in caught.value.mend
+        assert "mindspore.load_checkpoint(..., remove_redundancy=True)" in caught.value.hint
 
 
 def test_a_file_without_redundancy_can_be_listed(golden: Path) -> None:
@@ -184,7 +184,7 @@ def with_entry(**changes: object) -> bytes:
 def test_each_lie_is_refused_and_named(tmp_path: Path, data: bytes, what: str) -> None:
     error = refusal(tmp_path, data)
     assert re.search(what, error.what), error.what
-    assert error.mend
+    assert error.hint
 
 
 def test_a_header_within_the_limit_may_be_large(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_files_that_do_not_fit_their_description_are_refused(case: str, tmp_path
     change(paths[0], how)
     with pytest.raises(kind, match=what) as caught:
         join_shards(paths, read_info(info))
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 def set_in(*keys: str | int, value: Any) -> Callable[[Any], None]:
@@ -254,7 +254,7 @@ def test_a_description_that_contradicts_itself_is_refused(case: str, tmp_path: P
     info.write_text(json.dumps(document))
     with pytest.raises(FormatError, match=what) as caught:
         read_info(info)
-    assert "--opt-shard-info-path" in caught.value.mend
+    assert "--opt-shard-info-path" in caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "null", "3", "[]", '{"param_info": 3}', "\0"])
@@ -269,4 +269,4 @@ def test_another_group_of_ranks_is_a_wrong_degree(tmp_path: Path) -> None:
     _, info = sources(small(4), Sharding(), tmp_path)
     with pytest.raises(TopologyError, match=r"over ranks \[0, 1, 2, 3\], the options give ranks \[0, 1\]") as caught:
         check_ranks(read_info(info), (0, 1))
-    assert "--dp-size" in caught.value.mend
+    assert "--dp-size" in caught.value.hint

@@ -225,7 +225,7 @@ def test_a_threshold_of_exactly_the_limit_is_one_entry_and_a_byte_more_is_two() 
 def test_what_mindspore_could_not_load_from_safetensors_is_refused(entry: Entry) -> None:
     with pytest.raises(InputError, match=entry.name) as caught:
         SafetensorsFile(name="x.safetensors", entries=(entry,)).lay_out()
-    assert "--dst-format ckpt" in caught.value.mend
+    assert "--dst-format ckpt" in caught.value.hint
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -136,7 +136,7 @@ def test_a_stage_that_it_does_not_have_is_not_waited_for(spec: dict[str, Any], s
     server = Server(lambda *_: (200, {"spec": spec}))
     with server.running(), pytest.raises(UsageError, match=f"there is no stage {stage}") as caught:
         log_of_stage(api_of(server), THERE, stage)
-    assert known in caught.value.mend
+    assert known in caught.value.hint
     assert len(server.asked) == 1
 
 

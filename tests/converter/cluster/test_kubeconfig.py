@@ -49,4 +49,4 @@ def test_without_the_package_it_says_which_extra(config: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.raises(UsageError) as caught:
         connect(config, None)
-    assert "the extra submit" in caught.value.mend
+    assert "the extra submit" in caught.value.hint

@@ -151,7 +151,7 @@ def test_a_section_does_its_ranks_and_the_next_run_the_others(tmp_path: Path) ->
     assert (outcome.written, outcome.kept) == (1, 1)
     with pytest.raises(UsageError, match=r"holds the first rank of no group") as caught:
         combine(asked(source, out, section=(2, 9)), Quiet())
-    assert "[0, 1]" in caught.value.mend
+    assert "[0, 1]" in caught.value.hint
 
 
 @pytest.mark.parametrize("check", [True, False])
@@ -180,7 +180,7 @@ def test_a_run_that_broke_is_taken_up_where_it_stopped(tmp_path: Path, monkeypat
     def breaks(*args: object, **more: object) -> object:
         calls.append(args)
         if len(calls) == 2:
-            raise TryAgainError("broken", where="here", mend="again")
+            raise TryAgainError("broken", where="here", hint="again")
         return write_files(*args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr("ckpt2pt.combine.merge.write_files", breaks)
@@ -202,7 +202,7 @@ def test_a_run_that_broke_between_its_files_and_its_manifest_knows_them_again(
 
     def breaks(*args: object, **more: object) -> object:
         write_files(*args, **more)  # type: ignore[arg-type]
-        raise TryAgainError("killed", where="here", mend="again")
+        raise TryAgainError("killed", where="here", hint="again")
 
     with monkeypatch.context() as patch:
         patch.setattr("ckpt2pt.combine.merge.write_files", breaks)
@@ -227,7 +227,7 @@ def test_what_another_command_wrote_is_not_replaced_unasked(tmp_path: Path) -> N
     combine(asked(source, out), Quiet())
     with pytest.raises(UsageError, match="did not make") as caught:
         combine(asked(source, out, optimizer=False), Quiet())
-    assert "--overwrite" in caught.value.mend
+    assert "--overwrite" in caught.value.hint
     assert combine(asked(source, out, optimizer=False, overwrite=True), Quiet()).written == 2
 
 
@@ -332,11 +332,11 @@ def test_a_format_that_is_not_there_is_told_with_the_flags_of_this_command(tmp_p
     made_in(tmp_path)
     with pytest.raises(MissingInputError, match="no safetensors file") as caught:
         combine(asked(tmp_path / "ms", tmp_path / "merged", source_format="safetensors"), Quiet())
-    assert caught.value.mend == "check --checkpoint-dir and --src-format"
+    assert caught.value.hint == "check --checkpoint-dir and --src-format"
     (tmp_path / "ms" / "rank_0").rename(tmp_path / "ms" / "other")
     with pytest.raises(MissingInputError) as caught:
         combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
-    assert caught.value.mend == "check --strategy-dir of the training that wrote it, and --checkpoint-dir"
+    assert caught.value.hint == "check --strategy-dir of the training that wrote it, and --checkpoint-dir"
 
 
 def test_a_full_disk_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

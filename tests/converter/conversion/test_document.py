@@ -58,7 +58,7 @@ def test_validating_does_not_change_the_defaults_of_the_schema() -> None:
     assert second["spec"]["model"]["noopLayers"] == []
 
 
-#     what is changed -> the field, what is said of it, and how to mend it
+#     what is changed -> the field, what is said of it, and how to hint it
 VIOLATIONS = {
     "misspelled": ("spec.parallelism.tensr", 2, "is no field", "write tensor"),
     "snake-case": ("spec.model.num_layers", 2, "is no field", "write numLayers"),
@@ -86,13 +86,13 @@ VIOLATIONS = {
 }
 
 
-@pytest.mark.parametrize(("field", "value", "what", "mend"), VIOLATIONS.values(), ids=VIOLATIONS)
-def test_a_violation_is_told_in_words(field: str, value: object, what: str, mend: str) -> None:
+@pytest.mark.parametrize(("field", "value", "what", "hint"), VIOLATIONS.values(), ids=VIOLATIONS)
+def test_a_violation_is_told_in_words(field: str, value: object, what: str, hint: str) -> None:
     with pytest.raises(UsageError) as refused:
         validate(changed((field, value)), where="demo.yaml")
     assert refused.value.where.startswith(f"demo.yaml: {field}")
     assert what in refused.value.what
-    assert mend in refused.value.mend
+    assert hint in refused.value.hint
 
 
 def test_all_violations_are_told_at_once_in_the_order_of_the_fields() -> None:

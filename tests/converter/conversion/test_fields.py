@@ -46,7 +46,7 @@ def test_a_wrong_value_is_noted_and_reading_goes_on(value: object, reader: str) 
     assert harmless in (1, "", False, "One", None)
     [finding] = findings
     assert finding.field == "spec.x.f"
-    assert finding.mend
+    assert finding.hint
 
 
 @pytest.mark.parametrize("character", ["\0", "\ud800"])
@@ -58,7 +58,7 @@ def test_text_that_no_path_and_no_name_can_be_is_noted_once(character: str) -> N
         Finding(
             field="spec.path",
             what=f"is {f'a{character}b'!r}",
-            mend="leave out the character that no path and no name can have",
+            hint="leave out the character that no path and no name can have",
         )
     ]
 
@@ -71,10 +71,10 @@ def test_a_child_that_is_no_mapping_is_noted_once() -> None:
 
 
 def test_one_finding_is_an_ordinary_error_and_several_are_a_list() -> None:
-    one = Finding(field="spec.a", what="is 1", mend="write 2")
-    two = Finding(field="spec.b", what="is 3", mend="write 4")
+    one = Finding(field="spec.a", what="is 1", hint="write 2")
+    two = Finding(field="spec.b", what="is 3", hint="write 4")
     alone = refusal([one], "demo.yaml")
-    assert (alone.what, alone.where, alone.mend) == ("spec.a is 1", "demo.yaml: spec.a", "write 2")
+    assert (alone.what, alone.where, alone.hint) == ("spec.a is 1", "demo.yaml: spec.a", "write 2")
     both = refusal([one, two], "demo.yaml")
     assert both.exit_code == 64
     assert "2 fields are wrong" in both.what

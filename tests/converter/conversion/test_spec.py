@@ -93,7 +93,7 @@ def test_refused(changes: list[tuple[str, object]], field: str, advice: str) -> 
     with pytest.raises(UsageError) as refused:
         parse(changed(*changes))
     assert field in refused.value.where + refused.value.what
-    assert advice in refused.value.mend + refused.value.what
+    assert advice in refused.value.hint + refused.value.what
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
@@ -102,7 +102,7 @@ def test_a_name_that_no_object_can_have_is_refused(field: str, name: str) -> Non
     with pytest.raises(UsageError) as refused:
         parse(changed(NAMED_FIELDS[field](name)))
     assert field in refused.value.where
-    assert "write the name of an object" in refused.value.mend
+    assert "write the name of an object" in refused.value.hint
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_a_field_that_cannot_be_filled_is_told_with_its_place(text: str, what: s
         fill({"spec": {"paths": [{"path": text}]}}, {"step": 1})
     assert caught.value.what.startswith(what)
     assert caught.value.where == "spec.paths[0].path"
-    assert "${step}" in caught.value.mend
+    assert "${step}" in caught.value.hint
 
 
 def test_values_are_not_templates() -> None:

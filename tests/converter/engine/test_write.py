@@ -250,7 +250,7 @@ def test_a_stop_ends_the_moves_and_leaves_nothing(tmp_path: Path) -> None:
 
     def advance(nbytes: int) -> None:
         done.append(nbytes)
-        stop.ask(TimedOutError("late", where="here", mend="wait"))
+        stop.ask(TimedOutError("late", where="here", hint="wait"))
 
     (tmp_path / "out").mkdir()
     with pytest.raises(TimedOutError, match="late"):
@@ -263,8 +263,8 @@ def test_a_stop_ends_the_moves_and_leaves_nothing(tmp_path: Path) -> None:
 def test_the_first_reason_to_stop_counts() -> None:
     stop = Stop()
     stop.check()
-    stop.ask(TimedOutError("first", where="here", mend="wait"))
-    stop.ask(InterruptedRunError("second", where="here", mend="wait"))
+    stop.ask(TimedOutError("first", where="here", hint="wait"))
+    stop.ask(InterruptedRunError("second", where="here", hint="wait"))
     with pytest.raises(TimedOutError, match="first"):
         stop.check()
 

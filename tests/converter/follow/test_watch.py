@@ -221,7 +221,7 @@ def test_a_follower_tells_what_is_broken_once_and_its_status_until_one_succeeds(
         try:
             happens = next(rounds)
         except StopIteration:
-            raise InterruptedRunError("enough", where="here", mend="none") from None
+            raise InterruptedRunError("enough", where="here", hint="none") from None
         if happens:
             happens()
 
@@ -252,7 +252,7 @@ def test_a_follower_waits_for_its_source_and_says_so_once(
     def pause(_: float) -> None:
         happens = next(rounds, "end")
         if happens == "end":
-            raise InterruptedRunError("enough", where="here", mend="none")
+            raise InterruptedRunError("enough", where="here", hint="none")
         if callable(happens):
             happens()
 

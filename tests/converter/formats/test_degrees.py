@@ -65,7 +65,7 @@ def test_copies_of_data_parallel_ranks_do_not_tell_the_degrees(tmp_path: Path) -
     write_mindspore(tmp_path, model(), tp=2, pp=2, dp=2, copies=True)
     with pytest.raises(UsageError, match=r"8 rank folders, .* some of them hold the same weights") as caught:
         find_layout(tmp_path, None, None, NameTable())
-    assert "tp and pp of ckpt2pt.open, --tp-size and --pp-size" in caught.value.mend
+    assert "tp and pp of ckpt2pt.open, --tp-size and --pp-size" in caught.value.hint
     assert find_layout(tmp_path, 2, 2, NameTable()).data == 2
 
 

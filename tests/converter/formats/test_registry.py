@@ -55,13 +55,13 @@ def test_a_single_file_asks_for_its_folder(tmp_path: Path) -> None:
     file = touched(tmp_path, "rank_0/network.ckpt") / "rank_0" / "network.ckpt"
     with pytest.raises(InputError, match="a checkpoint is read with the files of all its ranks") as caught:
         read(file)
-    assert "name the folder that holds the folders of the ranks" in caught.value.mend
+    assert "name the folder that holds the folders of the ranks" in caught.value.hint
 
 
 def test_an_unknown_format_is_told_with_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no format torch_dist") as caught:
         read(tmp_path, source_format="torch_dist")
-    assert caught.value.mend == "give auto, mindspore or megatron"
+    assert caught.value.hint == "give auto, mindspore or megatron"
 
 
 def test_a_format_that_is_given_is_not_detected(tmp_path: Path) -> None:

@@ -122,10 +122,10 @@ def test_an_unknown_name_is_told_with_the_nearest(folder: Path) -> None:
         with pytest.raises(MissingInputError, match=r"there is no decoder\.layers\.1\.mlp\.linear_fc3") as caught:
             checkpoint["decoder.layers.1.mlp.linear_fc3.weight"]
         assert "the nearest is decoder.layers.1.mlp.linear_fc" in caught.value.what
-        assert caught.value.mend == "keys('param') lists what is there"
+        assert caught.value.hint == "keys('param') lists what is there"
         with pytest.raises(UsageError, match="no role momentum") as wrong:
             checkpoint.get(FC1, "momentum")  # type: ignore[arg-type]
-        assert wrong.value.mend == "give one of param, main_param, exp_avg, exp_avg_sq"
+        assert wrong.value.hint == "give one of param, main_param, exp_avg, exp_avg_sq"
 
 
 def test_a_role_that_is_not_there_says_so(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_role_that_is_not_there_says_so(tmp_path: Path) -> None:
         assert checkpoint.keys("exp_avg") == ()
         with pytest.raises(MissingInputError, match="there is no exp_avg of decoder") as caught:
             checkpoint.get(FC1, "exp_avg")
-        assert caught.value.mend == "the checkpoint holds no exp_avg at all"
+        assert caught.value.hint == "the checkpoint holds no exp_avg at all"
 
 
 def test_a_float32_weight_is_its_own_main_parameter(folder: Path) -> None:

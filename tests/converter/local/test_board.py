@@ -11,7 +11,7 @@ import pytest
 from ckpt2pt.conversion.status import StageRecord
 from ckpt2pt.local.board import Bars, Lines, board, spoken
 
-ERROR = {"level": "error", "what": "num_layers is 2", "where": "ms/rank_0", "mend": "set it to 4", "exitCode": 65}
+ERROR = {"level": "error", "what": "num_layers is 2", "where": "ms/rank_0", "hint": "set it to 4", "exitCode": 65}
 
 
 def test_lines_carry_their_stage_and_tell_each_state_once() -> None:
@@ -33,7 +33,7 @@ def test_without_progress_only_errors_and_logs_are_told() -> None:
     lines.changed(StageRecord(stage=0, state="Running"))
     lines.progress(0, {"event": "begin"})
     lines.say(0, ERROR)
-    assert out.getvalue() == "ckpt2pt: stage 0: num_layers is 2\n  where: ms/rank_0\n  mend:  set it to 4\n"
+    assert out.getvalue() == "ckpt2pt: stage 0: num_layers is 2\n  where: ms/rank_0\n  hint:  set it to 4\n"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_bar_for_each_stage(bars: Bars, capfd: pytest.CaptureFixture[str]) -> 
     assert "7 s" in rows["stage 0"]
     assert "failed: InputWrong, try 4" in rows["stage 1"]
     assert "waits" in rows["stage 2"]
-    assert "mend:  set it to 4" in seen
+    assert "hint:  set it to 4" in seen
 
 
 def test_a_stage_that_was_there_already_has_a_full_bar(bars: Bars, capfd: pytest.CaptureFixture[str]) -> None:

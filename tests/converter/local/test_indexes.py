@@ -269,10 +269,10 @@ def test_a_second_signal_does_not_wait_for_a_deaf_worker(start: Any, tmp_path: P
 
 
 def test_the_message_of_a_failure_is_the_workers_own_error_or_its_last_words(start: Any, notes: Notes) -> None:
-    error = {"level": "error", "what": "too few layers", "where": "ms", "mend": "check", "exitCode": 65}
+    error = {"level": "error", "what": "too few layers", "where": "ms", "hint": "check", "exitCode": 65}
     job = start(f"0 * err {json.dumps(error)}", "0 * exit 65", "1 * err Traceback: oh", "1 * exit 65")
     job.run()
-    assert job.indexes[0].message == "too few layers (where: ms; mend: check)"
+    assert job.indexes[0].message == "too few layers (where: ms; hint: check)"
     assert job.indexes[1].message == "Traceback: oh"
     assert sorted(stage for stage, _ in notes.said) == [0, 1]
 

@@ -375,7 +375,7 @@ def test_a_host_path_is_the_folder_itself(tmp_path: Path) -> None:
 def test_a_mapping_that_cannot_be_is_refused(given: list[str], word: str) -> None:
     with pytest.raises(UsageError) as refused:
         folders(minimal(), *given)
-    assert word in refused.value.mend
+    assert word in refused.value.hint
 
 
 def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:

@@ -69,10 +69,10 @@ def test_the_folder_has_a_pipeline_suffix_only_when_there_are_stages(pipeline: i
         ),
     ],
 )
-def test_an_impossible_cut_is_refused_with_the_flag_to_mend(degrees: dict[str, Any], message: str) -> None:
+def test_an_impossible_cut_is_refused_with_the_flag_to_hint(degrees: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         Topology(**degrees)
-    assert "--" in caught.value.mend or "set " in caught.value.mend
+    assert "--" in caught.value.hint or "set " in caught.value.hint
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.data())

@@ -136,5 +136,5 @@ def test_another_data_parallel_size_is_answered_with_the_way_to_it() -> None:
     document = {"a": ["torch.bfloat16", [4], 0, 4, 0], "b": ["torch.bfloat16", [4], 4, 8, 1]}
     with pytest.raises(FormatError, match="a data-parallel group of 3 pads it to 6") as told:
         parse_param_map(document, where="map.json", divisor=3)
-    assert "pt-meta --target-dp-size 3" in told.value.mend
+    assert "pt-meta --target-dp-size 3" in told.value.hint
     assert told.value.where == "map.json: b"

@@ -35,7 +35,7 @@ def test_the_evidence_is_weighed(
 def test_a_checkpoint_that_does_not_tell_is_refused(facts: dict[str, float]) -> None:
     with pytest.raises(InputError, match="tells its iteration") as caught:
         read_clock(facts, global_batch_size=4, named=None, where="rank_0/network.ckpt")
-    assert "--iteration" in caught.value.mend
+    assert "--iteration" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_params_only_needs_no_param_map() -> None:
 def test_the_optimizer_needs_a_param_map() -> None:
     with pytest.raises(FormatError, match="no param map") as caught:
         plan(with_moments(NORM.format(0), NORM.format(1)), chunk(NORM.format(0), NORM.format(1), buffer=False))
-    assert "--convert-param-only" in caught.value.mend
+    assert "--convert-param-only" in caught.value.hint
 
 
 def test_layers_are_global_in_the_source_and_local_in_the_target() -> None:

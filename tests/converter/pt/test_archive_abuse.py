@@ -117,7 +117,7 @@ def refuse(path: Path, says: str) -> FormatError:
     with pytest.raises(FormatError, match=says) as caught:
         Archive.open(path)
     assert caught.value.where == str(path)
-    assert caught.value.mend
+    assert caught.value.hint
     return caught.value
 
 
@@ -370,11 +370,11 @@ def tar(path: Path) -> None:
         pytest.param(lambda path: path.write_bytes(pickle.dumps({}, 2)), "bare pickle", id="pickle"),
     ],
 )
-def test_older_formats_are_named_and_the_mend_is_to_save_again(
+def test_older_formats_are_named_and_the_hint_is_to_save_again(
     tmp_path: Path, write: Callable[[Path], object], says: str
 ) -> None:
     write(tmp_path / "a.pt")
-    assert "torch.save of torch 1.6 or newer" in refuse(tmp_path / "a.pt", says).mend
+    assert "torch.save of torch 1.6 or newer" in refuse(tmp_path / "a.pt", says).hint
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_folder_and_pipe_are_refused_without_waiting(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_closed_file_names_uid_and_mend(tmp_path: Path) -> None:
+def test_closed_file_names_uid_and_hint(tmp_path: Path) -> None:
     (tmp_path / "a.pt").touch(mode=0)
     with pytest.raises(FileAccessError, match="permission denied: this process runs as uid"):
         Archive.open(tmp_path / "a.pt")

@@ -136,7 +136,7 @@ def test_a_class_of_a_fork_has_to_be_listed() -> None:
     data = b"\x80\x02" + member(named("fork.enums", "Kind")) + b"."
     with pytest.raises(UnsafePickleError, match=r"fork\.enums\.Kind") as caught:
         read_pickle(data, where="test")
-    assert "pickle_globals" in caught.value.mend
+    assert "pickle_globals" in caught.value.hint
     assert (
         enum_member(read_pickle(data, where="test", allow={"fork.enums.Kind"})) == "fork.enums.Kind.encoder_or_decoder"
     )

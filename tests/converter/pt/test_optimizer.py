@@ -137,7 +137,7 @@ def test_a_run_saved_without_its_optimizer_is_told_apart(tmp_path: Path) -> None
     place = changed(tmp_path, lambda tree: tree.pop("optimizer"))
     with pytest.raises(MissingInputError, match="holds no optimizer") as caught:
         imported(place, tmp_path / "ms", SETS[0])
-    assert "--convert-param-only" in caught.value.mend
+    assert "--convert-param-only" in caught.value.hint
 
 
 def test_a_distributed_optimizer_without_its_file_is_missed(tmp_path: Path) -> None:

@@ -324,7 +324,7 @@ def test_damage_is_named(data: bytes, word: str) -> None:
     with pytest.raises(FormatError, match=word) as caught:
         read_pickle(data, where="args_tp00_pp000.pt")
     assert caught.value.where == "args_tp00_pp000.pt"
-    assert caught.value.mend
+    assert caught.value.hint
 
 
 # -------------------------------------------------------------------------------------------------------------- mutation

@@ -89,7 +89,7 @@ def test_the_message_says_what_to_do_about_a_class_of_ones_own() -> None:
     assert str(caught.value) == (
         "the pickle names fork.enums.ModelType, which has no business in a checkpoint\n"
         "  where: args.pt\n"
-        "  mend:  write the file again without it, or if fork.enums.ModelType is a class of your own Megatron fork,"
+        "  hint:  write the file again without it, or if fork.enums.ModelType is a class of your own Megatron fork,"
         " list it under pickle_globals in the rule file given by --rules"
     )
 
@@ -97,7 +97,7 @@ def test_the_message_says_what_to_do_about_a_class_of_ones_own() -> None:
 def test_no_way_to_allow_what_can_never_be_allowed_is_offered() -> None:
     with pytest.raises(UnsafePickleError) as caught:
         read_pickle(mention("os", "system"), where="args.pt")
-    assert caught.value.mend == "write the file again without it"
+    assert caught.value.hint == "write the file again without it"
 
 
 def test_a_name_of_a_fork_is_allowed_when_it_is_listed() -> None:

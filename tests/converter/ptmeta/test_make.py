@@ -91,5 +91,5 @@ def test_convert_without_metadata_says_which_way_fits(tmp_path: Path) -> None:
         request = request_for(folder, target, metadata=tmp_path / "none")
         with pytest.raises(MissingInputError) as caught:
             run(request, [0], Quiet())
-        mend = caught.value.mend
-        assert all(word in mend for word in [*words, "ckpt2pt pt-meta", f"--param-map-path {tmp_path / 'none'}"])
+        hint = caught.value.hint
+        assert all(word in hint for word in [*words, "ckpt2pt pt-meta", f"--param-map-path {tmp_path / 'none'}"])

@@ -99,7 +99,7 @@ def test_the_name_appears_behind_the_data_and_the_fence(tmp_path: Path, monkeypa
 
 def test_what_the_fence_refuses_leaves_nothing(tmp_path: Path) -> None:
     def fence() -> None:
-        raise TryAgainError("taken", where="here", mend="again")
+        raise TryAgainError("taken", where="here", hint="again")
 
     with pytest.raises(TryAgainError, match="taken"):
         publish_bytes(tmp_path / "a", b"new", fence=fence)

@@ -65,7 +65,7 @@ def ledger(tmp_path: Path) -> Ledger:
         identity="me",
         writing=tmp_path / "writing.json",
         record=tmp_path / "record.json",
-        mend="choose another",
+        hint="choose another",
     )
     publish_bytes(found.claim, seal({"identity": "me"}))
     return found

@@ -18,7 +18,7 @@ from ckpt2pt.publish import host, locked
 from ckpt2pt.publish import locks as module
 
 
-def test_a_lock_that_cannot_be_made_is_an_error_with_a_mend_and_its_holders_name_is_a_courtesy(
+def test_a_lock_that_cannot_be_made_is_an_error_with_a_hint_and_its_holders_name_is_a_courtesy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UsageError, match="opening the lock file"), locked(tmp_path, "working"):
@@ -126,7 +126,7 @@ def test_a_wait_heeds_a_signal_at_once(tmp_path: Path) -> None:
     def heed() -> None:
         calls.append(time.monotonic())
         if len(calls) == 3:
-            raise InterruptedRunError("stopped by SIGTERM", where="this run", mend="again")
+            raise InterruptedRunError("stopped by SIGTERM", where="this run", hint="again")
 
     with (
         pytest.raises(InterruptedRunError),

@@ -266,12 +266,12 @@ def test_a_tracker_that_is_no_text_is_somebody_elses(target: Target) -> None:
     assert (target.root / TRACKER).read_bytes() == b"\xff\xfe5"
 
 
-def test_a_lock_that_cannot_be_opened_is_an_error_with_a_mend(target: Target) -> None:
+def test_a_lock_that_cannot_be_opened_is_an_error_with_a_hint(target: Target) -> None:
     target.claim({}, overwrite=False)
     (target.state / "stage-000.lock").mkdir()
     with pytest.raises(UsageError, match="Is a directory") as caught, target.stage_lock(0):
         pass
-    assert "move it away" in caught.value.mend
+    assert "move it away" in caught.value.hint
 
 
 def test_a_sweep_takes_only_what_a_killed_run_left(target: Target) -> None:

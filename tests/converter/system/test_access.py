@@ -54,7 +54,7 @@ def test_every_refusal_of_an_output_has_a_kind_and_true_words(number: int, path:
     assert words in error.what
     assert error.where == str(path)
     assert ("permission" in error.what) == (number in {errno.EACCES, errno.EPERM})
-    assert ("uid" in error.mend) == (number in {errno.EACCES, errno.EPERM}), "nobody is told to change users in vain"
+    assert ("uid" in error.hint) == (number in {errno.EACCES, errno.EPERM}), "nobody is told to change users in vain"
 
 
 @pytest.mark.parametrize(
@@ -93,4 +93,4 @@ def test_an_error_without_a_number_keeps_its_words(path: Path) -> None:
 def test_a_target_that_is_not_there_yet_is_denied_by_the_folder_above(tmp_path: Path) -> None:
     error = access_error(PermissionError(errno.EACCES, "x"), tmp_path / "a" / "b", "making the folder")
     assert f"the folder {tmp_path.name} belongs to uid {os.getuid()}" in error.what
-    assert f"give this user write access to {tmp_path}" in error.mend
+    assert f"give this user write access to {tmp_path}" in error.hint

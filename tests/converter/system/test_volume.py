@@ -30,7 +30,7 @@ def test_room_is_asked_of_the_nearest_folder_that_is_there(tmp_path: Path) -> No
     check_room(tmp_path, 1, OPTION)
     with pytest.raises(errors.VolumeTooSmallError, match="are needed") as caught:
         check_room(tmp_path, 2 * free + 1, OPTION)
-    assert "--megatron-path" in caught.value.mend
+    assert "--megatron-path" in caught.value.hint
     assert not list(tmp_path.iterdir())
 
 
@@ -125,7 +125,7 @@ def test_what_the_file_system_lacks_is_told_in_a_sentence(
     patch(monkeypatch)
     with pytest.raises(errors.UnsupportedFileSystemError, match=f"file system there .* cannot {words}") as caught:
         probe(tmp_path / "out", OPTION)
-    assert OPTION in caught.value.mend
+    assert OPTION in caught.value.hint
     assert "uid" not in str(caught.value)
     monkeypatch.undo()
     assert not list(tmp_path.iterdir())

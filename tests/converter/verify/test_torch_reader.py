@@ -104,12 +104,12 @@ def test_a_class_of_a_fork_is_let_in_by_the_rule_file(tmp_path: Path) -> None:
     assert open_with_torch(path, allow=["fork.args.Mode"])["/x"] == Symbol("fork.args.Mode")
 
 
-def test_without_torch_the_mend_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torch_the_hint_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, {"x": 1})
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UsageError) as caught:
         open_with_torch(path)
-    assert "the extra torch" in caught.value.mend
+    assert "the extra torch" in caught.value.hint
     assert caught.value.exit_code == 64
 
 

@@ -53,7 +53,7 @@ def test_a_worker_that_follows_tells_the_last_that_is_converted_and_what_could_n
     assert account.progress()["phase"] == "Waiting", "for the next"
     account.begin({(0, 0): 10}, 600)
     assert (account.progress()["bytes"], account.progress()["iteration"]) == (0, 500)
-    account.lament(InputError("a shape is wrong", where="rank_0", mend="save it again"))
+    account.lament(InputError("a shape is wrong", where="rank_0", hint="save it again"))
     assert account.progress()["reason"] == "InputWrong"
     assert account.progress()["message"] == "a shape is wrong; rank_0; save it again"
 

@@ -52,8 +52,8 @@ def word(log: Path) -> Any:
 
 
 @given(st.text(), st.text(), st.text())
-def test_a_message_is_one_line_of_bounded_length(what: str, where: str, mend: str) -> None:
-    message = message_of(InputError(what, where=where, mend=mend))
+def test_a_message_is_one_line_of_bounded_length(what: str, where: str, hint: str) -> None:
+    message = message_of(InputError(what, where=where, hint=hint))
     assert len(message) <= MAX_MESSAGE
     assert plain(message) == message.strip()
 
@@ -83,8 +83,8 @@ def test_warnings_give_way_to_what_proves_a_stage(letter: str) -> None:
     assert ("warnings" in json.loads(data)) == (len(letter.encode()) < 4)
 
 
-def test_where_and_how_to_mend_survive_a_long_finding() -> None:
-    message = message_of(InputError("rank " * 1000, where="/a/path", mend="set spec.source.iteration"))
+def test_where_and_how_to_hint_survive_a_long_finding() -> None:
+    message = message_of(InputError("rank " * 1000, where="/a/path", hint="set spec.source.iteration"))
     assert message.endswith("...; /a/path; set spec.source.iteration")
 
 

@@ -102,7 +102,7 @@ def test_one_that_is_to_be_tried_again_is_not_deleted() -> None:
 
 
 def test_one_that_was_refused_unread_goes_in_the_time_of_the_house() -> None:
-    finding = {"field": "spec", "what": "has 300000 bytes as JSON", "mend": "keep it to 262144 bytes"}
+    finding = {"field": "spec", "what": "has 300000 bytes as JSON", "hint": "keep it to 262144 bytes"}
     document: Raw = {"metadata": conversion()["metadata"], "refused": finding}
     status = plan(Seen(conversion=document, now=START), OWN).status
     assert status["phase"] == "Failed"
