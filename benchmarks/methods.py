@@ -4,6 +4,7 @@
     methods.py optim   FOLDER LAYERS OUT      our engine, distrib_optim.pt alone
     methods.py grow    FOLDER LAYERS OUT      the reference's method: load all, torch.cat for each parameter, torch.save
     methods.py prealloc FOLDER LAYERS OUT     load all, buckets allocated once, torch.save
+    methods.py seal    FOLDER                 the source again: .ckpt with its checksum, .safetensors without and with
     methods.py import                         what `python` with our engine's imports costs before any work
 
 ``grow`` and ``prealloc`` read through our index, which is faster than the reference's protobuf parser, and skip the
@@ -42,6 +43,37 @@ def build(folder: Path, layers: int, hidden: int, vocab: int, tp: int, pp: int, 
         fd = os.open(file, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
+
+
+def seal(folder: Path) -> None:
+    """``ms`` as ``ms-crc``, ``safe`` and ``safe-crc``, as mindspore writes them (2.10.0, serialization.py, _exec_save)."""
+    import json  # noqa: PLC0415
+
+    from ckpt2pt.checksums import crc32  # noqa: PLC0415
+    from ckpt2pt.ckpt import index_file  # noqa: PLC0415
+
+    codes = {"float32": "F32", "int64": "I64"}
+    for path in folder.glob("ms/*/*.ckpt"):
+        data = path.read_bytes()
+        sealed = folder / "ms-crc" / path.parent.name / path.name
+        sealed.parent.mkdir(parents=True, exist_ok=True)
+        sealed.write_bytes(data + b"crc_num" + crc32(data, 0).to_bytes(10, "big"))
+        index, header, payload, crc = index_file(path), dict[str, object](), bytearray(), 0
+        for name in sorted(index):
+            ref, start = index[name], len(payload)
+            payload += b"".join(data[e.offset : e.offset + e.nbytes] for e in ref.extents)
+            crc = crc32(payload[start:], crc32(name.encode(), crc))
+            offsets = [start, len(payload)]
+            header[name] = {"dtype": codes[ref.dtype], "shape": list(ref.shape), "data_offsets": offsets}
+        for variant, metadata in (("safe", {"format": "ms"}), ("safe-crc", {"format": "ms", "crc_num": str(crc)})):
+            text = json.dumps({"__metadata__": metadata} | header).encode()
+            text += b" " * (-len(text) % 8)
+            made = folder / variant / path.parent.name / f"{path.stem}.safetensors"
+            made.parent.mkdir(parents=True, exist_ok=True)
+            with made.open("wb") as file:
+                file.write(len(text).to_bytes(8, "little") + text)
+                file.write(payload)
+        del data, payload
 
 
 def prepared(folder: Path, layers: int, target: Path) -> tuple[Request, Prepared]:
@@ -141,6 +173,8 @@ def main(arguments: list[str]) -> None:
     method, *rest = arguments
     if method == "import":
         import ckpt2pt.run  # noqa: F401, PLC0415
+    elif method == "seal":
+        seal(Path(rest[0]))
     elif method == "build":
         folder, *numbers = rest
         layers, hidden, vocab, tp, pp, headers_only = map(int, numbers)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import layouts
 import roads
 from measure import Sample, commit, cool, host, memory_limit, run, summary, today, warm
 
@@ -264,12 +265,43 @@ def back(work: Path, options: argparse.Namespace) -> dict[str, object]:
     return roads.back(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
 
 
+def layout(work: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Into another parallel layout."""
+    return layouts.layout(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
+
+
+def checksums(work: Path, options: argparse.Namespace) -> dict[str, object]:
+    """What the source's own checksum costs: the same conversion of files with and without one."""
+    case, out = Case.of(work / "case", options.size_gb * 1e9), work / "out"
+    case.build()
+    run([*METHODS, "seal", case.folder])
+    variants = {"ckpt": "ms", "ckpt, crc_num": "ms-crc", "safetensors": "safe", "safetensors, crc_num": "safe-crc"}
+    methods: dict[str, Words] = {}
+    for name, folder in variants.items():
+        words = case.convert(out)
+        words[words.index("--ms-path") + 1] = str(case.folder / folder)
+        methods[name] = words
+    say("\nthe source's own checksum")
+    sources = [path for folder in variants.values() for path in case.folder.glob(f"{folder}/*/*")]
+    medians = roads.measure(methods, sources, out, options.rounds, say)
+    found = {
+        f"{kind}, {key}": round(number(medians[f"{kind}, crc_num"], key) / number(medians[kind], key), 3)
+        for kind in ("ckpt", "safetensors")
+        for key in ("wall", "cpu")
+    }
+    nbytes = sum(path.stat().st_size for path in case.sources)
+    shutil.rmtree(case.folder)
+    return {"source_bytes": nbytes, "medians": medians, "with / without": found}
+
+
 THEMES: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
     "convert": compare,
     "memory": memory,
     "names": names,
     "shards": shards,
     "import": back,
+    "layout": layout,
+    "checksums": checksums,
 }
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -192,75 +192,88 @@ async def beside_silent(api: Api, namespace: str, number: int, stages: int) -> f
     raise SystemExit("a new conversion has no Job within 600 s")
 
 
-async def measure(count: int, stages: int, qps: float, *, with_pods: bool) -> dict[str, Any]:
-    """Once from nothing, and once from everything."""
+async def from_nothing(
+    api: Api, namespace: str, count: int, stages: int, qps: float, *, pods: bool
+) -> tuple[dict[str, Any], int]:
+    """Until each conversion has its Job, and then at rest; returns also how many pods there are."""
+    with operator(namespace, qps) as first:
+        asked = await first.until("Jobs", lambda page: first.value("api_requests_total", jobs(page)) >= count, 3600)
+        await first.until("rest", lambda page: not first.value("queue_depth", page), 3600)
+        wrote = sum(writes(first.metrics(), verb) for verb in WRITES)
+        found = await settled(api, namespace, count * stages if pods else 0)
+        await asyncio.sleep(REST_SECONDS)
+        return {
+            "jobs_created_seconds": asked,
+            "writes": first.value("status_writes_total"),
+            "writes_per_second": wrote / first.age(),
+            "memory": first.memory(),
+            "cpu_seconds": first.cpu(),
+            "queue_latency_p99_at_most": first.quantile("queue_latency_seconds", 0.99),
+            "reconcile_duration_p99_at_most": first.quantile("reconcile_duration_seconds", 0.99),
+        }, found
+
+
+async def restarted(namespace: str, count: int, qps: float, then: Callable[[], Awaitable[None]]) -> dict[str, Any]:
+    """With everything there: until each has been looked at, and then at rest; ``then`` goes on while it runs."""
+    with operator(namespace, qps) as again:
+        listed = await again.until("list", lambda page: again.value("conversions", page) >= count, 300)
+        listed_cpu = again.cpu()
+        # Every one was looked at: its status is decided, and as there was nothing new to say, none was written.
+        seen = await again.until(
+            "seen",
+            lambda page: again.value("reconciles_total", page) >= count and not again.value("queue_depth", page),
+            300,
+        )
+        seen_cpu, seen_load = again.cpu(), os.getloadavg()[0]
+        at_start = again.value("status_writes_total")
+        await asyncio.sleep(REST_SECONDS)
+        idle = again.metrics()
+        before = {verb: writes(idle, verb) for verb in WRITES}
+        cpu = again.cpu()
+        await asyncio.sleep(REST_SECONDS)
+        rest = again.metrics()
+        found = {
+            "all_listed_seconds": listed,
+            "all_listed_cpu_seconds": listed_cpu,
+            "all_reconciled_seconds": seen,
+            "all_reconciled_cpu_seconds": seen_cpu,
+            "load": seen_load,
+            "writes_at_start": at_start,
+            "writes_at_rest": sum(writes(rest, verb) - value for verb, value in before.items()),
+            "cpu_share_at_rest": (again.cpu() - cpu) / REST_SECONDS,
+            "memory": again.memory(),
+            "queue_latency_p99_at_most": again.quantile("queue_latency_seconds", 0.99),
+            "reconcile_duration_p99_at_most": again.quantile("reconcile_duration_seconds", 0.99),
+        }
+        await then()
+    return found
+
+
+async def measure(count: int, stages: int, qps: float, *, with_pods: bool, left: str = "") -> dict[str, Any]:
+    """Once from nothing, and once from everything; of what an earlier run ``left`` in a namespace the latter alone."""
     api = await Api.create(Metrics("bench"), qps=1000, burst=1000)
-    namespace = f"scale-{int(time.time())}"
-    await api.create_object(NAMESPACES, "", {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+    namespace = left or f"scale-{int(time.time())}"
+    found: dict[str, Any] = {"conversions": count, "stages": stages, "qps": qps}
+    pods = 0
+
+    async def beside() -> None:
+        new = await beside_silent(api, namespace, count, stages) if pods else None
+        found["silent_workers"] = {"workers": min(SILENT, pods), "new_job_seconds": new}
+
     try:
         await install(api)
-        await create(api, namespace, count, stages, pods=with_pods)
-        with operator(namespace, qps) as first:
-            asked = await first.until("Jobs", lambda page: first.value("api_requests_total", jobs(page)) >= count, 3600)
-            await first.until("rest", lambda page: not first.value("queue_depth", page), 3600)
-            wrote = sum(writes(first.metrics(), verb) for verb in WRITES)
-            pods = await settled(api, namespace, count * stages if with_pods else 0)
-            await asyncio.sleep(REST_SECONDS)
-            cold = {
-                "jobs_created_seconds": asked,
-                "writes": first.value("status_writes_total"),
-                "writes_per_second": wrote / first.age(),
-                "memory": first.memory(),
-                "cpu_seconds": first.cpu(),
-                "queue_latency_p99_at_most": first.quantile("queue_latency_seconds", 0.99),
-                "reconcile_duration_p99_at_most": first.quantile("reconcile_duration_seconds", 0.99),
-            }
-        with operator(namespace, qps) as again:
-            listed = await again.until("list", lambda page: again.value("conversions", page) >= count, 300)
-            listed_cpu = again.cpu()
-            # Every one was looked at: its status is decided, and as there was nothing new to say, none was written.
-            seen = await again.until(
-                "seen",
-                lambda page: again.value("reconciles_total", page) >= count and not again.value("queue_depth", page),
-                300,
-            )
-            seen_cpu, seen_load = again.cpu(), os.getloadavg()[0]
-            at_start = again.value("status_writes_total")
-            await asyncio.sleep(REST_SECONDS)
-            idle = again.metrics()
-            before = {verb: writes(idle, verb) for verb in WRITES}
-            cpu = again.cpu()
-            await asyncio.sleep(REST_SECONDS)
-            rest = again.metrics()
-            warm = {
-                "all_listed_seconds": listed,
-                "all_listed_cpu_seconds": listed_cpu,
-                "all_reconciled_seconds": seen,
-                "all_reconciled_cpu_seconds": seen_cpu,
-                "load": seen_load,
-                "writes_at_start": at_start,
-                "writes_at_rest": sum(writes(rest, verb) - value for verb, value in before.items()),
-                "cpu_share_at_rest": (again.cpu() - cpu) / REST_SECONDS,
-                "memory": again.memory(),
-                "queue_latency_p99_at_most": again.quantile("queue_latency_seconds", 0.99),
-                "reconcile_duration_p99_at_most": again.quantile("reconcile_duration_seconds", 0.99),
-            }
-            new = await beside_silent(api, namespace, count, stages) if pods else None
-        jobs_there = len([job async for job in pages(api, JOBS, namespace, key_of)])
-        return {
-            "conversions": count,
-            "stages": stages,
-            "qps": qps,
-            "jobs": jobs_there,
-            "pods": pods,
-            "from_nothing": cold,
-            "restarted": warm,
-            "silent_workers": {"workers": min(SILENT, pods), "new_job_seconds": new},
-        }
+        if not left:
+            body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+            await api.create_object(NAMESPACES, "", body)
+            await create(api, namespace, count, stages, pods=with_pods)
+            found["from_nothing"], pods = await from_nothing(api, namespace, count, stages, qps, pods=with_pods)
+        found["restarted"] = await restarted(namespace, count, qps, beside)
+        found["jobs"] = len([job async for job in pages(api, JOBS, namespace, key_of)])
+        return found | {"pods": pods}
     finally:
         try:
-            body = {"propagationPolicy": "Background"}
-            await api._request("DELETE", NAMESPACES, "", namespace, body=body)
+            if not left:
+                await api._request("DELETE", NAMESPACES, "", namespace, body={"propagationPolicy": "Background"})
         except ApiError as error:
             print(error, file=sys.stderr)
         await api.close()
@@ -286,18 +299,22 @@ def main() -> None:
     parser.add_argument(
         "--no-pods", action="store_true", help="suspend the Jobs: making pods takes controllers most of an hour"
     )
+    parser.add_argument("--left", metavar="NAMESPACE", default="", help="measure the restart alone, with what is there")
     parser.add_argument("--no-keep", action="store_true", help="do not write a results file")
     given = parser.parse_args()
     if "KUBECONFIG" not in os.environ:
         parser.error("set KUBECONFIG: `make cluster` prints it")
     where = host()
-    found = asyncio.run(measure(given.conversions, given.stages, given.qps, with_pods=not given.no_pods))
-    document = {"theme": "scale", "date": today(), "commit": commit(), "host": where} | found
+    found = asyncio.run(
+        measure(given.conversions, given.stages, given.qps, with_pods=not given.no_pods, left=given.left)
+    )
+    theme = "scale-suspended" if given.no_pods else "scale"
+    document = {"theme": theme, "date": today(), "commit": commit(), "host": where} | found
     text = json.dumps(document, indent=1)
     print(text)
     if not given.no_keep:
         cpu = re.sub(r"\W+", "-", str(where["cpu"]).lower()).strip("-")
-        (HERE / "results" / f"scale_{cpu}-{where['cpus']}cpu_{today()}.json").write_text(text + "\n")
+        (HERE / "results" / f"{theme}_{cpu}-{where['cpus']}cpu_{today()}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import logging
 import os
 import signal
@@ -24,6 +26,7 @@ from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, Try
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Lock
 from ckpt2pt.request import Pace
+from ckpt2pt.system.access import access_error
 from ckpt2pt.system.parent import end_with
 
 
@@ -90,12 +93,16 @@ def work_through(
     if pace.in_process or len(todo) <= 1:
         for rank in todo:
             with _deadline(pace.timeout, rank, stop):
-                meter = Meter(partial(reporter.advance, rank))
-                (alone or work.plan(rank)).carry(stop, meter.advance)
-                meter.flush()
+                _carry(alone or work.plan(rank), stop, Meter(partial(reporter.advance, rank)))
             reporter.end(rank)
         return
     _Crew(work, reporter, stop, locks).work(todo)
+
+
+def _carry(share: Share, stop: Stop, meter: Meter) -> None:
+    share.carry(stop, meter.advance)
+    meter.flush()
+    gc.collect()  # cycles keep its buffers, and the next rank would need its own beside them
 
 
 @contextmanager
@@ -182,11 +189,14 @@ class _Crew:
 
     def _start(self) -> _Hand:
         context = get_context("spawn")
-        ours, theirs = context.Pipe()
-        words = (self._work, theirs, os.getpid(), tuple(self._locks))
-        process = context.Process(target=work_on_ranks, args=words)
-        with _deaf_to_interrupts():
-            process.start()
+        try:
+            ours, theirs = context.Pipe()
+            words = (self._work, theirs, os.getpid(), tuple(self._locks))
+            process = context.Process(target=work_on_ranks, args=words)
+            with _deaf_to_interrupts():
+                process.start()
+        except OSError as error:
+            raise _not_started(error, "worker of tp {} pp {}".format(*self._waiting[0])) from error
         theirs.close()
         hand = _Hand(self._waiting[0], process, ours)
         self._assign(hand)
@@ -238,6 +248,23 @@ class _Crew:
                 hand.process.join()
 
 
+def _not_started(error: OSError, worker: str) -> Ckpt2ptError:
+    """A process takes descriptors, memory and a place among the processes that are allowed."""
+    if error.errno == errno.EPIPE:
+        return TryAgainError(
+            "the worker died as it was started",
+            where=worker,
+            mend="give it more memory (spec.workers.resources) or fewer workers (--process-limit), and run again",
+        )
+    if error.errno != errno.EAGAIN:
+        return access_error(error, worker, "starting a worker process")
+    return TryAgainError(
+        "a worker process could not be started: no more processes are allowed here",
+        where=worker,
+        mend="raise the limit (ulimit -u, the pids limit of the container), or lower --process-limit; then run again",
+    )
+
+
 @contextmanager
 def _deaf_to_interrupts() -> Generator[None]:
     """Processes started here never hear Ctrl-C, which a terminal sends to all of them: we tell them ourselves.
@@ -273,8 +300,7 @@ def work_on_ranks(work: Work, pipe: Connection, parent: int, _: Sequence[Lock]) 
         meter = Meter(report)
         try:
             while (rank := _next(pipe)) is not None:
-                work.plan(rank).carry(stop, meter.advance)
-                meter.flush()
+                _carry(work.plan(rank), stop, meter)
                 _say(pipe, None)
         except Ckpt2ptError as error:
             _say(pipe, error)

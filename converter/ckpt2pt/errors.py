@@ -48,8 +48,12 @@ class Ckpt2ptError(Exception):
 
 def message(what: object, where: object, mend: object) -> str:
     """An error in three parts.  Lines of ``what`` are indented; a line break in a name is spelled out."""
-    first = _BREAK.sub(r"\\n", printable(str(what), lines=True))
-    return f"{first}\n  where: {printable(str(where))}\n  mend:  {printable(str(mend))}"
+    return f"{spelled(str(what))}\n  where: {printable(str(where))}\n  mend:  {printable(str(mend))}"
+
+
+def spelled(text: str) -> str:
+    """A sentence for a terminal, with indented lines below it: a line break in a name is spelled out."""
+    return _BREAK.sub(r"\\n", printable(text, lines=True))
 
 
 _BREAK = re.compile(r"\n(?!  (?!where:|mend:))")

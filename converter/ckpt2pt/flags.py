@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, Protocol, cast
 
 from ckpt2pt.errors import UsageError
 
@@ -182,3 +182,30 @@ def check_numbers(given: Mapping[str, float | None]) -> None:
                 where="the command line",
                 mend=f"give {flag} a number above 0, at most {_MAX_NUMBER}",
             )
+
+
+class Group(Protocol):
+    """A parser, or a group of its flags."""
+
+    def add_argument(self, *names: str, **settings: Any) -> object:  # noqa: ANN401 - argparse's own
+        """Add one flag."""
+        ...
+
+
+def add_target_sizes(group: Group, meaning: str) -> None:
+    """The parallel sizes of a result in another layout; ``meaning`` is what follows the name of a size, ``{}`` its field."""
+    for flag, what, field in (
+        ("--target-tp-size", "tensor parallel size", "tensor"),
+        ("--target-pp-size", "pipeline parallel size", "pipeline"),
+        ("--target-vpp-size", "model chunks of each stage", "virtualPipeline"),
+    ):
+        group.add_argument(flag, type=int, metavar="N", help=f"{what} {meaning.format(field)}")
+
+
+def target_sizes(options: argparse.Namespace) -> dict[str, int | None]:
+    """By flag, what was given of them."""
+    return {
+        "--target-tp-size": options.target_tp_size,
+        "--target-pp-size": options.target_pp_size,
+        "--target-vpp-size": options.target_vpp_size,
+    }

@@ -6,7 +6,6 @@ param_map_buffer0_dp0tp0pp3vpp1.json        -> Buffer     (order, buckets, paddi
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +26,7 @@ from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, read_pickle
 from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
-from ckpt2pt.system.access import access_error
-from ckpt2pt.system.paths import is_file, is_folder, is_there, listing
+from ckpt2pt.system.paths import is_file, is_folder, is_there, listing, status
 from ckpt2pt.untrusted.jsontext import parse_json
 
 _Described = tuple[tuple[str, ...], Buffer | None]
@@ -191,20 +189,12 @@ def data_parallel_size(template: Template) -> int | None:
 
 def read_template(path: Path, *, allow: tuple[str, ...] = ()) -> Template:
     """Read an ``args_*.pt`` without executing it; whatever torch or numpy wrote it."""
-    try:
-        seen = path.stat()
-    except OSError:
-        return _read_template(path, allow)  # which says what is wrong
-    return _last_template(path, allow, (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))
+    seen = status(path, METADATA)
+    return _template(path, allow, seen and (seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns))
 
 
-@lru_cache(1)
-def _last_template(path: Path, allow: tuple[str, ...], _: tuple[int, ...]) -> Template:
-    """Several parts of a run ask for one rank in turn; those of many ranks would not fit into memory."""
-    return _read_template(path, allow)
-
-
-def _read_template(path: Path, allow: tuple[str, ...]) -> Template:
+@lru_cache(1)  # parts of a run ask for one rank in turn; those of many ranks would not fit into memory
+def _template(path: Path, allow: tuple[str, ...], _: tuple[int, ...] | None) -> Template:
     archive = Archive.open(path, METADATA)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
@@ -212,29 +202,25 @@ def _read_template(path: Path, allow: tuple[str, ...]) -> Template:
     return Template(path=str(path), tree=cast("dict[str, object]", tree), storages=dict(archive.storages))  # type: ignore[arg-type]
 
 
-_SOURCE = "spec.source.path (--ms-path)"
 _MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(0|[1-9]\d*)pp(0|[1-9]\d*)vpp(\d+)\.json", re.ASCII)
 
 
 def list_param_maps(folder: Path) -> Maps:
     """The param maps in a folder.  Only data-parallel rank 0's are read: all ranks write the same."""
-    try:
-        seen = folder.stat()
-        return _listed_maps(folder, (seen.st_dev, seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns))
-    except FileNotFoundError:
-        raise MissingInputError("the folder of param maps is not there", where=folder, mend=_MEND) from None
-    except OSError as error:
-        raise access_error(error, folder, "listing", option=METADATA) from error
+    seen = status(folder, METADATA)
+    if seen is None:
+        raise MissingInputError("the folder of param maps is not there", where=folder, mend=_MEND)
+    return _listed_maps(folder, (seen.st_dev, seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns))
 
 
 @lru_cache(1)
 def _listed_maps(folder: Path, _: tuple[int, ...]) -> Maps:
     """Each rank in turn asks for its own; listing the folder for each would take the square of their number."""
     found: dict[tuple[int, int], list[tuple[int, int, Path]]] = {}
-    for name in os.listdir(folder):
-        if match := _MAP.fullmatch(name):
+    for path in listing(folder, option=METADATA):
+        if match := _MAP.fullmatch(path.name):
             buffer, tp, pp, chunk = map(int, match.groups())
-            found.setdefault((tp, pp), []).append((buffer, chunk, folder / name))
+            found.setdefault((tp, pp), []).append((buffer, chunk, path))
     return found
 
 
@@ -346,12 +332,7 @@ class Given:
 
 def read_stated(folder: Path, *, allow: tuple[str, ...] = ()) -> Stated | None:
     """What the files of a ``pt_meta`` say; None where there is no folder or no ``args_tp*_pp*.pt`` in it."""
-    try:
-        names = [found for path in folder.iterdir() if (found := _ARGUMENTS.fullmatch(path.name))]
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise access_error(error, folder, "listing", option=METADATA) from error
+    names = [found for path in listing(folder, option=METADATA) if (found := _ARGUMENTS.fullmatch(path.name))]
     if not names:
         return None
     first = min((int(name[1]), int(name[2])) for name in names)
@@ -371,7 +352,7 @@ def read_stated(folder: Path, *, allow: tuple[str, ...] = ()) -> Stated | None:
     )
 
 
-def learn(given: Given, *, source: Path, metadata: Path, allow: tuple[str, ...] = ()) -> Topology:
+def learn(given: Given, *, source: Path, metadata: Path, target: Path, allow: tuple[str, ...] = ()) -> Topology:
     """The layout that was given, completed by what ``metadata`` states.
 
     Where it states nothing, degrees are 1 and no layer is a no-op; only the layers have to be known.
@@ -379,8 +360,9 @@ def learn(given: Given, *, source: Path, metadata: Path, allow: tuple[str, ...] 
     stated = None if given.complete else read_stated(metadata, allow=allow)
     layers = given.num_layers if given.num_layers is not None or stated is None else stated.num_layers
     if layers is None:
+        require(metadata, source=source, target=target)
         raise UsageError(
-            "--num-layers is missing" + (", and pt_meta does not say it" if stated else ""),
+            "--num-layers is missing, and pt_meta does not say it",
             where=f"the command line and {metadata}",
             mend="give --num-layers, no-op layers included, or check --param-map-path",
         )
@@ -413,7 +395,10 @@ def check(topology: Topology, stated: Stated) -> None:
     """Refuse a layout whose ranks are not those that ``pt_meta`` has files for."""
     if (topology.tensor, topology.pipeline) != (stated.tensor, stated.pipeline):
         asked = _layout(topology.tensor, topology.pipeline, topology.virtual, topology.num_layers)
-        raise TopologyError(f"{stated}, the options ask for {asked}", where=stated.folder, mend=_LAYOUT_MEND)
+        made = f"ckpt2pt pt-meta --from-pt-meta {stated.folder} --param-map-path NEW"
+        sizes = f"--target-tp-size {topology.tensor} --target-pp-size {topology.pipeline}"
+        mend = f"{_LAYOUT_MEND}; for another layout than that of pt_meta make metadata of it: {made} {sizes}"
+        raise TopologyError(f"{stated}, the options ask for {asked}", where=stated.folder, mend=mend)
 
 
 @contextmanager
@@ -455,4 +440,4 @@ def _with_group(topology: Topology, group: int, source: Path) -> Topology:
     first = {wide.source_rank(*rank) for rank in wide.ranks()}
     if first == {topology.source_rank(*rank) for rank in topology.ranks()}:
         first = {rank for key in wide.ranks() for rank in wide.group(*key)}
-    return wide if all(is_folder(rank_folder(source, rank), _SOURCE) for rank in first) else topology
+    return wide if all(is_folder(rank_folder(source, rank), "--ms-path") for rank in first) else topology

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts, joined, path, port, seconds
+from ckpt2pt.flags import add_target_sizes, check_numbers, counts, joined, path, port, seconds, target_sizes
 
 if TYPE_CHECKING:
+    from ckpt2pt.mapping.names import Rules
+    from ckpt2pt.mapping.topology import Topology
     from ckpt2pt.request import Request
-
 
 log = logging.getLogger("ckpt2pt")
 
@@ -39,6 +41,7 @@ def _add_cut(parser: argparse.ArgumentParser) -> None:
         ("--vpp-size", "model chunks of each stage", "virtualPipeline"),
     ):
         group.add_argument(flag, type=int, help=f"{what}; default: as pt_meta says (spec.parallelism.{field})")
+    add_target_sizes(group, "of the result, where it is another than that of the source (spec.target.parallelism.{})")
     group.add_argument(
         "--dp-size",
         type=int,
@@ -343,26 +346,33 @@ def request_of(options: argparse.Namespace) -> Request:
         {
             "--process-limit": getattr(options, "process_limit", 1),
             "--process_timeout": getattr(options, "process_timeout", None),
+            **target_sizes(options),
             "--target-dp-size": options.target_dp_size,
             "--iteration": options.iteration,
         }
     )
     rules = rules_of(options.rules)
+    sizes = tuple(target_sizes(options).values())
+    own = options.tp_size, options.pp_size, options.vpp_size
+    tensor, pipeline, virtual = (there or here for here, there in zip(own, sizes, strict=True))
     given = Given(
         num_layers=options.num_layers,
-        tensor=options.tp_size,
-        pipeline=options.pp_size,
-        virtual=options.vpp_size,
-        data=options.dp_size,
-        context=options.cp_size,
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual=virtual,
+        data=1 if any(sizes) else options.dp_size,
+        context=1 if any(sizes) else options.cp_size,
         noop=None if options.noop is None else frozenset(options.noop),
         layers_per_stage=joined(options.stage_list),
     )
-    topology = learn(given, source=options.ms_path, metadata=options.param_map_path, allow=rules.pickle_globals)
+    source, metadata, target = options.ms_path, options.param_map_path, options.megatron_path
+    topology = learn(given, source=source, metadata=metadata, target=target, allow=rules.pickle_globals)
     if topology.remark:
         log.warning("%s", topology.remark)
+    topology, laid_out = _layouts(options, topology, rules)
     return Request(
         topology=topology,
+        source_topology=laid_out,
         source=options.ms_path,
         metadata=options.param_map_path,
         target=options.megatron_path,
@@ -379,6 +389,20 @@ def request_of(options: argparse.Namespace) -> Request:
         in_process=getattr(options, "multiprocess_off", False),
         timeout=getattr(options, "process_timeout", None),
     )
+
+
+def _layouts(options: argparse.Namespace, target: Topology, rules: Rules) -> tuple[Topology, Topology | None]:
+    """That of the result, and that of the source where a rank of the result is not read from one rank of the source."""
+    if not any(target_sizes(options).values()):
+        return target, None
+    from ckpt2pt.formats.degrees import source_layout  # noqa: PLC0415
+
+    known = options.tp_size, options.pp_size, options.dp_size, options.cp_size
+    source = source_layout(options.ms_path, known, target, rules)
+    sizes = source.tensor, source.pipeline, options.vpp_size
+    if sizes != (target.tensor, target.pipeline, target.virtual) or target.layers_per_stage:
+        return target, source
+    return replace(target, data=source.data, context=source.context), None
 
 
 def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:

@@ -71,6 +71,8 @@ _EXAMPLES = {
         "from the script that starts the training": "--description pretrain_gpt.sh --ms-path ms_ckpt --param-map-path pt_meta",
         "once its assumptions have been checked":
             "--description pretrain_gpt.sh --ms-path ms_ckpt --param-map-path pt_meta --accept-assumptions",
+        "for the same run on other parallel sizes":
+            "--from-pt-meta pt_meta --param-map-path pt_meta_tp4 --target-tp-size 4 --target-pp-size 1",
     },
     "run": {
         "all stages here": "-f conversion.yaml --volume training=/mnt/training",

@@ -131,6 +131,21 @@ def _is_list(check: Callable[[Json], bool]) -> Callable[[object], bool]:
     return is_list
 
 
+def _is_mapping(check: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(check, cast("Json", value).values()))
+
+
+def _is_texts(value: object, check: Callable[[object], bool] = _is_text) -> bool:
+    return isinstance(value, list) and all(map(check, cast("list[object]", value)))
+
+
+def _is_swap(value: object) -> bool:
+    """What a claim says of files that are about to be moved (publish/swap.py): all of it stays below the folder."""
+    swap = cast("Json", value) if isinstance(value, dict) else {}
+    places = all(_is_texts(swap.get(name), _is_place) for name in ("records", "coming"))
+    return places and _is_place(swap.get("from")) and _is_list(_is_file)(swap.get("files"))
+
+
 _CRC32 = re.compile("[0-9a-f]{8}")
 _RANK_FIELDS = {"identity", "tp", "pp", "files"}
 _FIELDS: Mapping[str, Callable[[object], bool]] = {
@@ -140,7 +155,11 @@ _FIELDS: Mapping[str, Callable[[object], bool]] = {
     "pp": _is_count(1 << 16),
     "iteration": _is_count(10**18),
     "files": _is_list(_is_file),
-    "tensors": lambda value: isinstance(value, dict),
+    "tensors": _is_mapping(_is_text),
+    "sourceChecksums": _is_mapping(_is_count(1 << 63)),
+    "verified": _is_text,
+    "warnings": _is_texts,
+    "swap": _is_swap,
     "ranks": lambda value: value is None or _is_list(_is_record)(value),
     "stages": _is_list(_is_record),
 }

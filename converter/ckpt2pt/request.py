@@ -39,6 +39,7 @@ class Request:
     """
 
     topology: Topology
+    """The layout of the result."""
     source: Path
     metadata: Path
     target: Path
@@ -55,6 +56,13 @@ class Request:
     workers: int = 1
     in_process: bool = False
     timeout: float | None = None
+    source_topology: Topology | None = None
+    """The layout of the source where it is another one; its layers do not matter."""
+
+    @property
+    def source_layout(self) -> Topology:
+        """How the source is laid out."""
+        return self.source_topology or self.topology
 
     @property
     def pace(self) -> Pace:
@@ -77,12 +85,18 @@ class Request:
             "context": topology.context,
             "targetDataParallel": self.target_data,
             "referenceSamples": self.reference_samples,
+            **({"source": _degrees(self.source_topology)} if self.source_topology else {}),
             "rules": {
                 "layer_modules": dict(self.rules.layer_modules),
                 "modules": dict(self.rules.modules),
                 "ignore": list(self.rules.ignore),
             },
         }
+
+
+def _degrees(layout: Topology) -> dict[str, int]:
+    names = ("tensor", "pipeline", "data", "context")
+    return {name: getattr(layout, name) for name in names}
 
 
 def digest(document: object) -> str:

@@ -19,23 +19,24 @@ from functools import partial
 from typing import Protocol, cast
 
 from ckpt2pt import __version__
-from ckpt2pt.ckpt import prove_sources
+from ckpt2pt.ckpt.source import prove_read
 from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
-from ckpt2pt.errors import InterruptedRunError, TargetConflictError
+from ckpt2pt.errors import InterruptedRunError, TargetConflictError, printable
 from ckpt2pt.folders import COVERED, covered
-from ckpt2pt.mapping.names import prefix_remark, rules_remark
+from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.ptmeta.loading import check_loadable, contradictions, kept_of_template
+from ckpt2pt.ptmeta.loading import check_loadable, contradictions_of, kept_of_template
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Request, Verify
-from ckpt2pt.survey import Prepared, Survey, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.survey import Prepared, Survey, distinct, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.system.volume import check_volume
-from ckpt2pt.text import checksums_told, counted, size
+from ckpt2pt.tensors import TensorRef
+from ckpt2pt.text import checksums_told, counted, size, warned
 
 
 class Planned(Share, Protocol):
@@ -155,8 +156,8 @@ class Outcome:
         did += checksums_told(self.source_checksums)
         if self.kept_of_template:
             did += f"\nas pt_meta has it, of another iteration: {', '.join(self.kept_of_template)}"
-        first = "".join(f"warning: {text}\n" for text in self.warnings)
-        return f"{first}iteration {self.target.iteration}, {stages}: {did}\n{self.target.at_home.folder}\n{end}"
+        first = f"iteration {self.target.iteration}, {stages}: {did}"
+        return "\n".join([*warned(self.warnings), first, printable(str(self.target.at_home.folder)), end])
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +179,7 @@ class _Forward:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        prefix = self.prepared.plan.prefix
-        return (prefix_remark(prefix),) if prefix else ()
+        return self.prepared.remarks
 
     @property
     def unused_rules(self) -> frozenset[str]:
@@ -223,7 +223,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         facts={"assumed": assumed(request.metadata)},
         inputs=chosen.inputs,
         doubts=chosen.clock.doubts,
-        warnings=contradictions(request, chosen, ranks[0]) if ranks else (),
+        warnings=contradictions_of(request, chosen, ranks[0]) if ranks else (),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
         prepare=partial(_plan, request, chosen),
@@ -247,14 +247,14 @@ def convert_rank(
     rank = prepared.plan.tp, prepared.plan.pp
     folder = target.folder / prepared.plan.directory
     ledger = target.ledger(rank, repair=request.overwrite)
-    _check_twins(prepared)
+    check_twins(prepared.plan.twins)
     make_folder(folder, target.root)
     checksums: dict[str, int] = {}
 
     def prove(read: ReadPieces) -> None:
         prove_unchanged(request, chosen, rank)  # first: a source that was written meanwhile is not a damaged one
         every_byte = request.full or request.verify == "full"
-        checksums.update(prove_sources(chosen.files[rank].paths, read, every_byte=every_byte))
+        checksums.update(prove_read(rank, chosen.files, request, read, every_byte=every_byte))
 
     def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
         prove_unchanged(request, chosen, rank)
@@ -292,13 +292,13 @@ def convert_rank(
     )
 
 
-def _check_twins(prepared: Prepared) -> None:
-    """Compare tied copies of which only one is carried."""
-    if not prepared.plan.twins:
+def check_twins(twins: Sequence[tuple[TensorRef, TensorRef]]) -> None:
+    """Compare copies of which only one is carried: tied weights, and what several ranks hold where the layout changes."""
+    if not twins:
         return
     from ckpt2pt.verify.compare import same_bytes  # noqa: PLC0415 - rare
 
-    for kept, copy in prepared.plan.twins:
+    for kept, copy in twins:
         same_bytes(kept, copy)
 
 
@@ -413,7 +413,7 @@ def _publish_stage(conversion: Conversion, pp: int, options: Json) -> tuple[str,
     """Join the manifests of a stage's ranks; returns what is suspicious of them."""
     target, found = conversion.target, conversion.examine(conversion.target, pp)
     # Its own inputs alone: those of all ranks in each stage would grow with the square of their number.
-    inputs = [one for tp in range(target.tensor) for one in conversion.inputs[tp, pp]]
+    inputs = list(distinct(conversion.inputs[tp, pp] for tp in range(target.tensor)))
     facts: Json = {"iteration": target.iteration, "inputs": inputs, **conversion.facts}
     facts |= {"warnings": list(found)} if found else {}
     target.publish_stage(pp, {**options, **facts})

@@ -18,10 +18,11 @@ from ckpt2pt.ckpt import index_file, read_scalars, statement_of
 from ckpt2pt.ckpt.filenames import When, shown
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
+from ckpt2pt.ckpt.source import files_for, read_source
 from ckpt2pt.errors import InputError, MissingInputError, TryAgainError
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import sha256
-from ckpt2pt.mapping.names import NameTable, is_tied_head
+from ckpt2pt.mapping.names import NameTable, is_tied_head, prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import (
     METADATA,
@@ -40,6 +41,7 @@ from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, name_contradiction, read_cl
 from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
 from ckpt2pt.pt.payload import FilePayload, payloads
 from ckpt2pt.publish import Target
+from ckpt2pt.records import Json
 from ckpt2pt.request import Request, digest
 from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
@@ -68,6 +70,10 @@ class Survey:
     indexes: Mapping[Rank, Index] = field(default_factory=dict[Rank, Index])
     """Indexes that :func:`survey` was asked to keep, so that :func:`prepare` need not read those files again."""
 
+    def read_for(self, rank: Rank, request: Request) -> tuple[SourceFile, ...]:
+        """The files that a rank of the result is read from."""
+        return files_for(rank, self.files, request)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
@@ -76,6 +82,8 @@ class Prepared:
     plan: RankPlan
     meta: RankMeta
     files: tuple[FilePayload, ...]
+    remarks: tuple[str, ...]
+    """What a user should know before the result is used, in whole sentences."""
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -108,11 +116,13 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         check(request.topology, stated)
         with answering(request.metadata, request.rules.pickle_globals):
             check_layers(meta_of(request, first).chunks, request.topology, pp=0, where=str(request.metadata))
-    files = find_sources(request.source, request.topology, wanted_format=request.source_format)
+    layout = request.source_layout
+    files = find_sources(request.source, layout, wanted_format=request.source_format)
+    keep = () if request.source_topology else keep
     headers = _Headers({ranks[rank].path for ranks in files.values() for rank in keep})
     found = find_groups(
         request.source,
-        request.topology,
+        layout,
         files,
         sharded=headers.has_shards,
         info=request.shard_info,
@@ -120,16 +130,16 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     )
     batch = read_arguments(request.metadata, first, allow=request.rules.pickle_globals).global_batch_size
     if request.iteration is None:
-        when = _given(request, found) or choose(found, last_saved(request.source, request.topology))
+        when = _given(request, found) or choose(found, last_saved(request.source, layout))
         clock = _clock(found[when][first], batch, headers)
         clock = _with_rivals(clock, when, {other: files[first] for other, files in found.items()}, batch, headers)
     else:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
     maps = list_param_maps(request.metadata)
-    inputs = {rank: _inputs(rank, file, request, maps) for rank, file in found[when].items()}
+    inputs = _inputs(request.topology.ranks(), found[when], request, maps)
     headers.prove_unchanged()
-    every = tuple(one for listed in inputs.values() for one in listed)
+    every = distinct(inputs.values())
     purpose = digest({"options": request.meaning(), "iteration": clock.iteration})
     chosen = Survey(
         files=found[when],
@@ -166,9 +176,10 @@ def _identity(purpose: str, inputs: Inputs, first: Inputs) -> str:
 def prove_unchanged(request: Request, chosen: Survey, rank: Rank) -> None:
     """Refuse a rank whose files are not those that were surveyed: what was read may be of two checkpoints."""
     first = rank[0], 0
-    now = _identity(chosen.purpose, *(_inputs(one, chosen.files[one], request) for one in (rank, first)))
+    inputs = _inputs((rank, first), chosen.files, request)
+    now = _identity(chosen.purpose, inputs[rank], inputs[first])
     if now != chosen.ranks[rank]:
-        raise changed(chosen.files[rank].path)
+        raise changed(chosen.read_for(rank, request)[0].path)
 
 
 def changed(path: Path) -> TryAgainError:
@@ -225,26 +236,38 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     topology = request.topology
     tp, pp = rank
     meta = meta_of(request, rank)
-    file = chosen.files[rank]
-    index = (None if file.peers else chosen.indexes.get(rank)) or index_source(file, topology.group(tp, pp))
+    source = read_source(
+        request, chosen.files, chosen.identity, rank, sizes=meta.sizes, tied=meta.tied, known=chosen.indexes.get(rank)
+    )
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(
         tp=tp,
         pp=pp,
-        source=str(file.path),
+        source=str(request.source if request.source_topology else chosen.files[rank].path),
         metadata=str(request.metadata),
-        index=index,
-        stated=statement_of(index),
+        index=source.entries,
+        stated=statement_of(source.entries),
         clock=chosen.clock,
         chunks=meta.chunks,
         sizes=meta.sizes,
         params_dtype=meta.params_dtype,
         tied=meta.tied,
-        first_stage=index_source(chosen.files[tp, 0], topology.group(tp, 0)) if tied_head and pp else None,
+        copies=source.copies,
+        first_stage=index_source(chosen.files[tp, 0], topology.group(tp, 0))
+        if tied_head and pp and not request.source_topology
+        else None,
     )
     plan = plan_rank(found, topology, NameTable(request.rules), full=request.full)
     files = payloads(plan, meta.template, reference_samples=request.reference_samples)
-    return Prepared(plan=plan, meta=meta, files=files)
+    remarks = (*source.remarks, *([prefix_remark(plan.prefix)] if plan.prefix else ()))
+    return Prepared(plan=plan, meta=meta, files=files, remarks=remarks)
+
+
+def index_of(request: Request, chosen: Survey, rank: Rank) -> Index:
+    """The index of one rank's file, or of its group's shards: of the source's first rank where the layout changes."""
+    own = (0, 0) if request.source_topology else rank
+    file = chosen.files[own]
+    return (None if file.peers else chosen.indexes.get(rank)) or index_source(file, request.source_layout.group(*own))
 
 
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:
@@ -381,17 +404,28 @@ def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
         )
 
 
-def _inputs(rank: Rank, file: SourceFile, request: Request, maps: Maps | None = None) -> Inputs:
-    """What a rank is read from: sources by name, size and time, the small metadata files by content.
+def _inputs(
+    ranks: Iterable[Rank], files: Mapping[Rank, SourceFile], request: Request, maps: Maps | None = None
+) -> dict[Rank, Inputs]:
+    """What each rank is read from: sources by name, size and time, the small metadata files by content.
 
     The time matters: a retrained checkpoint has the same header and size.  A rank of the last stage may read a tied
-    embedding of the first, so that is counted with every rank.
+    embedding of the first, so that is counted with every rank.  Where the layout changes, ranks share all sources.
     """
-    found = inputs_of(file, request.source)
-    files = metadata_files(request.metadata, tp=rank[0], pp=rank[1], listed=maps)
-    for path in sorted(files, key=lambda path: path.name):
-        found.append({"metadata": path.name, "sha256": sha256(path, METADATA)})
+    sources: dict[Path, Inputs] = {}
+    found: dict[Rank, Inputs] = {}
+    for rank in ranks:
+        needed = files_for(rank, files, request)
+        sources |= {file.path: inputs_of(file, request.source) for file in needed if file.path not in sources}
+        described = metadata_files(request.metadata, tp=rank[0], pp=rank[1], listed=maps)
+        metadata: Inputs = [{"metadata": path.name, "sha256": sha256(path, METADATA)} for path in sorted(described)]
+        found[rank] = [*(one for file in needed for one in sources[file.path]), *metadata]
     return found
+
+
+def distinct(inputs: Iterable[Sequence[Json]]) -> tuple[Json, ...]:
+    """Each input of several ranks once."""
+    return tuple({id(one): one for listed in inputs for one in listed}.values())
 
 
 def inputs_of(file: SourceFile, root: Path) -> Inputs:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
-from ckpt2pt.errors import printable
+from ckpt2pt.errors import printable, spelled
 
 Document = Mapping[str, object]
 """Plain JSON: facts, groups of facts, and tables (lists of rows)."""
@@ -27,6 +27,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: froze
         return "  ".join(padded).rstrip()
 
     return [line(row) for row in cells]
+
+
+def warned(texts: Iterable[object]) -> list[str]:
+    """A line for each warning, and those below it."""
+    return [f"warning: {spelled(str(text))}" for text in texts]
 
 
 def size(nbytes: float) -> str:

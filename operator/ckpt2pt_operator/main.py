@@ -42,7 +42,10 @@ _SILENT_SECONDS = 400.0
 _DRAIN_SECONDS = 5.0
 _NOT_FOUND, _CONFLICT = 404, 409
 
-log = logging.getLogger("ckpt2pt_operator")
+_PACKAGE = "ckpt2pt_operator"
+_OF_EACH_RECORD = frozenset({*vars(logging.makeLogRecord({})), "message", "asctime"})
+
+log = logging.getLogger(_PACKAGE)
 
 
 class CannotServeError(Exception):
@@ -90,10 +93,20 @@ def set_up_logging(given: Settings) -> None:
         fields = "%(levelname)s %(name)s %(message)s"
         handler.setFormatter(JsonFormatter(fields, rename_fields=names, timestamp="time"))  # with its zone
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+        handler.setFormatter(_Text("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     logging.basicConfig(level=given.log_level.upper(), handlers=[handler], force=True)
     if given.log_level != "debug":
         logging.getLogger("kopf").setLevel(logging.WARNING)
+
+
+class _Text(logging.Formatter):
+    """A line of text, with what our records say besides in JSON: of what it is told, and which error it was."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - its name in logging
+        """The line without a traceback."""
+        ours = record.name.startswith(_PACKAGE)
+        extra = [f"{name}={value}" for name, value in vars(record).items() if ours and name not in _OF_EACH_RECORD]
+        return "; ".join([super().formatMessage(record), *extra])
 
 
 class Operator:

@@ -64,6 +64,14 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     "layers-do-not-divide-by-chunks": (
         [("spec.parallelism", {"pipeline": 2, "virtualPipeline": 3})], "spec.model.numLayers", "make numLayers",
     ),
+    "layers-do-not-divide-in-the-result": (
+        [("spec.parallelism", {"pipeline": 2}), ("spec.target", {"path": "out", "parallelism": {"pipeline": 3}})],
+        "spec.model.numLayers", "make numLayers",
+    ),
+    "no-ranks-in-the-result": (
+        [("spec.target", {"path": "out", "parallelism": {"tensor": 0}})],
+        "spec.target.parallelism.tensor", "greater than or equal to 1",
+    ),
     "split-of-another-length": (
         [("spec.parallelism", {"pipeline": 2}), ("spec.model.layersPerStage", [4])],
         "spec.model.layersPerStage", "give one count for each stage",
@@ -325,6 +333,14 @@ ACCEPTED: dict[str, list[tuple[str, object]]] = {
     "longest-name": [("metadata.name", "a" * 45)],
     "the-root-of-the-volume": [("spec.source.path", ".")],
     "uneven": [("spec.parallelism", {"pipeline": 3}), ("spec.model.layersPerStage", [2, 1, 1])],
+    "another-layout": [
+        ("spec.parallelism", {"pipeline": 3}),
+        ("spec.target", {"path": "out", "parallelism": {"tensor": 4, "pipeline": 2}}),
+    ],
+    "uneven-in-the-result": [
+        ("spec.model.layersPerStage", [3, 1]),
+        ("spec.target", {"path": "out", "parallelism": {"pipeline": 2}}),
+    ],
     "chunks": [("spec.parallelism", {"pipeline": 2, "virtualPipeline": 2}), ("spec.model.noopLayers", [3])],
     "noop-beyond-the-model": [("spec.model.noopLayers", [3, 62, 63])],
     "one-path-on-two-volumes": [("spec.target", {"path": "ms", "volume": HOST})],

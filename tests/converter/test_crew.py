@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from dataclasses import replace
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -20,8 +22,9 @@ import pytest
 from ckpt2pt.casts import Cast, find_cast
 from ckpt2pt.crew import stopped_by_signals, work_through
 from ckpt2pt.engine import write as engine
-from ckpt2pt.errors import Ckpt2ptError, TimedOutError, TryAgainError
+from ckpt2pt.errors import Ckpt2ptError, TimedOutError, TooManyFilesError, TryAgainError
 from ckpt2pt.publish import TRACKER
+from ckpt2pt.request import Pace
 from ckpt2pt.run import run
 from conversions import Quiet, flags_for, request_for
 from loggers import Talking
@@ -124,9 +127,20 @@ def test_a_worker_that_is_killed_is_not_taken_for_done(pipelined: Path, tmp_path
         def close(self) -> None:
             over.set()
 
-    with pytest.raises(TryAgainError, match="exit code -9"):
+    with pytest.raises(TryAgainError, match=r"exit code -9|died as it was started"):
         run(request, range(2), Killer())
     assert not (tmp_path / TRACKER).exists()
+
+
+def test_a_worker_that_is_killed_as_it_is_started_is_said_to_have_died(
+    pipelined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(process: SpawnProcess) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")  # of the pipe through which it gets its work
+
+    monkeypatch.setattr(SpawnProcess, "start", start)
+    with pytest.raises(TryAgainError, match="died as it was started"):
+        run(request_for(pipelined, tmp_path, in_process=False, workers=2), range(2), Quiet())
 
 
 def test_a_worker_does_one_rank_after_another(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,6 +157,27 @@ def test_a_worker_does_one_rank_after_another(golden: Path, tmp_path: Path, monk
     assert len(started) == 2
     run(request_for(folder, tmp_path / "one"), range(2), Quiet())
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+class Cycle:
+    """What only a collector of cycles frees."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_a_rank_leaves_nothing_in_memory_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffers of two ranks would be more than a worker is said to need."""
+    left = list[weakref.ref[Cycle]]()
+
+    def carry(*_: object) -> None:
+        assert [one() for one in left] == [None] * len(left)
+        left.append(weakref.ref(Cycle()))
+
+    monkeypatch.setattr(Talking, "carry", carry)
+    with stopped_by_signals() as stop:
+        work_through(Talking(pace=Pace(in_process=True)), [(0, 0), (1, 0), (2, 0)], None, Quiet(), stop)
+    assert len(left) == 3
 
 
 def test_a_rank_that_fails_ends_the_workers_of_all(pipelined: Path, tmp_path: Path) -> None:
@@ -163,8 +198,9 @@ def test_a_rank_that_fails_ends_the_workers_of_all(pipelined: Path, tmp_path: Pa
 
 
 def test_what_workers_log_goes_through_the_parent(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.getLogger(), "handlers", [caplog.handler])  # without those of tests before this one
     with caplog.at_level(logging.WARNING), stopped_by_signals() as stop:
         work_through(Talking(), [(0, 0), (1, 0)], None, Quiet(), stop)
     assert caplog.messages == ["a\x1b[31m: mode 0400 cannot be set"] * 2
@@ -176,3 +212,23 @@ def test_a_bug_in_a_worker_keeps_its_traceback(capfd: pytest.CaptureFixture[str]
         work_through(Talking(broken=True), [(0, 0), (1, 0)], None, Quiet(), stop)
     assert "in carry" in "".join(caught.value.__notes__)
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (errno.EMFILE, TooManyFilesError, "this process may have [0-9]+ files open"),
+        (errno.EAGAIN, TryAgainError, "no more processes are allowed"),
+        (errno.ENOMEM, TryAgainError, "Cannot allocate memory"),
+    ],
+)
+def test_a_worker_that_cannot_be_started_is_an_error_that_says_why(
+    number: int, kind: type[Ckpt2ptError], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", refuse)
+    with pytest.raises(kind, match=words) as caught, stopped_by_signals() as stop:
+        work_through(Talking(), [(0, 0), (1, 0)], None, Quiet(), stop)
+    assert caught.value.where == "worker of tp 0 pp 0"

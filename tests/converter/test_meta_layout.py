@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ckpt2pt.cli import main
-from ckpt2pt.errors import TopologyError, UsageError
+from ckpt2pt.errors import MissingInputError, TopologyError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.meta import Given, learn, read_stated
 from conversions import topology_of
@@ -49,7 +49,7 @@ def places(folder: Path, target: Path) -> list[str]:
 @pytest.mark.parametrize("golden", golden_sets(), ids=lambda path: path.name)
 @pytest.mark.parametrize("suffix", ["", "_params"])
 def test_the_layout_of_every_golden_set_is_learnt(golden: Path, suffix: str) -> None:
-    found = learn(Given(), source=golden / f"ms{suffix}", metadata=golden / f"pt_meta{suffix}")
+    found = learn(Given(), source=golden / f"ms{suffix}", metadata=golden / f"pt_meta{suffix}", target=Path("none"))
     wanted = topology_of(golden)
     assert (found.num_layers, found.tensor, found.pipeline, found.virtual, found.noop) == (
         wanted.num_layers, wanted.tensor, wanted.pipeline, wanted.virtual, wanted.noop,
@@ -109,10 +109,10 @@ def test_a_pt_meta_of_more_or_fewer_ranks_is_told(made: Path, tmp_path: Path) ->
     with pytest.raises(
         TopologyError, match="pt_meta was written with tp 1, pp 2, vpp 2, 8 layers, the options ask for tp 2"
     ):
-        learn(wanted, source=made / "ms", metadata=tmp_path / "pt_meta")
+        learn(wanted, source=made / "ms", metadata=tmp_path / "pt_meta", target=Path("none"))
     shutil.copy(tmp_path / "pt_meta" / "args_tp00_pp000.pt", tmp_path / "pt_meta" / "args_tp03_pp007.pt")
     with pytest.raises(TopologyError, match="pt_meta was written with tp 4, pp 8, vpp 2"):
-        learn(wanted, source=made / "ms", metadata=tmp_path / "pt_meta")
+        learn(wanted, source=made / "ms", metadata=tmp_path / "pt_meta", target=Path("none"))
 
 
 @pytest.mark.parametrize(
@@ -131,15 +131,20 @@ def test_the_data_parallel_size_is_pt_metas_where_the_source_has_it(
     Handmade(Topology(num_layers=4, pipeline=2), data=2).write_meta(tmp_path / "pt_meta")
     for rank in ranks:
         (tmp_path / "ms" / f"rank_{rank}").mkdir(parents=True)
-    assert learn(replace(Given(), **asked), source=tmp_path / "ms", metadata=tmp_path / "pt_meta").data == data
+    assert (
+        learn(
+            replace(Given(), **asked), source=tmp_path / "ms", metadata=tmp_path / "pt_meta", target=Path("none")
+        ).data
+        == data
+    )
 
 
 def test_where_nothing_is_stated_layers_have_to_be_given(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--num-layers is missing"):
-        learn(Given(), source=tmp_path, metadata=tmp_path / "none")
-    assert learn(Given(num_layers=4, tensor=2), source=tmp_path, metadata=tmp_path / "none") == Topology(
-        num_layers=4, tensor=2
-    )
+    with pytest.raises(MissingInputError, match="the metadata folder is not there"):
+        learn(Given(), source=tmp_path, metadata=tmp_path / "none", target=Path("none"))
+    assert learn(
+        Given(num_layers=4, tensor=2), source=tmp_path, metadata=tmp_path / "none", target=Path("none")
+    ) == Topology(num_layers=4, tensor=2)
     assert read_stated(tmp_path) is None
 
 
@@ -148,7 +153,7 @@ def test_noop_layers_of_one_chunk_alone_have_to_be_given(tmp_path: Path) -> None
     layout = Topology(num_layers=12, pipeline=2, virtual=3, noop=frozenset({4, 5}))
     Handmade(layout).write_meta(tmp_path)
     given = Given(num_layers=12, tensor=1, pipeline=2, virtual=3)
-    assert learn(given, source=tmp_path, metadata=tmp_path).noop == frozenset()
+    assert learn(given, source=tmp_path, metadata=tmp_path, target=Path("none")).noop == frozenset()
 
 
 def test_noop_layers_beyond_the_model_are_a_warning(

@@ -77,7 +77,7 @@ def test_wrong_flags_are_wrong_usage(flags: list[str]) -> None:
     assert caught.value.mend
 
 
-@pytest.mark.parametrize("flag", ["--num-layers", "--ms-path", "--param-map-path", "--megatron-path"])
+@pytest.mark.parametrize("flag", ["--ms-path", "--param-map-path", "--megatron-path"])
 @pytest.mark.parametrize("command", ["convert", "plan", "verify"])
 def test_a_missing_flag_is_named(flag: str, command: str) -> None:
     at = NEEDED.index(flag)

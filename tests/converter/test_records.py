@@ -99,6 +99,15 @@ ODD: list[Any] = [
     *(dict[str, object](files=[FILE | {"nbytes": nbytes}]) for nbytes in (-1, 1.5, "1", None, 1 << 64)),
     *(dict[str, object](files=[FILE | {"crc32": crc32}]) for crc32 in (0, "zz", "", None, "00FF00FF", "0x00ff00")),
     {"tensors": []},
+    {"tensors": {"a": []}},
+    {"sourceChecksums": {"verified": "1"}},
+    {"sourceChecksums": []},
+    {"verified": ["none"]},
+    {"warnings": [1]},
+    *(
+        {"swap": {"from": "a", "records": [], "coming": [], "files": []} | odd}
+        for odd in ({"from": "../a"}, {"from": "/a"}, {"records": ["../claim.json"]}, {"coming": None}, {"files": [1]})
+    ),
     {"iteration": 10**18},
 ]
 

@@ -68,3 +68,29 @@ def test_an_error_about_a_name_does_so(command: str, tmp_path: Path, capsys: pyt
     shown = capsys.readouterr().err
     assert "\\x1b[2J" in shown
     assert is_harmless(shown)
+
+
+def test_a_result_and_its_warnings_do_so_wherever_they_name_a_path(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / EVIL.replace("/", "")
+    folder.mkdir()
+    request = Handmade(Topology(num_layers=4, tensor=2)).write(folder)
+    [path] = (request.source / "rank_0").iterdir()
+    [other] = (request.source / "rank_1").iterdir()
+    other.write_bytes(path.read_bytes())
+    places = ["--ms-path", str(request.source), "--param-map-path", str(request.metadata)]
+    places += ["--megatron-path", str(request.target)]
+    for command in (
+        ["plan", *places],
+        ["convert", *places, "--multiprocess-off"],
+        ["verify", *places],
+        ["verify", str(request.target)],
+        ["pt-meta", "--megatron-path", str(request.target), "--param-map-path", str(folder / "again")],
+        ["import", "--megatron-path", str(request.target), "--ms-path", str(folder / "back"), "--multiprocess-off"],
+    ):
+        assert main(command) == 0, capsys.readouterr().err
+        found = capsys.readouterr()
+        assert "\\x1b[2J" in found.out, command
+        assert is_harmless(found.out), found.out
+        assert is_harmless(found.err), found.err

@@ -1,22 +1,27 @@
-"""10,000 damaged inputs: documented exit codes, no traceback, no hang, bounded memory, nothing written."""
+"""10,000 damaged inputs, and records of ours that were forged: documented exit codes, no traceback, no hang, bounded memory."""
 
 from __future__ import annotations
 
+import json
 import random
 import resource
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ckpt2pt.cli import main
+from ckpt2pt.records import seal
 from conversions import flags_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
 ROUNDS = 2500
+RECORDS = 300
 SECONDS_EACH = 5.0
 MEMORY_KIB = 200 << 10
 INTERESTING = (
@@ -88,3 +93,94 @@ def test_damaged_input_is_refused_in_words(
     assert codes[65] > ROUNDS // 4, codes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY_KIB
     assert not (tmp_path / "out").exists()
+
+
+WEIRD: tuple[Any, ...] = (
+    None, -1, 2**63, 10**30, 1.5, True, "", "../../x", "/etc/passwd", "a\0b", "\x1b[31m", [], {}, [None], [[]], {"a": []},
+    "a" * 5000, "rank_99999999999/x", ".", ["a"],
+)  # fmt: skip
+TRACKERS = (
+    b"",
+    b"\0",
+    b"-1",
+    b"release",
+    b"9" * 5000,
+    "\u0663".encode(),
+    b"2\n3",
+    b"\x1b[31m",
+    b"00002",
+    b"1e3",
+    b"../x",
+)
+
+
+def places(value: object, here: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Where something stands in a document."""
+    if isinstance(value, dict | list):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield (*here, key)
+            yield from places(value[key], (*here, key))
+
+
+def forge(data: bytes, dice: random.Random) -> bytes:
+    """A record with something else in one place, or without it, and with a seal that fits."""
+    document = json.loads(data)
+    document.pop("seal")
+    *way, last = dice.choice([place for place in places(document) if len(place) < 4 or dice.random() < 0.2])
+    inner = document
+    for key in way:
+        inner = inner[key]
+    if dice.random() < 0.2:
+        del inner[last]
+    else:
+        inner[last] = dice.choice(WEIRD)
+    return seal(document)
+
+
+def test_forged_records_are_refused_or_replaced_in_words(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, made, work = golden / "megatron06" / "j_tp1pp2dp2", tmp_path / "made", tmp_path / "work"
+    back = ["import", "--megatron-path", str(made / "pt"), "--multiprocess-off", "--ms-path"]
+    meta = ["pt-meta", "--megatron-path", str(folder / "A"), "--param-map-path"]
+
+    def convert(root: Path) -> list[str]:
+        return ["convert", *flags_for(folder, root / "pt"), "--multiprocess-off"]
+
+    for command in (convert(made), [*back, str(made / "ms")], [*meta, str(made / "meta")]):
+        assert main(command) == 0
+    commands = {
+        "pt": [["verify", str(work / "pt")], ["inspect", str(work / "pt")], convert(work), [*convert(work), "--overwrite"],
+               [*convert(work), "--overwrite", "--convert-param-only"], ["verify", *flags_for(folder, work / "pt")]],
+        "ms": [["verify", str(work / "ms")], [*back, str(work / "ms")], [*back, str(work / "ms"), "--overwrite"],
+               [*back, str(work / "ms"), "--overwrite", "--convert-param-only"]],
+        "meta": [[*meta, str(work / "meta")], [*meta, str(work / "meta"), "--overwrite"]],
+    }  # fmt: skip
+    records = [path.relative_to(made) for path in sorted(made.rglob("*.json")) if ".ckpt2pt" in path.parts]
+    records.append(Path("pt", "latest_checkpointed_iteration.txt"))
+    dice = random.Random(20261130)
+    codes: Counter[int] = Counter()
+    for number in range(RECORDS):
+        record = dice.choice(records)
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(made / record.parts[0], work / record.parts[0])
+        path = work / record
+        data = path.read_bytes()
+        if path.suffix == ".txt":
+            path.write_bytes(dice.choice(TRACKERS))
+        else:
+            path.write_bytes(forge(data, dice) if dice.random() < 0.8 else mutate(data, dice, 4096))
+        command = dice.choice(commands[record.parts[0]])
+        capsys.readouterr()
+        began = time.process_time()
+        code = main(command)
+        codes[code] += 1
+        said = capsys.readouterr()
+        what = f"round {number}: {command[0]} {command[-1]} after {record}: {path.read_bytes()[:300]!r}: {code}: {said.err}"
+        assert time.process_time() - began < SECONDS_EACH, what
+        assert code in {0, 64, 65, 66, 75, 76}, what
+        assert "Traceback" not in said.err, what
+        assert all(char.isprintable() or char in "\n\t" for char in said.out + said.err), what
+        assert {found.name for found in tmp_path.iterdir()} == {"made", "work"}, what
+    assert codes[0] > RECORDS // 10, codes
+    assert codes[0] < RECORDS, codes

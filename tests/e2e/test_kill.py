@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,62 @@ def test_after_many_kills_the_result_is_byte_identical(road: str, checkpoint: Pa
     assert not list(target.rglob("*.partial")), "a temporary file was left behind"
     for path in target.rglob("*.pt"):
         assert zipfile.ZipFile(path).testzip() is None
+
+
+OVER = {
+    "another mode": (convert, ["--convert-param-only"], []),
+    "--overwrite": (convert, ["--zero-consumed-samples"], ["--overwrite"]),
+}
+"""What an older result was made with, and what it is replaced with."""
+
+
+@pytest.mark.parametrize("case", OVER)
+def test_a_run_that_is_killed_while_it_replaces_a_result_leaves_the_old_one_or_the_new(
+    case: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    way, older, flags = OVER[case]
+    quiet = ["--progress", "none", *flags]
+
+    def run(target: Path, *more: str) -> None:
+        words = [sys.executable, "-m", "ckpt2pt", *way(checkpoint, target), *more]
+        subprocess.run(words, check=True, capture_output=True)
+
+    run(tmp_path / "old", *older)
+    began = time.monotonic()
+    run(tmp_path / "new", *quiet)
+    duration = time.monotonic() - began
+    shutil.copytree(tmp_path / "old", tmp_path / "both")
+    old, new = (digests(tmp_path / name, "iter_*/mp_rank_*/*.pt") for name in ("old", "new"))
+    assert old != new
+    dice = random.Random(20261130)
+    killed, target = 0, tmp_path / "both"
+    for _ in range(12):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ckpt2pt", *way(checkpoint, target), *quiet],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(dice.uniform(0.3, 1.3) * duration)
+        except subprocess.TimeoutExpired:
+            killed += 1
+            (os.killpg if killed % 2 else os.kill)(process.pid, signal.SIGKILL)
+            process.wait()
+        time.sleep(0.3)  # orphans of a parent killed alone
+        assert digests(target, "iter_*/mp_rank_*/*.pt") in (old, new)
+        assert (target / TRACKER).read_text() == "500"
+        verified = subprocess.run(
+            [sys.executable, "-m", "ckpt2pt", "verify", str(target)], capture_output=True, check=False
+        )
+        assert verified.returncode == 0, verified.stderr
+        if digests(target, "iter_*/mp_rank_*/*.pt") == new:
+            subprocess.run(["rm", "-rf", str(target)], check=True)
+            shutil.copytree(tmp_path / "old", target)
+    assert killed > 3
+    run(target, *quiet)
+    assert digests(target, "*.pt") == new
+    assert sorted(path.name for path in target.iterdir()) == ["iter_0000500", TRACKER]
 
 
 def test_of_two_runs_at_once_one_wins_and_the_other_says_why_not(checkpoint: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from apiserver import Answer, Server
 from ckpt2pt import __version__
 from ckpt2pt_operator import main as module
 from ckpt2pt_operator.api import ApiError
-from ckpt2pt_operator.main import Operator, main
+from ckpt2pt_operator.main import Operator, main, set_up_logging
 from ckpt2pt_operator.settings import read
 
 IMAGE = ["--worker-image", "i:1", "--metrics-port", "0"]
@@ -157,6 +158,24 @@ def test_it_tells_its_version() -> None:
         [sys.executable, "-m", "ckpt2pt_operator.main", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["ckpt2pt-operator", __version__]
+
+
+def test_a_line_of_text_tells_what_json_tells(capsys: pytest.CaptureFixture[str]) -> None:
+    """It said that it tries again, and neither of what nor why."""
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        set_up_logging(read(["--worker-image=i:1", "--log-format=text"], {}))
+        logging.getLogger("ckpt2pt_operator").warning(
+            "again in %.1f s", 2.0, extra={"conversion": "a/b", "error": "no"}
+        )
+        logging.getLogger("kopf").warning("other", extra={"k8s_ref": {}})
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.endswith("WARNING ckpt2pt_operator: again in 2.0 s; conversion=a/b; error=no")
+    assert second.endswith("kopf: other")
 
 
 def test_settings_are_logged_at_the_start(tmp_path: Path) -> None:

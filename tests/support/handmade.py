@@ -81,12 +81,16 @@ class Handmade:
             for vpp in range(self.topology.virtual):
                 for each in self.parameters(pp, vpp):
                     for role in ROLES:
-                        seed = zlib.crc32(f"{tp} {each.mindspore} {role}".encode())
-                        values = np.random.default_rng(seed).normal(size=each.shape).astype("<f4")
+                        values = self.values(tp, each, role)
                         self.truth[tp, pp, role, f"{vpp}:{each.megatron}"] = values
                         name = PREFIX[role] + each.mindspore
                         found[name] = Tensor(name, "float32", each.shape, values.tobytes())
             found |= {t.name: t for t in self.scalars()}
+
+    def values(self, tp: int, each: Parameter, role: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """What a rank holds of a parameter."""
+        seed = zlib.crc32(f"{tp} {each.mindspore} {role}".encode())
+        return np.random.default_rng(seed).normal(size=each.shape).astype("<f4")
 
     def scalars(self) -> list[Tensor]:
         numbers = {"epoch_num": 0, "step_num": self.iteration, "num_steps": self.iteration * self.batch}
@@ -107,10 +111,7 @@ class Handmade:
             cut.pipeline * cut.virtual
         )
         turn = vpp * cut.pipeline + pp
-        shapes = {
-            "norm": (hidden,), "qkv": (3 * self.kv, hidden), "dense": (hidden, self.kv), "up": (2 * self.ffn, hidden),
-            "down": (hidden, self.ffn),
-        }  # fmt: skip
+        shapes = self.shapes()
         for local in range(counts[turn]):
             layer = sum(counts[:turn]) + local
             if layer in cut.noop:
@@ -129,6 +130,13 @@ class Handmade:
                 yield Parameter(HEAD, HEAD, (self.vocab, hidden))
             elif cut.pipeline > 1:
                 yield Parameter("word_embeddings.weight", HEAD, (self.vocab, hidden))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Local shapes of a layer's weights."""
+        return {
+            "norm": (self.hidden,), "qkv": (3 * self.kv, self.hidden), "dense": (self.hidden, self.kv),
+            "up": (2 * self.ffn, self.hidden), "down": (self.hidden, self.ffn),
+        }  # fmt: skip
 
     def _module(self, theirs: str, ours: str, shape: tuple[int, ...], *, norm: bool) -> Iterator[Parameter]:
         weight, bias = ("gamma", "beta") if norm and self.gamma else ("weight", "bias")
@@ -252,6 +260,12 @@ class Handmade:
             folder = outcome.target.folder / (f"mp_rank_{tp:02d}" if single else f"mp_rank_{tp:02d}_{pp:03d}")
             self._check_model(tp, pp, torch.load(folder / "model_optim_rng.pt", weights_only=False))
             self._check_optimizer(tp, pp, torch.load(folder / "distrib_optim.pt", weights_only=False))
+
+    def check_weights(self, outcome: Outcome) -> None:
+        """The same for parameters alone."""
+        for tp, pp in self.topology.ranks():
+            path = outcome.target.folder / self.topology.directory(tp, pp) / "model_optim_rng.pt"
+            self._check_model(tp, pp, torch.load(path, weights_only=False))
 
     def _check_model(self, tp: int, pp: int, tree: dict[str, Any]) -> None:
         assert (tree["iteration"], tree["args"].consumed_train_samples) == (self.iteration, self.iteration * self.batch)

@@ -32,7 +32,7 @@ def finish_rank(target: Target, pp: int, content: bytes = b"12345") -> None:
     }
     target.ledger((0, pp)).announce([entry])
     path.write_bytes(content)
-    target.publish_rank(0, pp, {"tp": 0, "pp": pp, "files": [entry], "tensors": {"a": 1}})
+    target.publish_rank(0, pp, {"tp": 0, "pp": pp, "files": [entry], "tensors": {"a": "00000001"}})
 
 
 def finish_stages(target: Target, *stages: int, content: bytes = b"12345") -> None:

@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts, joined, path
+from ckpt2pt.flags import add_target_sizes, check_numbers, counts, joined, path, target_sizes
 
 if TYPE_CHECKING:
     from ckpt2pt.back.request import BackRequest
@@ -53,6 +53,7 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tp-size", type=int, help="tensor parallel size; default: as the checkpoint says")
     group.add_argument("--pp-size", type=int, help="pipeline parallel size; default: as the checkpoint says")
     group.add_argument("--vpp-size", type=int, help="model chunks of each stage; default: as the checkpoint says")
+    add_target_sizes(group, "of the MindSpore training; default: the checkpoint's")
     group.add_argument("--dp-size", type=int, default=1, help="data parallel size of the MindSpore training to come")
     group.add_argument("--cp-size", type=int, default=1, help="context parallel size of the MindSpore training to come")
     group.add_argument(
@@ -102,6 +103,7 @@ def import_request_of(options: argparse.Namespace) -> BackRequest:
         {
             "--process-limit": options.process_limit,
             "--process_timeout": options.process_timeout,
+            **target_sizes(options),
         }
     )
     if options.parallel_init_order != "tp-cp-ep-dp-pp":
@@ -133,6 +135,9 @@ def import_request_of(options: argparse.Namespace) -> BackRequest:
         tensor=options.tp_size,
         pipeline=options.pp_size,
         virtual=options.vpp_size,
+        target_tensor=options.target_tp_size,
+        target_pipeline=options.target_pp_size,
+        target_virtual=options.target_vpp_size,
         data=options.dp_size,
         context=options.cp_size,
         noop=None if options.noop is None else frozenset(options.noop),

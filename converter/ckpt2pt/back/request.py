@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from ckpt2pt.request import Pace, Verify
 class BackRequest:
     """All options of ``ckpt2pt import``; None is what the checkpoint itself says.
 
+    ``target_tensor`` and its like are the degrees of the result where they are others.
     ``contents`` are the kinds of ``distrib_optim.pt`` to be taken; ``copies`` writes a file for every data- and
     context-parallel rank instead of the first alone.
     """
@@ -29,6 +30,9 @@ class BackRequest:
     virtual: int | None = None
     data: int = 1
     context: int = 1
+    target_tensor: int | None = None
+    target_pipeline: int | None = None
+    target_virtual: int | None = None
     noop: frozenset[int] | None = None
     layers_per_stage: tuple[int, ...] | None = None
     full: bool = True
@@ -41,8 +45,18 @@ class BackRequest:
     verify: Verify = "digest"
     pace: Pace = Pace()  # noqa: RUF009 - frozen
 
+    def layout(self, cut: Topology) -> Topology:
+        """How the result is laid out."""
+        return replace(
+            cut,
+            tensor=self.target_tensor or cut.tensor,
+            pipeline=self.target_pipeline or cut.pipeline,
+            virtual=self.target_virtual or cut.virtual,
+            layers_per_stage=cut.layers_per_stage if self.target_pipeline is self.target_virtual is None else None,
+        )
+
     def meaning(self, cut: Topology) -> dict[str, object]:
-        """What decides what is written, for the identity and the manifest."""
+        """What decides what is written, for the identity and the manifest; ``cut`` is the layout of the result."""
         return {
             "direction": "import",
             "mode": "Full" if self.full else "ParamsOnly",

@@ -22,13 +22,13 @@ from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import MINDSPORE, Target, make_folder, publish_bytes
 from ckpt2pt.records import Json
-from ckpt2pt.run import Conversion, Outcome, carry_out
+from ckpt2pt.run import Conversion, Outcome, carry_out, check_twins
 from ckpt2pt.tensors import TensorRef
 
 log = logging.getLogger("ckpt2pt")
 
-META = "pt_meta"
-"""Where the metadata goes below the MindSpore folder."""
+META, META_OF_SOURCE = "pt_meta", "source_pt_meta"
+"""Where the metadata goes below the MindSpore folder; the second where the ranks beside it are of another layout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,15 @@ class _Back:
 
     @property
     def paths(self) -> list[str]:
-        return [*(file.name for file in self.prepared.files), *(f"{META}/{name}" for name in self.prepared.metadata)]
+        return [
+            *(file.name for file in self.prepared.files),
+            *(f"{self.meta}/{name}" for name in self.prepared.metadata),
+        ]
+
+    @property
+    def meta(self) -> str:
+        """The folder of the metadata, which describes the checkpoint that was imported."""
+        return META_OF_SOURCE if self.found.relaid else META
 
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """The files, then the metadata, then the manifest."""
@@ -75,9 +83,10 @@ class _Back:
     def _carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         prepared, target = self.prepared, self.target
         moves, ledger = prepared.moves(), target.ledger(self.rank, repair=self.request.overwrite)
-        for name in (META, *(str(Path(file.name).parent) for file in prepared.files)):
+        check_twins(prepared.copies)
+        for name in (self.meta, *(str(Path(file.name).parent) for file in prepared.files)):
             make_folder(target.folder / name, target.root)
-        metadata = {f"{META}/{name}": content for name, content in prepared.metadata.items()}
+        metadata = {f"{self.meta}/{name}": content for name, content in prepared.metadata.items()}
         described: list[Json] = [
             {"path": name, "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"}
             for name, content in metadata.items()
@@ -105,7 +114,7 @@ class _Back:
             {
                 "tp": self.rank[0],
                 "pp": self.rank[1],
-                "source": str(self.found.ranks[self.rank]),
+                "source": str(self.request.source if self.found.relaid else self.found.ranks[self.rank]),
                 "verified": self.request.verify,
                 "evidence": prepared.evidence,
                 "files": [*(file.entry(target.folder) for file in files), *described],
@@ -128,7 +137,7 @@ def _plan(request: BackRequest, found: BackSurvey, rank: Rank, target: Target) -
 
 
 def _examine(request: BackRequest, found: BackSurvey, target: Target, pp: int) -> tuple[str, ...]:
-    if found.topology.tensor == 1:
+    if found.layout.tensor == 1:
         return ()
     from ckpt2pt.verify.copies import copies_in_stage  # noqa: PLC0415 - numpy, for layouts that can have copies
 
@@ -136,7 +145,10 @@ def _examine(request: BackRequest, found: BackSurvey, target: Target, pp: int) -
         entries = prepare_back(request, found, rank).entries
         return [e.source for e in entries if e.role == "param" and is_split(e.name) and isinstance(e.source, TensorRef)]
 
-    return copies_in_stage(target, pp, weights, lambda rank: found.ranks[rank])
+    def place(rank: Rank) -> object:
+        return f"tp {rank[0]} of the result" if found.relaid else found.ranks[rank]
+
+    return copies_in_stage(target, pp, weights, place)
 
 
 def target_back(request: BackRequest, found: BackSurvey) -> Target:
@@ -145,8 +157,8 @@ def target_back(request: BackRequest, found: BackSurvey) -> Target:
         root=request.target,
         iteration=found.iteration,
         identity=found.identity,
-        stages=found.topology.pipeline,
-        tensor=found.topology.tensor,
+        stages=found.layout.pipeline,
+        tensor=found.layout.tensor,
         kind=MINDSPORE,
     )
 
@@ -158,8 +170,9 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     if found.topology.remark:
         log.warning("%s", found.topology.remark)
     log.debug("iteration %d of %s, cut as %s", found.iteration, request.source, found.topology)
-    for (tp, pp), folder in found.ranks.items():
-        log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, folder, found.topology.source_rank(tp, pp))
+    for tp, pp in found.layout.ranks():
+        source = iteration_folder(request.source) if found.relaid else found.ranks[tp, pp]
+        log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, source, found.layout.source_rank(tp, pp))
     target = target_back(request, found)
     iteration = iteration_folder(request.source)
     keep_apart(
@@ -171,7 +184,7 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         pace=request.pace,
         verify=request.verify,
         overwrite=request.overwrite,
-        meaning=request.meaning(found.topology),
+        meaning=request.meaning(found.layout),
         facts={},
         inputs=found.inputs,
         doubts=(),
@@ -179,7 +192,7 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         prepare=partial(_plan, request, found),
         examine=partial(_examine, request, found),
     )
-    outcome = carry_out(conversion, range(found.topology.pipeline), reporter, began)
+    outcome = carry_out(conversion, range(found.layout.pipeline), reporter, began)
     for tp, pp in outcome.converted:
         done = outcome.target.rank_manifest(tp, pp) or {}
         log.debug("tp %d pp %d: wrote %s; %s", tp, pp, done.get("files"), done.get("evidence") or "parameters alone")

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
+from ckpt2pt.back.relayout import Twins, groups_in_order, relaid
 from ckpt2pt.back.request import BackRequest
+from ckpt2pt.ckpt.source import kept
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
+from ckpt2pt.core.index import Collector, Index
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
+from ckpt2pt.formats.megatron import collect_rank
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
@@ -47,15 +52,23 @@ _SAMPLE_NUMEL = 1 << 10
 class BackSurvey:
     """The checkpoint that was found: a folder and the files to be read for each rank, its cut with the no-op layers, its iteration.
 
+    ``inputs`` are those of each rank of the result.
     ``unmet`` is what keeps Megatron-LM from resuming with the metadata of each rank.
     """
 
     ranks: Mapping[Rank, Path]
     topology: Topology
+    layout: Topology
+    """The layout of the result."""
     iteration: int
     identity: str
     inputs: Mapping[Rank, Sequence[Json]]
     unmet: Mapping[Rank, tuple[Unmet, ...]]
+
+    @property
+    def relaid(self) -> bool:
+        """Whether the result has another layout than the checkpoint."""
+        return self.layout != self.topology
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +81,8 @@ class BackPrepared:
     evidence: str
     prefix: str
     """What all names of parameters carried."""
+    copies: Twins = ()
+    """What other ranks hold of the same, where the layout changes."""
 
     def moves(self) -> tuple[Move, ...]:
         """Every element read once and written to each copy."""
@@ -98,12 +113,14 @@ def survey_back(request: BackRequest) -> BackSurvey:
     if request.noop is None:
         cut = replace(cut, noop=frozenset(empty))
     iteration = _iteration(first)
+    layout, every = request.layout(cut), [one for each in inputs.values() for one in each]
     return BackSurvey(
         ranks=folders,
         topology=cut,
+        layout=layout,
         iteration=iteration,
-        identity=digest({"options": request.meaning(cut), "iteration": iteration, "inputs": [*inputs.values()]}),
-        inputs=inputs,
+        identity=digest({"options": request.meaning(layout), "iteration": iteration, "inputs": [*inputs.values()]}),
+        inputs=inputs if layout == cut else dict.fromkeys(layout.ranks(), every),
         unmet=broken,
     )
 
@@ -172,8 +189,10 @@ def _has_distributed_optimizer(rank: MegatronRank) -> bool:
 
 def prove_unchanged_back(request: BackRequest, found: BackSurvey, rank: Rank) -> None:
     """Refuse what was read of files that are not those that were surveyed."""
-    if _inputs(request, found.ranks[rank], rank) != found.inputs[rank]:
-        raise changed(found.ranks[rank])
+    read = found.ranks if found.relaid else {rank: found.ranks[rank]}
+    now = [one for source, folder in read.items() for one in _inputs(request, folder, source)]
+    if now != found.inputs[rank]:
+        raise changed(next(iter(read.values())))
 
 
 def _inputs(request: BackRequest, folder: Path, rank: Rank, listed: Maps | None = None) -> Sequence[Json]:
@@ -197,11 +216,10 @@ def _inputs(request: BackRequest, folder: Path, rank: Rank, listed: Maps | None 
 
 def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPrepared:
     """Read a rank's headers, prove its buffers, and plan every copy."""
+    if found.relaid:
+        return _prepare_relaid(request, found, rank)
     tp, pp = rank
-    stored = read_rank(
-        found.ranks[rank], optimizer=request.full, copies=request.full, allow=request.rules.pickle_globals
-    )
-    layout = _layout(request, stored, rank) if request.full else Layout(buffers=(), bucket_numel=None, evidence="")
+    stored, layout = _proved(request, found.ranks[rank], rank)
     entries = (
         *tensor_entries(
             _chunks(stored, layout.buffers, full=request.full),
@@ -213,14 +231,60 @@ def prepare_back(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPre
             sizes={name: value for name, value in stored.template.args.items() if isinstance(value, int)},
             where=str(stored.folder),
         ),
-        *_scalars(stored, found.iteration),
+        *scalars_of(stored, found.iteration),
     )
-    files = tuple(
-        mindspore_file(request.format, f"rank_{number}/{request.prefix}.{request.format}", entries)
-        for number in _rank_numbers(request, found.topology, tp, pp)
-    )
+    files = files_of(request, found.topology, rank, entries)
     metadata = render([rank_files(stored, tp, pp, layout.buffers)], with_maps=stored.buffers is not None)
     return BackPrepared(files=files, entries=entries, metadata=metadata, evidence=layout.evidence, prefix=stored.prefix)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """The headers of the whole checkpoint, for an import into another layout."""
+
+    first: MegatronRank
+    tensors: Index
+    metadata: Mapping[str, bytes]
+    evidence: str
+
+
+def _read(request: BackRequest, found: BackSurvey) -> _Read:
+    collector = Collector(found.topology.tensor, str(request.source))
+    metadata: dict[str, bytes] = {}
+    first, evidence = None, ""
+    for rank, folder in found.ranks.items():
+        stored, layout = _proved(request, folder, rank)
+        collect_rank(collector, rank, stored, found.topology, layout.buffers)
+        metadata |= render([rank_files(stored, *rank, layout.buffers)], with_maps=stored.buffers is not None)
+        first, evidence = first or stored, evidence or layout.evidence
+    return _Read(first=cast("MegatronRank", first), tensors=collector.index(), metadata=metadata, evidence=evidence)
+
+
+def _prepare_relaid(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPrepared:
+    """The same for a rank of another layout.  The metadata of all of the checkpoint's ranks comes with the first.
+
+    So does a thorough proof: every other rank's process compares samples.
+    """
+    thorough = request if rank == (0, 0) or request.verify == "none" else replace(request, verify="digest")
+    read = kept(found.identity, partial(_read, thorough, found))
+    entries, copies = relaid(request, read.tensors, found.topology, found.layout, rank, read.first)
+    entries = (*entries, *scalars_of(read.first, found.iteration, entries))
+    return BackPrepared(
+        files=files_of(request, found.layout, rank, entries),
+        entries=entries,
+        metadata=read.metadata if rank == (0, 0) else {},
+        evidence=read.evidence,
+        prefix=read.first.prefix,
+        copies=copies,
+    )
+
+
+def _proved(request: BackRequest, folder: Path, rank: Rank) -> tuple[MegatronRank, Layout]:
+    """A rank's headers, and where its parameters lie in its buffers."""
+    stored = read_rank(folder, optimizer=request.full, copies=request.full, allow=request.rules.pickle_globals)
+    return stored, _layout(request, stored, rank) if request.full else Layout(
+        buffers=(), bucket_numel=None, evidence=""
+    )
 
 
 def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:
@@ -254,20 +318,33 @@ def _chunks(stored: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, fu
     )
 
 
-def _scalars(stored: MegatronRank, iteration: int) -> tuple[Entry, ...]:
-    """Groups and scheduler of the checkpoint, as far as it has them."""
+def scalars_of(stored: MegatronRank, iteration: int, entries: tuple[Entry, ...] = ()) -> tuple[Entry, ...]:
+    """Groups and scheduler of the checkpoint, as far as it has them; groups in the order that ``entries`` need."""
     tree = stored.template.tree
     outer = tree.get("optimizer")
     inner = outer.get("optimizer") if isinstance(outer, dict) else None
     groups = inner.get("param_groups") if isinstance(inner, dict) else None
     scheduler = tree.get("opt_param_scheduler")
+    listed = (
+        [cast("dict[str, object]", group) for group in groups if isinstance(group, dict)]
+        if isinstance(groups, list)
+        else []
+    )
     return scalar_entries(
         iteration,
-        [cast("dict[str, object]", group) for group in groups or () if isinstance(group, dict)]
-        if isinstance(groups, list)
-        else [],
+        groups_in_order(listed, entries) if entries else listed,
         cast("dict[str, object]", scheduler) if isinstance(scheduler, dict) else {},
         where=str(stored.folder / MODEL_FILE),
+    )
+
+
+def files_of(
+    request: BackRequest, layout: Topology, rank: Rank, entries: tuple[Entry, ...]
+) -> tuple[MindSporeFile, ...]:
+    """The files of a rank of the result."""
+    return tuple(
+        mindspore_file(request.format, f"rank_{number}/{request.prefix}.{request.format}", entries)
+        for number in _rank_numbers(request, layout, *rank)
     )
 
 

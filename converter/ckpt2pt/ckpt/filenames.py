@@ -21,9 +21,7 @@ _NAMED = re.compile(r".*-(?P<epoch>\d{1,12})_(?P<step>\d{1,12})(?P<merged>_dp_me
 _GLOBAL = re.compile(r".*_rank_\d+_(?P<step>\d{1,12})(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
 _SKIPPED = re.compile(r"\..*|.*_best_rank_\d+-.*|.*_breakpoint\.ckpt|.*\.tmp|stratey\d+\.ckpt|strategy\d+\.ckpt")
 # Behind the rank come only numbers (a rerun's, epoch, step) and mindformers' kind of file.
-_RANK = re.compile(
-    r"(?:.*[_.-])?rank_(\d{1,9})(?:[-_](?:\d+|network|trainable|trainable_params))*(?:_dp_merged)?\.[a-z]+"
-)
+_RANK = re.compile(r"(?:.*[_.-])?rank_(\d+)(?:[-_](?:\d+|network|trainable|trainable_params))*(?:_dp_merged)?\.[a-z]+")
 _FOLDER = re.compile(r"rank_\d{1,9}|mp_rank_\d{2,9}(?:_\d{3,9})?")
 _MODEL_RANK = re.compile(r"(?:.*_)?(mp_rank_\d{2,9}(?:_\d{3,9})?)_model_optim_rng.*")
 

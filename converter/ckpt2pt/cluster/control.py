@@ -65,7 +65,8 @@ def log_of_stage(api: Api, there: Submitted, stage: int) -> str:
     conversion = _get(api, there, "reading its log")
     spec = cast("Json", conversion.get("spec") or {})
     uid = str(cast("Json", conversion.get("metadata") or {}).get("uid", ""))
-    stages = cast("Json", spec.get("parallelism") or {}).get("pipeline") or 1
+    result = cast("Json", cast("Json", spec.get("target") or {}).get("parallelism") or {})
+    stages = result.get("pipeline") or cast("Json", spec.get("parallelism") or {}).get("pipeline") or 1
     if isinstance(stages, int) and stage >= stages:
         known = f"stages 0 to {stages - 1}" if stages > 1 else "stage 0 alone"
         raise UsageError(f"there is no stage {stage}", where=_name(there), mend=f"it has {known}; name one of them")

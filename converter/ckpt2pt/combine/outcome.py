@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ckpt2pt.ckpt.filenames import When
+from ckpt2pt.errors import printable
 from ckpt2pt.records import Json
 from ckpt2pt.text import checksums_told, counted, size
 
@@ -45,4 +46,4 @@ class Combined:
         elif self.kept:
             did += f", kept {self.kept} that were there"
         did += checksums_told(self.source_checksums)
-        return f"epoch {self.when[0]}, step {self.when[1]}: {did}\n{self.output}"
+        return f"epoch {self.when[0]}, step {self.when[1]}: {did}\n{printable(self.output)}"

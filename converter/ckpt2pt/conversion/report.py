@@ -34,6 +34,7 @@ _MOST = 1 << 63
 _MOST_BYTES = 1 << 50
 """Of one stage: the sum of 1024 of them fits into 64 bits."""
 _MOST_STAGES = 1024
+_MOST_WARNINGS, _MAX_WARNING = 4, 300
 _LEVELS = frozenset({"none", "digest", "full"})
 
 
@@ -109,6 +110,7 @@ class Report:
     total: int | None = None
     throughput: int = 0
     iteration: int | None = None
+    warnings: tuple[str, ...] = ()
     preview: Preview | None = None
 
 
@@ -139,6 +141,7 @@ def report_of(message: str) -> Report | None:
         total=total,
         throughput=min(number(value, "throughput"), _MOST_BYTES),
         iteration=iteration if iteration >= 0 else None,
+        warnings=_warnings(value.get("warnings")),
         preview=_preview_of(child(value, "plan")) if "plan" in value else None,
     )
 
@@ -150,6 +153,12 @@ def _stages(found: object) -> tuple[int, ...] | None:
     given = cast("list[object]", found) if isinstance(found, list) else []
     listed = tuple(stage for stage in given if type(stage) is int and 0 <= stage < _MOST_STAGES)
     return listed if len(listed) == len(given) <= _MOST_STAGES else ()
+
+
+def _warnings(found: object) -> tuple[str, ...]:
+    given = cast("list[object]", found)[:_MOST_WARNINGS] if isinstance(found, list) else []
+    texts = (clean(text, _MAX_WARNING) for text in given if isinstance(text, str))
+    return tuple(filter(None, texts))
 
 
 def _preview_of(plan: Json) -> Preview:

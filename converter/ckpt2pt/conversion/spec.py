@@ -36,6 +36,9 @@ _NEEDED = {
     "emptyDir":              (),
 }  # fmt: skip
 
+_DEGREES = ("tensor", "pipeline", "virtualPipeline")
+"""Parallel sizes that the result may have others of than the source."""
+
 _NAMES = {"claimName": NAME, "driver": DRIVER, "server": HOST}
 """What a field of a volume has to look like."""
 
@@ -110,6 +113,9 @@ class Conversion:
     mode: str
     dry_run: bool
     topology: Topology
+    """The layout of the result: its pipeline stages are the stages of the conversion."""
+    saved: Topology | None
+    """The layout of the source where it is another one; its layers are not looked at."""
     rules: Json
     source: Place
     source_format: str
@@ -153,13 +159,16 @@ def parse(document: Mapping[str, object]) -> Conversion:
     _check_head(root, meta, name)
     source, metadata, target = (spec.child(role) for role in ROLES)
     source_volume = _volume(source, None)
+    degrees = _degrees(spec.child("parallelism"), dict.fromkeys((*_DEGREES, "data", "context"), 1))
+    result = _degrees(target.child("parallelism"), {name: degrees[name] for name in _DEGREES})
     conversion = Conversion(
         name=name,
         namespace=meta.text("namespace", "") or None,
         uid=meta.text("uid", "") or None,
         mode=spec.choice("mode", "Full", "ParamsOnly"),
         dry_run=spec.flag("dryRun"),
-        topology=_topology(spec.child("model"), spec.child("parallelism")),
+        topology=_topology(spec.child("model"), degrees | result),
+        saved=_saved(degrees, result, spec.child("parallelism")),
         rules=_rules(spec.child("model").child("rules")),
         source=Place(volume=source_volume, path=_path(source, ".")),
         source_format=source.choice("format", "Auto", "Ckpt", "Safetensors"),
@@ -206,7 +215,29 @@ def _check_head(root: Fields, meta: Fields, name: str) -> None:
         root.note("spec", "is missing", "say there what to convert")
 
 
-def _topology(model: Fields, cut: Fields) -> Topology:
+def _degrees(fields: Fields, default: Mapping[str, int]) -> dict[str, int]:
+    return {name: fields.number(name, size) for name, size in default.items()}
+
+
+def _saved(degrees: Mapping[str, int], result: Mapping[str, int], findings: Fields) -> Topology | None:
+    """The layout of the source, None where it is that of the result."""
+    if all(degrees[name] == size for name, size in result.items()):
+        return None
+    try:
+        return Topology(
+            num_layers=degrees["pipeline"] * degrees["virtualPipeline"],
+            tensor=degrees["tensor"],
+            pipeline=degrees["pipeline"],
+            virtual=degrees["virtualPipeline"],
+            data=degrees["data"],
+            context=degrees["context"],
+        )
+    except UsageError as error:
+        findings.note("", error.what, error.mend)
+        return None
+
+
+def _topology(model: Fields, degrees: Mapping[str, int]) -> Topology:
     layers = model.number("numLayers", 0)
     if not layers:
         if model.get("numLayers") is None:
@@ -215,11 +246,11 @@ def _topology(model: Fields, cut: Fields) -> Topology:
     try:
         return Topology(
             num_layers=layers,
-            tensor=cut.number("tensor", 1),
-            pipeline=cut.number("pipeline", 1),
-            virtual=cut.number("virtualPipeline", 1),
-            data=cut.number("data", 1),
-            context=cut.number("context", 1),
+            tensor=degrees["tensor"],
+            pipeline=degrees["pipeline"],
+            virtual=degrees["virtualPipeline"],
+            data=degrees["data"],
+            context=degrees["context"],
             noop=frozenset(model.numbers("noopLayers") or ()),
             layers_per_stage=model.numbers("layersPerStage"),
         )
@@ -355,16 +386,16 @@ def convert_args(conversion: Conversion, mounts: Mapping[str, str], *, ended: st
 
     ``ended`` is how a training that was followed has ended: Succeeded, Failed or Deleted.
     """
-    cut = conversion.topology
+    cut, saved = conversion.topology, conversion.saved or conversion.topology
     paths = {role: conversion.place(role).below(mounts[role]) for role in ROLES}
     words: list[object] = [
         "plan" if conversion.dry_run else "watch" if conversion.follow else "convert",
         "--num-layers", cut.num_layers,
-        "--tp-size", cut.tensor,
-        "--pp-size", cut.pipeline,
-        "--vpp-size", cut.virtual,
-        "--dp-size", cut.data,
-        "--cp-size", cut.context,
+        "--tp-size", saved.tensor,
+        "--pp-size", saved.pipeline,
+        "--vpp-size", saved.virtual,
+        "--dp-size", saved.data,
+        "--cp-size", saved.context,
         "--ms-path", paths["source"],
         "--src-model-format", conversion.source_format.lower(),
         "--param-map-path", paths["metadata"],
@@ -382,6 +413,8 @@ def convert_args(conversion: Conversion, mounts: Mapping[str, str], *, ended: st
         "--iteration": conversion.iteration,
         "--target-dp-size": conversion.target_data,
     }
+    if conversion.saved:
+        given |= {"--target-tp-size": cut.tensor, "--target-pp-size": cut.pipeline, "--target-vpp-size": cut.virtual}
     flags = {
         "--convert-param-only": conversion.mode == "ParamsOnly",
         "--overwrite": conversion.overwrite,

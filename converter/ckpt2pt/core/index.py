@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckpt2pt.core.params import EMBEDDING, axes_of, is_gated, model_order
-from ckpt2pt.core.tensor import ROLES, Key, Role, Shape, Stored, Tensor, check_coverage, sharded
+from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, check_coverage, sharded
 from ckpt2pt.errors import CoverageError, TopologyError
-from ckpt2pt.tensors import Extent
+from ckpt2pt.tensors import Extent, Shape, Stored
 
 
 class Local(NamedTuple):

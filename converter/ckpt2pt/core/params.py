@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from ckpt2pt.core.tensor import Shape
 from ckpt2pt.errors import TopologyError
+from ckpt2pt.tensors import Shape
 
 
 class Kind(NamedTuple):
@@ -91,6 +91,17 @@ def canonical_name(legacy: str, layers: Sequence[int] | None = None) -> str:
         return inner
     number = int(found[1])
     return f"decoder.layers.{layers[number] if layers else number}.{inner}"
+
+
+def legacy_name(name: str) -> str:
+    """The inverse of :func:`canonical_name`, with the global number of the layer."""
+    found = _LAYER.fullmatch(name)
+    inner = found[2] if found else name
+    module, _, leaf = inner.rpartition(".")
+    row = _ROWS[not found].get(module)
+    if row and leaf in row.kind.cuts:
+        inner = f"{row.legacy}.{leaf}"
+    return f"language_model.encoder.layers.{found[1]}.{inner}" if found else inner
 
 
 def layer_of(name: str) -> int | None:

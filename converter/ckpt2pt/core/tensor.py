@@ -10,20 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
-from typing import Generic, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple
 
 from ckpt2pt.errors import CoverageError
-from ckpt2pt.tensors import Extent
+from ckpt2pt.tensors import Box, S, Shape, Stored, View, intersection
 
 Role = Literal["param", "main_param", "exp_avg", "exp_avg_sq"]
 """A weight in the model's precision, its float32 main parameter, and Adam's two moments."""
 
 ROLES: tuple[Role, ...] = ("param", "main_param", "exp_avg", "exp_avg_sq")
-
-Shape = tuple[int, ...]
-Box = tuple[Shape, Shape]
-"""(origin, shape) of a part of a global tensor."""
-S = TypeVar("S")
 
 
 class Key(NamedTuple):
@@ -34,25 +29,6 @@ class Key(NamedTuple):
 
     def __str__(self) -> str:
         return self.name if self.role == "param" else f"{self.role} of {self.name}"
-
-
-class View(NamedTuple, Generic[S]):
-    """A box of a global tensor in a storage: element ``first`` is the box's first, ``strides`` are in elements."""
-
-    origin: Shape
-    shape: Shape
-    strides: Shape
-    first: int
-    storage: S
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-
-Stored = View[tuple[Extent, ...]]
-"""A view whose storage lies in files: the bytes of its extents, joined in order."""
 
 
 class Tensor(NamedTuple):
@@ -92,14 +68,6 @@ def sharded(shape: Shape, axis: int | None, rank: int, of: int, first: int, stor
     local = tuple(length // of if number == axis else length for number, length in enumerate(shape))
     origin = tuple(rank * length if number == axis else 0 for number, length in enumerate(local))
     return View(origin, local, dense_strides(local), first, storage)
-
-
-def intersection(one: Box, other: Box) -> Box | None:
-    """What two boxes share; None for nothing."""
-    low = tuple(map(max, one[0], other[0]))
-    high = (min(a + n, b + m) for a, n, b, m in zip(*one, *other, strict=True))
-    shape = tuple(stop - start for start, stop in zip(low, high, strict=True))
-    return (low, shape) if min(shape, default=1) > 0 else None
 
 
 def box_of(view: View[S]) -> Box:

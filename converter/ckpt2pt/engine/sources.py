@@ -72,6 +72,10 @@ class Sources:
             into[: len(data)] = data
             into, offset = into[len(data) :], offset + len(data)
 
+    def read_anywhere(self, path: str, offset: int, into: memoryview) -> None:
+        """The same through the page cache, for reads that no extent announced: the kernel reads ahead in each file."""
+        read_at(self._get(path)[0], into, offset, path)
+
     def _open(self, path: str) -> tuple[int, ...]:
         """A descriptor, and for direct reads a second one if the file was not in the page cache when it was first opened."""
         with ExitStack() as stack:

@@ -23,6 +23,7 @@ from ckpt2pt.casts import find_cast
 from ckpt2pt.checksums import Piece, crc32, crc32_combine, join
 from ckpt2pt.engine.blocks import Blocks, OutputFile, open_direct
 from ckpt2pt.engine.sources import Sources, drop_from_cache
+from ckpt2pt.engine.strided import Gatherer
 from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError, VolumeTooSmallError
 from ckpt2pt.framing import Layout, Payload
 from ckpt2pt.inputs import InputFile
@@ -107,11 +108,15 @@ class _Carrier:
     blocks: Blocks
     stop: Stop
     advance: Callable[[int], None]
+    gatherer: Gatherer
     digests: dict[str, list[Piece]] = field(default_factory=dict[str, list[Piece]])
     read: dict[str, list[Piece]] = field(default_factory=dict[str, list[Piece]])
 
     def carry(self, move: Move) -> None:
         """Read, sum, convert and write all elements of a move."""
+        if move.copies:
+            self._gather(move)
+            return
         width = DTYPE_BYTES[move.dtype]
         widest = max(width, *(DTYPE_BYTES[sink.dtype] for sink in move.sinks))
         as_is = next((sink for sink in reversed(move.sinks) if sink.dtype == move.dtype), None)
@@ -142,6 +147,26 @@ class _Carrier:
                 f"{move.name} ends inside an element", where=move.extents[-1].path, mend="copy the checkpoint again"
             )
         self._record(move, numel, total, crcs)
+
+    def _gather(self, move: Move) -> None:
+        """The same for elements that lie apart in the sources."""
+        width = DTYPE_BYTES[move.dtype]
+        widest = max(width, *(DTYPE_BYTES[sink.dtype] for sink in move.sinks))
+        as_is = next((sink for sink in reversed(move.sinks) if sink.dtype == move.dtype), None)
+        crcs = [0] * len(move.sinks)
+        start = crc = 0
+        while start < move.numel:
+            self.stop.check()
+            block, origin = self.blocks.take(), self._origin(as_is, start)
+            stop = min(move.numel, start + max(1, (BLOCK_BYTES - origin) // widest))
+            data = block[origin : origin + (stop - start) * width]
+            self.gatherer.fill(move.copies, start, stop, width, data)
+            crc = crc32(data, crc)
+            nbytes = len(data)
+            self._write(move, as_is, start, block, origin, nbytes, crcs)
+            self.advance(nbytes)
+            start = stop
+        self._record(move, move.numel, crc, crcs)
 
     def _origin(self, sink: Sink | None, numel: int) -> int:
         """Where in its block the next element lies: as in its page of the file that takes the block as it is."""
@@ -224,12 +249,21 @@ def _carry(
 ) -> tuple[dict[str, int], ReadPieces]:
     """Carry the moves out; the CRC-32 of each ``role:parameter``, and of what was read of each source."""
     with Sources(extent for move in moves for extent in move.extents) as sources, Blocks(BLOCK_BYTES) as blocks:
-        carrier = _Carrier(outputs=outputs, sources=sources, blocks=blocks, stop=stop, advance=advance)
+        carrier = _Carrier(
+            outputs=outputs,
+            sources=sources,
+            blocks=blocks,
+            stop=stop,
+            advance=advance,
+            gatherer=Gatherer(sources.read_anywhere),
+        )
         for move in moves:
             carrier.carry(move)
         blocks.drain()
     digests = {label: join(pieces, sum(size for _, size, _ in pieces)) for label, pieces in carrier.digests.items()}
-    return digests, {path: sorted(pieces) for path, pieces in carrier.read.items()}
+    both = carrier.read, carrier.gatherer.read
+    paths = dict.fromkeys(path for read in both for path in read)
+    return digests, {path: sorted(piece for read in both for piece in read.get(path, ())) for path in paths}
 
 
 @contextmanager

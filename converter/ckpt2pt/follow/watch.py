@@ -69,7 +69,9 @@ def watch(
 
     Returns 0, or the exit code of the last error of a single round.  Raises what ends it.
     """
-    watcher = Watcher(request.source, request.topology, wanted_format=request.source_format, settle_seconds=how.settle)
+    watcher = Watcher(
+        request.source, request.source_layout, wanted_format=request.source_format, settle_seconds=how.settle
+    )
     memory = _Memory(lament, wait)
     while True:
         memory.errors.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ckpt2pt.ckpt.ranks import SHARD_INFO, SUFFIXES, SourceFile, candidates, nam
 from ckpt2pt.ckpt.shards import has_shards, read_info
 from ckpt2pt.errors import TopologyError, UsageError
 from ckpt2pt.formats.checkpoint import OPTION, agreed
-from ckpt2pt.mapping.names import NameTable, is_split
+from ckpt2pt.mapping.names import NameTable, Rules, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import read_stated
 from ckpt2pt.system.files import OpenFiles, read_at
@@ -37,10 +38,17 @@ Header = Callable[[Path], Weights]
 
 
 def find_layout(
-    path: Path, tensor: int | None, pipeline: int | None, table: NameTable, header: Header = index_file
+    path: Path,
+    tensor: int | None,
+    pipeline: int | None,
+    table: NameTable,
+    header: Header = index_file,
+    *,
+    trust_metadata: bool = True,
 ) -> Topology:
     """The degrees of a training output; the layers do not matter here, so that each stage counts one.
 
+    Without ``trust_metadata`` a pt_meta beside the ranks does not count: it may be that of another layout.
     Raises :class:`TopologyError` where ``tensor`` or ``pipeline`` contradicts what is there, :class:`UsageError` where they
     are not given and nothing tells them.
     """
@@ -48,11 +56,26 @@ def find_layout(
     if not ranks:
         return _by_folders(path, tensor, pipeline)
     asked = (tensor, pipeline)
-    if stated := read_stated(path / "pt_meta"):
+    if trust_metadata and (stated := read_stated(path / "pt_meta")):
         tensor, pipeline = agreed(asked, (stated.tensor, stated.pipeline), path / "pt_meta")
     elif tensor is None or pipeline is None:
         tensor, pipeline = agreed(asked, (1, 1) if ranks == [0] else _by_files(path, ranks, table, header), path)
     return _topology(tensor, pipeline, _group_size(ranks, tensor, pipeline))
+
+
+def source_layout(
+    path: Path, sizes: tuple[int | None, int | None, int | None, int | None], target: Topology, rules: Rules
+) -> Topology:
+    """The degrees of a training output that is converted into another layout; of ``sizes`` (tensor, pipeline, data, context) what is given.
+
+    While nothing is there, as where somebody waits for it, what is not given is the target's, and 1 for data and context.
+    """
+    tensor, pipeline, data, context = sizes
+    if listing(path, "*rank_*", OPTION) or listing(path, "iter_*", OPTION):
+        found = find_layout(path, tensor, pipeline, NameTable(rules), trust_metadata=False)
+    else:
+        found = _topology(tensor or target.tensor, pipeline or target.pipeline)
+    return replace(found, data=data or max(1, found.data // (context or 1)), context=context or 1)
 
 
 def _topology(tensor: int, pipeline: int, data: int = 1) -> Topology:

@@ -19,7 +19,7 @@ from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.formats.checkpoint import OPTION, Checkpoint, agreed
 from ckpt2pt.mapping.names import Rules, is_tied_head, local_layer
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.moves import OPTIM_FILE
 from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
@@ -29,7 +29,7 @@ from ckpt2pt.tensors import TensorRef
 
 _SAMPLE_NUMEL = 1 << 10
 _ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-Ranks = Mapping[tuple[int, int], MegatronRank]
+Ranks = Mapping[Rank, MegatronRank]
 """(tp, pp) -> what its files hold."""
 
 
@@ -49,7 +49,8 @@ def open_megatron(
     layout = _layout(ranks, *there)
     collector = Collector(there[0], str(folder))
     for (tp, pp), rank in ranks.items():
-        _collect(collector, tp, pp, rank, layout)
+        buffers = lay_out_rank(rank, pp, at_most=_SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
+        collect_rank(collector, (tp, pp), rank, layout, buffers)
     return Checkpoint(
         path=folder,
         format="megatron",
@@ -148,9 +149,12 @@ def _slots(chunk: Sequence[tuple[str, TensorRef]]) -> int:
     return 1 + max((layer for name, _ in chunk if (layer := local_layer(name)) is not None), default=-1)
 
 
-def _collect(collector: Collector, tp: int, pp: int, rank: MegatronRank, layout: Topology) -> None:
+def collect_rank(
+    collector: Collector, where: Rank, rank: MegatronRank, layout: Topology, buffers: Sequence[Sequence[Buffer]]
+) -> None:
+    """Add what a rank holds; ``buffers`` are those of each of its chunks, none for its weights alone."""
     stored = iter(rank.buffers or ())
-    buffers = lay_out_rank(rank, pp, at_most=_SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
+    tp, pp = where
     for vpp, chunk in enumerate(rank.chunks):
         named = _Names(layout.slots(pp, vpp), rank.folder)
         for name, ref in chunk:

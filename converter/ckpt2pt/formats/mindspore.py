@@ -1,8 +1,6 @@
 """MindSpore training output, read as global tensors.
 
-    rank_R/*.ckpt of (tp, pp) --ckpt--> {entry: TensorRef} --names--> (role, canonical name) --core.index--> tensors
-
-Every layer carries its global number in its name, so that neither the layers nor their stages have to be known.
+rank_R/*.ckpt, *.safetensors, shards --ckpt.ranks--> the files of one iteration --ckpt.collect--> tensors
 """
 
 from __future__ import annotations
@@ -11,19 +9,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import cast
 
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.filenames import When
-from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
+from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, last_saved
 from ckpt2pt.ckpt.shards import has_shards
-from ckpt2pt.core.index import Collector, Index, Local
-from ckpt2pt.core.params import EMBEDDING, FINAL_NORM, canonical_name
-from ckpt2pt.core.tensor import Role
+from ckpt2pt.ckpt.source import collect
+from ckpt2pt.core.index import Index
+from ckpt2pt.core.params import EMBEDDING, FINAL_NORM
 from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.degrees import Header, check_ranks, find_layout
-from ckpt2pt.mapping.names import NameTable, Rules, is_tied_head, without_pipeline_suffix
+from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.clock import read_clock
 from ckpt2pt.survey import agree, facts_of
@@ -46,10 +43,7 @@ def open_mindspore(
     files = found[when]
     warnings = check_ranks(path, when, files, layout, table, header)
     agree({file: facts_of(header(file)) for group in files.values() for file in group.paths}, path)
-    collector = Collector(layout.tensor, str(path))
-    for (tp, pp), file in files.items():
-        _collect(collector, tp, file, layout.group(tp, pp), table)
-    index = collector.index()
+    index = collect(files, layout, table, str(path))
     if not rules.modules:
         _check_ends(index, path)
     return Checkpoint(
@@ -86,18 +80,6 @@ def _of_iteration(path: Path, found: Mapping[When, Mapping[Rank, SourceFile]], i
         where=path,
         mend="ask for one of them, or leave the iteration out for the newest",
     )
-
-
-def _collect(collector: Collector, tp: int, file: SourceFile, group: tuple[int, ...], table: NameTable) -> None:
-    index = index_source(file, group)
-    known, _ = table.classify_all(index, where=str(file.path))
-    for entry, ref in index.items():
-        what = known[entry]
-        if what.role == "ignored":
-            continue
-        name = without_pipeline_suffix(what.name)
-        canonical = EMBEDDING if is_tied_head(name) else canonical_name(table.to_megatron(name))
-        collector.add(cast("Role", what.role), canonical, tp, Local(ref.dtype, ref.shape, 0, ref.extents))
 
 
 def _iteration(files: Mapping[Rank, SourceFile], header: Header) -> int | None:

@@ -14,13 +14,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from ckpt2pt.core.index import find
-from ckpt2pt.core.tensor import ROLES, Box, Key, Role, Stored, Tensor, boxes
+from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, boxes
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import Checkpoint as Found
 from ckpt2pt.formats.registry import read
 from ckpt2pt.mapping.names import Rules, nearest
 from ckpt2pt.plan.moves import cut
-from ckpt2pt.tensors import DTYPE_BYTES, Extent
+from ckpt2pt.tensors import DTYPE_BYTES, Box, Extent, Stored
 
 if TYPE_CHECKING:
     import numpy.typing as npt

@@ -87,7 +87,8 @@ def convert(
         noop=None if noop_layers is None else frozenset(noop_layers),
         layers_per_stage=tuple(layers_per_stage) if layers_per_stage else None,
     )
-    topology = learn(given, source=Path(source), metadata=Path(metadata), allow=rules.pickle_globals)
+    places = {"source": Path(source), "metadata": Path(metadata), "target": Path(target)}
+    topology = learn(given, **places, allow=rules.pickle_globals)
     request = Request(
         topology=topology,
         source=Path(source),

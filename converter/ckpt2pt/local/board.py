@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import StageRecord
-from ckpt2pt.errors import message, printable
+from ckpt2pt.errors import message, printable, spelled
 from ckpt2pt.show.progress import INTERVAL_SECONDS, columns
 from ckpt2pt.text import size
 
@@ -139,4 +139,4 @@ def spoken(stage: int, line: Json | str, log_format: str) -> str:
         return f"ckpt2pt: stage {stage}: {printable(line)}"
     if "mend" in line:
         return f"ckpt2pt: stage {stage}: {message(line.get('what'), line.get('where'), line.get('mend'))}"
-    return f"ckpt2pt: stage {stage}: {printable(str(line.get('message')), lines=True)}"
+    return f"ckpt2pt: stage {stage}: {spelled(str(line.get('message')))}"

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ckpt2pt.plan.moves import Move, Sink, cut, in_source_order
+from ckpt2pt.plan.moves import Move, Sink, in_source_order, move_of
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 
@@ -65,21 +65,9 @@ def entry_moves(file: str, entries: Iterable[Entry], limit: int | None) -> tuple
     storage = 0
     for entry in entries:
         if isinstance(entry.source, TensorRef):
+            width = DTYPE_BYTES[entry.dtype]
             for start, nbytes in slices(entry.nbytes, limit):
-                if nbytes:
-                    found.append(_slice_move(file, storage, entry, entry.source, start, nbytes))
+                sinks = (Sink(file=file, storage=storage, start=0, dtype=entry.dtype),)
+                found.append(move_of(entry.name, entry.role, entry.source, start // width, nbytes // width, sinks))
                 storage += 1
-    return in_source_order(found)
-
-
-def _slice_move(file: str, storage: int, entry: Entry, source: TensorRef, start: int, nbytes: int) -> Move:
-    width, read = DTYPE_BYTES[entry.dtype], DTYPE_BYTES[source.dtype]
-    first = start // width
-    return Move(
-        name=entry.name,
-        role=entry.role,
-        dtype=source.dtype,
-        extents=cut(source.extents, first * read, nbytes // width * read),
-        first=first,
-        sinks=(Sink(file=file, storage=storage, start=0, dtype=entry.dtype),),
-    )
+    return in_source_order(move for move in found if move.nbytes)

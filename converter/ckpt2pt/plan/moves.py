@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ckpt2pt.core.plan import Copy, copies, covered
 from ckpt2pt.plan.stage import RankPlan
-from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
+from ckpt2pt.tensors import DTYPE_BYTES, Extent, Gather, TensorRef
 
 MODEL_FILE = "model_optim_rng.pt"
 OPTIM_FILE = "distrib_optim.pt"
@@ -54,10 +55,16 @@ class Move:
     extents: tuple[Extent, ...]
     first: int
     sinks: tuple[Sink, ...]
+    copies: tuple[Copy, ...] = ()
+    """Instead of extents, where the elements are not joined stretches of files."""
+    numel: int = 0
+    """Elements that ``copies`` and the zeros between them make up."""
 
     @property
     def nbytes(self) -> int:
         """Bytes to read."""
+        if self.copies:
+            return covered(self.copies) * DTYPE_BYTES[self.dtype]
         return sum(extent.nbytes for extent in self.extents)
 
 
@@ -84,7 +91,7 @@ def moves(plan: RankPlan) -> tuple[Move, ...]:
 
 def in_source_order(found: Iterable[Move]) -> tuple[Move, ...]:
     """Moves by the place of their first byte."""
-    return tuple(sorted(found, key=lambda move: move.extents[0]))
+    return tuple(sorted(found, key=lambda move: (move.extents or move.copies[0].storage)[0]))
 
 
 def _moves(plan: RankPlan) -> Iterator[Move]:
@@ -112,7 +119,44 @@ def _moves(plan: RankPlan) -> Iterator[Move]:
 
 
 def _move(name: str, role: str, source: TensorRef, sinks: tuple[Sink, ...]) -> Move:
-    return Move(name=name, role=role, dtype=source.dtype, extents=source.extents, first=0, sinks=sinks)
+    return move_of(name, role, source, 0, source.numel, sinks)
+
+
+def move_of(name: str, role: str, source: TensorRef, first: int, numel: int, sinks: tuple[Sink, ...]) -> Move:
+    """A move of ``numel`` elements of a tensor from element ``first`` on."""
+    width = DTYPE_BYTES[source.dtype]
+    gathered: tuple[Copy, ...] = ()
+    if source.gather:
+        extents, gathered = _gathered(source.gather, width, first, numel)
+    else:
+        extents = cut(source.extents, first * width, numel * width)
+    return Move(
+        name=name,
+        role=role,
+        dtype=source.dtype,
+        extents=extents,
+        first=first,
+        sinks=sinks,
+        copies=gathered,
+        numel=numel if gathered else 0,
+    )
+
+
+def _gathered(gather: Gather, width: int, first: int, numel: int) -> tuple[tuple[Extent, ...], tuple[Copy, ...]]:
+    """A few runs are joined extents, which is the faster way; many are copies.  Zeros behind the last run are not written."""
+    found = tuple(
+        piece._replace(target_start=piece.target_start - first)
+        for copy in copies(gather)
+        for piece in copy.between(first, first + numel)
+    )
+    joined: list[Extent] = []
+    end = 0
+    for copy in found:
+        if copy.target_start != end or copy.runs > 1:
+            return (), found
+        joined += cut(copy.storage, copy.source_start * width, copy.run * width)
+        end += copy.run
+    return tuple(joined), ()
 
 
 def cut(extents: tuple[Extent, ...], start: int, nbytes: int) -> tuple[Extent, ...]:

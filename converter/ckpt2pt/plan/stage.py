@@ -129,6 +129,8 @@ class RankInput:
     metadata: str = ""
     first_stage: Mapping[str, TensorRef] | None = None
     """Index of the first stage's file at the same tp, for a last stage without a copy of the tied embeddings."""
+    copies: tuple[tuple[TensorRef, TensorRef], ...] = ()
+    """What other ranks of the source hold of the same, where the layout changes."""
     stated: Statement = Statement()  # noqa: RUF009 - frozen
 
 
@@ -144,7 +146,8 @@ def plan_rank(found: RankInput, topology: Topology, table: NameTable, *, full: b
             mend="point spec.metadata.path (--param-map-path) at a pt_meta with param_map_buffer0_*.json, "
             "or convert with spec.mode ParamsOnly (--convert-param-only)",
         )
-    twins = source.leftovers(full=full, tied=found.tied)
+    copies = [pair for pair in found.copies if full or table.classify(pair[0].name).role == "param"]
+    twins = (*source.leftovers(full=full, tied=found.tied), *copies)
     return RankPlan(
         tp=found.tp,
         pp=found.pp,

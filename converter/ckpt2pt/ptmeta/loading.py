@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpt2pt.ckpt import statement_of
-from ckpt2pt.ckpt.ranks import index_source
 from ckpt2pt.errors import Ckpt2ptError, FormatError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import RankMeta, metadata_files, read_arguments
 from ckpt2pt.plan.moves import OPTIM_FILE
+from ckpt2pt.plan.stated import Statement
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
+from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.resume import Unmet, first_of, hint, summary
 from ckpt2pt.ptmeta.capture import unmet_of_rank
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Survey, meta_of
+from ckpt2pt.survey import Survey, index_of, meta_of
 from ckpt2pt.system.paths import is_file
 
 
@@ -43,17 +44,21 @@ def kept_of_template(request: Request, chosen: Survey, rank: Rank) -> tuple[str,
     return tuple(key for key in ("rng_state", "num_floating_point_operations_so_far") if key in tree)
 
 
-def contradictions(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
+def contradictions(template: Template, stated: Statement) -> tuple[str, ...]:
     """A warning where the checkpoint and the metadata of a rank tell different settings of optimizer or scheduler."""
-    index = index_source(chosen.files[rank], request.topology.group(*rank))
-    template = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals)
-    conflicts = template.carried(statement_of(index)).conflicts
+    conflicts = template.carried(stated).conflicts
     if not conflicts:
         return ()
     return (
         f"the checkpoint and pt_meta disagree, and the checkpoint's values are taken: {', '.join(conflicts)}\n"
         "  hint: start Megatron-LM with the same, or with --override-opt_param-scheduler",
     )
+
+
+def contradictions_of(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
+    """The same, of a rank that was not planned."""
+    template = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals)
+    return contradictions(template, statement_of(index_of(request, chosen, rank)))
 
 
 def verdicts(iteration: Path) -> dict[str, str]:

@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import UsageError
+from ckpt2pt.errors import UsageError, printable
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.ptmeta.capture import capture
 from ckpt2pt.ptmeta.describe import describe
 from ckpt2pt.ptmeta.files import ORIGIN, RankFiles, origin, publish, render
 from ckpt2pt.ptmeta.missing import SYNTHESIZED
+from ckpt2pt.ptmeta.relayout import NewLayout, relayout
 from ckpt2pt.ptmeta.synthesize import Wanted, synthesize
+from ckpt2pt.text import warned
 
 _SHOWN = 15
 """Arguments that are named without ``--details``."""
@@ -53,8 +55,8 @@ class Made:
 
     def sentence(self, *, details: bool = False) -> str:
         """For a person: warnings first; ``details`` lists every assumed argument instead of counting them."""
-        lines = [f"{self.folder}: {self.ranks} ranks, {self.maps} param maps, from a {self.way}"]
-        lines[:0] = [f"warning: {text}" for text in self.warnings]
+        lines = [f"{printable(str(self.folder))}: {self.ranks} ranks, {self.maps} param maps, from a {self.way}"]
+        lines[:0] = warned(self.warnings)
         label = "proved " if self.loadable else "layout "
         lines += [f"  {label}  {fact}" for fact in self.evidence]
         for what, value in self.assumed.items():
@@ -131,6 +133,12 @@ def from_description(path: Path, folder: Path, wanted: Wanted, *, accepted: bool
         written=None,
         warnings=found.warnings,
     )
+
+
+def from_pt_meta(old: Path, folder: Path, new: NewLayout, *, overwrite: bool, allow: tuple[str, ...] = ()) -> Made:
+    """Make ``folder`` for another parallel layout."""
+    found = relayout(old, new, allow=allow)
+    return _made(folder, "pt_meta of another layout", found.ranks, (), found.assumed, True, overwrite=overwrite)
 
 
 def _made(

@@ -7,16 +7,17 @@ import logging
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import check_numbers, counts, path
+from ckpt2pt.flags import add_target_sizes, check_numbers, counts, path, target_sizes
 
 if TYPE_CHECKING:
+    from ckpt2pt.mapping.names import Rules
     from ckpt2pt.ptmeta.make import Made
 
 log = logging.getLogger("ckpt2pt")
 
 
 def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
-    """One of two sources, and the folder."""
+    """One of three sources, and the folder."""
     parser.add_argument(
         "--param-map-path", type=path, required=True, help="the pt_meta folder to be made (spec.metadata.path)"
     )
@@ -53,6 +54,23 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="make these from the checkpoint's arguments where it was saved without them (--no-save-optim, --no-save-rng)",
     )
+    _add_from_pt_meta(parser)
+    _add_from_description(parser)
+
+
+def _add_from_pt_meta(parser: argparse.ArgumentParser) -> None:
+    third = parser.add_argument_group("from the pt_meta of another parallel layout")
+    third.add_argument("--from-pt-meta", type=path, help="pt_meta of the same run in another layout")
+    add_target_sizes(third, "of the new layout; default as it was")
+    third.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="tokens of the vocabulary before padding, where the arguments do not say it",
+    )
+
+
+def _add_from_description(parser: argparse.ArgumentParser) -> None:
     second = parser.add_argument_group("from a description and the MindSpore checkpoint")
     second.add_argument(
         "--description", type=path, help="Megatron's arguments: a YAML mapping, or the script that starts the training"
@@ -73,8 +91,9 @@ def add_pt_meta_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-_OF_CHECKPOINT: dict[str, object] = {"compare": "full", "synthesize": []}
-_OF_DESCRIPTION: dict[str, object] = {
+_DEFAULTS: dict[str, object] = {
+    "compare": "full",
+    "synthesize": [],
     "ms_path": None,
     "opt_shard_info_path": None,
     "dp_size": 1,
@@ -83,15 +102,25 @@ _OF_DESCRIPTION: dict[str, object] = {
     "stage_list": None,
     "details": False,
     "accept_assumptions": False,
+    "vocab_size": None,
+    **dict.fromkeys(("target_tp_size", "target_pp_size", "target_vpp_size")),
 }
-"""Flags that only one of the two sources heeds, with their defaults."""
+"""Flags that not every source heeds, with their defaults."""
+
+_LAYERS = {"noop", "stage_list"}
+_HEEDED = {
+    "megatron_path": {"compare", "synthesize"},
+    "description": {"ms_path", "opt_shard_info_path", "dp_size", "cp_size", "details", "accept_assumptions", *_LAYERS},
+    "from_pt_meta": {"vocab_size", "target_tp_size", "target_pp_size", "target_vpp_size", *_LAYERS},
+}
 
 
 def _tell_unused(options: argparse.Namespace) -> None:
-    one, other = ("--megatron-path", _OF_DESCRIPTION) if options.megatron_path else ("--description", _OF_CHECKPOINT)
-    given = [f"--{name.replace('_', '-')}" for name, default in other.items() if getattr(options, name) != default]
-    if given:
-        log.warning("with %s nothing is made of %s", one, ", ".join(given))
+    source = next(name for name in _HEEDED if getattr(options, name))
+    given = [name for name in _DEFAULTS.keys() - _HEEDED[source] if getattr(options, name) != _DEFAULTS[name]]
+    flags = [f"--{name.replace('_', '-')}" for name in _DEFAULTS if name in given]
+    if flags:
+        log.warning("with --%s nothing is made of %s", source.replace("_", "-"), ", ".join(flags))
 
 
 def make_pt_meta(options: argparse.Namespace) -> Made:
@@ -106,16 +135,20 @@ def make_pt_meta(options: argparse.Namespace) -> Made:
             "--bucket-size": options.bucket_size,
             "--dp-size": options.dp_size,
             "--cp-size": options.cp_size,
+            **target_sizes(options),
+            "--vocab-size": options.vocab_size,
         }
     )
-    if (options.megatron_path is None) == (options.description is None):
+    if [options.megatron_path, options.description, options.from_pt_meta].count(None) != 2:
         raise UsageError(
             "one source is needed",
             where="ckpt2pt pt-meta",
-            mend="give --megatron-path, a checkpoint that Megatron wrote, or --description with --ms-path",
+            mend="give --megatron-path, a checkpoint that Megatron wrote, or --description with --ms-path, or --from-pt-meta",
         )
     _tell_unused(options)
     rules = rules_of(options.rules)
+    if options.from_pt_meta:
+        return _from_pt_meta(options, rules)
     if options.megatron_path:
         return from_checkpoint(
             options.megatron_path,
@@ -146,4 +179,23 @@ def make_pt_meta(options: argparse.Namespace) -> Made:
         wanted,
         accepted=options.accept_assumptions,
         overwrite=options.overwrite,
+    )
+
+
+def _from_pt_meta(options: argparse.Namespace, rules: Rules) -> Made:
+    from ckpt2pt.ptmeta.make import from_pt_meta  # noqa: PLC0415
+    from ckpt2pt.ptmeta.relayout import NewLayout  # noqa: PLC0415
+
+    new = NewLayout(
+        tensor=options.target_tp_size,
+        pipeline=options.target_pp_size,
+        virtual=options.target_vpp_size,
+        data=options.target_dp_size,
+        noop=frozenset(options.noop),
+        layers_per_stage=options.stage_list,
+        tokens=options.vocab_size,
+        bucket_size=options.bucket_size,
+    )
+    return from_pt_meta(
+        options.from_pt_meta, options.param_map_path, new, overwrite=options.overwrite, allow=rules.pickle_globals
     )

@@ -37,7 +37,10 @@ MEGATRON = Kind(
 MINDSPORE = Kind(
     reader="MindSpore",
     folder="",
-    results=("rank_*/*.ckpt", "rank_*/*.safetensors", "pt_meta/args_tp*.pt", "pt_meta/*.json"),
+    results=(
+        *("rank_*/*.ckpt", "rank_*/*.safetensors"),
+        *(f"{meta}/{name}" for meta in ("pt_meta", "source_pt_meta") for name in ("args_tp*.pt", "*.json")),
+    ),
     alone=False,
     tracker=False,
     option="--ms-path",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,11 +27,9 @@ from ckpt2pt.publish.ledger import Holdings, Ledger, not_ours, taken_over
 from ckpt2pt.publish.leftovers import nobody_at_work, sweep_leftovers
 from ckpt2pt.publish.locks import WAIT_SECONDS, Lock, locked
 from ckpt2pt.publish.retire import files_below, foreign, records_of, retire
-from ckpt2pt.publish.tracker import TRACKER, check_tracker, replaced, tracked
+from ckpt2pt.publish.tracker import TRACKER, announce, check_tracker, tracked
 from ckpt2pt.records import Json, seal, seal_joined, unseal
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
-
-log = logging.getLogger("ckpt2pt")
 
 _ID_DIGITS = 16
 _CLAIMED = ("identity", "purpose", "base", "full")
@@ -410,15 +407,12 @@ class Target:
                 self._move(claim)
 
     def _publish_tracker(self, heed: Callable[[], None]) -> None:
-        path = self.root / TRACKER
-        lock = path.with_name(f".{TRACKER}.lock")
-        with locked(lock, "writing the tracker", wait=WAIT_SECONDS, heed=heed, passing=True):
+        lock = self.root / f".{TRACKER}.lock"
+        with locked(lock, "writing the tracker", wait=WAIT_SECONDS, heed=heed, passing=True) as held:
             sweep_partials(self.root, TRACKER)
             if self.newer is None:
-                if warning := replaced(self.root, self.iteration):
-                    log.warning("%s: %s", path, warning)
                 # Written in our own folder: when that is taken away, so is the tracker that would name it.
-                publish_bytes(path, str(self.iteration).encode(), fence=self.fence, beside=self.state / TRACKER)
+                announce(self.root, self.iteration, beside=self.state / TRACKER, fence=self.fence, alone=held.proved)
 
     @property
     def _head(self) -> Json:

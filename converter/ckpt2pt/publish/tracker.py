@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.publish.files import read_small
-from ckpt2pt.system.paths import status
+from ckpt2pt.publish.files import STATE, publish_bytes, read_small
+from ckpt2pt.publish.kinds import REPORT
+from ckpt2pt.system.paths import listing, status
+
+log = logging.getLogger("ckpt2pt")
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _MAX_DIGITS = 18
 _MAX_BYTES = 4096
 _QUOTED = 40
+_ITERATION = re.compile(r"iter_(\d{7,18})", re.ASCII)
 
 
 def read_tracker(folder: Path) -> str:
@@ -35,6 +42,32 @@ def check_tracker(root: Path) -> None:
             where=root / TRACKER,
             mend="look at what put it there, and move it away; then run the same command again",
         )
+
+
+def announce(root: Path, iteration: int, *, beside: Path, fence: Callable[[], None], alone: bool) -> None:
+    """Have the tracker name ``iteration``; call with its lock held, which proves that nobody else writes it if ``alone``."""
+    path, seen = root / TRACKER, status(root / TRACKER)
+    if warning := replaced(root, iteration):
+        log.warning("%s: %s", path, warning)
+    publish_bytes(path, str(iteration).encode(), fence=fence, beside=beside)
+    later = None if alone else _later(root, iteration, seen.st_mtime_ns if seen else 0)
+    if later is not None:
+        publish_bytes(path, str(later).encode(), fence=fence, beside=beside)
+
+
+def _later(root: Path, iteration: int, since: int) -> int | None:
+    """The last iteration above ``iteration`` that was completed after ``since``, the time of the tracker that was replaced.
+
+    Without locks its run may have written the tracker while we did; it has written its report before.  One that was
+    completed before that tracker was written is not meant: somebody went back.
+    """
+    found: list[int] = []
+    for folder in listing(root, "iter_*"):
+        number = _ITERATION.fullmatch(folder.name)
+        report = status(folder / STATE / REPORT) if number and int(number[1]) > iteration else None
+        if number and report and report.st_mtime_ns >= since:
+            found.append(int(number[1]))
+    return max(found, default=None)
 
 
 def replaced(root: Path, iteration: int) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from ckpt2pt.mapping.names import prefix_remark, rules_remark
+from ckpt2pt.errors import printable, spelled
+from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
@@ -16,7 +17,7 @@ from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Prepared, Survey
 from ckpt2pt.system.volume import free_bytes
-from ckpt2pt.text import size, table
+from ckpt2pt.text import size, table, warned
 
 WORKER_BYTES = 48 << 20
 """What one worker needs at most (benchmarks/), whatever the size of the checkpoint."""
@@ -25,6 +26,7 @@ WORKER_BYTES = 48 << 20
 def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Rank, Prepared], *, names: bool) -> Json:
     """The plan as a document for ``--output json``."""
     stages: list[Json] = []
+    first = next(iter(ranks.values()))
     read = written = 0
     for (tp, pp), prepared in ranks.items():
         plan = prepared.plan
@@ -41,10 +43,10 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
                 "bytesToRead": nbytes,
                 "files": [{"name": name, "nbytes": size} for name, size in files.items()],
                 "chunks": [_chunk(chunk, plan, request, names=names) for chunk in plan.chunks],
-                "shards": [str(path) for path in chosen.files[tp, pp].peers],
-                "shardInfo": str(chosen.files[tp, pp].info or ""),
+                "shards": [str(path) for file in chosen.read_for((tp, pp), request) for path in file.peers],
+                "shardInfo": str(chosen.read_for((tp, pp), request)[0].info or ""),
                 "ignored": dict(Counter(reason for _, reason in plan.ignored)),
-                "comparedCopies": [f"{kept.name} = {copy.name}" for kept, copy in plan.twins],
+                "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in plan.twins)],
                 "done": target.rank_manifest(tp, pp) is not None,
             }
         )
@@ -58,8 +60,8 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
                 {key: rank.meta.unmet(request.topology, full=request.full) for key, rank in ranks.items()},
                 full=request.full,
             ),
-            *dict.fromkeys(prefix_remark(rank.plan.prefix) for rank in ranks.values() if rank.plan.prefix),
-            *contradictions(request, chosen, next(iter(ranks))),
+            *dict.fromkeys(remark for rank in ranks.values() for remark in rank.remarks),
+            *contradictions(first.meta.template, first.plan.stated),
             *_copies(request, chosen, ranks),
             *_unused_rules(request, ranks),
         ],
@@ -82,7 +84,7 @@ def _copies(request: Request, chosen: Survey, ranks: Mapping[Rank, Prepared]) ->
         return ()
     from ckpt2pt.verify.copies import suspected_copies  # noqa: PLC0415 - numpy, for layouts that can have copies
 
-    return suspected_copies(chosen, ranks)
+    return suspected_copies(request, chosen, ranks)
 
 
 def _unused_rules(request: Request, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:
@@ -127,10 +129,10 @@ def render(document: Json) -> str:
     """The plan as text."""
     options = _mapping(document["options"])
     lines = [
-        *(f"warning: {text}" for text in _list(document["warnings"])),
+        *warned(_list(document["warnings"])),
         f"iteration  {document['iteration']} (from {document['because']}), {document['consumedSamples']} samples consumed",
-        *(f"  DOUBT: {doubt}" for doubt in _list(document["doubts"])),
-        f"target     {document['target']}",
+        *(f"  DOUBT: {spelled(str(doubt))}" for doubt in _list(document["doubts"])),
+        f"target     {printable(str(document['target']))}",
         f"mode       {options['mode']}, Megatron 0.6; tp {options['tensor']}, pp {options['pipeline']}, "
         f"vpp {options['virtualPipeline']}",
         "",

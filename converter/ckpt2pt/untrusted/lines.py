@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ckpt2pt.errors import printable
+from ckpt2pt.errors import spelled
 
 
 class LineFormatter(logging.Formatter):
@@ -12,4 +12,4 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        return printable(super().format(record), lines=True)
+        return spelled(super().format(record))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ckpt2pt.core.index import find
 from ckpt2pt.core.params import EMBEDDING, HEAD, is_padded
-from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, box_of, intersection
+from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, box_of
 from ckpt2pt.errors import FormatError, UsageError
 from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.formats.checkpoint import Checkpoint
@@ -24,6 +24,7 @@ from ckpt2pt.formats.registry import detect, read
 from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.pt.megatron import rank_folders
 from ckpt2pt.system.paths import is_folder, listing
+from ckpt2pt.tensors import intersection
 from ckpt2pt.verify.compare import Comparison, ElementComparison, Row, compare
 from ckpt2pt.verify.examine import rounded
 from ckpt2pt.verify.gather import Gathered, gathered

@@ -153,7 +153,10 @@ class Comparison:
 
 
 def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
-    """Refuse two copies of tied weights of which only the first is carried, unless they are equal bit for bit."""
+    """Refuse two copies of which only the first is carried, unless they are equal bit for bit.
+
+    They are tied weights, or what several ranks of the source hold of one parameter.
+    """
     one, other = leaf_of(kept), leaf_of(copy)
     what = "they differ in type or shape" if repr(one) != repr(other) else ""
     with Files() as files:
@@ -164,13 +167,22 @@ def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
                 shown = " and ".join(show_element(data, one.dtype, first) for data in (x, y))
                 what = f"they differ at element {start + first}: {shown}"
                 break
-    if what:
+    if not what:
+        return
+    where = " and ".join(dict.fromkeys(path for ref in (kept, copy) for path in ref.paths))
+    if kept.name == copy.name:
         raise InputError(
-            f"{kept} and {copy} are one tied weight, but {what}",
-            where=" and ".join(dict.fromkeys(ref.extents[0].path for ref in (kept, copy) if ref.extents)),
-            mend="save the checkpoint again with tied embeddings, or point spec.metadata.path (--param-map-path) at the "
-            "pt_meta of an untied model",
+            f"{kept} is held by several ranks, and one copy of it is carried, but {what}",
+            where=where,
+            mend="convert it with the parallel sizes that it was saved with, which keeps the copy of each rank, "
+            "or save the checkpoint again with copies that are equal",
         )
+    raise InputError(
+        f"{kept} and {copy} are one tied weight, but {what}",
+        where=where,
+        mend="save the checkpoint again with tied embeddings, or point spec.metadata.path (--param-map-path) at the "
+        "pt_meta of an untied model",
+    )
 
 
 def compare(

@@ -7,6 +7,7 @@ positions are equal on all of them, and what is constant (zeros of a new model) 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import cast
 
 from ckpt2pt.mapping.names import is_split
@@ -25,7 +26,7 @@ _SAMPLE = 256
 def copies_of(request: Request, chosen: Survey, target: Target, pp: int) -> tuple[str, ...]:
     """Those of a stage that was converted."""
     return copies_in_stage(
-        target, pp, lambda rank: split_weights(prepare(request, chosen, rank)), lambda rank: chosen.files[rank].path
+        target, pp, lambda rank: split_weights(prepare(request, chosen, rank)), partial(_place, request, chosen)
     )
 
 
@@ -43,14 +44,18 @@ def copies_in_stage(
     return tuple(remark(group, file) for group in copied_ranks(digests, weights))
 
 
-def suspected_copies(chosen: Survey, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:
+def suspected_copies(request: Request, chosen: Survey, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:
     """The same before anything is converted: a few bytes of each split weight are read, and not all of it."""
     samples: dict[Rank, Json] = {}
     with Files() as files:
         for rank, prepared in ranks.items():
             samples[rank] = {ref.name: _sample(ref, files) for ref in split_weights(prepared)}
     found = copied_ranks(samples, lambda rank: split_weights(ranks[rank]))
-    return tuple(remark(group, lambda rank: chosen.files[rank].path, "begin with") for group in found)
+    return tuple(remark(group, partial(_place, request, chosen), "begin with") for group in found)
+
+
+def _place(request: Request, chosen: Survey, rank: Rank) -> object:
+    return f"tp {rank[0]} of the result" if request.source_topology else chosen.files[rank].path
 
 
 def split_weights(prepared: Prepared) -> list[TensorRef]:

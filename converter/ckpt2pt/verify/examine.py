@@ -159,7 +159,10 @@ class Examination:
             self._differ("", tensor, problem)
         for kept, copy in expected.twins:
             self._same(
-                self.chosen.files[self.rank].path.name, f"{copy.name} = {kept.name}", leaf_of(kept), leaf_of(copy)
+                Path(next((e.path for e in kept.extents), self.request.source)).name,
+                f"{copy.name} = {kept.name}",
+                leaf_of(kept),
+                leaf_of(copy),
             )
         model = self._open_result(MODEL_FILE)
         optim = self._open_result(OPTIM_FILE) if self.request.full else {}

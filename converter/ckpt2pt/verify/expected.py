@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from ckpt2pt.ckpt import statement_of
+from ckpt2pt.ckpt.source import read_source
 from ckpt2pt.errors import FormatError, UnmappedNameError
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping import names
@@ -25,7 +26,7 @@ from ckpt2pt.mapping.names import TIED_HEAD, NameTable, SourceName, is_tied_head
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stated import carry
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Survey
+from ckpt2pt.survey import Survey, meta_of
 from ckpt2pt.system.paths import is_there
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.untrusted.jsontext import parse_json
@@ -226,8 +227,8 @@ def _sources(request: Request, chosen: Survey, rank: Rank, listed: Mapping[int, 
     pp = rank[1]
     table, found = NameTable(request.rules), _Found()
     tied_names: dict[str, dict[str, TensorRef]] = {}
-    index = expected_index(chosen.files[rank])
-    known, _ = table.classify_all(index, where=str(chosen.files[rank].path))
+    index = _entries(request, chosen, rank)
+    known, _ = table.classify_all(index, where=str(request.source))
     for entry, ref in index.items():
         what = known[entry]
         if what.role == "ignored" or (what.role != "param" and not request.full):
@@ -248,6 +249,14 @@ def _sources(request: Request, chosen: Survey, rank: Rank, listed: Mapping[int, 
     if tied:
         _tie(tied_names, chosen, rank, request, table, found)
     return found
+
+
+def _entries(request: Request, chosen: Survey, rank: Rank) -> Mapping[str, TensorRef]:
+    """The entries of the source for a rank of the result."""
+    if request.source_topology is None:
+        return expected_index(chosen.files[rank])
+    meta = meta_of(request, rank)
+    return read_source(request, chosen.files, chosen.identity, rank, sizes=meta.sizes, tied=meta.tied).entries
 
 
 def _home(megatron: str, pp: int, request: Request, listed: Mapping[int, list[_Entry]]) -> tuple[int, str] | None:
@@ -280,7 +289,7 @@ def _tie(
     home = (request.topology.virtual - 1, TIED_HEAD) if is_copy else (0, _EMBEDDING)
     for role in ROLES if request.full else ROLES[:1]:
         copies = dict(tied.get(role, {}))
-        if is_copy and not copies:
+        if is_copy and not copies and request.source_topology is None:
             # A last stage without a copy of its own takes the first stage's: both ends hold the same values.
             file = chosen.files[rank[0], 0]
             index = expected_index(file)
@@ -320,7 +329,7 @@ def others(template: Leaves, chosen: Survey, rank: Rank, *, reference_samples: b
     groups = "/optimizer/optimizer/param_groups"
     numbers = [number for number in range(len(found)) if f"{groups}/{number}" in found]
     carried = carry(
-        statement_of(expected_index(chosen.files[rank])),
+        statement_of(expected_index(chosen.files.get(rank) or chosen.files[0, 0])),
         _below(found, "/opt_param_scheduler"),
         [_below(found, f"{groups}/{number}") for number in numbers],
     )

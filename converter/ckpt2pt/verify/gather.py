@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from ckpt2pt.core.tensor import Box, Stored, Tensor, box_of, boxes, intersection
+from ckpt2pt.core.tensor import Tensor, box_of, boxes
+from ckpt2pt.tensors import Box, Stored, intersection
 from ckpt2pt.verify.leaves import Bytes, Files, width
 from ckpt2pt.verify.leaves import Stored as StoredElements
 
@@ -26,7 +27,10 @@ Elements = npt.NDArray[np.unsignedinteger]
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """The elements of a box of a tensor in C order, read from ``views``: the tensor's own, or one replica."""
+    """The elements of a box of a tensor in C order, read from ``views``: the tensor's own, or one replica.
+
+    What no view holds is zero.
+    """
 
     dtype: str
     views: tuple[Stored, ...]
@@ -34,7 +38,7 @@ class Gathered:
 
     def block(self, files: Files, start: int, stop: int) -> Bytes:
         """The bytes of elements ``[start, stop)``."""
-        out: Elements = np.empty(stop - start, f"u{width(self.dtype)}")
+        out: Elements = np.zeros(stop - start, f"u{width(self.dtype)}")
         done = 0
         for inner, shape in boxes(self.box[1], start, stop):
             numel = math.prod(shape)

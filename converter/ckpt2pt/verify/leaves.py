@@ -177,6 +177,10 @@ def leaf_of(ref: TensorRef) -> TensorLeaf:
     shape = (ref.nbytes // 4,) if ref.dtype == "str" else ref.shape
     if ref.dtype not in DTYPE_BYTES and ref.dtype != "str":
         shape = (ref.nbytes,)
+    if ref.gather:
+        from ckpt2pt.verify.gather import Gathered  # noqa: PLC0415 - which reads stretches with what is above
+
+        return TensorLeaf(ref.dtype, shape, Gathered(ref.dtype, *ref.gather))
     return TensorLeaf(ref.dtype, shape, Stored(width(ref.dtype), ref.extents), ref.extents)
 
 

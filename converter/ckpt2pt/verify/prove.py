@@ -14,15 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
-from ckpt2pt.ckpt import prove_sources, states_checksum
-from ckpt2pt.errors import MissingInputError, VerificationError
+from ckpt2pt.ckpt import states_checksum
+from ckpt2pt.ckpt.source import paths_for, prove_read
+from ckpt2pt.errors import MissingInputError, VerificationError, printable
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey, survey, target_of
 from ckpt2pt.system.paths import is_folder
-from ckpt2pt.text import size, table
+from ckpt2pt.text import size, table, warned
 from ckpt2pt.verify.copies import copies_of
 from ckpt2pt.verify.examine import MODEL_FILE, OPTIM_FILE, Difference, Examination, Opener
 from ckpt2pt.verify.leaves import Files, open_pt
@@ -84,8 +85,8 @@ class Report:
         lines = table(("file", "tensor or key", "problem", "element", "expected", "found"), rows)
         verified = self.source_checksums.get("verified", 0)
         what["full"] += f", the checksums of {verified} source files" if verified else ""
-        done = f"{self.folder}: {self.ranks} ranks, {what[self.level]}, {size(self.checked_bytes)} read: {verdict}"
-        return "\n".join([*lines, *([""] if lines else []), *(f"warning: {each}" for each in self.warnings), done])
+        done = f"{printable(str(self.folder))}: {self.ranks} ranks, {what[self.level]}, {size(self.checked_bytes)} read: {verdict}"
+        return "\n".join([*lines, *([""] if lines else []), *warned(self.warnings), done])
 
     def raise_differences(self) -> None:
         """Raise :class:`VerificationError` naming the first few; nothing when there are none."""
@@ -107,12 +108,12 @@ def verify_rank(request: Request, chosen: Survey, rank: Rank, folder: Path, *, r
 
     Raises :class:`FormatError` for a source that differs from the checksum that it states of itself.
     """
-    sources = chosen.files[rank].paths
-    with Files(summed=[path for path in sources if states_checksum(path)]) as files:
+    sources = [path for path in paths_for(rank, chosen.files, request) if states_checksum(path)]
+    with Files(summed=sources) as files:
         found = Examination(request, chosen, rank, folder, _opener(request, reader), files)
         found.run()
     read = {path: sorted(pieces) for path, pieces in files.pieces.items()}
-    checksums = prove_sources(sources, read, every_byte=True)
+    checksums = prove_read(rank, chosen.files, request, read, every_byte=True)
     return Report(
         folder=str(folder),
         level="full",

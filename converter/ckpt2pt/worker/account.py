@@ -66,7 +66,10 @@ class Account:
         """Nothing to do."""
 
     def converted(self, outcome: Outcome) -> None:
-        """Note the result."""
+        """Note the result, and what the run warns of."""
+        from ckpt2pt.worker.termination import MAX_WARNING, MAX_WARNINGS, plain  # noqa: PLC0415 - a worker's alone
+
+        warnings = [plain(text)[:MAX_WARNING] for text in (*outcome.remarks, *outcome.warnings)]
         self.iteration = outcome.target.iteration
         self.message = self.reason = ""
         self.verified = outcome.verified
@@ -74,6 +77,7 @@ class Account:
             "bytesWritten": outcome.bytes_written,
             "outputPath": outcome.target.folder.name,
             "files": outcome.files,
+            "warnings": warnings[:MAX_WARNINGS] or None,
         }
 
     def lament(self, error: Ckpt2ptError) -> None:

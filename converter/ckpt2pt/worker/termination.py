@@ -25,6 +25,8 @@ COMMANDS = ("convert", "plan", "watch")
 MAX_BYTES = 4096
 """What the kubelet keeps of one container's message."""
 MAX_MESSAGE = 1024
+MAX_WARNINGS, MAX_WARNING = 4, 300
+"""How many of a run's warnings are told, and how much of each."""
 _MAX_PART = 300
 
 Json = dict[str, object]
@@ -54,8 +56,9 @@ def message_of(error: Ckpt2ptError) -> str:
 def render(code: int, reason: str, message: str, facts: Mapping[str, object]) -> bytes:
     """The message: UTF-8 JSON without control characters, at most 4096 bytes."""
     head: Json = {"version": 1, "exitCode": code, "reason": reason}
-    for limit, left_out in ((MAX_MESSAGE, ""), (MAX_MESSAGE // 4, ""), (MAX_MESSAGE // 4, "stages")):
-        rest = {name: value for name, value in facts.items() if name != left_out}
+    short = MAX_MESSAGE // 4
+    for limit, left_out in ((MAX_MESSAGE, ()), (short, ()), (short, ("warnings",)), (short, ("warnings", "stages"))):
+        rest = {name: value for name, value in facts.items() if name not in left_out}
         data = json.dumps({**head, "message": plain(message)[:limit], **rest}, ensure_ascii=False).encode()
         if len(data) <= MAX_BYTES:
             return data

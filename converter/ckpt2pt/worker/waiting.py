@@ -22,7 +22,7 @@ def watcher_of(request: Request, settle: float) -> Watcher:
     """A watcher for what a request is going to read."""
     return Watcher(
         request.source,
-        request.topology,
+        request.source_layout,
         wanted_format=request.source_format,
         settle_seconds=settle,
         choose=None if request.iteration is None else partial(when_of_iteration, request),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import chain
 
 from ckpt2pt.conversion.job import job_name
 from ckpt2pt.conversion.spec import Conversion, Json
@@ -13,9 +14,11 @@ from ckpt2pt_operator.rules.conditions import NOT_LOOKED, Standing, Verdict, sta
 from ckpt2pt_operator.rules.endings import RETRY_ANNOTATION, planned
 from ckpt2pt_operator.rules.seen import Action, House, Plan, Seen
 from ckpt2pt_operator.rules.stages import Obstacle, behind, observed, pod_obstacle, recorded
-from ckpt2pt_operator.rules.views import Pod, child, condition, items, number, report_of, text, time
+from ckpt2pt_operator.rules.views import Pod, child, condition, items, number, report_of, text, texts, time
 
 WAIT_SECONDS = 30.0
+_MOST_WARNINGS = 16
+"""Different ones; those of several stages are often the same."""
 _SETTLE = timedelta(seconds=5)
 """How long a finished Job may be ahead of its pods in what the API server sends."""
 
@@ -63,6 +66,7 @@ class Case:
             iteration=number(before, "iteration") if "iteration" in before else None,
             training_uid=text(before, "trainingUID"),
             follow_end=text(before, "followEnd"),
+            warnings=texts(before, "warnings"),
             volumes=_told_of_volumes(before) or NOT_LOOKED,
         )
 
@@ -77,9 +81,12 @@ class Case:
             return
         pods = self.workers(uid)
         self.records = observed(self.conversion, self.records, self.job, pods, self.seen.live)
+        said = (report.warnings for pod in pods if pod.exit_code == 0 and (report := report_of(pod.report)))
+        warnings = tuple(dict.fromkeys([*self.standing.warnings, *chain.from_iterable(said)]))
         self.standing = replace(
-            self.standing, records=tuple(self.records.values()), job_uid=uid, iteration=self.iteration(pods)
-        )
+            self.standing, records=tuple(self.records.values()), job_uid=uid, iteration=self.iteration(pods),
+            warnings=warnings[:_MOST_WARNINGS],
+        )  # fmt: skip
 
     def is_behind(self) -> bool:
         """Whether the Job has ended just now, and its pods are about to be seen."""

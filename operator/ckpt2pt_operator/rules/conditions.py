@@ -67,6 +67,7 @@ class Standing:
     iteration: int | None = None
     training_uid: str = ""
     follow_end: str = ""
+    warnings: Sequence[str] = ()
     accepted: Verdict = ("True", "Valid", "the document describes a conversion")
     volumes: Verdict = NOT_LOOKED
     suspended: Obstacle | None = None
@@ -113,6 +114,7 @@ def status_document(
         "trainingUID": standing.training_uid,
         "followEnd": standing.follow_end,
         "pendingSince": standing.pending_since,
+        "warnings": list(standing.warnings) or None,
         "memoryPercent": standing.memory_percent if standing.memory_percent != 100 else 0,
     }
     conditions = _conditions(standing, {str(c["type"]): c for c in cast("list[Json]", found["conditions"])})

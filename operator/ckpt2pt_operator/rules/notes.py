@@ -12,7 +12,7 @@ from typing import Literal
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import WAITING
 from ckpt2pt_operator.rules.conditions import QUEUE_DECIDES, WORKERS_LIMITED
-from ckpt2pt_operator.rules.views import condition, items, number, text
+from ckpt2pt_operator.rules.views import condition, items, number, text, texts
 
 _MAX = 1024
 _UNHEEDED = frozenset({QUEUE_DECIDES, WORKERS_LIMITED})
@@ -34,7 +34,12 @@ def notes(before: Json, after: Json) -> tuple[Note, ...]:
     """The events between two statuses, in the order of the road."""
     told = (
         Note(kind=note.kind, reason=note.reason, message=note.message[:_MAX])
-        for note in (*_of_the_job(before, after), *_of_stages(before, after), *_of_conditions(before, after))
+        for note in (
+            *_of_the_job(before, after),
+            *_of_stages(before, after),
+            *_of_warnings(before, after),
+            *_of_conditions(before, after),
+        )
     )
     return tuple(dict.fromkeys(told))  # two conditions may say the same
 
@@ -76,6 +81,13 @@ def _of_stages(before: Json, after: Json) -> Iterator[Note]:
     if len(failed) > _MOST_STAGES:
         rest = ", ".join(str(number(item, "stage")) for item in failed[_MOST_STAGES:])
         yield Note(kind="Warning", reason="StageFailed", message=f"so did stage {rest}; status.stageStatuses says why")
+
+
+def _of_warnings(before: Json, after: Json) -> Iterator[Note]:
+    known = texts(before, "warnings")
+    for warning in texts(after, "warnings"):
+        if warning not in known:
+            yield Note(kind="Warning", reason="ConversionWarning", message=warning)
 
 
 #   condition       kind when it is True       also when its reason changes

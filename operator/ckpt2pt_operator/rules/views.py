@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import cast
 
 from ckpt2pt.conversion.job import CONTAINER, MANAGER, STAGES_ANNOTATION, UID_LABEL
-from ckpt2pt.conversion.report import MAX_REPORT, word
+from ckpt2pt.conversion.report import MAX_REPORT, clean, word
 from ckpt2pt.conversion.report import Report as Report
 from ckpt2pt.conversion.report import child as child
 from ckpt2pt.conversion.report import number as number
@@ -37,6 +37,13 @@ def items(value: Mapping[str, object], name: str) -> list[Json]:
         if isinstance(found, list)
         else []
     )
+
+
+def texts(value: Mapping[str, object], name: str) -> tuple[str, ...]:
+    """The texts in a list."""
+    found = value.get(name)
+    given = cast("list[object]", found) if isinstance(found, list) else []
+    return tuple(clean(each) for each in given if isinstance(each, str))
 
 
 def time(value: Mapping[str, object], name: str) -> datetime | None:

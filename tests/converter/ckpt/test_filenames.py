@@ -45,6 +45,8 @@ def test_a_name_says_its_rank_and_its_step(name: str, rank: str, when: tuple[int
         ("rank_10", "network_rank_1-0_2.ckpt", True),
         ("rank_1", "network_rank_01-0_2.ckpt", False),
         ("rank_0", "network_rank_1-0_2_dp_merged.safetensors", True),
+        ("rank_0", "network_rank_99999999999999999999-0_2.ckpt", True),
+        ("rank_0", "network_rank_00-0_2.ckpt", False),
         ("mp_rank_00_001", "mp_rank_00_000_model_optim_rng.ckpt", True),
         ("mp_rank_00", "mp_rank_00_000_model_optim_rng.ckpt", False),
         ("mp_rank_01_000", "mp_rank_01_model_optim_rng_001.ckpt", False),

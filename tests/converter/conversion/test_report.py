@@ -170,6 +170,15 @@ def test_how_it_was_verified_is_one_of_the_words_of_the_spec(told: object, verif
     assert found.verified == verified
 
 
+@pytest.mark.parametrize(
+    ("told", "warnings"),
+    [(None, ()), ("x", ()), (["a\x1b[2J", 5, "", {}], ("a [2J",)), (["x" * 9000] * 9000, ("x" * 300,) * 4)],
+)
+def test_few_warnings_of_bounded_length_are_taken(told: object, warnings: tuple[str, ...]) -> None:
+    found = report_of(json.dumps({"version": 1, "warnings": told}))
+    assert found is None if len(json.dumps(told)) > 12 << 10 else found and found.warnings == warnings
+
+
 def test_no_more_is_done_than_there_is() -> None:
     found = report_of(json.dumps(GOOD | {"bytes": 1 << 62, "bytesTotal": 100}))
     assert found

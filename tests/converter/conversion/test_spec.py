@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,37 @@ def test_the_command_line_says_what_the_document_says() -> None:
     assert request.reference_samples
     assert dict(request.rules.layer_modules) == {"mlp.a": "mlp.b"}
     assert (request.rules.ignore, request.rules.pickle_globals) == (("x.*",), ("m.C",))
+
+
+def test_the_result_may_have_another_layout() -> None:
+    conversion = parse(
+        changed(
+            ("spec.parallelism", {"tensor": 2, "pipeline": 2, "virtualPipeline": 2, "data": 3}),
+            ("spec.target", {"path": "out", "parallelism": {"tensor": 4, "virtualPipeline": 1}}),
+        )
+    )
+    assert (conversion.topology.tensor, conversion.topology.pipeline, conversion.topology.virtual) == (4, 2, 1)
+    request = request_of(options_of(conversion))
+    assert request.topology == replace(conversion.topology, data=1)  # of a result nobody asks for it
+    layout = request.source_layout
+    assert (layout.tensor, layout.pipeline, layout.data, layout.context) == (2, 2, 3, 1)
+
+
+def test_the_same_sizes_given_twice_are_one_layout() -> None:
+    sizes = {"tensor": 2, "pipeline": 4, "virtualPipeline": 1}
+    conversion = parse(changed(("spec.parallelism", sizes), ("spec.target", {"path": "out", "parallelism": sizes})))
+    assert conversion.saved is None
+    assert request_of(options_of(conversion)).source_topology is None
+
+
+def test_a_size_that_is_none_is_told_once() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(
+            changed(
+                ("spec.parallelism", {"tensor": 0}), ("spec.target", {"path": "out", "parallelism": {"pipeline": 0}})
+            )
+        )
+    assert str(caught.value).count("whole number of at least 1") == 2
 
 
 def test_the_shortest_document_makes_the_shortest_request() -> None:

@@ -13,16 +13,14 @@ from hypothesis import strategies as st
 from ckpt2pt.core.tensor import (
     Key,
     Tensor,
-    View,
     box_of,
     boxes,
     check_coverage,
     dense_strides,
-    intersection,
     sharded,
 )
 from ckpt2pt.errors import CoverageError
-from ckpt2pt.tensors import Extent
+from ckpt2pt.tensors import Extent, View, intersection
 
 WEIGHT = Key("param", "w")
 STORAGE: tuple[Extent, ...] = (Extent("file", 0, 1 << 20),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -88,3 +89,43 @@ def test_a_tracker_that_is_replaced_without_being_older_is_told(
     assert len(caplog.messages) == bool(told)
     if told:
         assert re.search(rf"{told}; it names iteration 500 now", caplog.messages[0])
+
+
+@pytest.fixture
+def lockless(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.usefixtures("lockless")
+def test_without_locks_two_iterations_that_end_at_once_leave_the_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early, late = (Target(root=tmp_path, iteration=n, identity=str(n), stages=1, tensor=1) for n in (500, 900))
+    for target in (early, late):
+        finish(target, 0)
+    real = os.replace
+
+    def meanwhile(source: Path, place: Path) -> None:
+        if Path(place).name == TRACKER:
+            monkeypatch.setattr(os, "replace", real)
+            assert late.publish_iteration()
+            assert (tmp_path / TRACKER).read_text() == "900"
+        real(source, place)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    assert early.publish_iteration()
+    assert (tmp_path / TRACKER).read_text() == "900"
+
+
+@pytest.mark.usefixtures("lockless")
+def test_without_locks_a_tracker_that_somebody_set_back_is_followed(tmp_path: Path) -> None:
+    late, early = (Target(root=tmp_path, iteration=n, identity=str(n), stages=1, tensor=1) for n in (900, 500))
+    finish(late, 0)
+    assert late.publish_iteration()
+    finish(early, 0)
+    (tmp_path / TRACKER).write_text("400")
+    assert early.publish_iteration()
+    assert (tmp_path / TRACKER).read_text() == "500"

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt2pt.core.tensor import Key, Tensor, View, box_of, boxes, dense_strides, sharded
-from ckpt2pt.tensors import Extent
+from ckpt2pt.core.tensor import Key, Tensor, box_of, boxes, dense_strides, sharded
+from ckpt2pt.tensors import Extent, View
 from ckpt2pt.verify import gather
 from ckpt2pt.verify.gather import Gathered, gathered
 from ckpt2pt.verify.leaves import Files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,9 @@ def test_a_result_is_counted_with_what_was_there_already(tmp_path: Path) -> None
     sizes: list[tuple[Any, Any, Any]] = []
     for _ in range(2):
         account = Account()
-        account.converted(run(request, [0], account))
+        outcome = replace(run(request, [0], account), doubts=("the file is odd",), warnings=("two\x1b\nlines", *"abcd"))
+        account.converted(outcome)
+        assert account.facts()["warnings"] == ["iteration 12 was chosen, but the file is odd", "two lines", "a", "b"]
         facts = account.facts()
         assert (facts["iteration"], facts["outputPath"], facts["files"]) == (12, "iter_0000012", 2)
         sizes.append((facts["bytes"], facts["bytesTotal"], facts["bytesWritten"]))

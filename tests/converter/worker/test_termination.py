@@ -75,6 +75,14 @@ def test_long_messages_of_any_letter_fit(letter: str) -> None:
     assert json.loads(data)["stages"] == [3]
 
 
+@pytest.mark.parametrize("letter", ["a", "模", "😀"])
+def test_warnings_give_way_to_what_proves_a_stage(letter: str) -> None:
+    data = render(0, "Converted", "", {"stages": [3], "iteration": 5, "warnings": [letter * 300] * 4})
+    assert len(data) <= MAX_BYTES
+    assert json.loads(data)["stages"] == [3]
+    assert ("warnings" in json.loads(data)) == (len(letter.encode()) < 4)
+
+
 def test_where_and_how_to_mend_survive_a_long_finding() -> None:
     message = message_of(InputError("rank " * 1000, where="/a/path", mend="set spec.source.iteration"))
     assert message.endswith("...; /a/path; set spec.source.iteration")

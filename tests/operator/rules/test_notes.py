@@ -37,6 +37,8 @@ def turn(kind: str, status: str, reason: str, message: str = "m") -> Raw:
         ({}, turn("Suspended", "True", "UserRequested"), [("Normal", "UserRequested")]),
         (turn("Suspended", "True", "UserRequested"), turn("Suspended", "False", "Resumed") | {"phase": "Running"}, [("Normal", "Resumed")]),
         ({}, turn("Reconciling", "True", "WaitingForTraining"), [("Normal", "WaitingForTraining")]),
+        ({}, {"warnings": ["a", "b"]}, [("Warning", "ConversionWarning")] * 2),
+        ({"warnings": ["a", "b"]}, {"warnings": ["a", "b"]}, []),
         ({"progress": "1%"}, {"progress": "2%"}, []),
     ],
 )  # fmt: skip

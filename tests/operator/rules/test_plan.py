@@ -77,6 +77,38 @@ def test_a_conversion_from_its_first_look_to_its_end() -> None:
     check_status(world.status)
 
 
+def test_what_workers_warn_of_is_told_once_and_stays() -> None:
+    world = World()
+    world.run()
+    for number in range(4):
+        world.start(number)
+        world.end(
+            number,
+            report=done(
+                [number], warnings=["no-op layers beyond the model", *(["rank 3 is odd"] if number == 3 else [])]
+            ),
+        )
+        world.run()
+    check_status(world.status)
+    assert world.phase == "Succeeded"
+    assert world.status["warnings"] == ["no-op layers beyond the model", "rank 3 is odd"]
+    world.pods.clear()
+    world.jobs.clear()
+    world.run()
+    assert len(world.status["warnings"]) == 2
+
+
+def test_not_too_many_warnings_are_told() -> None:
+    world = World()
+    world.run()
+    for number in range(4):
+        world.start(number)
+        world.end(number, report=done([number], warnings=[f"{number}{letter}" for letter in "abcdefgh"]))
+        world.run()
+    check_status(world.status)
+    assert world.status["warnings"] == [f"{number}{letter}" for number in range(4) for letter in "abcd"]
+
+
 def test_what_a_worker_said_before_it_knew_the_iteration_does_not_hide_it() -> None:
     world = ready()
     world.live = {pod["metadata"]["uid"]: Report(message="waiting for ranks") for pod in world.alive}
