@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -23,7 +23,7 @@ from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
 
 if TYPE_CHECKING:
-    from ckpt2pt.request import Request
+    from ckpt2pt.request import Reporter, Request
     from ckpt2pt.verify.compare import Comparison
     from ckpt2pt.verify.prove import Report
 
@@ -247,7 +247,7 @@ def _plan(options: argparse.Namespace) -> int:
         ranks = prepare_all(request, chosen, stages)
         document = preview(request, chosen, target, ranks, names=options.names)
     account.planned(document)
-    _show(document, render(document), options)
+    _show(document, render(document, details=options.details), options)
     if not request.overwrite and covered(target):
         log.warning("%s", COVERED)
         return 0
@@ -258,35 +258,40 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     from ckpt2pt.show.checkpoint import inspect, render  # noqa: PLC0415
+    from ckpt2pt.show.folding import folded  # noqa: PLC0415
 
     document = inspect(options.path, details=options.details)
-    _show(document, render(document), options)
+    _show(document, render(document if options.details else folded(document)), options)
     return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
     from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
+    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
     from ckpt2pt.verify.prove import verify_records, verify_target  # noqa: PLC0415
 
     report: Comparison | Report
-    if len(options.paths) > 1:
-        report = _comparison(options)
-    elif options.paths:
-        report = verify_records(options.paths[0])
-    else:
-        request = request_of(options)
-        report = verify_target(request, stages_of(options, request), level=options.level, reader=options.reader)
+    with closing(reporter(options.progress, "compared" if len(options.paths) > 1 else "stage {}")) as heard:
+        if len(options.paths) > 1:
+            report = _comparison(options, heard)
+        elif options.paths:
+            report = verify_records(options.paths[0], reporter=heard)
+        else:
+            request = request_of(options)
+            stages = stages_of(options, request)
+            report = verify_target(request, stages, level=options.level, reader=options.reader, reporter=heard)
     _show(report.document(), report.render(), options)
     report.raise_differences()
     return 0
 
 
-def _comparison(options: argparse.Namespace) -> Comparison:
+def _comparison(options: argparse.Namespace, heard: Reporter) -> Comparison:
     from ckpt2pt.request import rules_of  # noqa: PLC0415
     from ckpt2pt.verify.across import compare_any  # noqa: PLC0415
 
     sizes, rules = (options.tp_size, options.pp_size), rules_of(options.rules)
-    return compare_any(options.paths, sizes, rules, ignore=options.ignore, ignore_padding=options.ignore_padding)
+    how = {"ignore": options.ignore, "ignore_padding": options.ignore_padding}
+    return compare_any(options.paths, sizes, rules, **how, reporter=heard)
 
 
 def _combine(options: argparse.Namespace) -> int:
@@ -313,8 +318,10 @@ def _import(options: argparse.Namespace) -> int:
 
 def _pt_meta(options: argparse.Namespace) -> int:
     from ckpt2pt.ptmeta.options import make_pt_meta  # noqa: PLC0415
+    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
-    made = make_pt_meta(options)
+    with closing(reporter(options.progress)) as heard:
+        made = make_pt_meta(options, heard)
     _show(made.document(), made.sentence(details=options.details), options)
     made.confirm()
     return 0

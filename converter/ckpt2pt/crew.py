@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,25 +25,9 @@ from ckpt2pt.engine.write import Meter, Stop
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Lock
-from ckpt2pt.request import Pace
+from ckpt2pt.request import Pace, Reporter
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.parent import end_with
-
-
-class Reporter(Protocol):
-    """Who is told how it goes."""
-
-    def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:
-        """Bytes to read for each rank of the chosen iteration."""
-
-    def advance(self, rank: Rank, nbytes: int) -> None:
-        """Bytes read since the last call."""
-
-    def end(self, rank: Rank) -> None:
-        """A rank's files are published."""
-
-    def close(self) -> None:
-        """Nothing more will come, for whatever reason."""
 
 
 class Share(Protocol):

@@ -266,7 +266,7 @@ def add_output_options(parser: argparse.ArgumentParser, *, progress: bool = Fals
             "--progress",
             choices=("auto", "bar", "json", "none"),
             default="auto",
-            help="auto: bars on a terminal, JSON lines elsewhere",
+            help="auto: after a second, bars on a terminal that can draw them, JSON lines elsewhere",
         )
     group.add_argument("--output", choices=("text", "json"), default="text", help="form of the result on stdout")
     group.add_argument(
@@ -279,7 +279,9 @@ def add_inspect_options(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument(
         "path", type=path, help="a file, a rank folder, a training output, pt_meta or a Megatron folder"
     )
-    inspect.add_argument("--details", action="store_true", help="list every tensor instead of one line for all layers")
+    inspect.add_argument(
+        "--details", action="store_true", help="list every tensor and rank; default: alike in one line"
+    )
 
 
 def add_verify_options(verify: argparse.ArgumentParser) -> None:

@@ -41,7 +41,7 @@ _EXAMPLES = {
     },
     "plan": {
         "layers, files, bytes and memory": _CONVERSION,
-        "every parameter of stage 0 with both its names": f"{_CONVERSION} --stage 0 --names",
+        "every rank, and every parameter with both its names, of stage 0": f"{_CONVERSION} --stage 0 --details --names",
     },
     "watch": {
         "convert each new checkpoint, keep the last three results": f"{_CONVERSION} --keep 3",
@@ -156,6 +156,9 @@ def _add_convert_commands(add: Add) -> None:
     add_conversion_options(plan)
     shown = plan.add_argument_group("how")
     shown.add_argument("--names", action="store_true", help="list every parameter with both its names")
+    shown.add_argument(
+        "--details", action="store_true", help="a line for every rank and file; default: equal ones in one line"
+    )
     add_process_limit(shown, "workers to predict memory for (spec.workers.processes)")
     add_readiness_options(plan)
     add_worker_options(plan)
@@ -181,7 +184,7 @@ def _add_inspect_commands(add: Add) -> None:
     )
     add_verify_options(verify)
     add_conversion_options(verify, required=False, writes=False)
-    add_output_options(verify)
+    add_output_options(verify, progress=True)
 
 
 def _add_import_commands(add: Add) -> None:
@@ -196,4 +199,4 @@ def _add_import_commands(add: Add) -> None:
 
     meta = add("pt-meta", "make pt_meta from a Megatron checkpoint, or from a description of the run")
     add_pt_meta_options(meta)
-    add_output_options(meta)
+    add_output_options(meta, progress=True)

@@ -20,7 +20,7 @@ from typing import Protocol, cast
 
 from ckpt2pt import __version__
 from ckpt2pt.ckpt.source import prove_read
-from ckpt2pt.crew import Reporter, Share, stopped_by_signals, work_through
+from ckpt2pt.crew import Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError, printable
 from ckpt2pt.folders import COVERED, covered
@@ -31,7 +31,7 @@ from ckpt2pt.plan.moves import moves
 from ckpt2pt.ptmeta.loading import check_loadable, contradictions_of, kept_of_template
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
-from ckpt2pt.request import Pace, Request, Verify
+from ckpt2pt.request import Pace, Reporter, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, distinct, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.system.volume import check_volume

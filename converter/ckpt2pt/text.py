@@ -6,10 +6,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
+from ckpt2pt.errors import counted as counted
 from ckpt2pt.errors import printable, spelled
+from ckpt2pt.errors import size as size
 
 Document = Mapping[str, object]
 """Plain JSON: facts, groups of facts, and tables (lists of rows)."""
+
+
+_COUNTS = frozenset({"elements", "parameters", "tensors", "files", "buckets"})
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: frozenset[int] = frozenset()) -> list[str]:
@@ -32,21 +37,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: froze
 def warned(texts: Iterable[object]) -> list[str]:
     """A line for each warning, and those below it."""
     return [f"warning: {spelled(str(text))}" for text in texts]
-
-
-def size(nbytes: float) -> str:
-    """``1536`` -> ``1.5 KiB``."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
-
-
-def counted(number: int, noun: str) -> str:
-    """``1 rank``, ``2 ranks``."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def short(value: object, limit: int = 60) -> str:
@@ -104,7 +94,7 @@ def _cell(key: str, value: object) -> str:
         return "yes" if value else "no"
     if key == "bytes" and isinstance(value, int):
         return size(value)
-    if key == "elements" and isinstance(value, int):
+    if key in _COUNTS and isinstance(value, int):
         return f"{value:,}"
     return "" if value is None else str(value)
 

@@ -77,7 +77,7 @@ def test_a_command_takes_only_options_that_it_heeds(command: str, lacks: tuple[s
     assert not set(lacks) & set(commands_of(build_parser())[command]._option_string_actions)
 
 
-@pytest.mark.parametrize("command", ["convert", "watch", "import", "combine", "run"])
+@pytest.mark.parametrize("command", ["convert", "watch", "verify", "import", "combine", "pt-meta", "run"])
 def test_what_may_take_its_time_shows_how_far_it_is(command: str) -> None:
     assert "--progress" in commands_of(build_parser())[command]._option_string_actions
 

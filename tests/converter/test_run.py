@@ -230,7 +230,7 @@ def test_a_target_without_room_is_refused_before_anything_is_made(
     pipelined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ckpt2pt.system.volume.free_bytes", lambda _: 1000)
-    with pytest.raises(VolumeTooSmallError, match="1000 are free"):
+    with pytest.raises(VolumeTooSmallError, match="1000 B are free"):
         convert(request_for(pipelined, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 

@@ -19,7 +19,17 @@ pytestmark = pytest.mark.e2e
 def test_a_checkpoint_converts_and_torch_loads_it(golden: Path, tmp_path: Path, full: bool) -> None:
     folder = golden / "megatron06" / "j_tp1pp2dp2"
     result = subprocess.run(
-        [sys.executable, "-m", "ckpt2pt", "convert", *flags_for(folder, tmp_path, full=full), "--output", "json"],
+        [
+            sys.executable,
+            "-m",
+            "ckpt2pt",
+            "convert",
+            *flags_for(folder, tmp_path, full=full),
+            "--output",
+            "json",
+            "--progress",
+            "json",
+        ],
         check=True,
         capture_output=True,
         text=True,

@@ -12,7 +12,6 @@ from pathlib import Path
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, prove_unchanged_back, survey_back
 from ckpt2pt.checksums import crc32
-from ckpt2pt.crew import Reporter
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
 from ckpt2pt.folders import iteration_folder, keep_apart
 from ckpt2pt.mapping.names import is_split, prefix_remark
@@ -22,6 +21,7 @@ from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import MINDSPORE, Target, make_folder, publish_bytes
 from ckpt2pt.records import Json
+from ckpt2pt.request import Reporter
 from ckpt2pt.run import Conversion, Outcome, carry_out, check_twins
 from ckpt2pt.tensors import TensorRef
 

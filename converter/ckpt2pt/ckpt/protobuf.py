@@ -346,7 +346,7 @@ def _join(path: str, name: str, slices: Sequence[_Entry]) -> TensorRef:
     if nbytes != wanted:
         twice = f" ({len(slices)} entries of this name stand in a row)" if len(slices) > 1 else ""
         raise FormatError(
-            f"{dtype}{quoted(list(dims))} takes {quoted(wanted)} bytes, the file holds {nbytes}{twice}",
+            f"{dtype}{quoted(list(dims))} takes {quoted(wanted)} bytes, the file holds {nbytes:,}{twice}",
             where=f"{path}, parameter {quoted(name)}",
             mend=COPY_AGAIN,
         )

@@ -101,9 +101,9 @@ def _header(file: InputFile) -> tuple[dict[str, object], int]:
         raise _bad(f"{file.size} bytes are too few for a safetensors file", file)
     nbytes = int.from_bytes(file.read(0, LENGTH_BYTES), "little")
     if nbytes > MAX_HEADER_BYTES:
-        raise _bad(f"a header of {nbytes} bytes, at most {MAX_HEADER_BYTES} are allowed", file)
+        raise _bad(f"a header of {nbytes:,} bytes, at most {MAX_HEADER_BYTES:,} are allowed", file)
     if LENGTH_BYTES + nbytes > file.size:
-        raise _bad(f"the file is cut short: a header of {nbytes} bytes, but {file.size} bytes in all", file)
+        raise _bad(f"the file is cut short: a header of {nbytes:,} bytes, but {file.size:,} bytes in all", file)
     raw = file.read(LENGTH_BYTES, nbytes)
     if sum(map(raw.count, (b",", b"[", b"{"))) > _MAX_MEMBERS:
         raise _bad(f"a header of more than {_MAX_MEMBERS} members", file)
@@ -142,7 +142,7 @@ def _tensor(file: InputFile, name: str, entry: object, *, data_start: int, is_in
     offsets = _sizes(fields.get("data_offsets"), "data_offsets", file, name)
     data_bytes = file.size - data_start
     if len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_bytes:
-        raise _bad(f"data_offsets are {quoted(list(offsets))}, the file holds {data_bytes} bytes of data", file, name)
+        raise _bad(f"data_offsets are {quoted(list(offsets))}, the file holds {data_bytes:,} bytes of data", file, name)
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -176,11 +176,11 @@ def _check_cover(file: InputFile, refs: Mapping[str, TensorRef], data_start: int
     for offset, nbytes, name in sorted((e.offset, e.nbytes, ref.name) for ref in refs.values() for e in ref.extents):
         if offset != at:
             before = f"those of {quoted(last)}" if at > data_start else "the header"
-            how = "overlap" if offset < at else f"leave {offset - at} bytes unused after"
+            how = "overlap" if offset < at else f"leave {offset - at:,} bytes unused after"
             raise _bad(f"its data_offsets {how} {before}", file, name)
         at, last = offset + nbytes, name
     if at != file.size:
-        raise _bad(f"{file.size - at} bytes of data belong to no tensor", file)
+        raise _bad(f"{file.size - at:,} bytes of data belong to no tensor", file)
 
 
 def _bad(what: str, file: InputFile, name: str | None = None) -> FormatError:

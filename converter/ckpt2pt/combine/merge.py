@@ -34,7 +34,7 @@ from ckpt2pt.ckpt.shards import check_covered, has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.combine.described import MODEL_RANK, described_topology, descriptions
 from ckpt2pt.combine.outcome import Combined
-from ckpt2pt.crew import Reporter, stopped_by_signals, work_through
+from ckpt2pt.crew import stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, UsageError
 from ckpt2pt.mapping.names import MOMENTS, is_split
@@ -53,7 +53,7 @@ from ckpt2pt.publish import (
     sweep_partials,
 )
 from ckpt2pt.records import Json, seal
-from ckpt2pt.request import Pace, digest
+from ckpt2pt.request import Pace, Reporter, digest
 from ckpt2pt.survey import agree, changed, facts_of, inputs_of
 from ckpt2pt.system.paths import is_there, status
 from ckpt2pt.system.volume import check_volume

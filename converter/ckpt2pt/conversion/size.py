@@ -29,8 +29,8 @@ def too_large(spec: object) -> Finding | None:
             return Finding(field=field, what=f"nests more than {MAX_DEPTH} levels", mend=mend)
         size = len(json.dumps(value, separators=(",", ":")))
         if size > most:
-            mend = f"keep it to {most} bytes; put files into a ConfigMap or into the image"
-            return Finding(field=field, what=f"has {size} bytes as JSON", mend=mend)
+            mend = f"keep it to {most:,} bytes; put files into a ConfigMap or into the image"
+            return Finding(field=field, what=f"has {size:,} bytes as JSON", mend=mend)
     return None
 
 

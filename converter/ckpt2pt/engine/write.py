@@ -24,7 +24,7 @@ from ckpt2pt.checksums import Piece, crc32, crc32_combine, join
 from ckpt2pt.engine.blocks import Blocks, OutputFile, open_direct
 from ckpt2pt.engine.sources import Sources, drop_from_cache
 from ckpt2pt.engine.strided import Gatherer
-from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError, VolumeTooSmallError
+from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError, VolumeTooSmallError, size
 from ckpt2pt.framing import Layout, Payload
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.meta import METADATA
@@ -279,7 +279,7 @@ def _output(folder: Path, payload: Payload, stop: Stop) -> Generator[Output]:
             stack.callback(os.close, fd)
             reserve(fd, layout.nbytes, stop.check)
         except OSError as error:
-            refusal = access_error(error, path, f"reserving {layout.nbytes} bytes")
+            refusal = access_error(error, path, f"reserving {size(layout.nbytes)}")
             if error.errno == errno.EDQUOT:  # known before the first byte, and nobody else can make room
                 refusal = VolumeTooSmallError(refusal.what, where=path, mend=f"raise the quota, or {refusal.mend}")
             raise refusal from error

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field, replace
 
 from ckpt2pt.ckpt.filenames import UNNAMED, When, shown
 from ckpt2pt.ckpt.ready import Look, Watcher
-from ckpt2pt.crew import Reporter
 from ckpt2pt.errors import RETRIED, Ckpt2ptError, InterruptedRunError, MissingInputError, SetupError
 from ckpt2pt.follow.keep import prune
 from ckpt2pt.publish import tracked
-from ckpt2pt.request import Request
+from ckpt2pt.request import Reporter, Request
 from ckpt2pt.run import Outcome, run
 from ckpt2pt.survey import survey
 

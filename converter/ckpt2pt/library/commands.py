@@ -72,9 +72,8 @@ def convert(
     and SIGINT, after which it raises :class:`~ckpt2pt.errors.InterruptedRunError`.
     """
     from ckpt2pt.meta import Given, learn  # noqa: PLC0415
-    from ckpt2pt.request import Request  # noqa: PLC0415
+    from ckpt2pt.request import SILENCE, Request  # noqa: PLC0415
     from ckpt2pt.run import run  # noqa: PLC0415
-    from ckpt2pt.show.progress import Silence  # noqa: PLC0415
 
     rules = rules or Rules()
     given = Given(
@@ -101,4 +100,4 @@ def convert(
         verify=verify,
         in_process=True,
     )
-    return run(request, range(topology.pipeline), Silence())
+    return run(request, range(topology.pipeline), SILENCE)

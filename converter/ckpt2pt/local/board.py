@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from ckpt2pt.conversion.spec import Json
 from ckpt2pt.conversion.status import StageRecord
 from ckpt2pt.errors import message, printable, spelled
-from ckpt2pt.show.progress import INTERVAL_SECONDS, columns
+from ckpt2pt.show.progress import INTERVAL_SECONDS, columns, drawn_or_written
 from ckpt2pt.text import size
 
 if TYPE_CHECKING:
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 @contextmanager
 def board(kind: str, log_format: str, stages: int) -> Generator[Board]:
     """``bar``, ``json``, ``none``, or ``auto``: bars on a terminal, JSON lines otherwise."""
-    if kind == "auto":
-        kind = "bar" if sys.stderr.isatty() else "json"
+    kind = drawn_or_written(kind)
     if kind != "bar":
         yield Lines(sys.stderr, progress=kind == "json", log_format=log_format)
         return

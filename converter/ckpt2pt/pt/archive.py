@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -257,14 +257,18 @@ class Archive:
         storages = {name.removeprefix("data/"): r.extent for name, r in records.items() if name.startswith("data/")}
         return cls(file.path, stem, file.size, records, storages, pickle)
 
-    def verify_crcs(self) -> None:
-        """Read every record and compare its CRC-32 with the stored one.  ``FormatError`` names the first that differs."""
+    def verify_crcs(self, advance: Callable[[int], None] = lambda _: None) -> None:
+        """Read every record and compare its CRC-32 with the stored one.  ``FormatError`` names the first that differs.
+
+        ``advance`` hears of the bytes of each record that was read.
+        """
         with PtFile(Path(self.path)) as file:
             for record in sorted(self.records.values(), key=lambda record: record.extent.offset):
                 extent = record.extent
                 found = file.crc32(extent.offset, extent.offset + extent.nbytes)
                 if found != record.crc32:
                     raise _wrong_crc(file, record, found)
+                advance(extent.nbytes)
 
     def prove_read(self, pieces: Iterable[Piece]) -> None:
         """Compare the stored CRC-32 of each record with that of its bytes; those that ``pieces`` tell of are not read again.
@@ -295,7 +299,7 @@ def _read_pickle(file: PtFile, records: dict[str, Record]) -> bytes:
         )
     if record.extent.nbytes > _MAX_PICKLE_NBYTES:
         raise FormatError(
-            f"data.pkl has {record.extent.nbytes} bytes; at most {_MAX_PICKLE_NBYTES} are read into memory",
+            f"data.pkl has {record.extent.nbytes:,} bytes; at most {_MAX_PICKLE_NBYTES:,} are read into memory",
             where=file.path,
             mend="keep tensors in the checkpoint, not lists of numbers: they lie outside the pickle",
         )

@@ -127,7 +127,7 @@ def _find_directory(file: PtFile) -> tuple[int, int, int]:
     if count * CENTRAL.size > nbytes:
         file.broken(f"a directory of {nbytes} bytes cannot hold {count} entries")
     if nbytes > _MAX_DIRECTORY_NBYTES:
-        file.broken(f"a directory of {nbytes} bytes; at most {_MAX_DIRECTORY_NBYTES} are read into memory")
+        file.broken(f"a directory of {nbytes:,} bytes; at most {_MAX_DIRECTORY_NBYTES:,} are read into memory")
     return start, stop, count
 
 

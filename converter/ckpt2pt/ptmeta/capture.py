@@ -12,11 +12,14 @@ from ckpt2pt.mapping.names import is_tied_head
 from ckpt2pt.meta import data_parallel_size
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.layout import Parameter, bucket_numel, find_bucket_numel, lay_out, weight_decay_groups
+from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
 from ckpt2pt.ptmeta.files import RankFiles
 from ckpt2pt.ptmeta.missing import synthesize_entries
 from ckpt2pt.ptmeta.proof import check_copies, check_sizes, check_slices, check_views
+from ckpt2pt.request import SILENCE, Advance, Portion, Reporter, unheard
+from ckpt2pt.system.paths import status
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _MEND = "make pt_meta from a run of Megatron-LM 0.6 with --use-distributed-optimizer"
@@ -54,6 +57,7 @@ def capture(
     compare: bool = True,
     synthesize: Collection[str] = (),
     allow: tuple[str, ...] = (),
+    reporter: Reporter = SILENCE,
 ) -> Captured:
     """Compute every rank's metadata; ``checkpoint`` is a Megatron folder or one iteration of it.
 
@@ -67,11 +71,18 @@ def capture(
     made: dict[str, None] = {}
     with_maps = True
     folders = rank_folders(iteration_folder(checkpoint))
+    totals = {rank: _read_nbytes(folder) for rank, folder in folders.items()}
+    reporter.begin(totals, 0)
     for (tp, pp), folder in folders.items():
+        portion = Portion(reporter, (tp, pp), totals[tp, pp])
         rank = read_rank(folder, allow=allow)
         with_maps = rank.template.args.get("use_distributed_optimizer") is True and with_maps
         at_most = None if compare else 0
-        layout = lay_out_rank(rank, pp, bucket_size=bucket_size, at_most=at_most) if with_maps else None
+        layout = (
+            lay_out_rank(rank, pp, bucket_size=bucket_size, at_most=at_most, advance=portion.advance)
+            if with_maps
+            else None
+        )
         buffers = layout.buffers if layout else ()
         if layout:
             evidence.append(f"tp {tp} pp {pp}: {layout.evidence}")
@@ -89,7 +100,14 @@ def capture(
             made |= dict.fromkeys(sorted(parts))
         broken[tp, pp] = found
         ranks.append(files)
+        portion.end()
     return Captured(ranks=tuple(ranks), evidence=tuple(evidence), with_maps=with_maps, unmet=broken, made=tuple(made))
+
+
+def _read_nbytes(folder: Path) -> int:
+    """About what comparing reads: all weights, and of the optimizer's three kinds of buckets the float32 weights."""
+    model, optim = (status(folder / name) for name in (MODEL_FILE, OPTIM_FILE))
+    return (model.st_size if model else 0) + (optim.st_size // len(OPTIM_KINDS) if optim else 0)
 
 
 def unmet_of_rank(
@@ -127,7 +145,14 @@ def rank_files(rank: MegatronRank, tp: int, pp: int, buffers: tuple[tuple[Buffer
     )
 
 
-def lay_out_rank(rank: MegatronRank, pp: int, *, bucket_size: int | None = None, at_most: int | None = None) -> Layout:
+def lay_out_rank(
+    rank: MegatronRank,
+    pp: int,
+    *,
+    bucket_size: int | None = None,
+    at_most: int | None = None,
+    advance: Advance = unheard,
+) -> Layout:
     """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds."""
     divisor = _divisor(rank)
     notes: list[str] = []
@@ -136,7 +161,7 @@ def lay_out_rank(rank: MegatronRank, pp: int, *, bucket_size: int | None = None,
         if bucket_size:
             notes.append(f"buckets of {bucket_size} elements, by the header of distrib_optim.pt")
     buffers = _laid_out(rank, pp, divisor=divisor, bucket_size=bucket_size)
-    notes += _prove(rank, buffers, at_most=at_most)
+    notes += _prove(rank, buffers, at_most=at_most, advance=advance)
     return Layout(buffers=buffers, bucket_numel=bucket_size, evidence="; ".join(notes))
 
 
@@ -163,7 +188,9 @@ def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | No
     return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(_prove(rank, buffers, at_most=at_most)))
 
 
-def _prove(rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, at_most: int | None) -> list[str]:
+def _prove(
+    rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, at_most: int | None, advance: Advance = unheard
+) -> list[str]:
     stored = list(rank.buffers or ())
     flat = [(buffer, weights) for chunk, weights in zip(buffers, rank.chunks, strict=True) for buffer in chunk]
     notes: list[str] = []
@@ -182,7 +209,7 @@ def _prove(rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, at_mo
     for (buffer, weights), buckets in zip(flat, stored, strict=True):
         check_sizes(buffer, buckets, where=str(rank.folder))
         if at_most != 0:
-            count += check_slices(buffer, buckets, weights, where=str(rank.folder), at_most=at_most)
+            count += check_slices(buffer, buckets, weights, where=str(rank.folder), at_most=at_most, advance=advance)
     compared = f"{count} elements of distrib_optim.pt equal their weights"
     return [*notes, compared if count else "sizes equal those of distrib_optim.pt"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import UsageError, printable
+from ckpt2pt.errors import UsageError, counted, grouped, printable
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.ptmeta.capture import capture
 from ckpt2pt.ptmeta.describe import describe
@@ -15,6 +15,7 @@ from ckpt2pt.ptmeta.files import ORIGIN, RankFiles, origin, publish, render
 from ckpt2pt.ptmeta.missing import SYNTHESIZED
 from ckpt2pt.ptmeta.relayout import NewLayout, relayout
 from ckpt2pt.ptmeta.synthesize import Wanted, synthesize
+from ckpt2pt.request import SILENCE, Reporter
 from ckpt2pt.text import warned
 
 _SHOWN = 15
@@ -55,10 +56,11 @@ class Made:
 
     def sentence(self, *, details: bool = False) -> str:
         """For a person: warnings first; ``details`` lists every assumed argument instead of counting them."""
-        lines = [f"{printable(str(self.folder))}: {self.ranks} ranks, {self.maps} param maps, from a {self.way}"]
+        folder = printable(str(self.folder))
+        lines = [f"{folder}: {counted(self.ranks, 'rank')}, {counted(self.maps, 'param map')}, from a {self.way}"]
         lines[:0] = warned(self.warnings)
         label = "proved " if self.loadable else "layout "
-        lines += [f"  {label}  {fact}" for fact in self.evidence]
+        lines += [f"  {label}  {grouped(fact)}" for fact in self.evidence]
         for what, value in self.assumed.items():
             if isinstance(value, dict):
                 inner = cast("dict[str, object]", value)
@@ -72,7 +74,9 @@ class Made:
             else:
                 lines.append(f"  assumed  {what}: {value}")
         if self.written is not None:
-            lines.append(f"wrote {len(self.written)} files" if self.written else "everything was there already")
+            lines.append(
+                f"wrote {counted(len(self.written), 'file')}" if self.written else "everything was there already"
+            )
         return "\n".join(lines)
 
     def confirm(self) -> None:
@@ -95,6 +99,7 @@ def from_checkpoint(
     overwrite: bool,
     synthesize: tuple[str, ...] = (),
     allow: tuple[str, ...] = (),
+    reporter: Reporter = SILENCE,
 ) -> Made:
     """Make ``folder`` from a checkpoint that Megatron wrote."""
     found = capture(
@@ -104,6 +109,7 @@ def from_checkpoint(
         compare=compare,
         synthesize=synthesize,
         allow=allow,
+        reporter=reporter,
     )
     assumed: dict[str, object] = dict(SYNTHESIZED[part] for part in found.made)
     if not found.with_maps:

@@ -12,6 +12,7 @@ from ckpt2pt.flags import add_target_sizes, check_numbers, counts, path, target_
 if TYPE_CHECKING:
     from ckpt2pt.mapping.names import Rules
     from ckpt2pt.ptmeta.make import Made
+    from ckpt2pt.request import Reporter
 
 log = logging.getLogger("ckpt2pt")
 
@@ -123,7 +124,7 @@ def _tell_unused(options: argparse.Namespace) -> None:
         log.warning("with --%s nothing is made of %s", source.replace("_", "-"), ", ".join(flags))
 
 
-def make_pt_meta(options: argparse.Namespace) -> Made:
+def make_pt_meta(options: argparse.Namespace, reporter: Reporter) -> Made:
     """Carry out ``pt-meta``."""
     from ckpt2pt.ptmeta.make import from_checkpoint, from_description  # noqa: PLC0415
     from ckpt2pt.ptmeta.synthesize import Wanted  # noqa: PLC0415
@@ -159,6 +160,7 @@ def make_pt_meta(options: argparse.Namespace) -> Made:
             overwrite=options.overwrite,
             synthesize=tuple(options.synthesize),
             allow=rules.pickle_globals,
+            reporter=reporter,
         )
     if options.ms_path is None:
         raise UsageError("--ms-path is missing", where="the command line", mend="give --ms-path")

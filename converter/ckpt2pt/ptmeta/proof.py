@@ -12,6 +12,7 @@ from ckpt2pt.casts import find_cast
 from ckpt2pt.errors import FormatError
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.pt.megatron import StoredBucket
+from ckpt2pt.request import Advance, unheard
 from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
@@ -56,15 +57,17 @@ def check_slices(
     *,
     where: str,
     at_most: int | None = None,
+    advance: Advance = unheard,
 ) -> int:
     """Compare every float32 slice, rounded, with the weight of the model file; returns the elements compared.
 
-    ``at_most`` elements of each weight are enough to know whether the two files belong together.
+    ``at_most`` elements of each weight are enough to know whether the two files belong together.  ``advance`` hears of
+    every byte that was read.
     """
     refs = dict(weights)
     count = 0
     with ExitStack() as stack:
-        read = _reader(stack)
+        read = _reader(stack, advance)
         for bucket, held in zip(buffer.buckets, stored, strict=True):
             for placement in bucket.placements:
                 numel = min(placement.stop - placement.start, at_most or placement.stop)
@@ -85,7 +88,7 @@ def check_copies(
     """The same for float32 copies that are tensors of their own, of a run without the distributed optimizer."""
     count = 0
     with ExitStack() as stack:
-        read = _reader(stack)
+        read = _reader(stack, unheard)
         for name, weight in weights:
             numel = min(weight.numel, at_most or weight.numel)
             _check_slice(weight, copies[name]["param"], 0, numel, read, where)
@@ -124,12 +127,13 @@ def _same_but_nan(
     return bool(np.isnan(main.view("<f4")[rows]).all())
 
 
-def _reader(stack: ExitStack) -> _Read:
+def _reader(stack: ExitStack, advance: Advance) -> _Read:
     files = stack.enter_context(OpenFiles())
 
     def read(ref: TensorRef, start: int, nbytes: int) -> npt.NDArray[np.uint8]:
         extent, data = ref.extents[0], np.empty(nbytes, np.uint8)
         read_at(files.get(extent.path)[0], data.data, extent.offset + start, extent.path)
+        advance(nbytes)
         return data
 
     return read

@@ -15,9 +15,10 @@ from ckpt2pt.ptmeta.loading import contradictions, kept_of_template
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
+from ckpt2pt.show.folding import fold, spanned
 from ckpt2pt.survey import Prepared, Survey
 from ckpt2pt.system.volume import free_bytes
-from ckpt2pt.text import size, table, warned
+from ckpt2pt.text import counted, size, table, warned
 
 WORKER_BYTES = 48 << 20
 """What one worker needs at most (benchmarks/), whatever the size of the checkpoint."""
@@ -125,12 +126,12 @@ def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -
     return document
 
 
-def render(document: Json) -> str:
-    """The plan as text."""
+def render(document: Json, *, details: bool = False) -> str:
+    """The plan as text; stages and ranks that are alike share a line unless ``details`` are asked for."""
     options = _mapping(document["options"])
     lines = [
         *warned(_list(document["warnings"])),
-        f"iteration  {document['iteration']} (from {document['because']}), {document['consumedSamples']} samples consumed",
+        f"iteration  {document['iteration']} (from {document['because']}), {_count(document['consumedSamples'])} samples consumed",
         *(f"  DOUBT: {spelled(str(doubt))}" for doubt in _list(document["doubts"])),
         f"target     {printable(str(document['target']))}",
         f"mode       {options['mode']}, Megatron 0.6; tp {options['tensor']}, pp {options['pipeline']}, "
@@ -138,10 +139,15 @@ def render(document: Json) -> str:
         "",
         *table(
             ("stage", "tp", "chunk", "layers", "ends", "parameters", "elements", "buckets", "padding"),
-            _chunk_rows(document),
+            _chunk_rows(document, details=details),
+            right=frozenset({5, 6, 7, 8}),
         ),
         "",
-        *table(("file", "bytes", "", "source"), _file_rows(document)),
+        *table(
+            ("stage", "tp", "file", "bytes", "", "source"),
+            _file_rows(document, details=details),
+            right=frozenset({3}),
+        ),
         "",
     ]
     ignored: Counter[str] = Counter()
@@ -153,42 +159,57 @@ def render(document: Json) -> str:
     if document["fromTemplate"]:
         lines.append(f"as pt_meta has it, of another iteration: {', '.join(map(str, _list(document['fromTemplate'])))}")
     lines += _shard_lines(document)
-    lines += _name_lines(document)
+    lines += _name_lines(document, details=details)
     lines.append(
         f"reads {_size(document['bytesToRead'])}, writes {_size(document['bytesToWrite'])}; {_free(document)}; "
-        f"{document['workers']} workers, at most {_size(document['memoryBytes'])} of memory"
+        f"{counted(_int(document['workers']), 'worker')}, at most {_size(document['memoryBytes'])} of memory"
     )
     return "\n".join(lines)
 
 
-def _chunk_rows(document: Json) -> Iterable[tuple[object, ...]]:
+def _ranks(document: Json) -> Iterable[tuple[Rank, dict[str, object]]]:
     for rank in map(_mapping, _list(document["ranks"])):
-        for chunk in map(_mapping, _list(rank["chunks"])):
+        yield (_int(rank["tp"]), _int(rank["stage"])), rank
+
+
+def _chunk_rows(document: Json, *, details: bool) -> Iterable[tuple[object, ...]]:
+    layers: dict[tuple[Rank, object], list[object]] = {}
+    cells: list[tuple[Rank, tuple[object, ...]]] = []
+    for rank, planned in _ranks(document):
+        for chunk in map(_mapping, _list(planned["chunks"])):
             buckets = [_mapping(bucket) for bucket in _list(chunk["buckets"])]
-            ends = [name for name in ("embedding", "head") if chunk[name]]
-            noop = spans(chunk["noopLayers"])
-            yield (
-                rank["stage"],
-                rank["tp"],
-                chunk["chunk"],
-                spans(chunk["layers"]) + (f" (no-op {noop})" if noop != "none" else ""),
-                "+".join(ends) or "-",
-                chunk["parameters"],
-                chunk["numel"],
-                len(buckets) or "-",
-                sum(int(str(b["numel"])) - int(str(b["numelUnpadded"])) for b in buckets) if buckets else "-",
-            )
+            padding = sum(_int(bucket["numel"]) - _int(bucket["numelUnpadded"]) for bucket in buckets)
+            layers[rank, chunk["chunk"]] = _list(chunk["layers"])
+            numbers = chunk["parameters"], chunk["numel"], len(buckets) or "-", padding if buckets else "-"
+            ends = "+".join(name for name in ("embedding", "head") if chunk[name]) or "-"
+            each = len(_list(chunk["layers"])), spans(chunk["noopLayers"])
+            cells.append((rank, (chunk["chunk"], *each, ends, *map(_count, numbers))))
+    folded = fold(cells, details=details)
+    if not details:
+        folded.sort(key=lambda one: (_int(one[0][0]), one[1][0][1]))
+    for cell, ranks in folded:
+        number, count, noop, *rest = cell
+        several = f" ({count} each)" if len({pp for _, pp in ranks}) > 1 else ""
+        without = f" (no-op {noop})" if noop != "none" else ""
+        union = spans([layer for rank in ranks for layer in layers[rank, number]])
+        yield *spanned(ranks), number, f"{union}{several}{without}", *rest
 
 
-def _file_rows(document: Json) -> Iterable[tuple[object, ...]]:
-    for rank in map(_mapping, _list(document["ranks"])):
-        for file in map(_mapping, _list(rank["files"])):
-            yield (
-                f"{rank['directory']}/{file['name']}",
-                _size(file["nbytes"]),
-                "there" if rank["done"] else "",
-                rank["source"] if not rank["shards"] else f"{rank['source']} and {len(_list(rank['shards'])) - 1} more",
-            )
+def _file_rows(document: Json, *, details: bool) -> Iterable[tuple[object, ...]]:
+    planned = dict(_ranks(document))
+    cells = (
+        (rank, (file["name"], _size(file["nbytes"]), "there" if one["done"] else ""))
+        for rank, one in planned.items()
+        for file in map(_mapping, _list(one["files"]))
+    )
+    for (name, nbytes, there), ranks in fold(cells, details=details):
+        first = planned[ranks[0]]
+        more = sum(max(1, len(_list(planned[rank]["shards"]))) for rank in ranks) - 1
+        source = f"{first['source']} and {more} more" if more else first["source"]
+        file = name if len(ranks) > 1 else f"{first['directory']}/{name}"
+        # A file of one rank has its place in its name.
+        place = ("", "") if details else spanned(ranks)
+        yield *place, file, f"{nbytes} each" if len(ranks) > 1 else nbytes, there, source
 
 
 def _shard_lines(document: Json) -> list[str]:
@@ -200,19 +221,29 @@ def _shard_lines(document: Json) -> list[str]:
     return [f"data-parallel shards, joined in place: {count} files for each rank, described by {ranks[0]['shardInfo']}"]
 
 
-def _name_lines(document: Json) -> list[str]:
-    rows: list[tuple[object, ...]] = [
-        (rank["stage"], rank["tp"], chunk["chunk"], name["mindspore"], name["megatron"], name["shape"], name["dtype"])
-        for rank in map(_mapping, _list(document["ranks"]))
-        for chunk in map(_mapping, _list(rank["chunks"]))
+def _name_lines(document: Json, *, details: bool) -> list[str]:
+    cells = (
+        (rank, (chunk["chunk"], name["mindspore"], name["megatron"], str(name["shape"]), name["dtype"]))
+        for rank, planned in _ranks(document)
+        for chunk in map(_mapping, _list(planned["chunks"]))
         for name in map(_mapping, _list(chunk.get("names", [])))
-    ]
+    )
+    rows = [(*spanned(ranks), *cell) for cell, ranks in fold(cells, details=details)]
     return [*table(("stage", "tp", "chunk", "MindSpore", "Megatron", "shape", "type"), rows), ""] if rows else []
 
 
 def _free(document: Json) -> str:
     free = document["bytesFree"]
     return "free space unknown" if free is None else f"{_size(free)} free"
+
+
+def _int(number: object) -> int:
+    return int(str(number))
+
+
+def _count(number: object) -> str:
+    """``12,582,912``; what is no number as it is."""
+    return f"{number:,}" if isinstance(number, int) else str(number)
 
 
 def _size(nbytes: object) -> str:

@@ -5,53 +5,55 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
+from ckpt2pt.request import Silence
 from ckpt2pt.text import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
 
-    from ckpt2pt.crew import Reporter
     from ckpt2pt.mapping.topology import Rank
+    from ckpt2pt.request import Reporter
 
 _WIDE = 70
+_PATIENCE_SECONDS = 1.0
 INTERVAL_SECONDS = 2.0
 INTERVAL_VARIABLE = "CKPT2PT_PROGRESS_SECONDS"
 """Seconds between JSON lines; `ckpt2pt run` sets it for its workers when it draws bars from them."""
 
 
-def reporter(kind: str) -> Reporter:
-    """``bar``, ``json``, ``none``, or ``auto``: bars on a terminal, JSON lines otherwise."""
-    if kind == "auto":
-        kind = "bar" if sys.stderr.isatty() else "json"
-    kinds: dict[str, type[Bars | Lines | Silence]] = {"bar": Bars, "json": Lines, "none": Silence}
-    return kinds[kind]()
+def reporter(kind: str, label: str = "stage {}") -> Reporter:
+    """``bar``, ``json``, ``none``, or ``auto``: bars on a terminal that can draw them, JSON lines otherwise.
+
+    ``auto`` says nothing of what is done within a second.  ``label`` names a bar by its stage.
+    """
+    after = _PATIENCE_SECONDS if kind == "auto" else 0.0
+    kind = drawn_or_written(kind)
+    if kind == "none":
+        return Silence()
+    return Bars(label, after=after) if kind == "bar" else Lines(after=after)
 
 
-class Silence:
-    """Says nothing."""
-
-    def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:
-        """Nothing to do."""
-
-    def advance(self, rank: Rank, nbytes: int) -> None:
-        """Nothing to do."""
-
-    def end(self, rank: Rank) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Nothing to do."""
+def drawn_or_written(kind: str) -> str:
+    """``bar`` or ``json`` in place of ``auto``, by what stderr is."""
+    if kind != "auto":
+        return kind
+    return "bar" if sys.stderr.isatty() and os.environ.get("TERM") not in {"dumb", "unknown"} else "json"
 
 
 class Lines:
-    """One JSON line every two seconds (or ``$CKPT2PT_PROGRESS_SECONDS``), and one for each finished rank."""
+    """One JSON line every two seconds (or ``$CKPT2PT_PROGRESS_SECONDS``), and one for each finished rank.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+    Nothing is said before ``after`` seconds, and then the beginning first.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, after: float = 0.0) -> None:
+        self._stream, self._after = stream or sys.stderr, after
+        self._unsaid: dict[str, int] = {}
         try:
             self._interval = float(os.environ.get(INTERVAL_VARIABLE, ""))
         except ValueError:
@@ -63,7 +65,9 @@ class Lines:
         """Start the clock."""
         self._total = sum(totals.values())
         self._began = self._last = time.monotonic()
-        self._say("begin", ranks=len(totals), iteration=iteration)
+        self._unsaid = {"ranks": len(totals), "iteration": iteration}
+        if not self._after:
+            self._begin()
 
     def advance(self, rank: Rank, nbytes: int) -> None:
         """Count, and speak when it is time."""
@@ -79,8 +83,18 @@ class Lines:
     def close(self) -> None:
         """Nothing to do."""
 
+    def _begin(self) -> None:
+        first, self._unsaid = self._unsaid, {}
+        self._say("begin", **first)
+
     def _say(self, event: str, **more: int) -> None:
         seconds = time.monotonic() - self._began
+        if seconds < self._after:
+            return
+        if self._unsaid:
+            self._begin()
+            if event == "progress":
+                return
         speed = self._done / seconds if seconds > 0 else 0
         left = (self._total - self._done) / speed if speed else None
         line = {
@@ -106,12 +120,15 @@ def columns(width: int, *more: ProgressColumn) -> tuple[ProgressColumn, ...]:
 
 
 class Bars:
-    """One bar for each stage: bytes, speed, time left."""
+    """One bar for each stage: bytes, speed, time left.  They are drawn once the work has taken ``after`` seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: str = "stage {}", *, after: float = 0.0) -> None:
+        self._label, self._after = label, after
         self._progress: Progress | None = None
         self._tasks: dict[int, TaskID] = {}
         self._left = 0
+        self._timer: threading.Timer | None = None
+        self._drawn = False
 
     def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:
         """Draw the bars."""
@@ -139,8 +156,19 @@ class Bars:
         stages: dict[int, int] = {}
         for (_, pp), nbytes in totals.items():
             stages[pp] = stages.get(pp, 0) + nbytes
-        self._tasks = {pp: self._progress.add_task(f"stage {pp}", total=nbytes) for pp, nbytes in stages.items()}
-        if stages:
+        self._tasks = {
+            pp: self._progress.add_task(self._label.format(pp), total=nbytes) for pp, nbytes in stages.items()
+        }
+        if stages and self._after:
+            self._timer = threading.Timer(self._after, self._draw)
+            self._timer.daemon = True
+            self._timer.start()
+        elif stages:
+            self._draw()
+
+    def _draw(self) -> None:
+        if self._progress:
+            self._drawn = True
             self._progress.start()
 
     def advance(self, rank: Rank, nbytes: int) -> None:
@@ -156,5 +184,9 @@ class Bars:
 
     def close(self) -> None:
         """Stop drawing; also after a failure."""
-        if self._progress:
+        if self._timer:
+            self._timer.cancel()
+            self._timer.join()
+            self._timer = None
+        if self._progress and self._drawn:
             self._progress.stop()

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 
-from ckpt2pt.errors import UnsupportedFileSystemError, VolumeTooSmallError
+from ckpt2pt.errors import UnsupportedFileSystemError, VolumeTooSmallError, size
 from ckpt2pt.system.access import OBJECT_STORES, UNSUPPORTED, access_error
 from ckpt2pt.system.files import read_bytes, write_all
 from ckpt2pt.system.paths import listing
@@ -41,9 +41,9 @@ def check_room(folder: Path, needed: int, option: str, hint: str = "") -> None:
     free = free_bytes(folder)
     if free is not None and needed > free:
         raise VolumeTooSmallError(
-            f"{needed} bytes are needed, {free} are free",
+            f"{size(needed)} are needed, {size(free)} are free",
             where=folder,
-            mend=f"free {needed - free} bytes there, or choose another {option}{hint}; then run the same command again",
+            mend=f"free {size(needed - free)} there, or choose another {option}{hint}; then run the same command again",
         )
 
 

@@ -23,9 +23,10 @@ from ckpt2pt.formats.degrees import weights_of
 from ckpt2pt.formats.registry import detect, read
 from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.pt.megatron import rank_folders
+from ckpt2pt.request import SILENCE, Portion, Reporter
 from ckpt2pt.system.paths import is_folder, listing
 from ckpt2pt.tensors import intersection
-from ckpt2pt.verify.compare import Comparison, ElementComparison, Row, compare
+from ckpt2pt.verify.compare import ALL_FILES, Comparison, ElementComparison, Row, compare
 from ckpt2pt.verify.examine import rounded
 from ckpt2pt.verify.gather import Gathered, gathered
 from ckpt2pt.verify.leaves import Bytes, Elements, Files, TensorLeaf, width
@@ -38,6 +39,7 @@ def compare_any(
     *,
     ignore: Collection[str] = (),
     ignore_padding: bool = False,
+    reporter: Reporter = SILENCE,
 ) -> Comparison:
     """Compare two checkpoints leaf by leaf where their files are alike, else tensor by tensor.
 
@@ -51,13 +53,18 @@ def compare_any(
         )
     left, right = paths
     if not differ_in_layout(left, right, asked=sizes != (None, None)):
-        return compare(left, right, ignore=ignore, ignore_padding=ignore_padding)
+        return compare(left, right, ignore=ignore, ignore_padding=ignore_padding, reporter=reporter)
     sides = read_both(left, right, tensor=sizes[0], pipeline=sizes[1], rules=rules or Rules())
-    return compare_across(*sides, ignore=ignore, ignore_padding=ignore_padding)
+    return compare_across(*sides, ignore=ignore, ignore_padding=ignore_padding, reporter=reporter)
 
 
 def compare_across(
-    left: Checkpoint, right: Checkpoint, *, ignore: Collection[str] = (), ignore_padding: bool = False
+    left: Checkpoint,
+    right: Checkpoint,
+    *,
+    ignore: Collection[str] = (),
+    ignore_padding: bool = False,
+    reporter: Reporter = SILENCE,
 ) -> Comparison:
     """Compare every weight, main parameter and moment.
 
@@ -66,12 +73,16 @@ def compare_across(
     rows that one side's vocabulary has more.  An iteration that only one side states is no difference.
     """
     run = _Run((left, right), frozenset(ignore), ignore_padding)
-    with Files() as files:
+    total = sum(map(_nbytes_to_read, (left, right)))
+    portion = Portion(reporter, ALL_FILES, total)
+    reporter.begin({ALL_FILES: total}, 0)
+    with Files(advance=portion.advance) as files:
         for role in ROLES:
             run.compare_role(role, files)
         for side, checkpoint in (("left", left), ("right", right)):
             for tensor in checkpoint.index.values():
                 run.compare_replicas(side, checkpoint, tensor, files)
+    portion.fill()
     steps = [checkpoint.iteration for checkpoint in (left, right)]
     if None not in steps and steps[0] != steps[1]:
         run.rows.append(Row(file="", name="iteration", kind="value", left=str(steps[0]), right=str(steps[1])))
@@ -85,6 +96,14 @@ def compare_across(
         equal=run.equal,
         nbytes=run.nbytes,
         padding=run.padding,
+    )
+
+
+def _nbytes_to_read(checkpoint: Checkpoint) -> int:
+    """Each tensor once, and once more with each of its copies."""
+    return sum(
+        (tensor.numel + 2 * sum(view.numel for view in tensor.replicas)) * width(tensor.dtype)
+        for tensor in checkpoint.index.values()
     )
 
 

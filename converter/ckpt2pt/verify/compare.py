@@ -20,9 +20,10 @@ from ckpt2pt.errors import InputError, UsageError, VerificationError, printable
 from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.publish import TRACKER, read_tracker
 from ckpt2pt.records import Json
-from ckpt2pt.system.paths import is_folder
+from ckpt2pt.request import SILENCE, Portion, Reporter
+from ckpt2pt.system.paths import is_folder, status
 from ckpt2pt.tensors import TensorRef
-from ckpt2pt.text import short, size, table
+from ckpt2pt.text import counted, short, size, table
 from ckpt2pt.verify.leaves import (
     Bytes,
     Files,
@@ -42,6 +43,8 @@ from ckpt2pt.verify.leaves import (
 )
 
 _NAMED_IN_ERROR = 5
+ALL_FILES = (0, 0)
+"""A reporter counts by ranks, and files of any two checkpoints are of none."""
 _CAMEL = {"bits_only": "bitsOnly", "max_abs": "maxAbs"}
 _BUFFER_ROLES = frozenset({"param", "exp_avg", "exp_avg_sq"})
 
@@ -135,7 +138,9 @@ class Comparison:
         lines = table(head, rows, right=frozenset({5, 6, 7, 8}))
         lines += [printable(f"note: {note}") for note in self.notes]
         verdict = "no difference" if self.same else f"{len(self.rows)} differ"
-        done = f"{self.files} files, {self.equal} leaves are equal, {verdict}; {size(self.nbytes)} compared"
+        done = (
+            f"{counted(self.files, 'file')}, {self.equal:,} leaves are equal, {verdict}; {size(self.nbytes)} compared"
+        )
         return "\n".join([*lines, *([""] if lines else []), done])
 
     def raise_differences(self) -> None:
@@ -192,6 +197,7 @@ def compare(
     ignore: Collection[str] = (),
     ignore_padding: bool = False,
     allow: Collection[str] = (),
+    reporter: Reporter = SILENCE,
 ) -> Comparison:
     """Compare two files or two folders.
 
@@ -201,13 +207,18 @@ def compare(
     run = _Run(frozenset(ignore), ignore_padding, frozenset(allow))
     places = list(pairs(left, right))
     run.compare_trackers(left, right)
-    with Files() as files:
+    seen = [status(path) for _, *both in places if all(both) for path in both if path]
+    total = sum(found.st_size for found in seen if found)
+    portion = Portion(reporter, ALL_FILES, total)
+    reporter.begin({ALL_FILES: total}, 0)
+    with Files(advance=portion.advance) as files:
         for name, one, other in places:
             if one and other:
                 run.compare_files(name, one, other, files)
             else:
                 kind = "left only" if one else "right only"
                 run.rows.append(Row(file=name, name="file", kind=kind, left=str(one or ""), right=str(other or "")))
+    portion.fill()
     run.notes += [f"--ignore {pattern} matches no leaf" for pattern in sorted(run.ignore - run.used)]
     return Comparison(
         left=str(left),

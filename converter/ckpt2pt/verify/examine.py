@@ -24,7 +24,7 @@ from ckpt2pt.meta import read_template
 from ckpt2pt.plan.layout import weight_decay_groups
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.resume import TargetRun, unmet
-from ckpt2pt.request import Request
+from ckpt2pt.request import Advance, Request, unheard
 from ckpt2pt.survey import Survey
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import short
@@ -141,6 +141,7 @@ class Examination:
     folder: Path
     open: Opener
     files: Files
+    advance: Advance = unheard
     differences: list[Difference] = field(default_factory=list[Difference])
     tensors: int = 0
     nbytes: int = 0
@@ -194,7 +195,7 @@ class Examination:
                 Difference(
                     file=f"{self.directory}/{file}",
                     tensor=tensor,
-                    problem=f"{tally.count} of {tally.seen} elements {problem}",
+                    problem=f"{tally.count:,} of {tally.seen:,} elements {problem}",
                     count=tally.count,
                     index=tally.index,
                     expected=tally.expected,
@@ -211,7 +212,7 @@ class Examination:
             self._differ(name, "file", _first_line(error))
             return {}
         try:
-            Archive.open(path).verify_crcs()
+            Archive.open(path).verify_crcs(self.advance)
         except InputError as error:
             self._differ(name, "file", _first_line(error))
         return leaves

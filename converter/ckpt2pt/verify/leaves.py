@@ -34,6 +34,7 @@ from ckpt2pt.pt.pickles import (
     namespace_attrs,
     read_pickle,
 )
+from ckpt2pt.request import Advance, unheard
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
@@ -56,16 +57,19 @@ def width(dtype: str) -> int:
 class Files(OpenFiles):
     """Files open for reading, a few at a time; closed together.
 
-    ``pieces`` tells what was read of the files that ``summed`` names: first byte, bytes, CRC-32.
+    ``pieces`` tells what was read of the files that ``summed`` names: first byte, bytes, CRC-32.  ``advance`` hears of
+    every byte that was read.
     """
 
-    def __init__(self, summed: Iterable[Path] = ()) -> None:
+    def __init__(self, summed: Iterable[Path] = (), advance: Advance = unheard) -> None:
         super().__init__()
+        self._advance = advance
         self.pieces: dict[str, list[Piece]] = {str(path): [] for path in summed}
 
     def read(self, path: str, offset: int, out: memoryview) -> None:
         """Fill ``out`` from byte ``offset`` on."""
         read_at(self.get(path)[0], out, offset, path)
+        self._advance(len(out))
         pieces = self.pieces.get(path)
         if pieces is not None:
             first, nbytes, crc = pieces[-1] if pieces else (0, 0, 0)
@@ -229,9 +233,9 @@ def _size(path: Path) -> int:
 def _view(found: StoredTensor, storages: Mapping[str, Extent], path: Path) -> TensorLeaf:
     extent, size = storages.get(found.key), width(found.dtype)
     if extent is None or extent.nbytes < found.storage_numel * size:
-        there = "is not there" if extent is None else f"holds {extent.nbytes} bytes"
+        there = "is not there" if extent is None else f"holds {extent.nbytes:,} bytes"
         raise FormatError(
-            f"a tensor lies in storage {found.key} of {found.storage_numel * size} bytes, the record {there}",
+            f"a tensor lies in storage {found.key} of {found.storage_numel * size:,} bytes, the record {there}",
             where=path,
             mend="copy the file again from where it was made",
         )

@@ -15,6 +15,7 @@ from ckpt2pt.folders import iteration_folder, iteration_name
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, TRACKER, Target, rank_name, read_record, read_tracker
 from ckpt2pt.records import Json
+from ckpt2pt.request import Advance, unheard
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.text import short
 from ckpt2pt.verify.examine import Difference
@@ -140,7 +141,13 @@ def surplus(target: Target, listed: Collection[str]) -> Iterator[Difference]:
             yield Difference(file=name, tensor="file", problem="is there, and should not be")
 
 
-def digest_files(target: Target, rank: Rank) -> tuple[tuple[Difference, ...], int]:
+def recorded_bytes(target: Target, rank: Rank) -> int:
+    """Bytes of a rank's files, as its manifest says."""
+    manifest = read_record(target.state / rank_name(*rank)) or {}
+    return sum(cast("int", file["nbytes"]) for file in cast("list[Json]", manifest.get("files", [])))
+
+
+def digest_files(target: Target, rank: Rank, advance: Advance = unheard) -> tuple[tuple[Difference, ...], int]:
     """Sizes and CRC-32 of a rank's files against its manifest; and the bytes that were read."""
     manifest = read_record(target.state / rank_name(*rank)) or {}
     differences: list[Difference] = []
@@ -162,7 +169,7 @@ def digest_files(target: Target, rank: Rank) -> tuple[tuple[Difference, ...], in
                     found=str(nbytes),
                 )
             )
-        elif (crc := f"{_crc32(target.folder / path, nbytes):08x}") != file["crc32"]:
+        elif (crc := f"{_crc32(target.folder / path, nbytes, advance):08x}") != file["crc32"]:
             differences.append(
                 Difference(
                     file=path, tensor="file", problem="has another CRC-32", expected=str(file["crc32"]), found=crc
@@ -172,9 +179,9 @@ def digest_files(target: Target, rank: Rank) -> tuple[tuple[Difference, ...], in
     return tuple(differences), total
 
 
-def _crc32(path: Path, nbytes: int) -> int:
+def _crc32(path: Path, nbytes: int, advance: Advance) -> int:
     block, crc = memoryview(bytearray(BLOCK_BYTES)), 0
-    with Files() as files:
+    with Files(advance=advance) as files:
         for start, stop in spans(nbytes, 1):
             files.read(str(path), start, block[: stop - start])
             crc = crc32(block[: stop - start], crc)

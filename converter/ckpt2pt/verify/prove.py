@@ -8,7 +8,7 @@ both     claim, manifests, report and tracker (``manifests``); with nothing but 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,14 @@ from ckpt2pt.errors import MissingInputError, VerificationError, printable
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
-from ckpt2pt.request import Request
+from ckpt2pt.request import SILENCE, Advance, Portion, Reporter, Request, unheard
 from ckpt2pt.survey import Survey, survey, target_of
-from ckpt2pt.system.paths import is_folder
-from ckpt2pt.text import size, table, warned
+from ckpt2pt.system.paths import is_folder, status
+from ckpt2pt.text import counted, size, table, warned
 from ckpt2pt.verify.copies import copies_of
 from ckpt2pt.verify.examine import MODEL_FILE, OPTIM_FILE, Difference, Examination, Opener
 from ckpt2pt.verify.leaves import Files, open_pt
-from ckpt2pt.verify.manifests import digest_files, published, recorded, surplus
+from ckpt2pt.verify.manifests import digest_files, published, recorded, recorded_bytes, surplus
 
 Reader = Literal["own", "torch"]
 _NAMED_IN_ERROR = 5
@@ -79,13 +79,16 @@ class Report:
         ]
         what = {
             "digest": "sizes and CRC-32 of all files",
-            "full": f"{self.checked_tensors} tensors and every other key",
+            "full": f"{self.checked_tensors:,} tensors and every other key",
         }
-        verdict = f"{len(rows)} differences" if rows else "no difference"
+        verdict = f"{counted(len(rows), 'difference')}" if rows else "no difference"
         lines = table(("file", "tensor or key", "problem", "element", "expected", "found"), rows)
         verified = self.source_checksums.get("verified", 0)
         what["full"] += f", the checksums of {verified} source files" if verified else ""
-        done = f"{printable(str(self.folder))}: {self.ranks} ranks, {what[self.level]}, {size(self.checked_bytes)} read: {verdict}"
+        done = (
+            f"{printable(str(self.folder))}: {counted(self.ranks, 'rank')}, {what[self.level]}, "
+            f"{size(self.checked_bytes)} read: {verdict}"
+        )
         return "\n".join([*lines, *([""] if lines else []), *warned(self.warnings), done])
 
     def raise_differences(self) -> None:
@@ -103,14 +106,22 @@ class Report:
         )
 
 
-def verify_rank(request: Request, chosen: Survey, rank: Rank, folder: Path, *, reader: Reader = "own") -> Report:
+def verify_rank(
+    request: Request,
+    chosen: Survey,
+    rank: Rank,
+    folder: Path,
+    *,
+    reader: Reader = "own",
+    advance: Advance = unheard,
+) -> Report:
     """Compare one rank's files in the iteration's ``folder`` with the source and the metadata, all of them.
 
     Raises :class:`FormatError` for a source that differs from the checksum that it states of itself.
     """
     sources = [path for path in paths_for(rank, chosen.files, request) if states_checksum(path)]
-    with Files(summed=sources) as files:
-        found = Examination(request, chosen, rank, folder, _opener(request, reader), files)
+    with Files(sources, advance) as files:
+        found = Examination(request, chosen, rank, folder, _opener(request, reader), files, advance)
         found.run()
     read = {path: sorted(pieces) for path, pieces in files.pieces.items()}
     checksums = prove_read(rank, chosen.files, request, read, every_byte=True)
@@ -125,7 +136,12 @@ def verify_rank(request: Request, chosen: Survey, rank: Rank, folder: Path, *, r
 
 
 def verify_target(
-    request: Request, stages: Sequence[int], *, level: Literal["digest", "full"], reader: Reader = "own"
+    request: Request,
+    stages: Sequence[int],
+    *,
+    level: Literal["digest", "full"],
+    reader: Reader = "own",
+    reporter: Reporter = SILENCE,
 ) -> Report:
     """Verify the given stages of the checkpoint that the request chooses, where the request puts it."""
     chosen, topology = survey(request), request.topology
@@ -137,20 +153,42 @@ def verify_target(
             mend="convert first, or point spec.target.path (--megatron-path) at the result",
         )
     ranks = [(tp, pp) for pp in stages for tp in range(topology.tensor)]
-    if level == "digest":
-        reports = [_digests(target, rank) for rank in ranks]
-    else:
-        reports = [verify_rank(request, chosen, rank, target.folder, reader=reader) for rank in ranks]
     names = (MODEL_FILE, OPTIM_FILE) if request.full else (MODEL_FILE,)
+    if level == "digest":
+        reports = _digests(target, ranks, reporter)
+    else:
+        totals = _to_read(request, chosen, target, ranks, names, reader)
+        reports = _reports(
+            totals,
+            target.iteration,
+            reporter,
+            lambda rank, advance: verify_rank(request, chosen, rank, target.folder, reader=reader, advance=advance),
+        )
     listed = {f"{topology.directory(*rank)}/{name}" for rank in topology.ranks() for name in names}
     report = _joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
     return replace(report, warnings=tuple(one for pp in stages for one in copies_of(request, chosen, target, pp)))
 
 
-def verify_records(path: Path) -> Report:
+def _to_read(
+    request: Request, chosen: Survey, target: Target, ranks: Sequence[Rank], names: Sequence[str], reader: Reader
+) -> dict[Rank, int]:
+    """About what a full verification of each rank reads; a source that several ranks share is shared among them."""
+    sources = {rank: paths_for(rank, chosen.files, request) for rank in ranks}
+    readers = Counter(path for paths in sources.values() for path in paths)
+    # Elements are compared, and checksums are computed, by two readings of our own reader.
+    readings = 2 if reader == "own" else 1
+
+    def nbytes(rank: Rank) -> int:
+        results = [target.folder / request.topology.directory(*rank) / name for name in names]
+        return sum(_size([path]) // readers[path] for path in sources[rank]) + readings * _size(results)
+
+    return {rank: nbytes(rank) for rank in ranks}
+
+
+def verify_records(path: Path, *, reporter: Reporter = SILENCE) -> Report:
     """Prove a result by its own records, where neither source nor options are at hand: nothing is missing, changed or added."""
     result = recorded(path)
-    reports = [_digests(result.target, rank) for rank in result.ranks]
+    reports = _digests(result.target, result.ranks, reporter)
     found = [*published(result.target, range(result.target.stages)), *surplus(result.target, result.files)]
     warnings = tuple(one for pp in range(result.target.stages) for one in _noted(result.target, pp))
     return replace(_joined(result.target, "digest", found, reports), warnings=warnings)
@@ -162,11 +200,31 @@ def _noted(target: Target, pp: int) -> list[str]:
     return [str(one) for one in cast("list[object]", noted)] if isinstance(noted, list) else []
 
 
-def _digests(target: Target, rank: Rank) -> Report:
-    differences, nbytes = digest_files(target, rank)
-    return Report(
-        folder=str(target.folder), level="digest", differences=differences, checked_tensors=0, checked_bytes=nbytes
-    )
+def _digests(target: Target, ranks: Sequence[Rank], reporter: Reporter) -> list[Report]:
+    def check(rank: Rank, advance: Advance) -> Report:
+        differences, nbytes = digest_files(target, rank, advance)
+        return Report(
+            folder=str(target.folder), level="digest", differences=differences, checked_tensors=0, checked_bytes=nbytes
+        )
+
+    return _reports({rank: recorded_bytes(target, rank) for rank in ranks}, target.iteration, reporter, check)
+
+
+def _reports(
+    totals: Mapping[Rank, int], iteration: int, reporter: Reporter, check: Callable[[Rank, Advance], Report]
+) -> list[Report]:
+    """Check rank after rank, and tell how far it is."""
+    reports: list[Report] = []
+    reporter.begin(totals, iteration)
+    for rank, total in totals.items():
+        portion = Portion(reporter, rank, total)
+        reports.append(check(rank, portion.advance))
+        portion.end()
+    return reports
+
+
+def _size(paths: Iterable[Path]) -> int:
+    return sum(found.st_size for found in map(status, paths) if found)
 
 
 def _joined(target: Target, level: str, found: Sequence[Difference], reports: Sequence[Report]) -> Report:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from ckpt2pt.crew import Reporter
     from ckpt2pt.errors import Ckpt2ptError
     from ckpt2pt.mapping.topology import Rank
+    from ckpt2pt.request import Reporter
     from ckpt2pt.run import Outcome
 
 Json = dict[str, object]

@@ -127,8 +127,8 @@ def with_entry(**changes: object) -> bytes:
         pytest.param(b"\2\0\0\0\0\0\0", "7 bytes are too few", id="7-bytes"),
         pytest.param(bytes(8), "cannot be read as JSON", id="header-of-none"),
         pytest.param((100).to_bytes(8, "little") + b"{}", "cut short: a header of 100 bytes", id="header-longer-than-file"),
-        pytest.param((100_000_001).to_bytes(8, "little") + b"{}", "a header of 100000001 bytes, at most 100000000", id="header-of-100-MB"),
-        pytest.param(b"\xff" * 8 + b"{}", "a header of 18446744073709551615 bytes, at most", id="header-of-16-EB"),
+        pytest.param((100_000_001).to_bytes(8, "little") + b"{}", "a header of 100,000,001 bytes, at most 100,000,000", id="header-of-100-MB"),
+        pytest.param(b"\xff" * 8 + b"{}", "a header of 18,446,744,073,709,551,615 bytes, at most", id="header-of-16-EB"),
         # the JSON
         pytest.param(safe_file(b"{"), "cannot be read as JSON", id="not-json"),
         pytest.param(safe_file(b'{"\xff": 1}'), "cannot be read as JSON", id="not-utf-8"),

@@ -342,7 +342,7 @@ def test_a_format_that_is_not_there_is_told_with_the_flags_of_this_command(tmp_p
 def test_a_full_disk_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_in(tmp_path)
     monkeypatch.setattr("ckpt2pt.system.volume.free_bytes", lambda _: 100)
-    with pytest.raises(VolumeTooSmallError, match="100 are free"):
+    with pytest.raises(VolumeTooSmallError, match="100 B are free"):
         combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
     assert not (tmp_path / "merged").exists()
 

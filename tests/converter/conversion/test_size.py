@@ -28,8 +28,8 @@ def of(size: int) -> str:
     ("field", "value", "what"),
     [
         ("spec.workers.podOverrides", {"spec": {"x": of(MAX_FREE - 15)}}, None),
-        ("spec.workers.podOverrides", {"spec": {"x": of(MAX_FREE)}}, "spec.workers.podOverrides: has 65551 bytes"),
-        ("spec.workers.podOverrides", {"spec": {"x": [{}] * 440_000}}, "has 1320016 bytes"),
+        ("spec.workers.podOverrides", {"spec": {"x": of(MAX_FREE)}}, "spec.workers.podOverrides: has 65,551 bytes"),
+        ("spec.workers.podOverrides", {"spec": {"x": [{}] * 440_000}}, "has 1,320,016 bytes"),
         ("spec.workers.podOverrides", nested(MAX_DEPTH - 3), None),
         ("spec.workers.podOverrides", nested(MAX_DEPTH), "spec.workers.podOverrides: nests more than 32 levels"),
         ("spec.workers.affinity", {"nodeAffinity": nested(MAX_DEPTH)}, "spec.workers.affinity: nests more than"),

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from ckpt2pt.request import Silence
 from ckpt2pt.show import progress
-from ckpt2pt.show.progress import Bars, Lines, Silence, reporter
+from ckpt2pt.show.progress import Bars, Lines, reporter
 
 TOTALS = {(0, 0): 60, (1, 0): 40, (0, 1): 100}
 
@@ -84,14 +85,17 @@ def test_bars_tell_the_percentage_on_any_terminal_and_bytes_and_speed_in_one_uni
 
 
 @pytest.mark.parametrize(
-    ("kind", "terminal", "expected"),
+    ("kind", "terminal", "term", "expected"),
     [
-        ("auto", True, Bars), ("auto", False, Lines), ("bar", False, Bars), ("json", True, Lines), ("none", True, Silence),
+        ("auto", True, "xterm", Bars), ("auto", False, "xterm", Lines), ("bar", False, "xterm", Bars),
+        ("json", True, "xterm", Lines), ("none", True, "xterm", Silence), ("auto", True, "dumb", Lines),
+        ("bar", True, "dumb", Bars),
     ],
 )  # fmt: skip
-def test_a_terminal_gets_bars_and_a_log_gets_lines(
-    kind: str, terminal: bool, expected: type, monkeypatch: pytest.MonkeyPatch
+def test_a_terminal_that_draws_gets_bars_and_a_log_gets_lines(
+    kind: str, terminal: bool, term: str, expected: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     assert isinstance(reporter(kind), expected)
 
@@ -103,3 +107,53 @@ def test_silence_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     quiet.end((0, 0))
     quiet.close()
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_done_within_a_second_is_not_told_of_unless_asked_for(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    for kind in ("auto", "bar" if terminal else "json"):
+        quick = reporter(kind)
+        quick.begin(TOTALS, 500)
+        for rank, nbytes in TOTALS.items():
+            quick.advance(rank, nbytes)
+            quick.end(rank)
+        quick.close()
+        told = capsys.readouterr().err
+        assert bool(told) is (kind != "auto")
+
+
+def test_what_takes_longer_is_told_from_its_beginning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # so that rich takes what captures for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    lines, bars = Lines(io.StringIO(), after=1.0), Bars("compared", after=1.0)
+    for each in (lines, bars):
+        each.begin(TOTALS, 500)
+        each.advance((0, 0), 60)
+    assert capsys.readouterr().err == ""
+    seen, late = "", time.monotonic() + 30
+    while "compared" not in seen and time.monotonic() < late:
+        time.sleep(0.1)
+        seen += capsys.readouterr().err
+    assert "compared" in seen, "drawn although nothing has moved since"
+    lines.end((0, 0))
+    assert [line["event"] for line in spoken(lines._stream)] == ["begin", "rank"]  # type: ignore[arg-type]
+    bars.close()
+
+
+@pytest.mark.parametrize(("variable", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_no_colour_where_none_is_wanted(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # so that rich takes what captures for a terminal
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv(variable, value)
+    bars = Bars()
+    bars.begin(TOTALS, 500)
+    bars.close()
+    assert not re.search("\x1b\\[[0-9;]*m", capsys.readouterr().err)

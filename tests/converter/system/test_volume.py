@@ -28,7 +28,7 @@ def test_room_is_asked_of_the_nearest_folder_that_is_there(tmp_path: Path) -> No
     free = free_bytes(tmp_path / "not" / "yet")
     assert free
     check_room(tmp_path, 1, OPTION)
-    with pytest.raises(errors.VolumeTooSmallError, match="bytes are needed") as caught:
+    with pytest.raises(errors.VolumeTooSmallError, match="are needed") as caught:
         check_room(tmp_path, 2 * free + 1, OPTION)
     assert "--megatron-path" in caught.value.mend
     assert not list(tmp_path.iterdir())
@@ -46,7 +46,7 @@ def test_a_file_system_that_answers_zeros_is_not_full(tmp_path: Path, monkeypatc
 
 def test_a_full_file_system_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "statvfs", statvfs(1000, 0))
-    with pytest.raises(errors.VolumeTooSmallError, match="1 bytes are needed, 0 are free"):
+    with pytest.raises(errors.VolumeTooSmallError, match="1 B are needed, 0 B are free"):
         check_volume(tmp_path, 1, OPTION)
 
 

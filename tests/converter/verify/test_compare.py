@@ -390,7 +390,7 @@ def test_the_error_the_table_and_the_document_say_the_same(tmp_path: Path) -> No
     assert "l.pt: /n: value: 1 | 2" in caught.value.what
     text = found.render().splitlines()
     assert text[0].split() == ["file", "name", "kind", "left", "right", "differing", "of", "max", "abs", "first"]
-    assert text[-1] == "1 files, 2 leaves are equal, 2 differ; 16 B compared"
+    assert text[-1] == "1 file, 2 leaves are equal, 2 differ; 16 B compared"
     document = json.loads(json.dumps(found.document(), allow_nan=False))
     assert [row["name"] for row in document["differences"]] == ["/w", "/n"]
     assert document["differences"][0]["maxAbs"] == 0.5
@@ -399,7 +399,7 @@ def test_the_error_the_table_and_the_document_say_the_same(tmp_path: Path) -> No
 def test_equal_checkpoints_raise_nothing(tmp_path: Path) -> None:
     found = two(tmp_path, {"w": floats(1)}, {"w": floats(1)})
     found.raise_differences()
-    assert found.render() == "1 files, 2 leaves are equal, no difference; 8 B compared"
+    assert found.render() == "1 file, 2 leaves are equal, no difference; 8 B compared"
 
 
 def test_an_error_names_only_the_first_few(tmp_path: Path) -> None:

@@ -256,5 +256,5 @@ def test_the_document_is_json_and_the_table_has_the_same_facts() -> None:
     lines = report.render().splitlines()
     assert lines[0].split()[:2] == ["file", "tensor"]
     assert "exp_avg of w" in lines[1]
-    assert lines[-1] == "out: 1 ranks, 3 tensors and every other key, 2.0 KiB read: 1 differences"
-    assert report_of().render() == "out: 1 ranks, 3 tensors and every other key, 2.0 KiB read: no difference"
+    assert lines[-1] == "out: 1 rank, 3 tensors and every other key, 2.0 KiB read: 1 difference"
+    assert report_of().render() == "out: 1 rank, 3 tensors and every other key, 2.0 KiB read: no difference"

@@ -8,8 +8,8 @@ from typing import Any
 
 from ckpt2pt.errors import InputError
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.request import Silence
 from ckpt2pt.run import run
-from ckpt2pt.show.progress import Silence
 from ckpt2pt.worker.account import Account, Both
 from handmade import Handmade
 
