@@ -135,6 +135,8 @@ class Node:
             # An image that was imported cannot be pulled again.
             "imageMinimumGCAge": "720h",
             "imageGCHighThresholdPercent": 100,
+            # Nor where the kubelet has pulled the same image by another name, as test_install.py lets it.
+            "imagePullCredentialsVerificationPolicy": "NeverVerify",
             # Nothing listens there, so a name that is looked up is refused at once.
             "clusterDNS": [self.network.node_address],
             "clusterDomain": "cluster.local",
