@@ -160,6 +160,13 @@ def port(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    """A whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return int(text)
+
+
 def counts(text: str) -> tuple[int, ...]:
     """``14,16,16,18`` as a tuple, for ``type=``."""
     try:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import add_target_sizes, check_numbers, counts, joined, path, port, seconds, target_sizes
+from ckpt2pt.flags import add_target_sizes, check_numbers, count, counts, joined, path, port, seconds, target_sizes
 
 if TYPE_CHECKING:
     from ckpt2pt.mapping.names import Rules
@@ -185,7 +185,7 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--keep",
-        type=_count,
+        type=count,
         metavar="N",
         help="keep the last N results; older ones of this conversion are removed, but never the tracker's; default all (spec.follow.keep)",
     )
@@ -444,9 +444,3 @@ def _stage_of(index: int) -> int:
             where="the environment",
             hint="list a stage for each completion index, as 3,7, or unset it",
         ) from None
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return int(text)

@@ -54,7 +54,7 @@ def test_what_is_too_large_is_refused_without_its_spec_and_says_why() -> None:
     accepted = condition(items(status, "conditions"), "Accepted")
     assert accepted["reason"] == "InvalidSpec"
     assert "spec.workers.podOverrides" in text(accepted, "message")
-    assert "1320016 bytes" in text(accepted, "message")
+    assert "1,320,016 bytes" in text(accepted, "message")
     assert slim(found) == found, "a second reading says the same"
 
 
