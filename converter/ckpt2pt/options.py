@@ -279,9 +279,7 @@ def add_inspect_options(inspect: argparse.ArgumentParser) -> None:
     inspect.add_argument(
         "path", type=path, help="a file, a rank folder, a training output, pt_meta or a Megatron folder"
     )
-    inspect.add_argument(
-        "--details", action="store_true", help="list every tensor and rank; default: alike in one line"
-    )
+    inspect.add_argument("--details", action="store_true", help="list every tensor and rank; default: alike in a line")
 
 
 def add_verify_options(verify: argparse.ArgumentParser) -> None:
