@@ -48,15 +48,18 @@ class Ckpt2ptError(Exception):
 
 def message(what: object, where: object, hint: object) -> str:
     """An error in three parts.  Lines of ``what`` are indented; a line break in a name is spelled out."""
-    return f"{spelled(str(what))}\n  where: {printable(str(where))}\n  hint:  {printable(str(hint))}"
+    return f"{_FORGED.sub(_SPELLED, spelled(str(what)))}\n  where: {printable(str(where))}\n  hint:  {printable(str(hint))}"
 
 
 def spelled(text: str) -> str:
-    """A sentence for a terminal, with indented lines below it: a line break in a name is spelled out."""
-    return _BREAK.sub(r"\\n", printable(text, lines=True))
+    """A sentence for a terminal, with indented lines below it, a hint among them: a line break in a name is spelled out."""
+    return _BREAK.sub(_SPELLED, printable(text, lines=True))
 
 
-_BREAK = re.compile(r"\n(?!  (?!where:|hint:))")
+_BREAK = re.compile(r"\n(?!  (?!where:))")
+_FORGED = re.compile(r"\n(?=  hint:)")
+"""In what was found: the error has a hint of its own."""
+_SPELLED = r"\\n"
 
 
 def _rebuild(kind: type[Ckpt2ptError], what: str, where: str, hint: str) -> Ckpt2ptError:

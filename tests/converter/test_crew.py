@@ -144,7 +144,7 @@ def test_a_worker_that_is_killed_as_it_is_started_is_said_to_have_died(
 
 
 def test_a_worker_does_one_rank_after_another(golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, started = golden / "megatron06" / "c_tp2pp2vpp2", list[int]()
+    folder, started = golden / "megatron06" / "b_tp2pp2", list[int]()
     real = SpawnProcess.start
 
     def start(process: SpawnProcess) -> None:

@@ -347,7 +347,7 @@ def test_the_metadata_of_a_rank_is_read_once(golden: Path, tmp_path: Path, monke
         return real(path, option)
 
     monkeypatch.setattr("ckpt2pt.meta.Archive", SimpleNamespace(open=count))
-    request = request_for(golden / "megatron06" / "c_tp2pp2vpp2", tmp_path / "out", in_process=False, workers=2)
+    request = request_for(golden / "megatron06" / "b_tp2pp2", tmp_path / "out", in_process=False, workers=2)
     convert(request)  # in worker processes, which read it for themselves
     assert sorted(opened) == [f"args_tp{tp:02d}_pp{pp:03d}.pt" for tp in range(2) for pp in range(2)]
     opened.clear()

@@ -233,9 +233,9 @@ def test_ranks_of_different_saves_are_refused(
 
 def test_a_rank_of_another_model_is_refused(golden: Path, tmp_path: Path) -> None:
     folder = copy(golden, "b_tp2pp2", tmp_path / "A")
-    other = copy(golden, "c_tp2pp2vpp2", tmp_path / "C")
+    other = copy(golden, "e_tp1pp2vpp2_noop_tail", tmp_path / "C")
     for name in ("model_optim_rng.pt", "distrib_optim.pt"):
-        shutil.copy(other / "mp_rank_01_001" / name, folder / "mp_rank_01_001" / name)
+        shutil.copy(other / "mp_rank_00_001" / name, folder / "mp_rank_01_001" / name)
     with pytest.raises(InputError, match="the rank holds 2 model chunks, and mp_rank_00_000 holds 1"):
         read(tmp_path / "A")
 

@@ -263,7 +263,7 @@ def test_what_megatron_cannot_resume_from_is_named(tmp_path: Path, monkeypatch: 
 
 
 def test_without_the_optimizers_file_only_the_weights_are_loaded(golden: Path) -> None:
-    document = shown(golden / "megatron06" / "c_tp2pp2vpp2" / "C_params")
+    document = shown(golden / "megatron06" / "b_tp2pp2" / "C_params")
     assert document["resumable"] == "no: 4 of 4 ranks, first tp 0 pp 0: distrib_optim.pt is missing"
     assert document["weightsLoadable"] == "yes"
 

@@ -18,7 +18,7 @@ from ckpt2pt.verify.across import compare_across, differ_in_layout, read_both
 from cutting import HEAD, MOMENTS, core_name, model, write_mindspore
 from results import flip
 
-SET = "c_tp2pp2vpp2"
+SET = "b_tp2pp2"
 QKV = "attention.qkv_proj.weight"
 
 
@@ -135,7 +135,7 @@ def test_one_bit_of_a_bucket_is_found(pair: tuple[Path, Path], capsys: pytest.Ca
 
 def test_one_bit_of_a_weight_is_found(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     file = next(pair[1].glob("iter_*/mp_rank_01_000")) / "model_optim_rng.pt"
-    flip(file, "/model0/language_model/encoder/layers.0.mlp.dense_h_to_4h.weight", 40)
+    flip(file, "/model/language_model/encoder/layers.0.mlp.dense_h_to_4h.weight", 40)
     # Megatron's own copies of the weight tell as well: the layout of the buckets is proved by them.
     code, _, err = verify(capsys, *pair)
     assert code in {65, 76}
@@ -267,7 +267,7 @@ def test_what_is_ignored_is_left_out_and_what_matches_nothing_is_told(
 
 
 def test_a_float32_weight_is_rounded_to_the_other_sides_type(golden: Path) -> None:
-    folder = golden / "megatron06" / "a_tp1pp1"
+    folder = golden / "megatron06" / "f_tp1pp1dp2_buckets"
     found = compare_across(read(folder / "ms_params"), read(folder / "A"), ignore=["main_param/*", "exp_avg*"])
     assert (found.same, found.equal) == (True, 27)
 
@@ -291,10 +291,10 @@ def test_folders_of_one_layout_are_compared_file_by_file(golden: Path, tmp_path:
     assert not differ_in_layout(folder / "A", folder / "C_full", asked=False)
     assert not differ_in_layout(folder / "ms", folder / "ms_params", asked=False)
     assert differ_in_layout(folder / "ms", folder / "ms_params", asked=True)
-    assert differ_in_layout(folder / "A", golden / "megatron06" / "a_tp1pp1" / "A", asked=False)
-    assert differ_in_layout(folder / "ms", golden / "megatron06" / "a_tp1pp1" / "ms", asked=False)
+    assert differ_in_layout(folder / "A", golden / "megatron06" / "f_tp1pp1dp2_buckets" / "A", asked=False)
+    assert differ_in_layout(folder / "ms", golden / "megatron06" / "f_tp1pp1dp2_buckets" / "ms", asked=False)
     assert not differ_in_layout(next(folder.glob("ms/rank_0/*")), next(folder.glob("ms/rank_1/*")), asked=True)
-    one = golden / "megatron06" / "a_tp1pp1"
+    one = golden / "megatron06" / "f_tp1pp1dp2_buckets"
     assert list(one.glob("C_full/iter_*/mp_rank_00_000/*.pt"))
     assert not differ_in_layout(one / "A", one / "C_full", asked=False), "the reference's suffix is no other layout"
 
