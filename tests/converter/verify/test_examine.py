@@ -119,7 +119,7 @@ def test_the_element_is_counted_inside_its_parameter(result: Result) -> None:
 
 def test_a_large_change_of_a_slice_is_no_longer_the_weight(result: Result) -> None:
     set_element(result.optim, f"/0/{PAIR}/param/0", 78_079, struct.pack("<f", 9.5))
-    assert told(result)[1][2] == "1 of 16384 elements differ from param in distrib_optim.pt as bfloat16"
+    assert told(result)[1][2] == "1 of 16,384 elements differ from param in distrib_optim.pt as bfloat16"
 
 
 def test_every_differing_element_is_counted_and_the_first_named(result: Result) -> None:
@@ -329,7 +329,9 @@ def test_another_name_of_the_chunk_is_everything_missing(result: Result) -> None
 @READERS
 def test_a_byte_of_the_random_state_is_seen(result: Result, reader: str) -> None:
     flip(result.model, "/rng_state/0/torch_rng_state", 5)
-    assert told(result, reader) == [("model_optim_rng.pt", "/rng_state/0/torch_rng_state", "1 of 5056 elements differ")]
+    assert told(result, reader) == [
+        ("model_optim_rng.pt", "/rng_state/0/torch_rng_state", "1 of 5,056 elements differ")
+    ]
 
 
 KEY = (Global("torch", "bfloat16"), Global("torch", "float32"))
