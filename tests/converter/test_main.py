@@ -31,7 +31,7 @@ sys.exit(door.{program}())
 
 @pytest.mark.parametrize("program", ["main", "kubectl"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_during_the_imports_ends_with_75_and_a_mend(number: signal.Signals, program: str) -> None:
+def test_a_signal_during_the_imports_ends_with_75_and_a_hint(number: signal.Signals, program: str) -> None:
     script = INTERRUPTED.format(number=int(number), program=program)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 75, done.stderr

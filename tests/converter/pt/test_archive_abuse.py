@@ -349,7 +349,7 @@ def test_pickle_of_more_than_half_a_gibibyte_is_refused_unread(tmp_path: Path) -
         file.write(head)
         file.seek(nbytes, os.SEEK_CUR)
         file.write(entry + END.pack(b"PK\5\6", 0, 0, 1, 1, len(entry), len(head) + nbytes, 0))
-    refuse(tmp_path / "a.pt", f"data.pkl has {nbytes} bytes")
+    refuse(tmp_path / "a.pt", f"data.pkl has {nbytes:,} bytes")
 
 
 def legacy(path: Path) -> None:
@@ -506,4 +506,4 @@ def test_directory_as_large_as_a_file_of_terabytes_is_refused_unread(tmp_path: P
         file.seek(nbytes, os.SEEK_CUR)
         file.write(END64.pack(b"PK\6\6", END64.size - 12, 0, 0, 0, 0, 1 << 20, 1 << 20, nbytes, 4))
         file.write(LOCATOR.pack(b"PK\6\7", 0, 4 + nbytes, 1) + END.pack(b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, M, M, 0))
-    refuse(tmp_path / "a.pt", f"a directory of {nbytes} bytes; at most")
+    refuse(tmp_path / "a.pt", f"a directory of {nbytes:,} bytes; at most")
