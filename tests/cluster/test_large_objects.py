@@ -89,7 +89,7 @@ def test_large_objects_are_refused_and_cost_nobody_anything(process: Process, na
     )
     [why] = [c["message"] for c in told["status"]["conditions"] if c["type"] == "Accepted"]
     assert "spec.workers.podOverrides" in why
-    assert "keep it to 65536 bytes" in why
+    assert "keep it to 65,536 bytes" in why
 
 
 def where(namespace: Kubectl, name: str) -> str:
