@@ -189,9 +189,9 @@ def large(volume: Path) -> Large:
     return Large(volume)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def crd(kubectl: Kubectl) -> None:
-    """The CRD without the chart, for an operator that is a process."""
+    """The CRD without the chart, for an operator that is a process; another module may have taken it away."""
     kubectl("apply", "--filename", CRD_PATH)
     kubectl("wait", "--for=condition=Established", "crd/checkpointconversions.ckpt2pt.dev", "--timeout=30s")
 
