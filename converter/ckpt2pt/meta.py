@@ -31,7 +31,7 @@ from ckpt2pt.untrusted.jsontext import parse_json
 
 _Described = tuple[tuple[str, ...], Buffer | None]
 """A chunk's names in registration order, and its buffer when there is a map."""
-Maps = Mapping[tuple[int, int], Sequence[tuple[int, int, Path]]]
+_Maps = Mapping[tuple[int, int], Sequence[tuple[int, int, Path]]]
 """(tp, pp) -> (buffer, chunk, path) of each param map."""
 _MAX_NAMES = 200_000
 METADATA = "spec.metadata.path (--param-map-path)"
@@ -111,12 +111,10 @@ def read_arguments(folder: Path, rank: tuple[int, int], *, allow: tuple[str, ...
     return read_template(_arguments_file(folder, *rank), allow=allow)
 
 
-def chunk_names(
-    folder: Path, rank: tuple[int, int], *, allow: tuple[str, ...] = (), listed: Maps | None = None
-) -> list[tuple[str, ...]]:
+def chunk_names(folder: Path, rank: tuple[int, int], *, allow: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """The parameters of each chunk that the metadata of one rank describes, in no order; nothing is proved."""
     found: list[tuple[str, ...]] = []
-    for path in param_map_files(folder, *rank, listed):
+    for path in param_map_files(folder, *rank):
         document = _load_json(path)
         found.append(tuple(map(bare, cast("dict[str, object]", document) if isinstance(document, dict) else ())))
     return found or _name_lists(read_arguments(folder, rank, allow=allow))
@@ -160,12 +158,9 @@ def assumed(folder: Path) -> dict[str, object]:
     return cast("dict[str, object]", found) if isinstance(found, dict) else {}
 
 
-def metadata_files(folder: Path, *, tp: int, pp: int, listed: Maps | None = None) -> tuple[Path, ...]:
-    """The files that describe one rank: its arguments, then its param maps chunk by chunk.
-
-    Whoever asks for many ranks gives what :func:`list_param_maps` found, so that the folder is listed once.
-    """
-    return (_arguments_file(folder, tp, pp), *param_map_files(folder, tp, pp, listed))
+def metadata_files(folder: Path, *, tp: int, pp: int) -> tuple[Path, ...]:
+    """The files that describe one rank: its arguments, then its param maps chunk by chunk."""
+    return (_arguments_file(folder, tp, pp), *param_map_files(folder, tp, pp))
 
 
 def _arguments_file(folder: Path, tp: int, pp: int) -> Path:
@@ -205,7 +200,7 @@ def _template(path: Path, allow: tuple[str, ...], _: tuple[int, ...] | None) -> 
 _MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(0|[1-9]\d*)pp(0|[1-9]\d*)vpp(\d+)\.json", re.ASCII)
 
 
-def list_param_maps(folder: Path) -> Maps:
+def _param_maps(folder: Path) -> _Maps:
     """The param maps in a folder.  Only data-parallel rank 0's are read: all ranks write the same."""
     seen = status(folder, METADATA)
     if seen is None:
@@ -214,7 +209,7 @@ def list_param_maps(folder: Path) -> Maps:
 
 
 @lru_cache(1)
-def _listed_maps(folder: Path, _: tuple[int, ...]) -> Maps:
+def _listed_maps(folder: Path, _: tuple[int, ...]) -> _Maps:
     """Each rank in turn asks for its own; listing the folder for each would take the square of their number."""
     found: dict[tuple[int, int], list[tuple[int, int, Path]]] = {}
     for path in listing(folder, option=METADATA):
@@ -224,9 +219,9 @@ def _listed_maps(folder: Path, _: tuple[int, ...]) -> Maps:
     return found
 
 
-def param_map_files(folder: Path, tp: int, pp: int, listed: Maps | None = None) -> list[Path]:
+def param_map_files(folder: Path, tp: int, pp: int) -> list[Path]:
     """Maps of one rank in the order of its chunks."""
-    found = sorted((list_param_maps(folder) if listed is None else listed).get((tp, pp), ()))
+    found = sorted(_param_maps(folder).get((tp, pp), ()))
     more = sorted(path.name for buffer, _, path in found if buffer)
     if more:
         raise FormatError(
@@ -421,9 +416,8 @@ def _layout(tensor: int, pipeline: int, virtual: int | None, layers: int | None)
 def _empty_layers(topology: Topology, metadata: Path, allow: tuple[str, ...]) -> frozenset[int]:
     """Layers without parameters; none where a chunk has no map at all, so that nobody can tell which one it is."""
     empty: set[int] = set()
-    listed = list_param_maps(metadata)
     for pp in range(topology.pipeline):
-        chunks = chunk_names(metadata, (0, pp), allow=allow, listed=listed)
+        chunks = chunk_names(metadata, (0, pp), allow=allow)
         if len(chunks) != topology.virtual:
             return frozenset()
         for vpp, names in enumerate(chunks):

@@ -26,11 +26,9 @@ from ckpt2pt.mapping.names import NameTable, is_tied_head, prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import (
     METADATA,
-    Maps,
     RankMeta,
     answering,
     check,
-    list_param_maps,
     metadata_files,
     read_arguments,
     read_rank_meta,
@@ -136,8 +134,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     else:
         when, clock = _choose_iteration(found, first, batch, headers, request)
     agree({path: headers.facts(path) for file in found[when].values() for path in file.paths}, request.source)
-    maps = list_param_maps(request.metadata)
-    inputs = _inputs(request.topology.ranks(), found[when], request, maps)
+    inputs = _inputs(request.topology.ranks(), found[when], request)
     headers.prove_unchanged()
     every = distinct(inputs.values())
     purpose = digest({"options": request.meaning(), "iteration": clock.iteration})
@@ -404,9 +401,7 @@ def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
         )
 
 
-def _inputs(
-    ranks: Iterable[Rank], files: Mapping[Rank, SourceFile], request: Request, maps: Maps | None = None
-) -> dict[Rank, Inputs]:
+def _inputs(ranks: Iterable[Rank], files: Mapping[Rank, SourceFile], request: Request) -> dict[Rank, Inputs]:
     """What each rank is read from: sources by name, size and time, the small metadata files by content.
 
     The time matters: a retrained checkpoint has the same header and size.  A rank of the last stage may read a tied
@@ -417,7 +412,7 @@ def _inputs(
     for rank in ranks:
         needed = files_for(rank, files, request)
         sources |= {file.path: inputs_of(file, request.source) for file in needed if file.path not in sources}
-        described = metadata_files(request.metadata, tp=rank[0], pp=rank[1], listed=maps)
+        described = metadata_files(request.metadata, tp=rank[0], pp=rank[1])
         metadata: Inputs = [{"metadata": path.name, "sha256": sha256(path, METADATA)} for path in sorted(described)]
         found[rank] = [*(one for file in needed for one in sources[file.path]), *metadata]
     return found

@@ -22,7 +22,7 @@ from ckpt2pt.formats.megatron import collect_rank
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.meta import Maps, data_parallel_size, list_param_maps, param_map_files, read_param_maps
+from ckpt2pt.meta import data_parallel_size, param_map_files, read_param_maps
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.entries import Entry
 from ckpt2pt.plan.imported import ImportedChunk, missing_layers, scalar_entries, tensor_entries
@@ -96,8 +96,7 @@ class BackPrepared:
 def survey_back(request: BackRequest) -> BackSurvey:
     """Find the ranks, learn the cut from the arguments and the layers from the names, and check that all ranks agree."""
     folders = rank_folders(iteration_folder(request.source))
-    maps = list_param_maps(request.maps) if request.full and request.maps else None
-    inputs = {rank: _inputs(request, folder, rank, maps) for rank, folder in folders.items()}
+    inputs = {rank: _inputs(request, folder, rank) for rank, folder in folders.items()}
     first = read_rank(folders[0, 0], optimizer=False, allow=request.rules.pickle_globals)
     cut = _topology(request, first, folders)
     empty: set[int] = set()
@@ -195,7 +194,7 @@ def prove_unchanged_back(request: BackRequest, found: BackSurvey, rank: Rank) ->
         raise changed(next(iter(read.values())))
 
 
-def _inputs(request: BackRequest, folder: Path, rank: Rank, listed: Maps | None = None) -> Sequence[Json]:
+def _inputs(request: BackRequest, folder: Path, rank: Rank) -> Sequence[Json]:
     """What a rank is read from: large files by size and time, its param maps by content."""
     found: list[Json] = []
     for name in [MODEL_FILE, OPTIM_FILE] if request.full else [MODEL_FILE]:
@@ -209,7 +208,7 @@ def _inputs(request: BackRequest, folder: Path, rank: Rank, listed: Maps | None 
             raise access_error(error, folder / name, "examining", reading=True) from error
         found.append({"source": f"{folder.name}/{name}", "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
     if request.full and request.maps:
-        maps = param_map_files(request.maps, *rank, listed)
+        maps = param_map_files(request.maps, *rank)
         found.extend({"metadata": path.name, "sha256": sha256(path, "--param-map-path")} for path in maps)
     return found
 
