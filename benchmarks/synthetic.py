@@ -101,8 +101,8 @@ def _write_rank(folder: Path, model: Model, tp: int, pp: int, noise: bytes, *, h
 
 def _write_tensor(fd: int, name: str, shape: tuple[int, ...], noise: bytes, rank: int, *, headers_only: bool) -> None:
     left = 4 * int(np.prod(shape))
-    # Ranks hold equal copies of what tensor parallelism does not split.
-    shift = (crc32(name.encode(), 0) + (0 if "norm." in name else rank)) % (len(noise) // 2)
+    # Ranks hold equal copies of what tensor parallelism does not split, and nothing else alike: each begins an element later.
+    shift = (crc32(name.encode(), 0) + (0 if "norm." in name else 4 * rank)) % (len(noise) // 2)
     while left:
         size = min(left, SLICE_BYTES)
         os.write(fd, _entry(name, "Float32", shape, size))
