@@ -8,6 +8,7 @@ from typing import Literal
 
 from ckpt2pt.conversion.schema import Json
 from ckpt2pt.conversion.spec import Conversion
+from ckpt2pt.mapping.foldernames import iteration_name
 
 State = Literal["Pending", "Running", "Succeeded", "Failed"]
 
@@ -142,11 +143,9 @@ def status_of_run(
     }
     if iteration is not None:
         status["iteration"] = iteration
-        folder = (
-            f"iter_{iteration:07d}"
-            if conversion.spec.target.path == "."
-            else f"{conversion.spec.target.path}/iter_{iteration:07d}"
-        )
+        folder = iteration_name(iteration)
+        if conversion.spec.target.path != ".":
+            folder = f"{conversion.spec.target.path}/{folder}"
         status["outputPath"] = folder
         if phase == "Succeeded":
             status["reportPath"] = f"{folder}/.ckpt2pt/report.json"
