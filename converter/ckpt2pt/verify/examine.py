@@ -133,12 +133,12 @@ def _nearest_half(exact: npt.NDArray[np.float64]) -> npt.NDArray[np.float16]:
 
 @dataclass(slots=True)
 class Examination:
-    """One rank; :meth:`run` fills ``differences`` and the counts."""
+    """One rank, whose files are ``results`` by name; :meth:`run` fills ``differences`` and the counts."""
 
     request: Request
     chosen: Survey
     rank: Rank
-    folder: Path
+    results: Mapping[str, Path]
     open: Opener
     files: Files
     advance: Advance = unheard
@@ -184,6 +184,7 @@ class Examination:
                 self._check_weight(weight, chunk, model, optim, buffer)
             if optim and buffer:
                 self._check_padding(chunk, optim, buffer)
+        self._check_crcs([name for name, leaves in ((MODEL_FILE, model), (OPTIM_FILE, optim)) if leaves])
 
     def _differ(self, file: str, tensor: str, problem: str, expected: str = "", found: str = "") -> None:
         name = f"{self.directory}/{file}".rstrip("/")
@@ -204,23 +205,30 @@ class Examination:
             )
 
     def _open_result(self, name: str) -> Leaves:
-        """A result's leaves; a file that cannot be read, or whose checksums are wrong, is a difference and not an error."""
-        path = self.folder / self.directory / name
+        """A result's leaves; a file that cannot be read is a difference and not an error."""
         try:
-            leaves = self.open(path)
+            return self.open(self.results[name])
         except (InputError, MissingInputError) as error:
             self._differ(name, "file", _first_line(error))
             return {}
-        try:
-            Archive.open(path).verify_crcs(self.advance)
-        except InputError as error:
-            self._differ(name, "file", _first_line(error))
-        return leaves
+
+    def _check_crcs(self, names: list[str]) -> None:
+        """Records whose checksums are wrong are told of first; what was compared is not read again."""
+        told, self.differences = self.differences, []
+        for name in names:
+            path = self.results[name]
+            try:
+                Archive.open(path).verify_crcs(sorted(self.files.pieces.get(str(path), ())), self.advance)
+            except InputError as error:
+                self._differ(name, "file", _first_line(error))
+        self.differences += told
 
     def _check_loadable(self, expected: Expected) -> None:
         """Whether Megatron-LM can resume from the result, or load its weights where it holds no more."""
-        path = self.folder / self.directory / MODEL_FILE
-        template, topology = read_template(path, allow=self.request.rules.pickle_globals), self.request.topology
+        template, topology = (
+            read_template(self.results[MODEL_FILE], allow=self.request.rules.pickle_globals),
+            self.request.topology,
+        )
         weights = [weight.sources["param"]._replace(name=weight.name)
                    for chunk in expected.chunks for weight in chunk.weights if "param" in weight.sources]  # fmt: skip
         run = TargetRun(
