@@ -108,6 +108,8 @@ def test_a_conversion_that_was_replaced_meanwhile_gets_a_job_of_its_own(
     process.stop()
     namespace("delete", KIND, "golden", "--wait=false")
     namespace.wait_gone(KIND, "golden")
+    # Workers of the first would convert the finished source, and leave those of the second nothing to read.
+    wait_until("the pods of the first to be gone", lambda: not namespace.get("pods")["items"])
     unfinished.finish()
     namespace.apply(unfinished.document())
     process.start()

@@ -16,7 +16,8 @@ from handmade import Handmade
 
 # Sends itself a signal in the midst of the imports.
 INTERRUPTED = """
-import importlib.abc, os, sys
+import importlib.abc, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 from ckpt2pt import __main__ as door
 
 class Interrupting(importlib.abc.MetaPathFinder):

@@ -30,6 +30,7 @@ from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, Move
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.resume import Unmet
 from ckpt2pt.ptmeta.capture import (
+    SAMPLE_NUMEL,
     Layout,
     lay_out_rank,
     prove_copies,
@@ -43,9 +44,6 @@ from ckpt2pt.request import digest
 from ckpt2pt.survey import changed
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.paths import is_file
-
-_SAMPLE_NUMEL = 1 << 10
-"""Elements of each weight that are compared with their slice at least: files of two ranks or steps are told apart by them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,7 +286,7 @@ def _proved(request: BackRequest, folder: Path, rank: Rank) -> tuple[MegatronRan
 
 def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:
     """The buffers by the maps given, else by Megatron's rules; either way proved by the checkpoint itself."""
-    at_most = None if request.verify == "full" else _SAMPLE_NUMEL
+    at_most = None if request.verify == "full" else SAMPLE_NUMEL
     if stored.copies is not None:
         return Layout(buffers=(), bucket_numel=None, evidence=prove_copies(stored, at_most=at_most))
     if request.maps is None:

@@ -70,9 +70,29 @@ HEAD = "output_layer.weight"
 
 _LEGACY_LAYER = re.compile(r"language_model\.encoder\.layers\.(\d+)\.(.+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_CANONICAL = {row.legacy: row for row in LAYER_MODULES}, {row.legacy: row for row in MODULES}
-_ROWS = {row.name: row for row in LAYER_MODULES}, {row.name: row for row in MODULES}
+_Rows = tuple[Mapping[str, Module], Mapping[str, Module]]
+"""Of the layers, and outside of them."""
+_CANONICAL: _Rows = {row.legacy: row for row in LAYER_MODULES}, {row.legacy: row for row in MODULES}
+_ROWS: _Rows = {row.name: row for row in LAYER_MODULES}, {row.name: row for row in MODULES}
 _PLACES = tuple({name: place for place, name in enumerate(rows)} for rows in _ROWS)
+
+
+class _Name(NamedTuple):
+    """A parameter's name in parts: its layer, what follows that, and its row in the table with the leaf of that row."""
+
+    layer: int | None
+    inner: str
+    row: Module | None
+    leaf: str
+
+
+def _parsed(name: str, pattern: re.Pattern[str] = _LAYER, rows: _Rows = _ROWS) -> _Name:
+    found = pattern.fullmatch(name)
+    inner = found[2] if found else name
+    module, _, leaf = inner.rpartition(".")
+    row = rows[not found].get(module)
+    known = row if row and leaf in row.kind.cuts else None
+    return _Name(int(found[1]) if found else None, inner, known, leaf)
 
 
 def canonical_name(legacy: str, layers: Sequence[int] | None = None) -> str:
@@ -81,33 +101,25 @@ def canonical_name(legacy: str, layers: Sequence[int] | None = None) -> str:
     ``layers`` are the global numbers of a chunk's local layers; without it numbers stay what they are.  A parameter outside
     the table keeps its name.
     """
-    found = _LEGACY_LAYER.fullmatch(legacy)
-    module, _, leaf = (found[2] if found else legacy).rpartition(".")
-    row = _CANONICAL[not found].get(module)
-    inner = found[2] if found else legacy
-    if row and leaf in row.kind.cuts:
+    layer, inner, row, leaf = _parsed(legacy, _LEGACY_LAYER, _CANONICAL)
+    if row:
         inner = f"{row.name}.{leaf}"
-    if found is None:
+    if layer is None:
         return inner
-    number = int(found[1])
-    return f"decoder.layers.{layers[number] if layers else number}.{inner}"
+    return f"decoder.layers.{layers[layer] if layers else layer}.{inner}"
 
 
 def legacy_name(name: str) -> str:
     """The inverse of :func:`canonical_name`, with the global number of the layer."""
-    found = _LAYER.fullmatch(name)
-    inner = found[2] if found else name
-    module, _, leaf = inner.rpartition(".")
-    row = _ROWS[not found].get(module)
-    if row and leaf in row.kind.cuts:
+    layer, inner, row, leaf = _parsed(name)
+    if row:
         inner = f"{row.legacy}.{leaf}"
-    return f"language_model.encoder.layers.{found[1]}.{inner}" if found else inner
+    return inner if layer is None else f"language_model.encoder.layers.{layer}.{inner}"
 
 
 def layer_of(name: str) -> int | None:
     """The number of the layer in a canonical name; None outside the layers."""
-    found = _LAYER.fullmatch(name)
-    return int(found[1]) if found else None
+    return _parsed(name)[0]
 
 
 def model_order(name: str) -> tuple[int, int, int, str]:
@@ -120,10 +132,8 @@ def model_order(name: str) -> tuple[int, int, int, str]:
 
 def kind_of(name: str) -> tuple[Kind, str] | None:
     """The kind of a canonical name's module, and the parameter's own name in it; None outside the table."""
-    found = _LAYER.fullmatch(name)
-    module, _, leaf = (found[2] if found else name).rpartition(".")
-    row = _ROWS[not found].get(module)
-    return (row.kind, leaf) if row and leaf in row.kind.cuts else None
+    _, _, row, leaf = _parsed(name)
+    return (row.kind, leaf) if row else None
 
 
 def is_padded(name: str) -> bool:

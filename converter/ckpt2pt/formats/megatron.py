@@ -23,11 +23,10 @@ from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.moves import OPTIM_FILE
 from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
-from ckpt2pt.ptmeta.capture import lay_out_rank
+from ckpt2pt.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.tensors import TensorRef
 
-_SAMPLE_NUMEL = 1 << 10
 _ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 Ranks = Mapping[Rank, MegatronRank]
 """(tp, pp) -> what its files hold."""
@@ -49,7 +48,7 @@ def open_megatron(
     layout = _layout(ranks, *there)
     collector = Collector(there[0], str(folder))
     for (tp, pp), rank in ranks.items():
-        buffers = lay_out_rank(rank, pp, at_most=_SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
+        buffers = lay_out_rank(rank, pp, at_most=SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
         collect_rank(collector, (tp, pp), rank, layout, buffers)
     return Checkpoint(
         path=folder,

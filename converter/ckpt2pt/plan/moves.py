@@ -106,6 +106,7 @@ def _moves(plan: RankPlan) -> Iterator[Move]:
             roles = OPTIM_KINDS if weight.moments else OPTIM_KINDS[:1]
             sources = dict(zip(OPTIM_KINDS, (weight.source, *(weight.moments or ())), strict=False))
             for kind, role in enumerate(roles):
+                source = sources[role]
                 targets: list[Sink] = []
                 if role == "param":
                     targets.append(Sink(file=MODEL_FILE, storage=model_storage, start=0, dtype=weight.dtype))
@@ -113,13 +114,9 @@ def _moves(plan: RankPlan) -> Iterator[Move]:
                     number, start = homes[weight.name]
                     storage = first_storage + kind * len(buckets) + number
                     targets.append(Sink(file=OPTIM_FILE, storage=storage, start=start, dtype="float32"))
-                yield _move(weight.name, role, sources[role], tuple(targets))
+                yield move_of(weight.name, role, source, 0, source.numel, tuple(targets))
             model_storage += 1
         first_storage += len(OPTIM_KINDS) * len(buckets)
-
-
-def _move(name: str, role: str, source: TensorRef, sinks: tuple[Sink, ...]) -> Move:
-    return move_of(name, role, source, 0, source.numel, sinks)
 
 
 def move_of(name: str, role: str, source: TensorRef, first: int, numel: int, sinks: tuple[Sink, ...]) -> Move:

@@ -24,6 +24,9 @@ from ckpt2pt.system.paths import status
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
 _HINT = "make pt_meta from a run of Megatron-LM 0.6 with --use-distributed-optimizer"
 
+SAMPLE_NUMEL = 1 << 10
+"""Elements of each weight that are compared with their slice at least: files of two ranks or steps are told apart by them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
