@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from ckpt2pt.back.request import BackRequest
+from ckpt2pt.back.run import run_back
+from ckpt2pt.back.survey import BackPrepared
 from ckpt2pt.engine import write
 from ckpt2pt.errors import VerificationError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.plan.moves import Move, moves
-from ckpt2pt.request import Request
+from ckpt2pt.request import Pace, Request
 from ckpt2pt.run import run
-from ckpt2pt.system import files as system
 from conversions import Quiet, request_for
 from handmade import Handmade
 
@@ -107,8 +109,8 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) ->
         return data
 
     with monkeypatch.context() as patch:
-        patch.setattr(system.os, "preadv", counting_preadv)
-        patch.setattr(system.os, "pread", counting_pread)
+        patch.setattr(os, "preadv", counting_preadv)
+        patch.setattr(os, "pread", counting_pread)
         act()
     return found
 
@@ -127,3 +129,48 @@ def test_a_full_proof_reads_the_source_twice_and_the_result_once(
     for folder, passes in ((request.source, 2), (request.target, 1)):
         nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in {".pt", ".ckpt"})
         assert passes <= read_of(found, folder) / nbytes < passes + 0.05, folder
+
+
+# -------------------------------------------------------------------------------------------------------------- import
+
+
+def importing(source: Path, target: Path, verify: Any, **more: Any) -> BackRequest:
+    return BackRequest(source=source, target=target, verify=verify, pace=Pace(in_process=True), **more)
+
+
+def test_a_wrong_plan_of_an_import_publishes_nothing(
+    golden_j: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = BackPrepared.moves
+    monkeypatch.setattr(BackPrepared, "moves", lambda self: swapped(plan(self)))
+    with pytest.raises(VerificationError, match="differ from the source") as caught:
+        run_back(importing(golden_j / "A", tmp_path / "out", "full"), Quiet())
+    assert caught.value.exit_code == 76
+    assert left(tmp_path / "out") == []
+    run_back(importing(golden_j / "A", tmp_path / "digest", "digest"), Quiet())
+    assert left(tmp_path / "digest"), "the digests of a wrong plan are right"
+
+
+@pytest.mark.parametrize("verify", ["digest", "full"])
+def test_a_bit_that_an_import_lost_on_the_disk_publishes_nothing(
+    golden_j: Path, tmp_path: Path, verify: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        flip_after_the_sums(patch)
+        with pytest.raises(VerificationError) as caught:
+            run_back(importing(golden_j / "A", tmp_path / "out", verify), Quiet())
+    assert caught.value.exit_code == 76
+    assert left(tmp_path / "out") == []
+    assert run_back(importing(golden_j / "A", tmp_path / "out", verify), Quiet()).published
+
+
+def test_a_full_proof_of_an_import_reads_the_result_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Handmade(Topology(num_layers=2, pipeline=2), hidden=256, vocab=4096)
+    source = made.convert(tmp_path).target.root
+    request = importing(source, tmp_path / "back", "full")
+    found = counted_reads(monkeypatch, lambda: run_back(request, Quiet()))
+    nbytes = sum(path.stat().st_size for path in (tmp_path / "back").glob("rank_*/*.ckpt"))
+    assert 1 <= read_of(found, tmp_path / "back") / nbytes < 1.05
+    # The optimizer is copied and compared: twice.  Planning and the proof compare the weights with their slices.
+    optim = sum(count for name, count in found.items() if name.endswith("distrib_optim.pt"))
+    assert optim / sum(path.stat().st_size for path in source.rglob("distrib_optim.pt")) < 3.1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ckpt2pt.core.index import find
@@ -170,8 +171,8 @@ class _Run(Comparing):
                 for views in (tensor.views, (view,))
             )
             path = _relative(checkpoint, view.storage[0].path) if view.storage else ""
-            name = f"copy of {_name(tensor.key)}"
-            self.compare_elements(name, own, copy, view.numel, files, lambda _, path=path: f"{side}, {path}")
+            place = partial(_same, f"{side}, {path}")
+            self.compare_elements(f"copy of {_name(tensor.key)}", own, copy, view.numel, files, place)
 
     def _common(self, name: str, one: Tensor, other: Tensor) -> int | None:
         """Elements to be compared; None where the shapes exclude it."""
@@ -185,6 +186,10 @@ class _Run(Comparing):
         rows = min(one.fused[0], other.fused[0])
         self.notes.append(f"{name}: rows from {rows} on are on one side only, {one} | {other}")
         return rows * math.prod(one.fused[1:])
+
+
+def _same(file: str, _: object) -> str:
+    return file
 
 
 def _name(key: Key) -> str:

@@ -37,6 +37,7 @@ _HINT = (
     "remove the files that differ and convert again; "
     "if the source or the options changed since, with --overwrite (spec.target.overwrite)"
 )
+NOTHING_PUBLISHED = "nothing was published: run the same command again; if it differs again, report it with this text"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,9 +138,7 @@ def prove_partials(
     """
     folder = next(iter(partials.values())).parent
     report, read = _verify_files(request, chosen, rank, partials, folder, advance=lambda _: heed())
-    report.raise_differences(
-        "nothing was published: run the same command again; if it differs again, report it with this text"
-    )
+    report.raise_differences(NOTHING_PUBLISHED)
     return crcs_of(partials, read)
 
 
