@@ -15,6 +15,7 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.run import run_back
 from ckpt2pt.back.survey import held_for, survey_back
 from ckpt2pt.ckpt import index_file
+from ckpt2pt.core.tensor import Role
 from ckpt2pt.errors import FormatError, VerificationError
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.request import Pace
@@ -25,7 +26,7 @@ from layouts import topology
 from relaid import Relaid
 from results import flip
 
-ROLES = ("main_param", "exp_avg", "exp_avg_sq")
+ROLES: tuple[Role, ...] = ("main_param", "exp_avg", "exp_avg_sq")
 NORM = "language_model.encoder.layers.0.input_norm.weight"
 LAYOUTS = pytest.mark.parametrize("relaid", [False, True], ids=["same-layout", "another-layout"])
 
@@ -56,7 +57,7 @@ class Imported(NamedTuple):
         stored, tensors = held_for(self.request, found, (0, 0))
         layout = found.layout if found.relaid else None
         held = Held(tensors, layout, stored.template, found.iteration, ROLES)
-        prove_import(held, (0, 0), partials or {"network.ckpt": self.path}, NameTable(), heed=dict)
+        prove_import(held, (0, 0), partials or {"network.ckpt": self.path}, NameTable(), heed=lambda: None)
 
 
 @pytest.fixture(scope="module")
