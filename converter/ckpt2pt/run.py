@@ -256,9 +256,8 @@ def convert_rank(
     def prove(read: ReadPieces) -> None:
         prove_unchanged(request, chosen, rank)  # first: a source that was written meanwhile is not a damaged one
         every_byte = request.full or request.verify == "full"
-        checksums.update(
-            prove_read(rank, chosen.files, request, read, every_byte=every_byte, none=chosen.without_checksum)
-        )
+        none = chosen.without_checksum
+        checksums.update(prove_read(rank, chosen.files, request, read, every_byte=every_byte, none=none))
 
     def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
         prove_unchanged(request, chosen, rank)
