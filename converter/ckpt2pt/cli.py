@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ckpt2pt.conversion.schema import Readiness
     from ckpt2pt.request import Reporter, Request
     from ckpt2pt.verify.compare import Comparison
-    from ckpt2pt.verify.prove import Report
+    from ckpt2pt.verify.report import Report
 
 log = logging.getLogger("ckpt2pt")
 

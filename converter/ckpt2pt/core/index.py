@@ -57,18 +57,23 @@ class Collector:
         copies = self._parts.setdefault(Key(role, name), {}).setdefault(tp, [])
         if copies and name != EMBEDDING:
             raise CoverageError(
-                f"{Key(role, name)} is on two pipeline stages",
+                f"{Key(role, name)} is on two pipeline stages, or in one file by two names",
                 where=self.where,
                 hint="check the parallel sizes, and that all folders are of one save",
             )
         copies.append(local)
 
-    def index(self) -> Index:
-        """The global tensors, role by role in the order of the model.  Raises :class:`CoverageError` or :class:`TopologyError` for ranks that do not fit together."""
+    def index(self, *, partial: bool = False) -> Index:
+        """The global tensors, role by role in the order of the model.
+
+        Raises :class:`CoverageError` or :class:`TopologyError` for ranks that do not fit together, and unless ``partial``
+        where some parameters have a main parameter or moments and others have not.
+        """
         shapes = {key.name: next(iter(ranks.values()))[0].shape for key, ranks in self._parts.items()}
         gated = is_gated(shapes, self.where)
         found = {key: self._tensor(key, ranks, gated=gated) for key, ranks in self._parts.items()}
-        _check_roles(found, self.where)
+        if not partial:
+            _check_roles(found, self.where)
         order = {name: number for number, name in enumerate(sorted(shapes, key=model_order))}
         return dict(sorted(found.items(), key=lambda item: (ROLES.index(item[0].role), order[item[0].name])))
 
