@@ -15,10 +15,11 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, printable
+from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, aside, printable, rendered
 from ckpt2pt.parsers import PROGRAMS, Command, parser_of_all, parser_of_one
+from ckpt2pt.spelling import of_call, spelled_document
 from ckpt2pt.system.files import raise_file_limit
-from ckpt2pt.untrusted.lines import LineFormatter
+from ckpt2pt.untrusted.lines import LineFormatter, Spelling
 from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
 
@@ -104,7 +105,7 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
     except MemoryError:
         return _fail(
             InterruptedRunError(
-                "out of memory", where="this process", hint="give it more memory (spec.workers.resources)"
+                "out of memory", where="this process", hint=f"give it more memory{aside('workers.resources')}"
             ),
             options,
         )
@@ -142,11 +143,13 @@ def _too_late(_: int, __: FrameType | None) -> None:
 def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _too_late)
     options.account.message, options.account.failure = termination.message_of(error), error.reason
+    error = error.spelled(of_call(options))
     if getattr(options, "debug", False):
         traceback.print_exc()
     if getattr(options, "log_format", "text") == "json":
         parts = {"what": error.what, "where": error.where, "hint": error.hint}
-        _tell(error=type(error).__name__, **parts, exitCode=error.exit_code)
+        field = {"field": error.field} if error.field else {}
+        _tell(error=type(error).__name__, **parts, **field, exitCode=error.exit_code)
     else:
         print(f"ckpt2pt: {error}", file=sys.stderr)
     return error.exit_code
@@ -162,12 +165,14 @@ def _set_up_logging(options: argparse.Namespace) -> None:
         )
     else:
         handler.setFormatter(LineFormatter("ckpt2pt: %(message)s"))
+    handler.addFilter(Spelling(of_call(options)))
     logging.getLogger().handlers[:] = [handler]
     log.setLevel(logging.INFO)
 
 
 def _show(document: object, text: str, options: argparse.Namespace) -> None:
-    _say(json.dumps(document, indent=1) if options.output == "json" else text)
+    spell = of_call(options)
+    _say(json.dumps(spelled_document(document, spell), indent=1) if options.output == "json" else rendered(text, spell))
 
 
 def _say(text: str) -> None:

@@ -135,7 +135,7 @@ def parser_of_one(commands: Mapping[str, Command], command: str, program: str) -
     def add(name: str, summary: str) -> argparse.ArgumentParser:
         epilog, about = examples(program, _EXAMPLES[name]), f"{summary} (ckpt2pt {name})"
         found[name] = Parser(prog=program, description=about, epilog=epilog, allow_abbrev=False)
-        found[name].set_defaults(run=commands[name])
+        found[name].set_defaults(run=commands[name], command=name)
         return found[name]
 
     _add_convert_commands(add)

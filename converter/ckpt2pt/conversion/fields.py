@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from ckpt2pt.conversion.names import HINTS, NAME, fits
-from ckpt2pt.errors import UsageError
+from ckpt2pt.errors import UsageError, rendered
+from ckpt2pt.spelling import in_document
 
 _NEVER = re.compile("[\\0\ud800-\udfff]")
 
@@ -47,7 +48,7 @@ class Fields:
     def note(self, name: str, what: str, hint: str) -> None:
         """Keep what is wrong with a field."""
         field = ".".join(part for part in (self.path, name) if part)
-        finding = Finding(field=field, what=what, hint=hint)
+        finding = Finding(field=field, what=rendered(what, in_document), hint=rendered(hint, in_document))
         if finding not in self._findings:
             self._findings.append(finding)
 

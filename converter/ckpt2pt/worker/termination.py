@@ -15,7 +15,8 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ckpt2pt.errors import Ckpt2ptError
+from ckpt2pt.errors import Ckpt2ptError, rendered
+from ckpt2pt.spelling import in_document
 
 log = logging.getLogger("ckpt2pt")
 
@@ -93,6 +94,10 @@ def _undisturbed() -> Generator[None]:
 
 
 def plain(text: str) -> str:
-    """One line that any terminal may show: no control or formatting characters, no half of a surrogate pair."""
-    kept = (" " if unicodedata.category(c) in {"Cc", "Cf", "Zl", "Zp"} else c for c in text)
+    """One line that any terminal may show: no control or formatting characters, no half of a surrogate pair.
+
+    Whoever reads it has written a document, whatever the command line of the worker was.
+    """
+    shown = rendered(text, in_document)
+    kept = (" " if unicodedata.category(c) in {"Cc", "Cf", "Zl", "Zp"} else c for c in shown)
     return " ".join("".join(kept).encode(errors="replace").decode().split())

@@ -1,0 +1,164 @@
+"""Each edge names an option as its user knows it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ckpt2pt.cli import build_parser, main
+from ckpt2pt.errors import FIELDS, FLAG_ONLY, UsageError, aside, field_of, printable, ref, refs, rendered
+from ckpt2pt.spelling import FLAGS, in_document, of_call, of_command, spelled_document
+from ckpt2pt.untrusted.lines import Spelling
+from ckpt2pt.worker.termination import message_of
+from goldens import REPOSITORY
+
+SPEC: dict[str, Any] = yaml.safe_load((REPOSITORY / "crds/checkpointconversions.yaml").read_text(encoding="utf-8"))[
+    "spec"
+]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+TENSOR = f"set {ref('parallelism.tensor')}{aside('source.iteration')}"
+
+
+def flags_of(command: str) -> set[str]:
+    [found] = [action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    parser = found.choices[command]
+    return {name for action in parser._actions for name in (*action.option_strings, action.metavar) if name}
+
+
+@pytest.mark.parametrize("call", FLAGS)
+def test_the_command_has_every_flag_that_it_is_said_to_have(call: str) -> None:
+    known = flags_of(call.split(maxsplit=1)[0]) | {"PATH"}
+    assert {flag for flags in FLAGS[call].values() for flag in flags.split()} <= known
+
+
+@pytest.mark.parametrize("call", FLAGS)
+@pytest.mark.parametrize("path", [*FIELDS, *FLAG_ONLY])
+def test_no_command_is_told_a_flag_that_it_lacks(call: str, path: str) -> None:
+    shown = rendered(f"check {ref(path)}{aside(path)}", of_command(call))
+    assert shown == printable(shown)
+    assert {word.strip("()") for word in shown.split() if word.strip("(").startswith("--")} <= flags_of(
+        call.split(maxsplit=1)[0]
+    )
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_a_field_is_one_of_the_document(path: str) -> None:
+    found = SPEC
+    for name in path.split("."):
+        found = found["properties"][name] if "properties" in found else pytest.fail(f"nothing is below {name}")
+    assert str(in_document(path)).startswith(f"spec.{path}")
+
+
+@pytest.mark.parametrize("path", FLAG_ONLY)
+def test_what_is_a_flag_alone_is_no_field_of_the_document(path: str) -> None:
+    assert path == "spec" or in_document(path) is None
+
+
+@pytest.mark.parametrize("named", [ref, aside, refs])
+def test_an_unknown_field_fails_at_once(named: Any) -> None:
+    with pytest.raises(LookupError, match="no field 'parallelism\\.tensors'"):
+        named("parallelism.tensors")
+
+
+def test_an_error_names_no_field_that_is_unknown() -> None:
+    with pytest.raises(LookupError, match="no field 'model\\.layers'"):
+        UsageError("wrong", where="here", hint="correct it", field="model.layers")
+
+
+@pytest.mark.parametrize(
+    ("call", "shown"),
+    [
+        pytest.param("convert", "set --tp-size (--iteration)", id="convert"),
+        pytest.param("plan", "set --tp-size (--iteration)", id="plan"),
+        pytest.param("watch", "set --tp-size", id="watch"),
+        pytest.param("import", "set --tp-size", id="import"),
+        pytest.param("combine", "set the tensor parallel size", id="combine"),
+        pytest.param("inspect", "set the tensor parallel size", id="inspect"),
+        pytest.param("run", "set spec.parallelism.tensor (spec.source.iteration)", id="run"),
+    ],
+)
+def test_a_text_names_options_as_the_command_called_has_them(call: str, shown: str) -> None:
+    assert rendered(TENSOR, of_command(call)) == shown
+
+
+def test_without_an_edge_a_text_names_the_bare_field() -> None:
+    error = UsageError("wrong", where=ref("spec"), hint=TENSOR)
+    assert str(error) == "wrong\n  where: spec\n  hint:  set parallelism.tensor (source.iteration)"
+
+
+def test_fields_are_listed_as_a_sentence_has_them() -> None:
+    assert (
+        rendered(refs("parallelism.tensor", "parallelism.data", "mode"))
+        == "parallelism.tensor, parallelism.data and mode"
+    )
+    assert rendered(refs("mode")) == "mode"
+
+
+@pytest.mark.parametrize("text", ["\x02no.field\x03", "\x02mode", "\x02(mode", "mode\x03"])
+def test_a_name_out_of_a_file_is_no_marker(text: str) -> None:
+    assert rendered(text) == text
+    assert "\x02" not in printable(text)
+
+
+def test_a_text_tells_its_field_only_if_it_is_one() -> None:
+    assert field_of(ref("source.path")) == "source.path"
+    assert field_of(f"{ref('source.path')} or so") is None
+    assert field_of("PATH") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        pytest.param("convert --ms-path a --param-map-path b --megatron-path c", "--ms-path", id="convert"),
+        pytest.param(
+            "convert --ms-path a --param-map-path b --megatron-path c --termination-log d",
+            "spec.source.path",
+            id="worker",
+        ),
+        pytest.param("watch -f a.yaml", "spec.source.path", id="watch a document"),
+        pytest.param("watch --ms-path a --param-map-path b --megatron-path c", "--ms-path", id="watch"),
+        pytest.param("run -f a.yaml", "spec.source.path", id="run"),
+        pytest.param("import --ms-path a --megatron-path c", "--megatron-path", id="import"),
+        pytest.param("combine", "--checkpoint-dir", id="combine"),
+        pytest.param("verify --ms-path a --param-map-path b --megatron-path c", "--ms-path", id="verify"),
+        pytest.param("verify a b", "PATH", id="verify two"),
+        pytest.param("inspect a", "PATH", id="inspect"),
+        pytest.param("pt-meta --param-map-path b --megatron-path a", "--megatron-path", id="pt-meta of a checkpoint"),
+        pytest.param("pt-meta --param-map-path b --description a", "--ms-path", id="pt-meta of a description"),
+        pytest.param("pt-meta --param-map-path b --from-pt-meta a", "--from-pt-meta", id="pt-meta of pt_meta"),
+        pytest.param("submit -f a.yaml", "--ready-in", id="submit"),
+    ],
+)
+def test_the_source_is_named_as_in_the_call(words: str, shown: str) -> None:
+    assert of_call(build_parser().parse_args(words.split()))("source.path") == shown
+
+
+def test_a_document_is_spelled_to_its_leaves() -> None:
+    document = {"notes": [ref("mode"), 3], "more": {"path": ref("source.path")}, "none": None}
+    expected = {"notes": ["--convert-param-only", 3], "more": {"path": "--ms-path"}, "none": None}
+    assert spelled_document(document, of_command("convert")) == expected
+
+
+def test_a_log_line_names_options_as_the_command_called_has_them() -> None:
+    error = UsageError("wrong", where="here", hint=ref("source.path"))
+    record = logging.LogRecord("ckpt2pt", logging.ERROR, "", 1, f"{ref('mode')}: %s", (error,), None)
+    assert Spelling(of_command("convert")).filter(record)
+    assert record.getMessage() == "--convert-param-only: wrong\n  where: here\n  hint:  --ms-path"
+
+
+def test_a_termination_message_speaks_of_the_document() -> None:
+    assert message_of(UsageError("wrong", where="here", hint=TENSOR)) == (
+        "wrong; here; set spec.parallelism.tensor (spec.source.iteration)"
+    )
+
+
+def test_an_error_as_json_names_its_field_by_its_path(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["convert", "--ms-path", "a", "--megatron-path", "b", "--param-map-path", str(tmp_path / "c")]
+    assert main([*words, "--rules", "no.yaml", "--log-format", "json"]) == 66
+    told = json.loads(capfd.readouterr().err.splitlines()[-1])
+    assert (told["field"], told["hint"]) == ("model.rules", "check --rules")
