@@ -15,9 +15,9 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
+from ckpt2pt.conversion.spelling import of_call, spelled_document
 from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, aside, printable, rendered
 from ckpt2pt.parsers import PROGRAMS, Command, parser_of_all, parser_of_one
-from ckpt2pt.spelling import of_call, spelled_document
 from ckpt2pt.system.files import raise_file_limit
 from ckpt2pt.untrusted.lines import LineFormatter, Spelling
 from ckpt2pt.worker import termination

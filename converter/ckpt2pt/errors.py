@@ -72,7 +72,6 @@ FLAG_ONLY = {
     "contents":          "the selected parts of the optimizer",
     "description":       "the description of the run",
     "details":           "the full listing",
-    "fromPtMeta":        "the pt_meta of another layout",
     "ignore":            "the leaves to ignore",
     "ignorePadding":     "leaving the padding out",
     "reader":            "the reader",

@@ -13,6 +13,7 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, prove_unchanged_back, survey_back
 from ckpt2pt.checksums import crc32
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
+from ckpt2pt.errors import ref
 from ckpt2pt.folders import iteration_folder, keep_apart
 from ckpt2pt.mapping.names import is_split, prefix_remark
 from ckpt2pt.mapping.topology import Rank
@@ -177,7 +178,7 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     iteration = iteration_folder(request.source)
     keep_apart(
         target,
-        {request.maps: "--param-map-path", request.source: "--megatron-path", iteration: "--megatron-path"},
+        {request.maps: ref("metadata.path"), request.source: ref("source.path"), iteration: ref("source.path")},
     )
     conversion = Conversion(
         target=target,

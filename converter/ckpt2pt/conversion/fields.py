@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from ckpt2pt.conversion.names import HINTS, NAME, fits
+from ckpt2pt.conversion.spelling import in_document
 from ckpt2pt.errors import UsageError, rendered
-from ckpt2pt.spelling import in_document
 
 _NEVER = re.compile("[\\0\ud800-\udfff]")
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import FormatError, MissingInputError
+from ckpt2pt.errors import FormatError, MissingInputError, ref
 from ckpt2pt.mapping.names import TIED_HEAD, common_prefix
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.archive import Archive
@@ -68,7 +68,7 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
     try:
         found = {(int(m[1]), int(m[2] or 0)): p for p in sorted(iteration.iterdir()) if (m := _RANK.fullmatch(p.name))}
     except OSError as error:
-        raise access_error(error, iteration, "listing", option="--megatron-path") from error
+        raise access_error(error, iteration, "listing", option=ref("source.path")) from error
     if not found and listing(iteration, "*.distcp"):
         raise FormatError(
             "this is a distributed checkpoint (torch_dist, .distcp files); ckpt2pt reads the torch format, mp_rank_*/*.pt",
@@ -77,7 +77,10 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
         )
     if not found:
         raise MissingInputError(
-            "no mp_rank_* folder", where=iteration, hint="point --megatron-path at a Megatron checkpoint (torch format)"
+            "no mp_rank_* folder",
+            where=iteration,
+            hint=f"point {ref('source.path')} at a Megatron checkpoint (torch format)",
+            field="source.path",
         )
     tensor, pipeline = (1 + max(rank[axis] for rank in found) for axis in (0, 1))
     missing = [f"tp {tp} pp {pp}" for pp in range(pipeline) for tp in range(tensor) if (tp, pp) not in found]
@@ -110,7 +113,7 @@ def read_rank(
     found = {key: _weights(named[key], archive, path) for key in keys}
     prefix = common_prefix({name: name for weights in found.values() for name in weights}, where=str(path))
     chunks = tuple(tuple(_named(weights, prefix, path)) for weights in found.values())
-    buffers = _buffers(optim) if optimizer and is_file(optim, "--megatron-path") else None
+    buffers = _buffers(optim) if optimizer and is_file(optim, ref("source.path")) else None
     whole = copies and buffers is None
     return MegatronRank(
         folder=folder,
@@ -152,8 +155,8 @@ def _weights(model: Value, archive: Archive, path: Path) -> dict[str, TensorRef]
             yield prefix, tensor_ref(value, archive, prefix, path)
 
     found: dict[str, TensorRef] = {}
-    for name, ref in walk("", model):
-        if found.setdefault(name, ref) is not ref:
+    for name, entry in walk("", model):
+        if found.setdefault(name, entry) is not entry:
             raise FormatError(f"{name} is there twice", where=path, hint=_SAVED_AGAIN)
     return found
 
@@ -161,7 +164,7 @@ def _weights(model: Value, archive: Archive, path: Path) -> dict[str, TensorRef]
 def _named(weights: Mapping[str, TensorRef], prefix: str, path: Path) -> Iterator[tuple[str, TensorRef]]:
     """The same without the prefix, the tied head under the name that buffers use."""
     seen: set[str] = set()
-    for full, ref in weights.items():
+    for full, entry in weights.items():
         name = full.removeprefix(prefix)
         name = TIED_HEAD if name == _TIED_HEAD_SAVED else name
         if name in seen:
@@ -171,7 +174,7 @@ def _named(weights: Mapping[str, TensorRef], prefix: str, path: Path) -> Iterato
             raise FormatError(
                 f"{name} is no parameter of a legacy GPT model of Megatron-LM 0.6", where=path, hint=_SAVED_AGAIN
             )
-        yield name, ref._replace(name=name)
+        yield name, entry._replace(name=name)
 
 
 def tensor_ref(value: Value, archive: Archive, name: str, path: Path) -> TensorRef:
@@ -234,10 +237,10 @@ def _buffers(path: Path) -> tuple[tuple[StoredBucket, ...], ...]:
 
 def _check_bucket(refs: Mapping[str, TensorRef], numel: int, unpadded: int, where: str) -> None:
     """A tensor may lack the padding (other converters leave it out), never a parameter."""
-    for kind, ref in refs.items():
-        if ref.dtype != "float32" or not unpadded <= ref.numel <= numel:
+    for kind, entry in refs.items():
+        if entry.dtype != "float32" or not unpadded <= entry.numel <= numel:
             raise FormatError(
-                f"{kind} is {ref.dtype} with {ref.numel} elements; the header says {unpadded}, padded to {numel}",
+                f"{kind} is {entry.dtype} with {entry.numel} elements; the header says {unpadded}, padded to {numel}",
                 where=where,
                 hint=_SAVED_AGAIN,
             )

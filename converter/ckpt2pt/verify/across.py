@@ -86,7 +86,7 @@ def compare_across(
     steps = [checkpoint.iteration for checkpoint in (left, right)]
     if None not in steps and steps[0] != steps[1]:
         run.rows.append(Row(file="", name="iteration", kind="value", left=str(steps[0]), right=str(steps[1])))
-    unused = [f"--ignore {pattern} matches no tensor" for pattern in sorted(run.ignore - run.used)]
+    unused = [f"the ignored {pattern} matches no tensor" for pattern in sorted(run.ignore - run.used)]
     return Comparison(
         left=str(left.path),
         right=str(right.path),

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ckpt2pt.errors import InputError, UsageError, VerificationError, printable
+from ckpt2pt.errors import InputError, UsageError, VerificationError, printable, ref
 from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.publish import TRACKER, read_tracker
 from ckpt2pt.records import Json
@@ -152,8 +152,8 @@ class Comparison:
         raise VerificationError(
             f"{len(self.rows)} leaves differ:\n  {shown}" + (f"\n  and {more} more" if more > 0 else ""),
             where=f"{self.left} and {self.right}",
-            hint="see the table; leave out what may differ with --ignore LEAF"
-            + (f", and the padding of {self.padding} of them with --ignore-padding" if self.padding else ""),
+            hint=f"see the table; leave out what may differ with {ref('ignore')} LEAF"
+            + (f", and the padding of {self.padding} of them with {ref('ignorePadding')}" if self.padding else ""),
         )
 
 
@@ -185,8 +185,7 @@ def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
     raise InputError(
         f"{kept} and {copy} are one tied weight, but {what}",
         where=where,
-        hint="save the checkpoint again with tied embeddings, or point spec.metadata.path (--param-map-path) at the "
-        "pt_meta of an untied model",
+        hint="save the checkpoint again with tied embeddings, or convert with the pt_meta of an untied model",
     )
 
 
@@ -219,7 +218,7 @@ def compare(
                 kind = "left only" if one else "right only"
                 run.rows.append(Row(file=name, name="file", kind=kind, left=str(one or ""), right=str(other or "")))
     portion.fill()
-    run.notes += [f"--ignore {pattern} matches no leaf" for pattern in sorted(run.ignore - run.used)]
+    run.notes += [f"the ignored {pattern} matches no leaf" for pattern in sorted(run.ignore - run.used)]
     return Comparison(
         left=str(left),
         right=str(right),

@@ -19,7 +19,7 @@ from typing import Literal, cast
 
 from ckpt2pt.ckpt import statement_of
 from ckpt2pt.ckpt.source import read_source
-from ckpt2pt.errors import FormatError, UnmappedNameError
+from ckpt2pt.errors import FormatError, UnmappedNameError, ref
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping import names
 from ckpt2pt.mapping.names import TIED_HEAD, NameTable, SourceName, is_tied_head
@@ -123,7 +123,7 @@ def expect(request: Request, chosen: Survey, rank: Rank, template: Mapping[str, 
     for (_, name), roles in found.weights.items():
         # What a chunk took was taken out; the rest has no slot.
         found.problems.extend(
-            (ref.name, f"the source has it, and pt_meta no slot for {name}") for ref in roles.values()
+            (tensor_ref.name, f"the source has it, and pt_meta no slot for {name}") for tensor_ref in roles.values()
         )
     return Expected(chunks=chunks, twins=tuple(found.twins), problems=tuple(found.problems))
 
@@ -139,9 +139,11 @@ def _chunk(
         missing = [role for role in (ROLES if request.full else ROLES[:1]) if role not in sources]
         if missing:
             found.problems.append((entry.name, f"the source has no {' and no '.join(missing)} for it"))
-        for ref in sources.values():
-            if entry.shape is not None and ref.shape != entry.shape:
-                found.problems.append((ref.name, f"has shape {list(ref.shape)}, the param map {list(entry.shape)}"))
+        for tensor_ref in sources.values():
+            if entry.shape is not None and tensor_ref.shape != entry.shape:
+                found.problems.append(
+                    (tensor_ref.name, f"has shape {list(tensor_ref.shape)}, the param map {list(entry.shape)}")
+                )
         bucket, start = homes.get(entry.name, (None, None))
         leaf = "/".join(("", key, *names.state_dict_path(entry.name)))
         weights.append(
@@ -203,7 +205,7 @@ def _read_map(path: Path) -> list[_Entry]:
     try:
         document = cast(
             "dict[str, tuple[str, list[int], int, int, int]]",
-            parse_json(read_whole(path, "spec.metadata.path (--param-map-path)")),
+            parse_json(read_whole(path, ref("metadata.path"))),
         )
         return [
             _Entry(
@@ -229,13 +231,13 @@ def _sources(request: Request, chosen: Survey, rank: Rank, listed: Mapping[int, 
     tied_names: dict[str, dict[str, TensorRef]] = {}
     index = _entries(request, chosen, rank)
     known, _ = table.classify_all(index, where=str(request.source))
-    for entry, ref in index.items():
+    for entry, tensor_ref in index.items():
         what = known[entry]
         if what.role == "ignored" or (what.role != "param" and not request.full):
             continue
         name = names.without_pipeline_suffix(what.name)
         if tied and (name in {_EMBEDDING, _HEAD} or is_tied_head(name)):
-            tied_names.setdefault(what.role, {})[name] = ref
+            tied_names.setdefault(what.role, {})[name] = tensor_ref
             continue
         try:
             home = _home(table.to_megatron(name), pp, request, listed)
@@ -244,7 +246,7 @@ def _sources(request: Request, chosen: Survey, rank: Rank, listed: Mapping[int, 
             continue
         if home is None:
             found.problems.append((entry, "the source has it, and no chunk of this stage holds it"))
-        elif found.weights.setdefault(home, {}).setdefault(what.role, ref) is not ref:
+        elif found.weights.setdefault(home, {}).setdefault(what.role, tensor_ref) is not tensor_ref:
             found.problems.append((entry, f"is a second {what.role} of {home[1]}"))
     if tied:
         _tie(tied_names, chosen, rank, request, table, found)

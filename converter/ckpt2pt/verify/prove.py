@@ -16,7 +16,7 @@ from typing import Literal, cast
 
 from ckpt2pt.ckpt import states_checksum
 from ckpt2pt.ckpt.source import paths_for, prove_read
-from ckpt2pt.errors import MissingInputError, VerificationError, printable
+from ckpt2pt.errors import MissingInputError, VerificationError, aside, printable, ref
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
@@ -102,7 +102,7 @@ class Report:
             + (f"\n  and {more} more" if more > 0 else ""),
             where=self.folder,
             hint="remove the files that differ and convert again; "
-            "if the source or the options changed since, with --overwrite (spec.target.overwrite)",
+            f"if the source or the options changed since, let it replace this result{aside('target.overwrite')}",
         )
 
 
@@ -150,7 +150,7 @@ def verify_target(
         raise MissingInputError(
             f"there is no result of iteration {target.iteration}",
             where=target.folder,
-            hint="convert first, or point spec.target.path (--megatron-path) at the result",
+            hint=f"convert first, or point {ref('target.path')} at the result",
         )
     ranks = [(tp, pp) for pp in stages for tp in range(topology.tensor)]
     names = (MODEL_FILE, OPTIM_FILE) if request.full else (MODEL_FILE,)

@@ -15,8 +15,8 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ckpt2pt.conversion.spelling import in_document
 from ckpt2pt.errors import Ckpt2ptError, rendered
-from ckpt2pt.spelling import in_document
 
 log = logging.getLogger("ckpt2pt")
 

@@ -62,7 +62,7 @@ def test_an_import_into_what_it_reads_is_refused(place: str, tmp_path: Path) -> 
     shutil.copytree(SETS[0] / "A", tmp_path / "A")
     (tmp_path / "link").symlink_to("A")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UsageError, match="would take the place of --megatron-path"):
+    with pytest.raises(UsageError, match=r"would take the place of source\.path"):
         imported(SETS[0], tmp_path / place, source=tmp_path / "A")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -240,7 +240,7 @@ def test_a_stop_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.
 
 def test_no_room_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ckpt2pt.system.volume.free_bytes", lambda folder: 1000)
-    with pytest.raises(VolumeTooSmallError, match="--ms-path"):
+    with pytest.raises(VolumeTooSmallError, match=r"target\.path"):
         imported(SETS[0], tmp_path / "ms")
     assert not (tmp_path / "ms").exists()
 

@@ -54,7 +54,6 @@ _PT_META = {
     "model.rules":                        "--rules",
     "bucketSize":                         "--bucket-size",
     "description":                        "--description",
-    "fromPtMeta":                         "--from-pt-meta",
 }  # fmt: skip
 _NEW_LAYOUT = {
     "model":                              "--noop --stage-list",
@@ -121,6 +120,7 @@ FLAGS = {
     "pt-meta --from-pt-meta":  {
         **_PT_META, **_NEW_LAYOUT,
         "source.path":              "--from-pt-meta",
+        "metadata.path":            "--from-pt-meta",
         "target.parallelism.tensor":          "--target-tp-size",
         "target.parallelism.pipeline":        "--target-pp-size",
         "target.parallelism.virtualPipeline": "--target-vpp-size",

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from ckpt2pt.cli import build_parser, main
+from ckpt2pt.conversion.spelling import FLAGS, in_document, of_call, of_command, spelled_document
 from ckpt2pt.errors import FIELDS, FLAG_ONLY, UsageError, aside, field_of, printable, ref, refs, rendered
-from ckpt2pt.spelling import FLAGS, in_document, of_call, of_command, spelled_document
 from ckpt2pt.untrusted.lines import Spelling
 from ckpt2pt.worker.termination import message_of
 from goldens import REPOSITORY
