@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ckpt2pt.errors import InputError, MissingInputError, TargetConflictError, UsageError
+from ckpt2pt.mapping.foldernames import TRACKER, iterations, tracked_name
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.publish import TRACKER, Target, rank_name, read_record, read_tracker
+from ckpt2pt.publish import Target, rank_name, read_record, read_tracker
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.text import short
 
@@ -60,13 +60,6 @@ def _is(one: Path, other: Path) -> bool:
     return found is not None and against is not None and os.path.samestat(found, against)
 
 
-def iteration_name(named: str) -> str:
-    """``500`` -> ``iter_0000500``, ``release`` -> ``release``; empty for any other text, which names no iteration."""
-    if re.fullmatch(r"[0-9]{1,12}", named):
-        return f"iter_{int(named):07d}"
-    return named if named == "release" else ""
-
-
 def layout_of(ranks: Sequence[int]) -> Topology | None:
     """Degrees under which exactly these ranks are the representatives: ``0 1 4 5`` is a run of 2, every 4."""
     run = next((n for n, rank in enumerate(ranks) if rank != n), len(ranks))
@@ -109,22 +102,22 @@ def pairs(left: Path, right: Path) -> Iterator[tuple[str, Path | None, Path | No
 def iteration_folder(folder: Path) -> Path:
     """The iteration that a Megatron root's tracker names, or its only one; any other folder itself."""
     named = read_tracker(folder)
-    if iteration_name(named):
-        return folder / iteration_name(named)
+    if tracked_name(named):
+        return folder / tracked_name(named)
     if named:
         raise InputError(
             f"the tracker says {short(named)}, which is neither an iteration nor release",
             where=folder / TRACKER,
             hint="write the number of an iteration that is there into it, or name the folder of the iteration itself",
         )
-    iterations = [path for path in listing(folder, "iter_*", "the path") if is_folder(path)]
-    if len(iterations) > 1:
+    found = [path for path in iterations(listing(folder, option="the path")) if is_folder(path)]
+    if len(found) > 1:
         raise InputError(
-            f"{len(iterations)} iterations and no {TRACKER}",
+            f"{len(found)} iterations and no {TRACKER}",
             where=folder,
-            hint=f"name one of them, such as {iterations[-1]}",
+            hint=f"name one of them, such as {found[-1]}",
         )
-    return iterations[0] if iterations else folder
+    return found[0] if found else folder
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:

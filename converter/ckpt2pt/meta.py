@@ -39,7 +39,10 @@ WRITING = ".ckpt2pt/pt_meta.writing.json"
 """There while the folder is being written: its files may be of two runs."""
 _HINT = f"point {METADATA} at the pt_meta written for this model and these degrees"
 
-_ARGUMENTS = re.compile(r"args_tp(\d{2,6})_pp(\d{3,6})\.pt")
+ARGUMENTS = re.compile(r"args_tp(\d{2,6})_pp(\d{3,6})\.pt", re.ASCII)
+"""(tp, pp)"""
+PARAM_MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(0|[1-9]\d*)pp(0|[1-9]\d*)vpp(\d+)\.json", re.ASCII)
+"""(buffer, tp, pp, model chunk)"""
 _LAYOUT_HINT = f"set {refs('parallelism', 'model')} to those of the Megatron run that wrote pt_meta"
 
 
@@ -193,9 +196,6 @@ def _template(path: Path, allow: tuple[str, ...], _: tuple[int, ...] | None) -> 
     return Template(path=str(path), tree=cast("dict[str, object]", tree), storages=dict(archive.storages))  # type: ignore[arg-type]
 
 
-_MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(0|[1-9]\d*)pp(0|[1-9]\d*)vpp(\d+)\.json", re.ASCII)
-
-
 def _param_maps(folder: Path) -> _Maps:
     """The param maps in a folder.  Only data-parallel rank 0's are read: all ranks write the same."""
     seen = status(folder, METADATA)
@@ -209,7 +209,7 @@ def _listed_maps(folder: Path, _: tuple[int, ...]) -> _Maps:
     """Each rank in turn asks for its own; listing the folder for each would take the square of their number."""
     found: dict[tuple[int, int], list[tuple[int, int, Path]]] = {}
     for path in listing(folder, option=METADATA):
-        if match := _MAP.fullmatch(path.name):
+        if match := PARAM_MAP.fullmatch(path.name):
             buffer, tp, pp, chunk = map(int, match.groups())
             found.setdefault((tp, pp), []).append((buffer, chunk, path))
     return found
@@ -324,7 +324,7 @@ class Given:
 
 def read_stated(folder: Path, *, allow: tuple[str, ...] = ()) -> Stated | None:
     """What the files of a ``pt_meta`` say; None where there is no folder or no ``args_tp*_pp*.pt`` in it."""
-    names = [found for path in listing(folder, option=METADATA) if (found := _ARGUMENTS.fullmatch(path.name))]
+    names = [found for path in listing(folder, option=METADATA) if (found := ARGUMENTS.fullmatch(path.name))]
     if not names:
         return None
     first = min((int(name[1]), int(name[2])) for name in names)

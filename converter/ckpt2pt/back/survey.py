@@ -20,6 +20,7 @@ from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, aside,
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.formats.megatron import collect_rank
 from ckpt2pt.inputs import sha256
+from ckpt2pt.mapping.foldernames import parallel_sizes, rank_name
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import data_parallel_size, param_map_files, read_param_maps
@@ -124,7 +125,7 @@ def survey_back(request: BackRequest) -> BackSurvey:
 
 def _topology(request: BackRequest, first: MegatronRank, folders: Mapping[Rank, Path]) -> Topology:
     args = first.template.args
-    tensor, pipeline = (1 + max(rank[axis] for rank in folders) for axis in (0, 1))
+    tensor, pipeline = parallel_sizes(folders)
     found = {
         "parallelism.tensor": (request.tensor, tensor),
         "parallelism.pipeline": (request.pipeline, pipeline),
@@ -341,7 +342,7 @@ def files_of(
 ) -> tuple[MindSporeFile, ...]:
     """The files of a rank of the result."""
     return tuple(
-        mindspore_file(request.format, f"rank_{number}/{request.prefix}.{request.format}", entries)
+        mindspore_file(request.format, f"{rank_name(number)}/{request.prefix}.{request.format}", entries)
         for number in _rank_numbers(request, layout, *rank)
     )
 

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 from ckpt2pt.errors import InputError
+from ckpt2pt.mapping.foldernames import MODEL_RANK, model_rank_of, rank_name, rank_of
 
 When = tuple[int, int]
 """(epoch, step) as in a file's name; files without one share ``UNNAMED``."""
@@ -22,8 +23,7 @@ _GLOBAL = re.compile(r".*_rank_\d+_(?P<step>\d{1,12})(?P<merged>_dp_merged)?\.(?
 _SKIPPED = re.compile(r"\..*|.*_best_rank_\d+-.*|.*_breakpoint\.ckpt|.*\.tmp|stratey\d+\.ckpt|strategy\d+\.ckpt")
 # Behind the rank come only numbers (a rerun's, epoch, step) and mindformers' kind of file.
 _RANK = re.compile(r"(?:.*[_.-])?rank_(\d+)(?:[-_](?:\d+|network|trainable|trainable_params))*(?:_dp_merged)?\.[a-z]+")
-_FOLDER = re.compile(r"rank_\d{1,9}|mp_rank_\d{2,9}(?:_\d{3,9})?")
-_MODEL_RANK = re.compile(r"(?:.*_)?(mp_rank_\d{2,9}(?:_\d{3,9})?)_model_optim_rng.*")
+_MODEL_RANK = re.compile(rf"(?:.*_)?({MODEL_RANK})_model_optim_rng.*")
 
 
 def is_passed_by(name: str) -> bool:
@@ -48,14 +48,14 @@ def rank_of_name(name: str) -> str:
     if model:
         return model[1]
     found = _RANK.fullmatch(name)
-    return f"rank_{int(found[1])}" if found else ""
+    return rank_name(int(found[1])) if found else ""
 
 
 def check_rank(path: Path) -> None:
     """Refuse a file whose name says another rank than its folder: :class:`InputError`."""
     named, folder = rank_of_name(path.name), path.parent.name
-    alike = named and _FOLDER.fullmatch(folder) and named.startswith("mp_") == folder.startswith("mp_")
-    if alike and _numbers(named) != _numbers(folder):
+    alike = named and named.startswith("mp_") == folder.startswith("mp_")
+    if alike and None is not _place(folder) != _place(named):
         raise InputError(
             f"{path.name} is named after {named}, but lies in {folder}",
             where=path.parent,
@@ -64,7 +64,6 @@ def check_rank(path: Path) -> None:
         )
 
 
-def _numbers(name: str) -> tuple[int, int]:
+def _place(name: str) -> int | tuple[int, int] | None:
     """``mp_rank_00`` and ``mp_rank_00_000`` are one rank."""
-    first, _, second = name.removeprefix("mp_").removeprefix("rank_").partition("_")
-    return int(first), int(second or 0)
+    return model_rank_of(name) or rank_of(name)

@@ -24,6 +24,16 @@ from ckpt2pt.ckpt.filenames import UNNAMED, When, check_rank, is_passed_by, when
 from ckpt2pt.ckpt.shards import check_ranks, join_shards, read_info
 from ckpt2pt.errors import InputError, MissingInputError, ref, refs
 from ckpt2pt.inputs import InputFile, read_head
+from ckpt2pt.mapping.foldernames import (
+    TRACKER,
+    iteration_of,
+    iterations,
+    model_ranks,
+    rank_name,
+    rank_of,
+    ranks_of,
+    tracked_name,
+)
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.system.paths import is_folder, is_there, listing
 from ckpt2pt.tensors import TensorRef
@@ -34,10 +44,6 @@ SUFFIXES = ("ckpt", "safetensors")
 _listing = partial(listing, option=InputFile.option)
 _is_folder, _is_there = (partial(look, option=InputFile.option) for look in (is_folder, is_there))
 _MODEL = re.compile(r"(?:.*_)?model_optim_rng(?:_(?P<member>\d{3}))?(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
-_ITERATION = re.compile(r"iter_(\d{1,12})|release")
-_RANK = re.compile(r"rank_\d{1,9}")
-_MODEL_RANK = re.compile(r"mp_rank_\d{2,}(?:_\d{3,})?")
-_TRACKER = "latest_checkpointed_iteration.txt"
 SHARD_INFO = "opt_shard_info"
 
 Key = tuple[int, int]
@@ -75,7 +81,7 @@ class SourceFile:
 
 def rank_folder(root: Path, rank: int) -> Path:
     """``root/rank_R``."""
-    return root / f"rank_{rank}"
+    return root / rank_name(rank)
 
 
 def find_sources(
@@ -159,8 +165,9 @@ def surplus(root: Path, when: When | None, wanted: Iterable[str]) -> list[str]:
     if when is None and not iterations:
         return []
     when = max(iterations) if when is None else when
-    form = _MODEL_RANK if iterations else _RANK
-    folders = [path for path in _listing(iterations.get(when, root)) if form.fullmatch(path.name) and _is_folder(path)]
+    there = _listing(iterations.get(when, root))
+    named = model_ranks(there).values() if iterations else [path for path in there if rank_of(path.name) is not None]
+    folders = [path for path in named if _is_folder(path)]
     other = {path.name for path in folders}.difference(wanted)
     return [
         path.name
@@ -177,7 +184,7 @@ def _is_shard(name: str, when: When | None) -> bool:
 def names_of(topology: Topology) -> set[str]:
     """Every folder of every rank, in both layouts."""
     models = {topology.directory(*key) for key in topology.ranks()}
-    return models | {f"rank_{rank}" for key in topology.ranks() for rank in topology.group(*key)}
+    return models | {rank_name(rank) for key in topology.ranks() for rank in topology.group(*key)}
 
 
 def index_source(file: SourceFile, ranks: Sequence[int]) -> dict[str, TensorRef]:
@@ -242,7 +249,7 @@ def _label(topology: Topology, member: _Member, *, v2: bool) -> str:
     tp, pp, number = member
     if v2:
         return topology.directory(tp, pp) + (f" member {number}" if number else "")
-    return f"rank_{topology.group(tp, pp)[number]}"
+    return rank_name(topology.group(tp, pp)[number])
 
 
 # ---------------------------------------------------------------------------------------------------- V1: rank folders
@@ -254,7 +261,7 @@ def _by_rank(
     ranks = {member: topology.group(member[0], member[1])[member[2]] for member in members}
     missing = sorted(rank for rank in ranks.values() if not _is_folder(rank_folder(root, rank)))
     if missing:
-        there = sorted(int(p.name[5:]) for p in _listing(root) if re.fullmatch(r"rank_\d+", p.name))
+        there = ranks_of(path.name for path in _listing(root))
         raise MissingInputError(
             f"{len(missing)} of {len(ranks)} rank folders are missing: {_some(missing, 'rank_{}')}"
             f" (there are {_some(there, 'rank_{}')})",
@@ -336,13 +343,11 @@ def _iterations(root: Path) -> dict[When, Path]:
     Megatron's own results look the same, but hold no checkpoint file of MindSpore.
     """
     found: dict[When, Path] = {}
-    for folder in (root, *_listing(root)) if _is_folder(root) else ():
-        named = _ITERATION.fullmatch(folder.name)
-        if folder == root or (named and _is_folder(folder)):
-            places = (path for path in _listing(folder) if _MODEL_RANK.fullmatch(path.name) and _is_folder(path))
-            when = (0, int(named[1])) if named and named[1] else UNNAMED
+    for folder in (root, *iterations(_listing(root))) if _is_folder(root) else ():
+        if folder == root or _is_folder(folder):
+            places = (path for path in model_ranks(_listing(folder)).values() if _is_folder(path))
             if any(path.suffix[1:] in SUFFIXES for place in places for path in _listing(place)):
-                found[when] = folder
+                found[_when(folder.name)] = folder
     return found
 
 
@@ -371,7 +376,7 @@ def _by_model_rank(
     missing = [member for member, files in found.items() if not files]
     if missing:
         newest = iterations[max(iterations)]
-        there = sorted(path.name for path in _listing(newest) if _MODEL_RANK.fullmatch(path.name))
+        there = sorted(path.name for path in model_ranks(_listing(newest)).values())
         raise MissingInputError(
             f"{len(missing)} of {len(members)} model files are in no iteration, first that of "
             f"{_label(topology, missing[0], v2=True)} (there are {', '.join(there[:8]) or 'none'})",
@@ -383,11 +388,16 @@ def _by_model_rank(
 
 def _tracked(root: Path) -> When | None:
     try:
-        text = _small(root / _TRACKER).decode()
+        named = tracked_name(_small(root / TRACKER).decode(), overwritten=True)
     except UnicodeDecodeError:
         return None
-    digits = re.match(r"\s*(\d{1,12})", text)
-    return (0, int(digits[1])) if digits else UNNAMED if text.strip().startswith("release") else None
+    return _when(named) if named else None
+
+
+def _when(name: str) -> When:
+    """Of a folder: V2 counts no epochs, and ``release`` has no step."""
+    iteration = iteration_of(name)
+    return UNNAMED if iteration is None else (0, iteration)
 
 
 def _small(path: Path) -> bytes:
@@ -406,7 +416,7 @@ def _info_folder(root: Path) -> Path:
 
 def _info_file(folder: Path, topology: Topology, key: Key) -> Path:
     """The description of one group: its first rank's, whichever layout wrote it."""
-    places = [f"rank_{rank}" for rank in topology.group(*key)] + [topology.directory(*key)]
+    places = [rank_name(rank) for rank in topology.group(*key)] + [topology.directory(*key)]
     for place in places:
         found = _listing(folder / place, "dist_opt_shard_info*.json")
         if len(found) > 1:

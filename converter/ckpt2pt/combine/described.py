@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +9,11 @@ from ckpt2pt.ckpt.filenames import check_rank
 from ckpt2pt.ckpt.shards import read_info
 from ckpt2pt.errors import InputError, MissingInputError, ref
 from ckpt2pt.folders import layout_of
+from ckpt2pt.mapping.foldernames import model_ranks, parallel_sizes, ranks_of
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.system.paths import listing
 
 _INFO = "dist_opt_shard_info*.json"
-MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 
 
 def descriptions(strategy: Path) -> dict[str, Path]:
@@ -36,12 +35,10 @@ def described_topology(strategy: Path) -> Topology:
     """Degrees from the folders that hold descriptions, and the first one's list of ranks."""
     infos = descriptions(strategy)
     data = len(read_info(next(iter(infos.values()))).ranks)
-    ranks = sorted(int(name[5:]) for name in infos if re.fullmatch(r"rank_\d{1,9}", name))
-    models = [found for name in infos if (found := MODEL_RANK.fullmatch(name))]
+    ranks, models = ranks_of(infos), model_ranks(path.parent for path in infos.values())
     layout: Topology | None
     if models:
-        tensor = 1 + max(int(found[1]) for found in models)
-        pipeline = 1 + max(int(found[2] or 0) for found in models)
+        tensor, pipeline = parallel_sizes(models)
         layout = Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline)
     else:
         layout = layout_of(ranks)

@@ -31,11 +31,12 @@ from ckpt2pt.ckpt.ranks import (
 )
 from ckpt2pt.ckpt.shards import check_covered, has_shards, read_info
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
-from ckpt2pt.combine.described import MODEL_RANK, described_topology, descriptions
+from ckpt2pt.combine.described import described_topology, descriptions
 from ckpt2pt.combine.outcome import Combined
 from ckpt2pt.crew import stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
 from ckpt2pt.errors import InputError, MissingInputError, UsageError, ref
+from ckpt2pt.mapping.foldernames import model_rank_of
 from ckpt2pt.mapping.names import MOMENTS, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.clock import name_contradiction
@@ -313,7 +314,7 @@ def _in_section(rank: int, section: tuple[int, int] | None) -> bool:
 def choose_groups(asked: Combination) -> Merge:
     """The groups that the descriptions tell of, at the newest step that all their ranks have."""
     infos = descriptions(asked.strategy)
-    if any(MODEL_RANK.fullmatch(name) for name in infos):  # whose degrees do not tell what is missing
+    if any(map(model_rank_of, infos)):  # whose degrees do not tell what is missing
         _check_described(asked, None, set())
     topology = described_topology(asked.strategy)
     found = find_sources(asked.source, topology, wanted_format=asked.source_format, merged=False)

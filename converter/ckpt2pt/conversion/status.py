@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ckpt2pt.conversion.spec import Conversion, Json
+from ckpt2pt.mapping.foldernames import iteration_name
 
 State = Literal["Pending", "Running", "Succeeded", "Failed"]
 
@@ -141,11 +142,9 @@ def status_of_run(
     }
     if iteration is not None:
         status["iteration"] = iteration
-        folder = (
-            f"iter_{iteration:07d}"
-            if conversion.target.path == "."
-            else f"{conversion.target.path}/iter_{iteration:07d}"
-        )
+        folder = iteration_name(iteration)
+        if conversion.target.path != ".":
+            folder = f"{conversion.target.path}/{folder}"
         status["outputPath"] = folder
         if phase == "Succeeded":
             status["reportPath"] = f"{folder}/.ckpt2pt/report.json"

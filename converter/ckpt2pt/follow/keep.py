@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
 from ckpt2pt.errors import TryAgainError
+from ckpt2pt.mapping.foldernames import iteration_name, iteration_of
 from ckpt2pt.publish import STATE, Holdings, nobody_at_work, read_record, remove_ours, retire, tracked
 from ckpt2pt.publish.kinds import REPORT
 from ckpt2pt.publish.retire import REMOVED, files_below, foreign, records_of
@@ -18,8 +18,6 @@ from ckpt2pt.request import Request, Verify
 from ckpt2pt.system.paths import is_file, listing, status
 
 log = logging.getLogger("ckpt2pt")
-
-_FOLDER = re.compile(r"iter_(\d{7,})")
 
 
 def verified_as(request: Request, iteration: int) -> Verify | None:
@@ -65,9 +63,10 @@ def _remove(folder: Path) -> bool:
 
 def _results(root: Path) -> Iterator[tuple[int, Path]]:
     for folder in listing(root, "iter_*"):
-        found, seen = _FOLDER.fullmatch(folder.name), status(folder, follow=False)
-        if found and seen and stat.S_ISDIR(seen.st_mode):
-            yield int(found[1]), folder
+        iteration, seen = iteration_of(folder.name), status(folder, follow=False)
+        ours = iteration is not None and folder.name == iteration_name(iteration)  # a folder renamed is another's
+        if iteration is not None and ours and seen and stat.S_ISDIR(seen.st_mode):
+            yield iteration, folder
 
 
 def _is_ours(folder: Path, request: Request) -> bool:

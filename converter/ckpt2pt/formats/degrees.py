@@ -19,6 +19,7 @@ from ckpt2pt.ckpt.ranks import SHARD_INFO, SUFFIXES, SourceFile, candidates, nam
 from ckpt2pt.ckpt.shards import has_shards, read_info
 from ckpt2pt.errors import TopologyError, UsageError, refs
 from ckpt2pt.formats.checkpoint import OPTION, agreed
+from ckpt2pt.mapping.foldernames import is_iteration, is_rank, iterations, model_ranks, parallel_sizes, ranks_of
 from ckpt2pt.mapping.names import NameTable, Rules, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import read_stated
@@ -26,8 +27,6 @@ from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.system.paths import listing
 from ckpt2pt.tensors import TensorRef
 
-_RANK = re.compile(r"rank_(\d{1,9})")
-_MODEL_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MEMBER = re.compile(rf".*model_optim_rng_(\d{{3}})\.(?:{'|'.join(SUFFIXES)})")
 _SAMPLED, _SAMPLE_BYTES = 3, 4096
 
@@ -52,7 +51,7 @@ def find_layout(
     Raises :class:`TopologyError` where ``tensor`` or ``pipeline`` contradicts what is there, :class:`UsageError` where they
     are not given and nothing tells them.
     """
-    ranks = sorted(int(match[1]) for entry in listing(path, option=OPTION) if (match := _RANK.fullmatch(entry.name)))
+    ranks = ranks_of(entry.name for entry in listing(path, option=OPTION))
     if not ranks:
         return _by_folders(path, tensor, pipeline)
     asked = (tensor, pipeline)
@@ -71,7 +70,7 @@ def source_layout(
     While nothing is there, as where somebody waits for it, what is not given is the target's, and 1 for data and context.
     """
     tensor, pipeline, data, context = sizes
-    if listing(path, "*rank_*", OPTION) or listing(path, "iter_*", OPTION):
+    if any(is_rank(entry.name) or is_iteration(entry.name) for entry in listing(path, option=OPTION)):
         found = find_layout(path, tensor, pipeline, NameTable(rules), trust_metadata=False)
     else:
         found = _topology(tensor or target.tensor, pipeline or target.pipeline)
@@ -84,15 +83,10 @@ def _topology(tensor: int, pipeline: int, data: int = 1) -> Topology:
 
 def _by_folders(path: Path, tensor: int | None, pipeline: int | None) -> Topology:
     """V2: ``mp_rank_TT_PPP``, with a file for each member of the data-parallel group where they hold shards."""
-    folders = [
-        (match, entry)
-        for iteration in (path, *listing(path, "iter_*", OPTION))
-        for entry in listing(iteration, option=OPTION)
-        if (match := _MODEL_RANK.fullmatch(entry.name))
-    ]
-    there = tuple(1 + max((int(match[axis] or 0) for match, _ in folders), default=0) for axis in (1, 2))
-    tensor, pipeline = agreed((tensor, pipeline), (there[0], there[1]), path)
-    files = (file.name for _, folder in folders for file in listing(folder, option=OPTION))
+    places = (path, *iterations(listing(path, option=OPTION)))
+    folders = [model_ranks(listing(place, option=OPTION)) for place in places]
+    tensor, pipeline = agreed((tensor, pipeline), parallel_sizes(rank for found in folders for rank in found), path)
+    files = (file.name for found in folders for folder in found.values() for file in listing(folder, option=OPTION))
     members = (int(match[1]) for name in files if (match := _MEMBER.fullmatch(name)))
     return _topology(tensor, pipeline, 1 + max(members, default=0))
 
@@ -147,7 +141,7 @@ def check_ranks(
     Every folder with a file of it has its place, and ranks of the first data-parallel group hold the same weights.  Gives a
     warning for tensor-parallel ranks that do: they may be copies, and the tensor parallel size too large.
     """
-    v1 = any(_RANK.fullmatch(entry.name) for entry in listing(path, option=OPTION))
+    v1 = bool(ranks_of(entry.name for entry in listing(path, option=OPTION)))
     left_out = surplus(path, when if v1 else None, names_of(layout))
     degrees = f"with tensor parallel size {layout.tensor} and pipeline parallel size {layout.pipeline}"
     hint = "give the parallel sizes of the training that wrote it"

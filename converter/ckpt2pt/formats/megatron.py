@@ -18,6 +18,7 @@ from ckpt2pt.core.tensor import Role
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.formats.checkpoint import OPTION, Checkpoint, agreed
+from ckpt2pt.mapping.foldernames import iteration_name, parallel_sizes
 from ckpt2pt.mapping.names import Rules, is_tied_head, local_layer
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.buckets import Buffer
@@ -41,7 +42,7 @@ def open_megatron(
     """
     folder = iteration_folder(path) if iteration is None else _of_iteration(path, iteration)
     folders = rank_folders(folder)
-    there = (1 + max(tp for tp, _ in folders), 1 + max(pp for _, pp in folders))
+    there = parallel_sizes(folders)
     agreed((tensor, pipeline), there, folder)
     ranks = {rank: _read(rank_folder, rules) for rank, rank_folder in folders.items()}
     _check_ranks(ranks, there)
@@ -109,7 +110,7 @@ def _iteration(ranks: Collection[MegatronRank], folder: Path) -> int:
 
 
 def _of_iteration(path: Path, iteration: int) -> Path:
-    folder = path / f"iter_{iteration:07d}"
+    folder = path / iteration_name(iteration)
     if not is_folder(folder, OPTION):
         raise MissingInputError(
             f"there is no iteration {iteration}",

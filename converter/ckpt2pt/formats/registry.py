@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from ckpt2pt.errors import FormatError, MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import OPTION, Checkpoint
+from ckpt2pt.mapping.foldernames import is_rank, iterations
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.system.paths import is_folder, is_there, listing
 
 FORMATS = ("mindspore", "megatron")
 
-_RANK = re.compile(r"rank_\d+|mp_rank_\d+(?:_\d+)?")
 _SUFFIXES = {".pt": "megatron", ".ckpt": "mindspore", ".safetensors": "mindspore"}
 
 
@@ -29,10 +28,10 @@ def detect(path: Path) -> str:
             where=path,
             hint="name the folder that holds the folders of the ranks",
         )
-    places = [path, *reversed(listing(path, "iter_*", OPTION)), path / "release"]
+    places = [path, *reversed(iterations(listing(path, option=OPTION)))]
     for place in places:
         for folder in listing(place, option=OPTION):
-            for file in listing(folder, option=OPTION) if _RANK.fullmatch(folder.name) else ():
+            for file in listing(folder, option=OPTION) if is_rank(folder.name) else ():
                 if found := _SUFFIXES.get(file.suffix):
                     return found
     if any(listing(place, "*.distcp", OPTION) for place in places):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from ckpt2pt.errors import UsageError, ref
+from ckpt2pt.mapping.foldernames import model_rank_name
 
 Rank = tuple[int, int]
 """(tp, pp): one file of MindSpore, or one group of shards, and one folder of Megatron."""
@@ -167,7 +168,7 @@ class Topology:
 
         Megatron-LM cac60ce4, megatron/checkpointing.py, ``get_checkpoint_name``.
         """
-        return f"mp_rank_{tp:02d}" if self.pipeline == 1 else f"mp_rank_{tp:02d}_{pp:03d}"
+        return model_rank_name(tp, None if self.pipeline == 1 else pp)
 
     def model_key(self, vpp: int) -> str:
         """``model``, or ``model0`` and on when a stage has several chunks."""

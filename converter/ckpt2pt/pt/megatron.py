@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import FormatError, MissingInputError, ref
+from ckpt2pt.mapping.foldernames import model_ranks, parallel_sizes
 from ckpt2pt.mapping.names import TIED_HEAD, common_prefix
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, Value, as_tensor, entries, read_pickle
-from ckpt2pt.system.access import access_error
-from ckpt2pt.system.paths import is_file, listing
+from ckpt2pt.system.paths import is_file, is_folder, listing
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
-_RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?")
 _MODEL_KEY = re.compile(r"model(\d*)")
 _BUCKET_NBYTES = 64
 _TIED_HEAD_SAVED = "word_embeddings_for_head.weight"
@@ -65,10 +64,11 @@ class MegatronRank:
 
 def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
     """(tp, pp) -> ``mp_rank_TT[_PPP]``.  Raises :class:`MissingInputError` when there is none, or a gap."""
-    try:
-        found = {(int(m[1]), int(m[2] or 0)): p for p in sorted(iteration.iterdir()) if (m := _RANK.fullmatch(p.name))}
-    except OSError as error:
-        raise access_error(error, iteration, "listing", option=ref("source.path")) from error
+    if not is_folder(iteration, ref("source.path")):
+        raise MissingInputError(
+            "the folder is not there", where=iteration, hint=f"check {ref('source.path')}", field="source.path"
+        )
+    found = model_ranks(listing(iteration, option=ref("source.path")))
     if not found and listing(iteration, "*.distcp"):
         raise FormatError(
             "this is a distributed checkpoint (torch_dist, .distcp files); ckpt2pt reads the torch format, mp_rank_*/*.pt",
@@ -82,7 +82,7 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
             hint=f"point {ref('source.path')} at a Megatron checkpoint (torch format)",
             field="source.path",
         )
-    tensor, pipeline = (1 + max(rank[axis] for rank in found) for axis in (0, 1))
+    tensor, pipeline = parallel_sizes(found)
     missing = [f"tp {tp} pp {pp}" for pp in range(pipeline) for tp in range(tensor) if (tp, pp) not in found]
     if missing:
         raise MissingInputError(

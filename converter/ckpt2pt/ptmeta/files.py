@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from ckpt2pt import __version__
 from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.inputs import InputFile
+from ckpt2pt.meta import ARGUMENTS, PARAM_MAP
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.layout import param_map
 from ckpt2pt.pt.archive import finish, lay_out
@@ -50,7 +50,6 @@ ARGS_KEYS = (
 )
 """What the reference keeps of a model file (MindSpeed-Core-MS feature-0.1, tools/converter/convert_pt2ckpt.py)."""
 
-_OURS = re.compile(r"param_map_buffer\d+_dp0tp\d+pp\d+vpp\d+\.json|args_tp\d+_pp\d+\.pt")
 _MAX_STORAGE_BYTES = 64 << 20
 _SOURCE = ref("source.path")
 
@@ -157,7 +156,9 @@ def publish(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tup
 def _compare(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tuple[list[str], list[str]]:
     """What has to be written, and what has to go; refuses what may not be replaced or removed."""
     there = {path.name: path for path in listing(folder, option=ref("target.path"))}
-    surplus = sorted(name for name in there if _OURS.fullmatch(name) and name not in files)
+    surplus = sorted(
+        name for name in there if (ARGUMENTS.fullmatch(name) or PARAM_MAP.fullmatch(name)) and name not in files
+    )
     changed = sorted(name for name in files if name in there and not _same(there[name], files[name]))
     hint = f"choose another {ref('target.path')}, or "
     if (surplus or changed) and not overwrite:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ckpt2pt.ckpt import statement_of
 from ckpt2pt.errors import Ckpt2ptError, FormatError, aside
+from ckpt2pt.mapping.foldernames import model_rank_name, model_rank_of
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import RankMeta, metadata_files, read_arguments
 from ckpt2pt.plan.moves import OPTIM_FILE
@@ -81,9 +82,9 @@ def verdicts(iteration: Path) -> dict[str, str]:
 def _misplaced(rank: MegatronRank, *, pipelined: bool, full: bool) -> tuple[Unmet, ...]:
     """Files that Megatron-LM does not find: megatron/checkpointing.py, get_checkpoint_name."""
     folder, found = rank.folder, list[Unmet]()
-    tensor, _, stage = folder.name.removeprefix("mp_rank_").partition("_")
-    if bool(stage) != pipelined:
-        right = f"mp_rank_{tensor}" + ("_000" if pipelined else "")
+    tp, pp = model_rank_of(folder.name) or (0, 0)
+    right = model_rank_name(tp, pp if pipelined else None)
+    if folder.name != right:
         found.append(Unmet(key=folder.name, problem=f"has to be {right} for this pipeline size", synthesize=""))
     distributed = rank.template.args.get("use_distributed_optimizer") is True
     if full and distributed and not is_file(folder / OPTIM_FILE):

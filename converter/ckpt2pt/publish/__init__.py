@@ -9,6 +9,7 @@ megatron_pt/iter_0000500/.ckpt2pt/claim.json          whose folder this is
 megatron_pt/.iter_0000500.0123456789abcdef.new/       what will replace it, complete or not (docs/adr/0009)
 """
 
+from ckpt2pt.mapping.foldernames import TRACKER
 from ckpt2pt.publish.files import (
     PARTIAL,
     STATE,
@@ -27,7 +28,7 @@ from ckpt2pt.publish.leftovers import nobody_at_work
 from ckpt2pt.publish.locks import Lock, locked
 from ckpt2pt.publish.retire import remove_ours, retire
 from ckpt2pt.publish.target import Target
-from ckpt2pt.publish.tracker import TRACKER, read_tracker, tracked
+from ckpt2pt.publish.tracker import read_tracker, tracked
 
 __all__ = [
     "MEGATRON",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TargetConflictError, TryAgainError
+from ckpt2pt.mapping.foldernames import TRACKER
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import swap
 from ckpt2pt.publish.files import (
@@ -27,7 +28,7 @@ from ckpt2pt.publish.ledger import Holdings, Ledger, not_ours, taken_over
 from ckpt2pt.publish.leftovers import nobody_at_work, sweep_leftovers
 from ckpt2pt.publish.locks import WAIT_SECONDS, Lock, locked
 from ckpt2pt.publish.retire import files_below, foreign, records_of, retire
-from ckpt2pt.publish.tracker import TRACKER, announce, check_tracker, tracked
+from ckpt2pt.publish.tracker import announce, check_tracker, tracked
 from ckpt2pt.records import Json, seal, seal_joined, unseal
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-import re
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 from ckpt2pt.errors import UsageError
+from ckpt2pt.mapping.foldernames import RELEASE, TRACKER, iteration_name, iteration_of, tracked_name
 from ckpt2pt.publish.files import STATE, publish_bytes, read_small
 from ckpt2pt.publish.kinds import REPORT
 from ckpt2pt.system.paths import listing, status
 
 log = logging.getLogger("ckpt2pt")
 
-TRACKER = "latest_checkpointed_iteration.txt"
-_MAX_DIGITS = 18
 _MAX_BYTES = 4096
 _QUOTED = 40
-_ITERATION = re.compile(r"iter_(\d{7,18})", re.ASCII)
 
 
 def read_tracker(folder: Path) -> str:
@@ -29,8 +26,7 @@ def read_tracker(folder: Path) -> str:
 
 def tracked(root: Path) -> int | None:
     """The iteration that it names; None without one, or when it says anything else."""
-    named = read_tracker(root)
-    return int(named) if named.isdecimal() and named.isascii() and len(named) <= _MAX_DIGITS else None
+    return iteration_of(tracked_name(read_tracker(root)))
 
 
 def check_tracker(root: Path) -> None:
@@ -63,10 +59,10 @@ def _later(root: Path, iteration: int, since: int) -> int | None:
     """
     found: list[int] = []
     for folder in listing(root, "iter_*"):
-        number = _ITERATION.fullmatch(folder.name)
-        report = status(folder / STATE / REPORT) if number and int(number[1]) > iteration else None
-        if number and report and report.st_mtime_ns >= since:
-            found.append(int(number[1]))
+        number = iteration_of(folder.name)
+        if number is not None and number > iteration and folder.name == iteration_name(number):
+            report = status(folder / STATE / REPORT)
+            found += [number] if report and report.st_mtime_ns >= since else []
     return max(found, default=None)
 
 
@@ -78,5 +74,5 @@ def replaced(root: Path, iteration: int) -> str:
     what = (
         f"iteration {named}, which is not there" if named is not None else f"{said[:_QUOTED]!r}, which is no iteration"
     )
-    what = "the release checkpoint" if said == "release" else what
+    what = "the release checkpoint" if said == RELEASE else what
     return f"the tracker named {what}; it names iteration {iteration} now"

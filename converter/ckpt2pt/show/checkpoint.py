@@ -13,19 +13,28 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.ckpt import index_file, read_scalar, states_checksum
-from ckpt2pt.ckpt.filenames import UNNAMED
+from ckpt2pt.ckpt.filenames import UNNAMED, when_of_name
 from ckpt2pt.ckpt.ranks import choose, find_sources, last_saved
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError, rendered
-from ckpt2pt.folders import SUFFIXES, checkpoint_files, iteration_name, layout_of
+from ckpt2pt.folders import SUFFIXES, checkpoint_files, layout_of
 from ckpt2pt.inputs import read_whole
+from ckpt2pt.mapping.foldernames import (
+    TRACKER,
+    is_iteration,
+    iterations,
+    model_ranks,
+    parallel_sizes,
+    ranks_of,
+    tracked_name,
+)
 from ckpt2pt.mapping.names import SHARD, NameTable
+from ckpt2pt.meta import ARGUMENTS, PARAM_MAP
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
 from ckpt2pt.plan.stage import spans
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.ptmeta.loading import verdicts
-from ckpt2pt.publish import PARTIAL, STATE, TRACKER, read_record, read_tracker
+from ckpt2pt.publish import PARTIAL, STATE, read_record, read_tracker
 from ckpt2pt.records import Json
-from ckpt2pt.system.access import access_error
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import render as render
@@ -36,11 +45,7 @@ from ckpt2pt.verify.leaves import CONTAINERS, Leaf, Leaves, TensorLeaf, is_archi
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=[._])")
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=[._])|(?<=_bucket_)\d+$")
 _HUGGING_FACE = re.compile(r"(?:model\.)?layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.|model\.embed_tokens\.")
-_RANK = re.compile(r"rank_(\d+)")
-_MODEL_RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?")
-_ARGS = re.compile(r"args_tp(\d+)_pp(\d+)\.pt")
 _STAGE = re.compile(r"stage-(\d{3,6})\.json", re.ASCII)
-_MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(\d+)pp(\d+)vpp(\d+)\.json")
 _MAX_VALUES = 500
 _LONG_LIST = 32
 _TIMES = ("/num_steps", "/step")
@@ -150,11 +155,9 @@ def _clock(path: Path, index: Mapping[str, TensorRef]) -> Json:
         value = _value(index[name]) if name in index else None
         if isinstance(value, int | float):
             facts[name] = value
-    named = re.search(r"-(\d{1,12})_(\d{1,12})(?:_dp_merged)?\.\w+$", path.name)
+    when = when_of_name(path.name)
     try:
-        clock = read_clock(
-            facts, global_batch_size=None, named=(int(named[1]), int(named[2])) if named else None, where=str(path)
-        )
+        clock = read_clock(facts, global_batch_size=None, named=None if when == UNNAMED else when, where=str(path))
     except InputError:
         return {"iteration": "unknown"}
     return {"iteration": clock.iteration, "because": clock.because, "doubts": list(clock.doubts)}
@@ -284,21 +287,18 @@ def _arguments(leaves: Leaves, *, details: bool) -> Json:
 
 
 def _folder(path: Path, *, details: bool) -> Json:
-    try:
-        names = sorted(entry.name for entry in path.iterdir())
-    except OSError as error:
-        raise access_error(error, path, "listing", option="PATH") from error
-    if any(_ARGS.fullmatch(name) or _MAP.fullmatch(name) for name in names):
+    names = [entry.name for entry in listing(path, option="PATH")]
+    if any(ARGUMENTS.fullmatch(name) or PARAM_MAP.fullmatch(name) for name in names):
         return _metadata(path, names, details=details)
-    if TRACKER in names or any(re.fullmatch(r"iter_\d{7}|release", name) for name in names):
+    if TRACKER in names or any(map(is_iteration, names)):
         return _megatron(path, names)
     if any(name.endswith(".distcp") for name in names):
         kind = "distributed checkpoint (torch_dist), which ckpt2pt does not read"
         return {"kind": kind, "path": str(path), "files": _listing({name: path / name for name in names})}
-    if any(_MODEL_RANK.fullmatch(name) for name in names):
+    if model_ranks(path / name for name in names):
         found = _iteration(path, read_tracker(path.parent))
         return {"kind": "Megatron iteration", "path": str(path), **found, **verdicts(path)}
-    if any(_RANK.fullmatch(name) for name in names):
+    if ranks_of(names):
         return _training(path, names)
     files = checkpoint_files(path)
     if not files:
@@ -329,8 +329,8 @@ def _listing(files: Mapping[str, Path]) -> list[Json]:
 
 
 def _metadata(path: Path, names: Sequence[str], *, details: bool) -> Json:
-    args = [found for name in names if (found := _ARGS.fullmatch(name))]
-    maps = [found for name in names if (found := _MAP.fullmatch(name))]
+    args = [found for name in names if (found := ARGUMENTS.fullmatch(name))]
+    maps = [found for name in names if (found := PARAM_MAP.fullmatch(name))]
     first = _arguments(open_pt(path / args[0][0]), details=details) if args else {}
     return {
         "kind": "pt_meta of a Megatron run",
@@ -346,7 +346,7 @@ def _param_map(path: Path, found: re.Match[str]) -> Json:
     try:
         document = cast("dict[str, tuple[str, list[int], int, int, int]]", parse_json(read_whole(path, "the path")))
         rows = [(str(dtype), int(start), int(stop), int(bucket)) for dtype, _, start, stop, bucket in document.values()]
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(
             f"cannot be read as a param map: {error}", where=path, hint="copy it again from where it was made"
         ) from error
@@ -363,7 +363,7 @@ def _param_map(path: Path, found: re.Match[str]) -> Json:
 
 def _training(path: Path, names: Sequence[str]) -> Json:
     """A folder of rank folders: the steps that every rank has, and the one that would be converted."""
-    ranks = sorted(int(found[1]) for name in names if (found := _RANK.fullmatch(name)))
+    ranks = ranks_of(names)
     document: Json = {"kind": "MindSpore training output", "path": str(path), "ranks": spans(set(ranks))}
     layout = layout_of(ranks)
     if layout is None:
@@ -393,8 +393,8 @@ def _training(path: Path, names: Sequence[str]) -> Json:
 
 def _megatron(path: Path, names: Sequence[str]) -> Json:
     named = read_tracker(path)
-    folders = [path / name for name in names if re.fullmatch(r"iter_\d{7}|release", name)]
-    loaded = path / iteration_name(named)
+    folders = iterations(path / name for name in names)
+    loaded = path / tracked_name(named)
     return {
         "kind": "Megatron checkpoints",
         "path": str(path),
@@ -406,9 +406,7 @@ def _megatron(path: Path, names: Sequence[str]) -> Json:
 
 def _iteration(folder: Path, named: str) -> Json:
     """One iteration: its ranks and files, and how far a conversion has come."""
-    ranks = sorted(
-        (found[1], found[2] or "000") for path in listing(folder) if (found := _MODEL_RANK.fullmatch(path.name))
-    )
+    tensor, pipeline = parallel_sizes(model_ranks(listing(folder)))
     shards = listing(folder, "*.distcp")
     if shards:
         size = sum(path.stat().st_size for path in shards)
@@ -421,11 +419,11 @@ def _iteration(folder: Path, named: str) -> Json:
     state = folder / STATE
     stages = {int(found[1]) for path in listing(state, "stage-*.json") if (found := _STAGE.fullmatch(path.name))}
     claim = read_record(state / "claim.json")
-    current = iteration_name(named) == folder.name
+    current = tracked_name(named) == folder.name
     partial = sum(1 for _ in listing(folder, f"mp_rank_*/.*{PARTIAL}"))
     return {
-        "tp": len({tp for tp, _ in ranks}),
-        "pp": len({pp for _, pp in ranks}),
+        "tp": tensor,
+        "pp": pipeline,
         "files": len(files),
         "bytes": sum(path.stat().st_size for path in files.values()),
         "optimizer": any(name.endswith("distrib_optim.pt") for name in files),

@@ -21,6 +21,7 @@ from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.degrees import weights_of
 from ckpt2pt.formats.registry import detect, read
+from ckpt2pt.mapping.foldernames import is_rank, iterations
 from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.pt.megatron import rank_folders
 from ckpt2pt.request import SILENCE, Portion, Reporter
@@ -277,7 +278,12 @@ def differ_in_layout(left: Path, right: Path, *, asked: bool) -> bool:
         ranks = [rank_folders(iteration_folder(path)).keys() for path in (left, right)]
         return ranks[0] != ranks[1]
     names = [
-        {folder.name for pattern in ("rank_*", "mp_rank_*", "iter_*/mp_rank_*") for folder in listing(path, pattern)}
+        {
+            folder.name
+            for place in (path, *iterations(listing(path)))
+            for folder in listing(place)
+            if is_rank(folder.name)
+        }
         for path in (left, right)
     ]
     return names[0] != names[1] or _differ_in_shapes(left, right)

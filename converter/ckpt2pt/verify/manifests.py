@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +10,10 @@ from typing import cast
 
 from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import InputError, MissingInputError
-from ckpt2pt.folders import iteration_folder, iteration_name
+from ckpt2pt.folders import iteration_folder
+from ckpt2pt.mapping.foldernames import TRACKER, iteration_of, tracked_name
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, TRACKER, Target, rank_name, read_record, read_tracker
+from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, Target, rank_name, read_record, read_tracker
 from ckpt2pt.records import Json
 from ckpt2pt.request import Advance, unheard
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
@@ -22,7 +22,6 @@ from ckpt2pt.verify.examine import Difference
 from ckpt2pt.verify.leaves import BLOCK_BYTES, Files, spans
 
 _SPARSE = 1 << 12
-_ITERATION = re.compile(r"iter_(\d{1,18})", re.ASCII)
 _HINT = "name a result of ckpt2pt, or two checkpoints to compare them"
 
 
@@ -58,15 +57,15 @@ def recorded(path: Path) -> Recorded:
         if "tp" in one:
             ranks[cast("int", one["tp"]), cast("int", one["pp"])] = one
     _check_extent(ranks, stages, state)
-    iteration = _ITERATION.fullmatch(folder.name)
+    iteration = iteration_of(folder.name)
     target = Target(
-        root=folder.parent if iteration else folder,
-        iteration=int(iteration[1]) if iteration else cast("int", report.get("iteration", 0)),
+        root=folder if iteration is None else folder.parent,
+        iteration=cast("int", report.get("iteration", 0)) if iteration is None else iteration,
         identity=str(claim.get("identity")),
         stages=max(len(briefs), len(stages), 1 + max((pp for _, pp in ranks), default=0)),
         tensor=1 + max((tp for tp, _ in ranks), default=0),
-        ranks={rank: str(one["identity"]) for rank, one in ranks.items()} if iteration else {},
-        kind=MEGATRON if iteration else MINDSPORE,
+        ranks={rank: str(one["identity"]) for rank, one in ranks.items()} if iteration is not None else {},
+        kind=MINDSPORE if iteration is None else MEGATRON,
     )
     files = frozenset(str(file["path"]) for one in ranks.values() for file in cast("list[Json]", one["files"]))
     return Recorded(target=target, ranks=tuple(sorted(ranks)), files=files)
@@ -107,7 +106,7 @@ def published(target: Target, stages: Sequence[int]) -> Iterator[Difference]:
     if all(manifests) and target.kind.tracker:
         named = read_tracker(target.root)
         # A later iteration in the same folder is none of our business, a tracker that leads nowhere is.
-        if not iteration_name(named) or not is_folder(target.root / iteration_name(named)):
+        if not tracked_name(named) or not is_folder(target.root / tracked_name(named)):
             yield Difference(
                 file=TRACKER, tensor="iteration", problem="does not lead to an iteration",
                 expected=str(target.iteration), found=short(named),

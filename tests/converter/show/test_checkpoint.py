@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -227,6 +228,27 @@ def test_megatrons_own_folder(golden_set: Path) -> None:
     assert (row["state"], row["converted"], row["optimizer"]) == ("published", "not by ckpt2pt", True)
     assert document["resumable"] == "yes, by Megatron-LM 0.6"
     assert "weightsLoadable" not in document
+
+
+@pytest.mark.parametrize(("tracker", "name"), [("10000000", "iter_10000000"), ("release", "release")])
+def test_any_iteration_that_the_tracker_names_is_loaded(golden: Path, tmp_path: Path, tracker: str, name: str) -> None:
+    shutil.copytree(golden / "megatron06" / "b_tp2pp2" / "A" / "iter_0000002", tmp_path / name)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
+    document = shown(tmp_path)
+    assert (document["tracker"], document["loads"]) == (tracker, name)
+    assert [(row["name"], row["tp"], row["pp"]) for row in document["iterations"]] == [(name, 2, 2)]
+
+
+def test_a_tensor_parallel_rank_may_have_three_digits(tmp_path: Path) -> None:
+    for name in ("mp_rank_00_000", "mp_rank_100_000"):
+        (tmp_path / "iter_0000001" / name).mkdir(parents=True)
+    assert shown(tmp_path)["iterations"][0]["tp"] == shown(tmp_path / "iter_0000001")["tp"] == 101
+
+
+def test_an_expert_parallel_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "mp_rank_00_000_001").mkdir()
+    with pytest.raises(FormatError, match="mp_rank_00_000_001 is of an expert parallel rank"):
+        inspect(tmp_path)
 
 
 def test_a_conversion_half_way_and_finished(pipelined: Path, tmp_path: Path) -> None:
