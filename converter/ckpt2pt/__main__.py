@@ -1,4 +1,4 @@
-"""The door of our programs, and how the processes of ``ckpt2pt run`` end with it.
+"""The entry points of our programs.
 
 Nearly nothing is imported before a signal is listened to: one that comes during the imports ends the program like any other.
 """
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-PARENT_VARIABLE = "CKPT2PT_PARENT"
 _TRY_AGAIN = 75
 
 
@@ -51,7 +50,9 @@ def _enter(module: str, program: str) -> int:
 
         code: int = getattr(import_module(f"ckpt2pt.{module}"), program)()
     except KeyboardInterrupt:
-        sys.stderr.write("ckpt2pt: stopped by a signal\n  where: at the door\n  hint:  run the same command again\n")
+        sys.stderr.write(
+            "ckpt2pt: stopped by a signal\n  where: before the first command\n  hint:  run the same command again\n"
+        )
         code = _TRY_AGAIN
     # All is said and done, and only Python itself has still to leave.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -82,10 +83,4 @@ def _settle_streams() -> None:
 
 
 if __name__ == "__main__":
-    # Taken out of the environment: the processes that this one starts have another parent.
-    given = os.environ.pop(PARENT_VARIABLE, "")
-    if given.isdecimal():
-        from ckpt2pt.system.parent import end_with
-
-        end_with(int(given), signal.SIGTERM)
     sys.exit(main())

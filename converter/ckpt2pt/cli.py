@@ -24,7 +24,7 @@ from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
 
 if TYPE_CHECKING:
-    from ckpt2pt.request import Reporter, Request
+    from ckpt2pt.request import Reporter
     from ckpt2pt.verify.compare import Comparison
     from ckpt2pt.verify.prove import Report
 
@@ -146,13 +146,19 @@ def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
     error = error.spelled(of_call(options))
     if getattr(options, "debug", False):
         traceback.print_exc()
+    _report(error, options)
+    return error.exit_code
+
+
+def _report(error: Ckpt2ptError, options: argparse.Namespace, **about: int) -> None:
+    """On stderr; ``about`` is what it is of, as ``stage=1``."""
     if getattr(options, "log_format", "text") == "json":
         parts = {"what": error.what, "where": error.where, "hint": error.hint}
         field = {"field": error.field} if error.field else {}
-        _tell(error=type(error).__name__, **parts, **field, exitCode=error.exit_code)
+        _tell(**about, error=type(error).__name__, **parts, **field, exitCode=error.exit_code)
     else:
-        print(f"ckpt2pt: {error}", file=sys.stderr)
-    return error.exit_code
+        of = "".join(f"{name} {value}: " for name, value in about.items())
+        print(f"ckpt2pt: {of}{error}", file=sys.stderr)
 
 
 def _set_up_logging(options: argparse.Namespace) -> None:
@@ -196,15 +202,18 @@ def _close_stdout() -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
+    from ckpt2pt.options.asked import spec_of, stages_of  # noqa: PLC0415
+    from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
     from ckpt2pt.run import run  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
+    from ckpt2pt.worker.waiting import wait_until_whole  # noqa: PLC0415
 
     account: Account = options.account
-    request = request_of(options)
+    spec = spec_of(options)
+    request = resolve(spec, in_process=options.multiprocess_off)
     account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
-        _wait(request, options)
+        wait_until_whole(request, spec.readiness, account)
         outcome = run(request, stages, Both(account, reporter(options.progress)))
     account.converted(outcome)
     for remark in outcome.remarks:
@@ -213,18 +222,10 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _wait(request: Request, options: argparse.Namespace) -> None:
-    if options.readiness_timeout > 0:
-        from ckpt2pt.worker.waiting import wait_until_whole  # noqa: PLC0415 - only when asked for
-
-        timeout, settle = options.readiness_timeout, options.readiness_settle
-        wait_until_whole(request, timeout=timeout, settle=settle, account=options.account)
-
-
 def _watch(options: argparse.Namespace) -> int:
     from ckpt2pt.follow.command import watch_command  # noqa: PLC0415
 
-    return watch_command(options, _show, build_parser)
+    return watch_command(options, _show)
 
 
 def _served(account: Account, port: int) -> AbstractContextManager[int]:
@@ -236,28 +237,21 @@ def _served(account: Account, port: int) -> AbstractContextManager[int]:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ckpt2pt.folders import COVERED, covered  # noqa: PLC0415
-    from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.show.preview import preview, render  # noqa: PLC0415
-    from ckpt2pt.survey import prepare_all, survey, target_of  # noqa: PLC0415
-    from ckpt2pt.system.volume import check_room  # noqa: PLC0415
+    from ckpt2pt.options.asked import spec_of, stages_of  # noqa: PLC0415
+    from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
+    from ckpt2pt.show.preview import planned, render  # noqa: PLC0415
+    from ckpt2pt.worker.waiting import wait_until_whole  # noqa: PLC0415
 
     account: Account = options.account
-    request = request_of(options)
+    spec = spec_of(options)
+    request = resolve(spec)
     account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
-        _wait(request, options)
-        chosen = survey(request, keep=[(tp, pp) for pp in stages for tp in range(request.topology.tensor)])
-        target = target_of(request, chosen)
-        ranks = prepare_all(request, chosen, stages)
-        document = preview(request, chosen, target, ranks, names=options.names)
-    account.planned(document)
-    _show(document, render(document, details=options.details), options)
-    if not request.overwrite and covered(target):
-        log.warning("%s", COVERED)
-        return 0
-    target.check(overwrite=request.overwrite)
-    check_room(target.root, int(str(document["bytesToWrite"])), target.kind.option)
+        wait_until_whole(request, spec.readiness, account)
+        plan = planned(request, stages, names=options.names)
+    account.planned(plan.document)
+    _show(plan.document, render(plan.document, details=options.details), options)
+    plan.check()
     return 0
 
 
@@ -271,7 +265,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from ckpt2pt.options import request_of, stages_of  # noqa: PLC0415
+    from ckpt2pt.options.asked import request_of, stages_of  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
     from ckpt2pt.verify.prove import verify_records, verify_target  # noqa: PLC0415
 
@@ -335,7 +329,7 @@ def _pt_meta(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace) -> int:
     from ckpt2pt.local.runner import run_document  # noqa: PLC0415
 
-    return run_document(options, _show)
+    return run_document(options, _show, lambda stage, error: _report(error, options, stage=stage))
 
 
 def _completion(options: argparse.Namespace) -> int:

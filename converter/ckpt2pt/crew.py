@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Protocol, cast
 
 from ckpt2pt.engine.write import Meter, Stop
-from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError, aside, ref
+from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError, aside, of_rank, ref
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Lock
 from ckpt2pt.request import Pace, Reporter
@@ -80,7 +80,7 @@ def work_through(
     pace = work.pace
     if pace.in_process or len(todo) <= 1:
         for rank in todo:
-            with _deadline(pace.timeout, rank, stop):
+            with of_rank(rank), _deadline(pace.timeout, rank, stop):
                 _carry(alone or work.plan(rank), stop, Meter(partial(reporter.advance, rank)))
             reporter.end(rank)
         return
@@ -168,10 +168,13 @@ class _Crew:
                 while self._waiting and len(self._hands) < max(1, self._work.pace.workers):
                     self._hands.append(self._start())
                 for ready in wait([hand.pipe for hand in self._hands], timeout=0.2):
-                    self._hear(next(hand for hand in self._hands if hand.pipe is ready))
+                    hand = next(hand for hand in self._hands if hand.pipe is ready)
+                    with of_rank(hand.rank):
+                        self._hear(hand)
                 late = next((h for h in self._hands if h.deadline and time.monotonic() > h.deadline), None)
                 if late:
-                    raise _timed_out(late.rank, self._work.pace.timeout or 0)
+                    with of_rank(late.rank):
+                        raise _timed_out(late.rank, self._work.pace.timeout or 0)
         finally:
             self._dismiss()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
 
@@ -146,6 +146,8 @@ class Ckpt2ptError(Exception):
     exit_code = 70
     reason = ""
     """In one word, where the exit code alone would mislead; that of the exit code where it is empty."""
+    rank: tuple[int, int] | None = None
+    """The (tp, pp) whose conversion failed; None where it is no single one."""
 
     def __init__(self, what: str, *, where: str | Path, hint: str, field: str | None = None) -> None:
         super().__init__(what, str(where), hint)
@@ -165,6 +167,16 @@ class Ckpt2ptError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders; keyword-only arguments need help to be pickled.
         return _rebuild, (type(self), self.what, self.where, self.hint, self.field)
+
+
+@contextmanager
+def of_rank(rank: tuple[int, int]) -> Generator[None]:
+    """Errors that are raised inside say which rank they are of."""
+    try:
+        yield
+    except Ckpt2ptError as error:
+        error.rank = error.rank or rank
+        raise
 
 
 def message(what: object, where: object, hint: object) -> str:

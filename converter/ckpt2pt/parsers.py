@@ -11,7 +11,7 @@ from ckpt2pt.cluster.flags import add_submit_options
 from ckpt2pt.combine.flags import add_combine_options
 from ckpt2pt.errors import EXIT_CODES
 from ckpt2pt.flags import Parser, examples
-from ckpt2pt.options import (
+from ckpt2pt.options.declared import (
     add_conversion_options,
     add_document_options,
     add_inspect_options,

@@ -22,7 +22,7 @@ from ckpt2pt import __version__
 from ckpt2pt.ckpt.source import prove_read
 from ckpt2pt.crew import Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
-from ckpt2pt.errors import InterruptedRunError, TargetConflictError, printable, ref
+from ckpt2pt.errors import InterruptedRunError, TargetConflictError, of_rank, printable, ref
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
@@ -231,7 +231,8 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     )
     if is_folder(target.folder, target.kind.option):
         for rank in ranks:  # one that an earlier run finished is not planned, which would check it
-            check_loadable(request, rank)
+            with of_rank(rank):
+                check_loadable(request, rank)
     return carry_out(conversion, stages, reporter, began)
 
 
@@ -363,8 +364,9 @@ def _plan_all(
     target, totals, nbytes = conversion.target, dict[Rank, int](), 0
     remarks, unused, share = dict[str, None](), list[frozenset[str]](), None
     for rank in todo:
-        share = conversion.plan(rank)
-        target.ledger(rank, repair=conversion.overwrite).refuse(share.paths)
+        with of_rank(rank):
+            share = conversion.plan(rank)
+            target.ledger(rank, repair=conversion.overwrite).refuse(share.paths)
         totals[rank] = share.source_bytes
         nbytes += share.nbytes
         remarks |= dict.fromkeys(share.remarks)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, cast
 
-from ckpt2pt.conversion.spec import Json
+from ckpt2pt.conversion.schema import Json
 from ckpt2pt.conversion.status import TERMINAL
 from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.api import CLAIMS, CONVERSIONS, EVENTS, JOBS, PODS, Api, ApiError

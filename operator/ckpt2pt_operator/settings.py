@@ -12,7 +12,7 @@ from typing import Literal, cast
 import yaml
 
 from ckpt2pt import __version__
-from ckpt2pt.conversion.spec import Json
+from ckpt2pt.conversion.schema import Json
 from ckpt2pt.errors import FileAccessError, UsageError
 from ckpt2pt.flags import Parser
 from ckpt2pt_operator.rules.permissions import PERMISSIONS

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from ckpt2pt.conversion.spec import Json
+from ckpt2pt.conversion.schema import Json
 from ckpt2pt.conversion.status import TERMINAL
 from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.rules.kept import Kept, Key, Name, keep, key_of

@@ -158,9 +158,9 @@ def test_columns_show_fields_that_exist() -> None:
 
 # ---------------------------------------------------------------------------------------------------- flags and fields
 
-# How one process is watched and cut up, which is no matter of the conversion.
+# All fields in one; how one process is watched and cut up, which is no matter of the conversion.
 WITHOUT_FIELD = {
-    "-h", "--stage", "--multiprocess-off", "--progress", "--output", "--log-format", "--termination-log", "--progress-port",
+    "-h", "--spec", "--stage", "--multiprocess-off", "--progress", "--output", "--log-format", "--termination-log", "--progress-port",
 }  # fmt: skip
 # What only a cluster has, or what `ckpt2pt run` does itself.
 WITHOUT_FLAG = re.compile(

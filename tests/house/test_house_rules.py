@@ -327,9 +327,9 @@ def test_continuous_integration_goes_through_the_door() -> None:
 
 # ---------------------------------------------------------------------------------------------------- names of options
 
-EDGES = ("cli", "parsers", "flags", "options", "back/options", "combine/flags", "ptmeta/options", "follow/command")
+EDGES = ("cli", "parsers", "flags", "back/options", "combine/flags", "ptmeta/options", "follow/command")
 """Modules that read a command line, beside the rooms of :data:`EDGE_ROOMS` and what writes a worker's."""
-EDGE_ROOMS = ("cluster", "conversion", "hooks", "local", "programs", "show")
+EDGE_ROOMS = ("cluster", "conversion", "hooks", "local", "options", "programs", "show")
 OF_OTHERS = frozenset(
     {
         "ckpt-format", "no-load-optim", "no-load-rng", "overlap-grad-reduce", "override-opt", "use-dist-ckpt",

@@ -22,7 +22,8 @@ import yaml
 from ckpt2pt.conversion.fields import Finding, refusal
 from ckpt2pt.conversion.loading import MAX_BYTES, load
 from ckpt2pt.conversion.names import HINTS
-from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import API_VERSION, KIND
 from ckpt2pt.errors import FileAccessError, UsageError
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import read_all

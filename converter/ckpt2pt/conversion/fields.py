@@ -1,17 +1,30 @@
-"""Read a document field by field and tell all that is wrong with it at once.  Pure."""
+"""Decode a document into its types, and report all that is wrong with it at once.  Pure."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from ckpt2pt.conversion.names import HINTS, NAME, fits
+import msgspec
+
+from ckpt2pt.conversion.names import HINTS
 from ckpt2pt.conversion.spelling import in_document
 from ckpt2pt.errors import UsageError, rendered
 
-_NEVER = re.compile("[\\0\ud800-\udfff]")
+T = TypeVar("T")
+_MOST_FINDINGS = 32
+_PLACE = re.compile(r"(.*?)(?: - at `\$(.*)`)?", re.DOTALL)
+_WANTED = re.compile(r"Expected `([a-z]+)[^`]*`(?: (.*))?", re.DOTALL)
+_KINDS = {
+    "object": "a mapping of fields",
+    "array": "a list",
+    "str": "text",
+    "int": "a whole number",
+    "bool": "true or false",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +37,10 @@ class Finding:
 
 
 def refusal(findings: Sequence[Finding], where: str) -> UsageError:
-    """One error for everything that is wrong."""
+    """One error for everything that is wrong, in the words of the document."""
+    findings = [
+        replace(one, what=rendered(one.what, in_document), hint=rendered(one.hint, in_document)) for one in findings
+    ]
     if len(findings) == 1:
         [found] = findings
         return UsageError(f"{found.field} {found.what}".strip(), where=f"{where}: {found.field}", hint=found.hint)
@@ -32,102 +48,105 @@ def refusal(findings: Sequence[Finding], where: str) -> UsageError:
     return UsageError(f"{len(findings)} fields are wrong:{lines}", where=where, hint="correct these fields")
 
 
-class Fields:
-    """One object of the document.  What is wrong with a field is noted, and a harmless value goes on."""
+def decode(value: object, kind: type[T], path: str, findings: list[Finding]) -> T:
+    """``value`` as a ``kind``, all of whose fields have defaults.  null is as good as absent, as it is for an API server.
 
-    def __init__(self, value: object, path: str, findings: list[Finding]) -> None:
-        self.path = path
-        self._findings = findings
-        self._value: Mapping[str, object] = {}
-        self.broken = value is not None and not isinstance(value, Mapping)
-        if isinstance(value, Mapping):
-            self._value = cast("Mapping[str, object]", value)
-        elif self.broken:
-            self.note("", "is not a mapping of fields", "write its fields below it, one on a line")
+    What is wrong is added to ``findings``, and the default takes its place.
+    """
+    rest = _without_nulls(value, kind)
+    for _ in range(_MOST_FINDINGS):
+        try:
+            return msgspec.convert({} if rest is None else rest, kind)
+        except msgspec.ValidationError as error:
+            found = _PLACE.fullmatch(str(error))
+            text, below = (found[1], found[2] or "") if found else (str(error), "")
+            steps = re.findall(
+                r"\.([^.\[]+)|\[(\d+)\]", below.partition("[...]")[0]
+            )  # which key of a mapping is not told
+            parts = [name or int(number) for name, number in steps]
+            wrong = _at(rest, parts)
+            findings.append(Finding(field=path + below, what=_shown(wrong), hint=_hint(text, kind, parts)))
+            rest = _removed(rest, parts)
+    return msgspec.convert({}, kind)
 
-    def note(self, name: str, what: str, hint: str) -> None:
-        """Keep what is wrong with a field."""
-        field = ".".join(part for part in (self.path, name) if part)
-        finding = Finding(field=field, what=rendered(what, in_document), hint=rendered(hint, in_document))
-        if finding not in self._findings:
-            self._findings.append(finding)
 
-    def get(self, name: str) -> object:
-        """The raw value; null is as good as absent, as it is for an API server."""
-        return self._value.get(name)
+def _shown(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "is a mapping of fields"
+    return "is a list" if isinstance(value, list) else f"is {value!r}"[:90]
 
-    def items(self) -> list[tuple[str, object]]:
-        """Every field that is there and not null."""
-        return [(name, value) for name, value in self._value.items() if value is not None]
 
-    def child(self, name: str) -> Fields:
-        """An object inside this one; an empty one if it is not there."""
-        return Fields(self.get(name), ".".join(part for part in (self.path, name) if part), self._findings)
+def _hint(text: str, kind: Any, parts: Sequence[str | int]) -> str:  # noqa: ANN401 - any type
+    """What to write instead, from msgspec's own words."""
+    if text.startswith("Invalid enum value"):
+        return f"write {' or '.join(map(str, get_args(_kind_at(kind, parts))))}"
+    wanted = _WANTED.match(text)
+    if not wanted:
+        return f"correct it: {text}"
+    word, more = _KINDS.get(wanted[1], wanted[1]), wanted[2] or ""
+    pattern = re.match(r"matching regex '(.*)'$", more, re.DOTALL)
+    if pattern:
+        known = pattern[1].encode().decode("unicode_escape").removesuffix(r"\Z") + "$"
+        return HINTS.get(known, "write what the schema allows")
+    if more.startswith("of length >= 1"):
+        return "do not leave it empty"
+    least = re.match(r">= (-?\d+)", more)
+    most = re.match(r"(?:<= |of length <= )(\d+)", more)
+    return f"write {word}" + (f" of at least {least[1]}" if least else f" of at most {most[1]}" if most else "")
 
-    def children(self, name: str) -> list[Fields]:
-        """The objects of a list; none where it is not there."""
-        value = self.get(name)
-        if value is not None and not isinstance(value, list):
-            self.note(name, f"is {value!r}", "write a list")
-        items = cast("list[object]", value) if isinstance(value, list) else []
-        path = ".".join(part for part in (self.path, name) if part)
-        return [Fields(item, f"{path}[{number}]", self._findings) for number, item in enumerate(items)]
 
-    def text(self, name: str, default: str) -> str:
-        """A string that may become a path, a name or an argument: NUL and half a pair of surrogates never can."""
-        value = self.get(name)
-        if isinstance(value, str) and (plain := _NEVER.sub("_", value)) != value:
-            self.note(name, f"is {value!r}", "leave out the character that no path and no name can have")
-            return plain
-        if value is None or isinstance(value, str):
-            return default if value is None else value
-        self.note(name, f"is {value!r}, and must be text", "put it in quotes")
-        return default
+def _kind_at(kind: Any, parts: Sequence[str | int]) -> Any:  # noqa: ANN401 - any type
+    """The type of what lies at a path."""
+    for part in parts:
+        options = [one for one in (kind, *get_args(kind)) if one is not type(None)]
+        struct = next((one for one in options if isinstance(one, type) and issubclass(one, msgspec.Struct)), None)
+        if struct is None or isinstance(part, int):
+            kind = next(iter(get_args(kind)), kind)
+            continue
+        names = dict(zip(struct.__struct_encode_fields__, struct.__struct_fields__, strict=True))
+        kind = get_type_hints(struct)[names[part]]
+    return next((one for one in (kind, *get_args(kind)) if get_origin(one) is Literal), kind)
 
-    def name(self, field: str, pattern: str = NAME) -> str:
-        """A text that fits ``pattern``, the name of an object by default; empty where there is none."""
-        found = self.text(field, "")
-        if found and not fits(pattern, found):
-            self.note(field, f"is {found[:80]!r}", HINTS[pattern])
-        return found
 
-    def choice(self, name: str, default: str, *others: str) -> str:
-        """One of a few words, the first of them by default."""
-        value = self.get(name)
-        if value is None or value in {default, *others}:
-            return default if value is None else str(value)
-        self.note(name, f"is {value!r}", f"write {' or '.join((default, *others))}")
-        return default
+def _at(value: object, parts: Sequence[str | int]) -> object:
+    for part in parts:
+        value = cast("Any", value)[part]
+    return value
 
-    def flag(self, name: str) -> bool:
-        """True or false, false by default."""
-        value = self.get(name)
-        if value is not None and not isinstance(value, bool):
-            self.note(name, f"is {value!r}", "write true or false")
-        return value is True
 
-    def number(self, name: str, default: int, *, low: int = 1) -> int:
-        """A whole number of at least ``low``."""
-        found = self.optional(name, low=low)
-        return default if found is None else found
+def _removed(value: object, parts: Sequence[str | int]) -> object:
+    """A copy without what lies at a path; without its list, where that is one of several."""
+    while parts and isinstance(parts[-1], int):
+        parts = parts[:-1]
+    if not parts:
+        return {}
+    found = deepcopy(value)
+    del cast("Any", _at(found, parts[:-1]))[parts[-1]]
+    return found
 
-    def optional(self, name: str, *, low: int = 1) -> int | None:
-        """A whole number of at least ``low``, or None."""
-        value = self.get(name)
-        if value is None:
-            return None
-        if type(value) is int and value >= low:
-            return value
-        self.note(name, f"is {value!r}", f"write a whole number of at least {low}")
-        return None
 
-    def numbers(self, name: str) -> tuple[int, ...] | None:
-        """A list of whole numbers of at least 0, or None."""
-        value = self.get(name)
-        if value is None:
-            return None
-        items = cast("list[object]", value) if isinstance(value, list | tuple) else [None]
-        if all(type(item) is int and item >= 0 for item in items):
-            return tuple(cast("list[int]", items))
-        self.note(name, f"is {value!r}", "write a list of whole numbers, as [62, 63]")
-        return None
+def _without_nulls(value: object, kind: object) -> object:
+    """Free objects keep theirs: only fields of ``kind`` and of what is inside it are looked at."""
+    struct = next(
+        (one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, msgspec.Struct)), None
+    )
+    if struct is None or not isinstance(value, Mapping):
+        return value
+    hints = _hints(struct)
+    return {
+        name: _without_nulls(item, hints.get(name))
+        for name, item in cast("Mapping[str, object]", value).items()
+        if item is not None or name not in hints
+    }
+
+
+_KNOWN: dict[type, dict[str, object]] = {}
+
+
+def _hints(struct: type[msgspec.Struct]) -> dict[str, object]:
+    """The types of the fields by their names in a document."""
+    if struct not in _KNOWN:
+        hints = get_type_hints(struct)
+        names = zip(struct.__struct_encode_fields__, struct.__struct_fields__, strict=True)
+        _KNOWN[struct] = {encoded: hints[name] for encoded, name in names}
+    return _KNOWN[struct]

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from ckpt2pt.conversion.report import UID_VARIABLE
-from ckpt2pt.conversion.spec import API_VERSION, KIND, ROLES, Conversion, Json, convert_args
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import API_VERSION, KIND, ROLES, Conversion, worker_words
 from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE
 
 CONTAINER = "convert"
@@ -68,7 +69,9 @@ def mounts_of(conversion: Conversion) -> tuple[Mount, ...]:
         else:
             sharing.append(role)
     return tuple(
-        Mount(name=names[0], roles=tuple(names), volume=volume, read_only=conversion.dry_run or "target" not in names)
+        Mount(
+            name=names[0], roles=tuple(names), volume=volume, read_only=conversion.spec.dry_run or "target" not in names
+        )
         for volume, names in roles
     )
 
@@ -80,7 +83,7 @@ def job_name(conversion: Conversion, attempt: int) -> str:
 
 def parallelism(conversion: Conversion, completions: int) -> int:
     """Workers at a time."""
-    return min(completions, conversion.workers.max_parallel_stages or completions)
+    return min(completions, conversion.spec.workers.max_parallel_stages or completions)
 
 
 def build_job(
@@ -92,13 +95,13 @@ def build_job(
     memory_percent: int = 100,
     ended: str = "",
 ) -> Json:
-    """The Job of one attempt; ``stages`` are those to do when they are not all, ``ended`` as of ``convert_args``.
+    """The Job of one attempt; ``stages`` are those to do when they are not all, ``ended`` as of ``worker_words``.
 
     ``memory_percent`` of the memory that the spec gives is asked for, but never more than ``grown_memory`` allows.
     """
     todo = tuple(range(conversion.topology.pipeline)) if stages is None else tuple(sorted(set(stages)))
     completions = 1 if conversion.one_worker else len(todo)
-    pod = conversion.workers.pod
+    pod = conversion.pod
     labels = _labels(conversion, attempt)
     queue: dict[str, str] = {}
     if "queueName" in pod and pod["queueKind"] == "Kueue":
@@ -107,18 +110,18 @@ def build_job(
         "completionMode": "Indexed",
         "completions": completions,
         "parallelism": parallelism(conversion, completions),
-        "backoffLimitPerIndex": conversion.retries.per_stage,
+        "backoffLimitPerIndex": conversion.spec.retries.per_stage,
         "podReplacementPolicy": "Failed",  # one writer for each stage
         "podFailurePolicy": _failure_policy(),
         "template": _template(
             conversion, image=image, labels=labels, stages=todo, memory_percent=memory_percent, ended=ended
         ),
     }
-    if conversion.retries.max_failed_stages is not None:
-        spec["maxFailedIndexes"] = min(conversion.retries.max_failed_stages, completions)
-    if conversion.active_deadline_seconds is not None:
-        spec["activeDeadlineSeconds"] = conversion.active_deadline_seconds
-    if conversion.suspend:
+    if conversion.spec.retries.max_failed_stages is not None:
+        spec["maxFailedIndexes"] = min(conversion.spec.retries.max_failed_stages, completions)
+    if conversion.spec.active_deadline_seconds is not None:
+        spec["activeDeadlineSeconds"] = conversion.spec.active_deadline_seconds
+    if conversion.spec.suspend:
         spec["suspend"] = True
     # ttlSecondsAfterFinished is not set here: termination messages have to be recorded before the pods may go.
     metadata: Json = {"name": job_name(conversion, attempt), **_home(conversion), "labels": {**labels, **queue}}
@@ -187,7 +190,7 @@ def _template(
     memory_percent: int,
     ended: str,
 ) -> Json:
-    pod = conversion.workers.pod
+    pod = conversion.pod
     mounts = mounts_of(conversion)
     spec: Json = {
         "restartPolicy": "Never",
@@ -208,7 +211,7 @@ def _template(
     metadata: Json = {"labels": {**cast("dict[str, str]", pod.get("labels", {})), **labels}}
     if annotations:
         metadata["annotations"] = annotations
-    if conversion.workers.co_schedule:
+    if conversion.spec.workers.co_schedule:
         spec["affinity"] = _beside_each_other(cast("Json", spec.get("affinity", {})), labels)
     template = cast("Json", _merged({"metadata": metadata, "spec": spec}, pod.get("podOverrides", {})))
     # By these labels and annotations the operator knows its pods; whatever else an override makes of them, the API server judges.
@@ -272,7 +275,7 @@ def quantity(text: object) -> float:
 
 def grown_memory(conversion: Conversion, percent: int) -> int | None:
     """Bytes of memory of a worker at ``percent`` of its limit; None where it has no limit and cannot grow."""
-    override = cast("Json", cast("Json", conversion.workers.pod.get("podOverrides", {})).get("spec", {}))
+    override = cast("Json", cast("Json", conversion.pod.get("podOverrides", {})).get("spec", {}))
     containers = cast("list[Json]", override.get("containers", []))
     given: Json = {}
     for item in containers:
@@ -282,7 +285,7 @@ def grown_memory(conversion: Conversion, percent: int) -> int | None:
     limit = quantity(cast("Json", resources.get("limits", {})).get("memory", 0))
     if not limit:
         return None
-    most = quantity(conversion.retries.max_memory) if conversion.retries.max_memory else 4 * limit
+    most = quantity(conversion.spec.retries.max_memory) if conversion.spec.retries.max_memory else 4 * limit
     return int(max(limit, min(limit * percent / 100, most)))
 
 
@@ -301,9 +304,9 @@ def _grow(template: Json, conversion: Conversion, percent: int) -> None:
 def _container(
     conversion: Conversion, *, image: str, mounts: Sequence[Mount], stages: Sequence[int], ended: str
 ) -> Json:
-    pod = conversion.workers.pod
+    pod = conversion.pod
     paths = {role: mount.path for mount in mounts for role in mount.roles}
-    words = convert_args(conversion, paths, ended=ended)
+    words = worker_words(conversion, paths, ended=ended)
     words += ["--termination-log", TERMINATION_PATH, "--progress-port", str(PROGRESS_PORT)]
     container: Json = {
         "name": CONTAINER,
@@ -342,7 +345,7 @@ def resources_of(conversion: Conversion) -> Json:
     A namespace with a quota admits no pod without requests and limits, and memory without a limit cannot grow after an
     out-of-memory kill.  A process uses one core and 48 MiB; the rest is for the page cache.
     """
-    given, processes = cast("Json", conversion.workers.pod["resources"]), conversion.workers.processes
+    given, processes = cast("Json", conversion.pod["resources"]), conversion.spec.workers.processes
     if any(given.values()):
         return given
     memory = f"{128 + 64 * processes}Mi"

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from ckpt2pt.conversion.spec import Conversion, Json
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import Conversion
 from ckpt2pt.conversion.status import MAX_MESSAGE
 
 UID_VARIABLE = "CKPT2PT_CONVERSION_UID"
@@ -180,7 +181,7 @@ def unproved(report: Report | None, conversion: Conversion, stage: int) -> str:
     """
     if report is None:
         return "it ended with exit code 0 and left no report of ckpt2pt in its termination message"
-    wanted = PLANNED if conversion.dry_run else CONVERTED
+    wanted = PLANNED if conversion.spec.dry_run else CONVERTED
     expected = tuple(range(conversion.topology.pipeline)) if conversion.one_worker else (stage,)
     if report.exit_code != 0 or report.reason != wanted:
         told = f"exit code {report.exit_code}, {report.reason or 'without a reason'}"
@@ -194,14 +195,14 @@ def unproved(report: Report | None, conversion: Conversion, stage: int) -> str:
 
 
 def _of_iteration(report: Report, conversion: Conversion) -> str:
-    if conversion.dry_run and report.preview is None:
+    if conversion.spec.dry_run and report.preview is None:
         return "its report holds no plan"
-    if conversion.follow and not conversion.dry_run and report.iteration is None:
+    if conversion.spec.follow and not conversion.spec.dry_run and report.iteration is None:
         return ""  # the training has ended before it saved anything
     if report.iteration is None:
         return "its report names no iteration"
-    if conversion.iteration not in {None, report.iteration}:
-        return f"its report is of iteration {report.iteration}, not {conversion.iteration}"
+    if conversion.spec.source.iteration not in {None, report.iteration}:
+        return f"its report is of iteration {report.iteration}, not {conversion.spec.source.iteration}"
     return ""
 
 

@@ -1,25 +1,40 @@
-"""A CheckpointConversion document -> one frozen, proved value, and the command line it stands for.
+"""A CheckpointConversion document -> one frozen, proved value, and the command of a worker that carries it out.
 
 Pure: no files, no cluster.  The operator reads its objects with this, and ``ckpt2pt run`` its document, so a wrong
-topology is refused by the same code in both places, before anything starts.  Defaults and rules are those of
-crds/checkpointconversions.yaml (the tests hold them together): an API server has applied them, a file has not.
+topology is refused by the same code in both places, before anything starts.  An API server has applied the defaults of the
+schema, a file has not.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from ckpt2pt.conversion.fields import Fields, Finding, refusal
-from ckpt2pt.conversion.names import DRIVER, GROUP_VERSION, HOST, KIND_WORD, NAME
+from msgspec.structs import replace
+
+from ckpt2pt.conversion.fields import Finding, decode, refusal
+from ckpt2pt.conversion.names import DRIVER, HINTS, HOST, NAME, fits
+from ckpt2pt.conversion.schema import (
+    Degrees,
+    Follow,
+    Json,
+    Parallelism,
+    Place,
+    Pod,
+    Processes,
+    Secret,
+    Source,
+    Spec,
+    Workload,
+    below,
+    to_json,
+)
 from ckpt2pt.conversion.size import too_large
 from ckpt2pt.errors import UsageError
 from ckpt2pt.mapping.topology import Topology
-
-Json = dict[str, object]
 
 API_VERSION = "ckpt2pt.dev/v1alpha1"
 KIND = "CheckpointConversion"
@@ -36,412 +51,279 @@ _NEEDED = {
     "emptyDir":              (),
 }  # fmt: skip
 
-_DEGREES = ("tensor", "pipeline", "virtualPipeline")
-"""Parallel sizes that the result may have others of than the source."""
-
 _NAMES = {"claimName": NAME, "driver": DRIVER, "server": HOST}
 """What a field of a volume has to look like."""
-
-_POD_DEFAULTS: Json = {"resources": {}, "queueKind": "Kueue", "security": {}}
-
-#   spec.model.rules    the same in a rule file
-_RULES = {
-    "layerModules":     "layer_modules",
-    "modules":          "modules",
-    "ignore":           "ignore",
-    "pickleGlobals":    "pickle_globals",
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """A folder on a volume: ``volume`` as in a pod, ``path`` relative to its root."""
-
-    volume: Json
-    path: str
-
-    def below(self, root: str) -> str:
-        """The folder, where the volume is mounted at ``root``."""
-        return root if self.path == "." else f"{root}/{self.path}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Workers:
-    """How the work is done; ``pod`` holds the fields that only matter to the pods of a cluster."""
-
-    max_parallel_stages: int | None
-    processes: int
-    rank_timeout_seconds: int | None
-    co_schedule: bool
-    pod: Json
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Retries:
-    """What happens to a stage that fails for a reason that may pass."""
-
-    per_stage: int
-    memory_growth_percent: int
-    max_memory: str | None
-    max_failed_stages: int | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Readiness:
-    """How long a worker waits for a checkpoint to become whole (0: not at all), and when it takes a file for finished."""
-
-    timeout_seconds: int
-    settle_seconds: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Follow:
-    """Each new checkpoint of a running training is converted; ``until`` names the training, ``keep`` 0 keeps every result."""
-
-    until: Json | None
-    keep: int
-    interval_seconds: int
+_NEVER = re.compile("[\\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """One CheckpointConversion with every default applied."""
+    """One CheckpointConversion with every default applied; ``pod`` are the fields of workers that only matter to a cluster."""
 
     name: str
     namespace: str | None
     uid: str | None
-    mode: str
-    dry_run: bool
+    spec: Spec
+    pod: Json
     topology: Topology
     """The layout of the result: its pipeline stages are the stages of the conversion."""
     saved: Topology | None
     """The layout of the source where it is another one; its layers are not looked at."""
-    rules: Json
-    source: Place
-    source_format: str
-    shard_info: str | None
-    iteration: int | None
-    metadata: Place
-    target: Place
-    target_format: str
-    overwrite: bool
-    target_data: int | None
-    zero_consumed_samples: bool
-    verify: str
-    start_after: Json | None
-    follow: Follow | None
-    readiness: Readiness
-    workers: Workers
-    retries: Retries
-    pending_deadline_seconds: int
-    active_deadline_seconds: int | None
-    ttl_seconds_after_finished: int | None
-    suspend: bool
-    cancel: bool
 
     @property
     def one_worker(self) -> bool:
         """One worker does all stages: to plan them, or to follow a training."""
-        return self.dry_run or self.follow is not None
+        return self.spec.dry_run or self.spec.follow is not None
+
+    def of_iteration(self, iteration: int | None) -> Conversion:
+        """The same of one iteration; itself for None."""
+        if iteration is None:
+            return self
+        source = replace(self.spec.source, iteration=iteration)
+        return dataclasses.replace(self, spec=replace(self.spec, source=source))
 
     def place(self, role: str) -> Place:
         """The folder of ``source``, ``metadata`` or ``target``."""
-        return {"source": self.source, "metadata": self.metadata, "target": self.target}[role]
+        return {"source": self.spec.source, "metadata": self.spec.metadata, "target": self.spec.target}[role]
+
+
+# --------------------------------------------------------------------------------------------------------------- parse
+
+_OURS = frozenset(Processes.__struct_encode_fields__)
+_POD_DEFAULTS: Json = {"resources": {}, "queueKind": "Kueue", "security": {}}
 
 
 def parse(document: Mapping[str, object]) -> Conversion:
     """Apply the defaults and prove the rules; all that is wrong is told at once."""
+    given = _mapping(document.get("spec"))
     large = too_large(document.get("spec"))
     findings: list[Finding] = [large] if large else []
-    root = Fields(document, "", findings)
-    meta, spec = root.child("metadata"), root.child("spec")
-    name = meta.text("name", "")
-    _check_head(root, meta, name)
-    source, metadata, target = (spec.child(role) for role in ROLES)
-    source_volume = _volume(source, None)
-    degrees = _degrees(spec.child("parallelism"), dict.fromkeys((*_DEGREES, "data", "context"), 1))
-    result = _degrees(target.child("parallelism"), {name: degrees[name] for name in _DEGREES})
-    conversion = Conversion(
-        name=name,
-        namespace=meta.text("namespace", "") or None,
-        uid=meta.text("uid", "") or None,
-        mode=spec.choice("mode", "Full", "ParamsOnly"),
-        dry_run=spec.flag("dryRun"),
-        topology=_topology(spec.child("model"), degrees | result),
-        saved=_saved(degrees, result, spec.child("parallelism")),
-        rules=_rules(spec.child("model").child("rules")),
-        source=Place(volume=source_volume, path=_path(source, ".")),
-        source_format=source.choice("format", "Auto", "Ckpt", "Safetensors"),
-        shard_info=_path(source, field="optShardInfoPath") if source.get("optShardInfoPath") is not None else None,
-        iteration=source.optional("iteration"),
-        metadata=Place(volume=_volume(metadata, source_volume), path=_path(metadata)),
-        target=Place(volume=_volume(target, source_volume), path=_path(target)),
-        target_format=target.choice("format", "Megatron06"),
-        overwrite=target.flag("overwrite"),
-        target_data=target.optional("dataParallel"),
-        zero_consumed_samples=target.flag("zeroConsumedSamples"),
-        verify=spec.choice("verify", "Digest", "None", "Full"),
-        start_after=_workload(spec, "startAfter"),
-        follow=_follow(spec),
-        readiness=_readiness(spec.child("readiness")),
-        workers=_workers(spec.child("workers")),
-        retries=_retries(spec.child("retries")),
-        pending_deadline_seconds=spec.number("pendingDeadlineSeconds", 900),
-        active_deadline_seconds=spec.optional("activeDeadlineSeconds"),
-        ttl_seconds_after_finished=spec.optional("ttlSecondsAfterFinished", low=0),
-        suspend=spec.flag("suspend"),
-        cancel=spec.flag("cancel"),
-    )
+    meta = _mapping(document.get("metadata"))
+    name = meta.get("name")
+    _check_head(document, name, findings)
+    spec = decode(given, Spec, "spec", findings)
+    decode(given.get("workers"), Pod, "spec.workers", findings)
+    source = replace(spec.source, volume=_volume(spec.source, "source", findings, None))
+    metadata, target = spec.metadata, spec.target
+    metadata = replace(metadata, volume=_volume(metadata, "metadata", findings, source.volume))
+    target = replace(target, volume=_volume(target, "target", findings, source.volume))
+    model = replace(spec.model, noop_layers=spec.model.noop_layers or ())
+    sizes = _with_ones(spec.parallelism)
+    spec = replace(spec, model=model, parallelism=sizes, source=source, metadata=metadata, target=target)
+    _check_workloads(spec, findings)
+    topology, saved = _layouts(spec, findings)
     if not findings:
-        _check_places(conversion, findings)
+        _check_places(spec, findings)
     if findings:
-        raise refusal(findings, f"{KIND} {name or 'without a name'}")
-    return conversion
+        findings = list(dict.fromkeys(findings))
+        raise refusal(findings, f"{KIND} {name if isinstance(name, str) and name else 'without a name'}")
+    workers = _mapping(given.get("workers"))
+    pod = {field: value for field, value in workers.items() if field not in _OURS and value is not None}
+    return Conversion(
+        name=str(name),
+        namespace=_text(meta, "namespace"),
+        uid=_text(meta, "uid"),
+        spec=spec,
+        pod=_POD_DEFAULTS | pod,
+        topology=topology,
+        saved=saved,
+    )
 
 
-def _check_head(root: Fields, meta: Fields, name: str) -> None:
+def _mapping(value: object) -> Mapping[str, object]:
+    return cast("Mapping[str, object]", value) if isinstance(value, Mapping) else {}
+
+
+def _text(fields: Mapping[str, object], name: str) -> str | None:
+    value = fields.get(name)
+    return value if isinstance(value, str) and value else None
+
+
+def _check_head(document: Mapping[str, object], name: object, findings: list[Finding]) -> None:
     for field, wanted in (("apiVersion", API_VERSION), ("kind", KIND)):
-        if root.get(field) != wanted:
-            root.note(field, f"is {root.get(field)!r}", f"write {wanted}")
-    if len(name) > MAX_NAME:
-        meta.note(
-            "name",
-            f"has {len(name)} characters",
-            f"choose a name of at most {MAX_NAME}; those of its Job and pods are made from it",
-        )
-    elif not re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", name):
-        meta.note("name", f"is {name!r}", "choose a name of lower-case letters, digits and dashes")
-    if root.get("spec") is None:
-        root.note("spec", "is missing", "say there what to convert")
+        if document.get(field) != wanted:
+            findings.append(Finding(field=field, what=f"is {document.get(field)!r}", hint=f"write {wanted}"))
+    if isinstance(name, str) and len(name) > MAX_NAME:
+        hint = f"choose a name of at most {MAX_NAME}; those of its Job and pods are made from it"
+        findings.append(Finding(field="metadata.name", what=f"has {len(name)} characters", hint=hint))
+    elif not isinstance(name, str) or not re.fullmatch("[a-z0-9]([-a-z0-9]*[a-z0-9])?", name):
+        hint = "choose a name of lower-case letters, digits and dashes"
+        findings.append(Finding(field="metadata.name", what=f"is {name!r}", hint=hint))
+    spec = document.get("spec")
+    if spec is None:
+        findings.append(Finding(field="spec", what="is missing", hint="say there what to convert"))
+    elif not isinstance(spec, Mapping):
+        findings.append(Finding(field="spec", what="is not a mapping of fields", hint="write its fields below it"))
 
 
-def _degrees(fields: Fields, default: Mapping[str, int]) -> dict[str, int]:
-    return {name: fields.number(name, size) for name, size in default.items()}
+def _with_ones(sizes: Parallelism) -> Parallelism:
+    """A document that does not state a size means 1."""
+    return Parallelism(**{field: getattr(sizes, field) or 1 for field in Parallelism.__struct_fields__})
 
 
-def _saved(degrees: Mapping[str, int], result: Mapping[str, int], findings: Fields) -> Topology | None:
-    """The layout of the source, None where it is that of the result."""
-    if all(degrees[name] == size for name, size in result.items()):
-        return None
-    try:
-        return Topology(
-            num_layers=degrees["pipeline"] * degrees["virtualPipeline"],
-            tensor=degrees["tensor"],
-            pipeline=degrees["pipeline"],
-            virtual=degrees["virtualPipeline"],
-            data=degrees["data"],
-            context=degrees["context"],
-        )
-    except UsageError as error:
-        findings.note("", error.what, error.hint)
-        return None
+def _layouts(spec: Spec, findings: list[Finding]) -> tuple[Topology, Topology | None]:
+    """That of the result, and that of the source where it is another one."""
+    model, sizes, result = spec.model, spec.parallelism, spec.target.parallelism
+    own = {field: getattr(sizes, field) for field in Degrees.__struct_fields__}
+    wanted = {field: getattr(result, field) or size for field, size in own.items()}
+    if not model.num_layers:
+        hint = "give the number of layers, no-op layers included"
+        if not any(finding.field == "spec.model.numLayers" for finding in findings):
+            findings.append(Finding(field="spec.model.numLayers", what="is missing", hint=hint))
+        return Topology(num_layers=1), None
+    noop, listed = frozenset(model.noop_layers or ()), model.layers_per_stage
+    topology = _topology(model.num_layers, wanted, sizes, noop, listed, "spec.model", findings)
+    if wanted == own:
+        return topology, None
+    layers = own["pipeline"] * own["virtual_pipeline"]
+    return topology, _topology(layers, own, sizes, frozenset(), None, "spec.parallelism", findings)
 
 
-def _topology(model: Fields, degrees: Mapping[str, int]) -> Topology:
-    layers = model.number("numLayers", 0)
-    if not layers:
-        if model.get("numLayers") is None:
-            model.note("numLayers", "is missing", "give the number of layers, no-op layers included")
-        return Topology(num_layers=1)
+def _topology(
+    layers: int,
+    degrees: Mapping[str, int],
+    sizes: Parallelism,
+    noop: frozenset[int],
+    listed: tuple[int, ...] | None,
+    field: str,
+    findings: list[Finding],
+) -> Topology:
     try:
         return Topology(
             num_layers=layers,
             tensor=degrees["tensor"],
             pipeline=degrees["pipeline"],
-            virtual=degrees["virtualPipeline"],
-            data=degrees["data"],
-            context=degrees["context"],
-            noop=frozenset(model.numbers("noopLayers") or ()),
-            layers_per_stage=model.numbers("layersPerStage"),
+            virtual=degrees["virtual_pipeline"],
+            data=sizes.data or 1,
+            context=sizes.context or 1,
+            noop=noop,
+            layers_per_stage=listed,
         )
     except UsageError as error:
-        model.note("", error.what, error.hint)
+        findings.append(Finding(field=field, what=error.what, hint=error.hint))
         return Topology(num_layers=1)
 
 
-def _path(fields: Fields, default: str | None = None, *, field: str = "path") -> str:
-    path = fields.text(field, default or "")
-    if not path:
-        fields.note(field, "is missing", "give the folder, relative to the root of its volume")
-    elif path != "." and any(part in {"", ".", ".."} for part in path.split("/")):
-        fields.note(
-            field,
-            f"is {path!r}",
-            "write it relative to the root of its volume, as run7/ms_ckpt, without '..' and without a slash at either end; "
-            "'.' is the root itself",
-        )
-    return path
-
-
-def _volume(fields: Fields, default: Json | None) -> Json:
-    if fields.get("volume") is None and default is not None:
+def _volume(place: Place, role: str, findings: list[Finding], default: Json | None) -> Json:
+    """The volume of a role, and whether its paths can be on one."""
+    _check_path(place.path, f"spec.{role}.path", findings)
+    if isinstance(place, Source) and place.opt_shard_info_path is not None:
+        _check_path(place.opt_shard_info_path, f"spec.{role}.optShardInfoPath", findings)
+    if not place.volume and default is not None:
         return default
-    volume = fields.child("volume")
-    kinds = [kind for kind in _NEEDED if volume.get(kind) is not None]
+    field = f"spec.{role}.volume"
+    kinds = [kind for kind in _NEEDED if place.volume.get(kind) is not None]
     if len(kinds) != 1:
-        volume.note(
-            "",
-            f"names {' and '.join(kinds) or 'no volume'}",
-            f"name exactly one of {', '.join(_NEEDED)}",
-        )
+        what, hint = f"names {' and '.join(kinds) or 'no volume'}", f"name exactly one of {', '.join(_NEEDED)}"
+        findings.append(Finding(field=field, what=what, hint=hint))
         return {}
     [kind] = kinds
-    inner = volume.child(kind)
+    inner = _mapping(place.volume[kind])
+    field = f"{field}.{kind}"
     for needed in _NEEDED[kind]:
-        given = inner.name(needed, _NAMES[needed]) if needed in _NAMES else inner.text(needed, "")
-        if not given:
-            inner.note(needed, "is missing", "give it")
-    inner.child("nodePublishSecretRef").name("name")
-    path = inner.text("path", "")
-    if path and (not path.startswith("/") or ".." in path.split("/")):
-        inner.note("path", f"is {path!r}", "give an absolute path, as /data/training, without '..'")
-    found = dict(inner.items())
+        value = inner.get(needed)
+        if not isinstance(value, str) or not value:
+            findings.append(Finding(field=f"{field}.{needed}", what="is missing", hint="give it"))
+        elif needed in _NAMES and not fits(_NAMES[needed], value):
+            findings.append(Finding(field=f"{field}.{needed}", what=f"is {value[:80]!r}", hint=HINTS[_NAMES[needed]]))
+    secret = inner.get("nodePublishSecretRef")
+    if secret is not None:
+        decode(secret, Secret, f"{field}.nodePublishSecretRef", findings)
+    path = inner.get("path")
+    if isinstance(path, str) and path and (not path.startswith("/") or ".." in path.split("/")):
+        hint = "give an absolute path, as /data/training, without '..'"
+        findings.append(Finding(field=f"{field}.path", what=f"is {path!r}", hint=hint))
+    found = {name: value for name, value in inner.items() if value is not None}
     return {kind: {"type": "Directory"} | found if kind == "hostPath" else found}
 
 
-def _check_places(conversion: Conversion, findings: list[Finding]) -> None:
-    for other, what in ((conversion.source, "its source"), (conversion.metadata, "pt_meta")):
-        if conversion.target == other:
-            findings.append(
-                Finding(
-                    field="spec.target.path",
-                    what=f"is {other.path!r} on the same volume as {what}",
-                    hint=f"choose another target.path; the result cannot take the place of {what}",
-                )
-            )
+def _check_path(path: str, field: str, findings: list[Finding]) -> None:
+    if not path:
+        hint = "give the folder, relative to the root of its volume"
+        findings.append(Finding(field=field, what="is missing", hint=hint))
+    elif _NEVER.search(path):
+        hint = "leave out the character that no path and no name can have"
+        findings.append(Finding(field=field, what=f"is {path!r}", hint=hint))
+    elif path != "." and any(part in {"", ".", ".."} for part in path.split("/")):
+        hint = (
+            "write it relative to the root of its volume, as run7/ms_ckpt, without '..' and without a slash at either end; "
+            "'.' is the root itself"
+        )
+        findings.append(Finding(field=field, what=f"is {path!r}", hint=hint))
 
 
-def _rules(fields: Fields) -> Json:
-    """The rules in the spelling of a rule file, without empty sections."""
-    found = {snake: fields.get(camel) for camel, snake in _RULES.items()}
-    for camel, snake in _RULES.items():
-        wanted: type = dict if camel.lower().endswith("modules") else list
-        if found[snake] is not None and not isinstance(found[snake], wanted):
-            fields.note(camel, f"is {found[snake]!r}", f"write a {'mapping' if wanted is dict else 'list'} of names")
-    return {section: value for section, value in found.items() if value}
+def _check_places(spec: Spec, findings: list[Finding]) -> None:
+    for other, what in ((spec.source, "its source"), (spec.metadata, "pt_meta")):
+        if (spec.target.volume, spec.target.path) == (other.volume, other.path):
+            found = f"is {other.path!r} on the same volume as {what}"
+            hint = f"choose another target.path; the result cannot take the place of {what}"
+            findings.append(Finding(field="spec.target.path", what=found, hint=hint))
 
 
-def _follow(spec: Fields) -> Follow | None:
-    if spec.get("follow") is None:
-        return None
-    fields = spec.child("follow")
-    if spec.get("startAfter") is not None:
-        fields.note("", "is given beside spec.startAfter", "give one of them; follow.until names the training")
-    if spec.child("source").get("iteration") is not None:
-        fields.note("", "is given beside spec.source.iteration", "leave the iteration out; every new one is converted")
-    return Follow(
-        until=_workload(fields, "until"),
-        keep=fields.number("keep", 0, low=0),
-        interval_seconds=fields.number("intervalSeconds", 30),
+def _check_workloads(spec: Spec, findings: list[Finding]) -> None:
+    follow = spec.follow
+    if follow and spec.start_after:
+        hint = "give one of them; follow.until names the training"
+        findings.append(Finding(field="spec.follow", what="is given beside spec.startAfter", hint=hint))
+    if follow and spec.source.iteration is not None:
+        hint = "leave the iteration out; every new one is converted"
+        findings.append(Finding(field="spec.follow", what="is given beside spec.source.iteration", hint=hint))
+    named = (("spec.startAfter", spec.start_after), ("spec.follow.until", follow.until if follow else None))
+    for field, workload in named:
+        for name, encoded in zip(Workload.__struct_fields__, Workload.__struct_encode_fields__, strict=True):
+            known = any(finding.field == f"{field}.{encoded}" for finding in findings)
+            if workload is not None and not known and not getattr(workload, name):
+                hint = "name the workload fully, as {apiVersion: batch/v1, kind: Job, name: pretrain}"
+                findings.append(Finding(field=f"{field}.{encoded}", what="is missing", hint=hint))
+
+
+# -------------------------------------------------------------------------------------------------------------- worker
+
+
+def worker_spec(conversion: Conversion, roots: Mapping[str, str]) -> Spec:
+    """What a worker needs of it; ``roots`` says where the volume of each role is mounted."""
+    spec = conversion.spec
+    paths = {role: conversion.place(role).below(roots[role]) for role in ROLES}
+    info = spec.source.opt_shard_info_path
+    return Spec(
+        mode=spec.mode,
+        model=replace(spec.model, noop_layers=spec.model.noop_layers or None),  # none: as the metadata has them
+        parallelism=spec.parallelism,
+        source=replace(
+            spec.source,
+            volume={},
+            path=paths["source"],
+            opt_shard_info_path=None if info is None else below(roots["source"], info),
+        ),
+        metadata=Place(path=paths["metadata"]),
+        target=replace(
+            spec.target,
+            volume={},
+            path=paths["target"],
+            parallelism=spec.target.parallelism if conversion.saved else Degrees(),
+        ),
+        verify=spec.verify,
+        follow=Follow(keep=spec.follow.keep, interval_seconds=spec.follow.interval_seconds) if spec.follow else None,
+        workers=replace(spec.workers, max_parallel_stages=None, co_schedule=False),
+        readiness=spec.readiness,
     )
 
 
-def _workload(parent: Fields, field: str) -> Json | None:
-    if parent.get(field) is None:
-        return None
-    fields = parent.child(field)
-    found: Json = {
-        "apiVersion": fields.name("apiVersion", GROUP_VERSION),
-        "kind": fields.name("kind", KIND_WORD),
-        "name": fields.name("name"),
-    }
-    for name in (name for name, value in found.items() if not value):
-        fields.note(name, "is missing", "name the workload fully, as {apiVersion: batch/v1, kind: Job, name: pretrain}")
-    return found
+def worker_words(conversion: Conversion, roots: Mapping[str, str], *, ended: str = "") -> list[str]:
+    """The command of one worker, ``plan`` for a dry run; ``roots`` says where the volume of each role is mounted.
 
-
-def _readiness(fields: Fields) -> Readiness:
-    return Readiness(
-        timeout_seconds=fields.number("timeoutSeconds", 300, low=0),
-        settle_seconds=fields.number("settleSeconds", 10, low=0),
-    )
-
-
-def _workers(fields: Fields) -> Workers:
-    ours = {"maxParallelStages", "processes", "rankTimeoutSeconds", "coSchedule"}
-    for field in ("schedulerName", "priorityClassName", "runtimeClassName", "queueName"):
-        fields.name(field)
-    for secret in fields.children("imagePullSecrets"):
-        secret.name("name")
-    return Workers(
-        max_parallel_stages=fields.optional("maxParallelStages"),
-        processes=fields.number("processes", 2),
-        rank_timeout_seconds=fields.optional("rankTimeoutSeconds"),
-        co_schedule=fields.flag("coSchedule"),
-        pod=_POD_DEFAULTS | {name: value for name, value in fields.items() if name not in ours},
-    )
-
-
-def _retries(fields: Fields) -> Retries:
-    return Retries(
-        per_stage=fields.number("perStage", 3, low=0),
-        memory_growth_percent=fields.number("memoryGrowthPercent", 50, low=0),
-        max_memory=None if fields.get("maxMemory") is None else str(fields.get("maxMemory")),
-        max_failed_stages=fields.optional("maxFailedStages", low=0),
-    )
-
-
-def convert_args(conversion: Conversion, mounts: Mapping[str, str], *, ended: str = "") -> list[str]:
-    """The command of one worker, ``plan`` for a dry run; ``mounts`` says where the volume of each role is mounted.
-
-    ``ended`` is how a training that was followed has ended: Succeeded, Failed or Deleted.
+    ``ended`` is how a training that was followed has ended: Succeeded, Failed or Deleted.  When it has ended, one last
+    look is taken; a failed training has left its last save as it was.
     """
-    cut, saved = conversion.topology, conversion.saved or conversion.topology
-    paths = {role: conversion.place(role).below(mounts[role]) for role in ROLES}
-    words: list[object] = [
-        "plan" if conversion.dry_run else "watch" if conversion.follow else "convert",
-        "--num-layers", cut.num_layers,
-        "--tp-size", saved.tensor,
-        "--pp-size", saved.pipeline,
-        "--vpp-size", saved.virtual,
-        "--dp-size", saved.data,
-        "--cp-size", saved.context,
-        "--ms-path", paths["source"],
-        "--src-model-format", conversion.source_format.lower(),
-        "--param-map-path", paths["metadata"],
-        "--megatron-path", paths["target"],
-        "--target-format", conversion.target_format.lower(),
-        "--process-limit", conversion.workers.processes,
-    ]  # fmt: skip
-    given: dict[str, object] = {
-        "--noop": sorted(cut.noop | cut.ignored_noop),
-        "--stage-list": ",".join(map(str, cut.layers_per_stage or ())),
-        "--rules": json.dumps(conversion.rules) if conversion.rules else None,
-        "--opt-shard-info-path": Place(volume={}, path=conversion.shard_info).below(mounts["source"])
-        if conversion.shard_info
-        else None,
-        "--iteration": conversion.iteration,
-        "--target-dp-size": conversion.target_data,
-    }
-    if conversion.saved:
-        given |= {"--target-tp-size": cut.tensor, "--target-pp-size": cut.pipeline, "--target-vpp-size": cut.virtual}
-    flags = {
-        "--convert-param-only": conversion.mode == "ParamsOnly",
-        "--overwrite": conversion.overwrite,
-        "--zero-consumed-samples": conversion.zero_consumed_samples,
-    }
-    if not conversion.dry_run:
-        words += ["--verify", conversion.verify.lower(), "--progress", "json"]
-        given["--process-timeout"] = conversion.workers.rank_timeout_seconds
-    if conversion.follow and not conversion.dry_run:
-        words += _watch_args(conversion.follow, conversion.readiness, ended)
-    elif conversion.readiness.timeout_seconds:
-        words += ["--readiness-timeout", conversion.readiness.timeout_seconds]
-        words += ["--readiness-settle", conversion.readiness.settle_seconds]
-    for flag, value in given.items():
-        if value:
-            words += [flag, *(cast("list[object]", value) if isinstance(value, list) else [value])]
-    words += [flag for flag, wanted in flags.items() if wanted]
-    if conversion.dry_run:
+    spec = worker_spec(conversion, roots)
+    dry = conversion.spec.dry_run
+    words = ["plan" if dry else "watch" if spec.follow else "convert", "--spec", to_json(spec)]
+    if dry:
         # The one worker has index 0, and would plan stage 0 alone.
-        words += [word for stage in range(cut.pipeline) for word in ("--stage", stage)]
-    return [str(word) for word in (*words, "--output", "json", "--log-format", "json")]
-
-
-def _watch_args(follow: Follow, readiness: Readiness, ended: str) -> list[object]:
-    """How a training is followed; when it has ended, one last look.  A failed training has left its last save as it was."""
-    words: list[object] = ["--keep", follow.keep, "--interval", follow.interval_seconds]
-    words += ["--settle", readiness.settle_seconds, *(["--once"] if ended else [])]
-    if ended == "Succeeded":
-        return [*words, "--readiness-timeout", readiness.timeout_seconds]
-    return [*words, *(["--forgive-broken-save"] if ended else [])]
+        words += [word for stage in range(conversion.topology.pipeline) for word in ("--stage", str(stage))]
+    else:
+        words += ["--progress", "json"]
+    if spec.follow and ended and not dry:
+        words += ["--once"]
+        words += [] if ended == "Succeeded" else ["--forgive-broken-save"]
+    return [*words, "--output", "json", "--log-format", "json"]

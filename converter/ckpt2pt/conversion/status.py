@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt2pt.conversion.spec import Conversion, Json
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import Conversion
 from ckpt2pt.mapping.foldernames import iteration_name
 
 State = Literal["Pending", "Running", "Succeeded", "Failed"]
@@ -143,8 +144,8 @@ def status_of_run(
     if iteration is not None:
         status["iteration"] = iteration
         folder = iteration_name(iteration)
-        if conversion.target.path != ".":
-            folder = f"{conversion.target.path}/{folder}"
+        if conversion.spec.target.path != ".":
+            folder = f"{conversion.spec.target.path}/{folder}"
         status["outputPath"] = folder
         if phase == "Succeeded":
             status["reportPath"] = f"{folder}/.ckpt2pt/report.json"
@@ -166,7 +167,7 @@ def _phase(
         return "Cancelled"
     if ended is not None or any(record.state != "Succeeded" for record in records):
         return "Failed"
-    return "Planned" if conversion.dry_run else "Succeeded"
+    return "Planned" if conversion.spec.dry_run else "Succeeded"
 
 
 def _conditions(
@@ -197,21 +198,19 @@ def _conditions(
 
 def _verified(conversion: Conversion, records: Sequence[StageRecord], *, done: bool) -> tuple[str, str, str]:
     """The condition Verified: True only where the report of every stage says so."""
-    if conversion.verify == "None" or conversion.dry_run:
+    if conversion.spec.verify == "None" or conversion.spec.dry_run:
         return "False", "NotRequested", "verification was not asked for"
     mismatch = [record.stage for record in records if record.reason == REASONS[76]]
     if mismatch:
         return "False", REASONS[76], f"stages {mismatch} differ from what was written, or from their source"
     if not done:
         return "False", "NotYet", "not every stage is verified yet"
-    enough = {conversion.verify, "Full"}
+    enough = {conversion.spec.verify, "Full"}
     silent = [str(record.stage) for record in records if record.verified not in enough]
     if silent:
-        what = (
-            f"no report says that stage {', '.join(silent)} was verified as spec.verify, {conversion.verify}, asks for"
-        )
+        what = f"no report says that stage {', '.join(silent)} was verified as spec.verify, {conversion.spec.verify}, asks for"
         return "Unknown", "NotReported", what[:MAX_MESSAGE]
-    if conversion.verify == "Full":
+    if conversion.spec.verify == "Full":
         return "True", "SourceMatches", "every file was read back, and every element is that of its source"
     return "True", "DigestsMatch", "every file was read back, and is what was written"
 
@@ -225,7 +224,7 @@ def _why(
     if phase == "Failed" and failed:
         stages = ", ".join(str(record.stage) for record in failed)
         return "StageFailed", f"stage {stages} failed; stage {failed[0].stage}: {failed[0].message}"[:MAX_MESSAGE]
-    if conversion.follow and not conversion.dry_run:
+    if conversion.spec.follow and not conversion.spec.dry_run:
         if phase == "Succeeded":
             return FOLLOWED, "the training has ended, and what it saved is converted"
         return FOLLOWING, "each new checkpoint of the training is converted as it becomes whole"

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import cast
 
-from ckpt2pt.conversion.spec import MAX_NAME, Json
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import MAX_NAME
 from ckpt2pt.errors import UsageError
 from ckpt2pt.flags import nearest
 

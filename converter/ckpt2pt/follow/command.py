@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 
+from ckpt2pt.conversion.schema import Follow, Readiness
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError
 from ckpt2pt.flags import check_numbers
 from ckpt2pt.follow.keep import verified_as
 from ckpt2pt.follow.watch import Following, watch
-from ckpt2pt.local.runner import words_of_document
-from ckpt2pt.options import request_of
+from ckpt2pt.local.runner import spec_of_document
+from ckpt2pt.options.asked import spec_of
+from ckpt2pt.options.resolve import resolve
 from ckpt2pt.publish import tracked
 from ckpt2pt.request import Request
 from ckpt2pt.run import Outcome
@@ -26,19 +28,14 @@ log = logging.getLogger("ckpt2pt")
 Show = Callable[[object, str, argparse.Namespace], None]
 
 
-def watch_command(options: argparse.Namespace, show: Show, build: Callable[[], argparse.ArgumentParser]) -> int:
+def watch_command(options: argparse.Namespace, show: Show) -> int:
     """Flags that are given decide, then spec.follow of the document, then the defaults."""
-    wanted = options
-    if options.filename:
-        wanted = build().parse_args(words_of_document(options.filename, options.volume))
-    request, account = request_of(wanted), options.account
+    spec = spec_of_document(options.filename, options.volume) if options.filename else spec_of(options)
+    request, account = resolve(spec, in_process=options.multiprocess_off), options.account
     account.following, account.stages = True, range(request.topology.pipeline)
     account.iteration = tracked(request.target)  # what a worker before this one has converted
     account.verified = None if account.iteration is None else verified_as(request, account.iteration)
-
-    def given(name: str, default: float) -> float:
-        values = (getattr(each, name, None) for each in (options, wanted))
-        return next((value for value in values if value is not None), default)
+    follow, readiness = spec.follow or Follow(), spec.readiness
 
     def hear(outcome: Outcome, removed: list[int]) -> None:
         account.converted(outcome)
@@ -48,17 +45,18 @@ def watch_command(options: argparse.Namespace, show: Show, build: Callable[[], a
         show({**outcome.document(), "removed": removed}, text, options)
 
     how = Following(
-        keep=int(given("keep", 0)),
-        interval=given("interval", 30.0),
-        settle=given("settle", 10.0),
+        keep=follow.keep if options.keep is None else options.keep,
+        interval=follow.interval_seconds if options.interval is None else options.interval,
+        settle=readiness.settle_seconds if options.settle is None else options.settle,
         once=options.once,
         stop_on_error=options.stop_on_error,
         forgive=options.forgive_broken_save,
     )
     check_numbers({"--interval": how.interval})
+    patience = readiness.timeout_seconds if options.spec else options.readiness_timeout
+    wait = Readiness(timeout_seconds=patience if how.once and not how.forgive else 0, settle_seconds=how.settle)
     with served(account, options.progress_port) if options.progress_port else nullcontext(0):
-        patience = options.readiness_timeout if options.once else 0.0
-        late = _late(request, patience, how.settle, account)
+        late = _late(request, wait, account)
         code = watch(
             request,
             how,
@@ -72,11 +70,10 @@ def watch_command(options: argparse.Namespace, show: Show, build: Callable[[], a
     return code
 
 
-def _late(request: Request, patience: float, settle: float, account: Account) -> Ckpt2ptError | None:
+def _late(request: Request, readiness: Readiness, account: Account) -> Ckpt2ptError | None:
     """Why the newest checkpoint has not become whole in time; what is whole is converted nevertheless."""
     try:
-        if patience > 0:
-            wait_until_whole(request, timeout=patience, settle=settle, account=account)
+        wait_until_whole(request, readiness, account)
     except InterruptedRunError:
         raise
     except Ckpt2ptError as error:

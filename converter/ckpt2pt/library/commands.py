@@ -57,6 +57,9 @@ def convert(
     vpp: int | None = None,
     dp: int | None = None,
     cp: int | None = None,
+    target_tp: int | None = None,
+    target_pp: int | None = None,
+    target_vpp: int | None = None,
     noop_layers: Collection[int] | None = None,
     layers_per_stage: Sequence[int] | None = None,
     iteration: int | None = None,
@@ -67,37 +70,34 @@ def convert(
 ) -> Outcome:
     """Convert a MindSpore training output into a Megatron-LM 0.6 checkpoint, as ``ckpt2pt convert`` does, in this process.
 
-    ``metadata`` is the ``pt_meta`` folder.  Sizes that are not given are those that it states.  ``verify`` is ``none``, ``digest``
+    ``metadata`` is the ``pt_meta`` folder.  Sizes that are not given are those that it states; those of the
+    result (``target_tp`` and its like) are those of the source unless they are given.  ``verify`` is ``none``, ``digest``
     or ``full``.  The same call after any interruption does what is missing.  Call it in the main thread: it heeds SIGTERM
     and SIGINT, after which it raises :class:`~ckpt2pt.errors.InterruptedRunError`.
     """
-    from ckpt2pt.meta import Given, learn  # noqa: PLC0415
-    from ckpt2pt.request import SILENCE, Request  # noqa: PLC0415
+    from ckpt2pt.conversion import schema  # noqa: PLC0415
+    from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
+    from ckpt2pt.request import SILENCE  # noqa: PLC0415
     from ckpt2pt.run import run  # noqa: PLC0415
 
-    rules = rules or Rules()
-    given = Given(
-        num_layers=num_layers,
-        tensor=tp,
-        pipeline=pp,
-        virtual=vpp,
-        data=dp,
-        context=cp,
-        noop=None if noop_layers is None else frozenset(noop_layers),
-        layers_per_stage=tuple(layers_per_stage) if layers_per_stage else None,
+    names = rules or Rules()
+    spec = schema.Spec(
+        mode="ParamsOnly" if params_only else "Full",
+        model=schema.Model(
+            num_layers=num_layers,
+            noop_layers=None if noop_layers is None else tuple(noop_layers),
+            layers_per_stage=tuple(layers_per_stage) if layers_per_stage else None,
+            rules=schema.rules_of(names),
+        ),
+        parallelism=schema.Parallelism(tensor=tp, pipeline=pp, virtual_pipeline=vpp, data=dp, context=cp),
+        source=schema.Source(path=str(source), iteration=iteration),
+        metadata=schema.Place(path=str(metadata)),
+        target=schema.Target(
+            path=str(target),
+            overwrite=overwrite,
+            parallelism=schema.Degrees(tensor=target_tp, pipeline=target_pp, virtual_pipeline=target_vpp),
+        ),
+        verify=schema.LEVELS[verify],
     )
-    places = {"source": Path(source), "metadata": Path(metadata), "target": Path(target)}
-    topology = learn(given, **places, allow=rules.pickle_globals)
-    request = Request(
-        topology=topology,
-        source=Path(source),
-        metadata=Path(metadata),
-        target=Path(target),
-        full=not params_only,
-        iteration=iteration,
-        rules=rules,
-        overwrite=overwrite,
-        verify=verify,
-        in_process=True,
-    )
-    return run(request, range(topology.pipeline), SILENCE)
+    request = resolve(spec, in_process=True)
+    return run(request, range(request.topology.pipeline), SILENCE)

@@ -1,4 +1,4 @@
 """Carry out a CheckpointConversion on this machine: ``ckpt2pt run -f``::
 
-document --runner--> the Job an operator would create --indexes--> a process for each index --board--> the terminal
+document --runner--> the request that a worker would get --stages--> a record of each stage --> the same status
 """

@@ -1,17 +1,16 @@
-"""Carry out a CheckpointConversion document on this machine, with the Job that a cluster would get.
+"""Carry out a CheckpointConversion document on this machine.
 
-conversion.yaml --document--> --conversion--> Conversion --job--> Job manifest
-                                                                    |  claim, export, ... -> local folder
-                                                                    v
-                                         status  <--status--  indexes as processes  --board--> terminal
+conversion.yaml --document--> --spec--> Conversion   claim, export, ... -> local folder
+                                            |
+                status  <--status--  stages, run after run
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -20,16 +19,21 @@ import yaml
 
 from ckpt2pt import __version__
 from ckpt2pt.conversion.document import read
-from ckpt2pt.conversion.job import Mount, build_job, mounts_of
-from ckpt2pt.conversion.spec import API_VERSION, KIND, Conversion, Json, parse
-from ckpt2pt.conversion.status import WORST_FIRST, Ending, disagreement, status_of_run
+from ckpt2pt.conversion.job import Mount, build_job, job_name, mounts_of, parallelism
+from ckpt2pt.conversion.schema import Json, Spec
+from ckpt2pt.conversion.spec import API_VERSION, KIND, Conversion, parse, worker_spec
+from ckpt2pt.conversion.status import WORST_FIRST, Ending, StageRecord, disagreement, status_of_run
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.flags import nearest
-from ckpt2pt.local.board import board
-from ckpt2pt.local.indexes import Index, LocalJob
+from ckpt2pt.local.stages import OnFailure, Stages, request_here
+from ckpt2pt.options.resolve import resolve
+from ckpt2pt.request import Request
+from ckpt2pt.show.preview import planned
 from ckpt2pt.show.preview import render as render_plan
+from ckpt2pt.show.progress import reporter
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.text import size, table
+from ckpt2pt.worker.waiting import wait_until_whole
 
 log = logging.getLogger("ckpt2pt")
 
@@ -38,70 +42,92 @@ IMAGE = f"ckpt2pt:{__version__}"
 Show = Callable[[object, str, argparse.Namespace], None]
 
 
-def run_document(options: argparse.Namespace, show: Show) -> int:
+def run_document(options: argparse.Namespace, show: Show, on_failure: OnFailure) -> int:
     """``ckpt2pt run``: 0 when every stage is done, else the code that says most about what to do.
 
-    Of several failed stages the code comes first that stands first in 64, 65, 66, 76, 70, 74, 75; a kill, a signal and a
-    deadline count as 75.
+    Of several failed stages the code comes first that stands first in 64, 65, 66, 76, 70, 74, 75; a signal and a deadline
+    count as 75.
     """
     conversion = parse(read(options.filename))
-    manifest = build_job(conversion, image=IMAGE)
     if options.print_job:
+        manifest = build_job(conversion, image=IMAGE)
         show(manifest, yaml.safe_dump(manifest, sort_keys=False).rstrip(), options)
         return 0
     _refuse_what_waits(conversion)
-    if conversion.follow and not conversion.dry_run:
+    if conversion.spec.follow and not conversion.spec.dry_run:
         raise UsageError(
             "spec.follow is given, and run carries out one conversion",
             where=f"{KIND} {conversion.name}",
             hint=f"follow the training with ckpt2pt watch -f {options.filename}, which ends with a signal",
         )
-    folders = map_volumes(mounts_of(conversion), options.volume)
-    if conversion.start_after:
-        log.warning("startAfter %s is not waited for: there is no cluster here", conversion.start_after["name"])
+    roots = roots_of(conversion, options.volume)
+    if conversion.spec.start_after:
+        log.warning("startAfter %s is not waited for: there is no cluster here", conversion.spec.start_after.name)
     started = _now()
-    stages = 1 if conversion.dry_run else conversion.topology.pipeline
-    with board(options.progress, options.log_format, stages) as seen:
-        job = LocalJob(conversion, manifest, local_args(manifest, folders), board=seen, limit=os.cpu_count() or 1)
-        ended = job.run()
-    results = [index.result for index in job.indexes if index.result]
-    records = [index.record for index in job.indexes]
+    spec = worker_spec(conversion, roots)
+    workers = parallelism(conversion, conversion.topology.pipeline)
+
+    def request() -> Request:
+        found = request_here(resolve(spec), workers)
+        wait_until_whole(found, spec.readiness, options.account)
+        return found
+
+    if conversion.spec.dry_run:
+        return _plan(conversion, request(), options, show)
+    runs = Stages(conversion, request, on_failure)
+    with closing(reporter(options.progress)) as heard:
+        ended = runs.carry_out(heard)
+    records = runs.records
     ended = ended or disagreement(records)
     status = status_of_run(
         conversion,
         records,
-        job=str(cast("Json", manifest["metadata"])["name"]),
+        job=job_name(conversion, 1),
         started=started,
         finished=_now(),
         ended=ended,
-        iteration=next((cast("int", r["iteration"]) for r in results if type(r.get("iteration")) is int), None),
+        iteration=next((stage.iteration for stage in runs.stages if stage.state == "Succeeded"), None),
     )
-    document = {
-        "apiVersion": API_VERSION,
-        "kind": KIND,
-        "metadata": {"name": conversion.name},
-        "status": status,
-    }
-    plans = results if conversion.dry_run else []
-    target = folders[next(mount.name for mount in mounts_of(conversion) if "target" in mount.roles)]
-    show(document | {"plan": plans[0]} if plans else document, _text(status, plans, target), options)
-    return exit_code(job.indexes, ended)
+    show(_document(conversion, status), _text(status, roots["target"]), options)
+    return exit_code([stage.code for stage in runs.stages], ended)
 
 
-def words_of_document(filename: Path, volumes: Sequence[str]) -> list[str]:
-    """The command of one worker, for every stage and with local folders; its port and its message are a pod's alone."""
+def _plan(conversion: Conversion, request: Request, options: argparse.Namespace, show: Show) -> int:
+    """A dry run: what would be written, and whether it could be."""
+    started = _now()
+    plan = planned(request, range(request.topology.pipeline))
+    done = int(str(plan.document["bytesToRead"]))
+    record = StageRecord(stage=0, state="Succeeded", attempts=1, done=done, total=done)
+    status = status_of_run(
+        conversion,
+        [record],
+        job=job_name(conversion, 1),
+        started=started,
+        finished=_now(),
+        iteration=int(str(plan.document["iteration"])),
+    )
+    lines = f"{render_plan(plan.document)}\n{_summary(status)}"
+    show(_document(conversion, status) | {"plan": plan.document}, lines, options)
+    plan.check()
+    return 0
+
+
+def _document(conversion: Conversion, status: Json) -> Json:
+    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": conversion.name}, "status": status}
+
+
+def spec_of_document(filename: Path, volumes: Sequence[str]) -> Spec:
+    """What a document asks one worker for, for every stage and with local folders."""
     conversion = parse(read(filename))
     _refuse_what_waits(conversion)
-    if conversion.dry_run:
+    if conversion.spec.dry_run:
         hint = "set spec.dryRun to false, or plan it with ckpt2pt run"
         raise UsageError("spec.dryRun is true, so nothing is to be done", where=f"{KIND} {conversion.name}", hint=hint)
-    manifest = build_job(conversion, image=IMAGE)
-    words = local_args(manifest, map_volumes(mounts_of(conversion), volumes))
-    return words[: words.index("--termination-log")]
+    return worker_spec(conversion, roots_of(conversion, volumes))
 
 
 def _refuse_what_waits(conversion: Conversion) -> None:
-    for field, given in (("suspend", conversion.suspend), ("cancel", conversion.cancel)):
+    for field, given in (("suspend", conversion.spec.suspend), ("cancel", conversion.spec.cancel)):
         if given:
             raise UsageError(
                 f"spec.{field} is true, so nothing is to be done",
@@ -110,15 +136,21 @@ def _refuse_what_waits(conversion: Conversion) -> None:
             )
 
 
-def exit_code(indexes: Sequence[Index], ended: Ending | None) -> int:
+def exit_code(codes: Sequence[int], ended: Ending | None) -> int:
     """The one code for all stages."""
     if ended is not None and ended.reason in {"Interrupted", "DeadlineExceeded", "IterationsDiffer"}:
         return 75
-    codes = {75 if (index.code or 0) > 128 else index.code for index in indexes if index.code}
-    return next((code for code in WORST_FIRST if code in codes), 70 if codes else 0)
+    return next((code for code in WORST_FIRST if code in codes), 70 if any(codes) else 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- volumes
+
+
+def roots_of(conversion: Conversion, volumes: Sequence[str]) -> dict[str, str]:
+    """Where the volume of each role is on this machine."""
+    mounts = mounts_of(conversion)
+    folders = map_volumes(mounts, volumes)
+    return {role: str(folders[mount.name]) for mount in mounts for role in mount.roles}
 
 
 def map_volumes(mounts: Sequence[Mount], given: Sequence[str]) -> dict[str, Path]:
@@ -177,22 +209,6 @@ def _folder(path: Path, name: str) -> Path:
     return path.absolute()
 
 
-def local_args(manifest: Json, folders: Mapping[str, Path]) -> list[str]:
-    """The container's arguments as the kubelet gives them, its mount paths replaced by local folders."""
-    template = cast("Json", cast("Json", manifest["spec"])["template"])
-    [container] = cast("list[Json]", cast("Json", template["spec"])["containers"])
-    roots = {str(m["mountPath"]): folders[str(m["name"])] for m in cast("list[Json]", container["volumeMounts"])}
-
-    def local(word: str) -> str:
-        word = word.replace("$$", "$")
-        for root, folder in roots.items():
-            if word == root or word.startswith(f"{root}/"):
-                return str(folder / word[len(root) + 1 :])
-        return word
-
-    return [local(word) for word in cast("list[str]", container["args"])]
-
-
 # -------------------------------------------------------------------------------------------------------------- result
 
 
@@ -200,12 +216,14 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _text(status: Json, plans: Sequence[Json], target: Path) -> str:
-    """The status for a person."""
-    lines = [render_plan(plan) for plan in plans]
+def _summary(status: Json) -> str:
     iteration = f", iteration {status['iteration']}" if "iteration" in status else ""
     ready = next(c for c in cast("list[Json]", status["conditions"]) if c["type"] == "Ready")
-    lines.append(f"{status['phase']}: {status['stageSummary']} stages{iteration}; {ready['message']}")
+    return f"{status['phase']}: {status['stageSummary']} stages{iteration}; {ready['message']}"
+
+
+def _text(status: Json, target: str) -> str:
+    """The status for a person."""
     rows = [
         (
             stage["stage"],
@@ -217,7 +235,11 @@ def _text(status: Json, plans: Sequence[Json], target: Path) -> str:
         )
         for stage in cast("list[Json]", status["stageStatuses"])
     ]
-    lines += table(("stage", "state", "read", "speed", "attempts", "reason"), rows, right=frozenset({2, 3, 4}))
+    lines = [
+        _summary(status),
+        *table(("stage", "state", "read", "speed", "attempts", "reason"), rows, right=frozenset({2, 3, 4})),
+    ]
     if status["phase"] == "Succeeded":
-        lines += [f"output  {target / str(status['outputPath'])}", f"report  {target / str(status['reportPath'])}"]
+        root = Path(target)
+        lines += [f"output  {root / str(status['outputPath'])}", f"report  {root / str(status['reportPath'])}"]
     return "\n".join(lines)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from ckpt2pt.errors import printable, spelled
+from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
@@ -16,12 +19,39 @@ from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.show.folding import fold, spanned
-from ckpt2pt.survey import Prepared, Survey
-from ckpt2pt.system.volume import free_bytes
+from ckpt2pt.survey import Prepared, Survey, prepare_all, survey, target_of
+from ckpt2pt.system.volume import check_room, free_bytes
 from ckpt2pt.text import counted, size, table, warned
+
+log = logging.getLogger("ckpt2pt")
 
 WORKER_BYTES = 48 << 20
 """What one worker needs at most (benchmarks/), whatever the size of the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a conversion would do, as a document, and where."""
+
+    document: Json
+    target: Target
+    overwrite: bool
+
+    def check(self) -> None:
+        """Raise what would keep the conversion from being written: a result of another one, or too little room."""
+        if not self.overwrite and covered(self.target):
+            log.warning("%s", COVERED)
+            return
+        self.target.check(overwrite=self.overwrite)
+        check_room(self.target.root, int(str(self.document["bytesToWrite"])), self.target.kind.option)
+
+
+def planned(request: Request, stages: Sequence[int], *, names: bool = False) -> Plan:
+    """Plan every rank of the given stages, from headers alone."""
+    chosen = survey(request, keep=[(tp, pp) for pp in stages for tp in range(request.topology.tensor)])
+    target, ranks = target_of(request, chosen), prepare_all(request, chosen, stages)
+    document = preview(request, chosen, target, ranks, names=names)
+    return Plan(document=document, target=target, overwrite=request.overwrite)
 
 
 def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Rank, Prepared], *, names: bool) -> Json:

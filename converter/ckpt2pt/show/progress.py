@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 _WIDE = 70
 _PATIENCE_SECONDS = 1.0
 INTERVAL_SECONDS = 2.0
-INTERVAL_VARIABLE = "CKPT2PT_PROGRESS_SECONDS"
-"""Seconds between JSON lines; `ckpt2pt run` sets it for its workers when it draws bars from them."""
+"""Between two JSON lines."""
 
 
 def reporter(kind: str, label: str = "stage {}") -> Reporter:
@@ -32,21 +31,15 @@ def reporter(kind: str, label: str = "stage {}") -> Reporter:
     ``auto`` says nothing of what is done within a second.  ``label`` names a bar by its stage.
     """
     after = _PATIENCE_SECONDS if kind == "auto" else 0.0
-    kind = drawn_or_written(kind)
+    if kind == "auto":
+        kind = "bar" if sys.stderr.isatty() and os.environ.get("TERM") not in {"dumb", "unknown"} else "json"
     if kind == "none":
         return Silence()
     return Bars(label, after=after) if kind == "bar" else Lines(after=after)
 
 
-def drawn_or_written(kind: str) -> str:
-    """``bar`` or ``json`` in place of ``auto``, by what stderr is."""
-    if kind != "auto":
-        return kind
-    return "bar" if sys.stderr.isatty() and os.environ.get("TERM") not in {"dumb", "unknown"} else "json"
-
-
 class Lines:
-    """One JSON line every two seconds (or ``$CKPT2PT_PROGRESS_SECONDS``), and one for each finished rank.
+    """One JSON line every two seconds, and one for each finished rank.
 
     Nothing is said before ``after`` seconds, and then the beginning first.
     """
@@ -54,10 +47,6 @@ class Lines:
     def __init__(self, stream: TextIO | None = None, *, after: float = 0.0) -> None:
         self._stream, self._after = stream or sys.stderr, after
         self._unsaid: dict[str, int] = {}
-        try:
-            self._interval = float(os.environ.get(INTERVAL_VARIABLE, ""))
-        except ValueError:
-            self._interval = INTERVAL_SECONDS
         self._total = self._done = 0
         self._began = self._last = time.monotonic()
 
@@ -72,7 +61,7 @@ class Lines:
     def advance(self, rank: Rank, nbytes: int) -> None:
         """Count, and speak when it is time."""
         self._done += nbytes
-        if time.monotonic() - self._last >= self._interval:
+        if time.monotonic() - self._last >= INTERVAL_SECONDS:
             self._last = time.monotonic()
             self._say("progress")
 

@@ -7,6 +7,7 @@ import time
 from functools import partial
 
 from ckpt2pt.ckpt.ready import Watcher
+from ckpt2pt.conversion.schema import Readiness
 from ckpt2pt.errors import FileAccessError
 from ckpt2pt.request import Request
 from ckpt2pt.survey import when_of_iteration
@@ -29,11 +30,14 @@ def watcher_of(request: Request, settle: float) -> Watcher:
     )
 
 
-def wait_until_whole(request: Request, *, timeout: float, settle: float, account: Account) -> None:
-    """Look until nothing is in the way, at most ``timeout`` seconds; times are in seconds.
+def wait_until_whole(request: Request, readiness: Readiness, account: Account) -> None:
+    """Look until nothing is in the way, at most as long as ``readiness`` allows; not at all, where that is 0.
 
     Raises what :meth:`ckpt2pt.ckpt.ready.Look.refusal` says.
     """
+    timeout, settle = readiness.timeout_seconds, readiness.settle_seconds
+    if not timeout:
+        return
     watcher, began, pause, told = watcher_of(request, settle), time.monotonic(), FIRST_PAUSE_SECONDS, ""
     try:
         while True:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ckpt2pt.conversion.spec import Conversion, Json
+from ckpt2pt.conversion.schema import Json, Workload
+from ckpt2pt.conversion.spec import Conversion
 from ckpt2pt.conversion.status import Ending
 from ckpt2pt_operator.rules.conditions import Standing
 from ckpt2pt_operator.rules.seen import Training
@@ -31,7 +32,7 @@ def recognised(standing: Standing, training: Training | None) -> Standing:
 def start(conversion: Conversion, standing: Standing, training: Training | None) -> Obstacle | Ending | None:
     """What keeps a conversion from beginning, for now or for good; None once its training has succeeded."""
     training = training or _UNWATCHED
-    name = _name(conversion.start_after or {})
+    name = _name(conversion.spec.start_after or Workload())
     if training.state == "Succeeded":
         return None
     if training.state == "Failed":
@@ -41,7 +42,7 @@ def start(conversion: Conversion, standing: Standing, training: Training | None)
         hint = "if it did, make the conversion anew without startAfter"
         return Ending(reason="TrainingDeleted", message=f"{name} was deleted before it was seen to complete; {hint}")
     if training.state == "Unwatched":
-        return _unwatched(conversion.start_after or {}, training)
+        return _unwatched(conversion.spec.start_after or Workload(), training)
     unknown = f"is not known yet{f' ({training.message})' if training.message else ''}"
     known = {"Missing": "is not there yet", "Unknown": unknown}
     what = known.get(training.state, f"runs: {training.message or 'not complete yet'}")
@@ -50,7 +51,7 @@ def start(conversion: Conversion, standing: Standing, training: Training | None)
 
 def follow_end(conversion: Conversion, standing: Standing, training: Training | None) -> str:
     """How the training that is followed has ended, as it is recorded; empty while it has not."""
-    if standing.follow_end or conversion.follow is None or conversion.dry_run or training is None:
+    if standing.follow_end or conversion.spec.follow is None or conversion.spec.dry_run or training is None:
         return standing.follow_end
     if training.state in {"Succeeded", "Failed"}:
         return training.state
@@ -59,21 +60,21 @@ def follow_end(conversion: Conversion, standing: Standing, training: Training | 
 
 def unfollowed(conversion: Conversion, standing: Standing, training: Training | None) -> Obstacle | None:
     """The end of the training that is followed would not be noticed."""
-    follow = conversion.follow
+    follow = conversion.spec.follow
     training = training or _UNWATCHED
-    over = conversion.dry_run or standing.follow_end
+    over = conversion.spec.dry_run or standing.follow_end
     if follow is None or follow.until is None or over or training.state != "Unwatched":
         return None
     return _unwatched(follow.until, training)
 
 
-def _unwatched(workload: Json, training: Training) -> Obstacle:
+def _unwatched(workload: Workload, training: Training) -> Obstacle:
     """Nobody would notice its end; of one kind there may be several API groups."""
-    what = f"{_name(workload)} is of {workload.get('apiVersion')} {workload.get('kind')}, which this operator does not watch"
+    what = f"{_name(workload)} is of {workload.api_version} {workload.kind}, which this operator does not watch"
     watched = f"it watches {training.message}" if training.message else "it watches no kind"
     hint = "name one of them, or add the kind to trainingKinds in the values of the chart"
     return Obstacle(reason="TrainingKindUnknown", message=f"{what}; {watched}; {hint}")
 
 
-def _name(workload: Json) -> str:
-    return f"{workload.get('kind')} {workload.get('name')}"
+def _name(workload: Workload) -> str:
+    return f"{workload.kind} {workload.name}"

@@ -8,7 +8,8 @@ from datetime import datetime, timedelta
 from itertools import chain
 
 from ckpt2pt.conversion.job import job_name
-from ckpt2pt.conversion.spec import Conversion, Json
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import Conversion
 from ckpt2pt.conversion.status import TERMINAL, Ending, disagreement
 from ckpt2pt_operator.rules.conditions import NOT_LOOKED, Standing, Verdict, stamp, status_document
 from ckpt2pt_operator.rules.endings import RETRY_ANNOTATION, planned
@@ -142,7 +143,7 @@ class Case:
     def done(self) -> Plan:
         """Every stage is done; that is a success if they are of one checkpoint."""
         differ = disagreement(self.standing.records)
-        found = planned(self.seen.pods) if self.conversion.dry_run else ""
+        found = planned(self.seen.pods) if self.conversion.spec.dry_run else ""
         return self.end(replace(self.standing, planned=found), differ)
 
     def held(self, standing: Standing, obstacle: Obstacle, *, pause: float) -> Plan:
@@ -158,10 +159,10 @@ class Case:
     def left(self, since: datetime) -> float:
         """Seconds until the pending deadline."""
         waited = (self.seen.now - since).total_seconds()
-        return self.conversion.pending_deadline_seconds - waited
+        return self.conversion.spec.pending_deadline_seconds - waited
 
     def too_late(self, obstacle: Obstacle | None) -> Ending:
         """The end of one that could not begin in time."""
-        seconds = self.conversion.pending_deadline_seconds
+        seconds = self.conversion.spec.pending_deadline_seconds
         why = f"{obstacle.reason}: {obstacle.message}" if obstacle else "no reason is known"
         return Ending(reason="PendingDeadline", message=f"no worker could start for {seconds} s; {why}")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ckpt2pt.conversion.job import parallelism
-from ckpt2pt.conversion.spec import Conversion, Json
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import Conversion
 from ckpt2pt_operator.rules import volumes
 from ckpt2pt_operator.rules.conditions import QUEUE_DECIDES, WORKERS_LIMITED, Verdict
 from ckpt2pt_operator.rules.stages import Obstacle
@@ -24,11 +25,11 @@ def changes(conversion: Conversion, job: Job, claims: Claims) -> Json:
     """The fields of its spec that are to be others."""
     spec: Json = {}
     if not job.queued:
-        spec["suspend"] = conversion.suspend
+        spec["suspend"] = conversion.spec.suspend
         spec["parallelism"] = _width(conversion, job, claims)[0]
     if not job.per_index:
         # Then all stages share one number of retries, and 6 by default.
-        spec["backoffLimit"] = conversion.retries.per_stage * job.completions
+        spec["backoffLimit"] = conversion.spec.retries.per_stage * job.completions
     have: Json = {"suspend": job.suspended, "parallelism": job.parallelism, "backoffLimit": job.backoff_limit}
     return {name: value for name, value in spec.items() if have[name] != value}
 
@@ -54,11 +55,11 @@ def suspension(conversion: Conversion, job: Job, *, begun: bool) -> Obstacle:
     """Why its workers are stopped."""
     if not job.queued:
         return BY_USER
-    unheard = "; spec.suspend does not keep it from that" if conversion.suspend else ""
+    unheard = "; spec.suspend does not keep it from that" if conversion.spec.suspend else ""
     if begun:
         message = f"the queue has taken the workers back; they go on when it lets them{unheard}"
         return Obstacle(reason="Preempted", message=message)
-    queue = conversion.workers.pod.get("queueName")
+    queue = conversion.pod.get("queueName")
     return Obstacle(reason="QueuedByKueue", message=f"queue {queue} has not admitted it yet{unheard}")
 
 
@@ -67,10 +68,10 @@ def unheeded(conversion: Conversion, job: Job) -> Obstacle | None:
     if not job.queued or job.suspended:
         return None
     said: list[str] = []
-    if conversion.suspend:
+    if conversion.spec.suspend:
         said.append("spec.suspend does not stop it, spec.active: false of its Workload does")
     wanted = parallelism(conversion, job.completions)
     if wanted != min(job.parallelism, job.completions):
         said.append(f"spec.workers.maxParallelStages, {wanted}, counts for the next Job")
-    queue = conversion.workers.pod.get("queueName")
+    queue = conversion.pod.get("queueName")
     return Obstacle(reason=QUEUE_DECIDES, message=f"queue {queue} admitted it; {'; '.join(said)}") if said else None

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, cast
 
-from ckpt2pt.conversion.spec import Conversion, Json
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import Conversion
 from ckpt2pt.conversion.status import FOLLOWED, FOLLOWING, MAX_MESSAGE, Ending, StageRecord, status_of_run
 from ckpt2pt_operator.rules.seen import REFUSALS
 from ckpt2pt_operator.rules.stages import Obstacle

@@ -51,7 +51,7 @@ def ending(conversion: Conversion, job: Job, pods: Sequence[Pod], failed: Sequen
         again = f"; {hint}" if reason in NOT_THE_SPEC else ""  # the document may stay as it is
         return Ending(reason=reason, message=f"{message[:800]}{again}")
     if reason == "ActiveDeadline":
-        seconds = conversion.active_deadline_seconds
+        seconds = conversion.spec.active_deadline_seconds
         return Ending(reason=reason, message=f"not done after spec.activeDeadlineSeconds, {seconds} s")
     stages = ", ".join(str(record.stage) for record in failed)
     if not failed:

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import cast
 
 from ckpt2pt.conversion.fields import Finding, refusal
+from ckpt2pt.conversion.schema import Json
 from ckpt2pt.conversion.size import too_large
-from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
+from ckpt2pt.conversion.spec import API_VERSION, KIND
 from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.conditions import follows

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from ckpt2pt.conversion.job import mounts_of
-from ckpt2pt.conversion.spec import Conversion, Json
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import Conversion
 
 PERMISSIONS = (
     "podOverrides", "image", "hostPath", "nfs", "csi", "root", "privileged", "serviceAccountName", "priorityClassName",
@@ -79,7 +80,7 @@ def _asked(conversion: Conversion) -> Iterator[Asked]:
     for mount in mounts_of(conversion):
         for kind in sorted(_VOLUMES & mount.volume.keys()):
             yield Asked(f"spec.{mount.roles[0]}.volume.{kind}", kind)
-    pod, path = conversion.workers.pod, "spec.workers"
+    pod, path = conversion.pod, "spec.workers"
     for field in _FIELDS:
         if field in pod:
             yield Asked(f"{path}.{field}", field)

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from msgspec import structs
+
 from ckpt2pt.conversion.job import build_job, grown_memory, job_name, parallelism
 from ckpt2pt.conversion.report import NO_REPORT
-from ckpt2pt.conversion.spec import Conversion, Json, parse
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import Conversion, parse
 from ckpt2pt.conversion.status import TERMINAL, WAITING, Ending, StageRecord, disagreement
 from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.rules import awaits, permissions, volumes
@@ -49,14 +52,15 @@ def conversion_of(document: Json, house: House) -> Conversion:
     if error := refused(document):
         raise error
     conversion = parse(filled(document, house.pod))
-    own = {name: value for name, value in conversion.workers.pod.items() if value not in ({}, [], None)}
+    own = {name: value for name, value in conversion.pod.items() if value not in ({}, [], None)}
     if "queueName" not in own:
         own.pop("queueKind", None)  # an API server fills it in, and the queue of the house has a kind of its own
-    pod = {**conversion.workers.pod, **of_pods(house.pod), **own}
+    pod = {**conversion.pod, **of_pods(house.pod), **own}
     together = pod.pop("coSchedule", False) is True
     if "coSchedule" in child(document, "spec", "workers"):
-        together = conversion.workers.co_schedule
-    return replace(conversion, workers=replace(conversion.workers, pod=pod, co_schedule=together))
+        together = conversion.spec.workers.co_schedule
+    workers = structs.replace(conversion.spec.workers, co_schedule=together)
+    return replace(conversion, pod=pod, spec=structs.replace(conversion.spec, workers=workers))
 
 
 def plan(seen: Seen, house: House) -> Plan:
@@ -80,7 +84,7 @@ def _decide(seen: Seen, house: House) -> Plan:
     case = _Case(seen, house, conversion, before)
     if before.get("phase") in TERMINAL:
         return case.again() if case.wants_retry() else case.afterwards()
-    if conversion.cancel:
+    if conversion.spec.cancel:
         return case.cancelled()
     job = case.job
     if job is None:
@@ -130,7 +134,7 @@ class _Case(Case):
 
     def afterwards(self) -> Plan:
         """Nothing more happens, but what is left of the Jobs goes: at once if it still works, else in its time."""
-        ttl = self.conversion.ttl_seconds_after_finished
+        ttl = self.conversion.spec.ttl_seconds_after_finished
         actions: list[Action] = [DeleteJob(job=job) for job in self.seen.jobs if not job.ending and not job.deleted]
         actions += [
             PatchJob(job=job, spec={"ttlSecondsAfterFinished": ttl})
@@ -169,10 +173,10 @@ class _Case(Case):
         if refused and self.todo() and not self.alive:
             standing = replace(self.standing, accepted=("False", "NotAllowed", refused))
             return self.end(standing, Ending(reason="NotAllowed", message=refused))
-        if self.conversion.suspend:
+        if self.conversion.spec.suspend:
             self.standing = replace(self.standing, suspended=BY_USER)
         standing = self.standing
-        if standing.started is None and self.conversion.start_after is not None:
+        if standing.started is None and self.conversion.spec.start_after is not None:
             held = self.training()
             if held is not None:
                 return held
@@ -204,7 +208,7 @@ class _Case(Case):
         pinned = None if self.conversion.one_worker else self.agreed()
         manifest = build_job(
             # Stages are of one checkpoint, and a training may have saved another since the first was done.
-            replace(self.conversion, iteration=pinned or self.conversion.iteration),
+            self.conversion.of_iteration(pinned),
             image=self.house.image,
             attempt=standing.attempt,
             stages=None if self.conversion.one_worker else todo,
@@ -315,7 +319,7 @@ class _Case(Case):
         failed = [record for record in standing.records if record.state == "Failed"]
         starved = [record for record in failed if record.reason == OUT_OF_MEMORY]
         if starved and reason_of(job) == "StageFailed" and job.reason != "PodFailurePolicy":
-            percent = -(-standing.memory_percent * (100 + self.conversion.retries.memory_growth_percent) // 100)
+            percent = -(-standing.memory_percent * (100 + self.conversion.spec.retries.memory_growth_percent) // 100)
             now, then = (grown_memory(self.conversion, p) for p in (standing.memory_percent, percent))
             if now is not None and then is not None and then > now:
                 return self.another(percent, {record.stage for record in starved})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from ckpt2pt.conversion.spec import Json
+from ckpt2pt.conversion.schema import Json
 from ckpt2pt_operator.rules.views import Claim, Job, Pod, Report
 
 

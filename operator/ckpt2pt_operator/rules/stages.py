@@ -13,7 +13,8 @@ from datetime import datetime, timedelta
 from typing import Literal, cast
 
 from ckpt2pt.conversion.report import NO_REPORT, clean, unproved
-from ckpt2pt.conversion.spec import Conversion, Json
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import Conversion
 from ckpt2pt.conversion.status import REASONS, WAITING, StageRecord, State
 from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE, NOT_THE_SPEC
 from ckpt2pt_operator.rules.views import Job, Pod, Report, items, number, report_of, text
@@ -292,7 +293,7 @@ def setback(conversion: Conversion, records: Iterable[StageRecord]) -> Obstacle 
         return None
     worst = next((record for record in again if record.reason == OUT_OF_MEMORY), again[0])
     known = {OUT_OF_MEMORY, "Evicted"}
-    tries = f"attempt {worst.attempts} of {conversion.retries.per_stage + 1}"
+    tries = f"attempt {worst.attempts} of {conversion.spec.retries.per_stage + 1}"
     return Obstacle(
         reason=worst.reason if worst.reason in known else "StageRetrying",
         message=f"stage {worst.stage}, {tries}: {worst.reason}: {worst.message}",

@@ -15,7 +15,8 @@ from typing import Literal, cast
 from ckpt2pt.conversion import spec
 from ckpt2pt.conversion.loading import load
 from ckpt2pt.conversion.names import HINTS, MAX_NAME, NAME, is_name
-from ckpt2pt.conversion.spec import API_VERSION, KIND, Json
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import API_VERSION, KIND
 from ckpt2pt.errors import UsageError
 from ckpt2pt_operator.rules.views import child, items, text, time
 

@@ -18,7 +18,7 @@ from ckpt2pt.conversion.report import child as child
 from ckpt2pt.conversion.report import number as number
 from ckpt2pt.conversion.report import report_of as report_of
 from ckpt2pt.conversion.report import text as text
-from ckpt2pt.conversion.spec import Json
+from ckpt2pt.conversion.schema import Json
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _FAILURES = "batch.kubernetes.io/job-index-failure-count"

@@ -58,7 +58,7 @@ def _conflict(conversion: Conversion, name: str, claim: Claim, mount: Mount, wor
         return f"persistentvolumeclaim {name} is {modes}, and the result is written there; name another in spec.target"
     if workers > 1 and claim.modes and not claim.modes & _SHARED:
         alone = _ONE_POD in claim.modes and len(claim.modes) == 1
-        if alone or not conversion.workers.co_schedule:
+        if alone or not conversion.spec.workers.co_schedule:
             hint = "set spec.workers.maxParallelStages to 1"
             hint += "" if alone else ", make it anew with spec.workers.coSchedule: true"
             return f"persistentvolumeclaim {name} is {modes}, and {workers} workers would need it at once; {hint}, or use a ReadWriteMany claim"

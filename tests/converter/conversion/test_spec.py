@@ -13,10 +13,11 @@ import pytest
 
 from ckpt2pt.cli import build_parser
 from ckpt2pt.conversion.document import validate
-from ckpt2pt.conversion.spec import ROLES, Conversion, convert_args, parse
+from ckpt2pt.conversion.schema import Follow
+from ckpt2pt.conversion.spec import ROLES, Conversion, parse, worker_words
 from ckpt2pt.errors import UsageError
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.options import request_of, stages_of
+from ckpt2pt.options.asked import request_of, spec_of, stages_of
 from documents import ABSENT, EXAMPLE_PATH, HOSTILE_NAMES, NAMED_FIELDS, changed, claim, minimal
 
 MOUNTS = {role: f"/volumes/{role}" for role in ROLES}
@@ -36,8 +37,8 @@ def test_nulls_are_absent_fields() -> None:
 
 def test_metadata_and_target_lie_on_the_volume_of_the_source_unless_they_name_their_own() -> None:
     conversion = parse(changed(("spec.target.volume", claim("results"))))
-    assert conversion.source.volume == conversion.metadata.volume == claim("training")
-    assert conversion.target.volume == claim("results")
+    assert conversion.spec.source.volume == conversion.spec.metadata.volume == claim("training")
+    assert conversion.spec.target.volume == claim("results")
 
 
 def test_topology_comes_from_model_and_parallelism() -> None:
@@ -85,6 +86,7 @@ REFUSED = {
     "two-ways-to-begin": ([("spec.follow", {}), ("spec.startAfter", AFTER)], "spec.follow", "give one of them"),
     "follow-one-iteration": ([("spec.follow", {}), ("spec.source.iteration", 5)], "spec.follow", "leave the iteration out"),
     "rules-as-a-list": ([("spec.model.rules", {"modules": ["a"]})], "spec.model.rules.modules", "mapping"),
+    "a-rule-for-no-name": ([("spec.model.rules", {"ignore": [""]})], "spec.model.rules.ignore", "do not leave it empty"),
 }  # fmt: skip
 
 
@@ -148,7 +150,7 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
 
 
 def options_of(conversion: Conversion) -> argparse.Namespace:
-    return build_parser().parse_args(convert_args(conversion, MOUNTS))
+    return build_parser().parse_args(worker_words(conversion, MOUNTS))
 
 
 def test_the_command_line_says_what_the_document_says() -> None:
@@ -240,15 +242,16 @@ def test_a_dry_run_plans_every_stage_in_one_worker(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
-    ("ended", "once", "patience"), [("", False, 0), ("Succeeded", True, 300), ("Failed", True, 0), ("Deleted", True, 0)]
+    ("ended", "forgiving"), [("", False), ("Succeeded", False), ("Failed", True), ("Deleted", True)]
 )
-def test_a_training_is_followed_by_one_worker(ended: str, once: bool, patience: float) -> None:
+def test_a_training_is_followed_by_one_worker(ended: str, forgiving: bool) -> None:
     follow = {"until": AFTER, "keep": 3, "intervalSeconds": 5}
     conversion = parse(changed(("spec.follow", follow), ("spec.parallelism", {"pipeline": 4})))
     assert conversion.one_worker
-    options = build_parser().parse_args(convert_args(conversion, MOUNTS, ended=ended))
-    assert (options.command, options.keep, options.interval, options.settle) == ("watch", 3, 5, 10)
-    assert (options.once, options.readiness_timeout) == (once, patience)
+    options = build_parser().parse_args(worker_words(conversion, MOUNTS, ended=ended))
+    spec = spec_of(options)
+    assert spec.follow == Follow(keep=3, interval_seconds=5)
+    assert (options.command, options.once, options.forgive_broken_save) == ("watch", bool(ended), forgiving)
     assert request_of(options).topology.pipeline == 4
 
 

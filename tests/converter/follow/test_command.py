@@ -33,7 +33,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Following]:
 
 def follow(*words: str) -> Account:
     options = build_parser().parse_args(["watch", *words], argparse.Namespace(account=Account()))
-    assert command.watch_command(options, lambda *_: None, build_parser) == 0
+    assert command.watch_command(options, lambda *_: None) == 0
     account: Account = options.account
     return account
 

@@ -10,7 +10,7 @@ import pytest
 from ckpt2pt.back.options import import_request_of
 from ckpt2pt.cli import build_alone, build_parser
 from ckpt2pt.combine.flags import combination_of
-from ckpt2pt.options import request_of
+from ckpt2pt.options.asked import request_of
 from ckpt2pt.programs.scripts import combine_ckpt_dp_zero, convert_ckpt2pt, convert_pt2ckpt
 from goldens import golden_root
 

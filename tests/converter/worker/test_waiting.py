@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt import cli
+from ckpt2pt.conversion.schema import Readiness
 from ckpt2pt.errors import InputError, MissingInputError, TimedOutError
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Request
@@ -79,7 +80,7 @@ def test_a_directory_that_grows_rank_by_rank(request_: Request, growing: Callabl
 
     training, watcher = growing(), threading.Thread(target=watch)
     watcher.start()
-    wait_until_whole(request_, timeout=60, settle=10, account=account)
+    wait_until_whole(request_, Readiness(timeout_seconds=60), account)
     whole = sorted(path.name for path in request_.source.rglob("*.ckpt"))
     training.join()
     watcher.join()
@@ -110,7 +111,7 @@ def test_without_the_flag_nothing_is_waited_for(
 def test_a_rank_that_never_comes(request_: Request, growing: Callable[..., threading.Thread]) -> None:
     growing((2, 0, 3), 0).join()
     with pytest.raises(MissingInputError) as caught:
-        wait_until_whole(request_, timeout=0.3, settle=10, account=Account())
+        wait_until_whole(request_, Readiness(timeout_seconds=0.3), Account())
     assert caught.value.what == "after 0.3 s the checkpoint 0_12 is not whole: rank_1 is missing"
 
 
@@ -120,7 +121,7 @@ def test_a_rank_at_another_step(request_: Request) -> None:
     [file] = (request_.source / "rank_3").glob("*.ckpt")
     file.rename(file.with_name("network_rank_3-0_7.ckpt"))
     with pytest.raises(InputError) as caught:
-        wait_until_whole(request_, timeout=0.2, settle=10, account=Account())
+        wait_until_whole(request_, Readiness(timeout_seconds=0.2), Account())
     assert caught.value.what == "after 0.2 s the checkpoint 0_12 is not whole: rank_3 is at 0_7"
 
 
@@ -130,7 +131,7 @@ def test_a_write_that_never_ends(request_: Request) -> None:
     [file] = (request_.source / "rank_3").glob("*.ckpt")
     file.rename(file.with_suffix(".tmp"))
     with pytest.raises(TimedOutError) as caught:
-        wait_until_whole(request_, timeout=0.2, settle=10, account=Account())
+        wait_until_whole(request_, Readiness(timeout_seconds=0.2), Account())
     assert f"rank_3 is being written ({file.stem}.tmp)" in caught.value.what
 
 
@@ -140,11 +141,11 @@ def test_a_chosen_iteration_is_waited_for(request_: Request) -> None:
     for path in request_.source.rglob("*.ckpt"):
         path.chmod(0o400)
     there, other = (replace(request_, iteration=iteration) for iteration in (12, 99))
-    wait_until_whole(there, timeout=0.2, settle=10, account=Account())
+    wait_until_whole(there, Readiness(timeout_seconds=0.2), Account())
     [file] = (request_.source / "rank_0").glob("*.ckpt")
     file.with_name("network_rank_0-0_13.ckpt").write_bytes(file.read_bytes())
     with pytest.raises(MissingInputError) as caught:
-        wait_until_whole(other, timeout=0.2, settle=10, account=Account())
+        wait_until_whole(other, Readiness(timeout_seconds=0.2), Account())
     assert "rank_0 is at 0_12, 0_13, not that one" in caught.value.what
 
 
@@ -153,7 +154,7 @@ def test_whoever_watches_is_told_what_is_missing_once(
 ) -> None:
     caplog.set_level("INFO", logger="ckpt2pt")
     with pytest.raises(MissingInputError):
-        wait_until_whole(request_, timeout=0.3, settle=10, account=Account())
+        wait_until_whole(request_, Readiness(timeout_seconds=0.3), Account())
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1
     assert f"the checkpoint in {request_.source} is not whole: rank_0 is missing; rank_1 is missing" in told[0]

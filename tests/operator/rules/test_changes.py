@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from ckpt2pt.conversion.spec import Conversion, Json, parse
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import Conversion, parse
 from ckpt2pt_operator.rules.changes import Claims, changes, suspension, unheeded, volumes_ready
 from ckpt2pt_operator.rules.views import Job, claim_view, job_view
 from simulation import World, conversion

@@ -31,9 +31,9 @@ OWN = replace(HOUSE, pod=DEFAULTS)
 def told(document: Raw, house: Any = OWN) -> tuple[object, ...]:
     found = conversion_of(document, house)
     return (
-        found.retries.per_stage, found.retries.memory_growth_percent, found.retries.max_memory,
-        found.pending_deadline_seconds, found.active_deadline_seconds, found.ttl_seconds_after_finished,
-        found.workers.max_parallel_stages, found.workers.rank_timeout_seconds, found.workers.pod.get("nodeSelector"),
+        found.spec.retries.per_stage, found.spec.retries.memory_growth_percent, found.spec.retries.max_memory,
+        found.spec.pending_deadline_seconds, found.spec.active_deadline_seconds, found.spec.ttl_seconds_after_finished,
+        found.spec.workers.max_parallel_stages, found.spec.workers.rank_timeout_seconds, found.pod.get("nodeSelector"),
     )  # fmt: skip
 
 

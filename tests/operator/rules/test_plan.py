@@ -232,7 +232,7 @@ def test_the_queue_of_the_house_comes_with_its_kind(
     house: dict[str, object], own: dict[str, object], expected: tuple[str | None, str]
 ) -> None:
     """An API server gives every conversion a kind, whether it asks for a queue or not."""
-    pod = conversion_of(conversion(("spec.workers", own)), House(image="i", pod=house)).workers.pod
+    pod = conversion_of(conversion(("spec.workers", own)), House(image="i", pod=house)).pod
     assert (pod.get("queueName"), pod["queueKind"]) == expected
 
 
@@ -249,8 +249,8 @@ def test_workers_are_kept_together_as_the_house_or_the_conversion_says(
     house: dict[str, object], own: dict[str, object], expected: bool
 ) -> None:
     found = conversion_of(conversion(("spec.workers", own)), House(image="i", pod=house))
-    assert found.workers.co_schedule is expected
-    assert "coSchedule" not in found.workers.pod
+    assert found.spec.workers.co_schedule is expected
+    assert "coSchedule" not in found.pod
 
 
 # ----------------------------------------------------------------------------------------------------------- Job deleted

@@ -7,7 +7,8 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from ckpt2pt.conversion.spec import Json, parse
+from ckpt2pt.conversion.schema import Json
+from ckpt2pt.conversion.spec import parse
 from ckpt2pt.conversion.status import StageRecord
 from ckpt2pt_operator.rules.stages import Obstacle, cause, observed, pod_obstacle, recorded, setback, stuck_since
 from ckpt2pt_operator.rules.views import Pod, Report, job_view, pod_view

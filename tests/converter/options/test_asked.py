@@ -10,7 +10,7 @@ import pytest
 
 from ckpt2pt.cli import build_parser
 from ckpt2pt.errors import UsageError
-from ckpt2pt.options import request_of, stages_of
+from ckpt2pt.options.asked import request_of, stages_of
 from ckpt2pt.request import Request
 
 NEEDED = ["--num-layers", "8", "--ms-path", "ms", "--param-map-path", "meta", "--megatron-path", "out"]

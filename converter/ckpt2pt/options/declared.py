@@ -1,28 +1,22 @@
-"""Flags of the commands, spelled as the reference converter spells them, and the Request they make."""
+"""Flags of the commands, spelled as the reference converter spells them."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from ckpt2pt.errors import UsageError
-from ckpt2pt.flags import add_target_sizes, check_numbers, count, counts, joined, path, port, seconds, target_sizes
-
-if TYPE_CHECKING:
-    from ckpt2pt.mapping.names import Rules
-    from ckpt2pt.mapping.topology import Topology
-    from ckpt2pt.request import Request
-
-log = logging.getLogger("ckpt2pt")
+from ckpt2pt.flags import add_target_sizes, count, counts, path, port, seconds
 
 
 def add_conversion_options(
     parser: argparse.ArgumentParser, *, required: bool = True, writes: bool = True, chosen: bool = True
 ) -> None:
     """What is converted: the reference's own flags, and ours; not ``chosen`` means every checkpoint, and all its stages."""
+    parser.add_argument(
+        "--spec",
+        metavar="JSON",
+        help="all of it in one, as a Job gives it: a document's spec, with folders of this machine",
+    )
     _add_places(parser, required=required, writes=writes)
     _add_kind(parser, chosen=chosen)
     _add_cut(parser)
@@ -328,117 +322,3 @@ def add_document_options(document: argparse.ArgumentParser) -> None:
         help="folder that stands for a claim, an NFS export or a CSI volume of the document (repeat)",
     )
     document.add_argument("--print-job", action="store_true", help="print the Job that a cluster would get, and stop")
-
-
-def request_of(options: argparse.Namespace) -> Request:
-    """The frozen request that the flags describe."""
-    from ckpt2pt.meta import Given, learn  # noqa: PLC0415
-    from ckpt2pt.request import Request, rules_of  # noqa: PLC0415
-
-    for flag, value in {
-        "--ms-path": options.ms_path,
-        "--param-map-path": options.param_map_path,
-        "--megatron-path": options.megatron_path,
-    }.items():
-        if value is None:
-            raise UsageError(f"{flag} is missing", where="the command line", hint=f"give {flag}")
-    check_numbers(
-        {
-            "--process-limit": getattr(options, "process_limit", 1),
-            "--process_timeout": getattr(options, "process_timeout", None),
-            **target_sizes(options),
-            "--target-dp-size": options.target_dp_size,
-            "--iteration": options.iteration,
-        }
-    )
-    rules = rules_of(options.rules)
-    sizes = tuple(target_sizes(options).values())
-    own = options.tp_size, options.pp_size, options.vpp_size
-    tensor, pipeline, virtual = (there or here for here, there in zip(own, sizes, strict=True))
-    given = Given(
-        num_layers=options.num_layers,
-        tensor=tensor,
-        pipeline=pipeline,
-        virtual=virtual,
-        data=1 if any(sizes) else options.dp_size,
-        context=1 if any(sizes) else options.cp_size,
-        noop=None if options.noop is None else frozenset(options.noop),
-        layers_per_stage=joined(options.stage_list),
-    )
-    source, metadata, target = options.ms_path, options.param_map_path, options.megatron_path
-    topology = learn(given, source=source, metadata=metadata, target=target, allow=rules.pickle_globals)
-    if topology.remark:
-        log.warning("%s", topology.remark)
-    topology, laid_out = _layouts(options, topology, rules)
-    return Request(
-        topology=topology,
-        source_topology=laid_out,
-        source=options.ms_path,
-        metadata=options.param_map_path,
-        target=options.megatron_path,
-        full=not options.convert_param_only,
-        source_format=None if options.src_model_format == "auto" else options.src_model_format,
-        iteration=options.iteration,
-        shard_info=options.opt_shard_info_path,
-        target_data=options.target_dp_size,
-        rules=rules,
-        reference_samples=options.zero_consumed_samples,
-        overwrite=getattr(options, "overwrite", False),
-        verify=getattr(options, "verify", "digest"),
-        workers=getattr(options, "process_limit", 1),
-        in_process=getattr(options, "multiprocess_off", False),
-        timeout=getattr(options, "process_timeout", None),
-    )
-
-
-def _layouts(options: argparse.Namespace, target: Topology, rules: Rules) -> tuple[Topology, Topology | None]:
-    """That of the result, and that of the source where a rank of the result is not read from one rank of the source."""
-    if not any(target_sizes(options).values()):
-        return target, None
-    from ckpt2pt.formats.degrees import source_layout  # noqa: PLC0415
-
-    known = options.tp_size, options.pp_size, options.dp_size, options.cp_size
-    source = source_layout(options.ms_path, known, target, rules)
-    sizes = source.tensor, source.pipeline, options.vpp_size
-    if sizes != (target.tensor, target.pipeline, target.virtual) or target.layers_per_stage:
-        return target, source
-    return replace(target, data=source.data, context=source.context), None
-
-
-def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
-    """The pipeline stages to work on: ``--stage``, else this pod's completion index, else all."""
-    stages: list[int] | None = options.stage
-    index = os.environ.get("JOB_COMPLETION_INDEX", "")
-    origin = "--stage"
-    if stages is None and index:
-        origin = "$JOB_COMPLETION_INDEX"
-        if not index.isdecimal():
-            raise UsageError(
-                f"{origin} is {index!r}", where="the environment", hint="run it in an Indexed Job, or unset it"
-            )
-        stages = [_stage_of(int(index))]
-    if stages is None:
-        return tuple(range(request.topology.pipeline))
-    wrong = [stage for stage in stages if not 0 <= stage < request.topology.pipeline]
-    if wrong:
-        raise UsageError(
-            f"{origin} {wrong[0]} does not exist among {request.topology.pipeline} stages",
-            where="the command line",
-            hint=f"give a stage from 0 to {request.topology.pipeline - 1}, or check --pp-size (spec.parallelism.pipeline)",
-        )
-    return tuple(sorted(set(stages)))
-
-
-def _stage_of(index: int) -> int:
-    """The stage of a completion index: itself, unless the Job does only some stages and lists them."""
-    listed = os.environ.get("CKPT2PT_STAGES", "")
-    if not listed:
-        return index
-    try:
-        return [int(stage) for stage in listed.split(",")][index]
-    except (ValueError, IndexError):
-        raise UsageError(
-            f"$CKPT2PT_STAGES is {listed!r}, and has no stage for index {index}",
-            where="the environment",
-            hint="list a stage for each completion index, as 3,7, or unset it",
-        ) from None

@@ -1,0 +1,155 @@
+"""From options to what they ask for: a Spec, its Request, and the stages of it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from ckpt2pt.errors import UsageError
+from ckpt2pt.flags import check_numbers, joined, target_sizes
+
+if TYPE_CHECKING:
+    from ckpt2pt.conversion.schema import Parallelism, Source, Spec, Target
+    from ckpt2pt.request import Request
+
+_FORMATS: Mapping[str, Literal["Auto", "Ckpt", "Safetensors"]] = {
+    "auto": "Auto", "ckpt": "Ckpt", "safetensors": "Safetensors",
+}  # fmt: skip
+"""Words of the flag, and of the document."""
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """The frozen request that the flags describe."""
+    from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
+
+    return resolve(spec_of(options), in_process=getattr(options, "multiprocess_off", False))
+
+
+def spec_of(options: argparse.Namespace) -> Spec:
+    """What the flags ask for, or the JSON of ``--spec`` in their place."""
+    from ckpt2pt.conversion import schema  # noqa: PLC0415
+    from ckpt2pt.request import rules_of  # noqa: PLC0415
+
+    if getattr(options, "spec", None):
+        return schema.from_json(options.spec, "--spec")
+    paths = {
+        "--ms-path": options.ms_path,
+        "--param-map-path": options.param_map_path,
+        "--megatron-path": options.megatron_path,
+    }
+    for flag, value in paths.items():
+        if value is None:
+            raise UsageError(f"{flag} is missing", where="the command line", hint=f"give {flag}")
+    check_numbers(
+        {
+            "--process-limit": getattr(options, "process_limit", 1),
+            "--process_timeout": getattr(options, "process_timeout", None),
+            **target_sizes(options),
+            "--target-dp-size": options.target_dp_size,
+            "--iteration": options.iteration,
+        }
+    )
+    source, metadata, target = map(str, paths.values())
+    return schema.Spec(
+        mode="ParamsOnly" if options.convert_param_only else "Full",
+        model=schema.Model(
+            num_layers=options.num_layers,
+            noop_layers=None if options.noop is None else tuple(options.noop),
+            layers_per_stage=joined(options.stage_list),
+            rules=schema.rules_of(rules_of(options.rules)),
+        ),
+        parallelism=_parallelism(options),
+        source=_source(options, source),
+        metadata=schema.Place(path=metadata),
+        target=_target(options, target),
+        verify=schema.LEVELS[getattr(options, "verify", "digest")],
+        workers=schema.Processes(
+            processes=getattr(options, "process_limit", 1),
+            rank_timeout_seconds=getattr(options, "process_timeout", None),
+        ),
+        readiness=schema.Readiness(
+            timeout_seconds=getattr(options, "readiness_timeout", 0.0),
+            settle_seconds=getattr(options, "readiness_settle", 10.0),
+        ),
+    )
+
+
+def _parallelism(options: argparse.Namespace) -> Parallelism:
+    from ckpt2pt.conversion.schema import Parallelism  # noqa: PLC0415
+
+    return Parallelism(
+        tensor=options.tp_size,
+        pipeline=options.pp_size,
+        virtual_pipeline=options.vpp_size,
+        data=options.dp_size,
+        context=options.cp_size,
+    )
+
+
+def _source(options: argparse.Namespace, path: str) -> Source:
+    from ckpt2pt.conversion.schema import Source  # noqa: PLC0415
+
+    info = options.opt_shard_info_path
+    return Source(
+        path=path,
+        format=_FORMATS[options.src_model_format],
+        opt_shard_info_path=None if info is None else str(info),
+        iteration=options.iteration,
+    )
+
+
+def _target(options: argparse.Namespace, path: str) -> Target:
+    from ckpt2pt.conversion.schema import Degrees, Target  # noqa: PLC0415
+
+    return Target(
+        path=path,
+        overwrite=getattr(options, "overwrite", False),
+        parallelism=Degrees(
+            tensor=options.target_tp_size,
+            pipeline=options.target_pp_size,
+            virtual_pipeline=options.target_vpp_size,
+        ),
+        data_parallel=options.target_dp_size,
+        zero_consumed_samples=options.zero_consumed_samples,
+    )
+
+
+def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
+    """The pipeline stages to work on: ``--stage``, else this pod's completion index, else all."""
+    stages: list[int] | None = options.stage
+    index = os.environ.get("JOB_COMPLETION_INDEX", "")
+    origin = "--stage"
+    if stages is None and index:
+        origin = "$JOB_COMPLETION_INDEX"
+        if not index.isdecimal():
+            raise UsageError(
+                f"{origin} is {index!r}", where="the environment", hint="run it in an Indexed Job, or unset it"
+            )
+        stages = [_stage_of(int(index))]
+    if stages is None:
+        return tuple(range(request.topology.pipeline))
+    wrong = [stage for stage in stages if not 0 <= stage < request.topology.pipeline]
+    if wrong:
+        raise UsageError(
+            f"{origin} {wrong[0]} does not exist among {request.topology.pipeline} stages",
+            where="the command line",
+            hint=f"give a stage from 0 to {request.topology.pipeline - 1}, or check --pp-size (spec.parallelism.pipeline)",
+        )
+    return tuple(sorted(set(stages)))
+
+
+def _stage_of(index: int) -> int:
+    """The stage of a completion index: itself, unless the Job does only some stages and lists them."""
+    listed = os.environ.get("CKPT2PT_STAGES", "")
+    if not listed:
+        return index
+    try:
+        return [int(stage) for stage in listed.split(",")][index]
+    except (ValueError, IndexError):
+        raise UsageError(
+            f"$CKPT2PT_STAGES is {listed!r}, and has no stage for index {index}",
+            where="the environment",
+            hint="list a stage for each completion index, as 3,7, or unset it",
+        ) from None
