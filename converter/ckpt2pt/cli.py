@@ -143,7 +143,6 @@ def _too_late(_: int, __: FrameType | None) -> None:
 def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _too_late)
     options.account.message, options.account.failure = termination.message_of(error), error.reason
-    error = error.spelled(of_call(options))
     if getattr(options, "debug", False):
         traceback.print_exc()
     _report(error, options)
@@ -152,6 +151,7 @@ def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
 
 def _report(error: Ckpt2ptError, options: argparse.Namespace, **about: int) -> None:
     """On stderr; ``about`` is what it is of, as ``stage=1``."""
+    error = error.spelled(of_call(options))
     if getattr(options, "log_format", "text") == "json":
         parts = {"what": error.what, "where": error.where, "hint": error.hint}
         field = {"field": error.field} if error.field else {}

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Protocol, cast
 
 from ckpt2pt import __version__
@@ -261,6 +262,11 @@ def convert_rank(
         prove_unchanged(request, chosen, rank)
         ledger.announce([file.entry(target.folder) for file in files])
 
+    def examine(partials: Mapping[str, Path]) -> Mapping[str, int]:
+        from ckpt2pt.verify.prove import prove_partials  # noqa: PLC0415 - a second reader, loaded only when asked for
+
+        return prove_partials(request, chosen, rank, partials, heed=stop.check)
+
     files, digests = write_files(
         folder,
         prepared.files,
@@ -269,14 +275,10 @@ def convert_rank(
         advance=advance,
         check=request.verify != "none",
         prove=prove,
+        examine=examine if request.verify == "full" else None,
         announce=announce,
         fence=ledger.fence,
     )
-    if request.verify == "full":
-        from ckpt2pt.verify.prove import verify_rank  # noqa: PLC0415 - a second reader, loaded only when asked for
-
-        verify_rank(request, chosen, rank, target.folder).raise_differences()
-        prove_unchanged(request, chosen, rank)
     target.publish_rank(
         rank[0],
         rank[1],

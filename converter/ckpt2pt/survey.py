@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -267,9 +267,10 @@ def index_of(request: Request, chosen: Survey, rank: Rank) -> Index:
     return (None if file.peers else chosen.indexes.get(rank)) or index_source(file, request.source_layout.group(*own))
 
 
-def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> dict[Rank, Prepared]:
-    """Every rank of the given stages."""
-    return {(tp, pp): prepare(request, chosen, (tp, pp)) for pp in stages for tp in range(request.topology.tensor)}
+def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> Iterator[tuple[Rank, Prepared]]:
+    """Every rank of the given stages, one at a time: the plans of a thousand would not fit into memory."""
+    for rank in ((tp, pp) for pp in stages for tp in range(request.topology.tensor)):
+        yield rank, prepare(request, chosen, rank)
 
 
 def meta_of(request: Request, rank: Rank) -> RankMeta:

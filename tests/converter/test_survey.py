@@ -179,7 +179,7 @@ def test_identity_follows_options_source_and_metadata(tmp_path: Path) -> None:
 
 def test_only_the_stages_asked_for_are_prepared(tmp_path: Path) -> None:
     request = saves(tmp_path, (0, 90))
-    assert list(prepare_all(request, survey(request), [1])) == [(0, 1)]
+    assert [rank for rank, _ in prepare_all(request, survey(request), [1])] == [(0, 1)]
 
 
 @pytest.mark.parametrize("before", [True, False])

@@ -86,7 +86,7 @@ def _add_import_run(parser: argparse.ArgumentParser) -> None:
         "--verify",
         choices=("none", "digest", "full"),
         default="digest",
-        help="digest: read every file back from the disk; full: also compare every weight with its slice of distrib_optim.pt",
+        help="digest: read every file back from the disk; full: also compare every element with the checkpoint, before a file is published",
     )
     group.add_argument(
         "--debug", action="store_true", help="log ranks, files and evidence, and where in the code an error arose"

@@ -51,7 +51,8 @@ def _selected(index: Index, request: BackRequest) -> Index:
 
 def groups_in_order(groups: Groups, entries: tuple[Entry, ...]) -> Groups:
     """The parameter groups in the order in which a rank's parameters need them: with weight decay, and without."""
-    weights = [entry.source for entry in entries if entry.role == "param" and isinstance(entry.source, TensorRef)]
+    role = entries[0].role if entries else ""  # each parameter once, whichever of its tensors are imported
+    weights = [entry.source for entry in entries if entry.role == role and isinstance(entry.source, TensorRef)]
     by_kind = {group.get("wd_mult") != 0: group for group in groups}
     order = weight_decay_groups(weights)
     return [by_kind[kind] for kind in order] if set(order) <= set(by_kind) else groups

@@ -259,13 +259,20 @@ def _read(request: BackRequest, found: BackSurvey) -> _Read:
     return _Read(first=cast("MegatronRank", first), tensors=collector.index(), metadata=metadata, evidence=evidence)
 
 
-def _prepare_relaid(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPrepared:
-    """The same for a rank of another layout.  The metadata of all of the checkpoint's ranks comes with the first.
+def held_for(request: BackRequest, found: BackSurvey, rank: Rank) -> tuple[MegatronRank, Index]:
+    """The checkpoint's tensors, for the proof of a rank: those of the rank alone, or all where the layout changes."""
+    if found.relaid:
+        read = kept(found.identity, partial(_read, request, found))
+        return read.first, read.tensors
+    stored, layout = _proved(request, found.ranks[rank], rank)
+    collector = Collector(1, str(stored.folder))
+    collect_rank(collector, (0, rank[1]), stored, found.topology, layout.buffers)
+    return stored, collector.index()
 
-    So does a thorough proof: every other rank's process compares samples.
-    """
-    thorough = request if rank == (0, 0) or request.verify == "none" else replace(request, verify="digest")
-    read = kept(found.identity, partial(_read, thorough, found))
+
+def _prepare_relaid(request: BackRequest, found: BackSurvey, rank: Rank) -> BackPrepared:
+    """The same for a rank of another layout.  The metadata of all of the checkpoint's ranks comes with the first."""
+    read = kept(found.identity, partial(_read, request, found))
     entries, copies = relaid(request, read.tensors, found.topology, found.layout, rank, read.first)
     entries = (*entries, *scalars_of(read.first, found.iteration, entries))
     return BackPrepared(
@@ -287,14 +294,13 @@ def _proved(request: BackRequest, folder: Path, rank: Rank) -> tuple[MegatronRan
 
 
 def _layout(request: BackRequest, stored: MegatronRank, rank: Rank) -> Layout:
-    """The buffers by the maps given, else by Megatron's rules; either way proved by the checkpoint itself."""
-    at_most = None if request.verify == "full" else SAMPLE_NUMEL
+    """The buffers by the maps given, else by Megatron's rules; either way proved by samples of the checkpoint itself."""
     if stored.copies is not None:
-        return Layout(buffers=(), bucket_numel=None, evidence=prove_copies(stored, at_most=at_most))
+        return Layout(buffers=(), bucket_numel=None, evidence=prove_copies(stored, at_most=SAMPLE_NUMEL))
     if request.maps is None:
-        return lay_out_rank(stored, rank[1], at_most=at_most)
+        return lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL)
     given = read_param_maps(request.maps, tp=rank[0], pp=rank[1], divisor=data_parallel_size(stored.template))
-    return prove_given(stored, given, at_most=at_most, where=request.maps)
+    return prove_given(stored, given, at_most=SAMPLE_NUMEL, where=request.maps)
 
 
 def _chunks(stored: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, full: bool) -> tuple[ImportedChunk, ...]:

@@ -41,6 +41,9 @@ log = logging.getLogger("ckpt2pt")
 ReadPieces = Mapping[str, Sequence[Piece]]
 """Path of a source -> what was read of it, sorted by the first bytes."""
 
+Examine = Callable[[Mapping[str, Path]], Mapping[str, int]]
+"""Reads every byte of the files of a rank, which lie under temporary names, and returns their CRC-32, by name."""
+
 BLOCK_BYTES = 1 << 20
 WRITTEN_MODE = 0o644  # less the umask
 
@@ -217,14 +220,16 @@ def write_files(
     advance: Callable[[int], None],
     check: bool,
     prove: Callable[[ReadPieces], None] = lambda _: None,
+    examine: Examine | None = None,
     announce: Callable[[Sequence[Written], Mapping[str, int]], None] = lambda _, __: None,
     fence: Callable[[], None] = lambda: None,
 ) -> tuple[tuple[Written, ...], dict[str, int]]:
     """Write a rank's files and give them their names when all of them are whole, synced and (``check``) read back.
 
     Returns the files, and for each ``role:parameter`` the CRC-32 of its source bytes.  ``prove`` gets what was read of
-    each source before the files are finished, ``announce`` the result before the first name appears, ``fence`` is called
-    before each: what they raise keeps the names from appearing.  On any failure the temporary files are removed.
+    each source before the files are finished, ``examine`` (which reads back in place of ``check``) the complete temporary
+    files, ``announce`` the result before the first name appears, ``fence`` is called before each: what they raise keeps the
+    names from appearing.  On any failure the temporary files are removed.
     """
     with ExitStack() as stack:
         outputs = {p.name: stack.enter_context(_output(folder, p, stop)) for p in payloads}
@@ -235,7 +240,9 @@ def write_files(
         for output in outputs.values():
             _finish(output)
             stop.check()
-        if check:
+        if examine:
+            _examine(outputs, examine)
+        elif check:
             for output in outputs.values():
                 read_back(output.partial, output.crc, stop)
         written = tuple(_written(output) for output in outputs.values())
@@ -353,15 +360,29 @@ def _publish(outputs: Iterable[Output], fence: Callable[[], None]) -> None:
             raise access_error(error, folder, "syncing the folder") from error
 
 
-def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
-    """Read a file from the disk rather than from memory and compare its CRC-32."""
-    block, crc = memoryview(bytearray(BLOCK_BYTES)), 0
+def _examine(outputs: Mapping[str, Output], examine: Examine) -> None:
+    """Have the files examined as they are on the disk; one pass proves their elements and their CRC-32."""
+    partials = {name: output.partial for name, output in outputs.items()}
+    for path in partials.values():
+        _drop(path)
+    found = examine(partials)
+    for name, output in outputs.items():
+        _compare_crc(output.partial, found[name], output.crc)
+
+
+def _drop(path: Path) -> int:
     try:
-        nbytes = drop_from_cache(path)
+        return drop_from_cache(path)
     except FileNotFoundError as error:
         raise vanished(path) from error
     except OSError as error:
         raise access_error(error, path, "reading back", reading=True) from error
+
+
+def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
+    """Read a file from the disk rather than from memory and compare its CRC-32."""
+    block, crc = memoryview(bytearray(BLOCK_BYTES)), 0
+    nbytes = _drop(path)
     with Sources([Extent(str(path), 0, nbytes)]) as sources:
         for position in range(0, nbytes, BLOCK_BYTES):
             data = block[: nbytes - position]
@@ -369,6 +390,10 @@ def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
             crc = crc32(data, crc)
             if stop:
                 stop.check()
+    _compare_crc(path, crc, expected)
+
+
+def _compare_crc(path: Path, crc: int, expected: int) -> None:
     if crc != expected:
         raise VerificationError(
             f"CRC-32 is {crc:08x} on the disk, {expected:08x} was written",

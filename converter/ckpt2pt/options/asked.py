@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from ckpt2pt.errors import UsageError
+from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.flags import check_numbers, joined, target_sizes
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
         raise UsageError(
             f"{origin} {wrong[0]} does not exist among {request.topology.pipeline} stages",
             where="the command line",
-            hint=f"give a stage from 0 to {request.topology.pipeline - 1}, or check --pp-size (spec.parallelism.pipeline)",
+            hint=f"give a stage from 0 to {request.topology.pipeline - 1}, or check {ref('parallelism.pipeline')}",
         )
     return tuple(sorted(set(stages)))
 

@@ -257,18 +257,19 @@ class Archive:
         storages = {name.removeprefix("data/"): r.extent for name, r in records.items() if name.startswith("data/")}
         return cls(file.path, stem, file.size, records, storages, pickle)
 
-    def verify_crcs(self, advance: Callable[[int], None] = lambda _: None) -> None:
-        """Read every record and compare its CRC-32 with the stored one.  ``FormatError`` names the first that differs.
+    def verify_crcs(self, read: Sequence[Piece] = (), advance: Callable[[int], None] = lambda _: None) -> None:
+        """Compare the CRC-32 of every record with the stored one.  ``FormatError`` names the first that differs.
 
-        ``advance`` hears of the bytes of each record that was read.
+        ``read`` are pieces of the file, sorted, that were read already; ``advance`` hears of the bytes that are read now.
         """
         with PtFile(Path(self.path)) as file:
             for record in sorted(self.records.values(), key=lambda record: record.extent.offset):
-                extent = record.extent
-                found = file.crc32(extent.offset, extent.offset + extent.nbytes)
+                first, stop = record.extent.offset, record.extent.offset + record.extent.nbytes
+                found = file.crc32(first, stop, read=read)
                 if found != record.crc32:
                     raise _wrong_crc(file, record, found)
-                advance(extent.nbytes)
+                known = read[bisect_left(read, (first, 0, 0)) : bisect_left(read, (stop, 0, 0))]
+                advance(max(0, stop - first - sum(nbytes for _, nbytes, _ in known)))
 
     def prove_read(self, pieces: Iterable[Piece]) -> None:
         """Compare the stored CRC-32 of each record with that of its bytes; those that ``pieces`` tell of are not read again.

@@ -33,6 +33,9 @@ from ckpt2pt.pt.pickles import (
 )
 from ckpt2pt.tensors import Extent
 
+_PLAIN = frozenset({int, float, str, bool, bytes, type(None)})
+"""Types of values that name no storage."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
@@ -260,15 +263,15 @@ def _renumber(tree: Value, copied: list[str], first: int) -> Value:
     seen: dict[int, Value] = {}
 
     def walk(value: Value) -> Value:
-        if id(value) in seen:
-            return seen[id(value)]
+        if type(value) in _PLAIN or id(value) in seen:
+            return seen.get(id(value), value)
         new: Value = value
         if isinstance(value, dict):
             new = {key: walk(item) for key, item in value.items()}
         elif isinstance(value, list):
-            new = [walk(item) for item in value]
+            new = value if _PLAIN.issuperset(map(type, value)) else [walk(item) for item in value]
         elif isinstance(value, tuple):
-            new = tuple(walk(item) for item in value)
+            new = value if _PLAIN.issuperset(map(type, value)) else tuple(walk(item) for item in value)
         elif isinstance(value, Persistent):
             kind, storage_class, key, location, numel = cast("tuple[Value, ...]", value.id)
             number = numbers.setdefault(cast("str", key), str(first + len(numbers)))

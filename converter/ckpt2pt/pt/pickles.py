@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, cast
 
 from ckpt2pt.pt.trees import ENCODE, ORDERED_DICT, REBUILD_TENSOR, STORAGES
 from ckpt2pt.pt.trees import MISSING as MISSING
@@ -60,6 +61,20 @@ def write_pickle(value: Value, *, check: bool = True) -> bytes:
     return b"\x80\x02" + writer.out + b"."
 
 
+@lru_cache(4096)
+def _int(value: int) -> bytes:
+    if 0 <= value < 256:
+        return b"K%c" % value
+    if 0 <= value < 65536:
+        return b"M" + value.to_bytes(2, "little")
+    if -(2**31) <= value < 2**31:
+        return b"J" + value.to_bytes(4, "little", signed=True)
+    # One bit more than the magnitude for the sign, none for -2**(8n - 1).
+    nbytes = (value if value >= 0 else ~value).bit_length() // 8 + 1
+    head = b"\x8a%c" % nbytes if nbytes < 256 else b"\x8b" + nbytes.to_bytes(4, "little")
+    return head + value.to_bytes(nbytes, "little", signed=True)
+
+
 class _Writer:
     """Follows CPython's C Pickler, whose choices torch.save inherits."""
 
@@ -101,17 +116,7 @@ class _Writer:
         self.out += b"N" if value is None else b"\x88" if value else b"\x89"
 
     def save_int(self, value: int) -> None:
-        if 0 <= value < 256:
-            self.out += b"K%c" % value
-        elif 0 <= value < 65536:
-            self.out += b"M" + value.to_bytes(2, "little")
-        elif -(2**31) <= value < 2**31:
-            self.out += b"J" + value.to_bytes(4, "little", signed=True)
-        else:
-            # One bit more than the magnitude for the sign, none for -2**(8n - 1).
-            nbytes = (value if value >= 0 else ~value).bit_length() // 8 + 1
-            self.out += b"\x8a%c" % nbytes if nbytes < 256 else b"\x8b" + nbytes.to_bytes(4, "little")
-            self.out += value.to_bytes(nbytes, "little", signed=True)
+        self.out += _int(value)
 
     def save_float(self, value: float) -> None:
         self.out += b"G" + struct.pack(">d", value)
@@ -133,8 +138,11 @@ class _Writer:
             self.out += b")"
             return
         self.out += b"(" if len(value) > 3 else b""
-        for item in value:
-            self.save(item)
+        if {*map(type, value)} == {int}:  # the state of a random generator is 600 of them
+            self.out += b"".join(map(_int, cast("tuple[int, ...]", value)))
+        else:
+            for item in value:
+                self.save(item)
         self.out += _TUPLE_ENDS[min(len(value), 4)]
         self.keep(id(value))
 
@@ -204,8 +212,11 @@ class _Writer:
             batch = rows[start : start + _BATCH]
             alone = len(batch) == 1 and not (known_length and start)
             self.out += b"" if alone else b"("
-            for row in batch:
-                for item in row:
+            items = [item for row in batch for item in row]
+            if {*map(type, items)} == {int}:
+                self.out += b"".join(map(_int, cast("list[int]", items)))
+            else:
+                for item in items:
                     self.save(item)
             self.out += one if alone else many
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckpt2pt.errors import printable, spelled
 from ckpt2pt.folders import COVERED, covered
@@ -13,7 +13,7 @@ from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
-from ckpt2pt.pt.resume import warning
+from ckpt2pt.pt.resume import Unmet, warning
 from ckpt2pt.ptmeta.loading import contradictions, kept_of_template
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
@@ -54,13 +54,16 @@ def planned(request: Request, stages: Sequence[int], *, names: bool = False) -> 
     return Plan(document=document, target=target, overwrite=request.overwrite)
 
 
-def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Rank, Prepared], *, names: bool) -> Json:
-    """The plan as a document for ``--output json``."""
+def preview(
+    request: Request, chosen: Survey, target: Target, ranks: Iterable[tuple[Rank, Prepared]], *, names: bool
+) -> Json:
+    """The plan as a document for ``--output json``; each rank's plan is dropped before the next one is made."""
     stages: list[Json] = []
-    first = next(iter(ranks.values()))
+    warnings = _Warnings(request)
     read = written = 0
-    for (tp, pp), prepared in ranks.items():
+    for (tp, pp), prepared in ranks:
         plan = prepared.plan
+        warnings.add((tp, pp), prepared)
         files = prepared.sizes
         nbytes = plan.source_bytes
         read += nbytes
@@ -81,22 +84,13 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
                 "done": target.rank_manifest(tp, pp) is not None,
             }
         )
-    workers = min(request.workers, len(ranks)) or 1
+    workers = min(request.workers, len(stages)) or 1
     return {
         "iteration": chosen.clock.iteration,
         "because": chosen.clock.because,
         "doubts": list(chosen.clock.doubts),
-        "warnings": [
-            *warning(
-                {key: rank.meta.unmet(request.topology, full=request.full) for key, rank in ranks.items()},
-                full=request.full,
-            ),
-            *dict.fromkeys(remark for rank in ranks.values() for remark in rank.remarks),
-            *contradictions(first.meta.template, first.plan.stated),
-            *_copies(request, chosen, ranks),
-            *_unused_rules(request, ranks),
-        ],
-        "fromTemplate": list(kept_of_template(request, chosen, next(iter(ranks)))),
+        "warnings": warnings.all(chosen),
+        "fromTemplate": list(kept_of_template(request, chosen, next(iter(warnings.unmet)))),
         "consumedSamples": chosen.clock.samples,
         "identity": chosen.identity,
         "target": str(target.folder),
@@ -110,19 +104,38 @@ def preview(request: Request, chosen: Survey, target: Target, ranks: Mapping[Ran
     }
 
 
-def _copies(request: Request, chosen: Survey, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:
-    if request.topology.tensor == 1:
-        return ()
-    from ckpt2pt.verify.copies import suspected_copies  # noqa: PLC0415 - numpy, for layouts that can have copies
+@dataclass(slots=True)
+class _Warnings:
+    """What is remembered of each rank's plan for the sake of warnings."""
 
-    return suspected_copies(request, chosen, ranks)
+    request: Request
+    unmet: dict[Rank, tuple[Unmet, ...]] = field(default_factory=dict[Rank, tuple[Unmet, ...]])
+    remarks: dict[str, None] = field(default_factory=dict[str, None])
+    contradictions: tuple[str, ...] = ()
+    samples: dict[Rank, Mapping[str, int]] = field(default_factory=dict[Rank, Mapping[str, int]])
+    unused_rules: list[frozenset[str]] = field(default_factory=list[frozenset[str]])
 
+    def add(self, rank: Rank, prepared: Prepared) -> None:
+        if not self.unmet:
+            self.contradictions = contradictions(prepared.meta.template, prepared.plan.stated)
+        self.unmet[rank] = prepared.meta.unmet(self.request.topology, full=self.request.full)
+        self.remarks.update(dict.fromkeys(prepared.remarks))
+        self.unused_rules.append(prepared.plan.unused_rules)
+        if self.request.topology.tensor > 1:
+            from ckpt2pt.verify.copies import sample_weights  # noqa: PLC0415 - numpy, for layouts that can have copies
 
-def _unused_rules(request: Request, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:
-    """Of all ranks together: a rule may be for a name that one stage alone has."""
-    if len(ranks) < request.topology.tensor * request.topology.pipeline:
-        return ()
-    return rules_remark(rank.plan.unused_rules for rank in ranks.values())
+            self.samples[rank] = sample_weights(prepared)
+
+    def all(self, chosen: Survey) -> list[str]:
+        found = [*warning(self.unmet, full=self.request.full), *self.remarks, *self.contradictions]
+        if self.samples:
+            from ckpt2pt.verify.copies import suspected_copies  # noqa: PLC0415 - as above
+
+            found += suspected_copies(self.request, chosen, self.samples)
+        # Of all ranks together: a rule may be for a name that one stage alone has.
+        if len(self.unmet) == self.request.topology.tensor * self.request.topology.pipeline:
+            found += rules_remark(self.unused_rules)
+        return found
 
 
 def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -> Json:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ckpt2pt.core.index import find
@@ -26,10 +26,9 @@ from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.pt.megatron import rank_folders
 from ckpt2pt.request import SILENCE, Portion, Reporter
 from ckpt2pt.system.paths import is_folder, listing
-from ckpt2pt.tensors import intersection
-from ckpt2pt.verify.compare import ALL_FILES, Comparison, ElementComparison, Row, compare
-from ckpt2pt.verify.examine import rounded
-from ckpt2pt.verify.gather import Gathered, gathered
+from ckpt2pt.verify.compare import ALL_FILES, Comparing, Comparison, compare
+from ckpt2pt.verify.elements import rounded
+from ckpt2pt.verify.gather import Gathered, file_of, gathered
 from ckpt2pt.verify.leaves import Bytes, Elements, Files, TensorLeaf, width
 
 
@@ -73,7 +72,7 @@ def compare_across(
     other ranks are compared with what they copy.  ``ignore`` are patterns of ``role/name``; ``ignore_padding`` leaves out the
     rows that one side's vocabulary has more.  An iteration that only one side states is no difference.
     """
-    run = _Run((left, right), frozenset(ignore), ignore_padding)
+    run = _Run(sides=(left, right), ignore=frozenset(ignore), ignore_padding=ignore_padding)
     total = sum(map(_nbytes_to_read, (left, right)))
     portion = Portion(reporter, ALL_FILES, total)
     reporter.begin({ALL_FILES: total}, 0)
@@ -86,18 +85,9 @@ def compare_across(
     portion.fill()
     steps = [checkpoint.iteration for checkpoint in (left, right)]
     if None not in steps and steps[0] != steps[1]:
-        run.rows.append(Row(file="", name="iteration", kind="value", left=str(steps[0]), right=str(steps[1])))
-    unused = [f"the ignored {pattern} matches no tensor" for pattern in sorted(run.ignore - run.used)]
-    return Comparison(
-        left=str(left.path),
-        right=str(right.path),
-        rows=tuple(run.rows),
-        notes=(*left.warnings, *right.warnings, *run.notes, *unused),
-        files=len(_files(left) | _files(right)),
-        equal=run.equal,
-        nbytes=run.nbytes,
-        padding=run.padding,
-    )
+        run.unlike("", "iteration", "value", *steps)
+    run.notes = [*left.warnings, *right.warnings, *run.notes]
+    return run.result(left.path, right.path, len(_files(left) | _files(right)), "tensor")
 
 
 def _nbytes_to_read(checkpoint: Checkpoint) -> int:
@@ -111,23 +101,6 @@ def _nbytes_to_read(checkpoint: Checkpoint) -> int:
 def _files(checkpoint: Checkpoint) -> set[str]:
     views = (view for tensor in checkpoint.index.values() for view in (*tensor.views, *tensor.replicas))
     return {extent.path for view in views for extent in view.storage}
-
-
-def _file(checkpoint: Checkpoint, tensor: Tensor, element: int) -> str:
-    """The file that holds an element (counted in C order), relative to the checkpoint where it is inside."""
-    place: list[int] = []
-    for length in reversed(tensor.shape):
-        element, at = divmod(element, length)
-        place.insert(0, at)
-    box = (tuple(place), (1,) * len(place))
-    view = next(view for view in tensor.views if intersection(box_of(view), box))
-    start = view.first + sum((a - o) * s for a, o, s in zip(place, view.origin, view.strides, strict=True))
-    start *= width(tensor.dtype)
-    for extent in view.storage:
-        if start < extent.nbytes:
-            return _relative(checkpoint, extent.path)
-        start -= extent.nbytes
-    return ""
 
 
 def _relative(checkpoint: Checkpoint, path: str) -> str:
@@ -147,19 +120,11 @@ class _Rounded:
         return rounded(self.elements.block(files, start, stop), self.source, self.target)
 
 
-@dataclass(slots=True)
-class _Run:
-    """A comparison under way."""
+@dataclass(slots=True, kw_only=True)
+class _Run(Comparing):
+    """Of tensors, wherever they lie."""
 
     sides: tuple[Checkpoint, Checkpoint]
-    ignore: frozenset[str]
-    ignore_padding: bool
-    rows: list[Row] = field(default_factory=list[Row])
-    notes: list[str] = field(default_factory=list[str])
-    equal: int = 0
-    nbytes: int = 0
-    padding: int = 0
-    used: set[str] = field(default_factory=set[str])
 
     def compare_role(self, role: Role, files: Files) -> None:
         """Every tensor of a role; where one side has none at all, that is one difference."""
@@ -167,7 +132,7 @@ class _Run:
         if all(key.role != role for key in keys):
             return
         keys = list(dict.fromkeys(Key(role, key.name) for key in keys))
-        keys = [key for key in keys if not self._is_ignored(key)]
+        keys = [key for key in keys if not self.is_ignored(_name(key))]
         found = {key: tuple(_find(side, key) for side in self.sides) for key in keys}
         counts = [sum(pair[side] is not None for pair in found.values()) for side in (0, 1)]
         if all(counts):
@@ -175,50 +140,40 @@ class _Run:
                 self._compare(key, one, other, files)
         elif any(counts):
             shown = [f"{count} tensors" if count else "" for count in counts]
-            self._one_sided(f"{role}/*", shown[0], shown[1])
+            self.one_sided("", f"{role}/*", shown[0], shown[1])
 
     def _compare(self, key: Key, one: Tensor | None, other: Tensor | None, files: Files) -> None:
         """One tensor of both sides."""
         name = _name(key)
         if one is None or other is None:
             if one or other:
-                self._one_sided(name, str(one or ""), str(other or ""))
+                self.one_sided("", name, str(one or ""), str(other or ""))
             return
         numel = self._common(name, one, other)
         if numel is None:
-            self.rows.append(Row(file="", name=name, kind="type", left=str(one), right=str(other)))
+            self.unlike("", name, "type", one, other)
             return
-        found = ElementComparison(*_alike(one, other), numel).compare(files)
-        places = (
-            ()
-            if found.index is None
-            else (_file(side, tensor, found.index) for side, tensor in zip(self.sides, (one, other), strict=True))
-        )
-        self._record(" | ".join(places), name, found)
+
+        def places(element: int | None) -> str:
+            if element is None:
+                return ""
+            both = zip(self.sides, (one, other), strict=True)
+            return " | ".join(_relative(side, file_of(tensor, element)) for side, tensor in both)
+
+        self.compare_elements(name, *_alike(one, other), numel, files, places)
 
     def compare_replicas(self, side: str, checkpoint: Checkpoint, tensor: Tensor, files: Files) -> None:
         """What other ranks hold of the same."""
-        if self._is_ignored(tensor.key):
+        if self.is_ignored(_name(tensor.key)):
             return
         for view in tensor.replicas:
             own, copy = (
                 TensorLeaf(tensor.dtype, view.shape, Gathered(tensor.dtype, views, box_of(view)))
                 for views in (tensor.views, (view,))
             )
-            found = ElementComparison(own, copy, view.numel).compare(files)
             path = _relative(checkpoint, view.storage[0].path) if view.storage else ""
-            self._record(f"{side}, {path}", f"copy of {_name(tensor.key)}", found)
-
-    def _one_sided(self, name: str, left: str, right: str) -> None:
-        self.rows.append(Row(file="", name=name, kind="left only" if left else "right only", left=left, right=right))
-
-    def _record(self, file: str, name: str, found: ElementComparison) -> None:
-        self.nbytes += found.numel * (width(found.left.dtype) + width(found.right.dtype))
-        row = found.row(file, name)
-        if row is None:
-            self.equal += 1
-        else:
-            self.rows.append(row)
+            place = partial(_same, f"{side}, {path}")
+            self.compare_elements(f"copy of {_name(tensor.key)}", own, copy, view.numel, files, place)
 
     def _common(self, name: str, one: Tensor, other: Tensor) -> int | None:
         """Elements to be compared; None where the shapes exclude it."""
@@ -233,10 +188,9 @@ class _Run:
         self.notes.append(f"{name}: rows from {rows} on are on one side only, {one} | {other}")
         return rows * math.prod(one.fused[1:])
 
-    def _is_ignored(self, key: Key) -> bool:
-        matching = [pattern for pattern in self.ignore if fnmatchcase(_name(key), pattern)]
-        self.used.update(matching)
-        return bool(matching)
+
+def _same(file: str, _: object) -> str:
+    return file
 
 
 def _name(key: Key) -> str:

@@ -8,13 +8,10 @@ two folders                      files of the same place; a Megatron root throug
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-
-import numpy as np
-import numpy.typing as npt
 
 from ckpt2pt.errors import InputError, UsageError, VerificationError, printable, ref
 from ckpt2pt.folders import iteration_folder, pairs
@@ -24,21 +21,17 @@ from ckpt2pt.request import SILENCE, Portion, Reporter
 from ckpt2pt.system.paths import is_folder, status
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import counted, short, size, table
+from ckpt2pt.verify.elements import Differing
 from ckpt2pt.verify.leaves import (
-    Bytes,
     Files,
     Leaf,
     Leaves,
     Symbol,
     TensorLeaf,
-    bits,
     is_archive,
     leaf_of,
     open_file,
     same_scalar,
-    show_element,
-    spans,
-    values,
     width,
 )
 
@@ -163,17 +156,13 @@ def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
     They are tied weights, or what several ranks of the source hold of one parameter.
     """
     one, other = leaf_of(kept), leaf_of(copy)
-    what = "they differ in type or shape" if repr(one) != repr(other) else ""
-    with Files() as files:
-        for start, stop in () if what else spans(one.numel, width(one.dtype)):
-            x, y = one.elements.block(files, start, stop), other.elements.block(files, start, stop)
-            if not np.array_equal(x, y):
-                first = int((x != y).argmax()) // width(one.dtype)
-                shown = " and ".join(show_element(data, one.dtype, first) for data in (x, y))
-                what = f"they differ at element {start + first}: {shown}"
-                break
-    if not what:
-        return
+    what = "they differ in type or shape"
+    if repr(one) == repr(other):
+        with Files() as files:
+            found = Differing(one.dtype, one.dtype, strict=True).compare(files, one.elements, other.elements, one.numel)
+        if not found.count:
+            return
+        what = f"they differ at element {found.index}: {' and '.join(found.shown)}"
     where = " and ".join(dict.fromkeys(path for ref in (kept, copy) for path in ref.paths))
     if kept.name == copy.name:
         raise InputError(
@@ -203,7 +192,7 @@ def compare(
     ``ignore`` lists leaves such as ``/args/save``, with everything below them; ``*`` stands for anything.  ``ignore_padding`` compares the buckets of
     ``distrib_optim.pt`` up to ``per_bucket_numel_unpadded``: what follows is uninitialised memory in Megatron's own files.
     """
-    run = _Run(frozenset(ignore), ignore_padding, frozenset(allow))
+    run = _Run(ignore=frozenset(ignore), ignore_padding=ignore_padding, allow=frozenset(allow))
     places = list(pairs(left, right))
     run.compare_trackers(left, right)
     seen = [status(path) for _, *both in places if all(both) for path in both if path]
@@ -215,107 +204,90 @@ def compare(
             if one and other:
                 run.compare_files(name, one, other, files)
             else:
-                kind = "left only" if one else "right only"
-                run.rows.append(Row(file=name, name="file", kind=kind, left=str(one or ""), right=str(other or "")))
+                run.one_sided(name, "file", str(one or ""), str(other or ""))
     portion.fill()
-    run.notes += [f"the ignored {pattern} matches no leaf" for pattern in sorted(run.ignore - run.used)]
-    return Comparison(
-        left=str(left),
-        right=str(right),
-        rows=tuple(run.rows),
-        notes=tuple(run.notes),
-        files=sum(1 for _, one, other in places if one and other),
-        equal=run.equal,
-        nbytes=run.nbytes,
-        padding=run.padding,
-    )
+    return run.result(left, right, sum(1 for _, one, other in places if one and other), "leaf")
 
 
-@dataclass(slots=True)
-class ElementComparison:
-    """Two tensors of equally many elements, compared block by block."""
-
-    left: TensorLeaf
-    right: TensorLeaf
-    numel: int
-    differing: int = 0
-    bits_only: int = 0
-    max_abs: float | None = None
-    index: int | None = None
-    shown: tuple[str, str] = ("", "")
-
-    def compare(self, files: Files) -> ElementComparison:
-        """Read both sides, and count what differs."""
-        widest = max(width(self.left.dtype), width(self.right.dtype))
-        for start, stop in spans(self.numel, widest):
-            one, other = (side.elements.block(files, start, stop) for side in (self.left, self.right))
-            if self.left.dtype != self.right.dtype or not np.array_equal(one, other):
-                self._see(start, one, other)
-        return self
-
-    def row(self, file: str, name: str) -> Row | None:
-        """What differs; None when nothing does."""
-        same_type = self.left.dtype == self.right.dtype
-        if same_type and not self.differing and not self.bits_only:
-            return None
-        text = [f"{leaf!r} {value}".rstrip() for leaf, value in zip((self.left, self.right), self.shown, strict=True)]
-        return Row(
-            file=file,
-            name=name,
-            kind="type" if not same_type else "value" if self.differing else "bits",
-            left=text[0],
-            right=text[1],
-            numel=self.numel,
-            differing=self.differing,
-            bits_only=self.bits_only,
-            max_abs=self.max_abs,
-            index=self.index,
-        )
-
-    def _see(self, start: int, one: Bytes, other: Bytes) -> None:
-        left, right = self.left.dtype, self.right.dtype
-        x, y = values(one, left), values(other, right)
-        exact = left == right and "float" not in left
-        unlike = _unlike_bits(one, other, left) if left == right else np.ones(len(one) // width(left), np.bool_)
-        sign_only = np.zeros_like(unlike)
-        if x is not None and y is not None and not exact:
-            # Equal values of unlike bits are 0.0 and -0.0; a NaN has many forms, and none of them says anything.
-            sign_only = unlike & (x == y) & (left == right)
-            unlike &= (x != y) & ~(np.isnan(x) & np.isnan(y))
-        self.differing += int(unlike.sum())
-        self.bits_only += int(sign_only.sum())
-        either = unlike | sign_only
-        if self.index is None and either.any():
-            first = int(either.argmax())
-            self.index = start + first
-            self.shown = (show_element(one, left, first), show_element(other, right, first))
-        if x is not None and y is not None and unlike.any():
-            with np.errstate(invalid="ignore", over="ignore"):
-                far = np.abs(x - y)[unlike]
-            # maximum, unlike max, lets a NaN win: a NaN against a number is as far as can be.
-            self.max_abs = float(np.maximum(far.max(), self.max_abs or 0.0))
-
-
-def _unlike_bits(one: Bytes, other: Bytes, dtype: str) -> npt.NDArray[np.bool_]:
-    # Whole words, and for complex128 both of them.
-    unlike = (bits(one, dtype) != bits(other, dtype)).reshape(-1, max(1, width(dtype) // 8))
-    found: npt.NDArray[np.bool_] = unlike.any(axis=1)
-    return found
-
-
-@dataclass(slots=True)
-class _Run:
-    """A comparison under way."""
+@dataclass(slots=True, kw_only=True)
+class Comparing:
+    """A comparison under way: what is to be left out, and what was found."""
 
     ignore: frozenset[str]
     ignore_padding: bool
-    allow: frozenset[str]
     rows: list[Row] = field(default_factory=list[Row])
     notes: list[str] = field(default_factory=list[str])
     equal: int = 0
     nbytes: int = 0
     padding: int = 0
     used: set[str] = field(default_factory=set[str])
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether a pattern names it, or something above it."""
+        matching = [one for one in self.ignore if fnmatchcase(name, one) or fnmatchcase(name, f"{one}/*")]
+        self.used.update(matching)
+        return bool(matching)
+
+    def one_sided(self, file: str, name: str, left: str, right: str) -> None:
+        """What one side alone has."""
+        self.rows.append(Row(file=file, name=name, kind="left only" if left else "right only", left=left, right=right))
+
+    def unlike(self, file: str, name: str, kind: str, left: object, right: object) -> None:
+        """What is no tensor, or not of one type and shape."""
+        self.rows.append(Row(file=file, name=name, kind=kind, left=str(left), right=str(right)))
+
+    def compare_elements(
+        self,
+        name: str,
+        left: TensorLeaf,
+        right: TensorLeaf,
+        numel: int,
+        files: Files,
+        file: Callable[[int | None], str],
+    ) -> Differing:
+        """The first ``numel`` elements of two tensors; ``file`` says where the first that differs lies."""
+        found = Differing(left.dtype, right.dtype).compare(files, left.elements, right.elements, numel)
+        self.nbytes += numel * (width(left.dtype) + width(right.dtype))
+        if left.dtype == right.dtype and not found.count:
+            self.equal += 1
+            return found
+        text = [f"{leaf!r} {value}".rstrip() for leaf, value in zip((left, right), found.shown, strict=True)]
+        self.rows.append(
+            Row(
+                file=file(found.index),
+                name=name,
+                kind="type" if left.dtype != right.dtype else "value" if found.differing else "bits",
+                left=text[0],
+                right=text[1],
+                numel=numel,
+                differing=found.differing,
+                bits_only=found.bits_only,
+                max_abs=found.max_abs,
+                index=found.index,
+            )
+        )
+        return found
+
+    def result(self, left: object, right: object, files: int, matched: str) -> Comparison:
+        """All that was found; ``matched`` is what a pattern should have named."""
+        unused = [f"the ignored {pattern} matches no {matched}" for pattern in sorted(self.ignore - self.used)]
+        return Comparison(
+            left=str(left),
+            right=str(right),
+            rows=tuple(self.rows),
+            notes=(*self.notes, *unused),
+            files=files,
+            equal=self.equal,
+            nbytes=self.nbytes,
+            padding=self.padding,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run(Comparing):
+    """Of files, leaf by leaf."""
+
+    allow: frozenset[str]
 
     def compare_trackers(self, left: Path, right: Path) -> None:
         """Which iteration is loaded is told by a file of its own; two folders of iterations have to agree in it."""
@@ -324,7 +296,7 @@ class _Run:
         one, other = read_tracker(left), read_tracker(right)
         if one != other:
             kind = "value" if one and other else "left only" if one else "right only"
-            self.rows.append(Row(file=TRACKER, name="iteration", kind=kind, left=short(one), right=short(other)))
+            self.unlike(TRACKER, "iteration", kind, short(one), short(other))
 
     def compare_files(self, name: str, left: Path, right: Path, files: Files) -> None:
         """Every leaf of two files."""
@@ -335,7 +307,7 @@ class _Run:
                 hint="prove a conversion with `ckpt2pt verify` and the flags of convert, without paths",
             )
         one, other = (
-            {path: leaf for path, leaf in open_file(file, allow=self.allow).items() if not self._ignored(path)}
+            {path: leaf for path, leaf in open_file(file, allow=self.allow).items() if not self.is_ignored(path)}
             for file in (left, right)
         )
         for side, there, missing in (("left", one, other), ("right", other, one)):
@@ -367,11 +339,6 @@ class _Run:
         if tops:
             self.notes.append(f"{where}: _metadata of {len(tops)} state dicts, which no loader needs")
 
-    def _ignored(self, path: str) -> bool:
-        matching = [leaf for leaf in self.ignore if fnmatchcase(path, leaf) or fnmatchcase(path, f"{leaf}/*")]
-        self.used.update(matching)
-        return bool(matching)
-
     def _compare_leaves(self, file: str, path: str, one: Leaves, other: Leaves, files: Files) -> None:
         left, right = one[path], other[path]
         if not isinstance(left, TensorLeaf) or not isinstance(right, TensorLeaf):
@@ -379,22 +346,18 @@ class _Run:
                 self.equal += 1
             else:
                 kind = "value" if type(left) is type(right) else "type"
-                self.rows.append(Row(file=file, name=path, kind=kind, left=short(left), right=short(right)))
+                self.unlike(file, path, kind, short(left), short(right))
             return
         used = _unpadded(path, one), _unpadded(path, other)
         both = used if self.ignore_padding else (None, None)
         numel = both[0] if both[0] is not None and both[0] == both[1] else left.numel
         if left.shape != right.shape and (None in both or both[0] != both[1]):
-            self.rows.append(Row(file=file, name=path, kind="type", left=repr(left), right=repr(right)))
+            self.unlike(file, path, "type", left, right)
             return
-        found = ElementComparison(left, right, min(numel, left.numel, right.numel)).compare(files)
-        self.nbytes += found.numel * (width(left.dtype) + width(right.dtype))
-        row = found.row(file, path)
-        if row is None:
-            self.equal += 1
-            return
-        self.padding += used[0] is not None and used[0] == used[1] and used[0] <= (found.index or 0)
-        self.rows.append(row)
+        numel = min(numel, left.numel, right.numel)
+        found = self.compare_elements(path, left, right, numel, files, lambda _: file)
+        if found.count:
+            self.padding += used[0] is not None and used[0] == used[1] and used[0] <= (found.index or 0)
 
 
 def _one_sided(file: str, there: Leaves, missing: Leaves, kind: str) -> list[Row]:

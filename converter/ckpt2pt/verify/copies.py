@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from sys import intern
 from typing import cast
 
+from ckpt2pt.checksums import crc32
 from ckpt2pt.mapping.names import is_split
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
@@ -44,13 +46,15 @@ def copies_in_stage(
     return tuple(remark(group, file) for group in copied_ranks(digests, weights))
 
 
-def suspected_copies(request: Request, chosen: Survey, ranks: Mapping[Rank, Prepared]) -> tuple[str, ...]:
-    """The same before anything is converted: a few bytes of each split weight are read, and not all of it."""
-    samples: dict[Rank, Json] = {}
+def sample_weights(prepared: Prepared) -> dict[str, int]:
+    """A checksum of a few bytes of each split weight of a rank, by name."""
     with Files() as files:
-        for rank, prepared in ranks.items():
-            samples[rank] = {ref.name: _sample(ref, files) for ref in split_weights(prepared)}
-    found = copied_ranks(samples, lambda rank: split_weights(ranks[rank]))
+        return {intern(ref.name): crc32(_sample(ref, files), 0) for ref in split_weights(prepared)}
+
+
+def suspected_copies(request: Request, chosen: Survey, samples: Mapping[Rank, Mapping[str, int]]) -> tuple[str, ...]:
+    """The same before anything is converted, by :func:`sample_weights` of each rank."""
+    found = copied_ranks(samples, lambda rank: split_weights(prepare(request, chosen, rank)))
     return tuple(remark(group, partial(_place, request, chosen), "begin with") for group in found)
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, printable
 from ckpt2pt.mapping.names import HAS_EXTRA_STATE
@@ -28,6 +27,7 @@ from ckpt2pt.request import Advance, Request, unheard
 from ckpt2pt.survey import Survey
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import short
+from ckpt2pt.verify.elements import Differing, rounded
 from ckpt2pt.verify.expected import ROLES, Expected, ExpectedChunk, ExpectedWeight, expect, is_model, others
 from ckpt2pt.verify.leaves import (
     CONTAINERS,
@@ -36,12 +36,9 @@ from ckpt2pt.verify.leaves import (
     Leaf,
     Leaves,
     TensorLeaf,
-    bits,
     leaf_of,
     same_scalar,
-    show_element,
     spans,
-    values,
     width,
 )
 
@@ -70,75 +67,13 @@ class Difference:
 
 
 @dataclass(slots=True)
-class Tally:
-    """The differing elements of one comparison, block by block; unless ``strict`` a NaN equals any NaN."""
-
-    dtype: str
-    strict: bool = False
-    seen: int = 0
-    count: int = 0
-    index: int | None = None
-    expected: str = ""
-    found: str = ""
-
-    def see(self, start: int, expected: Bytes, found: Bytes) -> None:
-        """Compare a block."""
-        self.seen += len(expected) // width(self.dtype)
-        if np.array_equal(expected, found):
-            return
-        wrong = bits(expected, self.dtype) != bits(found, self.dtype)
-        one, other = values(expected, self.dtype), values(found, self.dtype)
-        if not self.strict and one is not None and other is not None:
-            wrong &= ~(np.isnan(one) & np.isnan(other))
-        places = np.flatnonzero(wrong)
-        if places.size and self.index is None:
-            first = int(places[0])
-            self.index = start + first
-            self.expected = show_element(expected, self.dtype, first)
-            self.found = show_element(found, self.dtype, first)
-        self.count += int(places.size)
-
-
-def rounded(data: Bytes, source: str, target: str) -> Bytes:
-    """Elements as ``target``, by cases and by value rather than by the carry that ``casts`` uses.
-
-    What is cut off a float32 decides: more than half of the last kept place goes up, half goes to the even neighbour.
-    """
-    if source == target:
-        return data
-    if "float" not in source:
-        raise TypeError(f"{source} is no floating point type")
-    exact = None if source == "float32" and target == "bfloat16" else values(data, source)
-    with np.errstate(over="ignore", invalid="ignore"):
-        if exact is not None and target == "float16":
-            return _nearest_half(exact).view(np.uint8)
-        # Every type below float64 is a subset of float32.
-        single = data.view("<f4") if exact is None else exact.astype("<f4")
-    if target == "float32":
-        return single.view(np.uint8)
-    kept, cut = single.view("<u2")[1::2], single.view("<u2")[0::2]
-    up = (cut > 0x8000) | ((cut == 0x8000) & (kept % 2 == 1))
-    up &= np.isfinite(single)
-    out = np.where(np.isnan(single), np.uint16(0x7FC0), kept + up.astype("<u2")).astype("<u2")
-    return out.view(np.uint8)
-
-
-def _nearest_half(exact: npt.NDArray[np.float64]) -> npt.NDArray[np.float16]:
-    """float16 has 11 significant bits, at the least 2**-24; ``rint`` takes the even neighbour of a half."""
-    _, exponent = np.frexp(exact)
-    place = np.maximum(exponent - 11, -24)
-    halves: npt.NDArray[np.float16] = np.ldexp(np.rint(np.ldexp(exact, -place)), place).astype("<f2")
-    return halves
-
-
-@dataclass(slots=True)
 class Examination:
-    """One rank; :meth:`run` fills ``differences`` and the counts."""
+    """One rank, whose files are ``results`` by name; :meth:`run` fills ``differences`` and the counts."""
 
     request: Request
     chosen: Survey
     rank: Rank
-    folder: Path
+    results: Mapping[str, Path]
     open: Opener
     files: Files
     advance: Advance = unheard
@@ -184,12 +119,13 @@ class Examination:
                 self._check_weight(weight, chunk, model, optim, buffer)
             if optim and buffer:
                 self._check_padding(chunk, optim, buffer)
+        self._check_crcs([name for name, leaves in ((MODEL_FILE, model), (OPTIM_FILE, optim)) if leaves])
 
     def _differ(self, file: str, tensor: str, problem: str, expected: str = "", found: str = "") -> None:
         name = f"{self.directory}/{file}".rstrip("/")
         self.differences.append(Difference(file=name, tensor=tensor, problem=problem, expected=expected, found=found))
 
-    def _settle(self, file: str, tensor: str, tally: Tally, problem: str) -> None:
+    def _settle(self, file: str, tensor: str, tally: Differing, problem: str) -> None:
         if tally.count:
             self.differences.append(
                 Difference(
@@ -198,29 +134,36 @@ class Examination:
                     problem=f"{tally.count:,} of {tally.seen:,} elements {problem}",
                     count=tally.count,
                     index=tally.index,
-                    expected=tally.expected,
-                    found=tally.found,
+                    expected=tally.shown[0],
+                    found=tally.shown[1],
                 )
             )
 
     def _open_result(self, name: str) -> Leaves:
-        """A result's leaves; a file that cannot be read, or whose checksums are wrong, is a difference and not an error."""
-        path = self.folder / self.directory / name
+        """A result's leaves; a file that cannot be read is a difference and not an error."""
         try:
-            leaves = self.open(path)
+            return self.open(self.results[name])
         except (InputError, MissingInputError) as error:
             self._differ(name, "file", _first_line(error))
             return {}
-        try:
-            Archive.open(path).verify_crcs(self.advance)
-        except InputError as error:
-            self._differ(name, "file", _first_line(error))
-        return leaves
+
+    def _check_crcs(self, names: list[str]) -> None:
+        """Records whose checksums are wrong are told of first; what was compared is not read again."""
+        told, self.differences = self.differences, []
+        for name in names:
+            path = self.results[name]
+            try:
+                Archive.open(path).verify_crcs(sorted(self.files.pieces.get(str(path), ())), self.advance)
+            except InputError as error:
+                self._differ(name, "file", _first_line(error))
+        self.differences += told
 
     def _check_loadable(self, expected: Expected) -> None:
         """Whether Megatron-LM can resume from the result, or load its weights where it holds no more."""
-        path = self.folder / self.directory / MODEL_FILE
-        template, topology = read_template(path, allow=self.request.rules.pickle_globals), self.request.topology
+        template, topology = (
+            read_template(self.results[MODEL_FILE], allow=self.request.rules.pickle_globals),
+            self.request.topology,
+        )
         weights = [weight.sources["param"]._replace(name=weight.name)
                    for chunk in expected.chunks for weight in chunk.weights if "param" in weight.sources]  # fmt: skip
         run = TargetRun(
@@ -307,7 +250,7 @@ class Examination:
         if (one.dtype, one.shape) != (other.dtype, other.shape):
             self._differ(file, path, "has another type or shape", str(one), str(other))
             return
-        tally = Tally(one.dtype, strict=True)
+        tally = Differing(one.dtype, one.dtype, strict=True)
         for start, stop in spans(one.numel, width(one.dtype)):
             tally.see(start, self._block(one, start, stop), self._block(other, start, stop))
         self.tensors += 1
@@ -342,7 +285,11 @@ class Examination:
     ) -> None:
         """Read source, slice and weight side by side, once."""
         source, first = leaf_of(ref), weight.start or 0
-        in_model, in_bucket, both = Tally(weight.dtype), Tally("float32", strict=True), Tally(weight.dtype)
+        in_model, in_bucket, both = (
+            Differing(weight.dtype, weight.dtype),
+            Differing("float32", "float32", strict=True),
+            Differing(weight.dtype, weight.dtype),
+        )
         for start, stop in spans(source.numel, 4):
             data = self._block(source, start, stop)
             found = None if model is None else self._block(model, start, stop)
@@ -365,7 +312,7 @@ class Examination:
                 leaf = optim.get(f"{buffer}/{role}/{number}")
                 if not isinstance(leaf, TensorLeaf) or str(leaf) != f"float32[{padded}]":
                     continue
-                tally = Tally("float32", strict=True)
+                tally = Differing("float32", "float32", strict=True)
                 for start, stop in spans(padded - used, 4):
                     data = self._block(leaf, used + start, used + stop)
                     tally.see(used + start, np.zeros_like(data), data)

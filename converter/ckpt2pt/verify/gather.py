@@ -81,3 +81,16 @@ class Gathered:
 def gathered(tensor: Tensor) -> Gathered:
     """All elements of a tensor, from its own views."""
     return Gathered(tensor.dtype, tensor.views, ((0,) * len(tensor.shape), tensor.shape))
+
+
+def file_of(tensor: Tensor, element: int) -> str:
+    """The path of the file that holds an element, counted in C order."""
+    [box] = boxes(tensor.shape, element, element + 1)
+    view = next(view for view in tensor.views if intersection(box_of(view), box))
+    start = view.first + sum((a - o) * s for a, o, s in zip(box[0], view.origin, view.strides, strict=True))
+    start *= width(tensor.dtype)
+    for extent in view.storage:
+        if start < extent.nbytes:
+            return extent.path
+        start -= extent.nbytes
+    return ""

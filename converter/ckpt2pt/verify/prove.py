@@ -14,9 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
+from ckpt2pt.checksums import Piece
 from ckpt2pt.ckpt import states_checksum
 from ckpt2pt.ckpt.source import paths_for, prove_read
 from ckpt2pt.errors import MissingInputError, VerificationError, aside, printable, ref
+from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
@@ -31,6 +33,11 @@ from ckpt2pt.verify.manifests import digest_files, published, recorded, recorded
 
 Reader = Literal["own", "torch"]
 _NAMED_IN_ERROR = 5
+_HINT = (
+    "remove the files that differ and convert again; "
+    f"if the source or the options changed since, let it replace this result{aside('target.overwrite')}"
+)
+NOTHING_PUBLISHED = "nothing was published: run the same command again; if it differs again, report it with this text"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +98,7 @@ class Report:
         )
         return "\n".join([*lines, *([""] if lines else []), *warned(self.warnings), done])
 
-    def raise_differences(self) -> None:
+    def raise_differences(self, hint: str = _HINT) -> None:
         """Raise :class:`VerificationError` naming the first few; nothing when there are none."""
         if not self.differences:
             return
@@ -101,8 +108,7 @@ class Report:
             f"{len(self.differences)} differences between the result and its source:\n  {shown}"
             + (f"\n  and {more} more" if more > 0 else ""),
             where=self.folder,
-            hint="remove the files that differ and convert again; "
-            f"if the source or the options changed since, let it replace this result{aside('target.overwrite')}",
+            hint=hint,
         )
 
 
@@ -119,13 +125,49 @@ def verify_rank(
 
     Raises :class:`FormatError` for a source that differs from the checksum that it states of itself.
     """
+    results = {name: folder / request.topology.directory(*rank) / name for name in _names(request)}
+    return _verify_files(request, chosen, rank, results, folder, reader=reader, advance=advance)[0]
+
+
+def prove_partials(
+    request: Request, chosen: Survey, rank: Rank, partials: Mapping[str, Path], *, heed: Callable[[], None]
+) -> Mapping[str, int]:
+    """The same for files that are to be published, by name, before any of them is; returns the CRC-32 of each.
+
+    ``heed`` is called after every block, and may raise.  Raises :class:`VerificationError` for a difference.
+    """
+    folder = next(iter(partials.values())).parent
+    report, read = _verify_files(request, chosen, rank, partials, folder, advance=lambda _: heed())
+    report.raise_differences(NOTHING_PUBLISHED)
+    return crcs_of(partials, read)
+
+
+def crcs_of(results: Mapping[str, Path], read: Mapping[str, Sequence[Piece]]) -> dict[str, int]:
+    """CRC-32 of whole files; what was ``read`` of them, by path and sorted, is not read again."""
+    found: dict[str, int] = {}
+    for name, path in results.items():
+        with InputFile(path) as file:
+            found[name] = file.crc32(0, file.size, read=read.get(str(path), ()))
+    return found
+
+
+def _verify_files(
+    request: Request,
+    chosen: Survey,
+    rank: Rank,
+    results: Mapping[str, Path],
+    folder: Path,
+    *,
+    reader: Reader = "own",
+    advance: Advance = unheard,
+) -> tuple[Report, Mapping[str, Sequence[Piece]]]:
     sources = [path for path in paths_for(rank, chosen.files, request) if states_checksum(path)]
-    with Files(sources, advance) as files:
-        found = Examination(request, chosen, rank, folder, _opener(request, reader), files, advance)
+    with Files([*sources, *results.values()], advance) as files:
+        found = Examination(request, chosen, rank, results, _opener(request, reader), files, advance)
         found.run()
     read = {path: sorted(pieces) for path, pieces in files.pieces.items()}
     checksums = prove_read(rank, chosen.files, request, read, every_byte=True)
-    return Report(
+    report = Report(
         folder=str(folder),
         level="full",
         differences=tuple(found.differences),
@@ -133,6 +175,11 @@ def verify_rank(
         checked_bytes=found.nbytes,
         source_checksums=checksums,
     )
+    return report, read
+
+
+def _names(request: Request) -> tuple[str, ...]:
+    return (MODEL_FILE, OPTIM_FILE) if request.full else (MODEL_FILE,)
 
 
 def verify_target(
@@ -153,11 +200,11 @@ def verify_target(
             hint=f"convert first, or point {ref('target.path')} at the result",
         )
     ranks = [(tp, pp) for pp in stages for tp in range(topology.tensor)]
-    names = (MODEL_FILE, OPTIM_FILE) if request.full else (MODEL_FILE,)
+    names = _names(request)
     if level == "digest":
         reports = _digests(target, ranks, reporter)
     else:
-        totals = _to_read(request, chosen, target, ranks, names, reader)
+        totals = _to_read(request, chosen, target, ranks, names)
         reports = _reports(
             totals,
             target.iteration,
@@ -170,17 +217,15 @@ def verify_target(
 
 
 def _to_read(
-    request: Request, chosen: Survey, target: Target, ranks: Sequence[Rank], names: Sequence[str], reader: Reader
+    request: Request, chosen: Survey, target: Target, ranks: Sequence[Rank], names: Sequence[str]
 ) -> dict[Rank, int]:
     """About what a full verification of each rank reads; a source that several ranks share is shared among them."""
     sources = {rank: paths_for(rank, chosen.files, request) for rank in ranks}
     readers = Counter(path for paths in sources.values() for path in paths)
-    # Elements are compared, and checksums are computed, by two readings of our own reader.
-    readings = 2 if reader == "own" else 1
 
     def nbytes(rank: Rank) -> int:
         results = [target.folder / request.topology.directory(*rank) / name for name in names]
-        return sum(_size([path]) // readers[path] for path in sources[rank]) + readings * _size(results)
+        return sum(_size([path]) // readers[path] for path in sources[rank]) + _size(results)
 
     return {rank: nbytes(rank) for rank in ranks}
 

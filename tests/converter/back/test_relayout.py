@@ -51,6 +51,7 @@ def imported(one: Relaid, other: Relaid, folder: Path, **more: Any) -> None:
         "target_pipeline": target.pipeline,
         "target_virtual": target.virtual,
         "pace": Pace(in_process=True),
+        "verify": "full",
     }
     assert run_back(BackRequest(**(options | more)), Quiet()).published
 

@@ -70,7 +70,7 @@ def test_an_import_into_what_it_reads_is_refused(place: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("folder", SETS, ids=lambda folder: folder.name)
 def test_files_are_those_of_the_reference_to_the_byte(folder: Path, full: bool, tmp_path: Path) -> None:
-    outcome = imported(folder, tmp_path / "ms", full=full)
+    outcome = imported(folder, tmp_path / "ms", full=full, verify="full")
     assert outcome.published
     suffix = "" if full else "_params"
     assert files(tmp_path / "ms") == files(folder / f"ms{suffix}")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from ckpt2pt.core.tensor import Key, Tensor, box_of, boxes, dense_strides, sharded
 from ckpt2pt.tensors import Extent, View
 from ckpt2pt.verify import gather
-from ckpt2pt.verify.gather import Gathered, gathered
+from ckpt2pt.verify.gather import Gathered, file_of, gathered
 from ckpt2pt.verify.leaves import Files
 
 WEIGHT = Key("param", "w")
@@ -166,3 +166,12 @@ def test_boxes_of_a_view_are_those_of_its_tensor() -> None:
     view = View((2, 0), (2, 3), (3, 1), 0, ())
     assert box_of(view) == ((2, 0), (2, 3))
     assert list(boxes((4, 3), 6, 12)) == [box_of(view)]
+
+
+def test_the_file_of_an_element_is_that_of_the_view_and_extent_that_hold_it() -> None:
+    """Two ranks hold four columns each of (2, 8); the second one's storage goes on in another file after 5 elements."""
+    whole: tuple[Extent, ...] = (Extent("a", 7, 32),)
+    split: tuple[Extent, ...] = (Extent("b", 0, 20), Extent("c", 3, 12))
+    views = (sharded((2, 8), 1, 0, 2, 0, whole), sharded((2, 8), 1, 1, 2, 0, split))
+    tensor = Tensor(Key("param", "x"), "float32", (2, 8), (2, 8), views)
+    assert "".join(file_of(tensor, element) for element in range(16)) == "aaaabbbbaaaabccc"
