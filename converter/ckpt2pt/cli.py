@@ -24,7 +24,8 @@ from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
 
 if TYPE_CHECKING:
-    from ckpt2pt.request import Reporter
+    from ckpt2pt.conversion.schema import Readiness
+    from ckpt2pt.request import Reporter, Request
     from ckpt2pt.verify.compare import Comparison
     from ckpt2pt.verify.prove import Report
 
@@ -206,20 +207,26 @@ def _convert(options: argparse.Namespace) -> int:
     from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
     from ckpt2pt.run import run  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
-    from ckpt2pt.worker.waiting import wait_until_whole  # noqa: PLC0415
 
     account: Account = options.account
     spec = spec_of(options)
     request = resolve(spec, in_process=options.multiprocess_off)
     account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
-        wait_until_whole(request, spec.readiness, account)
+        _wait(request, spec.readiness, account)
         outcome = run(request, stages, Both(account, reporter(options.progress)))
     account.converted(outcome)
     for remark in outcome.remarks:
         log.warning("%s", remark)
     _show(outcome.document(), outcome.sentence(), options)
     return 0
+
+
+def _wait(request: Request, readiness: Readiness, account: Account) -> None:
+    if readiness.timeout_seconds:
+        from ckpt2pt.worker.waiting import wait_until_whole  # noqa: PLC0415 - only when asked for
+
+        wait_until_whole(request, readiness, account)
 
 
 def _watch(options: argparse.Namespace) -> int:
@@ -240,14 +247,13 @@ def _plan(options: argparse.Namespace) -> int:
     from ckpt2pt.options.asked import spec_of, stages_of  # noqa: PLC0415
     from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
     from ckpt2pt.show.preview import planned, render  # noqa: PLC0415
-    from ckpt2pt.worker.waiting import wait_until_whole  # noqa: PLC0415
 
     account: Account = options.account
     spec = spec_of(options)
     request = resolve(spec)
     account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
-        wait_until_whole(request, spec.readiness, account)
+        _wait(request, spec.readiness, account)
         plan = planned(request, stages, names=options.names)
     account.planned(plan.document)
     _show(plan.document, render(plan.document, details=options.details), options)

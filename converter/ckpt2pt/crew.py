@@ -15,11 +15,8 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context, resource_tracker
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
 from types import FrameType
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ckpt2pt.engine.write import Meter, Stop
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError, aside, of_rank, ref
@@ -28,6 +25,10 @@ from ckpt2pt.publish import Lock
 from ckpt2pt.request import Pace, Reporter
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.parent import end_with
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import SpawnProcess
 
 _MEMORY_HINT = (
     f"give it more memory{aside('workers.resources')} or fewer workers{aside('workers.processes')}, and run again"
@@ -161,6 +162,8 @@ class _Crew:
         self._waiting: deque[Rank] = deque()
 
     def work(self, todo: Sequence[Rank]) -> None:
+        from multiprocessing.connection import wait  # noqa: PLC0415 - 2 MiB, which a rank in this process does without
+
         self._waiting.extend(todo)
         try:
             while self._waiting or self._hands:
@@ -179,6 +182,8 @@ class _Crew:
             self._dismiss()
 
     def _start(self) -> _Hand:
+        from multiprocessing import get_context  # noqa: PLC0415 - as above
+
         context = get_context("spawn")
         try:
             ours, theirs = context.Pipe()
@@ -262,6 +267,8 @@ def _deaf_to_interrupts() -> Generator[None]:
 
     Ours is only put off until the end of the block.
     """
+    from multiprocessing import resource_tracker  # noqa: PLC0415 - as above
+
     resource_tracker.ensure_running()  # as it starts it would take the block away (python/cpython, resource_tracker.py)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:

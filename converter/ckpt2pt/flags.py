@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import re
 import textwrap
@@ -116,6 +115,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     plain = {name.lstrip("-"): name for name in known}
     bare = word.lstrip("-").replace("_", "-")
     begun = [name for name in plain if bare and name.startswith(bare)]
+    import difflib  # noqa: PLC0415 - only on the way to an error
+
     found = difflib.get_close_matches(bare, begun or plain, 1, cutoff=0.0 if begun else 0.6)
     return next((plain[name] for name in found), "")
 

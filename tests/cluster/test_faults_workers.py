@@ -109,8 +109,9 @@ def test_only_a_bad_stage_is_done_again_after_it_was_mended(
     assert namespace.get("job", "golden-2")["metadata"]["annotations"]["ckpt2pt.dev/stages"] == "1"
     assert len(namespace.get("pods")["items"]) == len(began) + 1
     assert digests(unfinished.target) == expected
-    # Several come within one second, the grain of their times.
-    assert sorted(events(namespace)) == sorted(
+    # Several come within one second, the grain of their times; and a slow worker may be asked while it looks at files just written.
+    told_of = [event for event in events(namespace) if event != "WaitingForCheckpoint"]
+    assert sorted(told_of) == sorted(
         ["JobCreated", "StageFailed", "StageFailed", "RetryRequested", "JobCreated", "AllStagesSucceeded"]
     )
 

@@ -74,7 +74,7 @@ def test_a_call_that_fails_loses_nothing_and_is_told_with_its_path(
     command, older, flags = ROADS[road]
     work, saved = tmp_path / "work", tmp_path / "saved"
     for name in ("ms", "pt_meta", "A"):
-        shutil.copytree(golden / "megatron06" / "a_tp1pp1" / name, work / name)
+        shutil.copytree(golden / "megatron06" / "a2_tp1pp1_tied_bias" / name, work / name)
     shutil.copytree(golden / "megatron06" / "j_tp1pp2dp2" / "ms_zero_src", work / "zero")
     if older:
         assert main(command(work, *older)) == 0

@@ -12,10 +12,10 @@ from pathlib import Path
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.survey import BackPrepared, BackSurvey, held_for, prepare_back, prove_unchanged_back, survey_back
 from ckpt2pt.checksums import crc32
-from ckpt2pt.core.tensor import Role
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
 from ckpt2pt.errors import ref
 from ckpt2pt.folders import iteration_folder, keep_apart
+from ckpt2pt.formats.megatron import ROLES
 from ckpt2pt.mapping.names import NameTable, is_split, prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.imported import payload_bytes
@@ -31,9 +31,6 @@ log = logging.getLogger("ckpt2pt")
 
 META, META_OF_SOURCE = "pt_meta", "source_pt_meta"
 """Where the metadata goes below the MindSpore folder; the second where the ranks beside it are of another layout."""
-
-_ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-"""What the kinds of ``distrib_optim.pt`` hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +104,7 @@ class _Back:
                 layout=found.layout if found.relaid else None,
                 template=stored.template,
                 iteration=found.iteration,
-                roles=[_ROLES[kind] for kind in request.contents] if request.full else ["param"],
+                roles=[ROLES[kind] for kind in request.contents] if request.full else ["param"],
             )
             return prove_import(held, self.rank, partials, NameTable(request.rules), heed=stop.check)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -98,13 +99,8 @@ def _hint(text: str, kind: Any, parts: Sequence[str | int]) -> str:  # noqa: ANN
 def _kind_at(kind: Any, parts: Sequence[str | int]) -> Any:  # noqa: ANN401 - any type
     """The type of what lies at a path."""
     for part in parts:
-        options = [one for one in (kind, *get_args(kind)) if one is not type(None)]
-        struct = next((one for one in options if isinstance(one, type) and issubclass(one, msgspec.Struct)), None)
-        if struct is None or isinstance(part, int):
-            kind = next(iter(get_args(kind)), kind)
-            continue
-        names = dict(zip(struct.__struct_encode_fields__, struct.__struct_fields__, strict=True))
-        kind = get_type_hints(struct)[names[part]]
+        struct = _struct_in(kind) if isinstance(part, str) else None
+        kind = _hints(struct)[str(part)] if struct else next(iter(get_args(kind)), kind)
     return next((one for one in (kind, *get_args(kind)) if get_origin(one) is Literal), kind)
 
 
@@ -127,9 +123,7 @@ def _removed(value: object, parts: Sequence[str | int]) -> object:
 
 def _without_nulls(value: object, kind: object) -> object:
     """Free objects keep theirs: only fields of ``kind`` and of what is inside it are looked at."""
-    struct = next(
-        (one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, msgspec.Struct)), None
-    )
+    struct = _struct_in(kind)
     if struct is None or not isinstance(value, Mapping):
         return value
     hints = _hints(struct)
@@ -140,13 +134,15 @@ def _without_nulls(value: object, kind: object) -> object:
     }
 
 
-_KNOWN: dict[type, dict[str, object]] = {}
+def _struct_in(kind: object) -> type[msgspec.Struct] | None:
+    """The type of an object with fields, optional or not; None for any other type."""
+    options = (kind, *get_args(kind))
+    return next((one for one in options if isinstance(one, type) and issubclass(one, msgspec.Struct)), None)
 
 
-def _hints(struct: type[msgspec.Struct]) -> dict[str, object]:
+@cache
+def _hints(struct: type[msgspec.Struct]) -> Mapping[str, object]:
     """The types of the fields by their names in a document."""
-    if struct not in _KNOWN:
-        hints = get_type_hints(struct)
-        names = zip(struct.__struct_encode_fields__, struct.__struct_fields__, strict=True)
-        _KNOWN[struct] = {encoded: hints[name] for encoded, name in names}
-    return _KNOWN[struct]
+    hints = get_type_hints(struct)
+    names = zip(struct.__struct_encode_fields__, struct.__struct_fields__, strict=True)
+    return {encoded: hints[name] for encoded, name in names}

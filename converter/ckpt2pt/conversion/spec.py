@@ -19,7 +19,6 @@ from ckpt2pt.conversion.fields import Finding, decode, refusal
 from ckpt2pt.conversion.names import DRIVER, HINTS, HOST, NAME, fits
 from ckpt2pt.conversion.schema import (
     Degrees,
-    Follow,
     Json,
     Parallelism,
     Place,
@@ -303,7 +302,7 @@ def worker_spec(conversion: Conversion, roots: Mapping[str, str]) -> Spec:
             parallelism=spec.target.parallelism if conversion.saved else Degrees(),
         ),
         verify=spec.verify,
-        follow=Follow(keep=spec.follow.keep, interval_seconds=spec.follow.interval_seconds) if spec.follow else None,
+        follow=replace(spec.follow, until=None) if spec.follow else None,
         workers=replace(spec.workers, max_parallel_stages=None, co_schedule=False),
         readiness=spec.readiness,
     )

@@ -28,7 +28,9 @@ from ckpt2pt.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.tensors import TensorRef
 
-_ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""What the kinds of tensors in ``distrib_optim.pt`` are."""
+
 Ranks = Mapping[Rank, MegatronRank]
 """(tp, pp) -> what its files hold."""
 
@@ -160,7 +162,7 @@ def collect_rank(
         for name, ref in chunk:
             collector.add("param", named(name), tp, Local(ref.dtype, ref.shape, 0, ref.extents))
         for name, kind, local in chain(_copies(rank, vpp), _slices(buffers[vpp] if buffers else (), stored)):
-            collector.add(_ROLES[kind], named(name), tp, local)
+            collector.add(ROLES[kind], named(name), tp, local)
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,7 @@ class Stages:
             try:
                 return self._run(Both(self, reporter))
             except InterruptedRunError as error:
-                self._rest("Pending")
+                self._rest()
                 if late():
                     message = f"not done within activeDeadlineSeconds ({self._deadline})"
                     return Ending(reason="DeadlineExceeded", message=message)
@@ -109,7 +109,7 @@ class Stages:
                 numbers = {stage.number: stage for stage in todo}
                 stage = numbers.get(error.rank[1], todo[0]) if error.rank else todo[0]
                 if ending := self._fail(stage, error):
-                    self._rest("Pending")
+                    self._rest()
                     return ending
         return None
 
@@ -133,7 +133,7 @@ class Stages:
             left = self._retries - stage.failures + 1
             told = "stage %d: %s; tried again in %g s, %d of %d retries left"
             log.warning(told, stage.number, error.what, pause, left, self._retries)
-            self._rest("Pending")
+            self._rest()
             time.sleep(pause)
             return None
         stage.state = "Failed"
@@ -145,10 +145,11 @@ class Stages:
             return Ending(reason="MaxFailedStages", message=message)
         return None
 
-    def _rest(self, state: State) -> None:
+    def _rest(self) -> None:
+        """Nothing runs any more, or not for now."""
         for stage in self.stages:
             if stage.state == "Running":
-                stage.state = state
+                stage.state = "Pending"
 
     # ------------------------------------------------------------------------------------------------- as a reporter
 

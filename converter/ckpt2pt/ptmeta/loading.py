@@ -14,7 +14,6 @@ from ckpt2pt.plan.stated import Statement
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.resume import Unmet, first_of, hint, summary
-from ckpt2pt.ptmeta.capture import unmet_of_rank
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey, index_of, meta_of
 from ckpt2pt.system.paths import is_file
@@ -63,6 +62,8 @@ def contradictions_of(request: Request, chosen: Survey, rank: Rank) -> tuple[str
 
 def verdicts(iteration: Path) -> dict[str, str]:
     """Whether Megatron-LM 0.6 can resume from an iteration as it is, and, if not, whether it can load its weights."""
+    from ckpt2pt.ptmeta.capture import unmet_of_rank  # noqa: PLC0415 - not for conversions, whose memory it would cost
+
     broken: dict[bool, dict[Rank, tuple[Unmet, ...]]] = {True: {}, False: {}}
     try:
         ranks = rank_folders(iteration)

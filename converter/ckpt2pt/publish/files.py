@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import secrets
-import socket
 import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -27,7 +26,7 @@ _NOT_SYNCED = frozenset({errno.EINVAL, errno.EBADF, errno.ENOSYS, errno.EOPNOTSU
 
 def host() -> str:
     """Who we are, for whoever finds our lock: the pod's name, which its host name cuts short, else the machine's."""
-    return os.environ.get("CKPT2PT_POD_NAME") or socket.gethostname()
+    return os.environ.get("CKPT2PT_POD_NAME") or os.uname().nodename
 
 
 def vanished(path: Path) -> TryAgainError:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +42,8 @@ class Lock:
     """False on a file system without locks, where nobody can tell."""
 
     def __reduce__(self) -> tuple[Any, ...]:
+        from multiprocessing.reduction import DupFd  # noqa: PLC0415 - only where there are worker processes
+
         return _inherit, (DupFd(self.fd), self.proved)
 
 

@@ -19,7 +19,7 @@ from ckpt2pt.verify.examine import Difference
 from ckpt2pt.verify.leaves import TensorLeaf, open_pt
 from results import Result, Tree, convert, convert_request, edit_tree, flip, set_element
 
-READERS = pytest.mark.parametrize("reader", ["own", "torch"])
+READERS = pytest.mark.parametrize("reader", ["own", pytest.param("torch", marks=pytest.mark.torch)])
 PAIR = "(torch.bfloat16, torch.float32)"
 NORM = "language_model.encoder.layers.0.input_norm.weight"
 NORM_LEAF = "/model/language_model/encoder/layers.0.input_norm.weight"
