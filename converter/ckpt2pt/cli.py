@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from ckpt2pt.conversion.spelling import of_call, spelled_document
 from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, aside, printable, rendered
@@ -26,6 +26,7 @@ from ckpt2pt.worker.account import Account, Both
 if TYPE_CHECKING:
     from ckpt2pt.conversion.schema import Readiness
     from ckpt2pt.request import Reporter, Request
+    from ckpt2pt.text import Document
     from ckpt2pt.verify.compare import Comparison
     from ckpt2pt.verify.prove import Report
 
@@ -265,7 +266,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from ckpt2pt.show.checkpoint import inspect, render  # noqa: PLC0415
     from ckpt2pt.show.folding import folded  # noqa: PLC0415
 
-    document = inspect(options.path, details=options.details)
+    document = cast("Document", spelled_document(inspect(options.path, details=options.details), of_call(options)))
     _show(document, render(document if options.details else folded(document)), options)
     return 0
 
@@ -286,7 +287,7 @@ def _verify(options: argparse.Namespace) -> int:
             stages = stages_of(options, request)
             report = verify_target(request, stages, level=options.level, reader=options.reader, reporter=heard)
     _show(report.document(), report.render(), options)
-    report.raise_differences()
+    report.raise_differences(of_call(options))
     return 0
 
 

@@ -13,9 +13,11 @@ def printable(text: str, *, lines: bool = False) -> str:
     """``text`` for a terminal: what moves its cursor, changes its colours or turns its writing around is spelled out.
 
     Names come out of files that anybody may have written.  ``lines`` keeps line breaks, for text that is laid out already.
+    A marker that no edge has spelled (:func:`ref`) is the bare path of its field.
     """
     if text.isascii() and text.isprintable():
         return text
+    text = rendered(text)
     # A path that is not UTF-8 here may be so elsewhere (LC_ALL=POSIX); half a character is spelled out below.
     with suppress(UnicodeError):
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

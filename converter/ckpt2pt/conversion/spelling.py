@@ -1,11 +1,17 @@
-"""How the edges spell the fields that a text names by ``ckpt2pt.errors.ref``: the one table of flags, and the document's paths.  Pure."""
+"""How the edges spell the fields that a text names by ``ckpt2pt.errors.ref``: as a flag, as an argument in Python, as a path of the
+document.  Each in one table.  Pure.
+"""
 
 from __future__ import annotations
 
-import argparse
-from typing import cast
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, cast
 
-from ckpt2pt.errors import FIELDS, Spell, rendered
+from ckpt2pt.errors import FIELDS, Ckpt2ptError, Spell, rendered
+
+if TYPE_CHECKING:
+    import argparse
 
 _LAYOUT = {
     "model":                              "--num-layers --noop --stage-list",
@@ -130,6 +136,40 @@ FLAGS = {
 }  # fmt: skip
 """By command, and by what was asked of it where that decides which of its options count; a test tries each flag."""
 
+_SIZES = {
+    "parallelism":                        "tp, pp",
+    "parallelism.tensor":                 "tp",
+    "parallelism.pipeline":               "pp",
+    "model.rules":                        "rules",
+}  # fmt: skip
+ARGUMENTS = {
+    "open":    {**_SIZES, "source.path": "path", "source.format": "source_format", "source.iteration": "iteration"},
+    "compare": {**_SIZES, "ignore": "ignore", "ignorePadding": "ignore_padding"},
+    "inspect": {"source.path": "path", "details": "details"},
+    "convert": {
+        **_SIZES,
+        "mode":                               "params_only",
+        "model":                              "num_layers, noop_layers, layers_per_stage",
+        "model.numLayers":                    "num_layers",
+        "model.noopLayers":                   "noop_layers",
+        "model.layersPerStage":               "layers_per_stage",
+        "parallelism":                        "tp, pp, vpp, dp, cp",
+        "parallelism.virtualPipeline":        "vpp",
+        "parallelism.data":                   "dp",
+        "parallelism.context":                "cp",
+        "source.path":                        "source",
+        "source.iteration":                   "iteration",
+        "metadata.path":                      "metadata",
+        "target.path":                        "target",
+        "target.overwrite":                   "overwrite",
+        "target.parallelism.tensor":          "target_tp",
+        "target.parallelism.pipeline":        "target_pp",
+        "target.parallelism.virtualPipeline": "target_vpp",
+        "verify":                             "verify",
+    },
+}  # fmt: skip
+"""By function of the library: the names of its arguments."""
+
 _DOCUMENT = {"spec": "spec", "mode": "spec.mode ParamsOnly"}
 _OF_DOCUMENTS = ("run", "submit")
 
@@ -160,6 +200,21 @@ def of_call(options: argparse.Namespace) -> Spell:
         found = [flag for flag in flags if getattr(options, flag[2:].replace("-", "_"), None)]
         name = f"pt-meta {found[0]}" if len(found) == 1 else name
     return of_command(name)
+
+
+def of_function(name: str) -> Spell:
+    """The argument of a function of the library, by its key in :data:`ARGUMENTS`; None where it has none."""
+    arguments = ARGUMENTS[name]
+    return lambda path: "the call" if path == "spec" else arguments.get(path)
+
+
+@contextmanager
+def in_python(name: str) -> Generator[None]:
+    """Errors that leave the block or the function so decorated speak of the arguments of a function of the library."""
+    try:
+        yield
+    except Ckpt2ptError as error:
+        raise error.spelled(of_function(name)).with_traceback(error.__traceback__) from error.__cause__
 
 
 def spelled_document(document: object, spell: Spell) -> object:

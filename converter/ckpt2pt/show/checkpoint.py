@@ -15,7 +15,7 @@ from typing import cast
 from ckpt2pt.ckpt import index_file, read_scalar, states_checksum
 from ckpt2pt.ckpt.filenames import UNNAMED, when_of_name
 from ckpt2pt.ckpt.ranks import choose, find_sources, last_saved
-from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError, rendered
+from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
 from ckpt2pt.folders import SUFFIXES, checkpoint_files, layout_of
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.foldernames import (
@@ -317,7 +317,7 @@ def _held(name: str, path: Path) -> Json:
     try:
         found = inspect(path)
     except InputError as error:
-        row["holds"] = rendered(error.what)
+        row["holds"] = error.what
     else:
         row["holds"] = found.get("holds", found["kind"])
         row.update({key: found[key] for key in ("layers", "iteration") if key in found})
@@ -371,7 +371,7 @@ def _training(path: Path, names: Sequence[str]) -> Json:
     try:
         steps = find_sources(path, layout)
     except Ckpt2ptError as error:
-        return document | {"problem": rendered(error.what), "files": _listing(checkpoint_files(path))}
+        return document | {"problem": error.what, "files": _listing(checkpoint_files(path))}
     chosen = choose(steps, last_saved(path, layout))
     first = next(iter(steps[chosen].values())).path
     return document | {

@@ -72,7 +72,7 @@ def prove_import(
         differences=tuple(proof.differences),
         checked_tensors=proof.tensors,
         checked_bytes=0,
-    ).raise_differences(NOTHING_PUBLISHED)
+    ).raise_differences(hint=NOTHING_PUBLISHED)
     return crcs
 
 

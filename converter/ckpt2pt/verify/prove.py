@@ -17,7 +17,7 @@ from typing import Literal, cast
 from ckpt2pt.checksums import Piece
 from ckpt2pt.ckpt import states_checksum
 from ckpt2pt.ckpt.source import paths_for, prove_read
-from ckpt2pt.errors import MissingInputError, VerificationError, aside, printable, ref
+from ckpt2pt.errors import MissingInputError, Spell, VerificationError, aside, printable, ref
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
@@ -98,18 +98,19 @@ class Report:
         )
         return "\n".join([*lines, *([""] if lines else []), *warned(self.warnings), done])
 
-    def raise_differences(self, hint: str = _HINT) -> None:
-        """Raise :class:`VerificationError` naming the first few; nothing when there are none."""
+    def raise_differences(self, spell: Spell = str, *, hint: str = _HINT) -> None:
+        """Raise :class:`VerificationError` naming the first few; nothing when there are none.  ``spell`` names options."""
         if not self.differences:
             return
         shown = "\n  ".join(map(str, self.differences[:_NAMED_IN_ERROR]))
         more = len(self.differences) - _NAMED_IN_ERROR
-        raise VerificationError(
+        error = VerificationError(
             f"{len(self.differences)} differences between the result and its source:\n  {shown}"
             + (f"\n  and {more} more" if more > 0 else ""),
             where=self.folder,
             hint=hint,
         )
+        raise error.spelled(spell)
 
 
 def verify_rank(
@@ -138,7 +139,7 @@ def prove_partials(
     """
     folder = next(iter(partials.values())).parent
     report, read = _verify_files(request, chosen, rank, partials, folder, advance=lambda _: heed())
-    report.raise_differences(NOTHING_PUBLISHED)
+    report.raise_differences(hint=NOTHING_PUBLISHED)
     return crcs_of(partials, read)
 
 

@@ -47,7 +47,7 @@ def path_of(words: Sequence[str], environment: Mapping[str, str]) -> Path | None
 
 
 def message_of(error: Ckpt2ptError) -> str:
-    """What, where and hint in one line; where it is too long, what was found gives way to how it is mended."""
+    """What, where and hint in one line; where it is too long, what was found gives way to the hint."""
     where, hint = plain(error.where)[-_MAX_PART:], plain(error.hint)[:_MAX_PART]
     room = MAX_MESSAGE - len(where) - len(hint) - 4
     what = plain(error.what)
