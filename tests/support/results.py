@@ -73,7 +73,7 @@ def edit_tree(path: Path, edit: Callable[[Tree], None]) -> None:
 
 
 def set_element(path: Path, leaf: str, index: int, data: bytes, *, mend_crc: bool = True) -> bytes:
-    """Overwrite one element of a tensor, and hint the checksums; returns the bytes that were there."""
+    """Overwrite one element of a tensor, and correct the checksums; returns the bytes that were there."""
     tensor = open_pt(path)[leaf]
     assert isinstance(tensor, TensorLeaf)
     assert len(data) == width(tensor.dtype)
