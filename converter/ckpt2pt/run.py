@@ -213,7 +213,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     """Convert the given pipeline stages; what an earlier run finished is kept."""
     began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
-    chosen = survey(request, keep=ranks if len(ranks) == 1 else ())
+    chosen = survey(request, keep=ranks)
     target = target_of(request, chosen)
     conversion = Conversion(
         target=target,
@@ -256,7 +256,8 @@ def convert_rank(
     def prove(read: ReadPieces) -> None:
         prove_unchanged(request, chosen, rank)  # first: a source that was written meanwhile is not a damaged one
         every_byte = request.full or request.verify == "full"
-        checksums.update(prove_read(rank, chosen.files, request, read, every_byte=every_byte))
+        none = chosen.without_checksum
+        checksums.update(prove_read(rank, chosen.files, request, read, every_byte=every_byte, none=none))
 
     def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
         prove_unchanged(request, chosen, rank)

@@ -8,20 +8,19 @@ file headers     --ckpt------->   {name: TensorRef}, the clock
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file, read_scalars, statement_of
+from ckpt2pt.ckpt import Header, facts_of, index_file, statement_of, states_checksum
 from ckpt2pt.ckpt.filenames import When, shown
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.ckpt.source import files_for, read_source
 from ckpt2pt.errors import InputError, MissingInputError, TryAgainError, aside, ref
 from ckpt2pt.folders import keep_apart
-from ckpt2pt.inputs import sha256
+from ckpt2pt.inputs import InputFile, sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head, prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import (
@@ -35,8 +34,9 @@ from ckpt2pt.meta import (
     read_stated,
     require,
 )
-from ckpt2pt.plan.clock import CLOCK_ENTRIES, Clock, name_contradiction, read_clock
+from ckpt2pt.plan.clock import Clock, name_contradiction, read_clock
 from ckpt2pt.plan.stage import RankInput, RankPlan, check_layers, plan_rank
+from ckpt2pt.plan.stated import Statement
 from ckpt2pt.pt.payload import FilePayload, payloads
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
@@ -47,6 +47,7 @@ from ckpt2pt.tensors import TensorRef
 Index = Mapping[str, TensorRef]
 _INFO = ref("source.optShardInfoPath")
 Inputs = list[dict[str, object]]
+_MAX_KEPT = 1 << 14  # tensors, about 8 MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +66,22 @@ class Survey:
     base: str
     ranks: Mapping[Rank, str]
     inputs: Mapping[Rank, Inputs]
-    indexes: Mapping[Rank, Index] = field(default_factory=dict[Rank, Index])
-    """Indexes that :func:`survey` was asked to keep, so that :func:`prepare` need not read those files again."""
+    headers: Mapping[Path, Header] = field(default_factory=dict[Path, "Header"])
+    """What :func:`survey` was asked to keep, so that :func:`prepare` need not read those files again."""
+
+    def index(self, path: Path) -> Index:
+        """The index of one file."""
+        return self.headers[path].index if path in self.headers else index_file(path)
+
+    @property
+    def without_checksum(self) -> frozenset[Path]:
+        """Files that are known to state no CRC-32 of themselves."""
+        return frozenset(path for path, header in self.headers.items() if not header.checksum)
+
+    def statement(self, rank: Rank, index: Index) -> Statement:
+        """What the file of a rank of the source states of optimizer and scheduler; ``index`` is its own."""
+        kept = self.headers.get(self.files[rank].path) if rank in self.files and not self.files[rank].peers else None
+        return kept.statement if kept else statement_of(index)
 
     def read_for(self, rank: Rank, request: Request) -> tuple[SourceFile, ...]:
         """The files that a rank of the result is read from."""
@@ -105,7 +120,7 @@ def only_growing() -> Generator[None]:
 def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
     """Choose the checkpoint, and make sure that all ranks are at the same step.
 
-    Every file is indexed to learn its step; the indexes of ``keep`` stay in the result.
+    Every file is indexed to learn its step; the headers of ``keep`` stay in the result, as far as memory allows.
     """
     require(request.metadata, source=request.source, target=request.target)
     stated = read_stated(request.metadata, allow=request.rules.pickle_globals)
@@ -116,8 +131,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
             check_layers(meta_of(request, first).chunks, request.topology, pp=0, where=str(request.metadata))
     layout = request.source_layout
     files = find_sources(request.source, layout, wanted_format=request.source_format)
-    keep = () if request.source_topology else keep
-    headers = _Headers({ranks[rank].path for ranks in files.values() for rank in keep})
+    headers = _Headers({ranks[rank].path for ranks in files.values() for rank in keep if rank in ranks})
     found = find_groups(
         request.source,
         layout,
@@ -146,7 +160,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         base=_base(request, clock.iteration, every),
         ranks={rank: _identity(purpose, inputs[rank], inputs[rank[0], 0]) for rank in inputs},
         inputs=inputs,
-        indexes={rank: headers.indexes[found[when][rank].path] for rank in keep},
+        headers={} if request.source_topology else headers.kept,
     )
     keep_apart(
         target_of(request, chosen),
@@ -234,7 +248,7 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
     tp, pp = rank
     meta = meta_of(request, rank)
     source = read_source(
-        request, chosen.files, chosen.identity, rank, sizes=meta.sizes, tied=meta.tied, known=chosen.indexes.get(rank)
+        request, chosen.files, chosen.identity, rank, sizes=meta.sizes, tied=meta.tied, header=chosen.index
     )
     tied_head = meta.tied and topology.pipeline > 1 and any(is_tied_head(n) for c in meta.chunks for n in c.names)
     found = RankInput(
@@ -243,14 +257,14 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
         source=str(request.source if request.source_topology else chosen.files[rank].path),
         metadata=str(request.metadata),
         index=source.entries,
-        stated=statement_of(source.entries),
+        stated=chosen.statement(rank, source.entries),
         clock=chosen.clock,
         chunks=meta.chunks,
         sizes=meta.sizes,
         params_dtype=meta.params_dtype,
         tied=meta.tied,
         copies=source.copies,
-        first_stage=index_source(chosen.files[tp, 0], topology.group(tp, 0))
+        first_stage=index_source(chosen.files[tp, 0], topology.group(tp, 0), chosen.index)
         if tied_head and pp and not request.source_topology
         else None,
     )
@@ -263,8 +277,7 @@ def _prepare(request: Request, chosen: Survey, rank: Rank) -> Prepared:
 def index_of(request: Request, chosen: Survey, rank: Rank) -> Index:
     """The index of one rank's file, or of its group's shards: of the source's first rank where the layout changes."""
     own = (0, 0) if request.source_topology else rank
-    file = chosen.files[own]
-    return (None if file.peers else chosen.indexes.get(rank)) or index_source(file, request.source_layout.group(*own))
+    return index_source(chosen.files[own], request.source_layout.group(*own), chosen.index)
 
 
 def prepare_all(request: Request, chosen: Survey, stages: Iterable[int]) -> Iterator[tuple[Rank, Prepared]]:
@@ -293,18 +306,21 @@ class _Headers:
         self._facts: dict[Path, dict[str, float]] = {}
         self._stats: dict[Path, dict[str, int]] = {}
         self._sharded: set[Path] = set()
-        self.indexes: dict[Path, Index] = {}
+        self.kept: dict[Path, Header] = {}
+        self._room = _MAX_KEPT
 
     def facts(self, path: Path) -> dict[str, float]:
         """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
         if path not in self._facts:
             self._stats[path] = _stat(path)
-            index = index_file(path)
-            self._facts[path] = facts_of(index)
+            with InputFile(path) as file:
+                index = index_file(file)
+                self._facts[path] = facts_of(index, file)
+                if path in self._keep and self._room >= len(index):
+                    self._room -= len(index)
+                    self.kept[path] = Header(index, statement_of(index, file), states_checksum(file))
             if has_shards(index):
                 self._sharded.add(path)
-            if path in self._keep:
-                self.indexes[path] = index
         return self._facts[path]
 
     def prove_unchanged(self) -> None:
@@ -317,12 +333,6 @@ class _Headers:
         """Whether a file holds data-parallel shards."""
         self.facts(path)
         return path in self._sharded
-
-
-def facts_of(index: Index) -> dict[str, float]:
-    """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
-    values = read_scalars(index[name] for name in CLOCK_ENTRIES if name in index)
-    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _clock(file: SourceFile, batch: int | None, headers: _Headers) -> Clock:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt2pt.checksums import Piece
@@ -24,18 +25,23 @@ from ckpt2pt.ckpt.safetensors import (
     safetensors_checksum,
 )
 from ckpt2pt.errors import FormatError
-from ckpt2pt.inputs import InputFile
+from ckpt2pt.inputs import InputFile, opened
+from ckpt2pt.plan.clock import CLOCK_ENTRIES
 from ckpt2pt.plan.stated import Stated, Statement, is_stated, read_statement
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.untrusted.foreign import HEAD_BYTES, READS, recognise
 
 __all__ = [
+    "Header",
+    "facts_of",
     "index_ckpt",
     "index_file",
     "index_safetensors",
     "prove_checksum",
     "prove_sources",
     "read_scalar",
+    "read_scalars",
+    "statement_of",
     "states_checksum",
 ]
 
@@ -49,12 +55,23 @@ _STRUCTS = {
 }  # fmt: skip
 
 
-def index_file(path: Path, *, partial: bool = False) -> dict[str, TensorRef]:
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What was read of a file: where its tensors are, and what it states of optimizer and scheduler."""
+
+    index: Mapping[str, TensorRef]
+    statement: Statement
+    checksum: bool
+    """Whether it states a CRC-32 of itself."""
+
+
+def index_file(path: Path | InputFile, *, partial: bool = False) -> dict[str, TensorRef]:
     """Index a checkpoint; its first bytes say what it is, its suffix only when they do not.
 
     ``partial`` lists a ``.safetensors`` file without redundancy instead of refusing it.
     """
-    return index_safetensors(path, partial=partial) if _is_safetensors(path) else index_ckpt(path)
+    with opened(path) as file:
+        return index_safetensors(file, partial=partial) if _is_safetensors(file) else index_ckpt(file)
 
 
 def prove_checksum(path: Path, read: Sequence[Piece] = ()) -> bool:
@@ -63,12 +80,14 @@ def prove_checksum(path: Path, read: Sequence[Piece] = ()) -> bool:
     ``read`` are pieces of the file whose CRC-32 is known, sorted by their first bytes; the rest is read now.  Raises
     :class:`FormatError` when the file is not what was saved.
     """
-    return prove_safetensors(path, read) if _is_safetensors(path) else prove_ckpt(path, read)
+    with InputFile(path) as file:
+        return prove_safetensors(file, read) if _is_safetensors(file) else prove_ckpt(file, read)
 
 
-def states_checksum(path: Path) -> bool:
+def states_checksum(path: Path | InputFile) -> bool:
     """Whether a checkpoint states a CRC-32 of itself (``save_checkpoint(..., crc_check=True)``)."""
-    return (safetensors_checksum if _is_safetensors(path) else ckpt_checksum)(path) is not None
+    with opened(path) as file:
+        return (safetensors_checksum if _is_safetensors(file) else ckpt_checksum)(file) is not None
 
 
 def prove_sources(paths: Iterable[Path], read: Mapping[str, Sequence[Piece]], *, every_byte: bool) -> dict[str, int]:
@@ -86,19 +105,18 @@ def prove_sources(paths: Iterable[Path], read: Mapping[str, Sequence[Piece]], *,
     return found
 
 
-def _is_safetensors(path: Path) -> bool:
-    with InputFile(path) as file:
-        head = file.read(0, min(HEAD_BYTES, file.size))
+def _is_safetensors(file: InputFile) -> bool:
+    head = file.read(0, min(HEAD_BYTES, file.size))
     length, brace = int.from_bytes(head[:LENGTH_BYTES], "little"), head[LENGTH_BYTES : LENGTH_BYTES + 1]
     looks_safe = brace == b"{" and length <= MAX_HEADER_BYTES
     other = "" if looks_safe else recognise(head)
     if other:
         raise FormatError(
             f"this is {other}; {READS}",
-            where=path,
+            where=file.path,
             hint="name a checkpoint that MindSpore saved",
         )
-    return looks_safe or (path.suffix == ".safetensors" and not head.startswith(b"\n"))
+    return looks_safe or (file.path.endswith(".safetensors") and not head.startswith(b"\n"))
 
 
 def read_scalar(ref: TensorRef) -> int | float | bool | str:
@@ -106,14 +124,14 @@ def read_scalar(ref: TensorRef) -> int | float | bool | str:
     return read_scalars([ref])[ref.name]
 
 
-def read_scalars(refs: Iterable[TensorRef]) -> dict[str, int | float | bool | str]:
-    """Read the values of small tensors by name; a file that several lie in is opened once."""
+def read_scalars(refs: Iterable[TensorRef], known: InputFile | None = None) -> dict[str, int | float | bool | str]:
+    """Read the values of small tensors by name; a file that several lie in is opened once, and ``known`` is open."""
     refs = list(refs)
     for ref in refs:
         _check_scalar(ref)
     raw = dict.fromkeys((ref.name for ref in refs), b"")
     for path in dict.fromkeys(extent.path for ref in refs for extent in ref.extents):
-        with InputFile(Path(path)) as file:
+        with opened(known if known and known.path == path else Path(path)) as file:
             for ref in refs:
                 for extent in ref.extents:
                     if extent.path == path:
@@ -121,10 +139,16 @@ def read_scalars(refs: Iterable[TensorRef]) -> dict[str, int | float | bool | st
     return {ref.name: _decoded(ref, raw[ref.name]) for ref in refs}
 
 
-def statement_of(index: Mapping[str, TensorRef]) -> Statement:
+def facts_of(index: Mapping[str, TensorRef], known: InputFile | None = None) -> dict[str, float]:
+    """The entries of :data:`CLOCK_ENTRIES` that are numbers."""
+    values = read_scalars((index[name] for name in CLOCK_ENTRIES if name in index), known)
+    return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
+
+
+def statement_of(index: Mapping[str, TensorRef], known: InputFile | None = None) -> Statement:
     """What a file states of optimizer and scheduler; an entry that is no finite number states nothing."""
     refs = [ref for name, ref in index.items() if is_stated(name) and ref.numel == 1 and ref.dtype in _NUMBERS]
-    values = read_scalars(refs)
+    values = read_scalars(refs, known)
     return read_statement(
         {
             name: Stated(value, index[name].dtype)

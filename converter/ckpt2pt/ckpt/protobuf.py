@@ -24,7 +24,7 @@ from typing import NamedTuple
 from ckpt2pt.checksums import Piece
 from ckpt2pt.ckpt.window import COPY_AGAIN, Window
 from ckpt2pt.errors import FormatError, ref
-from ckpt2pt.inputs import InputFile, quoted
+from ckpt2pt.inputs import InputFile, opened, quoted
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 _ENTRY, _STRATEGY = 0x0A, 0x08  # the first byte of a checkpoint, and of the other kind of file named .ckpt
@@ -71,14 +71,14 @@ class _Entry(NamedTuple):
     stop: int
 
 
-def index_ckpt(path: Path) -> dict[str, TensorRef]:
+def index_ckpt(path: Path | InputFile) -> dict[str, TensorRef]:
     """Index ``path``.
 
     Adjacent entries of one name are slices of one tensor; of other repeats the last wins, as in mindspore.  A map
     parameter ``table`` appears as ``table.keys``, ``table.values`` and ``table.status``.
     """
     refs: dict[str, TensorRef] = {}
-    with InputFile(path) as file:
+    with opened(path) as file:
         _recognise(file)
         stop, _ = _trailer(file)
         for slices in _runs(_entries(Window(file), stop)):
@@ -88,22 +88,22 @@ def index_ckpt(path: Path) -> dict[str, TensorRef]:
             else:
                 refs[name] = _join(file.path, name, slices)
         if not refs:
-            raise FormatError("the file holds no parameter", where=path, hint=COPY_AGAIN)
+            raise FormatError("the file holds no parameter", where=file.path, hint=COPY_AGAIN)
     return refs
 
 
-def ckpt_checksum(path: Path) -> int | None:
+def ckpt_checksum(path: Path | InputFile) -> int | None:
     """The CRC-32 that a ``.ckpt`` states of itself, if it does."""
-    with InputFile(path) as file:
+    with opened(path) as file:
         return _trailer(file)[1]
 
 
-def prove_ckpt(path: Path, read: Sequence[Piece] = ()) -> bool:
+def prove_ckpt(path: Path | InputFile, read: Sequence[Piece] = ()) -> bool:
     """Compare a ``.ckpt`` with the checksum in its trailer; False if it has none.
 
     ``read`` are pieces of the file whose CRC-32 is known, sorted by their first bytes; they are not read again.
     """
-    with InputFile(path) as file:
+    with opened(path) as file:
         stop, wanted = _trailer(file)
         if wanted is None:
             return False
@@ -118,7 +118,7 @@ def prove_ckpt(path: Path, read: Sequence[Piece] = ()) -> bool:
         if found != wanted:
             raise FormatError(
                 f"the CRC-32 of the content is {found:#010x}, the file's own crc_num says {wanted:#010x}",
-                where=path,
+                where=file.path,
                 hint="the file is damaged: copy it again from its source, or convert an earlier checkpoint",
             )
     return True

@@ -187,10 +187,12 @@ def names_of(topology: Topology) -> set[str]:
     return models | {rank_name(rank) for key in topology.ranks() for rank in topology.group(*key)}
 
 
-def index_source(file: SourceFile, ranks: Sequence[int]) -> dict[str, TensorRef]:
-    """The tensors of one (tp, pp), whose group are ``ranks``; shards are joined in place."""
+def index_source(
+    file: SourceFile, ranks: Sequence[int], header: Callable[[Path], Mapping[str, TensorRef]] = index_file
+) -> Mapping[str, TensorRef]:
+    """The tensors of one (tp, pp), whose group are ``ranks``; shards are joined in place.  ``header`` indexes a file."""
     if file.info is None:
-        return index_file(file.path)
+        return header(file.path)
     info = read_info(file.info)
     check_ranks(info, ranks)
     return join_shards(file.peers, info)

@@ -17,7 +17,7 @@ from typing import cast
 from ckpt2pt.checksums import Piece, crc32
 from ckpt2pt.ckpt.window import COPY_AGAIN
 from ckpt2pt.errors import FormatError
-from ckpt2pt.inputs import InputFile, quoted
+from ckpt2pt.inputs import InputFile, opened, quoted
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 LENGTH_BYTES = 8
@@ -34,36 +34,36 @@ _DTYPES = {
 }  # fmt: skip
 
 
-def index_safetensors(path: Path, *, partial: bool = False) -> dict[str, TensorRef]:
+def index_safetensors(path: Path | InputFile, *, partial: bool = False) -> dict[str, TensorRef]:
     """Index ``path``.
 
     A file saved with ``remove_redundancy=True`` holds only this rank's share and is refused, unless ``partial``
     says that a listing is wanted and not a conversion.
     """
-    with InputFile(path) as file:
+    with opened(path) as file:
         refs, metadata = _contents(file)
         if metadata.get("remove_redundancy", "").lower() == "true" and not partial:
             raise FormatError(
                 "the file was saved with remove_redundancy=True: it lacks what only other data-parallel ranks hold",
-                where=path,
+                where=file.path,
                 hint="merge it first: mindspore.load_checkpoint(..., remove_redundancy=True) on all ranks, "
                 "then save_checkpoint without remove_redundancy",
             )
     return refs
 
 
-def safetensors_checksum(path: Path) -> str | None:
+def safetensors_checksum(path: Path | InputFile) -> str | None:
     """The CRC-32 that MindSpore has put into a ``.safetensors``, if it did."""
-    with InputFile(path) as file:
+    with opened(path) as file:
         return _contents(file)[1].get("crc_num")
 
 
-def prove_safetensors(path: Path, read: Sequence[Piece] = ()) -> bool:
+def prove_safetensors(path: Path | InputFile, read: Sequence[Piece] = ()) -> bool:
     """Compare a ``.safetensors`` with the checksum in its metadata; False if it has none.
 
     ``read`` are pieces of the file whose CRC-32 is known, sorted by their first bytes; they are not read again.
     """
-    with InputFile(path) as file:
+    with opened(path) as file:
         refs, metadata = _contents(file)
         wanted = metadata.get("crc_num")
         if wanted is None:
@@ -76,7 +76,7 @@ def prove_safetensors(path: Path, read: Sequence[Piece] = ()) -> bool:
         if wanted != str(found):
             raise FormatError(
                 f"the CRC-32 of the content is {found}, the file's own crc_num says {quoted(wanted)}",
-                where=path,
+                where=file.path,
                 hint="the file is damaged: copy it again from its source, or convert an earlier checkpoint",
             )
     return True

@@ -8,14 +8,14 @@ Every layer carries its global number in its name, so that neither the layers no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
 from ckpt2pt.checksums import Piece
-from ckpt2pt.ckpt import prove_sources
+from ckpt2pt.ckpt import index_file, prove_sources
 from ckpt2pt.ckpt.ranks import SourceFile, index_source
 from ckpt2pt.core.index import Collector, Index, Local
 from ckpt2pt.core.params import EMBEDDING, canonical_name
@@ -74,12 +74,17 @@ def prove_read(
     read: Mapping[str, Sequence[Piece]],
     *,
     every_byte: bool,
+    none: Collection[Path] = (),
 ) -> dict[str, int]:
-    """Compare the files that a rank was read from with their own checksums; those that it took nothing of are others' work."""
+    """Compare the files that a rank was read from with their own checksums; those that it took nothing of are others' work.
+
+    ``none`` are files that are known to state none, and are not opened again.
+    """
     paths = paths_for(rank, files, request)
     if request.source_topology:
         paths = [path for path in paths if read.get(str(path))]
-    return prove_sources(paths, read, every_byte=every_byte)
+    found = prove_sources((path for path in paths if path not in none), read, every_byte=every_byte)
+    return found | {"none": found["none"] + sum(path in none for path in paths)}
 
 
 def read_source(
@@ -90,18 +95,17 @@ def read_source(
     *,
     sizes: Mapping[str, int | bool],
     tied: bool,
-    known: Mapping[str, TensorRef] | None = None,
+    header: Callable[[Path], Mapping[str, TensorRef]] = index_file,
 ) -> Resharded:
     """The entries of a rank of the result.
 
-    ``identity`` is that of the files' contents; ``known`` the index of the rank's own file, where that has been read already.
+    ``identity`` is that of the files' contents; ``header`` indexes a file.
     """
     layout = request.source_layout
     if request.source_topology is None:
-        file = files[rank]
-        return Resharded(entries=(None if file.peers else known) or index_source(file, layout.group(*rank)))
+        return Resharded(entries=index_source(files[rank], layout.group(*rank), header))
     table = NameTable(request.rules)
-    tensors = kept(identity, partial(collect, files, layout, table, str(request.source)))
+    tensors, scalars = kept(identity, partial(collect, files, layout, table, str(request.source)))
     wanted = Wanted(
         topology=request.topology,
         source_tensor=layout.tensor,
@@ -110,28 +114,31 @@ def read_source(
         where=str(request.source),
     )
     found = reshard(tensors, rank, wanted, table)
-    # What is no tensor of the model is the same on every rank.
-    first, group = files[0, 0], layout.group(0, 0)
-    entries = index_source(first, group)
-    kinds, _ = table.classify_all(entries, where=str(first.path))
-    scalars = {name: ref for name, ref in entries.items() if kinds[name].role == "ignored"}
     return replace(found, entries={**found.entries, **scalars})
 
 
-def collect(files: Mapping[Rank, SourceFile], layout: Topology, table: NameTable, where: str) -> Index:
-    """Read the headers of all ranks' files."""
-    collector = Collector(layout.tensor, where)
+def collect(
+    files: Mapping[Rank, SourceFile],
+    layout: Topology,
+    table: NameTable,
+    where: str,
+    header: Callable[[Path], Mapping[str, TensorRef]] = index_file,
+) -> tuple[Index, Mapping[str, TensorRef]]:
+    """Read the headers of all ranks' files: the tensors, and of the first rank what is none, which is the same on every rank."""
+    collector, others = Collector(layout.tensor, where), dict[str, TensorRef]()
     for (tp, pp), file in files.items():
-        index = index_source(file, layout.group(tp, pp))
+        index = index_source(file, layout.group(tp, pp), header)
         known, _ = table.classify_all(index, where=str(file.path))
         for entry, ref in index.items():
             what = known[entry]
             if what.role == "ignored":
+                if (tp, pp) == (0, 0):
+                    others[entry] = ref
                 continue
             name = without_pipeline_suffix(what.name)
             canonical = EMBEDDING if is_tied_head(name) else canonical_name(table.to_megatron(name))
             collector.add(cast("Role", what.role), canonical, tp, Local(ref.dtype, ref.shape, 0, ref.extents))
-    return collector.index()
+    return collector.index(), others
 
 
 def kept(identity: str, read: Callable[[], T]) -> T:

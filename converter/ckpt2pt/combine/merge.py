@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt import __version__
-from ckpt2pt.ckpt import index_file, prove_sources, read_scalar
+from ckpt2pt.ckpt import facts_of, index_file, prove_sources, read_scalar
 from ckpt2pt.ckpt.filenames import UNNAMED, When
 from ckpt2pt.ckpt.ranks import (
     SourceFile,
@@ -54,7 +54,7 @@ from ckpt2pt.publish import (
 )
 from ckpt2pt.records import Json, seal
 from ckpt2pt.request import Pace, Reporter, digest
-from ckpt2pt.survey import agree, changed, facts_of, inputs_of
+from ckpt2pt.survey import agree, changed, inputs_of
 from ckpt2pt.system.paths import is_there, status
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef

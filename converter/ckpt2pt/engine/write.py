@@ -306,7 +306,7 @@ def _remove(partial: Path) -> None:
 def _copy_template(output: Output, payload: Payload) -> None:
     first = output.layout.storages - len(payload.copied)
     for number, extent in enumerate(payload.copied, first):
-        with InputFile(Path(extent.path), METADATA) as file:
+        with InputFile(Path(extent.path), METADATA, keep=True) as file:
             data = file.read(extent.offset, extent.nbytes)
         write_at(output.file.fd, memoryview(data), output.layout.storage_offset(number), output.path)
         output.pieces[number].append((0, len(data), crc32(data, 0)))

@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file
+from ckpt2pt.ckpt import facts_of, index_file
 from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, last_saved
 from ckpt2pt.ckpt.shards import has_shards
@@ -23,7 +23,7 @@ from ckpt2pt.formats.degrees import Header, check_ranks, find_layout
 from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.clock import read_clock
-from ckpt2pt.survey import agree, facts_of
+from ckpt2pt.survey import agree
 
 
 def open_mindspore(
@@ -43,7 +43,7 @@ def open_mindspore(
     files = found[when]
     warnings = check_ranks(path, when, files, layout, table, header)
     agree({file: facts_of(header(file)) for group in files.values() for file in group.paths}, path)
-    index = collect(files, layout, table, str(path))
+    index, _ = collect(files, layout, table, str(path), header)
     if not rules.modules:
         _check_ends(index, path)
     return Checkpoint(

@@ -249,8 +249,8 @@ class Archive:
 
     @classmethod
     def open(cls, path: Path, option: str = "") -> Self:
-        """Read directory and pickle of the file, which ``option`` names."""
-        with PtFile(path, option) as file:
+        """Read directory and pickle of the file; one of metadata, which ``option`` names, is read once a process."""
+        with PtFile(path, option, keep=bool(option)) as file:
             stem, records = read_records(file)
             pickle = _read_pickle(file, records)
             _check_byteorder(file, records)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckpt2pt.ckpt import statement_of
 from ckpt2pt.errors import Ckpt2ptError, FormatError, aside
 from ckpt2pt.mapping.foldernames import model_rank_name, model_rank_of
 from ckpt2pt.mapping.topology import Rank
@@ -57,7 +56,7 @@ def contradictions(template: Template, stated: Statement) -> tuple[str, ...]:
 def contradictions_of(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
     """The same, of a rank that was not planned."""
     template = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals)
-    return contradictions(template, statement_of(index_of(request, chosen, rank)))
+    return contradictions(template, chosen.statement(rank, index_of(request, chosen, rank)))
 
 
 def verdicts(iteration: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file, statement_of
+from ckpt2pt.ckpt import facts_of, index_file, statement_of
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import InputError
@@ -30,7 +30,6 @@ from ckpt2pt.ptmeta.describe import Description, known
 from ckpt2pt.ptmeta.files import RankFiles
 from ckpt2pt.ptmeta.rng import rng_state
 from ckpt2pt.ptmeta.schedule import param_groups, scheduler
-from ckpt2pt.survey import facts_of
 from ckpt2pt.tensors import TensorRef
 
 _SET_HERE = ("rank", "model_type", "iteration", "consumed_train_samples")

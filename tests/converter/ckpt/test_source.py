@@ -43,7 +43,7 @@ def test_a_rank_may_read_any_file_where_the_layout_changes(tmp_path: Path) -> No
 def test_tensors_of_all_ranks_become_whole(tmp_path: Path) -> None:
     made = Relaid(topology=topology(tensor=2, pipeline=2))
     request = made.write(tmp_path)
-    index = collect(survey(request).files, request.topology, NameTable(), "here")
+    index, _ = collect(survey(request).files, request.topology, NameTable(), "here")
     assert index[Key("exp_avg", "decoder.layers.3.mlp.linear_fc1.weight")].fused == (16, 6)
     assert len(index[Key("param", "decoder.layers.3.input_layernorm.weight")].replicas) == 1
 
