@@ -263,10 +263,10 @@ def test_a_disk_that_fills_up_at_any_write_leaves_only_whole_files_and_the_next_
 @pytest.mark.parametrize(
     ("more", "error", "what"),
     [
-        ({"tensor": 4}, TopologyError, "--tp-size is 4, the checkpoint has 2"),
-        ({"pipeline": 1}, TopologyError, "--pp-size is 1, the checkpoint has 2"),
-        ({"virtual": 2}, TopologyError, "--vpp-size is 2, the checkpoint has 1"),
-        ({"num_layers": 8}, TopologyError, "--num-layers is 8, the checkpoint has 4"),
+        ({"tensor": 4}, TopologyError, r"parallelism\.tensor is 4, the checkpoint has 2"),
+        ({"pipeline": 1}, TopologyError, r"parallelism\.pipeline is 1, the checkpoint has 2"),
+        ({"virtual": 2}, TopologyError, r"parallelism\.virtualPipeline is 2, the checkpoint has 1"),
+        ({"num_layers": 8}, TopologyError, r"model\.numLayers is 8, the checkpoint has 4"),
         ({"noop": frozenset({1})}, TopologyError, r"has layers \[0, 1\], by the options it has \[0\]"),
         ({"layers_per_stage": (3, 1)}, TopologyError, "holds a layer 1, by the options it has 1"),
         ({"layers_per_stage": (1, 1)}, UsageError, "adds up to 2"),
