@@ -121,7 +121,7 @@ check: $(READY) layers ## what CI checks besides the tests: ruff, mypy, pyright,
 layers: $(READY) ## the import rules of docs/architecture.md
 	$(BIN)/lint-imports
 
-format: $(READY) ## hint what ruff can hint
+format: $(READY) ## fix what ruff can fix
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 

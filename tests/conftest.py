@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from goldens import golden_root, golden_sets
+from markers import marked, marked_files
 from torchtests import needs_torch
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -28,6 +31,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("torch")
         if not HAS_TORCH and item.get_closest_marker("torch"):
             item.add_marker(pytest.mark.skip(reason="torch is not installed: `make judges`"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def captured_without_markers() -> Iterator[None]:
+    """Whatever a test reads of a program's output names options as a user knows them."""
+    read, run = pytest.CaptureFixture.readouterr, subprocess.run
+
+    def readouterr(self: pytest.CaptureFixture[str]) -> object:
+        found = read(self)
+        assert not marked(f"{found.out}{found.err}")
+        return found
+
+    def checked(*words: Any, **options: Any) -> Any:
+        done = run(*words, **options)
+        assert not marked(f"{done.stdout}{done.stderr}")
+        return done
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pytest.CaptureFixture, "readouterr", readouterr)
+        patch.setattr(subprocess, "run", checked)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """The same of what it has not read, and of the files that it leaves."""
+    report = yield
+    folder = getattr(item, "funcargs", {}).get("tmp_path")
+    if call.when == "call" and report.passed:
+        found = [*marked(report.capstdout + report.capstderr), *(marked_files(folder) if folder else ())]
+        if found:
+            report.outcome, report.longrepr = "failed", f"names of options that no edge has spelled: {found}"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -13,18 +13,20 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, printable
+from ckpt2pt.conversion.spelling import of_call, spelled_document
+from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, aside, printable, rendered
 from ckpt2pt.parsers import PROGRAMS, Command, parser_of_all, parser_of_one
 from ckpt2pt.system.files import raise_file_limit
-from ckpt2pt.untrusted.lines import LineFormatter
+from ckpt2pt.untrusted.lines import LineFormatter, Spelling
 from ckpt2pt.worker import termination
 from ckpt2pt.worker.account import Account, Both
 
 if TYPE_CHECKING:
     from ckpt2pt.conversion.schema import Readiness
     from ckpt2pt.request import Reporter, Request
+    from ckpt2pt.text import Document
     from ckpt2pt.verify.compare import Comparison
     from ckpt2pt.verify.report import Report
 
@@ -105,7 +107,7 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
     except MemoryError:
         return _fail(
             InterruptedRunError(
-                "out of memory", where="this process", hint="give it more memory (spec.workers.resources)"
+                "out of memory", where="this process", hint=f"give it more memory{aside('workers.resources')}"
             ),
             options,
         )
@@ -151,9 +153,11 @@ def _fail(error: Ckpt2ptError, options: argparse.Namespace) -> int:
 
 def _report(error: Ckpt2ptError, options: argparse.Namespace, **about: int) -> None:
     """On stderr; ``about`` is what it is of, as ``stage=1``."""
+    error = error.spelled(of_call(options))
     if getattr(options, "log_format", "text") == "json":
         parts = {"what": error.what, "where": error.where, "hint": error.hint}
-        _tell(**about, error=type(error).__name__, **parts, exitCode=error.exit_code)
+        field = {"field": error.field} if error.field else {}
+        _tell(**about, error=type(error).__name__, **parts, **field, exitCode=error.exit_code)
     else:
         of = "".join(f"{name} {value}: " for name, value in about.items())
         print(f"ckpt2pt: {of}{error}", file=sys.stderr)
@@ -169,12 +173,14 @@ def _set_up_logging(options: argparse.Namespace) -> None:
         )
     else:
         handler.setFormatter(LineFormatter("ckpt2pt: %(message)s"))
+    handler.addFilter(Spelling(of_call(options)))
     logging.getLogger().handlers[:] = [handler]
     log.setLevel(logging.INFO)
 
 
 def _show(document: object, text: str, options: argparse.Namespace) -> None:
-    _say(json.dumps(document, indent=1) if options.output == "json" else text)
+    spell = of_call(options)
+    _say(json.dumps(spelled_document(document, spell), indent=1) if options.output == "json" else rendered(text, spell))
 
 
 def _say(text: str) -> None:
@@ -260,7 +266,7 @@ def _inspect(options: argparse.Namespace) -> int:
     from ckpt2pt.show.checkpoint import inspect, render  # noqa: PLC0415
     from ckpt2pt.show.folding import folded  # noqa: PLC0415
 
-    document = inspect(options.path, details=options.details)
+    document = cast("Document", spelled_document(inspect(options.path, details=options.details), of_call(options)))
     _show(document, render(document if options.details else folded(document)), options)
     return 0
 
@@ -281,7 +287,7 @@ def _verify(options: argparse.Namespace) -> int:
             stages = stages_of(options, request)
             report = verify_target(request, stages, level=options.level, reader=options.reader, reporter=heard)
     _show(report.document(), report.render(), options)
-    report.raise_differences()
+    report.raise_differences(of_call(options))
     return 0
 
 

@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Protocol, cast
 
 from ckpt2pt.engine.write import Meter, Stop
-from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError, of_rank
+from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TimedOutError, TryAgainError, aside, of_rank, ref
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Lock
 from ckpt2pt.request import Pace, Reporter
@@ -29,6 +29,10 @@ from ckpt2pt.system.parent import end_with
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
+
+_MEMORY_HINT = (
+    f"give it more memory{aside('workers.resources')} or fewer workers{aside('workers.processes')}, and run again"
+)
 
 
 class Share(Protocol):
@@ -107,7 +111,7 @@ def _timed_out(rank: Rank, seconds: float) -> TimedOutError:
     return TimedOutError(
         f"the rank was not converted within {seconds:g} seconds",
         where=f"tp {rank[0]} pp {rank[1]}",
-        hint="give more time with --process_timeout, and run the same command again: what is finished is kept",
+        hint=f"give more time{aside('workers.rankTimeoutSeconds')}, and run the same command again: what is finished is kept",
     )
 
 
@@ -211,7 +215,7 @@ class _Crew:
             raise TryAgainError(
                 f"the worker died with exit code {hand.process.exitcode} (-9 is a kill, often for want of memory)",
                 where=f"tp {hand.rank[0]} pp {hand.rank[1]}",
-                hint="give it more memory (spec.workers.resources) or fewer workers (--process-limit), and run again",
+                hint=_MEMORY_HINT,
             ) from None
         if isinstance(message, int):
             self._reporter.advance(hand.rank, message)
@@ -246,14 +250,14 @@ def _not_started(error: OSError, worker: str) -> Ckpt2ptError:
         return TryAgainError(
             "the worker died as it was started",
             where=worker,
-            hint="give it more memory (spec.workers.resources) or fewer workers (--process-limit), and run again",
+            hint=_MEMORY_HINT,
         )
     if error.errno != errno.EAGAIN:
         return access_error(error, worker, "starting a worker process")
     return TryAgainError(
         "a worker process could not be started: no more processes are allowed here",
         where=worker,
-        hint="raise the limit (ulimit -u, the pids limit of the container), or lower --process-limit; then run again",
+        hint=f"raise the limit (ulimit -u, the pids limit of the container), or lower {ref('workers.processes')}; then run again",
     )
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 
 def printable(text: str, *, lines: bool = False) -> str:
     """``text`` for a terminal: what moves its cursor, changes its colours or turns its writing around is spelled out.
 
     Names come out of files that anybody may have written.  ``lines`` keeps line breaks, for text that is laid out already.
+    A marker that no edge has spelled (:func:`ref`) is the bare path of its field.
     """
     if text.isascii() and text.isprintable():
         return text
+    text = rendered(text)
     # A path that is not UTF-8 here may be so elsewhere (LC_ALL=POSIX); half a character is spelled out below.
     with suppress(UnicodeError):
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
@@ -24,11 +27,122 @@ def printable(text: str, *, lines: bool = False) -> str:
     )
 
 
+FIELDS = {
+    # What the command line has as well, by its path in a CheckpointConversion's spec.
+    "mode":                               "weights alone",
+    "dryRun":                             "a dry run",
+    "model":                              "the number of layers and their split",
+    "model.numLayers":                    "the number of layers",
+    "model.noopLayers":                   "the no-op layers",
+    "model.layersPerStage":               "the layers of each stage",
+    "model.rules":                        "the rules for names",
+    "parallelism":                        "the parallel sizes",
+    "parallelism.tensor":                 "the tensor parallel size",
+    "parallelism.pipeline":               "the pipeline parallel size",
+    "parallelism.virtualPipeline":        "the number of model chunks",
+    "parallelism.data":                   "the data parallel size",
+    "parallelism.context":                "the context parallel size",
+    "source.path":                        "the path of the checkpoint",
+    "source.format":                      "the format of the source",
+    "source.optShardInfoPath":            "the opt_shard_info folder",
+    "source.iteration":                   "the iteration",
+    "metadata.path":                      "the pt_meta folder",
+    "target.path":                        "the target folder",
+    "target.format":                      "the format of the target",
+    "target.overwrite":                   "the replacement of an earlier result",
+    "target.dataParallel":                "the data parallel size of the target",
+    "target.zeroConsumedSamples":         "a count of samples from 0",
+    "target.parallelism.tensor":          "the tensor parallel size of the target",
+    "target.parallelism.pipeline":        "the pipeline parallel size of the target",
+    "target.parallelism.virtualPipeline": "the number of model chunks of the target",
+    "verify":                             "the verification",
+    "workers.processes":                  "the number of processes",
+    "workers.rankTimeoutSeconds":         "the time allowed for a rank",
+    "workers.resources":                  "the memory limit",
+    "workers.security.runAsUser":         "the user of the process",
+    "readiness.timeoutSeconds":           "the time to wait",
+    "readiness.settleSeconds":            "the time that a file has to rest",
+    "follow.keep":                        "the number of results to keep",
+    "follow.intervalSeconds":             "the time between two looks",
+}  # fmt: skip
+"""Each field that :func:`ref` may name, and what it is, for a command that has no option for it."""
+
+FLAG_ONLY = {
+    "spec":              "what was asked for",
+    "acceptAssumptions": "the acceptance of the assumptions",
+    "bucketSize":        "the number of elements of a bucket",
+    "contents":          "the selected parts of the optimizer",
+    "description":       "the description of the run",
+    "details":           "the full listing",
+    "ignore":            "the leaves to ignore",
+    "ignorePadding":     "leaving the padding out",
+    "reader":            "the reader",
+    "section":           "the selected ranks",
+    "synthesize":        "the entries to synthesize",
+    "vocabSize":         "the number of tokens of the vocabulary",
+}  # fmt: skip
+"""The same of options that no CheckpointConversion has; ``spec`` is all that was asked for."""
+
+_NOUNS = FIELDS | FLAG_ONLY
+_MARK = re.compile("\x02(\\(?)([A-Za-z.]+)\x03")
+
+
+def ref(path: str) -> str:
+    """A marker in a text for the option of a field, as ``parallelism.tensor``; the edge spells it (:func:`rendered`).
+
+    A path that is not known raises :class:`LookupError` at once.  No name out of a file can look like one where it is shown:
+    the marker is made of control characters, which :func:`printable` spells out.
+    """
+    return f"\x02{_known(path)}\x03"
+
+
+def aside(path: str) -> str:
+    """The same in parentheses after a space, or nothing where the command called has no such option."""
+    return f"\x02({_known(path)}\x03"
+
+
+def refs(*paths: str) -> str:
+    """Several of them: ``a, b and c``."""
+    *most, last = map(ref, paths)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def field_of(text: str) -> str | None:
+    """The field whose marker ``text`` is; None where it is any other text."""
+    found = _MARK.fullmatch(text)
+    return found[2] if found and found[2] in _NOUNS else None
+
+
+def _known(path: str) -> str:
+    if path not in _NOUNS:
+        raise LookupError(f"no field {path!r}; the known ones are in ckpt2pt.errors.FIELDS")
+    return path
+
+
+Spell = Callable[[str], str | None]
+"""How an edge spells a field; None where it has no option for it."""
+
+
+def rendered(text: str, spell: Spell = str) -> str:
+    """``text`` with its markers as ``spell`` has them, by default as the bare path of the field."""
+
+    def shown(found: re.Match[str]) -> str:
+        parenthesis, path = found.groups()
+        if path not in _NOUNS:
+            return found[0]
+        word = spell(path)
+        if parenthesis:
+            return f" ({word})" if word else ""
+        return word or _NOUNS[path]
+
+    return _MARK.sub(shown, text)
+
+
 class Ckpt2ptError(Exception):
     """Base of every error a user can meet.
 
-    ``what`` holds the value found and the value expected, ``where`` a path, rank or tensor, and
-    ``hint`` an instruction in the user's words (the flag and the field of the CheckpointConversion).
+    ``what`` holds the value found and the value expected, ``where`` a path, rank or tensor, and ``hint`` an instruction;
+    they name options by :func:`ref`.  ``field`` is the path of the one field that is wrong, None where it is no single one.
     """
 
     exit_code = 70
@@ -37,16 +151,24 @@ class Ckpt2ptError(Exception):
     rank: tuple[int, int] | None = None
     """The (tp, pp) whose conversion failed; None where it is no single one."""
 
-    def __init__(self, what: str, *, where: str | Path, hint: str) -> None:
+    def __init__(self, what: str, *, where: str | Path, hint: str, field: str | None = None) -> None:
         super().__init__(what, str(where), hint)
         self.what, self.where, self.hint = what, str(where), hint
+        self.field = None if field is None else _known(field)
 
     def __str__(self) -> str:
-        return message(self.what, self.where, self.hint)
+        return message(*map(rendered, (self.what, self.where, self.hint)))
+
+    def spelled(self, spell: Spell) -> Self:
+        """The same error in the words of an edge."""
+        what, where, hint = (rendered(part, spell) for part in (self.what, self.where, self.hint))
+        found = type(self)(what, where=where, hint=hint)
+        vars(found).update({**vars(self), "what": what, "where": where, "hint": hint})
+        return found
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process borders; keyword-only arguments need help to be pickled.
-        return _rebuild, (type(self), self.what, self.where, self.hint)
+        return _rebuild, (type(self), self.what, self.where, self.hint, self.field)
 
 
 @contextmanager
@@ -75,8 +197,8 @@ _FORGED = re.compile(r"\n(?=  hint:)")
 _SPELLED = r"\\n"
 
 
-def _rebuild(kind: type[Ckpt2ptError], what: str, where: str, hint: str) -> Ckpt2ptError:
-    return kind(what, where=where, hint=hint)
+def _rebuild(kind: type[Ckpt2ptError], what: str, where: str, hint: str, field: str | None) -> Ckpt2ptError:
+    return kind(what, where=where, hint=hint, field=field)
 
 
 class UsageError(Ckpt2ptError):

@@ -51,7 +51,7 @@ def covered(target: Target) -> str:
     raise TargetConflictError(
         f"a full conversion of the same source was begun there by {claim.get('host')}, and is not complete",
         where=target.folder,
-        hint=f"finish it: run it again with spec.mode Full (without --convert-param-only); or choose another {target.kind.option}",
+        hint=f"finish it: run the full conversion again; or choose another {target.kind.option}",
     )
 
 

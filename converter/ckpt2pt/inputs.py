@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from ckpt2pt.checksums import Piece, crc32, crc32_combine
-from ckpt2pt.errors import FormatError
+from ckpt2pt.errors import FormatError, field_of, ref
 from ckpt2pt.system.access import access_error, ended
 from ckpt2pt.system.files import read_bytes
 from ckpt2pt.system.paths import status
@@ -34,8 +34,8 @@ class InputFile:
     kind: ClassVar[str] = "checkpoint file"
     """What it should be, for messages."""
 
-    option: ClassVar[str] = "spec.source.path (--ms-path)"
-    """What names it, in the user's words."""
+    option: ClassVar[str] = ref("source.path")
+    """What names it."""
 
     def __init__(self, path: Path, option: str = "", *, keep: bool = False) -> None:
         """Open ``path``; with ``keep`` a small file is read once a process, and again only when it was written since."""
@@ -153,7 +153,9 @@ def read_head(path: Path, option: str, limit: int) -> bytes:
 
 def _check_size(file: InputFile, limit: int, option: str) -> None:
     if file.size > limit:
-        raise FormatError(f"larger than {limit >> 20} MiB", where=file.path, hint=f"check {option}")
+        raise FormatError(
+            f"larger than {limit >> 20} MiB", where=file.path, hint=f"check {option}", field=field_of(option)
+        )
 
 
 def quoted(value: str | bytes | int | list[int]) -> str:

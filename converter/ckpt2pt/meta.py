@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.ckpt.ranks import rank_folder
-from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, TryAgainError, UsageError
+from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, TryAgainError, UsageError, aside, ref, refs
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.names import bare, local_layer
 from ckpt2pt.mapping.topology import MAX_RANKS, Topology
@@ -34,19 +34,16 @@ _Described = tuple[tuple[str, ...], Buffer | None]
 _Maps = Mapping[tuple[int, int], Sequence[tuple[int, int, Path]]]
 """(tp, pp) -> (buffer, chunk, path) of each param map."""
 _MAX_NAMES = 200_000
-METADATA = "spec.metadata.path (--param-map-path)"
+METADATA = ref("metadata.path")
 WRITING = ".ckpt2pt/pt_meta.writing.json"
 """There while the folder is being written: its files may be of two runs."""
-_HINT = "point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees"
+_HINT = f"point {METADATA} at the pt_meta written for this model and these degrees"
 
 ARGUMENTS = re.compile(r"args_tp(\d{2,6})_pp(\d{3,6})\.pt", re.ASCII)
 """(tp, pp)"""
 PARAM_MAP = re.compile(r"param_map_buffer(\d+)_dp0tp(0|[1-9]\d*)pp(0|[1-9]\d*)vpp(\d+)\.json", re.ASCII)
 """(buffer, tp, pp, model chunk)"""
-_LAYOUT_HINT = (
-    "set spec.parallelism and spec.model (--tp-size --pp-size --vpp-size --num-layers --noop --stage-list) to those of the "
-    "Megatron run that wrote pt_meta; on a command line they may be left out, but for --stage-list"
-)
+_LAYOUT_HINT = f"set {refs('parallelism', 'model')} to those of the Megatron run that wrote pt_meta"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,10 +130,9 @@ def require(folder: Path, *, source: Path, target: Path) -> None:
         )
     if listing(folder, "args_tp*_pp*.pt", METADATA):
         return
-    made = f"--param-map-path {folder}"
     checkpoint = next((path.parents[2] for path in listing(target, "*/mp_rank_*/model_optim_rng.pt")), None)
-    captured = f"ckpt2pt pt-meta --megatron-path {checkpoint or 'MEGATRON'} {made}"
-    described = f"ckpt2pt pt-meta --description FILE --ms-path {source} {made}"
+    captured = f"ckpt2pt pt-meta --megatron-path {checkpoint or 'MEGATRON'} --param-map-path {folder}"
+    described = f"ckpt2pt pt-meta --description FILE --ms-path {source} --param-map-path {folder}"
     if checkpoint:
         hint = f"there is a Megatron checkpoint; if it is of the same model and cut, run: {captured}"
     else:
@@ -227,7 +223,7 @@ def param_map_files(folder: Path, tp: int, pp: int) -> list[Path]:
         raise FormatError(
             f"a second buffer: {more[0]} (parameters of several types in one chunk)",
             where=folder,
-            hint="convert with spec.mode ParamsOnly (--convert-param-only); the optimizer of such a model is not supported",
+            hint=f"convert weights alone{aside('mode')}; the optimizer of such a model is not supported",
         )
     if [chunk for _, chunk, _ in found] != list(range(len(found))):
         raise FormatError(
@@ -272,7 +268,8 @@ def _assign(order: list[_Described], topology: Topology, pp: int, *, where: str)
         raise TopologyError(
             f"{len(order)} model chunks are described for stage {pp}, the options ask for {len(filled)}",
             where=where,
-            hint="set spec.parallelism.virtualPipeline (--vpp-size) to that of the run that wrote pt_meta",
+            hint=f"set {ref('parallelism.virtualPipeline')} to that of the run that wrote pt_meta",
+            field="parallelism.virtualPipeline",
         )
     return tuple(ChunkMap(vpp=vpp, names=names, buffer=buffer) for vpp, (names, buffer) in chunks)
 
@@ -357,9 +354,10 @@ def learn(given: Given, *, source: Path, metadata: Path, target: Path, allow: tu
     if layers is None:
         require(metadata, source=source, target=target)
         raise UsageError(
-            "--num-layers is missing, and pt_meta does not say it",
-            where=f"the command line and {metadata}",
-            hint="give --num-layers, no-op layers included, or check --param-map-path",
+            f"{ref('model.numLayers')} is missing, and pt_meta does not say it",
+            where=f"{ref('spec')} and {metadata}",
+            hint=f"give {ref('model.numLayers')}, no-op layers included, or check {METADATA}",
+            field="model.numLayers",
         )
     with answering(metadata, allow):
         topology = Topology(
@@ -390,9 +388,11 @@ def check(topology: Topology, stated: Stated) -> None:
     """Refuse a layout whose ranks are not those that ``pt_meta`` has files for."""
     if (topology.tensor, topology.pipeline) != (stated.tensor, stated.pipeline):
         asked = _layout(topology.tensor, topology.pipeline, topology.virtual, topology.num_layers)
-        made = f"ckpt2pt pt-meta --from-pt-meta {stated.folder} --param-map-path NEW"
-        sizes = f"--target-tp-size {topology.tensor} --target-pp-size {topology.pipeline}"
-        hint = f"{_LAYOUT_HINT}; for another layout than that of pt_meta make metadata of it: {made} {sizes}"
+        made = (
+            f"ckpt2pt pt-meta --from-pt-meta {stated.folder} --param-map-path NEW "
+            f"--target-tp-size {topology.tensor} --target-pp-size {topology.pipeline}"
+        )
+        hint = f"{_LAYOUT_HINT}; for another layout than that of pt_meta make metadata of it: {made}"
         raise TopologyError(f"{stated}, the options ask for {asked}", where=stated.folder, hint=hint)
 
 
@@ -405,7 +405,7 @@ def answering(metadata: Path, allow: tuple[str, ...] = ()) -> Generator[None]:
         stated = read_stated(metadata, allow=allow)
         if stated is None:
             raise
-        raise type(error)(f"{error.what}; {stated}", where=error.where, hint=error.hint) from error
+        raise type(error)(f"{error.what}; {stated}", where=error.where, hint=error.hint, field=error.field) from error
 
 
 def _layout(tensor: int, pipeline: int, virtual: int | None, layers: int | None) -> str:
@@ -434,4 +434,4 @@ def _with_group(topology: Topology, group: int, source: Path) -> Topology:
     first = {wide.source_rank(*rank) for rank in wide.ranks()}
     if first == {topology.source_rank(*rank) for rank in topology.ranks()}:
         first = {rank for key in wide.ranks() for rank in wide.group(*key)}
-    return wide if all(is_folder(rank_folder(source, rank), "--ms-path") for rank in first) else topology
+    return wide if all(is_folder(rank_folder(source, rank), ref("source.path")) for rank in first) else topology

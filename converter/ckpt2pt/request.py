@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol, cast
 
-from ckpt2pt.errors import UsageError
+from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.flags import nearest
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.mapping.topology import Rank, Topology
@@ -113,13 +113,13 @@ def rules_of(given: str | None) -> Rules:
         return Rules()
     hint = "see docs/rules.md for the sections layer_modules, modules, ignore and pickle_globals"
     if not given:
-        raise UsageError("neither rules nor the path of a rule file", where="--rules", hint=hint)
+        raise UsageError("neither rules nor the path of a rule file", where=ref("model.rules"), hint=hint)
     if not given.lstrip().startswith(("{", "[")):
         return load_rules(Path(given))
     try:
-        return parse_rules(json.loads(given), where="--rules", hint=hint)
+        return parse_rules(json.loads(given), where=ref("model.rules"), hint=hint)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"not a JSON document: {error}", where="--rules", hint=hint) from error
+        raise UsageError(f"not a JSON document: {error}", where=ref("model.rules"), hint=hint) from error
 
 
 def load_rules(path: Path) -> Rules:
@@ -130,7 +130,7 @@ def load_rules(path: Path) -> Rules:
     try:
         document: object = yaml.safe_load(read_text(path))
     except OSError as error:
-        raise access_error(error, path, "reading", option="--rules (spec.model.rules)") from error
+        raise access_error(error, path, "reading", option=ref("model.rules")) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"not a YAML document: {error}", where=path, hint=hint) from error
     return parse_rules(document, where=str(path), hint=hint)

@@ -23,7 +23,7 @@ from ckpt2pt import __version__
 from ckpt2pt.ckpt.source import prove_read
 from ckpt2pt.crew import Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
-from ckpt2pt.errors import InterruptedRunError, TargetConflictError, of_rank, printable
+from ckpt2pt.errors import InterruptedRunError, TargetConflictError, of_rank, printable, ref
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
@@ -387,7 +387,7 @@ def _covered(
         raise TargetConflictError(
             f"a full conversion of the same source is there, verified {proof}; {conversion.verify} is asked for",
             where=conversion.target.folder,
-            hint="run the full conversion again with this spec.verify (--verify): it verifies what is there",
+            hint=f"run the full conversion again with this {ref('verify')}: it verifies what is there",
         )
     return Outcome(
         target=conversion.target,

@@ -18,7 +18,7 @@ from ckpt2pt.ckpt.filenames import When, shown
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.ckpt.source import files_for, read_source
-from ckpt2pt.errors import InputError, MissingInputError, TryAgainError
+from ckpt2pt.errors import InputError, MissingInputError, TryAgainError, aside, ref
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.inputs import InputFile, sha256
 from ckpt2pt.mapping.names import NameTable, is_tied_head, prefix_remark
@@ -45,7 +45,7 @@ from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef
 
 Index = Mapping[str, TensorRef]
-_INFO = "spec.source.optShardInfoPath (--opt-shard-info-path)"
+_INFO = ref("source.optShardInfoPath")
 Inputs = list[dict[str, object]]
 _MAX_KEPT = 1 << 14  # tensors, about 8 MiB
 
@@ -167,7 +167,7 @@ def survey(request: Request, keep: Collection[Rank] = ()) -> Survey:
         {
             request.shard_info: _INFO,
             request.metadata: METADATA,
-            request.source: "spec.source.path (--ms-path)",
+            request.source: ref("source.path"),
         },
     )
     return chosen
@@ -372,7 +372,7 @@ def _choose_iteration(
             if len(found) > 1:
                 raise
             samples = wanted * batch if batch else None
-            return when, Clock(iteration=wanted, samples=samples, because="--iteration")
+            return when, Clock(iteration=wanted, samples=samples, because="the iteration asked for")
     matching = [when for when, clock in clocks.items() if clock.iteration == wanted]
     if len(matching) != 1:
         there = ", ".join(
@@ -389,7 +389,7 @@ def _choose_iteration(
         raise InputError(
             f"{several}; by what the files hold they are of iterations {there}",
             where=request.source,
-            hint="set spec.source.iteration (--iteration) to one of them"
+            hint=f"set {ref('source.iteration')} to one of them"
             + (", or move the files of all but one of the same iteration away" if matching else ""),
         )
     return matching[0], clocks[matching[0]]
@@ -407,7 +407,7 @@ def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
             "ranks are at different steps: "
             + "; ".join(f"{name} is {dict(one).get(name)} and {dict(other).get(name)}" for name in differing),
             where=f"{path} and {rival}",
-            hint="choose a checkpoint that every rank has finished (spec.source.iteration, --iteration), "
+            hint=f"choose a checkpoint that every rank has finished{aside('source.iteration')}, "
             f"or remove the files of the broken save from {root}",
         )
 

@@ -65,7 +65,7 @@ def test_every_element_can_be_verified(operator: Release, checkpoint: Path, name
     assert told(found, "Verified")[0] == "True"
 
 
-def test_a_wrong_layer_count_says_what_is_wrong_and_how_to_mend_it(
+def test_a_wrong_layer_count_says_what_is_wrong_and_how_to_correct_it(
     operator: Release, checkpoint: Path, namespace: Kubectl, volume: Path
 ) -> None:
     wrong = document(checkpoint, volume, model={"numLayers": 8})

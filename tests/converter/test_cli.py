@@ -140,7 +140,7 @@ def test_metadata_that_is_a_dead_link_is_named_by_its_own_flag(
     path.unlink()
     path.symlink_to("nowhere")
     assert main(["convert", *flags, "--multiprocess-off", "--progress", "none"]) == 66
-    assert "check spec.metadata.path (--param-map-path)" in capsys.readouterr().err
+    assert "check --param-map-path" in capsys.readouterr().err
 
 
 def test_a_conversion_ends_with_0_and_a_document(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,8 +33,8 @@ def test_an_error_crosses_process_borders_whole(kind: type[Ckpt2ptError]) -> Non
 
 @each_kind
 def test_an_error_reads_as_three_lines(kind: type[Ckpt2ptError]) -> None:
-    text = str(kind("it is wrong", where="rank_0", hint="hint it"))
-    assert text.splitlines() == ["it is wrong", "  where: rank_0", "  hint:  hint it"]
+    text = str(kind("it is wrong", where="rank_0", hint="correct it"))
+    assert text.splitlines() == ["it is wrong", "  where: rank_0", "  hint:  correct it"]
 
 
 @each_kind

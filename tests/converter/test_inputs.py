@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError
+from ckpt2pt.errors import FileAccessError, FormatError, MissingInputError, ref
 from ckpt2pt.inputs import MAX_JSON_BYTES, MAX_META_BYTES, InputFile, quoted, read_whole, sha256
 from ckpt2pt.pt.reader import PtFile
 
@@ -61,8 +61,8 @@ def test_reads_that_the_kernel_refuses_are_errors_of_ours() -> None:
 
 def test_a_small_file_is_hashed_in_pieces(path: Path) -> None:
     path.write_bytes(path.read_bytes() + b"more")
-    assert sha256(path, "--param-map-path") == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert read_whole(path, "--param-map-path") == path.read_bytes()
+    assert sha256(path, ref("metadata.path")) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert read_whole(path, ref("metadata.path")) == path.read_bytes()
 
 
 @pytest.mark.parametrize(("read", "limit"), [(sha256, MAX_META_BYTES), (read_whole, MAX_JSON_BYTES)])
@@ -71,15 +71,15 @@ def test_metadata_of_an_absurd_size_is_refused_unread(
 ) -> None:
     os.truncate(path, limit + 1)
     with pytest.raises(FormatError, match=f"larger than {limit >> 20} MiB") as caught:
-        read(path, "--param-map-path")
-    assert "--param-map-path" in caught.value.hint
+        read(path, ref("metadata.path"))
+    assert ref("metadata.path") in caught.value.hint
 
 
 def test_hashing_takes_no_more_memory_than_a_piece(path: Path) -> None:
     os.truncate(path, 64 << 20)
     tracemalloc.start()
     try:
-        sha256(path, "--param-map-path")
+        sha256(path, ref("metadata.path"))
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
@@ -91,7 +91,7 @@ def test_quoted_text_is_short_and_printable() -> None:
     assert quoted([1, 2]) == "[1, 2]"
 
 
-@pytest.mark.parametrize(("opened", "option"), [(InputFile, "--ms-path"), (PtFile, "the path of the .pt file")])
+@pytest.mark.parametrize(("opened", "option"), [(InputFile, ref("source.path")), (PtFile, "the path of the .pt file")])
 def test_a_file_that_is_not_there_is_named_as_the_user_named_it(
     tmp_path: Path, opened: type[InputFile], option: str
 ) -> None:

@@ -196,7 +196,7 @@ def refused(one: Relaid, other: Relaid, folder: Path, match: str, **more: Any) -
 def test_heads_are_not_cut(kind: dict[str, Any], what: str, tmp_path: Path) -> None:
     one = Relaid(topology=topology(tensor=2), **kind)
     other = Relaid(topology=topology(tensor=4), **kind)
-    assert "--target-tp-size" in str(refused(one, other, tmp_path, what))
+    assert "target.parallelism.tensor" in str(refused(one, other, tmp_path, what))
 
 
 def test_columns_that_do_not_divide_are_refused_by_name(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_missing_layer_is_named(tmp_path: Path) -> None:
 
 def test_layers_that_the_target_has_not_are_named(tmp_path: Path) -> None:
     one, other = Relaid(topology=topology(num_layers=6, pipeline=2)), Relaid(topology=topology())
-    assert "--num-layers" in str(refused(one, other, tmp_path, "layer 4 of the source has no place in the target"))
+    assert "model.numLayers" in str(refused(one, other, tmp_path, "layer 4 of the source has no place in the target"))
 
 
 def test_a_tensor_that_one_rank_lacks_is_named(tmp_path: Path) -> None:

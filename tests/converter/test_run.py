@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from ckpt2pt import run as run_module
-from ckpt2pt.errors import FormatError, InputError, NoSpaceError, TryAgainError, UsageError, VolumeTooSmallError
+from ckpt2pt.errors import FormatError, InputError, NoSpaceError, TryAgainError, UsageError, VolumeTooSmallError, ref
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
@@ -110,7 +110,7 @@ def test_another_conversion_is_refused_and_leaves_the_first_alone(pipelined: Pat
     before = contents(tmp_path)
     with pytest.raises(UsageError, match="another conversion") as caught:
         convert(request_for(pipelined, tmp_path, full=False))
-    assert "--overwrite" in caught.value.hint
+    assert ref("target.overwrite") in caught.value.hint
     assert contents(tmp_path) == before
     assert (tmp_path / TRACKER).read_text() == "2"
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from ckpt2pt.cli import main
-from ckpt2pt.errors import UsageError
+from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Request
 from ckpt2pt.run import Outcome, run
@@ -128,7 +128,7 @@ def test_what_is_there_is_verified_as_asked_for(tmp_path: Path) -> None:
     convert(replace(full, verify="none"))
     with pytest.raises(UsageError, match="verified none; digest is asked for") as told:
         convert(params)
-    assert "--verify" in told.value.hint
+    assert ref("verify") in told.value.hint
     assert convert(replace(params, verify="none")).verified == "none"
     convert(replace(full, verify="full"))
     assert convert(params).verified == "full"
@@ -139,7 +139,7 @@ def test_parameters_beside_a_full_conversion_that_is_not_complete_are_refused(tm
     convert(full, 0)
     with pytest.raises(UsageError, match="a full conversion of the same source was begun there") as told:
         convert(params)
-    assert "without --convert-param-only" in told.value.hint
+    assert "run the full conversion again" in told.value.hint
     convert(full)
     assert convert(params).converted == ()
 

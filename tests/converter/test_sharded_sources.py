@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.cli import main
-from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, TopologyError
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, TopologyError, ref
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.run import run
 from ckpt2pt.survey import survey
@@ -106,7 +106,7 @@ def test_descriptions_may_lie_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "ms" / "opt_shard_info").rename(tmp_path / "elsewhere")
     with pytest.raises(MissingInputError, match="nothing describes them") as caught:
         survey(made.request(tmp_path))
-    assert "--opt-shard-info-path" in caught.value.hint
+    assert ref("source.optShardInfoPath") in caught.value.hint
     made.check(run(made.request(tmp_path, shard_info=tmp_path / "elsewhere"), [0], Quiet()))
 
 

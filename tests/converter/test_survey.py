@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.errors import InputError, MissingInputError, PermissionDeniedError, UsageError
+from ckpt2pt.errors import InputError, MissingInputError, PermissionDeniedError, UsageError, ref
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
@@ -55,11 +55,11 @@ def test_newest_is_chosen_without_a_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("target", "option"),
     [
-        pytest.param("ms", "--ms-path", id="the-source"),
-        pytest.param("pt_meta/../link", "--ms-path", id="the-source-by-a-link"),
-        pytest.param("pt_meta", "--param-map-path", id="the-metadata"),
-        pytest.param("shards", "--opt-shard-info-path", id="the-descriptions-of-shards"),
-        pytest.param("above", "--ms-path", id="the-source-is-the-iteration-of-the-result"),
+        pytest.param("ms", "source.path", id="the-source"),
+        pytest.param("pt_meta/../link", "source.path", id="the-source-by-a-link"),
+        pytest.param("pt_meta", "metadata.path", id="the-metadata"),
+        pytest.param("shards", "source.optShardInfoPath", id="the-descriptions-of-shards"),
+        pytest.param("above", "source.path", id="the-source-is-the-iteration-of-the-result"),
     ],
 )
 def test_a_result_in_the_place_of_what_is_read_is_refused(target: str, option: str, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_result_in_the_place_of_what_is_read_is_refused(target: str, option: s
     (tmp_path / "above" / "iter_0000100").symlink_to("../ms")
     with pytest.raises(UsageError, match=f"would take the place of .*{option}") as refused:
         survey(replace(request, target=tmp_path / target, shard_info=tmp_path / "shards"))
-    assert "--megatron-path" in refused.value.hint
+    assert ref("target.path") in refused.value.hint
 
 
 @pytest.mark.parametrize("target", [".", "ms/megatron", "pt_meta/megatron"])
@@ -153,7 +153,7 @@ def test_a_checkpoint_that_does_not_tell_its_time_needs_the_users_word(tmp_path:
     with pytest.raises(InputError, match="tells its iteration"):
         survey(request)
     clock = survey(replace(request, iteration=7)).clock
-    assert (clock.iteration, clock.samples, clock.because) == (7, 28, "--iteration")
+    assert (clock.iteration, clock.samples, clock.because) == (7, 28, "the iteration asked for")
 
 
 def test_the_users_word_does_not_overrule_what_the_checkpoint_says(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from ckpt2pt import __version__, errors
+from ckpt2pt.cli import build_parser
 from goldens import REPOSITORY
 
 MODULES = sorted(path for folder in ("converter", "operator") for path in (REPOSITORY / folder).rglob("*.py"))
@@ -321,3 +323,93 @@ def test_continuous_integration_goes_through_the_door() -> None:
     commands = [line for line in script.read_text().splitlines() if line.startswith("make ")]
     assert commands == ["make check", "make test", "make test-mindspore", "make e2e"]
     assert script.stat().st_mode & 0o111
+
+
+# ---------------------------------------------------------------------------------------------------- names of options
+
+EDGES = ("cli", "parsers", "flags", "back/options", "combine/flags", "ptmeta/options", "follow/command")
+"""Modules that read a command line, beside the rooms of :data:`EDGE_ROOMS` and what writes a worker's."""
+EDGE_ROOMS = ("cluster", "conversion", "hooks", "local", "options", "programs", "show")
+OF_OTHERS = frozenset(
+    {
+        "ckpt-format", "no-load-optim", "no-load-rng", "overlap-grad-reduce", "override-opt", "use-dist-ckpt",
+        "use-distributed-optimizer",  # Megatron-LM
+        "vfs-cache-mode",  # rclone
+        "termination-log",  # what a Job adds to the command of a worker, which is looked for in bare words
+    }
+)  # fmt: skip
+"""Flags of other programs that texts tell to use."""
+COMMAND_LINE = re.compile(r"ckpt2pt [a-z][a-z-]+(?: (?!--)[^\s;,]+| --[a-z-]+| \{[^}]*\})*")
+"""A whole command line of ours, which is the same whatever command was called."""
+SPELLED = re.compile(r"(?<![\w-])--([a-z][a-z-]*)|(?<![\w.])spec\.[a-z][\w.]*")
+
+
+def spelled_in(code: str) -> list[str]:
+    """Flags and spec paths in the texts of a module."""
+    tree = ast.parse(code)
+    found: list[str] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):  # a docstring
+            return
+        if isinstance(node, ast.JoinedStr):
+            texts = (part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            look("".join(map(str, texts)))
+            for part in node.values:
+                if isinstance(part, ast.FormattedValue):
+                    visit(part.value)
+            return
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            look(node.value)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    def look(text: str) -> None:
+        rest = COMMAND_LINE.sub("", text)
+        found.extend(match[0] for match in SPELLED.finditer(rest) if match[1] not in OF_OTHERS)
+
+    visit(tree)
+    return found
+
+
+INNER = [
+    module
+    for module in MODULES
+    if (name := name_of(module).removeprefix("converter/ckpt2pt/")) != name_of(module)
+    and name.removesuffix(".py") not in EDGES
+    and name.partition("/")[0] not in EDGE_ROOMS
+]
+
+
+@pytest.mark.parametrize("module", INNER, ids=name_of)
+def test_only_the_edges_spell_flags_and_fields(module: Path) -> None:
+    found = spelled_in(module.read_text(encoding="utf-8"))
+    assert not found, f"{found}: name the option by ckpt2pt.errors.ref"
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        pytest.param('x = "check --tp-size"', ["--tp-size"], id="a flag"),
+        pytest.param("x = f'{y}: check spec.source.path'", ["spec.source.path"], id="a field"),
+        pytest.param('x = f"check {z} (--noop {y})"', ["--noop"], id="in parentheses"),
+        pytest.param('x = f"run ckpt2pt pt-meta --ms-path {y} --noop 3"', [], id="a command line"),
+        pytest.param('"""Of ``--tp-size``."""\ndef f():\n    """And --noop."""', [], id="a docstring"),
+        pytest.param('x = "save with --use-dist-ckpt"', [], id="a flag of Megatron"),
+        pytest.param("x = ref('source.path')", [], id="a marker"),
+    ],
+)
+def test_the_rule_on_flags_sees_them(code: str, found: list[str]) -> None:
+    assert spelled_in(code) == found
+
+
+def test_command_lines_in_texts_are_real() -> None:
+    lines = {
+        line for module in INNER for line in COMMAND_LINE.findall(module.read_text(encoding="utf-8")) if "--" in line
+    }
+    assert lines
+    [commands] = [a.choices for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    for line in lines:
+        _, command, *words = line.split()
+        flags = {word.rstrip("\\\"'") for word in words if word.startswith("--")}
+        assert flags <= {*commands[command]._option_string_actions}, line

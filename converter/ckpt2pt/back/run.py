@@ -13,6 +13,7 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.survey import BackPrepared, BackSurvey, held_for, prepare_back, prove_unchanged_back, survey_back
 from ckpt2pt.checksums import crc32
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
+from ckpt2pt.errors import ref
 from ckpt2pt.folders import iteration_folder, keep_apart
 from ckpt2pt.formats.megatron import ROLES
 from ckpt2pt.mapping.names import NameTable, is_split, prefix_remark
@@ -94,8 +95,8 @@ class _Back:
         ]
 
         def examine(partials: Mapping[str, Path]) -> Mapping[str, int]:
-            from ckpt2pt.verify.held import Held  # noqa: PLC0415 - numpy, and only when asked for
             from ckpt2pt.verify.imported import prove_import  # noqa: PLC0415
+            from ckpt2pt.verify.tensors import Held  # noqa: PLC0415 - numpy, and only when asked for
 
             request, found = self.request, self.found
             stored, tensors = held_for(request, found, self.rank)
@@ -194,7 +195,7 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
     iteration = iteration_folder(request.source)
     keep_apart(
         target,
-        {request.maps: "--param-map-path", request.source: "--megatron-path", iteration: "--megatron-path"},
+        {request.maps: ref("metadata.path"), request.source: ref("source.path"), iteration: ref("source.path")},
     )
     conversion = Conversion(
         target=target,

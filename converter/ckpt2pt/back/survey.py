@@ -16,7 +16,7 @@ from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.source import kept
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.core.index import Collector, Index
-from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
+from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, aside, ref
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.formats.megatron import collect_rank
 from ckpt2pt.inputs import sha256
@@ -127,17 +127,18 @@ def _topology(request: BackRequest, first: MegatronRank, folders: Mapping[Rank, 
     args = first.template.args
     tensor, pipeline = parallel_sizes(folders)
     found = {
-        "--tp-size": (request.tensor, tensor),
-        "--pp-size": (request.pipeline, pipeline),
-        "--vpp-size": (request.virtual, len(first.chunks)),
-        "--num-layers": (request.num_layers, args.get("num_layers")),
+        "parallelism.tensor": (request.tensor, tensor),
+        "parallelism.pipeline": (request.pipeline, pipeline),
+        "parallelism.virtualPipeline": (request.virtual, len(first.chunks)),
+        "model.numLayers": (request.num_layers, args.get("num_layers")),
     }
-    for flag, (asked, there) in found.items():
+    for path, (asked, there) in found.items():
         if asked is not None and asked != there:
             raise TopologyError(
-                f"{flag} is {asked}, the checkpoint has {there!r}",
+                f"{ref(path)} is {asked}, the checkpoint has {there!r}",
                 where=first.folder,
-                hint=f"leave {flag} out, or give {there!r}",
+                hint=f"leave {ref(path)} out, or give {there!r}",
+                field=path,
             )
     layers = args.get("num_layers")
     if type(layers) is not int:
@@ -174,14 +175,14 @@ def _agree(rank: MegatronRank, first: MegatronRank, cut: Topology) -> None:
 def _has_distributed_optimizer(rank: MegatronRank) -> bool:
     """Whether the optimizer lies in a file of its own; a rank without the one that its arguments promise is refused."""
     distributed = rank.template.args.get("use_distributed_optimizer") is True
-    if is_file(rank.folder / OPTIM_FILE, "--megatron-path"):
+    if is_file(rank.folder / OPTIM_FILE, ref("source.path")):
         return True
     if rank.has_plain_optimizer:
         return False
     raise MissingInputError(
         f"{OPTIM_FILE} is not there" if distributed else f"{MODEL_FILE} holds no optimizer",
         where=rank.folder,
-        hint="save without --no-save-optim, or give --convert-param-only",
+        hint=f"save the checkpoint with its optimizer, or import weights alone{aside('mode')}",
     )
 
 
@@ -202,13 +203,13 @@ def _inputs(request: BackRequest, folder: Path, rank: Rank) -> Sequence[Json]:
         except FileNotFoundError as error:
             if name == OPTIM_FILE:  # a run without the distributed optimizer has none
                 continue
-            raise access_error(error, folder / name, "examining", option="--megatron-path") from error
+            raise access_error(error, folder / name, "examining", option=ref("source.path")) from error
         except OSError as error:
             raise access_error(error, folder / name, "examining", reading=True) from error
         found.append({"source": f"{folder.name}/{name}", "nbytes": seen.st_size, "mtime_ns": seen.st_mtime_ns})
     if request.full and request.maps:
         maps = param_map_files(request.maps, *rank)
-        found.extend({"metadata": path.name, "sha256": sha256(path, "--param-map-path")} for path in maps)
+        found.extend({"metadata": path.name, "sha256": sha256(path, ref("metadata.path"))} for path in maps)
     return found
 
 

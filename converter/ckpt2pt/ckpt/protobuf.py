@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from ckpt2pt.checksums import Piece
 from ckpt2pt.ckpt.window import COPY_AGAIN, Window
-from ckpt2pt.errors import FormatError
+from ckpt2pt.errors import FormatError, ref
 from ckpt2pt.inputs import InputFile, opened, quoted
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
@@ -146,7 +146,7 @@ def _recognise(file: InputFile) -> None:
         raise FormatError(
             "this is a zip archive (torch writes such .pt files), not a MindSpore checkpoint",
             where=file.path,
-            hint="point spec.source.path (--ms-path) at the MindSpore checkpoint",
+            hint=f"point {ref('source.path')} at the MindSpore checkpoint",
         )
 
 

@@ -22,7 +22,7 @@ from typing import cast
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.filenames import UNNAMED, When, check_rank, is_passed_by, when_of_name
 from ckpt2pt.ckpt.shards import check_ranks, join_shards, read_info
-from ckpt2pt.errors import InputError, MissingInputError
+from ckpt2pt.errors import InputError, MissingInputError, ref, refs
 from ckpt2pt.inputs import InputFile, read_head
 from ckpt2pt.mapping.foldernames import (
     TRACKER,
@@ -121,7 +121,8 @@ def find_groups(
         raise MissingInputError(
             "the folder of shard descriptions is not there",
             where=info,
-            hint="check spec.source.optShardInfoPath (--opt-shard-info-path), or leave it out",
+            hint=f"check {ref('source.optShardInfoPath')}, or leave it out",
+            field="source.optShardInfoPath",
         )
     shards = {when for when, files in found.items() if sharded(next(iter(files.values())).path)}
     if not shards:
@@ -205,7 +206,8 @@ def _complete(
         raise MissingInputError(
             "the source folder is not there",
             where=root,
-            hint="point spec.source.path (--ms-path) at the training output",
+            hint=f"point {ref('source.path')} at the training output",
+            field="source.path",
         )
     iterations = _iterations(root)
     if iterations:
@@ -266,8 +268,7 @@ def _by_rank(
             f"{len(missing)} of {len(ranks)} rank folders are missing: {_some(missing, 'rank_{}')}"
             f" (there are {_some(there, 'rank_{}')})",
             where=root,
-            hint="check spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) of "
-            "the training that wrote it, and spec.source.path (--ms-path)",
+            hint=f"check {ref('parallelism')} of the training that wrote it, and {ref('source.path')}",
         )
     return {member: candidates(rank_folder(root, rank), wanted) for member, rank in ranks.items()}
 
@@ -317,7 +318,7 @@ def candidates(folder: Path, wanted: Wanted) -> dict[When, SourceFile]:
         raise MissingInputError(
             f"no {wanted[0] or 'ckpt or safetensors'} file",
             where=folder,
-            hint="check spec.source.path (--ms-path) and spec.source.format (--src-model-format)",
+            hint=f"check {refs('source.path', 'source.format')}",
         )
     return found
 
@@ -331,7 +332,7 @@ def _take(found: dict[When, SourceFile], file: SourceFile) -> None:
         raise InputError(
             f"two files of one step: {rival.path.name} and {file.path.name}",
             where=file.path.parent,
-            hint="choose with spec.source.format (--src-model-format), or move one of them away",
+            hint=f"choose with {ref('source.format')}, or move one of them away",
         )
 
 
@@ -382,8 +383,7 @@ def _by_model_rank(
             f"{len(missing)} of {len(members)} model files are in no iteration, first that of "
             f"{_label(topology, missing[0], v2=True)} (there are {', '.join(there[:8]) or 'none'})",
             where=newest,
-            hint="check spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) of "
-            "the training that wrote it, and spec.source.format (--src-model-format)",
+            hint=f"check {ref('parallelism')} of the training that wrote it, and {ref('source.format')}",
         )
     return found
 
@@ -433,7 +433,8 @@ def _info_file(folder: Path, topology: Topology, key: Key) -> Path:
     raise MissingInputError(
         f"the ranks hold data-parallel shards, and nothing describes them: no {places[0]}/dist_opt_shard_info*.json",
         where=folder,
-        hint="point spec.source.optShardInfoPath (--opt-shard-info-path) at the opt_shard_info folder of the training",
+        hint=f"point {ref('source.optShardInfoPath')} at the opt_shard_info folder of the training",
+        field="source.optShardInfoPath",
     )
 
 

@@ -20,7 +20,7 @@ from typing import Literal, cast
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.filenames import UNNAMED, When, shown, when_of_name
 from ckpt2pt.ckpt.ranks import SourceFile, candidates, last_saved, rank_folder
-from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, TimedOutError
+from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, TimedOutError, aside, ref
 from ckpt2pt.inputs import InputFile, read_whole
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.system.paths import is_folder, listing, status
@@ -80,19 +80,19 @@ class Look:
         kinds = {obstacle.kind for obstacle in self.obstacles}
         what = self.sentence if waited is None else f"after {waited:g} s the {self.sentence}"
         if "absent" in kinds:
-            hint = "check spec.source.path (--ms-path): it is the folder that holds rank_0, rank_1, ..."
+            hint = f"check {ref('source.path')}: it is the folder that holds rank_0, rank_1, ..."
             return MissingInputError(what, where=self.root, hint=hint)
         if "missing" in kinds:
             hint = (
-                "see that every rank has saved into this folder, check spec.parallelism (--tp-size --pp-size --dp-size "
-                "--cp-size), or wait longer with spec.readiness.timeoutSeconds (--readiness-timeout)"
+                f"see that every rank has saved into this folder, check {ref('parallelism')}, "
+                f"or wait longer{aside('readiness.timeoutSeconds')}"
             )
             return MissingInputError(what, where=self.root, hint=hint)
         if kinds == {"unfinished"}:
-            hint = "wait longer with spec.readiness.timeoutSeconds (--readiness-timeout); remove what a killed save has left"
+            hint = f"wait longer{aside('readiness.timeoutSeconds')}; remove what a killed save has left"
             return TimedOutError(what, where=self.root, hint=hint)
         hint = (
-            "choose a checkpoint that every rank has saved with spec.source.iteration (--iteration), or remove the files "
+            f"choose a checkpoint that every rank has saved{aside('source.iteration')}, or remove the files "
             "of the broken save"
         )
         return InputError(what, where=self.root, hint=hint)
@@ -130,7 +130,7 @@ class Watcher:
 
     def is_there(self) -> bool:
         """Whether the training output is there at all."""
-        return is_folder(self._root, "spec.source.path (--ms-path)")
+        return is_folder(self._root, InputFile.option)
 
     def steps(self) -> list[When]:
         """(epoch, step) of the files under final names that every rank has; oldest first."""

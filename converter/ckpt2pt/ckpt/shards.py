@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from ckpt2pt.ckpt import index_file
-from ckpt2pt.errors import CoverageError, FormatError, InputError, TopologyError
+from ckpt2pt.errors import CoverageError, FormatError, InputError, TopologyError, ref, refs
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.names import SHARD
 from ckpt2pt.plan.moves import cut
@@ -31,8 +31,9 @@ MAX_INFO_BYTES = 256 << 20
 MAX_GAP = (512 + 30) // 2
 """Elements between two parameters: memory is aligned to 512 bytes with 31 to spare, and an element has 2 or more."""
 PREFIXES = ("", "exp_avg.", "exp_avg_sq.")
-_OPTION = "spec.source.optShardInfoPath (--opt-shard-info-path)"
+_OPTION = ref("source.optShardInfoPath")
 _HINT = f"point {_OPTION} at the opt_shard_info of the run that wrote these shards"
+_SIZES_HINT = f"{_HINT}, and check {refs('parallelism.data', 'parallelism.context')}"
 
 
 class Place(NamedTuple):
@@ -170,8 +171,7 @@ def check_ranks(info: ShardInfo, wanted: Sequence[int]) -> None:
         raise TopologyError(
             f"the shards are spread over ranks {list(info.ranks)}, the options give ranks {list(wanted)}",
             where=info.path,
-            hint="set spec.parallelism.data, context, tensor and pipeline (--dp-size --cp-size --tp-size --pp-size) to those "
-            "of the training that wrote the shards",
+            hint=f"check {ref('parallelism')}, and that {_OPTION} is all of the opt_shard_info of the training that wrote the shards",
         )
 
 
@@ -202,9 +202,9 @@ def join_shards(paths: Sequence[Path], info: ShardInfo) -> dict[str, TensorRef]:
     zero3 = _zero3(indexes, info, paths)
     rest = dict(zero3)
     for index in indexes:
-        for name, ref in index.items():
+        for name, tensor_ref in index.items():
             if not SHARD.fullmatch(name):
-                rest.setdefault(name, ref)
+                rest.setdefault(name, tensor_ref)
     twice = sorted(found.keys() & rest.keys())
     if twice:
         raise CoverageError(
@@ -242,18 +242,22 @@ def _buffers(
     for name, buffer, start, size in info.shards():
         share = size // count
         for number, index in enumerate(indexes):
-            ref = index[prefix + name]
+            tensor_ref = index[prefix + name]
             pieces = found[buffer][1]
-            if ref.shape != (share,) or (pieces and ref.dtype != found[buffer][0]) or ref.dtype not in DTYPE_BYTES:
+            if (
+                tensor_ref.shape != (share,)
+                or (pieces and tensor_ref.dtype != found[buffer][0])
+                or tensor_ref.dtype not in DTYPE_BYTES
+            ):
                 raise InputError(
-                    f"{ref} where {found[buffer][0]}[{share}] belongs: the bucket has {size} elements, "
+                    f"{tensor_ref} where {found[buffer][0]}[{share}] belongs: the bucket has {size} elements, "
                     f"and each of {count} ranks holds {size} // {count} of them",
                     where=paths[number],
-                    hint=f"{_HINT}, and check spec.parallelism.data and context (--dp-size --cp-size)",
+                    hint=_SIZES_HINT,
                 )
             first = start + number * share
-            found[buffer] = (ref.dtype, pieces)
-            pieces.append(_Piece(first, first + share, ref.extents))
+            found[buffer] = (tensor_ref.dtype, pieces)
+            pieces.append(_Piece(first, first + share, tensor_ref.extents))
     return found
 
 

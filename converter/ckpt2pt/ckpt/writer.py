@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ckpt2pt.errors import InputError
+from ckpt2pt.errors import InputError, aside
 from ckpt2pt.framing import Framer
 from ckpt2pt.plan.entries import Entry, entry_moves, slices
 from ckpt2pt.plan.moves import Move
@@ -225,7 +225,7 @@ def _check_safe(entries: Sequence[Entry], where: str) -> None:
             raise InputError(
                 f"{what} cannot be kept in a .safetensors file that mindspore loads",
                 where=where,
-                hint="write .ckpt instead (--dst-format ckpt)",
+                hint=f"write .ckpt instead{aside('target.format')}",
             )
 
 

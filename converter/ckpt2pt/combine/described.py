@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckpt2pt.ckpt.filenames import check_rank
 from ckpt2pt.ckpt.shards import read_info
-from ckpt2pt.errors import InputError, MissingInputError
+from ckpt2pt.errors import InputError, MissingInputError, ref
 from ckpt2pt.folders import layout_of
 from ckpt2pt.mapping.foldernames import model_ranks, parallel_sizes, ranks_of
 from ckpt2pt.mapping.topology import Topology
@@ -18,14 +18,15 @@ _INFO = "dist_opt_shard_info*.json"
 
 def descriptions(strategy: Path) -> dict[str, Path]:
     """By the names of their folders, ``rank_R`` or ``mp_rank_T_P``; refused where a file's own name says another rank."""
-    infos = {path.parent.name: path for path in listing(strategy, f"*/{_INFO}", "--strategy-dir")}
+    infos = {path.parent.name: path for path in listing(strategy, f"*/{_INFO}", ref("source.optShardInfoPath"))}
     for path in infos.values():
         check_rank(path)
     if not infos:
         raise MissingInputError(
             f"no */{_INFO} there",
             where=strategy,
-            hint="point --strategy-dir at the opt_shard_info folder of the training",
+            hint=f"point {ref('source.optShardInfoPath')} at the opt_shard_info folder of the training",
+            field="source.optShardInfoPath",
         )
     return infos
 

@@ -11,8 +11,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -36,7 +35,7 @@ from ckpt2pt.combine.described import described_topology, descriptions
 from ckpt2pt.combine.outcome import Combined
 from ckpt2pt.crew import stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
-from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, UsageError
+from ckpt2pt.errors import InputError, MissingInputError, UsageError, ref
 from ckpt2pt.mapping.foldernames import model_rank_of
 from ckpt2pt.mapping.names import MOMENTS, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
@@ -63,17 +62,6 @@ from ckpt2pt.verify.copies import copied_ranks, remark
 
 log = logging.getLogger("ckpt2pt")
 
-# Flags of convert, as the rooms that both use name them in their hints, and what they are called here.
-_FLAGS = {
-    "spec.source.path (--ms-path)": "--checkpoint-dir",
-    "spec.source.format (--src-model-format)": "--src-format",
-    "spec.source.optShardInfoPath (--opt-shard-info-path)": "--strategy-dir",
-    "spec.parallelism: tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size)": "--strategy-dir",
-    "set spec.parallelism.data, context, tensor and pipeline (--dp-size --cp-size --tp-size --pp-size) to those":
-        "copy the whole --strategy-dir",
-    "check spec.parallelism.data and context (--dp-size --cp-size)": "copy all of it",
-    "choose a checkpoint that every rank has finished (spec.source.iteration, --iteration), or remove": "remove",
-}  # fmt: skip
 _MOMENTS = (*(f"{moment}." for moment in MOMENTS), "max_exp_avg_sq.", "moments.")
 # What the reference leaves out with the moments, but by whole names: it looks for "step" and "epoch" anywhere in them.
 _PROGRESS = re.compile(
@@ -181,7 +169,7 @@ class Group:
     def is_done(self) -> bool:
         """True when this very merge is there; raises for files that are there and are another's, or nobody's."""
         manifest = read_record(self.manifest) or {}
-        found = {name: status(self.asked.output / name, "--output-dir", follow=False) for name in self.paths}
+        found = {name: status(self.asked.output / name, ref("target.path"), follow=False) for name in self.paths}
         sizes = [seen.st_size if seen else None for seen in found.values()]
         ours = manifest.get("identity") == self.identity and "files" in manifest
         if ours and sizes == [file.lay_out().nbytes for file in self.files]:
@@ -194,7 +182,7 @@ class Group:
                 "a merged file is there that this command did not make: other options, another source, or a source that "
                 "changed since",
                 where=next(self.asked.output / name for name, seen in found.items() if seen),
-                hint="choose another --output-dir, or replace it with --overwrite",
+                hint=f"choose another {ref('target.path')}, or replace it with {ref('target.overwrite')}",
             )
         return False
 
@@ -216,7 +204,7 @@ class Group:
 
     def _ledger(self) -> Ledger:
         mine = (read_record(self.manifest) or {}).get("identity") == self.identity
-        hint = "choose another --output-dir, or move it away: it is never replaced"
+        hint = f"choose another {ref('target.path')}, or move it away: it is never replaced"
         repair = mine and self.asked.overwrite
         return Ledger.of_group(self.asked.output, self.manifest, self.identity, hint=hint, repair=repair)
 
@@ -261,12 +249,11 @@ def _step(file: SourceFile) -> str:
 def combine(asked: Combination, reporter: Reporter) -> Combined:
     """Merge the newest step that all ranks have; what an earlier run finished is kept."""
     began = time.monotonic()
-    with _own_words():
-        merge = choose_groups(asked)
+    merge = choose_groups(asked)
     chosen = [rank for rank in merge.files if _in_section(merge.topology.source_rank(*rank), asked.section)]
     if not chosen:
         raise UsageError(
-            f"--rank-section {asked.section} holds the first rank of no group",
+            f"{ref('section')} {asked.section} holds the first rank of no group",
             where=asked.strategy,
             hint=f"first ranks are {sorted(merge.topology.source_rank(*rank) for rank in merge.files)}",
         )
@@ -274,14 +261,13 @@ def combine(asked: Combination, reporter: Reporter) -> Combined:
     needed = 0
     for rank in chosen:
         # One at a time: the plans of many ranks would not fit into the memory of one.
-        with _own_words():
-            group = merge.plan(rank)
+        group = merge.plan(rank)
         if group.is_done:
             group.end_writing()
         else:
             todo[rank] = group.source_bytes
             needed += group.nbytes
-    check_volume(asked.output, needed, "--output-dir", " (convert needs no merged copy at all)")
+    check_volume(asked.output, needed, ref("target.path"), " (convert needs no merged copy at all)")
     when = next(iter(merge.files.values())).when
     with stopped_by_signals() as stop:
         reporter.begin(todo, max(when[1], 0))
@@ -315,7 +301,7 @@ def _copies(merge: Merge, chosen: list[Rank]) -> list[str]:
 
     def weights(rank: Rank) -> list[TensorRef]:
         index = index_source(merge.files[rank], merge.topology.group(*rank))
-        return [ref for name, ref in index.items() if is_split(name) and not name.startswith(_MOMENTS)]
+        return [tensor_ref for name, tensor_ref in index.items() if is_split(name) and not name.startswith(_MOMENTS)]
 
     found = copied_ranks(digests, weights)
     return [remark(group, lambda rank: merge.files[rank].path) for group in found]
@@ -323,18 +309,6 @@ def _copies(merge: Merge, chosen: list[Rank]) -> list[str]:
 
 def _in_section(rank: int, section: tuple[int, int] | None) -> bool:
     return section is None or section[0] <= rank < section[1]
-
-
-@contextmanager
-def _own_words() -> Generator[None]:
-    """Errors of the rooms that ``convert`` uses as well, with the names of this command's flags."""
-    try:
-        yield
-    except Ckpt2ptError as error:
-        hint = error.hint
-        for theirs, ours in _FLAGS.items():
-            hint = hint.replace(theirs, ours)
-        raise type(error)(error.what, where=error.where, hint=hint) from error
 
 
 def choose_groups(asked: Combination) -> Merge:
@@ -375,7 +349,7 @@ def _check_described(asked: Combination, when: When | None, described: set[str])
     found = surplus(asked.source, when, described.union(descriptions(asked.strategy)))
     if found:
         raise MissingInputError(
-            f"{len(found)} folders of --checkpoint-dir hold shards that nothing describes: {', '.join(found[:8])}",
+            f"{len(found)} folders of {ref('source.path')} hold shards that nothing describes: {', '.join(found[:8])}",
             where=asked.strategy,
             hint="copy the whole opt_shard_info folder of the training, or move what another run has left away",
         )
@@ -384,17 +358,17 @@ def _check_described(asked: Combination, when: When | None, described: set[str])
 def merged_entries(index: Mapping[str, TensorRef], *, optimizer: bool) -> list[Entry]:
     """The entries of a merged file in the order of the index, with or without the optimizer's moments and progress."""
     entries: list[Entry] = []
-    for name, ref in index.items():
+    for name, tensor_ref in index.items():
         if not optimizer and (name.startswith(_MOMENTS) or _PROGRESS.fullmatch(name)):
             continue
-        if ref.dtype == "str":
-            entries.append(text_entry(name, str(read_scalar(ref))))
-        elif ref.dtype in DTYPE_BYTES and ref.dtype != "complex64":
-            entries.append(Entry(name=name, dtype=ref.dtype, shape=ref.shape, source=ref))
+        if tensor_ref.dtype == "str":
+            entries.append(text_entry(name, str(read_scalar(tensor_ref))))
+        elif tensor_ref.dtype in DTYPE_BYTES and tensor_ref.dtype != "complex64":
+            entries.append(Entry(name=name, dtype=tensor_ref.dtype, shape=tensor_ref.shape, source=tensor_ref))
         else:
             raise InputError(
-                f"{ref} is of a type that mindspore does not load",
-                where=ref.extents[0].path if ref.extents else name,
+                f"{tensor_ref} is of a type that mindspore does not load",
+                where=tensor_ref.extents[0].path if tensor_ref.extents else name,
                 hint="convert the shards directly (ckpt2pt convert), which leaves such entries out",
             )
     return entries

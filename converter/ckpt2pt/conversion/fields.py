@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from ckpt2pt.conversion.names import HINTS
-from ckpt2pt.errors import UsageError
+from ckpt2pt.conversion.spelling import in_document
+from ckpt2pt.errors import UsageError, rendered
 
 T = TypeVar("T")
 _MOST_FINDINGS = 32
@@ -37,7 +38,10 @@ class Finding:
 
 
 def refusal(findings: Sequence[Finding], where: str) -> UsageError:
-    """One error for everything that is wrong."""
+    """One error for everything that is wrong, in the words of the document."""
+    findings = [
+        replace(one, what=rendered(one.what, in_document), hint=rendered(one.hint, in_document)) for one in findings
+    ]
     if len(findings) == 1:
         [found] = findings
         return UsageError(f"{found.field} {found.what}".strip(), where=f"{where}: {found.field}", hint=found.hint)

@@ -161,7 +161,7 @@ def _convert(
     except InterruptedRunError:
         raise
     except Ckpt2ptError as error:
-        # What a later look may find mended is tried again, until a newer checkpoint is converted.
+        # What a later look may find corrected is tried again, until a newer checkpoint is converted.
         if error.exit_code not in RETRIED and not isinstance(error, MissingInputError | SetupError):
             memory.done.add(when)
         _note(error, when, how, memory)

@@ -17,7 +17,7 @@ from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.ckpt.ranks import SHARD_INFO, SUFFIXES, SourceFile, candidates, names_of, rank_folder, surplus
 from ckpt2pt.ckpt.shards import has_shards, read_info
-from ckpt2pt.errors import TopologyError, UsageError
+from ckpt2pt.errors import TopologyError, UsageError, refs
 from ckpt2pt.formats.checkpoint import OPTION, agreed
 from ckpt2pt.mapping.foldernames import is_iteration, is_rank, iterations, model_ranks, parallel_sizes, ranks_of
 from ckpt2pt.mapping.names import NameTable, Rules, is_split
@@ -108,7 +108,7 @@ def _by_files(path: Path, ranks: list[int], table: NameTable, header: Header) ->
     raise UsageError(
         f"{len(ranks)} rank folders, nothing says which of them are tensor parallel and which pipeline parallel, and {why}",
         where=path,
-        hint="give the parallel sizes of the training: tp and pp of ckpt2pt.open, --tp-size and --pp-size",
+        hint=f"give the parallel sizes of the training: {refs('parallelism.tensor', 'parallelism.pipeline')}; tp and pp of ckpt2pt.open",
     )
 
 

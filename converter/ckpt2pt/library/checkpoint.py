@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from ckpt2pt.conversion.spelling import in_python
 from ckpt2pt.core.index import find
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, boxes
 from ckpt2pt.errors import MissingInputError, UsageError
@@ -151,6 +152,7 @@ class Checkpoint:
         """The whole weight; :meth:`get` for moments and slices."""
         return self.get(name)
 
+    @in_python("open")
     def get(
         self,
         name: str,
@@ -235,6 +237,7 @@ def _natural(tensor: Tensor, wanted: list[range]) -> Iterator[Box]:
         yield (*origin, *rest[0]), (*shape, *rest[1])
 
 
+@in_python("open")
 def open_checkpoint(
     path: str | Path,
     *,

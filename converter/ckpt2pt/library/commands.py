@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from ckpt2pt.conversion.spelling import in_python, of_function, spelled_document
 from ckpt2pt.mapping.names import Rules
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ckpt2pt.verify.compare import Comparison
 
 
+@in_python("compare")
 def compare(
     left: str | Path,
     right: str | Path,
@@ -39,13 +41,15 @@ def compare(
     return compare_any(paths, (tp, pp), rules, ignore=ignore, ignore_padding=ignore_padding)
 
 
+@in_python("inspect")
 def inspect(path: str | Path, *, details: bool = False) -> dict[str, Any]:
     """What a file or a folder holds, by its headers: the document of ``ckpt2pt inspect --output json``."""
     from ckpt2pt.show.checkpoint import inspect as look  # noqa: PLC0415
 
-    return look(Path(path), details=details)
+    return cast("dict[str, Any]", spelled_document(look(Path(path), details=details), of_function("inspect")))
 
 
+@in_python("convert")
 def convert(
     *,
     source: str | Path,

@@ -24,7 +24,7 @@ from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.request import Reporter, Request
 from ckpt2pt.run import Outcome, run
 from ckpt2pt.worker.account import Both
-from ckpt2pt.worker.termination import message_of
+from ckpt2pt.worker.termination import message_of, plain
 
 log = logging.getLogger("ckpt2pt")
 
@@ -95,7 +95,9 @@ class Stages:
                 if late():
                     message = f"not done within activeDeadlineSeconds ({self._deadline})"
                     return Ending(reason="DeadlineExceeded", message=message)
-                return Ending(reason="Interrupted", message=f"{error.what}; run it again, what is finished is kept")
+                return Ending(
+                    reason="Interrupted", message=f"{plain(error.what)}; run it again, what is finished is kept"
+                )
 
     def _run(self, reporter: Reporter) -> Ending | None:
         while todo := [stage for stage in self.stages if stage.state not in {"Succeeded", "Failed"}]:

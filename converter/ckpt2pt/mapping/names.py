@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from ckpt2pt.core.params import LAYER_MODULES, MODULES, modules
-from ckpt2pt.errors import UnmappedNameError, UsageError
+from ckpt2pt.errors import UnmappedNameError, UsageError, aside
 
 # Parameters of one kind of module: Megatron's name -> MindSpore's spellings, the one we write first.
 LINEAR = MappingProxyType({"weight": ("weight",), "bias": ("bias",)})
@@ -265,7 +265,7 @@ def _inverse(table: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
                 raise UsageError(
                     f"two Megatron parameters, {back[mindspore]} and {megatron}, map to {mindspore}",
                     where="the table of names",
-                    hint="give each module a MindSpore name of its own in the rule file (--rules, spec.model.rules)",
+                    hint=f"give each module a MindSpore name of its own in the rule file{aside('model.rules')}",
                 )
             back[mindspore] = megatron
     return back
@@ -275,7 +275,7 @@ def _unmapped(name: str, side: str, section: str) -> UnmappedNameError:
     return UnmappedNameError(
         f"no mapping for the {side} parameter {name}",
         where=name,
-        hint=f"if it is a module of your own, list it under {section} in a rule file (--rules, spec.model.rules), "
+        hint=f"if it is a module of your own, list it under {section} in a rule file{aside('model.rules')}, "
         "as docs/rules.md shows",
     )
 

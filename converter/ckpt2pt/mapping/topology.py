@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from ckpt2pt.errors import UsageError
+from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.mapping.foldernames import model_rank_name
 
 Rank = tuple[int, int]
@@ -14,6 +14,7 @@ Rank = tuple[int, int]
 MAX_DEGREE = 65536
 MAX_RANKS = 1 << 20
 """More layers, or ranks in one direction and in all, than any training has; guards against absurd numbers."""
+_SPLIT = ref("model.layersPerStage")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,36 +38,41 @@ class Topology:
 
     def __post_init__(self) -> None:
         degrees = {
-            "numLayers (--num-layers)": self.num_layers,
-            "tensor (--tp-size)": self.tensor,
-            "pipeline (--pp-size)": self.pipeline,
-            "virtualPipeline (--vpp-size)": self.virtual,
-            "data (--dp-size)": self.data,
-            "context (--cp-size)": self.context,
+            "model.numLayers": self.num_layers,
+            "parallelism.tensor": self.tensor,
+            "parallelism.pipeline": self.pipeline,
+            "parallelism.virtualPipeline": self.virtual,
+            "parallelism.data": self.data,
+            "parallelism.context": self.context,
         }
-        for name, value in degrees.items():
+        for path, value in degrees.items():
+            name = ref(path)
             if value < 1:
-                raise _refused(f"{name} is {value}, and must be at least 1", f"set {name} to 1 or more")
+                raise _refused(f"{name} is {value}, and must be at least 1", f"set {name} to 1 or more", path)
             if value > MAX_DEGREE:
-                raise _refused(f"{name} is {value}, more than {MAX_DEGREE}", f"set {name} to that of the training")
+                raise _refused(
+                    f"{name} is {value}, more than {MAX_DEGREE}", f"set {name} to that of the training", path
+                )
         ranks = self.tensor * self.pipeline * self.data * self.context
         if ranks > MAX_RANKS:
             raise _refused(
                 f"the degrees multiply to {ranks} ranks, more than {MAX_RANKS}",
-                "set tensor, pipeline, data and context (--tp-size --pp-size --dp-size --cp-size) to those of the training",
+                f"set {ref('parallelism')} to those of the training",
             )
         negative = sorted(layer for layer in self.noop if layer < 0)
         if negative:
             raise _refused(
                 f"no-op layers {negative} are below 0",
-                f"give spec.model.noopLayers (--noop) numbers from 0 to {self.num_layers - 1}",
+                f"give {ref('model.noopLayers')} numbers from 0 to {self.num_layers - 1}",
+                "model.noopLayers",
             )
         # The metadata proves which layers there are, so a number beyond them changes nothing.
         beyond = frozenset(layer for layer in self.noop if layer >= self.num_layers)
         object.__setattr__(self, "noop", self.noop - beyond)
         object.__setattr__(self, "ignored_noop", beyond)
         if len(self.noop) == self.num_layers:
-            raise _refused("every layer is a no-op layer", "list fewer layers in spec.model.noopLayers (--noop)")
+            hint = f"list fewer layers in {ref('model.noopLayers')}"
+            raise _refused("every layer is a no-op layer", hint, "model.noopLayers")
         self._check_split()
 
     def _check_split(self) -> None:
@@ -75,26 +81,29 @@ class Topology:
             if self.num_layers % chunks:
                 raise _refused(
                     f"{self.num_layers} layers do not divide into {self.pipeline} stages of {self.virtual} chunks",
-                    "set spec.model.numLayers (--num-layers) to the count with no-op layers included, "
-                    "or give the split in spec.model.layersPerStage (--stage-list)",
+                    f"set {ref('model.numLayers')} to the count with no-op layers included, "
+                    f"or give the split in {ref('model.layersPerStage')}",
                 )
             return
         counts = self.layers_per_stage
         if len(counts) != chunks:
             raise _refused(
-                f"layersPerStage has {len(counts)} counts, {self.pipeline} stages of {self.virtual} chunks need {chunks}",
-                "give spec.model.layersPerStage (--stage-list) one count per stage, "
+                f"{_SPLIT} has {len(counts)} counts, {self.pipeline} stages of {self.virtual} chunks need {chunks}",
+                f"give {_SPLIT} one count per stage, "
                 "with virtual pipeline parallelism one per chunk, all stages of the first chunk first",
+                "model.layersPerStage",
             )
         if min(counts) < 0:
             raise _refused(
-                f"layersPerStage {list(counts)} holds a count below 0",
-                "give spec.model.layersPerStage (--stage-list) counts of 0 or more",
+                f"{_SPLIT} {list(counts)} holds a count below 0",
+                f"give {_SPLIT} counts of 0 or more",
+                "model.layersPerStage",
             )
         if sum(counts) != self.num_layers:
             raise _refused(
-                f"layersPerStage {list(counts)} adds up to {sum(counts)} layers, not {self.num_layers}",
-                "make spec.model.layersPerStage (--stage-list) add up to spec.model.numLayers (--num-layers)",
+                f"{_SPLIT} {list(counts)} adds up to {sum(counts)} layers, not {self.num_layers}",
+                f"make {_SPLIT} add up to {ref('model.numLayers')}",
+                "model.layersPerStage",
             )
 
     @property
@@ -166,5 +175,5 @@ class Topology:
         return "model" if self.virtual == 1 else f"model{vpp}"
 
 
-def _refused(what: str, hint: str) -> UsageError:
-    return UsageError(what, where="spec.parallelism and spec.model (the command line)", hint=hint)
+def _refused(what: str, hint: str, path: str | None = None) -> UsageError:
+    return UsageError(what, where=ref("spec"), hint=hint, field=path)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import cast
 
-from ckpt2pt.errors import FormatError
+from ckpt2pt.errors import FormatError, ref
 from ckpt2pt.mapping.names import bare
 
 MAX_NUMEL = 1 << 48
@@ -126,9 +126,9 @@ def _buckets(entries: list[tuple[int, Placement]], divisor: int | None) -> tuple
                 f"bucket {index} ends at element {stop} and the next one begins at {end}, "
                 f"but a data-parallel group of {divisor} pads it to {padded}",
                 where=following[1][0].name,
-                hint=f"write the maps for a group of {divisor}: ckpt2pt pt-meta --target-dp-size {divisor} with --megatron-path or "
-                "--description, into a new --param-map-path; or give spec.target.dataParallel (--target-dp-size) the size that "
-                "the maps were written for",
+                hint=f"write the maps for a group of {divisor} into a new folder: ckpt2pt pt-meta --target-dp-size {divisor} ...; "
+                f"or give {ref('target.dataParallel')} the size that the maps were written for",
+                field="target.dataParallel",
             )
         buckets.append(Bucket(index=index, start=start, placements=placements, numel=end - start))
         start = end
@@ -158,7 +158,7 @@ def _broken(what: str, where: str) -> FormatError:
     return FormatError(
         what,
         where=where,
-        hint="point spec.metadata.path (--param-map-path) at the pt_meta written for this model and these degrees",
+        hint=f"point {ref('metadata.path')} at the pt_meta written for this model and these degrees",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ckpt2pt.errors import InputError
+from ckpt2pt.errors import InputError, ref
 
 CLOCK_ENTRIES = ("iteration", "epoch_num", "step_num", "num_steps", "state_step", "global_step")
 """Entries of a MindSpore file that tell the time; all are scalars."""
@@ -49,7 +49,8 @@ def read_clock(
         raise InputError(
             "nothing in the checkpoint tells its iteration (no iteration, step_num in epoch 0, num_steps or state_step)",
             where=where,
-            hint="say it with spec.source.iteration (--iteration)",
+            hint=f"say it with {ref('source.iteration')}",
+            field="source.iteration",
         )
     because, iteration = next(iter(known.items()))
     # mint.AdamW starts its count at -1: one less than the iteration is no contradiction.

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpt2pt.errors import CoverageError, InputError, TopologyError
+from ckpt2pt.errors import CoverageError, InputError, TopologyError, aside, ref, refs
 from ckpt2pt.mapping import names
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Topology
@@ -65,8 +65,8 @@ def tensor_entries(
     for chunk in chunks:
         slots = topology.real_slots(pp, chunk.vpp)
         _check_layers(chunk, slots, pp, where)
-        for name, ref in chunk.weights:
-            _check_weight(name, ref, sizes, topology.tensor, where)
+        for name, tensor_ref in chunk.weights:
+            _check_weight(name, tensor_ref, sizes, topology.tensor, where)
         for name, sources in _slices(chunk, kinds, where) if full else _plain(chunk):
             spelled = table.to_mindspore(name, slots.__getitem__)[0]
             for kind, source in sources.items():
@@ -79,13 +79,13 @@ def tensor_entries(
         raise CoverageError(
             f"two parameters become {twice[0]}",
             where=where,
-            hint="give each a name of its own in a rule file (--rules)",
+            hint=f"give each a name of its own in a rule file{aside('model.rules')}",
         )
     return tuple(found)
 
 
 def _plain(chunk: ImportedChunk) -> Iterator[tuple[str, dict[str, TensorRef]]]:
-    return ((name, {"param": ref}) for name, ref in chunk.weights)
+    return ((name, {"param": tensor_ref}) for name, tensor_ref in chunk.weights)
 
 
 def _slices(chunk: ImportedChunk, kinds: Sequence[str], where: str) -> Iterator[tuple[str, dict[str, TensorRef]]]:
@@ -102,7 +102,8 @@ def _slices(chunk: ImportedChunk, kinds: Sequence[str], where: str) -> Iterator[
         raise CoverageError(
             f"{missing[0] if missing else 'a parameter'} is only in {side} of chunk {chunk.vpp}",
             where=where,
-            hint="point --param-map-path at the maps of this run, or leave it out to have them computed",
+            hint=f"point {ref('metadata.path')} at the maps of this run, or leave it out to have them computed",
+            field="metadata.path",
         )
     for buffer, buckets in zip(chunk.buffers, chunk.buckets, strict=True):
         for bucket, tensors in zip(buffer.buckets, buckets, strict=True):
@@ -112,7 +113,8 @@ def _slices(chunk: ImportedChunk, kinds: Sequence[str], where: str) -> Iterator[
                         f"{placement.name} has shape {list(placement.shape)} in the param map, "
                         f"{list(weights[placement.name].shape)} in the model file",
                         where=where,
-                        hint="point --param-map-path at the maps of this run",
+                        hint=f"point {ref('metadata.path')} at the maps of this run",
+                        field="metadata.path",
                     )
                 start, numel = placement.start - bucket.start, placement.stop - placement.start
                 yield (
@@ -137,7 +139,7 @@ def missing_layers(chunks: Mapping[int, Sequence[str]], topology: Topology, *, p
             raise TopologyError(
                 f"stage {pp} chunk {vpp} holds a layer {max(there)}, by the options it has {len(slots)}",
                 where=where,
-                hint="check --num-layers, --vpp-size and --stage-list",
+                hint=f"check {refs('model.numLayers', 'parallelism.virtualPipeline', 'model.layersPerStage')}",
             )
         empty |= {layer for local, layer in enumerate(slots) if local not in there}
     return frozenset(empty)
@@ -149,21 +151,21 @@ def _check_layers(chunk: ImportedChunk, slots: Mapping[int, int], pp: int, where
         raise TopologyError(
             f"stage {pp} chunk {chunk.vpp} has layers {sorted(there)}, by the options it has {sorted(slots)}",
             where=where,
-            hint="check --noop, --num-layers, --vpp-size and --stage-list",
+            hint=f"check {ref('model.noopLayers')}, {refs('model.numLayers', 'parallelism.virtualPipeline', 'model.layersPerStage')}",
         )
 
 
-def _check_weight(name: str, ref: TensorRef, sizes: Mapping[str, int | bool], tensor: int, where: str) -> None:
+def _check_weight(name: str, tensor_ref: TensorRef, sizes: Mapping[str, int | bool], tensor: int, where: str) -> None:
     wanted = expected_shape(name, sizes, tensor)
-    if wanted is not None and wanted != ref.shape:
+    if wanted is not None and wanted != tensor_ref.shape:
         raise TopologyError(
-            f"{name} has shape {list(ref.shape)}, the arguments give {list(wanted)}",
+            f"{name} has shape {list(tensor_ref.shape)}, the arguments give {list(wanted)}",
             where=where,
             hint="the model file and its arguments contradict each other: save the checkpoint again",
         )
-    if ref.dtype not in FLOATS:
+    if tensor_ref.dtype not in FLOATS:
         raise InputError(
-            f"{name} is of type {ref.dtype}; only {', '.join(sorted(FLOATS))} can be imported without loss",
+            f"{name} is of type {tensor_ref.dtype}; only {', '.join(sorted(FLOATS))} can be imported without loss",
             where=where,
             hint="save the checkpoint with parameters of one of these types",
         )

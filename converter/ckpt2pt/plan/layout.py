@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ckpt2pt.errors import InputError
+from ckpt2pt.errors import InputError, aside
 from ckpt2pt.plan.buckets import Bucket, Buffer, Placement
 from ckpt2pt.tensors import TensorRef
 
@@ -83,7 +83,7 @@ def _buffer(parameters: Sequence[Parameter], dtype: str, divisor: int, bucket_nu
                     f"the bucket before the shared {parameter.name} ends at element {at}, "
                     f"which a data-parallel group of {divisor} does not divide: Megatron-LM 0.6 stops there",
                     where="the layout of the optimizer's buffer",
-                    hint="choose a data-parallel size that divides it (--target-dp-size), or untie the embeddings",
+                    hint=f"choose a data-parallel size that divides it{aside('target.dataParallel')}, or untie the embeddings",
                 )
             close(at)
         stop = at + parameter.numel

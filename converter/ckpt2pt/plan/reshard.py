@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.params import EMBEDDING, HEAD, axes_of, is_padded, kind_of, layer_of, legacy_name
 from ckpt2pt.core.tensor import Key, Tensor, box_of, sharded
-from ckpt2pt.errors import CoverageError, TopologyError
+from ckpt2pt.errors import CoverageError, TopologyError, aside, refs
 from ckpt2pt.mapping.names import TIED_HEAD, NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.tensors import Box, Gather, Shape, Stored, TensorRef, intersection
@@ -110,7 +110,8 @@ def _local(tensor: Tensor, entry: str, tp: int, wanted: Wanted) -> TensorRef:
         raise TopologyError(
             f"{tensor.key.name} has {fused[axis]} {('rows', 'columns')[axis]}, which {of} ranks do not divide",
             where=wanted.where,
-            hint="choose another tensor parallel size for the target (--target-tp-size)",
+            hint=f"choose another tensor parallel size for the target{aside('target.parallelism.tensor')}",
+            field="target.parallelism.tensor",
         )
     local = tuple(length // of if number == axis else length for number, length in enumerate(fused))
     axes = axes_of(tensor.key.name, local, of, gated=len(tensor.shape) > len(fused))
@@ -190,7 +191,7 @@ def _check_layers(index: Index, wanted: Wanted) -> None:
             if unexpected
             else f"layer {missing[0]} of the target is not in the source",
             where=wanted.where,
-            hint="check the number of layers and the no-op layers (--num-layers, --noop)",
+            hint=f"check {refs('model.numLayers', 'model.noopLayers')}",
         )
 
 
@@ -203,5 +204,6 @@ def _check_heads(wanted: Wanted) -> None:
         raise TopologyError(
             f"{name} is {heads}, which a tensor parallel size of {tensor} does not divide",
             where=wanted.where,
-            hint="choose another tensor parallel size for the target (--target-tp-size)",
+            hint=f"choose another tensor parallel size for the target{aside('target.parallelism.tensor')}",
+            field="target.parallelism.tensor",
         )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckpt2pt.errors import CoverageError, FormatError, InputError, TopologyError
+from ckpt2pt.errors import CoverageError, FormatError, InputError, TopologyError, aside, ref, refs
 from ckpt2pt.mapping import names
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Topology
@@ -23,6 +23,12 @@ from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 FLOATS = frozenset({"float32", "bfloat16", "float16"})
 """Types that convert into each other exactly, or by rounding to nearest even on the way down."""
+
+_RULES = aside("model.rules")
+_ITERATION = aside("source.iteration")
+_UNWANTED = f"check {refs('parallelism', 'model.numLayers')}, or list it under ignore in a rule file{_RULES} if it is not wanted"
+_FLOAT_HINT = f"point {ref('metadata.path')} at the metadata of a bf16, fp16 or fp32 run"
+_TENSOR_HINT = f"check {ref('parallelism.tensor')}, and that pt_meta belongs to this model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +102,7 @@ class RankPlan:
     @property
     def source_bytes(self) -> int:
         """Bytes to read: every parameter, and its moments in a full conversion."""
-        return sum(ref.nbytes for w in self.weights for ref in (w.source, *(w.moments or ())))
+        return sum(tensor_ref.nbytes for w in self.weights for tensor_ref in (w.source, *(w.moments or ())))
 
     @property
     def payload_bytes(self) -> int:
@@ -143,8 +149,8 @@ def plan_rank(found: RankInput, topology: Topology, table: NameTable, *, full: b
         raise FormatError(
             "the metadata has no param map, which the optimizer's buckets need",
             where=found.source,
-            hint="point spec.metadata.path (--param-map-path) at a pt_meta with param_map_buffer0_*.json, "
-            "or convert with spec.mode ParamsOnly (--convert-param-only)",
+            hint=f"point {ref('metadata.path')} at a pt_meta with param_map_buffer0_*.json, "
+            f"or convert weights alone{aside('mode')}",
         )
     copies = [pair for pair in found.copies if full or table.classify(pair[0].name).role == "param"]
     twins = (*source.leftovers(full=full, tied=found.tied), *copies)
@@ -177,8 +183,8 @@ def check_layers(chunks: Sequence[ChunkMap], topology: Topology, *, pp: int, whe
             f"the metadata of stage {pp} describes chunks {[chunk.vpp for chunk in chunks]}, "
             f"the options ask for {list(topology.filled_chunks(pp))}",
             where=where,
-            hint="check spec.parallelism.virtualPipeline (--vpp-size) and spec.model.noopLayers (--noop), "
-            "or point spec.metadata.path (--param-map-path) at the right pt_meta",
+            hint=f"check {refs('parallelism.virtualPipeline', 'model.noopLayers')}, "
+            f"or point {ref('metadata.path')} at the right pt_meta",
         )
     for chunk in chunks:
         found = {layer for name in chunk.names if (layer := names.local_layer(name)) is not None}
@@ -188,7 +194,7 @@ def check_layers(chunks: Sequence[ChunkMap], topology: Topology, *, pp: int, whe
                 f"stage {pp} chunk {chunk.vpp} has layer slots {spans(found)} in the metadata, "
                 f"but {spans(wanted)} by the options (no-op layers keep their slot)",
                 where=where,
-                hint="set spec.model.numLayers (--num-layers), noopLayers (--noop) and layersPerStage (--stage-list) "
+                hint=f"set {refs('model.numLayers', 'model.noopLayers', 'model.layersPerStage')} "
                 "to those of the Megatron run that wrote pt_meta",
             )
 
@@ -212,23 +218,23 @@ class _Source:
             raise InputError(
                 f"the file holds {len(shards)} data-parallel shards ({shards[0]}, ...) instead of named parameters",
                 where=found.source,
-                hint="the first rank holds named parameters: convert a checkpoint whose ranks were all saved alike "
-                "(spec.source.iteration, --iteration)",
+                hint="the first rank holds named parameters: convert a checkpoint whose ranks were all saved alike"
+                + _ITERATION,
             )
         known, self.prefix = table.classify_all(found.index, where=found.source)
-        for name, ref in found.index.items():
+        for name, tensor_ref in found.index.items():
             what = known[name]
             if what.role == "ignored":
                 if name not in found.stated.names:
                     self.ignored.append((name, what.name))
                 continue
             bare = names.without_pipeline_suffix(what.name)
-            twice = self.roles[what.role].setdefault(bare, ref)
-            if twice is not ref:
+            twice = self.roles[what.role].setdefault(bare, tensor_ref)
+            if twice is not tensor_ref:
                 raise CoverageError(
                     f"{twice.name} and {name} are the same {what.role} of {bare}",
                     where=found.source,
-                    hint="remove one of the two, or list it under ignore in a rule file (--rules, spec.model.rules)",
+                    hint=f"remove one of the two, or list it under ignore in a rule file{_RULES}",
                 )
 
     def take(self, role: str, spellings: Sequence[str], wanted: str) -> TensorRef:
@@ -248,8 +254,8 @@ class _Source:
             f"{prefix}{spellings[0]} is missing, which Megatron's {wanted} is made from"
             + (f" (nearest is {prefix}{near})" if near else ""),
             where=self.where,
-            hint="check the degrees and spec.model.noopLayers (--noop), or add the name to a rule file (--rules)"
-            + ("" if role == "param" else ", or convert with spec.mode ParamsOnly (--convert-param-only)"),
+            hint=f"check {refs('parallelism', 'model.noopLayers')}, or add the name to a rule file{_RULES}"
+            + ("" if role == "param" else f", or convert weights alone{aside('mode')}"),
         )
 
     def leftovers(self, *, full: bool, tied: bool) -> tuple[tuple[TensorRef, TensorRef], ...]:
@@ -257,22 +263,21 @@ class _Source:
         twins: list[tuple[TensorRef, TensorRef]] = []
         embedding, head = "language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"
         for role, entries in self.roles.items():
-            for name, ref in entries.items():
+            for name, tensor_ref in entries.items():
                 if name in self.taken[role]:
                     continue
                 if role != "param" and not full:
-                    self.ignored.append((ref.name, "params only"))
+                    self.ignored.append((tensor_ref.name, "params only"))
                 elif tied and {embedding, head} >= {name} and {embedding, head} & self.taken[role]:
                     (kept,) = {embedding, head} & self.taken[role]
-                    self.ignored.append((ref.name, f"copy of the tied {kept}"))
+                    self.ignored.append((tensor_ref.name, f"copy of the tied {kept}"))
                     if role == "param" or full:
-                        twins.append((entries[kept], ref))
+                        twins.append((entries[kept], tensor_ref))
                 else:
                     raise CoverageError(
-                        f"{ref.name} has no place in the target",
+                        f"{tensor_ref.name} has no place in the target",
                         where=self.where,
-                        hint="check the degrees and --num-layers, or list it under ignore in a rule file "
-                        "(--rules, spec.model.rules) if it is not wanted",
+                        hint=_UNWANTED,
                     )
         return tuple(twins)
 
@@ -285,7 +290,7 @@ def _plan_chunk(
     weights: list[Weight] = []
     for name in chunk.names:
         spellings = table.to_mindspore(name, slots.__getitem__)
-        ref = source.take("param", spellings, name)
+        tensor_ref = source.take("param", spellings, name)
         moments = (
             (source.take("exp_avg", spellings, name), source.take("exp_avg_sq", spellings, name)) if full else None
         )
@@ -293,9 +298,9 @@ def _plan_chunk(
         weight = Weight(
             name=name,
             layer=None if local is None else slots[local],
-            shape=home.shape if home else ref.shape,
+            shape=home.shape if home else tensor_ref.shape,
             dtype=chunk.buffer.dtype if chunk.buffer else found.params_dtype,
-            source=ref,
+            source=tensor_ref,
             moments=moments,
             placement=home if full else None,
         )
@@ -314,25 +319,25 @@ def _check_weight(weight: Weight, found: RankInput, tensor: int) -> None:
         raise FormatError(
             f"parameters of type {weight.dtype}; known are {', '.join(sorted(FLOATS))}",
             where=f"pt_meta, {weight.name}",
-            hint="point spec.metadata.path (--param-map-path) at the metadata of a bf16, fp16 or fp32 run",
+            hint=_FLOAT_HINT,
         )
     by_args = expected_shape(weight.name, found.sizes, tensor)
     if by_args is not None and by_args != weight.shape:
         raise TopologyError(
             f"{weight.name} has shape {list(weight.shape)}, the arguments in pt_meta give {list(by_args)}",
             where=found.source,
-            hint="check spec.parallelism.tensor (--tp-size), and that pt_meta belongs to this model",
+            hint=_TENSOR_HINT,
         )
-    for ref in (weight.source, *(weight.moments or ())):
-        if ref.shape != weight.shape:
+    for tensor_ref in (weight.source, *(weight.moments or ())):
+        if tensor_ref.shape != weight.shape:
             raise TopologyError(
-                f"{ref.name} has shape {list(ref.shape)}, the target needs {list(weight.shape)}",
+                f"{tensor_ref.name} has shape {list(tensor_ref.shape)}, the target needs {list(weight.shape)}",
                 where=found.source,
-                hint="check spec.parallelism.tensor (--tp-size), and that pt_meta belongs to this model",
+                hint=_TENSOR_HINT,
             )
-        if ref.dtype not in FLOATS:
+        if tensor_ref.dtype not in FLOATS:
             raise InputError(
-                f"{ref.name} is of type {ref.dtype}; only {', '.join(sorted(FLOATS))} can be converted without loss",
+                f"{tensor_ref.name} is of type {tensor_ref.dtype}; only {', '.join(sorted(FLOATS))} can be converted without loss",
                 where=found.source,
                 hint="save the checkpoint with float32 (or bfloat16, float16) parameters and moments",
             )

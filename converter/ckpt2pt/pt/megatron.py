@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import FormatError, MissingInputError
+from ckpt2pt.errors import FormatError, MissingInputError, ref
 from ckpt2pt.mapping.foldernames import model_ranks, parallel_sizes
 from ckpt2pt.mapping.names import TIED_HEAD, common_prefix
 from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
@@ -64,9 +64,11 @@ class MegatronRank:
 
 def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
     """(tp, pp) -> ``mp_rank_TT[_PPP]``.  Raises :class:`MissingInputError` when there is none, or a gap."""
-    if not is_folder(iteration, "--megatron-path"):
-        raise MissingInputError("the folder is not there", where=iteration, hint="check --megatron-path")
-    found = model_ranks(listing(iteration, option="--megatron-path"))
+    if not is_folder(iteration, ref("source.path")):
+        raise MissingInputError(
+            "the folder is not there", where=iteration, hint=f"check {ref('source.path')}", field="source.path"
+        )
+    found = model_ranks(listing(iteration, option=ref("source.path")))
     if not found and listing(iteration, "*.distcp"):
         raise FormatError(
             "this is a distributed checkpoint (torch_dist, .distcp files); ckpt2pt reads the torch format, mp_rank_*/*.pt",
@@ -75,7 +77,10 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
         )
     if not found:
         raise MissingInputError(
-            "no mp_rank_* folder", where=iteration, hint="point --megatron-path at a Megatron checkpoint (torch format)"
+            "no mp_rank_* folder",
+            where=iteration,
+            hint=f"point {ref('source.path')} at a Megatron checkpoint (torch format)",
+            field="source.path",
         )
     tensor, pipeline = parallel_sizes(found)
     missing = [f"tp {tp} pp {pp}" for pp in range(pipeline) for tp in range(tensor) if (tp, pp) not in found]
@@ -96,7 +101,7 @@ def read_rank(
     ``copies`` asks for the optimizer in ``model_optim_rng.pt`` where there is no ``distrib_optim.pt``.
     """
     optim = folder / OPTIM_FILE
-    there = optimizer and is_file(optim, "--megatron-path")
+    there = optimizer and is_file(optim, ref("source.path"))
     return read_files(folder / MODEL_FILE, optim if there else None, copies=copies, allow=allow)
 
 
@@ -155,8 +160,8 @@ def _weights(model: Value, archive: Archive, path: Path) -> dict[str, TensorRef]
             yield prefix, tensor_ref(value, archive, prefix, path)
 
     found: dict[str, TensorRef] = {}
-    for name, ref in walk("", model):
-        if found.setdefault(name, ref) is not ref:
+    for name, entry in walk("", model):
+        if found.setdefault(name, entry) is not entry:
             raise FormatError(f"{name} is there twice", where=path, hint=_SAVED_AGAIN)
     return found
 
@@ -164,7 +169,7 @@ def _weights(model: Value, archive: Archive, path: Path) -> dict[str, TensorRef]
 def _named(weights: Mapping[str, TensorRef], prefix: str, path: Path) -> Iterator[tuple[str, TensorRef]]:
     """The same without the prefix, the tied head under the name that buffers use."""
     seen: set[str] = set()
-    for full, ref in weights.items():
+    for full, entry in weights.items():
         name = full.removeprefix(prefix)
         name = TIED_HEAD if name == _TIED_HEAD_SAVED else name
         if name in seen:
@@ -174,7 +179,7 @@ def _named(weights: Mapping[str, TensorRef], prefix: str, path: Path) -> Iterato
             raise FormatError(
                 f"{name} is no parameter of a legacy GPT model of Megatron-LM 0.6", where=path, hint=_SAVED_AGAIN
             )
-        yield name, ref._replace(name=name)
+        yield name, entry._replace(name=name)
 
 
 def tensor_ref(value: Value, archive: Archive, name: str, path: Path) -> TensorRef:
@@ -237,10 +242,10 @@ def _buffers(path: Path) -> tuple[tuple[StoredBucket, ...], ...]:
 
 def _check_bucket(refs: Mapping[str, TensorRef], numel: int, unpadded: int, where: str) -> None:
     """A tensor may lack the padding (other converters leave it out), never a parameter."""
-    for kind, ref in refs.items():
-        if ref.dtype != "float32" or not unpadded <= ref.numel <= numel:
+    for kind, entry in refs.items():
+        if entry.dtype != "float32" or not unpadded <= entry.numel <= numel:
             raise FormatError(
-                f"{kind} is {ref.dtype} with {ref.numel} elements; the header says {unpadded}, padded to {numel}",
+                f"{kind} is {entry.dtype} with {entry.numel} elements; the header says {unpadded}, padded to {numel}",
                 where=where,
                 hint=_SAVED_AGAIN,
             )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ckpt2pt.errors import FormatError
+from ckpt2pt.errors import FormatError, aside
 from ckpt2pt.pt.pickles import Value
 from ckpt2pt.tensors import TensorRef
 
@@ -104,5 +104,5 @@ def _refuse(what: str, where: Path) -> NoReturn:
     raise FormatError(
         f"the optimizer does not fit the model: {what}",
         where=where,
-        hint="give --convert-param-only to import weights alone",
+        hint=f"import weights alone{aside('mode')}",
     )

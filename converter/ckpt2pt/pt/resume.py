@@ -83,13 +83,12 @@ def summary(found: Sequence[Unmet]) -> str:
     return "; ".join(map(str, found[:_DETAILS])) + (f"; and {more} more" if more > 0 else "")
 
 
-def hint(
-    found: Sequence[Unmet], command: str = "make pt_meta again: ckpt2pt pt-meta --megatron-path CHECKPOINT --overwrite"
-) -> str:
-    """What to do about a template that cannot be resumed from; ``command`` makes a new one."""
+def hint(found: Sequence[Unmet]) -> str:
+    """What to do about a template that cannot be resumed from."""
     made = dict.fromkeys(one.synthesize for one in found if one.synthesize)
     if made and all(one.synthesize for one in found):
-        return f"{command} --synthesize {' '.join(made)}; or use a checkpoint that was saved with all of it"
+        command = f"ckpt2pt pt-meta --megatron-path CHECKPOINT --overwrite --synthesize {' '.join(made)}"
+        return f"make pt_meta again: {command}; or use a checkpoint that was saved with all of it"
     return "make pt_meta again from a checkpoint of Megatron-LM 0.6 of this model and these degrees"
 
 
@@ -103,14 +102,14 @@ def first_of(found: Mapping[tuple[int, int], Sequence[Unmet]]) -> str:
     return ranks + summary(first)
 
 
-def warning(found: Mapping[tuple[int, int], Sequence[Unmet]], *, full: bool, command: str = "") -> tuple[str, ...]:
+def warning(found: Mapping[tuple[int, int], Sequence[Unmet]], *, full: bool) -> tuple[str, ...]:
     """One warning for the templates of all ranks (tp, pp), with a hint in its second line; or none."""
     first = first_of(found)
     if not first:
         return ()
     every = tuple(rule for rules in found.values() for rule in rules)
     what = f"Megatron-LM 0.6 cannot {'resume from' if full else 'load'} what this metadata gives: {first}"
-    return (f"{what}\n  hint: {hint(every, command) if command else hint(every)}",)
+    return (f"{what}\n  hint: {hint(every)}",)
 
 
 # ---------------------------------------------------------------------------------------------------------------- checks

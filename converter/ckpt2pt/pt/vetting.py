@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Final, NoReturn, TypeAlias
 
-from ckpt2pt.errors import FormatError, UnsafePickleError
+from ckpt2pt.errors import FormatError, UnsafePickleError, aside
 from ckpt2pt.pt.trees import (
     ENCODE,
     GETATTRS,
@@ -126,7 +126,7 @@ def _refused(module: str, name: str, where: str) -> UnsafePickleError:
     if module.partition(".")[0] not in _NEVER and _NAME.fullmatch(name):
         hint += (
             f", or if {shown} is a class of your own Megatron fork, list it under pickle_globals in the rule file"
-            " given by --rules"
+            f"{aside('model.rules')}"
         )
     return UnsafePickleError(f"the pickle names {shown}, which has no business in a checkpoint", where=where, hint=hint)
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt2pt.errors import FormatError, InputError
+from ckpt2pt.errors import FormatError, InputError, ref
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.mapping.names import is_tied_head
 from ckpt2pt.meta import data_parallel_size
@@ -175,7 +175,7 @@ def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | No
         raise FormatError(
             f"{len(maps)} param maps for {len(filled)} chunks of {rank.folder.name}",
             where=where,
-            hint="copy all maps of the run, or leave --param-map-path out to have them computed",
+            hint=f"copy all maps of the run, or leave {ref('metadata.path')} out to have them computed",
         )
     placed = dict(zip(filled, maps, strict=True))
     buffers = tuple((placed[vpp],) if vpp in placed else () for vpp in range(len(rank.chunks)))
@@ -186,7 +186,7 @@ def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | No
             raise FormatError(
                 f"{strange[0]} is not in both the map and the model file of chunk {vpp}",
                 where=where,
-                hint="point --param-map-path at the maps of this run, or leave it out to have them computed",
+                hint=f"point {ref('metadata.path')} at the maps of this run, or leave it out to have them computed",
             )
     return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(_prove(rank, buffers, at_most=at_most)))
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import yaml
 
-from ckpt2pt.errors import UsageError
+from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.plan.gpt import Argument
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import read_text
@@ -105,7 +105,7 @@ def describe(path: Path) -> Description:
     try:
         text = read_text(path)
     except OSError as error:
-        raise access_error(error, path, "reading", option="--description") from error
+        raise access_error(error, path, "reading", option=ref("description")) from error
     except UnicodeDecodeError as error:
         raise UsageError("the description is not text", where=path, hint=_HINT) from error
     if path.suffix in {".yaml", ".yml", ".json"}:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ckpt2pt import __version__
 from ckpt2pt.checksums import crc32
-from ckpt2pt.errors import FormatError, UsageError
+from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.meta import ARGUMENTS, PARAM_MAP
 from ckpt2pt.plan.buckets import Buffer
@@ -51,7 +51,7 @@ ARGS_KEYS = (
 """What the reference keeps of a model file (MindSpeed-Core-MS feature-0.1, tools/converter/convert_pt2ckpt.py)."""
 
 _MAX_STORAGE_BYTES = 64 << 20
-_SOURCE = "--megatron-path"
+_SOURCE = ref("source.path")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,7 @@ def publish(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tup
     missing, surplus = _compare(folder, files, overwrite=overwrite)
     if not missing and not surplus and status(ledger.writing) is None:
         return ()
-    check_volume(folder, sum(len(files[name]) for name in missing), "--param-map-path")
+    check_volume(folder, sum(len(files[name]) for name in missing), ref("target.path"))
     make_folder(folder / STATE, folder)
     with locked(ledger.record.with_suffix(".lock"), "writing this metadata"):
         missing, surplus = _compare(folder, files, overwrite=overwrite)
@@ -155,15 +155,15 @@ def publish(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tup
 
 def _compare(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tuple[list[str], list[str]]:
     """What has to be written, and what has to go; refuses what may not be replaced or removed."""
-    there = {path.name: path for path in listing(folder, option="--param-map-path")}
+    there = {path.name: path for path in listing(folder, option=ref("target.path"))}
     surplus = sorted(
         name for name in there if (ARGUMENTS.fullmatch(name) or PARAM_MAP.fullmatch(name)) and name not in files
     )
     changed = sorted(name for name in files if name in there and not _same(there[name], files[name]))
-    hint = "choose another --param-map-path, or "
+    hint = f"choose another {ref('target.path')}, or "
     if (surplus or changed) and not overwrite:
         what = f"{changed[0]} is there and differs" if changed else f"{surplus[0]} is of another model or cut"
-        raise UsageError(what, where=folder, hint=f"{hint}replace what is there with --overwrite")
+        raise UsageError(what, where=folder, hint=f"{hint}replace what is there with {ref('target.overwrite')}")
     ledger = _ledger(folder, files)
     stranger = foreign(folder, [*changed, *surplus], Holdings.of(folder, [ledger.writing, ledger.record]))
     if stranger is not None:
@@ -175,7 +175,7 @@ def _ledger(folder: Path, files: Mapping[str, bytes]) -> Ledger:
     digest = hashlib.sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name} {len(content)}\n".encode() + content)
-    hint = "choose another --param-map-path, or move it away: it is never replaced"
+    hint = f"choose another {ref('target.path')}, or move it away: it is never replaced"
     return Ledger.of_group(folder, folder / STATE / "pt_meta.json", digest.hexdigest(), hint=hint)
 
 

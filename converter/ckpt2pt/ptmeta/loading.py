@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckpt2pt.errors import Ckpt2ptError, FormatError
+from ckpt2pt.errors import Ckpt2ptError, FormatError, aside
 from ckpt2pt.mapping.foldernames import model_rank_name, model_rank_of
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import RankMeta, metadata_files, read_arguments
@@ -30,8 +30,7 @@ def check_loadable(request: Request, rank: Rank, meta: RankMeta | None = None) -
             f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
             + summary(found),
             where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
-            hint=hint(found)
-            + (", or convert with spec.mode ParamsOnly (--convert-param-only)" if request.full else ""),
+            hint=hint(found) + (f", or convert weights alone{aside('mode')}" if request.full else ""),
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import UsageError, counted, grouped, printable
+from ckpt2pt.errors import UsageError, counted, grouped, printable, ref
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.ptmeta.capture import capture
 from ckpt2pt.ptmeta.describe import describe
@@ -70,7 +70,7 @@ class Made:
                 elif len(inner) <= _SHOWN:
                     lines.append(f"  assumed  {what}: " + ", ".join(f"{name} {item}" for name, item in inner.items()))
                 else:
-                    lines.append(f"  assumed  {what}: {len(inner)} of them (--details lists them)")
+                    lines.append(f"  assumed  {what}: {len(inner)} of them ({ref('details')} lists them)")
             else:
                 lines.append(f"  assumed  {what}: {value}")
         if self.written is not None:
@@ -85,7 +85,7 @@ class Made:
             raise UsageError(
                 "the metadata rests on the assumptions above, and nothing was written",
                 where=self.folder,
-                hint="check them, correct the description where it is wrong, and run the command again with --accept-assumptions",
+                hint=f"check them, correct the description where it is wrong, and run the command again with {ref('acceptAssumptions')}",
             )
 
 
@@ -116,10 +116,10 @@ def from_checkpoint(
         assumed["optimizer"] = "the run had no --use-distributed-optimizer: good for parameters only"
     if target_data:
         assumed["data x context parallel size"] = (
-            f"{target_data}, give --target-dp-size {target_data} to convert as well"
+            f"{target_data}, as ckpt2pt convert --target-dp-size {target_data} needs it"
         )
     made = _made(folder, "checkpoint", found.ranks, found.evidence, assumed, found.with_maps, overwrite=overwrite)
-    problems = warning(found.unmet, full=found.with_maps, command="run the same command again with --overwrite")
+    problems = warning(found.unmet, full=found.with_maps)
     return replace(made, warnings=problems, loadable=not problems)
 
 

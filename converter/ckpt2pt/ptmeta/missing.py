@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
-from ckpt2pt.errors import FormatError, UsageError
+from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.plan.gpt import Argument
 from ckpt2pt.plan.layout import Parameter
 from ckpt2pt.pt.payload import Template
@@ -51,8 +51,8 @@ def synthesize_entries(
             made["rng_state"], storages = rng_state(integer(args, "seed"), tp=tp, pp=pp)
     except UsageError as error:
         raise FormatError(
-            f"the arguments do not give what --synthesize needs: {error.what}",
+            f"the arguments do not give what {ref('synthesize')} needs: {error.what}",
             where=template.path,
-            hint="make pt_meta from a checkpoint that holds these entries, or from a description (--description)",
+            hint="make pt_meta from a checkpoint that holds these entries, or from a description",
         ) from error
     return made, storages

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckpt2pt.casts import find_cast
-from ckpt2pt.errors import FormatError
+from ckpt2pt.errors import FormatError, ref
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.pt.megatron import StoredBucket
 from ckpt2pt.request import Advance, unheard
@@ -19,7 +19,7 @@ from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 _BLOCK_NUMEL = 1 << 17
 _HINT = (
     "make sure that both files are of one checkpoint of Megatron-LM 0.6, saved with --use-distributed-optimizer; "
-    "give --bucket-size if that Megatron's number of elements for a bucket was changed"
+    f"give {ref('bucketSize')} if that Megatron's number of elements for a bucket was changed"
 )
 
 

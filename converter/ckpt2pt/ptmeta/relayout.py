@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.errors import FormatError, UsageError
+from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.mapping.names import local_layer
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import (
@@ -34,7 +34,7 @@ from ckpt2pt.ptmeta.arguments import integer
 from ckpt2pt.ptmeta.files import RankFiles
 from ckpt2pt.ptmeta.rng import rng_state
 
-_OPTION = "--from-pt-meta"
+_OPTION = ref("metadata.path")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,8 +115,8 @@ def _check_maps(folder: Path, old: Topology, base: Template, bucket_size: int | 
                 f"the param maps of stage {pp} are not those of a legacy GPT model of Megatron-LM 0.6"
                 + (f" with buckets of {bucket_size} elements" if bucket_size else ""),
                 where=folder,
-                hint="give --bucket-size if that Megatron's number of elements for a bucket was changed; for a model with an "
-                "order of parameters of its own make pt_meta from a checkpoint in the new layout (--megatron-path)",
+                hint=f"give {ref('bucketSize')} if that Megatron's number of elements for a bucket was changed; for a model with an "
+                "order of parameters of its own make pt_meta from a checkpoint in the new layout",
             )
 
 
@@ -143,12 +143,15 @@ def _vocabulary(args: Mapping[str, Argument], layout: Topology, new: NewLayout) 
         return rows, f"{tokens} tokens in {rows} rows"
     if new.tokens:
         raise UsageError(
-            f"--vocab-size is {new.tokens}, and the embedding has {held} rows",
-            where="the command line",
+            f"{ref('vocabSize')} is {new.tokens}, and the embedding has {held} rows",
+            where=ref("spec"),
             hint="give the number of tokens before padding",
         )
     rows = -(-held // multiple) * multiple
-    return rows, f"{rows} rows, as the number of tokens is not known (--vocab-size); Megatron pads it to {multiple}"
+    return (
+        rows,
+        f"{rows} rows, as the number of tokens is not known; Megatron pads it to {multiple}",
+    )
 
 
 def _changes(args: Mapping[str, Argument], layout: Topology, rows: int | None, new: NewLayout) -> dict[str, Value]:
@@ -158,8 +161,8 @@ def _changes(args: Mapping[str, Argument], layout: Topology, rows: int | None, n
     group = new.data or (cast("int", args.get("data_parallel_size") or 1) * context)
     if group % context:
         raise UsageError(
-            f"--target-dp-size {group} counts data and context parallel ranks together, and there are {context} of these",
-            where="the command line",
+            f"{ref('target.dataParallel')} {group} counts data and context parallel ranks together, and there are {context} of these",
+            where=ref("spec"),
             hint=f"give a multiple of {context}",
         )
     changes: dict[str, Value] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from dataclasses import dataclass
 
+from ckpt2pt.errors import ref
 from ckpt2pt.publish.files import is_partial
 
 
@@ -31,8 +32,8 @@ MEGATRON = Kind(
     results=("mp_rank_*/*.pt",),
     alone=True,
     tracker=True,
-    option="spec.target.path (--megatron-path)",
-    replace="spec.target.overwrite (--overwrite)",
+    option=ref("target.path"),
+    replace=ref("target.overwrite"),
 )
 MINDSPORE = Kind(
     reader="MindSpore",
@@ -43,8 +44,8 @@ MINDSPORE = Kind(
     ),
     alone=False,
     tracker=False,
-    option="--ms-path",
-    replace="--overwrite",
+    option=ref("target.path"),
+    replace=ref("target.overwrite"),
 )
 
 CLAIM = "claim.json"

@@ -20,6 +20,9 @@ from ckpt2pt.errors import (
     UnsupportedFileSystemError,
     UsageError,
     VolumeTooSmallError,
+    aside,
+    field_of,
+    ref,
 )
 
 UNSUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.ESPIPE, errno.EXDEV})
@@ -48,7 +51,7 @@ def access_error(
 ) -> Ckpt2ptError:
     """The user's error for a failed system call on ``path``.
 
-    ``option`` names an input in the user's words: a path that is not there is then a missing input.  ``reading`` says that
+    ``option`` names an input (:func:`ckpt2pt.errors.ref`): a path that is not there is then a missing input.  ``reading`` says that
     nothing was to be written; ``option`` implies it.
     What cannot pass by itself has an exit code that no Job retries.
     """
@@ -82,7 +85,7 @@ def access_error(
         return TooManyFilesError(
             f"{doing} failed: this process may have {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files open, and has",
             where=path,
-            hint=f"raise the limit (ulimit -n, LimitNOFILE of the container runtime), or lower --process-limit; {again}",
+            hint=f"raise the limit (ulimit -n, LimitNOFILE of the container runtime), or lower {ref('workers.processes')}; {again}",
         )
     if number in UNSUPPORTED:
         return UnsupportedFileSystemError(
@@ -92,7 +95,7 @@ def access_error(
         )
     if number == errno.ENOMEM:
         return TryAgainError(
-            f"{doing} failed: {reason}", where=path, hint=f"give more memory (spec.workers.resources), {again}"
+            f"{doing} failed: {reason}", where=path, hint=f"give more memory{aside('workers.resources')}, {again}"
         )
     cause, hint = _PASSING.get(
         number, (reason, "check that the volume is mounted and healthy (dmesg, log of its storage driver)")
@@ -123,12 +126,14 @@ _PASSING = {
 
 def _wrong_path(number: int, path: Path, what: str, option: str) -> Ckpt2ptError:
     """The path itself is wrong: as an input it is missing; as an output something else is in its place."""
+    field = field_of(option)
     if option and number == errno.EISDIR:
-        return UsageError("this is a folder, and a file is needed", where=path, hint=f"check {option}")
+        what = "this is a folder, and a file is needed"
+        return UsageError(what, where=path, hint=f"check {option}", field=field)
     if option:
         missing = number == errno.ENOENT
         what = "the file is not there" if missing else f"the path leads nowhere: {os.strerror(number)}"
-        return MissingInputError(what, where=path, hint=f"check {option}")
+        return MissingInputError(what, where=path, hint=f"check {option}", field=field)
     if number == errno.ENOENT:
         hint = "let nothing remove files or folders there meanwhile, and run the same command again"
         return FileAccessError(what, where=path, hint=hint)
@@ -148,7 +153,7 @@ def _denied(path: Path, doing: str, *, writing: bool) -> Ckpt2ptError:
     kind, access = ("folder", "a+rx") if stat.S_ISDIR(found.st_mode) else ("file", "a+r")
     mode = stat.S_IMODE(found.st_mode)
     given = f"give this user write access to {place}" if writing else f"`chmod {access} {place}`"
-    hint = f"run as uid {found.st_uid} (spec.workers.security.runAsUser), or let the owner {given}"
+    hint = f"run as uid {found.st_uid}{aside('workers.security.runAsUser')}, or let the owner {given}"
     if os.geteuid() in {0, found.st_uid}:
         hint += (
             "; where the mode allows it, the server (root_squash) or an attribute of the file (chattr +i) forbids it"

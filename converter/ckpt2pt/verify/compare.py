@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ckpt2pt.errors import InputError, UsageError, VerificationError, printable
+from ckpt2pt.errors import InputError, Spell, UsageError, VerificationError, printable, ref
 from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.publish import TRACKER, read_tracker
 from ckpt2pt.records import Json
@@ -126,18 +126,19 @@ class Comparison:
         )
         return "\n".join([*lines, *([""] if lines else []), done])
 
-    def raise_differences(self) -> None:
-        """Raise :class:`VerificationError` naming the first few; nothing when there are none."""
+    def raise_differences(self, spell: Spell = str) -> None:
+        """Raise :class:`VerificationError` naming the first few; nothing when there are none.  ``spell`` names options."""
         if self.same:
             return
         shown = "\n  ".join(map(str, self.rows[:_NAMED_IN_ERROR]))
         more = len(self.rows) - _NAMED_IN_ERROR
-        raise VerificationError(
+        error = VerificationError(
             f"{len(self.rows)} leaves differ:\n  {shown}" + (f"\n  and {more} more" if more > 0 else ""),
             where=f"{self.left} and {self.right}",
-            hint="see the table; leave out what may differ with --ignore LEAF"
-            + (f", and the padding of {self.padding} of them with --ignore-padding" if self.padding else ""),
+            hint=f"see the table; leave out what may differ with {ref('ignore')} LEAF"
+            + (f", and the padding of {self.padding} of them with {ref('ignorePadding')}" if self.padding else ""),
         )
+        raise error.spelled(spell)
 
 
 def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
@@ -164,8 +165,7 @@ def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
     raise InputError(
         f"{kept} and {copy} are one tied weight, but {what}",
         where=where,
-        hint="save the checkpoint again with tied embeddings, or point spec.metadata.path (--param-map-path) at the "
-        "pt_meta of an untied model",
+        hint="save the checkpoint again with tied embeddings, or convert with the pt_meta of an untied model",
     )
 
 
@@ -261,7 +261,7 @@ class Comparing:
 
     def result(self, left: object, right: object, files: int, matched: str) -> Comparison:
         """All that was found; ``matched`` is what a pattern should have named."""
-        unused = [f"--ignore {pattern} matches no {matched}" for pattern in sorted(self.ignore - self.used)]
+        unused = [f"the ignored {pattern} matches no {matched}" for pattern in sorted(self.ignore - self.used)]
         return Comparison(
             left=str(left),
             right=str(right),

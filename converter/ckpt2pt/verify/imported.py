@@ -23,10 +23,9 @@ from ckpt2pt.plan.stated import STYLES, Stated
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.verify.gather import Files
-from ckpt2pt.verify.held import Held
 from ckpt2pt.verify.prove import crcs_of
 from ckpt2pt.verify.report import NOTHING_PUBLISHED, Findings
-from ckpt2pt.verify.tensors import Place, TensorComparison
+from ckpt2pt.verify.tensors import Held, Place, TensorComparison
 
 _ORDERS = 1000
 Entries = Mapping[str, TensorRef]
@@ -55,7 +54,7 @@ def prove_import(
     for other, crc in crcs.items():  # the files of data-parallel ranks hold the same
         if crc != crcs[name]:
             findings.differ(other, "file", f"is not that of {name}")
-    findings.report(path.parent, files.nbytes).raise_differences(NOTHING_PUBLISHED)
+    findings.report(path.parent, files.nbytes).raise_differences(hint=NOTHING_PUBLISHED)
     return crcs
 
 

@@ -19,7 +19,7 @@ from ckpt2pt.ckpt import states_checksum
 from ckpt2pt.ckpt.source import paths_for, prove_read
 from ckpt2pt.core.index import Collector, Index
 from ckpt2pt.core.tensor import Key
-from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, ref
 from ckpt2pt.formats.megatron import collect_rank
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.topology import Rank
@@ -68,7 +68,7 @@ def prove_partials(
     """
     folder = next(iter(partials.values())).parent
     report, read = _verify_files(request, chosen, rank, partials, folder, advance=lambda _: heed())
-    report.raise_differences(NOTHING_PUBLISHED)
+    report.raise_differences(hint=NOTHING_PUBLISHED)
     return crcs_of(partials, read)
 
 
@@ -240,7 +240,7 @@ def verify_target(
         raise MissingInputError(
             f"there is no result of iteration {target.iteration}",
             where=target.folder,
-            hint="convert first, or point spec.target.path (--megatron-path) at the result",
+            hint=f"convert first, or point {ref('target.path')} at the result",
         )
     ranks = [(tp, pp) for pp in stages for tp in range(topology.tensor)]
     names = _names(request)

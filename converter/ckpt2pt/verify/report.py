@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ckpt2pt.errors import VerificationError, printable
+from ckpt2pt.errors import Spell, VerificationError, aside, printable
 from ckpt2pt.records import Json
 from ckpt2pt.text import counted, size, table, warned
 from ckpt2pt.verify.elements import Differing
@@ -14,7 +14,7 @@ from ckpt2pt.verify.elements import Differing
 _NAMED_IN_ERROR = 5
 _HINT = (
     "remove the files that differ and convert again; "
-    "if the source or the options changed since, with --overwrite (spec.target.overwrite)"
+    f"if the source or the options changed since, let it replace this result{aside('target.overwrite')}"
 )
 NOTHING_PUBLISHED = "nothing was published: run the same command again; if it differs again, report it with this text"
 
@@ -129,15 +129,16 @@ class Report:
         )
         return "\n".join([*lines, *([""] if lines else []), *warned(self.warnings), done])
 
-    def raise_differences(self, hint: str = _HINT) -> None:
-        """Raise :class:`VerificationError` naming the first few; nothing when there are none."""
+    def raise_differences(self, spell: Spell = str, *, hint: str = _HINT) -> None:
+        """Raise :class:`VerificationError` naming the first few; nothing when there are none.  ``spell`` names options."""
         if not self.differences:
             return
         shown = "\n  ".join(map(str, self.differences[:_NAMED_IN_ERROR]))
         more = len(self.differences) - _NAMED_IN_ERROR
-        raise VerificationError(
+        error = VerificationError(
             f"{len(self.differences)} differences between the result and its source:\n  {shown}"
             + (f"\n  and {more} more" if more > 0 else ""),
             where=self.folder,
             hint=hint,
         )
+        raise error.spelled(spell)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.ranks import SourceFile
-from ckpt2pt.errors import FormatError
+from ckpt2pt.errors import FormatError, ref
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 from ckpt2pt.untrusted.jsontext import parse_json
@@ -29,7 +29,7 @@ def expected_index(file: SourceFile) -> Index:
     if file.info is None:
         return index_file(file.path)
     try:
-        document = cast("Any", parse_json(read_whole(file.info, "--opt-shard-info-path"), first=True))
+        document = cast("Any", parse_json(read_whole(file.info, ref("source.optShardInfoPath")), first=True))
         return _whole([index_file(path) for path in file.peers], document)
     except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise FormatError(

@@ -23,8 +23,8 @@ from ckpt2pt.plan.stated import Statement
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey
 from ckpt2pt.tensors import TensorRef
-from ckpt2pt.verify.held import Held
 from ckpt2pt.verify.sharded import expected_index
+from ckpt2pt.verify.tensors import Held
 
 
 def held_for(request: Request, chosen: Survey, rank: Rank, meta: RankMeta) -> tuple[Held, Statement]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from ckpt2pt.errors import FormatError, UsageError
+from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.pickles import MISSING, Call, Global, Value, ordered_dict
 from ckpt2pt.pt.vetting import check_name
@@ -129,8 +129,8 @@ def _torch() -> ModuleType:
     except ImportError as error:
         raise UsageError(
             f"torch cannot be imported ({error})",
-            where="--reader torch",
-            hint="install torch beside ckpt2pt (the extra torch: '.[torch]' in a checkout), or use --reader own",
+            where=f"{ref('reader')} torch",
+            hint=f"install torch beside ckpt2pt (the extra torch: '.[torch]' in a checkout), or use {ref('reader')} own",
         ) from error
 
 

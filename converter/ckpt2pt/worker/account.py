@@ -125,8 +125,9 @@ class Account:
         reason, message = self.reason, self.message
         if self._waiting:
             from ckpt2pt.conversion.status import WAITING  # noqa: PLC0415 - a worker's alone
+            from ckpt2pt.worker.termination import plain  # noqa: PLC0415
 
-            reason, message = WAITING, self._waiting
+            reason, message = WAITING, plain(self._waiting)
         return _known(found | ({"reason": reason, "message": message} if reason else {}))
 
     def facts(self) -> Json:

@@ -15,7 +15,8 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from ckpt2pt.errors import Ckpt2ptError
+from ckpt2pt.conversion.spelling import in_document
+from ckpt2pt.errors import Ckpt2ptError, rendered
 
 log = logging.getLogger("ckpt2pt")
 
@@ -46,7 +47,7 @@ def path_of(words: Sequence[str], environment: Mapping[str, str]) -> Path | None
 
 
 def message_of(error: Ckpt2ptError) -> str:
-    """What, where and hint in one line; where it is too long, what was found gives way to how it is mended."""
+    """What, where and hint in one line; where it is too long, what was found gives way to the hint."""
     where, hint = plain(error.where)[-_MAX_PART:], plain(error.hint)[:_MAX_PART]
     room = MAX_MESSAGE - len(where) - len(hint) - 4
     what = plain(error.what)
@@ -93,6 +94,10 @@ def _undisturbed() -> Generator[None]:
 
 
 def plain(text: str) -> str:
-    """One line that any terminal may show: no control or formatting characters, no half of a surrogate pair."""
-    kept = (" " if unicodedata.category(c) in {"Cc", "Cf", "Zl", "Zp"} else c for c in text)
+    """One line that any terminal may show: no control or formatting characters, no half of a surrogate pair.
+
+    Whoever reads it has written a document, whatever the command line of the worker was.
+    """
+    shown = rendered(text, in_document)
+    kept = (" " if unicodedata.category(c) in {"Cc", "Cf", "Zl", "Zp"} else c for c in shown)
     return " ".join("".join(kept).encode(errors="replace").decode().split())

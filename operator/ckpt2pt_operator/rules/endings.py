@@ -42,7 +42,7 @@ def planned(pods: Sequence[Pod]) -> str:
 def ending(conversion: Conversion, job: Job, pods: Sequence[Pod], failed: Sequence[StageRecord]) -> Ending:
     """The end in words, with the hint; ``failed`` are the stages that were given up."""
     reason = reason_of(job)
-    hint = f"hint it, then: kubectl annotate ckc {conversion.name} --overwrite {RETRY_ANNOTATION}=$(date +%s)"
+    hint = f"correct it, then: kubectl annotate ckc {conversion.name} --overwrite {RETRY_ANNOTATION}=$(date +%s)"
     wrong = next((pod for pod in pods if pod.exit_code in FAILS_JOB), None)
     if wrong is not None:
         report = report_of(wrong.report)

@@ -62,7 +62,7 @@ def test_an_import_into_what_it_reads_is_refused(place: str, tmp_path: Path) -> 
     shutil.copytree(SETS[0] / "A", tmp_path / "A")
     (tmp_path / "link").symlink_to("A")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UsageError, match="would take the place of --megatron-path"):
+    with pytest.raises(UsageError, match=r"would take the place of source\.path"):
         imported(SETS[0], tmp_path / place, source=tmp_path / "A")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -240,7 +240,7 @@ def test_a_stop_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.
 
 def test_no_room_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ckpt2pt.system.volume.free_bytes", lambda folder: 1000)
-    with pytest.raises(VolumeTooSmallError, match="--ms-path"):
+    with pytest.raises(VolumeTooSmallError, match=r"target\.path"):
         imported(SETS[0], tmp_path / "ms")
     assert not (tmp_path / "ms").exists()
 
@@ -263,10 +263,10 @@ def test_a_disk_that_fills_up_at_any_write_leaves_only_whole_files_and_the_next_
 @pytest.mark.parametrize(
     ("more", "error", "what"),
     [
-        ({"tensor": 4}, TopologyError, "--tp-size is 4, the checkpoint has 2"),
-        ({"pipeline": 1}, TopologyError, "--pp-size is 1, the checkpoint has 2"),
-        ({"virtual": 2}, TopologyError, "--vpp-size is 2, the checkpoint has 1"),
-        ({"num_layers": 8}, TopologyError, "--num-layers is 8, the checkpoint has 4"),
+        ({"tensor": 4}, TopologyError, r"parallelism\.tensor is 4, the checkpoint has 2"),
+        ({"pipeline": 1}, TopologyError, r"parallelism\.pipeline is 1, the checkpoint has 2"),
+        ({"virtual": 2}, TopologyError, r"parallelism\.virtualPipeline is 2, the checkpoint has 1"),
+        ({"num_layers": 8}, TopologyError, r"model\.numLayers is 8, the checkpoint has 4"),
         ({"noop": frozenset({1})}, TopologyError, r"has layers \[0, 1\], by the options it has \[0\]"),
         ({"layers_per_stage": (3, 1)}, TopologyError, "holds a layer 1, by the options it has 1"),
         ({"layers_per_stage": (1, 1)}, UsageError, "adds up to 2"),

@@ -9,7 +9,7 @@ import pytest
 
 from ckpt2pt.ckpt.filenames import UNNAMED
 from ckpt2pt.ckpt.ranks import choose, find_groups, find_sources, last_saved, rank_folder
-from ckpt2pt.errors import FileAccessError, InputError, MissingInputError
+from ckpt2pt.errors import FileAccessError, InputError, MissingInputError, ref
 from ckpt2pt.mapping.topology import Topology
 
 TWO = Topology(num_layers=2, tensor=2)
@@ -106,7 +106,7 @@ def test_one_of_two_formats_can_be_asked_for(tmp_path: Path) -> None:
     both(tmp_path, "n_rank_@-0_5.ckpt", "n_rank_@-0_5.safetensors")
     with pytest.raises(InputError, match="two files of one step") as caught:
         found(tmp_path)
-    assert "--src-model-format" in caught.value.hint
+    assert ref("source.format") in caught.value.hint
     assert found(tmp_path, "safetensors") == {(0, 5): ["n_rank_0-0_5.safetensors", "n_rank_1-0_5.safetensors"]}
     assert found(tmp_path, "ckpt") == {(0, 5): ["n_rank_0-0_5.ckpt", "n_rank_1-0_5.ckpt"]}
 

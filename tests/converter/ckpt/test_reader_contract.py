@@ -21,7 +21,7 @@ from ckpt2pt.ckpt import (
     read_scalar,
     states_checksum,
 )
-from ckpt2pt.errors import FormatError, InputError, MissingInputError, PermissionDeniedError
+from ckpt2pt.errors import FormatError, InputError, MissingInputError, PermissionDeniedError, aside
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 from ckptfiles import MINDSPORE, Tensor, chunk, ckpt, safe, safe_entry, safe_file, some_tensors, varint
 from goldens import golden_root
@@ -247,7 +247,7 @@ def test_a_file_of_another_user_names_owner_mode_and_us(reader: Reader, door: st
     assert f"belongs to uid {owner}," in caught.value.what
     assert f"mode {path.stat().st_mode & 0o777:04o}" in caught.value.what
     assert f"runs as uid {os.geteuid()}," in caught.value.what
-    assert caught.value.hint.startswith(f"run as uid {owner} ")
+    assert caught.value.hint.startswith(f"run as uid {owner}{aside('workers.security.runAsUser')}, ")
     assert f"chmod a+r {path}" in caught.value.hint
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ckpt2pt.ckpt.ready import Look, Watcher
-from ckpt2pt.errors import InputError, MissingInputError, TimedOutError
+from ckpt2pt.errors import InputError, MissingInputError, TimedOutError, aside, ref
 from ckpt2pt.mapping.topology import Topology
 from ckptfiles import Tensor, ckpt
 
@@ -78,7 +78,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     error = seen.refusal(3)
     assert isinstance(error, MissingInputError)
     assert error.what == f"after 3 s the source folder {tmp_path / 'none'} is not there"
-    assert "--ms-path" in error.hint
+    assert ref("source.path") in error.hint
 
 
 def test_a_rank_at_another_step(root: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_rank_at_another_step(root: Path) -> None:
     seen = look(root)
     assert seen.sentence == "checkpoint 0_20 is not whole: rank_2 is at 0_8, 0_12; rank_3 is at 0_12"
     assert isinstance(seen.refusal(1), InputError)
-    assert "spec.source.iteration" in seen.refusal(1).hint
+    assert aside("source.iteration") in seen.refusal(1).hint
 
 
 def test_later_epochs_are_newer_than_larger_steps(root: Path) -> None:

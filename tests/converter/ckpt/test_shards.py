@@ -12,7 +12,7 @@ import pytest
 
 from ckpt2pt.ckpt.ranks import SourceFile
 from ckpt2pt.ckpt.shards import check_ranks, has_shards, join_shards, read_info
-from ckpt2pt.errors import CoverageError, FormatError, InputError, TopologyError
+from ckpt2pt.errors import CoverageError, FormatError, InputError, TopologyError, ref
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.verify.sharded import expected_index
@@ -254,7 +254,7 @@ def test_a_description_that_contradicts_itself_is_refused(case: str, tmp_path: P
     info.write_text(json.dumps(document))
     with pytest.raises(FormatError, match=what) as caught:
         read_info(info)
-    assert "--opt-shard-info-path" in caught.value.hint
+    assert ref("source.optShardInfoPath") in caught.value.hint
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "null", "3", "[]", '{"param_info": 3}', "\0"])
@@ -269,4 +269,4 @@ def test_another_group_of_ranks_is_a_wrong_degree(tmp_path: Path) -> None:
     _, info = sources(small(4), Sharding(), tmp_path)
     with pytest.raises(TopologyError, match=r"over ranks \[0, 1, 2, 3\], the options give ranks \[0, 1\]") as caught:
         check_ranks(read_info(info), (0, 1))
-    assert "--dp-size" in caught.value.hint
+    assert ref("parallelism") in caught.value.hint

@@ -17,7 +17,7 @@ from checked import checked
 from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.writer import CkptFile, MindSporeFile, SafetensorsFile, mindspore_file
 from ckpt2pt.engine.write import Stop, write_files
-from ckpt2pt.errors import InputError
+from ckpt2pt.errors import InputError, aside
 from ckpt2pt.plan.entries import Entry, number_entry, text_entry
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 from ckptfiles import Tensor, some_tensors
@@ -225,7 +225,7 @@ def test_a_threshold_of_exactly_the_limit_is_one_entry_and_a_byte_more_is_two() 
 def test_what_mindspore_could_not_load_from_safetensors_is_refused(entry: Entry) -> None:
     with pytest.raises(InputError, match=entry.name) as caught:
         SafetensorsFile(name="x.safetensors", entries=(entry,)).lay_out()
-    assert "--dst-format ckpt" in caught.value.hint
+    assert caught.value.hint == f"write .ckpt instead{aside('target.format')}"
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

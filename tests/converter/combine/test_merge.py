@@ -15,6 +15,7 @@ import pytest
 from checked import checked
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.combine.merge import Combination, combine
+from ckpt2pt.conversion.spelling import of_command
 from ckpt2pt.engine.write import write_files
 from ckpt2pt.errors import (
     Ckpt2ptError,
@@ -24,6 +25,8 @@ from ckpt2pt.errors import (
     TryAgainError,
     UsageError,
     VolumeTooSmallError,
+    ref,
+    rendered,
 )
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.run import run
@@ -227,7 +230,7 @@ def test_what_another_command_wrote_is_not_replaced_unasked(tmp_path: Path) -> N
     combine(asked(source, out), Quiet())
     with pytest.raises(UsageError, match="did not make") as caught:
         combine(asked(source, out, optimizer=False), Quiet())
-    assert "--overwrite" in caught.value.hint
+    assert ref("target.overwrite") in caught.value.hint
     assert combine(asked(source, out, optimizer=False, overwrite=True), Quiet()).written == 2
 
 
@@ -332,11 +335,13 @@ def test_a_format_that_is_not_there_is_told_with_the_flags_of_this_command(tmp_p
     made_in(tmp_path)
     with pytest.raises(MissingInputError, match="no safetensors file") as caught:
         combine(asked(tmp_path / "ms", tmp_path / "merged", source_format="safetensors"), Quiet())
-    assert caught.value.hint == "check --checkpoint-dir and --src-format"
+    assert rendered(caught.value.hint, of_command("combine")) == "check --checkpoint-dir and --src-format"
     (tmp_path / "ms" / "rank_0").rename(tmp_path / "ms" / "other")
     with pytest.raises(MissingInputError) as caught:
         combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
-    assert caught.value.hint == "check --strategy-dir of the training that wrote it, and --checkpoint-dir"
+    assert rendered(caught.value.hint, of_command("combine")) == (
+        "check the parallel sizes of the training that wrote it, and --checkpoint-dir"
+    )
 
 
 def test_a_full_disk_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,7 @@ def test_validating_does_not_change_the_defaults_of_the_schema() -> None:
     assert second["spec"]["model"]["noopLayers"] == []
 
 
-#     what is changed -> the field, what is said of it, and how to hint it
+#     what is changed -> the field, what is said of it, and how to correct it
 VIOLATIONS = {
     "misspelled": ("spec.parallelism.tensr", 2, "is no field", "write tensor"),
     "snake-case": ("spec.model.num_layers", 2, "is no field", "write numLayers"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.ckpt.ranks import find_sources
-from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, TopologyError, UsageError
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, TopologyError, UsageError, refs
 from ckpt2pt.formats.degrees import check_ranks, find_layout
 from ckpt2pt.formats.registry import read
 from ckpt2pt.mapping.names import NameTable
@@ -65,7 +65,7 @@ def test_copies_of_data_parallel_ranks_do_not_tell_the_degrees(tmp_path: Path) -
     write_mindspore(tmp_path, model(), tp=2, pp=2, dp=2, copies=True)
     with pytest.raises(UsageError, match=r"8 rank folders, .* some of them hold the same weights") as caught:
         find_layout(tmp_path, None, None, NameTable())
-    assert "tp and pp of ckpt2pt.open, --tp-size and --pp-size" in caught.value.hint
+    assert refs("parallelism.tensor", "parallelism.pipeline") in caught.value.hint
     assert find_layout(tmp_path, 2, 2, NameTable()).data == 2
 
 
@@ -150,7 +150,7 @@ def test_descriptions_of_shards_tell_the_degrees(golden: Path) -> None:
 
 def test_degrees_below_one_are_refused(tmp_path: Path) -> None:
     write_mindspore(tmp_path, model(), tp=2)
-    with pytest.raises(UsageError, match=r"pipeline \(--pp-size\) is 0, and must be at least 1"):
+    with pytest.raises(UsageError, match=r"parallelism\.pipeline is 0, and must be at least 1"):
         find_layout(tmp_path, 2, 0, NameTable())
 
 

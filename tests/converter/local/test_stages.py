@@ -70,7 +70,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
 
 def failing(kind: type[Ckpt2ptError], stage: int | None) -> Run:
     def fail(_: Sequence[int], __: Any) -> None:
-        error = kind("broken", where="there", hint="mend it")
+        error = kind("broken", where="there", hint="correct it")
         error.rank = None if stage is None else (0, stage)
         raise error
 
@@ -121,7 +121,7 @@ def test_what_is_true_for_every_stage_ends_the_run(world: Callable[..., World], 
     found = world(script=[failing(TargetConflictError, stage)])
     ended = found.stages.carry_out(SILENCE)
     assert ended is not None
-    assert (ended.reason, ended.message) == ("FailJob", "stage 0: broken; there; mend it")
+    assert (ended.reason, ended.message) == ("FailJob", "stage 0: broken; there; correct it")
     assert found.told == [("Failed", 1, "TargetConflict"), ("Pending", 0, ""), ("Pending", 0, "")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -53,8 +54,8 @@ def test_the_folder_has_a_pipeline_suffix_only_when_there_are_stages(pipeline: i
     ("degrees", "message"),
     [
         pytest.param({"num_layers": 7, "pipeline": 2}, "7 layers do not divide", id="layers-not-divisible"),
-        pytest.param({"num_layers": 0}, "numLayers .--num-layers. is 0", id="no-layers"),
-        pytest.param({"num_layers": 4, "tensor": 0}, "--tp-size", id="no-tensor-ranks"),
+        pytest.param({"num_layers": 0}, r"model\.numLayers is 0", id="no-layers"),
+        pytest.param({"num_layers": 4, "tensor": 0}, r"parallelism\.tensor is 0", id="no-tensor-ranks"),
         pytest.param({"num_layers": 4, "noop": frozenset({-1, 2})}, r"\[-1\] are below 0", id="noop-below-0"),
         pytest.param({"num_layers": 2, "noop": frozenset({0, 1, 62})}, "every layer", id="all-noop"),
         pytest.param({"num_layers": 4, "pipeline": 2, "layers_per_stage": (4,)}, "1 counts, 2 stages", id="short-list"),
@@ -72,7 +73,7 @@ def test_the_folder_has_a_pipeline_suffix_only_when_there_are_stages(pipeline: i
 def test_an_impossible_cut_is_refused_with_the_flag_to_hint(degrees: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         Topology(**degrees)
-    assert "--" in caught.value.hint or "set " in caught.value.hint
+    assert re.search("\x02[a-zA-Z.]+\x03", caught.value.hint)
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.data())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt2pt.errors import InputError
+from ckpt2pt.errors import InputError, ref
 from ckpt2pt.plan.clock import name_contradiction, read_clock
 
 
@@ -35,7 +35,7 @@ def test_the_evidence_is_weighed(
 def test_a_checkpoint_that_does_not_tell_is_refused(facts: dict[str, float]) -> None:
     with pytest.raises(InputError, match="tells its iteration") as caught:
         read_clock(facts, global_batch_size=4, named=None, where="rank_0/network.ckpt")
-    assert "--iteration" in caught.value.hint
+    assert ref("source.iteration") in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_the_message_says_what_to_do_about_a_class_of_ones_own() -> None:
         "the pickle names fork.enums.ModelType, which has no business in a checkpoint\n"
         "  where: args.pt\n"
         "  hint:  write the file again without it, or if fork.enums.ModelType is a class of your own Megatron fork,"
-        " list it under pickle_globals in the rule file given by --rules"
+        " list it under pickle_globals in the rule file (model.rules)"
     )
 
 

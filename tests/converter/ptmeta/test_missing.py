@@ -50,7 +50,9 @@ def test_pt_meta_warns_first_and_calls_nothing_proved(tmp_path: Path, capsys: py
         "warning: Megatron-LM 0.6 cannot resume from what this metadata gives: 2 of 2 ranks, first tp 0 pp 0: "
         "optimizer is missing; opt_param_scheduler is missing; rng_state is missing"
     )
-    assert second.startswith("  hint: run the same command again with --overwrite --synthesize optimizer scheduler rng")
+    assert second.startswith(
+        "  hint: make pt_meta again: ckpt2pt pt-meta --megatron-path CHECKPOINT --overwrite --synthesize optimizer scheduler rng"
+    )
     assert not any("proved" in line for line in rest)
     assert main([*flags, "--overwrite", "--synthesize", *ALL, "--output", "json"]) == 0
     document = json.loads(capsys.readouterr().out)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.errors import Ckpt2ptError, FormatError, UsageError
+from ckpt2pt.errors import Ckpt2ptError, FormatError, UsageError, ref
 from ckpt2pt.ptmeta.make import from_pt_meta
 from ckpt2pt.ptmeta.relayout import NewLayout, relayout
 from goldens import golden_sets
@@ -93,7 +93,7 @@ def test_what_was_assumed_is_told_and_recorded(tmp_path: Path) -> None:
     ("new", "what"),
     [
         (NewLayout(pipeline=3), "4 layers do not divide into 3 stages"),
-        (NewLayout(tokens=300), "--vocab-size is 300, and the embedding has 256 rows"),
+        (NewLayout(tokens=300), "vocabSize is 300, and the embedding has 256 rows"),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(new: NewLayout, what: str) -> None:
@@ -128,7 +128,7 @@ def test_maps_of_a_changed_megatron_are_not_taken_for_those_of_another() -> None
     old = SETS["f_tp1pp1dp2_buckets"] / "pt_meta"
     with pytest.raises(FormatError, match="the param maps of stage 0 are not those") as caught:
         relayout(old, NewLayout(tensor=2))
-    assert "--bucket-size" in str(caught.value)
+    assert ref("bucketSize") in caught.value.hint
     assert relayout(old, NewLayout(tensor=2, bucket_size=22592)).ranks
 
 

@@ -260,7 +260,7 @@ def test_what_is_ignored_is_left_out_and_what_matches_nothing_is_told(
     code, found, _ = verify(capsys, one, other)
     assert (code, len(found["differences"])) == (76, 18)
     code, found, _ = verify(capsys, one, other, "--ignore", "*/decoder.layers.2.*", "--ignore", "param/none")
-    assert (code, found["notes"]) == (0, ["--ignore param/none matches no tensor"])
+    assert (code, found["notes"]) == (0, ["the ignored param/none matches no tensor"])
 
 
 # ------------------------------------------------------------------------------------------------------ details

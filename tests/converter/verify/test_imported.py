@@ -19,8 +19,8 @@ from ckpt2pt.core.tensor import Role
 from ckpt2pt.errors import FormatError, VerificationError
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.request import Pace
-from ckpt2pt.verify.held import Held
 from ckpt2pt.verify.imported import prove_import
+from ckpt2pt.verify.tensors import Held
 from ckptfiles import Tensor, ckpt
 from conversions import Quiet
 from layouts import topology

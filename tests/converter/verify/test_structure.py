@@ -1,10 +1,8 @@
-"""What a source and its metadata make of a result: ties, chunks of no-op layers, and inputs that do not fit each other."""
+"""What is no tensor: names, buckets, chunks of no-op layers, header numbers; and param maps that do not fit."""
 
 from __future__ import annotations
 
 import json
-import shutil
-import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,25 +10,18 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.ckpt import index_file
-from ckpt2pt.core.tensor import Key
-from ckpt2pt.errors import FormatError, InputError
-from ckpt2pt.mapping.names import Rules
+from changed import converted, copied, drop, edit_map
+from ckpt2pt.errors import FormatError
 from ckpt2pt.meta import data_parallel_size
 from ckpt2pt.plan.buckets import Bucket, Placement
-from ckpt2pt.pt.pickles import with_attrs
 from ckpt2pt.request import Request
 from ckpt2pt.survey import meta_of, survey
-from ckpt2pt.verify.held import Held
 from ckpt2pt.verify.leaves import open_pt
 from ckpt2pt.verify.report import Findings
 from ckpt2pt.verify.source import held_for
 from ckpt2pt.verify.structure import Chunk, bucket_size, chunks_of, others
-from ckptfiles import Tensor, ckpt
 from conversions import request_for
-from results import Result, convert_request, edit_tree, set_element
-
-HEAD, EMBEDDING = "language_model.output_layer.weight", "language_model.embedding.word_embeddings.weight"
+from results import convert_request, edit_tree
 
 
 @pytest.fixture
@@ -39,69 +30,11 @@ def inputs(golden: Path, tmp_path: Path) -> Request:
     return copied(golden / "megatron06" / "j_tp1pp2dp2", tmp_path)
 
 
-def copied(folder: Path, tmp_path: Path) -> Request:
-    request = request_for(folder, tmp_path / "out")
-    for path, name in ((request.source, "ms"), (request.metadata, "pt_meta")):
-        shutil.copytree(path, tmp_path / name)
-    for path in (tmp_path / "ms").rglob("*.ckpt"):
-        path.chmod(0o600)
-    return replace(request, source=tmp_path / "ms", metadata=tmp_path / "pt_meta")
-
-
-def held(request: Request, rank: tuple[int, int] = (0, 0)) -> Held:
-    return held_for(request, survey(request), rank, meta_of(request, rank))[0]
-
-
 def chunks(request: Request, rank: tuple[int, int] = (0, 0)) -> list[Chunk]:
     meta, findings = meta_of(request, rank), Findings()
     found = chunks_of(meta, request.topology, rank[1], data_parallel_size(meta.template), findings)
     assert not findings.differences
     return found
-
-
-def converted(request: Request) -> Callable[[], Result]:
-    """Convert what is there now; whatever is changed later is compared with that."""
-    result = convert_request(request)
-    return lambda: Result(request, survey(request), result.folder)
-
-
-def edit_map(request: Request, name: str, edit: Callable[[dict[str, Any]], Any]) -> None:
-    path = request.metadata / name
-    document = json.loads(path.read_text())
-    edited = edit(document)
-    path.write_text(json.dumps(document if edited is None else edited))
-
-
-def append(request: Request, rank: int, *tensors: Tensor) -> None:
-    path = request.source / f"rank_{rank}" / "network.ckpt"
-    path.write_bytes(path.read_bytes() + ckpt(tensors))
-
-
-def payload(request: Request, rank: int, name: str) -> bytes:
-    path = request.source / f"rank_{rank}" / "network.ckpt"
-    extent = index_file(path)[name].extents[0]
-    return path.read_bytes()[extent.offset : extent.offset + extent.nbytes]
-
-
-def drop(request: Request, rank: int, part: str) -> None:
-    """Write the source again without the entries that have ``part`` in their name."""
-    path = request.source / f"rank_{rank}" / "network.ckpt"
-    kept = [ref for name, ref in index_file(path).items() if part not in name]
-    path.write_bytes(ckpt(Tensor(ref.name, ref.dtype, ref.shape, payload(request, rank, ref.name)) for ref in kept))
-
-
-def tie(request: Request) -> None:
-    """Make the set one with tied embeddings: the last stage's output layer is the copy, in a bucket name of its own."""
-    for path in request.metadata.glob("args_*.pt"):
-        edit_tree(
-            path,
-            lambda tree: tree.update(args=with_attrs(tree["args"], {"untie_embeddings_and_output_weights": False})),
-        )
-
-    def rename(document: dict[str, Any]) -> dict[str, Any]:
-        return {key.replace(HEAD, "word_embeddings.weight"): entry for key, entry in document.items()}
-
-    edit_map(request, "param_map_buffer0_dp0tp0pp1vpp0.json", rename)
 
 
 def test_names_are_in_order_of_registration_and_buckets_add_up(inputs: Request) -> None:
@@ -167,100 +100,6 @@ def test_a_data_parallel_size_that_does_not_fit_the_buckets_is_refused(golden: P
     other = result._replace(request=replace(result.request, target_data=7))
     with pytest.raises(FormatError, match="a data-parallel group of 7 pads it"):
         other.verify()
-
-
-@pytest.mark.parametrize(
-    ("tensor", "problem"),
-    [
-        pytest.param(
-            Tensor("language_model.encoder.layers.3.input_norm.weight", "float32", (64,), bytes(256)),
-            "decoder.layers.3.input_layernorm.weight: is in the source, and not in the result",
-            id="a-layer-of-another-stage",
-        ),
-        pytest.param(
-            Tensor("language_model.encoder.layers.0.input_norm.bias", "float32", (64,), bytes(256)),
-            "decoder.layers.0.input_layernorm.bias: is in the source, and not in the result",
-            id="a-parameter-more",
-        ),
-        pytest.param(
-            Tensor("exp_avg.language_model.encoder.layers.0.input_norm.bias", "float32", (64,), bytes(256)),
-            "exp_avg of decoder.layers.0.input_layernorm.bias: is in the source, and not in the result",
-            id="a-moment-more",
-        ),
-        pytest.param(
-            Tensor("language_model.encoder.layers.0.input_norm.gamma", "float32", (64,), bytes(256)),
-            "decoder.layers.0.input_layernorm.weight is on two pipeline stages, or in one file by two names",
-            id="a-parameter-twice",
-        ),
-        pytest.param(
-            Tensor("mystery", "float32", (1,), bytes(4)), "no mapping for the MindSpore", id="an-unknown-name"
-        ),
-    ],
-)
-def test_a_source_tensor_without_a_place_is_told(inputs: Request, tensor: Tensor, problem: str) -> None:
-    again = converted(inputs)
-    append(inputs, 0, tensor)
-    assert problem in told(again())
-
-
-def told(result: Result) -> str:
-    """The differences, or why the source is refused."""
-    try:
-        return "\n".join(map(str, result.verify().differences))
-    except InputError as error:
-        return error.what
-
-
-def test_what_a_rule_file_ignores_is_no_difference(inputs: Request) -> None:
-    request = replace(inputs, rules=Rules(ignore=("mystery",)))
-    append(request, 0, Tensor("mystery", "float32", (1,), bytes(4)))
-    assert told(converted(request)()) == ""
-
-
-def test_a_moment_that_is_missing_is_told(inputs: Request) -> None:
-    again = converted(inputs)
-    drop(inputs, 0, "exp_avg_sq.language_model.encoder.layers.1.input_norm")
-    assert (
-        told(again()) == "mp_rank_00_000: exp_avg_sq of decoder.layers.1.input_layernorm.weight: is not in the source"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------- tied
-
-
-def test_a_tied_copy_on_the_last_stage_is_the_source_of_the_head(inputs: Request) -> None:
-    tie(inputs)
-    result = convert_request(inputs)
-    assert [result.verify((0, pp)).differences for pp in (0, 1)] == [(), ()]
-    assert Key("exp_avg", "output_layer.weight") in held(inputs, (0, 1)).tensors
-    path = result.file("model_optim_rng.pt", (0, 1))
-    set_element(path, "/model/word_embeddings_for_head/weight", 9, struct.pack("<H", 0x4242))
-    assert {d.tensor for d in result.verify((0, 1)).differences} == {"word_embeddings.weight"}
-
-
-def test_a_last_stage_without_a_copy_takes_the_first_stages(inputs: Request) -> None:
-    tie(inputs)
-    drop(inputs, 2, HEAD)
-    result = convert_request(inputs)
-    assert result.verify((0, 1)).differences == ()
-    found = held(inputs, (0, 1)).tensors
-    tensors = [found[key] for key in found if key.name == "embedding.word_embeddings.weight"]
-    assert [tensor.key.role for tensor in tensors] == ["param", "exp_avg", "exp_avg_sq"]
-    assert all(tensor.views[0].storage[0].path.endswith("rank_0/network.ckpt") for tensor in tensors)
-
-
-@pytest.mark.parametrize("equal", [True, False])
-@pytest.mark.parametrize("copy", [HEAD, "word_embeddings_for_head.weight"])
-def test_a_copy_that_is_not_carried_must_be_equal(golden: Path, tmp_path: Path, copy: str, equal: bool) -> None:
-    request = copied(golden / "megatron06" / "a2_tp1pp1_tied_bias", tmp_path)
-    again = converted(request)
-    for prefix in ("", "exp_avg.", "exp_avg_sq."):
-        data = bytearray(payload(request, 0, prefix + EMBEDDING))
-        if not equal and prefix == "exp_avg.":
-            data[400] ^= 1
-        append(request, 0, Tensor(prefix + copy, "float32", (256, 64), bytes(data)))
-    found = again().verify().differences
-    assert [(d.tensor, d.index) for d in found] == ([] if equal else [(f"exp_avg of {EMBEDDING}", 100)])
 
 
 # --------------------------------------------------------------------------------------------------------------- no-op

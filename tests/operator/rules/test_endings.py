@@ -68,7 +68,9 @@ def test_what_is_wrong_outside_of_the_document_is_told_by_its_name_and_may_be_tr
     pods = [pod_view(pod) for pod in world.pods.values()]
     found = ending(parse(world.document), a_job(ending="Failed", reason="PodFailurePolicy"), pods, ())
     assert found.reason == told
-    assert found.message.startswith("what is wrong; where; run as uid 1000; hint it, then: kubectl annotate ckc demo")
+    assert found.message.startswith(
+        "what is wrong; where; run as uid 1000; correct it, then: kubectl annotate ckc demo"
+    )
 
 
 @pytest.mark.parametrize(
