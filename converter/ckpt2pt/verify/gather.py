@@ -141,8 +141,11 @@ class Gathered:
 
 def _is_dense(view: Stored, box: Box) -> bool:
     """Whether a view holds the box as it is, in C order: then there is nothing to gather."""
-    steps = zip(view.shape, view.strides, dense_strides(view.shape), strict=True)
-    return box_of(view) == box and all(length == 1 or one == other for length, one, other in steps)
+    dense = dense_strides(view.shape)
+    return box_of(view) == box and (
+        view.strides == dense
+        or all(length == 1 or one == other for length, one, other in zip(view.shape, view.strides, dense, strict=True))
+    )
 
 
 def _read_stored(files: Files, storage: Sequence[Extent], skip: int, nbytes: int) -> Bytes:

@@ -23,12 +23,12 @@ from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, ref
 from ckpt2pt.formats.megatron import collect_rank
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.meta import RankMeta, data_parallel_size, read_template
+from ckpt2pt.meta import RankMeta, data_parallel_size
 from ckpt2pt.pt.archive import Archive
-from ckpt2pt.pt.megatron import read_files
+from ckpt2pt.pt.megatron import MegatronRank, read_files
 from ckpt2pt.publish import Target
 from ckpt2pt.request import SILENCE, Advance, Portion, Reporter, Request, unheard
-from ckpt2pt.survey import Survey, meta_of, survey, target_of
+from ckpt2pt.survey import Survey, meta_of, only_growing, survey, target_of
 from ckpt2pt.system.paths import is_folder, status
 from ckpt2pt.verify.copies import copies_of
 from ckpt2pt.verify.gather import Files
@@ -101,6 +101,7 @@ def _verify_files(
     return findings.report(folder, files.nbytes, checksums), read
 
 
+@only_growing()
 def _compare(
     request: Request,
     chosen: Survey,
@@ -119,18 +120,25 @@ def _compare(
     structure = Structure(chunks, findings, files)
     read = _opener(reader, allow)
     leaves = {name: _opened(name, path, findings, read) for name, path in results.items()}
+    refused = Findings(findings.directory)
+    stored = _stored(results, refused, allow) if all(leaves.values()) else None
     if model := leaves[MODEL_FILE]:
         template, samples = read(Path(meta.template.path)), request.reference_samples
         structure.check_model(model)
         known = len(findings.differences)
         structure.check_rest(others(template, chosen.clock, statement, reference_samples=samples), model)
-        if len(findings.differences) == known:  # else what was changed has been told, and the rest is as it should be
-            found = replace(meta, template=read_template(results[MODEL_FILE], allow=allow))
-            for rule in found.unmet(request.topology, full=request.full, checkpoint=True):
+        if (
+            stored and len(findings.differences) == known
+        ):  # else what was changed has been told, and the rest is as it should be
+            for rule in replace(meta, template=stored.template).unmet(
+                request.topology, full=request.full, checkpoint=True
+            ):
                 findings.differ(MODEL_FILE, rule.key, f"{rule.problem}: Megatron-LM 0.6 cannot load it")
     if optim := leaves.get(OPTIM_FILE):
         structure.check_optimizer(optim)
-    result: Index = _index(request, pp, chunks, meta, results, findings) if all(leaves.values()) else {}
+    result: Index = _index(request, pp, stored, chunks, meta, refused) if stored else {}
+    if not findings.differences:  # else the structure tells more of what a reader cannot read
+        findings.differences += refused.differences
     places = {key: place for chunk in chunks for key, place in chunk.places(held.roles)}
     TensorComparison(held, rank, result, places, findings, files).run()
     if reader == "torch":
@@ -179,27 +187,29 @@ def _check_torch(
             Structure((), findings, files).check_leaves(name, ours, theirs)
 
 
-def _index(
-    request: Request,
-    pp: int,
-    chunks: Sequence[Chunk],
-    meta: RankMeta,
-    results: Mapping[str, Path],
-    findings: Findings,
-) -> Index:
-    """The tensors of a rank's files, by the reader of Megatron's checkpoints; none where it refuses them."""
-    collector = Collector(1, findings.directory)
+def _stored(results: Mapping[str, Path], refused: Findings, allow: tuple[str, ...]) -> MegatronRank | None:
+    """What the reader of Megatron's checkpoints finds in a rank's files."""
     try:
-        rank = read_files(results[MODEL_FILE], results.get(OPTIM_FILE), allow=request.rules.pickle_globals)
-        stored = [[(bucket.numel, bucket.numel_unpadded) for bucket in buffer] for buffer in rank.buffers or ()]
-        if request.full and stored != [[*chunk.buckets] for chunk in chunks if chunk.buckets]:
-            return {}  # as its structure tells
-        buffers = {chunk.vpp: (chunk.buffer,) for chunk in meta.chunks if chunk.buffer and request.full}
-        collect_rank(collector, (0, pp), rank, request.topology, [buffers.get(vpp, ()) for vpp in range(len(chunks))])
-        return collector.index(partial=True)
+        return read_files(results[MODEL_FILE], results.get(OPTIM_FILE), allow=allow)
     except (InputError, MissingInputError) as error:
-        if not findings.differences:
-            findings.differ(MODEL_FILE, "file", _first_line(error))
+        refused.differ(MODEL_FILE, "file", _first_line(error))
+        return None
+
+
+def _index(
+    request: Request, pp: int, stored: MegatronRank, chunks: Sequence[Chunk], meta: RankMeta, refused: Findings
+) -> Index:
+    """The tensors of a rank's files; none where its buckets have other sizes, as the structure tells."""
+    sizes = [[(bucket.numel, bucket.numel_unpadded) for bucket in buffer] for buffer in stored.buffers or ()]
+    if request.full and sizes != [[*chunk.buckets] for chunk in chunks if chunk.buckets]:
+        return {}
+    buffers = {chunk.vpp: (chunk.buffer,) for chunk in meta.chunks if chunk.buffer and request.full}
+    collector = Collector(1, str(stored.folder))
+    try:
+        collect_rank(collector, (0, pp), stored, request.topology, [buffers.get(vpp, ()) for vpp in range(len(chunks))])
+        return collector.index(partial=True)
+    except InputError as error:
+        refused.differ(MODEL_FILE, "file", _first_line(error))
         return {}
 
 
