@@ -166,7 +166,7 @@ def _add_convert_commands(add: Add) -> None:
 
     watch = add("watch", "convert each new checkpoint of a running training as it becomes whole")
     add_watch_options(watch)
-    add_conversion_options(watch, required=False, chosen=False)
+    add_conversion_options(watch, chosen=False)
     add_run_options(watch)
     add_worker_options(watch)
     add_output_options(watch, progress=True)
@@ -183,7 +183,7 @@ def _add_inspect_commands(add: Add) -> None:
         "prove a result, against its source or by its own manifests, or compare two checkpoints element by element",
     )
     add_verify_options(verify)
-    add_conversion_options(verify, required=False, writes=False)
+    add_conversion_options(verify, writes=False)
     add_output_options(verify, progress=True)
 
 

@@ -61,7 +61,7 @@ class Mount:
 def mounts_of(conversion: Conversion) -> tuple[Mount, ...]:
     """Each volume once, named after the first role that uses it; writable only where something is written."""
     roles: list[tuple[Json, list[str]]] = []
-    for role in ROLES:
+    for role in (role for role in ROLES if conversion.place(role).path):
         volume = conversion.place(role).volume
         sharing = next((names for seen, names in roles if seen == volume), None)
         if sharing is None:

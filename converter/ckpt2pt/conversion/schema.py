@@ -23,6 +23,9 @@ Level = Literal["Digest", "None", "Full"]
 LEVELS: Mapping[str, Level] = {"digest": "Digest", "none": "None", "full": "Full"}
 """How a result is verified, as flags and as documents say it."""
 
+SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron"]
+"""MindSpore is either of its two formats of files."""
+
 Word = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=0)]
 Size = Annotated[int, Meta(ge=1)]
@@ -81,9 +84,9 @@ class Place(_Fields, frozen=True, kw_only=True):
 
 
 class Source(Place, frozen=True, kw_only=True):
-    """The MindSpore training output."""
+    """The checkpoint to convert: a MindSpore training output, or a Megatron folder."""
 
-    format: Literal["Auto", "Ckpt", "Safetensors"] = "Auto"
+    format: SourceFormat = "Auto"
     opt_shard_info_path: str | None = None
     iteration: Size | None = None
     path: str = "."
@@ -157,7 +160,10 @@ class Retries(_Fields, frozen=True, kw_only=True):
 
 
 class Spec(_Fields, frozen=True, kw_only=True):
-    """A conversion.  Without ``numLayers`` and parallel sizes they are learnt from the metadata."""
+    """A conversion.  Without ``numLayers`` and parallel sizes they are learnt from the metadata.
+
+    ``metadata`` without a path is what a Megatron source says itself.
+    """
 
     mode: Literal["Full", "ParamsOnly"] = "Full"
     dry_run: bool = False

@@ -104,7 +104,8 @@ def parse(document: Mapping[str, object]) -> Conversion:
     decode(given.get("workers"), Pod, "spec.workers", findings)
     source = replace(spec.source, volume=_volume(spec.source, "source", findings, None))
     metadata, target = spec.metadata, spec.target
-    metadata = replace(metadata, volume=_volume(metadata, "metadata", findings, source.volume))
+    if given.get("metadata") is not None or source.format != "Megatron":  # which says itself what metadata would say
+        metadata = replace(metadata, volume=_volume(metadata, "metadata", findings, source.volume))
     target = replace(target, volume=_volume(target, "target", findings, source.volume))
     model = replace(spec.model, noop_layers=spec.model.noop_layers or ())
     sizes = _with_ones(spec.parallelism)
@@ -282,7 +283,7 @@ def _check_workloads(spec: Spec, findings: list[Finding]) -> None:
 def worker_spec(conversion: Conversion, roots: Mapping[str, str]) -> Spec:
     """What a worker needs of it; ``roots`` says where the volume of each role is mounted."""
     spec = conversion.spec
-    paths = {role: conversion.place(role).below(roots[role]) for role in ROLES}
+    paths = {role: place.below(roots[role]) for role in ROLES if (place := conversion.place(role)).path}
     info = spec.source.opt_shard_info_path
     return Spec(
         mode=spec.mode,
@@ -294,7 +295,7 @@ def worker_spec(conversion: Conversion, roots: Mapping[str, str]) -> Spec:
             path=paths["source"],
             opt_shard_info_path=None if info is None else below(roots["source"], info),
         ),
-        metadata=Place(path=paths["metadata"]),
+        metadata=Place(path=paths.get("metadata", "")),
         target=replace(
             spec.target,
             volume={},

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.flags import check_numbers, joined, target_sizes
 
 if TYPE_CHECKING:
-    from ckpt2pt.conversion.schema import Parallelism, Source, Spec, Target
+    from ckpt2pt.conversion.schema import Parallelism, Source, SourceFormat, Spec, Target
     from ckpt2pt.request import Request
 
-_FORMATS: Mapping[str, Literal["Auto", "Ckpt", "Safetensors"]] = {
-    "auto": "Auto", "ckpt": "Ckpt", "safetensors": "Safetensors",
+_FORMATS: Mapping[str, SourceFormat] = {
+    "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",
 }  # fmt: skip
 """Words of the flag, and of the document."""
 
@@ -34,14 +35,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
 
     if getattr(options, "spec", None):
         return schema.from_json(options.spec, "--spec")
-    paths = {
-        "--ms-path": options.ms_path,
-        "--param-map-path": options.param_map_path,
-        "--megatron-path": options.megatron_path,
-    }
-    for flag, value in paths.items():
-        if value is None:
-            raise UsageError(f"{flag} is missing", where="the command line", hint=f"give {flag}")
+    source, metadata, target = _places(options)
     check_numbers(
         {
             "--process-limit": getattr(options, "process_limit", 1),
@@ -51,7 +45,6 @@ def spec_of(options: argparse.Namespace) -> Spec:
             "--iteration": options.iteration,
         }
     )
-    source, metadata, target = map(str, paths.values())
     return schema.Spec(
         mode="ParamsOnly" if options.convert_param_only else "Full",
         model=schema.Model(
@@ -76,6 +69,32 @@ def spec_of(options: argparse.Namespace) -> Spec:
     )
 
 
+def _places(options: argparse.Namespace) -> tuple[str, str, str]:
+    """The folders of source, metadata and target; no metadata where the source may be one that says it itself."""
+    if options.source is options.ms_path is options.target is None and options.source_format == "megatron":
+        raise UsageError(
+            "both sides are of Megatron, and --megatron-path does not say which of them it is",
+            where="the command line",
+            hint="give --source and --target",
+        )
+    source = _one_of({"--source": options.source, "--ms-path": options.ms_path})
+    target = _one_of({"--target": options.target, "--megatron-path": options.megatron_path})
+    metadata: Path | None = options.param_map_path
+    needed = options.source is None or options.source_format not in {"auto", "megatron"}
+    if metadata is None and needed:
+        raise UsageError("--param-map-path is missing", where="the command line", hint="give --param-map-path")
+    return str(source), "" if metadata is None else str(metadata), str(target)
+
+
+def _one_of(given: Mapping[str, Path | None]) -> Path:
+    """The one folder that flags of the same meaning give."""
+    found = [value for value in given.values() if value is not None]
+    if len(found) != 1:
+        what = f"{' and '.join(given)} are both given" if found else f"{' or '.join(given)} is missing"
+        raise UsageError(what, where="the command line", hint=f"give {' or '.join(given)}")
+    return found[0]
+
+
 def _parallelism(options: argparse.Namespace) -> Parallelism:
     from ckpt2pt.conversion.schema import Parallelism  # noqa: PLC0415
 
@@ -94,7 +113,7 @@ def _source(options: argparse.Namespace, path: str) -> Source:
     info = options.opt_shard_info_path
     return Source(
         path=path,
-        format=_FORMATS[options.src_model_format],
+        format=_FORMATS[options.source_format],
         opt_shard_info_path=None if info is None else str(info),
         iteration=options.iteration,
     )

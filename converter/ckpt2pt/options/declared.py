@@ -8,16 +8,14 @@ import os
 from ckpt2pt.flags import add_target_sizes, count, counts, path, port, seconds
 
 
-def add_conversion_options(
-    parser: argparse.ArgumentParser, *, required: bool = True, writes: bool = True, chosen: bool = True
-) -> None:
+def add_conversion_options(parser: argparse.ArgumentParser, *, writes: bool = True, chosen: bool = True) -> None:
     """What is converted: the reference's own flags, and ours; not ``chosen`` means every checkpoint, and all its stages."""
     parser.add_argument(
         "--spec",
         metavar="JSON",
         help="all of it in one, as a Job gives it: a document's spec, with folders of this machine",
     )
-    _add_places(parser, required=required, writes=writes)
+    _add_places(parser, writes=writes)
     _add_kind(parser, chosen=chosen)
     _add_cut(parser)
 
@@ -65,32 +63,35 @@ def _add_cut(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_places(parser: argparse.ArgumentParser, *, required: bool, writes: bool) -> None:
+def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     group = parser.add_argument_group("where")
     group.add_argument(
-        "--ms-path",
+        "--source",
         type=path,
-        required=required,
-        help="MindSpore training output with rank_R folders (spec.source.path)",
+        help="checkpoint to convert: a MindSpore training output with rank_R folders, or a Megatron checkpoint (spec.source.path)",
     )
     group.add_argument(
+        "--ms-path", type=path, help="the same, of a MindSpore training, as the reference spells it (spec.source.path)"
+    )
+    group.add_argument(
+        "--source-format",
         "--src-model-format",
-        choices=("auto", "ckpt", "safetensors"),
+        choices=("auto", "mindspore", "ckpt", "safetensors", "megatron"),
         default="auto",
-        help="format of the source (spec.source.format)",
+        help="format of the source; auto: what is there (spec.source.format)",
     )
     group.add_argument(
         "--opt-shard-info-path",
         type=path,
-        help="opt_shard_info folder of a training with data-parallel shards; default the one in --ms-path (spec.source.optShardInfoPath)",
+        help="opt_shard_info folder of a training with data-parallel shards; default the one in the source (spec.source.optShardInfoPath)",
     )
-    group.add_argument("--param-map-path", type=path, required=required, help="the pt_meta folder (spec.metadata.path)")
     group.add_argument(
-        "--megatron-path",
+        "--param-map-path",
         type=path,
-        required=required,
-        help="folder that gets iter_* and the tracker (spec.target.path)",
+        help="the pt_meta folder; default for a Megatron source: what the checkpoint says itself (spec.metadata.path)",
     )
+    group.add_argument("--target", type=path, help="folder that gets iter_* and the tracker (spec.target.path)")
+    group.add_argument("--megatron-path", type=path, help="the same, as the reference spells it (spec.target.path)")
     group.add_argument(
         "--target-format", choices=("megatron06",), default="megatron06", help="what to write (spec.target.format)"
     )

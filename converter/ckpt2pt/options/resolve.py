@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt2pt.conversion.schema import Degrees, Spec
+from ckpt2pt.errors import UsageError
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.meta import Given, learn
@@ -20,6 +21,12 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
 
     Raises :class:`UsageError` or :class:`TopologyError` for sizes that contradict the metadata, or that nothing states.
     """
+    if spec.source.format == "Megatron" or not spec.metadata.path:
+        raise UsageError(
+            "a Megatron checkpoint is not converted yet, and any other source needs pt_meta",
+            where=spec.source.path,
+            hint="give --param-map-path (spec.metadata.path) and a MindSpore training output",
+        )
     asked = spec.model.rules
     rules = Rules(
         layer_modules=asked.layer_modules,
@@ -52,7 +59,7 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
         metadata=metadata,
         target=target,
         full=spec.mode == "Full",
-        source_format=None if spec.source.format == "Auto" else spec.source.format.lower(),
+        source_format=spec.source.format.lower() if spec.source.format in {"Ckpt", "Safetensors"} else None,
         iteration=spec.source.iteration,
         shard_info=None if info is None else Path(info),
         target_data=spec.target.data_parallel,

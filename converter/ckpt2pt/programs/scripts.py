@@ -21,7 +21,7 @@ def convert_ckpt2pt(argv: Sequence[str] | None = None) -> int:
 
     def build() -> argparse.ArgumentParser:
         parser = build_alone("convert", "convert_ckpt2pt.py")
-        parser.set_defaults(src_model_format="ckpt")
+        parser.set_defaults(source_format="ckpt")
         return parser
 
     return main(argv, build)

@@ -13,6 +13,7 @@ import pytest
 
 from ckpt2pt.cli import build_parser
 from ckpt2pt.conversion.document import validate
+from ckpt2pt.conversion.job import mounts_of
 from ckpt2pt.conversion.schema import Follow
 from ckpt2pt.conversion.spec import ROLES, Conversion, parse, worker_words
 from ckpt2pt.errors import UsageError
@@ -39,6 +40,16 @@ def test_metadata_and_target_lie_on_the_volume_of_the_source_unless_they_name_th
     conversion = parse(changed(("spec.target.volume", claim("results"))))
     assert conversion.spec.source.volume == conversion.spec.metadata.volume == claim("training")
     assert conversion.spec.target.volume == claim("results")
+
+
+def test_a_source_of_megatron_needs_no_metadata() -> None:
+    conversion = parse(
+        validate(changed(("spec.source.format", "Megatron"), ("spec.metadata", ABSENT)), where="demo"),
+    )
+    assert [mount.roles for mount in mounts_of(conversion)] == [("source", "target")]
+    [found] = [word for word in worker_words(conversion, MOUNTS) if word.startswith("{")]
+    assert json.loads(found)["metadata"] == {}
+    assert json.loads(found)["source"]["format"] == "Megatron"
 
 
 def test_topology_comes_from_model_and_parallelism() -> None:
@@ -77,6 +88,8 @@ REFUSED = {
     "absolute-path": ([("spec.source.path", "/ms")], "spec.source.path", "relative"),
     "path-with-dots": ([("spec.metadata.path", "a/../b")], "spec.metadata.path", "relative"),
     "path-with-a-slash-at-the-end": ([("spec.target.path", "out/")], "spec.target.path", "relative"),
+    "no-metadata": ([("spec.metadata", ABSENT)], "spec.metadata.path", "give the folder"),
+    "no-metadata-path": ([("spec.source.format", "Megatron"), ("spec.metadata.path", ABSENT)], "spec.metadata.path", "give the folder"),
     "no-target-path": ([("spec.target.path", ABSENT)], "spec.target.path", "give the folder"),
     "target-is-the-source": ([("spec.target.path", "ms")], "spec.target.path", "another target.path"),
     "target-is-pt-meta": ([("spec.target.path", "pt_meta")], "spec.target.path", "another target.path"),

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.cli import build_parser
+from ckpt2pt.conversion.schema import Spec
 from ckpt2pt.errors import UsageError
-from ckpt2pt.options.asked import request_of, stages_of
+from ckpt2pt.options.asked import request_of, spec_of, stages_of
 from ckpt2pt.request import Request
 
 NEEDED = ["--num-layers", "8", "--ms-path", "ms", "--param-map-path", "meta", "--megatron-path", "out"]
@@ -83,6 +84,41 @@ def test_a_missing_flag_is_named(flag: str, command: str) -> None:
     at = NEEDED.index(flag)
     with pytest.raises(UsageError, match=flag):
         request_of(build_parser().parse_args([command, *NEEDED[:at], *NEEDED[at + 2 :]]))
+
+
+@pytest.mark.parametrize("words", [["--source", "ms"], ["--ms-path", "ms"]], ids=str)
+@pytest.mark.parametrize("target", [["--target", "out"], ["--megatron-path", "out"]], ids=str)
+def test_each_place_has_a_name_of_its_own_and_that_of_the_reference(words: list[str], target: list[str]) -> None:
+    given = ["convert", "--num-layers", "8", "--param-map-path", "meta", *words, *target]
+    found = spec_of(build_parser().parse_args(given))
+    assert (found.source.path, found.metadata.path, found.target.path) == ("ms", "meta", "out")
+
+
+def places(*words: str) -> Spec:
+    return spec_of(build_parser().parse_args(["convert", *words]))
+
+
+def test_a_source_of_megatron_needs_no_metadata() -> None:
+    found = places("--source", "old", "--source-format", "megatron", "--target", "new")
+    assert (found.source.format, found.metadata.path) == ("Megatron", "")
+    assert places("--source", "old", "--target", "new").metadata.path == "", "it may be one"
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("--source-format megatron --megatron-path old", "which of them"),
+        ("--source old --ms-path old --target new", "--source and --ms-path are both given"),
+        ("--source old --target new --megatron-path new", "--target and --megatron-path are both given"),
+        ("--target new --source-format megatron", "--source or --ms-path is missing"),
+        ("--source old", "--target or --megatron-path is missing"),
+        ("--source old --source-format ckpt --target new", "--param-map-path is missing"),
+        ("--ms-path old --megatron-path new", "--param-map-path is missing"),
+    ],
+)
+def test_places_that_say_too_much_or_too_little_are_wrong_usage(words: str, what: str) -> None:
+    with pytest.raises(UsageError, match=what):
+        places(*words.split())
 
 
 @pytest.mark.parametrize(

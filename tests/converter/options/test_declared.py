@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from ckpt2pt.cli import build_parser
-from ckpt2pt.errors import UsageError
 
 PLACES = ["--ms-path", "ms", "--param-map-path", "meta", "--megatron-path", "out"]
 
@@ -19,6 +18,10 @@ def test_each_command_that_converts_knows_all_of_a_conversion(command: str) -> N
 
 
 def test_a_spec_is_all_that_is_needed() -> None:
-    assert build_parser().parse_args(["convert", "--spec", "{}"]).ms_path is None
-    with pytest.raises(UsageError, match="--ms-path, --param-map-path, --megatron-path"):
-        build_parser().parse_args(["convert", "--num-layers", "8"])
+    options = build_parser().parse_args(["convert", "--spec", "{}"])
+    assert options.source is options.ms_path is options.target is None
+
+
+def test_the_format_of_the_source_has_the_spelling_of_the_reference_too() -> None:
+    words = ["convert", "--src-model-format", "safetensors"]
+    assert build_parser().parse_args(words).source_format == "safetensors"
