@@ -343,5 +343,5 @@ def worker_words(conversion: Conversion, roots: Mapping[str, str], *, ended: str
         words += ["--progress", "json"]
     if spec.follow and ended and not dry:
         words += ["--once"]
-        words += [] if ended == "Succeeded" else ["--forgive-broken-save"]
+        words += [] if ended == "Succeeded" else ["--allow-incomplete"]
     return [*words, "--output", "json", "--log-format", "json"]

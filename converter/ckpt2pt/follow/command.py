@@ -57,11 +57,13 @@ def watch_command(options: argparse.Namespace, show: Show) -> int:
         settle=readiness.settle_seconds if options.settle is None else options.settle,
         once=options.once,
         stop_on_error=options.stop_on_error,
-        forgive=options.forgive_broken_save,
+        allow_incomplete=options.allow_incomplete,
     )
     check_numbers({"--interval": how.interval})
     patience = readiness.timeout_seconds if options.spec else options.readiness_timeout
-    wait = Readiness(timeout_seconds=patience if how.once and not how.forgive else 0, settle_seconds=how.settle)
+    wait = Readiness(
+        timeout_seconds=patience if how.once and not how.allow_incomplete else 0, settle_seconds=how.settle
+    )
     with served(account, options.progress_port) if options.progress_port else nullcontext(0):
         late = _late(request, wait, account)
         code = watch(

@@ -250,9 +250,10 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--once", action="store_true", help="look once, convert what is whole, and end")
     group.add_argument(
+        "--allow-incomplete",
         "--forgive-broken-save",
         action="store_true",
-        help="a newest checkpoint that is not whole is told, and is no error: a training that was killed has left it so",
+        help="do not fail where the newest checkpoint is incomplete, as a training that was killed leaves it",
     )
     group.add_argument(
         "--stop-on-error",
