@@ -229,7 +229,7 @@ def _of_conversion(options: argparse.Namespace, spell: Spell) -> Spell:
     for at, flag in enumerate(("--source", "--target")):
         if getattr(options, flag[2:], None) is not None:
             places[at] = flag
-    found = dict(zip(("source.path", "target.path"), places, strict=True))
+    found: dict[str, str] = dict(zip(("source.path", "target.path"), places, strict=True))
     return lambda path: found.get(path) or spell(path)
 
 
