@@ -25,7 +25,8 @@ from ckpt2pt.worker.account import Account, Both
 
 if TYPE_CHECKING:
     from ckpt2pt.conversion.schema import Readiness
-    from ckpt2pt.request import Reporter, Request
+    from ckpt2pt.directions import AnyRequest
+    from ckpt2pt.request import Reporter
     from ckpt2pt.text import Document
     from ckpt2pt.verify.compare import Comparison
     from ckpt2pt.verify.report import Report
@@ -204,11 +205,13 @@ def _close_stdout() -> None:
 
 
 def _convert(options: argparse.Namespace) -> int:
+    from ckpt2pt.directions import run  # noqa: PLC0415
     from ckpt2pt.options.asked import spec_of, stages_of  # noqa: PLC0415
     from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
-    from ckpt2pt.run import run  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
+    if getattr(options, "debug", False):
+        log.setLevel(logging.DEBUG)
     account: Account = options.account
     spec = spec_of(options)
     request = resolve(spec, in_process=options.multiprocess_off)
@@ -223,7 +226,7 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _wait(request: Request, readiness: Readiness, account: Account) -> None:
+def _wait(request: AnyRequest, readiness: Readiness, account: Account) -> None:
     if readiness.timeout_seconds:
         from ckpt2pt.worker.waiting import wait_until_whole  # noqa: PLC0415 - only when asked for
 
@@ -310,18 +313,6 @@ def _combine(options: argparse.Namespace) -> int:
     return 0
 
 
-def _import(options: argparse.Namespace) -> int:
-    from ckpt2pt.back.options import import_request_of  # noqa: PLC0415
-    from ckpt2pt.back.run import run_back  # noqa: PLC0415
-    from ckpt2pt.show.progress import reporter  # noqa: PLC0415
-
-    if options.debug:
-        log.setLevel(logging.DEBUG)
-    outcome = run_back(import_request_of(options), reporter(options.progress))
-    _show(outcome.document(), outcome.sentence(), options)
-    return 0
-
-
 def _pt_meta(options: argparse.Namespace) -> int:
     from ckpt2pt.ptmeta.options import make_pt_meta  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
@@ -353,7 +344,7 @@ def _commands() -> dict[str, Command]:
         "watch": _watch,
         "inspect": _inspect,
         "verify": _verify,
-        "import": _import,
+        "import": _convert,
         "combine": _combine,
         "pt-meta": _pt_meta,
         "run": _run,

@@ -7,8 +7,8 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ckpt2pt.errors import InputError, MissingInputError, TargetConflictError, UsageError
-from ckpt2pt.mapping.foldernames import TRACKER, iterations, tracked_name
+from ckpt2pt.errors import InputError, MissingInputError, TargetConflictError, UsageError, ref
+from ckpt2pt.mapping.foldernames import TRACKER, iteration_name, iterations, tracked_name
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.publish import Target, rank_name, read_record, read_tracker
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
@@ -118,6 +118,20 @@ def iteration_folder(folder: Path) -> Path:
             hint=f"name one of them, such as {found[-1]}",
         )
     return found[0] if found else folder
+
+
+def of_iteration(root: Path, iteration: int) -> Path:
+    """The folder of one iteration below a Megatron root, or the folder itself where that is the iteration's."""
+    name = iteration_name(iteration)
+    found = root if root.name == name else root / name
+    if not is_folder(found, ref("source.path")):
+        raise MissingInputError(
+            f"there is no iteration {iteration}",
+            where=found,
+            hint=f"leave {ref('source.iteration')} out for the one that the tracker names",
+            field="source.iteration",
+        )
+    return found
 
 
 def checkpoint_files(folder: Path) -> dict[str, Path]:

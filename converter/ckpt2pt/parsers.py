@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable, Mapping
 
 from ckpt2pt import __version__
-from ckpt2pt.back.options import add_import_options
 from ckpt2pt.cluster.flags import add_submit_options
 from ckpt2pt.combine.flags import add_combine_options
 from ckpt2pt.errors import EXIT_CODES
@@ -23,6 +22,7 @@ from ckpt2pt.options.declared import (
     add_watch_options,
     add_worker_options,
 )
+from ckpt2pt.options.imported import add_import_options
 from ckpt2pt.ptmeta.options import add_pt_meta_options
 
 Command = Callable[[argparse.Namespace], int]

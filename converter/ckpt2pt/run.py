@@ -149,7 +149,7 @@ class Outcome:
             did += f", kept {len(self.kept)} that were there"
         end = f"published; {self.target.reader} can load it{self.how_to_load}"
         if not self.published:
-            end = "the tracker waits for the other stages"
+            end = f"{'the tracker' if self.target.kind.tracker else 'it'} waits for the other stages"
             if self.target.beside:
                 end = "the result that is there stays until the other stages are done, too"
         elif self.newer is not None:

@@ -128,6 +128,22 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     "follow-and-start-after": ([("spec.follow", {}), ("spec.startAfter", AFTER)], "spec.follow", "give one of startAfter and follow"),
     "follow-one-iteration": ([("spec.follow", {}), ("spec.source.iteration", 5)], "spec.follow", "leave source.iteration out"),
     "no-interval": ([("spec.follow", {"intervalSeconds": 0})], "spec.follow.intervalSeconds", "greater than or equal to 1"),
+    "no-metadata": ([("spec.metadata", ABSENT)], "spec.metadata", "name the pt_meta folder"),
+    "import-of-shards": (
+        [("spec.source.format", "Ckpt"), ("spec.target", {"path": "out", "format": "MindSpore"})],
+        "spec.target.format", "a MindSpore result is made from a Megatron checkpoint",
+    ),
+    "import-that-follows": (
+        [("spec.follow", {}), ("spec.target", {"path": "out", "format": "MindSpore"})],
+        "spec.follow", "leave follow out where target.format is MindSpore",
+    ),
+    "files-of-another-format": (
+        [("spec.target", {"path": "out", "mindspore": {"prefix": "x"}})], "spec.target.mindspore", "set target.format to MindSpore",
+    ),
+    "a-path-for-a-name-of-files": (
+        [("spec.target", {"path": "out", "format": "MindSpore", "mindspore": {"prefix": "a/b"}})],
+        "spec.target.mindspore.prefix", "should match",
+    ),
     "no-iteration": ([("spec.source.iteration", 0)], "spec.source.iteration", "greater than or equal to 1"),
 }  # fmt: skip
 LONG_NAME = {"x" * 318: "1"}
@@ -366,7 +382,8 @@ def test_a_right_document_is_accepted(conversions: Kubectl, changes: list[tuple[
 
 
 def test_the_example_is_accepted_and_kubectl_explains_its_fields(conversions: Kubectl) -> None:
-    assert "created" in conversions("create", "--dry-run=server", "--validate=strict", "--filename", EXAMPLE_PATH)
+    for path in (EXAMPLE_PATH, EXAMPLE_PATH.with_name("import.yaml")):
+        assert "created" in conversions("create", "--dry-run=server", "--validate=strict", "--filename", path)
     explained = conversions("explain", "checkpointconversion.spec.retries.memoryGrowthPercent")
     assert "How much more memory a stage gets" in explained
 

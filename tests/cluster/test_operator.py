@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from harness.golden import KIND, by_command, digests, document, events, message, reach, status, told
 from harness.kubectl import Kubectl
+from harness.pods import host_path
 from harness.release import Release
 from statuses import check_status
 
@@ -43,6 +46,29 @@ def test_a_golden_checkpoint_becomes_the_bytes_of_the_command(
     assert set(namespace.get(KIND, "golden")["metadata"].get("annotations", {})) <= {
         "kubectl.kubernetes.io/last-applied-configuration"
     }, "kopf writes nothing there"
+
+
+def test_a_megatron_checkpoint_becomes_mindspores_files(
+    operator: Release, checkpoint: Path, namespace: Kubectl, volume: Path, tmp_path: Path
+) -> None:
+    """The other direction by the same operator: a worker for each stage of the result."""
+    words = ["--megatron-path", str(checkpoint / "A"), "--ms-path", str(tmp_path / "ms")]
+    subprocess.run([sys.executable, "-m", "ckpt2pt", "import", *words], check=True, capture_output=True)
+    wanted = {"path": "back", "format": "MindSpore", "volume": host_path(volume)}
+    imported = document(checkpoint, volume, target=wanted, verify="Full")
+    imported["spec"]["source"]["path"] = "A"
+    del imported["spec"]["metadata"]
+    namespace.apply(imported)
+    found = reach(namespace, "Succeeded")
+    check_status(found)
+    assert (found["stageSummary"], found["iteration"], found["outputPath"]) == ("2/2", 2, "back")
+    assert told(found, "Verified") == ("True", "SourceMatches")
+    assert (volume / found["reportPath"]).is_file()
+
+    def files(folder: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("[!.]*/*")}
+
+    assert files(volume / "back") == files(tmp_path / "ms")
 
 
 def test_a_dry_run_reports_and_writes_nothing(

@@ -36,7 +36,7 @@ from documents import changed, write
         ("--verson", "unrecognized arguments: --verson", "did you mean --version?"),
         ("convert --src-model-format chkpt", "invalid choice: 'chkpt'", "did you mean ckpt?"),
         ("verify --overwrite", "unrecognized arguments: --overwrite", "see ckpt2pt verify --help"),
-        ("convert", "the following arguments are required: --ms-path", "see ckpt2pt convert --help"),
+        ("convert", "--source or --ms-path is missing", "give --source or --ms-path"),
         ("", "the following arguments are required: COMMAND", "see ckpt2pt --help"),
         ("inspect", "the following arguments are required: path", "see ckpt2pt inspect --help"),
         ("inspect a b", "unrecognized arguments: b", "see ckpt2pt inspect --help"),

@@ -187,8 +187,9 @@ def test_every_field_has_a_flag_unless_it_is_a_matter_of_the_cluster() -> None:
     assert {field for field in leaves - named if not WITHOUT_FLAG.fullmatch(field)} == set()
 
 
-def test_the_example_is_valid_and_makes_a_job_of_known_fields() -> None:
-    document = validate(yaml.safe_load(EXAMPLE_PATH.read_text()), where="the example")
+@pytest.mark.parametrize("name", ["conversion.yaml", "import.yaml"])
+def test_the_example_is_valid_and_makes_a_job_of_known_fields(name: str) -> None:
+    document = validate(yaml.safe_load(EXAMPLE_PATH.with_name(name).read_text()), where="the example")
     job: Any = build_job(parse(document), image="worker:1")
     assert set(job) == {"apiVersion", "kind", "metadata", "spec"}
     assert set(job["spec"]) <= {

@@ -1,4 +1,4 @@
-"""The road back, from Megatron to MindSpore and ``pt_meta``: the same rooms in the other order.
+"""Import: from Megatron to MindSpore and ``pt_meta``, the other direction.
 
 mp_rank_*/*.pt --survey--> entries --run--> rank_R/network.ckpt, pt_meta/
 """

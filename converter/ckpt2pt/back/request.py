@@ -23,6 +23,7 @@ class BackRequest:
 
     source: Path
     target: Path
+    iteration: int | None = None
     maps: Path | None = None
     num_layers: int | None = None
     tensor: int | None = None
@@ -44,6 +45,11 @@ class BackRequest:
     overwrite: bool = False
     verify: Verify = "digest"
     pace: Pace = Pace()  # noqa: RUF009 - frozen
+
+    @property
+    def workers(self) -> int:
+        """Ranks imported at a time."""
+        return self.pace.workers
 
     def layout(self, cut: Topology) -> Topology:
         """How the result is laid out."""

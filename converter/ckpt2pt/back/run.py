@@ -10,11 +10,19 @@ from functools import partial
 from pathlib import Path
 
 from ckpt2pt.back.request import BackRequest
-from ckpt2pt.back.survey import BackPrepared, BackSurvey, held_for, prepare_back, prove_unchanged_back, survey_back
+from ckpt2pt.back.survey import (
+    BackPrepared,
+    BackSurvey,
+    held_for,
+    pipeline_of,
+    prepare_back,
+    prove_unchanged_back,
+    survey_back,
+)
 from ckpt2pt.checksums import crc32
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
 from ckpt2pt.errors import ref
-from ckpt2pt.folders import iteration_folder, keep_apart
+from ckpt2pt.folders import keep_apart
 from ckpt2pt.formats.megatron import ROLES
 from ckpt2pt.mapping.names import NameTable, is_split, prefix_remark
 from ckpt2pt.mapping.topology import Rank
@@ -31,6 +39,11 @@ log = logging.getLogger("ckpt2pt")
 
 META, META_OF_SOURCE = "pt_meta", "source_pt_meta"
 """Where the metadata goes below the MindSpore folder; the second where the ranks beside it are of another layout."""
+
+
+def meta_folder(found: BackSurvey) -> str:
+    """Where the metadata goes, which describes the checkpoint that is imported."""
+    return META_OF_SOURCE if found.relaid else META
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +87,8 @@ class _Back:
 
     @property
     def meta(self) -> str:
-        """The folder of the metadata, which describes the checkpoint that was imported."""
-        return META_OF_SOURCE if self.found.relaid else META
+        """The folder of the metadata."""
+        return meta_folder(self.found)
 
     def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """The files, then the metadata, then the manifest."""
@@ -132,7 +145,7 @@ class _Back:
             {
                 "tp": self.rank[0],
                 "pp": self.rank[1],
-                "source": str(self.request.source if self.found.relaid else self.found.ranks[self.rank]),
+                "source": str(self.found.origin(self.rank)),
                 "verified": self.request.verify,
                 "evidence": prepared.evidence,
                 "files": [*(file.entry(target.folder) for file in files), *described],
@@ -181,23 +194,24 @@ def target_back(request: BackRequest, found: BackSurvey) -> Target:
     )
 
 
-def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
-    """Import every rank; what an earlier run finished is kept."""
-    began = time.monotonic()
+def keep_import_apart(request: BackRequest, found: BackSurvey, target: Target) -> None:
+    """Refuse a result in the place of what it is made from."""
+    source = ref("source.path")
+    keep_apart(target, {request.source: source, found.folder: source, request.maps: ref("metadata.path")})
+
+
+def import_of(request: BackRequest, stages: Sequence[int]) -> Conversion:
+    """What is imported: the given pipeline stages of the result."""
     found = survey_back(request)
     if found.topology.remark:
         log.warning("%s", found.topology.remark)
     log.debug("iteration %d of %s, cut as %s", found.iteration, request.source, found.topology)
     for tp, pp in found.layout.ranks():
-        source = iteration_folder(request.source) if found.relaid else found.ranks[tp, pp]
-        log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, source, found.layout.source_rank(tp, pp))
+        if pp in stages:
+            log.debug("tp %d pp %d: %s -> rank_%d", tp, pp, found.origin((tp, pp)), found.layout.source_rank(tp, pp))
     target = target_back(request, found)
-    iteration = iteration_folder(request.source)
-    keep_apart(
-        target,
-        {request.maps: ref("metadata.path"), request.source: ref("source.path"), iteration: ref("source.path")},
-    )
-    conversion = Conversion(
+    keep_import_apart(request, found, target)
+    return Conversion(
         target=target,
         pace=request.pace,
         verify=request.verify,
@@ -210,7 +224,13 @@ def run_back(request: BackRequest, reporter: Reporter) -> Outcome:
         prepare=partial(_plan, request, found),
         examine=partial(_examine, request, found),
     )
-    outcome = carry_out(conversion, range(found.layout.pipeline), reporter, began)
+
+
+def run_back(request: BackRequest, reporter: Reporter, stages: Sequence[int] | None = None) -> Outcome:
+    """Import the given pipeline stages of the result, or all; what an earlier run finished is kept."""
+    began = time.monotonic()
+    asked = range(pipeline_of(request)) if stages is None else stages
+    outcome = carry_out(import_of(request, asked), asked, reporter, began)
     for tp, pp in outcome.converted:
         done = outcome.target.rank_manifest(tp, pp) or {}
         log.debug("tp %d pp %d: wrote %s; %s", tp, pp, done.get("files"), done.get("evidence") or "parameters alone")

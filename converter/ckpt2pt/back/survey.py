@@ -17,7 +17,7 @@ from ckpt2pt.ckpt.source import kept
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.core.index import Collector, Index
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, aside, ref
-from ckpt2pt.folders import iteration_folder
+from ckpt2pt.folders import iteration_folder, of_iteration
 from ckpt2pt.formats.megatron import collect_rank
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.foldernames import parallel_sizes, rank_name
@@ -55,11 +55,14 @@ class BackSurvey:
     ``unmet`` is what keeps Megatron-LM from resuming with the metadata of each rank.
     """
 
+    folder: Path
     ranks: Mapping[Rank, Path]
     topology: Topology
     layout: Topology
     """The layout of the result."""
     iteration: int
+    samples: int | None
+    """What the training had consumed, where its arguments state it."""
     identity: str
     inputs: Mapping[Rank, Sequence[Json]]
     unmet: Mapping[Rank, tuple[Unmet, ...]]
@@ -68,6 +71,10 @@ class BackSurvey:
     def relaid(self) -> bool:
         """Whether the result has another layout than the checkpoint."""
         return self.layout != self.topology
+
+    def origin(self, rank: Rank) -> Path:
+        """The folder that a rank of the result is read from."""
+        return self.folder if self.relaid else self.ranks[rank]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +101,8 @@ class BackPrepared:
 
 def survey_back(request: BackRequest) -> BackSurvey:
     """Find the ranks, learn the cut from the arguments and the layers from the names, and check that all ranks agree."""
-    folders = rank_folders(iteration_folder(request.source))
+    iteration_path = source_folder(request)
+    folders = rank_folders(iteration_path)
     inputs = {rank: _inputs(request, folder, rank) for rank, folder in folders.items()}
     first = read_rank(folders[0, 0], optimizer=False, allow=request.rules.pickle_globals)
     cut = _topology(request, first, folders)
@@ -113,13 +121,29 @@ def survey_back(request: BackRequest) -> BackSurvey:
     iteration = _iteration(first)
     layout, every = request.layout(cut), [one for each in inputs.values() for one in each]
     return BackSurvey(
+        folder=iteration_path,
         ranks=folders,
         topology=cut,
         layout=layout,
         iteration=iteration,
+        samples=samples if type(samples := first.template.args.get("consumed_train_samples")) is int else None,
         identity=digest({"options": request.meaning(layout), "iteration": iteration, "inputs": [*inputs.values()]}),
         inputs=inputs if layout == cut else dict.fromkeys(layout.ranks(), every),
         unmet=broken,
+    )
+
+
+def pipeline_of(request: BackRequest) -> int:
+    """How many pipeline stages the result has: as asked for, which has to agree, or by the checkpoint's folders."""
+    return request.target_pipeline or request.pipeline or parallel_sizes(rank_folders(source_folder(request)))[1]
+
+
+def source_folder(request: BackRequest) -> Path:
+    """The folder of the iteration that is imported: the one asked for, or that of the tracker."""
+    return (
+        iteration_folder(request.source)
+        if request.iteration is None
+        else of_iteration(request.source, request.iteration)
     )
 
 

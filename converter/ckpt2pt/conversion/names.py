@@ -21,6 +21,7 @@ DRIVER = NAME.replace("a-z", "a-zA-Z")
 """Of CSI; the one name in which capitals count as small letters."""
 HOST = r"^[A-Za-z0-9\[:]([-A-Za-z0-9.:%_\]]*)$"
 """A host name, or an address of IPv4 or IPv6: nothing that a mount command could take for an option."""
+FILE_STEM = "^[A-Za-z0-9_][-A-Za-z0-9_.]*$"
 
 HINTS = {
     NAME:          "write the name of an object: lower-case letters, digits, dashes and dots",
@@ -28,6 +29,7 @@ HINTS = {
     KIND_WORD:     "write a kind, as Job",
     DRIVER:        "write the name of the CSI driver, as nfs.csi.k8s.io",
     HOST:          "write a host name or an address",
+    FILE_STEM:     "write a plain file name: letters, digits, dashes, dots and underscores",
 }  # fmt: skip
 """What to write instead of a text that a pattern does not fit."""
 

@@ -14,14 +14,17 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from ckpt2pt.conversion.names import GROUP_VERSION, KIND_WORD, NAME
+from ckpt2pt.conversion.names import FILE_STEM, GROUP_VERSION, KIND_WORD, NAME
 from ckpt2pt.errors import UsageError
 from ckpt2pt.mapping import names
 
 Json = dict[str, object]
+Content = Literal["Param", "ExpAvg", "ExpAvgSq"]
 Level = Literal["Digest", "None", "Full"]
 LEVELS: Mapping[str, Level] = {"digest": "Digest", "none": "None", "full": "Full"}
 """How a result is verified, as flags and as documents say it."""
+CONTENTS: Mapping[str, Content] = {"param": "Param", "exp_avg": "ExpAvg", "exp_avg_sq": "ExpAvgSq"}
+"""The tensors of Megatron's optimizer, as it calls them and as documents do."""
 
 SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron"]
 """MindSpore is either of its two formats of files."""
@@ -92,12 +95,22 @@ class Source(Place, frozen=True, kw_only=True):
     path: str = "."
 
 
-class Target(Place, frozen=True, kw_only=True):
-    """The Megatron folder."""
+class MindSporeFiles(_Fields, frozen=True, kw_only=True):
+    """The files of a MindSpore result: one for each (tp, pp), or for every rank; ``contents`` are what is taken of the optimizer."""
 
-    format: Literal["Megatron06"] = "Megatron06"
+    format: Literal["Ckpt", "Safetensors"] = "Ckpt"
+    prefix: Annotated[str, Meta(pattern=FILE_STEM[:-1] + r"\Z", max_length=128)] = "network"
+    all_replicas: bool = False
+    contents: tuple[Content, ...] = ("Param", "ExpAvg", "ExpAvgSq")
+
+
+class Target(Place, frozen=True, kw_only=True):
+    """The folder of the result."""
+
+    format: Literal["Megatron06", "MindSpore"] = "Megatron06"
     overwrite: bool = False
     parallelism: Degrees = Degrees()
+    mindspore: MindSporeFiles = MindSporeFiles()
     data_parallel: Size | None = None
     zero_consumed_samples: bool = False
 
@@ -162,7 +175,7 @@ class Retries(_Fields, frozen=True, kw_only=True):
 class Spec(_Fields, frozen=True, kw_only=True):
     """A conversion.  Without ``numLayers`` and parallel sizes they are learnt from the metadata.
 
-    ``metadata`` without a path is what a Megatron source says itself.
+    ``metadata`` without a path is what a Megatron source says itself.  With it, an import proves that its param maps are those.
     """
 
     mode: Literal["Full", "ParamsOnly"] = "Full"

@@ -104,12 +104,14 @@ def parse(document: Mapping[str, object]) -> Conversion:
     decode(given.get("workers"), Pod, "spec.workers", findings)
     source = replace(spec.source, volume=_volume(spec.source, "source", findings, None))
     metadata, target = spec.metadata, spec.target
-    if given.get("metadata") is not None or source.format != "Megatron":  # which says itself what metadata would say
+    megatron = source.format == "Megatron" or target.format == "MindSpore"  # it says itself what metadata would say
+    if given.get("metadata") is not None or not megatron:
         metadata = replace(metadata, volume=_volume(metadata, "metadata", findings, source.volume))
     target = replace(target, volume=_volume(target, "target", findings, source.volume))
     model = replace(spec.model, noop_layers=spec.model.noop_layers or ())
     sizes = _with_ones(spec.parallelism)
     spec = replace(spec, model=model, parallelism=sizes, source=source, metadata=metadata, target=target)
+    _check_formats(spec, _mapping(given.get("target")), findings)
     _check_workloads(spec, findings)
     topology, saved = _layouts(spec, findings)
     if not findings:
@@ -260,6 +262,22 @@ def _check_places(spec: Spec, findings: list[Finding]) -> None:
             findings.append(Finding(field="spec.target.path", what=found, hint=hint))
 
 
+def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Finding]) -> None:
+    """Which sources become what; the CRD has the same rules."""
+    if spec.target.format != "MindSpore":
+        if target.get("mindspore") is not None:
+            hint = "set spec.target.format to MindSpore, or leave it out"
+            findings.append(Finding(field="spec.target.mindspore", what="is given for another format", hint=hint))
+        return
+    if spec.source.format not in {"Auto", "Megatron"}:
+        what = f"is MindSpore, and spec.source.format {spec.source.format}"
+        hint = "name a Megatron checkpoint; shards of a MindSpore training are merged by ckpt2pt combine"
+        findings.append(Finding(field="spec.target.format", what=what, hint=hint))
+    if spec.follow:
+        hint = "leave it out; a training is followed on its way to Megatron"
+        findings.append(Finding(field="spec.follow", what="is given, and spec.target.format is MindSpore", hint=hint))
+
+
 def _check_workloads(spec: Spec, findings: list[Finding]) -> None:
     follow = spec.follow
     if follow and spec.start_after:
@@ -325,5 +343,5 @@ def worker_words(conversion: Conversion, roots: Mapping[str, str], *, ended: str
         words += ["--progress", "json"]
     if spec.follow and ended and not dry:
         words += ["--once"]
-        words += [] if ended == "Succeeded" else ["--forgive-broken-save"]
+        words += [] if ended == "Succeeded" else ["--allow-incomplete"]
     return [*words, "--output", "json", "--log-format", "json"]

@@ -29,6 +29,13 @@ _LAYOUT = {
     "target.parallelism.pipeline":        "--target-pp-size",
     "target.parallelism.virtualPipeline": "--target-vpp-size",
 }  # fmt: skip
+_MINDSPORE = {
+    "target.mindspore":                   "--format --file-prefix --generate-all-dp-cp --dist-opt-content",
+    "target.mindspore.format":            "--format",
+    "target.mindspore.prefix":            "--file-prefix",
+    "target.mindspore.allReplicas":       "--generate-all-dp-cp",
+    "target.mindspore.contents":          "--dist-opt-content",
+}  # fmt: skip
 _RUN = {
     "verify":                             "--verify",
     "workers.processes":                  "--process-limit",
@@ -36,9 +43,10 @@ _RUN = {
 }  # fmt: skip
 _CONVERSION = {
     **_LAYOUT,
+    **_MINDSPORE,
     "mode":                               "--convert-param-only",
     "source.path":                        "--ms-path",
-    "source.format":                      "--src-model-format",
+    "source.format":                      "--source-format",
     "source.optShardInfoPath":            "--opt-shard-info-path",
     "metadata.path":                      "--param-map-path",
     "target.path":                        "--megatron-path",
@@ -84,9 +92,11 @@ FLAGS = {
         "source.path":              "--megatron-path",
         "metadata.path":            "--param-map-path",
         "target.path":              "--ms-path",
-        "target.format":            "--format",
+        **_MINDSPORE,
+        "source.iteration":         "--iteration",
         "target.overwrite":         "--overwrite",
-        "contents":                 "--dist-opt-content",
+        "readiness.timeoutSeconds": "--readiness-timeout",
+        "readiness.settleSeconds":  "--readiness-settle",
     },
     "combine": {
         "mode":                     "--no-save-optim",
@@ -190,9 +200,12 @@ def of_command(name: str) -> Spell:
 def of_call(options: argparse.Namespace) -> Spell:
     """As the user has given it: flags of the command called, or fields where a document was read or a Job runs it."""
     name = str(getattr(options, "command", ""))
-    if name in {"convert", "plan", "watch"}:
+    if name in {"convert", "plan", "watch", "import"}:
         given = ("spec", "filename", "termination_log")
-        return in_document if any(getattr(options, each, None) for each in given) else of_command(name)
+        if any(getattr(options, each, None) for each in given):
+            return in_document
+    if name in {"convert", "plan", "watch", "verify"} and not getattr(options, "paths", None):
+        return _of_conversion(options, of_command(name))
     if name == "verify" and getattr(options, "paths", None):
         name = "verify PATH"
     if name == "pt-meta":
@@ -206,6 +219,18 @@ def of_function(name: str) -> Spell:
     """The argument of a function of the library, by its key in :data:`ARGUMENTS`; None where it has none."""
     arguments = ARGUMENTS[name]
     return lambda path: "the call" if path == "spec" else arguments.get(path)
+
+
+def _of_conversion(options: argparse.Namespace, spell: Spell) -> Spell:
+    """The folders by the flags that gave them: the general names, or the reference's, which tell the framework."""
+    places = ["--ms-path", "--megatron-path"]
+    if getattr(options, "target_format", None) == "mindspore":
+        places.reverse()
+    for at, flag in enumerate(("--source", "--target")):
+        if getattr(options, flag[2:], None) is not None:
+            places[at] = flag
+    found: dict[str, str] = dict(zip(("source.path", "target.path"), places, strict=True))
+    return lambda path: found.get(path) or spell(path)
 
 
 @contextmanager

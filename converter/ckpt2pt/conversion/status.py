@@ -143,12 +143,12 @@ def status_of_run(
     }
     if iteration is not None:
         status["iteration"] = iteration
-        folder = iteration_name(iteration)
-        if conversion.spec.target.path != ".":
-            folder = f"{conversion.spec.target.path}/{folder}"
-        status["outputPath"] = folder
+        target = conversion.spec.target
+        inner = [] if target.format == "MindSpore" else [iteration_name(iteration)]
+        parts = [*([] if target.path == "." else [target.path]), *inner]
+        status["outputPath"] = "/".join(parts) or "."
         if phase == "Succeeded":
-            status["reportPath"] = f"{folder}/.ckpt2pt/report.json"
+            status["reportPath"] = "/".join([*parts, ".ckpt2pt/report.json"])
     times = {"startTime": started, "completionTime": finished}
     return status | {name: time for name, time in times.items() if time}
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from ckpt2pt.conversion.schema import Follow, Readiness
-from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError
+from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, UsageError, ref
 from ckpt2pt.flags import check_numbers
 from ckpt2pt.follow.keep import verified_as
 from ckpt2pt.follow.watch import Following, watch
 from ckpt2pt.local.runner import spec_of_document
 from ckpt2pt.options.asked import spec_of
-from ckpt2pt.options.resolve import resolve
+from ckpt2pt.options.resolve import resolve_convert
 from ckpt2pt.publish import tracked
 from ckpt2pt.request import Request
 from ckpt2pt.run import Outcome
@@ -31,7 +31,14 @@ Show = Callable[[object, str, argparse.Namespace], None]
 def watch_command(options: argparse.Namespace, show: Show) -> int:
     """Flags that are given decide, then spec.follow of the document, then the defaults."""
     spec = spec_of_document(options.filename, options.volume) if options.filename else spec_of(options)
-    request, account = resolve(spec, in_process=options.multiprocess_off), options.account
+    if spec.target.format == "MindSpore":
+        raise UsageError(
+            f"{ref('target.format')} is mindspore, and a training is followed on its way to Megatron",
+            where=ref("spec"),
+            hint="convert one iteration with ckpt2pt convert, or with ckpt2pt run",
+            field="target.format",
+        )
+    request, account = resolve_convert(spec, in_process=options.multiprocess_off), options.account
     account.following, account.stages = True, range(request.topology.pipeline)
     account.iteration = tracked(request.target)  # what a worker before this one has converted
     account.verified = None if account.iteration is None else verified_as(request, account.iteration)
@@ -50,11 +57,13 @@ def watch_command(options: argparse.Namespace, show: Show) -> int:
         settle=readiness.settle_seconds if options.settle is None else options.settle,
         once=options.once,
         stop_on_error=options.stop_on_error,
-        forgive=options.forgive_broken_save,
+        allow_incomplete=options.allow_incomplete,
     )
     check_numbers({"--interval": how.interval})
     patience = readiness.timeout_seconds if options.spec else options.readiness_timeout
-    wait = Readiness(timeout_seconds=patience if how.once and not how.forgive else 0, settle_seconds=how.settle)
+    wait = Readiness(
+        timeout_seconds=patience if how.once and not how.allow_incomplete else 0, settle_seconds=how.settle
+    )
     with served(account, options.progress_port) if options.progress_port else nullcontext(0):
         late = _late(request, wait, account)
         code = watch(

@@ -28,7 +28,7 @@ log = logging.getLogger("ckpt2pt")
 class Following:
     """How a training is followed; times in seconds.  ``keep`` 0 keeps every result.
 
-    ``forgive`` is for a training that was killed: that its last save is not whole is told, and no error.
+    ``allow_incomplete`` is for a training that was killed: that its last save is not whole is told, and no error.
     """
 
     keep: int = 0
@@ -36,7 +36,7 @@ class Following:
     settle: float = 10.0
     once: bool = False
     stop_on_error: bool = False
-    forgive: bool = False
+    allow_incomplete: bool = False
 
 
 @dataclass(slots=True)
@@ -132,7 +132,7 @@ def _tell(lacking: dict[When, Look], whole: When | None, how: Following, memory:
     newest = max([*lacking, *memory.done, *([whole] if whole else [])], default=None)
     for when, seen in lacking.items():
         error = seen.refusal()
-        if when == newest and not how.forgive:
+        if when == newest and not how.allow_incomplete:
             # What is only incomplete may still be completed, and ends no watch that goes on.
             _note(error, when, how if how.once or seen.broken else replace(how, stop_on_error=False), memory, "%s")
         else:

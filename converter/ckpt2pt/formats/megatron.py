@@ -16,15 +16,14 @@ from ckpt2pt.core.index import Collector, Local
 from ckpt2pt.core.params import EMBEDDING, canonical_name
 from ckpt2pt.core.tensor import Role
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
-from ckpt2pt.folders import iteration_folder
-from ckpt2pt.formats.checkpoint import OPTION, Checkpoint, agreed
-from ckpt2pt.mapping.foldernames import iteration_name, parallel_sizes
+from ckpt2pt.folders import iteration_folder, of_iteration
+from ckpt2pt.formats.checkpoint import Checkpoint, agreed
+from ckpt2pt.mapping.foldernames import parallel_sizes
 from ckpt2pt.mapping.names import Rules, is_tied_head, local_layer
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.moves import OPTIM_FILE
 from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
-from ckpt2pt.system.paths import is_folder
 from ckpt2pt.tensors import TensorRef
 
 ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -43,7 +42,7 @@ def open_megatron(
     """
     from ckpt2pt.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - much, and a proof needs none of it
 
-    folder = iteration_folder(path) if iteration is None else _of_iteration(path, iteration)
+    folder = iteration_folder(path) if iteration is None else of_iteration(path, iteration)
     folders = rank_folders(folder)
     there = parallel_sizes(folders)
     agreed((tensor, pipeline), there, folder)
@@ -110,17 +109,6 @@ def _iteration(ranks: Collection[MegatronRank], folder: Path) -> int:
             hint="copy one whole iteration",
         )
     return steps[0]
-
-
-def _of_iteration(path: Path, iteration: int) -> Path:
-    folder = path / iteration_name(iteration)
-    if not is_folder(folder, OPTION):
-        raise MissingInputError(
-            f"there is no iteration {iteration}",
-            where=folder,
-            hint="leave the iteration out for the one that the tracker names",
-        )
-    return folder
 
 
 def _layout(ranks: Ranks, tensor: int, pipeline: int) -> Topology:

@@ -80,7 +80,7 @@ def convert(
     and SIGINT, after which it raises :class:`~ckpt2pt.errors.InterruptedRunError`.
     """
     from ckpt2pt.conversion import schema  # noqa: PLC0415
-    from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
+    from ckpt2pt.options.resolve import resolve_convert  # noqa: PLC0415
     from ckpt2pt.request import SILENCE  # noqa: PLC0415
     from ckpt2pt.run import run  # noqa: PLC0415
 
@@ -103,5 +103,5 @@ def convert(
         ),
         verify=schema.LEVELS[verify],
     )
-    request = resolve(spec, in_process=True)
+    request = resolve_convert(spec, in_process=True)
     return run(request, range(request.topology.pipeline), SILENCE)

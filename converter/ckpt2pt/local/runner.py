@@ -23,11 +23,11 @@ from ckpt2pt.conversion.job import Mount, build_job, job_name, mounts_of, parall
 from ckpt2pt.conversion.schema import Json, Spec
 from ckpt2pt.conversion.spec import API_VERSION, KIND, Conversion, parse, worker_spec
 from ckpt2pt.conversion.status import WORST_FIRST, Ending, StageRecord, disagreement, status_of_run
+from ckpt2pt.directions import AnyRequest
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.flags import nearest
 from ckpt2pt.local.stages import OnFailure, Stages, request_here
 from ckpt2pt.options.resolve import resolve
-from ckpt2pt.request import Request
 from ckpt2pt.show.preview import planned
 from ckpt2pt.show.preview import render as render_plan
 from ckpt2pt.show.progress import reporter
@@ -67,7 +67,7 @@ def run_document(options: argparse.Namespace, show: Show, on_failure: OnFailure)
     spec = worker_spec(conversion, roots)
     workers = parallelism(conversion, conversion.topology.pipeline)
 
-    def request() -> Request:
+    def request() -> AnyRequest:
         found = request_here(resolve(spec), workers)
         wait_until_whole(found, spec.readiness, options.account)
         return found
@@ -92,10 +92,10 @@ def run_document(options: argparse.Namespace, show: Show, on_failure: OnFailure)
     return exit_code([stage.code for stage in runs.stages], ended)
 
 
-def _plan(conversion: Conversion, request: Request, options: argparse.Namespace, show: Show) -> int:
+def _plan(conversion: Conversion, request: AnyRequest, options: argparse.Namespace, show: Show) -> int:
     """A dry run: what would be written, and whether it could be."""
     started = _now()
-    plan = planned(request, range(request.topology.pipeline))
+    plan = planned(request, range(conversion.topology.pipeline))
     done = int(str(plan.document["bytesToRead"]))
     record = StageRecord(stage=0, state="Succeeded", attempts=1, done=done, total=done)
     status = status_of_run(

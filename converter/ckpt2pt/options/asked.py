@@ -13,6 +13,7 @@ from ckpt2pt.flags import check_numbers, joined, target_sizes
 
 if TYPE_CHECKING:
     from ckpt2pt.conversion.schema import Parallelism, Source, SourceFormat, Spec, Target
+    from ckpt2pt.directions import AnyRequest
     from ckpt2pt.request import Request
 
 _FORMATS: Mapping[str, SourceFormat] = {
@@ -22,10 +23,10 @@ _FORMATS: Mapping[str, SourceFormat] = {
 
 
 def request_of(options: argparse.Namespace) -> Request:
-    """The frozen request that the flags describe."""
-    from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
+    """The frozen request of a conversion to Megatron that the flags describe."""
+    from ckpt2pt.options.resolve import resolve_convert  # noqa: PLC0415
 
-    return resolve(spec_of(options), in_process=getattr(options, "multiprocess_off", False))
+    return resolve_convert(spec_of(options), in_process=getattr(options, "multiprocess_off", False))
 
 
 def spec_of(options: argparse.Namespace) -> Spec:
@@ -55,7 +56,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         ),
         parallelism=_parallelism(options),
         source=_source(options, source),
-        metadata=schema.Place(path=metadata),
+        metadata=schema.Place(path=metadata or ""),
         target=_target(options, target),
         verify=schema.LEVELS[getattr(options, "verify", "digest")],
         workers=schema.Processes(
@@ -71,6 +72,11 @@ def spec_of(options: argparse.Namespace) -> Spec:
 
 def _places(options: argparse.Namespace) -> tuple[str, str, str]:
     """The folders of source, metadata and target; no metadata where the source may be one that says it itself."""
+    metadata: Path | None = options.param_map_path
+    if options.target_format == "mindspore":
+        source = _one_of({"--source": options.source, "--megatron-path": options.megatron_path})
+        target = _one_of({"--target": options.target, "--ms-path": options.ms_path})
+        return str(source), "" if metadata is None else str(metadata), str(target)
     if options.source is options.ms_path is options.target is None and options.source_format == "megatron":
         raise UsageError(
             "both sides are of Megatron, and --megatron-path does not say which of them it is",
@@ -79,7 +85,6 @@ def _places(options: argparse.Namespace) -> tuple[str, str, str]:
         )
     source = _one_of({"--source": options.source, "--ms-path": options.ms_path})
     target = _one_of({"--target": options.target, "--megatron-path": options.megatron_path})
-    metadata: Path | None = options.param_map_path
     needed = options.source is None or options.source_format not in {"auto", "megatron"}
     if metadata is None and needed:
         raise UsageError("--param-map-path is missing", where="the command line", hint="give --param-map-path")
@@ -120,10 +125,20 @@ def _source(options: argparse.Namespace, path: str) -> Source:
 
 
 def _target(options: argparse.Namespace, path: str) -> Target:
-    from ckpt2pt.conversion.schema import Degrees, Target  # noqa: PLC0415
+    from ckpt2pt.conversion.schema import CONTENTS, Degrees, MindSporeFiles, Target  # noqa: PLC0415
 
+    files = MindSporeFiles()
+    if options.target_format == "mindspore":
+        files = MindSporeFiles(
+            format="Safetensors" if options.format == "safetensors" else "Ckpt",
+            prefix=options.file_prefix,
+            all_replicas=options.generate_all_dp_cp,
+            contents=tuple(CONTENTS[word] for word in dict.fromkeys(options.dist_opt_content)),
+        )
     return Target(
         path=path,
+        format="MindSpore" if options.target_format == "mindspore" else "Megatron06",
+        mindspore=files,
         overwrite=getattr(options, "overwrite", False),
         parallelism=Degrees(
             tensor=options.target_tp_size,
@@ -135,8 +150,11 @@ def _target(options: argparse.Namespace, path: str) -> Target:
     )
 
 
-def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
+def stages_of(options: argparse.Namespace, request: AnyRequest) -> tuple[int, ...]:
     """The pipeline stages to work on: ``--stage``, else this pod's completion index, else all."""
+    from ckpt2pt.directions import pipeline_of  # noqa: PLC0415
+
+    count = pipeline_of(request)
     stages: list[int] | None = options.stage
     index = os.environ.get("JOB_COMPLETION_INDEX", "")
     origin = "--stage"
@@ -148,13 +166,13 @@ def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
             )
         stages = [_stage_of(int(index))]
     if stages is None:
-        return tuple(range(request.topology.pipeline))
-    wrong = [stage for stage in stages if not 0 <= stage < request.topology.pipeline]
+        return tuple(range(count))
+    wrong = [stage for stage in stages if not 0 <= stage < count]
     if wrong:
         raise UsageError(
-            f"{origin} {wrong[0]} does not exist among {request.topology.pipeline} stages",
+            f"{origin} {wrong[0]} does not exist among {count} stages",
             where="the command line",
-            hint=f"give a stage from 0 to {request.topology.pipeline - 1}, or check {ref('parallelism.pipeline')}",
+            hint=f"give a stage from 0 to {count - 1}, or check {ref('parallelism.pipeline')}",
         )
     return tuple(sorted(set(stages)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from ckpt2pt.flags import add_target_sizes, count, counts, path, port, seconds
+from ckpt2pt.flags import Group, add_target_sizes, count, counts, path, port, seconds
 
 
 def add_conversion_options(parser: argparse.ArgumentParser, *, writes: bool = True, chosen: bool = True) -> None:
@@ -17,6 +17,7 @@ def add_conversion_options(parser: argparse.ArgumentParser, *, writes: bool = Tr
     )
     _add_places(parser, writes=writes)
     _add_kind(parser, chosen=chosen)
+    add_mindspore_files(parser.add_argument_group("files of a MindSpore result (--target-format mindspore)"))
     _add_cut(parser)
 
 
@@ -78,7 +79,8 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
         "--src-model-format",
         choices=("auto", "mindspore", "ckpt", "safetensors", "megatron"),
         default="auto",
-        help="format of the source; auto: what is there (spec.source.format)",
+        metavar="FORMAT",
+        help="auto (what is there), mindspore (either of its two), ckpt, safetensors or megatron (spec.source.format)",
     )
     group.add_argument(
         "--opt-shard-info-path",
@@ -90,10 +92,21 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
         type=path,
         help="the pt_meta folder; default for a Megatron source: what the checkpoint says itself (spec.metadata.path)",
     )
-    group.add_argument("--target", type=path, help="folder that gets iter_* and the tracker (spec.target.path)")
-    group.add_argument("--megatron-path", type=path, help="the same, as the reference spells it (spec.target.path)")
     group.add_argument(
-        "--target-format", choices=("megatron06",), default="megatron06", help="what to write (spec.target.format)"
+        "--target",
+        type=path,
+        help="folder that gets iter_* and the tracker, or rank_R and pt_meta of MindSpore (spec.target.path)",
+    )
+    group.add_argument(
+        "--megatron-path",
+        type=path,
+        help="the same for a Megatron result, as the reference spells it (spec.target.path)",
+    )
+    group.add_argument(
+        "--target-format",
+        choices=("megatron06", "mindspore"),
+        default="megatron06",
+        help="what to write (spec.target.format)",
     )
     group.add_argument(
         "--target-dp-size",
@@ -128,12 +141,44 @@ def _add_kind(parser: argparse.ArgumentParser, *, chosen: bool) -> None:
         type=int,
         help="which checkpoint to convert; default the newest that all ranks have (spec.source.iteration)",
     )
+    add_stage_option(group, "convert only this pipeline stage")
+
+
+def add_stage_option(group: Group, meaning: str) -> None:
+    """Which stages are worked on."""
     group.add_argument(
         "--stage",
         type=int,
         action="append",
         metavar="K",
-        help="convert only this pipeline stage (repeat); default $JOB_COMPLETION_INDEX, else all",
+        help=f"{meaning} (repeat); default $JOB_COMPLETION_INDEX, else all",
+    )
+
+
+def add_mindspore_files(group: Group) -> None:
+    """How the files of a MindSpore result are written, as the reference's convert_pt2ckpt spells it."""
+    group.add_argument(
+        "--dist-opt-content",
+        nargs="+",
+        choices=("param", "exp_avg", "exp_avg_sq"),
+        default=["param", "exp_avg", "exp_avg_sq"],
+        help="what to take of distrib_optim.pt (spec.target.mindspore.contents)",
+    )
+    group.add_argument(
+        "--file-prefix",
+        default="network",
+        help="name of the files without their suffix (spec.target.mindspore.prefix)",
+    )
+    group.add_argument(
+        "--format",
+        choices=("ckpt", "safetensors"),
+        default="ckpt",
+        help="format of the files (spec.target.mindspore.format)",
+    )
+    group.add_argument(
+        "--generate-all-dp-cp",
+        action="store_true",
+        help="a file for every data- and context-parallel rank, not the first alone (spec.target.mindspore.allReplicas)",
     )
 
 
@@ -205,9 +250,10 @@ def add_watch_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--once", action="store_true", help="look once, convert what is whole, and end")
     group.add_argument(
+        "--allow-incomplete",
         "--forgive-broken-save",
         action="store_true",
-        help="a newest checkpoint that is not whole is told, and is no error: a training that was killed has left it so",
+        help="do not fail where the newest checkpoint is incomplete, as a training that was killed leaves it",
     )
     group.add_argument(
         "--stop-on-error",

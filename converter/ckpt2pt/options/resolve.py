@@ -1,4 +1,4 @@
-"""What is asked for, completed by what the metadata and the source state: a Spec becomes a Request."""
+"""What is asked for, completed by what the metadata and the source state: a Spec becomes the request of its direction."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from ckpt2pt.conversion.schema import Degrees, Spec
-from ckpt2pt.errors import UsageError
+from ckpt2pt.back.request import BackRequest
+from ckpt2pt.ckpt.filenames import is_passed_by, rank_of_name
+from ckpt2pt.conversion.schema import CONTENTS, Degrees, Spec
+from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.meta import Given, learn
-from ckpt2pt.request import Request
+from ckpt2pt.request import Pace, Request, Verify
 
 log = logging.getLogger("ckpt2pt")
 
 
-def resolve(spec: Spec, *, in_process: bool = False) -> Request:
-    """The request of a spec with folders of this machine; only ``pt_meta`` and names of folders are read.
+def resolve(spec: Spec, *, in_process: bool = False) -> Request | BackRequest:
+    """The request of a spec with folders of this machine: a :class:`BackRequest` where the target is MindSpore's."""
+    return (resolve_import if spec.target.format == "MindSpore" else resolve_convert)(spec, in_process=in_process)
+
+
+def resolve_convert(spec: Spec, *, in_process: bool = False) -> Request:
+    """The request of a conversion to Megatron; only ``pt_meta`` and names of folders are read.
 
     Raises :class:`UsageError` or :class:`TopologyError` for sizes that contradict the metadata, or that nothing states.
     """
@@ -27,13 +34,7 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
             where=spec.source.path,
             hint="give --param-map-path (spec.metadata.path) and a MindSpore training output",
         )
-    asked = spec.model.rules
-    rules = Rules(
-        layer_modules=asked.layer_modules,
-        modules=asked.modules,
-        ignore=asked.ignore,
-        pickle_globals=asked.pickle_globals,
-    )
+    rules = _rules(spec)
     model, own, result = spec.model, spec.parallelism, spec.target.parallelism
     relaid = result != Degrees()
     given = Given(
@@ -66,11 +67,84 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
         rules=rules,
         reference_samples=spec.target.zero_consumed_samples,
         overwrite=spec.target.overwrite,
-        verify="none" if spec.verify == "None" else "full" if spec.verify == "Full" else "digest",
+        verify=_verify(spec),
         workers=spec.workers.processes,
         in_process=in_process,
         timeout=spec.workers.rank_timeout_seconds,
     )
+
+
+def resolve_import(spec: Spec, *, in_process: bool = False) -> BackRequest:
+    """The request of an import; nothing is read.
+
+    Raises :class:`UsageError` for a name of the files that a conversion would pass by, or that names a rank.
+    """
+    files, own, result = spec.target.mindspore, spec.parallelism, spec.target.parallelism
+    if spec.source.format not in {"Auto", "Megatron"}:
+        raise UsageError(
+            f"{ref('target.format')} is mindspore, and {ref('source.format')} {spec.source.format.lower()}",
+            where=ref("spec"),
+            hint="name a Megatron checkpoint; shards of a MindSpore training are merged by ckpt2pt combine",
+            field="target.format",
+        )
+    suffix = files.format.lower()
+    _check_prefix(files.prefix, suffix)
+    noop = spec.model.noop_layers
+    return BackRequest(
+        source=Path(spec.source.path),
+        iteration=spec.source.iteration,
+        target=Path(spec.target.path),
+        maps=Path(spec.metadata.path) if spec.metadata.path else None,
+        num_layers=spec.model.num_layers,
+        tensor=own.tensor,
+        pipeline=own.pipeline,
+        virtual=own.virtual_pipeline,
+        target_tensor=result.tensor,
+        target_pipeline=result.pipeline,
+        target_virtual=result.virtual_pipeline,
+        data=own.data or 1,
+        context=own.context or 1,
+        noop=None if noop is None else frozenset(noop),
+        layers_per_stage=spec.model.layers_per_stage or None,
+        full=spec.mode == "Full",
+        contents=tuple(kind for kind, content in CONTENTS.items() if content in files.contents),
+        prefix=files.prefix,
+        format="safetensors" if files.format == "Safetensors" else "ckpt",
+        copies=files.all_replicas,
+        rules=_rules(spec),
+        overwrite=spec.target.overwrite,
+        verify=_verify(spec),
+        pace=Pace(workers=spec.workers.processes, in_process=in_process, timeout=spec.workers.rank_timeout_seconds),
+    )
+
+
+def _check_prefix(prefix: str, suffix: str) -> None:
+    option, name = ref("target.mindspore.prefix"), f"{prefix}.{suffix}"
+    if not prefix or prefix.startswith(".") or "/" in prefix:
+        what, hint = f"{option} is {prefix!r}", "give a plain file name"
+    elif is_passed_by(name):
+        what = f"{option} is {prefix!r}: convert passes by {name}, which is no checkpoint by its name"
+        hint = "give another name, such as network; not that of a strategy, a breakpoint or a best checkpoint"
+    elif rank_of_name(name):
+        what = f"{option} is {prefix!r}, which names a rank, and every rank's file gets this name"
+        hint = "give another name, such as network"
+    else:
+        return
+    raise UsageError(what, where=ref("spec"), hint=hint, field="target.mindspore.prefix")
+
+
+def _rules(spec: Spec) -> Rules:
+    asked = spec.model.rules
+    return Rules(
+        layer_modules=asked.layer_modules,
+        modules=asked.modules,
+        ignore=asked.ignore,
+        pickle_globals=asked.pickle_globals,
+    )
+
+
+def _verify(spec: Spec) -> Verify:
+    return "none" if spec.verify == "None" else "full" if spec.verify == "Full" else "digest"
 
 
 def _layouts(spec: Spec, target: Topology, rules: Rules) -> tuple[Topology, Topology | None]:

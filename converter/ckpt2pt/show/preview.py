@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ckpt2pt.directions import AnyRequest
 from ckpt2pt.errors import printable, spelled
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark
@@ -25,6 +26,7 @@ from ckpt2pt.text import counted, size, table, warned
 
 log = logging.getLogger("ckpt2pt")
 
+_FORMATS = {"Megatron06": "Megatron 0.6", "ckpt": "MindSpore .ckpt", "safetensors": "MindSpore .safetensors"}
 WORKER_BYTES = 48 << 20
 """What one worker needs at most (benchmarks/), whatever the size of the checkpoint."""
 
@@ -46,8 +48,12 @@ class Plan:
         check_room(self.target.root, int(str(self.document["bytesToWrite"])), self.target.kind.option)
 
 
-def planned(request: Request, stages: Sequence[int], *, names: bool = False) -> Plan:
+def planned(request: AnyRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
     """Plan every rank of the given stages, from headers alone."""
+    if not isinstance(request, Request):
+        from ckpt2pt.show.imports import planned_import  # noqa: PLC0415 - each direction loads what it needs
+
+        return planned_import(request, stages, names=names)
     chosen = survey(request, keep=[(tp, pp) for pp in stages for tp in range(request.topology.tensor)])
     target, ranks = target_of(request, chosen), prepare_all(request, chosen, stages)
     document = preview(request, chosen, target, ranks, names=names)
@@ -177,7 +183,7 @@ def render(document: Json, *, details: bool = False) -> str:
         f"iteration  {document['iteration']} (from {document['because']}), {_count(document['consumedSamples'])} samples consumed",
         *(f"  DOUBT: {spelled(str(doubt))}" for doubt in _list(document["doubts"])),
         f"target     {printable(str(document['target']))}",
-        f"mode       {options['mode']}, Megatron 0.6; tp {options['tensor']}, pp {options['pipeline']}, "
+        f"mode       {options['mode']}, {_FORMATS[str(options['format'])]}; tp {options['tensor']}, pp {options['pipeline']}, "
         f"vpp {options['virtualPipeline']}",
         "",
         *table(
@@ -202,6 +208,9 @@ def render(document: Json, *, details: bool = False) -> str:
     if document["fromTemplate"]:
         lines.append(f"as pt_meta has it, of another iteration: {', '.join(map(str, _list(document['fromTemplate'])))}")
     lines += _shard_lines(document)
+    if metadata := [file for _, rank in _ranks(document) for file in map(_mapping, _list(rank.get("metadata")))]:
+        nbytes = sum(_int(file["nbytes"]) for file in metadata)
+        lines.append(f"and the metadata of the checkpoint: {counted(len(metadata), 'file')}, {_size(nbytes)}")
     lines += _name_lines(document, details=details)
     lines.append(
         f"reads {_size(document['bytesToRead'])}, writes {_size(document['bytesToWrite'])}; {_free(document)}; "
@@ -249,7 +258,7 @@ def _file_rows(document: Json, *, details: bool) -> Iterable[tuple[object, ...]]
         first = planned[ranks[0]]
         more = sum(max(1, len(_list(planned[rank]["shards"]))) for rank in ranks) - 1
         source = f"{first['source']} and {more} more" if more else first["source"]
-        file = name if len(ranks) > 1 else f"{first['directory']}/{name}"
+        file = name if len(ranks) > 1 or not first["directory"] else f"{first['directory']}/{name}"
         # A file of one rank has its place in its name.
         place = ("", "") if details else spanned(ranks)
         yield *place, file, f"{nbytes} each" if len(ranks) > 1 else nbytes, there, source

@@ -75,7 +75,7 @@ class Account:
         self.verified = outcome.verified
         self._result = {
             "bytesWritten": outcome.bytes_written,
-            "outputPath": outcome.target.folder.name,
+            "outputPath": str(outcome.target.folder.relative_to(outcome.target.root)),
             "files": outcome.files,
             "warnings": warnings[:MAX_WARNINGS] or None,
         }

@@ -6,9 +6,19 @@ import logging
 import time
 from functools import partial
 
+from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.ready import Watcher
 from ckpt2pt.conversion.schema import Readiness
-from ckpt2pt.errors import FileAccessError
+from ckpt2pt.directions import AnyRequest
+from ckpt2pt.errors import (
+    Ckpt2ptError,
+    FileAccessError,
+    FormatError,
+    MissingInputError,
+    TimedOutError,
+    TopologyError,
+    ref,
+)
 from ckpt2pt.request import Request
 from ckpt2pt.survey import when_of_iteration
 from ckpt2pt.worker.account import Account
@@ -30,22 +40,53 @@ def watcher_of(request: Request, settle: float) -> Watcher:
     )
 
 
-def wait_until_whole(request: Request, readiness: Readiness, account: Account) -> None:
+Obstacle = tuple[Ckpt2ptError, str]
+"""The error where waiting was in vain, and a sentence while it may not be."""
+
+
+def _obstacle_of_training(watcher: Watcher, timeout: float) -> Obstacle | None:
+    look = watcher.look()
+    return None if look.ready else (look.refusal(timeout), look.sentence)
+
+
+def _obstacle_of_save(request: BackRequest, readiness: Readiness) -> Obstacle | None:
+    """Megatron-LM writes its tracker when every rank has saved; a copy of a checkpoint may come file by file."""
+    from ckpt2pt.back.survey import survey_back  # noqa: PLC0415 - each direction loads what it needs
+
+    try:
+        found = survey_back(request)
+    except (MissingInputError, FormatError, TopologyError) as error:  # more folders may come
+        return error, f"checkpoint is not complete: {error.what} ({error.where})"
+    written = max(int(str(one.get("mtime_ns", 0))) for each in found.inputs.values() for one in each)
+    rested = time.time() - written / 1e9
+    if rested >= readiness.settle_seconds:
+        return None
+    sentence = f"checkpoint was written to {max(rested, 0):.0f} s ago"
+    hint = f"wait longer with {ref('readiness.timeoutSeconds')}"
+    return TimedOutError(f"the {sentence}", where=found.folder, hint=hint, field="readiness.timeoutSeconds"), sentence
+
+
+def wait_until_whole(request: AnyRequest, readiness: Readiness, account: Account) -> None:
     """Look until nothing is in the way, at most as long as ``readiness`` allows; not at all, where that is 0.
 
-    Raises what :meth:`ckpt2pt.ckpt.ready.Look.refusal` says.
+    Raises what :meth:`ckpt2pt.ckpt.ready.Look.refusal` says, and for a Megatron checkpoint what reading it raises.
     """
     timeout, settle = readiness.timeout_seconds, readiness.settle_seconds
     if not timeout:
         return
-    watcher, began, pause, told = watcher_of(request, settle), time.monotonic(), FIRST_PAUSE_SECONDS, ""
+    obstacle = (
+        partial(_obstacle_of_training, watcher_of(request, settle), timeout)
+        if isinstance(request, Request)
+        else partial(_obstacle_of_save, request, readiness)
+    )
+    began, pause, told = time.monotonic(), FIRST_PAUSE_SECONDS, ""
     try:
         while True:
             try:
-                look = watcher.look()
-                if look.ready:
+                found = obstacle()
+                if found is None:
                     return
-                refusal, sentence = look.refusal(timeout), look.sentence
+                refusal, sentence = found
             except FileAccessError as error:  # it may pass, as when a mount comes back
                 refusal, sentence = error, f"checkpoint cannot be read: {error.what} ({error.where})"
             account.wait(sentence)

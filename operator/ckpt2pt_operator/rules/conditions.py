@@ -184,7 +184,7 @@ def _phase(standing: Standing) -> str:
 
 
 def _conditions(standing: Standing, found: Mapping[str, Json]) -> list[Json]:
-    """Ours first, in the order of the road; then those of every run, with the reason that matters now."""
+    """Ours first, in the order in which they happen; then those of every run, with the reason that matters now."""
     when = found["Ready"]["lastTransitionTime"]
     over = standing.finished is not None
 

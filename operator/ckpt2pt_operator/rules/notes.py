@@ -31,7 +31,7 @@ class Note:
 
 
 def notes(before: Json, after: Json) -> tuple[Note, ...]:
-    """The events between two statuses, in the order of the road."""
+    """The events between two statuses, in the order in which things happen."""
     told = (
         Note(kind=note.kind, reason=note.reason, message=note.message[:_MAX])
         for note in (

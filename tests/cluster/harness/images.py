@@ -57,8 +57,15 @@ def archive(target: str) -> Path:
         if not kept.exists():
             base = _base_image()
             with _pip_secrets() as secrets:
-                _buildah("bud", "--isolation", "chroot", "--layers", "--quiet", *secrets, "--target", target, "--tag", name,
-                         "--build-arg", f"BASE_IMAGE={base}", *_labels(), REPOSITORY)  # fmt: skip
+                for cache in ("--layers", "--no-cache"):
+                    _buildah("bud", "--isolation", "chroot", cache, "--quiet", *secrets, "--target", target, "--tag", name,
+                             "--build-arg", f"BASE_IMAGE={base}", *_labels(), REPOSITORY)  # fmt: skip
+                    # buildah 1.28 also takes a layer that `make push` has left of the other architecture.
+                    if (
+                        _buildah("inspect", "--type", "image", "--format", "{{.OCIv1.Architecture}}", name).strip()
+                        == _native()
+                    ):
+                        break
             partial = kept.with_suffix(".partial")
             partial.unlink(missing_ok=True)
             _buildah("push", "--quiet", name, f"docker-archive:{partial}:{name}")
@@ -90,8 +97,7 @@ def building(registry: str) -> Iterator[dict[str, str]]:
 def _push_base(name: str) -> str:
     """Push the base for both architectures; that of the other one is empty, as nothing of it is run and nothing of it is read."""
     base = _base_image()
-    native = run("buildah", "info", "--format", "{{.host.arch}}").strip()
-    [other] = {"amd64", "arm64"} - {native}
+    [other] = {"amd64", "arm64"} - {_native()}
     with tempfile.TemporaryDirectory() as context:
         (Path(context) / "Dockerfile").write_text("FROM scratch\nLABEL architecture=other\n")
         _buildah("bud", "--quiet", "--platform", f"linux/{other}", "--tag", f"{base}-{other}", context)
@@ -100,6 +106,11 @@ def _push_base(name: str) -> str:
         _buildah("manifest", "add", name, image)
     _buildah("manifest", "push", "--quiet", "--tls-verify=false", "--rm", "--all", name, f"docker://{name}")
     return name
+
+
+def _native() -> str:
+    """This machine's architecture, as images call it."""
+    return run("buildah", "info", "--format", "{{.host.arch}}").strip()
 
 
 def _labels() -> list[str]:

@@ -111,8 +111,8 @@ def test_a_training_is_followed_by_one_worker_that_can_write() -> None:
     assert job["spec"]["completions"] == job["spec"]["parallelism"] == 1
     assert container_of(job)["args"][0] == "watch"
     last = container_of(job_of(("spec.follow", {}), ended="Failed"))["args"]
-    assert {"--once", "--forgive-broken-save"} <= {*last}, "what a failed training has left broken is no error"
-    assert "--forgive-broken-save" not in container_of(job_of(("spec.follow", {}), ended="Succeeded"))["args"]
+    assert {"--once", "--allow-incomplete"} <= {*last}, "what a failed training has left broken is no error"
+    assert "--allow-incomplete" not in container_of(job_of(("spec.follow", {}), ended="Succeeded"))["args"]
     assert len(container_of(job)["env"]) == 1, "it does every stage"
 
 

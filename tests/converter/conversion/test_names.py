@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.conversion.names import DRIVER, GROUP_VERSION, HINTS, HOST, KIND_WORD, NAME, fits, is_name, request_path
+from ckpt2pt.conversion.names import (
+    DRIVER,
+    FILE_STEM,
+    GROUP_VERSION,
+    HINTS,
+    HOST,
+    KIND_WORD,
+    NAME,
+    fits,
+    is_name,
+    request_path,
+)
 from ckpt2pt.errors import UsageError
 from documents import root_schema
 
@@ -65,7 +76,7 @@ def test_other_words(pattern: str, right: tuple[str, ...], wrong: tuple[str, ...
 
 NAMED = {
     "claimName": NAME, "name": NAME, "schedulerName": NAME, "priorityClassName": NAME, "runtimeClassName": NAME,
-    "queueName": NAME, "apiVersion": GROUP_VERSION, "kind": KIND_WORD, "driver": DRIVER, "server": HOST,
+    "queueName": NAME, "apiVersion": GROUP_VERSION, "kind": KIND_WORD, "driver": DRIVER, "server": HOST, "prefix": FILE_STEM,
 }  # fmt: skip
 
 

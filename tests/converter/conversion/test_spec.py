@@ -264,7 +264,7 @@ def test_a_training_is_followed_by_one_worker(ended: str, forgiving: bool) -> No
     options = build_parser().parse_args(worker_words(conversion, MOUNTS, ended=ended))
     spec = spec_of(options)
     assert spec.follow == Follow(keep=3, interval_seconds=5)
-    assert (options.command, options.once, options.forgive_broken_save) == ("watch", bool(ended), forgiving)
+    assert (options.command, options.once, options.allow_incomplete) == ("watch", bool(ended), forgiving)
     assert request_of(options).topology.pipeline == 4
 
 

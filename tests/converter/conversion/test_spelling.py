@@ -92,7 +92,7 @@ def test_an_error_names_no_field_that_is_unknown() -> None:
         pytest.param("convert", "set --tp-size (--iteration)", id="convert"),
         pytest.param("plan", "set --tp-size (--iteration)", id="plan"),
         pytest.param("watch", "set --tp-size", id="watch"),
-        pytest.param("import", "set --tp-size", id="import"),
+        pytest.param("import", "set --tp-size (--iteration)", id="import"),
         pytest.param("combine", "set the tensor parallel size", id="combine"),
         pytest.param("inspect", "set the tensor parallel size", id="inspect"),
         pytest.param("run", "set spec.parallelism.tensor (spec.source.iteration)", id="run"),

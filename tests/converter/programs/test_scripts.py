@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.back.options import import_request_of
 from ckpt2pt.cli import build_alone, build_parser
 from ckpt2pt.combine.flags import combination_of
-from ckpt2pt.options.asked import request_of
+from ckpt2pt.options.asked import request_of, spec_of
+from ckpt2pt.options.resolve import resolve_import
 from ckpt2pt.programs.scripts import combine_ckpt_dp_zero, convert_ckpt2pt, convert_pt2ckpt
 from goldens import golden_root
 
@@ -113,7 +113,7 @@ COMBINE = [
 def test_every_flag_of_the_scripts_is_taken() -> None:
     made = request_of(build_alone("convert", "x").parse_args(CONVERT))
     assert (made.topology.virtual, made.full, made.workers, made.timeout, made.in_process) == (2, False, 4, 3600, True)
-    back = import_request_of(build_alone("import", "x").parse_args(IMPORT))
+    back = resolve_import(spec_of(build_alone("import", "x").parse_args(IMPORT)))
     assert (back.layers_per_stage, back.format, back.copies, back.pace.timeout) == (
         (2, 2, 2, 2),
         "safetensors",

@@ -103,7 +103,7 @@ def test_when_the_training_ends_one_last_look_is_taken(training: Training, end: 
     last = world.made[-1]
     assert last["metadata"]["name"] == "demo-2"
     assert "--once" in words(last)
-    assert ("--forgive-broken-save" in words(last)) is (end != "Succeeded"), (
+    assert ("--allow-incomplete" in words(last)) is (end != "Succeeded"), (
         "a failed training leaves its last save as it is"
     )
     world.training = Training(state="Missing")

@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.back.options import add_import_options, import_request_of
+from ckpt2pt.back.request import BackRequest
 from ckpt2pt.cli import main
+from ckpt2pt.conversion.spelling import of_command
 from ckpt2pt.errors import UsageError
+from ckpt2pt.flags import Parser
+from ckpt2pt.options.asked import spec_of
+from ckpt2pt.options.imported import add_import_options
+from ckpt2pt.options.resolve import resolve_import
 from goldens import golden_sets
 
 FOLDER = next(folder for folder in golden_sets() if folder.name == "b_st_tp2pp2_safetensors")
@@ -20,9 +25,13 @@ COMMAND = "--format safetensors --num-layers 4 --dp-size 1 --cp-size 1 --tp-size
 
 
 def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_import_options(parser)
     return parser.parse_args(["--megatron-path", "A", "--ms-path", "B", *words])
+
+
+def request_of(options: argparse.Namespace) -> BackRequest:
+    return resolve_import(spec_of(options))
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -66,15 +75,15 @@ def test_debug_tells_ranks_files_and_evidence_and_where_an_error_arose(
 
 
 def test_counts_of_layers_in_either_spelling() -> None:
-    assert import_request_of(parse("--stage-list", "2", "3")).layers_per_stage == (2, 3)
-    assert import_request_of(parse("--stage-list", "2,3")).layers_per_stage == (2, 3)
-    assert import_request_of(parse()).layers_per_stage is None
+    assert request_of(parse("--stage-list", "2", "3")).layers_per_stage == (2, 3)
+    assert request_of(parse("--stage-list", "2,3")).layers_per_stage == (2, 3)
+    assert request_of(parse()).layers_per_stage is None
 
 
 def test_noop_layers_are_learnt_unless_given() -> None:
-    assert import_request_of(parse()).noop is None
-    assert import_request_of(parse("--noop")).noop == frozenset()
-    assert import_request_of(parse("--noop", "1", "2")).noop == frozenset({1, 2})
+    assert request_of(parse()).noop is None
+    assert request_of(parse("--noop")).noop == frozenset()
+    assert request_of(parse("--noop", "1", "2")).noop == frozenset({1, 2})
 
 
 @pytest.mark.parametrize(
@@ -88,15 +97,18 @@ def test_noop_layers_are_learnt_unless_given() -> None:
     ],
 )
 def test_wrong_usage(words: list[str]) -> None:
-    with pytest.raises(UsageError, match=words[0]):
-        import_request_of(parse(*words))
+    with pytest.raises(UsageError) as refused:
+        request_of(parse(*words))
+    assert words[0] in str(refused.value.spelled(of_command("import")))
 
 
 @pytest.mark.parametrize("prefix", ["stratey1", "strategy12", "network_best_rank_0-x", "network_breakpoint"])
 def test_a_prefix_whose_files_convert_would_pass_by_is_refused(prefix: str) -> None:
-    with pytest.raises(UsageError, match=f"--file-prefix is '{prefix}': convert passes by {prefix}.ckpt"):
-        import_request_of(parse("--file-prefix", prefix))
-    assert import_request_of(parse("--file-prefix", f"my_{prefix.replace('_', '')}")).prefix
+    with pytest.raises(UsageError) as refused:
+        request_of(parse("--file-prefix", prefix))
+    told = str(refused.value.spelled(of_command("import")))
+    assert f"--file-prefix is '{prefix}': convert passes by {prefix}.ckpt" in told
+    assert request_of(parse("--file-prefix", f"my_{prefix.replace('_', '')}")).prefix
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -126,5 +138,5 @@ def test_all_flags_of_the_reference_are_known() -> None:
         "--stage-list 1 --num-layers 1 --generate-all-dp-cp --convert-param-only --file-prefix network --format ckpt "
         "--dist-opt-content param exp_avg exp_avg_sq --debug --multiprocess-off --process-limit 4 --process_timeout 3600"
     )
-    request = import_request_of(parse(*text.split()))
+    request = request_of(parse(*text.split()))
     assert (request.copies, request.full, request.pace.timeout, request.maps) == (True, False, 3600.0, Path("P"))

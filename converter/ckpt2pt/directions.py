@@ -1,0 +1,39 @@
+"""A conversion in either direction: whoever carries one out need not know which it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ckpt2pt.back.request import BackRequest
+from ckpt2pt.request import Reporter, Request
+from ckpt2pt.run import Outcome
+
+AnyRequest = Request | BackRequest
+
+
+def pipeline_of(request: AnyRequest) -> int:
+    """How many pipeline stages the result has."""
+    if isinstance(request, Request):
+        return request.topology.pipeline
+    from ckpt2pt.back import survey  # noqa: PLC0415 - each direction loads what it needs
+
+    return survey.pipeline_of(request)
+
+
+def run(request: AnyRequest, stages: Sequence[int], reporter: Reporter) -> Outcome:
+    """Convert the given pipeline stages of the result; what an earlier run finished is kept."""
+    if isinstance(request, Request):
+        from ckpt2pt.run import run as convert  # noqa: PLC0415
+
+        return convert(request, stages, reporter)
+    from ckpt2pt.back.run import run_back  # noqa: PLC0415
+
+    return run_back(request, reporter, stages)
+
+
+def with_workers(request: AnyRequest, workers: int) -> AnyRequest:
+    """The same with so many ranks at a time."""
+    if isinstance(request, Request):
+        return replace(request, workers=workers)
+    return replace(request, pace=replace(request.pace, workers=workers))

@@ -1,0 +1,124 @@
+"""The plan of an import, in the form of any other plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckpt2pt.back.request import BackRequest
+from ckpt2pt.back.run import keep_import_apart, meta_folder, target_back
+from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, survey_back
+from ckpt2pt.mapping.names import local_layer, prefix_remark
+from ckpt2pt.mapping.topology import Rank, Topology
+from ckpt2pt.plan.entries import Entry
+from ckpt2pt.plan.imported import payload_bytes
+from ckpt2pt.pt.resume import warning
+from ckpt2pt.publish import Target
+from ckpt2pt.records import Json
+from ckpt2pt.show.preview import WORKER_BYTES, Plan
+from ckpt2pt.system.volume import free_bytes
+from ckpt2pt.tensors import TensorRef
+
+
+def planned_import(request: BackRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
+    """Plan every rank of the given stages of the result, from headers and a few elements of each parameter."""
+    found = survey_back(request)
+    target = target_back(request, found)
+    keep_import_apart(request, found, target)
+    ranks: list[Json] = []
+    warnings = dict.fromkeys(warning(found.unmet, full=request.full))
+    for rank in ((tp, pp) for pp in stages for tp in range(found.layout.tensor)):
+        prepared = prepare_back(request, found, rank)
+        warnings |= dict.fromkeys([prefix_remark(prepared.prefix)] if prepared.prefix else [])
+        ranks.append(_rank(request, found, target, rank, prepared, names=names))
+    workers = min(request.workers, len(ranks)) or 1
+    document: Json = {
+        "iteration": found.iteration,
+        "because": "the checkpoint",
+        "doubts": [],
+        "warnings": [*warnings],
+        "fromTemplate": [],
+        "consumedSamples": found.samples,
+        "identity": found.identity,
+        "target": str(target.folder),
+        "options": request.meaning(found.layout),
+        "ranks": ranks,
+        "bytesToRead": sum(int(str(rank["bytesToRead"])) for rank in ranks),
+        "bytesToWrite": sum(
+            int(str(file["nbytes"])) for rank in ranks for key in ("files", "metadata") for file in _files(rank[key])
+        ),
+        "bytesFree": free_bytes(target.root),
+        "workers": workers,
+        "memoryBytes": workers * WORKER_BYTES,
+    }
+    return Plan(document=document, target=target, overwrite=request.overwrite)
+
+
+def _files(listed: object) -> list[Json]:
+    return listed if isinstance(listed, list) else []  # pyright: ignore[reportUnknownVariableType]
+
+
+def _rank(
+    request: BackRequest, found: BackSurvey, target: Target, rank: Rank, prepared: BackPrepared, *, names: bool
+) -> Json:
+    tp, pp = rank
+    folder, _, name = prepared.files[0].name.rpartition("/")
+    alone = len(prepared.files) == 1
+    return {
+        "stage": pp,
+        "tp": tp,
+        "source": str(found.origin(rank)),
+        "directory": folder if alone else "",
+        "bytesToRead": payload_bytes(prepared.entries),
+        "files": [{"name": name if alone else file.name, "nbytes": file.lay_out().nbytes} for file in prepared.files],
+        "metadata": [
+            {"name": f"{meta_folder(found)}/{name}", "nbytes": len(content)}
+            for name, content in prepared.metadata.items()
+        ],
+        "chunks": [_chunk(found.layout, pp, vpp, prepared.entries, names=names) for vpp in range(found.layout.virtual)],
+        "shards": [],
+        "shardInfo": "",
+        "ignored": {},
+        "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in prepared.copies)],
+        "evidence": prepared.evidence,
+        "done": target.rank_manifest(tp, pp) is not None,
+    }
+
+
+def _chunk(layout: Topology, pp: int, vpp: int, entries: Sequence[Entry], *, names: bool) -> Json:
+    """What of a rank is of one model chunk; MindSpore's file holds all of them."""
+    slots = layout.slots(pp, vpp)
+    held = [entry for entry in entries if isinstance(entry.source, TensorRef)]
+    once = [entry for entry in held if entry.role == held[0].role]  # each parameter once, whatever is taken of it
+    mine = [entry for entry in once if _is_of_chunk(entry.name, layout, pp, vpp)]
+    document: Json = {
+        "chunk": vpp,
+        "key": "",
+        "layers": [layer for layer in slots if layer not in layout.noop],
+        "noopLayers": [layer for layer in slots if layer in layout.noop],
+        "embedding": layout.holds_embedding(pp, vpp),
+        "head": layout.holds_head(pp, vpp),
+        "parameters": len(mine),
+        "numel": sum(entry.source.numel for entry in mine if isinstance(entry.source, TensorRef)),
+        "buckets": [],
+    }
+    if names:
+        document["names"] = [
+            {
+                "megatron": entry.source.name,
+                "mindspore": entry.name,
+                "shape": list(entry.shape),
+                "dtype": f"{entry.source.dtype} -> {entry.dtype}",
+                "bucketStart": None,
+            }
+            for entry in mine
+            if isinstance(entry.source, TensorRef)
+        ]
+    return document
+
+
+def _is_of_chunk(name: str, layout: Topology, pp: int, vpp: int) -> bool:
+    layer = local_layer(name)  # which is global in MindSpore's names
+    if layer is not None:
+        return layer in layout.slots(pp, vpp)
+    begins = ".embedding." in name and pp == 0
+    return layout.holds_embedding(pp, vpp) if begins else layout.holds_head(pp, vpp)
