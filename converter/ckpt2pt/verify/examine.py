@@ -89,7 +89,7 @@ class Examination:
     def run(self) -> None:
         """Make every comparison."""
         tp, pp = self.rank
-        template = self.open(self.request.metadata / f"args_tp{tp:02d}_pp{pp:03d}.pt")
+        template = self.open((self.request.metadata or self.request.source) / f"args_tp{tp:02d}_pp{pp:03d}.pt")
         expected = expect(self.request, self.chosen, self.rank, template)
         for tensor, problem in expected.problems:
             self._differ("", tensor, problem)

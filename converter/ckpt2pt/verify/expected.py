@@ -104,7 +104,7 @@ class _Found:
 def expect(request: Request, chosen: Survey, rank: Rank, template: Mapping[str, Leaf]) -> Expected:
     """Read the source's header and the rank's param maps, and say what must come out of them."""
     tp, pp = rank
-    lists = _listed(request.metadata, tp, pp, template)
+    lists = _listed(request.metadata or request.source, tp, pp, template)
     filled = request.topology.filled_chunks(pp)
     listed = (
         dict(enumerate(lists)) if len(lists) == request.topology.virtual else dict(zip(filled, lists, strict=False))

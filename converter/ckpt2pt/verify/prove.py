@@ -17,7 +17,7 @@ from typing import Literal, cast
 from ckpt2pt.checksums import Piece
 from ckpt2pt.ckpt import states_checksum
 from ckpt2pt.ckpt.source import paths_for, prove_read
-from ckpt2pt.errors import MissingInputError, Spell, VerificationError, aside, printable, ref
+from ckpt2pt.errors import MissingInputError, Spell, UsageError, VerificationError, aside, printable, ref
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
@@ -162,6 +162,12 @@ def _verify_files(
     reader: Reader = "own",
     advance: Advance = unheard,
 ) -> tuple[Report, Mapping[str, Sequence[Piece]]]:
+    if request.source_format == "megatron":
+        raise UsageError(
+            "the source is a Megatron checkpoint, whose result is not compared here yet",
+            where=request.source,
+            hint="compare the two: ckpt2pt verify SOURCE RESULT",
+        )
     sources = [path for path in paths_for(rank, chosen.files, request) if states_checksum(path)]
     with Files([*sources, *results.values()], advance) as files:
         found = Examination(request, chosen, rank, results, _opener(request, reader), files, advance)
