@@ -41,6 +41,7 @@ class Request:
     topology: Topology
     """The layout of the result."""
     source: Path
+    """Of Megatron the folder of the iteration."""
     metadata: Path | None
     """None: what a Megatron source says itself."""
     target: Path

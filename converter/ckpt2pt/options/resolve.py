@@ -40,7 +40,10 @@ def resolve_convert(spec: Spec, *, in_process: bool = False) -> Request:
             field="verify",
         )
     if megatron:
-        topology, saved = _of_megatron(spec, rules)
+        from ckpt2pt.formats.megatron import source_folder  # noqa: PLC0415 - for Megatron sources
+
+        source = source_folder(source, spec.source.iteration)  # whatever the tracker names meanwhile
+        topology, saved = _of_megatron(spec, source, rules)
     else:
         topology, saved = _of_mindspore(spec, rules)
     info = spec.source.opt_shard_info_path
@@ -112,18 +115,18 @@ def _of_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
     return _layouts(spec, topology, rules) if relaid else (topology, None)
 
 
-def _of_megatron(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
+def _of_megatron(spec: Spec, folder: Path, rules: Rules) -> tuple[Topology, Topology | None]:
     """The same by the checkpoint itself; what is given has to agree with it."""
     from ckpt2pt.survey.stored import layout_of  # noqa: PLC0415 - for Megatron sources
 
     model, own, result = spec.model, spec.parallelism, spec.target.parallelism
-    listed, place = model.layers_per_stage, (Path(spec.source.path), spec.source.iteration, rules)
+    listed = model.layers_per_stage
     try:
-        found = layout_of(*place)
+        found = layout_of(folder, rules)
     except TopologyError:  # uneven stages with no-op layers are told apart by who knows them
         if not listed or result.pipeline or result.virtual_pipeline:
             raise
-        found = layout_of(*place, listed)
+        found = layout_of(folder, rules, listed)
     given = {
         "model.numLayers": (model.num_layers, found.num_layers),
         "parallelism.tensor": (own.tensor, found.tensor),
@@ -141,7 +144,7 @@ def _of_megatron(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
             ]
             raise TopologyError(
                 f"{ref(field)} is {shown[0]}, the checkpoint has {shown[1]}",
-                where=spec.source.path,
+                where=folder,
                 hint=f"leave it out, or give {shown[1]}; another layout of the result is asked for by {_OTHER}",
                 field=field,
             )

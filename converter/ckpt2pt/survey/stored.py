@@ -25,7 +25,6 @@ from ckpt2pt.formats.megatron import (
     iteration_of,
     layout_of_ranks,
     read_headers,
-    source_folder,
 )
 from ckpt2pt.mapping.foldernames import parallel_sizes
 from ckpt2pt.mapping.names import NameTable, Rules
@@ -58,9 +57,9 @@ _ROLES: Mapping[bool, Mapping[Role, Role]] = {
 """With and without the optimizer: what is taken of the checkpoint, and as what of the result; weights are rounded from float32."""
 
 
-def layout_of(source: Path, iteration: int | None, rules: Rules, listed: tuple[int, ...] | None = None) -> Topology:
-    """The layout of a checkpoint by its folders, its arguments and its names; ``listed`` are the layers of each stage where they are given."""
-    folders = rank_folders(source_folder(source, iteration))
+def layout_of(folder: Path, rules: Rules, listed: tuple[int, ...] | None = None) -> Topology:
+    """The layout of an iteration by its folders, its arguments and its names; ``listed`` are the layers of each stage where they are given."""
+    folders = rank_folders(folder)
     tensor, pipeline = parallel_sizes(folders)
     ranks = {
         rank: read_rank(folder, optimizer=False, allow=rules.pickle_globals)
@@ -82,8 +81,8 @@ def layout_of(source: Path, iteration: int | None, rules: Rules, listed: tuple[i
 
 
 def find(request: Request, keep: Collection[Rank]) -> Found:
-    """The files of every rank of the iteration that is asked for or that the tracker names; all ranks have to be at it."""
-    folder, layout = source_folder(request.source, request.iteration), request.source_layout
+    """The files of every rank of the iteration, whose folder the source is; all ranks have to be at it."""
+    folder, layout = request.source, request.source_layout
     folders = rank_folders(folder)
     if parallel_sizes(folders) != (layout.tensor, layout.pipeline):
         raise changed(folder)
@@ -270,10 +269,9 @@ def _headers(
 
 def own_of(request: Request) -> Own:
     """What the source of a request says of itself."""
-    folder = source_folder(request.source, request.iteration)
     layout = request.source_topology or request.topology
-    allow = request.rules.pickle_globals
-    return Own(folder, rank_folders(folder), layout, request.full, request.target_data, allow)
+    folders = rank_folders(request.source)
+    return Own(request.source, folders, layout, request.full, request.target_data, request.rules.pickle_globals)
 
 
 def own_meta(request: Request, rank: Rank) -> RankMeta:

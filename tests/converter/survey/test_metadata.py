@@ -10,7 +10,7 @@ import pytest
 from ckpt2pt.conversion.schema import Place, Source, Spec, Target
 from ckpt2pt.errors import PermissionDeniedError
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.options.resolve import resolve
+from ckpt2pt.options.resolve import resolve_convert as resolve
 from ckpt2pt.survey import survey
 from ckpt2pt.survey.metadata import inputs_of_metadata, meta_of
 from goldens import golden_sets

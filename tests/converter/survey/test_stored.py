@@ -12,13 +12,17 @@ import pytest
 
 import ckpt2pt
 from ckpt2pt.cli import main
+from ckpt2pt.conversion.schema import Source, Spec, Target
 from ckpt2pt.core.tensor import ROLES, Role
 from ckpt2pt.errors import Ckpt2ptError, FormatError, MissingInputError, TopologyError, UsageError
 from ckpt2pt.folders import iteration_folder
+from ckpt2pt.options.resolve import resolve_convert as resolve
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.pickles import namespace_attrs
 from ckpt2pt.ptmeta.make import from_pt_meta
 from ckpt2pt.ptmeta.relayout import NewLayout
+from ckpt2pt.request import SILENCE
+from ckpt2pt.run import run
 from conversions import topology_of
 from documents import minimal
 from goldens import golden_sets
@@ -301,3 +305,10 @@ def test_uneven_stages_stay_or_are_given(tmp_path: Path) -> None:
     assert ("layers.0." in last, "layers.1." in last) == (True, False), "one layer on the last stage, as it was"
     ckpt2pt.convert(source=tmp_path / "cut", target=tmp_path / "back", layers_per_stage=[2, 2])
     assert same(source, tmp_path / "back", *NOT_CARRIED) == ()
+
+
+def test_a_tracker_that_moves_on_changes_nothing(tmp_path: Path) -> None:
+    shutil.copytree(SETS["b_tp2pp2"] / "A", tmp_path / "old")
+    request = resolve(Spec(source=Source(path=str(tmp_path / "old")), target=Target(path=str(tmp_path / "new"))))
+    (tmp_path / "old" / "latest_checkpointed_iteration.txt").write_text("4")
+    assert run(request, [0, 1], SILENCE).target.iteration == 2
