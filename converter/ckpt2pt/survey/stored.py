@@ -88,10 +88,10 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
         raise changed(folder)
     files = {rank: _file(rank_folder, full=request.full) for rank, rank_folder in folders.items()}
     seen = {path: stat_of(path) for file in files.values() for path in file.paths}
-    ranks = {
-        rank: read_rank(rank_folder, optimizer=False, allow=request.rules.pickle_globals)
-        for rank, rank_folder in folders.items()
-    }
+    ranks: dict[Rank, MegatronRank] = {}
+    for rank, rank_folder in folders.items():
+        headers = read_rank(rank_folder, optimizer=False, allow=request.rules.pickle_globals)
+        ranks[rank] = _outline(headers) if ranks else headers
     check_ranks(ranks, (layout.tensor, layout.pipeline))
     iteration, args = iteration_of(ranks.values(), folder), ranks[0, 0].template.args
     samples = args.get("consumed_train_samples")
@@ -108,6 +108,13 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
         as_saved=request.metadata is None,
     )
     return Found(files, clock, {}, prove_unchanged)
+
+
+def _outline(rank: MegatronRank) -> MegatronRank:
+    """What all ranks have to agree on: the headers of a thousand would not fit into memory."""
+    tree = {key: value for key, value in rank.template.tree.items() if key == "iteration"}
+    template = replace(rank.template, tree=tree, storages={})
+    return replace(rank, chunks=tuple(() for _ in rank.chunks), template=template)
 
 
 def _file(folder: Path, *, full: bool) -> SourceFile:
