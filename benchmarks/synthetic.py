@@ -47,7 +47,7 @@ class Model:
             "num_query_groups": self.groups, "max_position_embeddings": 4096, "swiglu": True, "normalization": "RMSNorm",
             "untie_embeddings_and_output_weights": True, "add_position_embedding": True, "padded_vocab_size": self.vocab,
             "tensor_model_parallel_size": cut.tensor, "pipeline_model_parallel_size": cut.pipeline,
-            "data_parallel_size": 1, "context_parallel_size": 1, "global_batch_size": self.batch,
+            "data_parallel_size": 1, "context_parallel_size": 1, "global_batch_size": self.batch, "seed": 1,
             "params_dtype": Global("torch", "bfloat16"), "consumed_train_samples": self.batch, "iteration": 1,
             "model_type": None, "bf16": True,
         }  # fmt: skip

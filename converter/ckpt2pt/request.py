@@ -41,7 +41,9 @@ class Request:
     topology: Topology
     """The layout of the result."""
     source: Path
-    metadata: Path
+    """Of Megatron the folder of the iteration."""
+    metadata: Path | None
+    """None: what a Megatron source says itself."""
     target: Path
     full: bool = True
     source_format: str | None = None
@@ -57,7 +59,7 @@ class Request:
     in_process: bool = False
     timeout: float | None = None
     source_topology: Topology | None = None
-    """The layout of the source where it is another one; its layers do not matter."""
+    """The layout of the source where it is another one; of a MindSpore source the layers do not matter."""
 
     @property
     def source_layout(self) -> Topology:

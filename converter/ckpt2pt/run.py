@@ -20,20 +20,20 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from ckpt2pt import __version__
-from ckpt2pt.ckpt.source import prove_read
 from ckpt2pt.crew import Share, stopped_by_signals, work_through
 from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError, of_rank, printable, ref
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.meta import assumed
 from ckpt2pt.plan.moves import moves
-from ckpt2pt.ptmeta.loading import check_loadable, contradictions_of, kept_of_template
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Reporter, Request, Verify
 from ckpt2pt.survey import Prepared, Survey, distinct, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.survey.chosen import kind_of
+from ckpt2pt.survey.loading import check_loadable, contradictions_of, kept_of_template, made_up
+from ckpt2pt.survey.metadata import assumptions
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import TensorRef
@@ -221,10 +221,10 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
         verify=request.verify,
         overwrite=request.overwrite,
         meaning=request.meaning(),
-        facts={"assumed": assumed(request.metadata)},
+        facts={"assumed": assumptions(request)},
         inputs=chosen.inputs,
         doubts=chosen.clock.doubts,
-        warnings=contradictions_of(request, chosen, ranks[0]) if ranks else (),
+        warnings=(*contradictions_of(request, chosen, ranks[0]), *made_up(request)) if ranks else (),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
         prepare=partial(_plan, request, chosen),
@@ -256,8 +256,7 @@ def convert_rank(
     def prove(read: ReadPieces) -> None:
         prove_unchanged(request, chosen, rank)  # first: a source that was written meanwhile is not a damaged one
         every_byte = request.full or request.verify == "full"
-        none = chosen.without_checksum
-        checksums.update(prove_read(rank, chosen.files, request, read, every_byte=every_byte, none=none))
+        checksums.update(kind_of(request).prove_read(request, chosen, rank, read, every_byte=every_byte))
 
     def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
         prove_unchanged(request, chosen, rank)

@@ -141,7 +141,8 @@ def copied(pipelined: Path, tmp_path: Path) -> Request:
 
 
 @pytest.mark.parametrize(
-    "moment", ["ckpt2pt.survey.agree", "ckpt2pt.survey.payloads", "ckpt2pt.run.moves", "ckpt2pt.run.prove_unchanged"]
+    "moment",
+    ["ckpt2pt.survey.training.agree", "ckpt2pt.survey.payloads", "ckpt2pt.run.moves", "ckpt2pt.run.prove_unchanged"],
 )
 def test_a_source_that_is_written_during_the_run_is_not_published(
     copied: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str

@@ -50,6 +50,11 @@ def convert(source: Path, target: Path) -> list[str]:
     return ["convert", *flags(cut), *flags(places)]
 
 
+def relay(source: Path, target: Path) -> list[str]:
+    layout = {"--target-tp-size": 1, "--target-pp-size": 4, "--target-vpp-size": 1, "--process-limit": 2}
+    return ["convert", *flags({"--source": source / "A", "--target": target}), *flags(layout)]
+
+
 def import_back(source: Path, target: Path) -> list[str]:
     return ["import", *flags({"--megatron-path": source / "A", "--ms-path": target, "--process-limit": 2})]
 
@@ -61,6 +66,7 @@ def combine(source: Path, target: Path) -> list[str]:
 
 ROADS = {
     "convert": Road(words=convert, pattern="*.pt", files=8, marker=TRACKER, kills=50),
+    "relayout": Road(words=relay, pattern="*.pt", files=8, marker=TRACKER, kills=10),
     "import": Road(words=import_back, pattern="*.[cp]*t", files=8, marker=".ckpt2pt/report.json", kills=15),
     "combine": Road(words=combine, pattern="*.ckpt", files=4, marker="", kills=15),
 }

@@ -22,15 +22,20 @@ HEAD, EMBEDDING = "language_model.output_layer.weight", "language_model.embeddin
 
 def copied(folder: Path, tmp_path: Path) -> Request:
     request = request_for(folder, tmp_path / "out")
-    for path, name in ((request.source, "ms"), (request.metadata, "pt_meta")):
+    for path, name in ((request.source, "ms"), (metadata_of(request), "pt_meta")):
         shutil.copytree(path, tmp_path / name)
     for path in (tmp_path / "ms").rglob("*.ckpt"):
         path.chmod(0o600)
     return replace(request, source=tmp_path / "ms", metadata=tmp_path / "pt_meta")
 
 
+def metadata_of(request: Request) -> Path:
+    assert request.metadata
+    return request.metadata
+
+
 def edit_map(request: Request, name: str, edit: Callable[[dict[str, Any]], Any]) -> None:
-    path = request.metadata / name
+    path = metadata_of(request) / name
     document = json.loads(path.read_text())
     edited = edit(document)
     path.write_text(json.dumps(document if edited is None else edited))
@@ -56,7 +61,7 @@ def drop(request: Request, rank: int, part: str) -> None:
 
 def tie(request: Request) -> None:
     """Make the set one with tied embeddings: the last stage's output layer is the copy, in a bucket name of its own."""
-    for path in request.metadata.glob("args_*.pt"):
+    for path in metadata_of(request).glob("args_*.pt"):
         edit_tree(
             path,
             lambda tree: tree.update(args=with_attrs(tree["args"], {"untie_embeddings_and_output_weights": False})),

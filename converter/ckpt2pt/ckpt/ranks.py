@@ -59,7 +59,7 @@ class SourceFile:
     """One candidate; with ``peers`` a group of them that is read as one.
 
     ``peers`` are the files of the data x context group in ascending order of their ranks, this one first, and ``info``
-    describes the shards in them.
+    describes the shards in them.  ``beside`` are other files of the same rank.
     """
 
     path: Path
@@ -67,6 +67,7 @@ class SourceFile:
     merged: bool
     peers: tuple[Path, ...] = ()
     info: Path | None = None
+    beside: tuple[Path, ...] = ()
 
     @property
     def named(self) -> When | None:
@@ -76,7 +77,7 @@ class SourceFile:
     @property
     def paths(self) -> tuple[Path, ...]:
         """Every checkpoint file that is read."""
-        return self.peers or (self.path,)
+        return (self.peers or (self.path,)) + self.beside
 
 
 def rank_folder(root: Path, rank: int) -> Path:

@@ -39,7 +39,7 @@ from ckpt2pt.errors import InputError, MissingInputError, UsageError, ref
 from ckpt2pt.mapping.foldernames import model_rank_of
 from ckpt2pt.mapping.names import MOMENTS, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.plan.clock import name_contradiction
+from ckpt2pt.plan.clock import agree, name_contradiction
 from ckpt2pt.plan.entries import Entry, text_entry
 from ckpt2pt.plan.moves import Move
 from ckpt2pt.publish import (
@@ -54,7 +54,7 @@ from ckpt2pt.publish import (
 )
 from ckpt2pt.records import Json, seal
 from ckpt2pt.request import Pace, Reporter, digest
-from ckpt2pt.survey import agree, changed, inputs_of
+from ckpt2pt.survey import changed, inputs_of
 from ckpt2pt.system.paths import is_there, status
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef

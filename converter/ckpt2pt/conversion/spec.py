@@ -283,6 +283,9 @@ def _check_workloads(spec: Spec, findings: list[Finding]) -> None:
     if follow and spec.start_after:
         hint = "give one of them; follow.until names the training"
         findings.append(Finding(field="spec.follow", what="is given beside spec.startAfter", hint=hint))
+    if follow and spec.source.format == "Megatron":
+        hint = "leave it out; trainings of MindSpore alone are followed"
+        findings.append(Finding(field="spec.follow", what="is given, and source.format is Megatron", hint=hint))
     if follow and spec.source.iteration is not None:
         hint = "leave the iteration out; every new one is converted"
         findings.append(Finding(field="spec.follow", what="is given beside spec.source.iteration", hint=hint))

@@ -168,6 +168,7 @@ ARGUMENTS = {
         "parallelism.data":                   "dp",
         "parallelism.context":                "cp",
         "source.path":                        "source",
+        "source.format":                      "source_format",
         "source.iteration":                   "iteration",
         "metadata.path":                      "metadata",
         "target.path":                        "target",

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 from ckpt2pt.casts import find_cast
@@ -305,11 +306,12 @@ def _remove(partial: Path) -> None:
 
 def _copy_template(output: Output, payload: Payload) -> None:
     first = output.layout.storages - len(payload.copied)
-    for number, extent in enumerate(payload.copied, first):
-        with InputFile(Path(extent.path), METADATA, keep=True) as file:
-            data = file.read(extent.offset, extent.nbytes)
-        write_at(output.file.fd, memoryview(data), output.layout.storage_offset(number), output.path)
-        output.pieces[number].append((0, len(data), crc32(data, 0)))
+    for path, extents in groupby(enumerate(payload.copied, first), lambda one: one[1].path):
+        with InputFile(Path(path), METADATA, keep=True) as file:
+            for number, extent in extents:
+                data = file.read(extent.offset, extent.nbytes)
+                write_at(output.file.fd, memoryview(data), output.layout.storage_offset(number), output.path)
+                output.pieces[number].append((0, len(data), crc32(data, 0)))
 
 
 def _finish(output: Output) -> None:

@@ -39,6 +39,12 @@ def watch_command(options: argparse.Namespace, show: Show) -> int:
             field="target.format",
         )
     request, account = resolve_convert(spec, in_process=options.multiprocess_off), options.account
+    if request.source_format == "megatron":
+        raise UsageError(
+            "the source is a Megatron checkpoint, and trainings of MindSpore alone are followed",
+            where=request.source,
+            hint="convert it once: ckpt2pt convert",
+        )
     account.following, account.stages = True, range(request.topology.pipeline)
     account.iteration = tracked(request.target)  # what a worker before this one has converted
     account.verified = None if account.iteration is None else verified_as(request, account.iteration)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 from ckpt2pt.core.index import Collector, Local
 from ckpt2pt.core.params import EMBEDDING, canonical_name
@@ -42,13 +43,13 @@ def open_megatron(
     """
     from ckpt2pt.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - much, and a proof needs none of it
 
-    folder = iteration_folder(path) if iteration is None else of_iteration(path, iteration)
+    folder = source_folder(path, iteration)
     folders = rank_folders(folder)
     there = parallel_sizes(folders)
     agreed((tensor, pipeline), there, folder)
-    ranks = {rank: _read(rank_folder, rules) for rank, rank_folder in folders.items()}
-    _check_ranks(ranks, there)
-    layout = _layout(ranks, *there)
+    ranks = {rank: read_headers(rank_folder, rules.pickle_globals) for rank, rank_folder in folders.items()}
+    check_ranks(ranks, there)
+    layout = layout_of_ranks(ranks, *there)
     collector = Collector(there[0], str(folder))
     for (tp, pp), rank in ranks.items():
         buffers = lay_out_rank(rank, pp, at_most=SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
@@ -56,21 +57,27 @@ def open_megatron(
     return Checkpoint(
         path=folder,
         format="megatron",
-        iteration=_iteration(ranks.values(), folder),
+        iteration=iteration_of(ranks.values(), folder),
         tensor=there[0],
         pipeline=there[1],
         index=collector.index(),
     )
 
 
-def _read(folder: Path, rules: Rules) -> MegatronRank:
-    rank = read_rank(folder, allow=rules.pickle_globals)
+def source_folder(path: Path, iteration: int | None) -> Path:
+    """The folder of an iteration, by default of the one that the tracker names."""
+    return iteration_folder(path) if iteration is None else of_iteration(path, iteration)
+
+
+def read_headers(folder: Path, allow: tuple[str, ...]) -> MegatronRank:
+    """One rank with its optimizer, distributed or not."""
+    rank = read_rank(folder, allow=allow)
     if rank.buffers is None and rank.has_plain_optimizer:
-        return read_rank(folder, copies=True, allow=rules.pickle_globals)
+        return read_rank(folder, copies=True, allow=allow)
     return rank
 
 
-def _check_ranks(ranks: Ranks, there: tuple[int, int]) -> None:
+def check_ranks(ranks: Ranks, there: tuple[int, int]) -> None:
     """Refuse folders that are not all of one checkpoint, or whose optimizer is not there."""
     first = ranks[0, 0]
     keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
@@ -98,7 +105,8 @@ def _check_ranks(ranks: Ranks, there: tuple[int, int]) -> None:
             )
 
 
-def _iteration(ranks: Collection[MegatronRank], folder: Path) -> int:
+def iteration_of(ranks: Collection[MegatronRank], folder: Path) -> int:
+    """The one iteration that all ranks state."""
     stated = [step for rank in ranks if type(step := rank.template.tree.get("iteration")) is int]
     steps = sorted(set(stated))
     if len(steps) != 1 or len(stated) != len(ranks):
@@ -111,8 +119,8 @@ def _iteration(ranks: Collection[MegatronRank], folder: Path) -> int:
     return steps[0]
 
 
-def _layout(ranks: Ranks, tensor: int, pipeline: int) -> Topology:
-    """Which layers a chunk has.
+def layout_of_ranks(ranks: Ranks, tensor: int, pipeline: int, listed: tuple[int, ...] | None = None) -> Topology:
+    """Which layers a chunk has; ``listed`` are their numbers where somebody knows them.
 
     Local numbers tell the least that each chunk can have.  Where these add up to all layers, the stages may be uneven; else
     there are no-op layers, and the stages are even.
@@ -124,8 +132,10 @@ def _layout(ranks: Ranks, tensor: int, pipeline: int) -> Topology:
             f"the arguments say num_layers {layers!r}", where=first.folder, hint="give another checkpoint"
         )
     least = tuple(_slots(ranks[0, pp].chunks[vpp]) for vpp in range(virtual) for pp in range(pipeline))
-    if sum(least) == layers:
-        return Topology(num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=virtual, layers_per_stage=least)
+    if listed or sum(least) == layers:
+        return Topology(
+            num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=virtual, layers_per_stage=listed or least
+        )
     if layers % len(least) or max(least) > layers // len(least):
         raise TopologyError(
             f"of {layers} layers by the arguments, the {len(least)} model chunks hold {', '.join(map(str, least))}",
@@ -140,8 +150,16 @@ def _slots(chunk: Sequence[tuple[str, TensorRef]]) -> int:
     return 1 + max((layer for name, _ in chunk if (layer := local_layer(name)) is not None), default=-1)
 
 
+class Takes(Protocol):
+    """What collects the tensors of ranks, as :class:`Collector`."""
+
+    def add(self, role: Role, name: str, tp: int, local: Local, /) -> None:
+        """Take what rank ``tp`` holds of a parameter."""
+        ...
+
+
 def collect_rank(
-    collector: Collector, where: Rank, rank: MegatronRank, layout: Topology, buffers: Sequence[Sequence[Buffer]]
+    collector: Takes, where: Rank, rank: MegatronRank, layout: Topology, buffers: Sequence[Sequence[Buffer]]
 ) -> None:
     """Add what a rank holds; ``buffers`` are those of each of its chunks, none for its weights alone."""
     stored = iter(rank.buffers or ())

@@ -2,6 +2,7 @@
 
 ckpt2pt.compare("ms_ckpt", "megatron_pt").same
 ckpt2pt.convert(source="ms_ckpt", metadata="pt_meta", target="megatron_pt").document()
+ckpt2pt.convert(source="megatron_pt", target="megatron_tp4", target_tp=4).document()
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ def inspect(path: str | Path, *, details: bool = False) -> dict[str, Any]:
 def convert(
     *,
     source: str | Path,
-    metadata: str | Path,
     target: str | Path,
+    metadata: str | Path | None = None,
+    source_format: str = "auto",
     num_layers: int | None = None,
     tp: int | None = None,
     pp: int | None = None,
@@ -72,14 +74,17 @@ def convert(
     verify: Verify = "digest",
     rules: Rules | None = None,
 ) -> Outcome:
-    """Convert a MindSpore training output into a Megatron-LM 0.6 checkpoint, as ``ckpt2pt convert`` does, in this process.
+    """Convert a checkpoint into one of Megatron-LM 0.6, as ``ckpt2pt convert`` does, in this process.
 
-    ``metadata`` is the ``pt_meta`` folder.  Sizes that are not given are those that it states; those of the
+    ``source`` is a MindSpore training output, with ``metadata``, the ``pt_meta`` folder; or a Megatron checkpoint, which
+    says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors`` or
+    ``megatron``.  Sizes that are not given are those that metadata or checkpoint state; those of the
     result (``target_tp`` and its like) are those of the source unless they are given.  ``verify`` is ``none``, ``digest``
     or ``full``.  The same call after any interruption does what is missing.  Call it in the main thread: it heeds SIGTERM
     and SIGINT, after which it raises :class:`~ckpt2pt.errors.InterruptedRunError`.
     """
     from ckpt2pt.conversion import schema  # noqa: PLC0415
+    from ckpt2pt.options.asked import source_format_of  # noqa: PLC0415
     from ckpt2pt.options.resolve import resolve_convert  # noqa: PLC0415
     from ckpt2pt.request import SILENCE  # noqa: PLC0415
     from ckpt2pt.run import run  # noqa: PLC0415
@@ -94,8 +99,8 @@ def convert(
             rules=schema.rules_of(names),
         ),
         parallelism=schema.Parallelism(tensor=tp, pipeline=pp, virtual_pipeline=vpp, data=dp, context=cp),
-        source=schema.Source(path=str(source), iteration=iteration),
-        metadata=schema.Place(path=str(metadata)),
+        source=schema.Source(path=str(source), iteration=iteration, format=source_format_of(source_format)),
+        metadata=schema.Place(path="" if metadata is None else str(metadata)),
         target=schema.Target(
             path=str(target),
             overwrite=overwrite,

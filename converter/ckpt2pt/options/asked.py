@@ -22,6 +22,15 @@ _FORMATS: Mapping[str, SourceFormat] = {
 """Words of the flag, and of the document."""
 
 
+def source_format_of(word: str) -> SourceFormat:
+    """The format of a source, by the word of a flag."""
+    if word not in _FORMATS:
+        raise UsageError(
+            f"no format {word}", where="the format of the source", hint=f"give one of {', '.join(_FORMATS)}"
+        )
+    return _FORMATS[word]
+
+
 def request_of(options: argparse.Namespace) -> Request:
     """The frozen request of a conversion to Megatron that the flags describe."""
     from ckpt2pt.options.resolve import resolve_convert  # noqa: PLC0415
@@ -115,10 +124,12 @@ def _parallelism(options: argparse.Namespace) -> Parallelism:
 def _source(options: argparse.Namespace, path: str) -> Source:
     from ckpt2pt.conversion.schema import Source  # noqa: PLC0415
 
-    info = options.opt_shard_info_path
+    info, word = options.opt_shard_info_path, options.source_format
+    if word == "auto" and options.ms_path and options.target_format != "mindspore":
+        word = "mindspore"  # as the flag says
     return Source(
         path=path,
-        format=_FORMATS[options.source_format],
+        format=source_format_of(word),
         opt_shard_info_path=None if info is None else str(info),
         iteration=options.iteration,
     )

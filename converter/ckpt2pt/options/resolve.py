@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.filenames import is_passed_by, rank_of_name
 from ckpt2pt.conversion.schema import CONTENTS, Degrees, Spec
-from ckpt2pt.errors import UsageError, ref
+from ckpt2pt.errors import Ckpt2ptError, TopologyError, UsageError, aside, ref, refs
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.meta import Given, learn
@@ -28,13 +29,73 @@ def resolve_convert(spec: Spec, *, in_process: bool = False) -> Request:
 
     Raises :class:`UsageError` or :class:`TopologyError` for sizes that contradict the metadata, or that nothing states.
     """
-    if spec.source.format == "Megatron" or not spec.metadata.path:
-        raise UsageError(
-            "a Megatron checkpoint is not converted yet, and any other source needs pt_meta",
-            where=spec.source.path,
-            hint="give --param-map-path (spec.metadata.path) and a MindSpore training output",
-        )
     rules = _rules(spec)
+    source, metadata, target = Path(spec.source.path), Path(spec.metadata.path), Path(spec.target.path)
+    megatron = _is_megatron(spec)
+    if megatron and spec.verify == "Full":
+        raise UsageError(
+            f"{ref('verify')} is full, which is not there yet for a Megatron source",
+            where=source,
+            hint="leave it out; then compare the result with its source: ckpt2pt verify SOURCE RESULT",
+            field="verify",
+        )
+    if megatron:
+        from ckpt2pt.formats.megatron import source_folder  # noqa: PLC0415 - for Megatron sources
+
+        source = source_folder(source, spec.source.iteration)  # whatever the tracker names meanwhile
+        topology, saved = _of_megatron(spec, source, rules)
+    else:
+        topology, saved = _of_mindspore(spec, rules)
+    info = spec.source.opt_shard_info_path
+    return Request(
+        topology=topology,
+        source_topology=saved,
+        source=source,
+        metadata=metadata if spec.metadata.path else None,
+        target=target,
+        full=spec.mode == "Full",
+        source_format="megatron" if megatron else _FILES.get(spec.source.format),
+        iteration=spec.source.iteration,
+        shard_info=None if info is None else Path(info),
+        target_data=spec.target.data_parallel,
+        rules=rules,
+        reference_samples=spec.target.zero_consumed_samples,
+        overwrite=spec.target.overwrite,
+        verify=_verify(spec),
+        workers=spec.workers.processes,
+        in_process=in_process,
+        timeout=spec.workers.rank_timeout_seconds,
+    )
+
+
+_OTHER = refs("target.parallelism.tensor", "target.parallelism.pipeline", "target.parallelism.virtualPipeline")
+_FILES = {"Ckpt": "ckpt", "Safetensors": "safetensors"}
+"""Formats of MindSpore's files, where one of them is asked for."""
+
+
+def _is_megatron(spec: Spec) -> bool:
+    """Whether the source is a Megatron checkpoint, as it is said or as it looks; a source to come has to be said.
+
+    Raises :class:`UsageError` for any other source without metadata.
+    """
+    megatron = spec.source.format == "Megatron"
+    if spec.source.format == "Auto":
+        from ckpt2pt.formats.registry import detect  # noqa: PLC0415 - only where it is not said
+
+        with suppress(Ckpt2ptError):  # what is wrong with it, its reader says
+            megatron = detect(Path(spec.source.path)) == "megatron"
+    if not megatron and not spec.metadata.path:
+        raise UsageError(
+            f"{ref('metadata.path')} is missing, and the source is no Megatron checkpoint",
+            where=spec.source.path,
+            hint=f"give the pt_meta folder, or a Megatron checkpoint, and say so{aside('source.format')} if it is yet to come",
+            field="metadata.path",
+        )
+    return megatron
+
+
+def _of_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
+    """The layout of the result, and that of the source where it is another one, by ``pt_meta`` and names of folders."""
     model, own, result = spec.model, spec.parallelism, spec.target.parallelism
     relaid = result != Degrees()
     given = Given(
@@ -51,27 +112,51 @@ def resolve_convert(spec: Spec, *, in_process: bool = False) -> Request:
     topology = learn(given, source=source, metadata=metadata, target=target, allow=rules.pickle_globals)
     if topology.remark:
         log.warning("%s", topology.remark)
-    topology, saved = _layouts(spec, topology, rules) if relaid else (topology, None)
-    info = spec.source.opt_shard_info_path
-    return Request(
-        topology=topology,
-        source_topology=saved,
-        source=source,
-        metadata=metadata,
-        target=target,
-        full=spec.mode == "Full",
-        source_format=spec.source.format.lower() if spec.source.format in {"Ckpt", "Safetensors"} else None,
-        iteration=spec.source.iteration,
-        shard_info=None if info is None else Path(info),
-        target_data=spec.target.data_parallel,
-        rules=rules,
-        reference_samples=spec.target.zero_consumed_samples,
-        overwrite=spec.target.overwrite,
-        verify=_verify(spec),
-        workers=spec.workers.processes,
-        in_process=in_process,
-        timeout=spec.workers.rank_timeout_seconds,
+    return _layouts(spec, topology, rules) if relaid else (topology, None)
+
+
+def _of_megatron(spec: Spec, folder: Path, rules: Rules) -> tuple[Topology, Topology | None]:
+    """The same by the checkpoint itself; what is given has to agree with it."""
+    from ckpt2pt.survey.stored import layout_of  # noqa: PLC0415 - for Megatron sources
+
+    model, own, result = spec.model, spec.parallelism, spec.target.parallelism
+    listed = model.layers_per_stage
+    try:
+        found = layout_of(folder, rules)
+    except TopologyError:  # uneven stages with no-op layers are told apart by who knows them
+        if not listed or result.pipeline or result.virtual_pipeline:
+            raise
+        found = layout_of(folder, rules, listed)
+    given = {
+        "model.numLayers": (model.num_layers, found.num_layers),
+        "parallelism.tensor": (own.tensor, found.tensor),
+        "parallelism.pipeline": (own.pipeline, found.pipeline),
+        "parallelism.virtualPipeline": (own.virtual_pipeline, found.virtual),
+        "model.noopLayers": (
+            None if model.noop_layers is None else {layer for layer in model.noop_layers if layer < found.num_layers},
+            set(found.noop),
+        ),
+    }
+    for field, (asked, there) in given.items():
+        if asked not in (None, there):
+            shown = [
+                ", ".join(map(str, sorted(one))) or "none" if isinstance(one, set) else one for one in (asked, there)
+            ]
+            raise TopologyError(
+                f"{ref(field)} is {shown[0]}, the checkpoint has {shown[1]}",
+                where=folder,
+                hint=f"leave it out, or give {shown[1]}; another layout of the result is asked for by {_OTHER}",
+                field=field,
+            )
+    pipeline, virtual = result.pipeline or found.pipeline, result.virtual_pipeline or found.virtual
+    if listed is None and (pipeline, virtual) == (found.pipeline, found.virtual):
+        listed = found.layers_per_stage
+    if listed and len(set(listed)) == 1:
+        listed = None
+    target = replace(
+        found, tensor=result.tensor or found.tensor, pipeline=pipeline, virtual=virtual, layers_per_stage=listed
     )
+    return target, None if target == found else found
 
 
 def resolve_import(spec: Spec, *, in_process: bool = False) -> BackRequest:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from ckpt2pt.errors import InputError, ref
+from ckpt2pt.errors import InputError, aside, ref
 
 CLOCK_ENTRIES = ("iteration", "epoch_num", "step_num", "num_steps", "state_step", "global_step")
 """Entries of a MindSpore file that tell the time; all are scalars."""
@@ -13,12 +14,17 @@ CLOCK_ENTRIES = ("iteration", "epoch_num", "step_num", "num_steps", "state_step"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Clock:
-    """The time of a checkpoint; ``because`` names the evidence, ``doubts`` what contradicts it."""
+    """The time of a checkpoint; ``because`` names the evidence, ``doubts`` what contradicts it.
+
+    ``as_saved`` is True where the template is of this very checkpoint, so that nothing of it is set to this time: the steps of
+    the optimizer are less than iterations where some were skipped.
+    """
 
     iteration: int
     samples: int | None
     because: str
     doubts: tuple[str, ...] = ()
+    as_saved: bool = False
 
 
 def read_clock(
@@ -84,3 +90,20 @@ def name_contradiction(named: tuple[int, int] | None, facts: Mapping[str, float]
 
 def _positive(value: float | None) -> int | None:
     return int(value) if value is not None and value > 0 and value == int(value) else None
+
+
+def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
+    """Refuse ranks that saved at different steps: the names may agree where the contents do not."""
+    seen: dict[tuple[tuple[str, float], ...], Path] = {}
+    for path, told in facts.items():
+        seen.setdefault(tuple(sorted(told.items())), path)
+    if len(seen) > 1:
+        (one, path), (other, rival) = list(seen.items())[:2]
+        differing = sorted(dict(set(one) ^ set(other)))
+        raise InputError(
+            "ranks are at different steps: "
+            + "; ".join(f"{name} is {dict(one).get(name)} and {dict(other).get(name)}" for name in differing),
+            where=f"{path} and {rival}",
+            hint=f"choose a checkpoint that every rank has finished{aside('source.iteration')}, "
+            f"or remove the files of the broken save from {root}",
+        )

@@ -59,19 +59,24 @@ def reshard(index: Index, rank: Rank, wanted: Wanted, table: NameTable) -> Resha
     copies: list[tuple[TensorRef, TensorRef]] = []
     for tensor in _held(index, rank, wanted):
         is_head = tensor.key.name == EMBEDDING and rank[1] > 0  # the last stage's copy of tied embeddings
-        legacy = TIED_HEAD if is_head else legacy_name(tensor.key.name)
-        name = table.to_mindspore(legacy, lambda layer: layer)[0]
-        entry = name if tensor.key.role == "param" else f"{tensor.key.role}.{name}"
+        entry = entry_name(tensor.key, rank[1], table)
         local = _local(tensor, entry, rank[0], wanted)
         own = index.get(Key(tensor.key.role, HEAD)) if is_head else None
         if own:  # the source has a copy of its own, under the name of an output layer
-            tied = table.to_mindspore(legacy_name(EMBEDDING), lambda layer: layer)[0]
-            copies.append((_local(own, entry, rank[0], wanted), local._replace(name=entry.removesuffix(name) + tied)))
+            kept = local._replace(name=entry_name(tensor.key, 0, table))
+            copies.append((_local(own, entry, rank[0], wanted), kept))
             continue
         entries[entry] = local
         if not rank[0]:
             copies += _copies(tensor, entry)
     return Resharded(entries=entries, copies=tuple(copies), remarks=_padding_remarks(index, rank, wanted))
+
+
+def entry_name(key: Key, pp: int, table: NameTable) -> str:
+    """What the file of a rank of stage ``pp`` calls a tensor; a later stage has the embedding as its head."""
+    legacy = TIED_HEAD if key.name == EMBEDDING and pp else legacy_name(key.name)
+    name = table.to_mindspore(legacy, lambda layer: layer)[0]
+    return name if key.role == "param" else f"{key.role}.{name}"
 
 
 def _held(index: Index, rank: Rank, wanted: Wanted) -> Iterator[Tensor]:

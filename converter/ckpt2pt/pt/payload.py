@@ -7,7 +7,7 @@ megatron/core/optimizer/distrib_optimizer.py (``save_parameter_state``).
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from ckpt2pt.errors import FormatError
@@ -44,6 +44,8 @@ class Template:
     path: str
     tree: dict[str, Value]
     storages: dict[str, Extent]
+    file: object = field(default=None, repr=False, compare=False)
+    """What has to stay open for as long as ``path`` is read."""
 
     @property
     def args(self) -> dict[str, Value]:
@@ -221,6 +223,8 @@ def _model(chunk: ChunkPlan, storages: Sequence[Storage], numbers: Iterator[int]
 def _set_time(tree: dict[Value, Value], clock: Clock, *, reference_samples: bool) -> None:
     """Put the source's iteration and sample count where Megatron looks for them."""
     tree["iteration"] = clock.iteration
+    if clock.as_saved and not reference_samples:
+        return
     args = tree.get("args")
     if isinstance(args, Call) and is_namespace(args):
         known = namespace_attrs(args)
@@ -235,6 +239,8 @@ def _set_time(tree: dict[Value, Value], clock: Clock, *, reference_samples: bool
 def _set_optimizer(tree: dict[Value, Value], plan: RankPlan, template: Template) -> None:
     """Put what the source states into scheduler and groups, and the true time."""
     carried, clock = template.carried(plan.stated), plan.clock
+    if clock.as_saved:
+        return
     scheduler = tree.get("opt_param_scheduler")
     if isinstance(scheduler, dict):
         time: dict[Value, Value] = {}

@@ -90,7 +90,7 @@ def capture(
         if layout:
             evidence.append(f"tp {tp} pp {pp}: {layout.evidence}")
             if target_data not in (None, _divisor(rank)):
-                buffers = _laid_out(rank, pp, divisor=target_data, bucket_size=layout.bucket_numel)
+                buffers = lay_out_again(rank, pp, divisor=target_data, bucket_size=layout.bucket_numel)
         files = rank_files(rank, tp, pp, buffers)
         found = unmet_of_rank(rank, folders, full=with_maps)
         parts = {one.synthesize for one in found}.intersection(synthesize)
@@ -163,7 +163,7 @@ def lay_out_rank(
         bucket_size = _infer(rank, pp, divisor)
         if bucket_size:
             notes.append(f"buckets of {bucket_size} elements, by the header of distrib_optim.pt")
-    buffers = _laid_out(rank, pp, divisor=divisor, bucket_size=bucket_size)
+    buffers = lay_out_again(rank, pp, divisor=divisor, bucket_size=bucket_size)
     notes += _prove(rank, buffers, at_most=at_most, advance=advance)
     return Layout(buffers=buffers, bucket_numel=bucket_size, evidence="; ".join(notes))
 
@@ -229,7 +229,7 @@ def prove_copies(rank: MegatronRank, *, at_most: int | None) -> str:
 def _fits(rank: MegatronRank, pp: int, divisor: int) -> bool:
     """Whether Megatron's own number of elements for a bucket gives the sizes of the header."""
     try:
-        buffers = _laid_out(rank, pp, divisor=divisor, bucket_size=None)
+        buffers = lay_out_again(rank, pp, divisor=divisor, bucket_size=None)
     except InputError:  # Megatron stops at such a layout, so this one had another number
         return False
     computed = [[bucket.numel_unpadded for bucket in buffer.buckets] for chunk in buffers for buffer in chunk]
@@ -246,9 +246,10 @@ def _infer(rank: MegatronRank, pp: int, divisor: int) -> int | None:
     return find_bucket_numel(parameters, divisor=divisor, unpadded=sizes)
 
 
-def _laid_out(
+def lay_out_again(
     rank: MegatronRank, pp: int, *, divisor: int | None, bucket_size: int | None
 ) -> tuple[tuple[Buffer, ...], ...]:
+    """The buffers of each chunk by Megatron's rules, for ``divisor`` data x context parallel ranks."""
     return tuple(
         lay_out(
             _parameters(rank, chunk),

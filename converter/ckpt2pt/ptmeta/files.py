@@ -82,16 +82,16 @@ def render(ranks: Sequence[RankFiles], *, with_maps: bool) -> dict[str, bytes]:
                 name = f"param_map_buffer{number}_dp0tp{rank.tp}pp{rank.pp}vpp{vpp}.json"
                 files[name] = json.dumps(param_map(buffer)).encode()
     for rank in ranks:
-        tree: dict[str, Value] = {key: rank.tree[key] for key in ARGS_KEYS if key in rank.tree}
-        if not with_maps:
-            tree["param_name_list"] = [list(names) for names in rank.names]
-        name = f"args_tp{rank.tp:02d}_pp{rank.pp:03d}.pt"
-        files[name] = _archive(name.removesuffix(".pt"), tree, rank)
+        files[f"args_tp{rank.tp:02d}_pp{rank.pp:03d}.pt"] = arguments_file(rank, with_maps=with_maps)
     return files
 
 
-def _archive(stem: str, tree: dict[str, Value], rank: RankFiles) -> bytes:
-    """A ``.pt`` file of a tree; it is small: what is large in a model file are the weights."""
+def arguments_file(rank: RankFiles, *, with_maps: bool) -> bytes:
+    """``args_tp*_pp*.pt`` of a rank; it is small: what is large in a model file are the weights."""
+    tree: dict[str, Value] = {key: rank.tree[key] for key in ARGS_KEYS if key in rank.tree}
+    if not with_maps:
+        tree["param_name_list"] = [list(names) for names in rank.names]
+    stem = f"args_tp{rank.tp:02d}_pp{rank.pp:03d}"
     pickle, keys = tree_payload(tree, rank.storages, rank.path)
     payloads = [_content(rank.storages[key]) for key in keys]
     layout = lay_out(stem, pickle, [len(payload) for payload in payloads])

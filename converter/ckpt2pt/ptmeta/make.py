@@ -13,7 +13,7 @@ from ckpt2pt.ptmeta.capture import capture
 from ckpt2pt.ptmeta.describe import describe
 from ckpt2pt.ptmeta.files import ORIGIN, RankFiles, origin, publish, render
 from ckpt2pt.ptmeta.missing import SYNTHESIZED
-from ckpt2pt.ptmeta.relayout import NewLayout, relayout
+from ckpt2pt.ptmeta.relayout import NewLayout, PtMeta, relayout
 from ckpt2pt.ptmeta.synthesize import Wanted, synthesize
 from ckpt2pt.request import SILENCE, Reporter
 from ckpt2pt.text import warned
@@ -143,8 +143,9 @@ def from_description(path: Path, folder: Path, wanted: Wanted, *, accepted: bool
 
 def from_pt_meta(old: Path, folder: Path, new: NewLayout, *, overwrite: bool, allow: tuple[str, ...] = ()) -> Made:
     """Make ``folder`` for another parallel layout."""
-    found = relayout(old, new, allow=allow)
-    return _made(folder, "pt_meta of another layout", found.ranks, (), found.assumed, True, overwrite=overwrite)
+    found = relayout(PtMeta(old, allow), new)
+    ranks = tuple(map(found.rank, found.layout.ranks()))
+    return _made(folder, "pt_meta of another layout", ranks, (), found.assumed, True, overwrite=overwrite)
 
 
 def _made(

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.mapping.names import local_layer
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import (
     Given,
-    Stated,
     chunk_names,
     data_parallel_size,
     learn,
@@ -51,32 +50,98 @@ class NewLayout:
     bucket_size: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Relaid:
-    """Metadata of all ranks of the new layout, and what it rests on besides the old one."""
+class Described(Protocol):
+    """What describes the ranks of a Megatron run, and its layout."""
 
-    ranks: tuple[RankFiles, ...]
+    @property
+    def where(self) -> Path:
+        """What errors are about."""
+        ...
+
+    @property
+    def layout(self) -> Topology:
+        """With the no-op layers, and with the layers of each stage where they are uneven."""
+        ...
+
+    def arguments(self, rank: Rank) -> Template:
+        """The template of one rank."""
+        ...
+
+    def buffers(self, pp: int) -> Sequence[Buffer]:
+        """The buffers of the first rank of a stage, none where nothing describes them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PtMeta:
+    """A folder of metadata.  Raises :class:`UsageError` where there is none."""
+
+    where: Path
+    allow: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> Topology:
+        """Local numbers tell the layers of each chunk: where these add up to all layers there are no no-op layers."""
+        stated = read_stated(self.where, allow=self.allow)
+        if stated is None:
+            hint = f"point {_OPTION} at a folder with args_tp*_pp*.pt"
+            raise UsageError("there is no pt_meta", where=self.where, hint=hint)
+        chunks = [chunk_names(self.where, (0, pp), allow=self.allow) for pp in range(stated.pipeline)]
+        virtual, layers = stated.virtual or 1, self.arguments((0, 0)).args.get("num_layers")
+        if all(len(one) == virtual for one in chunks):
+            held = tuple(_slots(chunks[pp][vpp]) for vpp in range(virtual) for pp in range(stated.pipeline))
+            if sum(held) == layers:
+                return Topology(
+                    num_layers=sum(held),
+                    tensor=stated.tensor,
+                    pipeline=stated.pipeline,
+                    virtual=virtual,
+                    layers_per_stage=held,
+                )
+        return learn(Given(data=1), source=self.where, metadata=self.where, target=self.where, allow=self.allow)
+
+    def arguments(self, rank: Rank) -> Template:
+        """The template of one rank."""
+        return read_arguments(self.where, rank, allow=self.allow)
+
+    def buffers(self, pp: int) -> Sequence[Buffer]:
+        """The buffers of the first rank of a stage, by their maps."""
+        divisor = data_parallel_size(self.arguments((0, 0)))
+        return read_param_maps(self.where, tp=0, pp=pp, divisor=divisor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relayout:
+    """Metadata of any rank of the new ``layout``; ``assumed`` is what it rests on besides the old one."""
+
+    base: Template
+    layout: Topology
+    groups: Mapping[bool, dict[str, Value]]
+    changes: Mapping[str, Value]
+    bucket_size: int | None
     assumed: Mapping[str, object]
 
+    def rank(self, rank: Rank) -> RankFiles:
+        """All of one rank."""
+        return _rank(self.base, self.layout, rank, self.groups, self.changes, self.bucket_size)
 
-def relayout(folder: Path, new: NewLayout, *, allow: tuple[str, ...] = ()) -> Relaid:
-    """Make the metadata of every rank of another layout.
+
+def relayout(old: Described, new: NewLayout) -> Relayout:
+    """Make the metadata of another layout.
 
     Raises :class:`FormatError` for metadata without what is needed, :class:`UsageError` for a layout that cannot be.
     """
-    stated = read_stated(folder, allow=allow)
-    if stated is None:
-        raise UsageError("there is no pt_meta", where=folder, hint=f"point {_OPTION} at a folder with args_tp*_pp*.pt")
-    base = read_arguments(folder, (0, 0), allow=allow)
+    before, base = old.layout, old.arguments((0, 0))
     args = cast("Mapping[str, Argument]", base.args)
-    old = _old_layout(folder, stated, args, allow)
-    _check_maps(folder, old, base, new.bucket_size)
-    layout = _topology(args, stated, replace(new, noop=new.noop or old.noop))
+    _check_maps(old, before, base, new.bucket_size)
+    layout = _topology(args, before, replace(new, noop=new.noop or before.noop))
     rows, evidence = _vocabulary(args, layout, new)
-    groups = _groups(folder, stated, allow)
-    ranks = tuple(_rank(base, layout, rank, groups, _changes(args, layout, rows, new), new) for rank in layout.ranks())
-    return Relaid(
-        ranks=ranks,
+    return Relayout(
+        base=base,
+        layout=layout,
+        groups=_groups(old, before),
+        changes=_changes(args, layout, rows, new),
+        bucket_size=new.bucket_size,
         assumed={
             "vocabulary": evidence,
             "parameter order": "the built-in order of a legacy GPT model of Megatron-LM 0.6, which the maps of the old layout have",
@@ -85,26 +150,14 @@ def relayout(folder: Path, new: NewLayout, *, allow: tuple[str, ...] = ()) -> Re
     )
 
 
-def _old_layout(folder: Path, stated: Stated, args: Mapping[str, Argument], allow: tuple[str, ...]) -> Topology:
-    """Local numbers tell the layers of each chunk: where these add up to all layers there are no no-op layers."""
-    chunks = [chunk_names(folder, (0, pp), allow=allow) for pp in range(stated.pipeline)]
-    virtual = stated.virtual or 1
-    if all(len(one) == virtual for one in chunks):
-        held = tuple(_slots(chunks[pp][vpp]) for vpp in range(virtual) for pp in range(stated.pipeline))
-        if sum(held) == args.get("num_layers"):
-            return _topology(args, stated, NewLayout(layers_per_stage=held))
-    return learn(Given(data=1), source=folder, metadata=folder, target=folder, allow=allow)
-
-
 def _slots(names: Sequence[str]) -> int:
     return 1 + max((layer for name in names if (layer := local_layer(name)) is not None), default=-1)
 
 
-def _check_maps(folder: Path, old: Topology, base: Template, bucket_size: int | None) -> None:
+def _check_maps(described: Described, old: Topology, base: Template, bucket_size: int | None) -> None:
     """The maps that are there are those that would be made for the same layout: else the model, or its Megatron, is another."""
-    divisor = data_parallel_size(base)
     for pp in range(old.pipeline):
-        there = read_param_maps(folder, tp=0, pp=pp, divisor=divisor)
+        there = described.buffers(pp)
         made = [
             buffer
             for buffers in _buffers(base, cast("Mapping[str, Argument]", base.args), old, (0, pp), bucket_size).values()
@@ -114,18 +167,18 @@ def _check_maps(folder: Path, old: Topology, base: Template, bucket_size: int | 
             raise FormatError(
                 f"the param maps of stage {pp} are not those of a legacy GPT model of Megatron-LM 0.6"
                 + (f" with buckets of {bucket_size} elements" if bucket_size else ""),
-                where=folder,
+                where=described.where,
                 hint=f"give {ref('bucketSize')} if that Megatron's number of elements for a bucket was changed; for a model with an "
                 "order of parameters of its own make pt_meta from a checkpoint in the new layout",
             )
 
 
-def _topology(args: Mapping[str, Argument], stated: Stated, new: NewLayout) -> Topology:
+def _topology(args: Mapping[str, Argument], old: Topology, new: NewLayout) -> Topology:
     return Topology(
         num_layers=integer(args, "num_layers"),
-        tensor=new.tensor or stated.tensor,
-        pipeline=new.pipeline or stated.pipeline,
-        virtual=new.virtual or stated.virtual or 1,
+        tensor=new.tensor or old.tensor,
+        pipeline=new.pipeline or old.pipeline,
+        virtual=new.virtual or old.virtual,
         noop=new.noop,
         layers_per_stage=new.layers_per_stage,
     )
@@ -185,11 +238,11 @@ def _changes(args: Mapping[str, Argument], layout: Topology, rows: int | None, n
     return {name: value for name, value in changes.items() if name in args}
 
 
-def _groups(folder: Path, stated: Stated, allow: tuple[str, ...]) -> dict[bool, dict[str, Value]]:
+def _groups(described: Described, old: Topology) -> dict[bool, dict[str, Value]]:
     """A parameter group with weight decay and one without, from whichever rank has them."""
     found: dict[bool, dict[str, Value]] = {}
-    for pp in range(stated.pipeline):
-        for group in read_arguments(folder, (0, pp), allow=allow).groups:
+    for pp in range(old.pipeline):
+        for group in described.arguments((0, pp)).groups:
             found.setdefault(group.get("wd_mult") != 0, group)
         if len(found) == 2:
             break
@@ -202,7 +255,7 @@ def _rank(
     rank: Rank,
     groups: Mapping[bool, dict[str, Value]],
     changes: Mapping[str, Value],
-    new: NewLayout,
+    bucket_size: int | None,
 ) -> RankFiles:
     tp, pp = rank
     changes = {**changes, "rank": pp * (_of(changes, "world_size") // layout.pipeline) + tp}
@@ -233,7 +286,7 @@ def _rank(
         path=base.path,
         storages=cast("dict[str, bytes]", storages),
         buffers=tuple(
-            _buffers(Template(path=base.path, tree=tree, storages={}), args, layout, rank, new.bucket_size).values()
+            _buffers(Template(path=base.path, tree=tree, storages={}), args, layout, rank, bucket_size).values()
         ),
         names=tuple(
             tuple(f"{prefix.format(vpp)}.{parameter.name}" for parameter in reversed(parameters))

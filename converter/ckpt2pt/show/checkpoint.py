@@ -32,9 +32,9 @@ from ckpt2pt.meta import ARGUMENTS, PARAM_MAP
 from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
 from ckpt2pt.plan.stage import spans
 from ckpt2pt.pt.archive import Archive
-from ckpt2pt.ptmeta.loading import verdicts
 from ckpt2pt.publish import PARTIAL, STATE, read_record, read_tracker
 from ckpt2pt.records import Json
+from ckpt2pt.survey.loading import verdicts
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import render as render

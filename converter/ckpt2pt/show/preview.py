@@ -15,12 +15,12 @@ from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.plan.stage import ChunkPlan, RankPlan
 from ckpt2pt.plan.stage import spans as stage_spans
 from ckpt2pt.pt.resume import Unmet, warning
-from ckpt2pt.ptmeta.loading import contradictions, kept_of_template
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.show.folding import fold, spanned
 from ckpt2pt.survey import Prepared, Survey, prepare_all, survey, target_of
+from ckpt2pt.survey.loading import contradictions, kept_of_template, made_up
 from ckpt2pt.system.volume import check_room, free_bytes
 from ckpt2pt.text import counted, size, table, warned
 
@@ -134,6 +134,7 @@ class _Warnings:
 
     def all(self, chosen: Survey) -> list[str]:
         found = [*warning(self.unmet, full=self.request.full), *self.remarks, *self.contradictions]
+        found += made_up(self.request)
         if self.samples:
             from ckpt2pt.verify.copies import suspected_copies  # noqa: PLC0415 - as above
 

@@ -19,7 +19,7 @@ from ckpt2pt.ckpt import states_checksum
 from ckpt2pt.ckpt.source import paths_for, prove_read
 from ckpt2pt.core.index import Collector, Index
 from ckpt2pt.core.tensor import Key
-from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, ref
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, UsageError, ref
 from ckpt2pt.formats.megatron import collect_rank
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.topology import Rank
@@ -91,6 +91,12 @@ def _verify_files(
     reader: Reader = "own",
     advance: Advance = unheard,
 ) -> tuple[Report, Mapping[str, Sequence[Piece]]]:
+    if request.source_format == "megatron":
+        raise UsageError(
+            "the source is a Megatron checkpoint, whose result is not compared here yet",
+            where=request.source,
+            hint="compare the two: ckpt2pt verify SOURCE RESULT",
+        )
     sources = [path for path in paths_for(rank, chosen.files, request) if states_checksum(path)]
     findings = Findings(request.topology.directory(*rank))
     with Files([*sources, *results.values()], advance) as files:

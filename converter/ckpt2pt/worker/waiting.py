@@ -6,7 +6,6 @@ import logging
 import time
 from functools import partial
 
-from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.ready import Watcher
 from ckpt2pt.conversion.schema import Readiness
 from ckpt2pt.directions import AnyRequest
@@ -20,7 +19,7 @@ from ckpt2pt.errors import (
     ref,
 )
 from ckpt2pt.request import Request
-from ckpt2pt.survey import when_of_iteration
+from ckpt2pt.survey.training import when_of_iteration
 from ckpt2pt.worker.account import Account
 
 log = logging.getLogger("ckpt2pt")
@@ -49,21 +48,22 @@ def _obstacle_of_training(watcher: Watcher, timeout: float) -> Obstacle | None:
     return None if look.ready else (look.refusal(timeout), look.sentence)
 
 
-def _obstacle_of_save(request: BackRequest, readiness: Readiness) -> Obstacle | None:
+def _obstacle_of_save(request: AnyRequest, readiness: Readiness) -> Obstacle | None:
     """Megatron-LM writes its tracker when every rank has saved; a copy of a checkpoint may come file by file."""
     from ckpt2pt.back.survey import survey_back  # noqa: PLC0415 - each direction loads what it needs
+    from ckpt2pt.survey import survey  # noqa: PLC0415
 
     try:
-        found = survey_back(request)
+        inputs = (survey(request) if isinstance(request, Request) else survey_back(request)).inputs
     except (MissingInputError, FormatError, TopologyError) as error:  # more folders may come
         return error, f"checkpoint is not complete: {error.what} ({error.where})"
-    written = max(int(str(one.get("mtime_ns", 0))) for each in found.inputs.values() for one in each)
+    written = max(int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each)
     rested = time.time() - written / 1e9
     if rested >= readiness.settle_seconds:
         return None
     sentence = f"checkpoint was written to {max(rested, 0):.0f} s ago"
     hint = f"wait longer with {ref('readiness.timeoutSeconds')}"
-    return TimedOutError(f"the {sentence}", where=found.folder, hint=hint, field="readiness.timeoutSeconds"), sentence
+    return TimedOutError(f"the {sentence}", where=request.source, hint=hint, field="readiness.timeoutSeconds"), sentence
 
 
 def wait_until_whole(request: AnyRequest, readiness: Readiness, account: Account) -> None:
@@ -76,7 +76,7 @@ def wait_until_whole(request: AnyRequest, readiness: Readiness, account: Account
         return
     obstacle = (
         partial(_obstacle_of_training, watcher_of(request, settle), timeout)
-        if isinstance(request, Request)
+        if isinstance(request, Request) and request.source_format != "megatron"
         else partial(_obstacle_of_save, request, readiness)
     )
     began, pause, told = time.monotonic(), FIRST_PAUSE_SECONDS, ""

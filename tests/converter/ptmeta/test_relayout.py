@@ -11,7 +11,7 @@ import pytest
 
 from ckpt2pt.errors import Ckpt2ptError, FormatError, UsageError, ref
 from ckpt2pt.ptmeta.make import from_pt_meta
-from ckpt2pt.ptmeta.relayout import NewLayout, relayout
+from ckpt2pt.ptmeta.relayout import NewLayout, PtMeta, relayout
 from goldens import golden_sets
 from torchload import leaves, same
 
@@ -98,12 +98,12 @@ def test_what_was_assumed_is_told_and_recorded(tmp_path: Path) -> None:
 )
 def test_a_layout_that_cannot_be_is_refused(new: NewLayout, what: str) -> None:
     with pytest.raises(Ckpt2ptError, match=what):
-        relayout(B, new)
+        relayout(PtMeta(B), new)
 
 
 def test_a_folder_without_metadata_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no pt_meta"):
-        relayout(tmp_path, NewLayout(tensor=2))
+        relayout(PtMeta(tmp_path), NewLayout(tensor=2))
 
 
 def test_uneven_stages_are_given(tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_uneven_stages_and_their_layers_are_learnt_from_the_maps(tmp_path: Path)
 def test_maps_of_a_changed_megatron_are_not_taken_for_those_of_another() -> None:
     old = SETS["f_tp1pp1dp2_buckets"] / "pt_meta"
     with pytest.raises(FormatError, match="the param maps of stage 0 are not those") as caught:
-        relayout(old, NewLayout(tensor=2))
+        relayout(PtMeta(old), NewLayout(tensor=2))
     assert ref("bucketSize") in caught.value.hint
-    assert relayout(old, NewLayout(tensor=2, bucket_size=22592)).ranks
+    assert relayout(PtMeta(old), NewLayout(tensor=2, bucket_size=22592)).layout.tensor == 2
 
 
 def test_a_model_with_an_order_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -137,4 +137,4 @@ def test_a_model_with_an_order_of_its_own_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "m" / "param_map_buffer0_dp0tp0pp1vpp0.json"
     path.write_text(path.read_text().replace("input_norm", "pre_norm"))
     with pytest.raises(FormatError, match="the param maps of stage 1 are not those"):
-        relayout(tmp_path / "m", NewLayout(tensor=1))
+        relayout(PtMeta(tmp_path / "m"), NewLayout(tensor=1))

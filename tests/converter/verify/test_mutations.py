@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from changed import metadata_of
 from ckpt2pt.casts import find_cast
 from ckpt2pt.ckpt import ranks, shards
 from ckpt2pt.core.tensor import sharded
@@ -55,7 +56,7 @@ class Damaged(NamedTuple):
         """The first element of a parameter in its bucket."""
         tp, pp = rank
         document = json.loads(
-            (self.result.request.metadata / f"param_map_buffer0_dp0tp{tp}pp{pp}vpp0.json").read_text()
+            (metadata_of(self.result.request) / f"param_map_buffer0_dp0tp{tp}pp{pp}vpp0.json").read_text()
         )
         return int(document[f"module.{name}"][2])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from changed import converted, copied, drop, edit_map
+from changed import converted, copied, drop, edit_map, metadata_of
 from ckpt2pt.errors import FormatError
 from ckpt2pt.meta import data_parallel_size
 from ckpt2pt.plan.buckets import Bucket, Placement
@@ -39,7 +39,7 @@ def chunks(request: Request, rank: tuple[int, int] = (0, 0)) -> list[Chunk]:
 
 def test_names_are_in_order_of_registration_and_buckets_add_up(inputs: Request) -> None:
     [chunk] = chunks(inputs)
-    document = json.loads((inputs.metadata / "param_map_buffer0_dp0tp0pp0vpp0.json").read_text())
+    document = json.loads((metadata_of(inputs) / "param_map_buffer0_dp0tp0pp0vpp0.json").read_text())
     assert list(chunk.names.values()) == [name.removeprefix("module.") for name in reversed(document)]
     assert chunk.buckets == ((78_080, 78_080),)
 
@@ -90,7 +90,7 @@ def test_a_map_that_does_not_add_up_is_refused(inputs: Request, edit: Callable[[
 @pytest.mark.parametrize("text", ["[1]", '{"a": ["t", [1], 1e999, 1, 0]}', "{"], ids=["list", "infinity", "cut"])
 def test_a_map_that_cannot_be_read_is_refused(inputs: Request, text: str) -> None:
     result = converted(inputs)()
-    (inputs.metadata / "param_map_buffer0_dp0tp0pp0vpp0.json").write_text(text)
+    (metadata_of(inputs) / "param_map_buffer0_dp0tp0pp0vpp0.json").write_text(text)
     with pytest.raises(FormatError, match="param_map_buffer0_dp0tp0pp0vpp0"):
         result.verify()
 
@@ -112,7 +112,7 @@ def test_a_chunk_of_noop_layers_alone_has_its_key_and_no_buffer(golden: Path, tm
     topology = replace(request.topology, noop=request.topology.noop | {2, 3})
     request = replace(request, topology=topology)
     # Maps are numbered over buffers: chunk 1's takes the number of chunk 0's.
-    maps = [request.metadata / f"param_map_buffer0_dp0tp0pp1vpp{number}.json" for number in (0, 1)]
+    maps = [metadata_of(request) / f"param_map_buffer0_dp0tp0pp1vpp{number}.json" for number in (0, 1)]
     maps[1].replace(maps[0])
     drop(request, 1, "layers.2.")
     drop(request, 1, "layers.3.")
@@ -135,7 +135,7 @@ def test_a_chunk_of_noop_layers_alone_has_its_key_and_no_buffer(golden: Path, tm
 
 @pytest.mark.parametrize(("reference", "samples"), [(False, 8), (True, 0)], ids=["true", "reference"])
 def test_the_other_keys_carry_the_time_of_the_source(inputs: Request, reference: bool, samples: int) -> None:
-    template = open_pt(inputs.metadata / "args_tp00_pp000.pt")
+    template = open_pt(metadata_of(inputs) / "args_tp00_pp000.pt")
     template |= {"/iteration": 1, "/args/iteration": 1, "/param_name_list/0/0": "x", "/model/x": 1}
     chosen = survey(inputs)
     _, statement = held_for(inputs, chosen, (0, 0), meta_of(inputs, (0, 0)))

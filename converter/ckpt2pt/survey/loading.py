@@ -7,14 +7,15 @@ from pathlib import Path
 from ckpt2pt.errors import Ckpt2ptError, FormatError, aside
 from ckpt2pt.mapping.foldernames import model_rank_name, model_rank_of
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.meta import RankMeta, metadata_files, read_arguments
+from ckpt2pt.meta import RankMeta
 from ckpt2pt.plan.moves import OPTIM_FILE
 from ckpt2pt.plan.stated import Statement
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.resume import Unmet, first_of, hint, summary
 from ckpt2pt.request import Request
-from ckpt2pt.survey import Survey, index_of, meta_of
+from ckpt2pt.survey.chosen import Survey, kind_of
+from ckpt2pt.survey.metadata import assumptions, meta_of, template_of
 from ckpt2pt.system.paths import is_file
 
 
@@ -23,20 +24,20 @@ def check_loadable(request: Request, rank: Rank, meta: RankMeta | None = None) -
 
     ``meta`` is that of the rank where it has been read already.
     """
-    found = (meta or meta_of(request, rank)).unmet(request.topology, full=request.full)
+    meta = meta or meta_of(request, rank)
+    found = meta.unmet(request.topology, full=request.full)
     if found:
-        tp, pp = rank
         raise FormatError(
             f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
             + summary(found),
-            where=metadata_files(request.metadata, tp=tp, pp=pp)[0],
+            where=meta.template.path,
             hint=hint(found) + (f", or convert weights alone{aside('mode')}" if request.full else ""),
         )
 
 
 def kept_of_template(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
     """What a result takes from the metadata as it is though it belongs to another iteration; none where it is the same."""
-    tree = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals).tree
+    tree = template_of(request, rank).tree
     if tree.get("iteration") == chosen.clock.iteration:
         return ()
     return tuple(key for key in ("rng_state", "num_floating_point_operations_so_far") if key in tree)
@@ -55,8 +56,15 @@ def contradictions(template: Template, stated: Statement) -> tuple[str, ...]:
 
 def contradictions_of(request: Request, chosen: Survey, rank: Rank) -> tuple[str, ...]:
     """The same, of a rank that was not planned."""
-    template = read_arguments(request.metadata, rank, allow=request.rules.pickle_globals)
-    return contradictions(template, chosen.statement(rank, index_of(request, chosen, rank)))
+    template = template_of(request, rank)
+    return contradictions(template, kind_of(request).stated(request, chosen, rank))
+
+
+def made_up(request: Request) -> tuple[str, ...]:
+    """A warning for what of a result neither the source nor a pt_meta of somebody states."""
+    told = {"rng_state": "the states of the random number generators are", "optimizer": "the optimizer is"}
+    found = {} if request.metadata else assumptions(request)
+    return tuple(f"{told[what]} {value}" for what, value in found.items() if what in told)
 
 
 def verdicts(iteration: Path) -> dict[str, str]:
