@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ckpt2pt.request import Reporter
     from ckpt2pt.text import Document
     from ckpt2pt.verify.compare import Comparison
-    from ckpt2pt.verify.prove import Report
+    from ckpt2pt.verify.report import Report
 
 log = logging.getLogger("ckpt2pt")
 

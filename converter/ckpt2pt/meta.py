@@ -69,8 +69,8 @@ class RankMeta:
         """True when embedding and output layer share their weights."""
         return self.template.args.get("untie_embeddings_and_output_weights") is False
 
-    def unmet(self, topology: Topology, *, full: bool) -> tuple[Unmet, ...]:
-        """What keeps Megatron-LM 0.6 from loading a checkpoint made with this metadata."""
+    def unmet(self, topology: Topology, *, full: bool, checkpoint: bool = False) -> tuple[Unmet, ...]:
+        """What keeps Megatron-LM 0.6 from loading a checkpoint made with this metadata, or whose template this is."""
         buffers = [chunk.buffer for chunk in self.chunks]
         placed = [p for buffer in buffers if buffer for p in reversed(buffer.placements)]
         run = TargetRun(
@@ -80,7 +80,7 @@ class RankMeta:
             virtual=topology.virtual,
             groups=weight_decay_groups(placed) if all(buffers) else None,
         )
-        return unmet(self.template, run, full=full)
+        return unmet(self.template, run, full=full, checkpoint=checkpoint)
 
 
 def read_rank_meta(

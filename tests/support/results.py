@@ -14,8 +14,10 @@ from ckpt2pt.pt.pickles import read_pickle, write_pickle
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
 from ckpt2pt.survey import Survey, survey
-from ckpt2pt.verify.leaves import TensorLeaf, open_pt, width
-from ckpt2pt.verify.prove import Report, verify_rank
+from ckpt2pt.verify.gather import width
+from ckpt2pt.verify.leaves import TensorLeaf, open_pt
+from ckpt2pt.verify.prove import verify_rank
+from ckpt2pt.verify.report import Report
 from conversions import Quiet, request_for
 
 Tree = dict[Any, Any]
@@ -73,11 +75,11 @@ def edit_tree(path: Path, edit: Callable[[Tree], None]) -> None:
 
 
 def set_element(path: Path, leaf: str, index: int, data: bytes, *, mend_crc: bool = True) -> bytes:
-    """Overwrite one element of a tensor, and correct the checksums; returns the bytes that were there."""
+    """Overwrite elements of a tensor from one on, and correct the checksums; returns the bytes that were there."""
     tensor = open_pt(path)[leaf]
     assert isinstance(tensor, TensorLeaf)
-    assert len(data) == width(tensor.dtype)
-    offset = tensor.extents[0].offset + index * len(data)
+    assert len(data) % width(tensor.dtype) == 0
+    offset = tensor.extents[0].offset + index * width(tensor.dtype)
     whole = bytearray(path.read_bytes())
     before = bytes(whole[offset : offset + len(data)])
     assert before != data, "a test must be able to fail"

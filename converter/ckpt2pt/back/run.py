@@ -108,7 +108,8 @@ class _Back:
         ]
 
         def examine(partials: Mapping[str, Path]) -> Mapping[str, int]:
-            from ckpt2pt.verify.imported import Held, prove_import  # noqa: PLC0415 - numpy, and only when asked for
+            from ckpt2pt.verify.imported import prove_import  # noqa: PLC0415
+            from ckpt2pt.verify.tensors import Held  # noqa: PLC0415 - numpy, and only when asked for
 
             request, found = self.request, self.found
             stored, tensors = held_for(request, found, self.rank)

@@ -19,7 +19,7 @@ from ckpt2pt.ckpt import index_file, prove_sources
 from ckpt2pt.ckpt.ranks import SourceFile, index_source
 from ckpt2pt.core.index import Collector, Index, Local
 from ckpt2pt.core.params import EMBEDDING, canonical_name
-from ckpt2pt.core.tensor import Role
+from ckpt2pt.core.tensor import Key
 from ckpt2pt.mapping.names import NameTable, Rules, is_tied_head, without_pipeline_suffix
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.reshard import Resharded, Wanted, reshard
@@ -105,7 +105,11 @@ def read_source(
     if request.source_topology is None:
         return Resharded(entries=index_source(files[rank], layout.group(*rank), header))
     table = NameTable(request.rules)
-    tensors, scalars = kept(identity, partial(collect, files, layout, table, str(request.source)))
+
+    def read(rank: Rank, file: SourceFile) -> Mapping[str, TensorRef]:
+        return index_source(file, layout.group(*rank), header)
+
+    tensors, scalars = kept(identity, partial(collect, files, layout, table, str(request.source), read))
     wanted = Wanted(
         topology=request.topology,
         source_tensor=layout.tensor,
@@ -122,31 +126,52 @@ def collect(
     layout: Topology,
     table: NameTable,
     where: str,
-    header: Callable[[Path], Mapping[str, TensorRef]] = index_file,
+    read: Callable[[Rank, SourceFile], Mapping[str, TensorRef]],
 ) -> tuple[Index, Mapping[str, TensorRef]]:
-    """Read the headers of all ranks' files: the tensors, and of the first rank what is none, which is the same on every rank."""
+    """Read the headers of all ranks' files: the tensors, and of the first rank what is none, which is the same on every rank.
+
+    ``read`` gives the entries of a rank.
+    """
     collector, others = Collector(layout.tensor, where), dict[str, TensorRef]()
-    for (tp, pp), file in files.items():
-        index = index_source(file, layout.group(tp, pp), header)
-        known, _ = table.classify_all(index, where=str(file.path))
-        for entry, ref in index.items():
-            what = known[entry]
-            if what.role == "ignored":
-                if (tp, pp) == (0, 0):
-                    others[entry] = ref
-                continue
-            name = without_pipeline_suffix(what.name)
-            canonical = EMBEDDING if is_tied_head(name) else canonical_name(table.to_megatron(name))
-            collector.add(cast("Role", what.role), canonical, tp, Local(ref.dtype, ref.shape, 0, ref.extents))
+    for rank, file in files.items():
+        scalars = collect_entries(collector, rank[0], read(rank, file), table, str(file.path))
+        if rank == (0, 0):
+            others = scalars
     return collector.index(), others
 
 
-def kept(identity: str, read: Callable[[], T]) -> T:
-    """What the headers of a whole source say, read once in a process; ``identity`` changes with any of its files."""
-    if identity not in _KEPT:
-        _KEPT.clear()
-        _KEPT[identity] = read()
-    return cast("T", _KEPT[identity])
+def collect_entries(
+    collector: Collector,
+    tp: int,
+    entries: Mapping[str, TensorRef],
+    table: NameTable,
+    where: str,
+    wanted: Callable[[Key], bool] = lambda _: True,
+) -> dict[str, TensorRef]:
+    """Add what a rank's file holds of the ``wanted`` tensors; returns the entries that are no tensors of the model."""
+    others: dict[str, TensorRef] = {}
+    known, _ = table.classify_all(entries, where=where)
+    for entry, ref in entries.items():
+        what = known[entry]
+        if what.role == "ignored":
+            others[entry] = ref
+            continue
+        name = without_pipeline_suffix(what.name)
+        canonical = EMBEDDING if is_tied_head(name) else canonical_name(table.to_megatron(name))
+        key = Key(what.role, canonical)
+        if wanted(key):
+            collector.add(key.role, key.name, tp, Local(ref.dtype, ref.shape, 0, ref.extents))
+    return others
 
 
-_KEPT: dict[str, object] = {}
+def kept(identity: str, read: Callable[[], T], purpose: str = "") -> T:
+    """What the headers of a whole source say, read once in a process for each purpose; ``identity`` changes with any of its files."""
+    known, found = _KEPT.get(purpose, ("", None))
+    if known != identity:
+        _KEPT.pop(purpose, None)  # before the next is read
+        found = read()
+        _KEPT[purpose] = identity, found
+    return cast("T", found)
+
+
+_KEPT: dict[str, tuple[str, object]] = {}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ckpt2pt.core.params import EMBEDDING, axes_of, is_gated, model_order
+from ckpt2pt.core.params import EMBEDDING, Axes, axes_of, is_gated, model_order
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, check_coverage, sharded
 from ckpt2pt.errors import CoverageError, TopologyError
 from ckpt2pt.tensors import Extent, Shape, Stored
@@ -57,22 +57,31 @@ class Collector:
         copies = self._parts.setdefault(Key(role, name), {}).setdefault(tp, [])
         if copies and name != EMBEDDING:
             raise CoverageError(
-                f"{Key(role, name)} is on two pipeline stages",
+                f"{Key(role, name)} is on two pipeline stages, or in one file by two names",
                 where=self.where,
                 hint="check the parallel sizes, and that all folders are of one save",
             )
         copies.append(local)
 
-    def index(self) -> Index:
-        """The global tensors, role by role in the order of the model.  Raises :class:`CoverageError` or :class:`TopologyError` for ranks that do not fit together."""
+    def index(self, *, partial: bool = False) -> Index:
+        """The global tensors, role by role in the order of the model.
+
+        Raises :class:`CoverageError` or :class:`TopologyError` for ranks that do not fit together, and unless ``partial``
+        where some parameters have a main parameter or moments and others have not.
+        """
         shapes = {key.name: next(iter(ranks.values()))[0].shape for key, ranks in self._parts.items()}
         gated = is_gated(shapes, self.where)
-        found = {key: self._tensor(key, ranks, gated=gated) for key, ranks in self._parts.items()}
-        _check_roles(found, self.where)
+        known: dict[tuple[str, Shape], Axes] = {}
+        found = {key: self._tensor(key, ranks, known, gated=gated) for key, ranks in self._parts.items()}
+        if not partial:
+            _check_roles(found, self.where)
         order = {name: number for number, name in enumerate(sorted(shapes, key=model_order))}
         return dict(sorted(found.items(), key=lambda item: (ROLES.index(item[0].role), order[item[0].name])))
 
-    def _tensor(self, key: Key, ranks: Mapping[int, list[Local]], *, gated: bool) -> Tensor:
+    def _tensor(
+        self, key: Key, ranks: Mapping[int, list[Local]], known: dict[tuple[str, Shape], Axes], *, gated: bool
+    ) -> Tensor:
+        """``known`` are axes by name and local shape, which are the same for all roles."""
         missing = [tp for tp in range(self.tensor) if tp not in ranks]
         parts = [local for copies in ranks.values() for local in copies]
         if missing or len({(part.dtype, part.shape) for part in parts}) > 1:
@@ -85,7 +94,9 @@ class Collector:
                 hint="check the tensor parallel size, and that the checkpoint is complete",
             )
         first = parts[0]
-        axes = axes_of(key.name, first.shape, self.tensor, gated=gated)
+        axes = known.get((key.name, first.shape))
+        if axes is None:
+            axes = known[key.name, first.shape] = axes_of(key.name, first.shape, self.tensor, gated=gated)
         views: list[Stored] = []
         replicas: list[Stored] = []
         for tp, copies in ranks.items():

@@ -25,7 +25,6 @@ from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.plan.buckets import Buffer
 from ckpt2pt.plan.moves import OPTIM_FILE
 from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
-from ckpt2pt.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank
 from ckpt2pt.tensors import TensorRef
 
 ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -42,6 +41,8 @@ def open_megatron(
 
     The layout of the optimizer's buffers is proved by a few elements of each parameter, which are read as well.
     """
+    from ckpt2pt.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - much, and a proof needs none of it
+
     folder = source_folder(path, iteration)
     folders = rank_folders(folder)
     there = parallel_sizes(folders)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ckpt2pt.ckpt import facts_of, index_file
 from ckpt2pt.ckpt.filenames import When
-from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, last_saved
+from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.ckpt.source import collect
 from ckpt2pt.core.index import Index
@@ -42,7 +42,9 @@ def open_mindspore(
     files = found[when]
     warnings = check_ranks(path, when, files, layout, table, header)
     agree({file: facts_of(header(file)) for group in files.values() for file in group.paths}, path)
-    index, _ = collect(files, layout, table, str(path), header)
+    index, _ = collect(
+        files, layout, table, str(path), lambda rank, file: index_source(file, layout.group(*rank), header)
+    )
     if not rules.modules:
         _check_ends(index, path)
     return Checkpoint(

@@ -65,7 +65,7 @@ class Checkpoint:
     """
 
     def __init__(self, found: Found) -> None:
-        from ckpt2pt.verify.leaves import Files  # noqa: PLC0415 - numpy, not needed to be told of wrong paths
+        from ckpt2pt.verify.gather import Files  # noqa: PLC0415 - numpy, not needed to be told of wrong paths
 
         self._found = found
         self._files = Files()
@@ -169,8 +169,7 @@ class Checkpoint:
             raise UsageError("the checkpoint is closed", where=self.path, hint="read inside the with statement")
         import numpy as np  # noqa: PLC0415
 
-        from ckpt2pt.verify.gather import gathered  # noqa: PLC0415
-        from ckpt2pt.verify.leaves import width  # noqa: PLC0415
+        from ckpt2pt.verify.gather import gathered, width  # noqa: PLC0415
 
         tensor = self._tensor(name, role)
         wanted = _ranges(tensor, slice if isinstance(slice, tuple) else (slice,))

@@ -100,7 +100,13 @@ def read_rank(
 
     ``copies`` asks for the optimizer in ``model_optim_rng.pt`` where there is no ``distrib_optim.pt``.
     """
-    path = folder / MODEL_FILE
+    optim = folder / OPTIM_FILE
+    there = optimizer and is_file(optim, ref("source.path"))
+    return read_files(folder / MODEL_FILE, optim if there else None, copies=copies, allow=allow)
+
+
+def read_files(path: Path, optim: Path | None, *, copies: bool = False, allow: tuple[str, ...] = ()) -> MegatronRank:
+    """The same of files that may have other names: the model's and the optimizer's."""
     archive = Archive.open(path)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
@@ -109,14 +115,13 @@ def read_rank(
     keys = sorted((key for key in named if _MODEL_KEY.fullmatch(key)), key=lambda key: int(key[5:] or 0))
     if keys not in (["model"], [f"model{number}" for number in range(len(keys))]) or not keys:
         raise FormatError(f"model chunks are {', '.join(keys) or 'none'}", where=path, hint=_SAVED_AGAIN)
-    optim = folder / OPTIM_FILE
     found = {key: _weights(named[key], archive, path) for key in keys}
     prefix = common_prefix({name: name for weights in found.values() for name in weights}, where=str(path))
     chunks = tuple(tuple(_named(weights, prefix, path)) for weights in found.values())
-    buffers = _buffers(optim) if optimizer and is_file(optim, ref("source.path")) else None
+    buffers = _buffers(optim) if optim else None
     whole = copies and buffers is None
     return MegatronRank(
-        folder=folder,
+        folder=path.parent,
         template=Template(
             path=str(path),
             tree={

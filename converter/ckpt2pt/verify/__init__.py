@@ -1,10 +1,9 @@
-"""Prove a result by reading it again, with no code of the writer::
+"""Prove a result by reading it again, with no code of planner or writer::
 
-source, pt_meta --expected--> what every slice, bucket, weight and key has to be
-iter_0000500/   --leaves----> what they are            torch_reader: the same, told by real torch
-examine       one rank, element by element
-manifests     what the result tells of itself
-imported      one rank of an import, by the tensors of the checkpoint
-prove         all ranks, their manifests and the tracker
-one, other      --compare---> any two checkpoints
+source --source, sharded--> (role, name): tensor -+
+                                                   +--tensors--> every element        structure: all that is no tensor
+result --its own reader---> (role, name): tensor -+
+prove         one rank of a conversion, all ranks with their records (manifests); torch_reader: torch's opinion
+imported      one rank of an import
+one, other    --compare, across--> any two checkpoints
 """

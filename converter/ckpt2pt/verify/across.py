@@ -28,8 +28,8 @@ from ckpt2pt.request import SILENCE, Portion, Reporter
 from ckpt2pt.system.paths import is_folder, listing
 from ckpt2pt.verify.compare import ALL_FILES, Comparing, Comparison, compare
 from ckpt2pt.verify.elements import rounded
-from ckpt2pt.verify.gather import Gathered, file_of, gathered
-from ckpt2pt.verify.leaves import Bytes, Elements, Files, TensorLeaf, width
+from ckpt2pt.verify.gather import Bytes, Elements, Files, Gathered, file_of, gathered, width
+from ckpt2pt.verify.leaves import TensorLeaf
 
 
 def compare_any(

@@ -22,18 +22,8 @@ from ckpt2pt.system.paths import is_folder, status
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import counted, short, size, table
 from ckpt2pt.verify.elements import Differing
-from ckpt2pt.verify.leaves import (
-    Files,
-    Leaf,
-    Leaves,
-    Symbol,
-    TensorLeaf,
-    is_archive,
-    leaf_of,
-    open_file,
-    same_scalar,
-    width,
-)
+from ckpt2pt.verify.gather import Files, width
+from ckpt2pt.verify.leaves import Leaf, Leaves, Symbol, TensorLeaf, is_archive, leaf_of, open_file, same_scalar
 
 _NAMED_IN_ERROR = 5
 ALL_FILES = (0, 0)

@@ -19,7 +19,8 @@ from ckpt2pt.records import Json
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Prepared, Survey, prepare
 from ckpt2pt.tensors import TensorRef
-from ckpt2pt.verify.leaves import Files, leaf_of, spans, width
+from ckpt2pt.verify.gather import Files, spans, width
+from ckpt2pt.verify.leaves import leaf_of
 
 _SAMPLE = 256
 """Elements of a weight that a plan looks at."""

@@ -18,8 +18,8 @@ from ckpt2pt.records import Json
 from ckpt2pt.request import Advance, unheard
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.text import short
-from ckpt2pt.verify.examine import Difference
-from ckpt2pt.verify.leaves import BLOCK_BYTES, Files, spans
+from ckpt2pt.verify.gather import BLOCK_BYTES, Files, spans
+from ckpt2pt.verify.report import Difference, Findings
 
 _SPARSE = 1 << 12
 _HINT = "name a result of ckpt2pt, or two checkpoints to compare them"
@@ -149,33 +149,20 @@ def recorded_bytes(target: Target, rank: Rank) -> int:
 def digest_files(target: Target, rank: Rank, advance: Advance = unheard) -> tuple[tuple[Difference, ...], int]:
     """Sizes and CRC-32 of a rank's files against its manifest; and the bytes that were read."""
     manifest = read_record(target.state / rank_name(*rank)) or {}
-    differences: list[Difference] = []
-    total = 0
+    findings, total = Findings(), 0
     for file in cast("list[Json]", manifest.get("files", [])):
-        path = str(file["path"])
-        found = status(target.folder / path)
+        name = str(file["path"])
+        path, found = target.folder / name, status(target.folder / name)
         if found is None:
-            differences.append(Difference(file=path, tensor="file", problem="is not there"))
+            findings.differ(name, "file", "is not there")
             continue
         nbytes = found.st_size
         if nbytes != file["nbytes"]:
-            differences.append(
-                Difference(
-                    file=path,
-                    tensor="file",
-                    problem="has another size",
-                    expected=str(file["nbytes"]),
-                    found=str(nbytes),
-                )
-            )
-        elif (crc := f"{_crc32(target.folder / path, nbytes, advance):08x}") != file["crc32"]:
-            differences.append(
-                Difference(
-                    file=path, tensor="file", problem="has another CRC-32", expected=str(file["crc32"]), found=crc
-                )
-            )
+            findings.differ(name, "file", "has another size", file["nbytes"], nbytes)
+        elif (crc := f"{_crc32(path, nbytes, advance):08x}") != file["crc32"]:
+            findings.differ(name, "file", "has another CRC-32", file["crc32"], crc)
         total += nbytes
-    return tuple(differences), total
+    return tuple(findings.differences), total
 
 
 def _crc32(path: Path, nbytes: int, advance: Advance) -> int:

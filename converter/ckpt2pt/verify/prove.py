@@ -8,8 +8,8 @@ both     claim, manifests, report and tracker (``manifests``); with nothing but 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -17,100 +17,29 @@ from typing import Literal, cast
 from ckpt2pt.checksums import Piece
 from ckpt2pt.ckpt import states_checksum
 from ckpt2pt.ckpt.source import paths_for, prove_read
-from ckpt2pt.errors import MissingInputError, Spell, UsageError, VerificationError, aside, printable, ref
+from ckpt2pt.core.index import Collector, Index
+from ckpt2pt.core.tensor import Key
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, UsageError, ref
+from ckpt2pt.formats.megatron import collect_rank
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.meta import RankMeta, data_parallel_size
+from ckpt2pt.pt.archive import Archive
+from ckpt2pt.pt.megatron import MegatronRank, read_files
 from ckpt2pt.publish import Target
-from ckpt2pt.records import Json
 from ckpt2pt.request import SILENCE, Advance, Portion, Reporter, Request, unheard
-from ckpt2pt.survey import Survey, survey, target_of
+from ckpt2pt.survey import Survey, meta_of, only_growing, survey, target_of
 from ckpt2pt.system.paths import is_folder, status
-from ckpt2pt.text import counted, size, table, warned
 from ckpt2pt.verify.copies import copies_of
-from ckpt2pt.verify.examine import MODEL_FILE, OPTIM_FILE, Difference, Examination, Opener
-from ckpt2pt.verify.leaves import Files, open_pt
+from ckpt2pt.verify.gather import Files
+from ckpt2pt.verify.leaves import Leaves, TensorLeaf, open_pt
 from ckpt2pt.verify.manifests import digest_files, published, recorded, recorded_bytes, surplus
+from ckpt2pt.verify.report import NOTHING_PUBLISHED, Difference, Findings, Report
+from ckpt2pt.verify.source import held_for
+from ckpt2pt.verify.structure import MODEL_FILE, OPTIM_FILE, Chunk, Structure, chunks_of, others
+from ckpt2pt.verify.tensors import Place, TensorComparison
 
 Reader = Literal["own", "torch"]
-_NAMED_IN_ERROR = 5
-_HINT = (
-    "remove the files that differ and convert again; "
-    f"if the source or the options changed since, let it replace this result{aside('target.overwrite')}"
-)
-NOTHING_PUBLISHED = "nothing was published: run the same command again; if it differs again, report it with this text"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What was compared, and every difference."""
-
-    folder: str
-    level: str
-    differences: tuple[Difference, ...]
-    checked_tensors: int
-    checked_bytes: int
-    ranks: int = 1
-    source_checksums: Mapping[str, int] = field(default_factory=dict[str, int])
-    warnings: tuple[str, ...] = ()
-
-    def document(self) -> Json:
-        """For ``--output json``."""
-        return {
-            "folder": self.folder,
-            "level": self.level,
-            "equal": not self.differences,
-            "ranks": self.ranks,
-            "checkedTensors": self.checked_tensors,
-            "checkedBytes": self.checked_bytes,
-            "sourceChecksums": dict(self.source_checksums),
-            "differences": [
-                {
-                    "file": d.file,
-                    "tensor": d.tensor,
-                    "problem": d.problem,
-                    "count": d.count,
-                    "index": d.index,
-                    "expected": d.expected,
-                    "found": d.found,
-                }
-                for d in self.differences
-            ],
-            "warnings": list(self.warnings),
-        }
-
-    def render(self) -> str:
-        """A table of the differences and one sentence."""
-        rows = [
-            (d.file, d.tensor, d.problem, "" if d.index is None else d.index, d.expected, d.found)
-            for d in self.differences
-        ]
-        what = {
-            "digest": "sizes and CRC-32 of all files",
-            "full": f"{self.checked_tensors:,} tensors and every other key",
-        }
-        verdict = f"{counted(len(rows), 'difference')}" if rows else "no difference"
-        lines = table(("file", "tensor or key", "problem", "element", "expected", "found"), rows)
-        verified = self.source_checksums.get("verified", 0)
-        what["full"] += f", the checksums of {verified} source files" if verified else ""
-        done = (
-            f"{printable(str(self.folder))}: {counted(self.ranks, 'rank')}, {what[self.level]}, "
-            f"{size(self.checked_bytes)} read: {verdict}"
-        )
-        return "\n".join([*lines, *([""] if lines else []), *warned(self.warnings), done])
-
-    def raise_differences(self, spell: Spell = str, *, hint: str = _HINT) -> None:
-        """Raise :class:`VerificationError` naming the first few; nothing when there are none.  ``spell`` names options."""
-        if not self.differences:
-            return
-        shown = "\n  ".join(map(str, self.differences[:_NAMED_IN_ERROR]))
-        more = len(self.differences) - _NAMED_IN_ERROR
-        error = VerificationError(
-            f"{len(self.differences)} differences between the result and its source:\n  {shown}"
-            + (f"\n  and {more} more" if more > 0 else ""),
-            where=self.folder,
-            hint=hint,
-        )
-        raise error.spelled(spell)
 
 
 def verify_rank(
@@ -169,20 +98,143 @@ def _verify_files(
             hint="compare the two: ckpt2pt verify SOURCE RESULT",
         )
     sources = [path for path in paths_for(rank, chosen.files, request) if states_checksum(path)]
+    findings = Findings(request.topology.directory(*rank))
     with Files([*sources, *results.values()], advance) as files:
-        found = Examination(request, chosen, rank, results, _opener(request, reader), files, advance)
-        found.run()
+        _compare(request, chosen, rank, results, findings, files, reader)
+        _check_crcs(results, findings, files, advance)
     read = {path: sorted(pieces) for path, pieces in files.pieces.items()}
     checksums = prove_read(rank, chosen.files, request, read, every_byte=True)
-    report = Report(
-        folder=str(folder),
-        level="full",
-        differences=tuple(found.differences),
-        checked_tensors=found.tensors,
-        checked_bytes=found.nbytes,
-        source_checksums=checksums,
-    )
-    return report, read
+    return findings.report(folder, files.nbytes, checksums), read
+
+
+@only_growing()
+def _compare(
+    request: Request,
+    chosen: Survey,
+    rank: Rank,
+    results: Mapping[str, Path],
+    findings: Findings,
+    files: Files,
+    reader: Reader,
+) -> None:
+    """The structure of the files first, then the elements of their tensors."""
+    allow, pp = request.rules.pickle_globals, rank[1]
+    meta = meta_of(request, rank)
+    held, statement = held_for(request, chosen, rank, meta)
+    divisor = request.target_data or data_parallel_size(meta.template)
+    chunks = chunks_of(meta, request.topology, pp, divisor, findings)
+    structure = Structure(chunks, findings, files)
+    read = _opener(reader, allow)
+    leaves = {name: _opened(name, path, findings, read) for name, path in results.items()}
+    refused = Findings(findings.directory)
+    stored = _stored(results, refused, allow) if all(leaves.values()) else None
+    if model := leaves[MODEL_FILE]:
+        template, samples = read(Path(meta.template.path)), request.reference_samples
+        structure.check_model(model)
+        known = len(findings.differences)
+        structure.check_rest(others(template, chosen.clock, statement, reference_samples=samples), model)
+        if (
+            stored and len(findings.differences) == known
+        ):  # else what was changed has been told, and the rest is as it should be
+            for rule in replace(meta, template=stored.template).unmet(
+                request.topology, full=request.full, checkpoint=True
+            ):
+                findings.differ(MODEL_FILE, rule.key, f"{rule.problem}: Megatron-LM 0.6 cannot load it")
+    if optim := leaves.get(OPTIM_FILE):
+        structure.check_optimizer(optim)
+    result: Index = _index(request, pp, stored, chunks, meta, refused) if stored else {}
+    if not findings.differences:  # else the structure tells more of what a reader cannot read
+        findings.differences += refused.differences
+    places = {key: place for chunk in chunks for key, place in chunk.places(held.roles)}
+    TensorComparison(held, rank, result, places, findings, files).run()
+    if reader == "torch":
+        again = Findings(findings.directory, findings.differences)  # which does not count the tensors twice
+        _check_torch(leaves, results, result, places, again, allow)
+
+
+def _opened(name: str, path: Path, findings: Findings, read: Callable[[Path], Leaves]) -> Leaves:
+    """A result's leaves; a file that cannot be read is a difference and not an error."""
+    try:
+        return read(path)
+    except (InputError, MissingInputError) as error:
+        findings.differ(name, "file", _first_line(error))
+        return {}
+
+
+def _opener(reader: Reader, allow: Collection[str]) -> Callable[[Path], Leaves]:
+    if reader == "own":
+        return partial(open_pt, allow=allow)
+    from ckpt2pt.verify.torch_reader import open_with_torch  # noqa: PLC0415 - torch only when asked for
+
+    return lambda path: open_with_torch(path, allow=allow, weights_only=path.name == OPTIM_FILE)
+
+
+def _check_torch(
+    loaded: Mapping[str, Leaves],
+    results: Mapping[str, Path],
+    result: Index,
+    places: Mapping[Key, Place],
+    findings: Findings,
+    allow: Collection[str],
+) -> None:
+    """That what was compared with the source lies at the keys that loaders look for, and that torch loads just that."""
+    own = {name: open_pt(results[name], allow=allow) for name, leaves in loaded.items() if leaves}
+    for key in result.keys() & places.keys():
+        place, views = places[key], result[key].views
+        leaf = own[place.file].get(place.leaf)
+        if isinstance(leaf, TensorLeaf) and any(view.storage != leaf.extents for view in views if view.numel):
+            findings.differ(place.file, place.leaf, "is not where the tensor lies that was compared")
+    with Files() as files:
+        for name, leaves in own.items():
+            ours, theirs = (
+                {path: leaf for path, leaf in each.items() if isinstance(leaf, TensorLeaf)}
+                for each in (leaves, loaded[name])
+            )
+            Structure((), findings, files).check_leaves(name, ours, theirs)
+
+
+def _stored(results: Mapping[str, Path], refused: Findings, allow: tuple[str, ...]) -> MegatronRank | None:
+    """What the reader of Megatron's checkpoints finds in a rank's files."""
+    try:
+        return read_files(results[MODEL_FILE], results.get(OPTIM_FILE), allow=allow)
+    except (InputError, MissingInputError) as error:
+        refused.differ(MODEL_FILE, "file", _first_line(error))
+        return None
+
+
+def _index(
+    request: Request, pp: int, stored: MegatronRank, chunks: Sequence[Chunk], meta: RankMeta, refused: Findings
+) -> Index:
+    """The tensors of a rank's files; none where its buckets have other sizes, as the structure tells."""
+    sizes = [[(bucket.numel, bucket.numel_unpadded) for bucket in buffer] for buffer in stored.buffers or ()]
+    if request.full and sizes != [[*chunk.buckets] for chunk in chunks if chunk.buckets]:
+        return {}
+    buffers = {chunk.vpp: (chunk.buffer,) for chunk in meta.chunks if chunk.buffer and request.full}
+    collector = Collector(1, str(stored.folder))
+    try:
+        collect_rank(collector, (0, pp), stored, request.topology, [buffers.get(vpp, ()) for vpp in range(len(chunks))])
+        return collector.index(partial=True)
+    except InputError as error:
+        refused.differ(MODEL_FILE, "file", _first_line(error))
+        return {}
+
+
+def _check_crcs(results: Mapping[str, Path], findings: Findings, files: Files, advance: Advance) -> None:
+    """Records whose checksums are wrong are told of first; what was compared is not read again."""
+    told, findings.differences = findings.differences, []
+    unreadable = {one.file for one in told if one.tensor == "file"}
+    for name, path in results.items():
+        if f"{findings.directory}/{name}" in unreadable:
+            continue
+        try:
+            Archive.open(path).verify_crcs(sorted(files.pieces.get(str(path), ())), advance)
+        except InputError as error:
+            findings.differ(name, "file", _first_line(error))
+    findings.differences += told
+
+
+def _first_line(error: Ckpt2ptError) -> str:
+    return error.what.splitlines()[0]
 
 
 def _names(request: Request) -> tuple[str, ...]:
@@ -289,12 +341,3 @@ def _joined(target: Target, level: str, found: Sequence[Difference], reports: Se
         ranks=len(reports),
         source_checksums=sum((Counter(report.source_checksums) for report in reports), Counter[str]()),
     )
-
-
-def _opener(request: Request, reader: Reader) -> Opener:
-    allow = request.rules.pickle_globals
-    if reader == "own":
-        return partial(open_pt, allow=allow)
-    from ckpt2pt.verify.torch_reader import open_with_torch  # noqa: PLC0415 - torch only when asked for
-
-    return lambda path: open_with_torch(path, allow=allow, weights_only=path.name == OPTIM_FILE)

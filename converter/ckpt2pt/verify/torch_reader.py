@@ -20,7 +20,8 @@ from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.pickles import MISSING, Call, Global, Value, ordered_dict
 from ckpt2pt.pt.vetting import check_name
-from ckpt2pt.verify.leaves import Bytes, Files, Leaves, TensorLeaf, flatten, open_pt
+from ckpt2pt.verify.gather import Bytes, Files
+from ckpt2pt.verify.leaves import Leaves, TensorLeaf, flatten, open_pt
 
 _REAL = frozenset(
     {

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt import source as module
+from ckpt2pt.ckpt.ranks import SourceFile
 from ckpt2pt.ckpt.source import collect, files_for, kept, paths_for, read_source
 from ckpt2pt.core.tensor import Key
 from ckpt2pt.errors import CoverageError, TopologyError
 from ckpt2pt.mapping.names import NameTable
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.survey import survey
+from ckpt2pt.tensors import TensorRef
 from layouts import topology
 from relaid import Relaid
 
@@ -40,10 +44,14 @@ def test_a_rank_may_read_any_file_where_the_layout_changes(tmp_path: Path) -> No
     assert {"epoch_num", "step_num"} <= set(found.entries), "what is no tensor of the model is the first rank's"
 
 
+def index_rank(_: Rank, file: SourceFile) -> Mapping[str, TensorRef]:
+    return index_file(file.path)
+
+
 def test_tensors_of_all_ranks_become_whole(tmp_path: Path) -> None:
     made = Relaid(topology=topology(tensor=2, pipeline=2))
     request = made.write(tmp_path)
-    index, _ = collect(survey(request).files, request.topology, NameTable(), "here")
+    index, _ = collect(survey(request).files, request.topology, NameTable(), "here", index_rank)
     assert index[Key("exp_avg", "decoder.layers.3.mlp.linear_fc1.weight")].fused == (16, 6)
     assert len(index[Key("param", "decoder.layers.3.input_layernorm.weight")].replicas) == 1
 
@@ -54,9 +62,9 @@ def test_ranks_in_the_wrong_places_are_named(tmp_path: Path) -> None:
     files = survey(request).files
     lacking = {rank: file for rank, file in files.items() if rank != (1, 1)}
     with pytest.raises(TopologyError, match="is missing on tp 1"):
-        collect(lacking, request.topology, NameTable(), "here")
+        collect(lacking, request.topology, NameTable(), "here", index_rank)
     with pytest.raises(CoverageError, match="is on two pipeline stages"):
-        collect({**files, (1, 0): files[0, 1], (0, 1): files[1, 0]}, request.topology, NameTable(), "here")
+        collect({**files, (1, 0): files[0, 1], (0, 1): files[1, 0]}, request.topology, NameTable(), "here", index_rank)
 
 
 def test_headers_are_read_once_for_an_identity(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,8 +80,17 @@ def test_headers_are_read_once_for_an_identity(monkeypatch: pytest.MonkeyPatch) 
     assert read == ["one", "other", "one"]
 
 
+def test_what_is_read_for_different_purposes_is_kept_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_KEPT", {})
+    read: list[str] = []
+    for _ in range(2):
+        for purpose in ("plan", "proof"):
+            kept("one", lambda purpose=purpose: read.append(purpose), purpose)  # type: ignore[misc]
+    assert read == ["plan", "proof"]
+
+
 def test_one_source_is_kept_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_KEPT", {})
     for identity in ("one", "other"):
         kept(identity, Topology(num_layers=1).ranks)
-    assert list(module._KEPT) == ["other"]
+    assert [identity for identity, _ in module._KEPT.values()] == ["other"]

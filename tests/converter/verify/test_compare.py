@@ -17,7 +17,7 @@ import torch
 from ckpt2pt.errors import InputError, UsageError, VerificationError
 from ckpt2pt.publish import TRACKER
 from ckpt2pt.tensors import Extent, TensorRef
-from ckpt2pt.verify import leaves as leaves_module
+from ckpt2pt.verify import gather
 from ckpt2pt.verify.compare import Comparison, Row, compare, same_bytes
 from ckptfiles import Tensor, ckpt, safe, some_tensors
 from results import Result, convert, edit_tree, flip, set_element
@@ -137,7 +137,7 @@ def test_layout_in_the_file_is_no_difference(tmp_path: Path) -> None:
 
 
 def test_many_blocks_are_counted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leaves_module, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(gather, "BLOCK_BYTES", 64)
     left = torch.zeros(1000)
     right = left.clone()
     right[[20, 500, 999]] = floats(1, math.nan, 2)

@@ -14,22 +14,12 @@ import torch
 from archives import write_archive
 from ckpt2pt.errors import FileAccessError, FormatError
 from ckpt2pt.pt.pickles import tensor, write_pickle
-from ckpt2pt.tensors import Extent
+from ckpt2pt.tensors import Extent, View
+from ckpt2pt.verify import gather
 from ckpt2pt.verify import leaves as leaves_module
-from ckpt2pt.verify.leaves import (
-    Files,
-    Stored,
-    Strided,
-    Symbol,
-    TensorLeaf,
-    key_text,
-    open_file,
-    open_pt,
-    same_scalar,
-    show_element,
-    spans,
-    values,
-)
+from ckpt2pt.verify.elements import show_element, values
+from ckpt2pt.verify.gather import Files, spans
+from ckpt2pt.verify.leaves import Symbol, TensorLeaf, key_text, open_file, open_pt, same_scalar
 from ckptfiles import ckpt, safe, some_tensors
 
 
@@ -89,7 +79,7 @@ def test_every_leaf_has_its_path_and_every_container_its_kind(tmp_path: Path) ->
 def test_elements_are_those_that_torch_sees(
     tmp_path: Path, view: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leaves_module, "_MAX_SPAN_BYTES", 64)
+    monkeypatch.setattr(gather, "_MAX_STRETCH_BYTES", 64)
     whole = (torch.arange(110).reshape(10, 11) % 7).to(dtype)
     theirs = view(whole)
     leaf = open_pt(saved(tmp_path, {"x": theirs}))["/x"]
@@ -109,17 +99,19 @@ def test_an_element_may_lie_across_extents(tmp_path: Path) -> None:
     extents = (Extent(str(path), 20, 3), Extent(str(path), 0, 0), Extent(str(path), 4, 6), Extent(str(path), 30, 2))
     whole = bytes([20, 21, 22, 4, 5, 6, 7, 8, 9, 30, 31])
     with Files() as files:
-        assert Stored(1, extents).block(files, 0, 11).tobytes() == whole
-        assert Stored(2, extents).block(files, 1, 5).tobytes() == whole[2:10]
+        assert gather.stored("uint8", (11,), extents).block(files, 0, 11).tobytes() == whole
+        assert gather.stored("uint16", (5,), extents).block(files, 1, 5).tobytes() == whole[2:10]
 
 
-def test_a_view_that_turns_around_is_read_by_halves(tmp_path: Path) -> None:
+def test_a_view_that_turns_around_is_read_by_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "_MAX_STRETCH_BYTES", 4096)
     path = tmp_path / "data"
     data = np.arange(40_000, dtype="<u4")
     data.tofile(path)
-    strided = Strided(4, Extent(str(path), 0, data.nbytes), 0, (200, 200), (1, 200))
+    storage: tuple[Extent, ...] = (Extent(str(path), 0, data.nbytes),)
+    view = View((0, 0), (200, 200), (1, 200), 0, storage)
     with Files() as files:
-        assert strided.block(files, 0, 40_000).tobytes() == data.reshape(200, 200).T.tobytes()
+        assert gather.strided("float32", view).block(files, 0, 40_000).tobytes() == data.reshape(200, 200).T.tobytes()
 
 
 def test_a_storage_that_is_not_there_or_too_short_is_refused(tmp_path: Path) -> None:
@@ -161,7 +153,7 @@ def test_more_files_than_are_kept_open_can_be_read_in_turn(tmp_path: Path) -> No
         path.write_bytes(bytes([number]))
     with Files() as files:
         for _ in range(2):
-            found = [Stored(1, (Extent(str(path), 0, 1),)).block(files, 0, 1)[0] for path in paths]
+            found = [gather.stored("uint8", (1,), (Extent(str(path), 0, 1),)).block(files, 0, 1)[0] for path in paths]
             assert found == list(range(40))
 
 

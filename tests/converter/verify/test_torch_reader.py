@@ -14,7 +14,8 @@ import torch
 from archives import write_archive
 from ckpt2pt.errors import FormatError, UnsafePickleError, UsageError
 from ckpt2pt.pt.pickles import MISSING, Call, Global, Value, tensor, write_pickle
-from ckpt2pt.verify.leaves import Files, Leaf, Symbol, TensorLeaf, open_pt, same_scalar
+from ckpt2pt.verify.gather import Files
+from ckpt2pt.verify.leaves import Leaf, Symbol, TensorLeaf, open_pt, same_scalar
 from ckpt2pt.verify.torch_reader import open_with_torch
 
 ENUM = Call(Global("megatron.core.enums", "ModelType"), (1,))

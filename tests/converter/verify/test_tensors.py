@@ -13,15 +13,20 @@ from typing import Any
 import pytest
 
 from ckpt2pt.ckpt import index_file
+from ckpt2pt.pt.megatron import MegatronRank, read_files
 from ckpt2pt.pt.pickles import Call, Global, ordered_dict, tensor, with_attrs
 from ckpt2pt.survey import survey
-from ckpt2pt.verify.examine import Difference
-from ckpt2pt.verify.leaves import TensorLeaf, open_pt
+from ckpt2pt.verify.leaves import Leaves, TensorLeaf, open_pt
+from ckpt2pt.verify.report import Difference
+from ckpt2pt.verify.torch_reader import open_with_torch
 from results import Result, Tree, convert, convert_request, edit_tree, flip, set_element
 
 READERS = pytest.mark.parametrize("reader", ["own", pytest.param("torch", marks=pytest.mark.torch)])
 PAIR = "(torch.bfloat16, torch.float32)"
 NORM = "language_model.encoder.layers.0.input_norm.weight"
+EMBEDDED = "language_model.embedding.word_embeddings.weight"
+NORM_KEY = "decoder.layers.0.input_layernorm.weight"
+"""The same among the tensors of a checkpoint."""
 NORM_LEAF = "/model/language_model/encoder/layers.0.input_norm.weight"
 
 
@@ -84,8 +89,8 @@ def test_one_bit_of_a_weight_is_seen_twice(result: Result, reader: str, mend_crc
     flip(result.model, NORM_LEAF, 17, mend_crc=mend_crc)
     found = told(result, reader)
     assert found[-2:] == [
-        ("model_optim_rng.pt", NORM, f"1 of 64 elements differ from the source {NORM} as bfloat16"),
-        ("model_optim_rng.pt", NORM, "1 of 64 elements differ from param in distrib_optim.pt as bfloat16"),
+        ("model_optim_rng.pt", NORM, f"1 of 64 elements differ from the source {NORM_KEY} as bfloat16"),
+        ("model_optim_rng.pt", NORM, f"1 of 64 elements differ from param of {NORM} in distrib_optim.pt as bfloat16"),
     ]
     assert [problem.startswith("the CRC-32 of data/") for *_, problem in found[:-2]] == ([] if mend_crc else [True])
     difference = result.verify(reader=reader).differences[-1]
@@ -109,13 +114,14 @@ def test_the_element_is_counted_inside_its_parameter(result: Result) -> None:
     assert str(leaf) == "float32[78080]"
     flip(result.optim, f"/0/{PAIR}/exp_avg/0", 78_079)
     found = only(result)
-    assert found.tensor == "exp_avg of language_model.embedding.word_embeddings.weight"
+    assert found.tensor == f"exp_avg of {EMBEDDED}"
     assert found.index == 256 * 64 - 1
 
 
 def test_a_large_change_of_a_slice_is_no_longer_the_weight(result: Result) -> None:
     set_element(result.optim, f"/0/{PAIR}/param/0", 78_079, struct.pack("<f", 9.5))
-    assert told(result)[1][2] == "1 of 16,384 elements differ from param in distrib_optim.pt as bfloat16"
+    problem = f"1 of 16,384 elements differ from param of {EMBEDDED} in distrib_optim.pt as bfloat16"
+    assert ("model_optim_rng.pt", EMBEDDED, problem) in told(result)
 
 
 def test_every_differing_element_is_counted_and_the_first_named(result: Result) -> None:
@@ -124,7 +130,7 @@ def test_every_differing_element_is_counted_and_the_first_named(result: Result) 
     first = result.verify().differences[0]
     assert (first.count, first.index) == (3, 5)
     assert str(first).startswith(
-        f"mp_rank_00_000/model_optim_rng.pt: {NORM}: 3 of 64 elements differ from the source {NORM} as bfloat16, "
+        f"mp_rank_00_000/model_optim_rng.pt: {NORM}: 3 of 64 elements differ from the source {NORM_KEY} as bfloat16, "
         "first at element 5: expected "
     )
 
@@ -167,7 +173,8 @@ def test_a_source_that_is_another_is_seen(result: Result, tmp_path: Path, name: 
 
     found = with_source(result, tmp_path, change, name).verify().differences
     assert {(d.index, d.count) for d in found} == {(element, 1)}
-    assert all(name in d.problem for d in found)
+    of_key = f"{name.removesuffix(NORM)[:-1]} of {NORM_KEY}" if name != NORM else NORM_KEY
+    assert all(f"differ from the source {of_key}" in d.problem or name == NORM for d in found)
 
 
 def test_a_nan_of_another_form_is_the_same_weight_but_not_the_same_slice(result: Result, tmp_path: Path) -> None:
@@ -182,7 +189,7 @@ def test_a_nan_of_another_form_is_the_same_weight_but_not_the_same_slice(result:
     start = 78_080 - 256 * 64 - 64
     assert math.isnan(struct.unpack("<f", set_element(with_nan.optim, f"/0/{PAIR}/param/0", start, b"\0\0\xc0\x7f"))[0])
     assert told(with_nan) == [
-        ("distrib_optim.pt", f"param of {NORM}", f"1 of 64 elements differ from the source {NORM}")
+        ("distrib_optim.pt", f"param of {NORM}", f"1 of 64 elements differ from the source {NORM_KEY}")
     ]
 
 
@@ -259,12 +266,12 @@ KEYS = [
     ),
     pytest.param(
         lambda tree: _put(tree, "layers.0.input_norm.weight", tensor("float16", "1", 64, 0, (64,))),
-        [(NORM_LEAF, "has another type or shape")],
+        [(NORM, "has another type or shape")],
         id="another-type",
     ),
     pytest.param(
         lambda tree: _put(tree, "layers.0.input_norm.weight", tensor("bfloat16", "1", 64, 0, (8, 8))),
-        [(NORM_LEAF, "has another type or shape")],
+        [(NORM, "has another type or shape")],
         id="another-shape",
     ),
     pytest.param(
@@ -403,3 +410,35 @@ def test_a_result_that_would_run_something_is_refused_and_runs_nothing(
     edit_tree(result.model, lambda tree: tree.update(x=Call(Global("os", "mkdir"), (str(trap),))))
     assert any("os.mkdir" in problem for *_, problem in told(result, reader))
     assert not trap.exists()
+
+
+@pytest.mark.torch
+def test_what_torch_loads_otherwise_than_our_reader_is_a_difference(
+    result: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have to see the same: here torch is told of another file."""
+    other, leaf = result.file("model_optim_rng.pt", (0, 1)), f"{ENCODER}/layers.0.mlp.dense_4h_to_h.weight"
+    assert result.verify(reader="torch").differences == ()
+
+    def load(path: Path, **how: Any) -> Leaves:
+        found = open_with_torch(path, **how)
+        return found | {leaf: open_with_torch(other, **how)[leaf]} if path == result.model else found
+
+    monkeypatch.setattr("ckpt2pt.verify.torch_reader.open_with_torch", load)
+    assert [(file, name) for file, name, _ in told(result, "torch")] == [("model_optim_rng.pt", leaf)]
+
+
+@pytest.mark.torch
+def test_a_tensor_that_is_not_at_its_key_is_a_difference(result: Result, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader of Megatron's files is broken on purpose: it finds a weight that is right, at the key of another."""
+    norms = [NORM, NORM.replace("input_norm", "post_attention_norm")]
+
+    def exchange(*paths: Any, **how: Any) -> MegatronRank:
+        found = read_files(*paths, **how)
+        refs = dict(found.chunks[0])
+        refs |= {norms[0]: refs[norms[1]], norms[1]: refs[norms[0]]}
+        return replace(found, chunks=(tuple(refs.items()),))
+
+    monkeypatch.setattr("ckpt2pt.verify.prove.read_files", exchange)
+    problems = [(name, problem) for _, name, problem in told(result, "torch")]
+    assert (NORM_LEAF, "is not where the tensor lies that was compared") in problems
