@@ -37,6 +37,8 @@ _EXAMPLES = {
         "degrees and layers as pt_meta states them": _CONVERSION,
         "weights alone of iteration 500; then compare every element with the source":
             f"{_CONVERSION} --iteration 500 --convert-param-only --verify full",
+        "a Megatron checkpoint for another tensor parallel size, optimizer included":
+            "--source megatron_pt --target megatron_tp4 --target-tp-size 4",
         "degrees given, two ranks at a time": f"{_CONVERSION} --num-layers 64 --tp-size 8 --pp-size 4 --process-limit 2",
     },
     "plan": {
@@ -144,8 +146,8 @@ def parser_of_one(commands: Mapping[str, Command], command: str, program: str) -
 
 
 def _add_convert_commands(add: Add) -> None:
-    """MindSpore -> Megatron."""
-    convert = add("convert", "convert a MindSpore checkpoint into a Megatron one")
+    """From either framework."""
+    convert = add("convert", "convert a MindSpore or Megatron checkpoint, to the parallel sizes asked for")
     add_conversion_options(convert)
     add_run_options(convert)
     add_readiness_options(convert)

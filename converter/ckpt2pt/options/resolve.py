@@ -32,13 +32,6 @@ def resolve_convert(spec: Spec, *, in_process: bool = False) -> Request:
     rules = _rules(spec)
     source, metadata, target = Path(spec.source.path), Path(spec.metadata.path), Path(spec.target.path)
     megatron = _is_megatron(spec)
-    if megatron and spec.verify == "Full":
-        raise UsageError(
-            f"{ref('verify')} is full, which is not there yet for a Megatron source",
-            where=source,
-            hint="leave it out; then compare the result with its source: ckpt2pt verify SOURCE RESULT",
-            field="verify",
-        )
     if megatron:
         from ckpt2pt.formats.megatron import source_folder  # noqa: PLC0415 - for Megatron sources
 

@@ -7,7 +7,7 @@ mp_rank_*/*.pt --formats.megatron--> tensors, of a rank alone or of all --plan.r
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.payload import Template, tree_payload
 from ckpt2pt.pt.pickles import with_attrs
-from ckpt2pt.ptmeta.capture import SAMPLE_NUMEL, Layout, lay_out_again, lay_out_rank, prove_copies
+from ckpt2pt.ptmeta.capture import SAMPLE_NUMEL, Layout, lay_out_again, lay_out_rank, prove_copies, rank_files
 from ckpt2pt.ptmeta.files import RankFiles, arguments_file
 from ckpt2pt.ptmeta.relayout import NewLayout, Relayout, relayout
 from ckpt2pt.request import Request
@@ -135,7 +135,12 @@ def read(request: Request, chosen: Survey, rank: Rank, meta: RankMeta) -> RankSo
         tied=meta.tied,
         where=str(request.source),
     )
-    tensors = kept(chosen.identity, partial(_tensors, request))
+    roles = _ROLES[request.full]
+    tensors = {
+        (new := Key(roles[key.role], key.name)): tensor._replace(key=new)
+        for key, tensor in tensors_for(request, chosen, rank).items()
+        if key.role in roles
+    }
     return RankSource(reshard(tensors, rank, wanted, NameTable(request.rules)), statement)
 
 
@@ -195,18 +200,22 @@ def _entries(request: Request, rank: Rank) -> Mapping[str, TensorRef]:
     return found
 
 
-def _tensors(request: Request) -> Index:
+def tensors_for(request: Request, chosen: Survey, rank: Rank) -> Index:
+    """What there is for a rank of the result: the tensors of the rank of the same place, or all where the layout changes."""
     own = own_of(request)
-    collector = Collector(own.layout.tensor, str(own.where))
-    for rank in own.folders:
+    if request.source_topology is None:
+        return _tensors(own, 1, [(rank, (0, rank[1]))])
+    ranks = [(each, each) for each in own.folders]
+    return kept(chosen.identity, partial(_tensors, own, own.layout.tensor, ranks))
+
+
+def _tensors(own: Own, tensor: int, ranks: Iterable[tuple[Rank, Rank]]) -> Index:
+    """Each of ``ranks`` with the place that it takes among ``tensor`` tensor-parallel ranks."""
+    collector = Collector(tensor, str(own.where))
+    for rank, place in ranks:
         headers, layout = own.headers(rank)
-        collect_rank(collector, rank, headers, own.layout, _stored_buffers(headers, layout))
-    roles = _ROLES[request.full]
-    return {
-        (new := Key(roles[key.role], key.name)): tensor._replace(key=new)
-        for key, tensor in collector.index().items()
-        if key.role in roles
-    }
+        collect_rank(collector, place, headers, own.layout, _stored_buffers(headers, layout))
+    return collector.index()
 
 
 def _stored_buffers(headers: MegatronRank, layout: Layout) -> Sequence[Sequence[Buffer]]:
@@ -235,11 +244,12 @@ class Own:
 
     def arguments(self, rank: Rank) -> Template:
         """The template of one rank; Megatron writes and reads the optimizer of the result as distributed."""
-        template = self.headers(rank)[0].template
-        if self.full and template.args.get("use_distributed_optimizer") is False:
-            args = with_attrs(template.tree["args"], {"use_distributed_optimizer": True})
-            template = replace(template, tree=template.tree | {"args": args})
-        return template
+        stored, layout = self.headers(rank)
+        if stored.copies is None:
+            return stored.template
+        made = rank_files(stored, *rank, layout.buffers)
+        args = with_attrs(made.tree["args"], {"use_distributed_optimizer": True})
+        return _in_memory(replace(made, tree={**made.tree, "args": args}))
 
     def buffers(self, pp: int) -> Sequence[Buffer]:
         """The buffers of the first rank of a stage."""

@@ -16,10 +16,10 @@ from typing import Literal, cast
 
 from ckpt2pt.checksums import Piece
 from ckpt2pt.ckpt import states_checksum
-from ckpt2pt.ckpt.source import paths_for, prove_read
+from ckpt2pt.ckpt.source import paths_for
 from ckpt2pt.core.index import Collector, Index
 from ckpt2pt.core.tensor import Key
-from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, UsageError, ref
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, ref
 from ckpt2pt.formats.megatron import collect_rank
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.topology import Rank
@@ -29,6 +29,7 @@ from ckpt2pt.pt.megatron import MegatronRank, read_files
 from ckpt2pt.publish import Target
 from ckpt2pt.request import SILENCE, Advance, Portion, Reporter, Request, unheard
 from ckpt2pt.survey import Survey, meta_of, only_growing, survey, target_of
+from ckpt2pt.survey.chosen import kind_of
 from ckpt2pt.system.paths import is_folder, status
 from ckpt2pt.verify.copies import copies_of
 from ckpt2pt.verify.gather import Files
@@ -91,19 +92,14 @@ def _verify_files(
     reader: Reader = "own",
     advance: Advance = unheard,
 ) -> tuple[Report, Mapping[str, Sequence[Piece]]]:
-    if request.source_format == "megatron":
-        raise UsageError(
-            "the source is a Megatron checkpoint, whose result is not compared here yet",
-            where=request.source,
-            hint="compare the two: ckpt2pt verify SOURCE RESULT",
-        )
-    sources = [path for path in paths_for(rank, chosen.files, request) if states_checksum(path)]
+    archives = request.source_format == "megatron"
+    sources = [path for path in paths_for(rank, chosen.files, request) if archives or states_checksum(path)]
     findings = Findings(request.topology.directory(*rank))
     with Files([*sources, *results.values()], advance) as files:
         _compare(request, chosen, rank, results, findings, files, reader)
         _check_crcs(results, findings, files, advance)
     read = {path: sorted(pieces) for path, pieces in files.pieces.items()}
-    checksums = prove_read(rank, chosen.files, request, read, every_byte=True)
+    checksums = kind_of(request).prove_read(request, chosen, rank, read, every_byte=True)
     return findings.report(folder, files.nbytes, checksums), read
 
 

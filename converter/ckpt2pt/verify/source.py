@@ -1,4 +1,4 @@
-"""What a MindSpore source holds for one rank of the result, read for the proof alone.
+"""What the source holds for one rank of the result, read for the proof alone; a Megatron checkpoint by its own reader.
 
     rank_R/*.ckpt, shards --sharded--> entries --names--> (role, canonical name) --core.index--> tensors
 
@@ -22,6 +22,7 @@ from ckpt2pt.meta import RankMeta
 from ckpt2pt.plan.stated import Statement
 from ckpt2pt.request import Request
 from ckpt2pt.survey import Survey
+from ckpt2pt.survey.chosen import kind_of
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.verify.sharded import expected_index
 from ckpt2pt.verify.tensors import Held
@@ -33,7 +34,12 @@ def held_for(request: Request, chosen: Survey, rank: Rank, meta: RankMeta) -> tu
     The tensors are those of the rank's own file, or all of them where the layout changes.
     """
     alike, table = request.source_topology is None, NameTable(request.rules)
-    if alike:
+    scalars: Mapping[str, TensorRef] = {}
+    if request.source_format == "megatron":
+        from ckpt2pt.survey.stored import tensors_for  # noqa: PLC0415 - for Megatron sources
+
+        tensors = tensors_for(request, chosen, rank)
+    elif alike:
         tensors, scalars = _of_rank(request, chosen, rank, meta, table)
     else:
         tensors, scalars = kept(chosen.identity, partial(_all, request, chosen, table), "proof")
@@ -44,7 +50,8 @@ def held_for(request: Request, chosen: Survey, rank: Rank, meta: RankMeta) -> tu
         iteration=chosen.clock.iteration,
         roles=ROLES if request.full else ROLES[:1],
     )
-    return held, statement_of(scalars)
+    statement = statement_of(scalars) if scalars else kind_of(request).stated(request, chosen, rank)
+    return held, statement
 
 
 def _all(request: Request, chosen: Survey, table: NameTable) -> tuple[Index, Mapping[str, TensorRef]]:

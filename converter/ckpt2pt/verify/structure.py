@@ -230,6 +230,8 @@ def others(template: Leaves, clock: Clock, statement: Statement, *, reference_sa
         for path, leaf in template.items()
         if not is_model(path) and not path.startswith("/param_name_list")
     }
+    if clock.as_saved:
+        return found | ({"/args/consumed_train_samples": 0} if "/args" in found and reference_samples else {})
     iteration, samples = clock.iteration, clock.samples
     found["/iteration"] = iteration
     if "/args/iteration" in found:

@@ -14,7 +14,7 @@ import ckpt2pt
 from ckpt2pt.cli import main
 from ckpt2pt.conversion.schema import Source, Spec, Target
 from ckpt2pt.core.tensor import ROLES, Role
-from ckpt2pt.errors import Ckpt2ptError, FormatError, MissingInputError, TopologyError, UsageError
+from ckpt2pt.errors import Ckpt2ptError, FormatError, MissingInputError, TopologyError, UsageError, VerificationError
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.options.resolve import resolve_convert as resolve
 from ckpt2pt.pt.archive import Archive
@@ -26,7 +26,7 @@ from ckpt2pt.run import run
 from conversions import topology_of
 from documents import minimal
 from goldens import golden_sets
-from results import edit_tree, tree_of
+from results import edit_tree, set_element, tree_of
 from undistributed import without_distributed_optimizer
 
 SETS = {folder.name: folder for folder in golden_sets()}
@@ -312,3 +312,46 @@ def test_a_tracker_that_moves_on_changes_nothing(tmp_path: Path) -> None:
     request = resolve(Spec(source=Source(path=str(tmp_path / "old")), target=Target(path=str(tmp_path / "new"))))
     (tmp_path / "old" / "latest_checkpointed_iteration.txt").write_text("4")
     assert run(request, [0, 1], SILENCE).target.iteration == 2
+
+
+FULL = {
+    "its-own-layout": {},
+    "tp1": {"target_tp": 1},
+    "pp4": {"target_pp": 4},
+    "parameters": {"params_only": True},
+    "parameters-tp4": {"params_only": True, "target_tp": 4},
+}
+
+
+@pytest.mark.parametrize("more", FULL.values(), ids=FULL)
+def test_every_element_is_compared_before_anything_is_published(more: dict[str, Any], tmp_path: Path) -> None:
+    outcome = ckpt2pt.convert(source=SETS["b_tp2pp2"] / "A", target=tmp_path / "new", verify="full", **more)
+    assert (outcome.published, outcome.verified) == (True, "full")
+
+
+@pytest.mark.parametrize("more", [{}, {"target_tp": 1}], ids=str)
+def test_every_element_of_an_optimizer_that_was_not_distributed_is_compared(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
+    old = without_distributed_optimizer(SETS["b_tp2pp2"], tmp_path / "old")
+    assert ckpt2pt.convert(source=old, target=tmp_path / "new", verify="full", **more).verified == "full"
+
+
+def test_a_weight_that_is_not_its_float32_copy_is_found(tmp_path: Path) -> None:
+    shutil.copytree(SETS["b_tp2pp2"] / "A", tmp_path / "old")
+    leaf = "/model/language_model/encoder/layers.0.mlp.dense_h_to_4h.weight"
+    set_element(max((tmp_path / "old").rglob("model_optim_rng.pt")), leaf, 3000, b"\x12\x34")
+    with pytest.raises(VerificationError, match="1 of"):
+        ckpt2pt.convert(source=tmp_path / "old", target=tmp_path / "new", verify="full")
+    assert not list((tmp_path / "new").rglob("rank-001-001.json"))
+
+
+@pytest.mark.parametrize("more", [[], ["--target-tp-size", "4"]], ids=str)
+def test_a_result_is_proved_against_its_source(more: list[str], tmp_path: Path) -> None:
+    words = ["--source", str(SETS["b_tp2pp2"] / "A"), "--target", str(tmp_path), *more]
+    assert main(["convert", *words]) == 0
+    assert main(["verify", *words]) == 0
+    assert main(["verify", *words, "--level", "digest"]) == 0
+    leaf = "/0/(torch.bfloat16, torch.float32)/exp_avg/0"
+    set_element(max(tmp_path.rglob("distrib_optim.pt")), leaf, 77, b"\x01\x02\x03\x04")
+    assert main(["verify", *words]) == 76
