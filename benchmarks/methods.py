@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from ckpt2pt.plan.stage import ChunkPlan
+    from ckpt2pt.planning.stage import ChunkPlan
     from ckpt2pt.request import Request
     from ckpt2pt.survey import Prepared
     from ckpt2pt.tensors import TensorRef
@@ -89,7 +89,7 @@ def prepared(folder: Path, layers: int, target: Path) -> tuple[Request, Prepared
 
 def optim(folder: Path, layers: int, out: Path) -> None:
     from ckpt2pt.engine.write import Stop, write_files  # noqa: PLC0415
-    from ckpt2pt.plan.moves import OPTIM_FILE, moves  # noqa: PLC0415
+    from ckpt2pt.planning.moves import OPTIM_FILE, moves  # noqa: PLC0415
     from ckpt2pt.pt.payload import payloads  # noqa: PLC0415
 
     _, rank = prepared(folder, layers, out)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from ckpt2pt.directions import AnyRequest
     from ckpt2pt.request import Reporter
     from ckpt2pt.text import Document
-    from ckpt2pt.verify.compare import Comparison
-    from ckpt2pt.verify.report import Report
+    from ckpt2pt.verification.compare import Comparison
+    from ckpt2pt.verification.report import Report
 
 log = logging.getLogger("ckpt2pt")
 
@@ -277,7 +277,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from ckpt2pt.options.asked import request_of, stages_of  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
-    from ckpt2pt.verify.prove import verify_records, verify_target  # noqa: PLC0415
+    from ckpt2pt.verification.prove import verify_records, verify_target  # noqa: PLC0415
 
     report: Comparison | Report
     with closing(reporter(options.progress, "compared" if len(options.paths) > 1 else "stage {}")) as heard:
@@ -296,7 +296,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _comparison(options: argparse.Namespace, heard: Reporter) -> Comparison:
     from ckpt2pt.request import rules_of  # noqa: PLC0415
-    from ckpt2pt.verify.across import compare_any  # noqa: PLC0415
+    from ckpt2pt.verification.across import compare_any  # noqa: PLC0415
 
     sizes, rules = (options.tp_size, options.pp_size), rules_of(options.rules)
     how = {"ignore": options.ignore, "ignore_padding": options.ignore_padding}

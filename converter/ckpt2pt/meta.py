@@ -19,9 +19,9 @@ from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, TryAga
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.names import bare, local_layer
 from ckpt2pt.mapping.topology import MAX_RANKS, Topology
-from ckpt2pt.plan.buckets import Buffer, parse_param_map
-from ckpt2pt.plan.layout import weight_decay_groups
-from ckpt2pt.plan.stage import ChunkMap
+from ckpt2pt.planning.buckets import Buffer, parse_param_map
+from ckpt2pt.planning.layout import weight_decay_groups
+from ckpt2pt.planning.stage import ChunkMap
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, read_pickle

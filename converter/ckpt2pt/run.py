@@ -26,7 +26,7 @@ from ckpt2pt.errors import InterruptedRunError, TargetConflictError, of_rank, pr
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.plan.moves import moves
+from ckpt2pt.planning.moves import moves
 from ckpt2pt.publish import Target, make_folder
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Reporter, Request, Verify
@@ -204,7 +204,7 @@ def _plan(request: Request, chosen: Survey, rank: Rank, target: Target) -> _Forw
 def _examine(request: Request, chosen: Survey, target: Target, pp: int) -> tuple[str, ...]:
     if request.topology.tensor == 1:
         return _nothing(target, pp)
-    from ckpt2pt.verify.copies import copies_of  # noqa: PLC0415 - numpy, for layouts that can have copies
+    from ckpt2pt.verification.copies import copies_of  # noqa: PLC0415 - numpy, for layouts that can have copies
 
     return copies_of(request, chosen, target, pp)
 
@@ -263,7 +263,7 @@ def convert_rank(
         ledger.announce([file.entry(target.folder) for file in files])
 
     def examine(partials: Mapping[str, Path]) -> Mapping[str, int]:
-        from ckpt2pt.verify.prove import prove_partials  # noqa: PLC0415 - a second reader, loaded only when asked for
+        from ckpt2pt.verification.prove import prove_partials  # noqa: PLC0415 - a second reader, loaded only when asked for
 
         return prove_partials(request, chosen, rank, partials, heed=stop.check)
 
@@ -299,7 +299,7 @@ def check_twins(twins: Sequence[tuple[TensorRef, TensorRef]]) -> None:
     """Compare copies of which only one is carried: tied weights, and what several ranks hold where the layout changes."""
     if not twins:
         return
-    from ckpt2pt.verify.compare import same_bytes  # noqa: PLC0415 - rare
+    from ckpt2pt.verification.compare import same_bytes  # noqa: PLC0415 - rare
 
     for kept, copy in twins:
         same_bytes(kept, copy)

@@ -19,8 +19,8 @@ from ckpt2pt.ptmeta.capture import capture
 from ckpt2pt.request import Pace
 from ckpt2pt.show.preview import preview
 from ckpt2pt.survey import prepare_all, survey, target_of
-from ckpt2pt.verify.compare import compare
-from ckpt2pt.verify.prove import verify_target
+from ckpt2pt.verification.compare import compare
+from ckpt2pt.verification.prove import verify_target
 from ckptfiles import Tensor
 from conversions import Quiet, topology_of
 from goldens import golden_sets

@@ -19,7 +19,7 @@ from ckpt2pt.records import seal
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
 from ckpt2pt.show.preview import WORKER_BYTES
-from ckpt2pt.verify.manifests import published, recorded
+from ckpt2pt.verification.manifests import published, recorded
 from conversions import Quiet
 from handmade import Handmade
 

@@ -10,8 +10,8 @@ import pytest
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.ptmeta.capture import capture
 from ckpt2pt.request import Portion
-from ckpt2pt.verify.compare import compare
-from ckpt2pt.verify.prove import verify_records, verify_target
+from ckpt2pt.verification.compare import compare
+from ckpt2pt.verification.prove import verify_records, verify_target
 from goldens import golden_sets
 from results import Result, convert
 

@@ -21,7 +21,7 @@ from ckpt2pt.errors import FormatError, InputError, NoSpaceError, TryAgainError,
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
-from ckpt2pt.verify.prove import verify_target
+from ckpt2pt.verification.prove import verify_target
 from conversions import Quiet, flags_for, request_for
 
 TRACKER = "latest_checkpointed_iteration.txt"

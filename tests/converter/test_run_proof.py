@@ -17,7 +17,7 @@ from ckpt2pt.back.survey import BackPrepared
 from ckpt2pt.engine import write
 from ckpt2pt.errors import VerificationError
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.plan.moves import Move, moves
+from ckpt2pt.planning.moves import Move, moves
 from ckpt2pt.request import Pace, Request
 from ckpt2pt.run import run
 from conversions import Quiet, request_for

@@ -18,7 +18,7 @@ from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, Topology
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.run import run
 from ckpt2pt.survey import survey
-from ckpt2pt.verify.compare import compare
+from ckpt2pt.verification.compare import compare
 from ckptfiles import Tensor
 from conversions import Quiet, flags_for
 from goldens import golden_root

@@ -19,7 +19,7 @@ from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
 from ckpt2pt.survey import prepare
-from ckpt2pt.verify.prove import verify_target
+from ckpt2pt.verification.prove import verify_target
 from ckptfiles import trailer
 from conversions import Quiet, request_for
 from goldens import golden_root

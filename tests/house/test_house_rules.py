@@ -102,7 +102,7 @@ def test_module_says_what_it_is_for(module: Path) -> None:
 
 
 def mirror_of(module: Path) -> Path:
-    """``converter/ckpt2pt/plan/buckets.py`` -> ``tests/converter/plan/test_buckets.py``."""
+    """``converter/ckpt2pt/planning/buckets.py`` -> ``tests/converter/planning/test_buckets.py``."""
     root, _, *rooms = module.relative_to(REPOSITORY).parts
     return REPOSITORY.joinpath("tests", root, *rooms[:-1], f"test_{module.name}")
 

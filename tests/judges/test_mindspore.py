@@ -19,7 +19,7 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.writer import CkptFile, mindspore_file
 from ckpt2pt.combine.merge import Combination, combine
 from ckpt2pt.engine.write import Stop, write_files
-from ckpt2pt.plan.entries import Entry, number_entry, text_entry
+from ckpt2pt.planning.entries import Entry, number_entry, text_entry
 from ckpt2pt.request import Pace
 from ckptfiles import some_tensors
 from conversions import Quiet

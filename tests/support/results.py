@@ -14,10 +14,10 @@ from ckpt2pt.pt.pickles import read_pickle, write_pickle
 from ckpt2pt.request import Request
 from ckpt2pt.run import run
 from ckpt2pt.survey import Survey, survey
-from ckpt2pt.verify.gather import width
-from ckpt2pt.verify.leaves import TensorLeaf, open_pt
-from ckpt2pt.verify.prove import verify_rank
-from ckpt2pt.verify.report import Report
+from ckpt2pt.verification.gather import width
+from ckpt2pt.verification.leaves import TensorLeaf, open_pt
+from ckpt2pt.verification.prove import verify_rank
+from ckpt2pt.verification.report import Report
 from conversions import Quiet, request_for
 
 Tree = dict[Any, Any]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ckpt2pt.ckpt import index_file
 from ckpt2pt.ckpt.writer import CkptFile
-from ckpt2pt.plan.entries import Entry, number_entry
+from ckpt2pt.planning.entries import Entry, number_entry
 from ckpt2pt.tensors import TensorRef
 
 PIECES = 4

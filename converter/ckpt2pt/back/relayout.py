@@ -7,9 +7,9 @@ from ckpt2pt.core.index import Index
 from ckpt2pt.core.tensor import Key, Role
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.plan.entries import Entry
-from ckpt2pt.plan.layout import weight_decay_groups
-from ckpt2pt.plan.reshard import Wanted, reshard
+from ckpt2pt.planning.entries import Entry
+from ckpt2pt.planning.layout import weight_decay_groups
+from ckpt2pt.planning.reshard import Wanted, reshard
 from ckpt2pt.pt.megatron import MegatronRank
 from ckpt2pt.tensors import TensorRef
 

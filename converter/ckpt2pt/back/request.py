@@ -8,7 +8,7 @@ from typing import Literal
 
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.plan.moves import OPTIM_KINDS
+from ckpt2pt.planning.moves import OPTIM_KINDS
 from ckpt2pt.request import Pace, Verify
 
 

@@ -26,7 +26,7 @@ from ckpt2pt.folders import keep_apart
 from ckpt2pt.formats.megatron import ROLES
 from ckpt2pt.mapping.names import NameTable, is_split, prefix_remark
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.plan.imported import payload_bytes
+from ckpt2pt.planning.imported import payload_bytes
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import MINDSPORE, Target, make_folder, publish_bytes
@@ -108,8 +108,8 @@ class _Back:
         ]
 
         def examine(partials: Mapping[str, Path]) -> Mapping[str, int]:
-            from ckpt2pt.verify.imported import prove_import  # noqa: PLC0415
-            from ckpt2pt.verify.tensors import Held  # noqa: PLC0415 - numpy, and only when asked for
+            from ckpt2pt.verification.imported import prove_import  # noqa: PLC0415
+            from ckpt2pt.verification.tensors import Held  # noqa: PLC0415 - numpy, and only when asked for
 
             request, found = self.request, self.found
             stored, tensors = held_for(request, found, self.rank)
@@ -170,7 +170,7 @@ def _plan(request: BackRequest, found: BackSurvey, rank: Rank, target: Target) -
 def _examine(request: BackRequest, found: BackSurvey, target: Target, pp: int) -> tuple[str, ...]:
     if found.layout.tensor == 1:
         return ()
-    from ckpt2pt.verify.copies import copies_in_stage  # noqa: PLC0415 - numpy, for layouts that can have copies
+    from ckpt2pt.verification.copies import copies_in_stage  # noqa: PLC0415 - numpy, for layouts that can have copies
 
     def weights(rank: Rank) -> list[TensorRef]:
         entries = prepare_back(request, found, rank).entries

@@ -1,6 +1,6 @@
 """Find a Megatron checkpoint, prove its buffers and plan every copy: headers only, nothing is written.
 
-mp_rank_*/*.pt --pt.megatron--> headers --ptmeta.capture--> proved buffers --plan.imported--> entries --> files
+mp_rank_*/*.pt --pt.megatron--> headers --ptmeta.capture--> proved buffers --planning.imported--> entries --> files
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from ckpt2pt.mapping.foldernames import parallel_sizes, rank_name
 from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import data_parallel_size, param_map_files, read_param_maps
-from ckpt2pt.plan.buckets import Buffer
-from ckpt2pt.plan.entries import Entry
-from ckpt2pt.plan.imported import ImportedChunk, missing_layers, scalar_entries, tensor_entries
-from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, Move
+from ckpt2pt.planning.buckets import Buffer
+from ckpt2pt.planning.entries import Entry
+from ckpt2pt.planning.imported import ImportedChunk, missing_layers, scalar_entries, tensor_entries
+from ckpt2pt.planning.moves import MODEL_FILE, OPTIM_FILE, Move
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.resume import Unmet
 from ckpt2pt.ptmeta.capture import (

@@ -26,8 +26,8 @@ from ckpt2pt.ckpt.safetensors import (
 )
 from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import InputFile, opened
-from ckpt2pt.plan.clock import CLOCK_ENTRIES
-from ckpt2pt.plan.stated import Stated, Statement, is_stated, read_statement
+from ckpt2pt.planning.clock import CLOCK_ENTRIES
+from ckpt2pt.planning.stated import Stated, Statement, is_stated, read_statement
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.untrusted.foreign import HEAD_BYTES, READS, recognise
 

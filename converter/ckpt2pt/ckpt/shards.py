@@ -23,7 +23,7 @@ from ckpt2pt.ckpt import index_file
 from ckpt2pt.errors import CoverageError, FormatError, InputError, TopologyError, ref, refs
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.names import SHARD
-from ckpt2pt.plan.moves import cut
+from ckpt2pt.planning.moves import cut
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 from ckpt2pt.untrusted.jsontext import parse_json
 

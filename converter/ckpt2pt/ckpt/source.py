@@ -1,7 +1,7 @@
 """The source as one rank of the result sees it: as it was saved, or as if it had been saved in the layout of the result.
 
     rank_R/*.ckpt of (tp, pp) -> {entry: TensorRef} --names--> (role, canonical name) --core.index--> tensors
-    tensors + layout of the result --plan.reshard--> {entry: TensorRef} of (tp, pp) there
+    tensors + layout of the result --planning.reshard--> {entry: TensorRef} of (tp, pp) there
 
 Every layer carries its global number in its name, so that neither the layers nor their stages have to be known.
 """
@@ -22,7 +22,7 @@ from ckpt2pt.core.params import EMBEDDING, canonical_name
 from ckpt2pt.core.tensor import Key
 from ckpt2pt.mapping.names import NameTable, Rules, is_tied_head, without_pipeline_suffix
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.plan.reshard import Resharded, Wanted, reshard
+from ckpt2pt.planning.reshard import Resharded, Wanted, reshard
 from ckpt2pt.tensors import TensorRef
 
 T = TypeVar("T")

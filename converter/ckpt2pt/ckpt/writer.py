@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from ckpt2pt.errors import InputError, aside
 from ckpt2pt.framing import Framer
-from ckpt2pt.plan.entries import Entry, entry_moves, slices
-from ckpt2pt.plan.moves import Move
+from ckpt2pt.planning.entries import Entry, entry_moves, slices
+from ckpt2pt.planning.moves import Move
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 SLICE_BYTES = 512 << 20

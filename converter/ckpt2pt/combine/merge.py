@@ -39,9 +39,9 @@ from ckpt2pt.errors import InputError, MissingInputError, UsageError, ref
 from ckpt2pt.mapping.foldernames import model_rank_of
 from ckpt2pt.mapping.names import MOMENTS, is_split
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.plan.clock import agree, name_contradiction
-from ckpt2pt.plan.entries import Entry, text_entry
-from ckpt2pt.plan.moves import Move
+from ckpt2pt.planning.clock import agree, name_contradiction
+from ckpt2pt.planning.entries import Entry, text_entry
+from ckpt2pt.planning.moves import Move
 from ckpt2pt.publish import (
     STATE,
     Ledger,
@@ -58,7 +58,7 @@ from ckpt2pt.survey import changed, inputs_of
 from ckpt2pt.system.paths import is_there, status
 from ckpt2pt.system.volume import check_volume
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
-from ckpt2pt.verify.copies import copied_ranks, remark
+from ckpt2pt.verification.copies import copied_ranks, remark
 
 log = logging.getLogger("ckpt2pt")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from ckpt2pt.checksums import Piece, crc32
 from ckpt2pt.core.plan import Copy
-from ckpt2pt.plan.moves import cut
+from ckpt2pt.planning.moves import cut
 from ckpt2pt.tensors import Extent
 
 STRETCH_BYTES = 1 << 20

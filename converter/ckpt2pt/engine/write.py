@@ -29,7 +29,7 @@ from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, Veri
 from ckpt2pt.framing import Layout, Payload
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.meta import METADATA
-from ckpt2pt.plan.moves import Move, Sink
+from ckpt2pt.planning.moves import Move, Sink
 from ckpt2pt.publish import partial_name, sync_folder
 from ckpt2pt.publish.files import vanished
 from ckpt2pt.records import Json

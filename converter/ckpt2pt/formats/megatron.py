@@ -22,8 +22,8 @@ from ckpt2pt.formats.checkpoint import Checkpoint, agreed
 from ckpt2pt.mapping.foldernames import parallel_sizes
 from ckpt2pt.mapping.names import Rules, is_tied_head, local_layer
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.plan.buckets import Buffer
-from ckpt2pt.plan.moves import OPTIM_FILE
+from ckpt2pt.planning.buckets import Buffer
+from ckpt2pt.planning.moves import OPTIM_FILE
 from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
 from ckpt2pt.tensors import TensorRef
 

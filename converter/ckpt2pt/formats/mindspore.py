@@ -22,7 +22,7 @@ from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.degrees import Header, check_ranks, find_layout
 from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.plan.clock import agree, read_clock
+from ckpt2pt.planning.clock import agree, read_clock
 
 
 def open_mindspore(

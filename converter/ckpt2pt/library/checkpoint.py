@@ -20,7 +20,7 @@ from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import Checkpoint as Found
 from ckpt2pt.formats.registry import read
 from ckpt2pt.mapping.names import Rules, nearest
-from ckpt2pt.plan.moves import cut
+from ckpt2pt.planning.moves import cut
 from ckpt2pt.tensors import DTYPE_BYTES, Box, Extent, Stored
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Checkpoint:
     """
 
     def __init__(self, found: Found) -> None:
-        from ckpt2pt.verify.gather import Files  # noqa: PLC0415 - numpy, not needed to be told of wrong paths
+        from ckpt2pt.verification.gather import Files  # noqa: PLC0415 - numpy, not needed to be told of wrong paths
 
         self._found = found
         self._files = Files()
@@ -169,7 +169,7 @@ class Checkpoint:
             raise UsageError("the checkpoint is closed", where=self.path, hint="read inside the with statement")
         import numpy as np  # noqa: PLC0415
 
-        from ckpt2pt.verify.gather import gathered, width  # noqa: PLC0415
+        from ckpt2pt.verification.gather import gathered, width  # noqa: PLC0415
 
         tensor = self._tensor(name, role)
         wanted = _ranges(tensor, slice if isinstance(slice, tuple) else (slice,))

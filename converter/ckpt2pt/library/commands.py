@@ -17,7 +17,7 @@ from ckpt2pt.mapping.names import Rules
 if TYPE_CHECKING:
     from ckpt2pt.request import Verify
     from ckpt2pt.run import Outcome
-    from ckpt2pt.verify.compare import Comparison
+    from ckpt2pt.verification.compare import Comparison
 
 
 @in_python("compare")
@@ -36,7 +36,7 @@ def compare(
     ``tp`` and ``pp`` are the parallel sizes of a MindSpore training that does not tell them.  ``same`` of the result says
     whether all is equal, ``rows`` are the differences; nothing is raised for them.
     """
-    from ckpt2pt.verify.across import compare_any  # noqa: PLC0415
+    from ckpt2pt.verification.across import compare_any  # noqa: PLC0415
 
     paths = (Path(left), Path(right))
     return compare_any(paths, (tp, pp), rules, ignore=ignore, ignore_padding=ignore_padding)

@@ -17,7 +17,7 @@ from typing import cast
 from ckpt2pt.errors import FormatError, MissingInputError, ref
 from ckpt2pt.mapping.foldernames import model_ranks, parallel_sizes
 from ckpt2pt.mapping.names import TIED_HEAD, common_prefix
-from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
+from ckpt2pt.planning.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.pt.payload import Template

@@ -13,10 +13,10 @@ from typing import cast
 from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import quoted
 from ckpt2pt.mapping import names
-from ckpt2pt.plan.clock import Clock
-from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS, Storage, model_storages, optim_storages
-from ckpt2pt.plan.stage import ChunkPlan, RankPlan
-from ckpt2pt.plan.stated import Carried, Statement, carry
+from ckpt2pt.planning.clock import Clock
+from ckpt2pt.planning.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS, Storage, model_storages, optim_storages
+from ckpt2pt.planning.stage import ChunkPlan, RankPlan
+from ckpt2pt.planning.stated import Carried, Statement, carry
 from ckpt2pt.pt.archive import Layout, lay_out
 from ckpt2pt.pt.pickles import (
     Call,

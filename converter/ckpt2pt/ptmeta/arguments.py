@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ckpt2pt.errors import UsageError
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.plan.gpt import Argument
+from ckpt2pt.planning.gpt import Argument
 from ckpt2pt.ptmeta.describe import Description, known
 
 _HINT = "add it to the description (docs/pt-meta.md)"

@@ -10,9 +10,9 @@ from ckpt2pt.errors import FormatError, InputError, ref
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.mapping.names import is_tied_head
 from ckpt2pt.meta import data_parallel_size
-from ckpt2pt.plan.buckets import Buffer
-from ckpt2pt.plan.layout import Parameter, bucket_numel, find_bucket_numel, lay_out, weight_decay_groups
-from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
+from ckpt2pt.planning.buckets import Buffer
+from ckpt2pt.planning.layout import Parameter, bucket_numel, find_bucket_numel, lay_out, weight_decay_groups
+from ckpt2pt.planning.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
 from ckpt2pt.ptmeta.files import RankFiles

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ckpt2pt.plan.gpt import Argument
-from ckpt2pt.plan.stated import Statement
+from ckpt2pt.planning.gpt import Argument
+from ckpt2pt.planning.stated import Statement
 
 _COUNTS = {"wd_incr_steps": "train", "lr_decay_steps": "lr_decay", "lr_warmup_steps": "lr_warmup"}
 

@@ -19,7 +19,7 @@ from typing import Any, cast
 import yaml
 
 from ckpt2pt.errors import UsageError, ref
-from ckpt2pt.plan.gpt import Argument
+from ckpt2pt.planning.gpt import Argument
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import read_text
 

@@ -14,8 +14,8 @@ from ckpt2pt.checksums import crc32
 from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.meta import ARGUMENTS, PARAM_MAP
-from ckpt2pt.plan.buckets import Buffer
-from ckpt2pt.plan.layout import param_map
+from ckpt2pt.planning.buckets import Buffer
+from ckpt2pt.planning.layout import param_map
 from ckpt2pt.pt.archive import finish, lay_out
 from ckpt2pt.pt.payload import tree_payload
 from ckpt2pt.pt.pickles import Value

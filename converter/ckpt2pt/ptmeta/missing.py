@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import cast
 
 from ckpt2pt.errors import FormatError, UsageError, ref
-from ckpt2pt.plan.gpt import Argument
-from ckpt2pt.plan.layout import Parameter
+from ckpt2pt.planning.gpt import Argument
+from ckpt2pt.planning.layout import Parameter
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Value
 from ckpt2pt.ptmeta.arguments import integer

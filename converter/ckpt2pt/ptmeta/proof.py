@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ckpt2pt.casts import find_cast
 from ckpt2pt.errors import FormatError, ref
-from ckpt2pt.plan.buckets import Buffer
+from ckpt2pt.planning.buckets import Buffer
 from ckpt2pt.pt.megatron import StoredBucket
 from ckpt2pt.request import Advance, unheard
 from ckpt2pt.system.files import OpenFiles, read_at

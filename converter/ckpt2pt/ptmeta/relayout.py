@@ -1,6 +1,6 @@
 """``pt_meta`` of one parallel layout -> ``pt_meta`` of another: the same run, as it would have begun on other ranks.
 
-    args_tp*_pp*.pt --arguments with other degrees--> parameters of each chunk --plan.layout--> buffers, groups
+    args_tp*_pp*.pt --arguments with other degrees--> parameters of each chunk --planning.layout--> buffers, groups
 
 Everything that does not depend on the layout stays as it is.
 """
@@ -24,9 +24,9 @@ from ckpt2pt.meta import (
     read_param_maps,
     read_stated,
 )
-from ckpt2pt.plan.buckets import Buffer
-from ckpt2pt.plan.gpt import Argument, chunk_parameters
-from ckpt2pt.plan.layout import Parameter, bucket_numel, lay_out, weight_decay_groups
+from ckpt2pt.planning.buckets import Buffer
+from ckpt2pt.planning.gpt import Argument, chunk_parameters
+from ckpt2pt.planning.layout import Parameter, bucket_numel, lay_out, weight_decay_groups
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, Value, with_attrs
 from ckpt2pt.ptmeta.arguments import integer

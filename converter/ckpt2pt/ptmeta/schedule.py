@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Mapping
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.plan.gpt import Argument
-from ckpt2pt.plan.layout import Parameter, weight_decay_groups
+from ckpt2pt.planning.gpt import Argument
+from ckpt2pt.planning.layout import Parameter, weight_decay_groups
 from ckpt2pt.pt.pickles import Value
 from ckpt2pt.ptmeta.arguments import floating, integer
 

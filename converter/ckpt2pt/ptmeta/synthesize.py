@@ -16,12 +16,12 @@ from ckpt2pt.ckpt.shards import has_shards
 from ckpt2pt.errors import InputError
 from ckpt2pt.mapping.names import NameTable, Rules, nearest
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.plan.buckets import Buffer
-from ckpt2pt.plan.clock import Clock, read_clock
-from ckpt2pt.plan.gpt import EMBEDDING, Argument, chunk_parameters
-from ckpt2pt.plan.layout import Parameter, bucket_numel, lay_out
-from ckpt2pt.plan.stage import ChunkMap, RankInput, plan_rank
-from ckpt2pt.plan.stated import Statement
+from ckpt2pt.planning.buckets import Buffer
+from ckpt2pt.planning.clock import Clock, read_clock
+from ckpt2pt.planning.gpt import EMBEDDING, Argument, chunk_parameters
+from ckpt2pt.planning.layout import Parameter, bucket_numel, lay_out
+from ckpt2pt.planning.stage import ChunkMap, RankInput, plan_rank
+from ckpt2pt.planning.stated import Statement
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Call, Global, Value, namespace
 from ckpt2pt.ptmeta.arguments import Arguments, complete, integer, topology_of

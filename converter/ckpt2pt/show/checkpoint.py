@@ -29,8 +29,8 @@ from ckpt2pt.mapping.foldernames import (
 )
 from ckpt2pt.mapping.names import SHARD, NameTable
 from ckpt2pt.meta import ARGUMENTS, PARAM_MAP
-from ckpt2pt.plan.clock import CLOCK_ENTRIES, read_clock
-from ckpt2pt.plan.stage import spans
+from ckpt2pt.planning.clock import CLOCK_ENTRIES, read_clock
+from ckpt2pt.planning.stage import spans
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.publish import PARTIAL, STATE, read_record, read_tracker
 from ckpt2pt.records import Json
@@ -40,7 +40,7 @@ from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import render as render
 from ckpt2pt.text import short
 from ckpt2pt.untrusted.jsontext import parse_json
-from ckpt2pt.verify.leaves import CONTAINERS, Leaf, Leaves, TensorLeaf, is_archive, leaf_of, open_pt
+from ckpt2pt.verification.leaves import CONTAINERS, Leaf, Leaves, TensorLeaf, is_archive, leaf_of, open_pt
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=[._])")
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=[._])|(?<=_bucket_)\d+$")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import cast
 
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.plan.stage import spans
+from ckpt2pt.planning.stage import spans
 from ckpt2pt.records import Json
 from ckpt2pt.text import Document
 

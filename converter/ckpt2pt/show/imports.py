@@ -9,8 +9,8 @@ from ckpt2pt.back.run import keep_import_apart, meta_folder, target_back
 from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, survey_back
 from ckpt2pt.mapping.names import local_layer, prefix_remark
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.plan.entries import Entry
-from ckpt2pt.plan.imported import payload_bytes
+from ckpt2pt.planning.entries import Entry
+from ckpt2pt.planning.imported import payload_bytes
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json

@@ -12,8 +12,8 @@ from ckpt2pt.errors import printable, spelled
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.plan.stage import ChunkPlan, RankPlan
-from ckpt2pt.plan.stage import spans as stage_spans
+from ckpt2pt.planning.stage import ChunkPlan, RankPlan
+from ckpt2pt.planning.stage import spans as stage_spans
 from ckpt2pt.pt.resume import Unmet, warning
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
@@ -128,7 +128,7 @@ class _Warnings:
         self.remarks.update(dict.fromkeys(prepared.remarks))
         self.unused_rules.append(prepared.plan.unused_rules)
         if self.request.topology.tensor > 1:
-            from ckpt2pt.verify.copies import sample_weights  # noqa: PLC0415 - numpy, for layouts that can have copies
+            from ckpt2pt.verification.copies import sample_weights  # noqa: PLC0415 - numpy, for layouts that can have copies
 
             self.samples[rank] = sample_weights(prepared)
 
@@ -136,7 +136,7 @@ class _Warnings:
         found = [*warning(self.unmet, full=self.request.full), *self.remarks, *self.contradictions]
         found += made_up(self.request)
         if self.samples:
-            from ckpt2pt.verify.copies import suspected_copies  # noqa: PLC0415 - as above
+            from ckpt2pt.verification.copies import suspected_copies  # noqa: PLC0415 - as above
 
             found += suspected_copies(self.request, chosen, self.samples)
         # Of all ranks together: a rule may be for a name that one stage alone has.

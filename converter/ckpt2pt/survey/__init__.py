@@ -17,7 +17,7 @@ from ckpt2pt.folders import keep_apart
 from ckpt2pt.mapping.names import NameTable, prefix_remark
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import METADATA, RankMeta
-from ckpt2pt.plan.stage import RankInput, RankPlan, plan_rank
+from ckpt2pt.planning.stage import RankInput, RankPlan, plan_rank
 from ckpt2pt.pt.payload import FilePayload, payloads
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json

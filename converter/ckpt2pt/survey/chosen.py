@@ -17,9 +17,9 @@ from ckpt2pt.errors import TryAgainError, ref
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import RankMeta
-from ckpt2pt.plan.clock import Clock
-from ckpt2pt.plan.reshard import Resharded
-from ckpt2pt.plan.stated import Statement
+from ckpt2pt.planning.clock import Clock
+from ckpt2pt.planning.reshard import Resharded
+from ckpt2pt.planning.stated import Statement
 from ckpt2pt.request import Request
 from ckpt2pt.system.access import access_error
 from ckpt2pt.tensors import TensorRef

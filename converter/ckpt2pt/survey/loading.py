@@ -8,8 +8,8 @@ from ckpt2pt.errors import Ckpt2ptError, FormatError, aside
 from ckpt2pt.mapping.foldernames import model_rank_name, model_rank_of
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import RankMeta
-from ckpt2pt.plan.moves import OPTIM_FILE
-from ckpt2pt.plan.stated import Statement
+from ckpt2pt.planning.moves import OPTIM_FILE
+from ckpt2pt.planning.stated import Statement
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.resume import Unmet, first_of, hint, summary

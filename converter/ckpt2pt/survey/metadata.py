@@ -18,7 +18,7 @@ from ckpt2pt.meta import (
     read_stated,
     require,
 )
-from ckpt2pt.plan.stage import check_layers
+from ckpt2pt.planning.stage import check_layers
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.request import Request
 

@@ -1,6 +1,6 @@
 """A Megatron checkpoint as the source of a conversion: its ranks, its tensors, and the metadata that it is itself.
 
-mp_rank_*/*.pt --formats.megatron--> tensors, of a rank alone or of all --plan.reshard--> entries of a rank of the result
+mp_rank_*/*.pt --formats.megatron--> tensors, of a rank alone or of all --planning.reshard--> entries of a rank of the result
                --ptmeta.capture----> template, buffers --ptmeta.relayout, where the layout changes--> those of that rank
 """
 
@@ -30,13 +30,13 @@ from ckpt2pt.mapping.foldernames import parallel_sizes
 from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.meta import RankMeta, read_template
-from ckpt2pt.plan.buckets import Buffer
-from ckpt2pt.plan.clock import Clock
-from ckpt2pt.plan.imported import missing_layers
-from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, cut
-from ckpt2pt.plan.reshard import Resharded, Wanted, entry_name, reshard
-from ckpt2pt.plan.stage import ChunkMap
-from ckpt2pt.plan.stated import Stated, Statement
+from ckpt2pt.planning.buckets import Buffer
+from ckpt2pt.planning.clock import Clock
+from ckpt2pt.planning.imported import missing_layers
+from ckpt2pt.planning.moves import MODEL_FILE, OPTIM_FILE, cut
+from ckpt2pt.planning.reshard import Resharded, Wanted, entry_name, reshard
+from ckpt2pt.planning.stage import ChunkMap
+from ckpt2pt.planning.stated import Stated, Statement
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.payload import Template, tree_payload

@@ -22,8 +22,8 @@ from ckpt2pt.inputs import InputFile
 from ckpt2pt.mapping.names import is_tied_head
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import RankMeta
-from ckpt2pt.plan.clock import Clock, agree, name_contradiction, read_clock
-from ckpt2pt.plan.stated import Statement
+from ckpt2pt.planning.clock import Clock, agree, name_contradiction, read_clock
+from ckpt2pt.planning.stated import Statement
 from ckpt2pt.request import Request
 from ckpt2pt.survey.chosen import Found, RankSource, Survey, changed, stat_of
 from ckpt2pt.survey.metadata import template_of

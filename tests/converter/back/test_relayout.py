@@ -17,8 +17,8 @@ from ckpt2pt.pt.megatron import read_rank
 from ckpt2pt.ptmeta.capture import lay_out_rank
 from ckpt2pt.request import Pace
 from ckpt2pt.run import run
-from ckpt2pt.verify.gather import Files
-from ckpt2pt.verify.leaves import leaf_of
+from ckpt2pt.verification.gather import Files
+from ckpt2pt.verification.leaves import leaf_of
 from conversions import Quiet
 from goldens import golden_sets
 from layouts import topology

@@ -27,7 +27,7 @@ from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.request import Pace
 from ckpt2pt.run import Outcome, run
-from ckpt2pt.verify.compare import compare
+from ckpt2pt.verification.compare import compare
 from conversions import Quiet, request_for, topology_of
 from disk import fill_at_every_step
 from goldens import golden_sets

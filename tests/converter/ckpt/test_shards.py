@@ -15,7 +15,7 @@ from ckpt2pt.ckpt.shards import check_ranks, has_shards, join_shards, read_info
 from ckpt2pt.errors import CoverageError, FormatError, InputError, TopologyError, ref
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.tensors import TensorRef
-from ckpt2pt.verify.sharded import expected_index
+from ckpt2pt.verification.sharded import expected_index
 from ckptfiles import Tensor, ckpt
 from goldens import golden_root
 from handmade import Handmade

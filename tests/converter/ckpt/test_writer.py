@@ -18,7 +18,7 @@ from ckpt2pt.ckpt import index_file, read_scalar
 from ckpt2pt.ckpt.writer import CkptFile, MindSporeFile, SafetensorsFile, mindspore_file
 from ckpt2pt.engine.write import Stop, write_files
 from ckpt2pt.errors import InputError, aside
-from ckpt2pt.plan.entries import Entry, number_entry, text_entry
+from ckpt2pt.planning.entries import Entry, number_entry, text_entry
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 from ckptfiles import Tensor, some_tensors
 from goldens import golden_root

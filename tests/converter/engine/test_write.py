@@ -28,8 +28,8 @@ from ckpt2pt.errors import (
     VerificationError,
     VolumeTooSmallError,
 )
-from ckpt2pt.plan.entries import Entry
-from ckpt2pt.plan.moves import MODEL_FILE, OPTIM_FILE, Move, Sink
+from ckpt2pt.planning.entries import Entry
+from ckpt2pt.planning.moves import MODEL_FILE, OPTIM_FILE, Move, Sink
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.payload import FilePayload
 from ckpt2pt.pt.pickles import tensor, write_pickle

@@ -20,8 +20,8 @@ from ckpt2pt.pt.pickles import Call, Global, Value, enum_member, namespace_attrs
 from ckpt2pt.ptmeta.capture import capture
 from ckpt2pt.request import Pace
 from ckpt2pt.run import run
-from ckpt2pt.verify.leaves import Symbol, open_pt
-from ckpt2pt.verify.torch_reader import open_with_torch
+from ckpt2pt.verification.leaves import Symbol, open_pt
+from ckpt2pt.verification.torch_reader import open_with_torch
 from conversions import Quiet, request_for
 from goldens import golden_sets
 from torchload import megatron_names

@@ -17,8 +17,8 @@ from ckpt2pt.folders import iteration_folder
 from ckpt2pt.pt.megatron import rank_folders, read_rank
 from ckpt2pt.pt.optimizer import groups_alone
 from ckpt2pt.request import Pace
-from ckpt2pt.verify.gather import Files
-from ckpt2pt.verify.leaves import leaf_of
+from ckpt2pt.verification.gather import Files
+from ckpt2pt.verification.leaves import leaf_of
 from conversions import Quiet, topology_of
 from goldens import golden_sets
 from torchload import megatron_names

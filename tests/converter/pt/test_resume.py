@@ -14,7 +14,7 @@ from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.meta import read_template
 from ckpt2pt.pt.pickles import tensor
 from ckpt2pt.pt.resume import RULES, TargetRun, unmet
-from ckpt2pt.verify.prove import verify_target
+from ckpt2pt.verification.prove import verify_target
 from goldens import golden_sets
 from handmade import Handmade
 

@@ -16,15 +16,15 @@ from ckpt2pt.errors import FormatError, InputError
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.meta import read_param_maps
-from ckpt2pt.plan.buckets import Buffer
-from ckpt2pt.plan.gpt import EMBEDDING
+from ckpt2pt.planning.buckets import Buffer
+from ckpt2pt.planning.gpt import EMBEDDING
 from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import namespace, with_attrs
 from ckpt2pt.ptmeta.capture import capture, lay_out_rank, prove_given
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.tensors import Extent, TensorRef
-from ckpt2pt.verify.compare import compare
+from ckpt2pt.verification.compare import compare
 from goldens import REPOSITORY, golden_sets
 from handmade import Handmade
 from layouts import LAYOUTS

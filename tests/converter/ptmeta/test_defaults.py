@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ckpt2pt.cli import main
-from ckpt2pt.plan.stated import Stated, Statement, read_statement
+from ckpt2pt.planning.stated import Stated, Statement, read_statement
 from ckpt2pt.ptmeta.defaults import told_by_checkpoint
 from descriptions import said_of
 from goldens import golden_sets

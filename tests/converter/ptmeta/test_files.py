@@ -11,7 +11,7 @@ import torch
 
 from ckpt2pt.errors import FileAccessError, TryAgainError, UsageError
 from ckpt2pt.meta import require
-from ckpt2pt.plan.layout import Parameter, lay_out
+from ckpt2pt.planning.layout import Parameter, lay_out
 from ckpt2pt.pt.pickles import namespace, tensor
 from ckpt2pt.ptmeta.files import RankFiles, origin, publish, render
 from ckpt2pt.tensors import Extent

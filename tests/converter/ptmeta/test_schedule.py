@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.plan.layout import Parameter
+from ckpt2pt.planning.layout import Parameter
 from ckpt2pt.ptmeta.schedule import learning_rate, param_groups, scheduler, weight_decay
 
 ARGS: dict[str, Any] = {

@@ -12,7 +12,7 @@ from ckpt2pt.errors import InputError, TopologyError
 from ckpt2pt.ptmeta.describe import describe
 from ckpt2pt.ptmeta.files import render
 from ckpt2pt.ptmeta.synthesize import Synthesized, synthesize
-from ckpt2pt.verify.compare import compare
+from ckpt2pt.verification.compare import compare
 from descriptions import wanted_for, write_description
 from goldens import golden_sets
 

@@ -13,7 +13,7 @@ from ckpt2pt.cli import main
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.meta import read_template
 from ckpt2pt.run import run
-from ckpt2pt.verify.prove import verify_target
+from ckpt2pt.verification.prove import verify_target
 from ckptfiles import Tensor
 from conversions import Quiet, flags_for
 from handmade import Handmade
