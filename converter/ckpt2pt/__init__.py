@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ckpt2pt.library.checkpoint import Checkpoint, TensorInfo
     from ckpt2pt.library.checkpoint import open_checkpoint as open  # noqa: A004 - as ckpt2pt.open
-    from ckpt2pt.library.commands import compare, convert, inspect
+    from ckpt2pt.library.commands import convert, inspect, plan, verify
 
-__all__ = ["Checkpoint", "TensorInfo", "__version__", "compare", "convert", "inspect", "open"]
+__all__ = ["Checkpoint", "TensorInfo", "__version__", "convert", "inspect", "open", "plan", "verify"]
 
 __version__ = "0.1.0"
 

@@ -154,7 +154,7 @@ _SIZES = {
 }  # fmt: skip
 ARGUMENTS = {
     "open":    {**_SIZES, "source.path": "path", "source.format": "source_format", "source.iteration": "iteration"},
-    "compare": {**_SIZES, "ignore": "ignore", "ignorePadding": "ignore_padding"},
+    "verify":  {**_SIZES, "ignore": "ignore", "ignorePadding": "ignore_padding"},
     "inspect": {"source.path": "path", "details": "details"},
     "convert": {
         **_SIZES,
@@ -172,6 +172,7 @@ ARGUMENTS = {
         "source.iteration":                   "iteration",
         "metadata.path":                      "metadata",
         "target.path":                        "target",
+        "target.format":                      "target_format",
         "target.overwrite":                   "overwrite",
         "target.parallelism.tensor":          "target_tp",
         "target.parallelism.pipeline":        "target_pp",

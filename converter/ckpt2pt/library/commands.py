@@ -1,6 +1,6 @@
-"""The commands as functions: compare, inspect and convert, with values instead of flags.
+"""The commands as functions: verify, inspect, plan and convert, with values instead of flags.
 
-ckpt2pt.compare("ms_ckpt", "megatron_pt").same
+ckpt2pt.verify("ms_ckpt", "megatron_pt").same
 ckpt2pt.convert(source="ms_ckpt", metadata="pt_meta", target="megatron_pt").document()
 ckpt2pt.convert(source="megatron_pt", target="megatron_tp4", target_tp=4).document()
 """
@@ -9,19 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, Unpack, cast
 
 from ckpt2pt.conversion.spelling import in_python, of_function, spelled_document
 from ckpt2pt.mapping.names import Rules
 
 if TYPE_CHECKING:
+    from ckpt2pt.directions import AnyRequest
     from ckpt2pt.request import Verify
     from ckpt2pt.run import Outcome
+    from ckpt2pt.show.preview import Plan
     from ckpt2pt.verification.compare import Comparison
 
 
-@in_python("compare")
-def compare(
+@in_python("verify")
+def verify(
     left: str | Path,
     right: str | Path,
     *,
@@ -50,63 +52,104 @@ def inspect(path: str | Path, *, details: bool = False) -> dict[str, Any]:
     return cast("dict[str, Any]", spelled_document(look(Path(path), details=details), of_function("inspect")))
 
 
-@in_python("convert")
-def convert(
-    *,
-    source: str | Path,
-    target: str | Path,
-    metadata: str | Path | None = None,
-    source_format: str = "auto",
-    num_layers: int | None = None,
-    tp: int | None = None,
-    pp: int | None = None,
-    vpp: int | None = None,
-    dp: int | None = None,
-    cp: int | None = None,
-    target_tp: int | None = None,
-    target_pp: int | None = None,
-    target_vpp: int | None = None,
-    noop_layers: Collection[int] | None = None,
-    layers_per_stage: Sequence[int] | None = None,
-    iteration: int | None = None,
-    params_only: bool = False,
-    overwrite: bool = False,
-    verify: Verify = "digest",
-    rules: Rules | None = None,
-) -> Outcome:
-    """Convert a checkpoint into one of Megatron-LM 0.6, as ``ckpt2pt convert`` does, in this process.
+class Asked(TypedDict, total=False):
+    """What a conversion is asked for.
 
     ``source`` is a MindSpore training output, with ``metadata``, the ``pt_meta`` folder; or a Megatron checkpoint, which
     says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors`` or
-    ``megatron``.  Sizes that are not given are those that metadata or checkpoint state; those of the
-    result (``target_tp`` and its like) are those of the source unless they are given.  ``verify`` is ``none``, ``digest``
-    or ``full``.  The same call after any interruption does what is missing.  Call it in the main thread: it heeds SIGTERM
-    and SIGINT, after which it raises :class:`~ckpt2pt.errors.InterruptedRunError`.
+    ``megatron``, ``target_format`` ``megatron06`` or ``mindspore`` (from Megatron).  Sizes that are not given are those
+    that metadata or checkpoint state; those of the result (``target_tp`` and its like) are those of the source.
+    ``verify`` is ``none``, ``digest`` or ``full``.
     """
+
+    source: Required[str | Path]
+    target: Required[str | Path]
+    metadata: str | Path | None
+    source_format: str
+    target_format: Literal["megatron06", "mindspore"]
+    num_layers: int | None
+    tp: int | None
+    pp: int | None
+    vpp: int | None
+    dp: int | None
+    cp: int | None
+    target_tp: int | None
+    target_pp: int | None
+    target_vpp: int | None
+    noop_layers: Collection[int] | None
+    layers_per_stage: Sequence[int] | None
+    iteration: int | None
+    params_only: bool
+    overwrite: bool
+    verify: Verify
+    rules: Rules | None
+
+
+@in_python("convert")
+def convert(**asked: Unpack[Asked]) -> Outcome:
+    """Carry out a conversion as ``ckpt2pt convert`` does, in this process; the arguments are those of :class:`Asked`.
+
+    The same call after any interruption does what is missing.  Call it in the main thread: it heeds SIGTERM and SIGINT, after
+    which it raises :class:`~ckpt2pt.errors.InterruptedRunError`.
+    """
+    from ckpt2pt.directions import pipeline_of, run  # noqa: PLC0415
+    from ckpt2pt.request import SILENCE  # noqa: PLC0415
+
+    request = _request(asked)
+    return run(request, range(pipeline_of(request)), SILENCE)
+
+
+@in_python("convert")
+def plan(**asked: Unpack[Asked]) -> Plan:
+    """What :func:`convert` would do, from headers; nothing is written.
+
+    ``document`` is that of ``ckpt2pt plan --output json``; ``check()`` raises what would keep it from being written.
+    """
+    from ckpt2pt.directions import pipeline_of  # noqa: PLC0415
+    from ckpt2pt.show.preview import planned  # noqa: PLC0415
+
+    request = _request(asked)
+    return planned(request, range(pipeline_of(request)))
+
+
+def _request(asked: Asked) -> AnyRequest:
     from ckpt2pt.conversion import schema  # noqa: PLC0415
     from ckpt2pt.options.asked import source_format_of  # noqa: PLC0415
-    from ckpt2pt.options.resolve import resolve_convert  # noqa: PLC0415
-    from ckpt2pt.request import SILENCE  # noqa: PLC0415
-    from ckpt2pt.run import run  # noqa: PLC0415
+    from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
 
-    names = rules or Rules()
+    layers, noop, metadata = asked.get("layers_per_stage"), asked.get("noop_layers"), asked.get("metadata")
+    mindspore = asked.get("target_format", "megatron06") == "mindspore"
     spec = schema.Spec(
-        mode="ParamsOnly" if params_only else "Full",
+        mode="ParamsOnly" if asked.get("params_only") else "Full",
         model=schema.Model(
-            num_layers=num_layers,
-            noop_layers=None if noop_layers is None else tuple(noop_layers),
-            layers_per_stage=tuple(layers_per_stage) if layers_per_stage else None,
-            rules=schema.rules_of(names),
+            num_layers=asked.get("num_layers"),
+            noop_layers=None if noop is None else tuple(noop),
+            layers_per_stage=tuple(layers) if layers else None,
+            rules=schema.rules_of(asked.get("rules") or Rules()),
         ),
-        parallelism=schema.Parallelism(tensor=tp, pipeline=pp, virtual_pipeline=vpp, data=dp, context=cp),
-        source=schema.Source(path=str(source), iteration=iteration, format=source_format_of(source_format)),
+        parallelism=schema.Parallelism(
+            tensor=asked.get("tp"),
+            pipeline=asked.get("pp"),
+            virtual_pipeline=asked.get("vpp"),
+            data=asked.get("dp"),
+            context=asked.get("cp"),
+        ),
+        source=schema.Source(
+            path=str(asked["source"]),
+            iteration=asked.get("iteration"),
+            format=source_format_of(asked.get("source_format", "auto")),
+        ),
         metadata=schema.Place(path="" if metadata is None else str(metadata)),
         target=schema.Target(
-            path=str(target),
-            overwrite=overwrite,
-            parallelism=schema.Degrees(tensor=target_tp, pipeline=target_pp, virtual_pipeline=target_vpp),
+            path=str(asked["target"]),
+            format="MindSpore" if mindspore else "Megatron06",
+            overwrite=asked.get("overwrite", False),
+            parallelism=schema.Degrees(
+                tensor=asked.get("target_tp"),
+                pipeline=asked.get("target_pp"),
+                virtual_pipeline=asked.get("target_vpp"),
+            ),
         ),
-        verify=schema.LEVELS[verify],
+        verify=schema.LEVELS[asked.get("verify", "digest")],
     )
-    request = resolve_convert(spec, in_process=True)
-    return run(request, range(request.topology.pipeline), SILENCE)
+    return resolve(spec, in_process=True)

@@ -23,10 +23,24 @@ def test_a_conversion_is_compared_with_its_source_and_with_megatrons(sets: Path,
         source=sets / "ms", metadata=str(sets / "pt_meta"), target=tmp_path / "out", verify="full"
     )
     assert (outcome.published, outcome.verified, outcome.target.iteration) == (True, "full", 2)
-    assert ckpt2pt.compare(str(sets / "ms"), tmp_path / "out").same
-    assert ckpt2pt.compare(sets / "A", tmp_path / "out", ignore=["/args", "/rng_state"], ignore_padding=True).rows == ()
+    assert ckpt2pt.verify(str(sets / "ms"), tmp_path / "out").same
+    assert ckpt2pt.verify(sets / "A", tmp_path / "out", ignore=["/args", "/rng_state"], ignore_padding=True).rows == ()
     again = ckpt2pt.convert(source=sets / "ms", metadata=sets / "pt_meta", target=tmp_path / "out")
     assert (again.converted, len(again.kept)) == ((), 4)
+
+
+def test_a_plan_is_what_the_conversion_does_in_either_direction(sets: Path, tmp_path: Path) -> None:
+    forth = ckpt2pt.plan(source=sets / "ms", metadata=sets / "pt_meta", target=tmp_path / "out")
+    back = ckpt2pt.plan(source=sets / "A", target=tmp_path / "ms", target_format="mindspore", target_tp=1, target_pp=1)
+    forth.check()
+    assert not list(tmp_path.iterdir())
+    done = ckpt2pt.convert(source=sets / "ms", metadata=sets / "pt_meta", target=tmp_path / "out")
+    assert forth.document["bytesToWrite"] == done.bytes_written
+    done = ckpt2pt.convert(
+        source=sets / "A", target=tmp_path / "ms", target_format="mindspore", target_tp=1, target_pp=1
+    )
+    assert back.document["bytesToWrite"] == done.bytes_written
+    assert ckpt2pt.verify(sets / "A", tmp_path / "ms", tp=1, pp=1, ignore_padding=True).same
 
 
 def test_parameters_alone_are_converted(sets: Path, tmp_path: Path) -> None:
@@ -48,7 +62,7 @@ def test_sizes_that_contradict_pt_meta_are_refused(sets: Path, tmp_path: Path) -
 def test_differences_are_rows(tmp_path: Path) -> None:
     one = write_mindspore(tmp_path / "one", model(), tp=2)
     other = write_mindspore(tmp_path / "other", {name: -array for name, array in model().items()}, tp=4)
-    found = ckpt2pt.compare(one, other, tp=None, ignore=["exp_avg*"])
+    found = ckpt2pt.verify(one, other, tp=None, ignore=["exp_avg*"])
     assert not found.same
     assert {row.name.partition("/")[0] for row in found.rows} == {"param"}
 
@@ -71,7 +85,7 @@ def test_inspect_gives_its_document(sets: Path) -> None:
 def test_all_names_are_listed_and_load_on_demand() -> None:
     code = (
         "import sys, ckpt2pt; before = set(sys.modules); "
-        "assert {'open', 'compare', 'convert', 'inspect', 'Checkpoint', 'TensorInfo'} <= set(dir(ckpt2pt)); "
+        "assert {'open', 'verify', 'plan', 'convert', 'inspect', 'Checkpoint', 'TensorInfo'} <= set(dir(ckpt2pt)); "
         "assert not any(name.startswith('ckpt2pt.') for name in before); "
         "assert all(callable(getattr(ckpt2pt, name)) for name in ckpt2pt.__all__ if name != '__version__')"
     )

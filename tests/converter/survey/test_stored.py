@@ -42,7 +42,7 @@ NOT_CARRIED = ("/rng_state",)
 
 
 def same(one: Path, other: Path, *ignore: str) -> Sequence[Any]:
-    return ckpt2pt.compare(one, other, ignore=ignore, ignore_padding=True).rows
+    return ckpt2pt.verify(one, other, ignore=ignore, ignore_padding=True).rows
 
 
 def tensors(path: Path, *roles: Role) -> dict[str, bytes]:
