@@ -275,9 +275,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from ckpt2pt.options.asked import request_of, stages_of  # noqa: PLC0415
+    from ckpt2pt.directions import verify  # noqa: PLC0415
+    from ckpt2pt.options.asked import spec_of, stages_of  # noqa: PLC0415
+    from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
-    from ckpt2pt.verification.prove import verify_records, verify_target  # noqa: PLC0415
+    from ckpt2pt.verification.prove import verify_records  # noqa: PLC0415
 
     report: Comparison | Report
     with closing(reporter(options.progress, "compared" if len(options.paths) > 1 else "stage {}")) as heard:
@@ -286,9 +288,9 @@ def _verify(options: argparse.Namespace) -> int:
         elif options.paths:
             report = verify_records(options.paths[0], reporter=heard)
         else:
-            request = request_of(options)
+            request = resolve(spec_of(options))
             stages = stages_of(options, request)
-            report = verify_target(request, stages, level=options.level, reader=options.reader, reporter=heard)
+            report = verify(request, stages, level=options.level, reader=options.reader, reporter=heard)
     _show(report.document(), report.render(), options)
     report.raise_differences(of_call(options))
     return 0

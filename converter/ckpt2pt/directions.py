@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
 
 from ckpt2pt.back.request import BackRequest
+from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.request import Reporter, Request
 from ckpt2pt.run import Outcome
 
+if TYPE_CHECKING:
+    from ckpt2pt.verification.report import Report
+
+Level = Literal["digest", "full"]
+Reader = Literal["own", "torch"]
 AnyRequest = Request | BackRequest
 
 
@@ -30,6 +37,26 @@ def run(request: AnyRequest, stages: Sequence[int], reporter: Reporter) -> Outco
     from ckpt2pt.back.run import run_back  # noqa: PLC0415
 
     return run_back(request, reporter, stages)
+
+
+def verify(
+    request: AnyRequest, stages: Sequence[int], *, level: Level, reader: Reader = "own", reporter: Reporter
+) -> Report:
+    """Verify the given stages of the result, against its manifests or against its source."""
+    if isinstance(request, Request):
+        from ckpt2pt.verification.prove import verify_target  # noqa: PLC0415
+
+        return verify_target(request, stages, level=level, reader=reader, reporter=reporter)
+    from ckpt2pt.back.verify import verify_import  # noqa: PLC0415
+
+    if reader != "own":
+        raise UsageError(
+            f"{ref('reader')} is torch, and torch reads no file of MindSpore",
+            where=ref("spec"),
+            hint=f"leave {ref('reader')} out",
+            field="reader",
+        )
+    return verify_import(request, stages, level=level, reporter=reporter)
 
 
 def with_workers(request: AnyRequest, workers: int) -> AnyRequest:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.survey import (
@@ -34,6 +35,9 @@ from ckpt2pt.records import Json
 from ckpt2pt.request import Reporter
 from ckpt2pt.run import Conversion, Outcome, carry_out, check_twins
 from ckpt2pt.tensors import TensorRef
+
+if TYPE_CHECKING:
+    from ckpt2pt.verification.tensors import Held
 
 log = logging.getLogger("ckpt2pt")
 
@@ -108,19 +112,10 @@ class _Back:
         ]
 
         def examine(partials: Mapping[str, Path]) -> Mapping[str, int]:
-            from ckpt2pt.verification.imported import prove_import  # noqa: PLC0415
-            from ckpt2pt.verification.tensors import Held  # noqa: PLC0415 - numpy, and only when asked for
+            from ckpt2pt.verification.imported import prove_import  # noqa: PLC0415 - numpy, and only when asked for
 
-            request, found = self.request, self.found
-            stored, tensors = held_for(request, found, self.rank)
-            held = Held(
-                tensors=tensors,
-                layout=found.layout if found.relaid else None,
-                template=stored.template,
-                iteration=found.iteration,
-                roles=[ROLES[kind] for kind in request.contents] if request.full else ["param"],
-            )
-            return prove_import(held, self.rank, partials, NameTable(request.rules), heed=stop.check)
+            held = held_of(self.request, self.found, self.rank)
+            return prove_import(held, self.rank, partials, NameTable(self.request.rules), heed=stop.check)
 
         def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
             prove_unchanged_back(self.request, self.found, self.rank)
@@ -152,6 +147,20 @@ class _Back:
                 "tensors": {label: f"{crc:08x}" for label, crc in sorted(digests.items())},
             },
         )
+
+
+def held_of(request: BackRequest, found: BackSurvey, rank: Rank) -> Held:
+    """What the checkpoint holds for a rank of the result, for its proof."""
+    from ckpt2pt.verification.tensors import Held  # noqa: PLC0415 - numpy, and only when asked for
+
+    stored, tensors = held_for(request, found, rank)
+    return Held(
+        tensors=tensors,
+        layout=found.layout if found.relaid else None,
+        template=stored.template,
+        iteration=found.iteration,
+        roles=[ROLES[kind] for kind in request.contents] if request.full else ["param"],
+    )
 
 
 def prove_archives(read: ReadPieces) -> None:

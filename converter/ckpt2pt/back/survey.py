@@ -371,10 +371,13 @@ def files_of(
     request: BackRequest, layout: Topology, rank: Rank, entries: tuple[Entry, ...]
 ) -> tuple[MindSporeFile, ...]:
     """The files of a rank of the result."""
-    return tuple(
-        mindspore_file(request.format, f"{rank_name(number)}/{request.prefix}.{request.format}", entries)
-        for number in _rank_numbers(request, layout, *rank)
-    )
+    return tuple(mindspore_file(request.format, name, entries) for name in files_named(request, layout, rank))
+
+
+def files_named(request: BackRequest, layout: Topology, rank: Rank) -> list[str]:
+    """Their names, from the target's folder on."""
+    name = f"{request.prefix}.{request.format}"
+    return [f"{rank_name(number)}/{name}" for number in _rank_numbers(request, layout, *rank)]
 
 
 def _rank_numbers(request: BackRequest, cut: Topology, tp: int, pp: int) -> list[int]:

@@ -21,10 +21,11 @@ from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.planning.stated import STYLES, Stated
 from ckpt2pt.pt.payload import Template
+from ckpt2pt.request import Advance
 from ckpt2pt.tensors import TensorRef
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.prove import crcs_of
-from ckpt2pt.verification.report import NOTHING_PUBLISHED, Findings
+from ckpt2pt.verification.report import NOTHING_PUBLISHED, Findings, Report
 from ckpt2pt.verification.tensors import Held, Place, TensorComparison
 
 _ORDERS = 1000
@@ -36,12 +37,23 @@ def prove_import(
 ) -> Mapping[str, int]:
     """Compare a rank's files, which lie under temporary names, with the checkpoint; returns the CRC-32 of each.
 
-    ``heed`` is called after every block, and may raise.  Raises :class:`VerificationError` for a difference, and
-    :class:`FormatError` where the checkpoint contradicts itself: a weight that is not its float32 copy, rounded.
+    ``heed`` is called after every block, and may raise.  Raises :class:`VerificationError` for a difference.
     """
-    name, path = next(iter(partials.items()))
+    report, crcs = compare_import(held, rank, partials, table, lambda _: heed())
+    report.raise_differences(hint=NOTHING_PUBLISHED)
+    return crcs
+
+
+def compare_import(
+    held: Held, rank: Rank, results: Mapping[str, Path], table: NameTable, advance: Advance
+) -> tuple[Report, Mapping[str, int]]:
+    """Compare a rank's files, by name, with the checkpoint; and the CRC-32 of each.
+
+    Raises :class:`FormatError` where the checkpoint contradicts itself: a weight that is not its float32 copy, rounded.
+    """
+    name, path = next(iter(results.items()))
     findings = Findings()
-    with Files([path], lambda _: heed()) as files:
+    with Files([path], advance) as files:
         try:
             result, scalars = _read(held, index_file(path), table, name)
         except InputError as error:
@@ -50,12 +62,11 @@ def prove_import(
             places = {key: Place(name, _entry(key, table), "float32") for key in result}
             TensorComparison(held, rank, result, places, findings, files).run()
             _check_scalars(held, result, scalars, findings, name)
-    crcs = crcs_of(partials, {str(path): sorted(files.pieces[str(path)])})
+    crcs = crcs_of(results, {str(path): sorted(files.pieces[str(path)])})
     for other, crc in crcs.items():  # the files of data-parallel ranks hold the same
         if crc != crcs[name]:
             findings.differ(other, "file", f"is not that of {name}")
-    findings.report(path.parent, files.nbytes).raise_differences(hint=NOTHING_PUBLISHED)
-    return crcs
+    return findings.report(path.parent, files.nbytes), crcs
 
 
 def _read(held: Held, entries: Entries, table: NameTable, where: str) -> tuple[Index, Entries]:

@@ -248,27 +248,33 @@ def verify_target(
     """Verify the given stages of the checkpoint that the request chooses, where the request puts it."""
     chosen, topology = survey(request), request.topology
     target = target_of(request, chosen)
-    if not is_folder(target.folder, target.kind.option):
-        raise MissingInputError(
-            f"there is no result of iteration {target.iteration}",
-            where=target.folder,
-            hint=f"convert first, or point {ref('target.path')} at the result",
-        )
+    check_there(target)
     ranks = [(tp, pp) for pp in stages for tp in range(topology.tensor)]
     names = _names(request)
     if level == "digest":
-        reports = _digests(target, ranks, reporter)
+        reports = digests(target, ranks, reporter)
     else:
         totals = _to_read(request, chosen, target, ranks, names)
-        reports = _reports(
+        reports = reports_of(
             totals,
             target.iteration,
             reporter,
             lambda rank, advance: verify_rank(request, chosen, rank, target.folder, reader=reader, advance=advance),
         )
     listed = {f"{topology.directory(*rank)}/{name}" for rank in topology.ranks() for name in names}
-    report = _joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
+    report = joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
     return replace(report, warnings=tuple(one for pp in stages for one in copies_of(request, chosen, target, pp)))
+
+
+def check_there(target: Target) -> None:
+    """Refuse to verify what is not there."""
+    if not is_folder(target.folder, target.kind.option):
+        raise MissingInputError(
+            f"there is no result of iteration {target.iteration}",
+            where=target.folder,
+            hint=f"convert first, or point {ref('target.path')} at the result",
+            field="target.path",
+        )
 
 
 def _to_read(
@@ -288,10 +294,10 @@ def _to_read(
 def verify_records(path: Path, *, reporter: Reporter = SILENCE) -> Report:
     """Prove a result by its own records, where neither source nor options are at hand: nothing is missing, changed or added."""
     result = recorded(path)
-    reports = _digests(result.target, result.ranks, reporter)
+    reports = digests(result.target, result.ranks, reporter)
     found = [*published(result.target, range(result.target.stages)), *surplus(result.target, result.files)]
     warnings = tuple(one for pp in range(result.target.stages) for one in _noted(result.target, pp))
-    return replace(_joined(result.target, "digest", found, reports), warnings=warnings)
+    return replace(joined(result.target, "digest", found, reports), warnings=warnings)
 
 
 def _noted(target: Target, pp: int) -> list[str]:
@@ -300,20 +306,22 @@ def _noted(target: Target, pp: int) -> list[str]:
     return [str(one) for one in cast("list[object]", noted)] if isinstance(noted, list) else []
 
 
-def _digests(target: Target, ranks: Sequence[Rank], reporter: Reporter) -> list[Report]:
+def digests(target: Target, ranks: Sequence[Rank], reporter: Reporter) -> list[Report]:
+    """Every file of these ranks, by the size and the CRC-32 in its manifest."""
+
     def check(rank: Rank, advance: Advance) -> Report:
         differences, nbytes = digest_files(target, rank, advance)
         return Report(
             folder=str(target.folder), level="digest", differences=differences, checked_tensors=0, checked_bytes=nbytes
         )
 
-    return _reports({rank: recorded_bytes(target, rank) for rank in ranks}, target.iteration, reporter, check)
+    return reports_of({rank: recorded_bytes(target, rank) for rank in ranks}, target.iteration, reporter, check)
 
 
-def _reports(
+def reports_of(
     totals: Mapping[Rank, int], iteration: int, reporter: Reporter, check: Callable[[Rank, Advance], Report]
 ) -> list[Report]:
-    """Check rank after rank, and tell how far it is."""
+    """Check rank after rank, and report how far it is."""
     reports: list[Report] = []
     reporter.begin(totals, iteration)
     for rank, total in totals.items():
@@ -327,7 +335,8 @@ def _size(paths: Iterable[Path]) -> int:
     return sum(found.st_size for found in map(status, paths) if found)
 
 
-def _joined(target: Target, level: str, found: Sequence[Difference], reports: Sequence[Report]) -> Report:
+def joined(target: Target, level: str, found: Sequence[Difference], reports: Sequence[Report]) -> Report:
+    """One report of all ranks, and of what was ``found`` of them together."""
     return Report(
         folder=str(target.folder),
         level=level,
