@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ckpt2pt
 from ckpt2pt.cli import main
@@ -27,6 +28,7 @@ from conversions import topology_of
 from documents import minimal
 from goldens import golden_sets
 from results import edit_tree, set_element, tree_of
+from torchload import megatron_names
 from undistributed import without_distributed_optimizer
 
 SETS = {folder.name: folder for folder in golden_sets()}
@@ -288,8 +290,13 @@ def test_an_optimizer_that_is_not_distributed_becomes_distributed(new: dict[str,
     outcome = ckpt2pt.convert(source=old, target=tmp_path / "new", **new)  # type: ignore[arg-type]
     assert "the optimizer is that of a run without --use-distributed-optimizer" in str(outcome.warnings)
     assert tensors(tmp_path / "new") == tensors(folder / "A")
-    if not new:
-        assert same(folder / "A", tmp_path / "new") == ()
+    if not new:  # saved anew as well: Pythons before 3.11.4 write enumerations otherwise
+        shutil.copytree(folder / "A", tmp_path / "plain")
+        for path in (tmp_path / "plain").rglob("model_optim_rng.pt"):
+            with megatron_names():
+                torch.save(torch.load(path, weights_only=False), path)
+        ckpt2pt.convert(source=tmp_path / "plain", target=tmp_path / "again")
+        assert same(tmp_path / "again", tmp_path / "new") == ()
 
 
 def test_uneven_stages_stay_or_are_given(tmp_path: Path) -> None:
