@@ -137,6 +137,9 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
         [("spec.follow", {}), ("spec.target", {"path": "out", "format": "MindSpore"})],
         "spec.follow", "leave follow out where target.format is MindSpore",
     ),
+    "follow-megatron": (
+        [("spec.follow", {}), ("spec.source.format", "Megatron")], "spec.follow", "leave follow out; trainings of MindSpore alone",
+    ),
     "files-of-another-format": (
         [("spec.target", {"path": "out", "mindspore": {"prefix": "x"}})], "spec.target.mindspore", "set target.format to MindSpore",
     ),
