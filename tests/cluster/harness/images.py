@@ -57,8 +57,8 @@ def archive(target: str) -> Path:
         if not kept.exists():
             base = _base_image()
             with _pip_secrets() as secrets:
-                for cache in ("--layers", "--no-cache"):
-                    _buildah("bud", "--isolation", "chroot", cache, "--quiet", *secrets, "--target", target, "--tag", name,
+                for fresh in ((), ("--no-cache",)):
+                    _buildah("bud", "--isolation", "chroot", "--layers", *fresh, "--quiet", *secrets, "--target", target, "--tag", name,
                              "--build-arg", f"BASE_IMAGE={base}", *_labels(), REPOSITORY)  # fmt: skip
                     # buildah 1.28 also takes a layer that `make push` has left of the other architecture.
                     if (
