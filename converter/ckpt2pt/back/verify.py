@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 from ckpt2pt.back.request import BackRequest
@@ -14,10 +13,11 @@ from ckpt2pt.mapping.names import NameTable
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.publish import Target
 from ckpt2pt.request import Advance, Reporter
+from ckpt2pt.system.paths import status
 from ckpt2pt.verification.imported import compare_import
 from ckpt2pt.verification.manifests import digest_files, published, recorded_bytes
 from ckpt2pt.verification.prove import check_there, digests, joined, reports_of
-from ckpt2pt.verification.report import Report
+from ckpt2pt.verification.report import Findings, Report
 
 
 def verify_import(
@@ -31,7 +31,7 @@ def verify_import(
     if level == "digest":
         reports = digests(target, ranks, reporter)
     else:
-        totals = {rank: 2 * recorded_bytes(target, rank) for rank in ranks}
+        totals = {rank: recorded_bytes(target, rank) for rank in ranks}
         reports = reports_of(
             totals, found.iteration, reporter, lambda rank, advance: _verify(request, found, target, rank, advance)
         )
@@ -39,12 +39,10 @@ def verify_import(
 
 
 def _verify(request: BackRequest, found: BackSurvey, target: Target, rank: Rank, advance: Advance) -> Report:
-    differences, nbytes = digest_files(target, rank, advance)
-    results: dict[str, Path] = {name: target.folder / name for name in files_named(request, found.layout, rank)}
-    lacking = {difference.file for difference in differences if difference.problem == "is not there"}
-    if lacking & results.keys():
-        return Report(
-            folder=str(target.folder), level="full", differences=differences, checked_tensors=0, checked_bytes=nbytes
-        )
-    report, _ = compare_import(held_of(request, found, rank), rank, results, NameTable(request.rules), advance)
-    return replace(report, differences=(*differences, *report.differences), checked_bytes=nbytes + report.checked_bytes)
+    results = {name: target.folder / name for name in files_named(request, found.layout, rank)}
+    report, crcs = Findings().report(target.folder, 0), None
+    if all(map(status, results.values())):  # else the manifest tells which is not there
+        held = held_of(request, found, rank)
+        report, crcs = compare_import(held, rank, results, NameTable(request.rules), advance)
+    differences, nbytes = digest_files(target, rank, advance, crcs)
+    return replace(report, differences=(*differences, *report.differences), checked_bytes=nbytes)
