@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.request import Reporter, Request
-from ckpt2pt.run import Outcome
 
 if TYPE_CHECKING:
+    from ckpt2pt.run import Outcome
     from ckpt2pt.verification.report import Report
 
 Level = Literal["digest", "full"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.options.asked import spec_of
+from ckpt2pt.options.resolve import resolve_convert
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.pickles import namespace_attrs, read_pickle
 from ckpt2pt.request import Request
@@ -39,6 +42,11 @@ def topology_of(folder: Path) -> Topology:
         data=degrees.get("dp", 1),
         noop=frozenset({6, 7}) if folder.name.endswith("noop_tail") else frozenset(),
     )
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """The request of a conversion to Megatron that flags describe."""
+    return resolve_convert(spec_of(options), in_process=getattr(options, "multiprocess_off", False))
 
 
 def request_for(folder: Path, target: Path, *, full: bool = True, **more: object) -> Request:

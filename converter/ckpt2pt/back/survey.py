@@ -17,8 +17,7 @@ from ckpt2pt.ckpt.source import kept
 from ckpt2pt.ckpt.writer import MindSporeFile, mindspore_file
 from ckpt2pt.core.index import Collector, Index
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, aside, ref
-from ckpt2pt.folders import iteration_folder, of_iteration
-from ckpt2pt.formats.megatron import collect_rank
+from ckpt2pt.formats.megatron import collect_rank, source_folder
 from ckpt2pt.inputs import sha256
 from ckpt2pt.mapping.foldernames import parallel_sizes, rank_name
 from ckpt2pt.mapping.names import NameTable
@@ -101,7 +100,7 @@ class BackPrepared:
 
 def survey_back(request: BackRequest) -> BackSurvey:
     """Find the ranks, learn the cut from the arguments and the layers from the names, and check that all ranks agree."""
-    iteration_path = source_folder(request)
+    iteration_path = source_folder(request.source, request.iteration)
     folders = rank_folders(iteration_path)
     inputs = {rank: _inputs(request, folder, rank) for rank, folder in folders.items()}
     first = read_rank(folders[0, 0], optimizer=False, allow=request.rules.pickle_globals)
@@ -135,16 +134,8 @@ def survey_back(request: BackRequest) -> BackSurvey:
 
 def pipeline_of(request: BackRequest) -> int:
     """How many pipeline stages the result has: as asked for, which has to agree, or by the checkpoint's folders."""
-    return request.target_pipeline or request.pipeline or parallel_sizes(rank_folders(source_folder(request)))[1]
-
-
-def source_folder(request: BackRequest) -> Path:
-    """The folder of the iteration that is imported: the one asked for, or that of the tracker."""
-    return (
-        iteration_folder(request.source)
-        if request.iteration is None
-        else of_iteration(request.source, request.iteration)
-    )
+    asked = request.target_pipeline or request.pipeline
+    return asked or parallel_sizes(rank_folders(source_folder(request.source, request.iteration)))[1]
 
 
 def _topology(request: BackRequest, first: MegatronRank, folders: Mapping[Rank, Path]) -> Topology:

@@ -28,6 +28,7 @@ CONTENTS: Mapping[str, Content] = {"param": "Param", "exp_avg": "ExpAvg", "exp_a
 
 SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron"]
 """MindSpore is either of its two formats of files."""
+TargetFormat = Literal["Megatron06", "MindSpore"]
 
 Word = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -107,7 +108,7 @@ class MindSporeFiles(_Fields, frozen=True, kw_only=True):
 class Target(Place, frozen=True, kw_only=True):
     """The folder of the result."""
 
-    format: Literal["Megatron06", "MindSpore"] = "Megatron06"
+    format: TargetFormat = "Megatron06"
     overwrite: bool = False
     parallelism: Degrees = Degrees()
     mindspore: MindSporeFiles = MindSporeFiles()

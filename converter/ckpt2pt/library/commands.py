@@ -114,11 +114,10 @@ def plan(**asked: Unpack[Asked]) -> Plan:
 
 def _request(asked: Asked) -> AnyRequest:
     from ckpt2pt.conversion import schema  # noqa: PLC0415
-    from ckpt2pt.options.asked import source_format_of  # noqa: PLC0415
+    from ckpt2pt.options.asked import source_format_of, target_format_of  # noqa: PLC0415
     from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
 
     layers, noop, metadata = asked.get("layers_per_stage"), asked.get("noop_layers"), asked.get("metadata")
-    mindspore = asked.get("target_format", "megatron06") == "mindspore"
     spec = schema.Spec(
         mode="ParamsOnly" if asked.get("params_only") else "Full",
         model=schema.Model(
@@ -142,7 +141,7 @@ def _request(asked: Asked) -> AnyRequest:
         metadata=schema.Place(path="" if metadata is None else str(metadata)),
         target=schema.Target(
             path=str(asked["target"]),
-            format="MindSpore" if mindspore else "Megatron06",
+            format=target_format_of(asked.get("target_format", "megatron06")),
             overwrite=asked.get("overwrite", False),
             parallelism=schema.Degrees(
                 tensor=asked.get("target_tp"),

@@ -12,14 +12,14 @@ from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.flags import check_numbers, joined, target_sizes
 
 if TYPE_CHECKING:
-    from ckpt2pt.conversion.schema import Parallelism, Source, SourceFormat, Spec, Target
+    from ckpt2pt.conversion.schema import Parallelism, Source, SourceFormat, Spec, Target, TargetFormat
     from ckpt2pt.directions import AnyRequest
-    from ckpt2pt.request import Request
 
 _FORMATS: Mapping[str, SourceFormat] = {
     "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",
 }  # fmt: skip
-"""Words of the flag, and of the document."""
+_TARGET_FORMATS: Mapping[str, TargetFormat] = {"megatron06": "Megatron06", "mindspore": "MindSpore"}
+"""Words of the flags, and of the document."""
 
 
 def source_format_of(word: str) -> SourceFormat:
@@ -31,11 +31,12 @@ def source_format_of(word: str) -> SourceFormat:
     return _FORMATS[word]
 
 
-def request_of(options: argparse.Namespace) -> Request:
-    """The frozen request of a conversion to Megatron that the flags describe."""
-    from ckpt2pt.options.resolve import resolve_convert  # noqa: PLC0415
-
-    return resolve_convert(spec_of(options), in_process=getattr(options, "multiprocess_off", False))
+def target_format_of(word: str) -> TargetFormat:
+    """The format of a result, by the word of a flag."""
+    if word not in _TARGET_FORMATS:
+        listed = " or ".join(_TARGET_FORMATS)
+        raise UsageError(f"no format {word}", where="the format of the target", hint=f"give {listed}")
+    return _TARGET_FORMATS[word]
 
 
 def spec_of(options: argparse.Namespace) -> Spec:
@@ -148,7 +149,7 @@ def _target(options: argparse.Namespace, path: str) -> Target:
         )
     return Target(
         path=path,
-        format="MindSpore" if options.target_format == "mindspore" else "Megatron06",
+        format=target_format_of(options.target_format),
         mindspore=files,
         overwrite=getattr(options, "overwrite", False),
         parallelism=Degrees(

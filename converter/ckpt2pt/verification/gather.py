@@ -104,10 +104,6 @@ class Gathered:
             done += numel
         return out.view(np.uint8)
 
-    def _is_stored(self, view: Stored) -> bool:
-        """Whether a view holds the box as it is, in C order: then there is nothing to gather."""
-        return box_of(view) == self.box and view.strides == dense_strides(view.shape)
-
     def read(self, files: Files, box: Box, out: Array) -> None:
         """Fill ``out``, of the box's shape, with the elements of a box."""
         for view in self.views:

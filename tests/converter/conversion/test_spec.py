@@ -18,7 +18,8 @@ from ckpt2pt.conversion.schema import Follow
 from ckpt2pt.conversion.spec import ROLES, Conversion, parse, worker_words
 from ckpt2pt.errors import UsageError
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.options.asked import request_of, spec_of, stages_of
+from ckpt2pt.options.asked import spec_of, stages_of
+from conversions import request_of
 from documents import ABSENT, EXAMPLE_PATH, HOSTILE_NAMES, NAMED_FIELDS, changed, claim, minimal
 
 MOUNTS = {role: f"/volumes/{role}" for role in ROLES}

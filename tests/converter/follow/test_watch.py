@@ -18,9 +18,8 @@ from ckpt2pt import cli
 from ckpt2pt.errors import InputError, InterruptedRunError
 from ckpt2pt.follow.watch import Following, watch
 from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.options.asked import request_of
 from ckpt2pt.publish import TRACKER
-from conversions import Quiet
+from conversions import Quiet, request_of
 from documents import changed, write
 from handmade import Handmade
 from workers import wait_for

@@ -43,6 +43,11 @@ def test_a_plan_is_what_the_conversion_does_in_either_direction(sets: Path, tmp_
     assert ckpt2pt.verify(sets / "A", tmp_path / "ms", tp=1, pp=1, ignore_padding=True).same
 
 
+def test_a_format_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no format mindspored"):
+        ckpt2pt.plan(source=tmp_path, target=tmp_path / "out", target_format="mindspored")  # type: ignore[arg-type]
+
+
 def test_parameters_alone_are_converted(sets: Path, tmp_path: Path) -> None:
     ckpt2pt.convert(
         source=sets / "ms_params", metadata=sets / "pt_meta_params", target=tmp_path / "out", params_only=True

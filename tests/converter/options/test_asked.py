@@ -11,8 +11,9 @@ import pytest
 from ckpt2pt.cli import build_parser
 from ckpt2pt.conversion.schema import Spec
 from ckpt2pt.errors import UsageError
-from ckpt2pt.options.asked import request_of, spec_of, stages_of
+from ckpt2pt.options.asked import spec_of, stages_of
 from ckpt2pt.request import Request
+from conversions import request_of
 
 NEEDED = ["--num-layers", "8", "--ms-path", "ms", "--param-map-path", "meta", "--megatron-path", "out"]
 

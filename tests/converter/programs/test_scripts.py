@@ -9,9 +9,10 @@ import pytest
 
 from ckpt2pt.cli import build_alone, build_parser
 from ckpt2pt.combine.flags import combination_of
-from ckpt2pt.options.asked import request_of, spec_of
+from ckpt2pt.options.asked import spec_of
 from ckpt2pt.options.resolve import resolve_import
 from ckpt2pt.programs.scripts import combine_ckpt_dp_zero, convert_ckpt2pt, convert_pt2ckpt
+from conversions import request_of
 from goldens import golden_root
 
 # Every flag of the reference with a value that it takes (MindSpeed-Core-MS feature-0.1, mindspeed_ms/tools/converter).
