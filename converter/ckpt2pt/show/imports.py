@@ -14,8 +14,7 @@ from ckpt2pt.planning.imported import payload_bytes
 from ckpt2pt.pt.resume import warning
 from ckpt2pt.publish import Target
 from ckpt2pt.records import Json
-from ckpt2pt.show.preview import WORKER_BYTES, Plan
-from ckpt2pt.system.volume import free_bytes
+from ckpt2pt.show.preview import Plan, slots_of, with_ranks
 from ckpt2pt.tensors import TensorRef
 
 
@@ -30,8 +29,7 @@ def planned_import(request: BackRequest, stages: Sequence[int], *, names: bool =
         prepared = prepare_back(request, found, rank)
         warnings |= dict.fromkeys([prefix_remark(prepared.prefix)] if prepared.prefix else [])
         ranks.append(_rank(request, found, target, rank, prepared, names=names))
-    workers = min(request.workers, len(ranks)) or 1
-    document: Json = {
+    head: Json = {
         "iteration": found.iteration,
         "because": "the checkpoint",
         "doubts": [],
@@ -41,20 +39,9 @@ def planned_import(request: BackRequest, stages: Sequence[int], *, names: bool =
         "identity": found.identity,
         "target": str(target.folder),
         "options": request.meaning(found.layout),
-        "ranks": ranks,
-        "bytesToRead": sum(int(str(rank["bytesToRead"])) for rank in ranks),
-        "bytesToWrite": sum(
-            int(str(file["nbytes"])) for rank in ranks for key in ("files", "metadata") for file in _files(rank[key])
-        ),
-        "bytesFree": free_bytes(target.root),
-        "workers": workers,
-        "memoryBytes": workers * WORKER_BYTES,
     }
+    document = with_ranks(head, ranks, target, request.workers)
     return Plan(document=document, target=target, overwrite=request.overwrite)
-
-
-def _files(listed: object) -> list[Json]:
-    return listed if isinstance(listed, list) else []  # pyright: ignore[reportUnknownVariableType]
 
 
 def _rank(
@@ -86,32 +73,27 @@ def _rank(
 
 def _chunk(layout: Topology, pp: int, vpp: int, entries: Sequence[Entry], *, names: bool) -> Json:
     """What of a rank is of one model chunk; MindSpore's file holds all of them."""
-    slots = layout.slots(pp, vpp)
-    held = [entry for entry in entries if isinstance(entry.source, TensorRef)]
-    once = [entry for entry in held if entry.role == held[0].role]  # each parameter once, whatever is taken of it
-    mine = [entry for entry in once if _is_of_chunk(entry.name, layout, pp, vpp)]
+    held = [(entry, entry.source) for entry in entries if isinstance(entry.source, TensorRef)]
+    role = held[0][0].role if held else ""  # each parameter once, whatever is taken of it
+    mine = [each for each in held if each[0].role == role and _is_of_chunk(each[0].name, layout, pp, vpp)]
     document: Json = {
         "chunk": vpp,
         "key": "",
-        "layers": [layer for layer in slots if layer not in layout.noop],
-        "noopLayers": [layer for layer in slots if layer in layout.noop],
-        "embedding": layout.holds_embedding(pp, vpp),
-        "head": layout.holds_head(pp, vpp),
+        **slots_of(layout, pp, vpp),
         "parameters": len(mine),
-        "numel": sum(entry.source.numel for entry in mine if isinstance(entry.source, TensorRef)),
+        "numel": sum(source.numel for _, source in mine),
         "buckets": [],
     }
     if names:
         document["names"] = [
             {
-                "megatron": entry.source.name,
+                "megatron": source.name,
                 "mindspore": entry.name,
                 "shape": list(entry.shape),
-                "dtype": f"{entry.source.dtype} -> {entry.dtype}",
+                "dtype": f"{source.dtype} -> {entry.dtype}",
                 "bucketStart": None,
             }
-            for entry in mine
-            if isinstance(entry.source, TensorRef)
+            for entry, source in mine
         ]
     return document
 

@@ -11,7 +11,7 @@ from ckpt2pt.directions import AnyRequest
 from ckpt2pt.errors import printable, spelled
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark
-from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.planning.stage import ChunkPlan, RankPlan
 from ckpt2pt.planning.stage import spans as stage_spans
 from ckpt2pt.pt.resume import Unmet, warning
@@ -66,22 +66,17 @@ def preview(
     """The plan as a document for ``--output json``; each rank's plan is dropped before the next one is made."""
     stages: list[Json] = []
     warnings = _Warnings(request)
-    read = written = 0
     for (tp, pp), prepared in ranks:
         plan = prepared.plan
         warnings.add((tp, pp), prepared)
-        files = prepared.sizes
-        nbytes = plan.source_bytes
-        read += nbytes
-        written += sum(files.values())
         stages.append(
             {
                 "stage": pp,
                 "tp": tp,
                 "source": plan.source,
                 "directory": plan.directory,
-                "bytesToRead": nbytes,
-                "files": [{"name": name, "nbytes": size} for name, size in files.items()],
+                "bytesToRead": plan.source_bytes,
+                "files": [{"name": name, "nbytes": size} for name, size in prepared.sizes.items()],
                 "chunks": [_chunk(chunk, plan, request, names=names) for chunk in plan.chunks],
                 "shards": [str(path) for file in chosen.read_for((tp, pp), request) for path in file.peers],
                 "shardInfo": str(chosen.read_for((tp, pp), request)[0].info or ""),
@@ -90,8 +85,7 @@ def preview(
                 "done": target.rank_manifest(tp, pp) is not None,
             }
         )
-    workers = min(request.workers, len(stages)) or 1
-    return {
+    head: Json = {
         "iteration": chosen.clock.iteration,
         "because": chosen.clock.because,
         "doubts": list(chosen.clock.doubts),
@@ -101,12 +95,33 @@ def preview(
         "identity": chosen.identity,
         "target": str(target.folder),
         "options": request.meaning(),
-        "ranks": stages,
-        "bytesToRead": read,
-        "bytesToWrite": written,
+    }
+    return with_ranks(head, stages, target, request.workers)
+
+
+def with_ranks(head: Json, ranks: Sequence[Json], target: Target, workers: int) -> Json:
+    """A plan as a document: what is said of all of it, its ranks, and what they come to."""
+    files = (file for rank in ranks for key in ("files", "metadata") for file in map(_mapping, _list(rank.get(key))))
+    at_work = min(workers, len(ranks)) or 1
+    return {
+        **head,
+        "ranks": [*ranks],
+        "bytesToRead": sum(_int(rank["bytesToRead"]) for rank in ranks),
+        "bytesToWrite": sum(_int(file["nbytes"]) for file in files),
         "bytesFree": free_bytes(target.root),
-        "workers": workers,
-        "memoryBytes": workers * WORKER_BYTES,
+        "workers": at_work,
+        "memoryBytes": at_work * WORKER_BYTES,
+    }
+
+
+def slots_of(topology: Topology, pp: int, vpp: int) -> Json:
+    """Which part of the model a chunk is."""
+    slots = topology.slots(pp, vpp)
+    return {
+        "layers": [layer for layer in slots if layer not in topology.noop],
+        "noopLayers": [layer for layer in slots if layer in topology.noop],
+        "embedding": topology.holds_embedding(pp, vpp),
+        "head": topology.holds_head(pp, vpp),
     }
 
 
@@ -146,15 +161,10 @@ class _Warnings:
 
 
 def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -> Json:
-    topology = request.topology
-    slots = topology.slots(plan.pp, chunk.vpp)
     document: Json = {
         "chunk": chunk.vpp,
         "key": chunk.key,
-        "layers": [layer for layer in slots if layer not in topology.noop],
-        "noopLayers": [layer for layer in slots if layer in topology.noop],
-        "embedding": topology.holds_embedding(plan.pp, chunk.vpp),
-        "head": topology.holds_head(plan.pp, chunk.vpp),
+        **slots_of(request.topology, plan.pp, chunk.vpp),
         "parameters": len(chunk.weights),
         "numel": sum(weight.source.numel for weight in chunk.weights),
         "buckets": [
