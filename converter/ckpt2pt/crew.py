@@ -53,7 +53,7 @@ class Share(Protocol):
         """Files to write, from the target's folder on."""
         ...
 
-    def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
+    def run(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """Write its files and publish them."""
         ...
 
@@ -89,7 +89,7 @@ def work_through(
 
 
 def _carry(share: Share, stop: Stop, meter: Meter) -> None:
-    share.carry(stop, meter.advance)
+    share.run(stop, meter.advance)
     meter.flush()
     gc.collect()  # cycles keep its buffers, and the next rank would need its own beside them
 

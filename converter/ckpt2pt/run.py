@@ -17,41 +17,28 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 from ckpt2pt import __version__
-from ckpt2pt.crew import Share, stopped_by_signals, work_through
-from ckpt2pt.engine.write import ReadPieces, Stop, Written, is_whole, write_files
+from ckpt2pt.crew import stopped_by_signals, work_through
+from ckpt2pt.engine.write import ReadPieces, is_whole
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError, of_rank, printable, ref
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark
 from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.meta import RankMeta
 from ckpt2pt.planning.moves import moves
-from ckpt2pt.publish import Target, make_folder
+from ckpt2pt.publish import Target
+from ckpt2pt.rank import RankTask
 from ckpt2pt.records import Json
 from ckpt2pt.request import Pace, Reporter, Request, Verify
-from ckpt2pt.survey import Prepared, Survey, distinct, prepare, prove_unchanged, survey, target_of
+from ckpt2pt.survey import Survey, distinct, prepare, prove_unchanged, survey, target_of
 from ckpt2pt.survey.chosen import kind_of
 from ckpt2pt.survey.loading import check_loadable, contradictions_of, kept_of_template, made_up
 from ckpt2pt.survey.metadata import assumptions
 from ckpt2pt.system.paths import is_folder
 from ckpt2pt.system.volume import check_volume
-from ckpt2pt.tensors import TensorRef
 from ckpt2pt.text import checksums_told, counted, size, warned
-
-
-class Planned(Share, Protocol):
-    """A rank whose plan says what a user should know before the result is used."""
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        """Whole sentences."""
-        ...
-
-    @property
-    def unused_rules(self) -> frozenset[str]:
-        """Rules of the rule file that match no name of this rank."""
-        ...
 
 
 def _nothing(_: Target, __: int) -> tuple[str, ...]:
@@ -78,11 +65,11 @@ class Conversion:
     warnings: tuple[str, ...]
     how_to_load: str = ""
     kept: tuple[str, ...] = ()
-    prepare: Callable[[Rank, Target], Planned]
+    prepare: Callable[[Rank, Target], RankTask]
     examine: Callable[[Target, int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
 
-    def plan(self, rank: Rank, /) -> Planned:
+    def plan(self, rank: Rank, /) -> RankTask:
         """One rank, to be written into the target as it is now."""
         return self.prepare(rank, self.target)
 
@@ -162,43 +149,48 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class _Forward:
-    """One rank on its way to Megatron."""
+class _Reading:
+    """The source of one rank on its way to Megatron."""
 
     request: Request
     chosen: Survey
-    target: Target
-    prepared: Prepared
+    rank: Rank
+    meta: RankMeta
+    """Held for as long as the rank is written: what its files copy may lie in memory that it owns."""
 
-    @property
-    def source_bytes(self) -> int:
-        return self.prepared.plan.source_bytes
+    def prove_unchanged(self) -> None:
+        prove_unchanged(self.request, self.chosen, self.rank)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(self.prepared.sizes.values())
+    def prove_read(self, read: ReadPieces) -> Mapping[str, int]:
+        every_byte = self.request.full or self.request.verify == "full"
+        kind = kind_of(self.request)
+        return kind.prove_read(self.request, self.chosen, self.rank, read, every_byte=every_byte)
 
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        return self.prepared.remarks
+    def prove_result(self, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:
+        from ckpt2pt.verification.prove import prove_partials  # noqa: PLC0415 - a second reader, loaded only when asked for
 
-    @property
-    def unused_rules(self) -> frozenset[str]:
-        return self.prepared.plan.unused_rules
-
-    @property
-    def paths(self) -> list[str]:
-        return [f"{self.prepared.plan.directory}/{name}" for name in self.prepared.sizes]
-
-    def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
-        with self.target.guarded():
-            convert_rank(self.request, self.chosen, self.target, self.prepared, stop, advance)
+        return prove_partials(self.request, self.chosen, self.rank, partials, heed=heed)
 
 
-def _plan(request: Request, chosen: Survey, rank: Rank, target: Target) -> _Forward:
+def _plan(request: Request, chosen: Survey, rank: Rank, target: Target) -> RankTask:
     prepared = prepare(request, chosen, rank)
     check_loadable(request, rank, prepared.meta)
-    return _Forward(request, chosen, target, prepared)
+    plan = prepared.plan
+    return RankTask(
+        rank=rank,
+        target=target,
+        reading=_Reading(request, chosen, rank, prepared.meta),
+        verify=request.verify,
+        repair=request.overwrite,
+        directory=plan.directory,
+        files=prepared.files,
+        moves=partial(moves, plan),
+        copies=plan.twins,
+        source_bytes=plan.source_bytes,
+        facts={"source": plan.source, "ignored": dict(plan.ignored)},
+        remarks=prepared.remarks,
+        unused_rules=plan.unused_rules,
+    )
 
 
 def _examine(request: Request, chosen: Survey, target: Target, pp: int) -> tuple[str, ...]:
@@ -235,74 +227,6 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
             with of_rank(rank):
                 check_loadable(request, rank)
     return carry_out(conversion, stages, reporter, began)
-
-
-def convert_rank(
-    request: Request,
-    chosen: Survey,
-    target: Target,
-    prepared: Prepared,
-    stop: Stop,
-    advance: Callable[[int], None],
-) -> None:
-    """Convert one rank and publish it."""
-    rank = prepared.plan.tp, prepared.plan.pp
-    folder = target.folder / prepared.plan.directory
-    ledger = target.ledger(rank, repair=request.overwrite)
-    check_twins(prepared.plan.twins)
-    make_folder(folder, target.root)
-    checksums: dict[str, int] = {}
-
-    def prove(read: ReadPieces) -> None:
-        prove_unchanged(request, chosen, rank)  # first: a source that was written meanwhile is not a damaged one
-        every_byte = request.full or request.verify == "full"
-        checksums.update(kind_of(request).prove_read(request, chosen, rank, read, every_byte=every_byte))
-
-    def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
-        prove_unchanged(request, chosen, rank)
-        ledger.announce([file.entry(target.folder) for file in files])
-
-    def examine(partials: Mapping[str, Path]) -> Mapping[str, int]:
-        from ckpt2pt.verification.prove import prove_partials  # noqa: PLC0415 - a second reader, loaded only when asked for
-
-        return prove_partials(request, chosen, rank, partials, heed=stop.check)
-
-    files, digests = write_files(
-        folder,
-        prepared.files,
-        moves(prepared.plan),
-        stop=stop,
-        advance=advance,
-        check=request.verify != "none",
-        prove=prove,
-        examine=examine if request.verify == "full" else None,
-        announce=announce,
-        fence=ledger.fence,
-    )
-    target.publish_rank(
-        rank[0],
-        rank[1],
-        {
-            "tp": rank[0],
-            "pp": rank[1],
-            "source": prepared.plan.source,
-            "verified": request.verify,
-            "sourceChecksums": checksums,
-            "files": [file.entry(target.folder) for file in files],
-            "tensors": {label: f"{crc:08x}" for label, crc in sorted(digests.items())},
-            "ignored": dict(prepared.plan.ignored),
-        },
-    )
-
-
-def check_twins(twins: Sequence[tuple[TensorRef, TensorRef]]) -> None:
-    """Compare copies of which only one is carried: tied weights, and what several ranks hold where the layout changes."""
-    if not twins:
-        return
-    from ckpt2pt.verification.compare import same_bytes  # noqa: PLC0415 - rare
-
-    for kept, copy in twins:
-        same_bytes(kept, copy)
 
 
 def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter, began: float) -> Outcome:
@@ -358,7 +282,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
 
 def _plan_all(
     conversion: Conversion, todo: Sequence[Rank]
-) -> tuple[dict[Rank, int], int, tuple[str, ...], Planned | None]:
+) -> tuple[dict[Rank, int], int, tuple[str, ...], RankTask | None]:
     """Bytes to read for each rank, bytes to write, what to warn of; and the plan itself where there is only one.
 
     One at a time: the plans of many ranks would not fit into the memory of one.

@@ -170,11 +170,11 @@ def test_a_rank_leaves_nothing_in_memory_for_the_next(monkeypatch: pytest.Monkey
     """The buffers of two ranks would be more than a worker is said to need."""
     left = list[weakref.ref[Cycle]]()
 
-    def carry(*_: object) -> None:
+    def run(*_: object) -> None:
         assert [one() for one in left] == [None] * len(left)
         left.append(weakref.ref(Cycle()))
 
-    monkeypatch.setattr(Talking, "carry", carry)
+    monkeypatch.setattr(Talking, "run", run)
     with stopped_by_signals() as stop:
         work_through(Talking(pace=Pace(in_process=True)), [(0, 0), (1, 0), (2, 0)], None, Quiet(), stop)
     assert len(left) == 3
@@ -210,7 +210,7 @@ def test_what_workers_log_goes_through_the_parent(
 def test_a_bug_in_a_worker_keeps_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="a bug of ours") as caught, stopped_by_signals() as stop:
         work_through(Talking(broken=True), [(0, 0), (1, 0)], None, Quiet(), stop)
-    assert "in carry" in "".join(caught.value.__notes__)
+    assert "in run" in "".join(caught.value.__notes__)
     assert capfd.readouterr().err == ""
 
 

@@ -354,15 +354,15 @@ def test_a_killed_conversion_is_resumed(tmp_path: Path, monkeypatch: pytest.Monk
     request = one.becomes(other, tmp_path)
     script = (
         "import os, sys\n"
-        "from ckpt2pt import run\n"
         "from ckpt2pt.cli import main\n"
-        "real, done = run.convert_rank, []\n"
-        "def convert_rank(*args):\n"
+        "from ckpt2pt.rank import RankTask\n"
+        "real, done = RankTask.run, []\n"
+        "def killed(*args):\n"
         "    real(*args)\n"
         "    done.append(args)\n"
         "    if len(done) == 2:\n"
         "        os.kill(os.getpid(), 9)\n"
-        "run.convert_rank = convert_rank\n"
+        "RankTask.run = killed\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     more = ["--tp-size", "2", "--pp-size", "1", "--target-tp-size", "1", "--target-pp-size", "4", "--multiprocess-off"]

@@ -24,7 +24,7 @@ class Talking:
         """The same for every rank."""
         return self
 
-    def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
+    def run(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """Say it."""
         if self.broken:
             raise ValueError("a bug of ours")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.back.survey import (
-    BackPrepared,
     BackSurvey,
     held_for,
     pipeline_of,
@@ -20,8 +19,7 @@ from ckpt2pt.back.survey import (
     prove_unchanged_back,
     survey_back,
 )
-from ckpt2pt.checksums import crc32
-from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
+from ckpt2pt.engine.write import ReadPieces
 from ckpt2pt.errors import ref
 from ckpt2pt.folders import keep_apart
 from ckpt2pt.formats.megatron import ROLES
@@ -30,10 +28,10 @@ from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.planning.imported import payload_bytes
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.pt.resume import warning
-from ckpt2pt.publish import MINDSPORE, Target, make_folder, publish_bytes
-from ckpt2pt.records import Json
+from ckpt2pt.publish import MINDSPORE, Target
+from ckpt2pt.rank import RankTask
 from ckpt2pt.request import Reporter
-from ckpt2pt.run import Conversion, Outcome, carry_out, check_twins
+from ckpt2pt.run import Conversion, Outcome, carry_out
 from ckpt2pt.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -51,102 +49,47 @@ def meta_folder(found: BackSurvey) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Back:
-    """One rank on its way to MindSpore."""
+class _Reading:
+    """The source of one rank on its way to MindSpore."""
 
     request: BackRequest
     found: BackSurvey
     rank: Rank
-    target: Target
-    prepared: BackPrepared
 
-    @property
-    def source_bytes(self) -> int:
-        return payload_bytes(self.prepared.entries)
-
-    @property
-    def nbytes(self) -> int:
-        written = sum(file.lay_out().nbytes for file in self.prepared.files)
-        return written + sum(map(len, self.prepared.metadata.values()))
-
-    def _prove(self, read: ReadPieces) -> None:
+    def prove_unchanged(self) -> None:
         prove_unchanged_back(self.request, self.found, self.rank)
-        if self.request.verify != "none":
-            prove_archives(read)
 
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        return (prefix_remark(self.prepared.prefix),) if self.prepared.prefix else ()
+    def prove_read(self, read: ReadPieces) -> Mapping[str, int]:
+        """By the CRC-32 of each record of the archives; what lies between the pieces is read now."""
+        if self.request.verify == "none":
+            return {"verified": 0, "notChecked": len(read), "none": 0}
+        for path, pieces in read.items():
+            Archive.open(Path(path)).prove_read(pieces)
+        return {"verified": len(read), "notChecked": 0, "none": 0}
 
-    @property
-    def unused_rules(self) -> frozenset[str]:
-        return frozenset()
+    def prove_result(self, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:
+        from ckpt2pt.verification.imported import prove_import  # noqa: PLC0415 - numpy, and only when asked for
 
-    @property
-    def paths(self) -> list[str]:
-        return [
-            *(file.name for file in self.prepared.files),
-            *(f"{self.meta}/{name}" for name in self.prepared.metadata),
-        ]
+        held = held_of(self.request, self.found, self.rank)
+        return prove_import(held, self.rank, partials, NameTable(self.request.rules), heed=heed)
 
-    @property
-    def meta(self) -> str:
-        """The folder of the metadata."""
-        return meta_folder(self.found)
 
-    def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
-        """The files, then the metadata, then the manifest."""
-        with self.target.guarded():
-            self._carry(stop, advance)
-
-    def _carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
-        prepared, target = self.prepared, self.target
-        moves, ledger = prepared.moves(), target.ledger(self.rank, repair=self.request.overwrite)
-        check_twins(prepared.copies)
-        for name in (self.meta, *(str(Path(file.name).parent) for file in prepared.files)):
-            make_folder(target.folder / name, target.root)
-        metadata = {f"{self.meta}/{name}": content for name, content in prepared.metadata.items()}
-        described: list[Json] = [
-            {"path": name, "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"}
-            for name, content in metadata.items()
-        ]
-
-        def examine(partials: Mapping[str, Path]) -> Mapping[str, int]:
-            from ckpt2pt.verification.imported import prove_import  # noqa: PLC0415 - numpy, and only when asked for
-
-            held = held_of(self.request, self.found, self.rank)
-            return prove_import(held, self.rank, partials, NameTable(self.request.rules), heed=stop.check)
-
-        def announce(files: Sequence[Written], _: Mapping[str, int]) -> None:
-            prove_unchanged_back(self.request, self.found, self.rank)
-            ledger.announce([*(file.entry(target.folder) for file in files), *described])
-
-        files, digests = write_files(
-            target.folder,
-            prepared.files,
-            moves,
-            stop=stop,
-            advance=advance,
-            check=self.request.verify != "none",
-            prove=self._prove,
-            examine=examine if self.request.verify == "full" else None,
-            announce=announce,
-            fence=ledger.fence,
-        )
-        for name, content in metadata.items():
-            publish_bytes(target.folder / name, content, fence=ledger.fence)
-        target.publish_rank(
-            *self.rank,
-            {
-                "tp": self.rank[0],
-                "pp": self.rank[1],
-                "source": str(self.found.origin(self.rank)),
-                "verified": self.request.verify,
-                "evidence": prepared.evidence,
-                "files": [*(file.entry(target.folder) for file in files), *described],
-                "tensors": {label: f"{crc:08x}" for label, crc in sorted(digests.items())},
-            },
-        )
+def _plan(request: BackRequest, found: BackSurvey, rank: Rank, target: Target) -> RankTask:
+    prepared, folder = prepare_back(request, found, rank), meta_folder(found)
+    return RankTask(
+        rank=rank,
+        target=target,
+        reading=_Reading(request, found, rank),
+        verify=request.verify,
+        repair=request.overwrite,
+        files=prepared.files,
+        moves=prepared.moves,
+        metadata={f"{folder}/{name}": content for name, content in prepared.metadata.items()},
+        copies=prepared.copies,
+        source_bytes=payload_bytes(prepared.entries),
+        facts={"source": str(found.origin(rank)), "evidence": prepared.evidence},
+        remarks=(prefix_remark(prepared.prefix),) if prepared.prefix else (),
+    )
 
 
 def held_of(request: BackRequest, found: BackSurvey, rank: Rank) -> Held:
@@ -161,19 +104,6 @@ def held_of(request: BackRequest, found: BackSurvey, rank: Rank) -> Held:
         iteration=found.iteration,
         roles=[ROLES[kind] for kind in request.contents] if request.full else ["param"],
     )
-
-
-def prove_archives(read: ReadPieces) -> None:
-    """Compare what was read with the checksums of the archives it came from: a byte that changed in them is not passed on.
-
-    What lies between the pieces is read now.
-    """
-    for path, pieces in read.items():
-        Archive.open(Path(path)).prove_read(pieces)
-
-
-def _plan(request: BackRequest, found: BackSurvey, rank: Rank, target: Target) -> _Back:
-    return _Back(request, found, rank, target, prepare_back(request, found, rank))
 
 
 def _examine(request: BackRequest, found: BackSurvey, target: Target, pp: int) -> tuple[str, ...]:

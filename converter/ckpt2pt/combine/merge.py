@@ -208,7 +208,7 @@ class Group:
         repair = mine and self.asked.overwrite
         return Ledger.of_group(self.asked.output, self.manifest, self.identity, hint=hint, repair=repair)
 
-    def carry(self, stop: Stop, advance: Callable[[int], None]) -> None:
+    def run(self, stop: Stop, advance: Callable[[int], None]) -> None:
         """Say whose files they will be, write them, then complete the manifest."""
         output, ledger = self.asked.output, self._ledger()
         paths = [output / name for name in self.paths]

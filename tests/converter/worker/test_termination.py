@@ -18,6 +18,7 @@ from ckpt2pt.cli import main
 from ckpt2pt.engine.write import Stop
 from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.rank import RankTask
 from ckpt2pt.worker.termination import MAX_BYTES, MAX_MESSAGE, message_of, path_of, plain, render, write
 from handmade import Handmade
 
@@ -236,15 +237,15 @@ def test_sigterm_before_and_in_the_middle(flags: list[str], log: Path, monkeypat
         os.kill(os.getpid(), signal.SIGTERM)
         next(arg for arg in args if isinstance(arg, Stop)).check()
 
-    for name in ("survey", "convert_rank"):
+    for place, name in ((run, "survey"), (RankTask, "run")):
         log.write_text("")
         with monkeypatch.context() as patch:
-            patch.setattr(run, name, stopped)
+            patch.setattr(place, name, stopped)
             assert main(["convert", *flags, "--progress", "none"]) == 75
         document = word(log)
         assert (document["exitCode"], document["reason"]) == (75, "TryAgain")
         assert "SIGTERM" in document["message"]
-        assert ("bytesTotal" in document) is (name == "convert_rank")
+        assert ("bytesTotal" in document) is (name == "run")
 
 
 def test_missing_inputs_name_the_folder(flags: list[str], log: Path, tmp_path: Path) -> None:
