@@ -36,7 +36,7 @@ from ckpt2pt.publish.files import vanished
 from ckpt2pt.records import Json
 from ckpt2pt.system.access import access_error
 from ckpt2pt.system.files import reserve, write_at
-from ckpt2pt.tensors import DTYPE_BYTES
+from ckpt2pt.tensors import DTYPE_BYTES, Extent
 
 log = logging.getLogger("ckpt2pt")
 
