@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
+from ckpt2pt.core.tensor import Key, Role
+
 Array = np.ndarray[Any, Any]
-_ROLES = {"bf16": "param", "param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+_ROLES: dict[str, Role] = {"bf16": "param", "param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 
 
-def expected(folder: Path) -> dict[tuple[str, str], Array]:
-    """(role, canonical name) -> elements in float32; tied copies on the last stage are left out."""
-    parts: dict[tuple[str, str], dict[int, tuple[Array, int | None, bool]]] = {}
+def expected(folder: Path) -> dict[Key, Array]:
+    """key -> elements in float32; tied copies on the last stage are left out."""
+    parts: dict[Key, dict[int, tuple[Array, int | None, bool]]] = {}
     for path in sorted(folder.glob("layout_*.json")):
         layout, held = (
             json.loads(path.read_text()),
@@ -32,7 +34,7 @@ def expected(folder: Path) -> dict[tuple[str, str], Array]:
             if shared and name == "output_layer.weight":
                 continue
             for kind, role in _ROLES.items():
-                key = role, canonical(full, ep * experts)
+                key = Key(role, canonical(full, ep * experts))
                 gated = layout["swiglu"] and "linear_fc1" in name
                 parts.setdefault(key, {})[tp] = held[f"{chunk}/{name}/{kind}"], axis if cut else None, gated
     return {key: _as_float(_joined([ranks[tp] for tp in sorted(ranks)])) for key, ranks in parts.items()}

@@ -58,7 +58,8 @@ def write_folder(
     folder.mkdir(parents=True)
     held: dict[Value, Value] = {}
     stored: dict[Value, Value] = {}
-    tree: Value = {"args": namespace({}), "iteration": 3, **(common or {})}
+    tree: dict[Value, Value] = {"args": namespace({}), "iteration": 3}
+    tree.update((common or {}).items())
     for key, (array, pieces) in tensors.items():
         dtype = {"uint16": "bfloat16"}.get(str(array.dtype), str(array.dtype))
         for piece in pieces:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, cast
 
 from ckpt2pt.errors import CoverageError, FormatError, MissingInputError, ref
 from ckpt2pt.inputs import read_whole
@@ -125,8 +125,8 @@ def _check_format(folder: Path) -> None:
         stated = parse_json(read_whole(path, ref("source.path"), 1 << 20))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"cannot be read as JSON: {error}", where=path, hint=_HINT) from error
-    backend = stated.get("sharded_backend") if isinstance(stated, dict) else None
-    version = stated.get("sharded_backend_version") if isinstance(stated, dict) else None
+    facts = cast("dict[str, object]", stated) if isinstance(stated, dict) else {}
+    backend, version = facts.get("sharded_backend"), facts.get("sharded_backend_version")
     if (backend, version) != ("torch_dist", 1):
         raise FormatError(
             f"the format is {backend!r}, version {version!r}; ckpt2pt reads 'torch_dist', version 1",
@@ -218,7 +218,7 @@ def _dtype(value: Value, key: str, path: Path) -> str:
     properties = value.state if _is(value, "TensorProperties") and isinstance(value, Call) else None
     first = properties[0] if isinstance(properties, tuple) and properties else None
     if not isinstance(first, Global) or first.module != "torch" or first.name not in DTYPE_BYTES:
-        _refuse(f"{key} is of a type that cannot be read: {first}", path)
+        _refuse(f"{key} is of a type that cannot be read: {first!r:.80}", path)
     return first.name
 
 
