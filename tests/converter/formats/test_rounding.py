@@ -12,6 +12,7 @@ from ckpt2pt.errors import FormatError
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.rounding import SAMPLE_NUMEL, check_rounding
+from ckpt2pt.formats.torch_dist.common import read_common
 from ckpt2pt.formats.torch_dist.metadata import read_metadata
 from ckpt2pt.formats.torch_dist.read import read_index
 from ckpt2pt.library import checkpoint as library
@@ -31,7 +32,12 @@ def test_main_parameters_that_do_not_round_to_the_weights_are_refused(
         read(folder)
     metadata = read_metadata(next(folder.glob("iter_*")))
     weights = Checkpoint(
-        path=folder, format="torch_dist", iteration=2, tensor=1, pipeline=1, index=read_index(metadata)
+        path=folder,
+        format="torch_dist",
+        iteration=2,
+        tensor=1,
+        pipeline=1,
+        index=read_index(metadata, read_common(metadata)),
     )
     for (role, name), array in expected(folder / "expected").items():
         if role == "param":

@@ -12,14 +12,15 @@ from pathlib import Path
 from ckpt2pt.core.index import Index, ordered
 from ckpt2pt.core.params import axes_of, is_gated
 from ckpt2pt.core.tensor import Key, Tensor, boxes, check_coverage, dense_strides
-from ckpt2pt.errors import FormatError, TopologyError
+from ckpt2pt.errors import FormatError, TopologyError, aside
 from ckpt2pt.folders import iteration_folder, of_iteration
 from ckpt2pt.formats.checkpoint import Checkpoint, agreed
 from ckpt2pt.formats.rounding import check_rounding
+from ckpt2pt.formats.torch_dist.buckets import Buckets
 from ckpt2pt.formats.torch_dist.common import iteration_of_common, read_common
 from ckpt2pt.formats.torch_dist.items import Located, locate
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Entry, Metadata, read_metadata
-from ckpt2pt.formats.torch_dist.names import Named, named
+from ckpt2pt.formats.torch_dist.names import named
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.tensors import Box, Shape, Stored, View, intersection
@@ -40,7 +41,7 @@ def open_torch_dist(
     common = read_common(metadata, rules.pickle_globals)
     sizes = parallel_sizes(common)
     agreed((tensor, pipeline), sizes, folder)
-    index = read_index(metadata)
+    index = read_index(metadata, common)
     check_rounding(index, str(folder))
     surplus = metadata.surplus
     return Checkpoint(
@@ -61,16 +62,16 @@ def parallel_sizes(common: Template) -> tuple[int, int]:
     return tensor, pipeline
 
 
-def read_index(metadata: Metadata) -> Index:
+def read_index(metadata: Metadata, common: Template) -> Index:
     """Every weight, main parameter and moment.  Raises :class:`CoverageError` unless chunks hold each element once."""
-    known: dict[str, Named] = {}
-    for key in metadata.tensors:
-        found = named(key)
-        if found is None:
-            raise FormatError(
-                f"{key} is state of an optimizer in a form that is not read", where=metadata.folder, hint=_HINT
-            )
-        known[key] = found
+    known = {key: found for key in metadata.tensors if (found := named(key))}
+    buckets, others = Buckets.of({key: entry for key, entry in metadata.tensors.items() if key not in known})
+    if others:
+        raise FormatError(
+            f"{others[0]} is state of an optimizer in a form that is not read",
+            where=metadata.folder,
+            hint=f"convert weights alone{aside('mode')}",
+        )
     located = _locate(metadata)
     parts: dict[Key, list[tuple[Entry, Shape, list[Stored]]]] = {}
     for key, name in known.items():
@@ -85,7 +86,10 @@ def read_index(metadata: Metadata) -> Index:
     where = str(metadata.folder)
     shapes = {key.name: held[0][1] for key, held in parts.items()}
     gated = is_gated(shapes, where)
-    return ordered({key: _tensor(key, held, gated=gated, where=where) for key, held in parts.items()}, where)
+    found = {key: _tensor(key, held, gated=gated, where=where) for key, held in parts.items()}
+    if buckets:
+        found |= buckets.read(found, located, common, metadata.folder)
+    return ordered(found, where)
 
 
 def _locate(metadata: Metadata) -> Mapping[Chunk, Located]:

@@ -20,8 +20,8 @@ from torchdist import Piece, as_bfloat16, coarse, of_layers, whole, write_folder
 
 MCORE = golden_root() / "mcore"
 WRONG = "odd_dp2__td_full"
-BUCKETS = {("0.19.0", "llama_tp2pp2__td_dp")}
-SETS = [one for one in sorted(MCORE.glob("*/*__*td_*")) if one.name != WRONG and one.parts[-2:] not in BUCKETS]
+
+SETS = [one for one in sorted(MCORE.glob("*/*__*td_*")) if one.name != WRONG]
 SAME = {"td_base": "llama_tp2pp2", "td_sup_llama": "llama_tp2pp2", "td_sup_moe": "moe_ep2"}
 """What the checkpoints that were written by hand were made from."""
 
