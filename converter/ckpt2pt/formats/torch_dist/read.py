@@ -86,10 +86,10 @@ def read_index(metadata: Metadata, common: Template) -> Index:
     where = str(metadata.folder)
     shapes = {key.name: held[0][1] for key, held in parts.items()}
     gated = is_gated(shapes, where)
-    found = {key: _tensor(key, held, gated=gated, where=where) for key, held in parts.items()}
+    tensors = {key: _tensor(key, held, gated=gated, where=where) for key, held in parts.items()}
     if buckets:
-        found |= buckets.read(found, located, common, metadata.folder)
-    return ordered(found, where)
+        tensors |= buckets.read(tensors, located, common, metadata.folder)
+    return ordered(tensors, where)
 
 
 def _locate(metadata: Metadata) -> Mapping[Chunk, Located]:

@@ -129,7 +129,10 @@ def made(
     }  # fmt: skip
     change(keys)
     write_folder(path, keys, common={"args": namespace(args)})
-    return {**truth, "param": {name: (half.astype("<u4") << 16).view("<f4") for name, half in halves.items()}}
+    return {
+        **{str(role): held for role, held in truth.items()},
+        "param": {name: (half.astype("<u4") << 16).view("<f4") for name, half in halves.items()},
+    }
 
 
 def pieces(numel: int, ranks: int) -> list[Piece]:
