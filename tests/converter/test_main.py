@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.core.topology import Topology
 from handmade import Handmade
 
 # Sends itself a signal in the midst of the imports.
@@ -22,7 +22,7 @@ from ckpt2pt import __main__ as door
 
 class Interrupting(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "ckpt2pt.options":
+        if name == "ckpt2pt.cli.options":
             os.kill(os.getpid(), {number})
 
 sys.meta_path.insert(0, Interrupting())

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from ckpt2pt.cli import build_parser
-from ckpt2pt.conversion.document import fields_of, validate
-from ckpt2pt.conversion.job import build_job
-from ckpt2pt.conversion.spec import API_VERSION, KIND, parse
+from ckpt2pt.cli.commands import build_parser
+from ckpt2pt.kube.conversion.document import fields_of, validate
+from ckpt2pt.kube.conversion.job import build_job
+from ckpt2pt.kube.conversion.spec import API_VERSION, KIND, parse
 from documents import CRD_PATH, EXAMPLE_PATH, crd, minimal, root_schema
 
 Schema = dict[str, Any]
@@ -73,7 +73,7 @@ def test_no_field_is_nullable() -> None:
 
 
 def test_lists_and_texts_are_bounded() -> None:
-    """An operator holds the objects of many users; what is of any form, conversion/size.py bounds."""
+    """An operator holds the objects of many users; what is of any form, kube/conversion/size.py bounds."""
     for path, schema in FIELDS.items():
         if path.startswith(("spec", "status")):
             assert schema.get("type") != "array" or "maxItems" in schema, path
