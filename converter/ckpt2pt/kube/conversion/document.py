@@ -185,7 +185,7 @@ def _findings(error: jsonschema.ValidationError) -> Iterator[Finding]:
         known = cast("Json", error.schema)["properties"]
         for name in sorted(set(cast("Json", instance)) - set(cast("Json", known))):
             yield Finding(
-                field=_join(path, name), what="is no field", hint=_hint(path, name, list(cast("Json", known)))
+                field=_join(path, name), what="is an unknown field", hint=_hint(path, name, list(cast("Json", known)))
             )
     elif error.validator == "required":
         for name in cast("list[str]", error.validator_value):
