@@ -15,7 +15,6 @@ from pathlib import Path
 
 from ckpt2pt.core.foldernames import is_rank, iterations
 from ckpt2pt.core.index import find
-from ckpt2pt.core.moves import MODEL_FILE
 from ckpt2pt.core.names import NameTable, Rules
 from ckpt2pt.core.params import EMBEDDING, HEAD, is_padded
 from ckpt2pt.core.progress import SILENCE, Portion, Reporter
@@ -31,6 +30,7 @@ from ckpt2pt.verification.compare import ALL_FILES, Comparing, Comparison, compa
 from ckpt2pt.verification.elements import rounded
 from ckpt2pt.verification.gather import Bytes, Elements, Files, Gathered, file_of, gathered, width
 from ckpt2pt.verification.leaves import TensorLeaf, open_pt
+from ckpt2pt.verification.structure import MODEL_FILE
 
 
 def compare_any(
