@@ -73,7 +73,7 @@ def compare_import(
     findings = Findings()
     with Files([path], advance) as files:
         found = _read(lambda: index_file(path), findings, name)
-        if found is not None and (request.source_format == "megatron" or request.source_topology):
+        if found is not None and (request.from_megatron or request.source_topology):
             _compare_tensors(request, chosen, rank, found, findings, files, name)
         elif found is not None:
             _compare_entries(request, expected_index(chosen.files[rank]), found, findings, files, name)
@@ -118,9 +118,13 @@ def _compare_entries(
 def _compare_tensors(
     request: Request, chosen: Discovered, rank: Rank, entries: Entries, findings: Findings, files: Files, file: str
 ) -> None:
-    table, megatron = NameTable(request.rules), request.source_format == "megatron"
+    table, megatron = NameTable(request.rules), request.from_megatron
     meta = meta_of_training(request)
-    if megatron:
+    if request.source_format == "torch_dist":
+        from ckpt2pt.discover.distributed import own_meta  # noqa: PLC0415 - for such sources
+
+        meta = own_meta(request, rank)
+    elif megatron:
         from ckpt2pt.discover.stored import own_of  # noqa: PLC0415 - for Megatron sources
 
         first = (0, 0) if request.source_topology else rank
