@@ -118,7 +118,7 @@ def read_files(path: Path, optim: Path | None, *, copies: bool = False, allow: t
     found = {key: _weights(named[key], archive, path) for key in keys}
     prefix = common_prefix({name: name for weights in found.values() for name in weights}, where=str(path))
     chunks = tuple(tuple(_named(weights, prefix, path)) for weights in found.values())
-    buffers = _buffers(optim) if optim else None
+    buffers = read_buffers(optim) if optim else None
     whole = copies and buffers is None
     return MegatronRank(
         folder=path.parent,
@@ -197,8 +197,8 @@ def tensor_ref(value: Value, archive: Archive, name: str, path: Path) -> TensorR
     return TensorRef(name, found.dtype, found.shape, (extent,) if extent.nbytes else ())
 
 
-def _buffers(path: Path) -> tuple[tuple[StoredBucket, ...], ...]:
-    """The buffers in the order of their numbers.  Each has one pair of types, as 0.6 makes it for one type of weights."""
+def read_buffers(path: Path) -> tuple[tuple[StoredBucket, ...], ...]:
+    """The buffers of a ``distrib_optim.pt`` in the order of their numbers.  Each has one pair of types, as 0.6 makes it for one type of weights."""
     archive = Archive.open(path)
     tree = read_pickle(archive.pickle, where=str(path))
     if not isinstance(tree, dict) or "per_bucket_numel_unpadded" not in tree:
