@@ -120,6 +120,10 @@ def kind_of(request: Request) -> Kind:
         from ckpt2pt.discover import distributed  # noqa: PLC0415
 
         return distributed
+    if request.files and request.files.merged:
+        from ckpt2pt.discover import merged  # noqa: PLC0415
+
+        return merged
     from ckpt2pt.discover import training  # noqa: PLC0415
 
     return training
