@@ -1,4 +1,4 @@
-"""A checkpoint of Megatron-LM 0.6 in the ``torch`` format, read as global tensors.
+"""A checkpoint of Megatron-LM 0.6 to 0.19 in the ``torch`` format, read as global tensors.
 
 mp_rank_01_003/model_optim_rng.pt   weights: param
                distrib_optim.pt     buckets: main_param, exp_avg, exp_avg_sq, by the layout of the buffers
@@ -24,7 +24,8 @@ from ckpt2pt.mapping.names import Rules, is_tied_head, local_layer
 from ckpt2pt.mapping.topology import Rank, Topology
 from ckpt2pt.planning.buckets import Buffer
 from ckpt2pt.planning.moves import OPTIM_FILE
-from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
+from ckpt2pt.pt.distributed import StoredBucket
+from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.tensors import TensorRef
 
 ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}

@@ -22,7 +22,7 @@ from ckpt2pt.planning.buckets import Buffer, expected_shape
 from ckpt2pt.planning.entries import Entry, number_entry
 from ckpt2pt.planning.moves import OPTIM_KINDS, cut
 from ckpt2pt.planning.stage import FLOATS
-from ckpt2pt.planning.stated import STYLES
+from ckpt2pt.planning.stated import STYLES, is_stated
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef
 
 _DOUBLES = frozenset({"max_lr", "min_lr", "start_wd", "end_wd"})
@@ -193,8 +193,9 @@ def _group_entries(number: int, group: Mapping[str, object]) -> Iterator[Entry]:
         if key == "step":
             yield Entry(name="state_step", dtype="float32", shape=(1,), source=struct.pack("<f", value))
         else:
-            name = "learning_rate" if key == "lr" else key
-            yield number_entry(f"{name}_group_{number}", value, "float32")
+            name = f"{'learning_rate' if key == 'lr' else key}_group_{number}"
+            if is_stated(name):  # MindSpeed-Core-MS has no place for what newer releases of Megatron-LM add
+                yield number_entry(name, value, "float32")
 
 
 def _scheduler_entry(name: str, value: object, where: str) -> Iterator[Entry]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ckpt2pt.casts import find_cast
 from ckpt2pt.errors import FormatError, ref
 from ckpt2pt.planning.buckets import Buffer
-from ckpt2pt.pt.megatron import StoredBucket
+from ckpt2pt.pt.distributed import StoredBucket
 from ckpt2pt.request import Advance, unheard
 from ckpt2pt.system.files import OpenFiles, read_at
 from ckpt2pt.tensors import DTYPE_BYTES, TensorRef

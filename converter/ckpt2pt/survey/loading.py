@@ -12,6 +12,7 @@ from ckpt2pt.planning.moves import OPTIM_FILE
 from ckpt2pt.planning.stated import Statement
 from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.payload import Template
+from ckpt2pt.pt.release import optimizer_form, written_by
 from ckpt2pt.pt.resume import Unmet, first_of, hint, summary
 from ckpt2pt.request import Request
 from ckpt2pt.survey.chosen import Survey, kind_of
@@ -68,23 +69,32 @@ def made_up(request: Request) -> tuple[str, ...]:
 
 
 def verdicts(iteration: Path) -> dict[str, str]:
-    """Whether Megatron-LM 0.6 can resume from an iteration as it is, and, if not, whether it can load its weights."""
+    """Which release wrote an iteration, with which form of optimizer; of one of Megatron-LM 0.6, or one that it may read:
+
+    whether 0.6 can resume from it as it is, and, if not, whether it can load its weights.
+    """
     from ckpt2pt.ptmeta.capture import unmet_of_rank  # noqa: PLC0415 - not for conversions, whose memory it would cost
 
     broken: dict[bool, dict[Rank, tuple[Unmet, ...]]] = {True: {}, False: {}}
+    facts: dict[str, str] = {}
     try:
         ranks = rank_folders(iteration)
         for rank, folder in ranks.items():
-            found = read_rank(folder, optimizer=False)
+            found = read_rank(folder, optimizer=not facts)
+            if not facts:
+                facts = {"writtenBy": f"Megatron-LM {written_by(found)}", "optimizer": optimizer_form(found)}
+            if found.core_names or found.coalesced:
+                why = "names of its parameters" if found.core_names else "form of its optimizer"
+                return facts | {"resumable": f"not by Megatron-LM 0.6, which does not know the {why}"}
             for full, so_far in broken.items():
                 rules = unmet_of_rank(found, ranks, full=full, checkpoint=True)
                 so_far[rank] = (*_misplaced(found, pipelined=max(ranks)[1] > 0, full=full), *rules)
     except Ckpt2ptError as error:
-        return {"resumable": f"unknown: {error.what}"}
+        return facts | {"resumable": f"unknown: {error.what}"}
     resumes, loads = (first_of(broken[full]) for full in (True, False))
     if not resumes:
-        return {"resumable": "yes, by Megatron-LM 0.6"}
-    return {"resumable": f"no: {resumes}", "weightsLoadable": f"no: {loads}" if loads else "yes"}
+        return facts | {"resumable": "yes, by Megatron-LM 0.6"}
+    return facts | {"resumable": f"no: {resumes}", "weightsLoadable": f"no: {loads}" if loads else "yes"}
 
 
 def _misplaced(rank: MegatronRank, *, pipelined: bool, full: bool) -> tuple[Unmet, ...]:

@@ -18,7 +18,8 @@ from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.meta import read_param_maps
 from ckpt2pt.planning.buckets import Buffer
 from ckpt2pt.planning.gpt import EMBEDDING
-from ckpt2pt.pt.megatron import MegatronRank, StoredBucket, rank_folders, read_rank
+from ckpt2pt.pt.distributed import StoredBucket
+from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import namespace, with_attrs
 from ckpt2pt.ptmeta.capture import capture, lay_out_rank, prove_given

@@ -10,7 +10,7 @@ import pytest
 from ckpt2pt.errors import FormatError
 from ckpt2pt.planning.buckets import Buffer
 from ckpt2pt.planning.layout import Parameter, lay_out
-from ckpt2pt.pt.megatron import StoredBucket
+from ckpt2pt.pt.distributed import StoredBucket
 from ckpt2pt.ptmeta.proof import check_sizes, check_slices, check_views
 from ckpt2pt.tensors import Extent, TensorRef
 
