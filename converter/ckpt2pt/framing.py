@@ -50,8 +50,8 @@ class Payload(Protocol):
         ...
 
     @property
-    def copied(self) -> tuple[Extent, ...]:
-        """What fills the last storages as it is."""
+    def copied(self) -> Sequence[Extent | bytes]:
+        """What fills the last storages as it is: small stretches of a file of metadata, or bytes."""
         ...
 
     def lay_out(self) -> Layout:

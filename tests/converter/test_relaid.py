@@ -315,7 +315,7 @@ def test_a_source_replaced_in_place_is_noticed(tmp_path: Path, monkeypatch: pyte
         one.write_source(request.source)  # the same names, shapes and sizes
         return real(*args, **more)
 
-    monkeypatch.setattr("ckpt2pt.run.write_files", replacing)
+    monkeypatch.setattr("ckpt2pt.rank.write_files", replacing)
     with pytest.raises(TryAgainError, match="was written while it was read"):
         run(request, range(1), Quiet())
     assert not list(tmp_path.rglob("out/**/*.pt"))

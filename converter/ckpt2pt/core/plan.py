@@ -45,6 +45,11 @@ class Copy(NamedTuple):
             first += whole
 
 
+def gather_box(views: Sequence[Stored], box: Box) -> Gather:
+    """A box, wherever ``views`` hold its elements."""
+    return Gather(tuple(view for view in views if intersection(box_of(view), box)), box)
+
+
 def copies(gather: Gather) -> tuple[Copy, ...]:
     """Every copy into a box, in the order of the box, as few as the strides of both sides allow."""
     target = View(*gather.box, dense_strides(gather.box[1]), 0, None)

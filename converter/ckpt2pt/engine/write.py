@@ -306,12 +306,21 @@ def _remove(partial: Path) -> None:
 
 def _copy_template(output: Output, payload: Payload) -> None:
     first = output.layout.storages - len(payload.copied)
-    for path, extents in groupby(enumerate(payload.copied, first), lambda one: one[1].path):
+    copied = dict(enumerate(payload.copied, first))
+    for number, one in copied.items():
+        if isinstance(one, bytes):
+            _put(output, number, one)
+    extents = ((number, one) for number, one in copied.items() if isinstance(one, Extent))
+    for path, numbered in groupby(extents, lambda one: one[1].path):
         with InputFile(Path(path), METADATA, keep=True) as file:
-            for number, extent in extents:
-                data = file.read(extent.offset, extent.nbytes)
-                write_at(output.file.fd, memoryview(data), output.layout.storage_offset(number), output.path)
-                output.pieces[number].append((0, len(data), crc32(data, 0)))
+            for number, extent in numbered:
+                _put(output, number, file.read(extent.offset, extent.nbytes))
+
+
+def _put(output: Output, number: int, data: bytes | bytearray) -> None:
+    """Fill a storage."""
+    write_at(output.file.fd, memoryview(data), output.layout.storage_offset(number), output.path)
+    output.pieces[number].append((0, len(data), crc32(data, 0)))
 
 
 def _finish(output: Output) -> None:

@@ -7,16 +7,19 @@ Everything behind it (names, buckets, coverage, manifests) is the same as for a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.params import EMBEDDING, HEAD, axes_of, is_padded, kind_of, layer_of, legacy_name
+from ckpt2pt.core.plan import gather_box
 from ckpt2pt.core.tensor import Key, Tensor, box_of, sharded
 from ckpt2pt.errors import CoverageError, TopologyError, aside, refs
 from ckpt2pt.mapping.names import TIED_HEAD, NameTable
 from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.tensors import Box, Gather, Shape, Stored, TensorRef, intersection
+from ckpt2pt.planning.fill import replicas_of
+from ckpt2pt.tensors import Box, Shape, TensorRef
 
 _FIRST = (EMBEDDING, "embedding.position_embeddings.weight")
 
@@ -53,11 +56,10 @@ def reshard(index: Index, rank: Rank, wanted: Wanted, table: NameTable) -> Resha
     Raises :class:`TopologyError` for a tensor that cannot be cut into so many parts, and :class:`CoverageError` for one that
     no rank of the target would hold.
     """
-    _check_layers(index, wanted)
-    _check_heads(wanted)
+    check_target(index, wanted)
     entries: dict[str, TensorRef] = {}
     copies: list[tuple[TensorRef, TensorRef]] = []
-    for tensor in _held(index, rank, wanted):
+    for tensor in held_by(index, rank, wanted):
         is_head = tensor.key.name == EMBEDDING and rank[1] > 0  # the last stage's copy of tied embeddings
         entry = entry_name(tensor.key, rank[1], table)
         local = _local(tensor, entry, rank[0], wanted)
@@ -68,8 +70,8 @@ def reshard(index: Index, rank: Rank, wanted: Wanted, table: NameTable) -> Resha
             continue
         entries[entry] = local
         if not rank[0]:
-            copies += _copies(tensor, entry)
-    return Resharded(entries=entries, copies=tuple(copies), remarks=_padding_remarks(index, rank, wanted))
+            copies += ((kept._replace(name=entry), copy._replace(name=entry)) for kept, copy in replicas_of(tensor))
+    return Resharded(entries=entries, copies=tuple(copies), remarks=padding_remarks(index, rank, wanted))
 
 
 def entry_name(key: Key, pp: int, table: NameTable) -> str:
@@ -79,7 +81,7 @@ def entry_name(key: Key, pp: int, table: NameTable) -> str:
     return name if key.role == "param" else f"{key.role}.{name}"
 
 
-def _held(index: Index, rank: Rank, wanted: Wanted) -> Iterator[Tensor]:
+def held_by(index: Index, rank: Rank, wanted: Wanted) -> Iterator[Tensor]:
     """What the pipeline stage holds, chunk by chunk."""
     topology, pp = wanted.topology, rank[1]
     layers = {layer for vpp in range(topology.virtual) for layer in topology.real_slots(pp, vpp).values()}
@@ -97,8 +99,23 @@ def _held(index: Index, rank: Rank, wanted: Wanted) -> Iterator[Tensor]:
             yield tensor
 
 
+class Part(NamedTuple):
+    """What a rank holds of a tensor: a box of its natural axes, and the shape that the rank's file states."""
+
+    box: Box
+    shape: Shape
+
+
 def _local(tensor: Tensor, entry: str, tp: int, wanted: Wanted) -> TensorRef:
-    """One rank's part; padding of the vocabulary follows the target."""
+    part = part_of(tensor, tp, wanted)
+    return TensorRef(entry, tensor.dtype, part.shape, (), gather_box(tensor.views, part.box))
+
+
+def part_of(tensor: Tensor, tp: int, wanted: Wanted) -> Part:
+    """One rank's part; padding of the vocabulary follows the target.
+
+    Raises :class:`TopologyError` for a tensor that cannot be cut into so many parts.
+    """
     of = wanted.topology.tensor
     known = kind_of(tensor.key.name)
     if known is None:
@@ -110,7 +127,7 @@ def _local(tensor: Tensor, entry: str, tp: int, wanted: Wanted) -> TensorRef:
     axis = known[0].cuts[known[1]]
     fused = _padded(tensor, wanted)
     if axis is None:
-        return TensorRef(entry, tensor.dtype, fused, (), _gather(tensor.views, ((0,) * len(fused), fused)))
+        return Part(((0,) * len(fused), fused), fused)
     if fused[axis] % (of * (tensor.shape[0] if len(tensor.shape) > len(fused) else 1)):
         raise TopologyError(
             f"{tensor.key.name} has {fused[axis]} {('rows', 'columns')[axis]}, which {of} ranks do not divide",
@@ -120,12 +137,7 @@ def _local(tensor: Tensor, entry: str, tp: int, wanted: Wanted) -> TensorRef:
         )
     local = tuple(length // of if number == axis else length for number, length in enumerate(fused))
     axes = axes_of(tensor.key.name, local, of, gated=len(tensor.shape) > len(fused))
-    part = sharded(axes.shape, axes.cut, tp, of, 0, None)
-    return TensorRef(entry, tensor.dtype, local, (), _gather(tensor.views, box_of(part)))
-
-
-def _gather(views: Sequence[Stored], box: Box) -> Gather:
-    return Gather(tuple(view for view in views if intersection(box_of(view), box)), box)
+    return Part(box_of(sharded(axes.shape, axes.cut, tp, of, 0, None)), local)
 
 
 def _padded(tensor: Tensor, wanted: Wanted) -> Shape:
@@ -161,7 +173,7 @@ def _check_padding(name: str, held: int, rows: int, wanted: Wanted) -> None:
         )
 
 
-def _padding_remarks(index: Index, rank: Rank, wanted: Wanted) -> tuple[str, ...]:
+def padding_remarks(index: Index, rank: Rank, wanted: Wanted) -> tuple[str, ...]:
     """What happens to the rows of the vocabulary; nothing where both sides have as many, or the rank has none."""
     ends = {EMBEDDING: 0, HEAD: wanted.topology.pipeline - 1}
     rows = wanted.sizes.get("padded_vocab_size")
@@ -175,14 +187,10 @@ def _padding_remarks(index: Index, rank: Rank, wanted: Wanted) -> tuple[str, ...
     )
 
 
-def _copies(tensor: Tensor, entry: str) -> Iterator[tuple[TensorRef, TensorRef]]:
-    """What other ranks hold of the same."""
-    for view in tensor.replicas:
-        box = box_of(view)
-        kept, copy = (
-            TensorRef(entry, tensor.dtype, view.shape, (), _gather(views, box)) for views in (tensor.views, (view,))
-        )
-        yield kept, copy
+def check_target(index: Index, wanted: Wanted) -> None:
+    """Refuse a target whose layers are not those of the source, or whose ranks would cut groups of attention heads."""
+    _check_layers(index, wanted)
+    _check_heads(wanted)
 
 
 def _check_layers(index: Index, wanted: Wanted) -> None:

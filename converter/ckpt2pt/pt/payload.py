@@ -95,7 +95,7 @@ class FilePayload:
     name: str
     pickle: bytes
     storages: tuple[int, ...]
-    copied: tuple[Extent, ...]
+    copied: tuple[Extent | bytes, ...]
     mode: int = 0o644
 
     def lay_out(self) -> Layout:
