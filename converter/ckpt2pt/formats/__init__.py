@@ -2,5 +2,5 @@
 
 registry    which format a folder is of
 mindspore   rank_R/*.ckpt, *.safetensors, shards         -> Checkpoint
-megatron    iter_N/mp_rank_*/*.pt of Megatron-LM 0.6 to 0.19-> Checkpoint
+megatron    iter_N/mp_rank_*/*.pt of Megatron-LM 0.6 to 0.19 -> Checkpoint
 """
