@@ -24,6 +24,7 @@ from ckpt2pt.pt.pickles import Global, Value, as_tensor, read_pickle
 from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
 
 _BUCKET_NBYTES = 64
+_MOST_STATES = 64
 _SAVED_AGAIN = f"copy the file again from where it was made; without it, weights alone can be converted{aside('mode')}"
 
 
@@ -43,30 +44,36 @@ class StoredBucket:
 Buckets = tuple[StoredBucket, ...]
 
 
-def read_buffers(path: Path) -> tuple[Buckets, ...]:
-    """The buffers of a file in the order of their numbers.
+def read_states(path: Path) -> list[tuple[Buckets, ...] | None]:
+    """The buffers of each optimizer in the order of their numbers; None for one whose state another rank saves.
 
     Raises :class:`FormatError` for a file of neither form, or whose sizes contradict its tensors.
     """
     archive = Archive.open(path)
     tree = read_pickle(archive.pickle, where=str(path))
     if isinstance(tree, dict) and "per_bucket_numel_unpadded" in tree:
-        return _bucket_lists(tree, archive, path)
-    states = tree if isinstance(tree, list) else [tree]
-    if any(state is None for state in states):
+        return [_bucket_lists(tree, archive, path)]
+    found: list[tuple[Buckets, ...] | None] = []
+    # One state may stand in a list many times, and each time costs as much as the first.
+    for state in tree[:_MOST_STATES] if isinstance(tree, list) else [tree]:
+        if state is not None and not isinstance(state, dict):
+            raise FormatError("the file does not hold buffers of an optimizer", where=path, hint=_SAVED_AGAIN)
+        found.append(None if state is None else tuple(_coalesced(state, archive, path)))
+    if not any(found):
+        raise FormatError("there is no buffer of an optimizer in the file", where=path, hint=_SAVED_AGAIN)
+    return found
+
+
+def read_buffers(path: Path) -> tuple[Buckets, ...]:
+    """Those of all optimizers of a dense model.  Raises :class:`FormatError` as :func:`read_states`, and where one is elsewhere."""
+    states = read_states(path)
+    if None in states:
         raise FormatError(
-            "another rank holds the optimizer's state of the dense parameters, as with expert parallelism",
+            "another rank holds a part of the optimizer's state, as with expert parallelism",
             where=path,
             hint="give a checkpoint of a dense model",
         )
-    found: list[Buckets] = []
-    for state in states:
-        if not isinstance(state, dict):
-            raise FormatError("the file does not hold buffers of an optimizer", where=path, hint=_SAVED_AGAIN)
-        found += _coalesced(state, archive, path)
-    if not found:
-        raise FormatError("there is no buffer of an optimizer in the file", where=path, hint=_SAVED_AGAIN)
-    return tuple(found)
+    return tuple(buckets for state in states for buckets in state or ())
 
 
 def _coalesced(state: Mapping[Value, Value], archive: Archive, path: Path) -> Iterator[Buckets]:

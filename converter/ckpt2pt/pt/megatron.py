@@ -9,18 +9,18 @@ Headers only.  Formats: Megatron-LM cac60ce4, megatron/checkpointing.py; core_v0
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from ckpt2pt.core.params import HEAD, legacy_name, legacy_spelling
 from ckpt2pt.errors import FormatError, MissingInputError, ref
-from ckpt2pt.mapping.foldernames import model_ranks, parallel_sizes
+from ckpt2pt.mapping.foldernames import expert_ranks, model_ranks, parallel_sizes
 from ckpt2pt.mapping.names import TIED_HEAD, common_prefix
 from ckpt2pt.planning.moves import MODEL_FILE, OPTIM_FILE
 from ckpt2pt.pt.archive import Archive
-from ckpt2pt.pt.distributed import StoredBucket, read_buffers, tensor_ref
+from ckpt2pt.pt.distributed import Buckets, StoredBucket, read_buffers, read_states, tensor_ref
 from ckpt2pt.pt.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Value, entries, read_pickle
@@ -32,6 +32,8 @@ _TIED_HEAD_SAVED = "word_embeddings_for_head.weight"
 _HEAD = legacy_name(HEAD)
 _SAVED_AGAIN = "point at a checkpoint of a GPT model of Megatron-LM 0.6 to 0.19, saved with --use-distributed-optimizer"
 _EXPERTS = re.compile(r"\.mlp\.(?:router|experts|local_experts|shared_experts)\.")
+_UNKNOWN_EXPERTS = re.compile(r"\.mlp\.(?:local_experts|experts\.weight[12]$)")
+"""Experts of legacy models, and ``GroupedMLP``, which holds them transposed in one tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,10 @@ class MegatronRank:
     prefix: str = ""
     """What all names of parameters carried in the file, such as ``module.``; left out here."""
     core_names: bool = False
+    apart: bool = False
+    """Whether experts have buffers of their own, as with expert parallelism; those of a chunk follow its dense ones."""
+    lacks_dense: bool = False
+    """Whether the rank of another expert holds the optimizer of dense parameters."""
 
     @property
     def coalesced(self) -> bool:
@@ -94,19 +100,45 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
     return found
 
 
+def all_sizes(iteration: Path) -> tuple[int, int, int]:
+    """Tensor, pipeline and expert parallel size by the folders of an iteration; 1 for each where there is none.
+
+    Whether a second number is that of a stage or of experts, only the arguments tell.
+    """
+    folders = expert_ranks(listing(iteration), pipelined=True)
+    tensor, pipeline, experts = (1 + max(numbers) for numbers in zip((0, 0, 0), *folders, strict=True))
+    if (
+        pipeline > 1
+        and experts == 1
+        and is_expert_parallel(read_rank(folders[min(folders)], optimizer=False, experts=True))
+    ):
+        return tensor, 1, pipeline
+    return tensor, pipeline, experts
+
+
+def is_expert_parallel(rank: MegatronRank) -> bool:
+    """Whether the run had expert parallel ranks and one pipeline stage: ``mp_rank_00_001`` is then one of experts."""
+    args = rank.template.args
+    experts = args.get("expert_model_parallel_size")
+    return isinstance(experts, int) and experts > 1 and args.get("pipeline_model_parallel_size") == 1
+
+
 def read_rank(
-    folder: Path, *, optimizer: bool = True, copies: bool = False, allow: tuple[str, ...] = ()
+    folder: Path, *, optimizer: bool = True, copies: bool = False, experts: bool = False, allow: tuple[str, ...] = ()
 ) -> MegatronRank:
     """Read the headers of one rank; ``optimizer`` False leaves ``distrib_optim.pt`` alone.
 
-    ``copies`` asks for the optimizer in ``model_optim_rng.pt`` where there is no ``distrib_optim.pt``.
+    ``copies`` asks for the optimizer in ``model_optim_rng.pt`` where there is no ``distrib_optim.pt``.  A mixture of experts
+    is refused unless ``experts``.
     """
     optim = folder / OPTIM_FILE
     there = optimizer and is_file(optim, ref("source.path"))
-    return read_files(folder / MODEL_FILE, optim if there else None, copies=copies, allow=allow)
+    return read_files(folder / MODEL_FILE, optim if there else None, copies=copies, experts=experts, allow=allow)
 
 
-def read_files(path: Path, optim: Path | None, *, copies: bool = False, allow: tuple[str, ...] = ()) -> MegatronRank:
+def read_files(
+    path: Path, optim: Path | None, *, copies: bool = False, experts: bool = False, allow: tuple[str, ...] = ()
+) -> MegatronRank:
     """The same of files that may have other names: the model's and the optimizer's."""
     archive = Archive.open(path)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
@@ -127,8 +159,10 @@ def read_files(path: Path, optim: Path | None, *, copies: bool = False, allow: t
     )
     core_names = _has_core_names(found.values(), prefix)
     tied = core_names and template.args.get("untie_embeddings_and_output_weights") is False
-    chunks = tuple(tuple(_named(weights, prefix, path, tied=tied)) for weights in found.values())
-    buffers = read_buffers(optim) if optim else None
+    chunks = tuple(tuple(_named(weights, prefix, path, tied=tied, experts=experts)) for weights in found.values())
+    states = read_states(optim) if optim and experts else None
+    apart = states is not None and len(states) == 2
+    buffers = _by_chunk(states, chunks) if states and apart else read_buffers(optim) if optim else None
     whole = copies and buffers is None
     return MegatronRank(
         folder=path.parent,
@@ -137,6 +171,8 @@ def read_files(path: Path, optim: Path | None, *, copies: bool = False, allow: t
         buffers=buffers,
         prefix=prefix,
         core_names=core_names,
+        apart=apart,
+        lacks_dense=bool(states and apart and states[0] is None),
         copies=read_copies(
             named.get("optimizer"), chunks, lambda value, name: tensor_ref(value, archive, name, path), where=path
         )
@@ -169,13 +205,34 @@ def _weights(model: Value, archive: Archive, path: Path) -> dict[str, TensorRef]
     return found
 
 
+def _by_chunk(
+    states: Sequence[tuple[Buckets, ...] | None], chunks: Sequence[Sequence[tuple[str, TensorRef]]]
+) -> tuple[Buckets, ...]:
+    """Buffers of dense parameters and of experts, chunk by chunk; where a chunk has several, as they come."""
+    left = [list(state) if state is not None else None for state in states]
+    found: list[Buckets] = []
+    for chunk in chunks:
+        kinds = {is_expert(name) for name, _ in chunk}
+        for kind, state in enumerate(left):
+            if state and bool(kind) in kinds:
+                found.append(state.pop(0))
+    return (*found, *(buckets for state in left for buckets in state or ()))
+
+
+def is_expert(name: str) -> bool:
+    """Whether it is a parameter of one expert, which ranks of other experts do not hold."""
+    return ".mlp.experts." in name
+
+
 def _has_core_names(chunks: Iterable[Mapping[str, TensorRef]], prefix: str) -> bool:
     """Whether these are the parameters of a Megatron core model: a legacy one has ``language_model.`` before them."""
     names = [name.removeprefix(prefix) for weights in chunks for name in weights]
     return bool(names) and not any(name.startswith(("language_model.", "word_embeddings")) for name in names)
 
 
-def _named(weights: Mapping[str, TensorRef], prefix: str, path: Path, *, tied: bool) -> Iterator[tuple[str, TensorRef]]:
+def _named(
+    weights: Mapping[str, TensorRef], prefix: str, path: Path, *, tied: bool, experts: bool
+) -> Iterator[tuple[str, TensorRef]]:
     """The same under legacy names, without the prefix, the tied head under the name that buffers use.
 
     ``tied``: a Megatron core model calls its last stage's copy of the embedding ``output_layer``.
@@ -187,11 +244,15 @@ def _named(weights: Mapping[str, TensorRef], prefix: str, path: Path, *, tied: b
         if name in seen:
             raise FormatError(f"{name} is there twice", where=path, hint=_SAVED_AGAIN)
         seen.add(name)
-        if _EXPERTS.search(name):
+        if _EXPERTS.search(name) and (not experts or _UNKNOWN_EXPERTS.search(name)):
             raise FormatError(
-                f"{full} is of a mixture of experts, which ckpt2pt does not read",
+                f"{full} is of a mixture of experts, in a form that ckpt2pt does not read"
+                if experts
+                else f"{full} is of a mixture of experts, which ckpt2pt does not convert yet",
                 where=path,
-                hint="give a checkpoint of a dense model",
+                hint="save it with --moe-grouped-gemm off, or with Transformer Engine"
+                if experts
+                else "give a checkpoint of a dense model; ckpt2pt verify and ckpt2pt.open read this one",
             )
         if not name.startswith("language_model.") and name != TIED_HEAD:
             raise FormatError(f"{full} is no parameter of a GPT model of Megatron-LM", where=path, hint=_SAVED_AGAIN)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import cast
 
+from ckpt2pt.core.params import is_buffer
 from ckpt2pt.errors import FormatError, InputError, ref
 from ckpt2pt.folders import iteration_folder
 from ckpt2pt.mapping.names import is_tied_head
@@ -28,7 +30,7 @@ from ckpt2pt.planning.layout import (
     weight_decay_groups,
 )
 from ckpt2pt.planning.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
-from ckpt2pt.pt.megatron import MegatronRank, rank_folders, read_rank
+from ckpt2pt.pt.megatron import MegatronRank, is_expert, rank_folders, read_rank
 from ckpt2pt.pt.resume import TargetRun, Unmet, unmet
 from ckpt2pt.ptmeta.files import RankFiles
 from ckpt2pt.ptmeta.legacy import as_legacy, is_newer
@@ -348,15 +350,31 @@ def lay_out_again(
 def _buffers(
     rank: MegatronRank, pp: int, *, divisor: int, size: int | None, policy: Policy
 ) -> tuple[tuple[Buffer, ...], ...]:
-    return tuple(
-        lay_out(
-            _parameters(rank, chunk),
-            divisor=divisor,
-            bucket_numel=bucket_numel(overlap=_overlaps(rank), pp=pp, chunk=chunk, size=size),
-            policy=policy,
-        )
-        for chunk in range(len(rank.chunks))
+    """Those of each chunk; experts that have buffers of their own come last, with a data-parallel group of their own."""
+    found: list[tuple[Buffer, ...]] = []
+    for chunk in range(len(rank.chunks)):
+        numel = bucket_numel(overlap=_overlaps(rank), pp=pp, chunk=chunk, size=size)
+        parameters = _parameters(rank, chunk)
+        if rank.apart:
+            experts = [one for one in parameters if is_expert(one.name)]
+            dense = [one for one in parameters if not is_expert(one.name)] if not rank.lacks_dense else []
+            kinds = ((dense, divisor), (experts, _group_of_experts(rank, divisor)))
+        else:
+            kinds = ((parameters, divisor),)
+        laid = (lay_out(listed, divisor=group, bucket_numel=numel, policy=policy) for listed, group in kinds)
+        found.append(tuple(chain.from_iterable(laid)))
+    return tuple(found)
+
+
+def _group_of_experts(rank: MegatronRank, divisor: int) -> int:
+    """The ranks that hold the same experts (megatron/core/parallel_state.py, expert data parallel group)."""
+    args = rank.template.args
+    tensor, expert = (
+        size if type(size := args.get(name)) is int and size > 0 else 1
+        for name in ("tensor_model_parallel_size", "expert_model_parallel_size")
     )
+    own = args.get("expert_tensor_parallel_size")
+    return max(1, divisor * tensor // (expert * (own if type(own) is int and own > 0 else tensor)))
 
 
 def _group_of_buffers(rank: MegatronRank) -> int:
@@ -398,6 +416,7 @@ def _parameters(rank: MegatronRank, chunk: int) -> list[Parameter]:
             shared=tied and (is_tied_head(name) or name == _EMBEDDING),
         )
         for name, ref in rank.chunks[chunk]
+        if not is_buffer(name)
     ]
 
 

@@ -20,10 +20,9 @@ from ckpt2pt.folders import SUFFIXES, checkpoint_files, layout_of
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.foldernames import (
     TRACKER,
+    expert_ranks,
     is_iteration,
     iterations,
-    model_ranks,
-    parallel_sizes,
     ranks_of,
     tracked_name,
 )
@@ -32,6 +31,7 @@ from ckpt2pt.meta import ARGUMENTS, PARAM_MAP
 from ckpt2pt.planning.clock import CLOCK_ENTRIES, read_clock
 from ckpt2pt.planning.stage import spans
 from ckpt2pt.pt.archive import Archive
+from ckpt2pt.pt.megatron import all_sizes
 from ckpt2pt.publish import PARTIAL, STATE, read_record, read_tracker
 from ckpt2pt.records import Json
 from ckpt2pt.survey.loading import verdicts
@@ -188,7 +188,7 @@ def _archive(path: Path, *, details: bool) -> Json:
     tensors = [_Entry(name, leaf) for name, leaf in leaves.items() if isinstance(leaf, TensorLeaf)]
     tops = {name.split("/")[1] for name in leaves}
     holds = "a Megatron model" if any(re.fullmatch(r"model\d*", top) for top in tops) else "other data"
-    if "per_bucket_numel" in tops:
+    if "per_bucket_numel" in tops or any(name.endswith("/numel_unpadded") for name in leaves):
         holds = "a Megatron distributed optimizer"
     elif "args" in tops and holds == "other data":
         holds = "a template of pt_meta: a Megatron model file without its weights"
@@ -295,7 +295,7 @@ def _folder(path: Path, *, details: bool) -> Json:
     if any(name.endswith(".distcp") for name in names):
         kind = "distributed checkpoint (torch_dist), which ckpt2pt does not read"
         return {"kind": kind, "path": str(path), "files": _listing({name: path / name for name in names})}
-    if model_ranks(path / name for name in names):
+    if expert_ranks((path / name for name in names), pipelined=True):
         found = _iteration(path, read_tracker(path.parent))
         return {"kind": "Megatron iteration", "path": str(path), **found, **verdicts(path)}
     if ranks_of(names):
@@ -406,7 +406,7 @@ def _megatron(path: Path, names: Sequence[str]) -> Json:
 
 def _iteration(folder: Path, named: str) -> Json:
     """One iteration: its ranks and files, and how far a conversion has come."""
-    tensor, pipeline = parallel_sizes(model_ranks(listing(folder)))
+    tensor, pipeline, experts = all_sizes(folder)
     shards = listing(folder, "*.distcp")
     if shards:
         size = sum(path.stat().st_size for path in shards)
@@ -424,6 +424,7 @@ def _iteration(folder: Path, named: str) -> Json:
     return {
         "tp": tensor,
         "pp": pipeline,
+        **({"ep": experts} if experts > 1 else {}),
         "files": len(files),
         "bytes": sum(path.stat().st_size for path in files.values()),
         "optimizer": any(name.endswith("distrib_optim.pt") for name in files),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ckpt2pt.errors import Ckpt2ptError, FormatError, aside
-from ckpt2pt.mapping.foldernames import model_rank_name, model_rank_of
+from ckpt2pt.mapping.foldernames import expert_ranks, model_rank_name, model_rank_of
 from ckpt2pt.mapping.topology import Rank
 from ckpt2pt.meta import RankMeta
 from ckpt2pt.planning.moves import OPTIM_FILE
@@ -17,7 +17,7 @@ from ckpt2pt.pt.resume import Unmet, first_of, hint, summary
 from ckpt2pt.request import Request
 from ckpt2pt.survey.chosen import Survey, kind_of
 from ckpt2pt.survey.metadata import assumptions, meta_of, template_of
-from ckpt2pt.system.paths import is_file
+from ckpt2pt.system.paths import is_file, listing
 
 
 def check_loadable(request: Request, rank: Rank, meta: RankMeta | None = None) -> None:
@@ -78,14 +78,16 @@ def verdicts(iteration: Path) -> dict[str, str]:
     broken: dict[bool, dict[Rank, tuple[Unmet, ...]]] = {True: {}, False: {}}
     facts: dict[str, str] = {}
     try:
+        every = expert_ranks(listing(iteration), pipelined=True)
+        if every:
+            first = read_rank(every[min(every)], experts=True)
+            facts = {"writtenBy": f"Megatron-LM {written_by(first)}", "optimizer": optimizer_form(first)}
+            if first.core_names or first.coalesced:
+                why = "names of its parameters" if first.core_names else "form of its optimizer"
+                return facts | {"resumable": f"not by Megatron-LM 0.6, which does not know the {why}"}
         ranks = rank_folders(iteration)
         for rank, folder in ranks.items():
-            found = read_rank(folder, optimizer=not facts)
-            if not facts:
-                facts = {"writtenBy": f"Megatron-LM {written_by(found)}", "optimizer": optimizer_form(found)}
-            if found.core_names or found.coalesced:
-                why = "names of its parameters" if found.core_names else "form of its optimizer"
-                return facts | {"resumable": f"not by Megatron-LM 0.6, which does not know the {why}"}
+            found = read_rank(folder, optimizer=False)
             for full, so_far in broken.items():
                 rules = unmet_of_rank(found, ranks, full=full, checkpoint=True)
                 so_far[rank] = (*_misplaced(found, pipelined=max(ranks)[1] > 0, full=full), *rules)

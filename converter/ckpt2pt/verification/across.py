@@ -21,9 +21,9 @@ from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.degrees import weights_of
 from ckpt2pt.formats.registry import detect, read
-from ckpt2pt.mapping.foldernames import is_rank, iterations
+from ckpt2pt.mapping.foldernames import expert_ranks, is_rank, iterations
 from ckpt2pt.mapping.names import NameTable, Rules
-from ckpt2pt.pt.megatron import rank_folders, read_rank
+from ckpt2pt.pt.megatron import read_rank
 from ckpt2pt.request import SILENCE, Portion, Reporter
 from ckpt2pt.system.paths import is_folder, listing
 from ckpt2pt.verification.compare import ALL_FILES, Comparing, Comparison, compare
@@ -229,8 +229,10 @@ def differ_in_layout(left: Path, right: Path, *, asked: bool) -> bool:
     if asked or formats[0] != formats[1]:
         return True
     if formats[0] == "megatron":
-        ranks = [rank_folders(iteration_folder(path)) for path in (left, right)]
-        return ranks[0].keys() != ranks[1].keys() or _differ_in_form(*(folders[0, 0] for folders in ranks))
+        folders = [expert_ranks(listing(iteration_folder(path)), pipelined=True) for path in (left, right)]
+        return folders[0].keys() != folders[1].keys() or _differ_in_form(
+            *(found[min(found)] for found in folders if found)
+        )
     names = [
         {
             folder.name
@@ -250,14 +252,13 @@ def _format(path: Path) -> str | None:
         return None
 
 
-def _differ_in_form(left: Path, right: Path) -> bool:
-    """Whether two ranks of Megatron-LM are of releases with other names, or another form of the optimizer's file."""
+def _differ_in_form(*folders: Path) -> bool:
+    """Whether ranks of Megatron-LM are of releases with other names, or another form of the optimizer's file."""
     try:
-        one, other = (read_rank(folder) for folder in (left, right))
+        ranks = [read_rank(folder, experts=True) for folder in folders]
     except InputError:  # what cannot be read is compared leaf by leaf
         return False
-    forms = [(rank.core_names, rank.coalesced) for rank in (one, other)]
-    return forms[0] != forms[1] and (one.buffers is None) == (other.buffers is None)
+    return len({(rank.core_names, rank.coalesced) for rank in ranks}) > 1
 
 
 def _differ_in_shapes(left: Path, right: Path) -> bool:
