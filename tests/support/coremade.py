@@ -19,9 +19,9 @@ Tensors = dict[tuple[str, str], torch.Tensor]
 
 def global_tensors(*, shared: bool = True, seed: int = 3) -> Tensors:
     """(role, canonical name) -> values; weights are rounded main parameters."""
-    shapes = {"embedding.word_embeddings.weight": (128, HIDDEN)}
+    shapes: dict[str, tuple[int, ...]] = {"embedding.word_embeddings.weight": (128, HIDDEN)}
     for layer in range(LAYERS):
-        inner = {
+        inner: dict[str, tuple[int, ...]] = {
             "input_layernorm.weight": (HIDDEN,),
             "self_attention.linear_proj.weight": (HIDDEN, HIDDEN),
             "self_attention.linear_qkv.weight": (3 * HIDDEN, HIDDEN),

@@ -355,12 +355,11 @@ def _buffers(
     for chunk in range(len(rank.chunks)):
         numel = bucket_numel(overlap=_overlaps(rank), pp=pp, chunk=chunk, size=size)
         parameters = _parameters(rank, chunk)
+        kinds = [(parameters, divisor)]
         if rank.apart:
             experts = [one for one in parameters if is_expert(one.name)]
             dense = [one for one in parameters if not is_expert(one.name)] if not rank.lacks_dense else []
-            kinds = ((dense, divisor), (experts, _group_of_experts(rank, divisor)))
-        else:
-            kinds = ((parameters, divisor),)
+            kinds = [(dense, divisor), (experts, _group_of_experts(rank, divisor))]
         laid = (lay_out(listed, divisor=group, bucket_numel=numel, policy=policy) for listed, group in kinds)
         found.append(tuple(chain.from_iterable(laid)))
     return tuple(found)

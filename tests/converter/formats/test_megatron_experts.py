@@ -28,10 +28,10 @@ def holds(path: Path, tensors: Tensors) -> None:
     with ckpt2pt.open(path) as checkpoint:
         for role in ROLES:
             assert set(checkpoint.keys(role)) == {name for one, name in tensors if one == role}
-        for (role, name), values in tensors.items():
-            found = checkpoint.get(name, role)  # type: ignore[arg-type]
+        for (kind, name), values in tensors.items():
+            found = checkpoint.get(name, kind)  # type: ignore[arg-type]
             assert found.shape == tuple(values.shape)
-            assert found.tobytes() == values.float().numpy().tobytes(), (role, name)
+            assert found.tobytes() == values.float().numpy().tobytes(), (kind, name)
 
 
 if SETS := core_sets(experts=True):
