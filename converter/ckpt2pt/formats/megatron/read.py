@@ -1,0 +1,263 @@
+"""A checkpoint of Megatron-LM 0.6 to 0.19 in the ``torch`` format, read as global tensors.
+
+mp_rank_01_003/model_optim_rng.pt   weights: param
+               distrib_optim.pt     buckets: main_param, exp_avg, exp_avg_sq, by the layout of the buffers
+                                    both  --names, layers--> (role, canonical name) --core.index--> tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, product
+from pathlib import Path
+from typing import Protocol
+
+from ckpt2pt.core.buckets import Buffer
+from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.core.foldernames import expert_ranks, parallel_sizes
+from ckpt2pt.core.index import Collector, Local
+from ckpt2pt.core.moves import OPTIM_FILE
+from ckpt2pt.core.names import Rules, is_tied_head, local_layer
+from ckpt2pt.core.params import EMBEDDING, canonical_name, expert_of, with_expert
+from ckpt2pt.core.tensor import Role
+from ckpt2pt.core.topology import Rank, Topology
+from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
+from ckpt2pt.formats.checkpoint import Checkpoint, agreed
+from ckpt2pt.formats.folders import iteration_folder, of_iteration
+from ckpt2pt.formats.megatron.distributed import StoredBucket
+from ckpt2pt.formats.megatron.headers import MegatronRank, is_expert_parallel, rank_folders, read_rank
+from ckpt2pt.io.paths import listing
+
+ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""What the kinds of tensors in ``distrib_optim.pt`` are."""
+
+Ranks = Mapping[Rank, MegatronRank]
+"""(tp, pp) -> what its files hold."""
+
+
+def open_megatron(
+    path: Path, *, tensor: int | None, pipeline: int | None, iteration: int | None, rules: Rules
+) -> Checkpoint:
+    """Read the headers of every rank of one iteration: that of the tracker unless ``iteration`` names another.
+
+    The layout of the optimizer's buffers is proved by a few elements of each parameter, which are read as well.
+    """
+    from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - much, and a proof needs none of it
+
+    folder = source_folder(path, iteration)
+    ranks = _read_ranks(folder, rules.pickle_globals)
+    dense = {(tp, pp): rank for (tp, pp, ep), rank in ranks.items() if not ep}
+    there = parallel_sizes(dense)
+    agreed((tensor, pipeline), there, folder)
+    check_ranks(dense, there)
+    layout = layout_of_ranks(dense, *there)
+    collector = Collector(there[0], str(folder))
+    for (tp, pp, ep), rank in sorted(ranks.items(), key=lambda item: item[0][2]):
+        buffers = lay_out_rank(rank, pp, at_most=SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
+        collect_rank(_Experts(collector, ep, _first_expert(rank, ep)), (tp, pp), rank, layout, buffers)
+    return Checkpoint(
+        path=folder,
+        format="megatron",
+        iteration=iteration_of(ranks.values(), folder),
+        tensor=there[0],
+        pipeline=there[1],
+        index=collector.index(),
+    )
+
+
+def _read_ranks(folder: Path, allow: tuple[str, ...]) -> dict[tuple[int, int, int], MegatronRank]:
+    """(tp, pp, ep) -> what its files hold.
+
+    Whether a second number in a folder's name is that of a stage or of experts, only the arguments tell.
+    """
+    folders = expert_ranks(listing(folder), pipelined=True)
+    if not any(ep for *_, ep in folders):
+        folders = {(*rank, 0): path for rank, path in rank_folders(folder).items()}
+    ranks = {rank: read_headers(path, allow, experts=True) for rank, path in folders.items()}
+    first = ranks.get((0, 0, 0))
+    if first and is_expert_parallel(first) and not any(ep for *_, ep in ranks):
+        ranks = {(tp, 0, number): rank for (tp, number, _), rank in ranks.items()}
+    sizes = [1 + max(numbers) for numbers in zip(*ranks, strict=True)]
+    missing = [numbers for numbers in product(*map(range, sizes)) if numbers not in ranks]
+    args = first.template.args if first else {}
+    experts = args.get("expert_model_parallel_size")
+    if missing or (isinstance(experts, int) and experts > sizes[2]):
+        tp, pp, ep = missing[0] if missing else (0, 0, sizes[2])
+        raise MissingInputError(
+            f"the rank tp {tp} pp {pp} ep {ep} is missing", where=folder, hint="copy the whole iteration"
+        )
+    own = args.get("expert_tensor_parallel_size")
+    if isinstance(own, int) and own != sizes[0] and any(rank.apart for rank in ranks.values()):
+        raise FormatError(
+            f"experts are cut over {own} tensor-parallel ranks, and the dense parameters over {sizes[0]}",
+            where=folder,
+            hint="give a checkpoint of which both have one tensor parallel size",
+        )
+    return ranks
+
+
+def _first_expert(rank: MegatronRank, ep: int) -> int:
+    """The global number of the rank's first expert: all ranks hold as many (moe_layer.py, ``local_expert_indices``)."""
+    if not ep:
+        return 0
+    numbers = (number for chunk in rank.chunks for name, _ in chunk if (number := expert_of(name)) is not None)
+    return ep * (1 + max(numbers, default=-1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """Collects what the rank ``ep`` of experts holds, whose first one is ``first``; dense parameters all such ranks hold."""
+
+    collector: Collector
+    ep: int
+    first: int
+
+    def add(self, role: Role, name: str, tp: int, local: Local) -> None:
+        replica = self.ep > 0 and expert_of(name) is None
+        self.collector.add(role, with_expert(name, self.first), tp, local, replica=replica)
+
+
+def source_folder(path: Path, iteration: int | None) -> Path:
+    """The folder of an iteration, by default of the one that the tracker names."""
+    return iteration_folder(path) if iteration is None else of_iteration(path, iteration)
+
+
+def read_headers(folder: Path, allow: tuple[str, ...], *, experts: bool = False) -> MegatronRank:
+    """One rank with its optimizer, distributed or not."""
+    rank = read_rank(folder, experts=experts, allow=allow)
+    if rank.buffers is None and rank.has_plain_optimizer:
+        return read_rank(folder, copies=True, experts=experts, allow=allow)
+    return rank
+
+
+def check_ranks(ranks: Ranks, there: tuple[int, int]) -> None:
+    """Refuse folders that are not all of one checkpoint, or whose optimizer is not there."""
+    first = ranks[0, 0]
+    keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    for key, count in zip(keys, there, strict=True):
+        stated = first.template.args.get(key)
+        if type(stated) is int and stated != count:
+            kind = MissingInputError if stated > count else TopologyError
+            raise kind(
+                f"the arguments say {key} {stated}, and there are folders for {count}",
+                where=first.folder.parent,
+                hint="copy the whole iteration, and nothing else",
+            )
+    for rank in ranks.values():
+        if len(rank.chunks) != len(first.chunks):
+            raise TopologyError(
+                f"the rank holds {len(rank.chunks)} model chunks, and {first.folder.name} holds {len(first.chunks)}",
+                where=rank.folder,
+                hint="copy one whole iteration",
+            )
+        if rank.buffers is None and any(other.buffers is not None for other in ranks.values()):
+            raise MissingInputError(
+                f"{OPTIM_FILE} is not there, and other ranks have one",
+                where=rank.folder,
+                hint="copy the whole iteration",
+            )
+
+
+def iteration_of(ranks: Collection[MegatronRank], folder: Path) -> int:
+    """The one iteration that all ranks state."""
+    stated = [step for rank in ranks if type(step := rank.template.tree.get("iteration")) is int]
+    steps = sorted(set(stated))
+    if len(steps) != 1 or len(stated) != len(ranks):
+        raise FormatError(
+            f"{len(stated)} of {len(ranks)} ranks state an iteration"
+            + (f": {', '.join(map(str, steps))}" if steps else ""),
+            where=folder,
+            hint="copy one whole iteration",
+        )
+    return steps[0]
+
+
+def layout_of_ranks(ranks: Ranks, tensor: int, pipeline: int, listed: tuple[int, ...] | None = None) -> Topology:
+    """Which layers a chunk has; ``listed`` are their numbers where somebody knows them.
+
+    Local numbers tell the least that each chunk can have.  Where these add up to all layers, the stages may be uneven; else
+    there are no-op layers, and the stages are even.
+    """
+    first = ranks[0, 0]
+    layers, virtual = first.template.args.get("num_layers"), len(first.chunks)
+    if type(layers) is not int or layers < 1:
+        raise FormatError(
+            f"the arguments say num_layers {layers!r}", where=first.folder, hint="give another checkpoint"
+        )
+    least = tuple(_slots(ranks[0, pp].chunks[vpp]) for vpp in range(virtual) for pp in range(pipeline))
+    if listed or sum(least) == layers:
+        return Topology(
+            num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=virtual, layers_per_stage=listed or least
+        )
+    if layers % len(least) or max(least) > layers // len(least):
+        raise TopologyError(
+            f"of {layers} layers by the arguments, the {len(least)} model chunks hold {', '.join(map(str, least))}",
+            where=first.folder.parent,
+            hint="uneven stages with no-op layers cannot be told apart: import it with the layout given (ckpt2pt import --stage-list)",
+        )
+    return Topology(num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=virtual)
+
+
+def _slots(chunk: Sequence[tuple[str, TensorRef]]) -> int:
+    """Layers of a chunk up to its last that has parameters."""
+    return 1 + max((layer for name, _ in chunk if (layer := local_layer(name)) is not None), default=-1)
+
+
+class Takes(Protocol):
+    """What collects the tensors of ranks, as :class:`Collector`."""
+
+    def add(self, role: Role, name: str, tp: int, local: Local, /) -> None:
+        """Take what rank ``tp`` holds of a parameter."""
+        ...
+
+
+def collect_rank(
+    collector: Takes, where: Rank, rank: MegatronRank, layout: Topology, buffers: Sequence[Sequence[Buffer]]
+) -> None:
+    """Add what a rank holds; ``buffers`` are those of each of its chunks, none for its weights alone."""
+    stored = iter(rank.buffers or ())
+    tp, pp = where
+    for vpp, chunk in enumerate(rank.chunks):
+        named = _Names(layout.slots(pp, vpp), rank.folder)
+        for name, ref in chunk:
+            collector.add("param", named(name), tp, Local(ref.dtype, ref.shape, 0, ref.extents))
+        for name, kind, local in chain(_copies(rank, vpp), _slices(buffers[vpp] if buffers else (), stored)):
+            collector.add(ROLES[kind], named(name), tp, local)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Names of one chunk, with global numbers of layers."""
+
+    slots: range
+    folder: Path
+
+    def __call__(self, name: str) -> str:
+        if is_tied_head(name):
+            return EMBEDDING
+        layer = local_layer(name)
+        if layer is not None and layer >= len(self.slots):
+            raise TopologyError(
+                f"{name} is there, and the chunk has {len(self.slots)} layers on the first tensor-parallel rank",
+                where=self.folder,
+                hint="copy one whole iteration",
+            )
+        return canonical_name(name, self.slots)
+
+
+def _copies(rank: MegatronRank, vpp: int) -> Iterator[tuple[str, str, Local]]:
+    """The optimizer of a run without the distributed one: a tensor for each parameter."""
+    for name, tensors in rank.copies[vpp].items() if rank.copies is not None else ():
+        for kind, ref in tensors.items():
+            yield name, kind, Local(ref.dtype, ref.shape, 0, ref.extents)
+
+
+def _slices(buffers: Sequence[Buffer], stored: Iterator[tuple[StoredBucket, ...]]) -> Iterator[tuple[str, str, Local]]:
+    """Each parameter's part of its bucket; a bucket's tensor begins at the bucket's start."""
+    for buffer in buffers:
+        for bucket, held in zip(buffer.buckets, next(stored), strict=True):
+            for placement in bucket.placements:
+                for kind, ref in held.tensors.items():
+                    first = placement.start - bucket.start
+                    yield placement.name, kind, Local(ref.dtype, placement.shape, first, ref.extents)
