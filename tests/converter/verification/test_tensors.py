@@ -245,9 +245,7 @@ KEYS = [
     pytest.param(
         lambda tree: _drop(tree, "layers.0.input_norm.weight"), [(NORM_LEAF, "is missing")], id="weight-missing"
     ),
-    pytest.param(
-        _extra, [(f"{ENCODER}/layers.9.input_norm.weight", "is unexpected")], id="weight-too-many"
-    ),
+    pytest.param(_extra, [(f"{ENCODER}/layers.9.input_norm.weight", "is unexpected")], id="weight-too-many"),
     pytest.param(
         lambda tree: _drop(tree, "layers.1.mlp.dense_h_to_4h._extra_state"),
         [(f"{ENCODER}/layers.1.mlp.dense_h_to_4h._extra_state", "is missing")],
