@@ -12,8 +12,8 @@ from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.io.flags import check_numbers, joined, target_sizes
 
 if TYPE_CHECKING:
+    from ckpt2pt.discover.request import Request
     from ckpt2pt.kube.conversion.schema import Parallelism, Source, SourceFormat, Spec, Target, TargetFormat
-    from ckpt2pt.run.directions import AnyRequest
 
 _FORMATS: Mapping[str, SourceFormat] = {
     "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",
@@ -162,11 +162,9 @@ def _target(options: argparse.Namespace, path: str) -> Target:
     )
 
 
-def stages_of(options: argparse.Namespace, request: AnyRequest) -> tuple[int, ...]:
+def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
     """The pipeline stages to work on: ``--stage``, else this pod's completion index, else all."""
-    from ckpt2pt.run.directions import pipeline_of  # noqa: PLC0415
-
-    count = pipeline_of(request)
+    count = request.topology.pipeline
     stages: list[int] | None = options.stage
     index = os.environ.get("JOB_COMPLETION_INDEX", "")
     origin = "--stage"

@@ -15,9 +15,8 @@ from ckpt2pt.core.names import Rules
 from ckpt2pt.kube.conversion.spelling import in_python, of_function, spelled_document
 
 if TYPE_CHECKING:
-    from ckpt2pt.discover.request import Verify
+    from ckpt2pt.discover.request import Request, Verify
     from ckpt2pt.run.conversion import Outcome
-    from ckpt2pt.run.directions import AnyRequest
     from ckpt2pt.show.preview import Plan
     from ckpt2pt.verification.compare import Comparison
 
@@ -57,7 +56,7 @@ class Asked(TypedDict, total=False):
 
     ``source`` is a MindSpore training output, with ``metadata``, the ``pt_meta`` folder; or a Megatron checkpoint, which
     says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors`` or
-    ``megatron``, ``target_format`` ``megatron06`` or ``mindspore`` (from Megatron).  Sizes that are not given are those
+    ``megatron``, ``target_format`` ``megatron06`` or ``mindspore``.  Sizes that are not given are those
     that metadata or checkpoint state; those of the result (``target_tp`` and its like) are those of the source.
     ``verify`` is ``none``, ``digest`` or ``full``.
     """
@@ -93,10 +92,10 @@ def convert(**asked: Unpack[Asked]) -> Outcome:
     which it raises :class:`~ckpt2pt.errors.InterruptedRunError`.
     """
     from ckpt2pt.core.progress import SILENCE  # noqa: PLC0415
-    from ckpt2pt.run.directions import pipeline_of, run  # noqa: PLC0415
+    from ckpt2pt.run.conversion import run  # noqa: PLC0415
 
     request = _request(asked)
-    return run(request, range(pipeline_of(request)), SILENCE)
+    return run(request, range(request.topology.pipeline), SILENCE)
 
 
 @in_python("convert")
@@ -105,14 +104,13 @@ def plan(**asked: Unpack[Asked]) -> Plan:
 
     ``document`` is that of ``ckpt2pt plan --output json``; ``check()`` raises what would keep it from being written.
     """
-    from ckpt2pt.run.directions import pipeline_of  # noqa: PLC0415
     from ckpt2pt.show.preview import planned  # noqa: PLC0415
 
     request = _request(asked)
-    return planned(request, range(pipeline_of(request)))
+    return planned(request, range(request.topology.pipeline))
 
 
-def _request(asked: Asked) -> AnyRequest:
+def _request(asked: Asked) -> Request:
     from ckpt2pt.kube.asked import source_format_of, target_format_of  # noqa: PLC0415
     from ckpt2pt.kube.conversion import schema  # noqa: PLC0415
     from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415

@@ -12,7 +12,7 @@ from ckpt2pt.discover import discover
 from ckpt2pt.discover.metadata import inputs_of_metadata, meta_of
 from ckpt2pt.errors import PermissionDeniedError
 from ckpt2pt.kube.conversion.schema import Place, Source, Spec, Target
-from ckpt2pt.kube.resolve import resolve_convert as resolve
+from ckpt2pt.kube.resolve import resolve
 from goldens import golden_sets
 from handmade import Handmade
 from other_user import become_another_user

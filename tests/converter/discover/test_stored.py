@@ -22,7 +22,7 @@ from ckpt2pt.formats.ptmeta.relayout import NewLayout
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.pickles import namespace_attrs
 from ckpt2pt.kube.conversion.schema import Source, Spec, Target
-from ckpt2pt.kube.resolve import resolve_convert as resolve
+from ckpt2pt.kube.resolve import resolve
 from ckpt2pt.run.conversion import run
 from conversions import topology_of
 from documents import minimal
