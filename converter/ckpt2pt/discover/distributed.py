@@ -17,7 +17,7 @@ from typing import cast
 from ckpt2pt.core.buckets import Buffer
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.names import NameTable, Rules
-from ckpt2pt.core.params import EMBEDDING, HEAD, kind_of, layer_of
+from ckpt2pt.core.params import EMBEDDING, HEAD, in_legacy_models, kind_of, layer_of
 from ckpt2pt.core.reshard import Wanted, held_by, reshard
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.tensor import Key, Tensor
@@ -98,7 +98,7 @@ def _open(folder: Path, full: bool, allow: tuple[str, ...], _: tuple[int, ...]) 
                 where=folder,
                 hint=f"convert weights alone{aside('mode')}",
             )
-    other = next((key.name for key in index if kind_of(key.name) is None), None)
+    other = next((key.name for key in index if kind_of(key.name) is None or not in_legacy_models(key.name)), None)
     if other:
         raise FormatError(
             f"a legacy GPT model of Megatron-LM 0.6 has no {other}",
