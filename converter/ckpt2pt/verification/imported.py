@@ -20,7 +20,7 @@ from ckpt2pt.core.index import Collector, Index
 from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.params import HEAD, legacy_name
 from ckpt2pt.core.progress import Advance
-from ckpt2pt.core.stated import STYLES, Stated
+from ckpt2pt.core.stated import STYLES, Stated, is_stated
 from ckpt2pt.core.tensor import Key, Role
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.discover import Discovered
@@ -228,7 +228,8 @@ def _scalars(template: Template, iteration: int, groups: Sequence[Mapping[str, o
         for key, value in group.items():
             if isinstance(value, int | float):
                 spelled = f"{'learning_rate' if key == 'lr' else key}_group_{number}"
-                found["state_step" if key == "step" else spelled] = value
+                if key == "step" or is_stated(spelled):  # MindSpeed-Core-MS has no place for what newer releases add
+                    found["state_step" if key == "step" else spelled] = value
     for key, value in template.scheduler.items():
         numeral: object = STYLES[key].index(str(value)) if key in STYLES and value is not None else value
         if isinstance(numeral, int | float):

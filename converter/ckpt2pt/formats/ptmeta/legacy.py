@@ -21,11 +21,6 @@ _ENTRIES = frozenset(
     {"args", "checkpoint_version", "iteration", "optimizer", "opt_param_scheduler", "rng_state",
      "num_floating_point_operations_so_far"}
 )  # fmt: skip
-_HYPERPARAMETERS = frozenset(
-    {"wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr", "max_lr", "min_lr", "lr", "bias_correction", "betas", "eps",
-     "weight_decay", "step"}
-)  # fmt: skip
-"""What 0.6 has in a parameter group; 0.19 adds what it finds a group by."""
 _CLASSES = frozenset({("megatron.core.enums", "ModelType")})
 """What 0.6 itself puts into its arguments (Megatron-LM cac60ce4, megatron/training.py), beside types of torch."""
 _LEAVES = {"weight": 0, "bias": 1}
@@ -72,9 +67,7 @@ def legacy_template(template: Template, decays: tuple[bool, ...]) -> Template:
         tree["args"] = namespace({name: value for name, value in template.args.items() if _is_plain(value)})
     groups = {group.get("wd_mult", 1.0) != 0: group for group in template.groups}
     if len(groups) == len(template.groups) and set(decays) <= set(groups):
-        listed: list[Value] = [
-            {key: value for key, value in groups[kind].items() if key in _HYPERPARAMETERS} for kind in decays
-        ]
+        listed: list[Value] = [dict(groups[kind].items()) for kind in decays]
         outer = tree["optimizer"]
         others = {key: value for key, value in outer.items() if key != "optimizer"} if isinstance(outer, dict) else {}
         tree["optimizer"] = {"optimizer": {"param_groups": listed}, **others}

@@ -9,7 +9,7 @@ from ckpt2pt.formats.torchfile.pickles import Call, Global, Value, namespace
 
 def test_only_what_06_knows_is_kept() -> None:
     enumeration = Call(Global("megatron.core.transformer.enums", "AttnBackend"), (1,))
-    group: dict[Value, Value] = {"wd_mult": 0.0, "lr": 0.1, "default_config": True}
+    group: dict[Value, Value] = {"wd_mult": 0.0, "lr": 0.1}
     tree: dict[str, Value] = {
         "args": namespace({"seed": 7, "attention_backend": enumeration, "params_dtype": Global("torch", "bfloat16")}),
         "iteration": 3,
