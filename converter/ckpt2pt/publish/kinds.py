@@ -24,6 +24,8 @@ class Kind:
     tracker: bool
     option: str
     replace: str
+    merged: tuple[str, ...] = ()
+    """Files that join those of all ranks, in the order in which they appear."""
 
 
 MEGATRON = Kind(
@@ -34,6 +36,17 @@ MEGATRON = Kind(
     tracker=True,
     option=ref("target.path"),
     replace=ref("target.overwrite"),
+)
+_MERGED_FILES = ("common.pt", "metadata.json", ".metadata")
+TORCH_DIST = Kind(
+    reader="Megatron",
+    folder="iter_{:07d}",
+    results=("*.distcp", *_MERGED_FILES),
+    alone=True,
+    tracker=True,
+    option=ref("target.path"),
+    replace=ref("target.overwrite"),
+    merged=_MERGED_FILES,
 )
 MINDSPORE = Kind(
     reader="MindSpore",
@@ -50,7 +63,8 @@ MINDSPORE = Kind(
 
 CLAIM = "claim.json"
 REPORT = "report.json"
-_RECORDS = (CLAIM, REPORT, "rank-*.json", "stage-*.json", "writing-*.json", "*.lock")
+MERGED, WRITING_MERGED = "merged.json", "writing-merged.json"
+_RECORDS = (CLAIM, REPORT, MERGED, "rank-*.json", "stage-*.json", "writing-*.json", "*.lock")
 
 
 def rank_name(tp: int, pp: int) -> str:
