@@ -237,11 +237,17 @@ def _examine(request: Request, chosen: Discovered, target: Target, pp: int) -> t
 
 def run(request: AnyRequest, stages: Sequence[int], reporter: Reporter) -> Outcome:
     """Convert the given pipeline stages of the result; what an earlier run finished is kept."""
-    began = time.monotonic()
     if isinstance(request, DistRequest):
         from ckpt2pt.run.torch_dist.convert import conversion_of  # noqa: PLC0415 - each kind loads what it needs
 
+        began = time.monotonic()
         return carry_out(conversion_of(request, stages), stages, reporter, began)
+    return run_discovered(request, stages, reporter)[0]
+
+
+def run_discovered(request: Request, stages: Sequence[int], reporter: Reporter) -> tuple[Outcome, Discovered]:
+    """The same, and what was found of the source."""
+    began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
     chosen = discover(request, keep=ranks)
     log.debug("iteration %d of %s, cut as %s", chosen.training_step.iteration, request.source, request.source_layout)
@@ -254,7 +260,7 @@ def run(request: AnyRequest, stages: Sequence[int], reporter: Reporter) -> Outco
     for tp, pp in outcome.converted:
         done = outcome.target.rank_manifest(tp, pp) or {}
         log.debug("tp %d pp %d: wrote %s %s", tp, pp, done.get("files"), done.get("evidence", ""))
-    return outcome
+    return outcome, chosen
 
 
 def _conversion(request: Request, chosen: Discovered, stages: Sequence[int], ranks: Sequence[Rank]) -> Conversion:
@@ -274,17 +280,18 @@ def _conversion(request: Request, chosen: Discovered, stages: Sequence[int], ran
     )
     if request.files:
         return replace(found, warnings=warning(unmet_by(request, stages), full=request.full))
-    if is_folder(target.folder, target.kind.option):
-        for rank in ranks:  # one that an earlier run finished is not planned, which would check it
-            with of_rank(rank):
-                check_loadable(request, rank)
-    return replace(
+    found = replace(
         found,
         facts={"assumed": assumptions(request)},
         warnings=(*contradictions_of(request, chosen, ranks[0]), *made_up(request)) if ranks else (),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
     )
+    if is_folder(target.folder, target.kind.option):
+        for rank in ranks:  # one that an earlier run finished is not planned, which would check it
+            with of_rank(rank):
+                check_loadable(request, rank)
+    return found
 
 
 def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter, began: float) -> Outcome:
