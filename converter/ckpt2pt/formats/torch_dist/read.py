@@ -47,6 +47,7 @@ def open_torch_dist(
     agreed((tensor, pipeline), sizes, folder)
     index = read_index(metadata, common)
     check_rounding(index, str(folder))
+    samples = common.args.get("consumed_train_samples")
     return Checkpoint(
         path=folder,
         format="torch_dist",
@@ -55,6 +56,8 @@ def open_torch_dist(
         pipeline=sizes[1],
         index=index,
         warnings=tuple(_warnings(metadata)),
+        template=common,
+        samples=samples if type(samples) is int else None,
     )
 
 
