@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.request import Reporter, Request
+from ckpt2pt.targets.request import McoreRequest
 
 if TYPE_CHECKING:
     from ckpt2pt.run import Outcome
@@ -16,13 +17,17 @@ if TYPE_CHECKING:
 
 Level = Literal["digest", "full"]
 Reader = Literal["own", "torch"]
-AnyRequest = Request | BackRequest
+AnyRequest = Request | BackRequest | McoreRequest
 
 
 def pipeline_of(request: AnyRequest) -> int:
     """How many pipeline stages the result has."""
     if isinstance(request, Request):
         return request.topology.pipeline
+    if isinstance(request, McoreRequest):
+        from ckpt2pt.targets.mcore import pipeline_of_mcore  # noqa: PLC0415
+
+        return pipeline_of_mcore(request)
     from ckpt2pt.back import survey  # noqa: PLC0415 - each direction loads what it needs
 
     return survey.pipeline_of(request)
@@ -34,6 +39,10 @@ def run(request: AnyRequest, stages: Sequence[int], reporter: Reporter) -> Outco
         from ckpt2pt.run import run as convert  # noqa: PLC0415
 
         return convert(request, stages, reporter)
+    if isinstance(request, McoreRequest):
+        from ckpt2pt.targets.mcore import run_mcore  # noqa: PLC0415
+
+        return run_mcore(request, reporter, stages)
     from ckpt2pt.back.run import run_back  # noqa: PLC0415
 
     return run_back(request, reporter, stages)
@@ -47,6 +56,10 @@ def verify(
         from ckpt2pt.verification.prove import verify_target  # noqa: PLC0415
 
         return verify_target(request, stages, level=level, reader=reader, reporter=reporter)
+    if isinstance(request, McoreRequest):
+        from ckpt2pt.targets.verify import verify_mcore  # noqa: PLC0415
+
+        return verify_mcore(request, stages, level=level, reader=reader, reporter=reporter)
     from ckpt2pt.back.verify import verify_import  # noqa: PLC0415
 
     if reader != "own":

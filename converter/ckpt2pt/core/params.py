@@ -35,22 +35,30 @@ NORM = Kind({"weight": None, "bias": None}, norm=True)
 
 
 class Module(NamedTuple):
-    """One row: its name in Megatron core, in Megatron 0.6 and in MindSpeed-Core-MS."""
+    """One row: its name in Megatron core, in Megatron 0.6 and in MindSpeed-Core-MS; empty where that one has no such module.
+
+    ``fused`` is what stands before ``weight`` and ``bias`` with the layer spec of Transformer Engine, where that differs.
+    """
 
     name: str
     legacy: str
     mindspore: str
     kind: Kind
+    fused: str = ""
 
 
 LAYER_MODULES = (
-    #      Megatron core                 Megatron 0.6                        MindSpeed-Core-MS
-    Module("input_layernorm",            "input_norm",                       "input_norm",            NORM),
-    Module("self_attention.linear_qkv",  "self_attention.query_key_value",   "attention.qkv_proj",    COLUMN),
-    Module("self_attention.linear_proj", "self_attention.dense",             "attention.out_proj",    ROW),
-    Module("pre_mlp_layernorm",          "post_attention_norm",              "post_attention_norm",   NORM),
-    Module("mlp.linear_fc1",             "mlp.dense_h_to_4h",                "mlp.mapping",           GATED),
-    Module("mlp.linear_fc2",             "mlp.dense_4h_to_h",                "mlp.projection",        ROW),
+    #      Megatron core                  Megatron 0.6                        MindSpeed-Core-MS
+    Module("input_layernorm",             "input_norm",                       "input_norm",            NORM,
+           "self_attention.linear_qkv.layer_norm_"),
+    Module("self_attention.linear_qkv",   "self_attention.query_key_value",   "attention.qkv_proj",    COLUMN),
+    Module("self_attention.q_layernorm",  "",                                 "",                      NORM),
+    Module("self_attention.k_layernorm",  "",                                 "",                      NORM),
+    Module("self_attention.linear_proj",  "self_attention.dense",             "attention.out_proj",    ROW),
+    Module("pre_mlp_layernorm",           "post_attention_norm",              "post_attention_norm",   NORM,
+           "mlp.linear_fc1.layer_norm_"),
+    Module("mlp.linear_fc1",              "mlp.dense_h_to_4h",                "mlp.mapping",           GATED),
+    Module("mlp.linear_fc2",              "mlp.dense_4h_to_h",                "mlp.projection",        ROW),
 )  # fmt: skip
 
 _EMBEDDING = "language_model.embedding.word_embeddings"
@@ -72,8 +80,9 @@ _LEGACY_LAYER = re.compile(r"language_model\.encoder\.layers\.(\d+)\.(.+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _Rows = tuple[Mapping[str, Module], Mapping[str, Module]]
 """Of the layers, and outside of them."""
-_CANONICAL: _Rows = {row.legacy: row for row in LAYER_MODULES}, {row.legacy: row for row in MODULES}
+_CANONICAL: _Rows = {row.legacy: row for row in LAYER_MODULES if row.legacy}, {row.legacy: row for row in MODULES}
 _ROWS: _Rows = {row.name: row for row in LAYER_MODULES}, {row.name: row for row in MODULES}
+_FUSED = {f"{row.fused}{leaf}": f"{row.name}.{leaf}" for row in LAYER_MODULES if row.fused for leaf in row.kind.cuts}
 _PLACES = tuple({name: place for place, name in enumerate(rows)} for rows in _ROWS)
 
 
@@ -112,9 +121,25 @@ def canonical_name(legacy: str, layers: Sequence[int] | None = None) -> str:
 def legacy_name(name: str) -> str:
     """The inverse of :func:`canonical_name`, with the global number of the layer."""
     layer, inner, row, leaf = _parsed(name)
-    if row:
+    if row and row.legacy:
         inner = f"{row.legacy}.{leaf}"
     return inner if layer is None else f"language_model.encoder.layers.{layer}.{inner}"
+
+
+def legacy_spelling(name: str) -> str:
+    """The same for a parameter of a Megatron core model with the layer spec of Transformer Engine or the local one.
+
+    ``decoder.layers.7.mlp.linear_fc1.layer_norm_weight`` -> ``language_model.encoder.layers.7.post_attention_norm.weight``.
+    """
+    found = _LAYER.fullmatch(name)
+    fused = _FUSED.get(found[2]) if found else None
+    return legacy_name(f"decoder.layers.{found[1]}.{fused}" if found and fused else name)
+
+
+def in_legacy_models(name: str) -> bool:
+    """Whether a legacy GPT model can have a parameter of this canonical name; one that no table knows may be anything."""
+    row = _parsed(name).row
+    return row is None or bool(row.legacy)
 
 
 def layer_of(name: str) -> int | None:
@@ -189,4 +214,4 @@ def is_gated(shapes: Mapping[str, Shape], where: str) -> bool:
 
 def modules(rows: Iterable[Module]) -> dict[str, tuple[str, str]]:
     """Megatron 0.6's name of each module -> MindSpeed-Core-MS's, and whether it is a norm or linear."""
-    return {row.legacy: (row.mindspore, "norm" if row.kind.norm else "linear") for row in rows}
+    return {row.legacy: (row.mindspore, "norm" if row.kind.norm else "linear") for row in rows if row.mindspore}

@@ -54,6 +54,7 @@ def open_megatron(
     for (tp, pp), rank in ranks.items():
         buffers = lay_out_rank(rank, pp, at_most=SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
         collect_rank(collector, (tp, pp), rank, layout, buffers)
+    samples = ranks[0, 0].template.args.get("consumed_train_samples")
     return Checkpoint(
         path=folder,
         format="megatron",
@@ -61,6 +62,8 @@ def open_megatron(
         tensor=there[0],
         pipeline=there[1],
         index=collector.index(),
+        template=ranks[0, 0].template,
+        samples=samples if type(samples) is int else None,
     )
 
 

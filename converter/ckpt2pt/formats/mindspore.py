@@ -10,7 +10,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from ckpt2pt.ckpt import facts_of, index_file
+from ckpt2pt.ckpt import facts_of, index_file, statement_of
 from ckpt2pt.ckpt.filenames import When
 from ckpt2pt.ckpt.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.ckpt.shards import has_shards
@@ -22,7 +22,7 @@ from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.degrees import Header, check_ranks, find_layout
 from ckpt2pt.mapping.names import NameTable, Rules
 from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.planning.clock import agree, read_clock
+from ckpt2pt.planning.clock import Clock, agree, read_clock
 
 
 def open_mindspore(
@@ -47,14 +47,17 @@ def open_mindspore(
     )
     if not rules.modules:
         _check_ends(index, path)
+    clock = _clock(files, header)
     return Checkpoint(
         path=path,
         format="mindspore",
-        iteration=_iteration(files, header),
+        iteration=clock.iteration if clock else None,
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         index=index,
         warnings=warnings,
+        statement=statement_of(header(next(iter(files.values())).path)),
+        samples=clock.samples if clock else None,
     )
 
 
@@ -71,7 +74,8 @@ def _check_ends(index: Index, path: Path) -> None:
 
 
 def _of_iteration(path: Path, found: Mapping[When, Mapping[Rank, SourceFile]], iteration: int, header: Header) -> When:
-    steps = {when: _iteration(files, header) for when, files in found.items()}
+    clocks = {when: _clock(files, header) for when, files in found.items()}
+    steps = {when: clock.iteration if clock else None for when, clock in clocks.items()}
     matching = [when for when, step in steps.items() if step == iteration]
     if len(matching) == 1:
         return matching[0]
@@ -83,9 +87,9 @@ def _of_iteration(path: Path, found: Mapping[When, Mapping[Rank, SourceFile]], i
     )
 
 
-def _iteration(files: Mapping[Rank, SourceFile], header: Header) -> int | None:
+def _clock(files: Mapping[Rank, SourceFile], header: Header) -> Clock | None:
     first = next(iter(files.values()))
     with suppress(InputError):
         facts = facts_of(header(first.path))
-        return read_clock(facts, global_batch_size=None, named=first.named, where=str(first.path)).iteration
+        return read_clock(facts, global_batch_size=None, named=first.named, where=str(first.path))
     return None

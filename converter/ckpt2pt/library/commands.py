@@ -57,7 +57,8 @@ class Asked(TypedDict, total=False):
 
     ``source`` is a MindSpore training output, with ``metadata``, the ``pt_meta`` folder; or a Megatron checkpoint, which
     says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors`` or
-    ``megatron``, ``target_format`` ``megatron06`` or ``mindspore`` (from Megatron).  Sizes that are not given are those
+    ``megatron``, ``target_format`` ``megatron06``, ``megatron`` (with ``names``,
+    ``transformer_impl`` and ``megatron_version``) or ``mindspore`` (from Megatron).  Sizes that are not given are those
     that metadata or checkpoint state; those of the result (``target_tp`` and its like) are those of the source.
     ``verify`` is ``none``, ``digest`` or ``full``.
     """
@@ -66,7 +67,10 @@ class Asked(TypedDict, total=False):
     target: Required[str | Path]
     metadata: str | Path | None
     source_format: str
-    target_format: Literal["megatron06", "mindspore"]
+    target_format: Literal["megatron06", "megatron", "mindspore"]
+    names: Literal["auto", "mcore", "legacy"]
+    transformer_impl: Literal["auto", "local", "transformer_engine"]
+    megatron_version: str | None
     num_layers: int | None
     tp: int | None
     pp: int | None
@@ -114,7 +118,7 @@ def plan(**asked: Unpack[Asked]) -> Plan:
 
 def _request(asked: Asked) -> AnyRequest:
     from ckpt2pt.conversion import schema  # noqa: PLC0415
-    from ckpt2pt.options.asked import source_format_of, target_format_of  # noqa: PLC0415
+    from ckpt2pt.options.asked import NAMES, TRANSFORMER_IMPLS, source_format_of, target_format_of  # noqa: PLC0415
     from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
 
     layers, noop, metadata = asked.get("layers_per_stage"), asked.get("noop_layers"), asked.get("metadata")
@@ -142,6 +146,9 @@ def _request(asked: Asked) -> AnyRequest:
         target=schema.Target(
             path=str(asked["target"]),
             format=target_format_of(asked.get("target_format", "megatron06")),
+            names=NAMES[asked.get("names", "auto")],
+            transformer_impl=TRANSFORMER_IMPLS[asked.get("transformer_impl", "auto")],
+            megatron_version=asked.get("megatron_version"),
             overwrite=asked.get("overwrite", False),
             parallelism=schema.Degrees(
                 tensor=asked.get("target_tp"),

@@ -12,13 +12,28 @@ from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.flags import check_numbers, joined, target_sizes
 
 if TYPE_CHECKING:
-    from ckpt2pt.conversion.schema import Parallelism, Source, SourceFormat, Spec, Target, TargetFormat
+    from ckpt2pt.conversion.schema import (
+        Names,
+        Parallelism,
+        Source,
+        SourceFormat,
+        Spec,
+        Target,
+        TargetFormat,
+        TransformerImpl,
+    )
     from ckpt2pt.directions import AnyRequest
 
 _FORMATS: Mapping[str, SourceFormat] = {
     "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",
 }  # fmt: skip
-_TARGET_FORMATS: Mapping[str, TargetFormat] = {"megatron06": "Megatron06", "mindspore": "MindSpore"}
+_TARGET_FORMATS: Mapping[str, TargetFormat] = {
+    "megatron06": "Megatron06", "megatron": "Megatron", "mindspore": "MindSpore",
+}  # fmt: skip
+NAMES: Mapping[str, Names] = {"auto": "Auto", "mcore": "Mcore", "legacy": "Legacy"}
+TRANSFORMER_IMPLS: Mapping[str, TransformerImpl] = {
+    "auto": "Auto", "local": "Local", "transformer_engine": "TransformerEngine",
+}  # fmt: skip
 """Words of the flags, and of the document."""
 
 
@@ -96,7 +111,7 @@ def _places(options: argparse.Namespace) -> tuple[str, str, str]:
     source = _one_of({"--source": options.source, "--ms-path": options.ms_path})
     target = _one_of({"--target": options.target, "--megatron-path": options.megatron_path})
     needed = options.source is None or options.source_format not in {"auto", "megatron"}
-    if metadata is None and needed:
+    if metadata is None and needed and options.target_format == "megatron06":
         raise UsageError("--param-map-path is missing", where="the command line", hint="give --param-map-path")
     return str(source), "" if metadata is None else str(metadata), str(target)
 
@@ -150,6 +165,9 @@ def _target(options: argparse.Namespace, path: str) -> Target:
     return Target(
         path=path,
         format=target_format_of(options.target_format),
+        names=NAMES[getattr(options, "names", "auto")],
+        megatron_version=getattr(options, "megatron_version", None),
+        transformer_impl=TRANSFORMER_IMPLS[getattr(options, "transformer_impl", "auto")],
         mindspore=files,
         overwrite=getattr(options, "overwrite", False),
         parallelism=Degrees(

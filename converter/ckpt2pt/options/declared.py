@@ -90,7 +90,7 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     group.add_argument(
         "--param-map-path",
         type=path,
-        help="the pt_meta folder; default for a Megatron source: what the checkpoint says itself (spec.metadata.path)",
+        help="the pt_meta folder, for --target-format megatron also the launch script (or a YAML description) of the run to come; default for a Megatron source: what the checkpoint says itself (spec.metadata.path)",
     )
     group.add_argument(
         "--target",
@@ -104,9 +104,26 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     )
     group.add_argument(
         "--target-format",
-        choices=("megatron06", "mindspore"),
+        choices=("megatron06", "megatron", "mindspore"),
         default="megatron06",
-        help="what to write (spec.target.format)",
+        help="what to write: megatron06, megatron (the torch format of Megatron-LM 0.7 to 0.19) or mindspore (spec.target.format)",
+    )
+    group.add_argument(
+        "--names",
+        choices=("auto", "mcore", "legacy"),
+        default="auto",
+        help="parameters of a result of --target-format megatron: mcore, or legacy for runs up to 0.17 with --use-legacy-models; default as the metadata says, else mcore (spec.target.names)",
+    )
+    group.add_argument(
+        "--transformer-impl",
+        choices=("auto", "local", "transformer_engine"),
+        default="auto",
+        help="the same flag of that run, which decides names and order; default as the metadata says, else local (spec.target.transformerImpl)",
+    )
+    group.add_argument(
+        "--megatron-version",
+        metavar="0.N",
+        help="release that loads it; decides something only where sizes are no multiples of 64; default 0.19 (spec.target.megatronVersion)",
     )
     group.add_argument(
         "--target-dp-size",

@@ -3,25 +3,78 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from ckpt2pt.back.request import BackRequest
 from ckpt2pt.ckpt.filenames import is_passed_by, rank_of_name
-from ckpt2pt.conversion.schema import CONTENTS, Degrees, Spec
+from ckpt2pt.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
 from ckpt2pt.errors import Ckpt2ptError, TopologyError, UsageError, aside, ref, refs
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.mapping.topology import Topology
 from ckpt2pt.meta import Given, learn
 from ckpt2pt.request import Pace, Request, Verify
+from ckpt2pt.targets.request import McoreRequest
+
+if TYPE_CHECKING:
+    from ckpt2pt.directions import AnyRequest
 
 log = logging.getLogger("ckpt2pt")
 
 
-def resolve(spec: Spec, *, in_process: bool = False) -> Request | BackRequest:
-    """The request of a spec with folders of this machine: a :class:`BackRequest` where the target is MindSpore's."""
+def resolve(spec: Spec, *, in_process: bool = False) -> AnyRequest:
+    """The request of a spec with folders of this machine, whose kind is that of the target."""
+    if spec.target.format == "Megatron":
+        return resolve_mcore(spec, in_process=in_process)
     return (resolve_import if spec.target.format == "MindSpore" else resolve_convert)(spec, in_process=in_process)
+
+
+def resolve_mcore(spec: Spec, *, in_process: bool = False) -> McoreRequest:
+    """The request of a conversion into the torch format of Megatron-LM 0.7 to 0.19; nothing is read."""
+    own, result, target = spec.parallelism, spec.target.parallelism, spec.target
+    version = target.megatron_version or "0.19"
+    if not re.match(RELEASE, version):
+        raise UsageError(
+            f"{ref('target.megatronVersion')} is {version}",
+            where=ref("spec"),
+            hint="give a release from 0.7 to 0.19; for 0.6 choose another format of the target",
+            field="target.megatronVersion",
+        )
+    return McoreRequest(
+        source=Path(spec.source.path),
+        target=Path(target.path),
+        source_format=_SOURCES.get(spec.source.format, "mindspore"),
+        metadata=Path(spec.metadata.path) if spec.metadata.path else None,
+        iteration=spec.source.iteration,
+        tensor=own.tensor,
+        pipeline=own.pipeline,
+        target_tensor=result.tensor,
+        target_pipeline=result.pipeline,
+        target_virtual=result.virtual_pipeline or own.virtual_pipeline,
+        num_layers=spec.model.num_layers,
+        layers_per_stage=spec.model.layers_per_stage or None,
+        data=target.data_parallel or 1,
+        release=(0, int(version.partition(".")[2])),
+        names=_NAMES[target.names],
+        transformer=_TRANSFORMERS[target.transformer_impl],
+        full=spec.mode == "Full",
+        zero_samples=target.zero_consumed_samples,
+        rules=_rules(spec),
+        overwrite=target.overwrite,
+        verify=_verify(spec),
+        pace=Pace(workers=spec.workers.processes, in_process=in_process, timeout=spec.workers.rank_timeout_seconds),
+    )
+
+
+_SOURCES = {"Auto": "auto", "Megatron": "megatron"}
+_NAMES: Mapping[str, Literal["auto", "mcore", "legacy"]] = {"Auto": "auto", "Mcore": "mcore", "Legacy": "legacy"}
+_TRANSFORMERS: Mapping[str, Literal["auto", "local", "transformer_engine"]] = {
+    "Auto": "auto", "Local": "local", "TransformerEngine": "transformer_engine",
+}  # fmt: skip
 
 
 def resolve_convert(spec: Spec, *, in_process: bool = False) -> Request:

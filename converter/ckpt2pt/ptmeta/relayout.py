@@ -27,6 +27,7 @@ from ckpt2pt.meta import (
 from ckpt2pt.planning.buckets import Buffer
 from ckpt2pt.planning.gpt import Argument, chunk_parameters
 from ckpt2pt.planning.layout import Parameter, bucket_numel, lay_out, weight_decay_groups
+from ckpt2pt.planning.vocabulary import padded_rows
 from ckpt2pt.pt.payload import Template
 from ckpt2pt.pt.pickles import Global, Value, with_attrs
 from ckpt2pt.ptmeta.arguments import integer
@@ -191,8 +192,8 @@ def _vocabulary(args: Mapping[str, Argument], layout: Topology, new: NewLayout) 
         return None, "as it is: the arguments do not say how it is padded"
     tokens = new.tokens or args.get("vocab_size")
     multiple = divisor * layout.tensor
+    rows = padded_rows(tokens, held, multiple)
     if type(tokens) is int and 0 < tokens <= held:
-        rows = -(-tokens // multiple) * multiple
         return rows, f"{tokens} tokens in {rows} rows"
     if new.tokens:
         raise UsageError(
@@ -200,7 +201,6 @@ def _vocabulary(args: Mapping[str, Argument], layout: Topology, new: NewLayout) 
             where=ref("spec"),
             hint="give the number of tokens before padding",
         )
-    rows = -(-held // multiple) * multiple
     return (
         rows,
         f"{rows} rows, as the number of tokens is not known; Megatron pads it to {multiple}",

@@ -22,11 +22,17 @@ from ckpt2pt.show.folding import fold, spanned
 from ckpt2pt.survey import Prepared, Survey, prepare_all, survey, target_of
 from ckpt2pt.survey.loading import contradictions, kept_of_template, made_up
 from ckpt2pt.system.volume import check_room, free_bytes
+from ckpt2pt.targets.request import McoreRequest
 from ckpt2pt.text import counted, size, table, warned
 
 log = logging.getLogger("ckpt2pt")
 
-_FORMATS = {"Megatron06": "Megatron 0.6", "ckpt": "MindSpore .ckpt", "safetensors": "MindSpore .safetensors"}
+_FORMATS = {
+    "Megatron06": "Megatron 0.6",
+    "Megatron": "Megatron 0.7 to 0.19",
+    "ckpt": "MindSpore .ckpt",
+    "safetensors": "MindSpore .safetensors",
+}
 WORKER_BYTES = 48 << 20
 """What one worker needs at most (benchmarks/), whatever the size of the checkpoint."""
 
@@ -50,6 +56,10 @@ class Plan:
 
 def planned(request: AnyRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
     """Plan every rank of the given stages, from headers alone."""
+    if isinstance(request, McoreRequest):
+        from ckpt2pt.show.mcore import planned_mcore  # noqa: PLC0415 - each kind loads what it needs
+
+        return planned_mcore(request, stages, names=names)
     if not isinstance(request, Request):
         from ckpt2pt.show.imports import planned_import  # noqa: PLC0415 - each direction loads what it needs
 

@@ -20,6 +20,7 @@ from ckpt2pt.errors import (
 )
 from ckpt2pt.request import Request
 from ckpt2pt.survey.training import when_of_iteration
+from ckpt2pt.targets.request import McoreRequest
 from ckpt2pt.worker.account import Account
 
 log = logging.getLogger("ckpt2pt")
@@ -52,13 +53,17 @@ def _obstacle_of_save(request: AnyRequest, readiness: Readiness) -> Obstacle | N
     """Megatron-LM writes its tracker when every rank has saved; a copy of a checkpoint may come file by file."""
     from ckpt2pt.back.survey import survey_back  # noqa: PLC0415 - each direction loads what it needs
     from ckpt2pt.survey import survey  # noqa: PLC0415
+    from ckpt2pt.targets.mcore import find  # noqa: PLC0415
 
     try:
-        inputs = (survey(request) if isinstance(request, Request) else survey_back(request)).inputs
+        if isinstance(request, McoreRequest):
+            times = [int(str(one["mtime_ns"])) for one in find(request).source.stats.values()]
+        else:
+            inputs = (survey(request) if isinstance(request, Request) else survey_back(request)).inputs
+            times = [int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each]
     except (MissingInputError, FormatError, TopologyError) as error:  # more folders may come
         return error, f"checkpoint is not complete: {error.what} ({error.where})"
-    written = max(int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each)
-    rested = time.time() - written / 1e9
+    rested = time.time() - max(times) / 1e9
     if rested >= readiness.settle_seconds:
         return None
     sentence = f"checkpoint was written to {max(rested, 0):.0f} s ago"

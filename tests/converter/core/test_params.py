@@ -9,10 +9,12 @@ from ckpt2pt.core.params import (
     MODULES,
     axes_of,
     canonical_name,
+    in_legacy_models,
     is_gated,
     is_padded,
     kind_of,
     layer_of,
+    legacy_spelling,
     model_order,
 )
 from ckpt2pt.errors import TopologyError
@@ -23,6 +25,8 @@ LAYER = "language_model.encoder.layers"
 TABLE = [
     (f"{LAYER}.3.input_norm", "decoder.layers.3.input_layernorm", None, None),
     (f"{LAYER}.3.self_attention.query_key_value", "decoder.layers.3.self_attention.linear_qkv", 0, 0),
+    (f"{LAYER}.3.self_attention.q_layernorm", "decoder.layers.3.self_attention.q_layernorm", None, None),
+    (f"{LAYER}.3.self_attention.k_layernorm", "decoder.layers.3.self_attention.k_layernorm", None, None),
     (f"{LAYER}.3.self_attention.dense", "decoder.layers.3.self_attention.linear_proj", 1, None),
     (f"{LAYER}.3.post_attention_norm", "decoder.layers.3.pre_mlp_layernorm", None, None),
     (f"{LAYER}.3.mlp.dense_h_to_4h", "decoder.layers.3.mlp.linear_fc1", 0, 0),
@@ -47,6 +51,23 @@ def test_a_module_has_its_name_and_its_cut(legacy: str, name: str, weight: int |
 
 def test_the_table_above_is_complete() -> None:
     assert len(TABLE) == len(LAYER_MODULES) + len(MODULES)
+
+
+def test_the_layer_spec_of_transformer_engine_calls_the_same_modules_otherwise() -> None:
+    for name, legacy in {
+        "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight": f"{LAYER}.3.input_norm.weight",
+        "decoder.layers.3.self_attention.linear_qkv.layer_norm_bias": f"{LAYER}.3.input_norm.bias",
+        "decoder.layers.3.mlp.linear_fc1.layer_norm_weight": f"{LAYER}.3.post_attention_norm.weight",
+        "decoder.layers.3.mlp.linear_fc1.weight": f"{LAYER}.3.mlp.dense_h_to_4h.weight",
+        "output_layer.weight": "language_model.output_layer.weight",
+    }.items():
+        assert legacy_spelling(name) == legacy
+
+
+def test_a_legacy_model_has_no_q_and_k_layernorm() -> None:
+    assert not in_legacy_models("decoder.layers.3.self_attention.q_layernorm.weight")
+    assert in_legacy_models("decoder.layers.3.self_attention.linear_proj.weight")
+    assert in_legacy_models("decoder.layers.3.self_attention.gate.weight")  # of a rule file
 
 
 def test_local_layers_become_global_ones() -> None:
