@@ -107,6 +107,8 @@ class Contest:
             "cp both": (copy(pairs), [self.ready / name for name in FILES]),
             "dd both": (dd(pairs), [self.ready / name for name in FILES]),
             "ckpt2pt both": (case.convert(self.out), case.sources),
+            "ckpt2pt digest": (case.command("convert", self.out, "--progress", "none"), case.sources),
+            "ckpt2pt full": (case.command("convert", self.out, "--progress", "none", "--verify", "full"), case.sources),
             "prealloc": ([*METHODS, "prealloc", *method], case.sources),
             "reference": ([*METHODS, "grow", *method], case.sources),
         }

@@ -21,7 +21,8 @@ from typing import cast
 
 from ckpt2pt import __version__
 from ckpt2pt.crew import stopped_by_signals, work_through
-from ckpt2pt.engine.write import ReadPieces, is_whole
+from ckpt2pt.engine.readback import is_whole
+from ckpt2pt.engine.write import ReadPieces
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError, of_rank, printable, ref
 from ckpt2pt.folders import COVERED, covered
 from ckpt2pt.mapping.names import rules_remark

@@ -332,7 +332,7 @@ EDGES = ("cli", "parsers", "flags", "back/options", "combine/flags", "ptmeta/opt
 EDGE_ROOMS = ("cluster", "conversion", "hooks", "local", "options", "programs", "show")
 OF_OTHERS = frozenset(
     {
-        "ckpt-format", "no-load-optim", "no-load-rng", "overlap-grad-reduce", "override-opt", "use-dist-ckpt",
+        "ckpt-format", "dist-ckpt-optim-fully-reshardable", "no-load-optim", "no-load-rng", "overlap-grad-reduce", "override-opt", "use-dist-ckpt",
         "use-distributed-optimizer",  # Megatron-LM
         "vfs-cache-mode",  # rclone
         "termination-log",  # what a Job adds to the command of a worker, which is looked for in bare words

@@ -49,7 +49,7 @@ def unpack_committed() -> Path:
     partial = Path(tempfile.mkdtemp(prefix=f".{digest}-", dir=UNPACKED))
     for archive in archives:
         folder = partial / archive.parent.relative_to(COMMITTED)
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with tarfile.open(archive) as tar:
             # Python 3.12 warns when no filter is chosen; 3.11.2, Debian's, has none to choose.
             tar.extraction_filter = getattr(tarfile, "data_filter", None)

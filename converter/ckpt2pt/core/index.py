@@ -73,10 +73,7 @@ class Collector:
         gated = is_gated(shapes, self.where)
         known: dict[tuple[str, Shape], Axes] = {}
         found = {key: self._tensor(key, ranks, known, gated=gated) for key, ranks in self._parts.items()}
-        if not partial:
-            _check_roles(found, self.where)
-        order = {name: number for number, name in enumerate(sorted(shapes, key=model_order))}
-        return dict(sorted(found.items(), key=lambda item: (ROLES.index(item[0].role), order[item[0].name])))
+        return ordered(found, self.where, partial=partial)
 
     def _tensor(
         self, key: Key, ranks: Mapping[int, list[Local]], known: dict[tuple[str, Shape], Axes], *, gated: bool
@@ -106,6 +103,18 @@ class Collector:
         found = Tensor(key, first.dtype, axes.shape, axes.fused, tuple(views), tuple(replicas))
         check_coverage(found, self.where)
         return found
+
+
+def ordered(found: Index, where: str, *, partial: bool = False) -> Index:
+    """The same role by role in the order of the model.
+
+    Raises :class:`CoverageError` unless ``partial`` where some parameters have a main parameter or moments and others have not.
+    """
+    if not partial:
+        _check_roles(found, where)
+    names = sorted({key.name for key in found}, key=model_order)
+    order = {name: number for number, name in enumerate(names)}
+    return dict(sorted(found.items(), key=lambda item: (ROLES.index(item[0].role), order[item[0].name])))
 
 
 def _check_roles(index: Index, where: str) -> None:

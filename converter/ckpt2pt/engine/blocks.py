@@ -16,6 +16,7 @@ import errno
 import mmap
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,18 +52,24 @@ class OutputFile:
         return 0 if self.direct is None else offset % ALIGNMENT
 
 
+Finished = Callable[[OutputFile, int, int], None]
+"""Hears of whole pages of a file that are on the disk: the first byte, and how many."""
+
+
 class Blocks:
     """A few blocks of ``nbytes``, each with room for an origin; used in turn, by one thread.
 
-    An error of a write is raised by a later call, the last one by :meth:`drain`.
+    An error of a write is raised by a later call, the last one by :meth:`drain`.  ``finished`` hears, in order, of what was
+    written past the page cache.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, finished: Finished | None = None) -> None:
         size = -(-nbytes // ALIGNMENT) * ALIGNMENT + ALIGNMENT
         memory = mmap.mmap(-1, size * (WRITERS + SPARE_BLOCKS))
         view = memoryview(memory)
         self._free = [view[start : start + size] for start in range(0, len(view), size)]
-        self._pending: deque[tuple[Future[None], memoryview]] = deque()
+        self._finished = finished
+        self._pending: deque[tuple[Future[None], memoryview, OutputFile, int, int]] = deque()
         self._writers = ThreadPoolExecutor(WRITERS, "writer")
 
     def __enter__(self) -> Self:
@@ -95,7 +102,7 @@ class Blocks:
         write_at(file.fd, data[:head], offset, file.path)
         write_at(file.fd, data[head + body :], offset + head + body, file.path)
         future = self._writers.submit(write_directly, file, data[head : head + body], offset + head)
-        self._pending.append((future, block))
+        self._pending.append((future, block, file, offset + head, body))
 
     def drain(self) -> None:
         """Wait until everything is written."""
@@ -103,9 +110,11 @@ class Blocks:
             self._finish_oldest()
 
     def _finish_oldest(self) -> None:
-        future, block = self._pending.popleft()
+        future, block, file, start, nbytes = self._pending.popleft()
         future.result()
         self.give(block)
+        if self._finished:
+            self._finished(file, start, nbytes)
 
 
 def write_directly(file: OutputFile, data: memoryview, offset: int) -> None:

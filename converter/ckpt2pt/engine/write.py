@@ -22,10 +22,11 @@ from pathlib import Path
 
 from ckpt2pt.casts import find_cast
 from ckpt2pt.checksums import Piece, crc32, crc32_combine, join
-from ckpt2pt.engine.blocks import Blocks, OutputFile, open_direct
-from ckpt2pt.engine.sources import Sources, drop_from_cache
+from ckpt2pt.engine.blocks import Blocks, Finished, OutputFile, open_direct
+from ckpt2pt.engine.readback import ReadBack, compare_crc, drop, read_back
+from ckpt2pt.engine.sources import Sources
 from ckpt2pt.engine.strided import Gatherer
-from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VerificationError, VolumeTooSmallError, size
+from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VolumeTooSmallError, size
 from ckpt2pt.framing import Layout, Payload
 from ckpt2pt.inputs import InputFile
 from ckpt2pt.meta import METADATA
@@ -234,7 +235,9 @@ def write_files(
     """
     with ExitStack() as stack:
         outputs = {p.name: stack.enter_context(_output(folder, p, stop)) for p in payloads}
-        digests, read = _carry(moves, outputs, stop, advance)
+        readback = stack.enter_context(ReadBack())
+        finished = readback.written if check and not examine else None
+        digests, read = _carry(moves, outputs, stop, advance, finished)
         prove(read)
         for payload in payloads:
             _copy_template(outputs[payload.name], payload)
@@ -244,8 +247,9 @@ def write_files(
         if examine:
             _examine(outputs, examine)
         elif check:
+            readback.finish(stop.check)
             for output in outputs.values():
-                read_back(output.partial, output.crc, stop)
+                read_back(output.partial, output.crc, stop.check, readback.pieces(output.file))
         written = tuple(_written(output) for output in outputs.values())
         announce(written, digests)
         _publish(outputs.values(), fence)
@@ -253,10 +257,17 @@ def write_files(
 
 
 def _carry(
-    moves: Sequence[Move], outputs: Mapping[str, Output], stop: Stop, advance: Callable[[int], None]
+    moves: Sequence[Move],
+    outputs: Mapping[str, Output],
+    stop: Stop,
+    advance: Callable[[int], None],
+    finished: Finished | None,
 ) -> tuple[dict[str, int], ReadPieces]:
     """Carry the moves out; the CRC-32 of each ``role:parameter``, and of what was read of each source."""
-    with Sources(extent for move in moves for extent in move.extents) as sources, Blocks(BLOCK_BYTES) as blocks:
+    with (
+        Sources(extent for move in moves for extent in move.extents) as sources,
+        Blocks(BLOCK_BYTES, finished) as blocks,
+    ):
         carrier = _Carrier(
             outputs=outputs,
             sources=sources,
@@ -291,7 +302,7 @@ def _output(folder: Path, payload: Payload, stop: Stop) -> Generator[Output]:
             if error.errno == errno.EDQUOT:  # known before the first byte, and nobody else can make room
                 refusal = VolumeTooSmallError(refusal.what, where=path, hint=f"raise the quota, or {refusal.hint}")
             raise refusal from error
-        direct = open_direct(partial, os.O_WRONLY | os.O_NOFOLLOW)
+        direct = open_direct(partial, os.O_RDWR | os.O_NOFOLLOW)
         if direct is not None:
             stack.callback(os.close, direct)
         file = OutputFile(path=path, fd=fd, direct=direct)
@@ -375,51 +386,10 @@ def _examine(outputs: Mapping[str, Output], examine: Examine) -> None:
     """Have the files examined as they are on the disk; one pass proves their elements and their CRC-32."""
     partials = {name: output.partial for name, output in outputs.items()}
     for path in partials.values():
-        _drop(path)
+        drop(path)
     found = examine(partials)
     for name, output in outputs.items():
-        _compare_crc(output.partial, found[name], output.crc)
-
-
-def _drop(path: Path) -> int:
-    try:
-        return drop_from_cache(path)
-    except FileNotFoundError as error:
-        raise vanished(path) from error
-    except OSError as error:
-        raise access_error(error, path, "reading back", reading=True) from error
-
-
-def read_back(path: Path, expected: int, stop: Stop | None = None) -> None:
-    """Read a file from the disk rather than from memory and compare its CRC-32."""
-    block, crc = memoryview(bytearray(BLOCK_BYTES)), 0
-    nbytes = _drop(path)
-    with Sources([Extent(str(path), 0, nbytes)]) as sources:
-        for position in range(0, nbytes, BLOCK_BYTES):
-            data = block[: nbytes - position]
-            sources.read(str(path), position, data)
-            crc = crc32(data, crc)
-            if stop:
-                stop.check()
-    _compare_crc(path, crc, expected)
-
-
-def _compare_crc(path: Path, crc: int, expected: int) -> None:
-    if crc != expected:
-        raise VerificationError(
-            f"CRC-32 is {crc:08x} on the disk, {expected:08x} was written",
-            where=path,
-            hint="check the target volume (dmesg, quota, mount options), remove the file and run the same command again",
-        )
-
-
-def is_whole(path: Path, expected: int) -> bool:
-    """Whether a file on the disk has that CRC-32."""
-    try:
-        read_back(path, expected)
-    except VerificationError:
-        return False
-    return True
+        compare_crc(output.partial, found[name], output.crc)
 
 
 class Meter:

@@ -6,17 +6,18 @@ from pathlib import Path
 
 from ckpt2pt.errors import FormatError, MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import OPTION, Checkpoint
+from ckpt2pt.formats.torch_dist.metadata import is_distributed
 from ckpt2pt.mapping.foldernames import is_rank, iterations
 from ckpt2pt.mapping.names import Rules
 from ckpt2pt.system.paths import is_folder, is_there, listing
 
-FORMATS = ("mindspore", "megatron")
+FORMATS = ("mindspore", "megatron", "torch_dist")
 
 _SUFFIXES = {".pt": "megatron", ".ckpt": "mindspore", ".safetensors": "mindspore"}
 
 
 def detect(path: Path) -> str:
-    """``mindspore`` or ``megatron``.
+    """``mindspore``, ``megatron`` or ``torch_dist``.
 
     Raises :class:`FormatError` for a folder that is neither and for a single file, :class:`MissingInputError` for nothing.
     """
@@ -34,10 +35,10 @@ def detect(path: Path) -> str:
             for file in listing(folder, option=OPTION) if is_rank(folder.name) else ():
                 if found := _SUFFIXES.get(file.suffix):
                     return found
-    if any(listing(place, "*.distcp", OPTION) for place in places):
-        return "megatron"  # whose reader says what it does not read
+    if any(map(is_distributed, places)):
+        return "torch_dist"
     raise FormatError(
-        "neither a MindSpore training output (rank_*/*.ckpt, *.safetensors) nor a Megatron checkpoint (mp_rank_*/*.pt)",
+        "neither a MindSpore training output (rank_*/*.ckpt, *.safetensors) nor a Megatron checkpoint (mp_rank_*/*.pt, *.distcp)",
         where=path,
         hint="name the folder that holds the folders of the ranks, or iterations of them",
     )
@@ -58,6 +59,8 @@ def read(
         from ckpt2pt.formats.mindspore import open_mindspore as open_checkpoint  # noqa: PLC0415
     elif chosen == "megatron":
         from ckpt2pt.formats.megatron import open_megatron as open_checkpoint  # noqa: PLC0415 - numpy and more
+    elif chosen == "torch_dist":
+        from ckpt2pt.formats.torch_dist.read import open_torch_dist as open_checkpoint  # noqa: PLC0415 - numpy
     else:
-        raise UsageError(f"no format {chosen}", where="source_format", hint=f"give auto, {' or '.join(FORMATS)}")
+        raise UsageError(f"no format {chosen}", where="source_format", hint=f"give auto or one of {', '.join(FORMATS)}")
     return open_checkpoint(path, tensor=tensor, pipeline=pipeline, iteration=iteration, rules=rules or Rules())

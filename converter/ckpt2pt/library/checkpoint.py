@@ -91,7 +91,7 @@ class Checkpoint:
 
     @property
     def format(self) -> str:
-        """``mindspore`` or ``megatron``."""
+        """``mindspore``, ``megatron`` or ``torch_dist``."""
         return self._found.format
 
     @property
@@ -247,11 +247,11 @@ def open_checkpoint(
     source_format: str = "auto",
     rules: Rules | None = None,
 ) -> Checkpoint:
-    """Open a checkpoint by its headers: a MindSpore training output, or a Megatron-LM 0.6 checkpoint.
+    """Open a checkpoint by its headers: a MindSpore training output, a Megatron-LM 0.6 checkpoint, or a distributed one of any Megatron-LM.
 
     ``tp`` and ``pp`` are the parallel sizes of the training that wrote it; they may be left out where the checkpoint tells
     them, which is nearly always.  ``iteration`` chooses one of several; by default the one that the tracker names, or the
-    newest that all ranks have.  ``source_format`` is ``auto``, ``mindspore`` or ``megatron``.  ``rules`` are names of
+    newest that all ranks have.  ``source_format`` is ``auto``, ``mindspore``, ``megatron`` or ``torch_dist``.  ``rules`` are names of
     parameters of your own.
 
     Raises :class:`~ckpt2pt.errors.MissingInputError` for what is not there, :class:`~ckpt2pt.errors.InputError` for what is

@@ -251,9 +251,14 @@ class Archive:
     def open(cls, path: Path, option: str = "") -> Self:
         """Read directory and pickle of the file; one of metadata, which ``option`` names, is read once a process."""
         with PtFile(path, option, keep=bool(option)) as file:
-            stem, records = read_records(file)
-            pickle = _read_pickle(file, records)
-            _check_byteorder(file, records)
+            return cls.read(file)
+
+    @classmethod
+    def read(cls, file: PtFile) -> Self:
+        """The same of a file that is open."""
+        stem, records = read_records(file)
+        pickle = _read_pickle(file, records)
+        _check_byteorder(file, records)
         storages = {name.removeprefix("data/"): r.extent for name, r in records.items() if name.startswith("data/")}
         return cls(file.path, stem, file.size, records, storages, pickle)
 

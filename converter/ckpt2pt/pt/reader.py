@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple, NoReturn
+from typing import ClassVar, NamedTuple, NoReturn
 
 from ckpt2pt.errors import FormatError
 from ckpt2pt.inputs import InputFile, quoted
@@ -33,7 +33,6 @@ _U16_MAX = 0xFFFF
 COPY_AGAIN = "the file is incomplete or damaged: wait until it is written, or copy it again"
 SAVE_AGAIN = "load it with torch.load and write it again with torch.save of torch 1.6 or newer"
 
-_MAX_COMMENT = _U16_MAX
 _MAX_DIRECTORY_NBYTES = 256 << 20  # two million storages
 _ENCRYPTED = 0x2041  # encrypted, strongly encrypted, or with its header masked
 _WINDOW_NBYTES = 1 << 12
@@ -60,6 +59,8 @@ class PtFile(InputFile):
     __slots__ = ()
     kind = ".pt file"
     option = "the path of the .pt file"
+    max_comment: ClassVar[int] = _U16_MAX
+    """Bytes that a comment behind the end record may have; torch writes none."""
 
     def broken(self, what: str, hint: str = COPY_AGAIN) -> NoReturn:
         """Refuse the file."""
@@ -84,9 +85,7 @@ def _recognise(file: PtFile) -> None:
     """Refuse by name what is known not to be a torch archive."""
     head = file.read(0, min(HEAD_BYTES, file.size))
     if file.path.endswith(".distcp"):  # a row of archives, each of one tensor
-        file.broken(
-            f"this is a shard of a distributed checkpoint (torch_dist); {READS}", "name a file that torch.save wrote"
-        )
+        file.broken("this is a part of a distributed checkpoint (torch_dist)", "name the folder that holds it")
     if head.startswith(b"PK\3\4"):  # torch.load, too, looks at these four bytes
         return
     if not head:
@@ -133,7 +132,7 @@ def _find_directory(file: PtFile) -> tuple[int, int, int]:
 
 def _end_record(file: PtFile) -> tuple[int, int, int, int]:
     """Offset of the end record; entries, size and offset of the directory as it says."""
-    base = max(0, file.size - END.size - _MAX_COMMENT)
+    base = max(0, file.size - END.size - file.max_comment)
     tail = file.read(base, file.size - base)
     found: list[int] = []
     at = tail.find(b"PK\5\6")

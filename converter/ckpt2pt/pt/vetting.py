@@ -65,6 +65,10 @@ _SAFE: Final[dict[str, str]] = {
                                " float8_e5m2fnuz float8_e8m0fnu Tensor UntypedStorage",
     "torch._tensor":           "_rebuild_from_type_v2",
     "torch._utils":            "_rebuild_tensor_v2 _rebuild_parameter _rebuild_parameter_with_state",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.metadata": "BytesStorageMetadata ChunkStorageMetadata Metadata MetadataIndex StorageMeta"
+                               " TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.planner": "SavePlan TensorWriteData WriteItem WriteItemType",
     "torch.nn.parameter":      "Parameter",
     "torch.serialization":     "_get_layout",
     "torch.storage":           "TypedStorage UntypedStorage",

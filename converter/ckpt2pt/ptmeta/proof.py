@@ -101,22 +101,25 @@ _Read = Callable[[TensorRef, int, int], "npt.NDArray[np.uint8]"]
 
 def _check_slice(weight: TensorRef, param: TensorRef, start: int, numel: int, read: _Read, where: str) -> None:
     """Compare ``numel`` elements of ``param`` from ``start`` on, rounded, with the first of ``weight``."""
-    cast = find_cast("float32", weight.dtype)
     width = DTYPE_BYTES[weight.dtype]
     for first in range(0, numel, _BLOCK_NUMEL):
         size = min(_BLOCK_NUMEL, numel - first)
         main = read(param, (start + first) * 4, size * 4)
-        rounded = main
-        if cast is not None:
-            rounded = np.empty(size * width, np.uint8)
-            cast(main.data, rounded.data)
-        found = read(weight, first * width, size * width)
-        if not np.array_equal(rounded, found) and not _same_but_nan(rounded, found, main, width):
+        if not rounds_to(main, read(weight, first * width, size * width), weight.dtype):
             raise FormatError(
                 f"{weight.name} is not what the optimizer holds of it, from element {start} on",
                 where=where,
                 hint=_HINT,
             )
+
+
+def rounds_to(main: npt.NDArray[np.uint8], weight: npt.NDArray[np.uint8], dtype: str) -> bool:
+    """Whether float32 elements, rounded, are those of a weight of type ``dtype``, byte by byte."""
+    cast, rounded, width = find_cast("float32", dtype), main, DTYPE_BYTES[dtype]
+    if cast is not None:
+        rounded = np.empty(len(main) // 4 * width, np.uint8)
+        cast(main.data, rounded.data)
+    return np.array_equal(rounded, weight) or _same_but_nan(rounded, weight, main, width)
 
 
 def _same_but_nan(

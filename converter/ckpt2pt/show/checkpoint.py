@@ -17,6 +17,7 @@ from ckpt2pt.ckpt.filenames import UNNAMED, when_of_name
 from ckpt2pt.ckpt.ranks import choose, find_sources, last_saved
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
 from ckpt2pt.folders import SUFFIXES, checkpoint_files, layout_of
+from ckpt2pt.formats.torch_dist.metadata import is_distributed
 from ckpt2pt.inputs import read_whole
 from ckpt2pt.mapping.foldernames import (
     TRACKER,
@@ -34,6 +35,7 @@ from ckpt2pt.planning.stage import spans
 from ckpt2pt.pt.archive import Archive
 from ckpt2pt.publish import PARTIAL, STATE, read_record, read_tracker
 from ckpt2pt.records import Json
+from ckpt2pt.show.distributed import inspect_distributed
 from ckpt2pt.survey.loading import verdicts
 from ckpt2pt.system.paths import is_folder, is_there, listing, status
 from ckpt2pt.tensors import TensorRef
@@ -292,9 +294,9 @@ def _folder(path: Path, *, details: bool) -> Json:
         return _metadata(path, names, details=details)
     if TRACKER in names or any(map(is_iteration, names)):
         return _megatron(path, names)
-    if any(name.endswith(".distcp") for name in names):
-        kind = "distributed checkpoint (torch_dist), which ckpt2pt does not read"
-        return {"kind": kind, "path": str(path), "files": _listing({name: path / name for name in names})}
+    if is_distributed(path):
+        found, leaves = inspect_distributed(path, details=details)
+        return found | {"arguments": _arguments(leaves, details=details)}
     if model_ranks(path / name for name in names):
         found = _iteration(path, read_tracker(path.parent))
         return {"kind": "Megatron iteration", "path": str(path), **found, **verdicts(path)}
@@ -399,9 +401,17 @@ def _megatron(path: Path, names: Sequence[str]) -> Json:
         "kind": "Megatron checkpoints",
         "path": str(path),
         "tracker": named or "none",
-        **({"loads": loaded.name, **verdicts(loaded)} if loaded in folders else {"loads": "nothing"}),
+        **(_loads(loaded) if loaded in folders else {"loads": "nothing"}),
         "iterations": [{"name": folder.name, **_iteration(folder, named)} for folder in folders],
     }
+
+
+def _loads(loaded: Path) -> Json:
+    """The iteration that the tracker names; what is wrong with a distributed one is raised."""
+    if is_distributed(loaded):
+        found, _ = inspect_distributed(loaded, details=False)
+        return {"loads": loaded.name, "optimizer": found["optimizer"], "mainParameters": found["mainParameters"]}
+    return {"loads": loaded.name, **verdicts(loaded)}
 
 
 def _iteration(folder: Path, named: str) -> Json:
@@ -410,11 +420,7 @@ def _iteration(folder: Path, named: str) -> Json:
     shards = listing(folder, "*.distcp")
     if shards:
         size = sum(path.stat().st_size for path in shards)
-        return {
-            "files": len(shards),
-            "bytes": size,
-            "state": "a distributed checkpoint (torch_dist), which ckpt2pt does not read",
-        }
+        return {"files": len(shards), "bytes": size, "state": "a distributed checkpoint (torch_dist)"}
     files = checkpoint_files(folder)
     state = folder / STATE
     stages = {int(found[1]) for path in listing(state, "stage-*.json") if (found := _STAGE.fullmatch(path.name))}

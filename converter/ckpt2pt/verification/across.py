@@ -226,7 +226,7 @@ def differ_in_layout(left: Path, right: Path, *, asked: bool) -> bool:
             if not is_folder(path):
                 return False
             detect(path)  # says what a checkpoint is
-    if asked or formats[0] != formats[1]:
+    if asked or formats[0] != formats[1] or formats[0] == "torch_dist":
         return True
     if formats[0] == "megatron":
         ranks = [rank_folders(iteration_folder(path)).keys() for path in (left, right)]

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from ckpt2pt.ckpt.writer import mindspore_file
 from ckpt2pt.engine import write as engine
-from ckpt2pt.engine.write import Meter, Stop, read_back, write_files
+from ckpt2pt.engine.readback import read_back
+from ckpt2pt.engine.write import Meter, Stop, write_files
 from ckpt2pt.errors import (
     Ckpt2ptError,
     FileAccessError,

@@ -1,0 +1,59 @@
+"""What a distributed checkpoint holds that is no tensor: arguments, iteration, groups of the optimizer, scheduler.
+
+``common.pt`` up to 0.18, the object ``common_state/shard_0_1`` since 0.19; where both are there, Megatron-LM 0.19 reads
+``common.pt`` (megatron/core/dist_checkpointing/strategies/common.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from ckpt2pt.errors import FormatError, MissingInputError, ref
+from ckpt2pt.formats.torch_dist.items import read_object
+from ckpt2pt.formats.torch_dist.metadata import Metadata
+from ckpt2pt.mapping.foldernames import iteration_of
+from ckpt2pt.pt.archive import Archive
+from ckpt2pt.pt.payload import Template
+from ckpt2pt.pt.pickles import Value, read_pickle
+from ckpt2pt.system.paths import is_file
+from ckpt2pt.tensors import Extent
+
+COMMON = "common.pt"
+COMMON_STATE = "common_state/shard_0_1"
+
+_HINT = "copy the whole folder again from where it was written"
+
+
+def read_common(metadata: Metadata, allow: tuple[str, ...] = ()) -> Template:
+    """The common state.  Raises :class:`MissingInputError` where there is none."""
+    path = metadata.folder / COMMON
+    storages: dict[str, Extent]
+    if is_file(path, ref("source.path")):
+        archive = Archive.open(path)
+        tree, storages = read_pickle(archive.pickle, where=str(path), allow=allow), dict(archive.storages)
+    elif COMMON_STATE in metadata.objects:
+        item = metadata.objects[COMMON_STATE]
+        path = metadata.folder / item.file
+        held, storages = read_object(metadata.folder, item, allow)
+        tree = held[0] if isinstance(held, list) and len(held) == 1 else held
+    else:
+        raise MissingInputError(
+            f"there is no {COMMON}, and no object {COMMON_STATE} either", where=metadata.folder, hint=_HINT
+        )
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise FormatError("the common state is no dictionary with text keys", where=path, hint=_HINT)
+    return Template(path=str(path), tree=cast("dict[str, Value]", tree), storages=storages)
+
+
+def iteration_of_common(common: Template, folder: Path) -> int | None:
+    """The training step that it states, else that of the folder's name."""
+    stated = common.tree.get("iteration")
+    return stated if type(stated) is int and stated >= 0 else iteration_of(folder.name)
+
+
+def sharding_of(common: Template) -> str | None:
+    """How the optimizer's state is stored: ``fully_reshardable``, ``dp_reshardable``, ...; None where nothing says it."""
+    content = common.tree.get("content_metadata")
+    found = content.get("distrib_optim_sharding_type") if isinstance(content, dict) else None
+    return found if isinstance(found, str) else None

@@ -1,0 +1,254 @@
+"""``.metadata``: the tensors of a distributed checkpoint, their chunks, and the item of a file that holds each chunk.
+
+A pickle of ``torch.distributed.checkpoint.metadata.Metadata`` (torch 2.1 to 2.15), read inert.  Megatron-LM adds
+``mcore_data`` up to 0.15 (megatron/core/dist_checkpointing/strategies/torch.py, ``MCoreMetadata``): the shape that a
+tensor had before it was flattened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, NoReturn, cast
+
+from ckpt2pt.errors import CoverageError, FormatError, MissingInputError, ref
+from ckpt2pt.inputs import read_whole
+from ckpt2pt.pt.pickles import Call, Global, Value, read_pickle
+from ckpt2pt.system.paths import is_there, listing, status
+from ckpt2pt.tensors import DTYPE_BYTES, Shape
+from ckpt2pt.untrusted.jsontext import parse_json
+
+METADATA = ".metadata"
+METADATA_JSON = "metadata.json"
+SUFFIX = ".distcp"
+
+_HINT = "copy the whole folder again from where it was written"
+_MODULE = "torch.distributed.checkpoint.metadata"
+_FILE = re.compile(r"[\w-][\w.-]*\.distcp", re.ASCII)
+_MAX_AXES = 16
+
+
+class Item(NamedTuple):
+    """``nbytes`` bytes of a file from ``offset`` on: an archive of torch.save."""
+
+    file: str
+    offset: int
+    nbytes: int
+
+
+class Chunk(NamedTuple):
+    """A box of a tensor, and the item that holds it."""
+
+    origin: Shape
+    shape: Shape
+    item: Item
+
+
+class Entry(NamedTuple):
+    """A tensor; its chunks cover it, which is not checked here.  ``unflattened`` is the shape it had before it was flattened."""
+
+    dtype: str
+    shape: Shape
+    chunks: tuple[Chunk, ...]
+    unflattened: Shape | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metadata:
+    """``tensors`` by key as Megatron names them; ``objects`` are what was pickled whole.
+
+    ``surplus`` are ``.distcp`` files that hold no part of the checkpoint.
+    """
+
+    folder: Path
+    tensors: Mapping[str, Entry]
+    objects: Mapping[str, Item]
+    surplus: tuple[str, ...]
+
+
+def is_distributed(folder: Path) -> bool:
+    """Whether a folder holds a distributed checkpoint, or what is left of one."""
+    option = ref("source.path")
+    return is_there(folder / METADATA, option) or bool(listing(folder, f"*{SUFFIX}", option))
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """Read ``.metadata`` and compare it with the files that are there.
+
+    Raises :class:`MissingInputError` where a file is missing, :class:`FormatError` where one was cut or is of another format,
+    :class:`CoverageError` where a part is claimed twice.
+    """
+    _check_format(folder)
+    path = folder / METADATA
+    if not is_there(path, ref("source.path")):
+        raise MissingInputError(
+            "there is no .metadata, which is written last: the checkpoint was not saved to its end, or not copied whole",
+            where=folder,
+            hint=f"{_HINT}, with its hidden files",
+        )
+    data = read_whole(path, ref("source.path"))
+    state = _state(read_pickle(data, where=str(path)), "Metadata", path)
+    items = _items(_dictionary(state.get("storage_data"), path), path)
+    shapes = _unflattened(state.get("mcore_data"), path)
+    tensors: dict[str, Entry] = {}
+    objects: dict[str, Item] = {}
+    for key, value in _dictionary(state.get("state_dict_metadata"), path).items():
+        if not isinstance(key, str):
+            _refuse("a tensor has no name", path)
+        if _is(value, "BytesStorageMetadata"):
+            objects[key] = _take(items, (key, None), path)
+            continue
+        held = _state(value, "TensorStorageMetadata", path)
+        shape = _sizes(held.get("size"), path)
+        chunks = tuple(
+            Chunk(origin, box, _take(items, (key, origin), path)) for origin, box in _boxes(held.get("chunks"), path)
+        )
+        tensors[key] = Entry(_dtype(held.get("properties"), key, path), shape, chunks, shapes.get(key))
+    if items:
+        key, origin = next(iter(items))
+        _refuse(f"{len(items)} items are of no known tensor, such as {key} at {origin}", path)
+    found = [entry.item for tensor in tensors.values() for entry in tensor.chunks]
+    files = _check_files(folder, [*found, *objects.values()])
+    surplus = tuple(file.name for file in listing(folder, f"*{SUFFIX}") if file.name not in files)
+    return Metadata(folder=folder, tensors=tensors, objects=objects, surplus=surplus)
+
+
+def _check_format(folder: Path) -> None:
+    """``metadata.json`` names the format, where it is there: nothing else tells zarr from torch_dist."""
+    path = folder / METADATA_JSON
+    if not is_there(path, ref("source.path")):
+        return
+    try:
+        stated = parse_json(read_whole(path, ref("source.path"), 1 << 20))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"cannot be read as JSON: {error}", where=path, hint=_HINT) from error
+    facts = cast("dict[str, object]", stated) if isinstance(stated, dict) else {}
+    backend, version = facts.get("sharded_backend"), facts.get("sharded_backend_version")
+    if (backend, version) != ("torch_dist", 1):
+        raise FormatError(
+            f"the format is {backend!r}, version {version!r}; ckpt2pt reads 'torch_dist', version 1",
+            where=path,
+            hint="load the checkpoint with Megatron-LM and save it again with --ckpt-format torch_dist",
+        )
+
+
+def _items(stored: Mapping[Value, Value], path: Path) -> dict[tuple[str, Shape | None], Item]:
+    """(key, origin of the chunk) -> item; the origin of an object is None."""
+    found: dict[tuple[str, Shape | None], Item] = {}
+    for index, value in stored.items():
+        place = _state(index, "MetadataIndex", path)
+        info = _state(value, "_StorageInfo", path, "torch.distributed.checkpoint.filesystem")
+        key, file = place.get("fqn"), info.get("relative_path")
+        offset, nbytes = info.get("offset"), info.get("length")
+        origin = place.get("offset")
+        if not isinstance(key, str) or not isinstance(file, str) or not _FILE.fullmatch(file):
+            _refuse("an item has no name, or no file of the folder itself", path)
+        if type(offset) is not int or type(nbytes) is not int or offset < 0 or nbytes < 1:
+            _refuse(f"an item of {key} is at no place of a file", path)
+        if info.get("transform_descriptors"):
+            _refuse(f"{key} is compressed or encrypted ({info['transform_descriptors']!r})", path)
+        where = key, None if origin is None else _sizes(origin, path)
+        if where in found:
+            raise CoverageError(f"{key} is claimed twice at {where[1]}", where=path, hint=_HINT)
+        found[where] = Item(file, offset, nbytes)
+    return found
+
+
+def _take(items: dict[tuple[str, Shape | None], Item], where: tuple[str, Shape | None], path: Path) -> Item:
+    found = items.pop(where, None)
+    if found is None:
+        raise CoverageError(
+            f"no file holds {where[0]}" + ("" if where[1] is None else f" from {list(where[1])} on"),
+            where=path,
+            hint=_HINT,
+        )
+    return found
+
+
+def _check_files(folder: Path, items: list[Item]) -> set[str]:
+    """Items lie one behind the other and end where their file ends."""
+    held: dict[str, list[Item]] = {}
+    for item in items:
+        held.setdefault(item.file, []).append(item)
+    for name, inside in held.items():
+        inside.sort(key=lambda item: item.offset)
+        seen = status(folder / name, ref("source.path"))
+        if seen is None:
+            raise MissingInputError(
+                f"{name} is not there, which holds {len(inside)} parts of the checkpoint", where=folder, hint=_HINT
+            )
+        stop = inside[-1].offset + inside[-1].nbytes
+        if seen.st_size != stop:
+            raise FormatError(
+                f"the file has {seen.st_size} bytes, and {METADATA} says that it ends at byte {stop}",
+                where=folder / name,
+                hint=_HINT,
+            )
+        for one, other in pairwise(inside):
+            if one.offset + one.nbytes > other.offset:
+                raise CoverageError(
+                    f"two parts of the checkpoint claim byte {other.offset}", where=folder / name, hint=_HINT
+                )
+    return set(held)
+
+
+def _unflattened(value: Value, path: Path) -> dict[str, Shape]:
+    found: dict[str, Shape] = {}
+    for key, facts in _dictionary(value, path).items() if value is not None else ():
+        shape = facts.get("nd_reformulated_orig_global_shape") if isinstance(facts, dict) else None
+        if isinstance(key, str) and shape is not None:
+            found[key] = _sizes(shape, path)
+    return found
+
+
+def _boxes(value: Value, path: Path) -> Iterator[tuple[Shape, Shape]]:
+    if not isinstance(value, list):
+        _refuse("a tensor has no list of chunks", path)
+    for chunk in value:
+        state = _state(chunk, "ChunkStorageMetadata", path)
+        origin, shape = (_sizes(state.get(name), path) for name in ("offsets", "sizes"))
+        yield origin, shape
+
+
+def _dtype(value: Value, key: str, path: Path) -> str:
+    """The first of the properties: torch pickles them as a tuple of five, or of six since 2.9."""
+    properties = value.state if _is(value, "TensorProperties") and isinstance(value, Call) else None
+    first = properties[0] if isinstance(properties, tuple) and properties else None
+    if not isinstance(first, Global) or first.module != "torch" or first.name not in DTYPE_BYTES:
+        _refuse(f"{key} is of a type that cannot be read: {first!r:.80}", path)
+    return first.name
+
+
+def _sizes(value: Value, path: Path) -> Shape:
+    """A ``torch.Size``, or a plain tuple."""
+    inner = value.args[0] if isinstance(value, Call) and value.func == Global("torch", "Size") and value.args else value
+    if not isinstance(inner, tuple) or len(inner) > _MAX_AXES:
+        _refuse("a size is not a tuple of integers", path)
+    found = tuple(number for number in inner if type(number) is int and 0 <= number < 1 << 62)
+    if len(found) != len(inner):
+        _refuse("a size is not a tuple of integers", path)
+    return found
+
+
+def _is(value: Value, name: str, module: str = _MODULE) -> bool:
+    return isinstance(value, Call) and value.func == Global(module, name)
+
+
+def _state(value: Value, name: str, path: Path, module: str = _MODULE) -> Mapping[Value, Value]:
+    """The attributes of an object of a class."""
+    if not isinstance(value, Call) or not _is(value, name, module) or not isinstance(value.state, dict):
+        _refuse(f"there is no {name} where one has to be", path)
+    return value.state
+
+
+def _dictionary(value: Value, path: Path) -> Mapping[Value, Value]:
+    if not isinstance(value, dict):
+        _refuse("a table is missing", path)
+    return value
+
+
+def _refuse(what: str, path: Path) -> NoReturn:
+    raise FormatError(f"the index of the checkpoint cannot be read: {what}", where=path, hint=_HINT)
