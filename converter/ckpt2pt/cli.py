@@ -258,7 +258,7 @@ def _plan(options: argparse.Namespace) -> int:
     account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
         _wait(request, spec.readiness, account)
-        plan = planned(request, stages, names=options.names)
+        plan = planned(request, stages, names=options.names == "list")
     account.planned(plan.document)
     _show(plan.document, render(plan.document, details=options.details), options)
     plan.check()

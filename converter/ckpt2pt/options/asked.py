@@ -165,7 +165,7 @@ def _target(options: argparse.Namespace, path: str) -> Target:
     return Target(
         path=path,
         format=target_format_of(options.target_format),
-        names=NAMES[getattr(options, "names", "auto")],
+        names=NAMES.get(getattr(options, "names", "auto"), "Auto"),  # a plan may list them
         megatron_version=getattr(options, "megatron_version", None),
         transformer_impl=TRANSFORMER_IMPLS[getattr(options, "transformer_impl", "auto")],
         mindspore=files,

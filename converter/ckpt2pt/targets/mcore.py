@@ -37,7 +37,7 @@ from ckpt2pt.targets.source import Source, paths_of, read_source
 if TYPE_CHECKING:
     from ckpt2pt.verification.mcore import Expected
 
-NO_OPTIMIZER = " with --no-load-optim --no-load-rng (it holds parameters only)"
+NO_OPTIMIZER = " and --no-load-optim --no-load-rng (it holds parameters only)"
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,7 @@ def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
         inputs={(tp, pp): found.source.inputs(found.paths((tp, pp))) for pp in stages for tp in range(tensor)},
         doubts=(),
         warnings=found.remarks,
-        how_to_load=f"; {found.layout.style.needs}" + ("" if request.full else NO_OPTIMIZER),
+        how_to_load=f" with {found.layout.style.needs}" + ("" if request.full else NO_OPTIMIZER),
         prepare=partial(_plan, found),
     )
 

@@ -125,7 +125,7 @@ def read_source(request: TargetRequest) -> Source:
         state=state,
         index=index,
         dtype=dtype,
-        stats={path: stat_of(Path(path)) for path in paths_of(index.values())},
+        stats={path: {**stat_of(Path(path))} for path in paths_of(index.values())},
         remarks=(*checkpoint.warnings, *remarks),
     )
 

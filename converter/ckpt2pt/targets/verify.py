@@ -57,7 +57,9 @@ def _verify(found: Found, target: Target, rank: Rank, advance: Advance) -> Repor
     results = {file.name: folder / file.name for file in found.layout.files(rank)[0]}
     if not all(map(status, results.values())):  # the manifest tells what is not there
         differences, nbytes = digest_files(target, rank, advance)
-        return Report(str(target.folder), "full", differences, checked_tensors=0, checked_bytes=nbytes)
+        return Report(
+            folder=str(target.folder), level="full", differences=differences, checked_tensors=0, checked_bytes=nbytes
+        )
     report, _ = compare_files(found.expected, rank, results, advance, found.layout.directory(rank))
     differences, nbytes = digest_files(target, rank, advance)
     return replace(

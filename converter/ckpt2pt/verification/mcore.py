@@ -61,7 +61,7 @@ def compare_files(
         else:
             _check_values(expected.state, stored, findings, full=len(held.roles) > 1)
             places = {
-                key: Place(MODEL_FILE if key.role == "param" else OPTIM_FILE, str(key), expected.dtype)
+                key: Place(MODEL_FILE, str(key), expected.dtype)
                 if key.role == "param"
                 else Place(OPTIM_FILE, str(key), "float32")
                 for key in result
