@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from ckpt2pt.checksums import crc32
 from ckpt2pt.engine.blocks import Blocks, OutputFile
+from ckpt2pt.io.checksums import crc32
 from measure import commit, host, today, warm
 
 NBYTES, SHIFT, KIB = 1 << 30, 64, 1 << 10

@@ -68,8 +68,8 @@ def recut(source: Path, tensor: int, target: int, metadata: Path, out: Path) -> 
     import numpy as np  # noqa: PLC0415
     import torch  # noqa: PLC0415
 
-    from ckpt2pt.ckpt import index_file  # noqa: PLC0415
-    from ckpt2pt.mapping.names import NameTable  # noqa: PLC0415
+    from ckpt2pt.core.names import NameTable  # noqa: PLC0415
+    from ckpt2pt.formats.mindspore import index_file  # noqa: PLC0415
 
     table = NameTable()
     loaded: list[dict[str, torch.Tensor]] = []

@@ -23,16 +23,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from ckpt2pt.planning.stage import ChunkPlan
-    from ckpt2pt.request import Request
-    from ckpt2pt.survey import Prepared
-    from ckpt2pt.tensors import TensorRef
+    from ckpt2pt.core.extents import TensorRef
+    from ckpt2pt.core.stage import ChunkPlan
+    from ckpt2pt.discover import Prepared
+    from ckpt2pt.discover.request import Request
 
 Loaded = Mapping["TensorRef", "torch.Tensor"]
 
 
 def build(folder: Path, layers: int, hidden: int, vocab: int, tp: int, pp: int, headers_only: int) -> None:
-    from ckpt2pt.mapping.topology import Topology  # noqa: PLC0415
+    from ckpt2pt.core.topology import Topology  # noqa: PLC0415
     from synthetic import Model  # noqa: PLC0415
     from synthetic import build as write  # noqa: PLC0415
 
@@ -49,8 +49,8 @@ def seal(folder: Path) -> None:
     """``ms`` as ``ms-crc``, ``safe`` and ``safe-crc``, as mindspore writes them (2.10.0, serialization.py, _exec_save)."""
     import json  # noqa: PLC0415
 
-    from ckpt2pt.checksums import crc32  # noqa: PLC0415
-    from ckpt2pt.ckpt import index_file  # noqa: PLC0415
+    from ckpt2pt.formats.mindspore import index_file  # noqa: PLC0415
+    from ckpt2pt.io.checksums import crc32  # noqa: PLC0415
 
     codes = {"float32": "F32", "int64": "I64"}
     for path in folder.glob("ms/*/*.ckpt"):
@@ -77,20 +77,20 @@ def seal(folder: Path) -> None:
 
 
 def prepared(folder: Path, layers: int, target: Path) -> tuple[Request, Prepared]:
-    from ckpt2pt.mapping.topology import Topology  # noqa: PLC0415
-    from ckpt2pt.request import Request  # noqa: PLC0415
-    from ckpt2pt.survey import prepare, survey  # noqa: PLC0415
+    from ckpt2pt.core.topology import Topology  # noqa: PLC0415
+    from ckpt2pt.discover import discover, prepare  # noqa: PLC0415
+    from ckpt2pt.discover.request import Request  # noqa: PLC0415
 
     request = Request(
         topology=Topology(num_layers=layers), source=folder / "ms", metadata=folder / "pt_meta", target=target
     )
-    return request, prepare(request, survey(request), (0, 0))
+    return request, prepare(request, discover(request), (0, 0))
 
 
 def optim(folder: Path, layers: int, out: Path) -> None:
+    from ckpt2pt.core.moves import OPTIM_FILE, moves  # noqa: PLC0415
     from ckpt2pt.engine.write import Stop, write_files  # noqa: PLC0415
-    from ckpt2pt.planning.moves import OPTIM_FILE, moves  # noqa: PLC0415
-    from ckpt2pt.pt.payload import payloads  # noqa: PLC0415
+    from ckpt2pt.formats.megatron.payload import payloads  # noqa: PLC0415
 
     _, rank = prepared(folder, layers, out)
     only = [
@@ -148,7 +148,7 @@ def _save(folder: Path, layers: int, out: Path, bucket: object) -> None:
                 parts = [np.fromfile(e.path, np.float32, e.nbytes // 4, offset=e.offset) for e in ref.extents]
                 loaded[ref] = torch.from_numpy(np.concatenate(parts)).reshape(ref.shape)
     out.mkdir()
-    model: dict[str, object] = {"iteration": rank.plan.clock.iteration, "checkpoint_version": 3.0}
+    model: dict[str, object] = {"iteration": rank.plan.training_step.iteration, "checkpoint_version": 3.0}
     optimizer: dict[int, object] = {}
     for chunk in rank.plan.chunks:
         model[chunk.key] = {weight.name: loaded[weight.source].to(torch.bfloat16) for weight in chunk.weights}
@@ -172,7 +172,7 @@ def _save(folder: Path, layers: int, out: Path, bucket: object) -> None:
 def main(arguments: list[str]) -> None:
     method, *rest = arguments
     if method == "import":
-        import ckpt2pt.run  # noqa: F401, PLC0415
+        import ckpt2pt.run.conversion  # noqa: F401, PLC0415
     elif method == "seal":
         seal(Path(rest[0]))
     elif method == "build":

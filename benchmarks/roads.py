@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 from measure import Sample, run, summary, warm
 
 if TYPE_CHECKING:
-    from ckpt2pt.tensors import TensorRef
+    from ckpt2pt.core.extents import TensorRef
 
 Words = list[str | Path]
 HERE = Path(__file__)
@@ -147,7 +147,7 @@ def back(work: Path, case: Case, rounds: int, say: Callable[[str], None]) -> dic
 
 def cut(folder: Path, ranks: int, out: Path) -> None:
     """Shards of ``ranks`` data-parallel ranks, and what describes them."""
-    from ckpt2pt.ckpt import index_file  # noqa: PLC0415
+    from ckpt2pt.formats.mindspore import index_file  # noqa: PLC0415
     from synthetic import _entry  # noqa: PLC0415
 
     (path,) = folder.glob("ms/rank_0/*.ckpt")
@@ -203,7 +203,7 @@ def payload(ref: TensorRef) -> bytes:
 def merge(source: Path, out: Path) -> None:
     import numpy as np  # noqa: PLC0415
 
-    from ckpt2pt.ckpt import index_file  # noqa: PLC0415
+    from ckpt2pt.formats.mindspore import index_file  # noqa: PLC0415
 
     (path,) = source.glob("opt_shard_info/*/*.json")
     strategy = json.loads(path.read_text())

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from ckpt2pt.conversion.job import PROGRESS_PORT
+from ckpt2pt.kube.conversion.job import PROGRESS_PORT
 from ckpt2pt_operator.api import CONVERSIONS, JOBS, PODS, Api, ApiError
 from ckpt2pt_operator.informer import SELECTOR, pages
 from ckpt2pt_operator.metrics import Metrics

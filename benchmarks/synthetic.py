@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt2pt.checksums import crc32
-from ckpt2pt.mapping.names import NameTable
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.pt.archive import finish, lay_out
-from ckpt2pt.pt.pickles import Global, Value, namespace, tensor, write_pickle
+from ckpt2pt.core.names import NameTable
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.formats.torchfile.archive import finish, lay_out
+from ckpt2pt.formats.torchfile.pickles import Global, Value, namespace, tensor, write_pickle
+from ckpt2pt.io.checksums import crc32
 
 SLICE_BYTES = 512 << 20
 

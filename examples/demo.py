@@ -105,7 +105,7 @@ def build(folder: Path, gigabytes: float) -> int:
     """Write the checkpoint and its pt_meta; the number of layers that makes it large enough."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import synthetic  # noqa: PLC0415 - beside the package, not in it
-    from ckpt2pt.mapping.topology import Topology  # noqa: PLC0415
+    from ckpt2pt.core.topology import Topology  # noqa: PLC0415
 
     layers = PIPELINE
     while checkpoint_bytes(layers) < gigabytes * 1e9:

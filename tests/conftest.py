@@ -104,7 +104,7 @@ def assert_golden() -> Callable[[str, Path], None]:
 
 
 @pytest.fixture
-def stranger() -> Iterator[Path]:
+def unexpected() -> Iterator[Path]:
     """A folder for files that this process then does not own; pytest's own folders are closed to others."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -18,11 +18,11 @@ from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
 from ckpt2pt import __version__
-from ckpt2pt.conversion.job import MANAGER
-from ckpt2pt.conversion.names import request_path
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.spec import API_VERSION
 from ckpt2pt.errors import UsageError
+from ckpt2pt.kube.conversion.job import MANAGER
+from ckpt2pt.kube.conversion.names import request_path
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.spec import API_VERSION
 from ckpt2pt_operator.decoding import Page, decode, lines
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.views import child, items, number, text

@@ -15,7 +15,7 @@ from typing import cast
 
 import aiohttp
 
-from ckpt2pt.conversion.schema import Json
+from ckpt2pt.kube.conversion.schema import Json
 
 MAX_OBJECT = 16 << 20
 """Bytes of one object: etcd stores 1.5 MiB, and JSON may need six bytes for one of them."""

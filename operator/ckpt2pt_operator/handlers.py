@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import kopf
 
-from ckpt2pt.conversion.spec import API_VERSION
+from ckpt2pt.kube.conversion.spec import API_VERSION
 from ckpt2pt_operator.api import SILENCE
 from ckpt2pt_operator.store import Store
 from ckpt2pt_operator.transport import Conversions

@@ -8,8 +8,8 @@ import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from ckpt2pt.conversion.job import MANAGER
-from ckpt2pt.conversion.schema import Json
+from ckpt2pt.kube.conversion.job import MANAGER
+from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt_operator.api import JOBS, PODS, Api, ApiError, Found, Resource, patiently
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.stages import REASON_WORDS, cause

@@ -26,7 +26,7 @@ from ckpt2pt_operator.informer import Informer, JobInformer, PodInformer
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.reconcile import Reconciler
 from ckpt2pt_operator.rules.kept import Key, key_of
-from ckpt2pt_operator.rules.seen import House
+from ckpt2pt_operator.rules.seen import OperatorDefaults
 from ckpt2pt_operator.settings import Settings
 from ckpt2pt_operator.store import Store
 from ckpt2pt_operator.trainings import Trainings
@@ -128,7 +128,7 @@ class Operator:
         _stop_on_signals()
         runner = await self._health.serve(given.metrics_port)
         api = await Api.create(self._metrics, qps=given.qps, burst=given.burst)
-        house = House(
+        operator_defaults = OperatorDefaults(
             image=given.worker_image, pod=given.worker_defaults, allowed=frozenset(given.allow),
             deletes=given.delete_finished,
         )  # fmt: skip
@@ -137,7 +137,7 @@ class Operator:
             changed=self._queue.add,
         )  # fmt: skip
         reconciler = Reconciler(
-            api, self._store, self._metrics, house, check_volumes=given.check_volumes,
+            api, self._store, self._metrics, operator_defaults, check_volumes=given.check_volumes,
             live_progress=given.live_progress, trainings=trainings,
         )  # fmt: skip
         self._health.ready, self._health.stale = self._not_ready, self._silent

@@ -14,7 +14,7 @@ from functools import partial
 
 import aiohttp
 
-from ckpt2pt.conversion.job import PROGRESS_PORT
+from ckpt2pt.kube.conversion.job import PROGRESS_PORT
 from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.rules.views import Pod, Report, report_of
 

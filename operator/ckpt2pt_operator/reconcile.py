@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Protocol, cast
 
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.status import TERMINAL
 from ckpt2pt.errors import UsageError
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.status import TERMINAL
 from ckpt2pt_operator.api import CLAIMS, CONVERSIONS, EVENTS, JOBS, PODS, Api, ApiError
 from ckpt2pt_operator.informer import pages
 from ckpt2pt_operator.metrics import Metrics
@@ -31,7 +31,7 @@ from ckpt2pt_operator.rules.seen import (
     CreateJob,
     DeleteConversion,
     DeleteJob,
-    House,
+    OperatorDefaults,
     PatchJob,
     Plan,
     Refusal,
@@ -88,13 +88,13 @@ class Reconciler:
         api: Api,
         store: Store,
         metrics: Metrics,
-        house: House,
+        operator_defaults: OperatorDefaults,
         *,
         check_volumes: bool,
         live_progress: bool = True,
         trainings: Workloads | None = None,
     ) -> None:
-        self._api, self._store, self._metrics, self._house = api, store, metrics, house
+        self._api, self._store, self._metrics, self._house = api, store, metrics, operator_defaults
         self._check_volumes = check_volumes
         self._trainings = trainings
         self._progress, self._recorder = Progress(store.put_live) if live_progress else None, Recorder(api)
@@ -119,9 +119,9 @@ class Reconciler:
         if written is None:
             return None
         for action in decided.actions:
-            refusal = await self._act(written, action)
-            if refusal is not None:
-                decided = plan(replace(seen, conversion=written, refusal=refusal), self._house)
+            to_error = await self._act(written, action)
+            if to_error is not None:
+                decided = plan(replace(seen, conversion=written, to_error=to_error), self._house)
                 await self._write(written, decided.status)
                 break
         return self._again(decided)

@@ -7,8 +7,8 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from ckpt2pt.conversion.job import MANAGER
-from ckpt2pt.conversion.schema import Json
+from ckpt2pt.kube.conversion.job import MANAGER
+from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt_operator.api import EVENTS, Api, ApiError
 from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.rules.conditions import stamp

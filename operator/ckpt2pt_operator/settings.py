@@ -12,9 +12,9 @@ from typing import Literal, cast
 import yaml
 
 from ckpt2pt import __version__
-from ckpt2pt.conversion.schema import Json
 from ckpt2pt.errors import FileAccessError, UsageError
-from ckpt2pt.flags import Parser
+from ckpt2pt.io.flags import Parser
+from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt_operator.rules.permissions import PERMISSIONS
 from ckpt2pt_operator.rules.trainings import Kind, kinds
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
-from ckpt2pt.conversion.schema import Json
 from ckpt2pt.errors import UsageError
+from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt_operator.api import CONVERSIONS, Api, ApiError
 from ckpt2pt_operator.informer import Informer
 from ckpt2pt_operator.metrics import Metrics

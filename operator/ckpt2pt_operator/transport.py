@@ -19,7 +19,7 @@ from typing import cast
 import aiohttp
 import kopf
 
-from ckpt2pt.conversion.schema import Json
+from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt_operator.api import AGENT, CONVERSIONS, PLAIN
 from ckpt2pt_operator.decoding import Page, decode, lines
 from ckpt2pt_operator.metrics import Metrics

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from charts import CASES, CHART, DEPLOY, values, values_schema, worker_defaults_schema
-from ckpt2pt.conversion.document import validate
+from ckpt2pt.kube.conversion.document import validate
 from documents import CRD_PATH
 from goldens import REPOSITORY
 

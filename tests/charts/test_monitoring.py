@@ -11,7 +11,7 @@ import yaml
 from prometheus_client import Counter, Gauge, Histogram
 
 from charts import CHART
-from ckpt2pt.worker import endpoint
+from ckpt2pt.kube.worker import endpoint
 from ckpt2pt_operator.metrics import Metrics
 from goldens import REPOSITORY
 

@@ -369,8 +369,8 @@ def test_service_policies_and_monitors_find_the_pods_they_mean(major: str) -> No
 
 
 def test_workers_are_found_by_the_labels_that_they_are_given(major: str) -> None:
-    from ckpt2pt.conversion.job import build_job
-    from ckpt2pt.conversion.spec import parse
+    from ckpt2pt.kube.conversion.job import build_job
+    from ckpt2pt.kube.conversion.spec import parse
 
     conversion = parse(yaml.safe_load((CHART / "files" / "first-conversion.yaml").read_text()))
     job: Any = build_job(conversion, image="worker:1")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.conversion.document import validate
-from ckpt2pt.conversion.job import build_job
-from ckpt2pt.conversion.spec import parse
+from ckpt2pt.kube.conversion.document import validate
+from ckpt2pt.kube.conversion.job import build_job
+from ckpt2pt.kube.conversion.spec import parse
 from harness.golden import by_command, digests, document, owner_of
 from harness.kubectl import Kubectl
 

@@ -48,7 +48,7 @@ def conversions(kubectl: Kubectl) -> Iterator[Kubectl]:
     kubectl("delete", "namespace", "test-crd", "--wait=false")
 
 
-def refusal(kubectl: Kubectl, verb: str, document: dict[str, Any]) -> str:
+def to_error(kubectl: Kubectl, verb: str, document: dict[str, Any]) -> str:
     with pytest.raises(ClusterError) as refused:
         kubectl(verb, "--dry-run=server", "--validate=strict", "--filename", "-", stdin=json.dumps(document))
     return str(refused.value)
@@ -178,7 +178,7 @@ REFUSED |= {
 def test_a_wrong_document_is_refused_with_advice(
     conversions: Kubectl, changes: list[tuple[str, object]], field: str, advice: str
 ) -> None:
-    said = refusal(conversions, "create", changed(*changes))
+    said = to_error(conversions, "create", changed(*changes))
     assert field in said
     assert advice in said
     assert f"<nil>: Invalid value: {advice}" not in said, "every rule names its field"
@@ -190,7 +190,7 @@ def test_a_name_that_no_object_can_have_is_refused(conversions: Kubectl, name: s
     apart = ("spec.startAfter.name", "spec.target.volume.csi.nodePublishSecretRef.name")
     first = [field for field in NAMED_FIELDS if field not in apart]
     for fields in (first, apart):
-        said = refusal(conversions, "create", changed(*(NAMED_FIELDS[field](name) for field in fields)))
+        said = to_error(conversions, "create", changed(*(NAMED_FIELDS[field](name) for field in fields)))
         assert [field for field in fields if f"{field}: Invalid value" not in said] == []
         assert "should match" in said
 
@@ -198,7 +198,7 @@ def test_a_name_that_no_object_can_have_is_refused(conversions: Kubectl, name: s
 def test_an_override_of_a_pods_metadata_holds_labels_and_annotations_alone(conversions: Kubectl) -> None:
     """A pod with a finalizer would stay for ever."""
     metadata = {"labels": {"a": "b"}, "finalizers": ["example.com/never"]}
-    said = refusal(conversions, "create", changed(("spec.workers.podOverrides.metadata", metadata)))
+    said = to_error(conversions, "create", changed(("spec.workers.podOverrides.metadata", metadata)))
     assert 'unknown field "spec.workers.podOverrides.metadata.finalizers"' in said
 
 
@@ -301,7 +301,7 @@ def message_of(field: str) -> str:
 
 @pytest.mark.parametrize("field", OTHERS)
 def test_a_field_is_fixed(conversions: Kubectl, fixed: dict[str, Any], field: str) -> None:
-    said = refusal(conversions, "replace", put(fixed, field, OTHERS[field]))
+    said = to_error(conversions, "replace", put(fixed, field, OTHERS[field]))
     assert field in said
     assert message_of(field) in said
 
@@ -313,19 +313,19 @@ def test_how_a_training_is_followed_is_fixed(conversions: Kubectl, value: object
     conversions("apply", "--filename", "-", stdin=given)
     found = conversions.get("ckc", "follows")
     assert found["spec"]["follow"] == {"keep": 1, "intervalSeconds": 30}
-    assert message_of("spec.follow") in refusal(conversions, "replace", put(found, "spec.follow", value))
+    assert message_of("spec.follow") in to_error(conversions, "replace", put(found, "spec.follow", value))
 
 
 @pytest.mark.parametrize(
     "field", [field for field in OTHERS if field not in REQUIRED | DEFAULTED | {"spec.cancel", "spec.follow"}]
 )
 def test_a_field_that_was_given_cannot_be_taken_away(conversions: Kubectl, fixed: dict[str, Any], field: str) -> None:
-    assert message_of(field) in refusal(conversions, "replace", put(fixed, field, ABSENT))
+    assert message_of(field) in to_error(conversions, "replace", put(fixed, field, ABSENT))
 
 
 @pytest.mark.parametrize(("field", "value"), NESTED.values(), ids=NESTED)
 def test_nothing_deeper_down_escapes(conversions: Kubectl, fixed: dict[str, Any], field: str, value: object) -> None:
-    assert message_of(field) in refusal(conversions, "replace", put(fixed, field, value))
+    assert message_of(field) in to_error(conversions, "replace", put(fixed, field, value))
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +336,7 @@ def bare(conversions: Kubectl) -> dict[str, Any]:
 
 @pytest.mark.parametrize("field", [field for field in OTHERS if field not in REQUIRED | DEFAULTED | {"spec.cancel"}])
 def test_a_field_that_was_not_given_cannot_be_added(conversions: Kubectl, bare: dict[str, Any], field: str) -> None:
-    assert message_of(field) in refusal(conversions, "replace", put(bare, field, OTHERS[field]))
+    assert message_of(field) in to_error(conversions, "replace", put(bare, field, OTHERS[field]))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ckpt2pt.conversion.template import name_for
+from ckpt2pt.kube.conversion.template import name_for
 from conftest import WORKER_UID
 from goldens import REPOSITORY
 from harness.golden import KIND, document, reach, status

@@ -10,7 +10,7 @@ import pytest
 
 from harness.checkpoints import Unfinished
 from harness.cluster import Cluster
-from harness.golden import KIND, by_command, digests, document, events, message, obstacle, owner_of, reach, told
+from harness.golden import KIND, blocker, by_command, digests, document, events, message, owner_of, reach, told
 from harness.kubectl import Kubectl
 from harness.machine import run
 from harness.pods import host_path
@@ -38,7 +38,7 @@ def test_a_worker_that_is_evicted_costs_no_try(namespace: Kubectl, unfinished: U
     where = f"/api/v1/namespaces/{namespace.namespace}/pods/{name}/eviction"
     eviction = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": {"name": name}}
     namespace("create", "--raw", where, "--filename", "-", stdin=json.dumps(eviction))
-    assert "EvictionByEvictionAPI" in message(obstacle(namespace, "Evicted"), "Degraded")
+    assert "EvictionByEvictionAPI" in message(blocker(namespace, "Evicted"), "Degraded")
     unfinished.finish()
     found = reach(namespace, "Succeeded")
     assert [stage.get("disruptions", 0) for stage in found["stageStatuses"]] == [0, 1]
@@ -55,7 +55,7 @@ def test_a_node_that_does_not_end_its_pods_is_named_with_the_remedy(
     cluster.node.kubelet.stop(kill=True)
     try:
         namespace("delete", "pod", name, "--grace-period=1", "--wait=false")
-        said = message(obstacle(namespace, "NodeLost", seconds=150), "Degraded")
+        said = message(blocker(namespace, "NodeLost", seconds=150), "Degraded")
         assert pod_of(namespace, 1) == name
     finally:
         cluster.node.kubelet.start()
@@ -72,7 +72,7 @@ def test_a_node_that_does_not_end_its_pods_is_named_with_the_remedy(
 def test_a_volume_that_cannot_be_mounted_is_told(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
     target = {"volume": host_path(volume / "not-there"), "path": "out"}
     namespace.apply(document(checkpoint, volume, target=target))
-    assert str(volume / "not-there") in message(obstacle(namespace, "VolumeMountFailed", seconds=90), "Degraded")
+    assert str(volume / "not-there") in message(blocker(namespace, "VolumeMountFailed", seconds=90), "Degraded")
     (volume / "not-there").mkdir()
     reach(namespace, "Succeeded", seconds=180)  # the kubelet tries again after a pause that doubles
 
@@ -94,7 +94,7 @@ def test_a_claim_for_one_node_is_not_asked_for_by_two_workers(
         claim = {"persistentVolumeClaim": {"claimName": "once"}}
         namespace.apply(document(checkpoint, volume, target={"volume": claim, "path": "out"}))
         assert "spec.workers.maxParallelStages" in message(
-            obstacle(namespace, "AccessModeConflict", kind="VolumesReady"), "VolumesReady"
+            blocker(namespace, "AccessModeConflict", kind="VolumesReady"), "VolumesReady"
         )
         assert not namespace.get("jobs")["items"]
         fewer = {"spec": {"workers": {"maxParallelStages": 1}}}
@@ -139,7 +139,7 @@ def test_a_container_that_cannot_be_made_is_told(namespace: Kubectl, checkpoint:
         "podOverrides": {"spec": {"containers": [{"name": "convert", "env": [wanted]}]}},
     }
     namespace.apply(document(checkpoint, volume, workers=workers))
-    assert 'configmap "site" not found' in message(obstacle(namespace, "CreateContainerError"), "Degraded")
+    assert 'configmap "site" not found' in message(blocker(namespace, "CreateContainerError"), "Degraded")
     namespace("create", "configmap", "site", "--from-literal=ca=x")
     reach(namespace, "Succeeded")
 

@@ -11,7 +11,7 @@ import pytest
 
 from harness.checkpoints import Large, Unfinished
 from harness.cluster import Cluster
-from harness.golden import KIND, digests, document, events, message, obstacle, owner_of, reach, status, told
+from harness.golden import KIND, blocker, digests, document, events, message, owner_of, reach, status, told
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError, wait_until
 from harness.release import Release
@@ -41,7 +41,7 @@ def patch(namespace: Kubectl, spec: dict[str, Any], name: str = "golden") -> Non
 
 def test_workers_that_wait_for_a_rank_say_for_which(namespace: Kubectl, unfinished: Unfinished) -> None:
     namespace.apply(unfinished.document())
-    found = obstacle(namespace, "WaitingForCheckpoint", kind="Ready")
+    found = blocker(namespace, "WaitingForCheckpoint", kind="Ready")
     assert f"rank_{unfinished.last}" in message(found, "Ready")
     assert found["phase"] == "Running"
     assert events(namespace)[-1] == "WaitingForCheckpoint"
@@ -124,7 +124,7 @@ def test_a_claim_that_is_missing_is_named_and_waited_for(
 ) -> None:
     claim = {"persistentVolumeClaim": {"claimName": "results"}}
     namespace.apply(document(checkpoint, volume, target={"volume": claim, "path": "out"}))
-    found = obstacle(namespace, "PVCNotFound", kind="VolumesReady")
+    found = blocker(namespace, "PVCNotFound", kind="VolumesReady")
     assert found["phase"] == "Pending"
     assert 'persistentvolumeclaim "results" not found' in message(found, "VolumesReady")
     assert not jobs(namespace)
@@ -166,7 +166,7 @@ def test_an_image_that_cannot_be_pulled_is_told_and_given_up_in_time(
 ) -> None:
     workers = {"security": {"runAsUser": owner_of(checkpoint)}, "image": "nowhere.invalid/ckpt2pt:0"}
     namespace.apply(document(checkpoint, volume, workers=workers, pendingDeadlineSeconds=12))
-    found = obstacle(namespace, "ImagePullBackOff")
+    found = blocker(namespace, "ImagePullBackOff")
     assert "nowhere.invalid/ckpt2pt:0" in message(found, "Degraded")
     found = reach(namespace, "Failed")
     assert told(found, "Failed") == ("True", "PendingDeadline")
@@ -177,7 +177,7 @@ def test_an_image_that_cannot_be_pulled_is_told_and_given_up_in_time(
 def test_workers_that_no_node_takes_are_told(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
     workers = {"security": {"runAsUser": owner_of(checkpoint)}, "nodeSelector": {"disk": "fast"}}
     namespace.apply(document(checkpoint, volume, workers=workers, pendingDeadlineSeconds=8))
-    found = obstacle(namespace, "Unschedulable")
+    found = blocker(namespace, "Unschedulable")
     assert "node affinity/selector" in message(found, "Degraded")
     assert told(reach(namespace, "Failed"), "Failed") == ("True", "PendingDeadline")
 
@@ -193,7 +193,7 @@ def test_a_quota_that_refuses_is_told_and_waited_for(
     wait_until("the quota", lambda: "hard" in namespace.get("resourcequota", "none").get("status", {}))
     namespace.apply(document(checkpoint, volume))
     kind = "Degraded" if object_refused == "pod" else "Ready"
-    found = obstacle(namespace, "QuotaExceeded", kind=kind, seconds=120)
+    found = blocker(namespace, "QuotaExceeded", kind=kind, seconds=120)
     assert "exceeded quota: none" in message(found, kind)
     namespace("delete", "resourcequota", "none")
     reach(namespace, "Succeeded", seconds=150)
@@ -205,7 +205,7 @@ def test_a_quota_that_comes_while_workers_run_ends_it_in_time(namespace: Kubectl
     namespace("create", "quota", "none", "--hard=pods=0")
     wait_until("the quota", lambda: "hard" in namespace.get("resourcequota", "none").get("status", {}))
     namespace("delete", "pods", "--all", "--wait=false")
-    obstacle(namespace, "QuotaExceeded", seconds=90)
+    blocker(namespace, "QuotaExceeded", seconds=90)
     found = reach(namespace, "Failed")
     assert told(found, "Failed") == ("True", "PendingDeadline")
     assert "QuotaExceeded: " in message(found, "Failed")
@@ -216,7 +216,7 @@ def test_pod_security_that_refuses_is_told(namespace: Kubectl, checkpoint: Path,
     """``restricted`` admits neither hostPath nor root."""
     namespace("label", "namespace", str(namespace.namespace), "pod-security.kubernetes.io/enforce=restricted")
     namespace.apply(document(checkpoint, volume))
-    found = obstacle(namespace, "PodRejected", seconds=120)
+    found = blocker(namespace, "PodRejected", seconds=120)
     assert "violates PodSecurity" in message(found, "Degraded")
 
 
@@ -259,7 +259,7 @@ def test_no_deadline_runs_while_a_conversion_is_suspended_before_it_has_a_job(
 ) -> None:
     claim = {"volume": {"persistentVolumeClaim": {"claimName": "nowhere"}}, "path": "out"}
     namespace.apply(document(checkpoint, volume, target=claim, suspend=True, pendingDeadlineSeconds=4))
-    found = obstacle(namespace, "PVCNotFound", kind="VolumesReady")
+    found = blocker(namespace, "PVCNotFound", kind="VolumesReady")
     assert (found["phase"], told(found, "Suspended")) == ("Suspended", ("True", "UserRequested"))
     time.sleep(6)
     patch(namespace, {"suspend": False})
@@ -273,7 +273,7 @@ def test_what_comes_too_early_or_is_a_queues_to_do_is_told(namespace: Kubectl, u
     namespace.apply(unfinished.document(workers={**workers, "queueName": "research"}))
     reach(namespace, "Running")
     patch(namespace, {"suspend": True})
-    found = obstacle(namespace, "QueueDecides", kind="Suspended")
+    found = blocker(namespace, "QueueDecides", kind="Suspended")
     assert found["phase"] == "Running"
     assert "spec.active" in message(found, "Suspended")
     namespace("annotate", KIND, "golden", "ckpt2pt.dev/retry=1")

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from ckpt2pt.conversion.template import name_for
+from ckpt2pt.kube.conversion.template import name_for
 from documents import changed, crd, write
 from goldens import REPOSITORY
 from harness.kubectl import Kubectl

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ckpt2pt.conversion.template import name_for
+from ckpt2pt.kube.conversion.template import name_for
 from harness.golden import KIND, by_command, digests, document, reach, status
 from harness.kubectl import Kubectl
 from harness.machine import wait_until

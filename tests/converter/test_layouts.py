@@ -41,7 +41,7 @@ def test_safetensors_and_ckpt_of_one_model_give_the_same_files(tmp_path: Path) -
     made.write_source(tmp_path / "safe" / "ms", suffix="safetensors")
     # The template holds random state, so both conversions take one.
     (tmp_path / "safe" / "pt_meta").symlink_to(tmp_path / "ckpt" / "pt_meta")
-    from ckpt2pt.run import run
+    from ckpt2pt.run.conversion import run
     from conversions import Quiet
 
     second = run(made.request(tmp_path / "safe"), range(2), Quiet())
@@ -264,7 +264,7 @@ def test_a_source_of_half_precision_fills_both_files(dtype: str, tmp_path: Path)
 def test_a_source_in_any_order_with_sliced_tensors_gives_the_same_values(tmp_path: Path) -> None:
     made = Handmade(topology=topology(pipeline=2))
     request = made.write(tmp_path)
-    from ckpt2pt.run import run
+    from ckpt2pt.run.conversion import run
     from ckptfiles import chunk, entry, tensor, value
     from conversions import Quiet
 
@@ -286,7 +286,7 @@ def test_a_source_in_any_order_with_sliced_tensors_gives_the_same_values(tmp_pat
 def test_target_data_parallel_pads_for_the_run_to_come(tmp_path: Path) -> None:
     made = Handmade(topology=topology(), data=1)
     request = made.write(tmp_path, target_data=8)
-    from ckpt2pt.run import run
+    from ckpt2pt.run.conversion import run
     from conversions import Quiet
 
     outcome = run(request, range(1), Quiet())

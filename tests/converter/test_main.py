@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.core.topology import Topology
 from handmade import Handmade
 
 # Sends itself a signal in the midst of the imports.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.errors import MissingInputError
-from ckpt2pt.inputs import InputFile, read_whole, sha256
+from ckpt2pt.io.inputs import InputFile, read_whole, sha256
 
 SCRIPT = """
 import json, os, sys
@@ -23,7 +23,7 @@ def seen(event, args):
         if os.path.isfile(args[0]):
             found[os.path.relpath(args[0], source)] += 1
 sys.addaudithook(seen)
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
 code = main(sys.argv[2:])
 print(json.dumps([code, found]))
 """
@@ -70,7 +70,7 @@ def test_a_small_file_that_was_written_since_is_read_again(
         path.write_text(text)
         answers.append(read(path))  # too fresh to be kept
         with monkeypatch.context() as later:
-            later.setattr("ckpt2pt.inputs._AT_REST", -10.0)
+            later.setattr("ckpt2pt.io.inputs._AT_REST", -10.0)
             answers += [read(path), read(path)]
         time.sleep(0.02)
     assert answers[::3] == answers[1::3] == answers[2::3]
@@ -83,7 +83,7 @@ def test_a_small_file_that_was_written_since_is_read_again(
 
 
 def test_a_large_file_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt2pt.inputs._AT_REST", -10.0)
+    monkeypatch.setattr("ckpt2pt.io.inputs._AT_REST", -10.0)
     path = tmp_path / "x"
     path.write_bytes(bytes(1 << 20))
     with InputFile(path, keep=True) as one, InputFile(path, keep=True) as other:

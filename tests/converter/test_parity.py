@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckpt2pt.cli import main
-from ckpt2pt.run import run
+from ckpt2pt.cli.commands import main
+from ckpt2pt.run.conversion import run
 from conversions import Quiet, request_for
 from torchload import differences
 

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt2pt.back.request import BackRequest
-from ckpt2pt.back.run import run_back
-from ckpt2pt.ckpt import index_file
+from ckpt2pt.core.names import NameTable, SourceName, common_prefix
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover import discover, prepare_all, target_of
+from ckpt2pt.discover.request import Pace
 from ckpt2pt.errors import UnmappedNameError
-from ckpt2pt.mapping.names import NameTable, SourceName, common_prefix
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.ptmeta.capture import capture
-from ckpt2pt.request import Pace
+from ckpt2pt.formats.mindspore import index_file
+from ckpt2pt.formats.ptmeta.capture import capture
+from ckpt2pt.run.back.request import BackRequest
+from ckpt2pt.run.back.run import run_back
 from ckpt2pt.show.preview import preview
-from ckpt2pt.survey import prepare_all, survey, target_of
 from ckpt2pt.verification.compare import compare
 from ckpt2pt.verification.prove import verify_target
 from ckptfiles import Tensor
@@ -59,7 +59,7 @@ def test_a_prefix_of_all_names_is_left_out_with_one_warning(
     assert outcome.warnings == (f"all parameters carry the prefix {prefix} in their names, which is left out",)
     request = made.request(tmp_path)
     assert verify_target(request, (0, 1), level="full", reader="own").differences == ()
-    chosen = survey(request)
+    chosen = discover(request)
     ranks = prepare_all(request, chosen, (0, 1))
     document = preview(request, chosen, target_of(request, chosen), ranks, names=True)
     assert document["warnings"] == list(outcome.warnings)

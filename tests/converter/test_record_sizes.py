@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover.request import Request
+from ckpt2pt.io.records import seal
 from ckpt2pt.publish import read_record
-from ckpt2pt.records import seal
-from ckpt2pt.request import Request
-from ckpt2pt.run import run
+from ckpt2pt.run.conversion import run
 from ckpt2pt.show.preview import WORKER_BYTES
 from ckpt2pt.verification.manifests import published, recorded
 from conversions import Quiet
@@ -118,7 +118,7 @@ def test_a_thousand_ranks_take_the_memory_that_the_plan_promises(tmp_path: Path)
     script = """
 import sys
 from pathlib import Path
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
 code = main(sys.argv[1:])
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(code, peak.split()[1])

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.ckpt import index_file
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
+from ckpt2pt.core.names import Rules
 from ckpt2pt.engine.write import write_files
 from ckpt2pt.errors import Ckpt2ptError, FormatError, TargetConflictError, TopologyError, TryAgainError
-from ckpt2pt.mapping.names import Rules
-from ckpt2pt.run import run
+from ckpt2pt.formats.mindspore import index_file
+from ckpt2pt.run.conversion import run
 from ckptfiles import Tensor
 from conversions import Quiet
 from handmade import HEAD
@@ -315,7 +315,7 @@ def test_a_source_replaced_in_place_is_noticed(tmp_path: Path, monkeypatch: pyte
         one.write_source(request.source)  # the same names, shapes and sizes
         return real(*args, **more)
 
-    monkeypatch.setattr("ckpt2pt.rank.write_files", replacing)
+    monkeypatch.setattr("ckpt2pt.run.rank.write_files", replacing)
     with pytest.raises(TryAgainError, match="was written while it was read"):
         run(request, range(1), Quiet())
     assert not list(tmp_path.rglob("out/**/*.pt"))
@@ -354,8 +354,8 @@ def test_a_killed_conversion_is_resumed(tmp_path: Path, monkeypatch: pytest.Monk
     request = one.becomes(other, tmp_path)
     script = (
         "import os, sys\n"
-        "from ckpt2pt.cli import main\n"
-        "from ckpt2pt.rank import RankTask\n"
+        "from ckpt2pt.cli.commands import main\n"
+        "from ckpt2pt.run.rank import RankTask\n"
         "real, done = RankTask.run, []\n"
         "def killed(*args):\n"
         "    real(*args)\n"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt2pt.cli import main
-from ckpt2pt.folders import iteration_folder
+from ckpt2pt.cli.commands import main
+from ckpt2pt.formats.folders import iteration_folder
 from conversions import topology_of
 from goldens import golden_sets
 from torchload import leaves, megatron_names, same

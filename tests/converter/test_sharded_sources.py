@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover import discover
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, TopologyError, ref
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.run import run
-from ckpt2pt.survey import survey
+from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.compare import compare
 from ckptfiles import Tensor
 from conversions import Quiet, flags_for
@@ -105,7 +105,7 @@ def test_descriptions_may_lie_elsewhere(tmp_path: Path) -> None:
     place(made, Sharding(), tmp_path)
     (tmp_path / "ms" / "opt_shard_info").rename(tmp_path / "elsewhere")
     with pytest.raises(MissingInputError, match="nothing describes them") as caught:
-        survey(made.request(tmp_path))
+        discover(made.request(tmp_path))
     assert ref("source.optShardInfoPath") in caught.value.hint
     made.check(run(made.request(tmp_path, shard_info=tmp_path / "elsewhere"), [0], Quiet()))
 
@@ -120,14 +120,14 @@ def test_an_iteration_folder_itself_may_be_named(tmp_path: Path) -> None:
 def test_the_identity_changes_with_any_file_that_is_read(tmp_path: Path) -> None:
     made = made_of(Topology(num_layers=2, data=2))
     place(made, Sharding(), tmp_path)
-    seen = {survey(made.request(tmp_path)).identity}
+    seen = {discover(made.request(tmp_path)).identity}
     peer = tmp_path / "ms" / "rank_1" / f"network_rank_1-0_{made.iteration}.ckpt"
     shutil.copy(peer, peer.with_suffix(".x"))
     peer.with_suffix(".x").replace(peer)
-    seen.add(survey(made.request(tmp_path)).identity)
+    seen.add(discover(made.request(tmp_path)).identity)
     (info,) = (tmp_path / "ms" / "opt_shard_info" / "rank_0").iterdir()
     info.write_text(info.read_text() + " ")
-    seen.add(survey(made.request(tmp_path)).identity)
+    seen.add(discover(made.request(tmp_path)).identity)
     assert len(seen) == 3
 
 
@@ -168,7 +168,7 @@ def test_a_group_that_is_not_whole_is_refused(case: str, tmp_path: Path) -> None
     place(made, Sharding(), tmp_path)
     change(tmp_path / "ms")
     with pytest.raises(kind, match=what):
-        survey(made.request(tmp_path))
+        discover(made.request(tmp_path))
     assert not (tmp_path / "out").exists()
 
 
@@ -179,7 +179,7 @@ def test_a_wrong_data_parallel_size_is_told_as_such(data: int, shown: str, pipel
     place(made, Sharding(), tmp_path)
     wrong = made.request(tmp_path, topology=replace(made.topology, data=data))
     with pytest.raises(TopologyError, match=rf"over ranks \[0, 1, 2, 3\], the options give ranks {shown}"):
-        survey(wrong)
+        discover(wrong)
 
 
 def test_a_rank_that_was_left_by_a_larger_run_is_not_looked_at(tmp_path: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_missing_model_rank_is_named_with_those_there_are(tmp_path: Path) -> N
     place(made, Sharding(v2=True), tmp_path)
     shutil.rmtree(tmp_path / "ms" / "iter_0000012" / "mp_rank_01_001")
     with pytest.raises(MissingInputError, match=re.escape("mp_rank_01_001 (there are mp_rank_00_000, mp_rank_00_001")):
-        survey(made.request(tmp_path))
+        discover(made.request(tmp_path))
 
 
 def test_hundreds_of_shards_need_few_open_files(tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_hundreds_of_shards_need_few_open_files(tmp_path: Path) -> None:
     script = """
 import os, resource, sys
 from pathlib import Path
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
 from ckpt2pt.engine.sources import drop_from_cache
 os.sync()
 for path in Path(sys.argv[1]).rglob("*.ckpt"):

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt import run as run_module
-from ckpt2pt.ckpt import index_file
-from ckpt2pt.combine.merge import Combination, combine
-from ckpt2pt.combine.outcome import Combined
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover import prepare
+from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import FormatError, TryAgainError
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.request import Request
-from ckpt2pt.run import run
-from ckpt2pt.survey import prepare
+from ckpt2pt.formats.mindspore import index_file
+from ckpt2pt.run import conversion as run_module
+from ckpt2pt.run.combine.merge import Combination, combine
+from ckpt2pt.run.combine.outcome import Combined
+from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.prove import verify_target
 from ckptfiles import trailer
 from conversions import Quiet, request_for

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt2pt.cli import main
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.cli.commands import main
+from ckpt2pt.core.topology import Topology
 from ckptfiles import Tensor, ckpt, safe
 from handmade import Handmade
 

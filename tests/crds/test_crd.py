@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from ckpt2pt.cli import build_parser
-from ckpt2pt.conversion.document import fields_of, validate
-from ckpt2pt.conversion.job import build_job
-from ckpt2pt.conversion.spec import API_VERSION, KIND, parse
+from ckpt2pt.cli.commands import build_parser
+from ckpt2pt.kube.conversion.document import fields_of, validate
+from ckpt2pt.kube.conversion.job import build_job
+from ckpt2pt.kube.conversion.spec import API_VERSION, KIND, parse
 from documents import CRD_PATH, EXAMPLE_PATH, crd, minimal, root_schema
 
 Schema = dict[str, Any]

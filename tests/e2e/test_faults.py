@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
 from failing import Failing
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.core.topology import Topology
 from synthetic import Model, build
 from workers import alive, children, wait_for
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.cli import main
-from ckpt2pt.records import seal
+from ckpt2pt.cli.commands import main
+from ckpt2pt.io.records import seal
 from conversions import flags_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]

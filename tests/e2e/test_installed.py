@@ -52,7 +52,7 @@ def test_wheel_holds_both_packages_typed_and_nothing_else(tmp_path: Path) -> Non
         "ckpt2pt_operator",
         f"ckpt2pt-{__version__}.dist-info",
     }
-    assert {"ckpt2pt/py.typed", "ckpt2pt_operator/py.typed", "ckpt2pt/cli.py"} <= names
+    assert {"ckpt2pt/py.typed", "ckpt2pt_operator/py.typed", "ckpt2pt/cli/commands.py"} <= names
 
 
 J = golden_root() / "megatron06" / "j_tp1pp2dp2"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.core.topology import Topology
 from handmade import Handmade
 from sharding import Sharding
 from synthetic import Model, build

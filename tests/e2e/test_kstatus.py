@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import kstatus as judge
-from ckpt2pt.conversion.status import TERMINAL
+from ckpt2pt.kube.conversion.status import TERMINAL
 from documents import crd
 from goldens import REPOSITORY
 from helm import MissingError

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from ckpt2pt import __version__, errors
-from ckpt2pt.cli import build_parser
+from ckpt2pt.cli.commands import build_parser
 from goldens import REPOSITORY
 
 MODULES = sorted(path for folder in ("converter", "operator") for path in (REPOSITORY / folder).rglob("*.py"))
@@ -102,7 +102,7 @@ def test_module_says_what_it_is_for(module: Path) -> None:
 
 
 def mirror_of(module: Path) -> Path:
-    """``converter/ckpt2pt/planning/buckets.py`` -> ``tests/converter/planning/test_buckets.py``."""
+    """``converter/ckpt2pt/core/buckets.py`` -> ``tests/converter/planning/test_buckets.py``."""
     root, _, *rooms = module.relative_to(REPOSITORY).parts
     return REPOSITORY.joinpath("tests", root, *rooms[:-1], f"test_{module.name}")
 

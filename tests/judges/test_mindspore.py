@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 import torch
 
-from ckpt2pt.back.request import BackRequest
-from ckpt2pt.back.run import run_back
-from ckpt2pt.ckpt import index_file, read_scalar
-from ckpt2pt.ckpt.writer import CkptFile, mindspore_file
-from ckpt2pt.combine.merge import Combination, combine
+from ckpt2pt.discover.request import Pace
 from ckpt2pt.engine.write import Stop, write_files
-from ckpt2pt.planning.entries import Entry, number_entry, text_entry
-from ckpt2pt.request import Pace
+from ckpt2pt.formats.mindspore import index_file, read_scalar
+from ckpt2pt.formats.mindspore.entries import Entry, number_entry, text_entry
+from ckpt2pt.formats.mindspore.writer import CkptFile, mindspore_file
+from ckpt2pt.run.back.request import BackRequest
+from ckpt2pt.run.back.run import run_back
+from ckpt2pt.run.combine.merge import Combination, combine
 from ckptfiles import some_tensors
 from conversions import Quiet
 from goldens import REPOSITORY, golden_root

@@ -18,7 +18,7 @@ from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.reconcile import Reconciler, steady
 from ckpt2pt_operator.rules.conditions import stamp
 from ckpt2pt_operator.rules.kept import key_of
-from ckpt2pt_operator.rules.seen import House
+from ckpt2pt_operator.rules.seen import OperatorDefaults
 from ckpt2pt_operator.rules.views import pod_view
 from ckpt2pt_operator.store import Store
 from documents import HOSTILE_NAMES, changed, claim
@@ -27,7 +27,7 @@ from statuses import told
 from talking import api_of
 
 Raw = dict[str, Any]
-HOUSE = House(image="ckpt2pt:1")
+HOUSE = OperatorDefaults(image="ckpt2pt:1")
 
 
 def conversion(*changes: tuple[str, object]) -> Raw:

@@ -16,7 +16,7 @@ from ckpt2pt_operator.api import Bucket
 from ckpt2pt_operator.main import Operator
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.reconcile import Reconciler
-from ckpt2pt_operator.rules.seen import House
+from ckpt2pt_operator.rules.seen import OperatorDefaults
 from ckpt2pt_operator.rules.views import child
 from ckpt2pt_operator.settings import read
 from documents import changed
@@ -79,7 +79,7 @@ async def work(
     """Look at conversions with four workers, as the operator does, until something is true."""
     operator, api = Operator(read(["--worker-image=i:1"], {})), api_of(server.url)
     api._bucket = bucket or api._bucket
-    reconciler = Reconciler(api, operator._store, Metrics("0"), House(image="i:1"), check_volumes=True)
+    reconciler = Reconciler(api, operator._store, Metrics("0"), OperatorDefaults(image="i:1"), check_volumes=True)
     operator._conversions.synced.set()
     workers: list[asyncio.Task[None]] = []
     try:

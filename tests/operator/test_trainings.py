@@ -207,14 +207,14 @@ def test_an_annotation_that_is_no_name_asks_for_nothing_and_is_told(watched: Wat
 
 
 def test_a_refusal_by_the_api_server_is_told_without_the_values_that_it_quotes(watched: Watched) -> None:
-    refusal = {
+    to_error = {
         "reason": "Invalid", "message": 'spec.verify: Unsupported value: "hunter2"',
         "details": {"causes": [{"field": "spec.verify", "message": 'Unsupported value: "hunter2"'}]},
     }  # fmt: skip
 
     def answer(path: str) -> Answer:
         template = json.dumps(changed(("spec.verify", "hunter2")))
-        return (200, {"data": {"conversion.yaml": template}}) if "configmaps" in path else (422, refusal)
+        return (200, {"data": {"conversion.yaml": template}}) if "configmaps" in path else (422, to_error)
 
     _, said = events_of(watched, "mine", answer)
     assert said[0] == "the conversion that ConfigMap mine describes was not made: 422 Invalid: spec.verify"

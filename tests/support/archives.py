@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt2pt.pt.archive import finish, lay_out
+from ckpt2pt.formats.torchfile.archive import finish, lay_out
 
 
 class Parts(NamedTuple):

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ckpt2pt.ckpt import index_file
-from ckpt2pt.pt.pickles import with_attrs
-from ckpt2pt.request import Request
-from ckpt2pt.survey import survey
+from ckpt2pt.discover import discover
+from ckpt2pt.discover.request import Request
+from ckpt2pt.formats.mindspore import index_file
+from ckpt2pt.formats.torchfile.pickles import with_attrs
 from ckptfiles import Tensor, ckpt
 from conversions import request_for
 from results import Result, convert_request, edit_tree
@@ -76,4 +76,4 @@ def tie(request: Request) -> None:
 def converted(request: Request) -> Callable[[], Result]:
     """Convert what is there now; whatever is changed later is compared with that."""
     result = convert_request(request)
-    return lambda: Result(request, survey(request), result.folder)
+    return lambda: Result(request, discover(request), result.folder)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file, prove_checksum
-from ckpt2pt.tensors import TensorRef
+from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.formats.mindspore import index_file, prove_checksum
 
 
 def checked(path: Path) -> dict[str, TensorRef]:

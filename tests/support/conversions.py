@@ -7,12 +7,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.options.asked import spec_of
-from ckpt2pt.options.resolve import resolve_convert
-from ckpt2pt.pt.archive import Archive
-from ckpt2pt.pt.pickles import namespace_attrs, read_pickle
-from ckpt2pt.request import Request
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover.request import Request
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.formats.torchfile.pickles import namespace_attrs, read_pickle
+from ckpt2pt.kube.asked import spec_of
+from ckpt2pt.kube.resolve import resolve_convert
 
 
 class Quiet:

@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from ckpt2pt.folders import iteration_folder
-from ckpt2pt.pt.megatron import rank_folders, read_rank
-from ckpt2pt.ptmeta.describe import known
-from ckpt2pt.ptmeta.synthesize import Wanted
+from ckpt2pt.formats.folders import iteration_folder
+from ckpt2pt.formats.megatron.headers import rank_folders, read_rank
+from ckpt2pt.formats.ptmeta.describe import known
+from ckpt2pt.formats.ptmeta.synthesize import Wanted
 from conversions import topology_of
 
 # What Megatron works out itself, so that nobody passes it.

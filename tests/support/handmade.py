@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from archives import write_archive
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.pt.pickles import Global, Value, namespace, tensor, write_pickle
-from ckpt2pt.request import Request
-from ckpt2pt.run import Outcome, run
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover.request import Request
+from ckpt2pt.formats.torchfile.pickles import Global, Value, namespace, tensor, write_pickle
+from ckpt2pt.run.conversion import Outcome, run
 from ckptfiles import Tensor, ckpt, safe
 from conversions import Quiet
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.core.topology import Topology
 
 
 def topology(**more: Any) -> Topology:

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ckpt2pt.discover.request import Pace
 from ckpt2pt.engine.write import Stop
-from ckpt2pt.request import Pace
 
 
 @dataclass(frozen=True)

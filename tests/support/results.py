@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from archives import take_apart, write_archive
-from ckpt2pt.pt.archive import Archive
-from ckpt2pt.pt.pickles import read_pickle, write_pickle
-from ckpt2pt.request import Request
-from ckpt2pt.run import run
-from ckpt2pt.survey import Survey, survey
+from ckpt2pt.discover import Discovered, discover
+from ckpt2pt.discover.request import Request
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.formats.torchfile.pickles import read_pickle, write_pickle
+from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.gather import width
 from ckpt2pt.verification.leaves import TensorLeaf, open_pt
 from ckpt2pt.verification.prove import verify_rank
@@ -27,7 +27,7 @@ class Result(NamedTuple):
     """One conversion."""
 
     request: Request
-    chosen: Survey
+    chosen: Discovered
     folder: Path
 
     def verify(self, rank: tuple[int, int] = (0, 0), reader: Any = "own") -> Report:
@@ -59,7 +59,7 @@ def convert(folder: Path, target: Path, *, full: bool = True, **more: object) ->
 def convert_request(request: Request) -> Result:
     outcome = run(request, range(request.topology.pipeline), Quiet())
     assert outcome.published
-    return Result(request, survey(request), outcome.target.folder)
+    return Result(request, discover(request), outcome.target.folder)
 
 
 def tree_of(path: Path) -> Tree:

@@ -21,7 +21,7 @@ from ckpt2pt_operator.rules.seen import (
     Action,
     CreateJob,
     DeleteConversion,
-    House,
+    OperatorDefaults,
     PatchJob,
     Plan,
     Refusal,
@@ -33,7 +33,7 @@ from documents import changed
 
 Raw = dict[str, Any]
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-HOUSE = House(image="registry.example/ckpt2pt:1")
+HOUSE = OperatorDefaults(image="registry.example/ckpt2pt:1")
 BOUND = claim_view({"status": {"phase": "Bound", "accessModes": ["ReadWriteMany"]}})
 UID = "uid-of-demo"
 """Of the conversion."""
@@ -363,8 +363,8 @@ class World:
         """A user annotates it."""
         self.document["metadata"].setdefault("annotations", {})["ckpt2pt.dev/retry"] = token
 
-    def refused(self, refusal: Refusal) -> Plan:
+    def refused(self, to_error: Refusal) -> Plan:
         """What is decided when the API server does not take the Job."""
-        decided = plan(replace(self.look(), refusal=refusal), HOUSE)
+        decided = plan(replace(self.look(), to_error=to_error), HOUSE)
         self.document["status"] = dict(decided.status)
         return decided

@@ -10,7 +10,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
-from ckpt2pt.conversion.status import TERMINAL
+from ckpt2pt.kube.conversion.status import TERMINAL
 from documents import root_schema
 
 _RANGES = {"int32": 1 << 31, "int64": 1 << 63}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from archives import write_archive
-from ckpt2pt.pt.pickles import Call, Global, Value, namespace, tensor, write_pickle
+from ckpt2pt.formats.torchfile.pickles import Call, Global, Value, namespace, tensor, write_pickle
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]

@@ -15,10 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file
-from ckpt2pt.ckpt.writer import CkptFile
-from ckpt2pt.planning.entries import Entry, number_entry
-from ckpt2pt.tensors import TensorRef
+from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.formats.mindspore import index_file
+from ckpt2pt.formats.mindspore.entries import Entry, number_entry
+from ckpt2pt.formats.mindspore.writer import CkptFile
 
 PIECES = 4
 
@@ -42,10 +42,10 @@ def main() -> int:
 
 def checkpoint(path: Path, step: int) -> bytes:
     """The file of a step."""
-    clock = {"epoch_num": (0, "int64"), "step_num": (step, "int64"), "num_steps": (4 * step, "int32")}
+    training_step = {"epoch_num": (0, "int64"), "step_num": (step, "int64"), "num_steps": (4 * step, "int32")}
     entries = [
-        number_entry(name, *clock[name])
-        if name in clock
+        number_entry(name, *training_step[name])
+        if name in training_step
         else Entry(name=name, dtype=ref.dtype, shape=ref.shape, source=payload(ref))
         for name, ref in index_file(path).items()
     ]

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ckpt2pt.core.extents import Extent, Shape, Stored
 from ckpt2pt.core.params import EMBEDDING, Axes, axes_of, is_gated, model_order
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, check_coverage, sharded
 from ckpt2pt.errors import CoverageError, TopologyError
-from ckpt2pt.tensors import Extent, Shape, Stored
 
 
 class Local(NamedTuple):

@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from ckpt2pt.core.extents import Shape
 from ckpt2pt.errors import TopologyError
-from ckpt2pt.tensors import Shape
 
 
 class Kind(NamedTuple):

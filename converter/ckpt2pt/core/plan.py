@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
+from ckpt2pt.core.extents import Box, Extent, Gather, Stored, View, intersection
 from ckpt2pt.core.tensor import box_of, dense_strides
-from ckpt2pt.tensors import Box, Extent, Gather, Stored, View, intersection
 
 
 class Copy(NamedTuple):

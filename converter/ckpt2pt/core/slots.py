@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+from ckpt2pt.core.extents import DTYPE_BYTES, Box, Stored, View, intersection
 from ckpt2pt.core.index import Index, find
 from ckpt2pt.core.params import is_padded
 from ckpt2pt.core.tensor import Key, Tensor, check_coverage, dense_strides
 from ckpt2pt.errors import CoverageError, MissingInputError, aside
-from ckpt2pt.tensors import DTYPE_BYTES, Box, Stored, View, intersection
 
 
 class Slot(NamedTuple):

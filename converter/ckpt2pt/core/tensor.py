@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, pairwise
 from typing import Literal, NamedTuple
 
+from ckpt2pt.core.extents import Box, S, Shape, Stored, View, intersection
 from ckpt2pt.errors import CoverageError
-from ckpt2pt.tensors import Box, S, Shape, Stored, View, intersection
 
 Role = Literal["param", "main_param", "exp_avg", "exp_avg_sq"]
 """A weight in the model's precision, its float32 main parameter, and Adam's two moments."""

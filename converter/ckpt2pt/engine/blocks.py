@@ -23,9 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ckpt2pt.system.access import UNSUPPORTED, access_error
-from ckpt2pt.system.files import write_at, write_once
-from ckpt2pt.system.volume import file_system
+from ckpt2pt.io.access import UNSUPPORTED, access_error
+from ckpt2pt.io.files import write_at, write_once
+from ckpt2pt.io.volume import file_system
 
 ALIGNMENT = max(4096, mmap.PAGESIZE)
 """Offset, size and memory address of a direct write are multiples of this."""

@@ -16,14 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ckpt2pt.checksums import Piece, crc32, crc32_combine
+from ckpt2pt.core.extents import Extent
 from ckpt2pt.engine.blocks import OutputFile
 from ckpt2pt.engine.sources import Sources, drop_from_cache, is_cached
 from ckpt2pt.errors import VerificationError
+from ckpt2pt.io.access import access_error
+from ckpt2pt.io.checksums import Piece, crc32, crc32_combine
+from ckpt2pt.io.files import read_once
 from ckpt2pt.publish.files import vanished
-from ckpt2pt.system.access import access_error
-from ckpt2pt.system.files import read_once
-from ckpt2pt.tensors import Extent
 
 BLOCK_BYTES = 1 << 20
 READERS = 2  # one alone waits for the disk between two reads

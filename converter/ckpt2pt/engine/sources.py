@@ -20,10 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ckpt2pt.core.extents import Extent
 from ckpt2pt.engine.blocks import ALIGNMENT, DIRECT_REFUSED, open_direct
-from ckpt2pt.system.access import access_error, ended
-from ckpt2pt.system.files import OpenFiles, read_at, read_once
-from ckpt2pt.tensors import Extent
+from ckpt2pt.io.access import access_error, ended
+from ckpt2pt.io.files import OpenFiles, read_at, read_once
 
 WINDOW_BYTES = 1 << 20
 WINDOWS = 3  # the one in use, and those being read

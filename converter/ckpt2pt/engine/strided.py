@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ckpt2pt.checksums import Piece, crc32
+from ckpt2pt.core.extents import Extent
+from ckpt2pt.core.moves import cut
 from ckpt2pt.core.plan import Copy
-from ckpt2pt.planning.moves import cut
-from ckpt2pt.tensors import Extent
+from ckpt2pt.io.checksums import Piece, crc32
 
 STRETCH_BYTES = 1 << 20
 _SPARSE = 16

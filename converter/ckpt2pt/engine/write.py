@@ -20,23 +20,23 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from ckpt2pt.casts import find_cast
-from ckpt2pt.checksums import Piece, crc32, crc32_combine, join
+from ckpt2pt.core.extents import DTYPE_BYTES, Extent
+from ckpt2pt.core.moves import Move, Sink
 from ckpt2pt.engine.blocks import Blocks, Finished, OutputFile, open_direct
+from ckpt2pt.engine.casts import find_cast
 from ckpt2pt.engine.readback import ReadBack, compare_crc, drop, read_back
 from ckpt2pt.engine.sources import Sources
 from ckpt2pt.engine.strided import Gatherer
 from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VolumeTooSmallError, size
-from ckpt2pt.framing import Layout, Payload
-from ckpt2pt.inputs import InputFile
-from ckpt2pt.meta import METADATA
-from ckpt2pt.planning.moves import Move, Sink
+from ckpt2pt.formats.ptmeta.metadata import METADATA
+from ckpt2pt.io.access import access_error
+from ckpt2pt.io.checksums import Piece, crc32, crc32_combine, join
+from ckpt2pt.io.files import reserve, write_at
+from ckpt2pt.io.framing import Layout, Payload
+from ckpt2pt.io.inputs import InputFile
+from ckpt2pt.io.records import Json
 from ckpt2pt.publish import partial_name, sync_folder
 from ckpt2pt.publish.files import vanished
-from ckpt2pt.records import Json
-from ckpt2pt.system.access import access_error
-from ckpt2pt.system.files import reserve, write_at
-from ckpt2pt.tensors import DTYPE_BYTES, Extent
 
 log = logging.getLogger("ckpt2pt")
 
@@ -198,11 +198,11 @@ class _Carrier:
             cast = find_cast(move.dtype, sink.dtype)
             offset = output.offset(sink, numel)
             if cast:
-                twin, start = self.blocks.take(), output.file.origin(offset)
+                converted, start = self.blocks.take(), output.file.origin(offset)
                 size = nbytes // DTYPE_BYTES[move.dtype] * DTYPE_BYTES[sink.dtype]
-                cast(data, twin[start : start + size])
-                crcs[number] = crc32(twin[start : start + size], crcs[number])
-                self.blocks.write(output.file, offset, twin, start, size)
+                cast(data, converted[start : start + size])
+                crcs[number] = crc32(converted[start : start + size], crcs[number])
+                self.blocks.write(output.file, offset, converted, start, size)
                 continue
             if sink is not as_is:
                 write_at(output.file.fd, data, offset, output.path)
@@ -298,10 +298,10 @@ def _output(folder: Path, payload: Payload, stop: Stop) -> Generator[Output]:
             stack.callback(os.close, fd)
             reserve(fd, layout.nbytes, stop.check)
         except OSError as error:
-            refusal = access_error(error, path, f"reserving {size(layout.nbytes)}")
+            to_error = access_error(error, path, f"reserving {size(layout.nbytes)}")
             if error.errno == errno.EDQUOT:  # known before the first byte, and nobody else can make room
-                refusal = VolumeTooSmallError(refusal.what, where=path, hint=f"raise the quota, or {refusal.hint}")
-            raise refusal from error
+                to_error = VolumeTooSmallError(to_error.what, where=path, hint=f"raise the quota, or {to_error.hint}")
+            raise to_error from error
         direct = open_direct(partial, os.O_RDWR | os.O_NOFOLLOW)
         if direct is not None:
             stack.callback(os.close, direct)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt2pt.core.index import Index
+from ckpt2pt.core.stated import Statement
 from ckpt2pt.errors import TopologyError
-from ckpt2pt.planning.stated import Statement
-from ckpt2pt.pt.payload import Template
+from ckpt2pt.formats.megatron.payload import Template
 
 OPTION = "the checkpoint's path"
 """What names the folder, in the user's words."""

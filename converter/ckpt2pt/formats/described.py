@@ -6,16 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from ckpt2pt.core.layout import Parameter
 from ckpt2pt.formats.checkpoint import Checkpoint
-from ckpt2pt.meta import METADATA, read_arguments
-from ckpt2pt.planning.layout import Parameter
-from ckpt2pt.pt.payload import Template
-from ckpt2pt.pt.pickles import Value, namespace
-from ckpt2pt.ptmeta.arguments import complete
-from ckpt2pt.ptmeta.defaults import told_by_checkpoint
-from ckpt2pt.ptmeta.describe import describe
-from ckpt2pt.ptmeta.schedule import param_groups, scheduler
-from ckpt2pt.system.paths import is_file
+from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.ptmeta.arguments import complete
+from ckpt2pt.formats.ptmeta.defaults import told_by_checkpoint
+from ckpt2pt.formats.ptmeta.describe import describe
+from ckpt2pt.formats.ptmeta.metadata import METADATA, read_arguments
+from ckpt2pt.formats.ptmeta.schedule import param_groups, scheduler
+from ckpt2pt.formats.torchfile.pickles import Value, namespace
+from ckpt2pt.io.paths import is_file
 
 _SILENT = ("transformer_impl", "use_mcore_models", "tensor_model_parallel_size", "padded_vocab_size")
 """Arguments whose default in 0.6 says nothing of a later run."""

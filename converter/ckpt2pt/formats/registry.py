@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ckpt2pt.core.foldernames import is_rank, iterations
+from ckpt2pt.core.names import Rules
 from ckpt2pt.errors import FormatError, MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import OPTION, Checkpoint
 from ckpt2pt.formats.torch_dist.metadata import is_distributed
-from ckpt2pt.mapping.foldernames import is_rank, iterations
-from ckpt2pt.mapping.names import Rules
-from ckpt2pt.system.paths import is_folder, is_there, listing
+from ckpt2pt.io.paths import is_folder, is_there, listing
 
 FORMATS = ("mindspore", "megatron", "torch_dist")
 
@@ -56,9 +56,9 @@ def read(
     """Find one iteration of a checkpoint and read its headers."""
     chosen = detect(path) if source_format == "auto" else source_format
     if chosen == "mindspore":
-        from ckpt2pt.formats.mindspore import open_mindspore as open_checkpoint  # noqa: PLC0415
+        from ckpt2pt.formats.mindspore.read import open_mindspore as open_checkpoint  # noqa: PLC0415
     elif chosen == "megatron":
-        from ckpt2pt.formats.megatron import open_megatron as open_checkpoint  # noqa: PLC0415 - numpy and more
+        from ckpt2pt.formats.megatron.read import open_megatron as open_checkpoint  # noqa: PLC0415 - numpy and more
     elif chosen == "torch_dist":
         from ckpt2pt.formats.torch_dist.read import open_torch_dist as open_checkpoint  # noqa: PLC0415 - numpy
     else:

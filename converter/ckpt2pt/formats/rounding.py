@@ -11,14 +11,14 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from ckpt2pt.core.extents import DTYPE_BYTES, Box, Gather
 from ckpt2pt.core.index import Index
+from ckpt2pt.core.moves import cut
 from ckpt2pt.core.plan import copies
 from ckpt2pt.core.tensor import Key, Tensor, boxes
 from ckpt2pt.errors import FormatError, aside
-from ckpt2pt.planning.moves import cut
-from ckpt2pt.ptmeta.proof import rounds_to
-from ckpt2pt.system.files import OpenFiles, read_at
-from ckpt2pt.tensors import DTYPE_BYTES, Box, Gather
+from ckpt2pt.formats.ptmeta.proof import rounds_to
+from ckpt2pt.io.files import OpenFiles, read_at
 
 SAMPLE_NUMEL = 256
 """Elements of a stretch of a tensor that are compared: at its beginning, in its middle and at its end."""

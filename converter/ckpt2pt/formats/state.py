@@ -6,7 +6,7 @@ from typing import cast
 
 from ckpt2pt.core.state import State, plain_values
 from ckpt2pt.formats.checkpoint import Checkpoint
-from ckpt2pt.pt.payload import Template
+from ckpt2pt.formats.megatron.payload import Template
 
 
 def state_of(checkpoint: Checkpoint, given: Template | None, *, iteration: int | None, zero_samples: bool) -> State:

@@ -13,15 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from ckpt2pt.conversion.spelling import in_python
+from ckpt2pt.core.extents import DTYPE_BYTES, Box, Extent, Stored
 from ckpt2pt.core.index import find
+from ckpt2pt.core.moves import cut
+from ckpt2pt.core.names import Rules, nearest
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, boxes
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import Checkpoint as Found
 from ckpt2pt.formats.registry import read
-from ckpt2pt.mapping.names import Rules, nearest
-from ckpt2pt.planning.moves import cut
-from ckpt2pt.tensors import DTYPE_BYTES, Box, Extent, Stored
+from ckpt2pt.kube.conversion.spelling import in_python
 
 if TYPE_CHECKING:
     import numpy.typing as npt

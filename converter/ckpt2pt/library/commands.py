@@ -11,13 +11,13 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, Unpack, cast
 
-from ckpt2pt.conversion.spelling import in_python, of_function, spelled_document
-from ckpt2pt.mapping.names import Rules
+from ckpt2pt.core.names import Rules
+from ckpt2pt.kube.conversion.spelling import in_python, of_function, spelled_document
 
 if TYPE_CHECKING:
-    from ckpt2pt.directions import AnyRequest
-    from ckpt2pt.request import Verify
-    from ckpt2pt.run import Outcome
+    from ckpt2pt.discover.request import Verify
+    from ckpt2pt.run.conversion import Outcome
+    from ckpt2pt.run.directions import AnyRequest
     from ckpt2pt.show.preview import Plan
     from ckpt2pt.verification.compare import Comparison
 
@@ -96,8 +96,8 @@ def convert(**asked: Unpack[Asked]) -> Outcome:
     The same call after any interruption does what is missing.  Call it in the main thread: it heeds SIGTERM and SIGINT, after
     which it raises :class:`~ckpt2pt.errors.InterruptedRunError`.
     """
-    from ckpt2pt.directions import pipeline_of, run  # noqa: PLC0415
-    from ckpt2pt.request import SILENCE  # noqa: PLC0415
+    from ckpt2pt.core.progress import SILENCE  # noqa: PLC0415
+    from ckpt2pt.run.directions import pipeline_of, run  # noqa: PLC0415
 
     request = _request(asked)
     return run(request, range(pipeline_of(request)), SILENCE)
@@ -109,7 +109,7 @@ def plan(**asked: Unpack[Asked]) -> Plan:
 
     ``document`` is that of ``ckpt2pt plan --output json``; ``check()`` raises what would keep it from being written.
     """
-    from ckpt2pt.directions import pipeline_of  # noqa: PLC0415
+    from ckpt2pt.run.directions import pipeline_of  # noqa: PLC0415
     from ckpt2pt.show.preview import planned  # noqa: PLC0415
 
     request = _request(asked)
@@ -117,9 +117,9 @@ def plan(**asked: Unpack[Asked]) -> Plan:
 
 
 def _request(asked: Asked) -> AnyRequest:
-    from ckpt2pt.conversion import schema  # noqa: PLC0415
-    from ckpt2pt.options.asked import NAMES, TRANSFORMER_IMPLS, source_format_of, target_format_of  # noqa: PLC0415
-    from ckpt2pt.options.resolve import resolve  # noqa: PLC0415
+    from ckpt2pt.kube.asked import NAMES, TRANSFORMER_IMPLS, source_format_of, target_format_of  # noqa: PLC0415
+    from ckpt2pt.kube.conversion import schema  # noqa: PLC0415
+    from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415
 
     layers, noop, metadata = asked.get("layers_per_stage"), asked.get("noop_layers"), asked.get("metadata")
     spec = schema.Spec(

@@ -9,7 +9,7 @@ megatron_pt/iter_0000500/.ckpt2pt/claim.json          whose folder this is
 megatron_pt/.iter_0000500.0123456789abcdef.new/       what will replace it, complete or not (docs/adr/0009)
 """
 
-from ckpt2pt.mapping.foldernames import TRACKER
+from ckpt2pt.core.foldernames import TRACKER
 from ckpt2pt.publish.files import (
     PARTIAL,
     STATE,

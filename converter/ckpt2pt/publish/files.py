@@ -12,10 +12,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckpt2pt.errors import TryAgainError, UsageError
-from ckpt2pt.records import MAX_RECORD_BYTES, OVERSIZED, Json, load, unseal
-from ckpt2pt.system.access import access_error
-from ckpt2pt.system.files import read_all
-from ckpt2pt.system.paths import listing, status
+from ckpt2pt.io.access import access_error
+from ckpt2pt.io.files import read_all
+from ckpt2pt.io.paths import listing, status
+from ckpt2pt.io.records import MAX_RECORD_BYTES, OVERSIZED, Json, load, unseal
 
 STATE = ".ckpt2pt"
 PARTIAL = ".partial"

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import TargetConflictError, TryAgainError
-from ckpt2pt.inputs import InputFile
+from ckpt2pt.io.access import access_error
+from ckpt2pt.io.inputs import InputFile
+from ckpt2pt.io.paths import status
+from ckpt2pt.io.records import Json, seal
 from ckpt2pt.publish.files import publish_bytes, read_record
-from ckpt2pt.records import Json, seal
-from ckpt2pt.system.access import access_error
-from ckpt2pt.system.paths import status
 
 
 @dataclass(frozen=True, slots=True)

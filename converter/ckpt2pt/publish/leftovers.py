@@ -7,12 +7,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ckpt2pt.errors import TryAgainError
+from ckpt2pt.io.paths import listing
 from ckpt2pt.publish.files import STATE, read_record
 from ckpt2pt.publish.kinds import CLAIM
 from ckpt2pt.publish.locks import locked
 from ckpt2pt.publish.retire import REMOVED, remove_ours, retire
 from ckpt2pt.publish.swap import NEW, OLD
-from ckpt2pt.system.paths import listing
 
 
 @contextmanager

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ckpt2pt.errors import TryAgainError, UsageError
+from ckpt2pt.io.access import access_error
+from ckpt2pt.io.files import read_bytes, write_all
 from ckpt2pt.publish.files import host
-from ckpt2pt.system.access import access_error
-from ckpt2pt.system.files import read_bytes, write_all
 
 log = logging.getLogger("ckpt2pt")
 
 WAIT_SECONDS = 60.0
 """For how long a lock that is held for a moment only is waited for (docs/operations.md)."""
 ORPHAN_SECONDS = 20.0
-"""For how long the workers of a run that was killed are waited for: they end with it (ckpt2pt.crew)."""
+"""For how long the workers of a run that was killed are waited for: they end with it (ckpt2pt.run.pool)."""
 _TELL_SECONDS = 2.0
 _POLL_SECONDS = 0.05
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS})

@@ -15,11 +15,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from ckpt2pt.errors import Ckpt2ptError
+from ckpt2pt.io.access import access_error
+from ckpt2pt.io.paths import listing, status
 from ckpt2pt.publish.files import STATE, is_partial, sync_folder
 from ckpt2pt.publish.kinds import CLAIM, is_record
 from ckpt2pt.publish.ledger import Holdings
-from ckpt2pt.system.access import access_error
-from ckpt2pt.system.paths import listing, status
 
 log = logging.getLogger("ckpt2pt")
 

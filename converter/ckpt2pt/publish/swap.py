@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import UsageError
+from ckpt2pt.io.access import access_error
+from ckpt2pt.io.paths import is_there, listing, status
+from ckpt2pt.io.records import Json, seal
 from ckpt2pt.publish.files import STATE, make_folder, publish_bytes, read_record, sync_folder
 from ckpt2pt.publish.kinds import CLAIM
 from ckpt2pt.publish.ledger import Holdings, not_ours
 from ckpt2pt.publish.retire import records_of, remove_ours
-from ckpt2pt.records import Json, seal
-from ckpt2pt.system.access import access_error
-from ckpt2pt.system.paths import is_there, listing, status
 
 NEW, OLD = ".new", ".old"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
+from ckpt2pt.core.foldernames import TRACKER
+from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TargetConflictError, TryAgainError
-from ckpt2pt.mapping.foldernames import TRACKER
-from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.io.paths import is_folder, is_there, listing, status
+from ckpt2pt.io.records import Json, seal, seal_joined, unseal
 from ckpt2pt.publish import swap
 from ckpt2pt.publish.files import (
     STATE,
@@ -29,8 +31,6 @@ from ckpt2pt.publish.leftovers import nobody_at_work, sweep_leftovers
 from ckpt2pt.publish.locks import WAIT_SECONDS, Lock, locked
 from ckpt2pt.publish.retire import files_below, foreign, records_of, retire
 from ckpt2pt.publish.tracker import announce, check_tracker, tracked
-from ckpt2pt.records import Json, seal, seal_joined, unseal
-from ckpt2pt.system.paths import is_folder, is_there, listing, status
 
 _ID_DIGITS = 16
 _CLAIMED = ("identity", "purpose", "base", "full")
@@ -44,8 +44,8 @@ def _nothing() -> None:
 class Target:
     """One iteration's folder, owned by one conversion.
 
-    ``identity`` is the digest of everything that decides what is written, ``purpose`` that of the options alone, and
-    ``ranks`` those of the options and what each rank is read from.  Without ``purpose`` any change makes another conversion.
+    ``identity`` is the digest of everything that decides what is written, ``options_digest`` that of the options alone, and
+    ``ranks`` those of the options and what each rank is read from.  Without ``options_digest`` any change makes another conversion.
     ``base`` is the digest of the source and of the options but for ``full``: parameters alone, and with the optimizer.
     ``beside`` is true while the result of another conversion stands in the folder, which this one is to replace.
     """
@@ -55,7 +55,7 @@ class Target:
     identity: str
     stages: int
     tensor: int
-    purpose: str = ""
+    options_digest: str = ""
     ranks: Mapping[Rank, str] = field(default_factory=dict[Rank, str])
     kind: Kind = MEGATRON
     base: str = ""
@@ -139,13 +139,13 @@ class Target:
                 hint=f"choose another {self.kind.option}, or remove what is there yourself",
             )
         found = listing(self.folder) if self.kind.alone else self._results()
-        strangers = sorted(str(path.relative_to(self.folder)) for path in found if path.name != STATE)
-        if not strangers:
+        unexpected_files = sorted(str(path.relative_to(self.folder)) for path in found if path.name != STATE)
+        if not unexpected_files:
             return self
         if read_small(claim) != data:
             return self.check(overwrite=overwrite)  # another worker has taken the folder meanwhile, and begun
         raise TargetConflictError(
-            f"the folder holds {strangers[0]}, which ckpt2pt did not write",
+            f"the folder holds {unexpected_files[0]}, which ckpt2pt did not write",
             where=self.folder,
             hint=f"choose another {self.kind.option}, or move what is there away: it is never replaced",
         )
@@ -158,9 +158,9 @@ class Target:
             else [path.relative_to(self.folder).as_posix() for path in self._results()]
         )
         held = Holdings.of(self.folder, records_of(self.state))  # behind the names: what has one is in a record before
-        stranger = foreign(self.folder, names, held)
-        if stranger is not None:
-            raise not_ours(self.folder / stranger, self._keep)
+        unexpected = foreign(self.folder, names, held)
+        if unexpected is not None:
+            raise not_ours(self.folder / unexpected, self._keep)
         return held
 
     @property
@@ -170,8 +170,8 @@ class Target:
     def _goes_on(self, claim: Json) -> bool:
         """Whether the same was begun with a source that was mended since, and nothing is published yet."""
         return (
-            bool(self.purpose)
-            and claim.get("purpose") == self.purpose
+            bool(self.options_digest)
+            and claim.get("purpose") == self.options_digest
             and not is_there(self.at_home.state / REPORT, self.kind.option)
         )
 

@@ -7,11 +7,11 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from ckpt2pt.core.foldernames import RELEASE, TRACKER, iteration_name, iteration_of, tracked_name
 from ckpt2pt.errors import UsageError
-from ckpt2pt.mapping.foldernames import RELEASE, TRACKER, iteration_name, iteration_of, tracked_name
+from ckpt2pt.io.paths import listing, status
 from ckpt2pt.publish.files import STATE, publish_bytes, read_small
 from ckpt2pt.publish.kinds import REPORT
-from ckpt2pt.system.paths import listing, status
 
 log = logging.getLogger("ckpt2pt")
 

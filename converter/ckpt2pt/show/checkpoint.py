@@ -12,14 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.ckpt import index_file, read_scalar, states_checksum
-from ckpt2pt.ckpt.filenames import UNNAMED, when_of_name
-from ckpt2pt.ckpt.ranks import choose, find_sources, last_saved
-from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
-from ckpt2pt.folders import SUFFIXES, checkpoint_files, layout_of
-from ckpt2pt.formats.torch_dist.metadata import is_distributed
-from ckpt2pt.inputs import read_whole
-from ckpt2pt.mapping.foldernames import (
+from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.core.foldernames import (
     TRACKER,
     is_iteration,
     iterations,
@@ -28,20 +22,26 @@ from ckpt2pt.mapping.foldernames import (
     ranks_of,
     tracked_name,
 )
-from ckpt2pt.mapping.names import SHARD, NameTable
-from ckpt2pt.meta import ARGUMENTS, PARAM_MAP
-from ckpt2pt.planning.clock import CLOCK_ENTRIES, read_clock
-from ckpt2pt.planning.stage import spans
-from ckpt2pt.pt.archive import Archive
+from ckpt2pt.core.names import SHARD, NameTable
+from ckpt2pt.core.stage import spans
+from ckpt2pt.core.training_step import STEP_ENTRIES, read_training_step
+from ckpt2pt.discover.loading import verdicts
+from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
+from ckpt2pt.formats.folders import SUFFIXES, checkpoint_files, layout_of
+from ckpt2pt.formats.mindspore import index_file, read_scalar, states_checksum
+from ckpt2pt.formats.mindspore.filenames import UNNAMED, when_of_name
+from ckpt2pt.formats.mindspore.ranks import choose, find_sources, last_saved
+from ckpt2pt.formats.ptmeta.metadata import ARGUMENTS, PARAM_MAP
+from ckpt2pt.formats.torch_dist.metadata import is_distributed
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.io.inputs import read_whole
+from ckpt2pt.io.jsontext import parse_json
+from ckpt2pt.io.paths import is_folder, is_there, listing, status
+from ckpt2pt.io.records import Json
+from ckpt2pt.io.text import render as render
+from ckpt2pt.io.text import short
 from ckpt2pt.publish import PARTIAL, STATE, read_record, read_tracker
-from ckpt2pt.records import Json
 from ckpt2pt.show.distributed import inspect_distributed
-from ckpt2pt.survey.loading import verdicts
-from ckpt2pt.system.paths import is_folder, is_there, listing, status
-from ckpt2pt.tensors import TensorRef
-from ckpt2pt.text import render as render
-from ckpt2pt.text import short
-from ckpt2pt.untrusted.jsontext import parse_json
 from ckpt2pt.verification.leaves import CONTAINERS, Leaf, Leaves, TensorLeaf, is_archive, leaf_of, open_pt
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=[._])")
@@ -117,7 +117,7 @@ def _mindspore(path: Path, *, details: bool) -> Json:
         "bytes": path.stat().st_size,
         "entries": len(index),
         "layers": spans(layers),
-        **_clock(path, index),
+        **_training_step(path, index),
         **({"checksum": "stated, not checked here"} if states_checksum(path) else {}),
         "totals": [
             {
@@ -150,19 +150,25 @@ def _value(ref: TensorRef) -> object:
     return value if not isinstance(value, float) or math.isfinite(value) else str(value)
 
 
-def _clock(path: Path, index: Mapping[str, TensorRef]) -> Json:
+def _training_step(path: Path, index: Mapping[str, TensorRef]) -> Json:
     """Epoch and step as the file states them, and the iteration they amount to."""
     facts: dict[str, float] = {}
-    for name in CLOCK_ENTRIES:
+    for name in STEP_ENTRIES:
         value = _value(index[name]) if name in index else None
         if isinstance(value, int | float):
             facts[name] = value
     when = when_of_name(path.name)
     try:
-        clock = read_clock(facts, global_batch_size=None, named=None if when == UNNAMED else when, where=str(path))
+        training_step = read_training_step(
+            facts, global_batch_size=None, named=None if when == UNNAMED else when, where=str(path)
+        )
     except InputError:
         return {"iteration": "unknown"}
-    return {"iteration": clock.iteration, "because": clock.because, "doubts": list(clock.doubts)}
+    return {
+        "iteration": training_step.iteration,
+        "because": training_step.iteration_source,
+        "doubts": list(training_step.conflicts),
+    }
 
 
 def _collapse(entries: Iterable[_Entry]) -> list[Json]:
@@ -389,7 +395,7 @@ def _training(path: Path, names: Sequence[str]) -> Json:
             for when, files in steps.items()
         ],
         "chosen": str(first.relative_to(path)),
-        **_clock(first, index_file(first, partial=True)),
+        **_training_step(first, index_file(first, partial=True)),
     }
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ckpt2pt.core.extents import DTYPE_BYTES
 from ckpt2pt.core.index import Index
+from ckpt2pt.core.stage import spans
 from ckpt2pt.core.tensor import ROLES, Tensor
 from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.torch_dist.common import read_common, sharding_of
 from ckpt2pt.formats.torch_dist.metadata import read_metadata
-from ckpt2pt.planning.stage import spans
-from ckpt2pt.records import Json
-from ckpt2pt.tensors import DTYPE_BYTES
+from ckpt2pt.io.records import Json
 from ckpt2pt.verification.leaves import Leaves, flatten
 
 _NUMBER = re.compile(r"(?<=\.layers\.)\d+|(?<=\.local_experts\.)\d+")

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckpt2pt.back.request import BackRequest
-from ckpt2pt.back.run import keep_import_apart, meta_folder, target_back
-from ckpt2pt.back.survey import BackPrepared, BackSurvey, prepare_back, survey_back
-from ckpt2pt.mapping.names import local_layer, prefix_remark
-from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.planning.entries import Entry
-from ckpt2pt.planning.imported import payload_bytes
-from ckpt2pt.pt.resume import warning
+from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.core.names import local_layer, prefix_remark
+from ckpt2pt.core.topology import Rank, Topology
+from ckpt2pt.formats.megatron.resume import warning
+from ckpt2pt.formats.mindspore.entries import Entry
+from ckpt2pt.formats.mindspore.imported import payload_bytes
+from ckpt2pt.io.records import Json
 from ckpt2pt.publish import Target
-from ckpt2pt.records import Json
+from ckpt2pt.run.back.discover import BackPrepared, BackSurvey, prepare_back, survey_back
+from ckpt2pt.run.back.request import BackRequest
+from ckpt2pt.run.back.run import keep_import_apart, meta_folder, target_back
 from ckpt2pt.show.preview import Plan, slots_of, with_ranks
-from ckpt2pt.tensors import TensorRef
 
 
 def planned_import(request: BackRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
@@ -38,7 +38,7 @@ def planned_import(request: BackRequest, stages: Sequence[int], *, names: bool =
         "consumedSamples": found.samples,
         "identity": found.identity,
         "target": str(target.folder),
-        "options": request.meaning(found.layout),
+        "options": request.identity_options(found.layout),
     }
     document = with_ranks(head, ranks, target, request.workers)
     return Plan(document=document, target=target, overwrite=request.overwrite)

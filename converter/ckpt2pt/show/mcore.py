@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ckpt2pt.core.extents import DTYPE_BYTES
 from ckpt2pt.core.slots import source_of
-from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.records import Json
+from ckpt2pt.core.topology import Rank
+from ckpt2pt.io.records import Json
+from ckpt2pt.run.targets.mcore import Found, find
+from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.show.preview import Plan, slots_of, with_ranks
-from ckpt2pt.targets.mcore import Found, find
-from ckpt2pt.targets.request import McoreRequest
-from ckpt2pt.tensors import DTYPE_BYTES
 
 
 def planned_mcore(request: McoreRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
@@ -28,7 +28,7 @@ def planned_mcore(request: McoreRequest, stages: Sequence[int], *, names: bool =
         "consumedSamples": state.samples,
         "identity": found.target.identity,
         "target": str(found.target.folder),
-        "options": found.meaning,
+        "options": found.identity_options,
     }
     document = with_ranks(head, ranks, found.target, request.workers)
     return Plan(document=document, target=found.target, overwrite=request.overwrite)

@@ -7,23 +7,23 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ckpt2pt.directions import AnyRequest
+from ckpt2pt.core.names import rules_remark
+from ckpt2pt.core.stage import ChunkPlan, RankPlan
+from ckpt2pt.core.stage import spans as stage_spans
+from ckpt2pt.core.topology import Rank, Topology
+from ckpt2pt.discover import Discovered, Prepared, discover, prepare_all, target_of
+from ckpt2pt.discover.loading import contradictions, kept_of_template, made_up
+from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import printable, spelled
-from ckpt2pt.folders import COVERED, covered
-from ckpt2pt.mapping.names import rules_remark
-from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.planning.stage import ChunkPlan, RankPlan
-from ckpt2pt.planning.stage import spans as stage_spans
-from ckpt2pt.pt.resume import Unmet, warning
+from ckpt2pt.formats.folders import COVERED, covered
+from ckpt2pt.formats.megatron.resume import Unmet, warning
+from ckpt2pt.io.records import Json
+from ckpt2pt.io.text import counted, size, table, warned
+from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
-from ckpt2pt.records import Json
-from ckpt2pt.request import Request
+from ckpt2pt.run.directions import AnyRequest
+from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.show.folding import fold, spanned
-from ckpt2pt.survey import Prepared, Survey, prepare_all, survey, target_of
-from ckpt2pt.survey.loading import contradictions, kept_of_template, made_up
-from ckpt2pt.system.volume import check_room, free_bytes
-from ckpt2pt.targets.request import McoreRequest
-from ckpt2pt.text import counted, size, table, warned
 
 log = logging.getLogger("ckpt2pt")
 
@@ -64,14 +64,14 @@ def planned(request: AnyRequest, stages: Sequence[int], *, names: bool = False) 
         from ckpt2pt.show.imports import planned_import  # noqa: PLC0415 - each direction loads what it needs
 
         return planned_import(request, stages, names=names)
-    chosen = survey(request, keep=[(tp, pp) for pp in stages for tp in range(request.topology.tensor)])
+    chosen = discover(request, keep=[(tp, pp) for pp in stages for tp in range(request.topology.tensor)])
     target, ranks = target_of(request, chosen), prepare_all(request, chosen, stages)
     document = preview(request, chosen, target, ranks, names=names)
     return Plan(document=document, target=target, overwrite=request.overwrite)
 
 
 def preview(
-    request: Request, chosen: Survey, target: Target, ranks: Iterable[tuple[Rank, Prepared]], *, names: bool
+    request: Request, chosen: Discovered, target: Target, ranks: Iterable[tuple[Rank, Prepared]], *, names: bool
 ) -> Json:
     """The plan as a document for ``--output json``; each rank's plan is dropped before the next one is made."""
     stages: list[Json] = []
@@ -91,20 +91,20 @@ def preview(
                 "shards": [str(path) for file in chosen.read_for((tp, pp), request) for path in file.peers],
                 "shardInfo": str(chosen.read_for((tp, pp), request)[0].info or ""),
                 "ignored": dict(Counter(reason for _, reason in plan.ignored)),
-                "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in plan.twins)],
+                "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in plan.tied_copies)],
                 "done": target.rank_manifest(tp, pp) is not None,
             }
         )
     head: Json = {
-        "iteration": chosen.clock.iteration,
-        "because": chosen.clock.because,
-        "doubts": list(chosen.clock.doubts),
+        "iteration": chosen.training_step.iteration,
+        "because": chosen.training_step.iteration_source,
+        "doubts": list(chosen.training_step.conflicts),
         "warnings": warnings.all(chosen),
         "fromTemplate": list(kept_of_template(request, chosen, next(iter(warnings.unmet)))),
-        "consumedSamples": chosen.clock.samples,
+        "consumedSamples": chosen.training_step.samples,
         "identity": chosen.identity,
         "target": str(target.folder),
-        "options": request.meaning(),
+        "options": request.identity_options(),
     }
     return with_ranks(head, stages, target, request.workers)
 
@@ -157,7 +157,7 @@ class _Warnings:
 
             self.samples[rank] = sample_weights(prepared)
 
-    def all(self, chosen: Survey) -> list[str]:
+    def all(self, chosen: Discovered) -> list[str]:
         found = [*warning(self.unmet, full=self.request.full), *self.remarks, *self.contradictions]
         found += made_up(self.request)
         if self.samples:
@@ -202,7 +202,7 @@ def render(document: Json, *, details: bool = False) -> str:
     lines = [
         *warned(_list(document["warnings"])),
         f"iteration  {document['iteration']} (from {document['because']}), {_count(document['consumedSamples'])} samples consumed",
-        *(f"  DOUBT: {spelled(str(doubt))}" for doubt in _list(document["doubts"])),
+        *(f"  DOUBT: {spelled(str(conflict))}" for conflict in _list(document["doubts"])),
         f"target     {printable(str(document['target']))}",
         f"mode       {options['mode']}, {_FORMATS[str(options['format'])]}; tp {options['tensor']}, pp {options['pipeline']}, "
         f"vpp {options['virtualPipeline']}",

@@ -10,14 +10,14 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
-from ckpt2pt.request import Silence
-from ckpt2pt.text import size
+from ckpt2pt.core.progress import Silence
+from ckpt2pt.io.text import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
 
-    from ckpt2pt.mapping.topology import Rank
-    from ckpt2pt.request import Reporter
+    from ckpt2pt.core.progress import Reporter
+    from ckpt2pt.core.topology import Rank
 
 _WIDE = 70
 _PATIENCE_SECONDS = 1.0

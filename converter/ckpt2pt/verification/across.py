@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ckpt2pt.core.foldernames import is_rank, iterations
 from ckpt2pt.core.index import find
+from ckpt2pt.core.names import NameTable, Rules
 from ckpt2pt.core.params import EMBEDDING, HEAD, is_padded
+from ckpt2pt.core.progress import SILENCE, Portion, Reporter
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, box_of
 from ckpt2pt.errors import FormatError, UsageError
-from ckpt2pt.folders import iteration_folder, pairs
 from ckpt2pt.formats.checkpoint import Checkpoint
-from ckpt2pt.formats.degrees import weights_of
+from ckpt2pt.formats.folders import iteration_folder, pairs
+from ckpt2pt.formats.megatron.headers import rank_folders
+from ckpt2pt.formats.mindspore.degrees import weights_of
 from ckpt2pt.formats.registry import detect, read
-from ckpt2pt.mapping.foldernames import is_rank, iterations
-from ckpt2pt.mapping.names import NameTable, Rules
-from ckpt2pt.pt.megatron import rank_folders
-from ckpt2pt.request import SILENCE, Portion, Reporter
-from ckpt2pt.system.paths import is_folder, listing
+from ckpt2pt.io.paths import is_folder, listing
 from ckpt2pt.verification.compare import ALL_FILES, Comparing, Comparison, compare
 from ckpt2pt.verification.elements import rounded
 from ckpt2pt.verification.gather import Bytes, Elements, Files, Gathered, file_of, gathered, width

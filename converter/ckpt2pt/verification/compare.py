@@ -13,14 +13,14 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.core.progress import SILENCE, Portion, Reporter
 from ckpt2pt.errors import InputError, Spell, UsageError, VerificationError, printable, ref
-from ckpt2pt.folders import iteration_folder, pairs
+from ckpt2pt.formats.folders import iteration_folder, pairs
+from ckpt2pt.io.paths import is_folder, status
+from ckpt2pt.io.records import Json
+from ckpt2pt.io.text import counted, short, size, table
 from ckpt2pt.publish import TRACKER, read_tracker
-from ckpt2pt.records import Json
-from ckpt2pt.request import SILENCE, Portion, Reporter
-from ckpt2pt.system.paths import is_folder, status
-from ckpt2pt.tensors import TensorRef
-from ckpt2pt.text import counted, short, size, table
 from ckpt2pt.verification.elements import Differing
 from ckpt2pt.verification.gather import Files, width
 from ckpt2pt.verification.leaves import Leaf, Leaves, Symbol, TensorLeaf, is_archive, leaf_of, open_file, same_scalar

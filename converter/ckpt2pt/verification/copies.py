@@ -11,14 +11,14 @@ from functools import partial
 from sys import intern
 from typing import cast
 
-from ckpt2pt.checksums import crc32
-from ckpt2pt.mapping.names import is_split
-from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.core.names import is_split
+from ckpt2pt.core.topology import Rank
+from ckpt2pt.discover import Discovered, Prepared, prepare
+from ckpt2pt.discover.request import Request
+from ckpt2pt.io.checksums import crc32
+from ckpt2pt.io.records import Json
 from ckpt2pt.publish import Target
-from ckpt2pt.records import Json
-from ckpt2pt.request import Request
-from ckpt2pt.survey import Prepared, Survey, prepare
-from ckpt2pt.tensors import TensorRef
 from ckpt2pt.verification.gather import Files, spans, width
 from ckpt2pt.verification.leaves import leaf_of
 
@@ -26,7 +26,7 @@ _SAMPLE = 256
 """Elements of a weight that a plan looks at."""
 
 
-def copies_of(request: Request, chosen: Survey, target: Target, pp: int) -> tuple[str, ...]:
+def copies_of(request: Request, chosen: Discovered, target: Target, pp: int) -> tuple[str, ...]:
     """Those of a stage that was converted."""
     return copies_in_stage(
         target, pp, lambda rank: split_weights(prepare(request, chosen, rank)), partial(_place, request, chosen)
@@ -53,13 +53,15 @@ def sample_weights(prepared: Prepared) -> dict[str, int]:
         return {intern(ref.name): crc32(_sample(ref, files), 0) for ref in split_weights(prepared)}
 
 
-def suspected_copies(request: Request, chosen: Survey, samples: Mapping[Rank, Mapping[str, int]]) -> tuple[str, ...]:
+def suspected_copies(
+    request: Request, chosen: Discovered, samples: Mapping[Rank, Mapping[str, int]]
+) -> tuple[str, ...]:
     """The same before anything is converted, by :func:`sample_weights` of each rank."""
     found = copied_ranks(samples, lambda rank: split_weights(prepare(request, chosen, rank)))
     return tuple(remark(group, partial(_place, request, chosen), "begin with") for group in found)
 
 
-def _place(request: Request, chosen: Survey, rank: Rank) -> object:
+def _place(request: Request, chosen: Discovered, rank: Rank) -> object:
     return f"tp {rank[0]} of the result" if request.source_topology else chosen.files[rank].path
 
 

@@ -18,11 +18,11 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
-from ckpt2pt.checksums import Piece, crc32
+from ckpt2pt.core.extents import DTYPE_BYTES, Box, Extent, Shape, Stored, View, intersection
+from ckpt2pt.core.progress import Advance, unheard
 from ckpt2pt.core.tensor import Tensor, box_of, boxes, dense_strides
-from ckpt2pt.request import Advance, unheard
-from ckpt2pt.system.files import OpenFiles, read_at
-from ckpt2pt.tensors import DTYPE_BYTES, Box, Extent, Shape, Stored, View, intersection
+from ckpt2pt.io.checksums import Piece, crc32
+from ckpt2pt.io.files import OpenFiles, read_at
 
 BLOCK_BYTES = 512 << 10
 _MAX_STRETCH_BYTES = 8 << 20

@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice, permutations
 from pathlib import Path
 
-from ckpt2pt.ckpt import index_file, read_scalars
-from ckpt2pt.ckpt.source import collect_entries
+from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.index import Collector, Index
+from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.params import legacy_name
+from ckpt2pt.core.progress import Advance
+from ckpt2pt.core.stated import STYLES, Stated
 from ckpt2pt.core.tensor import Key
+from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import InputError
-from ckpt2pt.mapping.names import NameTable
-from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.planning.stated import STYLES, Stated
-from ckpt2pt.pt.payload import Template
-from ckpt2pt.request import Advance
-from ckpt2pt.tensors import TensorRef
+from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.mindspore import index_file, read_scalars
+from ckpt2pt.formats.mindspore.source import collect_entries
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.prove import crcs_of
 from ckpt2pt.verification.report import NOTHING_PUBLISHED, Findings, Report

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias, cast
 
-from ckpt2pt.ckpt import index_file
+from ckpt2pt.core.extents import DTYPE_BYTES, Extent, TensorRef, View
 from ckpt2pt.errors import FormatError
-from ckpt2pt.pt.archive import Archive
-from ckpt2pt.pt.pickles import (
+from ckpt2pt.formats.mindspore import index_file
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.formats.torchfile.pickles import (
     MISSING,
     Call,
     Global,
@@ -30,8 +31,7 @@ from ckpt2pt.pt.pickles import (
     namespace_attrs,
     read_pickle,
 )
-from ckpt2pt.system.access import access_error
-from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef, View
+from ckpt2pt.io.access import access_error
 from ckpt2pt.verification.gather import Elements, Files, Gathered, stored, strided, width
 
 MAX_NAMES_NBYTES = 64 << 20

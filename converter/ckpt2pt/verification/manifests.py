@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.checksums import crc32
+from ckpt2pt.core.foldernames import TRACKER, iteration_of, tracked_name
+from ckpt2pt.core.progress import Advance, unheard
+from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import InputError, MissingInputError
-from ckpt2pt.folders import iteration_folder
-from ckpt2pt.mapping.foldernames import TRACKER, iteration_of, tracked_name
-from ckpt2pt.mapping.topology import Rank
+from ckpt2pt.formats.folders import iteration_folder
+from ckpt2pt.io.checksums import crc32
+from ckpt2pt.io.paths import is_folder, is_there, listing, status
+from ckpt2pt.io.records import Json
+from ckpt2pt.io.text import short
 from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, Target, rank_name, read_record, read_tracker
-from ckpt2pt.records import Json
-from ckpt2pt.request import Advance, unheard
-from ckpt2pt.system.paths import is_folder, is_there, listing, status
-from ckpt2pt.text import short
 from ckpt2pt.verification.gather import BLOCK_BYTES, Files, spans
 from ckpt2pt.verification.report import Difference, Findings
 

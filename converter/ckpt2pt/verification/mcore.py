@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.core.index import Collector, Index
+from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
+from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.state import State
+from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import InputError
-from ckpt2pt.formats.megatron import collect_rank
-from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.planning.moves import MODEL_FILE, OPTIM_FILE
-from ckpt2pt.pt.megatron import MegatronRank, read_files
-from ckpt2pt.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank
-from ckpt2pt.request import Advance
+from ckpt2pt.formats.megatron.headers import MegatronRank, read_files
+from ckpt2pt.formats.megatron.read import collect_rank
+from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.prove import crcs_of
 from ckpt2pt.verification.report import NOTHING_PUBLISHED, Findings, Report

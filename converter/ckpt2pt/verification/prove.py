@@ -14,23 +14,24 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
-from ckpt2pt.checksums import Piece
-from ckpt2pt.ckpt import states_checksum
-from ckpt2pt.ckpt.source import paths_for
 from ckpt2pt.core.index import Collector, Index
+from ckpt2pt.core.progress import SILENCE, Advance, Portion, Reporter, unheard
 from ckpt2pt.core.tensor import Key
+from ckpt2pt.core.topology import Rank
+from ckpt2pt.discover import Discovered, discover, meta_of, only_growing, target_of
+from ckpt2pt.discover.checkpoint import kind_of
+from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, ref
-from ckpt2pt.formats.megatron import collect_rank
-from ckpt2pt.inputs import InputFile
-from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.meta import RankMeta, data_parallel_size
-from ckpt2pt.pt.archive import Archive
-from ckpt2pt.pt.megatron import MegatronRank, read_files
+from ckpt2pt.formats.megatron.headers import MegatronRank, read_files
+from ckpt2pt.formats.megatron.read import collect_rank
+from ckpt2pt.formats.mindspore import states_checksum
+from ckpt2pt.formats.mindspore.source import paths_for
+from ckpt2pt.formats.ptmeta.metadata import RankMeta, data_parallel_size
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.io.checksums import Piece
+from ckpt2pt.io.inputs import InputFile
+from ckpt2pt.io.paths import is_folder, status
 from ckpt2pt.publish import Target
-from ckpt2pt.request import SILENCE, Advance, Portion, Reporter, Request, unheard
-from ckpt2pt.survey import Survey, meta_of, only_growing, survey, target_of
-from ckpt2pt.survey.chosen import kind_of
-from ckpt2pt.system.paths import is_folder, status
 from ckpt2pt.verification.copies import copies_of
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.leaves import Leaves, TensorLeaf, open_pt
@@ -45,7 +46,7 @@ Reader = Literal["own", "torch"]
 
 def verify_rank(
     request: Request,
-    chosen: Survey,
+    chosen: Discovered,
     rank: Rank,
     folder: Path,
     *,
@@ -61,7 +62,7 @@ def verify_rank(
 
 
 def prove_partials(
-    request: Request, chosen: Survey, rank: Rank, partials: Mapping[str, Path], *, heed: Callable[[], None]
+    request: Request, chosen: Discovered, rank: Rank, partials: Mapping[str, Path], *, heed: Callable[[], None]
 ) -> Mapping[str, int]:
     """The same for files that are to be published, by name, before any of them is; returns the CRC-32 of each.
 
@@ -84,7 +85,7 @@ def crcs_of(results: Mapping[str, Path], read: Mapping[str, Sequence[Piece]]) ->
 
 def _verify_files(
     request: Request,
-    chosen: Survey,
+    chosen: Discovered,
     rank: Rank,
     results: Mapping[str, Path],
     folder: Path,
@@ -106,7 +107,7 @@ def _verify_files(
 @only_growing()
 def _compare(
     request: Request,
-    chosen: Survey,
+    chosen: Discovered,
     rank: Rank,
     results: Mapping[str, Path],
     findings: Findings,
@@ -128,7 +129,7 @@ def _compare(
         template, samples = read(Path(meta.template.path)), request.reference_samples
         structure.check_model(model)
         known = len(findings.differences)
-        structure.check_rest(others(template, chosen.clock, statement, reference_samples=samples), model)
+        structure.check_rest(others(template, chosen.training_step, statement, reference_samples=samples), model)
         if (
             stored and len(findings.differences) == known
         ):  # else what was changed has been told, and the rest is as it should be
@@ -246,7 +247,7 @@ def verify_target(
     reporter: Reporter = SILENCE,
 ) -> Report:
     """Verify the given stages of the checkpoint that the request chooses, where the request puts it."""
-    chosen, topology = survey(request), request.topology
+    chosen, topology = discover(request), request.topology
     target = target_of(request, chosen)
     check_there(target)
     ranks = [(tp, pp) for pp in stages for tp in range(topology.tensor)]
@@ -278,7 +279,7 @@ def check_there(target: Target) -> None:
 
 
 def _to_read(
-    request: Request, chosen: Survey, target: Target, ranks: Sequence[Rank], names: Sequence[str]
+    request: Request, chosen: Discovered, target: Target, ranks: Sequence[Rank], names: Sequence[str]
 ) -> dict[Rank, int]:
     """About what a full verification of each rank reads; a source that several ranks share is shared among them."""
     sources = {rank: paths_for(rank, chosen.files, request) for rank in ranks}

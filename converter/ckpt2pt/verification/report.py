@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ckpt2pt.errors import Spell, VerificationError, aside, printable
-from ckpt2pt.records import Json
-from ckpt2pt.text import counted, size, table, warned
+from ckpt2pt.io.records import Json
+from ckpt2pt.io.text import counted, size, table, warned
 from ckpt2pt.verification.elements import Differing
 
 _NAMED_IN_ERROR = 5

@@ -13,12 +13,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from ckpt2pt.ckpt import index_file
-from ckpt2pt.ckpt.ranks import SourceFile
+from ckpt2pt.core.extents import DTYPE_BYTES, Extent, TensorRef
 from ckpt2pt.errors import FormatError, ref
-from ckpt2pt.inputs import read_whole
-from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
-from ckpt2pt.untrusted.jsontext import parse_json
+from ckpt2pt.formats.mindspore import index_file
+from ckpt2pt.formats.mindspore.ranks import SourceFile
+from ckpt2pt.io.inputs import read_whole
+from ckpt2pt.io.jsontext import parse_json
 
 _SHARD = re.compile(r"(.*\.)?buffer_\d+_bucket_\d+")
 Index = Mapping[str, TensorRef]

@@ -10,25 +10,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from ckpt2pt.ckpt import statement_of
-from ckpt2pt.ckpt.ranks import SourceFile
-from ckpt2pt.ckpt.source import collect, collect_entries, kept
+from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.index import Collector, Index
+from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.params import EMBEDDING, HEAD
+from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.tensor import ROLES, Key
-from ckpt2pt.mapping.names import NameTable
-from ckpt2pt.mapping.topology import Rank
-from ckpt2pt.meta import RankMeta
-from ckpt2pt.planning.stated import Statement
-from ckpt2pt.request import Request
-from ckpt2pt.survey import Survey
-from ckpt2pt.survey.chosen import kind_of
-from ckpt2pt.tensors import TensorRef
+from ckpt2pt.core.topology import Rank
+from ckpt2pt.discover import Discovered
+from ckpt2pt.discover.checkpoint import kind_of
+from ckpt2pt.discover.request import Request
+from ckpt2pt.formats.mindspore import statement_of
+from ckpt2pt.formats.mindspore.ranks import SourceFile
+from ckpt2pt.formats.mindspore.source import collect, collect_entries, kept
+from ckpt2pt.formats.ptmeta.metadata import RankMeta
 from ckpt2pt.verification.sharded import expected_index
 from ckpt2pt.verification.tensors import Held
 
 
-def held_for(request: Request, chosen: Survey, rank: Rank, meta: RankMeta) -> tuple[Held, Statement]:
+def held_for(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> tuple[Held, Statement]:
     """The tensors for a rank of the result, and what the source states of optimizer and scheduler.
 
     The tensors are those of the rank's own file, or all of them where the layout changes.
@@ -36,7 +36,7 @@ def held_for(request: Request, chosen: Survey, rank: Rank, meta: RankMeta) -> tu
     alike, table = request.source_topology is None, NameTable(request.rules)
     scalars: Mapping[str, TensorRef] = {}
     if request.source_format == "megatron":
-        from ckpt2pt.survey.stored import tensors_for  # noqa: PLC0415 - for Megatron sources
+        from ckpt2pt.discover.stored import tensors_for  # noqa: PLC0415 - for Megatron sources
 
         tensors = tensors_for(request, chosen, rank)
     elif alike:
@@ -47,14 +47,14 @@ def held_for(request: Request, chosen: Survey, rank: Rank, meta: RankMeta) -> tu
         tensors=tensors,
         layout=None if alike else request.topology,
         template=meta.template,
-        iteration=chosen.clock.iteration,
+        iteration=chosen.training_step.iteration,
         roles=ROLES if request.full else ROLES[:1],
     )
     statement = statement_of(scalars) if scalars else kind_of(request).stated(request, chosen, rank)
     return held, statement
 
 
-def _all(request: Request, chosen: Survey, table: NameTable) -> tuple[Index, Mapping[str, TensorRef]]:
+def _all(request: Request, chosen: Discovered, table: NameTable) -> tuple[Index, Mapping[str, TensorRef]]:
     def read(_: Rank, file: SourceFile) -> Mapping[str, TensorRef]:
         return expected_index(file)
 
@@ -62,7 +62,7 @@ def _all(request: Request, chosen: Survey, table: NameTable) -> tuple[Index, Map
 
 
 def _of_rank(
-    request: Request, chosen: Survey, rank: Rank, meta: RankMeta, table: NameTable
+    request: Request, chosen: Discovered, rank: Rank, meta: RankMeta, table: NameTable
 ) -> tuple[Index, Mapping[str, TensorRef]]:
     file = chosen.files[rank]
     collector = Collector(1, str(file.path))

@@ -15,15 +15,15 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ckpt2pt.core.buckets import Bucket
+from ckpt2pt.core.names import HAS_EXTRA_STATE, is_tied_head, state_dict_path
 from ckpt2pt.core.params import EMBEDDING, canonical_name
+from ckpt2pt.core.stated import Statement, carry
 from ckpt2pt.core.tensor import Key, Role
-from ckpt2pt.mapping.names import HAS_EXTRA_STATE, is_tied_head, state_dict_path
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.meta import RankMeta
-from ckpt2pt.planning.buckets import Bucket
-from ckpt2pt.planning.clock import Clock
-from ckpt2pt.planning.stated import Statement, carry
-from ckpt2pt.text import short
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.core.training_step import TrainingStep
+from ckpt2pt.formats.ptmeta.metadata import RankMeta
+from ckpt2pt.io.text import short
 from ckpt2pt.verification.elements import Differing
 from ckpt2pt.verification.gather import Files, spans, width
 from ckpt2pt.verification.leaves import CONTAINERS, Leaf, Leaves, Symbol, TensorLeaf, same_scalar
@@ -223,16 +223,16 @@ def _model_paths(chunk: Chunk) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------------ header numbers
 
 
-def others(template: Leaves, clock: Clock, statement: Statement, *, reference_samples: bool) -> Leaves:
+def others(template: Leaves, training_step: TrainingStep, statement: Statement, *, reference_samples: bool) -> Leaves:
     """The leaves outside the model: the template's, with what the source states and the true time put in."""
     found = {
         path: _for_any_numpy(leaf)
         for path, leaf in template.items()
         if not is_model(path) and not path.startswith("/param_name_list")
     }
-    if clock.as_saved:
+    if training_step.as_saved:
         return found | ({"/args/consumed_train_samples": 0} if "/args" in found and reference_samples else {})
-    iteration, samples = clock.iteration, clock.samples
+    iteration, samples = training_step.iteration, training_step.samples
     found["/iteration"] = iteration
     if "/args/iteration" in found:
         found["/args/iteration"] = iteration

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
+from ckpt2pt.core.extents import Box, Shape
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.params import EMBEDDING, HEAD, axes_of, is_padded, layer_of
 from ckpt2pt.core.tensor import Key, Role, Tensor, box_of, sharded
+from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.errors import FormatError
-from ckpt2pt.mapping.topology import Rank, Topology
-from ckpt2pt.pt.payload import Template
-from ckpt2pt.tensors import Box, Shape
+from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.verification.elements import Differing, rounded
 from ckpt2pt.verification.gather import Files, Gathered, gathered, spans
 from ckpt2pt.verification.report import Findings

@@ -7,14 +7,14 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from itertools import chain
 
-from ckpt2pt.conversion.job import job_name
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.spec import Conversion
-from ckpt2pt.conversion.status import TERMINAL, Ending, disagreement
-from ckpt2pt_operator.rules.conditions import NOT_LOOKED, Standing, Verdict, stamp, status_document
+from ckpt2pt.kube.conversion.job import job_name
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.spec import Conversion
+from ckpt2pt.kube.conversion.status import TERMINAL, Ending, disagreement
+from ckpt2pt_operator.rules.conditions import NOT_LOOKED, StatusInput, Verdict, stamp, status_document
 from ckpt2pt_operator.rules.endings import RETRY_ANNOTATION, planned
-from ckpt2pt_operator.rules.seen import Action, House, Plan, Seen
-from ckpt2pt_operator.rules.stages import Obstacle, behind, observed, pod_obstacle, recorded
+from ckpt2pt_operator.rules.seen import Action, OperatorDefaults, Plan, Seen
+from ckpt2pt_operator.rules.stages import Blocker, behind, observed, pod_obstacle, recorded
 from ckpt2pt_operator.rules.views import Pod, child, condition, items, number, report_of, text, texts, time
 
 WAIT_SECONDS = 30.0
@@ -36,8 +36,8 @@ def _told_of_volumes(before: Json) -> Verdict | None:
 class Case:
     """What was seen, the records of the stages brought up to date with it, and how the conversion stands."""
 
-    def __init__(self, seen: Seen, house: House, conversion: Conversion, before: Json) -> None:
-        self.seen, self.house, self.conversion, self.before = seen, house, conversion, before
+    def __init__(self, seen: Seen, operator_defaults: OperatorDefaults, conversion: Conversion, before: Json) -> None:
+        self.seen, self.operator_defaults, self.conversion, self.before = seen, operator_defaults, conversion, before
         metadata = child(seen.conversion, "metadata")
         self.generation = number(metadata, "generation")
         self.token = text(child(metadata, "annotations"), RETRY_ANNOTATION, 253)
@@ -55,7 +55,7 @@ class Case:
         if before.get("phase") not in TERMINAL:
             token = self.token or token  # whoever asks before there is a failure has to ask again
         self.alive = [pod for pod in seen.pods if not pod.over]
-        self.standing = Standing(
+        self.status_input = StatusInput(
             records=tuple(self.records.values()),
             attempt=attempt,
             job=job_name(conversion, attempt),
@@ -77,15 +77,15 @@ class Case:
 
     def listen(self) -> None:
         """Take in what the workers of this attempt say, the last words of those whose Job is gone as well."""
-        uid = self.job.uid if self.job else self.standing.job_uid
+        uid = self.job.uid if self.job else self.status_input.job_uid
         if not uid:
             return
         pods = self.workers(uid)
         self.records = observed(self.conversion, self.records, self.job, pods, self.seen.live)
         said = (report.warnings for pod in pods if pod.exit_code == 0 and (report := report_of(pod.report)))
-        warnings = tuple(dict.fromkeys([*self.standing.warnings, *chain.from_iterable(said)]))
-        self.standing = replace(
-            self.standing, records=tuple(self.records.values()), job_uid=uid, iteration=self.iteration(pods),
+        warnings = tuple(dict.fromkeys([*self.status_input.warnings, *chain.from_iterable(said)]))
+        self.status_input = replace(
+            self.status_input, records=tuple(self.records.values()), job_uid=uid, iteration=self.iteration(pods),
             warnings=warnings[:_MOST_WARNINGS],
         )  # fmt: skip
 
@@ -105,7 +105,7 @@ class Case:
         if (done := self.agreed()) is not None:
             return done
         reports = [report for pod in pods for report in (report_of(pod.report), self.seen.live.get(pod.uid)) if report]
-        return next((r.iteration for r in reports if r.iteration is not None), self.standing.iteration)
+        return next((r.iteration for r in reports if r.iteration is not None), self.status_input.iteration)
 
     def agreed(self) -> int | None:
         """The iteration of the stages that are done."""
@@ -113,56 +113,56 @@ class Case:
 
     def left_out(self) -> bool:
         """Whether any stage is not done."""
-        return any(record.state != "Succeeded" for record in self.standing.records)
+        return any(record.state != "Succeeded" for record in self.status_input.records)
 
     # ----------------------------------------------------------------------------------------------- how a look ends
 
-    def plan(self, standing: Standing, *actions: Action, again: float | None = None) -> Plan:
+    def plan(self, status_input: StatusInput, *actions: Action, again: float | None = None) -> Plan:
         """It goes on."""
         status = status_document(
-            self.conversion, standing, before=self.before, generation=self.generation, now=self.seen.now
+            self.conversion, status_input, before=self.before, generation=self.generation, now=self.seen.now
         )
         return Plan(status=status, actions=actions, again=again)
 
-    def wait(self, standing: Standing, waits: Obstacle, *actions: Action) -> Plan:
+    def wait(self, status_input: StatusInput, waits: Blocker, *actions: Action) -> Plan:
         """Pods have to end first; a lost node may keep them, and only somebody who is told can do anything about it."""
-        return self.plan(replace(standing, waits=waits, degraded=self.obstacle()), *actions, again=WAIT_SECONDS)
+        return self.plan(replace(status_input, waits=waits, degraded=self.blocker()), *actions, again=WAIT_SECONDS)
 
-    def obstacle(self) -> Obstacle | None:
+    def blocker(self) -> Blocker | None:
         """What keeps its pods from running."""
         return pod_obstacle(self.seen.pods, self.seen.warnings, self.seen.now)
 
-    def end(self, standing: Standing, ended: Ending | None, *actions: Action) -> Plan:
+    def end(self, status_input: StatusInput, ended: Ending | None, *actions: Action) -> Plan:
         """It is over; ``ended`` says why, where not every stage is done."""
         records = tuple(
-            replace(record, state="Pending") if record.state == "Running" else record for record in standing.records
+            replace(record, state="Pending") if record.state == "Running" else record for record in status_input.records
         )
-        over = replace(standing, ended=ended, finished=stamp(self.seen.now), records=records, pending_since=None)
+        over = replace(status_input, ended=ended, finished=stamp(self.seen.now), records=records, pending_since=None)
         return self.plan(over, *actions)
 
     def done(self) -> Plan:
         """Every stage is done; that is a success if they are of one checkpoint."""
-        differ = disagreement(self.standing.records)
+        differ = disagreement(self.status_input.records)
         found = planned(self.seen.pods) if self.conversion.spec.dry_run else ""
-        return self.end(replace(self.standing, planned=found), differ)
+        return self.end(replace(self.status_input, planned=found), differ)
 
-    def held(self, standing: Standing, obstacle: Obstacle, *, pause: float) -> Plan:
+    def held(self, status_input: StatusInput, blocker: Blocker, *, pause: float) -> Plan:
         """No worker can be asked for: wait, but not for ever where nobody has suspended it."""
-        if standing.suspended:
-            return self.plan(replace(standing, waits=obstacle), again=pause)
+        if status_input.suspended:
+            return self.plan(replace(status_input, waits=blocker), again=pause)
         since = time(self.before, "pendingSince") or self.seen.now
         left = self.left(since)
         if left <= 0:
-            return self.end(replace(standing, degraded=obstacle), self.too_late(obstacle))
-        return self.plan(replace(standing, waits=obstacle, pending_since=stamp(since)), again=min(left, pause))
+            return self.end(replace(status_input, degraded=blocker), self.too_late(blocker))
+        return self.plan(replace(status_input, waits=blocker, pending_since=stamp(since)), again=min(left, pause))
 
     def left(self, since: datetime) -> float:
         """Seconds until the pending deadline."""
         waited = (self.seen.now - since).total_seconds()
         return self.conversion.spec.pending_deadline_seconds - waited
 
-    def too_late(self, obstacle: Obstacle | None) -> Ending:
+    def too_late(self, blocker: Blocker | None) -> Ending:
         """The end of one that could not begin in time."""
         seconds = self.conversion.spec.pending_deadline_seconds
-        why = f"{obstacle.reason}: {obstacle.message}" if obstacle else "no reason is known"
+        why = f"{blocker.reason}: {blocker.message}" if blocker else "no reason is known"
         return Ending(reason="PendingDeadline", message=f"no worker could start for {seconds} s; {why}")

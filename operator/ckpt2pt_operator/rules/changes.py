@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ckpt2pt.conversion.job import parallelism
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.spec import Conversion
+from ckpt2pt.kube.conversion.job import parallelism
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.spec import Conversion
 from ckpt2pt_operator.rules import volumes
 from ckpt2pt_operator.rules.conditions import QUEUE_DECIDES, WORKERS_LIMITED, Verdict
-from ckpt2pt_operator.rules.stages import Obstacle
+from ckpt2pt_operator.rules.stages import Blocker
 from ckpt2pt_operator.rules.views import Claim, Job
 
-BY_USER = Obstacle(reason="UserRequested", message="spec.suspend is true; set it to false to go on")
+BY_USER = Blocker(reason="UserRequested", message="spec.suspend is true; set it to false to go on")
 
 Claims = Mapping[str, Claim | None] | None
 
@@ -51,19 +51,19 @@ def _width(conversion: Conversion, job: Job, claims: Claims) -> tuple[int, Verdi
     return have, (now[0], WORKERS_LIMITED, f"no more than {have} at a time: {wide[2]}")
 
 
-def suspension(conversion: Conversion, job: Job, *, begun: bool) -> Obstacle:
+def suspension(conversion: Conversion, job: Job, *, begun: bool) -> Blocker:
     """Why its workers are stopped."""
     if not job.queued:
         return BY_USER
     unheard = "; spec.suspend does not keep it from that" if conversion.spec.suspend else ""
     if begun:
         message = f"the queue has taken the workers back; they go on when it lets them{unheard}"
-        return Obstacle(reason="Preempted", message=message)
+        return Blocker(reason="Preempted", message=message)
     queue = conversion.pod.get("queueName")
-    return Obstacle(reason="QueuedByKueue", message=f"queue {queue} has not admitted it yet{unheard}")
+    return Blocker(reason="QueuedByKueue", message=f"queue {queue} has not admitted it yet{unheard}")
 
 
-def unheeded(conversion: Conversion, job: Job) -> Obstacle | None:
+def overridden_by_queue(conversion: Conversion, job: Job) -> Blocker | None:
     """What the spec asks of a Job that runs, and only its queue may do."""
     if not job.queued or job.suspended:
         return None
@@ -74,4 +74,4 @@ def unheeded(conversion: Conversion, job: Job) -> Obstacle | None:
     if wanted != min(job.parallelism, job.completions):
         said.append(f"spec.workers.maxParallelStages, {wanted}, counts for the next Job")
     queue = conversion.pod.get("queueName")
-    return Obstacle(reason=QUEUE_DECIDES, message=f"queue {queue} admitted it; {'; '.join(said)}") if said else None
+    return Blocker(reason=QUEUE_DECIDES, message=f"queue {queue} admitted it; {'; '.join(said)}") if said else None

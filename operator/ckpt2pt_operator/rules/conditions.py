@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal, cast
 
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.spec import Conversion
-from ckpt2pt.conversion.status import FOLLOWED, FOLLOWING, MAX_MESSAGE, Ending, StageRecord, status_of_run
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.spec import Conversion
+from ckpt2pt.kube.conversion.status import FOLLOWED, FOLLOWING, MAX_MESSAGE, Ending, StageRecord, status_of_run
 from ckpt2pt_operator.rules.seen import REFUSALS
-from ckpt2pt_operator.rules.stages import Obstacle
+from ckpt2pt_operator.rules.stages import Blocker
 from ckpt2pt_operator.rules.views import condition, items
 
 _MESSAGES = 256 << 10
@@ -47,10 +47,10 @@ QUEUE_DECIDES = "QueueDecides"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class StatusInput:
     """How a conversion stands.  ``waits`` is why no worker was asked for, ``degraded`` why workers do not get on.
 
-    ``unheeded`` is what a queue decides in place of the spec, ``pending_since`` the time since when no Job could be made.
+    ``overridden_by_queue`` is what a queue decides in place of the spec, ``pending_since`` the time since when no Job could be made.
     """
 
     records: Sequence[StageRecord]
@@ -71,10 +71,10 @@ class Standing:
     warnings: Sequence[str] = ()
     accepted: Verdict = ("True", "Valid", "the document describes a conversion")
     volumes: Verdict = NOT_LOOKED
-    suspended: Obstacle | None = None
-    unheeded: Obstacle | None = None
-    waits: Obstacle | None = None
-    degraded: Obstacle | None = None
+    suspended: Blocker | None = None
+    overridden_by_queue: Blocker | None = None
+    waits: Blocker | None = None
+    degraded: Blocker | None = None
 
 
 def follows(status: Json) -> bool:
@@ -88,37 +88,37 @@ def stamp(moment: datetime) -> str:
 
 
 def status_document(
-    conversion: Conversion, standing: Standing, *, before: Json, generation: int, now: datetime
+    conversion: Conversion, status_input: StatusInput, *, before: Json, generation: int, now: datetime
 ) -> Json:
     """The whole status; a condition keeps its time until its status changes."""
-    spoken = sum(bool(record.message) for record in standing.records)
+    spoken = sum(bool(record.message) for record in status_input.records)
     limit = min(MAX_MESSAGE, _MESSAGES // max(spoken, 1))
     found = status_of_run(
         conversion,
-        [replace(record, message=record.message[:limit].rstrip()) for record in standing.records],
-        job=standing.job,
-        started=standing.started,
-        finished=standing.finished,
-        ended=standing.ended,
-        planned=standing.planned,
-        iteration=standing.iteration,
+        [replace(record, message=record.message[:limit].rstrip()) for record in status_input.records],
+        job=status_input.job,
+        started=status_input.started,
+        finished=status_input.finished,
+        ended=status_input.ended,
+        planned=status_input.planned,
+        iteration=status_input.iteration,
         now=stamp(now),
     )
-    if not standing.finished:
-        found["phase"] = _phase(standing)
+    if not status_input.finished:
+        found["phase"] = _phase(status_input)
     own: Json = {
         "observedGeneration": generation,
-        "attempt": standing.attempt,
-        "jobUID": standing.job_uid,
-        "jobRecreations": standing.recreations,
-        "retryToken": standing.retry_token,
-        "trainingUID": standing.training_uid,
-        "followEnd": standing.follow_end,
-        "pendingSince": standing.pending_since,
-        "warnings": list(standing.warnings) or None,
-        "memoryPercent": standing.memory_percent if standing.memory_percent != 100 else 0,
+        "attempt": status_input.attempt,
+        "jobUID": status_input.job_uid,
+        "jobRecreations": status_input.recreations,
+        "retryToken": status_input.retry_token,
+        "trainingUID": status_input.training_uid,
+        "followEnd": status_input.follow_end,
+        "pendingSince": status_input.pending_since,
+        "warnings": list(status_input.warnings) or None,
+        "memoryPercent": status_input.memory_percent if status_input.memory_percent != 100 else 0,
     }
-    conditions = _conditions(standing, {str(c["type"]): c for c in cast("list[Json]", found["conditions"])})
+    conditions = _conditions(status_input, {str(c["type"]): c for c in cast("list[Json]", found["conditions"])})
     told = items(before, "conditions")
     found["conditions"] = [
         {**new, "observedGeneration": generation, "lastTransitionTime": _since(condition(told, str(new["type"])), new)}
@@ -176,17 +176,17 @@ def _since(old: Json, new: Mapping[str, object]) -> object:
     return old["lastTransitionTime"] if same else new["lastTransitionTime"]
 
 
-def _phase(standing: Standing) -> str:
-    if standing.suspended is not None:
-        return "Suspended" if standing.suspended.reason == "UserRequested" else "Queued"
-    begun = any(record.state != "Pending" or record.attempts for record in standing.records)
+def _phase(status_input: StatusInput) -> str:
+    if status_input.suspended is not None:
+        return "Suspended" if status_input.suspended.reason == "UserRequested" else "Queued"
+    begun = any(record.state != "Pending" or record.attempts for record in status_input.records)
     return "Running" if begun else "Pending"
 
 
-def _conditions(standing: Standing, found: Mapping[str, Json]) -> list[Json]:
+def _conditions(status_input: StatusInput, found: Mapping[str, Json]) -> list[Json]:
     """Ours first, in the order in which they happen; then those of every run, with the reason that matters now."""
     when = found["Ready"]["lastTransitionTime"]
-    over = standing.finished is not None
+    over = status_input.finished is not None
 
     def told(kind: str, verdict: Verdict) -> Json:
         status, reason, message = verdict
@@ -194,25 +194,28 @@ def _conditions(standing: Standing, found: Mapping[str, Json]) -> list[Json]:
             "type": kind, "status": status, "reason": reason, "message": message[:MAX_MESSAGE], "lastTransitionTime": when,
         }  # fmt: skip
 
-    waits = standing.waits if standing.suspended is None and not over else None
-    degraded = standing.degraded or (waits if waits and waits.reason in _TROUBLES else None)
+    waits = status_input.waits if status_input.suspended is None and not over else None
+    degraded = status_input.degraded or (waits if waits and waits.reason in _TROUBLES else None)
     expected = _ENDED if over else ("AsExpected", "workers get on as expected")
 
-    def obstacle(seen: Obstacle | None, reason: str, message: str) -> Verdict:
+    def blocker(seen: Blocker | None, reason: str, message: str) -> Verdict:
         return ("True", seen.reason, seen.message) if seen else ("False", reason, message)
 
-    unheeded = standing.unheeded or Obstacle(reason="Resumed", message="it may go on")
+    overridden_by_queue = status_input.overridden_by_queue or Blocker(reason="Resumed", message="it may go on")
     ours = [
-        told("Accepted", standing.accepted),
-        told("VolumesReady", standing.volumes),
-        told("Suspended", obstacle(None if over else standing.suspended, unheeded.reason, unheeded.message)),
-        told("Degraded", obstacle(degraded, *expected)),
+        told("Accepted", status_input.accepted),
+        told("VolumesReady", status_input.volumes),
+        told(
+            "Suspended",
+            blocker(None if over else status_input.suspended, overridden_by_queue.reason, overridden_by_queue.message),
+        ),
+        told("Degraded", blocker(degraded, *expected)),
     ]
     if over:
         return [*ours, *found.values()]
     # What only somebody can change is told before what a conversion waits for.
     worst = degraded if degraded and degraded.reason in _STALLED else None
-    now = standing.suspended or worst or waits or degraded
+    now = status_input.suspended or worst or waits or degraded
     if now is None:
         return [*ours, *found.values()]
     said: Json = {"reason": now.reason, "message": now.message[:MAX_MESSAGE]}

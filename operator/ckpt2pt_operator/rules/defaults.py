@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import cast
 
-from ckpt2pt.conversion.schema import Json
+from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt_operator.rules.views import child, number, time
 
 TIME_TO_LIVE = "timeToLiveSeconds"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckpt2pt.conversion.spec import Conversion
-from ckpt2pt.conversion.status import Ending, StageRecord
 from ckpt2pt.errors import FAILS_JOB, NOT_THE_SPEC
-from ckpt2pt.text import size
+from ckpt2pt.io.text import size
+from ckpt2pt.kube.conversion.spec import Conversion
+from ckpt2pt.kube.conversion.status import Ending, StageRecord
 from ckpt2pt_operator.rules.views import Job, Pod, report_of
 
 RETRY_ANNOTATION = "ckpt2pt.dev/retry"

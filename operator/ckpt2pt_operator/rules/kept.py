@@ -10,11 +10,11 @@ import zlib
 from dataclasses import asdict, dataclass
 from typing import cast
 
-from ckpt2pt.conversion.fields import Finding, refusal
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.size import too_large
-from ckpt2pt.conversion.spec import API_VERSION, KIND
 from ckpt2pt.errors import UsageError
+from ckpt2pt.kube.conversion.fields import Finding, to_error
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.size import too_large
+from ckpt2pt.kube.conversion.spec import API_VERSION, KIND
 from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.conditions import follows
 from ckpt2pt_operator.rules.views import child, number, text
@@ -63,7 +63,7 @@ def refused(document: Json) -> UsageError | None:
     finding = child(document, REFUSED)
     if not finding:
         return None
-    return refusal([Finding(**cast("dict[str, str]", finding))], f"{KIND} {key_of(document)[1]}")
+    return to_error([Finding(**cast("dict[str, str]", finding))], f"{KIND} {key_of(document)[1]}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.status import WAITING
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.status import WAITING
 from ckpt2pt_operator.rules.conditions import QUEUE_DECIDES, WORKERS_LIMITED
 from ckpt2pt_operator.rules.views import condition, items, number, text, texts
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
 
-from ckpt2pt.conversion.job import mounts_of
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.spec import Conversion
+from ckpt2pt.kube.conversion.job import mounts_of
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.spec import Conversion
 
 PERMISSIONS = (
     "podOverrides", "image", "hostPath", "nfs", "csi", "root", "privileged", "serviceAccountName", "priorityClassName",
@@ -62,7 +62,7 @@ class Asked:
     permission: str
 
 
-def refusal(conversion: Conversion, allowed: frozenset[str]) -> str:
+def to_error(conversion: Conversion, allowed: frozenset[str]) -> str:
     """What it asks for and may not have, and who can change that; empty where it may have all of it."""
     found = [asked for asked in _asked(conversion) if asked.permission not in allowed]
     if not found:

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from ckpt2pt.conversion.schema import Json
+from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt_operator.rules.views import Claim, Job, Pod, Report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class House:
+class OperatorDefaults:
     """What the operator adds to every conversion: the image, and what a conversion does not say itself (``pod``).
 
     ``allowed`` are the ``permissions.PERMISSIONS`` that a conversion has.
@@ -61,7 +61,7 @@ class Seen:
     live: Mapping[str, Report] = field(default_factory=dict[str, Report])
     warnings: Mapping[str, str] = field(default_factory=dict[str, str])
     training: Training | None = None
-    refusal: Refusal | None = None
+    to_error: Refusal | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal, cast
 
-from ckpt2pt.conversion.report import NO_REPORT, clean, unproved
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.spec import Conversion
-from ckpt2pt.conversion.status import REASONS, WAITING, StageRecord, State
 from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE, NOT_THE_SPEC
+from ckpt2pt.kube.conversion.report import NO_REPORT, clean, unproved
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.spec import Conversion
+from ckpt2pt.kube.conversion.status import REASONS, WAITING, StageRecord, State
 from ckpt2pt_operator.rules.views import Job, Pod, Report, items, number, report_of, text
 
 OUT_OF_MEMORY = "OOMKilled"
@@ -49,7 +49,7 @@ _WAITING = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Obstacle:
+class Blocker:
     """What keeps a conversion from going on as it should: the reason and message of a condition."""
 
     reason: str
@@ -216,21 +216,21 @@ def _tail(pod: Pod) -> str:
 # ----------------------------------------------------------------------------------------------------------- obstacles
 
 
-def pod_obstacle(pods: Iterable[Pod], warnings: Mapping[str, str], now: datetime) -> Obstacle | None:
+def pod_obstacle(pods: Iterable[Pod], warnings: Mapping[str, str], now: datetime) -> Blocker | None:
     """The worst that keeps a pod from running; ``warnings`` are the newest warning events by uid."""
-    found = [obstacle for pod in pods if not pod.over and (obstacle := _obstacle(pod, warnings, now))]
+    found = [blocker for pod in pods if not pod.over and (blocker := _obstacle(pod, warnings, now))]
     order = ("ImagePullBackOff", "CreateContainerError", "VolumeMountFailed", "Unschedulable", "NodeLost")
-    return min(found, key=lambda obstacle: order.index(obstacle.reason), default=None)
+    return min(found, key=lambda blocker: order.index(blocker.reason), default=None)
 
 
-def refused_pods(job: Job, pods: Sequence[Pod], warnings: Mapping[str, str]) -> Obstacle | None:
+def refused_pods(job: Job, pods: Sequence[Pod], warnings: Mapping[str, str]) -> Blocker | None:
     """Why the API server refuses the pods of a Job, if it does."""
     message = warnings.get(job.uid)
     if message is None or any(not pod.over for pod in pods):
         return None
     if "failed quota" in message and "must specify" in message:
         message = f"{message}; set spec.workers.resources, or worker.defaults.resources in the values of the chart"
-    return Obstacle(reason="QuotaExceeded" if is_quota(message) else "PodRejected", message=message)
+    return Blocker(reason="QuotaExceeded" if is_quota(message) else "PodRejected", message=message)
 
 
 def is_quota(message: str) -> bool:
@@ -238,7 +238,7 @@ def is_quota(message: str) -> bool:
     return "exceeded quota" in message or "failed quota" in message
 
 
-def stuck_since(job: Job, pods: Sequence[Pod], refused: Obstacle | None) -> datetime | None:
+def stuck_since(job: Job, pods: Sequence[Pod], refused: Blocker | None) -> datetime | None:
     """Since when no worker could start; None while one runs, and between two tries unless pods are refused."""
     if any(pod.running for pod in pods) or (pods and not refused and all(pod.over for pod in pods)):
         return None
@@ -259,29 +259,29 @@ def _free_again(pod: Pod) -> datetime | None:
     return ended + min(_FIRST_PAUSE * (1 << min(pod.failures + pod.disruptions, 16)), _LONGEST_PAUSE)
 
 
-def _obstacle(pod: Pod, warnings: Mapping[str, str], now: datetime) -> Obstacle | None:
+def _obstacle(pod: Pod, warnings: Mapping[str, str], now: datetime) -> Blocker | None:
     if pod.deleted and now - pod.deleted <= _LOST_AFTER:
         return None  # it needs nothing more than to end
     if pod.deleted:
-        return Obstacle(
+        return Blocker(
             reason="NodeLost",
             message=f"node {pod.node} does not end pod {pod.name}; bring it back, delete the Node, or taint it "
             "node.kubernetes.io/out-of-service:NoExecute, and what waits for it goes on",
         )
     waiting, message = pod.waiting
     if waiting in _WAITING:
-        return Obstacle(reason=_WAITING[waiting], message=f"pod {pod.name}: {waiting}: {message or 'no details'}")
+        return Blocker(reason=_WAITING[waiting], message=f"pod {pod.name}: {waiting}: {message or 'no details'}")
     if pod.unscheduled:
-        return Obstacle(reason="Unschedulable", message=f"pod {pod.name}: {pod.unscheduled}")
+        return Blocker(reason="Unschedulable", message=f"pod {pod.name}: {pod.unscheduled}")
     if not pod.node and pod.created and now - pod.created > _LOOKED_AT_AFTER:
         hint = "see that the scheduler of spec.workers.schedulerName runs"
-        return Obstacle(reason="Unschedulable", message=f"pod {pod.name}: no scheduler has looked at it; {hint}")
+        return Blocker(reason="Unschedulable", message=f"pod {pod.name}: no scheduler has looked at it; {hint}")
     if pod.uid in warnings and pod.started is None:
-        return Obstacle(reason="VolumeMountFailed", message=f"pod {pod.name}: {warnings[pod.uid]}")
+        return Blocker(reason="VolumeMountFailed", message=f"pod {pod.name}: {warnings[pod.uid]}")
     return None
 
 
-def setback(conversion: Conversion, records: Iterable[StageRecord]) -> Obstacle | None:
+def setback(conversion: Conversion, records: Iterable[StageRecord]) -> Blocker | None:
     """A stage that did not go well the first time and is tried again."""
     again = [
         record
@@ -294,7 +294,7 @@ def setback(conversion: Conversion, records: Iterable[StageRecord]) -> Obstacle 
     worst = next((record for record in again if record.reason == OUT_OF_MEMORY), again[0])
     known = {OUT_OF_MEMORY, "Evicted"}
     tries = f"attempt {worst.attempts} of {conversion.spec.retries.per_stage + 1}"
-    return Obstacle(
+    return Blocker(
         reason=worst.reason if worst.reason in known else "StageRetrying",
         message=f"stage {worst.stage}, {tries}: {worst.reason}: {worst.message}",
     )

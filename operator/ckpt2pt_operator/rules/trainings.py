@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, cast
 
-from ckpt2pt.conversion import spec
-from ckpt2pt.conversion.loading import load
-from ckpt2pt.conversion.names import HINTS, MAX_NAME, NAME, is_name
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.spec import API_VERSION, KIND
 from ckpt2pt.errors import UsageError
+from ckpt2pt.kube.conversion import spec
+from ckpt2pt.kube.conversion.loading import load
+from ckpt2pt.kube.conversion.names import HINTS, MAX_NAME, NAME, is_name
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.spec import API_VERSION, KIND
 from ckpt2pt_operator.rules.views import child, items, text, time
 
 CONVERT_ANNOTATION = "ckpt2pt.dev/convert-on-success"
@@ -32,7 +32,7 @@ _MAX_TEMPLATE = 64 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sign:
+class EndRule:
     """What means that it is done, or that it failed: one of these conditions is True, or the phase is one of these."""
 
     conditions: frozenset[str] = frozenset()
@@ -59,8 +59,8 @@ class Kind:
     api_version: str
     kind: str
     plural: str
-    succeeded: Sign
-    failed: Sign
+    succeeded: EndRule
+    failed: EndRule
 
     @property
     def base(self) -> str:
@@ -107,18 +107,18 @@ def _kind(row: Json, number: int) -> Kind:
     )
 
 
-def _sign(row: Json, where: str) -> Sign:
+def _sign(row: Json, where: str) -> EndRule:
     def names(key: str) -> frozenset[str]:
         found = row.get(key)
         return frozenset(map(str, cast("list[object]", found))) if isinstance(found, list) else frozenset()
 
-    sign = Sign(
+    sign = EndRule(
         conditions=names("conditions"),
         path=tuple(text(row, "phasePath").split("."))[:_MAX_PATH],
         phases=names("phases"),
     )
     if sign.path == ("",):
-        sign = Sign(conditions=sign.conditions)
+        sign = EndRule(conditions=sign.conditions)
     if not sign.conditions and not (sign.path and sign.phases):
         hint = "give conditions: [Complete], or phasePath: status.state.phase and phases: [Completed]"
         raise UsageError("nothing says when it has succeeded or failed", where=where, hint=hint)

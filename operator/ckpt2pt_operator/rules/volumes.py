@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-from ckpt2pt.conversion.job import Mount, mounts_of
-from ckpt2pt.conversion.spec import Conversion
+from ckpt2pt.kube.conversion.job import Mount, mounts_of
+from ckpt2pt.kube.conversion.spec import Conversion
 from ckpt2pt_operator.rules.conditions import Verdict
 from ckpt2pt_operator.rules.views import Claim
 

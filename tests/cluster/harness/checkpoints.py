@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.core.topology import Topology
 from harness.golden import document, owner_of
 from harness.pods import host_path
 from synthetic import Model, build

@@ -87,7 +87,7 @@ def reach(namespace: Kubectl, phase: str, name: str = "golden", *, seconds: floa
     return seen
 
 
-def obstacle(namespace: Kubectl, reason: str, *, kind: str = "Degraded", seconds: float = 60) -> dict[str, Any]:
+def blocker(namespace: Kubectl, reason: str, *, kind: str = "Degraded", seconds: float = 60) -> dict[str, Any]:
     """Wait until a condition of the golden conversion gives this reason; the status then."""
     seen: dict[str, Any] = {}
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt2pt.core.extents import Extent, Shape
 from ckpt2pt.core.index import Collector, Index, Local, find
 from ckpt2pt.core.params import EMBEDDING
 from ckpt2pt.core.tensor import Key, Role
 from ckpt2pt.errors import CoverageError, TopologyError
-from ckpt2pt.tensors import Extent, Shape
 
 FC1, FC2 = "decoder.layers.0.mlp.linear_fc1", "decoder.layers.0.mlp.linear_fc2"
 QKV, PROJ = "decoder.layers.0.self_attention.linear_qkv", "decoder.layers.0.self_attention.linear_proj"

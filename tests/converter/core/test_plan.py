@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpt2pt.core.extents import Extent, Gather, Stored, View
 from ckpt2pt.core.plan import Copy, copies, covered
 from ckpt2pt.core.tensor import dense_strides, sharded
-from ckpt2pt.tensors import Extent, Gather, Stored, View
 
 Array = npt.NDArray[Any]
 FEW = settings(max_examples=150, deadline=None)

@@ -6,11 +6,11 @@ import math
 
 import pytest
 
+from ckpt2pt.core.extents import Box, Extent
 from ckpt2pt.core.index import Collector, Index, Local
 from ckpt2pt.core.slots import FileSlots, Slot, check_box, check_filled, check_used, source_of, weights_alone
 from ckpt2pt.core.tensor import Key, Role
 from ckpt2pt.errors import CoverageError, MissingInputError
-from ckpt2pt.tensors import Box, Extent
 
 MATRIX, WORDS = "decoder.layers.0.mlp.linear_fc2.weight", "embedding.word_embeddings.weight"
 

@@ -10,17 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt2pt.core.tensor import (
-    Key,
-    Tensor,
-    box_of,
-    boxes,
-    check_coverage,
-    dense_strides,
-    sharded,
-)
+from ckpt2pt.core.extents import Extent, View, intersection
+from ckpt2pt.core.tensor import Key, Tensor, box_of, boxes, check_coverage, dense_strides, sharded
 from ckpt2pt.errors import CoverageError
-from ckpt2pt.tensors import Extent, View, intersection
 
 WEIGHT = Key("param", "w")
 STORAGE: tuple[Extent, ...] = (Extent("file", 0, 1 << 20),)

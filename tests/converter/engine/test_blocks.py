@@ -12,7 +12,7 @@ import pytest
 from ckpt2pt.engine import blocks as module
 from ckpt2pt.engine.blocks import ALIGNMENT, Blocks, OutputFile, open_direct
 from ckpt2pt.errors import FileAccessError, NoSpaceError
-from ckpt2pt.system.files import write_at
+from ckpt2pt.io.files import write_at
 
 NBYTES = 1 << 20
 

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.ckpt.writer import mindspore_file
+from ckpt2pt.core.extents import Extent, TensorRef
 from ckpt2pt.engine import blocks
 from ckpt2pt.engine import readback as module
 from ckpt2pt.engine.blocks import ALIGNMENT, Blocks, OutputFile, open_direct
 from ckpt2pt.engine.readback import BLOCK_BYTES, READERS, ReadBack, Region, read_back
 from ckpt2pt.engine.write import Stop, write_files
 from ckpt2pt.errors import InterruptedRunError, VerificationError
-from ckpt2pt.planning.entries import Entry
-from ckpt2pt.tensors import Extent, TensorRef
+from ckpt2pt.formats.mindspore.entries import Entry
+from ckpt2pt.formats.mindspore.writer import mindspore_file
 
 SIZES = (3 * BLOCK_BYTES + 5, 70_000, 11, BLOCK_BYTES, 200_000)
 

@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckpt2pt.core.extents import Extent
 from ckpt2pt.engine.blocks import ALIGNMENT, open_direct
 from ckpt2pt.engine.sources import WINDOW_BYTES, WINDOWS, Sources, drop_from_cache, is_cached
 from ckpt2pt.errors import FileAccessError
-from ckpt2pt.tensors import Extent
 
 Preadv = Callable[[int, Sequence[memoryview], int], int]
 NBYTES = (WINDOWS + 2) * WINDOW_BYTES + 1234

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt2pt.checksums import crc32
+from ckpt2pt.core.extents import Extent, Gather, View
 from ckpt2pt.core.plan import Copy, copies
 from ckpt2pt.core.tensor import sharded
 from ckpt2pt.engine import strided
 from ckpt2pt.engine.strided import Gatherer
-from ckpt2pt.tensors import Extent, Gather, View
+from ckpt2pt.io.checksums import crc32
 
 WIDTHS = {2: "<u2", 4: "<u4"}
 

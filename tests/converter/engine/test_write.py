@@ -15,7 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt2pt.ckpt.writer import mindspore_file
+from ckpt2pt.core.extents import DTYPE_BYTES, Extent, TensorRef
+from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE, Move, Sink
 from ckpt2pt.engine import write as engine
 from ckpt2pt.engine.readback import read_back
 from ckpt2pt.engine.write import Meter, Stop, write_files
@@ -29,12 +30,11 @@ from ckpt2pt.errors import (
     VerificationError,
     VolumeTooSmallError,
 )
-from ckpt2pt.planning.entries import Entry
-from ckpt2pt.planning.moves import MODEL_FILE, OPTIM_FILE, Move, Sink
-from ckpt2pt.pt.archive import Archive
-from ckpt2pt.pt.payload import FilePayload
-from ckpt2pt.pt.pickles import tensor, write_pickle
-from ckpt2pt.tensors import DTYPE_BYTES, Extent, TensorRef
+from ckpt2pt.formats.megatron.payload import FilePayload
+from ckpt2pt.formats.mindspore.entries import Entry
+from ckpt2pt.formats.mindspore.writer import mindspore_file
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.formats.torchfile.pickles import tensor, write_pickle
 
 # ------------------------------------------------------------------------------------------------------------- whole files
 
@@ -204,13 +204,13 @@ def test_a_source_that_ends_inside_an_element_is_refused(tmp_path: Path) -> None
 
 
 def test_a_target_without_room_is_told_before_a_byte_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt2pt.system.files.fallocate", lambda fd, offset, nbytes: errno.ENOSPC)
+    monkeypatch.setattr("ckpt2pt.io.files.fallocate", lambda fd, offset, nbytes: errno.ENOSPC)
     (tmp_path / "source").write_bytes(bytes(400))
     assert_refused(tmp_path / "out", tmp_path / "source", 400, NoSpaceError, "reserving")
 
 
 def test_a_quota_that_is_too_small_is_no_reason_to_try_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt2pt.system.files.fallocate", lambda fd, offset, nbytes: errno.EDQUOT)
+    monkeypatch.setattr("ckpt2pt.io.files.fallocate", lambda fd, offset, nbytes: errno.EDQUOT)
     (tmp_path / "source").write_bytes(bytes(400))
     assert_refused(tmp_path / "out", tmp_path / "source", 400, VolumeTooSmallError, "Disk quota exceeded")
 

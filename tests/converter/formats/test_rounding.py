@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
 from ckpt2pt.errors import FormatError
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.registry import read

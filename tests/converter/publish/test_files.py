@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.errors import FileAccessError, NoSpaceError, TryAgainError, UsageError
+from ckpt2pt.io.records import seal
 from ckpt2pt.publish import make_folder, partial_name, publish_bytes, read_json, read_record, sweep_partials
-from ckpt2pt.records import seal
 
 
 def test_a_small_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,8 @@ from zlib import crc32
 import pytest
 
 from ckpt2pt.errors import TryAgainError, UsageError
+from ckpt2pt.io.records import Json, seal
 from ckpt2pt.publish import Holdings, Ledger, publish_bytes, read_record
-from ckpt2pt.records import Json, seal
 
 
 def entry(path: Path, *, mtime: bool = True) -> Json:

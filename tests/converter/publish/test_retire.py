@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.errors import FileAccessError
+from ckpt2pt.io.paths import listing
 from ckpt2pt.publish import Target, remove_ours, retire
 from ckpt2pt.publish.retire import files_below
-from ckpt2pt.system.paths import listing
 from targets import finish, path_of
 
 

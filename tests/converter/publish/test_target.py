@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.errors import TryAgainError, UsageError
+from ckpt2pt.io.records import seal
 from ckpt2pt.publish import MINDSPORE, TRACKER, Target, partial_name
 from ckpt2pt.publish.files import read_small
-from ckpt2pt.records import seal
 from targets import finish, finish_rank, finish_stages, replacing
 
 
@@ -155,7 +155,7 @@ def test_what_is_no_iteration_in_the_tracker_is_replaced(target: Target, text: s
 @pytest.fixture
 def mended(target: Target) -> tuple[Target, Target]:
     """The same conversion before and after the source of its second stage was mended."""
-    before = replace(target, identity="a", purpose="p", ranks={(0, 0): "r0", (0, 1): "r1"})
+    before = replace(target, identity="a", options_digest="p", ranks={(0, 0): "r0", (0, 1): "r1"})
     return before, replace(before, identity="b", ranks={(0, 0): "r0", (0, 1): "mended"})
 
 
@@ -195,7 +195,7 @@ def test_another_purpose_is_another_conversion(mended: tuple[Target, Target]) ->
     before, after = mended
     before.claim({}, overwrite=False)
     with pytest.raises(UsageError, match="another conversion"):
-        replace(after, purpose="q").claim({}, overwrite=False)
+        replace(after, options_digest="q").claim({}, overwrite=False)
 
 
 def test_overwriting_leaves_the_tracker_of_another_iteration(target: Target) -> None:

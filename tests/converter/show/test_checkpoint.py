@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from archives import write_archive
+from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import FormatError, InputError, MissingInputError, UsageError
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.pt.pickles import Value, tensor, write_pickle
+from ckpt2pt.formats.torchfile.pickles import Value, tensor, write_pickle
 from ckpt2pt.show.checkpoint import inspect, render
 from ckptfiles import Tensor, chunk, ckpt, number, safe, some_tensors, value
 from conversions import request_for
@@ -252,7 +252,7 @@ def test_an_expert_parallel_checkpoint_is_refused_by_name(tmp_path: Path) -> Non
 
 
 def test_a_conversion_half_way_and_finished(pipelined: Path, tmp_path: Path) -> None:
-    from ckpt2pt.run import run
+    from ckpt2pt.run.conversion import run
     from conversions import Quiet
 
     request = request_for(pipelined, tmp_path)
@@ -270,7 +270,9 @@ def test_a_conversion_half_way_and_finished(pipelined: Path, tmp_path: Path) -> 
 
 
 def test_what_megatron_cannot_resume_from_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt2pt.run.check_loadable", lambda *_: None)  # which refuses to write such a checkpoint
+    monkeypatch.setattr(
+        "ckpt2pt.run.conversion.check_loadable", lambda *_: None
+    )  # which refuses to write such a checkpoint
     model = Handmade(topology=Topology(num_layers=2, pipeline=2), edit=lambda tree: tree.pop("rng_state"))
     folder = model.convert(tmp_path, verify="digest").target.folder
     for document in (shown(folder), shown(folder.parent)):

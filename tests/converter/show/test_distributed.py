@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
 from torchdist import as_bfloat16, coarse, of_layers, whole, write_folder
 
 ROWS, COLUMNS = 8, 4

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from ckpt2pt.cli import main
-from ckpt2pt.mapping.topology import Topology
+from ckpt2pt.cli.commands import main
+from ckpt2pt.core.topology import Topology
 from ckpt2pt.show.folding import fold, folded, spanned
 from handmade import Handmade
 

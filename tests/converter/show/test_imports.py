@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
 from ckpt2pt.publish import read_record
 from goldens import golden_sets
 

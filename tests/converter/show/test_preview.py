@@ -8,18 +8,18 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.request import Request
-from ckpt2pt.run import run
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover import discover, prepare_all, target_of
+from ckpt2pt.discover.request import Request
+from ckpt2pt.run.conversion import run
 from ckpt2pt.show.preview import preview, render
-from ckpt2pt.survey import prepare_all, survey, target_of
 from conversions import Quiet
 from handmade import Handmade
 from synthetic import Model, build
 
 
 def planned(request: Request, *, stages: range | None = None, names: bool = False) -> dict[str, Any]:
-    chosen = survey(request)
+    chosen = discover(request)
     ranks = prepare_all(request, chosen, stages or range(request.topology.pipeline))
     document = preview(request, chosen, target_of(request, chosen), ranks, names=names)
     assert render(document)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.request import Silence
+from ckpt2pt.core.progress import Silence
 from ckpt2pt.show import progress
 from ckpt2pt.show.progress import Bars, Lines, reporter
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ckpt2pt.ckpt import index_file
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
+from ckpt2pt.core.names import Rules
+from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.formats.registry import read
-from ckpt2pt.mapping.names import Rules
 from ckpt2pt.verification.across import compare_across, differ_in_layout, read_both
 from cutting import HEAD, MOMENTS, core_name, model, write_mindspore
 from results import flip

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from ckpt2pt.core.extents import Extent, TensorRef
 from ckpt2pt.errors import InputError, UsageError, VerificationError
 from ckpt2pt.publish import TRACKER
-from ckpt2pt.tensors import Extent, TensorRef
 from ckpt2pt.verification import gather
 from ckpt2pt.verification.compare import Comparison, Row, compare, same_bytes
 from ckptfiles import Tensor, ckpt, safe, some_tensors
@@ -368,7 +368,7 @@ def test_a_torch_archive_and_a_mindspore_file_do_not_compare(tmp_path: Path) -> 
 
 def test_a_pickle_with_a_class_of_a_fork_needs_leave(pair: tuple[Result, Result]) -> None:
     from ckpt2pt.errors import UnsafePickleError
-    from ckpt2pt.pt.pickles import Call, Global
+    from ckpt2pt.formats.torchfile.pickles import Call, Global
 
     one, _ = pair
     edit_tree(pair[1].model, lambda tree: tree.update(x=Call(Global("fork.args", "Mode"), (1,))))

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.cli import main
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.request import Request
+from ckpt2pt.cli.commands import main
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover.request import Request
 from ckpt2pt.verification.copies import copied_ranks
 from ckptfiles import Tensor
 from handmade import Handmade

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt2pt.core.extents import Extent, View
 from ckpt2pt.core.tensor import Key, Tensor, box_of, boxes, dense_strides, sharded
-from ckpt2pt.tensors import Extent, View
 from ckpt2pt.verification import gather
 from ckpt2pt.verification.gather import Files, Gathered, file_of, gathered
 

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import pytest
 
-from ckpt2pt.back.request import BackRequest
-from ckpt2pt.back.run import run_back
-from ckpt2pt.back.survey import held_for, survey_back
-from ckpt2pt.ckpt import index_file
+from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.tensor import Role
+from ckpt2pt.discover.request import Pace
 from ckpt2pt.errors import FormatError, VerificationError
-from ckpt2pt.mapping.names import NameTable
-from ckpt2pt.request import Pace
+from ckpt2pt.formats.mindspore import index_file
+from ckpt2pt.run.back.discover import held_for, survey_back
+from ckpt2pt.run.back.request import BackRequest
+from ckpt2pt.run.back.run import run_back
 from ckpt2pt.verification.imported import prove_import
 from ckpt2pt.verification.tensors import Held
 from ckptfiles import Tensor, ckpt

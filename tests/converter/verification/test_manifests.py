@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.back.request import BackRequest
-from ckpt2pt.back.run import run_back
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
 from ckpt2pt.errors import InputError, MissingInputError
-from ckpt2pt.records import seal, unseal
-from ckpt2pt.run import run
+from ckpt2pt.io.records import seal, unseal
+from ckpt2pt.run.back.request import BackRequest
+from ckpt2pt.run.back.run import run_back
+from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.prove import verify_records
 from conversions import Quiet, request_for
 from results import convert

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 from changed import metadata_of
-from ckpt2pt.casts import find_cast
-from ckpt2pt.ckpt import ranks, shards
 from ckpt2pt.core.tensor import sharded
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover.request import Request
+from ckpt2pt.engine.casts import find_cast
 from ckpt2pt.errors import VerificationError
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.pt.pickles import Global, as_tensor, tensor
-from ckpt2pt.request import Request
-from ckpt2pt.run import run
+from ckpt2pt.formats.mindspore import ranks, shards
+from ckpt2pt.formats.torchfile.pickles import Global, as_tensor, tensor
+from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.leaves import TensorLeaf, open_pt
 from conversions import Quiet
@@ -237,7 +237,7 @@ def test_shards_that_were_joined_in_a_wrong_order_are_found(
     right = shards.join_shards
     with monkeypatch.context() as patch:
         patch.setattr(ranks, "join_shards", lambda paths, info: right((paths[1], paths[0], *paths[2:]), info))
-        patch.setattr("ckpt2pt.ckpt.source._KEPT", {})
+        patch.setattr("ckpt2pt.formats.mindspore.source._KEPT", {})
         refused(request)
     assert run(request, [0], Quiet()).published
 
@@ -248,7 +248,7 @@ def test_a_planner_that_takes_the_box_of_another_rank_is_found(tmp_path: Path, m
 
     request = made(1).becomes(made(2), tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("ckpt2pt.planning.reshard.sharded", wrong)
+        patch.setattr("ckpt2pt.core.reshard.sharded", wrong)
         refused(request)
     assert run(request, [0, 1], Quiet()).published
 

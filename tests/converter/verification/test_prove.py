@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from ckpt2pt.errors import MissingInputError
+from ckpt2pt.io.records import seal
 from ckpt2pt.publish import read_record
-from ckpt2pt.records import seal
 from ckpt2pt.verification.prove import verify_target
 from ckpt2pt.verification.report import Report
 from results import Result, convert, flip
@@ -183,7 +183,7 @@ def test_a_tracker_that_has_gone_on_to_a_later_iteration_is_right(result: Result
 
 
 def test_a_stage_can_be_verified_before_the_others_are_converted(golden: Path, tmp_path: Path) -> None:
-    from ckpt2pt.run import run
+    from ckpt2pt.run.conversion import run
     from conversions import Quiet, request_for
 
     request = request_for(golden / "megatron06" / "j_tp1pp2dp2", tmp_path)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.ckpt.ranks import SourceFile
+from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import FormatError
-from ckpt2pt.mapping.topology import Topology
-from ckpt2pt.run import run
+from ckpt2pt.formats.mindspore.ranks import SourceFile
+from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.prove import verify_target
 from ckpt2pt.verification.sharded import expected_index
 from conversions import Quiet
@@ -49,7 +49,7 @@ def test_a_description_that_does_not_add_up_is_refused(text: str, tmp_path: Path
 
 def test_a_joining_that_swaps_two_ranks_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The writer's joining is broken on purpose; the proof must not share the mistake."""
-    from ckpt2pt.ckpt import ranks, shards
+    from ckpt2pt.formats.mindspore import ranks, shards
 
     made = made_in(tmp_path)
     right = shards.join_shards

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from changed import EMBEDDING, HEAD, append, converted, copied, drop, payload, tie
+from ckpt2pt.core.names import Rules
 from ckpt2pt.core.tensor import Key
+from ckpt2pt.discover import discover, meta_of
+from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import InputError
-from ckpt2pt.mapping.names import Rules
-from ckpt2pt.request import Request
-from ckpt2pt.survey import meta_of, survey
 from ckpt2pt.verification.source import held_for
 from ckpt2pt.verification.tensors import Held
 from ckptfiles import Tensor
@@ -27,7 +27,7 @@ def inputs(golden: Path, tmp_path: Path) -> Request:
 
 
 def held(request: Request, rank: tuple[int, int] = (0, 0)) -> Held:
-    return held_for(request, survey(request), rank, meta_of(request, rank))[0]
+    return held_for(request, discover(request), rank, meta_of(request, rank))[0]
 
 
 def told(result: Result) -> str:

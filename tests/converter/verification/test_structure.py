@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from changed import converted, copied, drop, edit_map, metadata_of
+from ckpt2pt.core.buckets import Bucket, Placement
+from ckpt2pt.discover import discover, meta_of
+from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import FormatError
-from ckpt2pt.meta import data_parallel_size
-from ckpt2pt.planning.buckets import Bucket, Placement
-from ckpt2pt.request import Request
-from ckpt2pt.survey import meta_of, survey
+from ckpt2pt.formats.ptmeta.metadata import data_parallel_size
 from ckpt2pt.verification.leaves import open_pt
 from ckpt2pt.verification.report import Findings
 from ckpt2pt.verification.source import held_for
@@ -137,9 +137,9 @@ def test_a_chunk_of_noop_layers_alone_has_its_key_and_no_buffer(golden: Path, tm
 def test_the_other_keys_carry_the_time_of_the_source(inputs: Request, reference: bool, samples: int) -> None:
     template = open_pt(metadata_of(inputs) / "args_tp00_pp000.pt")
     template |= {"/iteration": 1, "/args/iteration": 1, "/param_name_list/0/0": "x", "/model/x": 1}
-    chosen = survey(inputs)
+    chosen = discover(inputs)
     _, statement = held_for(inputs, chosen, (0, 0), meta_of(inputs, (0, 0)))
-    found = others(template, chosen.clock, statement, reference_samples=reference)
+    found = others(template, chosen.training_step, statement, reference_samples=reference)
     assert found["/args/consumed_train_samples"] == samples
     assert (found["/iteration"], found["/args/iteration"], found["/opt_param_scheduler/num_steps"]) == (2, 2, 8)
     assert found["/optimizer/optimizer/param_groups/1/step"] == 2

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.ckpt import index_file
-from ckpt2pt.pt.megatron import MegatronRank, read_files
-from ckpt2pt.pt.pickles import Call, Global, ordered_dict, tensor, with_attrs
-from ckpt2pt.survey import survey
+from ckpt2pt.discover import discover
+from ckpt2pt.formats.megatron.headers import MegatronRank, read_files
+from ckpt2pt.formats.mindspore import index_file
+from ckpt2pt.formats.torchfile.pickles import Call, Global, ordered_dict, tensor, with_attrs
 from ckpt2pt.verification.leaves import Leaves, TensorLeaf, open_pt
 from ckpt2pt.verification.report import Difference
 from ckpt2pt.verification.torch_reader import open_with_torch
@@ -156,7 +156,7 @@ def with_source(result: Result, tmp_path: Path, change: Callable[[bytearray, int
     change(data, index_file(path)[name].extents[0].offset)
     path.write_bytes(data)
     request = replace(result.request, source=source, target=tmp_path / "again")
-    return Result(request, survey(request), result.folder)
+    return Result(request, discover(request), result.folder)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.spec import Conversion, parse
-from ckpt2pt_operator.rules.changes import Claims, changes, suspension, unheeded, volumes_ready
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.spec import Conversion, parse
+from ckpt2pt_operator.rules.changes import Claims, changes, overridden_by_queue, suspension, volumes_ready
 from ckpt2pt_operator.rules.views import Job, claim_view, job_view
 from simulation import World, conversion
 
@@ -103,7 +103,7 @@ def test_why_workers_are_stopped(job: dict[str, object], begun: bool, suspend: b
     ],
 )
 def test_what_only_a_queue_may_do(wanted: Conversion, job: dict[str, object], says: str | None) -> None:
-    found = unheeded(wanted, a_job(**job))
+    found = overridden_by_queue(wanted, a_job(**job))
     assert (found is None) == (says is None)
     if found and says:
         assert found.reason == "QueueDecides"

@@ -6,10 +6,10 @@ from datetime import timedelta
 
 import pytest
 
-from ckpt2pt.conversion.spec import parse
-from ckpt2pt.conversion.status import TERMINAL, Ending, StageRecord
-from ckpt2pt_operator.rules.conditions import Standing, follows, refused_document, stamp, status_document
-from ckpt2pt_operator.rules.stages import Obstacle
+from ckpt2pt.kube.conversion.spec import parse
+from ckpt2pt.kube.conversion.status import TERMINAL, Ending, StageRecord
+from ckpt2pt_operator.rules.conditions import StatusInput, follows, refused_document, stamp, status_document
+from ckpt2pt_operator.rules.stages import Blocker
 from simulation import START, conversion
 from standings import statuses
 from statuses import check_status, expected_of, kstatus, told
@@ -26,41 +26,41 @@ def recorded(status: object) -> list[str]:
     return [item["state"] for item in status["stageStatuses"]]
 
 
-def obstacle(reason: str) -> Obstacle:
-    return Obstacle(reason=reason, message="m")
+def blocker(reason: str) -> Blocker:
+    return Blocker(reason=reason, message="m")
 
 
 @pytest.mark.parametrize(
-    ("standing", "phase", "expected"),
+    ("status_input", "phase", "expected"),
     [
         ({"records": RUNNING}, "Running", {"Accepted": ("True", "Valid"), "Reconciling": ("True", "InProgress"), "Stalled": ("False", "InProgress")}),
         ({"records": [StageRecord(stage=0)]}, "Pending", {"Ready": ("False", "InProgress")}),
-        ({"records": RUNNING, "suspended": obstacle("UserRequested")}, "Suspended", {"Suspended": ("True", "UserRequested")}),
-        ({"records": RUNNING, "suspended": obstacle("QueuedByKueue")}, "Queued", {"Suspended": ("True", "QueuedByKueue")}),
+        ({"records": RUNNING, "suspended": blocker("UserRequested")}, "Suspended", {"Suspended": ("True", "UserRequested")}),
+        ({"records": RUNNING, "suspended": blocker("QueuedByKueue")}, "Queued", {"Suspended": ("True", "QueuedByKueue")}),
         ({"records": RUNNING}, "Running", {"Suspended": ("False", "Resumed"), "Degraded": ("False", "AsExpected")}),
-        ({"records": RUNNING, "degraded": obstacle("StageRetrying")}, "Running", {"Degraded": ("True", "StageRetrying"), "Stalled": ("False", "StageRetrying")}),
-        ({"records": RUNNING, "degraded": obstacle("ImagePullBackOff")}, "Running", {"Stalled": ("True", "ImagePullBackOff")}),
-        ({"records": RUNNING, "waits": obstacle("PVCNotFound"), "volumes": ("False", "PVCNotFound", "m")}, "Running", {"VolumesReady": ("False", "PVCNotFound"), "Stalled": ("True", "PVCNotFound")}),
+        ({"records": RUNNING, "degraded": blocker("StageRetrying")}, "Running", {"Degraded": ("True", "StageRetrying"), "Stalled": ("False", "StageRetrying")}),
+        ({"records": RUNNING, "degraded": blocker("ImagePullBackOff")}, "Running", {"Stalled": ("True", "ImagePullBackOff")}),
+        ({"records": RUNNING, "waits": blocker("PVCNotFound"), "volumes": ("False", "PVCNotFound", "m")}, "Running", {"VolumesReady": ("False", "PVCNotFound"), "Stalled": ("True", "PVCNotFound")}),
         ({"records": DONE, "finished": OVER}, "Succeeded", {"Complete": ("True", "AllStagesSucceeded"), "Ready": ("True", "AllStagesSucceeded"), "Verified": ("True", "DigestsMatch"), "Reconciling": ("False", "AllStagesSucceeded")}),
         ({"records": BAD, "finished": OVER}, "Failed", {"Failed": ("True", "StageFailed"), "Stalled": ("True", "StageFailed"), "Verified": ("False", "DigestMismatch")}),
         ({"records": RUNNING, "finished": OVER, "ended": Ending(reason="Cancelled", message="m")}, "Cancelled", {"Failed": ("True", "Cancelled")}),
         ({"records": DONE, "finished": OVER, "ended": Ending(reason="ActiveDeadline", message="m")}, "Failed", {"Failed": ("True", "ActiveDeadline"), "Complete": ("False", "ActiveDeadline")}),
     ],
 )  # fmt: skip
-def test_conditions(standing: dict[str, object], phase: str, expected: dict[str, tuple[str, str]]) -> None:
+def test_conditions(status_input: dict[str, object], phase: str, expected: dict[str, tuple[str, str]]) -> None:
     document = conversion()
-    found = status_document(parse(document), Standing(**standing), before={}, generation=3, now=START)  # type: ignore[arg-type]
+    found = status_document(parse(document), StatusInput(**status_input), before={}, generation=3, now=START)  # type: ignore[arg-type]
     check_status(found)
     assert (found["phase"], found["observedGeneration"]) == (phase, 3)
     assert {kind: told(found, kind) for kind in expected} == expected
 
 
 @pytest.mark.parametrize(
-    ("follow", "standing", "expected"),
+    ("follow", "status_input", "expected"),
     [
         ({"follow": {}}, {"records": RUNNING[:1]}, True),
-        ({"follow": {}}, {"records": RUNNING[:1], "suspended": obstacle("UserRequested")}, True),
-        ({"follow": {}}, {"records": RUNNING[:1], "degraded": obstacle("StageRetrying")}, True),
+        ({"follow": {}}, {"records": RUNNING[:1], "suspended": blocker("UserRequested")}, True),
+        ({"follow": {}}, {"records": RUNNING[:1], "degraded": blocker("StageRetrying")}, True),
         ({"follow": {}}, {"records": DONE[:1], "finished": OVER}, True),
         ({"follow": {}, "dryRun": True}, {"records": RUNNING[:1]}, False),
         ({}, {"records": RUNNING}, False),
@@ -68,21 +68,21 @@ def test_conditions(standing: dict[str, object], phase: str, expected: dict[str,
     ],
 )
 def test_what_follows_a_training_is_known_by_its_status(
-    follow: dict[str, object], standing: dict[str, object], expected: bool
+    follow: dict[str, object], status_input: dict[str, object], expected: bool
 ) -> None:
     document = parse(conversion(*((f"spec.{name}", value) for name, value in follow.items())))
-    found = status_document(document, Standing(**standing), before={}, generation=1, now=START)  # type: ignore[arg-type]
+    found = status_document(document, StatusInput(**status_input), before={}, generation=1, now=START)  # type: ignore[arg-type]
     assert follows(found) is expected
     assert not follows({})
 
 
 def test_times_stay_until_the_status_turns() -> None:
     document = parse(conversion())
-    first = status_document(document, Standing(records=RUNNING), before={}, generation=1, now=START)
+    first = status_document(document, StatusInput(records=RUNNING), before={}, generation=1, now=START)
     later = START + timedelta(hours=1)
-    same = status_document(document, Standing(records=RUNNING), before=first, generation=1, now=later)
+    same = status_document(document, StatusInput(records=RUNNING), before=first, generation=1, now=later)
     assert same == first
-    worse = Standing(records=RUNNING, degraded=Obstacle(reason="OOMKilled", message="m"))
+    worse = StatusInput(records=RUNNING, degraded=Blocker(reason="OOMKilled", message="m"))
     turned = status_document(document, worse, before=first, generation=1, now=later)
     times = {c["type"]: c["lastTransitionTime"] for c in turned["conditions"]}  # type: ignore[attr-defined]
     assert times.pop("Degraded") == stamp(later)
@@ -90,7 +90,7 @@ def test_times_stay_until_the_status_turns() -> None:
 
 
 def test_a_refused_document_keeps_what_is_recorded() -> None:
-    before = status_document(parse(conversion()), Standing(records=(*DONE[:1], *RUNNING[1:])), before={}, generation=1, now=START)  # fmt: skip
+    before = status_document(parse(conversion()), StatusInput(records=(*DONE[:1], *RUNNING[1:])), before={}, generation=1, now=START)  # fmt: skip
     found = refused_document("wrong " * 1000, before=before, generation=2, now=START)
     check_status(found)
     assert recorded(found) == ["Succeeded"] + ["Pending"] * 3
@@ -98,16 +98,16 @@ def test_a_refused_document_keeps_what_is_recorded() -> None:
 
 
 @pytest.mark.parametrize(
-    "standing",
+    "status_input",
     [
-        {"suspended": obstacle("UserRequested")}, {"degraded": obstacle("ImagePullBackOff")},
-        {"waits": obstacle("PVCNotFound"), "volumes": ("False", "PVCNotFound", "m")},
-        {"waits": obstacle("QuotaExceeded"), "pending_since": OVER},
+        {"suspended": blocker("UserRequested")}, {"degraded": blocker("ImagePullBackOff")},
+        {"waits": blocker("PVCNotFound"), "volumes": ("False", "PVCNotFound", "m")},
+        {"waits": blocker("QuotaExceeded"), "pending_since": OVER},
     ],
     ids=["suspended", "degraded", "waiting", "pending"],
 )  # fmt: skip
-def test_a_refused_document_is_neither_suspended_nor_degraded_any_more(standing: dict[str, object]) -> None:
-    begun = Standing(records=RUNNING, **standing)  # type: ignore[arg-type]
+def test_a_refused_document_is_neither_suspended_nor_degraded_any_more(status_input: dict[str, object]) -> None:
+    begun = StatusInput(records=RUNNING, **status_input)  # type: ignore[arg-type]
     before = status_document(parse(conversion()), begun, before={}, generation=1, now=START)
     found = refused_document("wrong", before=before, generation=2, now=START)
     check_status(found)

@@ -28,8 +28,8 @@ DEFAULTS: Raw = {
 OWN = replace(HOUSE, pod=DEFAULTS)
 
 
-def told(document: Raw, house: Any = OWN) -> tuple[object, ...]:
-    found = conversion_of(document, house)
+def told(document: Raw, operator_defaults: Any = OWN) -> tuple[object, ...]:
+    found = conversion_of(document, operator_defaults)
     return (
         found.spec.retries.per_stage, found.spec.retries.memory_growth_percent, found.spec.retries.max_memory,
         found.spec.pending_deadline_seconds, found.spec.active_deadline_seconds, found.spec.ttl_seconds_after_finished,
@@ -56,18 +56,18 @@ def test_a_spec_that_is_none_is_left_alone(spec: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("own", "house", "left"),
+    ("own", "operator_defaults", "left"),
     [(None, {}, None), (50, {}, 40.0), (None, DEFAULTS, 90.0), (5, DEFAULTS, -5.0), (0, {}, -10.0)],
 )
-def test_the_time_to_live_counts_from_the_end(own: int | None, house: Raw, left: float | None) -> None:
+def test_the_time_to_live_counts_from_the_end(own: int | None, operator_defaults: Raw, left: float | None) -> None:
     document: Raw = {"spec": {"timeToLiveSeconds": own}}
     status: Raw = {"completionTime": "2026-01-02T03:04:05Z"}
-    assert life_left(document, status, house, START + timedelta(seconds=10)) == left
-    assert life_left(document, {}, house, START) is None, "it has not finished"
+    assert life_left(document, status, operator_defaults, START + timedelta(seconds=10)) == left
+    assert life_left(document, {}, operator_defaults, START) is None, "it has not finished"
 
 
-def deletions(world: World, seconds: float, house: Any = HOUSE) -> tuple[bool, float | None]:
-    decided = plan(replace(world.look(), now=world.now + timedelta(seconds=seconds)), house)
+def deletions(world: World, seconds: float, operator_defaults: Any = HOUSE) -> tuple[bool, float | None]:
+    decided = plan(replace(world.look(), now=world.now + timedelta(seconds=seconds)), operator_defaults)
     return any(isinstance(action, DeleteConversion) for action in decided.actions), decided.again
 
 

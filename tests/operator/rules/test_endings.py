@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from ckpt2pt.conversion.spec import parse
-from ckpt2pt.conversion.status import StageRecord
+from ckpt2pt.kube.conversion.spec import parse
+from ckpt2pt.kube.conversion.status import StageRecord
 from ckpt2pt_operator.rules.endings import ending, planned, reason_of
 from ckpt2pt_operator.rules.views import Job, job_view, pod_view
 from simulation import World

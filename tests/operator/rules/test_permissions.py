@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from charts import values
-from ckpt2pt.conversion.spec import parse
-from ckpt2pt_operator.rules.permissions import PERMISSIONS, refusal
+from ckpt2pt.kube.conversion.spec import parse
+from ckpt2pt_operator.rules.permissions import PERMISSIONS, to_error
 from ckpt2pt_operator.rules.plan import plan
-from ckpt2pt_operator.rules.seen import CreateJob, House
+from ckpt2pt_operator.rules.seen import CreateJob, OperatorDefaults
 from documents import changed, claim
 from simulation import HOUSE, World
 from statuses import told
@@ -108,7 +108,7 @@ OVERRIDDEN: dict[str, tuple[Change, str, str]] = {
 
 
 def said(change: Change, *allowed: str) -> str:
-    return refusal(parse(changed(change)), frozenset(allowed))
+    return to_error(parse(changed(change)), frozenset(allowed))
 
 
 @pytest.mark.parametrize(("change", "field", "permission"), ASKED.values(), ids=ASKED)
@@ -197,7 +197,7 @@ def test_it_is_told_before_a_training_is_waited_for() -> None:
 
 def step(world: World, *allowed: str) -> list[Raw]:
     """One look of an operator that allows these; the Jobs that it asks for."""
-    decided = plan(world.look(), House(image=HOUSE.image, allowed=frozenset(allowed)))
+    decided = plan(world.look(), OperatorDefaults(image=HOUSE.image, allowed=frozenset(allowed)))
     world.document["status"] = dict(decided.status)
     return [action.manifest for action in decided.actions if isinstance(action, CreateJob)]
 
@@ -238,5 +238,5 @@ def test_what_the_owner_gives_by_default_needs_no_permission() -> None:
         "priorityClassName": "low", "security": {"runAsUser": 0}, "podOverrides": {"spec": {"serviceAccountName": "converter"}},
     }  # fmt: skip
     world = World()
-    decided = plan(world.look(), House(image="i", pod=pod))
+    decided = plan(world.look(), OperatorDefaults(image="i", pod=pod))
     assert any(isinstance(action, CreateJob) for action in decided.actions)

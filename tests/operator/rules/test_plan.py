@@ -10,7 +10,7 @@ import pytest
 
 from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.plan import conversion_of
-from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, House, PatchJob, Refusal, Training
+from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, OperatorDefaults, PatchJob, Refusal, Training
 from ckpt2pt_operator.rules.views import Report, claim_view
 from simulation import World, conversion, done
 from statuses import check_status, kstatus, told
@@ -214,30 +214,30 @@ def test_stages_nobody_has_recorded_are_done_by_another_attempt() -> None:
 
 # ------------------------------------------------------------------------------------------------- defaults of the house
 
-VOLCANO = {"queueName": "house", "queueKind": "Volcano"}
+VOLCANO = {"queueName": "operator_defaults", "queueKind": "Volcano"}
 
 
 @pytest.mark.parametrize(
-    ("house", "own", "expected"),
+    ("operator_defaults", "own", "expected"),
     [
-        (VOLCANO, {}, ("house", "Volcano")),
-        (VOLCANO, {"queueKind": "Kueue"}, ("house", "Volcano")),
+        (VOLCANO, {}, ("operator_defaults", "Volcano")),
+        (VOLCANO, {"queueKind": "Kueue"}, ("operator_defaults", "Volcano")),
         (VOLCANO, {"queueName": "own", "queueKind": "Kueue"}, ("own", "Kueue")),
-        ({"queueName": "house"}, {"queueKind": "Kueue"}, ("house", "Kueue")),
+        ({"queueName": "operator_defaults"}, {"queueKind": "Kueue"}, ("operator_defaults", "Kueue")),
         ({}, {"queueName": "own", "queueKind": "Volcano"}, ("own", "Volcano")),
         ({}, {"queueKind": "Kueue"}, (None, "Kueue")),
     ],
 )
 def test_the_queue_of_the_house_comes_with_its_kind(
-    house: dict[str, object], own: dict[str, object], expected: tuple[str | None, str]
+    operator_defaults: dict[str, object], own: dict[str, object], expected: tuple[str | None, str]
 ) -> None:
     """An API server gives every conversion a kind, whether it asks for a queue or not."""
-    pod = conversion_of(conversion(("spec.workers", own)), House(image="i", pod=house)).pod
+    pod = conversion_of(conversion(("spec.workers", own)), OperatorDefaults(image="i", pod=operator_defaults)).pod
     assert (pod.get("queueName"), pod["queueKind"]) == expected
 
 
 @pytest.mark.parametrize(
-    ("house", "own", "expected"),
+    ("operator_defaults", "own", "expected"),
     [
         ({"coSchedule": True}, {}, True),
         ({"coSchedule": True}, {"coSchedule": False}, False),
@@ -246,9 +246,9 @@ def test_the_queue_of_the_house_comes_with_its_kind(
     ],
 )
 def test_workers_are_kept_together_as_the_house_or_the_conversion_says(
-    house: dict[str, object], own: dict[str, object], expected: bool
+    operator_defaults: dict[str, object], own: dict[str, object], expected: bool
 ) -> None:
-    found = conversion_of(conversion(("spec.workers", own)), House(image="i", pod=house))
+    found = conversion_of(conversion(("spec.workers", own)), OperatorDefaults(image="i", pod=operator_defaults))
     assert found.spec.workers.co_schedule is expected
     assert "coSchedule" not in found.pod
 
@@ -660,20 +660,20 @@ def test_a_refused_job_is_asked_for_again_and_the_status_does_not_flap(reason: s
 )
 def test_a_refused_job_is_asked_for_until_the_pending_deadline(reason: str, stalled: str) -> None:
     world = World(("spec.pendingDeadlineSeconds", 60))
-    refusal = Refusal(reason=reason, message="no")
+    to_error = Refusal(reason=reason, message="no")
     world.step(dies=True)
-    assert world.refused(refusal).again == 30.0
+    assert world.refused(to_error).again == 30.0
     assert told(world.status, "Degraded") == ("True", reason)
     assert told(world.status, "Stalled") == (stalled, reason)
     assert world.status["pendingSince"] == "2026-01-02T03:04:05Z"
     check_status(world.status)
     world.now += timedelta(seconds=45)
     assert [type(action) for action in world.step(dies=True).actions] == [CreateJob]
-    assert world.refused(refusal).again == 15.0
+    assert world.refused(to_error).again == 15.0
     assert world.phase == "Pending"
     world.now += timedelta(seconds=15)
     assert [type(action) for action in world.step(dies=True).actions] == [CreateJob], "once more before it is given up"
-    world.refused(refusal)
+    world.refused(to_error)
     assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "PendingDeadline"))
     assert told(world.status, "Degraded") == ("True", reason)
     [said] = [c["message"] for c in world.status["conditions"] if c["type"] == "Failed"]
@@ -683,7 +683,7 @@ def test_a_refused_job_is_asked_for_until_the_pending_deadline(reason: str, stal
     world.retry("1")
     world.step()
     world.step(dies=True)
-    world.refused(refusal)
+    world.refused(to_error)
     assert world.phase == "Pending", "a retry has its whole pending time"
 
 

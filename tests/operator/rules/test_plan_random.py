@@ -9,7 +9,7 @@ from hypothesis import event, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ckpt2pt.conversion.status import TERMINAL
+from ckpt2pt.kube.conversion.status import TERMINAL
 from simulation import World, done
 from statuses import check_status
 

@@ -7,10 +7,10 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from ckpt2pt.conversion.schema import Json
-from ckpt2pt.conversion.spec import parse
-from ckpt2pt.conversion.status import StageRecord
-from ckpt2pt_operator.rules.stages import Obstacle, cause, observed, pod_obstacle, recorded, setback, stuck_since
+from ckpt2pt.kube.conversion.schema import Json
+from ckpt2pt.kube.conversion.spec import parse
+from ckpt2pt.kube.conversion.status import StageRecord
+from ckpt2pt_operator.rules.stages import Blocker, cause, observed, pod_obstacle, recorded, setback, stuck_since
 from ckpt2pt_operator.rules.views import Pod, Report, job_view, pod_view
 from simulation import START, World
 
@@ -162,6 +162,6 @@ def test_since_when_no_worker_could_start(pods: list[dict[str, object]], refused
     found = stuck_since(
         job_view(world.jobs["demo-1"]),
         [a_pod(**pod) for pod in pods],
-        Obstacle(reason="QuotaExceeded", message="") if refused else None,
+        Blocker(reason="QuotaExceeded", message="") if refused else None,
     )
     assert found == (None if since is None else later(since))

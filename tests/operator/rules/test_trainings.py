@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from charts import values
-from ckpt2pt.conversion.spec import MAX_NAME
 from ckpt2pt.errors import UsageError
+from ckpt2pt.kube.conversion.spec import MAX_NAME
 from ckpt2pt_operator.rules.trainings import Kind, Workload, conversion_for, kinds, template_of, workload
 from documents import HOSTILE_NAMES, minimal
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt2pt.conversion.spec import parse
+from ckpt2pt.kube.conversion.spec import parse
 from ckpt2pt_operator.rules.views import Claim
 from ckpt2pt_operator.rules.volumes import claims_of, verdict
 from documents import claim

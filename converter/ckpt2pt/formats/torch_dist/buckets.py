@@ -18,14 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+from ckpt2pt.core.extents import DTYPE_BYTES, Extent, Shape
 from ckpt2pt.core.index import Collector, Index, Local
 from ckpt2pt.core.params import EMBEDDING, HEAD, kind_of, layer_of
 from ckpt2pt.core.tensor import Role, Tensor
 from ckpt2pt.errors import FormatError, aside
+from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.torch_dist.items import Located
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Entry
-from ckpt2pt.pt.payload import Template
-from ckpt2pt.tensors import DTYPE_BYTES, Extent, Shape
 
 _KEY = re.compile(
     r"optimizer\.distributed\.dp_group_idx_(\d+)\.gbuf_idx_(\d+)\.dtype_\(.*\)\.bucket_idx_(\d+)\.(param|exp_avg|exp_avg_sq)"

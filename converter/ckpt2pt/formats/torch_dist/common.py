@@ -9,15 +9,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+from ckpt2pt.core.extents import Extent
+from ckpt2pt.core.foldernames import iteration_of
 from ckpt2pt.errors import FormatError, MissingInputError, ref
+from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.torch_dist.items import read_object
 from ckpt2pt.formats.torch_dist.metadata import Metadata
-from ckpt2pt.mapping.foldernames import iteration_of
-from ckpt2pt.pt.archive import Archive
-from ckpt2pt.pt.payload import Template
-from ckpt2pt.pt.pickles import Value, read_pickle
-from ckpt2pt.system.paths import is_file
-from ckpt2pt.tensors import Extent
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.formats.torchfile.pickles import Value, read_pickle
+from ckpt2pt.io.paths import is_file
 
 COMMON = "common.pt"
 COMMON_STATE = "common_state/shard_0_1"

@@ -12,13 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+from ckpt2pt.core.extents import DTYPE_BYTES, Extent, Shape
 from ckpt2pt.errors import FormatError, ref
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Item
-from ckpt2pt.inputs import InputFile
-from ckpt2pt.pt.archive import Archive
-from ckpt2pt.pt.pickles import Value, as_tensor, read_pickle
-from ckpt2pt.pt.reader import PtFile
-from ckpt2pt.tensors import DTYPE_BYTES, Extent, Shape
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.formats.torchfile.pickles import Value, as_tensor, read_pickle
+from ckpt2pt.formats.torchfile.reader import PtFile
+from ckpt2pt.io.inputs import InputFile
 
 _HINT = "copy the whole folder again from where it was written"
 _HEAD_BYTES, _TAIL_BYTES = 2 << 10, 2 << 10

@@ -14,12 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, NoReturn, cast
 
+from ckpt2pt.core.extents import DTYPE_BYTES, Shape
 from ckpt2pt.errors import CoverageError, FormatError, MissingInputError, ref
-from ckpt2pt.inputs import read_whole
-from ckpt2pt.pt.pickles import Call, Global, Value, read_pickle
-from ckpt2pt.system.paths import is_there, listing, status
-from ckpt2pt.tensors import DTYPE_BYTES, Shape
-from ckpt2pt.untrusted.jsontext import parse_json
+from ckpt2pt.formats.torchfile.pickles import Call, Global, Value, read_pickle
+from ckpt2pt.io.inputs import read_whole
+from ckpt2pt.io.jsontext import parse_json
+from ckpt2pt.io.paths import is_there, listing, status
 
 METADATA = ".metadata"
 METADATA_JSON = "metadata.json"

@@ -9,21 +9,21 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ckpt2pt.core.extents import Box, Shape, Stored, View, intersection
 from ckpt2pt.core.index import Index, ordered
+from ckpt2pt.core.names import Rules
 from ckpt2pt.core.params import axes_of, is_gated
 from ckpt2pt.core.tensor import Key, Tensor, boxes, check_coverage, dense_strides
 from ckpt2pt.errors import FormatError, TopologyError, aside
-from ckpt2pt.folders import iteration_folder, of_iteration
 from ckpt2pt.formats.checkpoint import Checkpoint, agreed
+from ckpt2pt.formats.folders import iteration_folder, of_iteration
+from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.rounding import check_rounding
 from ckpt2pt.formats.torch_dist.buckets import Buckets
 from ckpt2pt.formats.torch_dist.common import iteration_of_common, read_common
 from ckpt2pt.formats.torch_dist.items import Located, locate
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Entry, Metadata, read_metadata
 from ckpt2pt.formats.torch_dist.names import named
-from ckpt2pt.mapping.names import Rules
-from ckpt2pt.pt.payload import Template
-from ckpt2pt.tensors import Box, Shape, Stored, View, intersection
 
 _HINT = "copy the whole folder again from where it was written"
 

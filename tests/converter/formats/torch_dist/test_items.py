@@ -12,8 +12,8 @@ import torch
 from ckpt2pt.errors import FormatError
 from ckpt2pt.formats.torch_dist.items import ItemFile, locate, read_object
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Item
-from ckpt2pt.inputs import InputFile
-from ckpt2pt.pt.archive import Archive
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.io.inputs import InputFile
 
 BEFORE = b"another item" * 7
 

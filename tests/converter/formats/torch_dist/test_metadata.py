@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import ckpt2pt
-from ckpt2pt.cli import main
+from ckpt2pt.cli.commands import main
 from ckpt2pt.errors import FormatError, InputError, MissingInputError, UnsafePickleError
 from torchdist import Piece, whole, write_folder
 

@@ -1,0 +1,183 @@
+"""Find everything a conversion needs and prove that it fits together: headers only, nothing is written.
+
+source    --training | stored-->  files of each rank at one iteration, its tensors, the clock
+metadata  --metadata---------->   template, buffers                                            } -> RankPlan for each rank
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt2pt.core.names import NameTable, prefix_remark
+from ckpt2pt.core.stage import RankInput, RankPlan, plan_rank
+from ckpt2pt.core.topology import Rank
+from ckpt2pt.discover.checkpoint import INFO, Discovered, Inputs, changed, inputs_of, kind_of, only_growing
+from ckpt2pt.discover.metadata import answers, check_metadata, inputs_of_metadata, meta_of
+from ckpt2pt.discover.request import Request, digest
+from ckpt2pt.errors import ref
+from ckpt2pt.formats.folders import keep_apart
+from ckpt2pt.formats.megatron.payload import FilePayload, payloads
+from ckpt2pt.formats.mindspore.ranks import SourceFile
+from ckpt2pt.formats.mindspore.source import files_for
+from ckpt2pt.formats.ptmeta.metadata import METADATA, RankMeta
+from ckpt2pt.io.records import Json
+from ckpt2pt.publish import Target
+
+__all__ = [
+    "Discovered",
+    "Prepared",
+    "changed",
+    "discover",
+    "distinct",
+    "inputs_of",
+    "meta_of",
+    "only_growing",
+    "prepare",
+    "prepare_all",
+    "prove_unchanged",
+    "target_of",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """One rank, ready to run."""
+
+    plan: RankPlan
+    meta: RankMeta
+    files: tuple[FilePayload, ...]
+    remarks: tuple[str, ...]
+    """What a user should know before the result is used, in whole sentences."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Exact size of each file."""
+        return {file.name: file.lay_out().nbytes for file in self.files}
+
+
+@only_growing()
+def discover(request: Request, keep: Collection[Rank] = ()) -> Discovered:
+    """Choose the checkpoint, and make sure that all ranks are at the same step.
+
+    The headers of ``keep`` stay in the result, as far as memory allows.
+    """
+    check_metadata(request)
+    found = kind_of(request).find(request, keep)
+    inputs = _inputs(request.topology.ranks(), found.files, request)
+    found.prove_unchanged()
+    every = distinct(inputs.values())
+    options_digest = digest({"options": request.identity_options(), "iteration": found.training_step.iteration})
+    chosen = Discovered(
+        files=found.files,
+        training_step=found.training_step,
+        identity=digest([options_digest, every]),
+        options_digest=options_digest,
+        base=_base(request, found.training_step.iteration, every),
+        ranks={rank: _identity(options_digest, inputs[rank], inputs[rank[0], 0]) for rank in inputs},
+        inputs=inputs,
+        headers=found.headers,
+    )
+    keep_apart(
+        target_of(request, chosen),
+        {
+            request.shard_info: INFO,
+            request.metadata: METADATA,
+            request.source: ref("source.path"),
+        },
+    )
+    return chosen
+
+
+def _base(request: Request, iteration: int, inputs: Sequence[Mapping[str, object]]) -> str:
+    """The metadata is left out: for parameters alone it needs no maps, which may be added for the full conversion."""
+    sources = [one for one in inputs if "metadata" not in one]
+    return digest([{**request.identity_options(), "mode": None}, iteration, sources])
+
+
+def _identity(options_digest: str, inputs: Inputs, first: Inputs) -> str:
+    """Of a rank: what is asked for, what it is read from, and what the first stage is read from."""
+    return digest([options_digest, [*inputs, *first]])
+
+
+def prove_unchanged(request: Request, chosen: Discovered, rank: Rank) -> None:
+    """Refuse a rank whose files are not those that were surveyed: what was read may be of two checkpoints."""
+    first = rank[0], 0
+    inputs = _inputs((rank, first), chosen.files, request)
+    now = _identity(chosen.options_digest, inputs[rank], inputs[first])
+    if now != chosen.ranks[rank]:
+        raise changed(chosen.read_for(rank, request)[0].path)
+
+
+def target_of(request: Request, chosen: Discovered) -> Target:
+    """The folder that the chosen checkpoint goes into."""
+    return Target(
+        root=request.target,
+        iteration=chosen.training_step.iteration,
+        identity=chosen.identity,
+        options_digest=chosen.options_digest,
+        ranks=chosen.ranks,
+        base=chosen.base,
+        full=request.full,
+        stages=request.topology.pipeline,
+        tensor=request.topology.tensor,
+    )
+
+
+@only_growing()
+def prepare(request: Request, chosen: Discovered, rank: Rank) -> Prepared:
+    """Index one rank's file, or its group's shards, and plan every copy."""
+    with answers(request):
+        return _prepare(request, chosen, rank)
+
+
+def _prepare(request: Request, chosen: Discovered, rank: Rank) -> Prepared:
+    tp, pp = rank
+    meta = meta_of(request, rank)
+    source = kind_of(request).read(request, chosen, rank, meta)
+    found = RankInput(
+        tp=tp,
+        pp=pp,
+        source=str(request.source if request.source_topology else chosen.files[rank].path),
+        metadata=str(request.metadata or request.source),
+        index=source.held.entries,
+        stated=source.stated,
+        training_step=chosen.training_step,
+        chunks=meta.chunks,
+        sizes=meta.sizes,
+        params_dtype=meta.params_dtype,
+        tied=meta.tied,
+        copies=source.held.copies,
+        first_stage=source.first_stage,
+    )
+    plan = plan_rank(found, request.topology, NameTable(request.rules), full=request.full)
+    files = payloads(plan, meta.template, reference_samples=request.reference_samples)
+    remarks = (*source.held.remarks, *([prefix_remark(plan.prefix)] if plan.prefix else ()))
+    return Prepared(plan=plan, meta=meta, files=files, remarks=remarks)
+
+
+def prepare_all(request: Request, chosen: Discovered, stages: Iterable[int]) -> Iterator[tuple[Rank, Prepared]]:
+    """Every rank of the given stages, one at a time: the plans of a thousand would not fit into memory."""
+    for rank in ((tp, pp) for pp in stages for tp in range(request.topology.tensor)):
+        yield rank, prepare(request, chosen, rank)
+
+
+def _inputs(ranks: Iterable[Rank], files: Mapping[Rank, SourceFile], request: Request) -> dict[Rank, Inputs]:
+    """What each rank is read from: sources by name, size and time, the small metadata files by content.
+
+    The time matters: a retrained checkpoint has the same header and size.  A rank of the last stage may read a tied
+    embedding of the first, so that is counted with every rank.  Where the layout changes, ranks share all sources.
+    """
+    sources: dict[Path, Inputs] = {}
+    found: dict[Rank, Inputs] = {}
+    for rank in ranks:
+        needed = files_for(rank, files, request)
+        sources |= {file.path: inputs_of(file, request.source) for file in needed if file.path not in sources}
+        found[rank] = [*(one for file in needed for one in sources[file.path]), *inputs_of_metadata(request, rank)]
+    return found
+
+
+def distinct(inputs: Iterable[Sequence[Json]]) -> tuple[Json, ...]:
+    """Each input of several ranks once."""
+    return tuple({id(one): one for listed in inputs for one in listed}.values())

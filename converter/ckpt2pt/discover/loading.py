@@ -1,0 +1,100 @@
+"""Whether Megatron-LM can load a checkpoint or what a conversion will write, and what of it a user should know before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ckpt2pt.core.foldernames import model_rank_name, model_rank_of
+from ckpt2pt.core.moves import OPTIM_FILE
+from ckpt2pt.core.stated import Statement
+from ckpt2pt.core.topology import Rank
+from ckpt2pt.discover.checkpoint import Discovered, kind_of
+from ckpt2pt.discover.metadata import assumptions, meta_of, template_of
+from ckpt2pt.discover.request import Request
+from ckpt2pt.errors import Ckpt2ptError, FormatError, aside
+from ckpt2pt.formats.megatron.headers import MegatronRank, rank_folders, read_rank
+from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.megatron.resume import Unmet, first_of, hint, summary
+from ckpt2pt.formats.ptmeta.metadata import RankMeta
+from ckpt2pt.io.paths import is_file
+
+
+def check_loadable(request: Request, rank: Rank, meta: RankMeta | None = None) -> None:
+    """Refuse metadata from which Megatron-LM could not resume (parameters only: could not load weights).
+
+    ``meta`` is that of the rank where it has been read already.
+    """
+    meta = meta or meta_of(request, rank)
+    found = meta.unmet(request.topology, full=request.full)
+    if found:
+        raise FormatError(
+            f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
+            + summary(found),
+            where=meta.template.path,
+            hint=hint(found) + (f", or convert weights alone{aside('mode')}" if request.full else ""),
+        )
+
+
+def kept_of_template(request: Request, chosen: Discovered, rank: Rank) -> tuple[str, ...]:
+    """What a result takes from the metadata as it is though it belongs to another iteration; none where it is the same."""
+    tree = template_of(request, rank).tree
+    if tree.get("iteration") == chosen.training_step.iteration:
+        return ()
+    return tuple(key for key in ("rng_state", "num_floating_point_operations_so_far") if key in tree)
+
+
+def contradictions(template: Template, stated: Statement) -> tuple[str, ...]:
+    """A warning where the checkpoint and the metadata of a rank tell different settings of optimizer or scheduler."""
+    conflicts = template.carried(stated).conflicts
+    if not conflicts:
+        return ()
+    return (
+        f"the checkpoint and pt_meta disagree, and the checkpoint's values are taken: {', '.join(conflicts)}\n"
+        "  hint: start Megatron-LM with the same, or with --override-opt_param-scheduler",
+    )
+
+
+def contradictions_of(request: Request, chosen: Discovered, rank: Rank) -> tuple[str, ...]:
+    """The same, of a rank that was not planned."""
+    template = template_of(request, rank)
+    return contradictions(template, kind_of(request).stated(request, chosen, rank))
+
+
+def made_up(request: Request) -> tuple[str, ...]:
+    """A warning for what of a result neither the source nor a pt_meta of somebody states."""
+    told = {"rng_state": "the states of the random number generators are", "optimizer": "the optimizer is"}
+    found = {} if request.metadata else assumptions(request)
+    return tuple(f"{told[what]} {value}" for what, value in found.items() if what in told)
+
+
+def verdicts(iteration: Path) -> dict[str, str]:
+    """Whether Megatron-LM 0.6 can resume from an iteration as it is, and, if not, whether it can load its weights."""
+    from ckpt2pt.formats.ptmeta.capture import unmet_of_rank  # noqa: PLC0415 - not for conversions, whose memory it would cost
+
+    broken: dict[bool, dict[Rank, tuple[Unmet, ...]]] = {True: {}, False: {}}
+    try:
+        ranks = rank_folders(iteration)
+        for rank, folder in ranks.items():
+            found = read_rank(folder, optimizer=False)
+            for full, so_far in broken.items():
+                rules = unmet_of_rank(found, ranks, full=full, checkpoint=True)
+                so_far[rank] = (*_misplaced(found, pipelined=max(ranks)[1] > 0, full=full), *rules)
+    except Ckpt2ptError as error:
+        return {"resumable": f"unknown: {error.what}"}
+    resumes, loads = (first_of(broken[full]) for full in (True, False))
+    if not resumes:
+        return {"resumable": "yes, by Megatron-LM 0.6"}
+    return {"resumable": f"no: {resumes}", "weightsLoadable": f"no: {loads}" if loads else "yes"}
+
+
+def _misplaced(rank: MegatronRank, *, pipelined: bool, full: bool) -> tuple[Unmet, ...]:
+    """Files that Megatron-LM does not find: megatron/checkpointing.py, get_checkpoint_name."""
+    folder, found = rank.folder, list[Unmet]()
+    tp, pp = model_rank_of(folder.name) or (0, 0)
+    right = model_rank_name(tp, pp if pipelined else None)
+    if folder.name != right:
+        found.append(Unmet(key=folder.name, problem=f"has to be {right} for this pipeline size", synthesize=""))
+    distributed = rank.template.args.get("use_distributed_optimizer") is True
+    if full and distributed and not is_file(folder / OPTIM_FILE):
+        found.append(Unmet(key=OPTIM_FILE, problem="is missing", synthesize=""))
+    return tuple(found)

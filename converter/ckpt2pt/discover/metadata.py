@@ -1,0 +1,79 @@
+"""What describes the ranks of the result: ``pt_meta``, or a Megatron checkpoint itself where that is the source."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from ckpt2pt.core.stage import check_layers
+from ckpt2pt.core.topology import Rank
+from ckpt2pt.discover.request import Request
+from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.ptmeta.metadata import (
+    METADATA,
+    RankMeta,
+    answering,
+    assumed,
+    check,
+    metadata_files,
+    read_arguments,
+    read_rank_meta,
+    read_stated,
+    require,
+)
+from ckpt2pt.io.inputs import sha256
+
+
+def check_metadata(request: Request) -> None:
+    """Refuse metadata that is not there, or of another layout."""
+    if request.metadata is None:
+        return
+    require(request.metadata, source=request.source, target=request.target)
+    if stated := read_stated(request.metadata, allow=request.rules.pickle_globals):
+        check(request.topology, stated)
+        with answers(request):
+            check_layers(meta_of(request, (0, 0)).chunks, request.topology, pp=0, where=str(request.metadata))
+
+
+def meta_of(request: Request, rank: Rank) -> RankMeta:
+    """All of one rank."""
+    if request.metadata is None:
+        from ckpt2pt.discover.stored import own_meta  # noqa: PLC0415 - for Megatron sources
+
+        return own_meta(request, rank)
+    return read_rank_meta(
+        request.metadata,
+        request.topology,
+        tp=rank[0],
+        pp=rank[1],
+        target_data=request.target_data,
+        allow=request.rules.pickle_globals,
+    )
+
+
+def template_of(request: Request, rank: Rank) -> Template:
+    """What is no tensor of the model."""
+    if request.metadata is None:
+        return meta_of(request, rank).template
+    return read_arguments(request.metadata, rank, allow=request.rules.pickle_globals)
+
+
+def inputs_of_metadata(request: Request, rank: Rank) -> list[dict[str, object]]:
+    """The small files of metadata by content; none where the source itself is what is read."""
+    if request.metadata is None:
+        return []
+    described = metadata_files(request.metadata, tp=rank[0], pp=rank[1])
+    return [{"metadata": path.name, "sha256": sha256(path, METADATA)} for path in sorted(described)]
+
+
+def assumptions(request: Request) -> dict[str, object]:
+    """What the metadata rests on besides what was read."""
+    if request.metadata is None:
+        from ckpt2pt.discover.stored import own_assumptions  # noqa: PLC0415 - for Megatron sources
+
+        return own_assumptions(request)
+    return assumed(request.metadata)
+
+
+def answers(request: Request) -> AbstractContextManager[None]:
+    """Errors about the layout say what ``pt_meta`` states of it."""
+    return nullcontext() if request.metadata is None else answering(request.metadata, request.rules.pickle_globals)

@@ -1,0 +1,364 @@
+"""A Megatron checkpoint as the source of a conversion: its ranks, its tensors, and the metadata that it is itself.
+
+mp_rank_*/*.pt --formats.megatron--> tensors, of a rank alone or of all --planning.reshard--> entries of a rank of the result
+               --ptmeta.capture----> template, buffers --ptmeta.relayout, where the layout changes--> those of that rank
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+from ckpt2pt.core.buckets import Buffer
+from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
+from ckpt2pt.core.foldernames import parallel_sizes
+from ckpt2pt.core.index import Collector, Index, Local
+from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE, cut
+from ckpt2pt.core.names import NameTable, Rules
+from ckpt2pt.core.reshard import Resharded, Wanted, entry_name, reshard
+from ckpt2pt.core.stage import ChunkMap
+from ckpt2pt.core.stated import Stated, Statement
+from ckpt2pt.core.tensor import Key, Role
+from ckpt2pt.core.topology import Rank, Topology
+from ckpt2pt.core.training_step import TrainingStep
+from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, changed, stat_of
+from ckpt2pt.discover.request import Request
+from ckpt2pt.errors import FormatError, MissingInputError, aside
+from ckpt2pt.formats.megatron.headers import MegatronRank, rank_folders, read_rank
+from ckpt2pt.formats.megatron.payload import Template, tree_payload
+from ckpt2pt.formats.megatron.read import check_ranks, collect_rank, iteration_of, layout_of_ranks, read_headers
+from ckpt2pt.formats.mindspore.filenames import UNNAMED
+from ckpt2pt.formats.mindspore.imported import missing_layers
+from ckpt2pt.formats.mindspore.ranks import SourceFile
+from ckpt2pt.formats.mindspore.source import kept, paths_for
+from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, Layout, lay_out_again, lay_out_rank, prove_copies, rank_files
+from ckpt2pt.formats.ptmeta.files import RankFiles, arguments_file
+from ckpt2pt.formats.ptmeta.metadata import RankMeta, read_template
+from ckpt2pt.formats.ptmeta.relayout import NewLayout, Relayout, relayout
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.formats.torchfile.pickles import with_attrs
+from ckpt2pt.io.checksums import Piece
+from ckpt2pt.io.files import write_all
+from ckpt2pt.io.paths import is_file
+
+_ROLES: Mapping[bool, Mapping[Role, Role]] = {
+    True: {"main_param": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
+    False: {"param": "param"},
+}
+"""With and without the optimizer: what is taken of the checkpoint, and as what of the result; weights are rounded from float32."""
+
+
+def layout_of(folder: Path, rules: Rules, listed: tuple[int, ...] | None = None) -> Topology:
+    """The layout of an iteration by its folders, its arguments and its names; ``listed`` are the layers of each stage where they are given."""
+    folders = rank_folders(folder)
+    tensor, pipeline = parallel_sizes(folders)
+    ranks = {
+        rank: read_rank(folder, optimizer=False, allow=rules.pickle_globals)
+        for rank, folder in folders.items()
+        if not rank[0]
+    }
+    check_ranks(ranks, (tensor, pipeline))
+    found = layout_of_ranks(ranks, tensor, pipeline, listed)
+    if found.layers_per_stage and len(set(found.layers_per_stage)) == 1:
+        found = replace(found, layers_per_stage=None)
+    empty: set[int] = set()
+    for (_, pp), rank in ranks.items():
+        names = {vpp: [name for name, _ in chunk] for vpp, chunk in enumerate(rank.chunks)}
+        empty |= missing_layers(names, found, pp=pp, where=str(rank.folder))
+    return replace(found, noop=frozenset(empty))
+
+
+# ------------------------------------------------------------------------------------------------------------ the source
+
+
+def find(request: Request, keep: Collection[Rank]) -> Found:
+    """The files of every rank of the iteration, whose folder the source is; all ranks have to be at it."""
+    folder, layout = request.source, request.source_layout
+    folders = rank_folders(folder)
+    if parallel_sizes(folders) != (layout.tensor, layout.pipeline):
+        raise changed(folder)
+    files = {rank: _file(rank_folder, full=request.full) for rank, rank_folder in folders.items()}
+    seen = {path: stat_of(path) for file in files.values() for path in file.paths}
+    ranks: dict[Rank, MegatronRank] = {}
+    for rank, rank_folder in folders.items():
+        headers = read_rank(rank_folder, optimizer=False, allow=request.rules.pickle_globals)
+        ranks[rank] = _outline(headers) if ranks else headers
+    check_ranks(ranks, (layout.tensor, layout.pipeline))
+    iteration, args = iteration_of(ranks.values(), folder), ranks[0, 0].template.args
+    samples = args.get("consumed_train_samples")
+
+    def prove_unchanged() -> None:
+        for path, before in seen.items():
+            if stat_of(path) != before:
+                raise changed(path)
+
+    training_step = TrainingStep(
+        iteration=iteration,
+        samples=samples if type(samples) is int else None,
+        iteration_source="the checkpoint itself",
+        as_saved=request.metadata is None,
+    )
+    return Found(files, training_step, {}, prove_unchanged)
+
+
+def _outline(rank: MegatronRank) -> MegatronRank:
+    """What all ranks have to agree on: the headers of a thousand would not fit into memory."""
+    tree = {key: value for key, value in rank.template.tree.items() if key == "iteration"}
+    template = replace(rank.template, tree=tree, storages={})
+    return replace(rank, chunks=tuple(() for _ in rank.chunks), template=template)
+
+
+def _file(folder: Path, *, full: bool) -> SourceFile:
+    optim = folder / OPTIM_FILE
+    beside = (optim,) if full and is_file(optim) else ()
+    return SourceFile(path=folder / MODEL_FILE, when=UNNAMED, merged=False, beside=beside)
+
+
+def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> RankSource:
+    """The tensors of the rank of the same place; those of all ranks where the layout changes, cut anew."""
+    statement = Statement() if request.metadata is None else stated(request, chosen, rank)
+    if request.source_topology is None:
+        return RankSource(Resharded(entries=_entries(request, rank)), statement)
+    wanted = Wanted(
+        topology=request.topology,
+        source_tensor=request.source_topology.tensor,
+        sizes=meta.sizes,
+        tied=meta.tied,
+        where=str(request.source),
+    )
+    roles = _ROLES[request.full]
+    tensors = {
+        (new := Key(roles[key.role], key.name)): tensor._replace(key=new)
+        for key, tensor in tensors_for(request, chosen, rank).items()
+        if key.role in roles
+    }
+    return RankSource(reshard(tensors, rank, wanted, NameTable(request.rules)), statement)
+
+
+def stated(request: Request, chosen: Discovered, rank: Rank) -> Statement:
+    """What the checkpoint's own template states, where another one takes its place; the template itself otherwise."""
+    if request.metadata is None:
+        return Statement()
+    template = own_of(request).arguments((0, 0) if request.source_topology else rank)
+    groups = enumerate(map(_stated, template.groups))
+    return Statement(scheduler=_stated(template.scheduler), groups=dict(groups))
+
+
+def _stated(values: Mapping[str, object]) -> dict[str, Stated]:
+    return {
+        key: Stated(value, "float64") for key, value in values.items() if isinstance(value, bool | int | float | str)
+    }
+
+
+def prove_read(
+    request: Request, chosen: Discovered, rank: Rank, read: Mapping[str, Sequence[Piece]], *, every_byte: bool
+) -> dict[str, int]:
+    """By the CRC-32 of each record; what else of a record was not read is read now."""
+    found = {"verified": 0, "notChecked": 0, "none": 0}
+    for path in paths_for(rank, chosen.files, request):
+        pieces = [*read.get(str(path), ())]
+        if request.metadata is None and not request.source_topology and path.name == MODEL_FILE:
+            template = own_of(request).arguments(rank)
+            _, keys = tree_payload(template.tree, template.storages, template.path)
+            pieces += [(template.storages[key].offset, 0, 0) for key in keys]  # copied as they are
+        if request.verify == "none":
+            found["notChecked"] += 1
+        elif pieces:
+            Archive.open(path).prove_read(pieces)
+            found["verified"] += 1
+    return found
+
+
+class _Entries(dict[str, TensorRef]):
+    """Collects what one rank holds as the entries of a MindSpore rank of the same place."""
+
+    def __init__(self, request: Request, pp: int) -> None:
+        self._table, self._roles, self._pp = NameTable(request.rules), _ROLES[request.full], pp
+
+    def add(self, role: Role, name: str, _: int, local: Local) -> None:
+        """Take one tensor, if it is asked for."""
+        if role in self._roles:
+            width, ref = DTYPE_BYTES[local.dtype], TensorRef(name, local.dtype, local.shape, ())
+            extents = cut(local.storage, local.first * width, ref.numel * width)
+            entry = entry_name(Key(self._roles[role], name), self._pp, self._table)
+            self[entry] = ref._replace(name=entry, extents=extents)
+
+
+def _entries(request: Request, rank: Rank) -> Mapping[str, TensorRef]:
+    own, found = own_of(request), _Entries(request, rank[1])
+    headers, layout = own.headers(rank)
+    collect_rank(found, rank, headers, own.layout, _stored_buffers(headers, layout))
+    return found
+
+
+def tensors_for(request: Request, chosen: Discovered, rank: Rank) -> Index:
+    """What there is for a rank of the result: the tensors of the rank of the same place, or all where the layout changes."""
+    own = own_of(request)
+    if request.source_topology is None:
+        return _tensors(own, 1, [(rank, (0, rank[1]))])
+    ranks = [(each, each) for each in own.folders]
+    return kept(chosen.identity, partial(_tensors, own, own.layout.tensor, ranks))
+
+
+def _tensors(own: Own, tensor: int, ranks: Iterable[tuple[Rank, Rank]]) -> Index:
+    """Each of ``ranks`` with the place that it takes among ``tensor`` tensor-parallel ranks."""
+    collector = Collector(tensor, str(own.where))
+    for rank, place in ranks:
+        headers, layout = own.headers(rank)
+        collect_rank(collector, place, headers, own.layout, _stored_buffers(headers, layout))
+    return collector.index()
+
+
+def _stored_buffers(headers: MegatronRank, layout: Layout) -> Sequence[Sequence[Buffer]]:
+    """Those whose buckets are there: without the distributed optimizer there is a tensor for each parameter."""
+    return layout.buffers if headers.buffers is not None else ()
+
+
+# ---------------------------------------------------------------------------------------------------------- the metadata
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a checkpoint says of itself, as metadata.  ``where`` is the folder of the iteration; nothing is kept open."""
+
+    where: Path
+    folders: Mapping[Rank, Path]
+    layout: Topology
+    full: bool
+    target_data: int | None
+    allow: tuple[str, ...] = field(default=())
+
+    def headers(self, rank: Rank) -> tuple[MegatronRank, Layout]:
+        """The headers of a rank, and where its parameters lie in its buffers."""
+        model = self.folders[rank] / MODEL_FILE
+        return _headers(self.folders[rank], rank[1], self.full, self.allow, tuple(stat_of(model).values()))
+
+    def arguments(self, rank: Rank) -> Template:
+        """The template of one rank; Megatron writes and reads the optimizer of the result as distributed."""
+        stored, layout = self.headers(rank)
+        if stored.copies is None:
+            return stored.template
+        made = rank_files(stored, *rank, layout.buffers)
+        args = with_attrs(made.tree["args"], {"use_distributed_optimizer": True})
+        return _in_memory(replace(made, tree={**made.tree, "args": args}))
+
+    def buffers(self, pp: int) -> Sequence[Buffer]:
+        """The buffers of the first rank of a stage."""
+        return [buffer for chunk in self.headers((0, pp))[1].buffers for buffer in chunk]
+
+    def meta(self, rank: Rank) -> RankMeta:
+        """Of a rank of the same place."""
+        stored, layout = self.headers(rank)
+        buffers = layout.buffers
+        if self.full and self.target_data:
+            buffers = lay_out_again(stored, rank[1], divisor=self.target_data, bucket_size=layout.bucket_numel)
+        names = [tuple(name for name, _ in chunk) for chunk in stored.chunks]
+        return RankMeta(template=self.arguments(rank), chunks=_chunks(names, buffers, self.where))
+
+
+@lru_cache(2)  # parts of a run ask for one rank in turn
+def _headers(
+    folder: Path, pp: int, full: bool, allow: tuple[str, ...], _: tuple[int, ...]
+) -> tuple[MegatronRank, Layout]:
+    if not full:
+        stored = read_rank(folder, optimizer=False, allow=allow)
+        return stored, Layout(buffers=(), bucket_numel=None, evidence="")
+    stored = read_headers(folder, allow)
+    if stored.buffers is None and stored.copies is None:
+        raise MissingInputError(
+            f"there is no {OPTIM_FILE}, and {MODEL_FILE} holds no optimizer",
+            where=folder,
+            hint=f"copy the whole iteration, or convert weights alone{aside('mode')}",
+        )
+    if stored.copies is not None:
+        prove_copies(stored, at_most=SAMPLE_NUMEL)
+    return stored, lay_out_rank(stored, pp, at_most=SAMPLE_NUMEL)
+
+
+def own_of(request: Request) -> Own:
+    """What the source of a request says of itself."""
+    layout = request.source_topology or request.topology
+    folders = rank_folders(request.source)
+    return Own(request.source, folders, layout, request.full, request.target_data, request.rules.pickle_globals)
+
+
+def own_meta(request: Request, rank: Rank) -> RankMeta:
+    """What the source says of a rank of the result, or what follows for it from what it says of all."""
+    own = own_of(request)
+    if request.source_topology is None:
+        return own.meta(rank)
+    made = _relaid(request, own).rank(rank)
+    names = [tuple(name.partition(".")[2] for name in reversed(chunk)) for chunk in made.names]
+    return RankMeta(template=_in_memory(made), chunks=_chunks(names, made.buffers, own.where))
+
+
+def own_assumptions(request: Request) -> dict[str, object]:
+    """What that rests on besides the checkpoint."""
+    own = own_of(request)
+    found = {} if request.source_topology is None else dict(_relaid(request, own).assumed)
+    if request.full and own.headers((0, 0))[0].copies is not None:
+        found["optimizer"] = "that of a run without --use-distributed-optimizer; the result is for one with it"
+    return found
+
+
+def _relaid(request: Request, own: Own) -> Relayout:
+    state = tuple(tuple(stat_of(own.folders[0, pp] / MODEL_FILE).values()) for pp in range(own.layout.pipeline))
+    key = str((own.where, own.layout, request.topology, own.full, own.target_data, own.allow, state))
+
+    def make() -> Relayout:
+        wanted = request.topology
+        new = NewLayout(
+            tensor=wanted.tensor,
+            pipeline=wanted.pipeline,
+            virtual=wanted.virtual,
+            data=own.target_data,
+            noop=wanted.noop,
+            layers_per_stage=wanted.layers_per_stage,
+            bucket_size=own.headers((0, 0))[1].bucket_numel,
+        )
+        return relayout(own, new)
+
+    if key not in _RELAID:
+        _RELAID.clear()
+        _RELAID[key] = make()
+    return _RELAID[key]
+
+
+_RELAID: dict[str, Relayout] = {}
+"""The last one, by all that it is made from."""
+
+
+def _in_memory(made: RankFiles) -> Template:
+    """The template as a file of the metadata would give it; it lies in memory: a pod's root may be read-only."""
+    memory = _Memory(os.memfd_create(f"args_tp{made.tp:02d}_pp{made.pp:03d}"))
+    content, path = arguments_file(made, with_maps=True), Path(f"/proc/self/fd/{memory.fd}")
+    write_all(memory.fd, memoryview(content), 0)
+    return replace(read_template(path), file=memory)
+
+
+@dataclass(slots=True)
+class _Memory:
+    """A file in memory, which is there for as long as this is."""
+
+    fd: int
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+def _chunks(names: Sequence[tuple[str, ...]], buffers: Sequence[Sequence[Buffer]], where: Path) -> tuple[ChunkMap, ...]:
+    """Chunks that have parameters, each with its buffer where there is one."""
+    if any(len(chunk) > 1 for chunk in buffers):
+        raise FormatError(
+            "parameters of several types in one chunk",
+            where=where,
+            hint=f"convert weights alone{aside('mode')}; the optimizer of such a model is not supported",
+        )
+    return tuple(
+        ChunkMap(vpp=vpp, names=listed, buffer=buffers[vpp][0] if buffers and buffers[vpp] else None)
+        for vpp, listed in enumerate(names)
+        if listed
+    )

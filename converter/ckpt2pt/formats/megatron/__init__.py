@@ -1,0 +1,1 @@
+"""Megatron-LM checkpoints: headers, optimizer files, trees inside the archives, what a resume needs."""

@@ -1,0 +1,212 @@
+"""A checkpoint of Megatron-LM 0.6 in the ``torch`` format, read as global tensors.
+
+mp_rank_01_003/model_optim_rng.pt   weights: param
+               distrib_optim.pt     buckets: main_param, exp_avg, exp_avg_sq, by the layout of the buffers
+                                    both  --names, layers--> (role, canonical name) --core.index--> tensors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Protocol
+
+from ckpt2pt.core.buckets import Buffer
+from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.core.foldernames import parallel_sizes
+from ckpt2pt.core.index import Collector, Local
+from ckpt2pt.core.moves import OPTIM_FILE
+from ckpt2pt.core.names import Rules, is_tied_head, local_layer
+from ckpt2pt.core.params import EMBEDDING, canonical_name
+from ckpt2pt.core.tensor import Role
+from ckpt2pt.core.topology import Rank, Topology
+from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
+from ckpt2pt.formats.checkpoint import Checkpoint, agreed
+from ckpt2pt.formats.folders import iteration_folder, of_iteration
+from ckpt2pt.formats.megatron.headers import MegatronRank, StoredBucket, rank_folders, read_rank
+
+ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""What the kinds of tensors in ``distrib_optim.pt`` are."""
+
+Ranks = Mapping[Rank, MegatronRank]
+"""(tp, pp) -> what its files hold."""
+
+
+def open_megatron(
+    path: Path, *, tensor: int | None, pipeline: int | None, iteration: int | None, rules: Rules
+) -> Checkpoint:
+    """Read the headers of every rank of one iteration: that of the tracker unless ``iteration`` names another.
+
+    The layout of the optimizer's buffers is proved by a few elements of each parameter, which are read as well.
+    """
+    from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - much, and a proof needs none of it
+
+    folder = source_folder(path, iteration)
+    folders = rank_folders(folder)
+    there = parallel_sizes(folders)
+    agreed((tensor, pipeline), there, folder)
+    ranks = {rank: read_headers(rank_folder, rules.pickle_globals) for rank, rank_folder in folders.items()}
+    check_ranks(ranks, there)
+    layout = layout_of_ranks(ranks, *there)
+    collector = Collector(there[0], str(folder))
+    for (tp, pp), rank in ranks.items():
+        buffers = lay_out_rank(rank, pp, at_most=SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
+        collect_rank(collector, (tp, pp), rank, layout, buffers)
+    samples = ranks[0, 0].template.args.get("consumed_train_samples")
+    return Checkpoint(
+        path=folder,
+        format="megatron",
+        iteration=iteration_of(ranks.values(), folder),
+        tensor=there[0],
+        pipeline=there[1],
+        index=collector.index(),
+        template=ranks[0, 0].template,
+        samples=samples if type(samples) is int else None,
+    )
+
+
+def source_folder(path: Path, iteration: int | None) -> Path:
+    """The folder of an iteration, by default of the one that the tracker names."""
+    return iteration_folder(path) if iteration is None else of_iteration(path, iteration)
+
+
+def read_headers(folder: Path, allow: tuple[str, ...]) -> MegatronRank:
+    """One rank with its optimizer, distributed or not."""
+    rank = read_rank(folder, allow=allow)
+    if rank.buffers is None and rank.has_plain_optimizer:
+        return read_rank(folder, copies=True, allow=allow)
+    return rank
+
+
+def check_ranks(ranks: Ranks, there: tuple[int, int]) -> None:
+    """Refuse folders that are not all of one checkpoint, or whose optimizer is not there."""
+    first = ranks[0, 0]
+    keys = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+    for key, count in zip(keys, there, strict=True):
+        stated = first.template.args.get(key)
+        if type(stated) is int and stated != count:
+            kind = MissingInputError if stated > count else TopologyError
+            raise kind(
+                f"the arguments say {key} {stated}, and there are folders for {count}",
+                where=first.folder.parent,
+                hint="copy the whole iteration, and nothing else",
+            )
+    for rank in ranks.values():
+        if len(rank.chunks) != len(first.chunks):
+            raise TopologyError(
+                f"the rank holds {len(rank.chunks)} model chunks, and {first.folder.name} holds {len(first.chunks)}",
+                where=rank.folder,
+                hint="copy one whole iteration",
+            )
+        if rank.buffers is None and any(other.buffers is not None for other in ranks.values()):
+            raise MissingInputError(
+                f"{OPTIM_FILE} is not there, and other ranks have one",
+                where=rank.folder,
+                hint="copy the whole iteration",
+            )
+
+
+def iteration_of(ranks: Collection[MegatronRank], folder: Path) -> int:
+    """The one iteration that all ranks state."""
+    stated = [step for rank in ranks if type(step := rank.template.tree.get("iteration")) is int]
+    steps = sorted(set(stated))
+    if len(steps) != 1 or len(stated) != len(ranks):
+        raise FormatError(
+            f"{len(stated)} of {len(ranks)} ranks state an iteration"
+            + (f": {', '.join(map(str, steps))}" if steps else ""),
+            where=folder,
+            hint="copy one whole iteration",
+        )
+    return steps[0]
+
+
+def layout_of_ranks(ranks: Ranks, tensor: int, pipeline: int, listed: tuple[int, ...] | None = None) -> Topology:
+    """Which layers a chunk has; ``listed`` are their numbers where somebody knows them.
+
+    Local numbers tell the least that each chunk can have.  Where these add up to all layers, the stages may be uneven; else
+    there are no-op layers, and the stages are even.
+    """
+    first = ranks[0, 0]
+    layers, virtual = first.template.args.get("num_layers"), len(first.chunks)
+    if type(layers) is not int or layers < 1:
+        raise FormatError(
+            f"the arguments say num_layers {layers!r}", where=first.folder, hint="give another checkpoint"
+        )
+    least = tuple(_slots(ranks[0, pp].chunks[vpp]) for vpp in range(virtual) for pp in range(pipeline))
+    if listed or sum(least) == layers:
+        return Topology(
+            num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=virtual, layers_per_stage=listed or least
+        )
+    if layers % len(least) or max(least) > layers // len(least):
+        raise TopologyError(
+            f"of {layers} layers by the arguments, the {len(least)} model chunks hold {', '.join(map(str, least))}",
+            where=first.folder.parent,
+            hint="uneven stages with no-op layers cannot be told apart: import it with the layout given (ckpt2pt import --stage-list)",
+        )
+    return Topology(num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=virtual)
+
+
+def _slots(chunk: Sequence[tuple[str, TensorRef]]) -> int:
+    """Layers of a chunk up to its last that has parameters."""
+    return 1 + max((layer for name, _ in chunk if (layer := local_layer(name)) is not None), default=-1)
+
+
+class Takes(Protocol):
+    """What collects the tensors of ranks, as :class:`Collector`."""
+
+    def add(self, role: Role, name: str, tp: int, local: Local, /) -> None:
+        """Take what rank ``tp`` holds of a parameter."""
+        ...
+
+
+def collect_rank(
+    collector: Takes, where: Rank, rank: MegatronRank, layout: Topology, buffers: Sequence[Sequence[Buffer]]
+) -> None:
+    """Add what a rank holds; ``buffers`` are those of each of its chunks, none for its weights alone."""
+    stored = iter(rank.buffers or ())
+    tp, pp = where
+    for vpp, chunk in enumerate(rank.chunks):
+        named = _Names(layout.slots(pp, vpp), rank.folder)
+        for name, ref in chunk:
+            collector.add("param", named(name), tp, Local(ref.dtype, ref.shape, 0, ref.extents))
+        for name, kind, local in chain(_copies(rank, vpp), _slices(buffers[vpp] if buffers else (), stored)):
+            collector.add(ROLES[kind], named(name), tp, local)
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """Names of one chunk, with global numbers of layers."""
+
+    slots: range
+    folder: Path
+
+    def __call__(self, name: str) -> str:
+        if is_tied_head(name):
+            return EMBEDDING
+        layer = local_layer(name)
+        if layer is not None and layer >= len(self.slots):
+            raise TopologyError(
+                f"{name} is there, and the chunk has {len(self.slots)} layers on the first tensor-parallel rank",
+                where=self.folder,
+                hint="copy one whole iteration",
+            )
+        return canonical_name(name, self.slots)
+
+
+def _copies(rank: MegatronRank, vpp: int) -> Iterator[tuple[str, str, Local]]:
+    """The optimizer of a run without the distributed one: a tensor for each parameter."""
+    for name, tensors in rank.copies[vpp].items() if rank.copies is not None else ():
+        for kind, ref in tensors.items():
+            yield name, kind, Local(ref.dtype, ref.shape, 0, ref.extents)
+
+
+def _slices(buffers: Sequence[Buffer], stored: Iterator[tuple[StoredBucket, ...]]) -> Iterator[tuple[str, str, Local]]:
+    """Each parameter's part of its bucket; a bucket's tensor begins at the bucket's start."""
+    for buffer in buffers:
+        for bucket, held in zip(buffer.buckets, next(stored), strict=True):
+            for placement in bucket.placements:
+                for kind, ref in held.tensors.items():
+                    first = placement.start - bucket.start
+                    yield placement.name, kind, Local(ref.dtype, placement.shape, first, ref.extents)

@@ -1,0 +1,291 @@
+"""``pt_meta`` from any checkpoint that Megatron-LM 0.6 wrote of the same model; a run of one step is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ckpt2pt.core.buckets import Buffer
+from ckpt2pt.core.layout import Parameter, bucket_numel, find_bucket_numel, lay_out, weight_decay_groups
+from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
+from ckpt2pt.core.names import is_tied_head
+from ckpt2pt.core.progress import SILENCE, Advance, Portion, Reporter, unheard
+from ckpt2pt.errors import FormatError, InputError, ref
+from ckpt2pt.formats.folders import iteration_folder
+from ckpt2pt.formats.megatron.headers import MegatronRank, rank_folders, read_rank
+from ckpt2pt.formats.megatron.resume import TargetRun, Unmet, unmet
+from ckpt2pt.formats.ptmeta.files import RankFiles
+from ckpt2pt.formats.ptmeta.metadata import data_parallel_size
+from ckpt2pt.formats.ptmeta.missing import synthesize_entries
+from ckpt2pt.formats.ptmeta.proof import check_copies, check_sizes, check_slices, check_views
+from ckpt2pt.io.paths import status
+
+_EMBEDDING = "language_model.embedding.word_embeddings.weight"
+_HINT = "make pt_meta from a run of Megatron-LM 0.6 with --use-distributed-optimizer"
+
+SAMPLE_NUMEL = 1 << 10
+"""Elements of each weight that are compared with their slice at least: files of two ranks or steps are told apart by them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """The buffers of a rank, chunk by chunk, and what proves them."""
+
+    buffers: tuple[tuple[Buffer, ...], ...]
+    bucket_numel: int | None
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """All ranks of a checkpoint.  ``with_maps`` is False for a run without the distributed optimizer.
+
+    ``unmet`` is what keeps Megatron-LM from resuming with each rank's metadata; ``made`` are the parts of
+    :data:`SYNTHESIZED` that the checkpoint did not hold.
+    """
+
+    ranks: tuple[RankFiles, ...]
+    evidence: tuple[str, ...]
+    with_maps: bool
+    unmet: Mapping[tuple[int, int], tuple[Unmet, ...]]
+    made: tuple[str, ...]
+
+
+def capture(
+    checkpoint: Path,
+    *,
+    target_data: int | None = None,
+    bucket_size: int | None = None,
+    compare: bool = True,
+    synthesize: Collection[str] = (),
+    allow: tuple[str, ...] = (),
+    reporter: Reporter = SILENCE,
+) -> Captured:
+    """Compute every rank's metadata; ``checkpoint`` is a Megatron folder or one iteration of it.
+
+    ``target_data`` is the data x context parallel size of the run to come (None: that of this one), ``bucket_size`` the
+    elements of a bucket in a Megatron that was changed; ``compare`` reads every weight and compares it with its slice.
+    ``synthesize`` are the parts of :data:`SYNTHESIZED` to be made where the checkpoint does not hold them.
+    """
+    ranks: list[RankFiles] = []
+    evidence: list[str] = []
+    broken: dict[tuple[int, int], tuple[Unmet, ...]] = {}
+    made: dict[str, None] = {}
+    with_maps = True
+    folders = rank_folders(iteration_folder(checkpoint))
+    totals = {rank: _read_nbytes(folder) for rank, folder in folders.items()}
+    reporter.begin(totals, 0)
+    for (tp, pp), folder in folders.items():
+        portion = Portion(reporter, (tp, pp), totals[tp, pp])
+        rank = read_rank(folder, allow=allow)
+        with_maps = rank.template.args.get("use_distributed_optimizer") is True and with_maps
+        at_most = None if compare else 0
+        layout = (
+            lay_out_rank(rank, pp, bucket_size=bucket_size, at_most=at_most, advance=portion.advance)
+            if with_maps
+            else None
+        )
+        buffers = layout.buffers if layout else ()
+        if layout:
+            evidence.append(f"tp {tp} pp {pp}: {layout.evidence}")
+            if target_data not in (None, _divisor(rank)):
+                buffers = lay_out_again(rank, pp, divisor=target_data, bucket_size=layout.bucket_numel)
+        files = rank_files(rank, tp, pp, buffers)
+        found = unmet_of_rank(rank, folders, full=with_maps)
+        parts = {one.synthesize for one in found}.intersection(synthesize)
+        if parts:
+            flat = [parameter for chunk in range(len(rank.chunks)) for parameter in _parameters(rank, chunk)]
+            tree, storages = synthesize_entries(rank.template, parts, flat, tp=tp, pp=pp)
+            template = replace(rank.template, tree=rank.template.tree | tree)
+            files = replace(files, tree=template.tree, storages={**files.storages, **storages})
+            found = unmet_of_rank(replace(rank, template=template), folders, full=with_maps)
+            made |= dict.fromkeys(sorted(parts))
+        broken[tp, pp] = found
+        ranks.append(files)
+        portion.end()
+    return Captured(ranks=tuple(ranks), evidence=tuple(evidence), with_maps=with_maps, unmet=broken, made=tuple(made))
+
+
+def _read_nbytes(folder: Path) -> int:
+    """About what comparing reads: all weights, and of the optimizer's three kinds of buckets the float32 weights."""
+    model, optim = (status(folder / name) for name in (MODEL_FILE, OPTIM_FILE))
+    return (model.st_size if model else 0) + (optim.st_size // len(OPTIM_KINDS) if optim else 0)
+
+
+def unmet_of_rank(
+    rank: MegatronRank, ranks: Collection[tuple[int, int]], *, full: bool, checkpoint: bool = False
+) -> tuple[Unmet, ...]:
+    """What keeps Megatron-LM from resuming with this rank's metadata; ``ranks`` are those of the whole checkpoint.
+
+    With ``checkpoint``: from resuming from the rank as it is.
+    """
+    flat = [parameter for chunk in range(len(rank.chunks)) for parameter in _parameters(rank, chunk)]
+    run = TargetRun(
+        num_layers=None,
+        tensor=1 + max(tp for tp, _ in ranks),
+        pipeline=1 + max(pp for _, pp in ranks),
+        virtual=len(rank.chunks),
+        groups=weight_decay_groups(flat),
+    )
+    return unmet(rank.template, run, full=full, checkpoint=checkpoint)
+
+
+def rank_files(rank: MegatronRank, tp: int, pp: int, buffers: tuple[tuple[Buffer, ...], ...]) -> RankFiles:
+    """What ``pt_meta`` holds of a rank."""
+    virtual = len(rank.chunks) > 1
+    return RankFiles(
+        tp=tp,
+        pp=pp,
+        tree=rank.template.tree,
+        path=rank.template.path,
+        storages=rank.template.storages,
+        buffers=buffers,
+        names=tuple(
+            tuple(f"{f'model{vpp}' if virtual else 'model'}.{name}" for name, _ in reversed(chunk))
+            for vpp, chunk in enumerate(rank.chunks)
+        ),
+    )
+
+
+def lay_out_rank(
+    rank: MegatronRank,
+    pp: int,
+    *,
+    bucket_size: int | None = None,
+    at_most: int | None = None,
+    advance: Advance = unheard,
+) -> Layout:
+    """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds."""
+    divisor = _divisor(rank)
+    notes: list[str] = []
+    if bucket_size is None and rank.buffers is not None and not _fits(rank, pp, divisor):
+        bucket_size = _infer(rank, pp, divisor)
+        if bucket_size:
+            notes.append(f"buckets of {bucket_size} elements, by the header of distrib_optim.pt")
+    buffers = lay_out_again(rank, pp, divisor=divisor, bucket_size=bucket_size)
+    notes += _prove(rank, buffers, at_most=at_most, advance=advance)
+    return Layout(buffers=buffers, bucket_numel=bucket_size, evidence="; ".join(notes))
+
+
+def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | None, where: Path) -> Layout:
+    """Buffers by param maps that somebody wrote, proved like computed ones; chunks without parameters have no map."""
+    filled = [vpp for vpp, chunk in enumerate(rank.chunks) if chunk]
+    if len(maps) != len(filled):
+        raise FormatError(
+            f"{len(maps)} param maps for {len(filled)} chunks of {rank.folder.name}",
+            where=where,
+            hint=f"copy all maps of the run, or leave {ref('metadata.path')} out to have them computed",
+        )
+    placed = dict(zip(filled, maps, strict=True))
+    buffers = tuple((placed[vpp],) if vpp in placed else () for vpp in range(len(rank.chunks)))
+    for vpp, buffer in placed.items():
+        names = {name for name, _ in rank.chunks[vpp]}
+        strange = sorted(names ^ {placement.name for placement in buffer.placements})
+        if strange:
+            raise FormatError(
+                f"{strange[0]} is not in both the map and the model file of chunk {vpp}",
+                where=where,
+                hint=f"point {ref('metadata.path')} at the maps of this run, or leave it out to have them computed",
+            )
+    return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(_prove(rank, buffers, at_most=at_most)))
+
+
+def _prove(
+    rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, at_most: int | None, advance: Advance = unheard
+) -> list[str]:
+    stored = list(rank.buffers or ())
+    flat = [(buffer, weights) for chunk, weights in zip(buffers, rank.chunks, strict=True) for buffer in chunk]
+    notes: list[str] = []
+    if rank.buffers is not None and len(stored) != len(flat):
+        raise FormatError(
+            f"distrib_optim.pt holds {len(stored)} buffers, the model makes {len(flat)}", where=rank.folder, hint=_HINT
+        )
+    views = [check_views(buffer, weights, where=str(rank.folder)) for buffer, weights in flat]
+    if all(views):
+        notes.append("offsets equal those of the weights in the model file")
+    if rank.buffers is None:
+        return notes or ["computed from order, shapes and arguments; there is no distrib_optim.pt to compare with"]
+    if not all(views):
+        at_most = None  # without offsets to go by, only the values tell the order
+    count = 0
+    for (buffer, weights), buckets in zip(flat, stored, strict=True):
+        check_sizes(buffer, buckets, where=str(rank.folder))
+        if at_most != 0:
+            count += check_slices(buffer, buckets, weights, where=str(rank.folder), at_most=at_most, advance=advance)
+    compared = f"{count} elements of distrib_optim.pt equal their weights"
+    return [*notes, compared if count else "sizes equal those of distrib_optim.pt"]
+
+
+def prove_copies(rank: MegatronRank, *, at_most: int | None) -> str:
+    """Compare the float32 copies of a run without the distributed optimizer, rounded, with the weights."""
+    count = sum(
+        check_copies(copies, weights, where=str(rank.folder), at_most=at_most)
+        for copies, weights in zip(rank.copies or (), rank.chunks, strict=True)
+    )
+    return f"{count} elements of the optimizer's float32 copies equal their weights"
+
+
+def _fits(rank: MegatronRank, pp: int, divisor: int) -> bool:
+    """Whether Megatron's own number of elements for a bucket gives the sizes of the header."""
+    try:
+        buffers = lay_out_again(rank, pp, divisor=divisor, bucket_size=None)
+    except InputError:  # Megatron stops at such a layout, so this one had another number
+        return False
+    computed = [[bucket.numel_unpadded for bucket in buffer.buckets] for chunk in buffers for buffer in chunk]
+    return computed == [[bucket.numel_unpadded for bucket in buffer] for buffer in rank.buffers or ()]
+
+
+def _infer(rank: MegatronRank, pp: int, divisor: int) -> int | None:
+    """The bucket size of a changed Megatron; only the first chunk of the first stage has buckets that end by size."""
+    if bucket_numel(overlap=_overlaps(rank), pp=pp, chunk=0) is None or not rank.buffers:
+        return None
+    parameters = _parameters(rank, 0)
+    first = len({parameter.dtype for parameter in parameters})
+    sizes = [[bucket.numel_unpadded for bucket in buffer] for buffer in rank.buffers[:first]]
+    return find_bucket_numel(parameters, divisor=divisor, unpadded=sizes)
+
+
+def lay_out_again(
+    rank: MegatronRank, pp: int, *, divisor: int | None, bucket_size: int | None
+) -> tuple[tuple[Buffer, ...], ...]:
+    """The buffers of each chunk by Megatron's rules, for ``divisor`` data x context parallel ranks."""
+    return tuple(
+        lay_out(
+            _parameters(rank, chunk),
+            divisor=divisor or 1,
+            bucket_numel=bucket_numel(overlap=_overlaps(rank), pp=pp, chunk=chunk, size=bucket_size),
+        )
+        for chunk in range(len(rank.chunks))
+    )
+
+
+def _parameters(rank: MegatronRank, chunk: int) -> list[Parameter]:
+    """Parameters of a chunk; embeddings are shared when they are tied over a pipeline.
+
+    Megatron-LM cac60ce4, megatron/model/module.py, ``initialize_word_embeddings``.
+    """
+    args = rank.template.args
+    pipeline = args.get("pipeline_model_parallel_size")
+    tied = args.get("untie_embeddings_and_output_weights") is False and isinstance(pipeline, int) and pipeline > 1
+    return [
+        Parameter(
+            name=name,
+            shape=ref.shape,
+            dtype=ref.dtype,
+            shared=tied and (is_tied_head(name) or name == _EMBEDDING),
+        )
+        for name, ref in rank.chunks[chunk]
+    ]
+
+
+def _overlaps(rank: MegatronRank) -> bool:
+    return rank.template.args.get("overlap_grad_reduce") is True
+
+
+def _divisor(rank: MegatronRank) -> int:
+    found = data_parallel_size(rank.template)
+    if found is None:
+        value = rank.template.args.get("data_parallel_size")
+        raise FormatError(f"the arguments say data_parallel_size {value!r}", where=rank.folder, hint=_HINT)
+    return found

@@ -1,0 +1,181 @@
+"""The files of ``pt_meta``, made in memory and published whole; what is there already and differs is not overwritten."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt2pt import __version__
+from ckpt2pt.core.buckets import Buffer
+from ckpt2pt.core.extents import Extent
+from ckpt2pt.core.layout import param_map
+from ckpt2pt.errors import FormatError, UsageError, ref
+from ckpt2pt.formats.megatron.payload import tree_payload
+from ckpt2pt.formats.ptmeta.metadata import ARGUMENTS, PARAM_MAP
+from ckpt2pt.formats.torchfile.archive import finish, lay_out
+from ckpt2pt.formats.torchfile.pickles import Value
+from ckpt2pt.io.access import access_error
+from ckpt2pt.io.checksums import crc32
+from ckpt2pt.io.files import read_all, write_all
+from ckpt2pt.io.inputs import InputFile
+from ckpt2pt.io.paths import listing, status
+from ckpt2pt.io.records import seal
+from ckpt2pt.io.volume import check_volume
+from ckpt2pt.publish import STATE, Holdings, Ledger, host, locked, make_folder, publish_bytes, sweep_partials
+from ckpt2pt.publish.ledger import not_ours
+from ckpt2pt.publish.retire import foreign
+
+ORIGIN = "origin.json"
+ARGS_KEYS = (
+    "args",
+    "checkpoint_version",
+    "iteration",
+    "optimizer",
+    "opt_param_scheduler",
+    "rng_state",
+    "num_floating_point_operations_so_far",
+)
+"""What the reference keeps of a model file (MindSpeed-Core-MS feature-0.1, tools/converter/convert_pt2ckpt.py)."""
+
+_MAX_STORAGE_BYTES = 64 << 20
+_SOURCE = ref("source.path")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankFiles:
+    """The metadata of one rank: the tree of its arguments file, its storages, its chunks' buffers.
+
+    ``names`` holds for each chunk its parameters in buffer order, for a conversion of parameters only.
+    """
+
+    tp: int
+    pp: int
+    tree: Mapping[str, Value]
+    storages: Mapping[str, Extent | bytes]
+    buffers: tuple[tuple[Buffer, ...], ...]
+    names: tuple[tuple[str, ...], ...]
+    path: str = "the metadata to be written"
+    """What the tree was read from, for messages."""
+
+
+def render(ranks: Sequence[RankFiles], *, with_maps: bool) -> dict[str, bytes]:
+    """File name -> content for all ranks; maps before arguments.  Without maps the name lists take their place."""
+    files: dict[str, bytes] = {}
+    for rank in ranks:
+        # Maps are numbered by the buffers there are: a chunk of no-op layers alone has none.
+        filled = [buffers for buffers in rank.buffers if buffers] if with_maps else []
+        for vpp, buffers in enumerate(filled):
+            for number, buffer in enumerate(buffers):
+                name = f"param_map_buffer{number}_dp0tp{rank.tp}pp{rank.pp}vpp{vpp}.json"
+                files[name] = json.dumps(param_map(buffer)).encode()
+    for rank in ranks:
+        files[f"args_tp{rank.tp:02d}_pp{rank.pp:03d}.pt"] = arguments_file(rank, with_maps=with_maps)
+    return files
+
+
+def arguments_file(rank: RankFiles, *, with_maps: bool) -> bytes:
+    """``args_tp*_pp*.pt`` of a rank; it is small: what is large in a model file are the weights."""
+    tree: dict[str, Value] = {key: rank.tree[key] for key in ARGS_KEYS if key in rank.tree}
+    if not with_maps:
+        tree["param_name_list"] = [list(names) for names in rank.names]
+    stem = f"args_tp{rank.tp:02d}_pp{rank.pp:03d}"
+    pickle, keys = tree_payload(tree, rank.storages, rank.path)
+    payloads = [_content(rank.storages[key]) for key in keys]
+    layout = lay_out(stem, pickle, [len(payload) for payload in payloads])
+    # In memory, and not in a temporary folder: a pod's root may be read-only.
+    with open(os.memfd_create(stem), "r+b") as file:
+        fd = file.fileno()
+        os.truncate(fd, layout.nbytes)
+        for number, payload in enumerate(payloads):
+            write_all(fd, memoryview(payload), layout.storage_offset(number))
+        finish(fd, layout, [crc32(payload, 0) for payload in payloads])
+        file.seek(0)
+        return file.read()
+
+
+def _content(storage: Extent | bytes) -> bytes:
+    if isinstance(storage, bytes):
+        return storage
+    if storage.nbytes > _MAX_STORAGE_BYTES:
+        raise FormatError(
+            f"a tensor of {storage.nbytes} bytes beside the weights", where=storage.path, hint="report this checkpoint"
+        )
+    with InputFile(Path(storage.path), _SOURCE) as file:
+        return file.read(storage.offset, storage.nbytes)
+
+
+def origin(*, way: str, evidence: Sequence[str], assumed: Mapping[str, object]) -> bytes:
+    """``origin.json``: how the folder came to be; a conversion copies ``assumed`` into its manifest."""
+    document = {"version": 1, "program": f"ckpt2pt {__version__}", "from": way, "evidence": list(evidence)}
+    return (json.dumps({**document, "assumed": dict(assumed)}, indent=1) + "\n").encode()
+
+
+def publish(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tuple[str, ...]:
+    """Write what is not there yet; returns the names written.
+
+    A file of the same name and another content, or metadata of other ranks, is refused unless ``overwrite``; with it, only
+    files that this command wrote are replaced or removed.
+    """
+    ledger = _ledger(folder, files)
+    missing, surplus = _compare(folder, files, overwrite=overwrite)
+    if not missing and not surplus and status(ledger.writing) is None:
+        return ()
+    check_volume(folder, sum(len(files[name]) for name in missing), ref("target.path"))
+    make_folder(folder / STATE, folder)
+    with locked(ledger.record.with_suffix(".lock"), "writing this metadata"):
+        missing, surplus = _compare(folder, files, overwrite=overwrite)
+        held = Holdings.of(folder, [ledger.writing, ledger.record])
+        publish_bytes(ledger.claim, seal({"identity": ledger.identity, "host": host()}))
+        for place in (folder, folder / STATE):
+            sweep_partials(place)
+        mine = {name: _entry(name, files[name]) for name in missing}
+        ledger.announce(list(mine.values()))
+        for name in missing:
+            publish_bytes(folder / name, files[name], fence=ledger.fence)
+        for name in surplus:
+            ledger.fence()
+            (folder / name).unlink(missing_ok=True)
+        kept = [entry for name in files if name not in mine for entry in held.entries(name)]
+        ledger.publish({"identity": ledger.identity, "files": [*mine.values(), *kept]})
+    return tuple(missing)
+
+
+def _compare(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tuple[list[str], list[str]]:
+    """What has to be written, and what has to go; refuses what may not be replaced or removed."""
+    there = {path.name: path for path in listing(folder, option=ref("target.path"))}
+    surplus = sorted(
+        name for name in there if (ARGUMENTS.fullmatch(name) or PARAM_MAP.fullmatch(name)) and name not in files
+    )
+    changed = sorted(name for name in files if name in there and not _same(there[name], files[name]))
+    hint = f"choose another {ref('target.path')}, or "
+    if (surplus or changed) and not overwrite:
+        what = f"{changed[0]} is there and differs" if changed else f"{surplus[0]} is of another model or cut"
+        raise UsageError(what, where=folder, hint=f"{hint}replace what is there with {ref('target.overwrite')}")
+    ledger = _ledger(folder, files)
+    unexpected = foreign(folder, [*changed, *surplus], Holdings.of(folder, [ledger.writing, ledger.record]))
+    if unexpected is not None:
+        raise not_ours(folder / unexpected, f"{hint}move it away: it is never replaced")
+    return [name for name in files if name not in there or name in changed], surplus
+
+
+def _ledger(folder: Path, files: Mapping[str, bytes]) -> Ledger:
+    digest = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    hint = f"choose another {ref('target.path')}, or move it away: it is never replaced"
+    return Ledger.of_group(folder, folder / STATE / "pt_meta.json", digest.hexdigest(), hint=hint)
+
+
+def _entry(name: str, content: bytes) -> dict[str, object]:
+    return {"path": name, "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"}
+
+
+def _same(path: Path, content: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(content) and read_all(path, len(content) + 1) == content
+    except OSError as error:
+        raise access_error(error, path, "reading", reading=True) from error

@@ -1,0 +1,96 @@
+"""``ckpt2pt watch``: from options, or from a document, to a training that is followed, and what is said of it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from ckpt2pt.discover.request import Request
+from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, UsageError, ref
+from ckpt2pt.io.flags import check_numbers
+from ckpt2pt.kube.asked import spec_of
+from ckpt2pt.kube.conversion.schema import Follow, Readiness
+from ckpt2pt.kube.follow.keep import verified_as
+from ckpt2pt.kube.follow.watch import Following, watch
+from ckpt2pt.kube.local.runner import spec_of_document
+from ckpt2pt.kube.resolve import resolve_convert
+from ckpt2pt.kube.worker.account import Account, Both
+from ckpt2pt.kube.worker.endpoint import served
+from ckpt2pt.kube.worker.waiting import wait_until_whole
+from ckpt2pt.publish import tracked
+from ckpt2pt.run.conversion import Outcome
+from ckpt2pt.show.progress import reporter
+
+log = logging.getLogger("ckpt2pt")
+
+Show = Callable[[object, str, argparse.Namespace], None]
+
+
+def watch_command(options: argparse.Namespace, show: Show) -> int:
+    """Flags that are given decide, then spec.follow of the document, then the defaults."""
+    spec = spec_of_document(options.filename, options.volume) if options.filename else spec_of(options)
+    if spec.target.format == "MindSpore":
+        raise UsageError(
+            f"{ref('target.format')} is mindspore, and a training is followed on its way to Megatron",
+            where=ref("spec"),
+            hint="convert one iteration with ckpt2pt convert, or with ckpt2pt run",
+            field="target.format",
+        )
+    request, account = resolve_convert(spec, in_process=options.multiprocess_off), options.account
+    if request.source_format == "megatron":
+        raise UsageError(
+            "the source is a Megatron checkpoint, and trainings of MindSpore alone are followed",
+            where=request.source,
+            hint="convert it once: ckpt2pt convert",
+        )
+    account.following, account.stages = True, range(request.topology.pipeline)
+    account.iteration = tracked(request.target)  # what a worker before this one has converted
+    account.verified = None if account.iteration is None else verified_as(request, account.iteration)
+    follow, readiness = spec.follow or Follow(), spec.readiness
+
+    def hear(outcome: Outcome, removed: list[int]) -> None:
+        account.converted(outcome)
+        for remark in outcome.remarks:
+            log.warning("%s", remark)
+        text = outcome.sentence() + (f"\nremoved the results of iterations {removed}" if removed else "")
+        show({**outcome.document(), "removed": removed}, text, options)
+
+    how = Following(
+        keep=follow.keep if options.keep is None else options.keep,
+        interval=follow.interval_seconds if options.interval is None else options.interval,
+        settle=readiness.settle_seconds if options.settle is None else options.settle,
+        once=options.once,
+        stop_on_error=options.stop_on_error,
+        allow_incomplete=options.allow_incomplete,
+    )
+    check_numbers({"--interval": how.interval})
+    patience = readiness.timeout_seconds if options.spec else options.readiness_timeout
+    wait = Readiness(
+        timeout_seconds=patience if how.once and not how.allow_incomplete else 0, settle_seconds=how.settle
+    )
+    with served(account, options.progress_port) if options.progress_port else nullcontext(0):
+        late = _late(request, wait, account)
+        code = watch(
+            request,
+            how,
+            reporter=lambda: Both(account, reporter(options.progress)),
+            hear=hear,
+            on_failure=account.on_failure,
+            wait=account.wait,
+        )
+    if late is not None and not code:
+        raise late
+    return code
+
+
+def _late(request: Request, readiness: Readiness, account: Account) -> Ckpt2ptError | None:
+    """Why the newest checkpoint has not become whole in time; what is whole is converted nevertheless."""
+    try:
+        wait_until_whole(request, readiness, account)
+    except InterruptedRunError:
+        raise
+    except Ckpt2ptError as error:
+        return error
+    return None

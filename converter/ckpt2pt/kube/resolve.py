@@ -1,0 +1,290 @@
+"""What is asked for, completed by what the metadata and the source state: a Spec becomes the request of its direction."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ckpt2pt.core.names import Rules
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover.request import Pace, Request, Verify
+from ckpt2pt.errors import Ckpt2ptError, TopologyError, UsageError, aside, ref, refs
+from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
+from ckpt2pt.formats.ptmeta.metadata import Given, learn
+from ckpt2pt.kube.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
+from ckpt2pt.run.back.request import BackRequest
+from ckpt2pt.run.targets.request import McoreRequest
+
+if TYPE_CHECKING:
+    from ckpt2pt.run.directions import AnyRequest
+
+log = logging.getLogger("ckpt2pt")
+
+
+def resolve(spec: Spec, *, in_process: bool = False) -> AnyRequest:
+    """The request of a spec with folders of this machine, whose kind is that of the target."""
+    if spec.target.format == "Megatron":
+        return resolve_mcore(spec, in_process=in_process)
+    return (resolve_import if spec.target.format == "MindSpore" else resolve_convert)(spec, in_process=in_process)
+
+
+def resolve_mcore(spec: Spec, *, in_process: bool = False) -> McoreRequest:
+    """The request of a conversion into the torch format of Megatron-LM 0.7 to 0.19; nothing is read."""
+    own, result, target = spec.parallelism, spec.target.parallelism, spec.target
+    version = target.megatron_version or "0.19"
+    if not re.match(RELEASE, version):
+        raise UsageError(
+            f"{ref('target.megatronVersion')} is {version}",
+            where=ref("spec"),
+            hint="give a release from 0.7 to 0.19; for 0.6 choose another format of the target",
+            field="target.megatronVersion",
+        )
+    return McoreRequest(
+        source=Path(spec.source.path),
+        target=Path(target.path),
+        source_format=_SOURCES.get(spec.source.format, "mindspore"),
+        metadata=Path(spec.metadata.path) if spec.metadata.path else None,
+        iteration=spec.source.iteration,
+        tensor=own.tensor,
+        pipeline=own.pipeline,
+        target_tensor=result.tensor,
+        target_pipeline=result.pipeline,
+        target_virtual=result.virtual_pipeline or own.virtual_pipeline,
+        num_layers=spec.model.num_layers,
+        layers_per_stage=spec.model.layers_per_stage or None,
+        data=target.data_parallel or 1,
+        release=(0, int(version.partition(".")[2])),
+        names=_NAMES[target.names],
+        transformer=_TRANSFORMERS[target.transformer_impl],
+        full=spec.mode == "Full",
+        zero_samples=target.zero_consumed_samples,
+        rules=_rules(spec),
+        overwrite=target.overwrite,
+        verify=_verify(spec),
+        pace=Pace(workers=spec.workers.processes, in_process=in_process, timeout=spec.workers.rank_timeout_seconds),
+    )
+
+
+_SOURCES = {"Auto": "auto", "Megatron": "megatron"}
+_NAMES: Mapping[str, Literal["auto", "mcore", "legacy"]] = {"Auto": "auto", "Mcore": "mcore", "Legacy": "legacy"}
+_TRANSFORMERS: Mapping[str, Literal["auto", "local", "transformer_engine"]] = {
+    "Auto": "auto", "Local": "local", "TransformerEngine": "transformer_engine",
+}  # fmt: skip
+
+
+def resolve_convert(spec: Spec, *, in_process: bool = False) -> Request:
+    """The request of a conversion to Megatron; only ``pt_meta`` and names of folders are read.
+
+    Raises :class:`UsageError` or :class:`TopologyError` for sizes that contradict the metadata, or that nothing states.
+    """
+    rules = _rules(spec)
+    source, metadata, target = Path(spec.source.path), Path(spec.metadata.path), Path(spec.target.path)
+    megatron = _is_megatron(spec)
+    if megatron:
+        from ckpt2pt.formats.megatron.read import source_folder  # noqa: PLC0415 - for Megatron sources
+
+        source = source_folder(source, spec.source.iteration)  # whatever the tracker names meanwhile
+        topology, saved = _of_megatron(spec, source, rules)
+    else:
+        topology, saved = _of_mindspore(spec, rules)
+    info = spec.source.opt_shard_info_path
+    return Request(
+        topology=topology,
+        source_topology=saved,
+        source=source,
+        metadata=metadata if spec.metadata.path else None,
+        target=target,
+        full=spec.mode == "Full",
+        source_format="megatron" if megatron else _FILES.get(spec.source.format),
+        iteration=spec.source.iteration,
+        shard_info=None if info is None else Path(info),
+        target_data=spec.target.data_parallel,
+        rules=rules,
+        reference_samples=spec.target.zero_consumed_samples,
+        overwrite=spec.target.overwrite,
+        verify=_verify(spec),
+        workers=spec.workers.processes,
+        in_process=in_process,
+        timeout=spec.workers.rank_timeout_seconds,
+    )
+
+
+_OTHER = refs("target.parallelism.tensor", "target.parallelism.pipeline", "target.parallelism.virtualPipeline")
+_FILES = {"Ckpt": "ckpt", "Safetensors": "safetensors"}
+"""Formats of MindSpore's files, where one of them is asked for."""
+
+
+def _is_megatron(spec: Spec) -> bool:
+    """Whether the source is a Megatron checkpoint, as it is said or as it looks; a source to come has to be said.
+
+    Raises :class:`UsageError` for any other source without metadata.
+    """
+    megatron = spec.source.format == "Megatron"
+    if spec.source.format == "Auto":
+        from ckpt2pt.formats.registry import detect  # noqa: PLC0415 - only where it is not said
+
+        with suppress(Ckpt2ptError):  # what is wrong with it, its reader says
+            megatron = detect(Path(spec.source.path)) == "megatron"
+    if not megatron and not spec.metadata.path:
+        raise UsageError(
+            f"{ref('metadata.path')} is missing, and the source is no Megatron checkpoint",
+            where=spec.source.path,
+            hint=f"give the pt_meta folder, or a Megatron checkpoint, and say so{aside('source.format')} if it is yet to come",
+            field="metadata.path",
+        )
+    return megatron
+
+
+def _of_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
+    """The layout of the result, and that of the source where it is another one, by ``pt_meta`` and names of folders."""
+    model, own, result = spec.model, spec.parallelism, spec.target.parallelism
+    relaid = result != Degrees()
+    given = Given(
+        num_layers=model.num_layers,
+        tensor=result.tensor or own.tensor,
+        pipeline=result.pipeline or own.pipeline,
+        virtual=result.virtual_pipeline or own.virtual_pipeline,
+        data=1 if relaid else own.data,
+        context=1 if relaid else own.context,
+        noop=None if model.noop_layers is None else frozenset(model.noop_layers),
+        layers_per_stage=model.layers_per_stage,
+    )
+    source, metadata, target = Path(spec.source.path), Path(spec.metadata.path), Path(spec.target.path)
+    topology = learn(given, source=source, metadata=metadata, target=target, allow=rules.pickle_globals)
+    if topology.remark:
+        log.warning("%s", topology.remark)
+    return _layouts(spec, topology, rules) if relaid else (topology, None)
+
+
+def _of_megatron(spec: Spec, folder: Path, rules: Rules) -> tuple[Topology, Topology | None]:
+    """The same by the checkpoint itself; what is given has to agree with it."""
+    from ckpt2pt.discover.stored import layout_of  # noqa: PLC0415 - for Megatron sources
+
+    model, own, result = spec.model, spec.parallelism, spec.target.parallelism
+    listed = model.layers_per_stage
+    try:
+        found = layout_of(folder, rules)
+    except TopologyError:  # uneven stages with no-op layers are told apart by who knows them
+        if not listed or result.pipeline or result.virtual_pipeline:
+            raise
+        found = layout_of(folder, rules, listed)
+    given = {
+        "model.numLayers": (model.num_layers, found.num_layers),
+        "parallelism.tensor": (own.tensor, found.tensor),
+        "parallelism.pipeline": (own.pipeline, found.pipeline),
+        "parallelism.virtualPipeline": (own.virtual_pipeline, found.virtual),
+        "model.noopLayers": (
+            None if model.noop_layers is None else {layer for layer in model.noop_layers if layer < found.num_layers},
+            set(found.noop),
+        ),
+    }
+    for field, (asked, there) in given.items():
+        if asked not in (None, there):
+            shown = [
+                ", ".join(map(str, sorted(one))) or "none" if isinstance(one, set) else one for one in (asked, there)
+            ]
+            raise TopologyError(
+                f"{ref(field)} is {shown[0]}, the checkpoint has {shown[1]}",
+                where=folder,
+                hint=f"leave it out, or give {shown[1]}; another layout of the result is asked for by {_OTHER}",
+                field=field,
+            )
+    pipeline, virtual = result.pipeline or found.pipeline, result.virtual_pipeline or found.virtual
+    if listed is None and (pipeline, virtual) == (found.pipeline, found.virtual):
+        listed = found.layers_per_stage
+    if listed and len(set(listed)) == 1:
+        listed = None
+    target = replace(
+        found, tensor=result.tensor or found.tensor, pipeline=pipeline, virtual=virtual, layers_per_stage=listed
+    )
+    return target, None if target == found else found
+
+
+def resolve_import(spec: Spec, *, in_process: bool = False) -> BackRequest:
+    """The request of an import; nothing is read.
+
+    Raises :class:`UsageError` for a name of the files that a conversion would pass by, or that names a rank.
+    """
+    files, own, result = spec.target.mindspore, spec.parallelism, spec.target.parallelism
+    if spec.source.format not in {"Auto", "Megatron"}:
+        raise UsageError(
+            f"{ref('target.format')} is mindspore, and {ref('source.format')} {spec.source.format.lower()}",
+            where=ref("spec"),
+            hint="name a Megatron checkpoint; shards of a MindSpore training are merged by ckpt2pt combine",
+            field="target.format",
+        )
+    suffix = files.format.lower()
+    _check_prefix(files.prefix, suffix)
+    noop = spec.model.noop_layers
+    return BackRequest(
+        source=Path(spec.source.path),
+        iteration=spec.source.iteration,
+        target=Path(spec.target.path),
+        maps=Path(spec.metadata.path) if spec.metadata.path else None,
+        num_layers=spec.model.num_layers,
+        tensor=own.tensor,
+        pipeline=own.pipeline,
+        virtual=own.virtual_pipeline,
+        target_tensor=result.tensor,
+        target_pipeline=result.pipeline,
+        target_virtual=result.virtual_pipeline,
+        data=own.data or 1,
+        context=own.context or 1,
+        noop=None if noop is None else frozenset(noop),
+        layers_per_stage=spec.model.layers_per_stage or None,
+        full=spec.mode == "Full",
+        contents=tuple(kind for kind, content in CONTENTS.items() if content in files.contents),
+        prefix=files.prefix,
+        format="safetensors" if files.format == "Safetensors" else "ckpt",
+        copies=files.all_replicas,
+        rules=_rules(spec),
+        overwrite=spec.target.overwrite,
+        verify=_verify(spec),
+        pace=Pace(workers=spec.workers.processes, in_process=in_process, timeout=spec.workers.rank_timeout_seconds),
+    )
+
+
+def _check_prefix(prefix: str, suffix: str) -> None:
+    option, name = ref("target.mindspore.prefix"), f"{prefix}.{suffix}"
+    if not prefix or prefix.startswith(".") or "/" in prefix:
+        what, hint = f"{option} is {prefix!r}", "give a plain file name"
+    elif is_passed_by(name):
+        what = f"{option} is {prefix!r}: convert passes by {name}, which is no checkpoint by its name"
+        hint = "give another name, such as network; not that of a strategy, a breakpoint or a best checkpoint"
+    elif rank_of_name(name):
+        what = f"{option} is {prefix!r}, which names a rank, and every rank's file gets this name"
+        hint = "give another name, such as network"
+    else:
+        return
+    raise UsageError(what, where=ref("spec"), hint=hint, field="target.mindspore.prefix")
+
+
+def _rules(spec: Spec) -> Rules:
+    asked = spec.model.rules
+    return Rules(
+        layer_modules=asked.layer_modules,
+        modules=asked.modules,
+        ignore=asked.ignore,
+        pickle_globals=asked.pickle_globals,
+    )
+
+
+def _verify(spec: Spec) -> Verify:
+    return "none" if spec.verify == "None" else "full" if spec.verify == "Full" else "digest"
+
+
+def _layouts(spec: Spec, target: Topology, rules: Rules) -> tuple[Topology, Topology | None]:
+    """That of the result, and that of the source where a rank of the result is not read from one rank of the source."""
+    from ckpt2pt.formats.mindspore.degrees import source_layout  # noqa: PLC0415 - only for another layout
+
+    own = spec.parallelism
+    source = source_layout(Path(spec.source.path), (own.tensor, own.pipeline, own.data, own.context), target, rules)
+    sizes = source.tensor, source.pipeline, own.virtual_pipeline
+    if sizes != (target.tensor, target.pipeline, target.virtual) or target.layers_per_stage:
+        return target, source
+    return replace(target, data=source.data, context=source.context), None

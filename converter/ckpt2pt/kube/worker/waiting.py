@@ -1,0 +1,107 @@
+"""Before the first byte: wait until the training has finished saving, and say what is missing when it does not."""
+
+from __future__ import annotations
+
+import logging
+import time
+from functools import partial
+
+from ckpt2pt.discover.request import Request
+from ckpt2pt.discover.training import when_of_iteration
+from ckpt2pt.errors import (
+    Ckpt2ptError,
+    FileAccessError,
+    FormatError,
+    MissingInputError,
+    TimedOutError,
+    TopologyError,
+    ref,
+)
+from ckpt2pt.formats.mindspore.ready import Watcher
+from ckpt2pt.kube.conversion.schema import Readiness
+from ckpt2pt.kube.worker.account import Account
+from ckpt2pt.run.directions import AnyRequest
+from ckpt2pt.run.targets.request import McoreRequest
+
+log = logging.getLogger("ckpt2pt")
+
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.5, 15.0
+_GROWTH = 1.5
+
+
+def watcher_of(request: Request, settle: float) -> Watcher:
+    """A watcher for what a request is going to read."""
+    return Watcher(
+        request.source,
+        request.source_layout,
+        wanted_format=request.source_format,
+        settle_seconds=settle,
+        choose=None if request.iteration is None else partial(when_of_iteration, request),
+    )
+
+
+Blocker = tuple[Ckpt2ptError, str]
+"""The error where waiting was in vain, and a sentence while it may not be."""
+
+
+def _obstacle_of_training(watcher: Watcher, timeout: float) -> Blocker | None:
+    look = watcher.look()
+    return None if look.ready else (look.to_error(timeout), look.sentence)
+
+
+def _obstacle_of_save(request: AnyRequest, readiness: Readiness) -> Blocker | None:
+    """Megatron-LM writes its tracker when every rank has saved; a copy of a checkpoint may come file by file."""
+    from ckpt2pt.discover import discover  # noqa: PLC0415
+    from ckpt2pt.run.back.discover import survey_back  # noqa: PLC0415 - each direction loads what it needs
+    from ckpt2pt.run.targets.mcore import find  # noqa: PLC0415
+
+    try:
+        if isinstance(request, McoreRequest):
+            times = [int(str(one["mtime_ns"])) for one in find(request).source.stats.values()]
+        else:
+            inputs = (discover(request) if isinstance(request, Request) else survey_back(request)).inputs
+            times = [int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each]
+    except (MissingInputError, FormatError, TopologyError) as error:  # more folders may come
+        return error, f"checkpoint is not complete: {error.what} ({error.where})"
+    stable_for = time.time() - max(times) / 1e9
+    if stable_for >= readiness.settle_seconds:
+        return None
+    sentence = f"checkpoint was written to {max(stable_for, 0):.0f} s ago"
+    hint = f"wait longer with {ref('readiness.timeoutSeconds')}"
+    return TimedOutError(f"the {sentence}", where=request.source, hint=hint, field="readiness.timeoutSeconds"), sentence
+
+
+def wait_until_whole(request: AnyRequest, readiness: Readiness, account: Account) -> None:
+    """Look until nothing is in the way, at most as long as ``readiness`` allows; not at all, where that is 0.
+
+    Raises what :meth:`ckpt2pt.formats.mindspore.ready.Observation.to_error` says, and for a Megatron checkpoint what reading it raises.
+    """
+    timeout, settle = readiness.timeout_seconds, readiness.settle_seconds
+    if not timeout:
+        return
+    blocker = (
+        partial(_obstacle_of_training, watcher_of(request, settle), timeout)
+        if isinstance(request, Request) and request.source_format != "megatron"
+        else partial(_obstacle_of_save, request, readiness)
+    )
+    began, pause, told = time.monotonic(), FIRST_PAUSE_SECONDS, ""
+    try:
+        while True:
+            try:
+                found = blocker()
+                if found is None:
+                    return
+                to_error, sentence = found
+            except FileAccessError as error:  # it may pass, as when a mount comes back
+                to_error, sentence = error, f"checkpoint cannot be read: {error.what} ({error.where})"
+            account.wait(sentence)
+            left = began + timeout - time.monotonic()
+            if left <= 0:
+                raise to_error
+            if sentence != told:
+                told = sentence
+                log.info("waiting for at most %.0f s: the %s", left, told)
+            time.sleep(min(pause, left))
+            pause = min(pause * _GROWTH, MAX_PAUSE_SECONDS)
+    finally:
+        account.wait()

@@ -1,1 +1,0 @@
-"""Decide where every byte goes, and prove that it fits.  Pure: nothing is opened, nothing is read."""

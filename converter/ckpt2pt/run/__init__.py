@@ -1,0 +1,1 @@
+"""Carry out a conversion: ranks in worker processes, published when they are complete."""

@@ -1,0 +1,273 @@
+"""A conversion into the ``torch`` format of Megatron-LM 0.7 to 0.19, from any format.
+
+source --run.targets.source--> tensors, state --formats.megatron--> files of each rank --rank.RankTask--> mp_rank_TT_PPP/*.pt
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ckpt2pt.core.fill import moves_of
+from ckpt2pt.core.params import EMBEDDING, HEAD, layer_of
+from ckpt2pt.core.progress import Reporter
+from ckpt2pt.core.slots import source_of
+from ckpt2pt.core.tensor import ROLES, Key
+from ckpt2pt.core.topology import Rank, Topology
+from ckpt2pt.core.vocabulary import vocabulary_rows
+from ckpt2pt.engine.write import ReadPieces
+from ckpt2pt.errors import UsageError, ref
+from ckpt2pt.formats.folders import keep_apart
+from ckpt2pt.formats.megatron.order import Style
+from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.megatron.tree import seed_of
+from ckpt2pt.formats.megatron.write import McoreLayout
+from ckpt2pt.formats.torchfile.pickles import Value, namespace
+from ckpt2pt.io.records import Json
+from ckpt2pt.publish import MEGATRON, Target
+from ckpt2pt.run.conversion import Conversion, Outcome, carry_out
+from ckpt2pt.run.rank import RankTask
+from ckpt2pt.run.run.targets.source import Source, paths_of, read_source
+from ckpt2pt.run.targets.request import McoreRequest
+
+if TYPE_CHECKING:
+    from ckpt2pt.verification.mcore import Expected
+
+NO_OPTIMIZER = " and --no-load-optim --no-load-rng (it holds parameters only)"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A source that was read as far as its headers, and how its result is laid out."""
+
+    request: McoreRequest
+    source: Source
+    layout: McoreLayout
+    assumed: Mapping[str, object]
+
+    @cached_property
+    def identity_options(self) -> Json:
+        """What decides what is written."""
+        layout, topology = self.layout, self.layout.topology
+        return {
+            "mode": "Full" if layout.full else "ParamsOnly",
+            "format": "Megatron",
+            "release": ".".join(map(str, layout.style.release)),
+            "names": layout.style.names,
+            "transformerEngine": layout.style.transformer_engine,
+            "numLayers": topology.num_layers,
+            "noopLayers": sorted(topology.noop),
+            "layersPerStage": list(topology.layers_per_stage) if topology.layers_per_stage else None,
+            "tensor": topology.tensor,
+            "pipeline": topology.pipeline,
+            "virtualPipeline": topology.virtual,
+            "targetDataParallel": layout.data,
+            "dtype": layout.dtype,
+            "vocabulary": layout.rows,
+            "zeroConsumedSamples": self.request.zero_samples,
+            "rules": {
+                "layer_modules": dict(self.request.rules.layer_modules),
+                "modules": dict(self.request.rules.modules),
+            },
+        }
+
+    @cached_property
+    def target(self) -> Target:
+        """The folder that the result goes into."""
+        topology, identity = self.layout.topology, self.source.identity(self.identity_options)
+        return Target(
+            root=self.request.target,
+            iteration=self.source.state.iteration,
+            identity=identity,
+            ranks=dict.fromkeys(topology.ranks(), identity),
+            stages=topology.pipeline,
+            tensor=topology.tensor,
+            full=self.request.full,
+            kind=MEGATRON,
+        )
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know before the result is used."""
+        return (*self.source.remarks, *(f"{what}: {why}" for what, why in self.assumed.items()))
+
+    @property
+    def expected(self) -> Expected:
+        """What has to be in the result."""
+        from ckpt2pt.verification.mcore import Expected  # noqa: PLC0415 - numpy, and only when asked for
+        from ckpt2pt.verification.tensors import Held  # noqa: PLC0415 - the same
+
+        layout = self.layout
+        args: dict[str, Value] = {
+            "padded_vocab_size": layout.rows,
+            "untie_embeddings_and_output_weights": not layout.tied,
+        }
+        template = Template(path=layout.where, tree={"args": namespace(args)}, storages={})
+        held = Held(
+            tensors=layout.index,
+            layout=layout.topology,
+            template=template,
+            iteration=layout.state.iteration,
+            roles=ROLES if layout.full else ROLES[:1],
+        )
+        return Expected(held=held, state=layout.state, dtype=layout.dtype)
+
+    def paths(self, rank: Rank) -> tuple[str, ...]:
+        """The files that a rank is read from."""
+        return paths_of(self.layout.tensors(rank))
+
+
+def find(request: McoreRequest) -> Found:
+    """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
+    source = read_source(request)
+    state, index = source.state, source.index
+    topology = _topology(request, source)
+    style, assumed = _style(request, source)
+    if source.dtype == "float16":
+        raise UsageError(
+            "the training is of fp16, whose loss scale a MindSpore checkpoint does not state",
+            where=source.where,
+            hint="convert to Megatron-LM 0.6, or a checkpoint of a bf16 training",
+        )
+    held = source_of(index, Key("param", EMBEDDING), source.where).fused[0]
+    rows = vocabulary_rows(state.args, held, topology.tensor)
+    half = state.args.get("grad_reduce_in_bf16") is True
+    untied = state.args.get("untie_embeddings_and_output_weights")
+    layout = McoreLayout(
+        index=index,
+        state=state,
+        topology=topology,
+        source_tensor=source.checkpoint.tensor,
+        style=style,
+        dtype=source.dtype,
+        gradients=source.dtype if half else "float32",
+        rows=rows,
+        tied=Key("param", HEAD) not in index if untied is None else untied is False,
+        full=request.full,
+        data=request.data,
+        where=source.where,
+    )
+    layout.check()
+    assumed["random generators"] = (
+        f"as at the start of a run with seed {seed_of(state)}; the source's have no counterpart"
+    )
+    found = Found(request, source, layout, assumed)
+    keep_apart(found.target, {request.source: ref("source.path"), request.metadata: ref("metadata.path")})
+    return found
+
+
+def _topology(request: McoreRequest, source: Source) -> Topology:
+    """How the result is laid out.  No-op layers are those that the source has no parameters of."""
+    args, checkpoint = source.state.args, source.checkpoint
+    layers = {layer for key in source.index if (layer := layer_of(key.name)) is not None}
+    stated = args.get("num_layers")
+    count = request.num_layers or (stated if type(stated) is int else 1 + max(layers, default=0))
+    pipeline = request.target_pipeline or checkpoint.pipeline
+    virtual = request.target_virtual
+    if virtual is None:
+        own = args.get("virtual_pipeline_model_parallel_size")
+        same = args.get("pipeline_model_parallel_size") == pipeline
+        virtual = own if same and type(own) is int and own > 0 else 1
+    return Topology(
+        num_layers=count,
+        tensor=request.target_tensor or checkpoint.tensor,
+        pipeline=pipeline,
+        virtual=virtual,
+        noop=frozenset(range(count)) - layers,
+        layers_per_stage=request.layers_per_stage,
+    )
+
+
+def _style(request: McoreRequest, source: Source) -> tuple[Style, dict[str, object]]:
+    """How the run to come builds its model, and what nobody said of it."""
+    args, assumed, legacy = source.state.args, dict[str, object](), request.names == "legacy"
+    if request.names == "auto":
+        legacy = args.get("use_legacy_models") is True
+    if legacy and request.release >= (0, 18):
+        request = replace(request, release=(0, 17))  # the last that has legacy models
+    transformer = request.transformer
+    if transformer == "auto":
+        said = args.get("transformer_impl")
+        transformer = "transformer_engine" if said == "transformer_engine" else "local"
+        if said is None and not legacy:
+            option = ref("target.transformerImpl")
+            assumed["layer spec"] = f"local, as nothing states it; give {option} for a run with Transformer Engine"
+    style = Style(
+        release=request.release,
+        names="legacy" if legacy else "mcore",
+        transformer_engine=transformer == "transformer_engine",
+    )
+    return style, assumed
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """The source of one rank."""
+
+    found: Found
+    rank: Rank
+
+    def prove_unchanged(self) -> None:
+        self.found.source.prove_unchanged(self.found.paths(self.rank))
+
+    def prove_read(self, read: ReadPieces) -> Mapping[str, int]:
+        return self.found.source.prove_read(read)
+
+    def prove_result(self, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:
+        from ckpt2pt.verification.mcore import prove_files  # noqa: PLC0415 - numpy, and only when asked for
+
+        return prove_files(self.found.expected, self.rank, partials, heed=heed)
+
+
+def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
+    request, layout = found.request, found.layout
+    files, slots = layout.files(rank)
+    moves = moves_of(layout.index, slots, layout.where)
+    return RankTask(
+        rank=rank,
+        target=target,
+        reading=_Reading(found, rank),
+        verify=request.verify,
+        repair=request.overwrite,
+        directory=layout.directory(rank),
+        files=files,
+        moves=lambda: moves,
+        copies=tuple(layout.copies(rank)),
+        source_bytes=sum(move.nbytes for move in moves),
+        facts={"source": layout.where},
+        remarks=layout.remarks(rank),
+    )
+
+
+def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
+    """What is converted: the given stages of the result."""
+    found = find(request)
+    tensor = found.layout.topology.tensor
+    return Conversion(
+        target=found.target,
+        pace=request.pace,
+        verify=request.verify,
+        overwrite=request.overwrite,
+        identity_options=found.identity_options,
+        facts={"assumed": dict(found.assumed)},
+        inputs={(tp, pp): found.source.inputs(found.paths((tp, pp))) for pp in stages for tp in range(tensor)},
+        conflicts=(),
+        warnings=found.remarks,
+        how_to_load=f" with {found.layout.style.needs}" + ("" if request.full else NO_OPTIMIZER),
+        prepare=partial(_plan, found),
+    )
+
+
+def pipeline_of_mcore(request: McoreRequest) -> int:
+    """How many stages the result has; headers are read where it is not said."""
+    return request.target_pipeline or request.pipeline or find(request).layout.topology.pipeline
+
+
+def run_mcore(request: McoreRequest, reporter: Reporter, stages: Sequence[int]) -> Outcome:
+    """Convert the given stages; what an earlier run finished is kept."""
+    began = time.monotonic()
+    return carry_out(conversion_of(request, stages), stages, reporter, began)

@@ -1,0 +1,66 @@
+"""The reference's command line is accepted as it is, and what it would take badly is refused."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from ckpt2pt.cli.combine import add_combine_options, combination_of
+from ckpt2pt.cli.commands import main
+from ckpt2pt.errors import UsageError
+from ckpt2pt.run.combine.merge import Combination
+from goldens import golden_root
+
+SOURCE = golden_root() / "megatron06" / "j_tp1pp2dp2" / "ms_zero_src"
+
+
+def parse(*words: str) -> Combination:
+    parser = argparse.ArgumentParser()
+    add_combine_options(parser)
+    return combination_of(parser.parse_args(words))
+
+
+def test_defaults_are_those_of_the_reference() -> None:
+    made = parse()
+    assert (made.strategy, made.source, made.output) == (Path("output/opt_shard_info"), Path("output"), Path("output"))
+    assert (made.source_format, made.target_format, made.copies, made.section, made.optimizer) == (
+        "ckpt", "ckpt", False, None, True,
+    )  # fmt: skip
+
+
+def test_every_flag_of_the_reference_counts() -> None:
+    made = parse(
+        *("--strategy-dir", "a", "--checkpoint-dir", "b", "--output-dir", "c", "--src-format", "safetensors"),
+        *("--dst-format", "safetensors", "--copy-to-all-dp-ranks", "--max-proccess-limit", "3"),
+        *("--rank-section", "2", "6", "--no-save-optim"),
+    )
+    assert made == Combination(
+        strategy=Path("a"), source=Path("b"), output=Path("c"), source_format="safetensors",
+        target_format="safetensors", copies=True, section=(2, 6), optimizer=False, workers=3,
+    )  # fmt: skip
+
+
+def test_the_right_spelling_counts_too() -> None:
+    assert parse("--max-process-limit", "5").workers == parse("--max-proccess-limit", "5").workers == 5
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--max-proccess-limit", "0"], ["--rank-section", "3", "3"], ["--rank-section", "-1", "3"], ["--crc", "--dst-format", "safetensors"]],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse(*words)
+    assert words[0] in caught.value.what
+
+
+def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["combine", "--strategy-dir", str(SOURCE / "opt_shard_info"), "--checkpoint-dir", str(SOURCE)]
+    words += ["--output-dir", str(tmp_path), "--multiprocess-off", "--progress", "none"]
+    assert main(words) == 0
+    assert "epoch 0, step 2: merged 2 ranks of 2 shards each (1.8 MiB)" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "everything was there already" in capsys.readouterr().out
+    assert main([*words[:-4], str(tmp_path), "--crc", "--progress", "none", "--multiprocess-off"]) == 64

@@ -1,0 +1,62 @@
+"""A checkpoint surveyed: its cut, its no-op layers, and ranks that do not belong together."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckpt2pt.errors import FormatError
+from ckpt2pt.run.back.discover import prepare_back, survey_back
+from ckpt2pt.run.back.request import BackRequest
+from goldens import golden_sets
+from results import edit_tree
+
+SETS = {folder.name: folder for folder in golden_sets()}
+
+
+def request(source: Path, **more: Any) -> BackRequest:
+    return BackRequest(source=source, target=Path("unused"), **more)
+
+
+def test_the_cut_is_learnt_from_the_checkpoint() -> None:
+    cut = survey_back(request(SETS["b_st_tp2pp2_safetensors"] / "A")).topology
+    assert (cut.num_layers, cut.tensor, cut.pipeline, cut.virtual, cut.noop) == (4, 2, 2, 1, frozenset())
+    found = survey_back(request(SETS["e_tp1pp2vpp2_noop_tail"] / "A"))
+    cut = found.topology
+    assert (cut.num_layers, cut.tensor, cut.pipeline, cut.virtual, found.iteration) == (8, 1, 2, 2, 2)
+    assert cut.noop == {6, 7}  # those without parameters
+
+
+def test_the_folder_of_one_iteration_does_as_well() -> None:
+    folder = SETS["a2_tp1pp1_tied_bias"] / "A"
+    assert survey_back(request(folder / "iter_0000002")).identity == survey_back(request(folder)).identity
+
+
+def test_options_are_part_of_the_identity() -> None:
+    folder = SETS["a2_tp1pp1_tied_bias"] / "A"
+    seen = {
+        survey_back(request(folder, **more)).identity for more in ({}, {"full": False}, {"prefix": "x"}, {"data": 2})
+    }
+    assert len(seen) == 4
+
+
+def test_ranks_of_two_iterations_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(SETS["b_st_tp2pp2_safetensors"] / "A", tmp_path / "A", copy_function=shutil.copyfile)
+    path = tmp_path / "A" / "iter_0000002" / "mp_rank_01_001" / "model_optim_rng.pt"
+    path.parent.chmod(0o755)
+    edit_tree(path, lambda tree: tree.update(iteration=4))
+    with pytest.raises(FormatError, match="iteration 4 in 1 chunks, the first rank is at iteration 2"):
+        survey_back(request(tmp_path / "A"))
+
+
+def test_every_element_is_read_once_whatever_the_number_of_copies() -> None:
+    asked = request(SETS["b_st_tp2pp2_safetensors"] / "A", data=3, copies=True)
+    found = survey_back(asked)
+    prepared = prepare_back(asked, found, (1, 1))
+    alone = prepare_back(request(SETS["b_st_tp2pp2_safetensors"] / "A"), found, (1, 1))
+    assert [file.name for file in prepared.files] == [f"rank_{number}/network.ckpt" for number in (7, 9, 11)]
+    assert sum(move.nbytes for move in prepared.moves()) == sum(move.nbytes for move in alone.moves())
+    assert {len(move.sinks) for move in prepared.moves()} == {3}
