@@ -19,27 +19,27 @@ _TRY_AGAIN = 75
 
 def main() -> int:
     """``ckpt2pt``."""
-    return _enter("cli", "main")
+    return _enter("cli.commands", "main")
 
 
 def kubectl() -> int:
     """``kubectl ckpt2pt``."""
-    return _enter("programs.kubectl", "kubectl")
+    return _enter("cli.programs.kubectl", "kubectl")
 
 
 def convert_ckpt2pt() -> int:
     """The reference's ``convert_ckpt2pt.py``."""
-    return _enter("programs.scripts", "convert_ckpt2pt")
+    return _enter("cli.programs.scripts", "convert_ckpt2pt")
 
 
 def convert_pt2ckpt() -> int:
     """The reference's ``convert_pt2ckpt.py``."""
-    return _enter("programs.scripts", "convert_pt2ckpt")
+    return _enter("cli.programs.scripts", "convert_pt2ckpt")
 
 
 def combine_ckpt_dp_zero() -> int:
     """The reference's ``combine_ckpt_dp_zero.py``."""
-    return _enter("programs.scripts", "combine_ckpt_dp_zero")
+    return _enter("cli.programs.scripts", "combine_ckpt_dp_zero")
 
 
 def _enter(module: str, program: str) -> int:

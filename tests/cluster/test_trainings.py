@@ -333,7 +333,7 @@ def test_a_training_that_has_ended_without_all_its_ranks(
     found = reach(namespace, "Failed")
     check_status(found)
     assert {stage["reason"] for stage in found["stageStatuses"]} == {"InputWrong"}
-    assert "after 3 s the checkpoint 0_2 is not whole: rank_1 is at 0_1; " in message(found, "Failed")
+    assert "after 3 s the checkpoint 0_2 is incomplete: rank_1 is at 0_1; " in message(found, "Failed")
     assert all(stage["attempts"] == 1 for stage in found["stageStatuses"])
     late = volume / "ms" / "rank_1" / "network_rank_1-0_1.ckpt"
     late.unlink()
@@ -341,7 +341,7 @@ def test_a_training_that_has_ended_without_all_its_ranks(
     namespace.apply({**own, "metadata": {"name": "second"}})
     found = reach(namespace, "Failed", "second")
     assert {stage["reason"] for stage in found["stageStatuses"]} == {"InputMissing"}
-    assert "after 3 s the checkpoint 0_2 is not whole: rank_1 has none yet; " in message(found, "Failed")
+    assert "after 3 s the checkpoint 0_2 is incomplete: rank_1 has none yet; " in message(found, "Failed")
 
 
 def test_slow_storage_is_waited_for(

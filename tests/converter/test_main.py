@@ -22,7 +22,7 @@ from ckpt2pt import __main__ as door
 
 class Interrupting(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name == "ckpt2pt.options":
+        if name == "ckpt2pt.cli.options":
             os.kill(os.getpid(), {number})
 
 sys.meta_path.insert(0, Interrupting())

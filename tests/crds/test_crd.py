@@ -73,7 +73,7 @@ def test_no_field_is_nullable() -> None:
 
 
 def test_lists_and_texts_are_bounded() -> None:
-    """An operator holds the objects of many users; what is of any form, conversion/size.py bounds."""
+    """An operator holds the objects of many users; what is of any form, kube/conversion/size.py bounds."""
     for path, schema in FIELDS.items():
         if path.startswith(("spec", "status")):
             assert schema.get("type") != "array" or "maxItems" in schema, path

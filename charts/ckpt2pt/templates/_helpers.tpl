@@ -25,7 +25,7 @@ app.kubernetes.io/component: operator
 {{- toYaml (merge $labels .Values.commonLabels) -}}
 {{- end -}}
 
-{{/* Pods that the operator makes, in whatever namespace: ckpt2pt.conversion.job. */}}
+{{/* Pods that the operator makes, in whatever namespace: ckpt2pt.kube.conversion.job. */}}
 {{- define "ckpt2pt.workerLabels" -}}
 app.kubernetes.io/name: ckpt2pt
 app.kubernetes.io/component: worker

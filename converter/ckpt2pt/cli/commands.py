@@ -102,7 +102,7 @@ def _attempt(words: Sequence[str], account: Account, build: Callable[[], argpars
             InterruptedRunError("stopped by SIGINT", where="this run", hint="run the same command again"), options
         )
     except BrokenPipeError:
-        account.message = "whoever read the result has gone"
+        account.message = "stdout was closed"
         _close_stdout()
         return 74
     except MemoryError:

@@ -27,8 +27,7 @@ from ckpt2pt.engine.casts import find_cast
 from ckpt2pt.engine.readback import ReadBack, compare_crc, drop, read_back
 from ckpt2pt.engine.sources import Sources
 from ckpt2pt.engine.strided import Gatherer
-from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VolumeTooSmallError, size
-from ckpt2pt.formats.ptmeta.metadata import METADATA
+from ckpt2pt.errors import FormatError, InterruptedRunError, TryAgainError, VolumeTooSmallError, ref, size
 from ckpt2pt.io.access import access_error
 from ckpt2pt.io.checksums import Piece, crc32, crc32_combine, join
 from ckpt2pt.io.files import reserve, write_at
@@ -323,7 +322,7 @@ def _copy_template(output: Output, payload: Payload) -> None:
             _put(output, number, one)
     extents = ((number, one) for number, one in copied.items() if isinstance(one, Extent))
     for path, numbered in groupby(extents, lambda one: one[1].path):
-        with InputFile(Path(path), METADATA, keep=True) as file:
+        with InputFile(Path(path), ref("metadata.path"), keep=True) as file:
             for number, extent in numbered:
                 _put(output, number, file.read(extent.offset, extent.nbytes))
 

@@ -1,6 +1,8 @@
-"""Formats: where the bytes of each global tensor lie, from headers alone.
+"""Formats: where the bytes of each global tensor lie, from headers alone; and how files of each format are laid out.
 
 registry    which format a folder is of
-mindspore   rank_R/*.ckpt, *.safetensors, shards         -> Checkpoint
-megatron    iter_N/mp_rank_*/*.pt of Megatron-LM 0.6     -> Checkpoint
+mindspore   rank_R/*.ckpt, *.safetensors, shards
+megatron    iter_N/mp_rank_*/*.pt of Megatron-LM 0.6
+ptmeta      what a Megatron run says of itself: arguments and param maps, read and made
+torchfile   the archives and pickles of torch, inert
 """

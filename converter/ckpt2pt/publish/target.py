@@ -33,7 +33,8 @@ from ckpt2pt.publish.retire import files_below, foreign, records_of, retire
 from ckpt2pt.publish.tracker import announce, check_tracker, tracked
 
 _ID_DIGITS = 16
-_CLAIMED = ("identity", "purpose", "base", "full")
+_CLAIMED = {"identity": "identity", "purpose": "options_digest", "base": "base", "full": "full"}
+"""What a claim tells of a conversion: its entry, and the attribute."""
 
 
 def _nothing() -> None:
@@ -215,7 +216,7 @@ class Target:
             with ExitStack() as alone:
                 if not (old and self._goes_on(old)):
                     alone.enter_context(nobody_at_work(home.state))
-                told = {name: getattr(self, name) for name in _CLAIMED}
+                told = {entry: getattr(self, name) for entry, name in _CLAIMED.items()}
                 publish_bytes(self.state / CLAIM, seal({**told, "host": host(), **facts}))
                 if old:
                     self._take_over(old)

@@ -202,7 +202,7 @@ def render(document: Json, *, details: bool = False) -> str:
     lines = [
         *warned(_list(document["warnings"])),
         f"iteration  {document['iteration']} (from {document['because']}), {_count(document['consumedSamples'])} samples consumed",
-        *(f"  DOUBT: {spelled(str(conflict))}" for conflict in _list(document["doubts"])),
+        *(f"  warning: {spelled(str(conflict))}" for conflict in _list(document["doubts"])),
         f"target     {printable(str(document['target']))}",
         f"mode       {options['mode']}, {_FORMATS[str(options['format'])]}; tp {options['tensor']}, pp {options['pipeline']}, "
         f"vpp {options['virtualPipeline']}",

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from ckpt2pt.core.foldernames import is_rank, iterations
 from ckpt2pt.core.index import find
+from ckpt2pt.core.moves import MODEL_FILE
 from ckpt2pt.core.names import NameTable, Rules
 from ckpt2pt.core.params import EMBEDDING, HEAD, is_padded
 from ckpt2pt.core.progress import SILENCE, Portion, Reporter
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, box_of
-from ckpt2pt.errors import FormatError, UsageError
+from ckpt2pt.errors import FormatError, InputError, MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.folders import iteration_folder, pairs
 from ckpt2pt.formats.megatron.headers import rank_folders
@@ -29,7 +30,7 @@ from ckpt2pt.io.paths import is_folder, listing
 from ckpt2pt.verification.compare import ALL_FILES, Comparing, Comparison, compare
 from ckpt2pt.verification.elements import rounded
 from ckpt2pt.verification.gather import Bytes, Elements, Files, Gathered, file_of, gathered, width
-from ckpt2pt.verification.leaves import TensorLeaf
+from ckpt2pt.verification.leaves import TensorLeaf, open_pt
 
 
 def compare_any(
@@ -230,7 +231,7 @@ def differ_in_layout(left: Path, right: Path, *, asked: bool) -> bool:
         return True
     if formats[0] == "megatron":
         ranks = [rank_folders(iteration_folder(path)).keys() for path in (left, right)]
-        return ranks[0] != ranks[1]
+        return ranks[0] != ranks[1] or _model_chunks(left) != _model_chunks(right)
     names = [
         {
             folder.name
@@ -248,6 +249,16 @@ def _format(path: Path) -> str | None:
         return detect(path)
     except FormatError:
         return None
+
+
+def _model_chunks(path: Path) -> set[str]:
+    """``model``, or ``model0``, ``model1``, ... of a rank with virtual pipeline stages; none where its file cannot be read."""
+    first = next(iter(rank_folders(iteration_folder(path)).values()))
+    try:
+        leaves = open_pt(first / MODEL_FILE)
+    except (InputError, MissingInputError):
+        return set()
+    return {top for name in leaves if (top := name.split("/")[1]).startswith("model")}
 
 
 def _differ_in_shapes(left: Path, right: Path) -> bool:

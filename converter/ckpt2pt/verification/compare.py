@@ -8,8 +8,8 @@ two folders                      files of the same place; a Megatron root throug
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -303,9 +303,11 @@ class _Run(Comparing):
         )
         for side, there, missing in (("left", one, other), ("right", other, one)):
             self._drop_metadata(f"{name}: on the {side} only", there, missing)
+        before = len(self.rows)
         for path in one:
             if path in other:
                 self._compare_leaves(name, path, one, other, files)
+        self.rows[before:] = _folded(self.rows[before:], one)
         self.rows += _one_sided(name, one, other, "left only") + _one_sided(name, other, one, "right only")
         mine, theirs = [path for path in one if path in other], [path for path in other if path in one]
         moved = next(((a, b) for a, b in zip(mine, theirs, strict=True) if a != b), None)
@@ -361,6 +363,23 @@ def _one_sided(file: str, there: Leaves, missing: Leaves, kind: str) -> list[Row
         left, right = (text, "") if kind == "left only" else ("", text)
         rows.append(Row(file=file, name=path, kind=kind, left=left, right=right))
     return rows
+
+
+def _folded(rows: Sequence[Row], leaves: Leaves) -> list[Row]:
+    """One row for all numbers of a list that differ, such as the 624 of a generator's state."""
+    lists: dict[str, list[Row]] = {}
+    for row in rows:
+        parent, _, number = row.name.rpartition("/")
+        plain = row.kind == "value" and row.differing is None and number.isdecimal()
+        lists.setdefault(f"{parent}/*" if plain else row.name, []).append(row)
+    return [found[0] if len(found) == 1 else _fold(name, found, leaves) for name, found in lists.items()]
+
+
+def _fold(name: str, rows: Sequence[Row], leaves: Leaves) -> Row:
+    parent = name.removesuffix("*")
+    numel = sum(path.startswith(parent) and "/" not in path.removeprefix(parent) for path in leaves)
+    index = int(rows[0].name.removeprefix(parent))
+    return replace(rows[0], name=name, numel=numel, differing=len(rows), index=index)
 
 
 def _unpadded(path: str, leaves: Mapping[str, Leaf]) -> int | None:

@@ -137,7 +137,7 @@ def surplus(target: Target, listed: Collection[str]) -> Iterator[Difference]:
     found = (path for pattern in target.kind.results for path in listing(target.folder, pattern) if target.kind.alone)
     for name in sorted(path.relative_to(target.folder).as_posix() for path in found):
         if name not in listed:
-            yield Difference(file=name, tensor="file", problem="is there, and should not be")
+            yield Difference(file=name, tensor="file", problem="is unexpected")
 
 
 def recorded_bytes(target: Target, rank: Rank) -> int:

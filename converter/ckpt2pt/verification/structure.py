@@ -175,7 +175,7 @@ class Structure:
         for path in sorted(wanted - there):
             self.findings.differ(file, path, "is missing")
         for path in sorted(there - wanted):
-            self.findings.differ(file, path, "is there, and should not be")
+            self.findings.differ(file, path, "is unexpected")
 
     def check_optimizer(self, optim: Leaves) -> None:
         """Sizes of every bucket, as the file states them and as its tensors are; behind the last parameter all is zero."""

@@ -55,7 +55,7 @@ def _of_the_job(before: Json, after: Json) -> Iterator[Note]:
         yield (
             Note(kind="Warning", reason="ReportLost", message=lost)
             if again
-            else Note(kind="Warning", reason="JobRecreated", message=f"Job {job} was deleted and is made anew")
+            else Note(kind="Warning", reason="JobRecreated", message=f"Job {job} was deleted and is recreated")
         )
     if text(after, "retryToken") != text(before, "retryToken") and "phase" in before:
         early = "it had not failed when ckpt2pt.dev/retry was set; if it does, set another value"

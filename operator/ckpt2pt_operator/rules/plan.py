@@ -268,7 +268,7 @@ class _Case(Case):
         if job.ending:
             return self.finished(job)
         if job.deleted:
-            waits = Blocker(reason="JobDeleted", message="the Job is being deleted; it is made anew when it is gone")
+            waits = Blocker(reason="JobDeleted", message="the Job is being deleted; it is recreated when it is gone")
             return self.wait(status_input, waits)
         self.follow()
         if self.status_input.follow_end != status_input.follow_end:

@@ -78,7 +78,7 @@ def test_ranks_without_a_common_checkpoint_ask_for_their_sizes(tmp_path: Path) -
     file.rename(file.with_name("network_rank_1-0_13.ckpt"))
     with pytest.raises(UsageError, match="they have no checkpoint in common"):
         ckpt2pt.open(tmp_path)
-    with pytest.raises(InputError, match="no checkpoint is there in all ranks"):
+    with pytest.raises(InputError, match="no checkpoint is complete on all ranks"):
         ckpt2pt.open(tmp_path, tp=2, pp=1)
 
 

@@ -107,7 +107,7 @@ def test_workers_whose_parent_was_killed_end_in_silence(pipelined: Path, tmp_pat
     process.kill()
     _, stderr = process.communicate(timeout=20)
     assert "BrokenPipeError" not in stderr
-    assert "crew.py" not in stderr
+    assert "pool.py" not in stderr
 
 
 def test_a_worker_that_is_killed_is_not_taken_for_done(pipelined: Path, tmp_path: Path) -> None:

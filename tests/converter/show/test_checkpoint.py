@@ -210,7 +210,7 @@ def test_a_training_output_that_cannot_be_converted_says_why(tmp_path: Path) -> 
         (tmp_path / f"rank_{rank}").mkdir()
         (tmp_path / f"rank_{rank}" / f"n-0_{rank}.ckpt").write_bytes(ckpt(some_tensors()))
     document = shown(tmp_path)
-    assert document["problem"].startswith("no checkpoint is there in all ranks")
+    assert document["problem"].startswith("no checkpoint is complete on all ranks")
     assert len(document["files"]) == 2
 
 

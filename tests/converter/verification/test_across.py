@@ -14,6 +14,7 @@ from ckpt2pt.cli.commands import main
 from ckpt2pt.core.names import Rules
 from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.formats.registry import read
+from ckpt2pt.library.commands import convert
 from ckpt2pt.verification.across import compare_across, differ_in_layout, read_both
 from cutting import HEAD, MOMENTS, core_name, model, write_mindspore
 from results import flip
@@ -66,6 +67,16 @@ def test_shards_are_equal_to_whole_files_and_to_megatrons(golden: Path, capsys: 
         for paths in ((folder / "ms_zero_src", folder / other), (folder / other, folder / "ms_zero_src")):
             code, found, _ = verify(capsys, *paths)
             assert (code, found["equalLeaves"]) == (0, 108 if other == "A" else 81)
+
+
+def test_virtual_stages_alone_are_another_layout(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = golden / "megatron06" / SET / "A"
+    convert(source=source, target=tmp_path / "new", target_vpp=2)
+    code, found, _ = verify(capsys, source, tmp_path / "new")
+    assert (code, found["differences"]) == (0, [])
+    assert found["equalLeaves"] > 50
 
 
 @pytest.mark.parametrize("bias", [True, False])

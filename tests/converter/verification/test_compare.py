@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import random
 import shutil
 import struct
 from pathlib import Path
@@ -145,6 +146,19 @@ def test_many_blocks_are_counted_together(tmp_path: Path, monkeypatch: pytest.Mo
     assert (row.differing, row.index) == (3, 20)
     assert row.max_abs is not None
     assert math.isnan(row.max_abs), "a NaN in a middle block is not forgotten"
+
+
+def test_a_list_of_numbers_is_one_row_with_counts(tmp_path: Path) -> None:
+    states = [random.Random(seed).getstate() for seed in (1, 2)]
+    left, right = ({"rng_state": [{"random_rng_state": state}], "betas": (0.9, 0.95)} for state in states)
+    right["betas"] = (0.9, 0.99)
+    rng, betas = two(tmp_path, left, right).rows
+    numbers = [tuple(map(int, state[1])) for state in states]
+    unlike = [index for index, (one, other) in enumerate(zip(*numbers, strict=True)) if one != other]
+    assert (rng.name, rng.kind, rng.numel) == ("/rng_state/0/random_rng_state/1/*", "value", 625)
+    assert (rng.differing, rng.index, rng.left) == (len(unlike), unlike[0], str(numbers[0][unlike[0]]))
+    assert (betas.name, betas.differing, betas.left, betas.right) == ("/betas/1", None, "0.95", "0.99")
+    assert f"{len(unlike)} of 625 elements differ, first at element {unlike[0]}" in str(rng)
 
 
 # -------------------------------------------------------------------------------------------------------------- leaves

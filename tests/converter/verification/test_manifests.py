@@ -98,7 +98,7 @@ def test_a_file_too_many_is_named(copied: Path) -> None:
     [iteration] = copied.glob("iter_*")
     (iteration / "mp_rank_02_000").mkdir()
     shutil.copyfile(iteration / NAMES[0], iteration / "mp_rank_02_000" / "model_optim_rng.pt")
-    assert problems(copied) == [("mp_rank_02_000/model_optim_rng.pt", "is there, and should not be")]
+    assert problems(copied) == [("mp_rank_02_000/model_optim_rng.pt", "is unexpected")]
 
 
 def test_what_is_half_done_is_not_proved(golden: Path, tmp_path: Path) -> None:

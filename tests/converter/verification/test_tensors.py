@@ -245,9 +245,7 @@ KEYS = [
     pytest.param(
         lambda tree: _drop(tree, "layers.0.input_norm.weight"), [(NORM_LEAF, "is missing")], id="weight-missing"
     ),
-    pytest.param(
-        _extra, [(f"{ENCODER}/layers.9.input_norm.weight", "is there, and should not be")], id="weight-too-many"
-    ),
+    pytest.param(_extra, [(f"{ENCODER}/layers.9.input_norm.weight", "is unexpected")], id="weight-too-many"),
     pytest.param(
         lambda tree: _drop(tree, "layers.1.mlp.dense_h_to_4h._extra_state"),
         [(f"{ENCODER}/layers.1.mlp.dense_h_to_4h._extra_state", "is missing")],
@@ -279,7 +277,7 @@ KEYS = [
         [
             (f"{EMBEDDING}/word_embeddings", "is not there"),
             (f"{EMBEDDING}/word_embeddings/weight", "is missing"),
-            (f"{EMBEDDING}/word_embeddings.weight", "is there, and should not be"),
+            (f"{EMBEDDING}/word_embeddings.weight", "is unexpected"),
         ],
         id="another-nesting",
     ),
@@ -290,7 +288,7 @@ KEYS = [
     pytest.param(_set_args(iteration=1), [("/args/iteration", "has another value")], id="iteration-in-args"),
     pytest.param(_set_args(hidden_size=65), [("/args/hidden_size", "has another value")], id="an-argument"),
     pytest.param(_set_args(bf16=1), [("/args/bf16", "has another value")], id="one-for-true"),
-    pytest.param(_set_args(mine=1), [("/args/mine", "is there, and should not be")], id="a-new-argument"),
+    pytest.param(_set_args(mine=1), [("/args/mine", "is unexpected")], id="a-new-argument"),
     pytest.param(
         lambda tree: tree["opt_param_scheduler"].update(num_steps=0),
         [("/opt_param_scheduler/num_steps", "has another value")],
@@ -309,7 +307,7 @@ KEYS = [
     pytest.param(
         lambda tree: tree.update(checkpoint_version=2.0), [("/checkpoint_version", "has another value")], id="version"
     ),
-    pytest.param(lambda tree: tree.update(more=1), [("/more", "is there, and should not be")], id="a-new-key"),
+    pytest.param(lambda tree: tree.update(more=1), [("/more", "is unexpected")], id="a-new-key"),
 ]
 
 
@@ -356,7 +354,7 @@ OPTIM = [
     ),
     pytest.param(
         lambda tree: tree[0][KEY].update(step=[1]),
-        [(f"/0/{PAIR}/step/0", "is there, and should not be")],
+        [(f"/0/{PAIR}/step/0", "is unexpected")],
         id="something-else",
     ),
     pytest.param(

@@ -123,7 +123,7 @@ def test_what_a_worker_said_before_it_knew_the_iteration_does_not_hide_it() -> N
 
 def test_workers_that_wait_for_a_checkpoint_say_so_where_one_looks() -> None:
     world = ready()
-    why = "the checkpoint is not whole: rank_3 has nothing yet"
+    why = "the checkpoint is incomplete: rank_3 has nothing yet"
     world.live = {pod["metadata"]["uid"]: Report(reason="WaitingForCheckpoint", message=why) for pod in world.alive}
     world.run(1)
     assert told(world.status, "Ready") == ("False", "WaitingForCheckpoint")

@@ -405,5 +405,5 @@ before it had a distributed optimizer (``start_lr``, ``total_iters``, generators
 missing, though 0.6 still reads them.
 
 Every rule was tried on a checkpoint of Megatron-LM 0.6 with megatron-core 0.6.0 from PyPI, loading and one step on a CPU:
-tests/converter/pt/test_resume.py has the cases.  Not seen there: the size of a CUDA generator's state, which needs a GPU,
+tests/converter/formats/megatron/test_resume.py has the cases.  Not seen there: the size of a CUDA generator's state, which needs a GPU,
 and ``virtual_pipeline_model_parallel_size``, which is compared nowhere."""

@@ -219,7 +219,7 @@ def _complete(
     common = first.intersection(*others)
     if not common:
         raise InputError(
-            "no checkpoint is there in all ranks: "
+            "no checkpoint is complete on all ranks: "
             + "; ".join(
                 f"{_label(topology, member, v2=bool(iterations))} has {_some(sorted(found), '{0[0]}_{0[1]}')}"
                 for member, found in _telling(by_member)

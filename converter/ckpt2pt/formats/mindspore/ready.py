@@ -65,7 +65,7 @@ class Observation:
 
     @property
     def sentence(self) -> str:
-        """``checkpoint 0_12 is not whole: rank_1 is at 0_10; rank_3 is missing``; the folder is named while none is seen in it."""
+        """``checkpoint 0_12 is incomplete: rank_1 is at 0_10; rank_3 is missing``; the folder is named while none is seen in it."""
         texts = [blocker.text for blocker in self.blockers]
         if any(blocker.kind == "absent" for blocker in self.blockers):
             return "; ".join(texts)
@@ -73,7 +73,7 @@ class Observation:
         which = (
             f" in {self.root}" if self.wanted is None else f" {shown(self.wanted)}" if self.wanted != UNNAMED else ""
         )
-        return f"checkpoint{which} is not whole: {'; '.join(texts[:_SHOWN])}{more}"
+        return f"checkpoint{which} is incomplete: {'; '.join(texts[:_SHOWN])}{more}"
 
     def to_error(self, waited: float | None = None) -> Ckpt2ptError:
         """The error of a wait in vain: 66 when a rank is missing, 75 when it is only still being written, else 65."""

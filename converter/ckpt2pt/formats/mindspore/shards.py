@@ -15,7 +15,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -265,7 +265,7 @@ def _parameter(name: str, place: Place, dtype: str, pieces: Sequence[_Piece], in
     """The extents of one parameter.  What no rank holds cannot be made up, and is told with its numbers."""
     width, extents, reached = DTYPE_BYTES[dtype], list[Extent](), place.start
     first = max(0, bisect_right(pieces, place.start, key=lambda piece: piece.start) - 1)
-    for piece in islice(pieces, first, None):
+    for piece in map(pieces.__getitem__, range(first, len(pieces))):
         if piece.start >= place.stop or reached >= place.stop:
             break
         if piece.stop <= reached:

@@ -67,7 +67,7 @@ def _same(api: Api, there: Submitted, document: Json, where: str) -> None:
         return
     if not _within(document.get("spec"), other.get("spec")):
         raise UsageError(
-            "one of this name is there already, and asks for something else",
+            "already exists with a different spec",
             where=where,
             hint="give another --name, or --epoch and --step, from which a name is made; or delete it",
         )

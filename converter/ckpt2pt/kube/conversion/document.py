@@ -90,7 +90,7 @@ def crd_path() -> Path:
     """The CRD: beside this module in an installed distribution, in ``crds/`` in a checkout."""
     here = Path(__file__)
     beside = here.with_name(_CRD)
-    return beside if beside.is_file() else here.parents[3] / "crds" / _CRD
+    return beside if beside.is_file() else here.parents[4] / "crds" / _CRD
 
 
 @cache
@@ -185,7 +185,7 @@ def _findings(error: jsonschema.ValidationError) -> Iterator[Finding]:
         known = cast("Json", error.schema)["properties"]
         for name in sorted(set(cast("Json", instance)) - set(cast("Json", known))):
             yield Finding(
-                field=_join(path, name), what="is no field", hint=_hint(path, name, list(cast("Json", known)))
+                field=_join(path, name), what="is an unknown field", hint=_hint(path, name, list(cast("Json", known)))
             )
     elif error.validator == "required":
         for name in cast("list[str]", error.validator_value):

@@ -188,7 +188,7 @@ def unproved(report: Report | None, conversion: Conversion, stage: int) -> str:
         return f"it ended with exit code 0, and its report says {told}, not exit code 0, {wanted}"
     if conversion.uid and report.conversion and report.conversion != conversion.uid:
         return f"its report is of another conversion, of uid {report.conversion}, not {conversion.uid}"
-    # So many stages that a message has no room for their numbers are left out of it (worker/termination.py).
+    # So many stages that a message has no room for their numbers are left out of it (kube/worker/termination.py).
     if report.stages != expected and not (conversion.one_worker and report.stages is None):
         return f"its report is of stages {_listed(report.stages)}, not {_listed(expected)}"
     return _of_iteration(report, conversion)

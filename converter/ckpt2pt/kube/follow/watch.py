@@ -29,7 +29,7 @@ log = logging.getLogger("ckpt2pt")
 class Following:
     """How a training is followed; times in seconds.  ``keep`` 0 keeps every result.
 
-    ``allow_incomplete`` is for a training that was killed: that its last save is not whole is told, and no error.
+    ``allow_incomplete`` is for a training that was killed: that its last save is incomplete is reported, and no error.
     """
 
     keep: int = 0

@@ -44,7 +44,7 @@ class Account:
         self._result: Json = {}
 
     def wait(self, what: str = "") -> None:
-        """The source is not whole yet, and this is what is missing; nothing, now that it is."""
+        """The source is incomplete, and this is what is missing; nothing, now that it is."""
         self._waiting = what
 
     def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:

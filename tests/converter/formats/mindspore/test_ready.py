@@ -57,17 +57,17 @@ def test_a_rank_that_is_missing(root: Path) -> None:
     (root / "rank_3").rename(root / "elsewhere")
     (root / "rank_2" / "network_rank_2-0_12.ckpt").unlink()
     seen = look(root)
-    assert seen.sentence == "checkpoint 0_12 is not whole: rank_2 has none yet; rank_3 is missing"
+    assert seen.sentence == "checkpoint 0_12 is incomplete: rank_2 has none yet; rank_3 is missing"
     error = seen.to_error(300)
     assert isinstance(error, MissingInputError)
-    assert error.what == "after 300 s the checkpoint 0_12 is not whole: rank_2 has none yet; rank_3 is missing"
+    assert error.what == "after 300 s the checkpoint 0_12 is incomplete: rank_2 has none yet; rank_3 is missing"
     assert error.where == str(root)
 
 
 def test_nothing_is_there_yet(tmp_path: Path) -> None:
     seen = look(tmp_path)
     assert (seen.wanted, len(seen.blockers)) == (None, 4)
-    assert seen.sentence.startswith(f"checkpoint in {tmp_path} is not whole: rank_0 is missing; ")
+    assert seen.sentence.startswith(f"checkpoint in {tmp_path} is incomplete: rank_0 is missing; ")
     assert seen.to_error(1).exit_code == 66
 
 
@@ -86,7 +86,7 @@ def test_a_rank_at_another_step(root: Path) -> None:
     save(root, 1, "0_20")
     save(root, 2, "0_8")
     seen = look(root)
-    assert seen.sentence == "checkpoint 0_20 is not whole: rank_2 is at 0_8, 0_12; rank_3 is at 0_12"
+    assert seen.sentence == "checkpoint 0_20 is incomplete: rank_2 is at 0_8, 0_12; rank_3 is at 0_12"
     assert isinstance(seen.to_error(1), InputError)
     assert aside("source.iteration") in seen.to_error(1).hint
 
@@ -105,7 +105,7 @@ def test_a_file_under_its_temporary_name(root: Path, older: bool) -> None:
     name = "0_20" if older else "0_12"
     path = temporary(root / "rank_1" / f"network_rank_1-{name}.ckpt")
     seen = look(root)
-    assert seen.sentence == f"checkpoint {name} is not whole: rank_1 is being written ({path.name})"
+    assert seen.sentence == f"checkpoint {name} is incomplete: rank_1 is being written ({path.name})"
     assert isinstance(seen.to_error(1), TimedOutError)
 
 
@@ -170,14 +170,14 @@ def test_files_without_a_step(tmp_path: Path) -> None:
         save(tmp_path, rank).rename(tmp_path / f"rank_{rank}" / "network.ckpt")
     assert look(tmp_path).ready
     temporary(tmp_path / "rank_0" / "network.ckpt")
-    assert look(tmp_path).sentence == "checkpoint is not whole: rank_0 is being written (network.tmp)"
+    assert look(tmp_path).sentence == "checkpoint is incomplete: rank_0 is being written (network.tmp)"
 
 
 def test_the_trainings_own_report_comes_last(root: Path) -> None:
     for rank, step in enumerate((12, 12, 12, 8)):
         (root / f"rank_{rank}" / "meta.json").write_text(json.dumps({"last_epoch": 0, "last_step": step}))
     seen = look(root)
-    assert seen.sentence == "checkpoint 0_12 is not whole: meta.json of the ranks still says 0_8"
+    assert seen.sentence == "checkpoint 0_12 is incomplete: meta.json of the ranks still says 0_8"
     assert seen.to_error(1).exit_code == 65
     (root / "rank_3" / "meta.json").write_text('{"last_epoch": 0, "last_step": 12}8}')
     assert look(root).ready
@@ -191,7 +191,7 @@ def test_the_other_shards_of_a_distributed_optimizer_are_needed(root: Path) -> N
     info.write_text('{"dp_rank_list": [1, 3]}garbage of a longer text')
     assert look(root, topology).ready
     (root / "rank_3" / "network_rank_3-0_12.ckpt").unlink()
-    assert look(root, topology).sentence == "checkpoint 0_12 is not whole: rank_3 has none yet"
+    assert look(root, topology).sentence == "checkpoint 0_12 is incomplete: rank_3 has none yet"
     (root / "rank_2" / "network_rank_2-0_12.ckpt").unlink()
     merged = root / "rank_1" / "network_rank_1-0_12_dp_merged.ckpt"
     (root / "rank_1" / "network_rank_1-0_12.ckpt").rename(merged)
@@ -201,9 +201,9 @@ def test_the_other_shards_of_a_distributed_optimizer_are_needed(root: Path) -> N
 def test_a_chosen_checkpoint_is_all_that_counts(root: Path) -> None:
     save(root, 0, "0_20")
     assert look(root, choose=lambda _: (0, 12)).ready
-    assert look(root, choose=lambda _: (0, 20)).sentence.startswith("checkpoint 0_20 is not whole: rank_1 is at 0_12;")
+    assert look(root, choose=lambda _: (0, 20)).sentence.startswith("checkpoint 0_20 is incomplete: rank_1 is at 0_12;")
     none = look(root, choose=lambda _: None)
-    assert none.sentence == f"checkpoint in {root} is not whole: rank_0 is at 0_12, 0_20, not that one"
+    assert none.sentence == f"checkpoint in {root} is incomplete: rank_0 is at 0_12, 0_20, not that one"
     assert none.to_error(1).exit_code == 66
 
 

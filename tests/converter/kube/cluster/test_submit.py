@@ -49,7 +49,7 @@ def test_one_that_is_there_is_as_good_if_it_asks_for_the_same(found: Answer, sam
         if same:
             assert submit(api_of(server), minimal()).created is False
         else:
-            with pytest.raises(UsageError, match="asks for something else"):
+            with pytest.raises(UsageError, match="already exists with a different spec"):
                 submit(api_of(server), minimal())
 
 

@@ -60,12 +60,12 @@ def test_validating_does_not_change_the_defaults_of_the_schema() -> None:
 
 #     what is changed -> the field, what is said of it, and how to correct it
 VIOLATIONS = {
-    "misspelled": ("spec.parallelism.tensr", 2, "is no field", "write tensor"),
-    "snake-case": ("spec.model.num_layers", 2, "is no field", "write numLayers"),
-    "wrong-place": ("spec.numLayers", 2, "is no field", "its place is spec.model.numLayers"),
-    "flag-for-a-field": ("spec.workers.process-limit", 2, "is no field", "remove it"),
-    "stranger": ("spec.colour", "red", "is no field", "remove it; spec has the fields"),
-    "stranger-at-the-top": ("colour", "red", "is no field", "remove it"),
+    "misspelled": ("spec.parallelism.tensr", 2, "is an unknown field", "write tensor"),
+    "snake-case": ("spec.model.num_layers", 2, "is an unknown field", "write numLayers"),
+    "wrong-place": ("spec.numLayers", 2, "is an unknown field", "its place is spec.model.numLayers"),
+    "flag-for-a-field": ("spec.workers.process-limit", 2, "is an unknown field", "remove it"),
+    "stranger": ("spec.colour", "red", "is an unknown field", "remove it; spec has the fields"),
+    "stranger-at-the-top": ("colour", "red", "is an unknown field", "remove it"),
     "missing": ("spec.target.path", ABSENT, "is missing", "give it"),
     "text-for-a-number": ("spec.model.numLayers", "4", "is '4'", "write a whole number"),
     "a-flag-for-a-number": ("spec.model.numLayers", True, "is true", "write a whole number"),

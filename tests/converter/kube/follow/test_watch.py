@@ -77,7 +77,7 @@ def test_nothing_to_do_is_no_error_and_is_said(training: Training, capsys: pytes
     assert training.results() == []
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        f"ckpt2pt: nothing is converted: checkpoint in {training.source} is not whole: rank_0 is missing"
+        f"ckpt2pt: nothing is converted: checkpoint in {training.source} is incomplete: rank_0 is missing"
     )
 
 
@@ -144,7 +144,7 @@ def test_one_that_is_being_written_is_left_alone(training: Training, capsys: pyt
     assert once(training) == 0
     assert training.results() == []
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith("ckpt2pt: nothing is converted: checkpoint 0_10 is not whole: rank_1 may still be written")
+    assert line.startswith("ckpt2pt: nothing is converted: checkpoint 0_10 is incomplete: rank_1 may still be written")
     assert once(training, "--settle", "0") == 0
     assert training.results() == ["iter_0000010", TRACKER]
 
@@ -172,7 +172,7 @@ def test_broken_checkpoints_are_told_each_once_and_the_newest_decides(
     assert once(training) == 65
     err = capsys.readouterr().err
     for name in names:
-        assert err.count(f"is not whole: rank_1 is broken ({name}: ") == 1
+        assert err.count(f"is incomplete: rank_1 is broken ({name}: ") == 1
     assert training.results() == ["iter_0000020", TRACKER], "what is whole is converted nevertheless"
     assert once(training, "--stop-on-error") == 65
     assert once(training, "--forgive-broken-save") == 0
@@ -193,7 +193,7 @@ def test_an_incomplete_checkpoint_is_told_when_it_has_rested(
         [file] = (training.source / "rank_1").glob("*-0_20.ckpt")
         file.rename(file.with_suffix(".tmp"))
     assert once(training) == 0, "others may still come"
-    idle = "nothing is converted: checkpoint 0_20 is not whole" in capsys.readouterr().err
+    idle = "nothing is converted: checkpoint 0_20 is incomplete" in capsys.readouterr().err
     assert idle == (left == "rank"), "said when nothing else was done"
     rest(training)
     code, text = {
@@ -203,7 +203,7 @@ def test_an_incomplete_checkpoint_is_told_when_it_has_rested(
     }[left]
     said = training.folder / "last-word"
     assert once(training, "--termination-log", str(said)) == code
-    assert capsys.readouterr().err.count(f"checkpoint 0_20 is not whole: {text}") == 1
+    assert capsys.readouterr().err.count(f"checkpoint 0_20 is incomplete: {text}") == 1
     assert text in json.loads(said.read_text())["message"]
 
 
@@ -267,7 +267,7 @@ def test_a_follower_waits_for_its_source_and_says_so_once(
     told = [record.getMessage() for record in caplog.records]
     assert told == [
         f"waiting: source folder {training.source} is not there",
-        f"waiting: checkpoint in {training.source} is not whole: rank_0 is missing; rank_1 is missing",
+        f"waiting: checkpoint in {training.source} is incomplete: rank_0 is missing; rank_1 is missing",
     ]
     assert heard == [10]
     assert waits[-1] == "", "with a checkpoint there is nothing to wait for"
@@ -400,7 +400,7 @@ def test_with_once_it_waits_for_the_newest_and_then_converts_what_is_whole(
     words = ["--readiness-timeout", "0.2", "--termination-log", str(message)]
     assert once(training, *words) == 65
     assert training.results() == ["iter_0000010", TRACKER]
-    assert "after 0.2 s the checkpoint 0_20 is not whole: rank_1 is at 0_10" in capsys.readouterr().err
+    assert "after 0.2 s the checkpoint 0_20 is incomplete: rank_1 is at 0_10" in capsys.readouterr().err
     said = json.loads(message.read_text())
     assert (said["exitCode"], said["reason"], said["iteration"]) == (65, "InputWrong", 10)
     training.save(20, 1)

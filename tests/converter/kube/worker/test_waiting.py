@@ -112,7 +112,7 @@ def test_a_rank_that_never_comes(request_: Request, growing: Callable[..., threa
     growing((2, 0, 3), 0).join()
     with pytest.raises(MissingInputError) as caught:
         wait_until_whole(request_, Readiness(timeout_seconds=0.3), Account())
-    assert caught.value.what == "after 0.3 s the checkpoint 0_12 is not whole: rank_1 is missing"
+    assert caught.value.what == "after 0.3 s the checkpoint 0_12 is incomplete: rank_1 is missing"
 
 
 def test_a_rank_at_another_step(request_: Request) -> None:
@@ -122,7 +122,7 @@ def test_a_rank_at_another_step(request_: Request) -> None:
     file.rename(file.with_name("network_rank_3-0_7.ckpt"))
     with pytest.raises(InputError) as caught:
         wait_until_whole(request_, Readiness(timeout_seconds=0.2), Account())
-    assert caught.value.what == "after 0.2 s the checkpoint 0_12 is not whole: rank_3 is at 0_7"
+    assert caught.value.what == "after 0.2 s the checkpoint 0_12 is incomplete: rank_3 is at 0_7"
 
 
 def test_a_write_that_never_ends(request_: Request) -> None:
@@ -157,4 +157,4 @@ def test_whoever_watches_is_told_what_is_missing_once(
         wait_until_whole(request_, Readiness(timeout_seconds=0.3), Account())
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1
-    assert f"the checkpoint in {request_.source} is not whole: rank_0 is missing; rank_1 is missing" in told[0]
+    assert f"the checkpoint in {request_.source} is incomplete: rank_0 is missing; rank_1 is missing" in told[0]
