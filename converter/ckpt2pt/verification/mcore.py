@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.core.index import Collector, Index
-from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
 from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.state import State
 from ckpt2pt.core.topology import Rank
@@ -23,6 +22,7 @@ from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.prove import crcs_of
 from ckpt2pt.verification.report import NOTHING_PUBLISHED, Findings, Report
+from ckpt2pt.verification.structure import MODEL_FILE, OPTIM_FILE
 from ckpt2pt.verification.tensors import Held, Place, TensorComparison
 
 

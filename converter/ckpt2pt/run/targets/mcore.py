@@ -31,8 +31,8 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.publish import MEGATRON, Target
 from ckpt2pt.run.conversion import Conversion, Outcome, carry_out
 from ckpt2pt.run.rank import RankTask
-from ckpt2pt.run.run.targets.source import Source, paths_of, read_source
 from ckpt2pt.run.targets.request import McoreRequest
+from ckpt2pt.run.targets.source import Source, paths_of, read_source
 
 if TYPE_CHECKING:
     from ckpt2pt.verification.mcore import Expected
