@@ -138,14 +138,14 @@ def _add_run_to_come(parser: argparse.ArgumentParser, *, lists: bool) -> None:
         choices=("auto", "mcore", "legacy", *(["list"] if lists else [])),
         default="auto",
         **alone,
-        help="parameters of a result of --target-format megatron: mcore, or legacy for runs up to 0.17 with --use-legacy-models; default as the metadata says, else mcore (spec.target.names)"
+        help="parameters of a result of --target-format megatron: mcore, or legacy for runs up to 0.17 with --use-legacy-models; default auto, as the metadata says, else mcore (spec.target.names)"
         + ("; without a value: list every parameter with both its names" if lists else ""),
     )
     group.add_argument(
         "--transformer-impl",
         choices=("auto", "local", "transformer_engine"),
         default="auto",
-        help="the same flag of that run, which decides names and order; default as the metadata says, else local (spec.target.transformerImpl)",
+        help="the same flag of that run, which decides names and order; default auto, as the metadata says, else local (spec.target.transformerImpl)",
     )
     group.add_argument(
         "--megatron-version",

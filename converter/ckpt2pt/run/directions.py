@@ -58,7 +58,7 @@ def verify(
 
         return verify_target(request, stages, level=level, reader=reader, reporter=reporter)
     if isinstance(request, McoreRequest):
-        from ckpt2pt.run.targets.verify import verify_mcore  # noqa: PLC0415
+        from ckpt2pt.run.targets.mcore import verify_mcore  # noqa: PLC0415
 
         return verify_mcore(request, stages, level=level, reader=reader, reporter=reporter)
     from ckpt2pt.run.back.verify import verify_import  # noqa: PLC0415

@@ -50,10 +50,10 @@ class Style:
 
     @property
     def needs(self) -> str:
-        """The flags that a run needs to build the same model."""
+        """What a run needs to build the same model."""
         if self.names == "legacy":
-            return "--use-legacy-models, which releases up to 0.17 have"
-        return f"--transformer-impl {'transformer_engine' if self.transformer_engine else 'local'}"
+            return "legacy models, which releases up to 0.17 have"
+        return "the layer spec of Transformer Engine" if self.transformer_engine else "the local layer spec"
 
 
 class Registered(NamedTuple):

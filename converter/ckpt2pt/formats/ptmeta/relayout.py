@@ -15,8 +15,8 @@ from typing import Protocol, cast
 from ckpt2pt.core.buckets import Buffer
 from ckpt2pt.core.layout import Parameter, bucket_numel, lay_out, weight_decay_groups
 from ckpt2pt.core.names import local_layer
+from ckpt2pt.core.reshard import padded_rows
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.core.vocabulary import padded_rows
 from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.ptmeta.arguments import integer

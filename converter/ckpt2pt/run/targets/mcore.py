@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ckpt2pt.core.fill import moves_of
 from ckpt2pt.core.params import EMBEDDING, HEAD, layer_of
-from ckpt2pt.core.progress import Reporter
+from ckpt2pt.core.progress import Advance, Reporter
+from ckpt2pt.core.reshard import vocabulary_rows
 from ckpt2pt.core.slots import source_of
 from ckpt2pt.core.tensor import ROLES, Key
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.core.vocabulary import vocabulary_rows
 from ckpt2pt.engine.write import ReadPieces
 from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.formats.folders import keep_apart
@@ -27,6 +27,7 @@ from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.megatron.tree import seed_of
 from ckpt2pt.formats.megatron.write import McoreLayout
 from ckpt2pt.formats.torchfile.pickles import Value, namespace
+from ckpt2pt.io.paths import status
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import MEGATRON, Target
 from ckpt2pt.run.conversion import Conversion, Outcome, carry_out
@@ -36,6 +37,7 @@ from ckpt2pt.run.targets.source import Source, paths_of, read_source
 
 if TYPE_CHECKING:
     from ckpt2pt.verification.mcore import Expected
+    from ckpt2pt.verification.report import Report
 
 NO_OPTIMIZER = " and --no-load-optim --no-load-rng (it holds parameters only)"
 
@@ -271,3 +273,58 @@ def run_mcore(request: McoreRequest, reporter: Reporter, stages: Sequence[int]) 
     """Convert the given stages; what an earlier run finished is kept."""
     began = time.monotonic()
     return carry_out(conversion_of(request, stages), stages, reporter, began)
+
+
+def verify_mcore(
+    request: McoreRequest,
+    stages: Sequence[int],
+    *,
+    level: Literal["digest", "full"],
+    reader: Literal["own", "torch"],
+    reporter: Reporter,
+) -> Report:
+    """Verify the given stages of a result; ``full`` is ``digest``, and every element besides."""
+    if reader != "own":
+        raise UsageError(
+            f"{ref('reader')} is torch, which compares results of Megatron-LM 0.6 alone",
+            where=ref("spec"),
+            hint=f"leave {ref('reader')} out",
+            field="reader",
+        )
+    from ckpt2pt.verification.manifests import published, recorded_bytes, surplus  # noqa: PLC0415 - numpy, and only when asked for
+    from ckpt2pt.verification.prove import check_there, digests, joined, reports_of  # noqa: PLC0415 - the same
+
+    found = find(request)
+    target, layout = found.target, found.layout
+    check_there(target)
+    ranks = [(tp, pp) for pp in stages for tp in range(layout.topology.tensor)]
+    if level == "digest":
+        reports = digests(target, ranks, reporter)
+    else:
+        totals = {rank: recorded_bytes(target, rank) for rank in ranks}
+        reports = reports_of(
+            totals, target.iteration, reporter, lambda rank, advance: _verify(found, target, rank, advance)
+        )
+    listed = {
+        f"{layout.directory(rank)}/{file.name}" for rank in layout.topology.ranks() for file in layout.files(rank)[0]
+    }
+    return joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
+
+
+def _verify(found: Found, target: Target, rank: Rank, advance: Advance) -> Report:
+    from ckpt2pt.verification.manifests import digest_files  # noqa: PLC0415 - numpy, and only when asked for
+    from ckpt2pt.verification.mcore import compare_files  # noqa: PLC0415 - the same
+    from ckpt2pt.verification.report import Report  # noqa: PLC0415 - the same
+
+    folder = target.folder / found.layout.directory(rank)
+    results = {file.name: folder / file.name for file in found.layout.files(rank)[0]}
+    if not all(map(status, results.values())):  # the manifest tells what is not there
+        differences, nbytes = digest_files(target, rank, advance)
+        return Report(
+            folder=str(target.folder), level="full", differences=differences, checked_tensors=0, checked_bytes=nbytes
+        )
+    report, _ = compare_files(found.expected, rank, results, advance, found.layout.directory(rank))
+    differences, nbytes = digest_files(target, rank, advance)
+    return replace(
+        report, folder=str(target.folder), differences=(*differences, *report.differences), checked_bytes=nbytes
+    )
