@@ -39,7 +39,7 @@ HAS_EXTRA_STATE = frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense
 _SPLIT = {"word_embeddings_for_head"}.union(
     spelled.rpartition(".")[2]
     for row in (*LAYER_MODULES, *MODULES)
-    if row.kind.cuts["weight"] is not None
+    if row.kind.cuts.get("weight") is not None
     for spelled in (row.legacy, row.mindspore)
     if spelled
 )

@@ -36,6 +36,7 @@ from ckpt2pt.formats.mindspore.ranks import SourceFile
 from ckpt2pt.formats.mindspore.source import kept, paths_for
 from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, Layout, lay_out_again, lay_out_rank, prove_copies, rank_files
 from ckpt2pt.formats.ptmeta.files import RankFiles, arguments_file
+from ckpt2pt.formats.ptmeta.legacy import as_legacy, check_legacy
 from ckpt2pt.formats.ptmeta.metadata import RankMeta, read_template
 from ckpt2pt.formats.ptmeta.relayout import NewLayout, Relayout, relayout
 from ckpt2pt.formats.torchfile.archive import Archive
@@ -240,22 +241,24 @@ class Own:
         """The template of one rank; Megatron writes and reads the optimizer of the result as distributed."""
         stored, layout = self.headers(rank)
         if stored.copies is None:
-            return stored.template
+            return as_legacy(stored).template
         made = rank_files(stored, *rank, layout.buffers)
         args = with_attrs(made.tree["args"], {"use_distributed_optimizer": True})
         return _in_memory(replace(made, tree={**made.tree, "args": args}))
 
     def buffers(self, pp: int) -> Sequence[Buffer]:
-        """The buffers of the first rank of a stage."""
-        return [buffer for chunk in self.headers((0, pp))[1].buffers for buffer in chunk]
+        """The buffers of the first rank of a stage, as those of Megatron-LM 0.6."""
+        stored, layout = self.headers((0, pp))
+        return [buffer for chunk in rank_files(stored, 0, pp, layout.buffers).buffers for buffer in chunk]
 
     def meta(self, rank: Rank) -> RankMeta:
         """Of a rank of the same place."""
         stored, layout = self.headers(rank)
-        buffers = layout.buffers
+        check_legacy(stored)
+        buffers, old = rank_files(stored, *rank, layout.buffers).buffers, as_legacy(stored)
         if self.full and self.target_data:
-            buffers = lay_out_again(stored, rank[1], divisor=self.target_data, bucket_size=layout.bucket_numel)
-        names = [tuple(name for name, _ in chunk) for chunk in stored.chunks]
+            buffers = lay_out_again(old, rank[1], divisor=self.target_data, bucket_size=layout.bucket_numel)
+        names = [tuple(name for name, _ in chunk) for chunk in old.chunks]
         return RankMeta(template=self.arguments(rank), chunks=_chunks(names, buffers, self.where))
 
 
