@@ -117,3 +117,8 @@ def joined(name: str, parts: list[Array], *, gated: bool) -> Array:
         halves = [np.split(part, 2) for part in parts]
         return np.concatenate([half[number] for number in (0, 1) for half in halves])
     return np.concatenate(parts, 1 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 0)
+
+
+def odd_set() -> Path:
+    """The smallest set; parameters have sizes that are no multiples of 64."""
+    return golden_root() / "mcore" / "0.19.0" / "odd_dp2"

@@ -52,7 +52,7 @@ class Style:
     def needs(self) -> str:
         """What a run needs to build the same model."""
         if self.names == "legacy":
-            return "legacy models, which releases up to 0.17 have"
+            return "legacy models (releases up to 0.17)"
         return "the layer spec of Transformer Engine" if self.transformer_engine else "the local layer spec"
 
 

@@ -20,7 +20,7 @@ from ckpt2pt.core.slots import source_of
 from ckpt2pt.core.tensor import ROLES, Key
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.engine.write import ReadPieces
-from ckpt2pt.errors import UsageError, ref
+from ckpt2pt.errors import FormatError, UsageError, aside, ref
 from ckpt2pt.formats.folders import keep_apart
 from ckpt2pt.formats.megatron.order import Style
 from ckpt2pt.formats.megatron.payload import Template
@@ -127,14 +127,9 @@ def find(request: McoreRequest) -> Found:
     """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
     source = read_source(request)
     state, index = source.state, source.index
+    _check_model(source)
     topology = _topology(request, source)
     style, assumed = _style(request, source)
-    if source.dtype == "float16":
-        raise UsageError(
-            "the training is of fp16, whose loss scale a MindSpore checkpoint does not state",
-            where=source.where,
-            hint="convert to Megatron-LM 0.6, or a checkpoint of a bf16 training",
-        )
     held = source_of(index, Key("param", EMBEDDING), source.where).fused[0]
     rows = vocabulary_rows(state.args, held, topology.tensor)
     half = state.args.get("grad_reduce_in_bf16") is True
@@ -154,16 +149,44 @@ def find(request: McoreRequest) -> Found:
         where=source.where,
     )
     layout.check()
-    assumed["random generators"] = (
-        f"as at the start of a run with seed {seed_of(state)}; the source's have no counterpart"
-    )
+    assumed["random generators"] = f"as at the start of a run with seed {seed_of(state)}, not those of the source"
     found = Found(request, source, layout, assumed)
     keep_apart(found.target, {request.source: ref("source.path"), request.metadata: ref("metadata.path")})
     return found
 
 
+def _check_model(source: Source) -> None:
+    """Refuse what is not written: a mixture of experts, and fp16."""
+    expert = next((key.name for key in source.index if ".mlp.experts." in key.name or ".mlp.router." in key.name), None)
+    if expert:
+        raise FormatError(
+            f"{expert} is of a mixture of experts, which is not converted into this format",
+            where=source.where,
+            hint="give a checkpoint of a dense model",
+        )
+    if source.dtype == "float16":
+        raise FormatError(
+            "the training is of fp16, whose loss scale is not converted into this format",
+            where=source.where,
+            hint=f"choose another {ref('target.format')}, or a checkpoint of a bf16 training",
+        )
+
+
+_UNEVEN = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+"""Arguments of a run whose stages have different numbers of layers (megatron/training/arguments.py, 0.9 to 0.19)."""
+
+
 def _topology(request: McoreRequest, source: Source) -> Topology:
-    """How the result is laid out.  No-op layers are those that the source has no parameters of."""
+    """How the result is laid out.  No-op layers are those that the source has no parameters of.
+
+    Raises :class:`UsageError` for a run with uneven stages whose layers nobody counts.
+    """
     args, checkpoint = source.state.args, source.checkpoint
     layers = {layer for key in source.index if (layer := layer_of(key.name)) is not None}
     stated = args.get("num_layers")
@@ -174,6 +197,14 @@ def _topology(request: McoreRequest, source: Source) -> Topology:
         own = args.get("virtual_pipeline_model_parallel_size")
         same = args.get("pipeline_model_parallel_size") == pipeline
         virtual = own if same and type(own) is int and own > 0 else 1
+    uneven = next((name for name in _UNEVEN if args.get(name)), None)
+    if uneven and pipeline == args.get("pipeline_model_parallel_size") and not request.layers_per_stage:
+        raise UsageError(
+            f"the run has uneven stages ({uneven})",
+            where=source.state.where,
+            hint=f"give the layers of each stage{aside('model.layersPerStage')}",
+            field="model.layersPerStage",
+        )
     return Topology(
         num_layers=count,
         tensor=request.target_tensor or checkpoint.tensor,

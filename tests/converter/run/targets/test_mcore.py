@@ -21,10 +21,10 @@ from ckpt2pt.run.targets.mcore import find, run_mcore
 from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.verification.leaves import TensorLeaf, open_pt
 from mcore import expected
-from mcoresets import joined, mcore_sets, rank_arrays, script_of, sizes_of
+from mcoresets import joined, mcore_sets, odd_set, rank_arrays, script_of, sizes_of
 
 SETS = {f"{path.parent.name}-{path.name}": path for path in mcore_sets()}
-ODD = next(path for name, path in SETS.items() if name.endswith("odd_dp2"))
+ODD = odd_set()
 
 
 def asked(folder: Path, tmp_path: Path, *script: str, **more: Any) -> McoreRequest:
