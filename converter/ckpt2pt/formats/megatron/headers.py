@@ -250,7 +250,7 @@ def _named(
                 if experts
                 else f"{full} is of a mixture of experts, which ckpt2pt does not convert yet",
                 where=path,
-                hint="save it with --moe-grouped-gemm off, or with Transformer Engine"
+                hint="save it with an MLP for each expert, or with the grouped one of Transformer Engine"
                 if experts
                 else "give a checkpoint of a dense model; ckpt2pt verify and ckpt2pt.open read this one",
             )
