@@ -129,9 +129,12 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     "follow-one-iteration": ([("spec.follow", {}), ("spec.source.iteration", 5)], "spec.follow", "leave source.iteration out"),
     "no-interval": ([("spec.follow", {"intervalSeconds": 0})], "spec.follow.intervalSeconds", "greater than or equal to 1"),
     "no-metadata": ([("spec.metadata", ABSENT)], "spec.metadata", "name the pt_meta folder"),
-    "import-of-shards": (
-        [("spec.source.format", "Ckpt"), ("spec.target", {"path": "out", "format": "MindSpore"})],
-        "spec.target.format", "a MindSpore result is made from a Megatron checkpoint",
+    "shards-cut-anew-without-metadata": (
+        [
+            ("spec.source.format", "Ckpt"), ("spec.metadata", ABSENT),
+            ("spec.target", {"path": "out", "format": "MindSpore", "parallelism": {"tensor": 2}}),
+        ],
+        "spec.metadata", "name the pt_meta folder, which says where another layout",
     ),
     "import-that-follows": (
         [("spec.follow", {}), ("spec.target", {"path": "out", "format": "MindSpore"})],
@@ -366,6 +369,11 @@ ACCEPTED: dict[str, list[tuple[str, object]]] = {
     "another-layout": [
         ("spec.parallelism", {"pipeline": 3}),
         ("spec.target", {"path": "out", "parallelism": {"tensor": 4, "pipeline": 2}}),
+    ],
+    "shards-to-whole-files": [
+        ("spec.source.format", "Ckpt"),
+        ("spec.metadata", ABSENT),
+        ("spec.target", {"path": "out", "format": "MindSpore"}),
     ],
     "uneven-in-the-result": [
         ("spec.model.layersPerStage", [3, 1]),

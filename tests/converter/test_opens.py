@@ -60,6 +60,23 @@ def test_a_conversion_opens_each_source_once_for_its_header_and_once_for_its_pay
     assert {name: count for name, count in found.items() if count > (2 if name.startswith("ms/") else 1)} == {}
 
 
+@pytest.mark.parametrize("command", ["import", "convert"])
+def test_a_megatron_source_is_opened_for_its_header_its_proof_and_its_payload(
+    command: str, golden: Path, tmp_path: Path
+) -> None:
+    """And once to prove by the archive's own checksums what was read; 29 times before headers were kept."""
+    source = golden / "megatron06" / "b_tp2pp2" / "A"
+    words = [command, "--source", str(source), "--target", str(tmp_path), "--multiprocess-off", "--progress", "none"]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(source), *words], capture_output=True, text=True, check=True
+    )
+    code, found = json.loads(done.stdout.splitlines()[-1])
+    assert code == 0, done.stderr
+    counts = {name: count for name, count in found.items() if name.endswith(".pt")}
+    assert len(counts) == 8
+    assert max(counts.values()) <= 4, counts
+
+
 @pytest.mark.parametrize("read", [lambda path: read_whole(path, "it"), lambda path: sha256(path, "it")])
 def test_a_small_file_that_was_written_since_is_read_again(
     tmp_path: Path, read: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch

@@ -16,15 +16,14 @@ from ckpt2pt.discover.request import Pace
 from ckpt2pt.errors import UnmappedNameError
 from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.formats.ptmeta.capture import capture
-from ckpt2pt.run.back.request import BackRequest
-from ckpt2pt.run.back.run import run_back
 from ckpt2pt.show.preview import preview
 from ckpt2pt.verification.compare import compare
 from ckpt2pt.verification.prove import verify_target
 from ckptfiles import Tensor
-from conversions import Quiet, topology_of
+from conversions import topology_of
 from goldens import golden_sets
 from handmade import PREFIX, Handmade
+from imports import import_request, run_all
 from torchload import megatron_names
 
 NAME = "language_model.encoder.final_norm.weight"
@@ -128,8 +127,8 @@ def test_a_megatron_checkpoint_with_a_prefix_is_imported_as_without(form: str, t
                 torch.save(tree, path)
     pace = Pace(in_process=True)
     for name, source in (("one", tmp_path / "plain"), ("other", tmp_path / "A")):
-        outcome = run_back(
-            BackRequest(source=source, target=tmp_path / name, data=topology_of(golden).data, pace=pace), Quiet()
+        outcome = run_all(
+            import_request(source=source, target=tmp_path / name, data=topology_of(golden).data, pace=pace)
         )
         assert any("prefix module." in text for text in outcome.warnings) == (name == "other")
     compare(tmp_path / "one", tmp_path / "other").raise_differences()

@@ -13,17 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from ckpt2pt.discover.request import Pace
 from ckpt2pt.engine.write import Stop, write_files
 from ckpt2pt.formats.mindspore import index_file, read_scalar
 from ckpt2pt.formats.mindspore.entries import Entry, number_entry, text_entry
 from ckpt2pt.formats.mindspore.writer import CkptFile, mindspore_file
-from ckpt2pt.run.back.request import BackRequest
-from ckpt2pt.run.back.run import run_back
 from ckpt2pt.run.combine.merge import Combination, combine
 from ckptfiles import some_tensors
 from conversions import Quiet
 from goldens import REPOSITORY, golden_root
+from imports import import_request, run_all
 from torchload import leaves
 
 pytestmark = [pytest.mark.mindspore, pytest.mark.timeout(600)]  # importing mindspore alone takes a good while
@@ -85,7 +83,7 @@ def test_imported_files_are_loaded_with_equal_values(
     suffix: Literal["ckpt", "safetensors"], full: bool, tmp_path: Path
 ) -> None:
     source = golden_root() / "megatron06" / "b_st_tp2pp2_safetensors" / "A"
-    run_back(BackRequest(source=source, target=tmp_path, format=suffix, full=full, pace=Pace(in_process=True)), Quiet())
+    run_all(import_request(source=source, target=tmp_path, format=suffix, full=full))
     paths = sorted(tmp_path.glob("rank_*/network.*"))
     assert len(paths) == 4
     loaded = load(*paths)

@@ -26,8 +26,8 @@ from ckpt2pt.kube.worker.account import Account, Both
 if TYPE_CHECKING:
     from ckpt2pt.core.progress import Reporter
     from ckpt2pt.io.text import Document
-    from ckpt2pt.kube.conversion.schema import Readiness
-    from ckpt2pt.run.directions import AnyRequest
+    from ckpt2pt.kube.conversion.schema import Spec
+    from ckpt2pt.run.dispatch import AnyRequest
     from ckpt2pt.verification.compare import Comparison
     from ckpt2pt.verification.report import Report
 
@@ -206,18 +206,16 @@ def _close_stdout() -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     from ckpt2pt.kube.asked import spec_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415
-    from ckpt2pt.run.directions import run  # noqa: PLC0415
+    from ckpt2pt.run.dispatch import run  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
     if getattr(options, "debug", False):
         log.setLevel(logging.DEBUG)
     account: Account = options.account
     spec = spec_of(options)
-    request = resolve(spec, in_process=options.multiprocess_off)
-    account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
-        _wait(request, spec.readiness, account)
+        request = _complete(spec, account, in_process=options.multiprocess_off)
+        account.stages = stages = stages_of(options, request)
         outcome = run(request, stages, Both(account, reporter(options.progress)))
     account.converted(outcome)
     for remark in outcome.remarks:
@@ -226,11 +224,15 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _wait(request: AnyRequest, readiness: Readiness, account: Account) -> None:
-    if readiness.timeout_seconds:
-        from ckpt2pt.kube.worker.waiting import wait_until_whole  # noqa: PLC0415 - only when asked for
+def _complete(spec: Spec, account: Account, *, in_process: bool = False) -> AnyRequest:
+    """What is asked for, once its source is complete."""
+    if spec.readiness.timeout_seconds:
+        from ckpt2pt.kube.worker.waiting import request_when_complete  # noqa: PLC0415 - only when asked for
 
-        wait_until_whole(request, readiness, account)
+        return request_when_complete(spec, account, in_process=in_process)
+    from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415
+
+    return resolve(spec, in_process=in_process)
 
 
 def _watch(options: argparse.Namespace) -> int:
@@ -249,15 +251,13 @@ def _served(account: Account, port: int) -> AbstractContextManager[int]:
 
 def _plan(options: argparse.Namespace) -> int:
     from ckpt2pt.kube.asked import spec_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415
     from ckpt2pt.show.preview import planned, render  # noqa: PLC0415
 
     account: Account = options.account
     spec = spec_of(options)
-    request = resolve(spec)
-    account.stages = stages = stages_of(options, request)
     with _served(account, options.progress_port):
-        _wait(request, spec.readiness, account)
+        request = _complete(spec, account)
+        account.stages = stages = stages_of(options, request)
         plan = planned(request, stages, names=options.names == "list")
     account.planned(plan.document)
     _show(plan.document, render(plan.document, details=options.details), options)
@@ -277,7 +277,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from ckpt2pt.kube.asked import spec_of, stages_of  # noqa: PLC0415
     from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415
-    from ckpt2pt.run.directions import verify  # noqa: PLC0415
+    from ckpt2pt.run.dispatch import verify  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
     from ckpt2pt.verification.prove import verify_records  # noqa: PLC0415
 

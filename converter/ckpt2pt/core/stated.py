@@ -130,10 +130,10 @@ def carry(statement: Statement, scheduler: Mapping[str, object], groups: Sequenc
 
 def _matching(statement: Statement, group: Mapping[str, object]) -> dict[str, Stated]:
     """What the file's groups of the same weight decay say alike; where nothing tells their decay, what all say alike."""
-    decays = bool(group.get("wd_mult", 1.0))
-    kinds = [_decays(one) for one in statement.groups.values()]
+    wanted = bool(group.get("wd_mult", 1.0))
+    kinds = [decays(one) for one in statement.groups.values()]
     told = len(set(kinds)) > 1 and None not in kinds
-    alike = [one for one, kind in zip(statement.groups.values(), kinds, strict=True) if not told or kind == decays]
+    alike = [one for one, kind in zip(statement.groups.values(), kinds, strict=True) if not told or kind == wanted]
     keys = dict.fromkeys(key for one in alike for key in one if key != "wd_mult")
     found = {key: [one[key] for one in alike if key in one] for key in keys}
     stated = {key: values[0] for key, values in found.items() if all(one.equals(values[0].value) for one in values)}
@@ -144,7 +144,8 @@ def _matching(statement: Statement, group: Mapping[str, object]) -> dict[str, St
     return stated
 
 
-def _decays(group: Mapping[str, Stated]) -> bool | None:
+def decays(group: Mapping[str, Stated]) -> bool | None:
+    """Whether the weights of a group decay; None where it does not say."""
     for key in ("wd_mult", "weight_decay"):
         if key in group:
             return bool(group[key].value)

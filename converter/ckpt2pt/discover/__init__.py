@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt2pt.core.foldernames import is_iteration
 from ckpt2pt.core.names import NameTable, prefix_remark
 from ckpt2pt.core.stage import RankInput, RankPlan, plan_rank
 from ckpt2pt.core.topology import Rank
@@ -23,7 +24,7 @@ from ckpt2pt.formats.mindspore.ranks import SourceFile
 from ckpt2pt.formats.mindspore.source import files_for
 from ckpt2pt.formats.ptmeta.metadata import METADATA, RankMeta
 from ckpt2pt.io.records import Json
-from ckpt2pt.publish import Target
+from ckpt2pt.publish import MINDSPORE, Target
 
 __all__ = [
     "Discovered",
@@ -79,14 +80,10 @@ def discover(request: Request, keep: Collection[Rank] = ()) -> Discovered:
         inputs=inputs,
         headers=found.headers,
     )
-    keep_apart(
-        target_of(request, chosen),
-        {
-            request.shard_info: INFO,
-            request.metadata: METADATA,
-            request.source: ref("source.path"),
-        },
-    )
+    source, here = ref("source.path"), request.source
+    of_iteration = bool(request.files) and is_iteration(here.name)  # whatever else is in a Megatron root is no result's
+    read = {request.shard_info: INFO, request.metadata: METADATA, here: source}
+    keep_apart(target_of(request, chosen), {**read, here.parent: source} if of_iteration else read)
     return chosen
 
 
@@ -112,6 +109,15 @@ def prove_unchanged(request: Request, chosen: Discovered, rank: Rank) -> None:
 
 def target_of(request: Request, chosen: Discovered) -> Target:
     """The folder that the chosen checkpoint goes into."""
+    if request.files:
+        return Target(
+            root=request.target,
+            iteration=chosen.training_step.iteration,
+            identity=chosen.identity,
+            stages=request.topology.pipeline,
+            tensor=request.topology.tensor,
+            kind=MINDSPORE,
+        )
     return Target(
         root=request.target,
         iteration=chosen.training_step.iteration,

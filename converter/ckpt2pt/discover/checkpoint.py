@@ -59,6 +59,13 @@ class Discovered:
     headers: Mapping[Path, Header] = field(default_factory=dict[Path, "Header"])
     """What :func:`discover` was asked to keep, so that :func:`prepare` need not read those files again."""
 
+    def origin(self, rank: Rank, request: Request) -> Path:
+        """What a rank of the result is read from: a file, the folder of a Megatron rank, or the whole checkpoint."""
+        if request.source_topology:
+            return request.source
+        path = self.files[rank].path
+        return path.parent if request.source_format == "megatron" else path
+
     def read_for(self, rank: Rank, request: Request) -> tuple[SourceFile, ...]:
         """The files that a rank of the result is read from."""
         return files_for(rank, self.files, request)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from ckpt2pt.core.stage import check_layers
 from ckpt2pt.core.topology import Rank
@@ -15,6 +16,7 @@ from ckpt2pt.formats.ptmeta.metadata import (
     assumed,
     check,
     metadata_files,
+    param_map_files,
     read_arguments,
     read_rank_meta,
     read_stated,
@@ -25,7 +27,7 @@ from ckpt2pt.io.inputs import sha256
 
 def check_metadata(request: Request) -> None:
     """Refuse metadata that is not there, or of another layout."""
-    if request.metadata is None:
+    if request.files or request.metadata is None:
         return
     require(request.metadata, source=request.source, target=request.target)
     if stated := read_stated(request.metadata, allow=request.rules.pickle_globals):
@@ -61,8 +63,21 @@ def inputs_of_metadata(request: Request, rank: Rank) -> list[dict[str, object]]:
     """The small files of metadata by content; none where the source itself is what is read."""
     if request.metadata is None:
         return []
+    if request.files:
+        return _inputs_beside(request, request.metadata, rank)
     described = metadata_files(request.metadata, tp=rank[0], pp=rank[1])
     return [{"metadata": path.name, "sha256": sha256(path, METADATA)} for path in sorted(described)]
+
+
+def _inputs_beside(request: Request, folder: Path, rank: Rank) -> list[dict[str, object]]:
+    """The same for a MindSpore result: param maps of Megatron's ranks, or the arguments of the model."""
+    layout = request.source_topology
+    if request.source_format == "megatron":
+        ranks = [rank] if layout is None else layout.ranks()
+        files = [path for one in ranks for path in param_map_files(folder, *one)] if request.full else []
+    else:
+        files = [] if layout is None else [metadata_files(folder, tp=0, pp=0)[0]]
+    return [{"metadata": path.name, "sha256": sha256(path, METADATA)} for path in files]
 
 
 def assumptions(request: Request) -> dict[str, object]:

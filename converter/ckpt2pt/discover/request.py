@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
+from ckpt2pt.core.moves import OPTIM_KINDS
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import UsageError, ref
@@ -29,6 +30,21 @@ class Pace:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MindSporeFiles:
+    """The files of a MindSpore result.
+
+    ``contents`` are the kinds of tensors to be taken of the optimizer's state; ``copies`` writes a file for every data- and
+    context-parallel rank instead of the first alone; ``crc`` adds mindspore's checksum to a ``.ckpt``.
+    """
+
+    format: Literal["ckpt", "safetensors"] = "ckpt"
+    prefix: str = "network"
+    copies: bool = False
+    contents: tuple[str, ...] = OPTIM_KINDS
+    crc: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """All options of ``ckpt2pt convert``.
 
@@ -43,8 +59,10 @@ class Request:
     source: Path
     """Of Megatron the folder of the iteration."""
     metadata: Path | None
-    """None: what a Megatron source says itself."""
+    """None: what a Megatron source says itself.  Of an import the param maps that are proved."""
     target: Path
+    files: MindSporeFiles | None = None
+    """None: Megatron's."""
     full: bool = True
     source_format: str | None = None
     shard_info: Path | None = None
@@ -73,10 +91,13 @@ class Request:
 
     def identity_options(self) -> dict[str, object]:
         """The options that decide what is written, for the conversion's identity and the manifest."""
-        topology = self.topology
+        topology, files = self.topology, self.files
+        kind: dict[str, object] = {"format": "Megatron06"}
+        if files:
+            kind = {**asdict(files), "direction": "import"}
         return {
             "mode": "Full" if self.full else "ParamsOnly",
-            "format": "Megatron06",
+            **kind,
             "numLayers": topology.num_layers,
             "noopLayers": sorted(topology.noop),
             "layersPerStage": list(topology.layers_per_stage) if topology.layers_per_stage else None,

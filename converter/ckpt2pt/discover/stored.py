@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 from ckpt2pt.core.buckets import Buffer
@@ -25,25 +25,34 @@ from ckpt2pt.core.tensor import Key, Role
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.core.training_step import TrainingStep
 from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, changed, stat_of
+from ckpt2pt.discover.recent import Recent
 from ckpt2pt.discover.request import Request
-from ckpt2pt.errors import FormatError, MissingInputError, aside
+from ckpt2pt.errors import CoverageError, FormatError, MissingInputError, aside, ref
 from ckpt2pt.formats.megatron.headers import MegatronRank, rank_folders, read_rank
 from ckpt2pt.formats.megatron.payload import Template, tree_payload
-from ckpt2pt.formats.megatron.read import check_ranks, collect_rank, iteration_of, layout_of_ranks, read_headers
+from ckpt2pt.formats.megatron.read import check_ranks, collect_rank, iteration_of, layout_of_ranks, with_optimizer
 from ckpt2pt.formats.mindspore.filenames import UNNAMED
 from ckpt2pt.formats.mindspore.imported import missing_layers
 from ckpt2pt.formats.mindspore.ranks import SourceFile
 from ckpt2pt.formats.mindspore.source import kept, paths_for
-from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, Layout, lay_out_again, lay_out_rank, prove_copies, rank_files
-from ckpt2pt.formats.ptmeta.files import RankFiles, arguments_file
+from ckpt2pt.formats.ptmeta.capture import (
+    SAMPLE_NUMEL,
+    Layout,
+    lay_out_again,
+    lay_out_rank,
+    prove_copies,
+    prove_given,
+    rank_files,
+)
+from ckpt2pt.formats.ptmeta.files import RankFiles, arguments_file, render
 from ckpt2pt.formats.ptmeta.legacy import as_legacy, check_legacy
-from ckpt2pt.formats.ptmeta.metadata import RankMeta, read_template
+from ckpt2pt.formats.ptmeta.metadata import RankMeta, data_parallel_size, read_param_maps, read_template
 from ckpt2pt.formats.ptmeta.relayout import NewLayout, Relayout, relayout
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.pickles import with_attrs
 from ckpt2pt.io.checksums import Piece
 from ckpt2pt.io.files import write_all
-from ckpt2pt.io.paths import is_file
+from ckpt2pt.io.paths import is_file, status
 
 _ROLES: Mapping[bool, Mapping[Role, Role]] = {
     True: {"main_param": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
@@ -56,11 +65,7 @@ def layout_of(folder: Path, rules: Rules, listed: tuple[int, ...] | None = None)
     """The layout of an iteration by its folders, its arguments and its names; ``listed`` are the layers of each stage where they are given."""
     folders = rank_folders(folder)
     tensor, pipeline = parallel_sizes(folders)
-    ranks = {
-        rank: read_rank(folder, optimizer=False, allow=rules.pickle_globals)
-        for rank, folder in folders.items()
-        if not rank[0]
-    }
+    ranks = {rank: _model(folder, rules.pickle_globals) for rank, folder in folders.items() if not rank[0]}
     check_ranks(ranks, (tensor, pipeline))
     found = layout_of_ranks(ranks, tensor, pipeline, listed)
     if found.layers_per_stage and len(set(found.layers_per_stage)) == 1:
@@ -85,7 +90,7 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
     seen = {path: stat_of(path) for file in files.values() for path in file.paths}
     ranks: dict[Rank, MegatronRank] = {}
     for rank, rank_folder in folders.items():
-        headers = read_rank(rank_folder, optimizer=False, allow=request.rules.pickle_globals)
+        headers = _model(rank_folder, request.rules.pickle_globals)
         ranks[rank] = _outline(headers) if ranks else headers
     check_ranks(ranks, (layout.tensor, layout.pipeline))
     iteration, args = iteration_of(ranks.values(), folder), ranks[0, 0].template.args
@@ -120,7 +125,7 @@ def _file(folder: Path, *, full: bool) -> SourceFile:
 
 def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> RankSource:
     """The tensors of the rank of the same place; those of all ranks where the layout changes, cut anew."""
-    statement = Statement() if request.metadata is None else stated(request, chosen, rank)
+    statement = stated(request, chosen, rank)
     if request.source_topology is None:
         return RankSource(Resharded(entries=_entries(request, rank)), statement)
     wanted = Wanted(
@@ -130,18 +135,19 @@ def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> Ra
         tied=meta.tied,
         where=str(request.source),
     )
-    roles = _ROLES[request.full]
-    tensors = {
-        (new := Key(roles[key.role], key.name)): tensor._replace(key=new)
-        for key, tensor in tensors_for(request, chosen, rank).items()
-        if key.role in roles
+    found = tensors_for(request, chosen, rank)
+    tensors = {  # parameter by parameter, as they lie in a file
+        (new := Key(role, name)): found[old]._replace(key=new)
+        for name in dict.fromkeys(key.name for key in found)
+        for stored, role in _ROLES[request.full].items()
+        if (old := Key(stored, name)) in found
     }
     return RankSource(reshard(tensors, rank, wanted, NameTable(request.rules)), statement)
 
 
 def stated(request: Request, chosen: Discovered, rank: Rank) -> Statement:
     """What the checkpoint's own template states, where another one takes its place; the template itself otherwise."""
-    if request.metadata is None:
+    if request.metadata is None or request.files:
         return Statement()
     template = own_of(request).arguments((0, 0) if request.source_topology else rank)
     groups = enumerate(map(_stated, template.groups))
@@ -161,14 +167,16 @@ def prove_read(
     found = {"verified": 0, "notChecked": 0, "none": 0}
     for path in paths_for(rank, chosen.files, request):
         pieces = [*read.get(str(path), ())]
-        if request.metadata is None and not request.source_topology and path.name == MODEL_FILE:
-            template = own_of(request).arguments(rank)
+        own_template = request.files is not None or request.metadata is None
+        if own_template and not request.source_topology and path.name == MODEL_FILE:
+            own = own_of(request)
+            template = own.headers(rank)[0].template if request.files else own.arguments(rank)
             _, keys = tree_payload(template.tree, template.storages, template.path)
             pieces += [(template.storages[key].offset, 0, 0) for key in keys]  # copied as they are
         if request.verify == "none":
             found["notChecked"] += 1
         elif pieces:
-            Archive.open(path).prove_read(pieces)
+            Archive.prove_read(path, pieces)
             found["verified"] += 1
     return found
 
@@ -178,6 +186,7 @@ class _Entries(dict[str, TensorRef]):
 
     def __init__(self, request: Request, pp: int) -> None:
         self._table, self._roles, self._pp = NameTable(request.rules), _ROLES[request.full], pp
+        self._where = str(request.source)
 
     def add(self, role: Role, name: str, _: int, local: Local) -> None:
         """Take one tensor, if it is asked for."""
@@ -185,6 +194,12 @@ class _Entries(dict[str, TensorRef]):
             width, ref = DTYPE_BYTES[local.dtype], TensorRef(name, local.dtype, local.shape, ())
             extents = cut(local.storage, local.first * width, ref.numel * width)
             entry = entry_name(Key(self._roles[role], name), self._pp, self._table)
+            if entry in self:
+                raise CoverageError(
+                    f"two parameters become {entry}",
+                    where=self._where,
+                    hint=f"give each a name of its own in a rule file{aside('model.rules')}",
+                )
             self[entry] = ref._replace(name=entry, extents=extents)
 
 
@@ -231,11 +246,29 @@ class Own:
     full: bool
     target_data: int | None
     allow: tuple[str, ...] = field(default=())
+    maps: Path | None = None
+    """Param maps that were written by hand; None: computed."""
 
     def headers(self, rank: Rank) -> tuple[MegatronRank, Layout]:
         """The headers of a rank, and where its parameters lie in its buffers."""
-        model = self.folders[rank] / MODEL_FILE
-        return _headers(self.folders[rank], rank[1], self.full, self.allow, tuple(stat_of(model).values()))
+        folder = self.folders[rank]
+        key = (
+            folder,
+            rank,
+            self.full,
+            self.allow,
+            self.maps,
+            *_state(folder / MODEL_FILE),
+            *_state(folder / OPTIM_FILE),
+        )
+        return _PROVED.get(key, lambda: _headers(self, rank), lambda found: _tensors_in(found[0]))
+
+    def described(self, rank: Rank) -> dict[str, bytes]:
+        """The files of ``pt_meta`` of a rank."""
+        stored, layout = self.headers(rank)
+        key = (stored.folder, rank, self.full, self.maps, *_state(stored.folder / MODEL_FILE))
+        files = partial(rank_files, stored, *rank, layout.buffers)
+        return _DESCRIBED.get(key, lambda: render([files()], with_maps=stored.buffers is not None), _nbytes)
 
     def arguments(self, rank: Rank) -> Template:
         """The template of one rank; Megatron writes and reads the optimizer of the result as distributed."""
@@ -262,30 +295,61 @@ class Own:
         return RankMeta(template=self.arguments(rank), chunks=_chunks(names, buffers, self.where))
 
 
-@lru_cache(2)  # parts of a run ask for one rank in turn
-def _headers(
-    folder: Path, pp: int, full: bool, allow: tuple[str, ...], _: tuple[int, ...]
-) -> tuple[MegatronRank, Layout]:
-    if not full:
-        stored = read_rank(folder, optimizer=False, allow=allow)
+def _headers(own: Own, rank: Rank) -> tuple[MegatronRank, Layout]:
+    folder, stored = own.folders[rank], _model(own.folders[rank], own.allow)
+    if not own.full:
         return stored, Layout(buffers=(), bucket_numel=None, evidence="")
-    stored = read_headers(folder, allow)
+    stored = with_optimizer(stored, own.allow)
     if stored.buffers is None and stored.copies is None:
+        distributed = stored.template.args.get("use_distributed_optimizer") is True
         raise MissingInputError(
-            f"there is no {OPTIM_FILE}, and {MODEL_FILE} holds no optimizer",
+            f"{OPTIM_FILE} is not there" if distributed else f"{MODEL_FILE} holds no optimizer",
             where=folder,
-            hint=f"copy the whole iteration, or convert weights alone{aside('mode')}",
+            hint=f"copy the whole iteration with its optimizer, or convert weights alone{aside('mode')}",
         )
     if stored.copies is not None:
-        prove_copies(stored, at_most=SAMPLE_NUMEL)
-    return stored, lay_out_rank(stored, pp, at_most=SAMPLE_NUMEL)
+        evidence = prove_copies(stored, at_most=SAMPLE_NUMEL)
+        return stored, replace(lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL), evidence=evidence)
+    if own.maps is None:
+        return stored, lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL)
+    given = read_param_maps(own.maps, tp=rank[0], pp=rank[1], divisor=data_parallel_size(stored.template))
+    return stored, prove_given(stored, given, at_most=SAMPLE_NUMEL, where=own.maps)
+
+
+def _model(folder: Path, allow: tuple[str, ...]) -> MegatronRank:
+    """The headers of a rank without its optimizer."""
+    key = (folder, allow, *_state(folder / MODEL_FILE))
+    return _MODELS.get(key, lambda: read_rank(folder, optimizer=False, allow=allow), _tensors_in)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written; nothing where there is none."""
+    seen = status(path, ref("source.path"))
+    return (seen.st_ino, seen.st_size, seen.st_mtime_ns) if seen else ()
+
+
+def _tensors_in(rank: MegatronRank) -> int:
+    buckets = sum(len(buffer) for buffer in rank.buffers or ())
+    copies = sum(len(tensors) for chunk in rank.copies or () for tensors in chunk.values())
+    return sum(map(len, rank.chunks)) + 3 * buckets + copies
+
+
+def _nbytes(files: Mapping[str, bytes]) -> int:
+    return sum(map(len, files.values()))
+
+
+_DESCRIBED: Recent[dict[str, bytes]] = Recent(1 << 20)
+_MAX_KEPT = 1 << 14  # tensors, about 8 MiB
+_MODELS: Recent[MegatronRank] = Recent(_MAX_KEPT)
+_PROVED: Recent[tuple[MegatronRank, Layout]] = Recent(_MAX_KEPT)
 
 
 def own_of(request: Request) -> Own:
     """What the source of a request says of itself."""
     layout = request.source_topology or request.topology
     folders = rank_folders(request.source)
-    return Own(request.source, folders, layout, request.full, request.target_data, request.rules.pickle_globals)
+    maps = request.metadata if request.files else None
+    return Own(request.source, folders, layout, request.full, request.target_data, request.rules.pickle_globals, maps)
 
 
 def own_meta(request: Request, rank: Rank) -> RankMeta:

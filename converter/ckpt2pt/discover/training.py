@@ -46,10 +46,10 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
         info=request.shard_info,
         wanted_format=request.source_format,
     )
-    batch = template_of(request, first).global_batch_size
+    batch = _batch_size(request)
     if request.iteration is None:
         when = _given(request, found) or choose(found, last_saved(request.source, layout))
-        training_step = _training_step(found[when][first], batch, headers)
+        training_step = _clock_of(request, when, found[when][first], batch, headers)
         training_step = _with_rivals(
             training_step, when, {other: files[first] for other, files in found.items()}, batch, headers
         )
@@ -111,7 +111,7 @@ def _given(request: Request, found: Mapping[CheckpointId, object]) -> Checkpoint
 def when_of_iteration(request: Request, files: Mapping[CheckpointId, SourceFile]) -> CheckpointId | None:
     """Which of the first rank's files is of ``request.iteration``; None while there is none, or more than one."""
     first = next(iter(request.topology.ranks()))
-    batch = template_of(request, first).global_batch_size
+    batch = _batch_size(request)
     found = {when: {first: file} for when, file in files.items()}
     try:
         return _choose_iteration(found, first, batch, _Headers(()), request)[0]
@@ -154,6 +154,25 @@ class _Headers:
         """Whether a file holds data-parallel shards."""
         self.facts(path)
         return path in self._sharded
+
+
+def _batch_size(request: Request) -> int | None:
+    """Samples of an iteration; a MindSpore result needs no metadata that would tell them."""
+    if request.files and request.metadata is None:
+        return None
+    return template_of(request, (0, 0)).global_batch_size
+
+
+def _clock_of(
+    request: Request, when: CheckpointId, file: SourceFile, batch: int | None, headers: _Headers
+) -> TrainingStep:
+    """The time of the chosen file; a MindSpore result says what its source says, which need not be its iteration."""
+    try:
+        return _training_step(file, batch, headers)
+    except InputError:
+        if request.files is None:
+            raise
+        return TrainingStep(iteration=max(when[1], 0), samples=None, iteration_source="the name of the file")
 
 
 def _training_step(file: SourceFile, batch: int | None, headers: _Headers) -> TrainingStep:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         TargetFormat,
         TransformerImpl,
     )
-    from ckpt2pt.run.directions import AnyRequest
+    from ckpt2pt.run.dispatch import AnyRequest
 
 _FORMATS: Mapping[str, SourceFormat] = {
     "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",
@@ -182,7 +182,7 @@ def _target(options: argparse.Namespace, path: str) -> Target:
 
 def stages_of(options: argparse.Namespace, request: AnyRequest) -> tuple[int, ...]:
     """The pipeline stages to work on: ``--stage``, else this pod's completion index, else all."""
-    from ckpt2pt.run.directions import pipeline_of  # noqa: PLC0415
+    from ckpt2pt.run.dispatch import pipeline_of  # noqa: PLC0415
 
     count = pipeline_of(request)
     stages: list[int] | None = options.stage

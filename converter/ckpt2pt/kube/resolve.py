@@ -1,4 +1,4 @@
-"""What is asked for, completed by what the metadata and the source state: a Spec becomes the request of its direction."""
+"""What is asked for, completed by what the metadata and the source state: a Spec becomes a Request."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
-from ckpt2pt.discover.request import Pace, Request, Verify
+from ckpt2pt.discover.request import MindSporeFiles, Pace, Request, Verify
 from ckpt2pt.errors import Ckpt2ptError, TopologyError, UsageError, aside, ref, refs
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
 from ckpt2pt.formats.ptmeta.metadata import Given, learn
 from ckpt2pt.kube.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
-from ckpt2pt.run.back.request import BackRequest
+from ckpt2pt.run.dispatch import AnyRequest
 from ckpt2pt.run.targets.request import McoreRequest
-
-if TYPE_CHECKING:
-    from ckpt2pt.run.directions import AnyRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -30,7 +27,7 @@ def resolve(spec: Spec, *, in_process: bool = False) -> AnyRequest:
     """The request of a spec with folders of this machine, whose kind is that of the target."""
     if spec.target.format == "Megatron":
         return resolve_mcore(spec, in_process=in_process)
-    return (resolve_import if spec.target.format == "MindSpore" else resolve_convert)(spec, in_process=in_process)
+    return resolve_request(spec, in_process=in_process)
 
 
 def resolve_mcore(spec: Spec, *, in_process: bool = False) -> McoreRequest:
@@ -77,19 +74,22 @@ _TRANSFORMERS: Mapping[str, Literal["auto", "local", "transformer_engine"]] = {
 }  # fmt: skip
 
 
-def resolve_convert(spec: Spec, *, in_process: bool = False) -> Request:
-    """The request of a conversion to Megatron; only ``pt_meta`` and names of folders are read.
+def resolve_request(spec: Spec, *, in_process: bool = False) -> Request:
+    """The request of a spec with folders of this machine; only ``pt_meta``, names of folders and Megatron's arguments are read.
 
-    Raises :class:`UsageError` or :class:`TopologyError` for sizes that contradict the metadata, or that nothing states.
+    Raises :class:`UsageError` or :class:`TopologyError` for sizes that contradict what is there, or that nothing states, and
+    for names of files that a conversion would pass by.
     """
-    rules = _rules(spec)
-    source, metadata, target = Path(spec.source.path), Path(spec.metadata.path), Path(spec.target.path)
-    megatron = _is_megatron(spec)
+    rules, files = _rules(spec), _files(spec)
+    source, target = Path(spec.source.path), Path(spec.target.path)
+    megatron = is_megatron(spec)
     if megatron:
         from ckpt2pt.formats.megatron.read import source_folder  # noqa: PLC0415 - for Megatron sources
 
         source = source_folder(source, spec.source.iteration)  # whatever the tracker names meanwhile
         topology, saved = _of_megatron(spec, source, rules)
+    elif files:
+        topology, saved = _to_mindspore(spec, rules)
     else:
         topology, saved = _of_mindspore(spec, rules)
     info = spec.source.opt_shard_info_path
@@ -97,8 +97,9 @@ def resolve_convert(spec: Spec, *, in_process: bool = False) -> Request:
         topology=topology,
         source_topology=saved,
         source=source,
-        metadata=metadata if spec.metadata.path else None,
+        metadata=Path(spec.metadata.path) if spec.metadata.path else None,
         target=target,
+        files=files,
         full=spec.mode == "Full",
         source_format="megatron" if megatron else _FILES.get(spec.source.format),
         iteration=spec.source.iteration,
@@ -114,23 +115,38 @@ def resolve_convert(spec: Spec, *, in_process: bool = False) -> Request:
     )
 
 
+def _files(spec: Spec) -> MindSporeFiles | None:
+    if spec.target.format != "MindSpore":
+        return None
+    asked = spec.target.mindspore
+    _check_prefix(asked.prefix, asked.format.lower())
+    return MindSporeFiles(
+        format="safetensors" if asked.format == "Safetensors" else "ckpt",
+        prefix=asked.prefix,
+        copies=asked.all_replicas,
+        contents=tuple(kind for kind, content in CONTENTS.items() if content in asked.contents),
+    )
+
+
 _OTHER = refs("target.parallelism.tensor", "target.parallelism.pipeline", "target.parallelism.virtualPipeline")
 _FILES = {"Ckpt": "ckpt", "Safetensors": "safetensors"}
 """Formats of MindSpore's files, where one of them is asked for."""
 
 
-def _is_megatron(spec: Spec) -> bool:
-    """Whether the source is a Megatron checkpoint, as it is said or as it looks; a source to come has to be said.
+def is_megatron(spec: Spec) -> bool:
+    """Whether the source is a Megatron checkpoint, as it is said or as it looks.
 
-    Raises :class:`UsageError` for any other source without metadata.
+    A source to come has to be said, but for a MindSpore result, which is made from Megatron unless MindSpore's files are there.
+    Raises :class:`UsageError` for a MindSpore source of a Megatron result without metadata.
     """
-    megatron = spec.source.format == "Megatron"
+    megatron, imported = spec.source.format == "Megatron", spec.target.format == "MindSpore"
     if spec.source.format == "Auto":
         from ckpt2pt.formats.registry import detect  # noqa: PLC0415 - only where it is not said
 
+        megatron = imported
         with suppress(Ckpt2ptError):  # what is wrong with it, its reader says
             megatron = detect(Path(spec.source.path)) == "megatron"
-    if not megatron and not spec.metadata.path:
+    if not megatron and not imported and not spec.metadata.path:
         raise UsageError(
             f"{ref('metadata.path')} is missing, and the source is no Megatron checkpoint",
             where=spec.source.path,
@@ -138,6 +154,40 @@ def _is_megatron(spec: Spec) -> bool:
             field="metadata.path",
         )
     return megatron
+
+
+def _to_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
+    """From MindSpore to MindSpore: the same ranks, or another layout of the model that ``pt_meta`` describes."""
+    from ckpt2pt.formats.mindspore.degrees import source_layout  # noqa: PLC0415 - for this alone
+
+    own, result, path = spec.parallelism, spec.target.parallelism, Path(spec.source.path)
+    sizes = own.tensor, own.pipeline, own.data, own.context
+    source = source_layout(path, sizes, Topology(num_layers=1), rules)
+    tensor, pipeline = result.tensor or source.tensor, result.pipeline or source.pipeline
+    if (tensor, pipeline) == (source.tensor, source.pipeline) and not result.virtual_pipeline:
+        return source, None
+    if not spec.metadata.path:
+        raise UsageError(
+            f"{ref('metadata.path')} is missing, which says where layers and heads of another layout may be cut",
+            where=path,
+            hint=f"give the pt_meta folder of the model, or leave {_OTHER} out",
+            field="metadata.path",
+        )
+    noop, layers = spec.model.noop_layers, spec.model.num_layers
+    given = Given(num_layers=layers, data=1, noop=None if noop is None else frozenset(noop))
+    model = learn(
+        given, source=path, metadata=Path(spec.metadata.path), target=Path(spec.target.path), allow=rules.pickle_globals
+    )
+    target = replace(
+        model,
+        tensor=tensor,
+        pipeline=pipeline,
+        virtual=result.virtual_pipeline or own.virtual_pipeline or 1,
+        data=source.data,
+        context=source.context,
+        layers_per_stage=spec.model.layers_per_stage,
+    )
+    return target, source
 
 
 def _of_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
@@ -166,13 +216,17 @@ def _of_megatron(spec: Spec, folder: Path, rules: Rules) -> tuple[Topology, Topo
     from ckpt2pt.discover.stored import layout_of  # noqa: PLC0415 - for Megatron sources
 
     model, own, result = spec.model, spec.parallelism, spec.target.parallelism
-    listed = model.layers_per_stage
+    listed, imported = model.layers_per_stage or None, spec.target.format == "MindSpore"
     try:
-        found = layout_of(folder, rules)
+        found = layout_of(folder, rules, listed if imported else None)
     except TopologyError:  # uneven stages with no-op layers are told apart by who knows them
-        if not listed or result.pipeline or result.virtual_pipeline:
+        if imported or not listed or result.pipeline or result.virtual_pipeline:
             raise
         found = layout_of(folder, rules, listed)
+    if imported and (result.pipeline or result.virtual_pipeline):  # those of an import are the checkpoint's
+        listed = None
+    if model.noop_layers:
+        replace(found, noop=frozenset(model.noop_layers))  # which refuses numbers that no layer can have
     given = {
         "model.numLayers": (model.num_layers, found.num_layers),
         "parallelism.tensor": (own.tensor, found.tensor),
@@ -199,54 +253,13 @@ def _of_megatron(spec: Spec, folder: Path, rules: Rules) -> tuple[Topology, Topo
         listed = found.layers_per_stage
     if listed and len(set(listed)) == 1:
         listed = None
+    found = replace(found, data=own.data or 1, context=own.context or 1) if imported else found
     target = replace(
         found, tensor=result.tensor or found.tensor, pipeline=pipeline, virtual=virtual, layers_per_stage=listed
     )
+    if target.remark:
+        log.warning("%s", target.remark)
     return target, None if target == found else found
-
-
-def resolve_import(spec: Spec, *, in_process: bool = False) -> BackRequest:
-    """The request of an import; nothing is read.
-
-    Raises :class:`UsageError` for a name of the files that a conversion would pass by, or that names a rank.
-    """
-    files, own, result = spec.target.mindspore, spec.parallelism, spec.target.parallelism
-    if spec.source.format not in {"Auto", "Megatron"}:
-        raise UsageError(
-            f"{ref('target.format')} is mindspore, and {ref('source.format')} {spec.source.format.lower()}",
-            where=ref("spec"),
-            hint="name a Megatron checkpoint; shards of a MindSpore training are merged by ckpt2pt combine",
-            field="target.format",
-        )
-    suffix = files.format.lower()
-    _check_prefix(files.prefix, suffix)
-    noop = spec.model.noop_layers
-    return BackRequest(
-        source=Path(spec.source.path),
-        iteration=spec.source.iteration,
-        target=Path(spec.target.path),
-        maps=Path(spec.metadata.path) if spec.metadata.path else None,
-        num_layers=spec.model.num_layers,
-        tensor=own.tensor,
-        pipeline=own.pipeline,
-        virtual=own.virtual_pipeline,
-        target_tensor=result.tensor,
-        target_pipeline=result.pipeline,
-        target_virtual=result.virtual_pipeline,
-        data=own.data or 1,
-        context=own.context or 1,
-        noop=None if noop is None else frozenset(noop),
-        layers_per_stage=spec.model.layers_per_stage or None,
-        full=spec.mode == "Full",
-        contents=tuple(kind for kind, content in CONTENTS.items() if content in files.contents),
-        prefix=files.prefix,
-        format="safetensors" if files.format == "Safetensors" else "ckpt",
-        copies=files.all_replicas,
-        rules=_rules(spec),
-        overwrite=spec.target.overwrite,
-        verify=_verify(spec),
-        pace=Pace(workers=spec.workers.processes, in_process=in_process, timeout=spec.workers.rank_timeout_seconds),
-    )
 
 
 def _check_prefix(prefix: str, suffix: str) -> None:

@@ -17,7 +17,7 @@ from ckpt2pt.kube.conversion.spelling import in_python, of_function, spelled_doc
 if TYPE_CHECKING:
     from ckpt2pt.discover.request import Verify
     from ckpt2pt.run.conversion import Outcome
-    from ckpt2pt.run.directions import AnyRequest
+    from ckpt2pt.run.dispatch import AnyRequest
     from ckpt2pt.show.preview import Plan
     from ckpt2pt.verification.compare import Comparison
 
@@ -57,8 +57,8 @@ class Asked(TypedDict, total=False):
 
     ``source`` is a MindSpore training output, with ``metadata``, the ``pt_meta`` folder; or a Megatron checkpoint, which
     says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors`` or
-    ``megatron``, ``target_format`` ``megatron06``, ``megatron`` (with ``names``,
-    ``transformer_impl`` and ``megatron_version``) or ``mindspore`` (from Megatron).  Sizes that are not given are those
+    ``megatron``, ``target_format`` ``megatron06``, ``megatron`` (with ``names``, ``transformer_impl`` and
+    ``megatron_version``) or ``mindspore``.  Sizes that are not given are those
     that metadata or checkpoint state; those of the result (``target_tp`` and its like) are those of the source.
     ``verify`` is ``none``, ``digest`` or ``full``.
     """
@@ -97,7 +97,7 @@ def convert(**asked: Unpack[Asked]) -> Outcome:
     which it raises :class:`~ckpt2pt.errors.InterruptedRunError`.
     """
     from ckpt2pt.core.progress import SILENCE  # noqa: PLC0415
-    from ckpt2pt.run.directions import pipeline_of, run  # noqa: PLC0415
+    from ckpt2pt.run.dispatch import pipeline_of, run  # noqa: PLC0415
 
     request = _request(asked)
     return run(request, range(pipeline_of(request)), SILENCE)
@@ -109,7 +109,7 @@ def plan(**asked: Unpack[Asked]) -> Plan:
 
     ``document`` is that of ``ckpt2pt plan --output json``; ``check()`` raises what would keep it from being written.
     """
-    from ckpt2pt.run.directions import pipeline_of  # noqa: PLC0415
+    from ckpt2pt.run.dispatch import pipeline_of  # noqa: PLC0415
     from ckpt2pt.show.preview import planned  # noqa: PLC0415
 
     request = _request(asked)

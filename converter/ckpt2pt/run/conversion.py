@@ -9,6 +9,7 @@ measure every rank asked for            nothing has been written; everything tha
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt import __version__
+from ckpt2pt.core.foldernames import rank_name
 from ckpt2pt.core.moves import moves
 from ckpt2pt.core.names import rules_remark
 from ckpt2pt.core.progress import Reporter
@@ -28,11 +30,13 @@ from ckpt2pt.discover import Discovered, discover, distinct, prepare, prove_unch
 from ckpt2pt.discover.checkpoint import kind_of
 from ckpt2pt.discover.loading import check_loadable, contradictions_of, kept_of_template, made_up
 from ckpt2pt.discover.metadata import assumptions
+from ckpt2pt.discover.mindspore import prepare_mindspore, unmet_by
 from ckpt2pt.discover.request import Pace, Request, Verify
 from ckpt2pt.engine.readback import is_whole
 from ckpt2pt.engine.write import ReadPieces
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError, of_rank, printable, ref
 from ckpt2pt.formats.folders import COVERED, covered
+from ckpt2pt.formats.megatron.resume import warning
 from ckpt2pt.formats.ptmeta.metadata import RankMeta
 from ckpt2pt.io.paths import is_folder
 from ckpt2pt.io.records import Json
@@ -41,6 +45,8 @@ from ckpt2pt.io.volume import check_volume
 from ckpt2pt.publish import Target
 from ckpt2pt.run.pool import stopped_by_signals, work_through
 from ckpt2pt.run.rank import RankTask
+
+log = logging.getLogger("ckpt2pt")
 
 
 def _nothing(_: Target, __: int) -> tuple[str, ...]:
@@ -152,12 +158,12 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """The source of one rank on its way to Megatron."""
+    """The source of one rank."""
 
     request: Request
     chosen: Discovered
     rank: Rank
-    meta: RankMeta
+    meta: RankMeta | None = None
     """Held for as long as the rank is written: what its files copy may lie in memory that it owns."""
 
     def prove_unchanged(self) -> None:
@@ -169,9 +175,31 @@ class _Reading:
         return kind.prove_read(self.request, self.chosen, self.rank, read, every_byte=every_byte)
 
     def prove_result(self, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:
-        from ckpt2pt.verification.prove import prove_partials  # noqa: PLC0415 - a second reader, loaded only when asked for
+        if self.request.files:
+            from ckpt2pt.verification.imported import prove_import  # noqa: PLC0415 - a second reader, only when asked for
+
+            return prove_import(self.request, self.chosen, self.rank, partials, heed=heed)
+        from ckpt2pt.verification.prove import prove_partials  # noqa: PLC0415 - the same
 
         return prove_partials(self.request, self.chosen, self.rank, partials, heed=heed)
+
+
+def _plan_mindspore(request: Request, chosen: Discovered, rank: Rank, target: Target) -> RankTask:
+    prepared = prepare_mindspore(request, chosen, rank)
+    return RankTask(
+        rank=rank,
+        target=target,
+        reading=_Reading(request, chosen, rank),
+        verify=request.verify,
+        repair=request.overwrite,
+        files=prepared.files,
+        moves=prepared.moves,
+        metadata=prepared.metadata,
+        copies=prepared.copies,
+        source_bytes=prepared.source_bytes,
+        facts={"source": str(chosen.origin(rank, request)), "evidence": prepared.evidence},
+        remarks=prepared.remarks,
+    )
 
 
 def _plan(request: Request, chosen: Discovered, rank: Rank, target: Target) -> RankTask:
@@ -204,31 +232,51 @@ def _examine(request: Request, chosen: Discovered, target: Target, pp: int) -> t
 
 
 def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
-    """Convert the given pipeline stages; what an earlier run finished is kept."""
+    """Convert the given pipeline stages of the result; what an earlier run finished is kept."""
     began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
     chosen = discover(request, keep=ranks)
+    log.debug("iteration %d of %s, cut as %s", chosen.training_step.iteration, request.source, request.source_layout)
+    layout = request.topology
+    for rank in ranks:
+        place = rank_name(layout.source_rank(*rank)) if request.files else layout.directory(*rank)
+        log.debug("tp %d pp %d: %s -> %s", *rank, chosen.origin(rank, request), place)
+    conversion = _conversion(request, chosen, stages, ranks)
+    outcome = carry_out(conversion, stages, reporter, began)
+    for tp, pp in outcome.converted:
+        done = outcome.target.rank_manifest(tp, pp) or {}
+        log.debug("tp %d pp %d: wrote %s %s", tp, pp, done.get("files"), done.get("evidence", ""))
+    return outcome
+
+
+def _conversion(request: Request, chosen: Discovered, stages: Sequence[int], ranks: Sequence[Rank]) -> Conversion:
     target = target_of(request, chosen)
-    conversion = Conversion(
+    found = Conversion(
         target=target,
         pace=request.pace,
         verify=request.verify,
         overwrite=request.overwrite,
         identity_options=request.identity_options(),
-        facts={"assumed": assumptions(request)},
+        facts={},
         inputs=chosen.inputs,
         conflicts=chosen.training_step.conflicts,
-        warnings=(*contradictions_of(request, chosen, ranks[0]), *made_up(request)) if ranks else (),
-        how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
-        kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
-        prepare=partial(_plan, request, chosen),
+        warnings=(),
+        prepare=partial(_plan_mindspore if request.files else _plan, request, chosen),
         examine=partial(_examine, request, chosen),
     )
+    if request.files:
+        return replace(found, warnings=warning(unmet_by(request, stages), full=request.full))
     if is_folder(target.folder, target.kind.option):
         for rank in ranks:  # one that an earlier run finished is not planned, which would check it
             with of_rank(rank):
                 check_loadable(request, rank)
-    return carry_out(conversion, stages, reporter, began)
+    return replace(
+        found,
+        facts={"assumed": assumptions(request)},
+        warnings=(*contradictions_of(request, chosen, ranks[0]), *made_up(request)) if ranks else (),
+        how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
+        kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
+    )
 
 
 def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter, began: float) -> Outcome:

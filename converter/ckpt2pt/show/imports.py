@@ -1,69 +1,55 @@
-"""The plan of an import, in the form of any other plan."""
+"""The plan of a MindSpore result, in the form of any other plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from ckpt2pt.core.extents import TensorRef
-from ckpt2pt.core.names import local_layer, prefix_remark
+from ckpt2pt.core.names import NameTable, local_layer
 from ckpt2pt.core.topology import Rank, Topology
+from ckpt2pt.discover import Discovered, discover, target_of
+from ckpt2pt.discover.mindspore import MindSporeRank, prepare_mindspore, unmet_by
+from ckpt2pt.discover.request import Request
 from ckpt2pt.formats.megatron.resume import warning
 from ckpt2pt.formats.mindspore.entries import Entry
-from ckpt2pt.formats.mindspore.imported import payload_bytes
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import Target
-from ckpt2pt.run.back.discover import BackPrepared, BackSurvey, prepare_back, survey_back
-from ckpt2pt.run.back.request import BackRequest
-from ckpt2pt.run.back.run import keep_import_apart, meta_folder, target_back
-from ckpt2pt.show.preview import Plan, slots_of, with_ranks
+from ckpt2pt.show.preview import Plan, head_of, slots_of, with_ranks
 
 
-def planned_import(request: BackRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
+def planned_mindspore(request: Request, stages: Sequence[int], *, names: bool = False) -> Plan:
     """Plan every rank of the given stages of the result, from headers and a few elements of each parameter."""
-    found = survey_back(request)
-    target = target_back(request, found)
-    keep_import_apart(request, found, target)
+    wanted = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
+    chosen = discover(request, keep=wanted)
+    target = target_of(request, chosen)
     ranks: list[Json] = []
-    warnings = dict.fromkeys(warning(found.unmet, full=request.full))
-    for rank in ((tp, pp) for pp in stages for tp in range(found.layout.tensor)):
-        prepared = prepare_back(request, found, rank)
-        warnings |= dict.fromkeys([prefix_remark(prepared.prefix)] if prepared.prefix else [])
-        ranks.append(_rank(request, found, target, rank, prepared, names=names))
-    head: Json = {
-        "iteration": found.iteration,
-        "because": "the checkpoint",
-        "doubts": [],
-        "warnings": [*warnings],
-        "fromTemplate": [],
-        "consumedSamples": found.samples,
-        "identity": found.identity,
-        "target": str(target.folder),
-        "options": request.identity_options(found.layout),
-    }
-    document = with_ranks(head, ranks, target, request.workers)
-    return Plan(document=document, target=target, overwrite=request.overwrite)
+    warnings = dict.fromkeys(warning(unmet_by(request, stages), full=request.full))
+    for rank in wanted:
+        prepared = prepare_mindspore(request, chosen, rank)
+        warnings |= dict.fromkeys(prepared.remarks)
+        ranks.append(_rank(request, chosen, target, rank, prepared, names=names))
+    head = head_of(request, chosen, target, [*warnings], ())
+    return Plan(document=with_ranks(head, ranks, target, request.workers), target=target, overwrite=request.overwrite)
 
 
 def _rank(
-    request: BackRequest, found: BackSurvey, target: Target, rank: Rank, prepared: BackPrepared, *, names: bool
+    request: Request, chosen: Discovered, target: Target, rank: Rank, prepared: MindSporeRank, *, names: bool
 ) -> Json:
     tp, pp = rank
     folder, _, name = prepared.files[0].name.rpartition("/")
     alone = len(prepared.files) == 1
+    layout, read = request.topology, chosen.read_for(rank, request)
     return {
         "stage": pp,
         "tp": tp,
-        "source": str(found.origin(rank)),
+        "source": str(chosen.origin(rank, request)),
         "directory": folder if alone else "",
-        "bytesToRead": payload_bytes(prepared.entries),
+        "bytesToRead": prepared.source_bytes,
         "files": [{"name": name if alone else file.name, "nbytes": file.lay_out().nbytes} for file in prepared.files],
-        "metadata": [
-            {"name": f"{meta_folder(found)}/{name}", "nbytes": len(content)}
-            for name, content in prepared.metadata.items()
-        ],
-        "chunks": [_chunk(found.layout, pp, vpp, prepared.entries, names=names) for vpp in range(found.layout.virtual)],
-        "shards": [],
-        "shardInfo": "",
+        "metadata": [{"name": name, "nbytes": len(content)} for name, content in prepared.metadata.items()],
+        "chunks": [_chunk(request, pp, vpp, prepared.entries, names=names) for vpp in range(layout.virtual)],
+        "shards": [str(path) for file in read for path in file.peers],
+        "shardInfo": str(read[0].info or ""),
         "ignored": {},
         "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in prepared.copies)],
         "evidence": prepared.evidence,
@@ -71,9 +57,15 @@ def _rank(
     }
 
 
-def _chunk(layout: Topology, pp: int, vpp: int, entries: Sequence[Entry], *, names: bool) -> Json:
+def _chunk(request: Request, pp: int, vpp: int, entries: Sequence[Entry], *, names: bool) -> Json:
     """What of a rank is of one model chunk; MindSpore's file holds all of them."""
-    held = [(entry, entry.source) for entry in entries if isinstance(entry.source, TensorRef)]
+    layout, table, megatron = request.topology, NameTable(request.rules), request.source_format == "megatron"
+    kinds, _ = table.classify_all((entry.name for entry in entries), where=str(request.source))
+    held = [
+        (entry, entry.source)
+        for entry in entries
+        if isinstance(entry.source, TensorRef) and kinds[entry.name].role != "ignored"
+    ]
     role = held[0][0].role if held else ""  # each parameter once, whatever is taken of it
     mine = [each for each in held if each[0].role == role and _is_of_chunk(each[0].name, layout, pp, vpp)]
     document: Json = {
@@ -87,7 +79,7 @@ def _chunk(layout: Topology, pp: int, vpp: int, entries: Sequence[Entry], *, nam
     if names:
         document["names"] = [
             {
-                "megatron": source.name,
+                "megatron": _megatron_name(entry, layout.slots(pp, vpp), table) if megatron else source.name,
                 "mindspore": entry.name,
                 "shape": list(entry.shape),
                 "dtype": f"{source.dtype} -> {entry.dtype}",
@@ -96,6 +88,13 @@ def _chunk(layout: Topology, pp: int, vpp: int, entries: Sequence[Entry], *, nam
             for entry, source in mine
         ]
     return document
+
+
+def _megatron_name(entry: Entry, slots: range, table: NameTable) -> str:
+    """What Megatron calls the parameter, which counts the layers of each chunk from 0."""
+    name = table.to_megatron(entry.name.removeprefix(f"{entry.role}."))
+    layer = local_layer(name)
+    return name if layer is None else name.replace(f".{layer}.", f".{slots.index(layer)}.", 1)
 
 
 def _is_of_chunk(name: str, layout: Topology, pp: int, vpp: int) -> bool:

@@ -21,7 +21,7 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import counted, size, table, warned
 from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
-from ckpt2pt.run.directions import AnyRequest
+from ckpt2pt.run.dispatch import AnyRequest
 from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.show.folding import fold, spanned
 
@@ -60,10 +60,10 @@ def planned(request: AnyRequest, stages: Sequence[int], *, names: bool = False) 
         from ckpt2pt.show.mcore import planned_mcore  # noqa: PLC0415 - each kind loads what it needs
 
         return planned_mcore(request, stages, names=names)
-    if not isinstance(request, Request):
-        from ckpt2pt.show.imports import planned_import  # noqa: PLC0415 - each direction loads what it needs
+    if request.files:
+        from ckpt2pt.show.imports import planned_mindspore  # noqa: PLC0415 - which imports this one
 
-        return planned_import(request, stages, names=names)
+        return planned_mindspore(request, stages, names=names)
     chosen = discover(request, keep=[(tp, pp) for pp in stages for tp in range(request.topology.tensor)])
     target, ranks = target_of(request, chosen), prepare_all(request, chosen, stages)
     document = preview(request, chosen, target, ranks, names=names)
@@ -95,18 +95,23 @@ def preview(
                 "done": target.rank_manifest(tp, pp) is not None,
             }
         )
-    head: Json = {
+    kept = kept_of_template(request, chosen, next(iter(warnings.unmet)))
+    return with_ranks(head_of(request, chosen, target, warnings.all(chosen), kept), stages, target, request.workers)
+
+
+def head_of(request: Request, chosen: Discovered, target: Target, warnings: list[str], kept: Sequence[str]) -> Json:
+    """What a plan says of all ranks together; ``kept`` are entries of the metadata's own iteration."""
+    return {
         "iteration": chosen.training_step.iteration,
         "because": chosen.training_step.iteration_source,
         "doubts": list(chosen.training_step.conflicts),
-        "warnings": warnings.all(chosen),
-        "fromTemplate": list(kept_of_template(request, chosen, next(iter(warnings.unmet)))),
+        "warnings": warnings,
+        "fromTemplate": list(kept),
         "consumedSamples": chosen.training_step.samples,
         "identity": chosen.identity,
         "target": str(target.folder),
         "options": request.identity_options(),
     }
-    return with_ranks(head, stages, target, request.workers)
 
 
 def with_ranks(head: Json, ranks: Sequence[Json], target: Target, workers: int) -> Json:

@@ -15,6 +15,7 @@ from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.names import is_split
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.discover import Discovered, Prepared, prepare
+from ckpt2pt.discover.mindspore import prepare_mindspore
 from ckpt2pt.discover.request import Request
 from ckpt2pt.io.checksums import crc32
 from ckpt2pt.io.records import Json
@@ -27,24 +28,20 @@ _SAMPLE = 256
 
 
 def copies_of(request: Request, chosen: Discovered, target: Target, pp: int) -> tuple[str, ...]:
-    """Those of a stage that was converted."""
-    return copies_in_stage(
-        target, pp, lambda rank: split_weights(prepare(request, chosen, rank)), partial(_place, request, chosen)
-    )
-
-
-def copies_in_stage(
-    target: Target, pp: int, weights: Callable[[Rank], Iterable[TensorRef]], file: Callable[[Rank], object]
-) -> tuple[str, ...]:
-    """A warning for each group of ranks of a finished stage that hold the same bits, by its ranks' manifests.
-
-    ``weights`` are a rank's split weights in its source, which ``file`` names.
-    """
+    """A warning for each group of ranks of a finished stage that hold the same bits, by its ranks' manifests."""
     digests: dict[Rank, Json] = {}
     for rank in ((tp, pp) for tp in range(target.tensor)):
         tensors = cast("Json", (target.rank_manifest(*rank) or {}).get("tensors", {}))
         digests[rank] = {n.removeprefix("param:"): crc for n, crc in tensors.items() if n.startswith("param:")}
-    return tuple(remark(group, file) for group in copied_ranks(digests, weights))
+    weights, place = partial(_split_weights, request, chosen), partial(_place, request, chosen)
+    return tuple(remark(group, place) for group in copied_ranks(digests, weights))
+
+
+def _split_weights(request: Request, chosen: Discovered, rank: Rank) -> list[TensorRef]:
+    if not request.files:
+        return split_weights(prepare(request, chosen, rank))
+    entries = prepare_mindspore(request, chosen, rank).entries
+    return [e.source for e in entries if e.role == "param" and is_split(e.name) and isinstance(e.source, TensorRef)]
 
 
 def sample_weights(prepared: Prepared) -> dict[str, int]:
@@ -62,7 +59,7 @@ def suspected_copies(
 
 
 def _place(request: Request, chosen: Discovered, rank: Rank) -> object:
-    return f"tp {rank[0]} of the result" if request.source_topology else chosen.files[rank].path
+    return f"tp {rank[0]} of the result" if request.source_topology else chosen.origin(rank, request)
 
 
 def split_weights(prepared: Prepared) -> list[TensorRef]:

@@ -21,7 +21,7 @@ from ckpt2pt.core.topology import Rank
 from ckpt2pt.discover import Discovered, discover, meta_of, only_growing, target_of
 from ckpt2pt.discover.checkpoint import kind_of
 from ckpt2pt.discover.request import Request
-from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, ref
+from ckpt2pt.errors import Ckpt2ptError, InputError, MissingInputError, UsageError, ref
 from ckpt2pt.formats.megatron.headers import MegatronRank, read_files
 from ckpt2pt.formats.megatron.read import collect_rank
 from ckpt2pt.formats.mindspore import states_checksum
@@ -251,6 +251,8 @@ def verify_target(
     target = target_of(request, chosen)
     check_there(target)
     ranks = [(tp, pp) for pp in stages for tp in range(topology.tensor)]
+    if request.files:
+        return _verify_mindspore(request, chosen, target, ranks, stages, level, reader, reporter)
     names = _names(request)
     if level == "digest":
         reports = digests(target, ranks, reporter)
@@ -265,6 +267,34 @@ def verify_target(
     listed = {f"{topology.directory(*rank)}/{name}" for rank in topology.ranks() for name in names}
     report = joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
     return replace(report, warnings=tuple(one for pp in stages for one in copies_of(request, chosen, target, pp)))
+
+
+def _verify_mindspore(
+    request: Request,
+    chosen: Discovered,
+    target: Target,
+    ranks: Sequence[Rank],
+    stages: Sequence[int],
+    level: Literal["digest", "full"],
+    reader: Reader,
+    reporter: Reporter,
+) -> Report:
+    from ckpt2pt.verification.imported import verify_import_of_rank  # noqa: PLC0415 - which imports this one
+
+    if reader != "own":
+        raise UsageError(
+            f"{ref('reader')} is torch, and torch reads no file of MindSpore",
+            where=ref("spec"),
+            hint=f"leave {ref('reader')} out",
+            field="reader",
+        )
+    if level == "digest":
+        reports = digests(target, ranks, reporter)
+    else:
+        totals = {rank: recorded_bytes(target, rank) for rank in ranks}
+        compare = partial(verify_import_of_rank, request, chosen, target)
+        reports = reports_of(totals, target.iteration, reporter, compare)
+    return joined(target, level, [*published(target, stages)], reports)
 
 
 def check_there(target: Target) -> None:

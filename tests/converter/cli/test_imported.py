@@ -11,12 +11,12 @@ import pytest
 
 from ckpt2pt.cli.commands import main
 from ckpt2pt.cli.imported import add_import_options
+from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import UsageError
 from ckpt2pt.io.flags import Parser
 from ckpt2pt.kube.asked import spec_of
 from ckpt2pt.kube.conversion.spelling import of_command
-from ckpt2pt.kube.resolve import resolve_import
-from ckpt2pt.run.back.request import BackRequest
+from ckpt2pt.kube.resolve import resolve_request
 from goldens import golden_sets
 
 FOLDER = next(folder for folder in golden_sets() if folder.name == "b_st_tp2pp2_safetensors")
@@ -30,8 +30,8 @@ def parse(*words: str) -> argparse.Namespace:
     return parser.parse_args(["--megatron-path", "A", "--ms-path", "B", *words])
 
 
-def request_of(options: argparse.Namespace) -> BackRequest:
-    return resolve_import(spec_of(options))
+def request_of(options: argparse.Namespace) -> Request:
+    return resolve_request(spec_of(options))
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -75,15 +75,15 @@ def test_debug_tells_ranks_files_and_evidence_and_where_an_error_arose(
 
 
 def test_counts_of_layers_in_either_spelling() -> None:
-    assert request_of(parse("--stage-list", "2", "3")).layers_per_stage == (2, 3)
-    assert request_of(parse("--stage-list", "2,3")).layers_per_stage == (2, 3)
-    assert request_of(parse()).layers_per_stage is None
+    assert spec_of(parse("--stage-list", "2", "3")).model.layers_per_stage == (2, 3)
+    assert spec_of(parse("--stage-list", "2,3")).model.layers_per_stage == (2, 3)
+    assert not spec_of(parse()).model.layers_per_stage
 
 
 def test_noop_layers_are_learnt_unless_given() -> None:
-    assert request_of(parse()).noop is None
-    assert request_of(parse("--noop")).noop == frozenset()
-    assert request_of(parse("--noop", "1", "2")).noop == frozenset({1, 2})
+    assert spec_of(parse()).model.noop_layers is None
+    assert spec_of(parse("--noop")).model.noop_layers == ()
+    assert spec_of(parse("--noop", "1", "2")).model.noop_layers == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,10 @@ def test_a_prefix_whose_files_convert_would_pass_by_is_refused(prefix: str) -> N
         request_of(parse("--file-prefix", prefix))
     told = str(refused.value.spelled(of_command("import")))
     assert f"--file-prefix is '{prefix}': convert passes by {prefix}.ckpt" in told
-    assert request_of(parse("--file-prefix", f"my_{prefix.replace('_', '')}")).prefix
+    other = f"my_{prefix.replace('_', '')}"
+    files = request_of(parse("--file-prefix", other, "--megatron-path", str(FOLDER / "A"))).files
+    assert files is not None
+    assert files.prefix == other
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
@@ -138,5 +141,6 @@ def test_all_flags_of_the_reference_are_known() -> None:
         "--stage-list 1 --num-layers 1 --generate-all-dp-cp --convert-param-only --file-prefix network --format ckpt "
         "--dist-opt-content param exp_avg exp_avg_sq --debug --multiprocess-off --process-limit 4 --process_timeout 3600"
     )
-    request = request_of(parse(*text.split()))
-    assert (request.copies, request.full, request.pace.timeout, request.maps) == (True, False, 3600.0, Path("P"))
+    spec = spec_of(parse(*text.split()))
+    assert (spec.target.mindspore.all_replicas, spec.mode, spec.metadata.path) == (True, "ParamsOnly", "P")
+    assert spec.workers.rank_timeout_seconds == 3600.0

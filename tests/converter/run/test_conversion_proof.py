@@ -13,15 +13,14 @@ import pytest
 
 from ckpt2pt.core.moves import Move, moves
 from ckpt2pt.core.topology import Topology
-from ckpt2pt.discover.request import Pace, Request
+from ckpt2pt.discover.mindspore import MindSporeRank
+from ckpt2pt.discover.request import Request
 from ckpt2pt.engine import write
 from ckpt2pt.errors import VerificationError
-from ckpt2pt.run.back.discover import BackPrepared
-from ckpt2pt.run.back.request import BackRequest
-from ckpt2pt.run.back.run import run_back
 from ckpt2pt.run.conversion import run
 from conversions import Quiet, request_for
 from handmade import Handmade
+from imports import import_request, run_all
 
 
 @pytest.fixture
@@ -134,20 +133,20 @@ def test_a_full_proof_reads_the_source_twice_and_the_result_once(
 # -------------------------------------------------------------------------------------------------------------- import
 
 
-def importing(source: Path, target: Path, verify: Any, **more: Any) -> BackRequest:
-    return BackRequest(source=source, target=target, verify=verify, pace=Pace(in_process=True), **more)
+def importing(source: Path, target: Path, verify: Any, **more: Any) -> Request:
+    return import_request(source=source, target=target, verify=verify, **more)
 
 
 def test_a_wrong_plan_of_an_import_publishes_nothing(
     golden_j: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = BackPrepared.moves
-    monkeypatch.setattr(BackPrepared, "moves", lambda self: swapped(plan(self)))
+    plan = MindSporeRank.moves
+    monkeypatch.setattr(MindSporeRank, "moves", lambda self: swapped(plan(self)))
     with pytest.raises(VerificationError, match="differ from the source") as caught:
-        run_back(importing(golden_j / "A", tmp_path / "out", "full"), Quiet())
+        run_all(importing(golden_j / "A", tmp_path / "out", "full"))
     assert caught.value.exit_code == 76
     assert left(tmp_path / "out") == []
-    run_back(importing(golden_j / "A", tmp_path / "digest", "digest"), Quiet())
+    run_all(importing(golden_j / "A", tmp_path / "digest", "digest"))
     assert left(tmp_path / "digest"), "the digests of a wrong plan are right"
 
 
@@ -158,17 +157,17 @@ def test_a_bit_that_an_import_lost_on_the_disk_publishes_nothing(
     with monkeypatch.context() as patch:
         flip_after_the_sums(patch)
         with pytest.raises(VerificationError) as caught:
-            run_back(importing(golden_j / "A", tmp_path / "out", verify), Quiet())
+            run_all(importing(golden_j / "A", tmp_path / "out", verify))
     assert caught.value.exit_code == 76
     assert left(tmp_path / "out") == []
-    assert run_back(importing(golden_j / "A", tmp_path / "out", verify), Quiet()).published
+    assert run_all(importing(golden_j / "A", tmp_path / "out", verify)).published
 
 
 def test_a_full_proof_of_an_import_reads_the_result_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Handmade(Topology(num_layers=2, pipeline=2), hidden=256, vocab=4096)
     source = made.convert(tmp_path).target.root
     request = importing(source, tmp_path / "back", "full")
-    found = counted_reads(monkeypatch, lambda: run_back(request, Quiet()))
+    found = counted_reads(monkeypatch, lambda: run_all(request))
     nbytes = sum(path.stat().st_size for path in (tmp_path / "back").glob("rank_*/*.ckpt"))
     assert 1 <= read_of(found, tmp_path / "back") / nbytes < 1.05
     # The optimizer is copied and compared: twice.  Planning and the proof compare the weights with their slices.

@@ -11,18 +11,14 @@ from typing import NamedTuple
 
 import pytest
 
-from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.tensor import Role
-from ckpt2pt.discover.request import Pace
+from ckpt2pt.discover import discover
+from ckpt2pt.discover.request import MindSporeFiles, Request
 from ckpt2pt.errors import FormatError, VerificationError
 from ckpt2pt.formats.mindspore import index_file
-from ckpt2pt.run.back.discover import held_for, survey_back
-from ckpt2pt.run.back.request import BackRequest
-from ckpt2pt.run.back.run import run_back
 from ckpt2pt.verification.imported import prove_import
-from ckpt2pt.verification.tensors import Held
 from ckptfiles import Tensor, ckpt
-from conversions import Quiet
+from imports import import_request, run_all
 from layouts import topology
 from relaid import Relaid
 from results import flip
@@ -33,7 +29,7 @@ LAYOUTS = pytest.mark.parametrize("relaid", [False, True], ids=["same-layout", "
 
 
 class Imported(NamedTuple):
-    request: BackRequest
+    request: Request
 
     @property
     def path(self) -> Path:
@@ -54,11 +50,8 @@ class Imported(NamedTuple):
         self.path.write_bytes(ckpt(tensors.values()))
 
     def prove(self, **partials: Path) -> None:
-        found = survey_back(self.request)
-        stored, tensors = held_for(self.request, found, (0, 0))
-        layout = found.layout if found.relaid else None
-        held = Held(tensors, layout, stored.template, found.iteration, ROLES)
-        prove_import(held, (0, 0), partials or {"network.ckpt": self.path}, NameTable(), heed=lambda: None)
+        paths = partials or {"network.ckpt": self.path}
+        prove_import(self.request, discover(self.request), (0, 0), paths, heed=lambda: None)
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +60,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     Relaid(topology=topology(tensor=2), bias=True).convert(folder)
     for relaid in (False, True):
-        assert run_back(importing(folder, relaid), Quiet()).published
+        assert run_all(importing(folder, relaid)).published
     return folder
 
 
-def importing(folder: Path, relaid: bool) -> BackRequest:
-    return BackRequest(
+def importing(folder: Path, relaid: bool) -> Request:
+    return import_request(
         source=folder / "out",
         target=folder / ("relaid" if relaid else "alike"),
         target_tensor=4 if relaid else None,
-        pace=Pace(in_process=True),
     )
 
 
@@ -171,7 +163,7 @@ def test_the_file_of_a_data_parallel_rank_must_be_the_same(result: Imported, tmp
 
 @LAYOUTS
 def test_a_weight_that_is_not_its_float32_copy_is_a_wrong_source(result: Imported) -> None:
-    [model] = result.request.source.glob("iter_*/mp_rank_00/model_optim_rng.pt")
+    [model] = result.request.source.glob("mp_rank_00/model_optim_rng.pt")
     flip(model, "/model/language_model/embedding/word_embeddings/weight", 0)
     with pytest.raises(FormatError, match="is not what the optimizer holds of it"):
         result.prove()
@@ -180,14 +172,14 @@ def test_a_weight_that_is_not_its_float32_copy_is_a_wrong_source(result: Importe
 def test_groups_come_with_moments_that_are_imported_alone(tmp_path: Path) -> None:
     made = Relaid(topology=topology(tensor=2))
     made.convert(tmp_path)
-    request = BackRequest(
+    request = import_request(
         source=tmp_path / "out",
         target=tmp_path / "back",
         target_tensor=1,
         contents=("exp_avg", "exp_avg_sq"),
         verify="full",
-        pace=Pace(in_process=True),
     )
-    run_back(request, Quiet())
+    run_all(request)
     assert "learning_rate_group_1" in index_file(tmp_path / "back" / "rank_0" / "network.ckpt")
-    assert run_back(replace(request, target=tmp_path / "whole", contents=("param",)), Quiet()).published
+    weights = replace(request, target=tmp_path / "whole", files=MindSporeFiles(contents=("param",)))
+    assert run_all(weights).published

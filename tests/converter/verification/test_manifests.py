@@ -14,11 +14,10 @@ import pytest
 from ckpt2pt.cli.commands import main
 from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.io.records import seal, unseal
-from ckpt2pt.run.back.request import BackRequest
-from ckpt2pt.run.back.run import run_back
 from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.prove import verify_records
 from conversions import Quiet, request_for
+from imports import import_request, run_all
 from results import convert
 
 SET = "b_tp2pp2"
@@ -39,7 +38,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def imported(golden: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "ms"
-    assert run_back(BackRequest(source=golden / "megatron06" / SET / "A", target=folder), Quiet()).published
+    assert run_all(import_request(source=golden / "megatron06" / SET / "A", target=folder)).published
     return folder
 
 

@@ -8,7 +8,7 @@ mp_rank_01_003/model_optim_rng.pt   weights: param
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from pathlib import Path
 from typing import Protocol
@@ -22,12 +22,12 @@ from ckpt2pt.core.names import Rules, is_tied_head, local_layer
 from ckpt2pt.core.params import EMBEDDING, canonical_name, expert_of, with_expert
 from ckpt2pt.core.tensor import Role
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.errors import FormatError, MissingInputError, TopologyError
+from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, ref
 from ckpt2pt.formats.checkpoint import Checkpoint, agreed
 from ckpt2pt.formats.folders import iteration_folder, of_iteration
-from ckpt2pt.formats.megatron.distributed import StoredBucket
+from ckpt2pt.formats.megatron.distributed import StoredBucket, read_buffers
 from ckpt2pt.formats.megatron.headers import MegatronRank, is_expert_parallel, rank_folders, read_rank
-from ckpt2pt.io.paths import listing
+from ckpt2pt.io.paths import is_file, listing
 
 ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """What the kinds of tensors in ``distrib_optim.pt`` are."""
@@ -135,6 +135,13 @@ def read_headers(folder: Path, allow: tuple[str, ...], *, experts: bool = False)
     return rank
 
 
+def with_optimizer(rank: MegatronRank, allow: tuple[str, ...]) -> MegatronRank:
+    """The same for a rank whose model file was read; without any optimizer it stays as it is."""
+    if is_file(rank.folder / OPTIM_FILE, ref("source.path")):
+        return replace(rank, buffers=read_buffers(rank.folder / OPTIM_FILE))
+    return read_rank(rank.folder, copies=True, allow=allow) if rank.has_plain_optimizer else rank
+
+
 def check_ranks(ranks: Ranks, there: tuple[int, int]) -> None:
     """Refuse folders that are not all of one checkpoint, or whose optimizer is not there."""
     first = ranks[0, 0]
@@ -224,8 +231,8 @@ def collect_rank(
     tp, pp = where
     for vpp, chunk in enumerate(rank.chunks):
         named = _Names(layout.slots(pp, vpp), rank.folder)
-        for name, ref in chunk:
-            collector.add("param", named(name), tp, Local(ref.dtype, ref.shape, 0, ref.extents))
+        for name, weight in chunk:
+            collector.add("param", named(name), tp, Local(weight.dtype, weight.shape, 0, weight.extents))
         for name, kind, local in chain(_copies(rank, vpp), _slices(buffers[vpp] if buffers else (), stored)):
             collector.add(ROLES[kind], named(name), tp, local)
 
@@ -253,8 +260,8 @@ class _Names:
 def _copies(rank: MegatronRank, vpp: int) -> Iterator[tuple[str, str, Local]]:
     """The optimizer of a run without the distributed one: a tensor for each parameter."""
     for name, tensors in rank.copies[vpp].items() if rank.copies is not None else ():
-        for kind, ref in tensors.items():
-            yield name, kind, Local(ref.dtype, ref.shape, 0, ref.extents)
+        for kind, one in tensors.items():
+            yield name, kind, Local(one.dtype, one.shape, 0, one.extents)
 
 
 def _slices(buffers: Sequence[Buffer], stored: Iterator[tuple[StoredBucket, ...]]) -> Iterator[tuple[str, str, Local]]:
@@ -262,6 +269,6 @@ def _slices(buffers: Sequence[Buffer], stored: Iterator[tuple[StoredBucket, ...]
     for buffer in buffers:
         for bucket, held in zip(buffer.buckets, next(stored), strict=True):
             for placement in bucket.placements:
-                for kind, ref in held.tensors.items():
+                for kind, one in held.tensors.items():
                     first = placement.start - bucket.start
-                    yield placement.name, kind, Local(ref.dtype, placement.shape, first, ref.extents)
+                    yield placement.name, kind, Local(one.dtype, placement.shape, first, one.extents)

@@ -1,7 +1,5 @@
-"""A Megatron rank -> the entries of its MindSpore file.  Pure: headers in, entries out, every tensor used once.
+"""What of a Megatron rank is no tensor of the model, as entries of its MindSpore file; and what has to be true of the rest.  Pure.
 
-weights (model_optim_rng.pt)                    -> params only: float32 copies in order of registration
-buckets (distrib_optim.pt) + buffers            -> each parameter's slice and both moments, in buffer order
 optimizer, opt_param_scheduler, iteration       -> scalars
 
 Names, order and types of the scalars are those of MindSpeed-Core-MS feature-0.1 (tools/converter/convert_pt2ckpt.py).
@@ -10,19 +8,15 @@ Names, order and types of the scalars are those of MindSpeed-Core-MS feature-0.1
 from __future__ import annotations
 
 import struct
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from ckpt2pt.core import names
-from ckpt2pt.core.buckets import Buffer, expected_shape
-from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
-from ckpt2pt.core.moves import OPTIM_KINDS, cut
-from ckpt2pt.core.names import NameTable
+from ckpt2pt.core.buckets import expected_shape
+from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.stage import FLOATS
 from ckpt2pt.core.stated import STYLES, is_stated
 from ckpt2pt.core.topology import Topology
-from ckpt2pt.errors import CoverageError, InputError, TopologyError, aside, ref, refs
+from ckpt2pt.errors import InputError, TopologyError, ref, refs
 from ckpt2pt.formats.mindspore.entries import Entry, number_entry
 
 _DOUBLES = frozenset({"max_lr", "min_lr", "start_wd", "end_wd"})
@@ -30,103 +24,26 @@ _INTEGERS = frozenset({"lr_warmup_steps", "num_steps", "lr_decay_steps", "wd_inc
 _INT32 = range(-(2**31), 2**31)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportedChunk:
-    """One model chunk: its weights in order of registration, and its buffers with the tensors of their buckets.
+Chunks = Sequence[Sequence[tuple[str, TensorRef]]]
+"""The parameters of each model chunk, by name."""
 
-    ``buckets`` holds for each buffer and bucket the tensors by kind; both are empty when parameters alone are imported.
-    ``copies`` holds each parameter's tensors by kind where the run had no distributed optimizer.
+
+def check_rank(chunks: Chunks, topology: Topology, *, pp: int, sizes: Mapping[str, int | bool], where: str) -> None:
+    """Refuse a rank whose layers are not those of the layout, or whose weights are not those of its arguments.
+
+    Raises :class:`TopologyError` for layers and shapes, :class:`InputError` for types that have no place in float32.
     """
-
-    vpp: int
-    weights: tuple[tuple[str, TensorRef], ...]
-    buffers: tuple[Buffer, ...] = ()
-    buckets: tuple[tuple[Mapping[str, TensorRef], ...], ...] = ()
-    copies: Mapping[str, Mapping[str, TensorRef]] | None = None
-
-
-def tensor_entries(
-    chunks: Sequence[ImportedChunk],
-    topology: Topology,
-    table: NameTable,
-    *,
-    pp: int,
-    kinds: Sequence[str],
-    full: bool,
-    sizes: Mapping[str, int | bool],
-    where: str,
-) -> tuple[Entry, ...]:
-    """Every parameter of a rank (``full``: and its moments) under its MindSpore name and global layer.
-
-    Raises :class:`CoverageError` when weights and buffers do not hold the same parameters, :class:`TopologyError` when
-    layers or shapes are not those of the cut.
-    """
-    found: list[Entry] = []
-    for chunk in chunks:
-        slots = topology.real_slots(pp, chunk.vpp)
-        _check_layers(chunk, slots, pp, where)
-        for name, tensor_ref in chunk.weights:
+    for vpp, chunk in enumerate(chunks):
+        slots = topology.real_slots(pp, vpp)
+        there = {layer for name, _ in chunk if (layer := names.local_layer(name)) is not None}
+        if there != set(slots):
+            raise TopologyError(
+                f"stage {pp} chunk {vpp} has layers {sorted(there)}, by the options it has {sorted(slots)}",
+                where=where,
+                hint=f"check {ref('model.noopLayers')}, {refs('model.numLayers', 'parallelism.virtualPipeline', 'model.layersPerStage')}",
+            )
+        for name, tensor_ref in chunk:
             _check_weight(name, tensor_ref, sizes, topology.tensor, where)
-        for name, sources in _slices(chunk, kinds, where) if full else _plain(chunk):
-            spelled = table.to_mindspore(name, slots.__getitem__)[0]
-            for kind, source in sources.items():
-                prefix = "" if kind == "param" else f"{kind}."
-                found.append(
-                    Entry(name=prefix + spelled, dtype="float32", shape=source.shape, source=source, role=kind)
-                )
-    twice = [name for name, count in Counter(entry.name for entry in found).items() if count > 1]
-    if twice:
-        raise CoverageError(
-            f"two parameters become {twice[0]}",
-            where=where,
-            hint=f"give each a name of its own in a rule file{aside('model.rules')}",
-        )
-    return tuple(found)
-
-
-def _plain(chunk: ImportedChunk) -> Iterator[tuple[str, dict[str, TensorRef]]]:
-    return ((name, {"param": tensor_ref}) for name, tensor_ref in chunk.weights)
-
-
-def _slices(chunk: ImportedChunk, kinds: Sequence[str], where: str) -> Iterator[tuple[str, dict[str, TensorRef]]]:
-    """Each parameter's part of its bucket, for each kind wanted.  A bucket's tensor begins at the bucket's start."""
-    if chunk.copies is not None:
-        for name, tensors in chunk.copies.items():
-            yield name, {kind: tensors[kind] for kind in OPTIM_KINDS if kind in kinds}
-        return
-    weights = dict(chunk.weights)
-    placed = [placement for buffer in chunk.buffers for placement in buffer.placements]
-    missing = sorted(weights.keys() ^ {placement.name for placement in placed})
-    if missing or len(placed) != len(weights):
-        side = "the model file" if missing and missing[0] in weights else "the optimizer's buffers"
-        raise CoverageError(
-            f"{missing[0] if missing else 'a parameter'} is only in {side} of chunk {chunk.vpp}",
-            where=where,
-            hint=f"point {ref('metadata.path')} at the maps of this run, or leave it out to have them computed",
-            field="metadata.path",
-        )
-    for buffer, buckets in zip(chunk.buffers, chunk.buckets, strict=True):
-        for bucket, tensors in zip(buffer.buckets, buckets, strict=True):
-            for placement in bucket.placements:
-                if placement.shape != weights[placement.name].shape:
-                    raise TopologyError(
-                        f"{placement.name} has shape {list(placement.shape)} in the param map, "
-                        f"{list(weights[placement.name].shape)} in the model file",
-                        where=where,
-                        hint=f"point {ref('metadata.path')} at the maps of this run",
-                        field="metadata.path",
-                    )
-                start, numel = placement.start - bucket.start, placement.stop - placement.start
-                yield (
-                    placement.name,
-                    {
-                        kind: TensorRef(
-                            placement.name, "float32", placement.shape, cut(tensors[kind].extents, 4 * start, 4 * numel)
-                        )
-                        for kind in OPTIM_KINDS
-                        if kind in kinds
-                    },
-                )
 
 
 def missing_layers(chunks: Mapping[int, Sequence[str]], topology: Topology, *, pp: int, where: str) -> frozenset[int]:
@@ -143,16 +60,6 @@ def missing_layers(chunks: Mapping[int, Sequence[str]], topology: Topology, *, p
             )
         empty |= {layer for local, layer in enumerate(slots) if local not in there}
     return frozenset(empty)
-
-
-def _check_layers(chunk: ImportedChunk, slots: Mapping[int, int], pp: int, where: str) -> None:
-    there = {layer for name, _ in chunk.weights if (layer := names.local_layer(name)) is not None}
-    if there != set(slots):
-        raise TopologyError(
-            f"stage {pp} chunk {chunk.vpp} has layers {sorted(there)}, by the options it has {sorted(slots)}",
-            where=where,
-            hint=f"check {ref('model.noopLayers')}, {refs('model.numLayers', 'parallelism.virtualPipeline', 'model.layersPerStage')}",
-        )
 
 
 def _check_weight(name: str, tensor_ref: TensorRef, sizes: Mapping[str, int | bool], tensor: int, where: str) -> None:
@@ -216,10 +123,3 @@ def _scheduler_entry(name: str, value: object, where: str) -> Iterator[Entry]:
         yield number_entry(name, int(value), "int32" if int(value) in _INT32 else "int64")
     else:
         yield number_entry(name, value, "float32")
-
-
-def payload_bytes(entries: Sequence[Entry]) -> int:
-    """Bytes to read for these entries."""
-    return sum(
-        entry.source.numel * DTYPE_BYTES[entry.source.dtype] for entry in entries if isinstance(entry.source, TensorRef)
-    )

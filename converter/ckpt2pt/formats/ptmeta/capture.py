@@ -28,7 +28,7 @@ from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.core.names import is_tied_head
 from ckpt2pt.core.params import is_buffer
 from ckpt2pt.core.progress import SILENCE, Advance, Portion, Reporter, unheard
-from ckpt2pt.errors import FormatError, InputError, ref
+from ckpt2pt.errors import FormatError, InputError, TopologyError, ref
 from ckpt2pt.formats.folders import iteration_folder
 from ckpt2pt.formats.megatron.headers import MegatronRank, is_expert, rank_folders, read_rank
 from ckpt2pt.formats.megatron.resume import TargetRun, Unmet, unmet
@@ -219,6 +219,16 @@ def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | No
                 where=where,
                 hint=f"point {ref('metadata.path')} at the maps of this run, or leave it out to have them computed",
             )
+        shapes = {name: weight.shape for name, weight in rank.chunks[vpp]}
+        for placement in buffer.placements:
+            if placement.shape != shapes[placement.name]:
+                raise TopologyError(
+                    f"{placement.name} has shape {list(placement.shape)} in the param map, "
+                    f"{list(shapes[placement.name])} in the model file",
+                    where=where,
+                    hint=f"point {ref('metadata.path')} at the maps of this run",
+                    field="metadata.path",
+                )
     return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(_prove(rank, buffers, at_most=at_most)))
 
 

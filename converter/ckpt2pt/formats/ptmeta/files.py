@@ -20,8 +20,7 @@ from ckpt2pt.formats.torchfile.archive import finish, lay_out
 from ckpt2pt.formats.torchfile.pickles import Value
 from ckpt2pt.io.access import access_error
 from ckpt2pt.io.checksums import crc32
-from ckpt2pt.io.files import read_all, write_all
-from ckpt2pt.io.inputs import InputFile
+from ckpt2pt.io.files import OpenFiles, read_all, read_at, write_all
 from ckpt2pt.io.paths import listing, status
 from ckpt2pt.io.records import seal
 from ckpt2pt.io.volume import check_volume
@@ -42,7 +41,6 @@ ARGS_KEYS = (
 """What the reference keeps of a model file (MindSpeed-Core-MS feature-0.1, tools/converter/convert_pt2ckpt.py)."""
 
 _MAX_STORAGE_BYTES = 64 << 20
-_SOURCE = ref("source.path")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +82,8 @@ def arguments_file(rank: RankFiles, *, with_maps: bool) -> bytes:
         tree["param_name_list"] = [list(names) for names in rank.names]
     stem = f"args_tp{rank.tp:02d}_pp{rank.pp:03d}"
     pickle, keys = tree_payload(tree, rank.storages, rank.path)
-    payloads = [_content(rank.storages[key]) for key in keys]
+    with OpenFiles() as files:
+        payloads = [_content(rank.storages[key], files) for key in keys]
     layout = lay_out(stem, pickle, [len(payload) for payload in payloads])
     # In memory, and not in a temporary folder: a pod's root may be read-only.
     with open(os.memfd_create(stem), "r+b") as file:
@@ -97,15 +96,16 @@ def arguments_file(rank: RankFiles, *, with_maps: bool) -> bytes:
         return file.read()
 
 
-def _content(storage: Extent | bytes) -> bytes:
+def _content(storage: Extent | bytes, files: OpenFiles) -> bytes:
     if isinstance(storage, bytes):
         return storage
     if storage.nbytes > _MAX_STORAGE_BYTES:
         raise FormatError(
             f"a tensor of {storage.nbytes} bytes beside the weights", where=storage.path, hint="report this checkpoint"
         )
-    with InputFile(Path(storage.path), _SOURCE) as file:
-        return file.read(storage.offset, storage.nbytes)
+    data = bytearray(storage.nbytes)
+    read_at(files.get(storage.path)[0], memoryview(data), storage.offset, storage.path)
+    return bytes(data)
 
 
 def origin(*, way: str, evidence: Sequence[str], assumed: Mapping[str, object]) -> bytes:

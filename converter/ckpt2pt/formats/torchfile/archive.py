@@ -276,15 +276,16 @@ class Archive:
                 known = read[bisect_left(read, (first, 0, 0)) : bisect_left(read, (stop, 0, 0))]
                 advance(max(0, stop - first - sum(nbytes for _, nbytes, _ in known)))
 
-    def prove_read(self, pieces: Iterable[Piece]) -> None:
+    @classmethod
+    def prove_read(cls, path: Path, pieces: Iterable[Piece]) -> None:
         """Compare the stored CRC-32 of each record with that of its bytes; those that ``pieces`` tell of are not read again.
 
         A piece's first byte counts from the start of the file.  Records that no piece is of are left out, and those of an
         archive that was written without checksums.  ``FormatError`` names the first that differs.
         """
         told = sorted(pieces)
-        with PtFile(Path(self.path)) as file:
-            for record in self.records.values():
+        with PtFile(path) as file:
+            for record in cls.read(file).records.values():
                 first, stop = record.extent.offset, record.extent.offset + record.extent.nbytes
                 inside = told[bisect_left(told, (first, 0, 0)) : bisect_left(told, (stop, 0, 0))]
                 if not inside or not record.crc32:

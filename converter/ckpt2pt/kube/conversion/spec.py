@@ -278,10 +278,10 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
             hint = "set spec.target.format to MindSpore, or leave it out"
             findings.append(Finding(field="spec.target.mindspore", what="is given for another format", hint=hint))
         return
-    if spec.source.format not in {"Auto", "Megatron"}:
-        what = f"is MindSpore, and spec.source.format {spec.source.format}"
-        hint = "name a Megatron checkpoint; shards of a MindSpore training are merged by ckpt2pt combine"
-        findings.append(Finding(field="spec.target.format", what=what, hint=hint))
+    layout = target.get("parallelism") is not None
+    if layout and spec.source.format not in {"Auto", "Megatron"} and not spec.metadata.path:
+        hint = "name the pt_meta folder, which says where another layout of a MindSpore training may be cut; or leave target.parallelism out"
+        findings.append(Finding(field="spec.metadata", what="is missing", hint=hint))
 
 
 def _check_workloads(spec: Spec, findings: list[Finding]) -> None:

@@ -28,9 +28,8 @@ from ckpt2pt.kube.conversion.schema import Json, Spec
 from ckpt2pt.kube.conversion.spec import API_VERSION, KIND, Conversion, parse, worker_spec
 from ckpt2pt.kube.conversion.status import WORST_FIRST, Ending, StageRecord, disagreement, status_of_run
 from ckpt2pt.kube.local.stages import OnFailure, Stages, request_here
-from ckpt2pt.kube.resolve import resolve
-from ckpt2pt.kube.worker.waiting import wait_until_whole
-from ckpt2pt.run.directions import AnyRequest
+from ckpt2pt.kube.worker.waiting import request_when_complete
+from ckpt2pt.run.dispatch import AnyRequest
 from ckpt2pt.show.preview import planned
 from ckpt2pt.show.preview import render as render_plan
 from ckpt2pt.show.progress import reporter
@@ -68,9 +67,7 @@ def run_document(options: argparse.Namespace, show: Show, on_failure: OnFailure)
     workers = parallelism(conversion, conversion.topology.pipeline)
 
     def request() -> AnyRequest:
-        found = request_here(resolve(spec), workers)
-        wait_until_whole(found, spec.readiness, options.account)
-        return found
+        return request_here(request_when_complete(spec, options.account), workers)
 
     if conversion.spec.dry_run:
         return _plan(conversion, request(), options, show)

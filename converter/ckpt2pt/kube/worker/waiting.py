@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 
 from ckpt2pt.discover.request import Request
@@ -18,10 +19,9 @@ from ckpt2pt.errors import (
     ref,
 )
 from ckpt2pt.formats.mindspore.ready import Watcher
-from ckpt2pt.kube.conversion.schema import Readiness
+from ckpt2pt.kube.conversion.schema import Readiness, Spec
 from ckpt2pt.kube.worker.account import Account
-from ckpt2pt.run.directions import AnyRequest
-from ckpt2pt.run.targets.request import McoreRequest
+from ckpt2pt.run.dispatch import AnyRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -49,18 +49,18 @@ def _obstacle_of_training(watcher: Watcher, timeout: float) -> Blocker | None:
     return None if look.ready else (look.to_error(timeout), look.sentence)
 
 
-def _obstacle_of_save(request: AnyRequest, readiness: Readiness) -> Blocker | None:
+def _obstacle_of_save(ask: Callable[[], AnyRequest], readiness: Readiness) -> Blocker | None:
     """Megatron-LM writes its tracker when every rank has saved; a copy of a checkpoint may come file by file."""
-    from ckpt2pt.discover import discover  # noqa: PLC0415
-    from ckpt2pt.run.back.discover import survey_back  # noqa: PLC0415 - each direction loads what it needs
-    from ckpt2pt.run.targets.mcore import find  # noqa: PLC0415
+    from ckpt2pt.discover import discover  # noqa: PLC0415 - only when asked for
+    from ckpt2pt.run.targets.mcore import find  # noqa: PLC0415 - the same
 
     try:
-        if isinstance(request, McoreRequest):
-            times = [int(str(one["mtime_ns"])) for one in find(request).source.stats.values()]
-        else:
-            inputs = (discover(request) if isinstance(request, Request) else survey_back(request)).inputs
+        request = ask()
+        if isinstance(request, Request):
+            inputs = discover(request).inputs
             times = [int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each]
+        else:
+            times = [int(str(one["mtime_ns"])) for one in find(request).source.stats.values()]
     except (MissingInputError, FormatError, TopologyError) as error:  # more folders may come
         return error, f"checkpoint is not complete: {error.what} ({error.where})"
     stable_for = time.time() - max(times) / 1e9
@@ -71,6 +71,22 @@ def _obstacle_of_save(request: AnyRequest, readiness: Readiness) -> Blocker | No
     return TimedOutError(f"the {sentence}", where=request.source, hint=hint, field="readiness.timeoutSeconds"), sentence
 
 
+def request_when_complete(spec: Spec, account: Account, *, in_process: bool = False) -> AnyRequest:
+    """The request of a spec, when its source is complete, for which its ``readiness`` says how long to wait.
+
+    A Megatron source tells its layout itself, so that there is no request before it is there.
+    """
+    from ckpt2pt.kube.resolve import is_megatron, resolve  # noqa: PLC0415 - only when asked for
+
+    ask, readiness = partial(resolve, spec, in_process=in_process), spec.readiness
+    if readiness.timeout_seconds and (spec.target.format == "Megatron" or is_megatron(spec)):
+        _wait(partial(_obstacle_of_save, ask, readiness), readiness.timeout_seconds, account)
+        return ask()
+    request = ask()
+    wait_until_whole(request, readiness, account)
+    return request
+
+
 def wait_until_whole(request: AnyRequest, readiness: Readiness, account: Account) -> None:
     """Look until nothing is in the way, at most as long as ``readiness`` allows; not at all, where that is 0.
 
@@ -79,11 +95,14 @@ def wait_until_whole(request: AnyRequest, readiness: Readiness, account: Account
     timeout, settle = readiness.timeout_seconds, readiness.settle_seconds
     if not timeout:
         return
-    blocker = (
-        partial(_obstacle_of_training, watcher_of(request, settle), timeout)
-        if isinstance(request, Request) and request.source_format != "megatron"
-        else partial(_obstacle_of_save, request, readiness)
-    )
+    if isinstance(request, Request) and request.source_format != "megatron":
+        blocker = partial(_obstacle_of_training, watcher_of(request, settle), timeout)
+    else:
+        blocker = partial(_obstacle_of_save, lambda: request, readiness)
+    _wait(blocker, timeout, account)
+
+
+def _wait(blocker: Callable[[], Blocker | None], timeout: float, account: Account) -> None:
     began, pause, told = time.monotonic(), FIRST_PAUSE_SECONDS, ""
     try:
         while True:

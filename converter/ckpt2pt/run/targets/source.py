@@ -78,7 +78,7 @@ class Source:
             return {"verified": 0, "notChecked": len(read), "none": 0}
         archives = [path for path in read if path.endswith(".pt")]
         for path in archives:
-            Archive.open(Path(path)).prove_read(read[path])
+            Archive.prove_read(Path(path), read[path])
         every = self.request.full or self.request.verify == "full"
         counts = prove_sources((Path(path) for path in read if path not in archives), read, every_byte=every)
         return {**counts, "verified": counts["verified"] + len(archives)}

@@ -11,7 +11,7 @@ from ckpt2pt.cli.combine import combination_of
 from ckpt2pt.cli.commands import build_alone, build_parser
 from ckpt2pt.cli.programs.scripts import combine_ckpt_dp_zero, convert_ckpt2pt, convert_pt2ckpt
 from ckpt2pt.kube.asked import spec_of
-from ckpt2pt.kube.resolve import resolve_import
+from ckpt2pt.kube.conversion.schema import MindSporeFiles
 from conversions import request_of
 from goldens import golden_root
 
@@ -114,13 +114,10 @@ COMBINE = [
 def test_every_flag_of_the_scripts_is_taken() -> None:
     made = request_of(build_alone("convert", "x").parse_args(CONVERT))
     assert (made.topology.virtual, made.full, made.workers, made.timeout, made.in_process) == (2, False, 4, 3600, True)
-    back = resolve_import(spec_of(build_alone("import", "x").parse_args(IMPORT)))
-    assert (back.layers_per_stage, back.format, back.copies, back.pace.timeout) == (
-        (2, 2, 2, 2),
-        "safetensors",
-        True,
-        3600,
-    )
+    back = spec_of(build_alone("import", "x").parse_args(IMPORT))
+    assert back.model.layers_per_stage == (2, 2, 2, 2)
+    assert back.target.mindspore == MindSporeFiles(format="Safetensors", all_replicas=True)
+    assert back.workers.rank_timeout_seconds == 3600
     merge = combination_of(build_alone("combine", "x").parse_args(COMBINE))
     assert (merge.section, merge.copies, merge.optimizer, merge.workers) == ((0, 8), True, False, 8)
 

@@ -9,18 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from ckpt2pt.discover.request import Pace
 from ckpt2pt.errors import Ckpt2ptError, FormatError, MissingInputError, aside
 from ckpt2pt.formats.folders import iteration_folder
 from ckpt2pt.formats.megatron.headers import rank_folders, read_rank
 from ckpt2pt.formats.megatron.optimizer import groups_alone
 from ckpt2pt.formats.mindspore import index_file
-from ckpt2pt.run.back.request import BackRequest
-from ckpt2pt.run.back.run import run_back
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.leaves import leaf_of
-from conversions import Quiet, topology_of
+from conversions import topology_of
 from goldens import golden_sets
+from imports import import_request, run_all
 from torchload import megatron_names
 from undistributed import without_distributed_optimizer
 
@@ -29,10 +27,7 @@ SETS = golden_sets()
 
 def imported(source: Path, target: Path, golden: Path, **more: Any) -> dict[str, dict[str, bytes]]:
     """File -> entry -> bytes of an import."""
-    run_back(
-        BackRequest(source=source, target=target, data=topology_of(golden).data, pace=Pace(in_process=True), **more),
-        Quiet(),
-    )
+    run_all(import_request(source=source, target=target, data=topology_of(golden).data, **more))
     found: dict[str, dict[str, bytes]] = {}
     with Files() as files:
         for path in sorted(target.glob("rank_*/*")):

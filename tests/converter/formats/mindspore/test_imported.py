@@ -1,4 +1,4 @@
-"""Entries of an imported file: slices, names, scalars; what does not fit is refused."""
+"""What of an imported rank is no tensor, and what is refused."""
 
 from __future__ import annotations
 
@@ -8,19 +8,9 @@ from typing import Any
 import pytest
 
 from ckpt2pt.core.extents import Extent, TensorRef
-from ckpt2pt.core.layout import Parameter, lay_out
-from ckpt2pt.core.moves import OPTIM_KINDS
-from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.topology import Topology
-from ckpt2pt.errors import CoverageError, InputError, TopologyError
-from ckpt2pt.formats.mindspore.entries import Entry
-from ckpt2pt.formats.mindspore.imported import (
-    ImportedChunk,
-    missing_layers,
-    payload_bytes,
-    scalar_entries,
-    tensor_entries,
-)
+from ckpt2pt.errors import InputError, TopologyError
+from ckpt2pt.formats.mindspore.imported import check_rank, missing_layers, scalar_entries
 
 FIRST, SECOND = (
     "language_model.encoder.layers.0.input_norm.weight",
@@ -36,74 +26,26 @@ def weight(name: str, shape: tuple[int, ...], dtype: str = "bfloat16") -> tuple[
 WEIGHTS = (weight(FIRST, (2,)), weight(SECOND, (2, 3)))
 
 
-def chunk(*, limit: int | None = None, weights: Any = WEIGHTS, vpp: int = 0) -> ImportedChunk:
-    parameters = [Parameter(name=name, shape=ref.shape, dtype="bfloat16") for name, ref in WEIGHTS]
-    buffers = lay_out(parameters, divisor=4, bucket_numel=limit)
-    buckets = tuple(
-        {
-            kind: TensorRef(kind, "float32", (b.numel,), (Extent(f"{kind}{b.index}", 100, 4 * b.numel),))
-            for kind in OPTIM_KINDS
-        }
-        for b in buffers[0].buckets
-    )
-    return ImportedChunk(vpp=vpp, weights=weights, buffers=buffers, buckets=(buckets,))
-
-
-def entries(*chunks: ImportedChunk, **more: Any) -> tuple[Entry, ...]:
-    options: dict[str, Any] = {"pp": 1, "kinds": OPTIM_KINDS, "full": True, "sizes": {}, "where": "here"}
-    return tensor_entries(chunks, CUT, NameTable(), **(options | more))
-
-
-def places(found: tuple[Entry, ...]) -> list[tuple[str, tuple[Extent, ...]]]:
-    return [(entry.name, entry.source.extents) for entry in found if isinstance(entry.source, TensorRef)]
-
-
-def test_each_parameter_is_a_slice_of_its_bucket_under_its_global_name() -> None:
-    # 6 elements end the first bucket at a multiple of 4: 8; the second begins anew.
-    assert places(entries(chunk(limit=5), kinds=("param", "exp_avg"))) == [
-        ("language_model.encoder.layers.3.mlp.projection.weight", (Extent("param0", 100, 24),)),
-        ("exp_avg.language_model.encoder.layers.3.mlp.projection.weight", (Extent("exp_avg0", 100, 24),)),
-        ("language_model.encoder.layers.2.input_norm.weight", (Extent("param1", 100, 8),)),
-        ("exp_avg.language_model.encoder.layers.2.input_norm.weight", (Extent("exp_avg1", 100, 8),)),
-    ]
-
-
-def test_in_one_bucket_slices_follow_each_other() -> None:
-    found = places(entries(chunk(), kinds=("exp_avg_sq",)))
-    assert [extents for _, extents in found] == [(Extent("exp_avg_sq0", 100, 24),), (Extent("exp_avg_sq0", 124, 8),)]
-
-
-def test_parameters_alone_come_in_order_of_registration_as_float32() -> None:
-    found = entries(chunk(), full=False)
-    assert [(entry.name.split(".", 3)[3], entry.dtype, entry.shape) for entry in found] == [
-        ("2.input_norm.weight", "float32", (2,)), ("3.mlp.projection.weight", "float32", (2, 3)),
-    ]  # fmt: skip
-    assert payload_bytes(found) == 2 * 2 + 6 * 2
+def check(weights: Any, **sizes: int) -> None:
+    check_rank([weights], CUT, pp=1, sizes=sizes, where="here")
 
 
 @pytest.mark.parametrize(
     ("weights", "error", "what"),
     [
         (WEIGHTS[:1], TopologyError, r"has layers \[0\], by the options it has \[0, 1\]"),
-        ((*WEIGHTS, weight("language_model.encoder.final_norm.weight", (2,))), CoverageError, "only in the model file"),
-        ((WEIGHTS[0], weight(SECOND, (3, 2))), TopologyError, r"\[2, 3\] in the param map"),
         ((WEIGHTS[0], weight(SECOND, (2, 3), "int8")), InputError, "of type int8"),
     ],
 )
-def test_weights_and_buffers_must_be_of_one_model(weights: Any, error: Any, what: str) -> None:
+def test_a_rank_has_the_layers_of_its_stage_and_weights_of_float_types(weights: Any, error: Any, what: str) -> None:
+    check(WEIGHTS)
     with pytest.raises(error, match=what):
-        entries(chunk(weights=weights))
-
-
-def test_a_parameter_of_the_buffer_alone_is_named() -> None:
-    held = (WEIGHTS[0], weight("language_model.encoder.layers.1.mlp.dense_4h_to_h.bias", (2,)))
-    with pytest.raises(CoverageError, match=r"dense_4h_to_h\.bias is only in the model file"):
-        entries(chunk(weights=held))
+        check(weights)
 
 
 def test_shapes_are_those_of_the_arguments() -> None:
     with pytest.raises(TopologyError, match=r"input_norm\.weight has shape \[2\], the arguments give \[5\]"):
-        entries(chunk(), sizes={"hidden_size": 5})
+        check(WEIGHTS, hidden_size=5)
 
 
 def test_layers_without_parameters_are_noop_layers() -> None:

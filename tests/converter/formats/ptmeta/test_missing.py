@@ -14,10 +14,8 @@ from ckpt2pt.errors import FormatError
 from ckpt2pt.formats.ptmeta.make import Made, from_checkpoint
 from ckpt2pt.formats.ptmeta.metadata import read_template
 from ckpt2pt.formats.ptmeta.rng import rng_state
-from ckpt2pt.run.back.request import BackRequest
-from ckpt2pt.run.back.run import run_back
-from conversions import Quiet
 from handmade import Handmade
+from imports import import_request, run_all
 
 ALL = ("optimizer", "scheduler", "rng")
 
@@ -103,7 +101,7 @@ def test_an_import_warns_of_the_metadata_that_it_writes(tmp_path: Path, monkeypa
         tmp_path / "bad", verify="digest"
     )
     for name, words in (("good", ()), ("bad", ("rng_state is missing", "--synthesize rng"))):
-        outcome = run_back(BackRequest(source=tmp_path / name / "out", target=tmp_path / name / "ms2"), Quiet())
+        outcome = run_all(import_request(source=tmp_path / name / "out", target=tmp_path / name / "ms2"))
         assert len(outcome.warnings) == bool(words)
         assert all(word in outcome.sentence() for word in words)
         assert outcome.document()["warnings"] == list(outcome.warnings)

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from archives import take_apart, write_archive
-from ckpt2pt.discover.request import Pace
 from ckpt2pt.errors import Ckpt2ptError, FormatError, UnsafePickleError
 from ckpt2pt.formats.ptmeta.capture import capture
 from ckpt2pt.formats.torchfile.pickles import (
@@ -26,13 +25,12 @@ from ckpt2pt.formats.torchfile.pickles import (
     with_attrs,
     write_pickle,
 )
-from ckpt2pt.run.back.request import BackRequest
-from ckpt2pt.run.back.run import run_back
 from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.leaves import Symbol, open_pt
 from ckpt2pt.verification.torch_reader import open_with_torch
 from conversions import Quiet, request_for
 from goldens import golden_sets
+from imports import import_request, run_all
 from torchload import megatron_names
 
 MEMBER = "megatron.core.enums.ModelType.encoder_or_decoder"
@@ -200,8 +198,8 @@ def test_a_checkpoint_of_such_a_python_is_imported_and_gives_its_pt_meta(tmp_pat
     for path in (tmp_path / "A").rglob("model_optim_rng.pt"):
         by_name(path, path)
     assert capture(tmp_path / "A" / iteration.name).with_maps
-    request = BackRequest(source=tmp_path / "A" / iteration.name, target=tmp_path / "ms", pace=Pace(in_process=True))
-    assert run_back(request, Quiet()).published
+    request = import_request(source=tmp_path / "A" / iteration.name, target=tmp_path / "ms")
+    assert run_all(request).published
     (args,) = (tmp_path / "ms" / "pt_meta").glob("args_*.pt")
     tree: Any = read_pickle(take_apart(args).pickle, where="test")
     assert enum_member(namespace_attrs(tree["args"])["model_type"]) == MEMBER

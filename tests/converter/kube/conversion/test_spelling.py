@@ -196,7 +196,10 @@ WRONG = [
     pytest.param("verify {set}/A {other}", 76, {"--ignore"}, id="verify-two"),
     pytest.param("inspect {set}/none", 66, set(), id="inspect"),
     pytest.param("import --megatron-path {set}/A --ms-path {new} --noop -1", 64, {"--noop"}, id="import"),
-    pytest.param("import --megatron-path {set}/A --ms-path {new} --num-layers 5", 65, {"--num-layers"}, id="import-layers"),
+    pytest.param(
+        "import --megatron-path {set}/A --ms-path {new} --num-layers 5", 65,
+        {"--num-layers", "--target-tp-size", "--target-pp-size", "--target-vpp-size"}, id="import-layers",
+    ),
     pytest.param(
         "combine --checkpoint-dir {set}/ms --strategy-dir {set}/none --output-dir {new}", 66, {"--strategy-dir"}, id="combine"
     ),

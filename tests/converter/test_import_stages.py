@@ -1,4 +1,4 @@
-"""A conversion in either direction, carried out, planned and waited for by those who do not know which it is."""
+"""Conversions to MindSpore as a document, a worker of a stage and a waiting one have them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from ckpt2pt.cli.commands import main
 from ckpt2pt.core.progress import SILENCE
+from ckpt2pt.discover import request as asked
 from ckpt2pt.errors import FormatError, MissingInputError, TimedOutError, UsageError
 from ckpt2pt.kube.conversion.schema import MindSporeFiles, Model, Parallelism, Place, Readiness, Source, Spec, Target
 from ckpt2pt.kube.conversion.spec import parse, worker_spec
-from ckpt2pt.kube.resolve import resolve
+from ckpt2pt.kube.resolve import resolve_request
 from ckpt2pt.kube.worker.account import Account
-from ckpt2pt.kube.worker.waiting import wait_until_whole
-from ckpt2pt.run.back.request import BackRequest
-from ckpt2pt.run.directions import pipeline_of, run, with_workers
+from ckpt2pt.kube.worker.waiting import request_when_complete
+from ckpt2pt.run.conversion import run
 from conversions import request_for
 from documents import ABSENT, changed, claim, write
 from goldens import golden_sets
@@ -41,18 +42,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_spec_says_which_direction_it_is(tmp_path: Path) -> None:
-    request = resolve(spec_of(tmp_path))
-    assert isinstance(request, BackRequest)
-    assert (pipeline_of(request), request.maps, request.format) == (2, None, "safetensors")
-    assert with_workers(request, 7).pace.workers == 7
-    convert = request_for(SET, tmp_path)
-    assert pipeline_of(convert) == convert.topology.pipeline
-    assert with_workers(convert, 7).workers == 7
+    request = resolve_request(spec_of(tmp_path))
+    assert request.files == asked.MindSporeFiles(format="safetensors")
+    assert (request.topology.pipeline, request.metadata, request.source_format) == (2, None, "megatron")
+    assert request_for(SET, tmp_path).files is None
 
 
 def test_stages_of_an_import_one_after_the_other(tmp_path: Path) -> None:
     """As workers of a Job do them: the report comes with the last one, and what is there is kept."""
-    request = resolve(spec_of(tmp_path / "ms", parallelism=Parallelism(pipeline=2)), in_process=True)
+    request = resolve_request(spec_of(tmp_path / "ms", parallelism=Parallelism(pipeline=2)), in_process=True)
     first = run(request, [1], SILENCE)
     assert (first.published, first.converted) == (False, ((0, 1), (1, 1)))
     assert sorted(files_of(tmp_path / "ms")) == ["rank_2/network.safetensors", "rank_3/network.safetensors"]
@@ -72,9 +70,9 @@ def test_the_worker_of_a_document_gets_the_import(tmp_path: Path) -> None:
     found = worker_spec(parse(document), {"source": "/in", "target": "/out"})
     assert found.metadata == Place()
     assert found.target.mindspore == MindSporeFiles(prefix="model", all_replicas=True)
-    request = resolve(found)
-    assert isinstance(request, BackRequest)
-    assert (request.prefix, request.copies, str(request.target), request.noop) == ("model", True, "/out/back", None)
+    request = resolve_request(replace(found, source=replace(found.source, path=str(SET / "A"))))
+    assert request.files == asked.MindSporeFiles(prefix="model", copies=True)
+    assert (str(request.target), request.topology.noop) == ("/out/back", frozenset())
 
 
 @pytest.mark.parametrize("dry", [False, True])
@@ -113,7 +111,6 @@ def test_no_training_is_followed_to_mindspore(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ([("spec.source.format", "Ckpt"), ("spec.target.format", "MindSpore")], "spec.target.format"),
         ([("spec.target.format", "MindSpore"), ("spec.follow", {})], "spec.follow"),
         ([("spec.target.mindspore", {"prefix": "x"})], "spec.target.mindspore"),
         ([("spec.target.format", "MindSpore"), ("spec.target.mindspore", {"prefix": "a/b"})], "prefix"),
@@ -130,14 +127,8 @@ def test_what_a_document_cannot_ask_for(changes: list[tuple[str, Any]], field: s
 def test_names_of_files_that_no_conversion_would_read(prefix: str) -> None:
     files = MindSporeFiles(prefix=prefix)
     with pytest.raises(UsageError) as refused:
-        resolve(Spec(target=Target(format="MindSpore", mindspore=files)))
+        resolve_request(Spec(target=Target(format="MindSpore", mindspore=files)))
     assert refused.value.field == "target.mindspore.prefix"
-
-
-def test_a_source_of_mindspore_is_not_imported(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--source", "a", "--target", "b", "--target-format", "mindspore", "--source-format", "ckpt"]
-    assert main(["convert", *words]) == 64
-    assert "--target-format is mindspore, and --source-format ckpt" in capsys.readouterr().err
 
 
 def test_the_iteration_that_is_asked_for(tmp_path: Path) -> None:
@@ -148,11 +139,11 @@ def test_the_iteration_that_is_asked_for(tmp_path: Path) -> None:
     spec = Spec(
         source=Source(path=str(source), iteration=2), target=Target(path=str(tmp_path / "ms"), format="MindSpore")
     )
-    done = run(resolve(spec, in_process=True), [0, 1], SILENCE)
+    done = run(resolve_request(spec, in_process=True), [0, 1], SILENCE)
     assert str(source / "iter_0000002") in str((done.target.rank_manifest(0, 0) or {})["source"])
     other = Spec(source=Source(path=str(source), iteration=3), target=spec.target)
     with pytest.raises(MissingInputError, match="there is no iteration 3"):
-        run(resolve(other), [0, 1], SILENCE)
+        run(resolve_request(other), [0, 1], SILENCE)
 
 
 # ------------------------------------------------------------------------------------------------------------- waiting
@@ -172,10 +163,10 @@ def test_a_checkpoint_that_is_being_copied_is_waited_for(tmp_path: Path) -> None
         source=Source(path=str(source)),
         target=Target(path=str(tmp_path / "ms"), format="MindSpore"),
     )
-    request, account = resolve(spec, in_process=True), Account()
+    spec = replace(spec, readiness=Readiness(timeout_seconds=60, settle_seconds=0.5))
     copying = threading.Thread(target=copy)
     copying.start()
-    wait_until_whole(request, Readiness(timeout_seconds=60, settle_seconds=0.5), account)
+    request = request_when_complete(spec, Account(), in_process=True)
     copying.join()
     assert run(request, [0, 1], SILENCE).published
 
@@ -192,8 +183,11 @@ def test_what_a_wait_in_vain_says(damage: str, error: type[Exception], what: str
         os.truncate(next(source.glob("iter_*/mp_rank_01_001/model_optim_rng.pt")), 1000)
     if damage == "fresh":
         next(source.glob("iter_*/mp_rank_01_001/model_optim_rng.pt")).touch()
-    spec = Spec(source=Source(path=str(source)), target=Target(path=str(tmp_path / "ms"), format="MindSpore"))
-    settle = 60 if damage == "fresh" else 0
+    spec = Spec(
+        source=Source(path=str(source)),
+        target=Target(path=str(tmp_path / "ms"), format="MindSpore"),
+        readiness=Readiness(timeout_seconds=0.2, settle_seconds=60 if damage == "fresh" else 0),
+    )
     with pytest.raises(error, match=what):
-        wait_until_whole(resolve(spec), Readiness(timeout_seconds=0.2, settle_seconds=settle), Account())
+        request_when_complete(spec, Account())
     assert not (tmp_path / "ms").exists()

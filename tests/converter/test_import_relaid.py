@@ -8,19 +8,17 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.discover.request import Pace
 from ckpt2pt.engine.write import write_files
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, TargetConflictError, TryAgainError
 from ckpt2pt.formats.megatron.headers import read_rank
 from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.formats.ptmeta.capture import lay_out_rank
-from ckpt2pt.run.back.request import BackRequest
-from ckpt2pt.run.back.run import run_back
 from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.leaves import leaf_of
 from conversions import Quiet
 from goldens import golden_sets
+from imports import import_request, run_all
 from layouts import topology
 from relaid import Relaid, check_mindspore
 from undistributed import without_distributed_optimizer
@@ -51,10 +49,9 @@ def imported(one: Relaid, other: Relaid, folder: Path, **more: Any) -> None:
         "target_tensor": target.tensor,
         "target_pipeline": target.pipeline,
         "target_virtual": target.virtual,
-        "pace": Pace(in_process=True),
         "verify": "full",
     }
-    assert run_back(BackRequest(**(options | more)), Quiet()).published
+    assert run_all(import_request(**(options | more))).published
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -157,7 +154,7 @@ def test_a_checkpoint_replaced_in_place_is_noticed(tmp_path: Path, monkeypatch: 
             path.write_bytes(path.read_bytes())
         return real(*args, **more)
 
-    monkeypatch.setattr("ckpt2pt.run.back.run.write_files", replacing)
+    monkeypatch.setattr("ckpt2pt.run.rank.write_files", replacing)
     with pytest.raises(TryAgainError, match="was written while it was read"):
         imported(one, other, tmp_path)
     assert not list(tmp_path.rglob("back/rank_*/*"))
@@ -193,10 +190,10 @@ def test_a_run_without_the_distributed_optimizer_is_cut_anew(tmp_path: Path) -> 
     """Its optimizer holds a tensor for each parameter."""
     folder = next(folder for folder in golden_sets() if folder.name == "b_tp2pp2")
     undistributed = without_distributed_optimizer(folder, tmp_path / "A")
-    target = {"target_tensor": 1, "target_pipeline": 1, "pace": Pace(in_process=True)}
+    target = {"target_tensor": 1, "target_pipeline": 1}
     for name, source in {"one": folder / "A", "other": undistributed}.items():
-        request = BackRequest(source=source, target=tmp_path / name, **target)  # type: ignore[arg-type]
-        assert run_back(request, Quiet()).published
+        request = import_request(source=source, target=tmp_path / name, **target)
+        assert run_all(request).published
     one, other = (index_file(tmp_path / name / "rank_0" / "network.ckpt") for name in ("one", "other"))
     tensors = [name for name, ref in one.items() if ref.numel > 1]
     assert len(tensors) > 30
