@@ -22,7 +22,7 @@ from ckpt2pt.kube.conversion.spec import parse, worker_spec
 from ckpt2pt.kube.resolve import resolve_request
 from ckpt2pt.kube.worker.account import Account
 from ckpt2pt.kube.worker.waiting import request_when_complete
-from ckpt2pt.run.conversion import run
+from ckpt2pt.run.dispatch import run
 from conversions import request_for
 from documents import ABSENT, changed, claim, write
 from goldens import golden_sets

@@ -287,7 +287,6 @@ class Own:
     def meta(self, rank: Rank) -> RankMeta:
         """Of a rank of the same place."""
         stored, layout = self.headers(rank)
-        check_legacy(stored)
         buffers, old = rank_files(stored, *rank, layout.buffers).buffers, as_legacy(stored)
         if self.full and self.target_data:
             buffers = lay_out_again(old, rank[1], divisor=self.target_data, bucket_size=layout.bucket_numel)
@@ -355,6 +354,7 @@ def own_of(request: Request) -> Own:
 def own_meta(request: Request, rank: Rank) -> RankMeta:
     """What the source says of a rank of the result, or what follows for it from what it says of all."""
     own = own_of(request)
+    check_legacy(own.headers((0, 0) if request.source_topology else rank)[0])
     if request.source_topology is None:
         return own.meta(rank)
     made = _relaid(request, own).rank(rank)
