@@ -103,12 +103,17 @@ def _write_tensor(fd: int, name: str, shape: tuple[int, ...], noise: bytes, rank
     left = 4 * int(np.prod(shape))
     # Ranks hold equal copies of what tensor parallelism does not split, and nothing else alike: each begins an element later.
     shift = (crc32(name.encode(), 0) + (0 if "norm." in name else 4 * rank)) % (len(noise) // 2)
+    first = (
+        noise[shift & ~3 :][:4] if headers_only else b""
+    )  # a hole all through would be read to its end: is it constant?
     while left:
         size = min(left, SLICE_BYTES)
         os.write(fd, _entry(name, "Float32", shape, size))
         left -= size
         if headers_only:
+            size -= os.write(fd, first[:size])
             os.ftruncate(fd, os.lseek(fd, size, os.SEEK_CUR))
+            first = b""
             continue
         while size:
             shift &= ~3

@@ -16,14 +16,13 @@ from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import FormatError, TryAgainError
 from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.run import conversion as run_module
-from ckpt2pt.run.combine.merge import Combination, combine
-from ckpt2pt.run.combine.outcome import Combined
 from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.prove import verify_target
 from ckptfiles import trailer
 from conversions import Quiet, request_for
 from goldens import golden_root
 from handmade import Handmade
+from imports import merge
 
 
 def flip_a_bit(path: Path, name: str) -> None:
@@ -127,23 +126,14 @@ def shards_with_checksums(folder: Path) -> Path:
 def test_shards_are_proved_when_they_are_merged(tmp_path: Path) -> None:
     source = shards_with_checksums(tmp_path)
 
-    def merged(output: Path, **more: Any) -> Combined:
-        asked: dict[str, Any] = {
-            "strategy": source / "opt_shard_info",
-            "source": source,
-            "output": output,
-            "in_process": True,
-        }
-        return combine(Combination(**(asked | more)), Quiet())
-
-    good = merged(tmp_path / "good")
-    assert good.source_checksums == {"verified": 4, "notChecked": 0, "none": 0}
+    good = merge(source, tmp_path / "good")
+    assert good.outcome.source_checksums == {"verified": 4, "notChecked": 0, "none": 0}
     assert "source checksums: 4 verified" in good.sentence()
-    assert merged(tmp_path / "half", optimizer=False).source_checksums["notChecked"] == 4
+    assert merge(source, tmp_path / "half", optimizer=False).outcome.source_checksums["notChecked"] == 4
     path = next((source / "rank_3").glob("*.ckpt"))
     flip_a_bit(path, next(name for name in index_file(path) if name.startswith("exp_avg_sq.buffer")))
     with pytest.raises(FormatError, match="crc_num") as caught:
-        merged(tmp_path / "bad")
+        merge(source, tmp_path / "bad")
     assert caught.value.where == str(path)
     assert not list((tmp_path / "bad" / "rank_2").glob("*"))
 

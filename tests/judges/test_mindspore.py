@@ -17,11 +17,9 @@ from ckpt2pt.engine.write import Stop, write_files
 from ckpt2pt.formats.mindspore import index_file, read_scalar
 from ckpt2pt.formats.mindspore.entries import Entry, number_entry, text_entry
 from ckpt2pt.formats.mindspore.writer import CkptFile, mindspore_file
-from ckpt2pt.run.combine.merge import Combination, combine
 from ckptfiles import some_tensors
-from conversions import Quiet
 from goldens import REPOSITORY, golden_root
-from imports import import_request, run_all
+from imports import import_request, merge, run_all
 from torchload import leaves
 
 pytestmark = [pytest.mark.mindspore, pytest.mark.timeout(600)]  # importing mindspore alone takes a good while
@@ -60,11 +58,7 @@ def indexed(path: Path) -> dict[str, list[object]]:
 def test_merged_files_are_loaded_with_equal_values(name: str, tmp_path: Path) -> None:
     source = SETS[name]
     for suffix in ("ckpt", "safetensors"):
-        asked = Combination(
-            strategy=source / "opt_shard_info", source=source, output=tmp_path / suffix, target_format=suffix,
-            crc=suffix == "ckpt", in_process=True,
-        )  # fmt: skip
-        combine(asked, Quiet())
+        merge(source, tmp_path / suffix, dst_format=suffix, crc=suffix == "ckpt")
     paths = sorted(tmp_path.glob("*/rank_*/*_dp_merged.*"))
     assert len(paths) == 4
     loaded = load(*paths)

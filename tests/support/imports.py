@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
+from ckpt2pt.cli.combine import add_combine_options, request_of
 from ckpt2pt.core.names import Rules
 from ckpt2pt.discover.request import Request
 from ckpt2pt.kube.conversion.schema import (
@@ -22,6 +24,7 @@ from ckpt2pt.kube.conversion.schema import (
     rules_of,
 )
 from ckpt2pt.kube.resolve import resolve_request
+from ckpt2pt.run.combine import Combined, Section, combine
 from ckpt2pt.run.conversion import Outcome, run
 from conversions import Quiet
 
@@ -70,6 +73,29 @@ def import_spec(source: Path, target: Path, **more: Any) -> Spec:
 def import_request(source: Path, target: Path, **more: Any) -> Request:
     """The request of an import."""
     return resolve_request(import_spec(source, target, **more), in_process=not more.get("workers", 0))
+
+
+def merge_request(source: Path, output: Path, **more: Any) -> tuple[Request, Section]:
+    """The request of a merge of shards, by the names of the flags."""
+    parser = argparse.ArgumentParser()
+    add_combine_options(parser)
+    given = {
+        "strategy_dir": more.pop("strategy", source / "opt_shard_info"),
+        "checkpoint_dir": source,
+        "output_dir": output,
+        "multiprocess_off": "workers" not in more,
+        "max_proccess_limit": more.pop("workers", 1),
+        "copy_to_all_dp_ranks": more.pop("copies", False),
+        "rank_section": more.pop("section", None),
+        "no_save_optim": not more.pop("optimizer", True),
+        "verify": "digest" if more.pop("check", True) else "none",
+    }
+    return request_of(argparse.Namespace(**vars(parser.parse_args([])) | given | more))
+
+
+def merge(source: Path, output: Path, **more: Any) -> Combined:
+    """Merge shards in this process."""
+    return combine(*merge_request(source, output, **more), Quiet())
 
 
 def run_all(request: Request) -> Outcome:

@@ -11,7 +11,8 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt.io.flags import path
 
 if TYPE_CHECKING:
-    from ckpt2pt.run.combine.merge import Combination
+    from ckpt2pt.discover.request import Request
+    from ckpt2pt.run.combine import Section
 
 
 def add_combine_options(parser: argparse.ArgumentParser) -> None:
@@ -60,9 +61,11 @@ def add_combine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def combination_of(options: argparse.Namespace) -> Combination:
-    """The frozen request that the flags describe."""
-    from ckpt2pt.run.combine.merge import Combination  # noqa: PLC0415
+def request_of(options: argparse.Namespace) -> tuple[Request, Section]:
+    """The request that the flags describe, and which groups are to be merged; only names of folders are read."""
+    from ckpt2pt.core.topology import Topology  # noqa: PLC0415
+    from ckpt2pt.discover.merged import groups_of  # noqa: PLC0415
+    from ckpt2pt.discover.request import MindSporeFiles, Request  # noqa: PLC0415
 
     if options.max_proccess_limit < 1:
         raise UsageError(
@@ -81,18 +84,22 @@ def combination_of(options: argparse.Namespace) -> Combination:
             where="the command line",
             hint="give the first rank and the one after the last, as 0 8",
         )
-    return Combination(
-        strategy=options.strategy_dir,
+    layout = groups_of(options.checkpoint_dir, options.strategy_dir)
+    groups = layout.tensor * layout.pipeline
+    request = Request(
+        topology=Topology(num_layers=groups, pipeline=groups, data=layout.data),  # each group is a stage of its own
         source=options.checkpoint_dir,
-        output=options.output_dir,
+        metadata=None,
+        target=options.output_dir,
+        files=MindSporeFiles(
+            format=options.dst_format, copies=options.copy_to_all_dp_ranks, crc=options.crc, merged=True
+        ),
+        full=not options.no_save_optim,
         source_format=options.src_format,
-        target_format=options.dst_format,
-        copies=options.copy_to_all_dp_ranks,
-        section=(section[0], section[1]) if section else None,
-        optimizer=not options.no_save_optim,
-        crc=options.crc,
+        shard_info=options.strategy_dir,
         overwrite=options.overwrite,
-        check=options.verify != "none",
+        verify=options.verify,
         workers=options.max_proccess_limit,
         in_process=options.multiprocess_off,
     )
+    return request, (section[0], section[1]) if section else None

@@ -306,11 +306,11 @@ def _comparison(options: argparse.Namespace, heard: Reporter) -> Comparison:
 
 
 def _combine(options: argparse.Namespace) -> int:
-    from ckpt2pt.cli.combine import combination_of  # noqa: PLC0415
-    from ckpt2pt.run.combine.merge import combine  # noqa: PLC0415
+    from ckpt2pt.cli.combine import request_of  # noqa: PLC0415
+    from ckpt2pt.run.combine import combine  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
-    outcome = combine(combination_of(options), reporter(options.progress))
+    outcome = combine(*request_of(options), reporter(options.progress))
     _show(outcome.document(), outcome.sentence(), options)
     return 0
 

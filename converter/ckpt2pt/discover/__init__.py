@@ -80,6 +80,8 @@ def discover(request: Request, keep: Collection[Rank] = ()) -> Discovered:
         inputs=inputs,
         headers=found.headers,
     )
+    if request.files and request.files.merged:  # beside their shards, by default
+        return chosen
     source, here = ref("source.path"), request.source
     of_iteration = bool(request.files) and is_iteration(here.name)  # whatever else is in a Megatron root is no result's
     read = {request.shard_info: INFO, request.metadata: METADATA, here: source}
@@ -110,13 +112,18 @@ def prove_unchanged(request: Request, chosen: Discovered, rank: Rank) -> None:
 def target_of(request: Request, chosen: Discovered) -> Target:
     """The folder that the chosen checkpoint goes into."""
     if request.files:
+        kind = MINDSPORE
+        if request.files.merged:
+            from ckpt2pt.discover.merged import target_kind  # noqa: PLC0415 - for combine
+
+            kind = target_kind(chosen.files[0, 0], request.source)
         return Target(
             root=request.target,
             iteration=chosen.training_step.iteration,
             identity=chosen.identity,
             stages=request.topology.pipeline,
             tensor=request.topology.tensor,
-            kind=MINDSPORE,
+            kind=kind,
         )
     return Target(
         root=request.target,

@@ -116,6 +116,10 @@ def kind_of(request: Request) -> Kind:
         from ckpt2pt.discover import stored  # noqa: PLC0415 - each kind loads what it needs
 
         return stored
+    if request.files and request.files.merged:
+        from ckpt2pt.discover import merged  # noqa: PLC0415
+
+        return merged
     from ckpt2pt.discover import training  # noqa: PLC0415
 
     return training

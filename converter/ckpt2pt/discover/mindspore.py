@@ -74,7 +74,7 @@ def prepare_mindspore(request: Request, chosen: Discovered, rank: Rank) -> MindS
     """Read a rank's headers, prove what they tell, and lay its files out."""
     read = _of_megatron if request.source_format == "megatron" else _of_training
     made, wanted = read(request, chosen, rank), files_of(request)
-    names = files_named(request, rank)
+    names = files_named(request, chosen, rank)
     return replace(
         made, files=tuple(mindspore_file(wanted.format, name, made.entries, crc=wanted.crc) for name in names)
     )
@@ -85,9 +85,13 @@ def files_of(request: Request) -> MindSporeFiles:
     return request.files or MindSporeFiles()
 
 
-def files_named(request: Request, rank: Rank) -> list[str]:
+def files_named(request: Request, chosen: Discovered, rank: Rank) -> list[str]:
     """The files of a rank from the target's folder on: ranks are counted in the order tp-cp-dp-pp."""
     wanted, layout = files_of(request), request.topology
+    if wanted.merged:
+        from ckpt2pt.discover.merged import merged_names  # noqa: PLC0415 - for combine
+
+        return merged_names(request.source, chosen.files[rank], wanted)
     group = layout.group(*rank) if wanted.copies else layout.group(*rank)[:1]
     return [f"{rank_name(number)}/{wanted.prefix}.{wanted.format}" for number in group]
 

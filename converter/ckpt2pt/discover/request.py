@@ -42,6 +42,8 @@ class MindSporeFiles:
     copies: bool = False
     contents: tuple[str, ...] = OPTIM_KINDS
     crc: bool = False
+    merged: bool = False
+    """Merged of data-parallel shards, beside whose names they have theirs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,7 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
     """Choose the checkpoint, and make sure that all ranks are at the same step: every file is indexed to learn its step."""
     layout, first = request.source_layout, (0, 0)
     files = find_sources(request.source, layout, wanted_format=request.source_format)
-    headers = _Headers({ranks[rank].path for ranks in files.values() for rank in keep if rank in ranks})
+    headers = Headers({ranks[rank].path for ranks in files.values() for rank in keep if rank in ranks})
     found = find_groups(
         request.source,
         layout,
@@ -49,7 +49,7 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
     batch = _batch_size(request)
     if request.iteration is None:
         when = _given(request, found) or choose(found, last_saved(request.source, layout))
-        training_step = _clock_of(request, when, found[when][first], batch, headers)
+        training_step = _step_of(request, when, found[when][first], batch, headers)
         training_step = _with_rivals(
             training_step, when, {other: files[first] for other, files in found.items()}, batch, headers
         )
@@ -114,12 +114,12 @@ def when_of_iteration(request: Request, files: Mapping[CheckpointId, SourceFile]
     batch = _batch_size(request)
     found = {when: {first: file} for when, file in files.items()}
     try:
-        return _choose_iteration(found, first, batch, _Headers(()), request)[0]
+        return _choose_iteration(found, first, batch, Headers(()), request)[0]
     except InputError:
         return None
 
 
-class _Headers:
+class Headers:
     """What each file says of its step, read once; and the indexes of the files that are kept."""
 
     def __init__(self, keep: Collection[Path]) -> None:
@@ -163,8 +163,8 @@ def _batch_size(request: Request) -> int | None:
     return template_of(request, (0, 0)).global_batch_size
 
 
-def _clock_of(
-    request: Request, when: CheckpointId, file: SourceFile, batch: int | None, headers: _Headers
+def _step_of(
+    request: Request, when: CheckpointId, file: SourceFile, batch: int | None, headers: Headers
 ) -> TrainingStep:
     """The time of the chosen file; a MindSpore result says what its source says, which need not be its iteration."""
     try:
@@ -175,7 +175,7 @@ def _clock_of(
         return TrainingStep(iteration=max(when[1], 0), samples=None, iteration_source="the name of the file")
 
 
-def _training_step(file: SourceFile, batch: int | None, headers: _Headers) -> TrainingStep:
+def _training_step(file: SourceFile, batch: int | None, headers: Headers) -> TrainingStep:
     facts = headers.facts(file.path)
     return read_training_step(facts, global_batch_size=batch, named=file.named, where=str(file.path))
 
@@ -185,7 +185,7 @@ def _with_rivals(
     when: CheckpointId,
     files: Mapping[CheckpointId, SourceFile],
     batch: int | None,
-    headers: _Headers,
+    headers: Headers,
 ) -> TrainingStep:
     """Where the chosen file contradicts its name: name the others that claim its iteration too."""
     if not name_conflict(files[when].named, headers.facts(files[when].path)):
@@ -203,7 +203,7 @@ def _choose_iteration(
     found: Mapping[CheckpointId, Mapping[Rank, SourceFile]],
     first: Rank,
     batch: int | None,
-    headers: _Headers,
+    headers: Headers,
     request: Request,
 ) -> tuple[CheckpointId, TrainingStep]:
     """The checkpoint of ``--iteration``; a single one that does not tell its time is taken at the user's word."""

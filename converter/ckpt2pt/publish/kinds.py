@@ -6,7 +6,7 @@ import fnmatch
 from dataclasses import dataclass
 
 from ckpt2pt.errors import ref
-from ckpt2pt.publish.files import is_partial
+from ckpt2pt.publish.files import STATE, is_partial
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,8 @@ class Kind:
     tracker: bool
     option: str
     replace: str
+    state: str = STATE
+    """Where claim, manifests and locks lie below that place."""
 
 
 MEGATRON = Kind(

@@ -79,21 +79,21 @@ def recover(place: Path) -> None:
         return
 
 
-def begin_moving(home: Path, new: Path, claim: Mapping[str, object], old: Holdings) -> Json:
+def begin_moving(home: Path, state: Path, new: Path, claim: Mapping[str, object], old: Holdings) -> Json:
     """Write the claim that says which files will move and which will go; from now on the move can only go forward."""
     names = [path.name for path in listing(new / STATE, "*.json")]
     going = [entry for name in old.listed for entry in old.entries(name)]
     coming = sorted(Holdings.of(new, records_of(new / STATE)).listed)
     swap = {"from": str(new.relative_to(home)), "records": names, "coming": coming, "files": going}
     document: Json = {**claim, "swap": swap}
-    publish_bytes(home / STATE / CLAIM, seal(document))
+    publish_bytes(state / CLAIM, seal(document))
     return document
 
 
-def move(home: Path, claim: Mapping[str, object], fence: Callable[[], None], hint: str) -> None:
+def move(home: Path, state: Path, claim: Mapping[str, object], fence: Callable[[], None], hint: str) -> None:
     """Move the files one by one, then their records, then remove what the older result had besides."""
     swap = cast("Json", claim["swap"])
-    new, state = home / str(swap["from"]), home / STATE
+    new = home / str(swap["from"])
     old = Holdings.of(home, [swap])
     coming = Holdings.of(new, records_of(new / STATE))
     ours = Holdings(
@@ -130,9 +130,9 @@ def move(home: Path, claim: Mapping[str, object], fence: Callable[[], None], hin
     remove_ours(new)
 
 
-def unfinished(home: Path) -> Json | None:
+def unfinished(state: Path) -> Json | None:
     """The claim of a move that was killed, if there is one."""
-    claim = read_record(home / STATE / CLAIM)
+    claim = read_record(state / CLAIM)
     return claim if claim and isinstance(claim.get("swap"), dict) else None
 
 

@@ -80,7 +80,7 @@ class Target:
         if not self.beside:
             return place
         name = f"{self.identity[:_ID_DIGITS]}{swap.NEW}"
-        return self.root / f".{place.name}.{name}" if self.kind.alone else self.root / STATE / name
+        return self.root / f".{place.name}.{name}" if self.kind.alone else self.root / self.kind.state / name
 
     def _at(self, iteration: int) -> Path:
         return self.root / self.kind.folder.format(iteration)
@@ -88,7 +88,7 @@ class Target:
     @property
     def state(self) -> Path:
         """Where claim, manifests and locks lie."""
-        return self.folder / STATE
+        return self.folder / (STATE if self.beside else self.kind.state)
 
     # ---------------------------------------------------------------------------------------------------------- claim
 
@@ -184,15 +184,15 @@ class Target:
         home = self.at_home
         if self.kind.alone:
             swap.recover(home.folder)
-        elif swap.unfinished(home.folder):
+        elif swap.unfinished(home.state):
             with home._claim_lock(heed), nobody_at_work(home.state):
-                claim = swap.unfinished(home.folder)
+                claim = swap.unfinished(home.state)
                 if claim:
                     self._move(claim)
 
     def _move(self, claim: Json) -> None:
         home = replace(self.at_home, identity=str(claim.get("identity")))
-        swap.move(home.folder, claim, home.fence, self._keep)
+        swap.move(home.folder, home.state, claim, home.fence, self._keep)
 
     def claim(self, facts: Json, *, overwrite: bool, heed: Callable[[], None] = _nothing) -> None:
         """Take the folder.  A worker of the same conversion finds it taken and goes on."""
@@ -236,7 +236,7 @@ class Target:
 
     def _sweep_leftovers(self) -> None:
         home = self.at_home.folder
-        near = listing(self.root, f".{home.name}.*") if self.kind.alone else listing(home / STATE)
+        near = listing(self.root, f".{home.name}.*") if self.kind.alone else listing(home / self.kind.state)
         sweep_leftovers(near, replace(self, beside=True).folder, replacing=self.beside)
 
     @contextmanager
@@ -298,7 +298,7 @@ class Target:
 
     def _folders(self) -> list[Path]:
         """Folders that hold files of a result."""
-        forms = {pattern.partition("/")[0] for pattern in self.kind.results}
+        forms = {pattern.rpartition("/")[0] for pattern in self.kind.results}
         return [path for form in sorted(forms) for path in listing(self.folder, form) if is_folder(path)]
 
     def ledger(self, rank: Rank, *, repair: bool = False) -> Ledger:
@@ -403,7 +403,7 @@ class Target:
                 retire(swap.exchange(self.folder, home.folder), held)
             else:
                 claim = read_record(self.state / CLAIM) or {}
-                claim = swap.begin_moving(home.folder, self.folder, claim, held)
+                claim = swap.begin_moving(home.folder, home.state, self.folder, claim, held)
                 for folder in (home.state, *home._folders()):
                     sweep_partials(folder)
                 self._move(claim)

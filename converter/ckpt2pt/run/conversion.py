@@ -233,6 +233,11 @@ def _examine(request: Request, chosen: Discovered, target: Target, pp: int) -> t
 
 def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     """Convert the given pipeline stages of the result; what an earlier run finished is kept."""
+    return run_discovered(request, stages, reporter)[0]
+
+
+def run_discovered(request: Request, stages: Sequence[int], reporter: Reporter) -> tuple[Outcome, Discovered]:
+    """The same, and what was found of the source."""
     began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
     chosen = discover(request, keep=ranks)
@@ -246,7 +251,7 @@ def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
     for tp, pp in outcome.converted:
         done = outcome.target.rank_manifest(tp, pp) or {}
         log.debug("tp %d pp %d: wrote %s %s", tp, pp, done.get("files"), done.get("evidence", ""))
-    return outcome
+    return outcome, chosen
 
 
 def _conversion(request: Request, chosen: Discovered, stages: Sequence[int], ranks: Sequence[Rank]) -> Conversion:
@@ -266,17 +271,18 @@ def _conversion(request: Request, chosen: Discovered, stages: Sequence[int], ran
     )
     if request.files:
         return replace(found, warnings=warning(unmet_by(request, stages), full=request.full))
-    if is_folder(target.folder, target.kind.option):
-        for rank in ranks:  # one that an earlier run finished is not planned, which would check it
-            with of_rank(rank):
-                check_loadable(request, rank)
-    return replace(
+    found = replace(
         found,
         facts={"assumed": assumptions(request)},
         warnings=(*contradictions_of(request, chosen, ranks[0]), *made_up(request)) if ranks else (),
         how_to_load="" if request.full else " with --no-load-optim --no-load-rng (it holds parameters only)",
         kept=kept_of_template(request, chosen, ranks[0]) if ranks else (),
     )
+    if is_folder(target.folder, target.kind.option):
+        for rank in ranks:  # one that an earlier run finished is not planned, which would check it
+            with of_rank(rank):
+                check_loadable(request, rank)
+    return found
 
 
 def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter, began: float) -> Outcome:

@@ -86,7 +86,7 @@ def compare_import(
 
 def verify_import_of_rank(request: Request, chosen: Discovered, target: Target, rank: Rank, advance: Advance) -> Report:
     """A rank that is there: every element against the source, and every file against its manifest."""
-    results = {name: target.folder / name for name in files_named(request, rank)}
+    results = {name: target.folder / name for name in files_named(request, chosen, rank)}
     report, crcs = Findings().report(target.folder, 0), None
     if all(map(status, results.values())):  # else the manifest tells which is not there
         report, crcs = compare_import(request, chosen, rank, results, advance)

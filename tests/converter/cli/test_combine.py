@@ -7,43 +7,53 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.cli.combine import add_combine_options, combination_of
+from ckpt2pt.cli.combine import add_combine_options, request_of
 from ckpt2pt.cli.commands import main
+from ckpt2pt.discover.request import MindSporeFiles
 from ckpt2pt.errors import UsageError
-from ckpt2pt.run.combine.merge import Combination
 from goldens import golden_root
 
 SOURCE = golden_root() / "megatron06" / "j_tp1pp2dp2" / "ms_zero_src"
 
 
-def parse(*words: str) -> Combination:
+PLACES = ("--strategy-dir", str(SOURCE / "opt_shard_info"), "--checkpoint-dir", str(SOURCE))
+
+
+def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_combine_options(parser)
-    return combination_of(parser.parse_args(words))
+    return parser.parse_args(words)
 
 
 def test_defaults_are_those_of_the_reference() -> None:
-    made = parse()
-    assert (made.strategy, made.source, made.output) == (Path("output/opt_shard_info"), Path("output"), Path("output"))
-    assert (made.source_format, made.target_format, made.copies, made.section, made.optimizer) == (
-        "ckpt", "ckpt", False, None, True,
-    )  # fmt: skip
+    found = parse()
+    places = (found.strategy_dir, found.checkpoint_dir, found.output_dir)
+    assert places == (Path("output/opt_shard_info"), Path("output"), Path("output"))
+    request, section = request_of(parse(*PLACES))
+    assert request.files == MindSporeFiles(format="ckpt", merged=True)
+    assert (request.source_format, request.full, request.verify, section) == ("ckpt", True, "digest", None)
 
 
 def test_every_flag_of_the_reference_counts() -> None:
-    made = parse(
-        *("--strategy-dir", "a", "--checkpoint-dir", "b", "--output-dir", "c", "--src-format", "safetensors"),
-        *("--dst-format", "safetensors", "--copy-to-all-dp-ranks", "--max-proccess-limit", "3"),
-        *("--rank-section", "2", "6", "--no-save-optim"),
-    )
-    assert made == Combination(
-        strategy=Path("a"), source=Path("b"), output=Path("c"), source_format="safetensors",
-        target_format="safetensors", copies=True, section=(2, 6), optimizer=False, workers=3,
+    request, section = request_of(
+        parse(
+            *PLACES, "--output-dir", "c", "--src-format", "safetensors", "--dst-format", "safetensors",
+            "--copy-to-all-dp-ranks", "--max-proccess-limit", "3", "--rank-section", "2", "6", "--no-save-optim",
+        )
     )  # fmt: skip
+    assert request.files == MindSporeFiles(format="safetensors", copies=True, merged=True)
+    assert (request.target, request.source_format, request.full, request.workers) == (
+        Path("c"),
+        "safetensors",
+        False,
+        3,
+    )
+    assert (request.topology.pipeline, section) == (2, (2, 6))
 
 
 def test_the_right_spelling_counts_too() -> None:
-    assert parse("--max-process-limit", "5").workers == parse("--max-proccess-limit", "5").workers == 5
+    for flag in ("--max-process-limit", "--max-proccess-limit"):
+        assert request_of(parse(*PLACES, flag, "5"))[0].workers == 5
 
 
 @pytest.mark.parametrize(
@@ -52,7 +62,7 @@ def test_the_right_spelling_counts_too() -> None:
 )  # fmt: skip
 def test_what_cannot_be_is_refused(words: list[str]) -> None:
     with pytest.raises(UsageError) as caught:
-        parse(*words)
+        request_of(parse(*words))
     assert words[0] in caught.value.what
 
 

@@ -86,7 +86,7 @@ def test_killed_at_any_step_one_of_the_two_is_complete(
             windows += not whole
             assert whole or not exchange, "in one step there is no moment between the two"
         else:
-            assert whole or swap.unfinished(new.folder)
+            assert whole or swap.unfinished(new.state)
         if not whole:
             new.recover()
             assert contents(new) == {b"newer"}, "what was begun only goes forward"

@@ -68,6 +68,8 @@ class SourceFile:
     peers: tuple[Path, ...] = ()
     info: Path | None = None
     beside: tuple[Path, ...] = ()
+    ranks: tuple[int, ...] = ()
+    """The global ranks of the group, where somebody has to know them."""
 
     @property
     def named(self) -> CheckpointId | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from ckpt2pt.cli.combine import combination_of
 from ckpt2pt.cli.commands import build_alone, build_parser
 from ckpt2pt.cli.programs.scripts import combine_ckpt_dp_zero, convert_ckpt2pt, convert_pt2ckpt
 from ckpt2pt.kube.asked import spec_of
@@ -118,18 +117,21 @@ def test_every_flag_of_the_scripts_is_taken() -> None:
     assert back.model.layers_per_stage == (2, 2, 2, 2)
     assert back.target.mindspore == MindSporeFiles(format="Safetensors", all_replicas=True)
     assert back.workers.rank_timeout_seconds == 3600
-    merge = combination_of(build_alone("combine", "x").parse_args(COMBINE))
-    assert (merge.section, merge.copies, merge.optimizer, merge.workers) == ((0, 8), True, False, 8)
+    merge = build_alone("combine", "x").parse_args(COMBINE)
+    assert (merge.rank_section, merge.copy_to_all_dp_ranks, merge.no_save_optim) == ([0, 8], True, True)
+    assert merge.max_proccess_limit == 8
 
 
 def test_the_defaults_of_combine_are_the_references() -> None:
-    merge = combination_of(build_alone("combine", "x").parse_args([]))
-    assert (merge.strategy, merge.source, merge.output) == (
-        Path("output/opt_shard_info"),
-        Path("output"),
-        Path("output"),
+    merge = build_alone("combine", "x").parse_args([])
+    places = (merge.strategy_dir, merge.checkpoint_dir, merge.output_dir)
+    assert places == (Path("output/opt_shard_info"), Path("output"), Path("output"))
+    assert (merge.src_format, merge.dst_format, merge.copy_to_all_dp_ranks, merge.rank_section) == (
+        "ckpt",
+        "ckpt",
+        False,
+        None,
     )
-    assert (merge.source_format, merge.target_format, merge.copies, merge.section) == ("ckpt", "ckpt", False, None)
 
 
 @pytest.mark.parametrize("script", [convert_ckpt2pt, convert_pt2ckpt, combine_ckpt_dp_zero])

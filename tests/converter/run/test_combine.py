@@ -15,12 +15,14 @@ import pytest
 from checked import checked
 from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover import discover, target_of
 from ckpt2pt.engine.write import write_files
 from ckpt2pt.errors import (
     Ckpt2ptError,
     CoverageError,
     InputError,
     MissingInputError,
+    TargetConflictError,
     TryAgainError,
     UsageError,
     VolumeTooSmallError,
@@ -29,13 +31,14 @@ from ckpt2pt.errors import (
 )
 from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.kube.conversion.spelling import of_command
-from ckpt2pt.run.combine.merge import Combination, combine
+from ckpt2pt.publish import locked
 from ckpt2pt.run.conversion import run
 from ckptfiles import Tensor
 from conversions import Quiet
 from disk import fill_at_every_step
 from goldens import golden_root
 from handmade import Handmade
+from imports import merge, merge_request
 from sharding import Sharding
 
 J = golden_root() / "megatron06" / "j_tp1pp2dp2"
@@ -46,11 +49,6 @@ def payload(ref: TensorRef) -> bytes:
     return b"".join(Path(e.path).read_bytes()[e.offset : e.offset + e.nbytes] for e in ref.extents)
 
 
-def asked(source: Path, output: Path, **more: object) -> Combination:
-    options = {"strategy": source / "opt_shard_info", "source": source, "output": output, "in_process": True}
-    return Combination(**(options | more))  # type: ignore[arg-type]
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     found = (path for path in folder.rglob("*") if path.is_file() and ".ckpt2pt" not in path.parts)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
@@ -58,17 +56,18 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(("suffix", "golden"), [("ckpt", "ms_zero_merged"), ("safetensors", "ms_zero_merged_st")])
 def test_the_files_are_those_of_the_reference_to_the_byte(suffix: str, golden: str, tmp_path: Path) -> None:
-    outcome = combine(asked(J / "ms_zero_src", tmp_path, target_format=suffix, copies=suffix == "safetensors"), Quiet())
+    outcome = merge(J / "ms_zero_src", tmp_path, dst_format=suffix, copies=suffix == "safetensors")
     assert files_of(tmp_path) == files_of(J / golden)
-    assert outcome.bytes_written == sum(map(len, files_of(tmp_path).values()))
-    assert (outcome.written, outcome.kept, outcome.when, outcome.ranks) == (2, 0, (0, 2), 2)
+    told = outcome.document()
+    assert told["bytesWritten"] == sum(map(len, files_of(tmp_path).values()))
+    assert [told[key] for key in ("ranksMerged", "ranksKept", "epoch", "step", "shardsPerRank")] == [2, 0, 0, 2, 2]
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("rank_*/*")} == {0o400}
 
 
 @pytest.mark.parametrize("tp", [0, 1])
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
 def test_the_golden_shards_merge_to_the_expected_values(tp: int, suffix: str, tmp_path: Path) -> None:
-    combine(asked(DIST, tmp_path, target_format=suffix, crc=suffix == "ckpt"), Quiet())
+    merge(DIST, tmp_path, dst_format=suffix, crc=suffix == "ckpt")
     (path,) = (tmp_path / f"rank_{tp}").iterdir()
     found = checked(path)
     expected = np.load(DIST / f"expected_merged_tp{tp}.npz")
@@ -99,7 +98,7 @@ def made_in(folder: Path, case: str = "dp4") -> Handmade:
 @pytest.mark.parametrize("case", CASES)
 def test_merged_files_convert_to_what_the_shards_convert_to(case: str, suffix: str, tmp_path: Path) -> None:
     made = made_in(tmp_path, case)
-    combine(asked(tmp_path / "ms", tmp_path / "merged", target_format=suffix), Quiet())
+    merge(tmp_path / "ms", tmp_path / "merged", dst_format=suffix)
     stages = range(made.topology.pipeline)
     fused = run(made.request(tmp_path, verify="digest"), stages, Quiet())
     merged = made.request(tmp_path, source=tmp_path / "merged", target=tmp_path / "again", verify="digest")
@@ -111,8 +110,8 @@ def test_merged_files_convert_to_what_the_shards_convert_to(case: str, suffix: s
 def test_merged_files_beside_their_shards_are_converted_first_and_merged_no_second_time(tmp_path: Path) -> None:
     made = made_in(tmp_path)
     source = tmp_path / "ms"
-    combine(asked(source, source), Quiet())
-    assert combine(asked(source, source), Quiet()).written == 0
+    merge(source, source)
+    assert merge(source, source).document()["ranksMerged"] == 0
     shutil.rmtree(source / "rank_4")  # a peer, which nobody needs any more
     made.check(run(made.request(tmp_path), [0], Quiet()))
 
@@ -121,7 +120,7 @@ def test_merged_files_beside_their_shards_are_converted_first_and_merged_no_seco
 def test_a_merge_that_was_broken_off_leaves_the_shards_as_good_as_before(case: str, tmp_path: Path) -> None:
     made = made_in(tmp_path, case)
     source = tmp_path / "ms"
-    combine(asked(source, source, section=(1, 2), target_format="safetensors"), Quiet())
+    merge(source, source, section=(1, 2), dst_format="safetensors")
     assert len([*source.rglob("*_dp_merged.safetensors")]) == 1
     made.check(run(made.request(tmp_path), range(made.topology.pipeline), Quiet()))
 
@@ -135,8 +134,8 @@ def test_without_the_optimizer_its_moments_and_its_progress_are_missing(tmp_path
         for name in (*progress, "max_lr", "lr_decay_style", "dp_rng_generator", "timestep.weight"):
             entries[name] = Tensor(name, "float32", (1,), bytes(4))
     cut.write(made, tmp_path / "ms")
-    combine(asked(tmp_path / "ms", tmp_path / "all"), Quiet())
-    combine(asked(tmp_path / "ms", tmp_path / "some", optimizer=False), Quiet())
+    merge(tmp_path / "ms", tmp_path / "all")
+    merge(tmp_path / "ms", tmp_path / "some", optimizer=False)
     for path in (tmp_path / "all").glob("rank_*/*"):
         everything = index_file(path)
         some = index_file(tmp_path / "some" / path.relative_to(tmp_path / "all"))
@@ -148,12 +147,12 @@ def test_without_the_optimizer_its_moments_and_its_progress_are_missing(tmp_path
 def test_a_section_does_its_ranks_and_the_next_run_the_others(tmp_path: Path) -> None:
     made_in(tmp_path)
     source, out = tmp_path / "ms", tmp_path / "merged"
-    assert combine(asked(source, out, section=(1, 2)), Quiet()).written == 1
+    assert merge(source, out, section=(1, 2)).document()["ranksMerged"] == 1
     assert list(files_of(out)) == ["rank_1/network_rank_1-0_12_dp_merged.ckpt"]
-    outcome = combine(asked(source, out), Quiet())
-    assert (outcome.written, outcome.kept) == (1, 1)
+    outcome = merge(source, out)
+    assert (len(outcome.outcome.converted), len(outcome.outcome.kept)) == (1, 1)
     with pytest.raises(UsageError, match=r"holds the first rank of no group") as caught:
-        combine(asked(source, out, section=(2, 9)), Quiet())
+        merge(source, out, section=(2, 9))
     assert "[0, 1]" in caught.value.hint
 
 
@@ -164,14 +163,14 @@ def test_files_are_read_back_unless_told_otherwise(
     made_in(tmp_path)
     read: list[Path] = []
     monkeypatch.setattr("ckpt2pt.engine.write.read_back", lambda path, *_: read.append(path))
-    combine(asked(tmp_path / "ms", tmp_path / "merged", check=check), Quiet())
+    merge(tmp_path / "ms", tmp_path / "merged", check=check)
     assert len(read) == (2 if check else 0)
 
 
 def test_workers_write_the_same(tmp_path: Path) -> None:
     made_in(tmp_path)
-    combine(asked(tmp_path / "ms", tmp_path / "one"), Quiet())
-    combine(asked(tmp_path / "ms", tmp_path / "two", in_process=False, workers=2), Quiet())
+    merge(tmp_path / "ms", tmp_path / "one")
+    merge(tmp_path / "ms", tmp_path / "two", workers=2)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
 
 
@@ -186,15 +185,15 @@ def test_a_run_that_broke_is_taken_up_where_it_stopped(tmp_path: Path, monkeypat
             raise TryAgainError("broken", where="here", hint="again")
         return write_files(*args, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("ckpt2pt.run.combine.merge.write_files", breaks)
+    monkeypatch.setattr("ckpt2pt.run.rank.write_files", breaks)
     with pytest.raises(TryAgainError, match="broken"):
-        combine(asked(source, out), Quiet())
+        merge(source, out)
     assert len(files_of(out)) == 1
     (out / "rank_1").mkdir(exist_ok=True)
     (out / "rank_1" / ".network_rank_1-0_12_dp_merged.ckpt.1-2.partial").touch()
-    outcome = combine(asked(source, out), Quiet())
-    assert (outcome.written, outcome.kept) == (1, 1)
-    combine(asked(source, tmp_path / "fresh"), Quiet())
+    outcome = merge(source, out)
+    assert (len(outcome.outcome.converted), len(outcome.outcome.kept)) == (1, 1)
+    merge(source, tmp_path / "fresh")
     assert files_of(out) == files_of(tmp_path / "fresh")
 
 
@@ -208,11 +207,11 @@ def test_a_run_that_broke_between_its_files_and_its_manifest_knows_them_again(
         raise TryAgainError("killed", where="here", hint="again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ckpt2pt.run.combine.merge.write_files", breaks)
+        patch.setattr("ckpt2pt.run.rank.write_files", breaks)
         with pytest.raises(TryAgainError, match="killed"):
-            combine(asked(source, out, section=(0, 1)), Quiet())
+            merge(source, out, section=(0, 1))
     assert len(files_of(out)) == 1
-    assert combine(asked(source, out), Quiet()).written == 2
+    assert merge(source, out).document()["ranksMerged"] == 2
     assert files_of(out) == files_of(J / "ms_zero_merged")
 
 
@@ -220,18 +219,18 @@ def test_a_later_step_joins_the_earlier_one(tmp_path: Path) -> None:
     topology, cut = CASES["dp4"]
     for step in (12, 20):
         cut.write(Handmade(topology, hidden=8, vocab=12, data=2, iteration=step), tmp_path / "ms")
-        assert combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet()).when == (0, step)
+        assert merge(tmp_path / "ms", tmp_path / "merged").when == (0, step)
     assert len(files_of(tmp_path / "merged")) == 4
 
 
 def test_what_another_command_wrote_is_not_replaced_unasked(tmp_path: Path) -> None:
     made_in(tmp_path)
     source, out = tmp_path / "ms", tmp_path / "merged"
-    combine(asked(source, out), Quiet())
-    with pytest.raises(UsageError, match="did not make") as caught:
-        combine(asked(source, out, optimizer=False), Quiet())
+    merge(source, out)
+    with pytest.raises(UsageError, match="the result of another conversion") as caught:
+        merge(source, out, optimizer=False)
     assert ref("target.overwrite") in caught.value.hint
-    assert combine(asked(source, out, optimizer=False, overwrite=True), Quiet()).written == 2
+    assert merge(source, out, optimizer=False, overwrite=True).document()["ranksMerged"] == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -262,7 +261,7 @@ def test_stages_that_nothing_describes_are_not_left_out(tmp_path: Path) -> None:
     made_in(tmp_path, "dp2-cp2-pp2")
     shutil.rmtree(tmp_path / "ms" / "opt_shard_info" / "rank_4")
     with pytest.raises(MissingInputError, match=r"4 folders .* nothing describes: rank_4, rank_5, rank_6, rank_7\n"):
-        combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+        merge(tmp_path / "ms", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
@@ -271,11 +270,11 @@ def test_a_name_that_the_contents_contradict_is_remarked_and_kept(
     case: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made_in(tmp_path, case)
-    combine(asked(tmp_path / "ms", tmp_path / "before"), Quiet())
+    merge(tmp_path / "ms", tmp_path / "before")
     assert not caplog.records
     for path in [*(tmp_path / "ms").rglob("*-0_12.ckpt"), *(tmp_path / "ms").glob("iter_*")]:
         path.rename(path.with_name(path.name.replace("12", "13")))
-    assert combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet()).when == (0, 13)
+    assert merge(tmp_path / "ms", tmp_path / "merged").when == (0, 13)
     [remark] = [record.getMessage() for record in caplog.records]
     assert re.search(r"is named 0_13, and holds (step_num|iteration) 12: the merged file keeps the name", remark)
 
@@ -285,7 +284,7 @@ def test_a_model_folder_that_nothing_describes_is_named(name: str, tmp_path: Pat
     made_in(tmp_path, "br-master")
     shutil.rmtree(tmp_path / "ms" / "opt_shard_info" / name)
     with pytest.raises(MissingInputError, match=rf"1 folders .* nothing describes: {name}\n"):
-        combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+        merge(tmp_path / "ms", tmp_path / "merged")
 
 
 def test_a_whole_stage_that_nothing_describes_is_named(tmp_path: Path) -> None:
@@ -293,7 +292,7 @@ def test_a_whole_stage_that_nothing_describes_is_named(tmp_path: Path) -> None:
     for name in ("mp_rank_00_001", "mp_rank_01_001"):
         shutil.rmtree(tmp_path / "ms" / "opt_shard_info" / name)
     with pytest.raises(MissingInputError, match=r"2 folders .* nothing describes: mp_rank_00_001, mp_rank_01_001\n"):
-        combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+        merge(tmp_path / "ms", tmp_path / "merged")
 
 
 @pytest.mark.parametrize("number", [0, 1, 6, -1], ids=["first", "second", "in-the-midst", "last"])
@@ -307,7 +306,7 @@ def test_a_parameter_that_the_description_lacks_is_not_left_out(number: int, sou
     _, _, start, stop = document["param_info"].pop(large[number])["range_map"]
     path.write_text(json.dumps(document))
     with pytest.raises(CoverageError, match=r"nothing describes elements \[\d+, \d+\) of buffer 0") as caught:
-        combine(asked(source, tmp_path / "merged", strategy=tmp_path / "info"), Quiet())
+        merge(source, tmp_path / "merged", strategy=tmp_path / "info")
     first, last = map(int, re.findall(r"\[(\d+), (\d+)\)", caught.value.what)[0])
     assert first <= start < stop <= last
     assert not (tmp_path / "merged").exists()
@@ -318,7 +317,7 @@ def test_ranks_that_another_run_left_at_an_older_step_are_no_obstacle(tmp_path: 
     extra(tmp_path / "ms")
     [left] = (tmp_path / "ms" / "rank_8").iterdir()
     left.rename(left.with_name("network_rank_8-0_10.ckpt"))
-    assert combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet()).written == 2
+    assert merge(tmp_path / "ms", tmp_path / "merged").document()["ranksMerged"] == 2
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -327,18 +326,18 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(case: str, 
     made_in(tmp_path)
     change(tmp_path / "ms")
     with pytest.raises(kind, match=what):
-        combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+        merge(tmp_path / "ms", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
 def test_a_format_that_is_not_there_is_told_with_the_flags_of_this_command(tmp_path: Path) -> None:
     made_in(tmp_path)
     with pytest.raises(MissingInputError, match="no safetensors file") as caught:
-        combine(asked(tmp_path / "ms", tmp_path / "merged", source_format="safetensors"), Quiet())
+        merge(tmp_path / "ms", tmp_path / "merged", src_format="safetensors")
     assert rendered(caught.value.hint, of_command("combine")) == "check --checkpoint-dir and --src-format"
     (tmp_path / "ms" / "rank_0").rename(tmp_path / "ms" / "other")
     with pytest.raises(MissingInputError) as caught:
-        combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+        merge(tmp_path / "ms", tmp_path / "merged")
     assert rendered(caught.value.hint, of_command("combine")) == (
         "check the parallel sizes of the training that wrote it, and --checkpoint-dir"
     )
@@ -348,14 +347,14 @@ def test_a_full_disk_is_met_before_the_first_byte(tmp_path: Path, monkeypatch: p
     made_in(tmp_path)
     monkeypatch.setattr("ckpt2pt.io.volume.free_bytes", lambda _: 100)
     with pytest.raises(VolumeTooSmallError, match="100 B are free"):
-        combine(asked(tmp_path / "ms", tmp_path / "merged"), Quiet())
+        merge(tmp_path / "ms", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
 def test_a_disk_that_fills_up_at_any_write_leaves_only_whole_files_and_the_next_run_ends_it(tmp_path: Path) -> None:
     expected, out = files_of(J / "ms_zero_merged"), tmp_path / "merged"
     failures = 0
-    for _ in fill_at_every_step(lambda: combine(asked(J / "ms_zero_src", out), Quiet()), out):
+    for _ in fill_at_every_step(lambda: merge(J / "ms_zero_src", out), out):
         failures += 1
         assert files_of(out).items() <= expected.items()
         if failures % 3 == 0:  # now and then from the beginning, so that the first group fails late as well
@@ -364,12 +363,67 @@ def test_a_disk_that_fills_up_at_any_write_leaves_only_whole_files_and_the_next_
     assert files_of(out) == expected
 
 
-def test_the_manifest_names_inputs_and_digests(tmp_path: Path) -> None:
-    combine(asked(J / "ms_zero_src", tmp_path), Quiet())
-    document = json.loads((tmp_path / ".ckpt2pt" / "combined" / "rank_2-0_2.json").read_text())
-    assert [entry.get("source", entry.get("shards")) for entry in document["inputs"]] == [
+def test_the_manifests_name_inputs_and_digests(tmp_path: Path) -> None:
+    merge(J / "ms_zero_src", tmp_path)
+    state = tmp_path / ".ckpt2pt" / "merged-0_2"
+    stage = json.loads((state / "stage-001.json").read_text())
+    assert [entry.get("source", entry.get("shards")) for entry in stage["inputs"]] == [
         "rank_2/network_rank_2-0_2.ckpt",
         "rank_3/network_rank_3-0_2.ckpt",
         "dist_opt_shard_info_rank_2-0_0.json",
     ]
-    assert len(document["tensors"]) == len(index_file(tmp_path / document["files"][0]["path"]))
+    [rank] = stage["ranks"]
+    assert len(rank["tensors"]) == len(index_file(tmp_path / rank["files"][0]["path"]))
+    assert (state / "report.json").exists()
+
+
+def test_files_that_an_older_version_merged_are_not_replaced(tmp_path: Path) -> None:
+    """Its manifests were of another kind: nobody can tell any more which of the files it had finished."""
+    merge(J / "ms_zero_src", tmp_path / "now")
+    shutil.rmtree(tmp_path / "now" / ".ckpt2pt")
+    (tmp_path / "now" / ".ckpt2pt" / "combined").mkdir(parents=True)
+    before = files_of(tmp_path / "now")
+    for more in ({}, {"overwrite": True}):
+        with pytest.raises(TargetConflictError, match="may be those of an older version of ckpt2pt") as caught:
+            merge(J / "ms_zero_src", tmp_path / "now", **more)
+        assert "move those files away" in caught.value.hint
+    assert files_of(tmp_path / "now") == before
+    shutil.rmtree(tmp_path / "now" / "rank_0")
+    shutil.rmtree(tmp_path / "now" / "rank_2")
+    assert merge(J / "ms_zero_src", tmp_path / "now").document()["ranksMerged"] == 2
+
+
+def test_sections_are_merged_at_a_time_and_the_last_one_ends_the_report(tmp_path: Path) -> None:
+    """As on several machines: the groups of one stage hold each other up no more than those of others."""
+    made_in(tmp_path)
+    source, out = tmp_path / "ms", tmp_path / "out"
+    assert merge(source, out, section=(0, 1)).document()["published"] is False
+    request, _ = merge_request(source, out)
+    with locked(target_of(request, discover(request)).state / "stage-000.lock", "merging elsewhere"):
+        done = merge(source, out, section=(1, 2)).document()
+    assert (done["ranksMerged"], done["published"]) == (1, True)
+
+
+def test_an_older_result_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    for case in ("dp4", "br-master"):
+        made_in(tmp_path / case, case)
+        source, out = tmp_path / case / "ms", tmp_path / case / "out"
+        merge(source, out)
+        before = files_of(out)
+        groups = merge_request(source, out)[0].topology.pipeline
+        first = merge(source, out, optimizer=False, overwrite=True, section=(0, 1))
+        assert (first.document()["published"], files_of(out)) == (False, before)
+        assert "stays until" in first.sentence()
+        assert merge(source, out, optimizer=False, overwrite=True).document()["ranksMerged"] == groups - 1
+        assert files_of(out).keys() == before.keys()
+        assert all(len(data) < len(before[name]) for name, data in files_of(out).items())
+
+
+def test_a_sentence_tells_what_was_merged_and_kept(tmp_path: Path) -> None:
+    source = J / "ms_zero_src"
+    first = merge(source, tmp_path, section=(0, 1)).sentence()
+    assert re.fullmatch(rf"epoch 0, step 2: merged 1 rank of 2 shards each \(\S+ KiB\) in \S+ s\n{tmp_path}", first), (
+        first
+    )
+    assert ", kept 1 that were there\n" in merge(source, tmp_path).sentence()
+    assert "step 2: everything was there already\n" in merge(source, tmp_path).sentence()

@@ -9,8 +9,8 @@ import pytest
 
 from ckpt2pt.cli.commands import main
 from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover.merged import described_topology
 from ckpt2pt.errors import InputError
-from ckpt2pt.run.combine.described import described_topology
 from goldens import golden_root
 from handmade import Handmade
 from sharding import Sharding
