@@ -103,14 +103,8 @@ def _write_tensor(fd: int, name: str, shape: tuple[int, ...], noise: bytes, rank
     left = 4 * int(np.prod(shape))
     # Ranks hold equal copies of what tensor parallelism does not split, and nothing else alike: each begins an element later.
     shift = (crc32(name.encode(), 0) + (0 if "norm." in name else 4 * rank)) % (len(noise) // 2)
-<<<<<<< HEAD
-    first = (
-        noise[shift & ~3 :][:4] if headers_only else b""
-    )  # a hole all through would be read to its end: is it constant?
-=======
     # A hole from end to end would be read whole, to see that it is constant.
     first = noise[shift & ~3 :][:4] if headers_only else b""
->>>>>>> main
     while left:
         size = min(left, SLICE_BYTES)
         os.write(fd, _entry(name, "Float32", shape, size))
