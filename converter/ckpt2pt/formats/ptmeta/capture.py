@@ -180,14 +180,17 @@ def lay_out_rank(
     *,
     bucket_size: int | None = None,
     at_most: int | None = None,
+    samples: bool = False,
     advance: Advance = unheard,
 ) -> Layout:
     """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds.
 
-    Buffers that the file holds coalesced have one bucket each, without the padding of those that the run had.
+    ``at_most`` elements of each parameter are compared where the weights lie in the model file as in the buffers; where they
+    do not, all are, unless ``samples`` will do.  Buffers that the file holds coalesced have one bucket each, without the
+    padding of those that the run had.
     """
     if rank.coalesced:
-        return _lay_out_coalesced(rank, pp, bucket_size=bucket_size, at_most=at_most, advance=advance)
+        return _lay_out_coalesced(rank, pp, bucket_size, at_most=at_most, samples=samples, advance=advance)
     divisor = _divisor(rank)
     notes: list[str] = []
     if bucket_size is None and rank.buffers is not None and not _fits(rank, pp, divisor):
@@ -195,7 +198,7 @@ def lay_out_rank(
         if bucket_size:
             notes.append(f"buckets of {bucket_size} elements, by the header of distrib_optim.pt")
     buffers = lay_out_again(rank, pp, divisor=divisor, bucket_size=bucket_size)
-    notes += _prove(rank, buffers, at_most=at_most, advance=advance)
+    notes += _prove(rank, buffers, at_most=at_most, samples=samples, advance=advance)
     return Layout(buffers=buffers, bucket_numel=bucket_size, evidence="; ".join(notes))
 
 
@@ -233,7 +236,7 @@ def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | No
 
 
 def _lay_out_coalesced(
-    rank: MegatronRank, pp: int, *, bucket_size: int | None, at_most: int | None, advance: Advance
+    rank: MegatronRank, pp: int, bucket_size: int | None, *, at_most: int | None, samples: bool, advance: Advance
 ) -> Layout:
     """The first layout of any release that has the sizes of the file and that the weights prove.
 
@@ -265,7 +268,7 @@ def _lay_out_coalesced(
     for joined, (run, policy) in tried.items():
         views = _offsets_equal(rank, run)
         try:
-            notes = _prove(rank, joined, views=views, at_most=at_most, advance=advance)
+            notes = _prove(rank, joined, views=views, at_most=at_most, samples=samples, advance=advance)
         except FormatError as error:
             refused = refused or error
         else:
@@ -293,6 +296,7 @@ def _prove(
     *,
     views: bool | None = None,
     at_most: int | None,
+    samples: bool = False,
     advance: Advance = unheard,
 ) -> list[str]:
     """What proves these buffers; ``views`` tells whether the weights lie as they should, None if that is to be found out."""
@@ -310,7 +314,7 @@ def _prove(
         notes.append("offsets equal those of the weights in the model file")
     if rank.buffers is None:
         return notes or ["computed from order, shapes and arguments; there is no distrib_optim.pt to compare with"]
-    if not views:
+    if not views and not samples:
         at_most = None  # without offsets to go by, only the values tell the order
     count = 0
     for (buffer, weights), buckets in zip(flat, stored, strict=True):
