@@ -19,10 +19,10 @@ from ckpt2pt.discover import request as asked
 from ckpt2pt.errors import FormatError, MissingInputError, TimedOutError, UsageError
 from ckpt2pt.kube.conversion.schema import MindSporeFiles, Model, Parallelism, Place, Readiness, Source, Spec, Target
 from ckpt2pt.kube.conversion.spec import parse, worker_spec
-from ckpt2pt.kube.resolve import resolve_request
+from ckpt2pt.kube.resolve import resolve
 from ckpt2pt.kube.worker.account import Account
 from ckpt2pt.kube.worker.waiting import request_when_complete
-from ckpt2pt.run.dispatch import run
+from ckpt2pt.run.conversion import run
 from conversions import request_for
 from documents import ABSENT, changed, claim, write
 from goldens import golden_sets
@@ -42,7 +42,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_spec_says_which_direction_it_is(tmp_path: Path) -> None:
-    request = resolve_request(spec_of(tmp_path))
+    request = resolve(spec_of(tmp_path))
     assert request.files == asked.MindSporeFiles(format="safetensors")
     assert (request.topology.pipeline, request.metadata, request.source_format) == (2, None, "megatron")
     assert request_for(SET, tmp_path).files is None
@@ -50,7 +50,7 @@ def test_the_spec_says_which_direction_it_is(tmp_path: Path) -> None:
 
 def test_stages_of_an_import_one_after_the_other(tmp_path: Path) -> None:
     """As workers of a Job do them: the report comes with the last one, and what is there is kept."""
-    request = resolve_request(spec_of(tmp_path / "ms", parallelism=Parallelism(pipeline=2)), in_process=True)
+    request = resolve(spec_of(tmp_path / "ms", parallelism=Parallelism(pipeline=2)), in_process=True)
     first = run(request, [1], SILENCE)
     assert (first.published, first.converted) == (False, ((0, 1), (1, 1)))
     assert sorted(files_of(tmp_path / "ms")) == ["rank_2/network.safetensors", "rank_3/network.safetensors"]
@@ -70,7 +70,7 @@ def test_the_worker_of_a_document_gets_the_import(tmp_path: Path) -> None:
     found = worker_spec(parse(document), {"source": "/in", "target": "/out"})
     assert found.metadata == Place()
     assert found.target.mindspore == MindSporeFiles(prefix="model", all_replicas=True)
-    request = resolve_request(replace(found, source=replace(found.source, path=str(SET / "A"))))
+    request = resolve(replace(found, source=replace(found.source, path=str(SET / "A"))))
     assert request.files == asked.MindSporeFiles(prefix="model", copies=True)
     assert (str(request.target), request.topology.noop) == ("/out/back", frozenset())
 
@@ -127,7 +127,7 @@ def test_what_a_document_cannot_ask_for(changes: list[tuple[str, Any]], field: s
 def test_names_of_files_that_no_conversion_would_read(prefix: str) -> None:
     files = MindSporeFiles(prefix=prefix)
     with pytest.raises(UsageError) as refused:
-        resolve_request(Spec(target=Target(format="MindSpore", mindspore=files)))
+        resolve(Spec(target=Target(format="MindSpore", mindspore=files)))
     assert refused.value.field == "target.mindspore.prefix"
 
 
@@ -139,11 +139,11 @@ def test_the_iteration_that_is_asked_for(tmp_path: Path) -> None:
     spec = Spec(
         source=Source(path=str(source), iteration=2), target=Target(path=str(tmp_path / "ms"), format="MindSpore")
     )
-    done = run(resolve_request(spec, in_process=True), [0, 1], SILENCE)
+    done = run(resolve(spec, in_process=True), [0, 1], SILENCE)
     assert str(source / "iter_0000002") in str((done.target.rank_manifest(0, 0) or {})["source"])
     other = Spec(source=Source(path=str(source), iteration=3), target=spec.target)
     with pytest.raises(MissingInputError, match="there is no iteration 3"):
-        run(resolve_request(other), [0, 1], SILENCE)
+        run(resolve(other), [0, 1], SILENCE)
 
 
 # ------------------------------------------------------------------------------------------------------------- waiting

@@ -12,7 +12,7 @@ from ckpt2pt.discover.request import Request
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.pickles import namespace_attrs, read_pickle
 from ckpt2pt.kube.asked import spec_of
-from ckpt2pt.kube.resolve import resolve_request
+from ckpt2pt.kube.resolve import resolve
 
 
 class Quiet:
@@ -46,7 +46,7 @@ def topology_of(folder: Path) -> Topology:
 
 def request_of(options: argparse.Namespace) -> Request:
     """The request of a conversion to Megatron that flags describe."""
-    return resolve_request(spec_of(options), in_process=getattr(options, "multiprocess_off", False))
+    return resolve(spec_of(options), in_process=getattr(options, "multiprocess_off", False))
 
 
 def request_for(folder: Path, target: Path, *, full: bool = True, **more: object) -> Request:

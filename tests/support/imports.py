@@ -23,7 +23,7 @@ from ckpt2pt.kube.conversion.schema import (
     Target,
     rules_of,
 )
-from ckpt2pt.kube.resolve import resolve_request
+from ckpt2pt.kube.resolve import resolve
 from ckpt2pt.run.combine import Combined, Section, combine
 from ckpt2pt.run.conversion import Outcome, run
 from conversions import Quiet
@@ -72,7 +72,7 @@ def import_spec(source: Path, target: Path, **more: Any) -> Spec:
 
 def import_request(source: Path, target: Path, **more: Any) -> Request:
     """The request of an import."""
-    return resolve_request(import_spec(source, target, **more), in_process=not more.get("workers", 0))
+    return resolve(import_spec(source, target, **more), in_process=not more.get("workers", 0))
 
 
 def merge_request(source: Path, output: Path, **more: Any) -> tuple[Request, Section]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ckpt2pt.core.progress import Reporter
     from ckpt2pt.io.text import Document
     from ckpt2pt.kube.conversion.schema import Spec
-    from ckpt2pt.run.dispatch import AnyRequest
+    from ckpt2pt.run.torch_dist.request import AnyRequest
     from ckpt2pt.verification.compare import Comparison
     from ckpt2pt.verification.report import Report
 
@@ -206,7 +206,7 @@ def _close_stdout() -> None:
 
 def _convert(options: argparse.Namespace) -> int:
     from ckpt2pt.kube.asked import spec_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.run.dispatch import run  # noqa: PLC0415
+    from ckpt2pt.run.conversion import run  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
     if getattr(options, "debug", False):
@@ -230,9 +230,9 @@ def _complete(spec: Spec, account: Account, *, in_process: bool = False) -> AnyR
         from ckpt2pt.kube.worker.waiting import request_when_complete  # noqa: PLC0415 - only when asked for
 
         return request_when_complete(spec, account, in_process=in_process)
-    from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415
+    from ckpt2pt.kube.resolve import resolve_any  # noqa: PLC0415
 
-    return resolve(spec, in_process=in_process)
+    return resolve_any(spec, in_process=in_process)
 
 
 def _watch(options: argparse.Namespace) -> int:
@@ -276,8 +276,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from ckpt2pt.kube.asked import spec_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415
-    from ckpt2pt.run.dispatch import verify  # noqa: PLC0415
+    from ckpt2pt.kube.resolve import resolve_any  # noqa: PLC0415
+    from ckpt2pt.run.verify import verify_result  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
     from ckpt2pt.verification.prove import verify_records  # noqa: PLC0415
 
@@ -288,9 +288,9 @@ def _verify(options: argparse.Namespace) -> int:
         elif options.paths:
             report = verify_records(options.paths[0], reporter=heard)
         else:
-            request = resolve(spec_of(options))
+            request = resolve_any(spec_of(options))
             stages = stages_of(options, request)
-            report = verify(request, stages, level=options.level, reader=options.reader, reporter=heard)
+            report = verify_result(request, stages, level=options.level, reader=options.reader, reporter=heard)
     _show(report.document(), report.render(), options)
     report.raise_differences(of_call(options))
     return 0

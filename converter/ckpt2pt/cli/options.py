@@ -111,9 +111,9 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     )
     group.add_argument(
         "--target-format",
-        choices=("megatron06", "megatron", "mindspore"),
+        choices=("megatron06", "megatron", "torch_dist", "mindspore"),
         default="megatron06",
-        help="what to write: megatron06, megatron (the torch format of Megatron-LM 0.7 to 0.19) or mindspore (spec.target.format)",
+        help="what to write: megatron06, megatron (the torch format of Megatron-LM 0.7 to 0.19), torch_dist (Megatron-LM 0.15 and newer, at any layout), mindspore (spec.target.format)",
     )
     group.add_argument(
         "--target-dp-size",

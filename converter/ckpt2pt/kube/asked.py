@@ -22,13 +22,13 @@ if TYPE_CHECKING:
         TargetFormat,
         TransformerImpl,
     )
-    from ckpt2pt.run.dispatch import AnyRequest
+    from ckpt2pt.run.torch_dist.request import AnyRequest
 
 _FORMATS: Mapping[str, SourceFormat] = {
     "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",
 }  # fmt: skip
 _TARGET_FORMATS: Mapping[str, TargetFormat] = {
-    "megatron06": "Megatron06", "megatron": "Megatron", "mindspore": "MindSpore",
+    "megatron06": "Megatron06", "megatron": "Megatron", "torch_dist": "TorchDist", "mindspore": "MindSpore",
 }  # fmt: skip
 NAMES: Mapping[str, Names] = {"auto": "Auto", "mcore": "Mcore", "legacy": "Legacy"}
 TRANSFORMER_IMPLS: Mapping[str, TransformerImpl] = {
@@ -182,9 +182,7 @@ def _target(options: argparse.Namespace, path: str) -> Target:
 
 def stages_of(options: argparse.Namespace, request: AnyRequest) -> tuple[int, ...]:
     """The pipeline stages to work on: ``--stage``, else this pod's completion index, else all."""
-    from ckpt2pt.run.dispatch import pipeline_of  # noqa: PLC0415
-
-    count = pipeline_of(request)
+    count = request.topology.pipeline
     stages: list[int] | None = options.stage
     index = os.environ.get("JOB_COMPLETION_INDEX", "")
     origin = "--stage"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,26 +12,25 @@ from typing import Literal
 
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
-from ckpt2pt.discover.request import MindSporeFiles, Pace, Request, Verify
+from ckpt2pt.discover.request import MindSporeFiles, Request, Verify
 from ckpt2pt.errors import Ckpt2ptError, TopologyError, UsageError, aside, ref, refs
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
 from ckpt2pt.formats.ptmeta.metadata import Given, learn
 from ckpt2pt.kube.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
-from ckpt2pt.run.dispatch import AnyRequest
 from ckpt2pt.run.targets.request import McoreRequest
+from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
 
 log = logging.getLogger("ckpt2pt")
 
 
-def resolve(spec: Spec, *, in_process: bool = False) -> AnyRequest:
+def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
     """The request of a spec with folders of this machine, whose kind is that of the target."""
-    if spec.target.format == "Megatron":
-        return resolve_mcore(spec, in_process=in_process)
-    return resolve_request(spec, in_process=in_process)
+    kinds: dict[str, Callable[..., AnyRequest]] = {"TorchDist": resolve_dist, "Megatron": resolve_mcore}
+    return kinds.get(spec.target.format, resolve)(spec, in_process=in_process)
 
 
 def resolve_mcore(spec: Spec, *, in_process: bool = False) -> McoreRequest:
-    """The request of a conversion into the torch format of Megatron-LM 0.7 to 0.19; nothing is read."""
+    """The request of a conversion into the torch format of Megatron-LM 0.7 to 0.19; headers are read for sizes that are not said."""
     own, result, target = spec.parallelism, spec.target.parallelism, spec.target
     version = target.megatron_version or "0.19"
     if not re.match(RELEASE, version):
@@ -42,6 +41,7 @@ def resolve_mcore(spec: Spec, *, in_process: bool = False) -> McoreRequest:
             field="target.megatronVersion",
         )
     return McoreRequest(
+        topology=_divided(spec),
         source=Path(spec.source.path),
         target=Path(target.path),
         source_format=_SOURCES.get(spec.source.format, "mindspore"),
@@ -49,8 +49,6 @@ def resolve_mcore(spec: Spec, *, in_process: bool = False) -> McoreRequest:
         iteration=spec.source.iteration,
         tensor=own.tensor,
         pipeline=own.pipeline,
-        target_tensor=result.tensor,
-        target_pipeline=result.pipeline,
         target_virtual=result.virtual_pipeline or own.virtual_pipeline,
         num_layers=spec.model.num_layers,
         layers_per_stage=spec.model.layers_per_stage or None,
@@ -63,18 +61,79 @@ def resolve_mcore(spec: Spec, *, in_process: bool = False) -> McoreRequest:
         rules=_rules(spec),
         overwrite=target.overwrite,
         verify=_verify(spec),
-        pace=Pace(workers=spec.workers.processes, in_process=in_process, timeout=spec.workers.rank_timeout_seconds),
+        workers=spec.workers.processes,
+        in_process=in_process,
+        timeout=spec.workers.rank_timeout_seconds,
     )
 
 
-_SOURCES = {"Auto": "auto", "Megatron": "megatron"}
 _NAMES: Mapping[str, Literal["auto", "mcore", "legacy"]] = {"Auto": "auto", "Mcore": "mcore", "Legacy": "legacy"}
 _TRANSFORMERS: Mapping[str, Literal["auto", "local", "transformer_engine"]] = {
     "Auto": "auto", "Local": "local", "TransformerEngine": "transformer_engine",
 }  # fmt: skip
 
 
-def resolve_request(spec: Spec, *, in_process: bool = False) -> Request:
+def _divided(spec: Spec) -> Topology:
+    """Tensor and pipeline parallel size of the result; those of the source, which is read as far as its headers, where nobody says them."""
+    from ckpt2pt.formats.registry import read  # noqa: PLC0415 - only where it is asked for
+
+    own, result = spec.parallelism, spec.target.parallelism
+    tensor, pipeline = result.tensor or own.tensor, result.pipeline or own.pipeline
+    if not tensor or not pipeline:
+        found = read(
+            Path(spec.source.path),
+            source_format=_SOURCES.get(spec.source.format, "mindspore"),
+            tensor=own.tensor,
+            pipeline=own.pipeline,
+            iteration=spec.source.iteration,
+            rules=_rules(spec),
+        )
+        tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
+    return Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline)
+
+
+def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
+    """The request of a conversion into torch_dist; where it is not said how work is divided, headers are read.
+
+    Raises :class:`UsageError` for what decides nothing there.
+    """
+    own, result = spec.parallelism, spec.target.parallelism
+    for field, given in (
+        ("target.parallelism.virtualPipeline", result.virtual_pipeline),
+        ("target.dataParallel", spec.target.data_parallel),
+    ):
+        if given is not None:
+            raise UsageError(
+                f"{ref(field)} is given, and the result has no layout of its own",
+                where=ref("spec"),
+                hint="leave it out: Megatron-LM loads torch_dist into any layout",
+                field=field,
+            )
+    source_format = _SOURCES.get(spec.source.format, "mindspore")
+    return DistRequest(
+        topology=_divided(spec),
+        source=Path(spec.source.path),
+        target=Path(spec.target.path),
+        source_format=source_format,
+        metadata=Path(spec.metadata.path) if spec.metadata.path else None,
+        iteration=spec.source.iteration,
+        tensor=own.tensor,
+        pipeline=own.pipeline,
+        full=spec.mode == "Full",
+        zero_samples=spec.target.zero_consumed_samples,
+        rules=_rules(spec),
+        overwrite=spec.target.overwrite,
+        verify=_verify(spec),
+        workers=spec.workers.processes,
+        in_process=in_process,
+        timeout=spec.workers.rank_timeout_seconds,
+    )
+
+
+_SOURCES = {"Auto": "auto", "Megatron": "megatron"}
+
+
+def resolve(spec: Spec, *, in_process: bool = False) -> Request:
     """The request of a spec with folders of this machine; only ``pt_meta``, names of folders and Megatron's arguments are read.
 
     Raises :class:`UsageError` or :class:`TopologyError` for sizes that contradict what is there, or that nothing states, and

@@ -17,7 +17,7 @@ from ckpt2pt.kube.conversion.spelling import in_python, of_function, spelled_doc
 if TYPE_CHECKING:
     from ckpt2pt.discover.request import Verify
     from ckpt2pt.run.conversion import Outcome
-    from ckpt2pt.run.dispatch import AnyRequest
+    from ckpt2pt.run.torch_dist.request import AnyRequest
     from ckpt2pt.show.preview import Plan
     from ckpt2pt.verification.compare import Comparison
 
@@ -57,8 +57,7 @@ class Asked(TypedDict, total=False):
 
     ``source`` is a MindSpore training output, with ``metadata``, the ``pt_meta`` folder; or a Megatron checkpoint, which
     says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors`` or
-    ``megatron``, ``target_format`` ``megatron06``, ``megatron`` (with ``names``, ``transformer_impl`` and
-    ``megatron_version``) or ``mindspore``.  Sizes that are not given are those
+    ``megatron``, ``target_format`` ``megatron06`` or ``mindspore``.  Sizes that are not given are those
     that metadata or checkpoint state; those of the result (``target_tp`` and its like) are those of the source.
     ``verify`` is ``none``, ``digest`` or ``full``.
     """
@@ -67,7 +66,7 @@ class Asked(TypedDict, total=False):
     target: Required[str | Path]
     metadata: str | Path | None
     source_format: str
-    target_format: Literal["megatron06", "megatron", "mindspore"]
+    target_format: Literal["megatron06", "megatron", "torch_dist", "mindspore"]
     names: Literal["auto", "mcore", "legacy"]
     transformer_impl: Literal["auto", "local", "transformer_engine"]
     megatron_version: str | None
@@ -97,10 +96,10 @@ def convert(**asked: Unpack[Asked]) -> Outcome:
     which it raises :class:`~ckpt2pt.errors.InterruptedRunError`.
     """
     from ckpt2pt.core.progress import SILENCE  # noqa: PLC0415
-    from ckpt2pt.run.dispatch import pipeline_of, run  # noqa: PLC0415
+    from ckpt2pt.run.conversion import run  # noqa: PLC0415
 
     request = _request(asked)
-    return run(request, range(pipeline_of(request)), SILENCE)
+    return run(request, range(request.topology.pipeline), SILENCE)
 
 
 @in_python("convert")
@@ -109,17 +108,16 @@ def plan(**asked: Unpack[Asked]) -> Plan:
 
     ``document`` is that of ``ckpt2pt plan --output json``; ``check()`` raises what would keep it from being written.
     """
-    from ckpt2pt.run.dispatch import pipeline_of  # noqa: PLC0415
     from ckpt2pt.show.preview import planned  # noqa: PLC0415
 
     request = _request(asked)
-    return planned(request, range(pipeline_of(request)))
+    return planned(request, range(request.topology.pipeline))
 
 
 def _request(asked: Asked) -> AnyRequest:
     from ckpt2pt.kube.asked import NAMES, TRANSFORMER_IMPLS, source_format_of, target_format_of  # noqa: PLC0415
     from ckpt2pt.kube.conversion import schema  # noqa: PLC0415
-    from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415
+    from ckpt2pt.kube.resolve import resolve_any  # noqa: PLC0415
 
     layers, noop, metadata = asked.get("layers_per_stage"), asked.get("noop_layers"), asked.get("metadata")
     spec = schema.Spec(
@@ -158,4 +156,4 @@ def _request(asked: Asked) -> AnyRequest:
         ),
         verify=schema.LEVELS[asked.get("verify", "digest")],
     )
-    return resolve(spec, in_process=True)
+    return resolve_any(spec, in_process=True)

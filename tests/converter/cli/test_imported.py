@@ -16,7 +16,7 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt.io.flags import Parser
 from ckpt2pt.kube.asked import spec_of
 from ckpt2pt.kube.conversion.spelling import of_command
-from ckpt2pt.kube.resolve import resolve_request
+from ckpt2pt.kube.resolve import resolve
 from goldens import golden_sets
 
 FOLDER = next(folder for folder in golden_sets() if folder.name == "b_st_tp2pp2_safetensors")
@@ -31,7 +31,7 @@ def parse(*words: str) -> argparse.Namespace:
 
 
 def request_of(options: argparse.Namespace) -> Request:
-    return resolve_request(spec_of(options))
+    return resolve(spec_of(options))
 
 
 @pytest.mark.parametrize("full", [True, False])

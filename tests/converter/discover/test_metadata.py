@@ -12,7 +12,7 @@ from ckpt2pt.discover import discover
 from ckpt2pt.discover.metadata import inputs_of_metadata, meta_of
 from ckpt2pt.errors import PermissionDeniedError
 from ckpt2pt.kube.conversion.schema import Place, Source, Spec, Target
-from ckpt2pt.kube.resolve import resolve_request
+from ckpt2pt.kube.resolve import resolve
 from goldens import golden_sets
 from handmade import Handmade
 from other_user import become_another_user
@@ -40,7 +40,7 @@ def test_a_megatron_checkpoint_says_of_itself_what_its_metadata_says(tmp_path: P
     """The reference has captured ``pt_meta`` of the same run."""
     spec = Spec(source=Source(path=str(B / "A")), target=Target(path=str(tmp_path)))
     own, folder = (
-        resolve_request(each)
+        resolve(each)
         for each in (spec, Spec(source=spec.source, metadata=Place(path=str(B / "pt_meta")), target=spec.target))
     )
     for rank in own.topology.ranks():

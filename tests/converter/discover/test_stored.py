@@ -22,7 +22,7 @@ from ckpt2pt.formats.ptmeta.relayout import NewLayout
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.pickles import namespace_attrs
 from ckpt2pt.kube.conversion.schema import Source, Spec, Target
-from ckpt2pt.kube.resolve import resolve_request
+from ckpt2pt.kube.resolve import resolve
 from ckpt2pt.run.conversion import run
 from conversions import topology_of
 from documents import minimal
@@ -316,9 +316,7 @@ def test_uneven_stages_stay_or_are_given(tmp_path: Path) -> None:
 
 def test_a_tracker_that_moves_on_changes_nothing(tmp_path: Path) -> None:
     shutil.copytree(SETS["b_tp2pp2"] / "A", tmp_path / "old")
-    request = resolve_request(
-        Spec(source=Source(path=str(tmp_path / "old")), target=Target(path=str(tmp_path / "new")))
-    )
+    request = resolve(Spec(source=Source(path=str(tmp_path / "old")), target=Target(path=str(tmp_path / "new"))))
     (tmp_path / "old" / "latest_checkpointed_iteration.txt").write_text("4")
     assert run(request, [0, 1], SILENCE).target.iteration == 2
 

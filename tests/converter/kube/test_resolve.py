@@ -10,7 +10,7 @@ from msgspec import structs
 
 from ckpt2pt.errors import TopologyError, UsageError
 from ckpt2pt.kube.conversion.schema import Degrees, Model, Parallelism, Place, Source, Spec, Target, from_json, to_json
-from ckpt2pt.kube.resolve import resolve_request
+from ckpt2pt.kube.resolve import resolve
 
 
 @pytest.fixture
@@ -25,29 +25,29 @@ def spec(golden: Path, tmp_path: Path) -> Spec:
 
 
 def test_sizes_that_are_left_open_are_those_of_the_metadata(spec: Spec) -> None:
-    request = resolve_request(spec)
+    request = resolve(spec)
     topology = request.topology
     assert (topology.tensor, topology.pipeline, request.source_topology) == (2, 2, None)
     given = structs.replace(
         spec, model=Model(num_layers=topology.num_layers), parallelism=Parallelism(tensor=2, pipeline=2)
     )
-    assert resolve_request(given) == request
+    assert resolve(given) == request
 
 
 def test_the_json_of_a_worker_asks_for_the_same(spec: Spec) -> None:
-    assert resolve_request(from_json(to_json(spec), "test")) == resolve_request(spec)
-    assert resolve_request(spec, in_process=True) == replace(resolve_request(spec), in_process=True)
+    assert resolve(from_json(to_json(spec), "test")) == resolve(spec)
+    assert resolve(spec, in_process=True) == replace(resolve(spec), in_process=True)
 
 
 def test_another_layout_is_read_from_that_of_the_source(spec: Spec) -> None:
     own = Parallelism(tensor=2, pipeline=2, virtual_pipeline=1)
     relaid = structs.replace(spec, parallelism=own, target=structs.replace(spec.target, parallelism=Degrees(tensor=2)))
-    assert resolve_request(relaid).source_topology is None, "the same size, given twice"
+    assert resolve(relaid).source_topology is None, "the same size, given twice"
     other = structs.replace(relaid, target=structs.replace(spec.target, parallelism=Degrees(tensor=4)))
     with pytest.raises(TopologyError, match="tp 2, pp 2"):
-        resolve_request(other)
+        resolve(other)
 
 
 def test_what_contradicts_the_metadata_is_refused(spec: Spec) -> None:
     with pytest.raises((TopologyError, UsageError), match="tp 2, pp 2"):
-        resolve_request(structs.replace(spec, parallelism=Parallelism(tensor=4)))
+        resolve(structs.replace(spec, parallelism=Parallelism(tensor=4)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+from ckpt2pt.core.topology import Topology
 from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.show.preview import planned, render
 from mcoresets import odd_set, script_of
@@ -14,7 +15,7 @@ def test_plan_lists_files_chunks_and_names(tmp_path: Path) -> None:
     folder = odd_set()
     request = McoreRequest(
         source=folder / "ms", target=tmp_path / "out", source_format="mindspore",
-        metadata=script_of(folder, tmp_path), target_pipeline=2, transformer="transformer_engine",
+        metadata=script_of(folder, tmp_path), topology=Topology(num_layers=2, pipeline=2), transformer="transformer_engine",
     )  # fmt: skip
     plan = planned(request, [0, 1], names=True)
     ranks = cast("list[dict[str, Any]]", plan.document["ranks"])

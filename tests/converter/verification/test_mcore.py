@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from ckpt2pt.core.progress import SILENCE
+from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import VerificationError
-from ckpt2pt.run.targets.mcore import find, run_mcore, verify_mcore
+from ckpt2pt.run.conversion import run
+from ckpt2pt.run.targets.mcore import find, verify_mcore
 from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.verification.leaves import TensorLeaf, open_pt
 from ckpt2pt.verification.mcore import prove_files
@@ -21,12 +23,16 @@ FILES = ("model_optim_rng.pt", "distrib_optim.pt")
 def request_of_odd(tmp_path: Path) -> McoreRequest:
     folder = odd_set()
     return McoreRequest(
-        source=folder / "ms", target=tmp_path / "out", source_format="mindspore", metadata=script_of(folder, tmp_path)
+        topology=Topology(num_layers=1),
+        source=folder / "ms",
+        target=tmp_path / "out",
+        source_format="mindspore",
+        metadata=script_of(folder, tmp_path),
     )
 
 
 def written(request: McoreRequest) -> dict[str, Path]:
-    folder = run_mcore(request, SILENCE, [0]).target.folder / "mp_rank_00"
+    folder = run(request, [0], SILENCE).target.folder / "mp_rank_00"
     return {name: folder / name for name in FILES}
 
 

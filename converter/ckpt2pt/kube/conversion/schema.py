@@ -28,7 +28,7 @@ CONTENTS: Mapping[str, Content] = {"param": "Param", "exp_avg": "ExpAvg", "exp_a
 
 SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron"]
 """MindSpore is either of its two formats of files."""
-TargetFormat = Literal["Megatron06", "Megatron", "MindSpore"]
+TargetFormat = Literal["Megatron06", "Megatron", "TorchDist", "MindSpore"]
 
 Names = Literal["Auto", "Mcore", "Legacy"]
 TransformerImpl = Literal["Auto", "Local", "TransformerEngine"]

@@ -15,7 +15,7 @@ from ckpt2pt.kube.conversion.schema import Follow, Readiness
 from ckpt2pt.kube.follow.keep import verified_as
 from ckpt2pt.kube.follow.watch import Following, watch
 from ckpt2pt.kube.local.runner import spec_of_document
-from ckpt2pt.kube.resolve import resolve_request
+from ckpt2pt.kube.resolve import resolve
 from ckpt2pt.kube.worker.account import Account, Both
 from ckpt2pt.kube.worker.endpoint import served
 from ckpt2pt.kube.worker.waiting import wait_until_whole
@@ -32,13 +32,14 @@ def watch_command(options: argparse.Namespace, show: Show) -> int:
     """Flags that are given decide, then spec.follow of the document, then the defaults."""
     spec = spec_of_document(options.filename, options.volume) if options.filename else spec_of(options)
     if spec.target.format != "Megatron06":
+        given = {"MindSpore": "mindspore", "TorchDist": "torch_dist"}.get(spec.target.format, "megatron")
         raise UsageError(
-            f"{ref('target.format')} is {spec.target.format.lower()}, and a training is followed on its way to Megatron 0.6",
+            f"{ref('target.format')} is {given}, and a training is followed on its way to Megatron",
             where=ref("spec"),
             hint="convert one iteration with ckpt2pt convert, or with ckpt2pt run",
             field="target.format",
         )
-    request, account = resolve_request(spec, in_process=options.multiprocess_off), options.account
+    request, account = resolve(spec, in_process=options.multiprocess_off), options.account
     if request.source_format == "megatron":
         raise UsageError(
             "the source is a Megatron checkpoint, and trainings of MindSpore alone are followed",

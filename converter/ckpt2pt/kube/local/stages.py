@@ -19,14 +19,13 @@ from dataclasses import dataclass, replace
 
 from ckpt2pt.core.progress import Reporter
 from ckpt2pt.core.topology import Rank
-from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE, Ckpt2ptError, InterruptedRunError
 from ckpt2pt.kube.conversion.spec import Conversion
 from ckpt2pt.kube.conversion.status import REASONS, Ending, StageRecord, State
 from ckpt2pt.kube.worker.account import Both
 from ckpt2pt.kube.worker.termination import message_of, plain
-from ckpt2pt.run.conversion import Outcome
-from ckpt2pt.run.dispatch import AnyRequest, run
+from ckpt2pt.run.conversion import Outcome, run
+from ckpt2pt.run.torch_dist.request import AnyRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -205,7 +204,4 @@ def _deadline(seconds: int | None) -> Generator[Callable[[], bool]]:
 
 def request_here(request: AnyRequest, stages_at_a_time: int) -> AnyRequest:
     """As many ranks at a time as that many workers of a cluster would do, and no more than this machine has cores."""
-    workers = max(1, min(os.cpu_count() or 1, request.workers * stages_at_a_time))
-    if isinstance(request, Request):
-        return replace(request, workers=workers)
-    return replace(request, pace=replace(request.pace, workers=workers))
+    return replace(request, workers=max(1, min(os.cpu_count() or 1, request.workers * stages_at_a_time)))

@@ -21,7 +21,8 @@ from ckpt2pt.errors import (
 from ckpt2pt.formats.mindspore.ready import Watcher
 from ckpt2pt.kube.conversion.schema import Readiness, Spec
 from ckpt2pt.kube.worker.account import Account
-from ckpt2pt.run.dispatch import AnyRequest
+from ckpt2pt.run.targets.request import McoreRequest
+from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -52,15 +53,18 @@ def _obstacle_of_training(watcher: Watcher, timeout: float) -> Blocker | None:
 def _obstacle_of_save(ask: Callable[[], AnyRequest], readiness: Readiness) -> Blocker | None:
     """Megatron-LM writes its tracker when every rank has saved; a copy of a checkpoint may come file by file."""
     from ckpt2pt.discover import discover  # noqa: PLC0415 - only when asked for
-    from ckpt2pt.run.targets.mcore import find  # noqa: PLC0415 - the same
+    from ckpt2pt.run.targets.source import read_source  # noqa: PLC0415 - as above
+    from ckpt2pt.run.torch_dist.convert import find  # noqa: PLC0415 - as above
 
     try:
         request = ask()
-        if isinstance(request, Request):
+        if isinstance(request, DistRequest):
+            times = [int(str(one["mtime_ns"])) for one in find(request).stats.values()]
+        elif isinstance(request, McoreRequest):
+            times = [int(str(one["mtime_ns"])) for one in read_source(request).stats.values()]
+        else:
             inputs = discover(request).inputs
             times = [int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each]
-        else:
-            times = [int(str(one["mtime_ns"])) for one in find(request).source.stats.values()]
     except (MissingInputError, FormatError, TopologyError) as error:  # more folders may come
         return error, f"checkpoint is not complete: {error.what} ({error.where})"
     stable_for = time.time() - max(times) / 1e9
@@ -76,10 +80,16 @@ def request_when_complete(spec: Spec, account: Account, *, in_process: bool = Fa
 
     A Megatron source tells its layout itself, so that there is no request before it is there.
     """
-    from ckpt2pt.kube.resolve import is_megatron, resolve  # noqa: PLC0415 - only when asked for
+    from ckpt2pt.kube.resolve import is_megatron, resolve, resolve_any  # noqa: PLC0415 - only when asked for
 
-    ask, readiness = partial(resolve, spec, in_process=in_process), spec.readiness
-    if readiness.timeout_seconds and (spec.target.format == "Megatron" or is_megatron(spec)):
+    readiness = spec.readiness
+    if spec.target.format in {"TorchDist", "Megatron"}:
+        ask_dist = partial(resolve_any, spec, in_process=in_process)
+        if readiness.timeout_seconds:
+            _wait(partial(_obstacle_of_save, ask_dist, readiness), readiness.timeout_seconds, account)
+        return ask_dist()
+    ask = partial(resolve, spec, in_process=in_process)
+    if readiness.timeout_seconds and is_megatron(spec):
         _wait(partial(_obstacle_of_save, ask, readiness), readiness.timeout_seconds, account)
         return ask()
     request = ask()
@@ -87,7 +97,7 @@ def request_when_complete(spec: Spec, account: Account, *, in_process: bool = Fa
     return request
 
 
-def wait_until_whole(request: AnyRequest, readiness: Readiness, account: Account) -> None:
+def wait_until_whole(request: Request, readiness: Readiness, account: Account) -> None:
     """Look until nothing is in the way, at most as long as ``readiness`` allows; not at all, where that is 0.
 
     Raises what :meth:`ckpt2pt.formats.mindspore.ready.Observation.to_error` says, and for a Megatron checkpoint what reading it raises.
@@ -95,9 +105,8 @@ def wait_until_whole(request: AnyRequest, readiness: Readiness, account: Account
     timeout, settle = readiness.timeout_seconds, readiness.settle_seconds
     if not timeout:
         return
-    if isinstance(request, Request) and request.source_format != "megatron":
-        blocker = partial(_obstacle_of_training, watcher_of(request, settle), timeout)
-    else:
+    blocker = partial(_obstacle_of_training, watcher_of(request, settle), timeout)
+    if request.source_format == "megatron":
         blocker = partial(_obstacle_of_save, lambda: request, readiness)
     _wait(blocker, timeout, account)
 

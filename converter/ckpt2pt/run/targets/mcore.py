@@ -5,7 +5,6 @@ source --run.targets.source--> tensors, state --formats.megatron--> files of eac
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,7 +29,7 @@ from ckpt2pt.formats.torchfile.pickles import Value, namespace
 from ckpt2pt.io.paths import status
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import MEGATRON, Target
-from ckpt2pt.run.conversion import Conversion, Outcome, carry_out
+from ckpt2pt.run.conversion import Conversion
 from ckpt2pt.run.rank import RankTask
 from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.run.targets.source import Source, paths_of, read_source
@@ -187,11 +186,11 @@ def _topology(request: McoreRequest, source: Source) -> Topology:
 
     Raises :class:`UsageError` for a run with uneven stages whose layers nobody counts.
     """
-    args, checkpoint = source.state.args, source.checkpoint
+    args = source.state.args
     layers = {layer for key in source.index if (layer := layer_of(key.name)) is not None}
     stated = args.get("num_layers")
     count = request.num_layers or (stated if type(stated) is int else 1 + max(layers, default=0))
-    pipeline = request.target_pipeline or checkpoint.pipeline
+    pipeline = request.topology.pipeline
     virtual = request.target_virtual
     if virtual is None:
         own = args.get("virtual_pipeline_model_parallel_size")
@@ -207,7 +206,7 @@ def _topology(request: McoreRequest, source: Source) -> Topology:
         )
     return Topology(
         num_layers=count,
-        tensor=request.target_tensor or checkpoint.tensor,
+        tensor=request.topology.tensor,
         pipeline=pipeline,
         virtual=virtual,
         noop=frozenset(range(count)) - layers,
@@ -293,17 +292,6 @@ def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
         how_to_load=f" with {found.layout.style.needs}" + ("" if request.full else NO_OPTIMIZER),
         prepare=partial(_plan, found),
     )
-
-
-def pipeline_of_mcore(request: McoreRequest) -> int:
-    """How many stages the result has; headers are read where it is not said."""
-    return request.target_pipeline or request.pipeline or find(request).layout.topology.pipeline
-
-
-def run_mcore(request: McoreRequest, reporter: Reporter, stages: Sequence[int]) -> Outcome:
-    """Convert the given stages; what an earlier run finished is kept."""
-    began = time.monotonic()
-    return carry_out(conversion_of(request, stages), stages, reporter, began)
 
 
 def verify_mcore(

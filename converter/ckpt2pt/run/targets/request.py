@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ckpt2pt.core.names import Rules
+from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Pace, Verify
 
 
@@ -24,19 +25,21 @@ class TargetRequest:
     iteration: int | None = None
     tensor: int | None = None
     pipeline: int | None = None
-    target_tensor: int | None = None
-    target_pipeline: int | None = None
+    topology: Topology
+    """Tensor and pipeline parallel size of the result; the layers are not counted yet."""
     full: bool = True
     zero_samples: bool = False
     rules: Rules = Rules()  # noqa: RUF009 - frozen
     overwrite: bool = False
     verify: Verify = "digest"
-    pace: Pace = Pace()  # noqa: RUF009 - frozen
+    workers: int = 1
+    in_process: bool = False
+    timeout: float | None = None
 
     @property
-    def workers(self) -> int:
-        """Ranks converted at a time."""
-        return self.pace.workers
+    def pace(self) -> Pace:
+        """How its ranks are worked on."""
+        return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,9 @@ from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import MissingInputError, TopologyError, UsageError
 from ckpt2pt.kube.conversion import schema
-from ckpt2pt.kube.resolve import resolve
-from ckpt2pt.run.targets.mcore import find, run_mcore
+from ckpt2pt.kube.resolve import resolve_any
+from ckpt2pt.run.conversion import run
+from ckpt2pt.run.targets.mcore import find
 from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.verification.leaves import TensorLeaf, open_pt
 from mcore import expected
@@ -29,7 +30,9 @@ ODD = odd_set()
 
 def asked(folder: Path, tmp_path: Path, *script: str, **more: Any) -> McoreRequest:
     sizes = sizes_of(folder)
+    tensor, pipeline = more.pop("target_tensor", sizes["tp"]), more.pop("target_pipeline", sizes["pp"])
     base = McoreRequest(
+        topology=Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline),
         source=folder / "ms",
         target=tmp_path / "out",
         source_format="mindspore",
@@ -42,7 +45,7 @@ def asked(folder: Path, tmp_path: Path, *script: str, **more: Any) -> McoreReque
 
 def converted(request: McoreRequest) -> Path:
     topology = find(request).layout.topology
-    outcome = run_mcore(request, SILENCE, range(topology.pipeline))
+    outcome = run(request, range(topology.pipeline), SILENCE)
     assert outcome.published
     return outcome.target.folder
 
@@ -125,10 +128,10 @@ def test_rest_of_the_file_is_small_and_plain(tmp_path: Path) -> None:
 
 def test_stages_are_written_apart_and_a_second_run_writes_nothing(tmp_path: Path) -> None:
     request = asked(ODD, tmp_path, target_pipeline=2)
-    assert not run_mcore(request, SILENCE, [1]).published
-    outcome = run_mcore(request, SILENCE, [0])
+    assert not run(request, [1], SILENCE).published
+    outcome = run(request, [0], SILENCE)
     assert outcome.published
-    assert run_mcore(request, SILENCE, [0, 1]).converted == ()
+    assert run(request, [0, 1], SILENCE).converted == ()
 
 
 def test_weights_alone_need_no_hyperparameters(tmp_path: Path) -> None:
@@ -153,7 +156,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     more: dict[str, Any], error: type[Exception], what: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=what):
-        run_mcore(asked(ODD, tmp_path, **more), SILENCE, [0])
+        run(asked(ODD, tmp_path, **more), [0], SILENCE)
     assert not (tmp_path / "out").exists()
 
 
@@ -161,4 +164,4 @@ def test_release_that_has_another_format_is_refused() -> None:
     target = schema.Target(path="out", format="Megatron", megatron_version="0.6")
     spec = schema.Spec(source=schema.Source(path="ms"), target=target)
     with pytest.raises(UsageError, match=r"target\.megatronVersion.* is 0\.6"):
-        resolve(spec)
+        resolve_any(spec)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import TryAgainError
 from ckpt2pt.run.targets.request import TargetRequest
 from ckpt2pt.run.targets.source import read_source
@@ -16,6 +17,7 @@ from mcoresets import odd_set, script_of
 def request(tmp_path: Path, *script: str) -> TargetRequest:
     folder = odd_set()
     return TargetRequest(
+        topology=Topology(num_layers=1),
         source=folder / "ms",
         target=tmp_path / "out",
         source_format="mindspore",
