@@ -87,7 +87,17 @@ def write_common(state: State, sizes: Values, *, full: bool) -> bytes:
                 hint=f"give a pt_meta in {ref('metadata.path')}, or convert weights alone{aside('mode')}",
                 field="metadata.path",
             )
-        groups = [cast("Value", dict(state.group(decays=decays))) for decays in (True, False)]
-        tree["optimizer"] = {"optimizer": {"param_groups": groups}, "param_state_sharding_type": SHARDING}
+        tree["optimizer"] = {"optimizer": {"param_groups": _groups(state)}, "param_state_sharding_type": SHARDING}
         tree["opt_param_scheduler"] = cast("Value", dict(state.scheduler))
     return archive_bytes("common", write_pickle(tree))
+
+
+def _groups(state: State) -> list[Value]:
+    """Every group with the true step, those with weight decay first; a loader finds its own by their keys, whatever the order.
+
+    There may be more than one of a kind: embedding and output layer with a learning rate of their own.
+    """
+    for decays in (True, False):
+        state.group(decays=decays)  # refuses where nothing states it
+    ordered = sorted(state.groups, key=lambda group: not group.get("wd_mult", 1.0))
+    return [cast("Value", {**group, "step": state.step}) for group in ordered]

@@ -62,3 +62,13 @@ def test_weights_alone_have_no_optimizer() -> None:
 def test_what_megatron_needs_is_asked_for(lacking: dict[str, Any]) -> None:
     with pytest.raises(MissingInputError, match="nothing states"):
         write_common(replace(STATE, **lacking), {}, full=True)
+
+
+def test_a_group_with_a_learning_rate_of_its_own_is_kept() -> None:
+    groups = (*STATE.groups, {**GROUP, "is_decoupled_lr": True, "max_lr": 5e-4})
+    found = loaded(replace(STATE, groups=groups))["optimizer"]["optimizer"]["param_groups"]
+    assert [(group["wd_mult"], group["max_lr"], group["step"]) for group in found] == [
+        (1.0, 1e-3, 6),
+        (1.0, 5e-4, 6),
+        (0.0, 1e-3, 6),
+    ]
