@@ -23,6 +23,8 @@ from ckpt2pt.formats.megatron.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.pickles import Global, Value, as_tensor, entries, read_pickle
+from ckpt2pt.formats.torchfile.reader import PtFile
+from ckpt2pt.io.files import OpenFiles
 from ckpt2pt.io.paths import is_file, is_folder, listing
 
 _MODEL_KEY = re.compile(r"model(\d*)")
@@ -197,9 +199,10 @@ def tensor_ref(value: Value, archive: Archive, name: str, path: Path) -> TensorR
     return TensorRef(name, found.dtype, found.shape, (extent,) if extent.nbytes else ())
 
 
-def read_buffers(path: Path) -> tuple[tuple[StoredBucket, ...], ...]:
+def read_buffers(path: Path, among: OpenFiles | None = None) -> tuple[tuple[StoredBucket, ...], ...]:
     """The buffers of a ``distrib_optim.pt`` in the order of their numbers.  Each has one pair of types, as 0.6 makes it for one type of weights."""
-    archive = Archive.open(path)
+    with PtFile(path, among=among) as file:
+        archive = Archive.read(file)
     tree = read_pickle(archive.pickle, where=str(path))
     if not isinstance(tree, dict) or "per_bucket_numel_unpadded" not in tree:
         coalesced = isinstance(tree, dict) and "buckets_coalesced" in tree

@@ -26,6 +26,7 @@ from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, ref
 from ckpt2pt.formats.checkpoint import Checkpoint, agreed
 from ckpt2pt.formats.folders import iteration_folder, of_iteration
 from ckpt2pt.formats.megatron.headers import MegatronRank, StoredBucket, rank_folders, read_buffers, read_rank
+from ckpt2pt.io.files import OpenFiles
 from ckpt2pt.io.paths import is_file
 
 ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -75,10 +76,10 @@ def read_headers(folder: Path, allow: tuple[str, ...]) -> MegatronRank:
     return with_optimizer(read_rank(folder, optimizer=False, allow=allow), allow)
 
 
-def with_optimizer(rank: MegatronRank, allow: tuple[str, ...]) -> MegatronRank:
-    """The same for a rank whose model file was read; without any optimizer it stays as it is."""
+def with_optimizer(rank: MegatronRank, allow: tuple[str, ...], files: OpenFiles | None = None) -> MegatronRank:
+    """The same for a rank whose model file was read; without any optimizer it stays as it is.  ``files`` stay open."""
     if is_file(rank.folder / OPTIM_FILE, ref("source.path")):
-        return replace(rank, buffers=read_buffers(rank.folder / OPTIM_FILE))
+        return replace(rank, buffers=read_buffers(rank.folder / OPTIM_FILE, files))
     return read_rank(rank.folder, copies=True, allow=allow) if rank.has_plain_optimizer else rank
 
 

@@ -19,6 +19,7 @@ from ckpt2pt.formats.ptmeta.files import RankFiles
 from ckpt2pt.formats.ptmeta.metadata import data_parallel_size
 from ckpt2pt.formats.ptmeta.missing import synthesize_entries
 from ckpt2pt.formats.ptmeta.proof import check_copies, check_sizes, check_slices, check_views
+from ckpt2pt.io.files import OpenFiles
 from ckpt2pt.io.paths import status
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -155,6 +156,7 @@ def lay_out_rank(
     bucket_size: int | None = None,
     at_most: int | None = None,
     advance: Advance = unheard,
+    files: OpenFiles | None = None,
 ) -> Layout:
     """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds."""
     divisor = _divisor(rank)
@@ -164,11 +166,13 @@ def lay_out_rank(
         if bucket_size:
             notes.append(f"buckets of {bucket_size} elements, by the header of distrib_optim.pt")
     buffers = lay_out_again(rank, pp, divisor=divisor, bucket_size=bucket_size)
-    notes += _prove(rank, buffers, at_most=at_most, advance=advance)
+    notes += _prove(rank, buffers, at_most=at_most, advance=advance, files=files)
     return Layout(buffers=buffers, bucket_numel=bucket_size, evidence="; ".join(notes))
 
 
-def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | None, where: Path) -> Layout:
+def prove_given(
+    rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | None, where: Path, files: OpenFiles | None = None
+) -> Layout:
     """Buffers by param maps that somebody wrote, proved like computed ones; chunks without parameters have no map."""
     filled = [vpp for vpp, chunk in enumerate(rank.chunks) if chunk]
     if len(maps) != len(filled):
@@ -198,11 +202,18 @@ def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | No
                     hint=f"point {ref('metadata.path')} at the maps of this run",
                     field="metadata.path",
                 )
-    return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(_prove(rank, buffers, at_most=at_most)))
+    return Layout(
+        buffers=buffers, bucket_numel=None, evidence="; ".join(_prove(rank, buffers, at_most=at_most, files=files))
+    )
 
 
 def _prove(
-    rank: MegatronRank, buffers: tuple[tuple[Buffer, ...], ...], *, at_most: int | None, advance: Advance = unheard
+    rank: MegatronRank,
+    buffers: tuple[tuple[Buffer, ...], ...],
+    *,
+    at_most: int | None,
+    advance: Advance = unheard,
+    files: OpenFiles | None = None,
 ) -> list[str]:
     stored = list(rank.buffers or ())
     flat = [(buffer, weights) for chunk, weights in zip(buffers, rank.chunks, strict=True) for buffer in chunk]
@@ -222,7 +233,8 @@ def _prove(
     for (buffer, weights), buckets in zip(flat, stored, strict=True):
         check_sizes(buffer, buckets, where=str(rank.folder))
         if at_most != 0:
-            count += check_slices(buffer, buckets, weights, where=str(rank.folder), at_most=at_most, advance=advance)
+            where = str(rank.folder)
+            count += check_slices(buffer, buckets, weights, where=where, at_most=at_most, advance=advance, files=files)
     compared = f"{count} elements of distrib_optim.pt equal their weights"
     return [*notes, compared if count else "sizes equal those of distrib_optim.pt"]
 
