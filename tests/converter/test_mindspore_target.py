@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +19,17 @@ from ckpt2pt.discover import discover
 from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import Ckpt2ptError, CoverageError, UsageError, VerificationError
 from ckpt2pt.formats.mindspore import index_file
+from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.imported import prove_import
 from ckptfiles import Tensor, ckpt
+from conversions import Quiet
 from documents import ABSENT, changed, claim, write
 from goldens import golden_root
 from handmade import Handmade
 from imports import import_request, run_all
 from layouts import topology
 from relaid import Relaid, check_mindspore
+from results import edit_tree
 from sharding import Sharding
 
 J = golden_root() / "megatron06" / "j_tp1pp2dp2"
@@ -105,8 +109,6 @@ def test_shards_are_cut_anew(tmp_path: Path) -> None:
 
 
 def _number(name: str, value: float) -> Tensor:
-    import struct
-
     return Tensor(name, "float32", (), struct.pack("<f", value))
 
 
@@ -126,6 +128,27 @@ def test_parameter_groups_follow_the_parameters_of_each_rank(tmp_path: Path) -> 
             found[1][f"learning_rate_group_{group}"][2]
             == _number("", told[f"learning_rate_group_{1 - int(group)}"]).data
         )
+
+
+def test_a_group_with_a_learning_rate_of_its_own_goes_where_its_parameters_go(tmp_path: Path) -> None:
+    """Of Megatron's ``--decoupled-lr``: embedding and output layer are the first group of a first stage, the last of a last."""
+    one = Relaid(topology=topology())
+    outcome = run(one.write(tmp_path / "made"), range(1), Quiet())
+
+    def decouple(tree: Any) -> None:
+        groups = tree["optimizer"]["optimizer"]["param_groups"]
+        rates = [{**group, "lr": lr} for group, lr in zip(groups, (0.5, 0.25), strict=True)]
+        tree["optimizer"]["optimizer"]["param_groups"] = [{**rates[0], "is_decoupled_lr": True, "lr": 0.125}, *rates]
+
+    edit_tree(outcome.target.folder / "mp_rank_00" / "model_optim_rng.pt", decouple)
+    more = {"source_format": "Megatron", "target_pipeline": 4}
+    assert run_all(import_request(tmp_path / "made" / "out", tmp_path / "ms", **more)).published
+    rates: list[list[float]] = []
+    for rank in (0, 1, 3):
+        found = payloads(tmp_path / "ms" / f"rank_{rank}" / "network.ckpt")
+        names = sorted(name for name in found if name.startswith("learning_rate_group_"))
+        rates.append([struct.unpack("<f", found[name][2])[0] for name in names])
+    assert rates == [[0.125, 0.25, 0.5], [0.25, 0.5], [0.25, 0.5, 0.125]]
 
 
 def test_weights_alone(tmp_path: Path) -> None:

@@ -31,12 +31,18 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """Parameters laid end to end.  ``start`` is where it begins in its buffer, ``numel`` includes its padding."""
+    """Parameters laid end to end.  ``start`` is where it begins in its buffer, ``numel`` includes its padding.
+
+    ``filled`` counts the elements before the padding, where these are more than end with the last parameter; ``gaps``
+    says that parameters may lie apart, as releases from 0.8 on align them.
+    """
 
     index: int
     start: int
     placements: tuple[Placement, ...]
     numel: int
+    filled: int = 0
+    gaps: bool = False
 
     def __post_init__(self) -> None:
         if not self.placements:
@@ -48,7 +54,7 @@ class Bucket:
                 self.placements[0].name,
             )
         for left, right in pairwise(self.placements):
-            if left.stop != right.start:
+            if left.stop > right.start or (left.stop < right.start and not self.gaps):
                 raise _broken(
                     f"{right.name} starts at element {right.start}, but {left.name} ends at {left.stop}", right.name
                 )
@@ -60,8 +66,8 @@ class Bucket:
 
     @property
     def numel_unpadded(self) -> int:
-        """Elements that carry parameters."""
-        return self.placements[-1].stop - self.start
+        """Elements up to the padding."""
+        return max(self.filled, self.placements[-1].stop - self.start)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 iter_0000500, release               one iteration; more than seven digits from iteration 10,000,000 on
 mp_rank_01, mp_rank_01_003          (tp, pp)
-mp_rank_01_003_002                  (tp, pp, expert parallel rank): not read
+mp_rank_01_003_002                  (tp, pp, expert parallel rank); mp_rank_01_002 with one pipeline stage
 rank_3                              a global rank of MindSpore
 latest_checkpointed_iteration.txt   ``500`` or ``release``
 
@@ -26,6 +26,7 @@ MODEL_RANK = r"mp_rank_[0-9]{2,9}(?:_[0-9]{3,9})?"
 _ITERATION = re.compile(r"iter_([0-9]{1,18})")
 _RANK = re.compile(r"rank_([0-9]{1,9})")
 _MODEL_RANK = re.compile(r"mp_rank_([0-9]{2,9})(?:_([0-9]{3,9}))?")
+_ANY_MODEL_RANK = re.compile(r"mp_rank_([0-9]{2,9})(?:_([0-9]{3,9}))?(?:_([0-9]{3,9}))?")
 _EXPERT_RANK = re.compile(r"mp_rank_[0-9]{2,9}_[0-9]{3,9}_[0-9]{3,9}")
 _TRACKED = re.compile(r"[0-9]{1,18}")
 
@@ -89,6 +90,19 @@ def model_rank_of(name: str) -> tuple[int, int] | None:
     """``mp_rank_01_003`` -> (1, 3), ``mp_rank_01`` -> (1, 0); None for any other name, one of an expert included."""
     found = _MODEL_RANK.fullmatch(name)
     return (int(found[1]), int(found[2] or 0)) if found else None
+
+
+def expert_ranks(paths: Iterable[Path], *, pipelined: bool) -> dict[tuple[int, int, int], Path]:
+    """(tp, pp, ep) -> its folder among ``paths``; ``pipelined`` says that a second number is that of a stage.
+
+    Megatron-LM cac60ce4, megatron/checkpointing.py, ``get_checkpoint_name``.
+    """
+    found: dict[tuple[int, int, int], Path] = {}
+    for path in paths:
+        if match := _ANY_MODEL_RANK.fullmatch(path.name):
+            tp, second, third = (int(number or 0) for number in match.groups())
+            found[(tp, second, third) if pipelined or match[3] else (tp, 0, second)] = path
+    return found
 
 
 def model_ranks(paths: Iterable[Path]) -> dict[tuple[int, int], Path]:

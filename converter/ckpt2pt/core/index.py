@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckpt2pt.core.extents import Extent, Shape, Stored
-from ckpt2pt.core.params import EMBEDDING, Axes, axes_of, is_gated, model_order
+from ckpt2pt.core.params import EMBEDDING, Axes, axes_of, is_buffer, is_gated, model_order
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, check_coverage, sharded
 from ckpt2pt.errors import CoverageError, TopologyError
 
@@ -49,13 +49,14 @@ class Collector:
     where: str
     _parts: dict[Key, dict[int, list[Local]]] = field(default_factory=dict[Key, dict[int, list[Local]]])
 
-    def add(self, role: Role, name: str, tp: int, local: Local) -> None:
+    def add(self, role: Role, name: str, tp: int, local: Local, *, replica: bool = False) -> None:
         """Take what rank ``tp`` holds of a parameter.
 
-        What a second pipeline stage holds of it is a replica: tied embeddings lie on the first and on the last.
+        What a second pipeline stage holds of it is a replica: tied embeddings lie on the first and on the last.  Of expert
+        parallel ranks all hold the same dense parameters: those of all but one are a ``replica``.
         """
         copies = self._parts.setdefault(Key(role, name), {}).setdefault(tp, [])
-        if copies and name != EMBEDDING:
+        if copies and name != EMBEDDING and not replica:
             raise CoverageError(
                 f"{Key(role, name)} is on two pipeline stages, or in one file by two names",
                 where=self.where,
@@ -119,7 +120,7 @@ def ordered(found: Index, where: str, *, partial: bool = False) -> Index:
 
 def _check_roles(index: Index, where: str) -> None:
     """Refuse a checkpoint of which some ranks hold the optimizer and others do not."""
-    names = dict.fromkeys(key.name for key in index)
+    names = dict.fromkeys(key.name for key in index if not is_buffer(key.name))
     for role in ROLES:
         lacking = [name for name in names if Key(role, name) not in index]
         if 0 < len(lacking) < len(names):

@@ -39,8 +39,9 @@ HAS_EXTRA_STATE = frozenset({"query_key_value", "dense", "dense_h_to_4h", "dense
 _SPLIT = {"word_embeddings_for_head"}.union(
     spelled.rpartition(".")[2]
     for row in (*LAYER_MODULES, *MODULES)
-    if row.kind.cuts["weight"] is not None
+    if row.kind.cuts.get("weight") is not None
     for spelled in (row.legacy, row.mindspore)
+    if spelled
 )
 
 Role = Literal["param", "exp_avg", "exp_avg_sq", "ignored"]
@@ -73,7 +74,9 @@ _REASONS = tuple(_IGNORED)
 _LAYERS = "language_model.encoder.layers."
 _LAYER = re.compile(r"language_model\.encoder\.layers\.(\d{1,9})(?:_pp\w+)?\.(.+)")
 _NEIGHBOURS, _LONGEST = 32, 512
-_WRAPPERS = re.compile(r"(?:(?:module|model)\.)+(?=language_model\.|word_embeddings)")
+_WRAPPERS = re.compile(
+    r"(?:(?:module|model)\.)+(?=language_model\.|word_embeddings|embedding\.|decoder\.|output_layer\.)"
+)
 _PREFIX = re.compile(r"\A(?:module|model\d*)\.")
 
 

@@ -32,25 +32,42 @@ ROW = Kind({"weight": 1, "bias": None})
 VOCABULARY = Kind({"weight": 0, "bias": 0}, padded=True)
 WHOLE = Kind({"weight": None, "bias": None})
 NORM = Kind({"weight": None, "bias": None}, norm=True)
+ROUTER = Kind({"weight": None, "bias": None, "expert_bias": None})
+GATE = Kind({"gate_weight": None})
 
 
 class Module(NamedTuple):
-    """One row: its name in Megatron core, in Megatron 0.6 and in MindSpeed-Core-MS."""
+    """One row: its name in Megatron core, in Megatron 0.6 and in MindSpeed-Core-MS; empty where that one has no such module.
+
+    An expert's number follows ``local_experts``; canonical names have the global one (core/transformer/moe/experts.py).
+    ``fused`` is what stands before ``weight`` and ``bias`` with the layer spec of Transformer Engine, where that differs.
+    """
 
     name: str
     legacy: str
     mindspore: str
     kind: Kind
+    fused: str = ""
 
 
 LAYER_MODULES = (
-    #      Megatron core                 Megatron 0.6                        MindSpeed-Core-MS
-    Module("input_layernorm",            "input_norm",                       "input_norm",            NORM),
-    Module("self_attention.linear_qkv",  "self_attention.query_key_value",   "attention.qkv_proj",    COLUMN),
-    Module("self_attention.linear_proj", "self_attention.dense",             "attention.out_proj",    ROW),
-    Module("pre_mlp_layernorm",          "post_attention_norm",              "post_attention_norm",   NORM),
-    Module("mlp.linear_fc1",             "mlp.dense_h_to_4h",                "mlp.mapping",           GATED),
-    Module("mlp.linear_fc2",             "mlp.dense_4h_to_h",                "mlp.projection",        ROW),
+    #      Megatron core                  Megatron 0.6                        MindSpeed-Core-MS
+    Module("input_layernorm",             "input_norm",                       "input_norm",            NORM,
+           "self_attention.linear_qkv.layer_norm_"),
+    Module("self_attention.linear_qkv",   "self_attention.query_key_value",   "attention.qkv_proj",    COLUMN),
+    Module("self_attention.q_layernorm",  "",                                 "",                      NORM),
+    Module("self_attention.k_layernorm",  "",                                 "",                      NORM),
+    Module("self_attention.linear_proj",  "self_attention.dense",             "attention.out_proj",    ROW),
+    Module("pre_mlp_layernorm",           "post_attention_norm",              "post_attention_norm",   NORM,
+           "mlp.linear_fc1.layer_norm_"),
+    Module("mlp.linear_fc1",              "mlp.dense_h_to_4h",                "mlp.mapping",           GATED),
+    Module("mlp.linear_fc2",              "mlp.dense_4h_to_h",                "mlp.projection",        ROW),
+    Module("mlp.router",                  "",                                 "",                      ROUTER),
+    Module("mlp.experts.local_experts.linear_fc1", "",                        "",                      GATED),
+    Module("mlp.experts.local_experts.linear_fc2", "",                        "",                      ROW),
+    Module("mlp.shared_experts.linear_fc1", "",                               "",                      GATED),
+    Module("mlp.shared_experts.linear_fc2", "",                               "",                      ROW),
+    Module("mlp.shared_experts",          "",                                 "",                      GATE),
 )  # fmt: skip
 
 _EMBEDDING = "language_model.embedding.word_embeddings"
@@ -70,10 +87,14 @@ HEAD = "output_layer.weight"
 
 _LEGACY_LAYER = re.compile(r"language_model\.encoder\.layers\.(\d+)\.(.+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)(\d+)\.")
+_GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
+"""An expert's parameter in ``TEGroupedMLP``."""
 _Rows = tuple[Mapping[str, Module], Mapping[str, Module]]
 """Of the layers, and outside of them."""
-_CANONICAL: _Rows = {row.legacy: row for row in LAYER_MODULES}, {row.legacy: row for row in MODULES}
+_CANONICAL: _Rows = {row.legacy: row for row in LAYER_MODULES if row.legacy}, {row.legacy: row for row in MODULES}
 _ROWS: _Rows = {row.name: row for row in LAYER_MODULES}, {row.name: row for row in MODULES}
+_FUSED = {f"{row.fused}{leaf}": f"{row.name}.{leaf}" for row in LAYER_MODULES if row.fused for leaf in row.kind.cuts}
 _PLACES = tuple({name: place for place, name in enumerate(rows)} for rows in _ROWS)
 
 
@@ -89,7 +110,7 @@ class _Name(NamedTuple):
 def _parsed(name: str, pattern: re.Pattern[str] = _LAYER, rows: _Rows = _ROWS) -> _Name:
     found = pattern.fullmatch(name)
     inner = found[2] if found else name
-    module, _, leaf = inner.rpartition(".")
+    module, _, leaf = _EXPERT.sub("", inner).rpartition(".")
     row = rows[not found].get(module)
     known = row if row and leaf in row.kind.cuts else None
     return _Name(int(found[1]) if found else None, inner, known, leaf)
@@ -112,9 +133,42 @@ def canonical_name(legacy: str, layers: Sequence[int] | None = None) -> str:
 def legacy_name(name: str) -> str:
     """The inverse of :func:`canonical_name`, with the global number of the layer."""
     layer, inner, row, leaf = _parsed(name)
-    if row:
+    if row and row.legacy:
         inner = f"{row.legacy}.{leaf}"
     return inner if layer is None else f"language_model.encoder.layers.{layer}.{inner}"
+
+
+def legacy_spelling(name: str) -> str:
+    """The same for a parameter of a Megatron core model with the layer spec of Transformer Engine or the local one.
+
+    ``decoder.layers.7.mlp.linear_fc1.layer_norm_weight`` -> ``language_model.encoder.layers.7.post_attention_norm.weight``.
+    """
+    if found := _LAYER.fullmatch(name):
+        inner = _GROUPED.sub(r"mlp.experts.local_experts.\3.\1.\2", _FUSED.get(found[2], found[2]))
+        name = f"decoder.layers.{found[1]}.{inner}"
+    return legacy_name(name)
+
+
+def expert_of(name: str) -> int | None:
+    """The number of the expert in a name; None where it is of none."""
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else None
+
+
+def with_expert(name: str, shift: int) -> str:
+    """The name of the expert ``shift`` numbers further on; that of any other parameter stays."""
+    return _EXPERT.sub(lambda found: f"{int(found[1]) + shift}.", name) if shift else name
+
+
+def is_buffer(name: str) -> bool:
+    """Whether it is no parameter, so that no optimizer knows it, though it is saved with the weights."""
+    return name.endswith(".mlp.router.expert_bias")
+
+
+def in_legacy_models(name: str) -> bool:
+    """Whether a legacy GPT model can have a parameter of this canonical name; one that no table knows may be anything."""
+    row = _parsed(name).row
+    return row is None or bool(row.legacy)
 
 
 def layer_of(name: str) -> int | None:
@@ -126,7 +180,7 @@ def model_order(name: str) -> tuple[int, int, int, str]:
     """A key that sorts canonical names as the model runs: embeddings, layers by number, head; then what no table knows."""
     found = _LAYER.fullmatch(name)
     places = _PLACES[not found]
-    place = places.get((found[2] if found else name).rpartition(".")[0], len(places))
+    place = places.get(_EXPERT.sub("", found[2] if found else name).rpartition(".")[0], len(places))
     return (1, int(found[1]), place, name) if found else (0 if name.startswith("embedding.") else 2, 0, place, name)
 
 
@@ -175,7 +229,7 @@ def is_gated(shapes: Mapping[str, Shape], where: str) -> bool:
     Raises :class:`TopologyError` for any other relation.
     """
     for name, shape in shapes.items():
-        if name.endswith(".mlp.linear_fc1.weight") and len(shape) == 2:
+        if name.endswith(".linear_fc1.weight") and len(shape) == 2:
             other = shapes.get(name.replace("linear_fc1", "linear_fc2"), ())
             if len(other) == 2 and shape[0] in {other[1], 2 * other[1]}:
                 return shape[0] == 2 * other[1]
@@ -189,4 +243,4 @@ def is_gated(shapes: Mapping[str, Shape], where: str) -> bool:
 
 def modules(rows: Iterable[Module]) -> dict[str, tuple[str, str]]:
     """Megatron 0.6's name of each module -> MindSpeed-Core-MS's, and whether it is a norm or linear."""
-    return {row.legacy: (row.mindspore, "norm" if row.kind.norm else "linear") for row in rows}
+    return {row.legacy: (row.mindspore, "norm" if row.kind.norm else "linear") for row in rows if row.mindspore}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ckpt2pt.core.foldernames import model_rank_name, model_rank_of
+from ckpt2pt.core.foldernames import expert_ranks, model_rank_name, model_rank_of
 from ckpt2pt.core.moves import OPTIM_FILE
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.topology import Rank
@@ -14,9 +14,10 @@ from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import Ckpt2ptError, FormatError, aside
 from ckpt2pt.formats.megatron.headers import MegatronRank, rank_folders, read_rank
 from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.megatron.release import optimizer_form, written_by
 from ckpt2pt.formats.megatron.resume import Unmet, first_of, hint, summary
 from ckpt2pt.formats.ptmeta.metadata import RankMeta
-from ckpt2pt.io.paths import is_file
+from ckpt2pt.io.paths import is_file, listing
 
 
 def check_loadable(request: Request, rank: Rank, meta: RankMeta | None = None) -> None:
@@ -68,11 +69,22 @@ def made_up(request: Request) -> tuple[str, ...]:
 
 
 def verdicts(iteration: Path) -> dict[str, str]:
-    """Whether Megatron-LM 0.6 can resume from an iteration as it is, and, if not, whether it can load its weights."""
+    """Which release wrote an iteration, with which form of optimizer; of one of Megatron-LM 0.6, or one that it may read:
+
+    whether 0.6 can resume from it as it is, and, if not, whether it can load its weights.
+    """
     from ckpt2pt.formats.ptmeta.capture import unmet_of_rank  # noqa: PLC0415 - not for conversions, whose memory it would cost
 
     broken: dict[bool, dict[Rank, tuple[Unmet, ...]]] = {True: {}, False: {}}
+    facts: dict[str, str] = {}
     try:
+        every = expert_ranks(listing(iteration), pipelined=True)
+        if every:
+            first = read_rank(every[min(every)], experts=True)
+            facts = {"writtenBy": f"Megatron-LM {written_by(first)}", "optimizer": optimizer_form(first)}
+            if first.core_names or first.coalesced:
+                why = "names of its parameters" if first.core_names else "form of its optimizer"
+                return facts | {"resumable": f"not by Megatron-LM 0.6, which does not know the {why}"}
         ranks = rank_folders(iteration)
         for rank, folder in ranks.items():
             found = read_rank(folder, optimizer=False)
@@ -80,11 +92,11 @@ def verdicts(iteration: Path) -> dict[str, str]:
                 rules = unmet_of_rank(found, ranks, full=full, checkpoint=True)
                 so_far[rank] = (*_misplaced(found, pipelined=max(ranks)[1] > 0, full=full), *rules)
     except Ckpt2ptError as error:
-        return {"resumable": f"unknown: {error.what}"}
+        return facts | {"resumable": f"unknown: {error.what}"}
     resumes, loads = (first_of(broken[full]) for full in (True, False))
     if not resumes:
-        return {"resumable": "yes, by Megatron-LM 0.6"}
-    return {"resumable": f"no: {resumes}", "weightsLoadable": f"no: {loads}" if loads else "yes"}
+        return facts | {"resumable": "yes, by Megatron-LM 0.6"}
+    return facts | {"resumable": f"no: {resumes}", "weightsLoadable": f"no: {loads}" if loads else "yes"}
 
 
 def _misplaced(rank: MegatronRank, *, pipelined: bool, full: bool) -> tuple[Unmet, ...]:

@@ -160,15 +160,26 @@ def _entry(name: str, tensor: TensorRef, dtype: str) -> Entry:
 
 
 def _groups_in_order(groups: list[dict[str, object]], tensors: Mapping[str, TensorRef]) -> list[dict[str, object]]:
-    """The parameter groups in the order in which a rank's parameters need them: with weight decay, and without."""
-    by_kind = {group.get("wd_mult") != 0: group for group in groups}
-    order = _kinds(tensors)
-    return [by_kind[kind] for kind in order] if set(order) <= set(by_kind) else groups
+    """The parameter groups in the order in which a rank's parameters need them; all of them where two are of one kind.
+
+    With weight decay or without; embedding and output layer apart where these have a learning rate of their own
+    (Megatron-LM 0.6, core/optimizer/__init__.py, ``_get_param_groups``).
+    """
+    by_kind = {(group.get("wd_mult") != 0, bool(group.get("is_decoupled_lr"))): group for group in groups}
+    apart = any(decoupled for _, decoupled in by_kind)
+    order = dict.fromkeys(
+        (decayed, apart and name.endswith((_EMBEDDING, _HEAD)))
+        for name, tensor in _parameters(tensors).items()
+        for decayed in weight_decay_groups([tensor])
+    )
+    complete = len(by_kind) == len(groups) and order.keys() <= by_kind.keys()
+    return [by_kind[kind] for kind in order] if complete else groups
 
 
-def _kinds(tensors: Mapping[str, TensorRef]) -> tuple[bool, ...]:
-    first = role_of(next(iter(tensors), ""))  # each parameter once, whichever of its tensors are there
-    return weight_decay_groups(tensor for name, tensor in tensors.items() if role_of(name) == first)
+def _parameters(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """Each parameter once, whichever of its tensors are there."""
+    first = role_of(next(iter(tensors), ""))
+    return {name: tensor for name, tensor in tensors.items() if role_of(name) == first}
 
 
 # -------------------------------------------------------------------------------------------------------- from MindSpore
@@ -215,7 +226,7 @@ def _of_other_layout(entries: Mapping[str, TensorRef]) -> tuple[dict[str, Tensor
     others = {name: one for name, one in entries.items() if not one.gather}
     left_out = [name for name, one in others.items() if one.numel > 1 and one.dtype != "str"]
     kinds = {number: decays(group) for number, group in statement_of(others).groups.items()}
-    order, numbers = _kinds(tensors), dict[str, int]()
+    order, numbers = weight_decay_groups(_parameters(tensors).values()), dict[str, int]()
     if None not in kinds.values() and len(set(kinds.values())) == len(kinds) and set(order) <= set(kinds.values()):
         numbers = {str(number): order.index(kind) for number, kind in kinds.items() if kind in order}
     found = dict(tensors)

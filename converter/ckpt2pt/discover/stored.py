@@ -45,6 +45,7 @@ from ckpt2pt.formats.ptmeta.capture import (
     rank_files,
 )
 from ckpt2pt.formats.ptmeta.files import RankFiles, arguments_file, render
+from ckpt2pt.formats.ptmeta.legacy import as_legacy, check_legacy
 from ckpt2pt.formats.ptmeta.metadata import RankMeta, data_parallel_size, read_param_maps, read_template
 from ckpt2pt.formats.ptmeta.relayout import NewLayout, Relayout, relayout
 from ckpt2pt.formats.torchfile.archive import Archive
@@ -74,9 +75,6 @@ def layout_of(folder: Path, rules: Rules, listed: tuple[int, ...] | None = None)
         names = {vpp: [name for name, _ in chunk] for vpp, chunk in enumerate(rank.chunks)}
         empty |= missing_layers(names, found, pp=pp, where=str(rank.folder))
     return replace(found, noop=frozenset(empty))
-
-
-# ------------------------------------------------------------------------------------------------------------ the source
 
 
 def find(request: Request, keep: Collection[Rank]) -> Found:
@@ -278,22 +276,23 @@ class Own:
         """The template of one rank; Megatron writes and reads the optimizer of the result as distributed."""
         stored, layout = self.headers(rank)
         if stored.copies is None:
-            return stored.template
+            return as_legacy(stored).template
         made = rank_files(stored, *rank, layout.buffers)
         args = with_attrs(made.tree["args"], {"use_distributed_optimizer": True})
         return _in_memory(replace(made, tree={**made.tree, "args": args}))
 
     def buffers(self, pp: int) -> Sequence[Buffer]:
-        """The buffers of the first rank of a stage."""
-        return [buffer for chunk in self.headers((0, pp))[1].buffers for buffer in chunk]
+        """The buffers of the first rank of a stage, as those of Megatron-LM 0.6."""
+        stored, layout = self.headers((0, pp))
+        return [buffer for chunk in rank_files(stored, 0, pp, layout.buffers).buffers for buffer in chunk]
 
     def meta(self, rank: Rank) -> RankMeta:
         """Of a rank of the same place."""
         stored, layout = self.headers(rank)
-        buffers = layout.buffers
+        buffers, old = rank_files(stored, *rank, layout.buffers).buffers, as_legacy(stored)
         if self.full and self.target_data:
-            buffers = lay_out_again(stored, rank[1], divisor=self.target_data, bucket_size=layout.bucket_numel)
-        names = [tuple(name for name, _ in chunk) for chunk in stored.chunks]
+            buffers = lay_out_again(old, rank[1], divisor=self.target_data, bucket_size=layout.bucket_numel)
+        names = [tuple(name for name, _ in chunk) for chunk in old.chunks]
         return RankMeta(template=self.arguments(rank), chunks=_chunks(names, buffers, self.where))
 
 
@@ -312,17 +311,16 @@ def _headers(own: Own, rank: Rank) -> tuple[MegatronRank, Layout]:
 
 
 def _layout(own: Own, rank: Rank, stored: MegatronRank, files: OpenFiles) -> Layout:
-    folder = stored.folder
     if stored.buffers is None and stored.copies is None:
         distributed = stored.template.args.get("use_distributed_optimizer") is True
         raise MissingInputError(
             f"{OPTIM_FILE} is not there" if distributed else f"{MODEL_FILE} holds no optimizer",
-            where=folder,
+            where=stored.folder,
             hint=f"copy the whole iteration with its optimizer, or convert weights alone{aside('mode')}",
         )
     if stored.copies is not None:
-        evidence = prove_copies(stored, at_most=SAMPLE_NUMEL)
-        return replace(lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL), evidence=evidence)
+        layout = lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL)
+        return replace(layout, evidence=prove_copies(stored, at_most=SAMPLE_NUMEL))
     if own.maps is None:
         return lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL, files=files)
     given = read_param_maps(own.maps, tp=rank[0], pp=rank[1], divisor=data_parallel_size(stored.template))
@@ -373,6 +371,7 @@ def own_of(request: Request) -> Own:
 def own_meta(request: Request, rank: Rank) -> RankMeta:
     """What the source says of a rank of the result, or what follows for it from what it says of all."""
     own = own_of(request)
+    check_legacy(own.headers((0, 0) if request.source_topology else rank)[0])
     if request.source_topology is None:
         return own.meta(rank)
     made = _relaid(request, own).rank(rank)

@@ -2,7 +2,7 @@
 
 registry    which format a folder is of
 mindspore   rank_R/*.ckpt, *.safetensors, shards
-megatron    iter_N/mp_rank_*/*.pt of Megatron-LM 0.6
+megatron    iter_N/mp_rank_*/*.pt of Megatron-LM 0.6 to 0.19
 ptmeta      what a Megatron run says of itself: arguments and param maps, read and made
 torchfile   the archives and pickles of torch, inert
 """

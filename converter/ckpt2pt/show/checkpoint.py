@@ -13,21 +13,14 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.core.extents import TensorRef
-from ckpt2pt.core.foldernames import (
-    TRACKER,
-    is_iteration,
-    iterations,
-    model_ranks,
-    parallel_sizes,
-    ranks_of,
-    tracked_name,
-)
+from ckpt2pt.core.foldernames import TRACKER, expert_ranks, is_iteration, iterations, ranks_of, tracked_name
 from ckpt2pt.core.names import SHARD, NameTable
 from ckpt2pt.core.stage import spans
 from ckpt2pt.core.training_step import STEP_ENTRIES, read_training_step
 from ckpt2pt.discover.loading import verdicts
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
 from ckpt2pt.formats.folders import SUFFIXES, checkpoint_files, layout_of
+from ckpt2pt.formats.megatron.headers import all_sizes
 from ckpt2pt.formats.mindspore import index_file, read_scalar, states_checksum
 from ckpt2pt.formats.mindspore.filenames import UNNAMED, when_of_name
 from ckpt2pt.formats.mindspore.ranks import choose, find_sources, last_saved
@@ -196,7 +189,7 @@ def _archive(path: Path, *, details: bool) -> Json:
     tensors = [_Entry(name, leaf) for name, leaf in leaves.items() if isinstance(leaf, TensorLeaf)]
     tops = {name.split("/")[1] for name in leaves}
     holds = "a Megatron model" if any(re.fullmatch(r"model\d*", top) for top in tops) else "other data"
-    if "per_bucket_numel" in tops:
+    if "per_bucket_numel" in tops or any(name.endswith("/numel_unpadded") for name in leaves):
         holds = "a Megatron distributed optimizer"
     elif "args" in tops and holds == "other data":
         holds = "a template of pt_meta: a Megatron model file without its weights"
@@ -303,7 +296,7 @@ def _folder(path: Path, *, details: bool) -> Json:
     if is_distributed(path):
         found, leaves = inspect_distributed(path, details=details)
         return found | {"arguments": _arguments(leaves, details=details)}
-    if model_ranks(path / name for name in names):
+    if expert_ranks((path / name for name in names), pipelined=True):
         found = _iteration(path, read_tracker(path.parent))
         return {"kind": "Megatron iteration", "path": str(path), **found, **verdicts(path)}
     if ranks_of(names):
@@ -422,7 +415,7 @@ def _loads(loaded: Path) -> Json:
 
 def _iteration(folder: Path, named: str) -> Json:
     """One iteration: its ranks and files, and how far a conversion has come."""
-    tensor, pipeline = parallel_sizes(model_ranks(listing(folder)))
+    tensor, pipeline, experts = all_sizes(folder)
     shards = listing(folder, "*.distcp")
     if shards:
         size = sum(path.stat().st_size for path in shards)
@@ -436,6 +429,7 @@ def _iteration(folder: Path, named: str) -> Json:
     return {
         "tp": tensor,
         "pp": pipeline,
+        **({"ep": experts} if experts > 1 else {}),
         "files": len(files),
         "bytes": sum(path.stat().st_size for path in files.values()),
         "optimizer": any(name.endswith("distrib_optim.pt") for name in files),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ckpt2pt.core.foldernames import is_rank, iterations
+from ckpt2pt.core.foldernames import expert_ranks, is_rank, iterations
 from ckpt2pt.core.index import find
 from ckpt2pt.core.names import NameTable, Rules
 from ckpt2pt.core.params import EMBEDDING, HEAD, is_padded
@@ -22,15 +22,14 @@ from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, box_of
 from ckpt2pt.errors import FormatError, InputError, MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.folders import iteration_folder, pairs
-from ckpt2pt.formats.megatron.headers import rank_folders
+from ckpt2pt.formats.megatron.headers import read_rank
 from ckpt2pt.formats.mindspore.degrees import weights_of
 from ckpt2pt.formats.registry import detect, read
 from ckpt2pt.io.paths import is_folder, listing
 from ckpt2pt.verification.compare import ALL_FILES, Comparing, Comparison, compare
 from ckpt2pt.verification.elements import rounded
 from ckpt2pt.verification.gather import Bytes, Elements, Files, Gathered, file_of, gathered, width
-from ckpt2pt.verification.leaves import TensorLeaf, open_pt
-from ckpt2pt.verification.structure import MODEL_FILE
+from ckpt2pt.verification.leaves import TensorLeaf
 
 
 def compare_any(
@@ -230,8 +229,11 @@ def differ_in_layout(left: Path, right: Path, *, asked: bool) -> bool:
     if asked or formats[0] != formats[1] or formats[0] == "torch_dist":
         return True
     if formats[0] == "megatron":
-        ranks = [rank_folders(iteration_folder(path)).keys() for path in (left, right)]
-        return ranks[0] != ranks[1] or _model_chunks(left) != _model_chunks(right)
+        folders = [expert_ranks(listing(iteration_folder(path)), pipelined=True) for path in (left, right)]
+        return (
+            folders[0].keys() != folders[1].keys()
+            or len({_form_of(found[min(found)]) for found in folders if found}) > 1
+        )
     names = [
         {
             folder.name
@@ -251,14 +253,13 @@ def _format(path: Path) -> str | None:
         return None
 
 
-def _model_chunks(path: Path) -> set[str]:
-    """``model``, or ``model0``, ``model1``, ... of a rank with virtual pipeline stages; none where its file cannot be read."""
-    first = next(iter(rank_folders(iteration_folder(path)).values()))
+def _form_of(folder: Path) -> tuple[bool, bool, int] | None:
+    """Names and form of the optimizer that a rank of Megatron-LM has, and how many model chunks; None where it cannot be read."""
     try:
-        leaves = open_pt(first / MODEL_FILE)
+        rank = read_rank(folder, experts=True)
     except (InputError, MissingInputError):
-        return set()
-    return {top for name in leaves if (top := name.split("/")[1]).startswith("model")}
+        return None
+    return rank.core_names, rank.coalesced, len(rank.chunks)
 
 
 def _differ_in_shapes(left: Path, right: Path) -> bool:

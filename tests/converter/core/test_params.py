@@ -9,11 +9,16 @@ from ckpt2pt.core.params import (
     MODULES,
     axes_of,
     canonical_name,
+    expert_of,
+    in_legacy_models,
+    is_buffer,
     is_gated,
     is_padded,
     kind_of,
     layer_of,
+    legacy_spelling,
     model_order,
+    with_expert,
 )
 from ckpt2pt.errors import TopologyError
 
@@ -23,6 +28,8 @@ LAYER = "language_model.encoder.layers"
 TABLE = [
     (f"{LAYER}.3.input_norm", "decoder.layers.3.input_layernorm", None, None),
     (f"{LAYER}.3.self_attention.query_key_value", "decoder.layers.3.self_attention.linear_qkv", 0, 0),
+    (f"{LAYER}.3.self_attention.q_layernorm", "decoder.layers.3.self_attention.q_layernorm", None, None),
+    (f"{LAYER}.3.self_attention.k_layernorm", "decoder.layers.3.self_attention.k_layernorm", None, None),
     (f"{LAYER}.3.self_attention.dense", "decoder.layers.3.self_attention.linear_proj", 1, None),
     (f"{LAYER}.3.post_attention_norm", "decoder.layers.3.pre_mlp_layernorm", None, None),
     (f"{LAYER}.3.mlp.dense_h_to_4h", "decoder.layers.3.mlp.linear_fc1", 0, 0),
@@ -45,8 +52,62 @@ def test_a_module_has_its_name_and_its_cut(legacy: str, name: str, weight: int |
         assert axes.fused == axes.shape
 
 
-def test_the_table_above_is_complete() -> None:
-    assert len(TABLE) == len(LAYER_MODULES) + len(MODULES)
+EXPERTS = [
+    ("mlp.router.weight", None),
+    ("mlp.router.bias", None),
+    ("mlp.router.expert_bias", None),
+    ("mlp.experts.local_experts.11.linear_fc1.weight", 0),
+    ("mlp.experts.local_experts.11.linear_fc1.bias", 0),
+    ("mlp.experts.local_experts.11.linear_fc2.weight", 1),
+    ("mlp.experts.local_experts.11.linear_fc2.bias", None),
+    ("mlp.shared_experts.linear_fc1.weight", 0),
+    ("mlp.shared_experts.linear_fc2.weight", 1),
+    ("mlp.shared_experts.gate_weight", None),
+]
+
+
+@pytest.mark.parametrize(("inner", "cut"), EXPERTS)
+def test_what_is_cut_of_a_mixture_of_experts(inner: str, cut: int | None) -> None:
+    name = f"decoder.layers.3.{inner}"
+    axes = axes_of(name, (6, 4), 2, gated=True)
+    gated = "linear_fc1" in inner
+    assert axes.cut == (1 if gated else cut)
+    assert axes.shape == ((2, 6, 4) if gated else (6, 8) if cut == 1 else (6, 4))
+    assert canonical_name(legacy_spelling(name)) == name
+    assert not in_legacy_models(name)
+
+
+def test_experts_are_numbered_on_by_rank() -> None:
+    name = "decoder.layers.3.mlp.experts.local_experts.1.linear_fc1.weight"
+    assert expert_of(name) == 1
+    assert with_expert(name, 6) == "decoder.layers.3.mlp.experts.local_experts.7.linear_fc1.weight"
+    assert expert_of("decoder.layers.3.mlp.shared_experts.linear_fc1.weight") is None
+    grouped = "decoder.layers.3.mlp.experts.linear_fc1.weight1"
+    assert legacy_spelling(grouped) == f"{LAYER}.3.mlp.experts.local_experts.1.linear_fc1.weight"
+    assert is_buffer("decoder.layers.3.mlp.router.expert_bias")
+    assert not is_buffer("decoder.layers.3.mlp.router.weight")
+
+
+def test_the_tables_above_are_complete() -> None:
+    experts = {name.replace(".11.", ".").rpartition(".")[0] for name, _ in EXPERTS}
+    assert len(TABLE) + len(experts) == len(LAYER_MODULES) + len(MODULES)
+
+
+def test_the_layer_spec_of_transformer_engine_calls_the_same_modules_otherwise() -> None:
+    for name, legacy in {
+        "decoder.layers.3.self_attention.linear_qkv.layer_norm_weight": f"{LAYER}.3.input_norm.weight",
+        "decoder.layers.3.self_attention.linear_qkv.layer_norm_bias": f"{LAYER}.3.input_norm.bias",
+        "decoder.layers.3.mlp.linear_fc1.layer_norm_weight": f"{LAYER}.3.post_attention_norm.weight",
+        "decoder.layers.3.mlp.linear_fc1.weight": f"{LAYER}.3.mlp.dense_h_to_4h.weight",
+        "output_layer.weight": "language_model.output_layer.weight",
+    }.items():
+        assert legacy_spelling(name) == legacy
+
+
+def test_a_legacy_model_has_no_q_and_k_layernorm() -> None:
+    assert not in_legacy_models("decoder.layers.3.self_attention.q_layernorm.weight")
+    assert in_legacy_models("decoder.layers.3.self_attention.linear_proj.weight")
+    assert in_legacy_models("decoder.layers.3.self_attention.gate.weight")  # of a rule file
 
 
 def test_local_layers_become_global_ones() -> None:

@@ -1,53 +1,48 @@
-"""A Megatron-LM 0.6 checkpoint read backwards: its ranks, and where the bytes of every parameter and bucket lie.
+"""A checkpoint of Megatron-LM 0.6 to 0.19 in the ``torch`` format: its ranks, and where the bytes of every parameter and bucket lie.
 
 iter_0000500/mp_rank_01_003/model_optim_rng.pt   -> template (all but the weights), chunks of (name, TensorRef)
                             distrib_optim.pt     -> buffers of buckets of {param, exp_avg, exp_avg_sq: TensorRef}
 
-Headers only.  Formats: Megatron-LM cac60ce4, megatron/checkpointing.py and core/optimizer/distrib_optimizer.py.
+Headers only.  Formats: Megatron-LM cac60ce4, megatron/checkpointing.py; core_v0.19.0, megatron/training/checkpointing.py.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.core.extents import DTYPE_BYTES, Extent, TensorRef
-from ckpt2pt.core.foldernames import model_ranks, parallel_sizes
-from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
+from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.core.foldernames import expert_ranks, model_ranks, parallel_sizes
+from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
 from ckpt2pt.core.names import TIED_HEAD, common_prefix
+from ckpt2pt.core.params import HEAD, legacy_name, legacy_spelling
 from ckpt2pt.errors import FormatError, MissingInputError, ref
+from ckpt2pt.formats.megatron.distributed import Buckets, StoredBucket, read_buffers, read_states, tensor_ref
 from ckpt2pt.formats.megatron.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import Global, Value, as_tensor, entries, read_pickle
-from ckpt2pt.formats.torchfile.reader import PtFile
-from ckpt2pt.io.files import OpenFiles
+from ckpt2pt.formats.torchfile.pickles import Value, entries, read_pickle
 from ckpt2pt.io.paths import is_file, is_folder, listing
 
 _MODEL_KEY = re.compile(r"model(\d*)")
-_BUCKET_NBYTES = 64
 _TIED_HEAD_SAVED = "word_embeddings_for_head.weight"
-_SAVED_AGAIN = "point at a checkpoint of Megatron-LM 0.6 with --use-distributed-optimizer and a legacy GPT model"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredBucket:
-    """One bucket of ``distrib_optim.pt``: sizes by the header, and its float32 tensors by kind."""
-
-    numel: int
-    numel_unpadded: int
-    tensors: Mapping[str, TensorRef]
+_HEAD = legacy_name(HEAD)
+_SAVED_AGAIN = "point at a checkpoint of a GPT model of Megatron-LM 0.6 to 0.19, saved with --use-distributed-optimizer"
+_EXPERTS = re.compile(r"\.mlp\.(?:router|experts|local_experts|shared_experts)\.")
+_UNKNOWN_EXPERTS = re.compile(r"\.mlp\.(?:local_experts|experts\.weight[12]$)")
+"""Experts of legacy models, and ``GroupedMLP``, which holds them transposed in one tensor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MegatronRank:
     """One ``mp_rank_*`` folder.  ``chunks`` holds for each model chunk its parameters in order of registration.
 
-    ``buffers`` are those of ``distrib_optim.pt``, None where there is none; ``copies`` what ``model_optim_rng.pt`` holds
-    of the optimizer in a run without the distributed one, None unless it was asked for.
+    Names are those of a legacy GPT model, also where the file has others (``core_names``).  ``buffers`` are those of
+    ``distrib_optim.pt``, None where there is none; ``copies`` what ``model_optim_rng.pt`` holds of the optimizer in a run
+    without the distributed one, None unless it was asked for.
     """
 
     folder: Path
@@ -57,6 +52,16 @@ class MegatronRank:
     copies: Copies | None = None
     prefix: str = ""
     """What all names of parameters carried in the file, such as ``module.``; left out here."""
+    core_names: bool = False
+    apart: bool = False
+    """Whether experts have buffers of their own, as with expert parallelism; those of a chunk follow its dense ones."""
+    lacks_dense: bool = False
+    """Whether the rank of another expert holds the optimizer of dense parameters."""
+
+    @property
+    def coalesced(self) -> bool:
+        """Whether the buffers are those of 0.7 or newer."""
+        return any(bucket.coalesced for buffer in self.buffers or () for bucket in buffer)
 
     @property
     def has_plain_optimizer(self) -> bool:
@@ -95,19 +100,45 @@ def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
     return found
 
 
+def all_sizes(iteration: Path) -> tuple[int, int, int]:
+    """Tensor, pipeline and expert parallel size by the folders of an iteration; 1 for each where there is none.
+
+    Whether a second number is that of a stage or of experts, only the arguments tell.
+    """
+    folders = expert_ranks(listing(iteration), pipelined=True)
+    tensor, pipeline, experts = (1 + max(numbers) for numbers in zip((0, 0, 0), *folders, strict=True))
+    if (
+        pipeline > 1
+        and experts == 1
+        and is_expert_parallel(read_rank(folders[min(folders)], optimizer=False, experts=True))
+    ):
+        return tensor, 1, pipeline
+    return tensor, pipeline, experts
+
+
+def is_expert_parallel(rank: MegatronRank) -> bool:
+    """Whether the run had expert parallel ranks and one pipeline stage: ``mp_rank_00_001`` is then one of experts."""
+    args = rank.template.args
+    experts = args.get("expert_model_parallel_size")
+    return isinstance(experts, int) and experts > 1 and args.get("pipeline_model_parallel_size") == 1
+
+
 def read_rank(
-    folder: Path, *, optimizer: bool = True, copies: bool = False, allow: tuple[str, ...] = ()
+    folder: Path, *, optimizer: bool = True, copies: bool = False, experts: bool = False, allow: tuple[str, ...] = ()
 ) -> MegatronRank:
     """Read the headers of one rank; ``optimizer`` False leaves ``distrib_optim.pt`` alone.
 
-    ``copies`` asks for the optimizer in ``model_optim_rng.pt`` where there is no ``distrib_optim.pt``.
+    ``copies`` asks for the optimizer in ``model_optim_rng.pt`` where there is no ``distrib_optim.pt``.  A mixture of experts
+    is refused unless ``experts``.
     """
     optim = folder / OPTIM_FILE
     there = optimizer and is_file(optim, ref("source.path"))
-    return read_files(folder / MODEL_FILE, optim if there else None, copies=copies, allow=allow)
+    return read_files(folder / MODEL_FILE, optim if there else None, copies=copies, experts=experts, allow=allow)
 
 
-def read_files(path: Path, optim: Path | None, *, copies: bool = False, allow: tuple[str, ...] = ()) -> MegatronRank:
+def read_files(
+    path: Path, optim: Path | None, *, copies: bool = False, experts: bool = False, allow: tuple[str, ...] = ()
+) -> MegatronRank:
     """The same of files that may have other names: the model's and the optimizer's."""
     archive = Archive.open(path)
     tree = read_pickle(archive.pickle, where=str(path), allow=allow)
@@ -119,23 +150,29 @@ def read_files(path: Path, optim: Path | None, *, copies: bool = False, allow: t
         raise FormatError(f"model chunks are {', '.join(keys) or 'none'}", where=path, hint=_SAVED_AGAIN)
     found = {key: _weights(named[key], archive, path) for key in keys}
     prefix = common_prefix({name: name for weights in found.values() for name in weights}, where=str(path))
-    chunks = tuple(tuple(_named(weights, prefix, path)) for weights in found.values())
-    buffers = read_buffers(optim) if optim else None
+    template = Template(
+        path=str(path),
+        tree={
+            key: groups_alone(value) if key == "optimizer" else value for key, value in named.items() if key not in keys
+        },
+        storages=dict(archive.storages),
+    )
+    core_names = _has_core_names(found.values(), prefix)
+    tied = core_names and template.args.get("untie_embeddings_and_output_weights") is False
+    chunks = tuple(tuple(_named(weights, prefix, path, tied=tied, experts=experts)) for weights in found.values())
+    states = read_states(optim) if optim and experts else None
+    apart = states is not None and len(states) == 2
+    buffers = _by_chunk(states, chunks) if states and apart else read_buffers(optim) if optim else None
     whole = copies and buffers is None
     return MegatronRank(
         folder=path.parent,
-        template=Template(
-            path=str(path),
-            tree={
-                key: groups_alone(value) if key == "optimizer" else value
-                for key, value in named.items()
-                if key not in keys
-            },
-            storages=dict(archive.storages),
-        ),
+        template=template,
         chunks=chunks,
         buffers=buffers,
         prefix=prefix,
+        core_names=core_names,
+        apart=apart,
+        lacks_dense=bool(states and apart and states[0] is None),
         copies=read_copies(
             named.get("optimizer"), chunks, lambda value, name: tensor_ref(value, archive, name, path), where=path
         )
@@ -168,117 +205,55 @@ def _weights(model: Value, archive: Archive, path: Path) -> dict[str, TensorRef]
     return found
 
 
-def _named(weights: Mapping[str, TensorRef], prefix: str, path: Path) -> Iterator[tuple[str, TensorRef]]:
-    """The same without the prefix, the tied head under the name that buffers use."""
+def _by_chunk(
+    states: Sequence[tuple[Buckets, ...] | None], chunks: Sequence[Sequence[tuple[str, TensorRef]]]
+) -> tuple[Buckets, ...]:
+    """Buffers of dense parameters and of experts, chunk by chunk; where a chunk has several, as they come."""
+    left = [list(state) if state is not None else None for state in states]
+    found: list[Buckets] = []
+    for chunk in chunks:
+        kinds = {is_expert(name) for name, _ in chunk}
+        for kind, state in enumerate(left):
+            if state and bool(kind) in kinds:
+                found.append(state.pop(0))
+    return (*found, *(buckets for state in left for buckets in state or ()))
+
+
+def is_expert(name: str) -> bool:
+    """Whether it is a parameter of one expert, which ranks of other experts do not hold."""
+    return ".mlp.experts." in name
+
+
+def _has_core_names(chunks: Iterable[Mapping[str, TensorRef]], prefix: str) -> bool:
+    """Whether these are the parameters of a Megatron core model: a legacy one has ``language_model.`` before them."""
+    names = [name.removeprefix(prefix) for weights in chunks for name in weights]
+    return bool(names) and not any(name.startswith(("language_model.", "word_embeddings")) for name in names)
+
+
+def _named(
+    weights: Mapping[str, TensorRef], prefix: str, path: Path, *, tied: bool, experts: bool
+) -> Iterator[tuple[str, TensorRef]]:
+    """The same under legacy names, without the prefix, the tied head under the name that buffers use.
+
+    ``tied``: a Megatron core model calls its last stage's copy of the embedding ``output_layer``.
+    """
     seen: set[str] = set()
     for full, entry in weights.items():
-        name = full.removeprefix(prefix)
-        name = TIED_HEAD if name == _TIED_HEAD_SAVED else name
+        name = legacy_spelling(full.removeprefix(prefix))
+        name = TIED_HEAD if name == _TIED_HEAD_SAVED or (tied and name == _HEAD) else name
         if name in seen:
             raise FormatError(f"{name} is there twice", where=path, hint=_SAVED_AGAIN)
         seen.add(name)
+        if _EXPERTS.search(name) and (not experts or _UNKNOWN_EXPERTS.search(name)):
+            raise FormatError(
+                f"{full} is of a mixture of experts, in a form that ckpt2pt does not read"
+                if experts
+                else f"{full} is of a mixture of experts, which ckpt2pt does not convert yet",
+                where=path,
+                hint="save it with an MLP for each expert, or with the grouped one of Transformer Engine"
+                if experts
+                else "give a checkpoint of a dense model; ckpt2pt verify and ckpt2pt.open read this one",
+            )
         if not name.startswith("language_model.") and name != TIED_HEAD:
-            raise FormatError(
-                f"{name} is no parameter of a legacy GPT model of Megatron-LM 0.6", where=path, hint=_SAVED_AGAIN
-            )
+            raise FormatError(f"{full} is no parameter of a GPT model of Megatron-LM", where=path, hint=_SAVED_AGAIN)
         yield name, entry._replace(name=name)
-
-
-def tensor_ref(value: Value, archive: Archive, name: str, path: Path) -> TensorRef:
-    """Where a tensor of the tree lies; it may be a view into a storage that others share."""
-    found = as_tensor(value)
-    if found is None:
-        raise FormatError(f"{name} is not a tensor", where=path, hint=_SAVED_AGAIN)
-    storage = archive.storages.get(found.key)
-    width = DTYPE_BYTES.get(found.dtype, 0)
-    if storage is None or not width or storage.nbytes != found.storage_numel * width or not found.is_contiguous:
-        raise FormatError(
-            f"{name} is not a contiguous tensor of a type that can be read", where=path, hint="copy the file again"
-        )
-    extent = Extent(storage.path, storage.offset + found.offset * width, found.numel * width)
-    return TensorRef(name, found.dtype, found.shape, (extent,) if extent.nbytes else ())
-
-
-def read_buffers(path: Path, among: OpenFiles | None = None) -> tuple[tuple[StoredBucket, ...], ...]:
-    """The buffers of a ``distrib_optim.pt`` in the order of their numbers.  Each has one pair of types, as 0.6 makes it for one type of weights."""
-    with PtFile(path, among=among) as file:
-        archive = Archive.read(file)
-    tree = read_pickle(archive.pickle, where=str(path))
-    if not isinstance(tree, dict) or "per_bucket_numel_unpadded" not in tree:
-        coalesced = isinstance(tree, dict) and "buckets_coalesced" in tree
-        raise FormatError(
-            "written by Megatron-LM 0.7 or newer (buckets_coalesced)"
-            if coalesced
-            else "there is no per_bucket_numel_unpadded",
-            where=path,
-            hint="use a checkpoint of Megatron-LM 0.6, whose buckets are lists; or convert parameters only",
-        )
-    count = sum(isinstance(key, int) for key in tree)
-    padded, unpadded = (
-        _sizes(tree, "per_bucket_numel", count, path),
-        _sizes(tree, "per_bucket_numel_unpadded", count, path),
-    )
-    found: list[tuple[StoredBucket, ...]] = []
-    # Lists may be shared: each bucket has to pay for its three tensors.
-    buckets_left = len(archive.pickle) // _BUCKET_NBYTES
-    for number in range(count):
-        for key, numels in padded[number].items():
-            buckets_left -= len(numels)
-            if buckets_left < 0:
-                raise FormatError("more buckets than a file of its size can hold", where=path, hint=_SAVED_AGAIN)
-            kinds = _inner(tree.get(number), path).get(key)
-            tensors = {kind: _list(_inner(kinds, path).get(kind), path) for kind in OPTIM_KINDS}
-            sizes = unpadded[number].get(key, [])
-            if any(len(items) != len(numels) for items in (sizes, *tensors.values())):
-                raise FormatError(f"buffer {number} has lists of different length", where=path, hint=_SAVED_AGAIN)
-            buckets: list[StoredBucket] = []
-            for index, (numel, size) in enumerate(zip(numels, sizes, strict=True)):
-                refs = {
-                    kind: tensor_ref(items[index], archive, f"{kind} of bucket {index}", path)
-                    for kind, items in tensors.items()
-                }
-                _check_bucket(refs, numel, size, f"{path}, buffer {number}, bucket {index}")
-                buckets.append(StoredBucket(numel=numel, numel_unpadded=size, tensors=refs))
-            found.append(tuple(buckets))
-    return tuple(found)
-
-
-def _check_bucket(refs: Mapping[str, TensorRef], numel: int, unpadded: int, where: str) -> None:
-    """A tensor may lack the padding (other converters leave it out), never a parameter."""
-    for kind, entry in refs.items():
-        if entry.dtype != "float32" or not unpadded <= entry.numel <= numel:
-            raise FormatError(
-                f"{kind} is {entry.dtype} with {entry.numel} elements; the header says {unpadded}, padded to {numel}",
-                where=where,
-                hint=_SAVED_AGAIN,
-            )
-
-
-def _sizes(tree: Mapping[Value, Value], name: str, count: int, path: Path) -> list[dict[Value, list[int]]]:
-    rows = _list(tree.get(name), path)
-    if len(rows) != count:
-        raise FormatError(f"{name} has {len(rows)} entries for {count} buffers", where=path, hint=_SAVED_AGAIN)
-    found: list[dict[Value, list[int]]] = []
-    for row in rows:
-        sizes = {key: _list(value, path) for key, value in _inner(row, path).items()}
-        for key, numels in sizes.items():
-            if not _is_type_pair(key) or not all(type(n) is int and n >= 0 for n in numels):
-                raise FormatError(f"{name} holds something else than sizes", where=path, hint=_SAVED_AGAIN)
-        found.append(cast("dict[Value, list[int]]", sizes))
-    return found
-
-
-def _is_type_pair(key: Value) -> bool:
-    return isinstance(key, tuple) and len(key) == 2 and all(isinstance(item, Global) for item in key)
-
-
-def _inner(value: Value, path: Path) -> Mapping[Value, Value]:
-    if not isinstance(value, dict):
-        raise FormatError("a dictionary of buckets is missing", where=path, hint=_SAVED_AGAIN)
-    return value
-
-
-def _list(value: Value, path: Path) -> Sequence[Value]:
-    if not isinstance(value, list):
-        raise FormatError("a list of buckets is missing", where=path, hint=_SAVED_AGAIN)
-    return value

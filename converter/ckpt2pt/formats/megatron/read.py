@@ -1,4 +1,4 @@
-"""A checkpoint of Megatron-LM 0.6 in the ``torch`` format, read as global tensors.
+"""A checkpoint of Megatron-LM 0.6 to 0.19 in the ``torch`` format, read as global tensors.
 
 mp_rank_01_003/model_optim_rng.pt   weights: param
                distrib_optim.pt     buckets: main_param, exp_avg, exp_avg_sq, by the layout of the buffers
@@ -9,25 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Protocol
 
 from ckpt2pt.core.buckets import Buffer
 from ckpt2pt.core.extents import TensorRef
-from ckpt2pt.core.foldernames import parallel_sizes
+from ckpt2pt.core.foldernames import expert_ranks, parallel_sizes
 from ckpt2pt.core.index import Collector, Local
 from ckpt2pt.core.moves import OPTIM_FILE
 from ckpt2pt.core.names import Rules, is_tied_head, local_layer
-from ckpt2pt.core.params import EMBEDDING, canonical_name
+from ckpt2pt.core.params import EMBEDDING, canonical_name, expert_of, with_expert
 from ckpt2pt.core.tensor import Role
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, ref
 from ckpt2pt.formats.checkpoint import Checkpoint, agreed
 from ckpt2pt.formats.folders import iteration_folder, of_iteration
-from ckpt2pt.formats.megatron.headers import MegatronRank, StoredBucket, rank_folders, read_buffers, read_rank
+from ckpt2pt.formats.megatron.distributed import StoredBucket, read_buffers
+from ckpt2pt.formats.megatron.headers import MegatronRank, is_expert_parallel, rank_folders, read_rank
 from ckpt2pt.io.files import OpenFiles
-from ckpt2pt.io.paths import is_file
+from ckpt2pt.io.paths import is_file, listing
 
 ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 """What the kinds of tensors in ``distrib_optim.pt`` are."""
@@ -46,16 +47,16 @@ def open_megatron(
     from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - much, and a proof needs none of it
 
     folder = source_folder(path, iteration)
-    folders = rank_folders(folder)
-    there = parallel_sizes(folders)
+    ranks = _read_ranks(folder, rules.pickle_globals)
+    dense = {(tp, pp): rank for (tp, pp, ep), rank in ranks.items() if not ep}
+    there = parallel_sizes(dense)
     agreed((tensor, pipeline), there, folder)
-    ranks = {rank: read_headers(rank_folder, rules.pickle_globals) for rank, rank_folder in folders.items()}
-    check_ranks(ranks, there)
-    layout = layout_of_ranks(ranks, *there)
+    check_ranks(dense, there)
+    layout = layout_of_ranks(dense, *there)
     collector = Collector(there[0], str(folder))
-    for (tp, pp), rank in ranks.items():
+    for (tp, pp, ep), rank in sorted(ranks.items(), key=lambda item: item[0][2]):
         buffers = lay_out_rank(rank, pp, at_most=SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
-        collect_rank(collector, (tp, pp), rank, layout, buffers)
+        collect_rank(_Experts(collector, ep, _first_expert(rank, ep)), (tp, pp), rank, layout, buffers)
     return Checkpoint(
         path=folder,
         format="megatron",
@@ -66,14 +67,69 @@ def open_megatron(
     )
 
 
+def _read_ranks(folder: Path, allow: tuple[str, ...]) -> dict[tuple[int, int, int], MegatronRank]:
+    """(tp, pp, ep) -> what its files hold.
+
+    Whether a second number in a folder's name is that of a stage or of experts, only the arguments tell.
+    """
+    folders = expert_ranks(listing(folder), pipelined=True)
+    if not any(ep for *_, ep in folders):
+        folders = {(*rank, 0): path for rank, path in rank_folders(folder).items()}
+    ranks = {rank: read_headers(path, allow, experts=True) for rank, path in folders.items()}
+    first = ranks.get((0, 0, 0))
+    if first and is_expert_parallel(first) and not any(ep for *_, ep in ranks):
+        ranks = {(tp, 0, number): rank for (tp, number, _), rank in ranks.items()}
+    sizes = [1 + max(numbers) for numbers in zip(*ranks, strict=True)]
+    missing = [numbers for numbers in product(*map(range, sizes)) if numbers not in ranks]
+    args = first.template.args if first else {}
+    experts = args.get("expert_model_parallel_size")
+    if missing or (isinstance(experts, int) and experts > sizes[2]):
+        tp, pp, ep = missing[0] if missing else (0, 0, sizes[2])
+        raise MissingInputError(
+            f"the rank tp {tp} pp {pp} ep {ep} is missing", where=folder, hint="copy the whole iteration"
+        )
+    own = args.get("expert_tensor_parallel_size")
+    if isinstance(own, int) and own != sizes[0] and any(rank.apart for rank in ranks.values()):
+        raise FormatError(
+            f"experts are cut over {own} tensor-parallel ranks, and the dense parameters over {sizes[0]}",
+            where=folder,
+            hint="give a checkpoint of which both have one tensor parallel size",
+        )
+    return ranks
+
+
+def _first_expert(rank: MegatronRank, ep: int) -> int:
+    """The global number of the rank's first expert: all ranks hold as many (moe_layer.py, ``local_expert_indices``)."""
+    if not ep:
+        return 0
+    numbers = (number for chunk in rank.chunks for name, _ in chunk if (number := expert_of(name)) is not None)
+    return ep * (1 + max(numbers, default=-1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Experts:
+    """Collects what the rank ``ep`` of experts holds, whose first one is ``first``; dense parameters all such ranks hold."""
+
+    collector: Collector
+    ep: int
+    first: int
+
+    def add(self, role: Role, name: str, tp: int, local: Local) -> None:
+        replica = self.ep > 0 and expert_of(name) is None
+        self.collector.add(role, with_expert(name, self.first), tp, local, replica=replica)
+
+
 def source_folder(path: Path, iteration: int | None) -> Path:
     """The folder of an iteration, by default of the one that the tracker names."""
     return iteration_folder(path) if iteration is None else of_iteration(path, iteration)
 
 
-def read_headers(folder: Path, allow: tuple[str, ...]) -> MegatronRank:
+def read_headers(folder: Path, allow: tuple[str, ...], *, experts: bool = False) -> MegatronRank:
     """One rank with its optimizer, distributed or not."""
-    return with_optimizer(read_rank(folder, optimizer=False, allow=allow), allow)
+    rank = read_rank(folder, experts=experts, allow=allow)
+    if rank.buffers is None and rank.has_plain_optimizer:
+        return read_rank(folder, copies=True, experts=experts, allow=allow)
+    return rank
 
 
 def with_optimizer(rank: MegatronRank, allow: tuple[str, ...], files: OpenFiles | None = None) -> MegatronRank:

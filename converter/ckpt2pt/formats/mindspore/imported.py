@@ -14,7 +14,7 @@ from ckpt2pt.core import names
 from ckpt2pt.core.buckets import expected_shape
 from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.stage import FLOATS
-from ckpt2pt.core.stated import STYLES
+from ckpt2pt.core.stated import STYLES, is_stated
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import InputError, TopologyError, ref, refs
 from ckpt2pt.formats.mindspore.entries import Entry, number_entry
@@ -100,8 +100,9 @@ def _group_entries(number: int, group: Mapping[str, object]) -> Iterator[Entry]:
         if key == "step":
             yield Entry(name="state_step", dtype="float32", shape=(1,), source=struct.pack("<f", value))
         else:
-            name = "learning_rate" if key == "lr" else key
-            yield number_entry(f"{name}_group_{number}", value, "float32")
+            name = f"{'learning_rate' if key == 'lr' else key}_group_{number}"
+            if is_stated(name):  # MindSpeed-Core-MS has no place for what newer releases of Megatron-LM add
+                yield number_entry(name, value, "float32")
 
 
 def _scheduler_entry(name: str, value: object, where: str) -> Iterator[Entry]:

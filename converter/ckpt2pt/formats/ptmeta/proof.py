@@ -13,7 +13,7 @@ from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
 from ckpt2pt.core.progress import Advance, unheard
 from ckpt2pt.engine.casts import find_cast
 from ckpt2pt.errors import FormatError, ref
-from ckpt2pt.formats.megatron.headers import StoredBucket
+from ckpt2pt.formats.megatron.distributed import StoredBucket
 from ckpt2pt.io.files import OpenFiles, read_at
 
 _BLOCK_NUMEL = 1 << 17

@@ -84,7 +84,8 @@ def test_no_rank_and_no_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "what"),
     [
-        ({"decoder.layers.0.input_layernorm.weight": torch.ones(2)}, "no parameter of a legacy GPT model"),
+        ({"mtp.layers.0.eh_proj.weight": torch.ones(2)}, "no parameter of a GPT model"),
+        ({"decoder.layers.0.mlp.router.weight": torch.ones(2)}, "mixture of experts"),
         ({"language_model": {"encoder": {"final_norm.weight": "text"}}}, "not a tensor"),
         ({"language_model": {"encoder": {"final_norm.weight": torch.ones(2, 3).t()}}}, "not a contiguous tensor"),
     ],
@@ -97,8 +98,9 @@ def test_models_that_cannot_be_read(model: Any, what: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("optim", "what"),
     [
-        ({"buckets_coalesced": True}, "0.7 or newer"),
-        ({}, "no per_bucket_numel_unpadded"),
+        ({"buckets_coalesced": True}, "there is no buffer"),
+        ({}, "there is no buffer"),
+        ({0: {(torch.bfloat16, torch.float32): {}}}, "neither numel_unpadded"),
         (buckets(3), "float32 with 3 elements"),
         (buckets(5), "float32 with 5 elements"),
         (buckets() | {1: {}}, "1 entries for 2 buffers"),

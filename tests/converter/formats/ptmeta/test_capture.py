@@ -17,7 +17,8 @@ from ckpt2pt.core.extents import Extent, TensorRef
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import FormatError, InputError
 from ckpt2pt.formats.folders import iteration_folder
-from ckpt2pt.formats.megatron.headers import MegatronRank, StoredBucket, rank_folders, read_rank
+from ckpt2pt.formats.megatron.distributed import StoredBucket
+from ckpt2pt.formats.megatron.headers import MegatronRank, rank_folders, read_rank
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.ptmeta.capture import capture, lay_out_rank, prove_given
 from ckpt2pt.formats.ptmeta.files import render

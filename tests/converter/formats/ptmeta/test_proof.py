@@ -11,7 +11,7 @@ from ckpt2pt.core.buckets import Buffer
 from ckpt2pt.core.extents import Extent, TensorRef
 from ckpt2pt.core.layout import Parameter, lay_out
 from ckpt2pt.errors import FormatError
-from ckpt2pt.formats.megatron.headers import StoredBucket
+from ckpt2pt.formats.megatron.distributed import StoredBucket
 from ckpt2pt.formats.ptmeta.proof import check_sizes, check_slices, check_views
 
 MAIN = np.array([1.0, -2.5, 1 / 3, np.nan, np.inf, 7.0], "<f4")
