@@ -140,6 +140,18 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
         [("spec.follow", {}), ("spec.target", {"path": "out", "format": "MindSpore"})],
         "spec.follow", "leave follow out where target.format is MindSpore",
     ),
+    "follow-into-torch-dist": (
+        [("spec.follow", {}), ("spec.target", {"path": "out", "format": "TorchDist"})],
+        "spec.follow", "leave follow out where target.format is TorchDist",
+    ),
+    "torch-dist-for-a-data-parallel-size": (
+        [("spec.target", {"path": "out", "format": "TorchDist", "dataParallel": 2})],
+        "spec.target.dataParallel", "leave dataParallel out where target.format is TorchDist",
+    ),
+    "torch-dist-with-virtual-stages": (
+        [("spec.target", {"path": "out", "format": "TorchDist", "parallelism": {"virtualPipeline": 2}})],
+        "spec.target.parallelism.virtualPipeline", "leave virtualPipeline out where target.format is TorchDist",
+    ),
     "follow-megatron": (
         [("spec.follow", {}), ("spec.source.format", "Megatron")], "spec.follow", "leave follow out; trainings of MindSpore alone",
     ),

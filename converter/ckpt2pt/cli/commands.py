@@ -25,9 +25,9 @@ from ckpt2pt.kube.worker.account import Account, Both
 
 if TYPE_CHECKING:
     from ckpt2pt.core.progress import Reporter
-    from ckpt2pt.discover.request import Request
     from ckpt2pt.io.text import Document
     from ckpt2pt.kube.conversion.schema import Spec
+    from ckpt2pt.run.torch_dist.request import AnyRequest
     from ckpt2pt.verification.compare import Comparison
     from ckpt2pt.verification.report import Report
 
@@ -224,15 +224,15 @@ def _convert(options: argparse.Namespace) -> int:
     return 0
 
 
-def _complete(spec: Spec, account: Account, *, in_process: bool = False) -> Request:
+def _complete(spec: Spec, account: Account, *, in_process: bool = False) -> AnyRequest:
     """What is asked for, once its source is complete."""
     if spec.readiness.timeout_seconds:
         from ckpt2pt.kube.worker.waiting import request_when_complete  # noqa: PLC0415 - only when asked for
 
         return request_when_complete(spec, account, in_process=in_process)
-    from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415
+    from ckpt2pt.kube.resolve import resolve_any  # noqa: PLC0415
 
-    return resolve(spec, in_process=in_process)
+    return resolve_any(spec, in_process=in_process)
 
 
 def _watch(options: argparse.Namespace) -> int:
@@ -276,9 +276,10 @@ def _inspect(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from ckpt2pt.kube.asked import spec_of, stages_of  # noqa: PLC0415
-    from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415
+    from ckpt2pt.kube.resolve import resolve_any  # noqa: PLC0415
+    from ckpt2pt.run.verify import verify_result  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
-    from ckpt2pt.verification.prove import verify_records, verify_target  # noqa: PLC0415
+    from ckpt2pt.verification.prove import verify_records  # noqa: PLC0415
 
     report: Comparison | Report
     with closing(reporter(options.progress, "compared" if len(options.paths) > 1 else "stage {}")) as heard:
@@ -287,9 +288,9 @@ def _verify(options: argparse.Namespace) -> int:
         elif options.paths:
             report = verify_records(options.paths[0], reporter=heard)
         else:
-            request = resolve(spec_of(options))
+            request = resolve_any(spec_of(options))
             stages = stages_of(options, request)
-            report = verify_target(request, stages, level=options.level, reader=options.reader, reporter=heard)
+            report = verify_result(request, stages, level=options.level, reader=options.reader, reporter=heard)
     _show(report.document(), report.render(), options)
     report.raise_differences(of_call(options))
     return 0

@@ -104,9 +104,9 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     )
     group.add_argument(
         "--target-format",
-        choices=("megatron06", "mindspore"),
+        choices=("megatron06", "torch_dist", "mindspore"),
         default="megatron06",
-        help="what to write (spec.target.format)",
+        help="what to write: megatron06, torch_dist (Megatron-LM 0.15 and newer, at any layout), mindspore (spec.target.format)",
     )
     group.add_argument(
         "--target-dp-size",

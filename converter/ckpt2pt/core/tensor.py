@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Literal, NamedTuple
 
 from ckpt2pt.core.extents import Box, S, Shape, Stored, View, intersection
@@ -77,15 +77,12 @@ def box_of(view: View[S]) -> Box:
 
 def check_coverage(tensor: Tensor, where: str) -> None:
     """Raise :class:`CoverageError` unless the views hold each element of the tensor exactly once."""
-    whole = (0,) * len(tensor.shape), tensor.shape
-    if len(tensor.views) == 1 and box_of(tensor.views[0]) == whole:
+    if is_grid([box_of(view) for view in tensor.views], tensor.shape):
         return
+    whole = (0,) * len(tensor.shape), tensor.shape
     held = sum(view.numel for view in tensor.views)
-    outside = next(
-        (v for v in tensor.views if intersection(box_of(v), whole) != box_of(v)),
-        None,
-    )
-    if held != tensor.numel or outside or (not _is_row(tensor.views) and _overlap(tensor.views)):
+    outside = any(intersection(box_of(view), whole) != box_of(view) for view in tensor.views)
+    if held != tensor.numel or outside or _overlap(tensor.views):
         raise CoverageError(
             f"{tensor}: its {len(tensor.views)} parts hold {held} of {tensor.numel} elements"
             + (", some of them twice" if held == tensor.numel else ""),
@@ -94,19 +91,22 @@ def check_coverage(tensor: Tensor, where: str) -> None:
         )
 
 
-def _is_row(views: Sequence[Stored]) -> bool:
-    """Whether each view begins where the one before it ends, along the one axis in which they differ."""
-    axes = {
-        number
-        for view in views
-        for number, (a, b) in enumerate(zip(view.origin, views[0].origin, strict=True))
-        if a != b
-    }
-    if len(axes) > 1:
-        return False
-    axis = next(iter(axes), 0)
-    ordered = sorted(views, key=lambda view: view.origin)
-    return len(views) == 1 or all(a.origin[axis] + a.shape[axis] == b.origin[axis] for a, b in pairwise(ordered))
+def is_grid(boxes: Sequence[Box], shape: Shape) -> bool:
+    """Whether boxes fill a shape exactly, row by row: along each axis they are equal or follow each other.
+
+    Takes no longer than sorting them, which comparing all pairs does.
+    """
+    if not shape:
+        return len(boxes) == 1
+    rows: dict[tuple[int, int], list[Box]] = {}
+    for origin, part in boxes:
+        rows.setdefault((origin[0], part[0]), []).append((origin[1:], part[1:]))
+    end = 0
+    for start, length in sorted(rows):
+        if start != end:
+            return False
+        end += length
+    return end == shape[0] and all(is_grid(inner, shape[1:]) for inner in rows.values())
 
 
 def _overlap(views: Sequence[Stored]) -> bool:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt2pt.core.index import Index
+from ckpt2pt.core.stated import Statement
 from ckpt2pt.errors import TopologyError
+from ckpt2pt.formats.megatron.payload import Template
 
 OPTION = "the checkpoint's path"
 """What names the folder, in the user's words."""
@@ -28,6 +30,12 @@ class Checkpoint:
     index: Index
     warnings: tuple[str, ...] = ()
     """What may be wrong with it, in sentences."""
+    template: Template | None = None
+    """What a Megatron checkpoint holds that is no tensor of the model, by its first rank."""
+    statement: Statement = Statement()  # noqa: RUF009 - frozen
+    """What a MindSpore file states of optimizer and scheduler."""
+    samples: int | None = None
+    """Training samples consumed, None where nothing states them."""
 
 
 def agreed(asked: tuple[int | None, int | None], there: tuple[int, int], where: Path) -> tuple[int, int]:

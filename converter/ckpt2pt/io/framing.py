@@ -69,6 +69,11 @@ class Framer:
         self.offset = self._crc = 0
 
     @property
+    def position(self) -> int:
+        """Where the next byte goes."""
+        return self.offset + len(self._pending)
+
+    @property
     def crc(self) -> int:
         """CRC-32 of every byte so far."""
         return crc32(self._pending, self._crc)

@@ -12,13 +12,15 @@ from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.io.flags import check_numbers, joined, target_sizes
 
 if TYPE_CHECKING:
-    from ckpt2pt.discover.request import Request
     from ckpt2pt.kube.conversion.schema import Parallelism, Source, SourceFormat, Spec, Target, TargetFormat
+    from ckpt2pt.run.torch_dist.request import AnyRequest
 
 _FORMATS: Mapping[str, SourceFormat] = {
     "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",
 }  # fmt: skip
-_TARGET_FORMATS: Mapping[str, TargetFormat] = {"megatron06": "Megatron06", "mindspore": "MindSpore"}
+_TARGET_FORMATS: Mapping[str, TargetFormat] = {
+    "megatron06": "Megatron06", "torch_dist": "TorchDist", "mindspore": "MindSpore",
+}  # fmt: skip
 """Words of the flags, and of the document."""
 
 
@@ -96,7 +98,7 @@ def _places(options: argparse.Namespace) -> tuple[str, str, str]:
     source = _one_of({"--source": options.source, "--ms-path": options.ms_path})
     target = _one_of({"--target": options.target, "--megatron-path": options.megatron_path})
     needed = options.source is None or options.source_format not in {"auto", "megatron"}
-    if metadata is None and needed:
+    if metadata is None and needed and options.target_format == "megatron06":
         raise UsageError("--param-map-path is missing", where="the command line", hint="give --param-map-path")
     return str(source), "" if metadata is None else str(metadata), str(target)
 
@@ -162,7 +164,7 @@ def _target(options: argparse.Namespace, path: str) -> Target:
     )
 
 
-def stages_of(options: argparse.Namespace, request: Request) -> tuple[int, ...]:
+def stages_of(options: argparse.Namespace, request: AnyRequest) -> tuple[int, ...]:
     """The pipeline stages to work on: ``--stage``, else this pod's completion index, else all."""
     count = request.topology.pipeline
     stages: list[int] | None = options.stage

@@ -14,8 +14,68 @@ from ckpt2pt.errors import Ckpt2ptError, TopologyError, UsageError, aside, ref, 
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
 from ckpt2pt.formats.ptmeta.metadata import Given, learn
 from ckpt2pt.kube.conversion.schema import CONTENTS, Degrees, Spec
+from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
 
 log = logging.getLogger("ckpt2pt")
+
+
+def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
+    """The request of a spec with folders of this machine, whose kind is that of the target."""
+    return (resolve_dist if spec.target.format == "TorchDist" else resolve)(spec, in_process=in_process)
+
+
+def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
+    """The request of a conversion into torch_dist; where it is not said how work is divided, headers are read.
+
+    Raises :class:`UsageError` for what decides nothing there.
+    """
+    from ckpt2pt.formats.registry import read  # noqa: PLC0415 - only where it is asked for
+
+    own, result = spec.parallelism, spec.target.parallelism
+    for field, given in (
+        ("target.parallelism.virtualPipeline", result.virtual_pipeline),
+        ("target.dataParallel", spec.target.data_parallel),
+    ):
+        if given is not None:
+            raise UsageError(
+                f"{ref(field)} is given, and the result has no layout of its own",
+                where=ref("spec"),
+                hint="leave it out: Megatron-LM loads torch_dist into any layout",
+                field=field,
+            )
+    rules, source_format = _rules(spec), _SOURCES.get(spec.source.format, "mindspore")
+    tensor, pipeline = result.tensor or own.tensor, result.pipeline or own.pipeline
+    if not tensor or not pipeline:
+        found = read(
+            Path(spec.source.path),
+            source_format=source_format,
+            tensor=own.tensor,
+            pipeline=own.pipeline,
+            iteration=spec.source.iteration,
+            rules=rules,
+        )
+        tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
+    return DistRequest(
+        topology=Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline),
+        source=Path(spec.source.path),
+        target=Path(spec.target.path),
+        source_format=source_format,
+        metadata=Path(spec.metadata.path) if spec.metadata.path else None,
+        iteration=spec.source.iteration,
+        tensor=own.tensor,
+        pipeline=own.pipeline,
+        full=spec.mode == "Full",
+        zero_samples=spec.target.zero_consumed_samples,
+        rules=rules,
+        overwrite=spec.target.overwrite,
+        verify=_verify(spec),
+        workers=spec.workers.processes,
+        in_process=in_process,
+        timeout=spec.workers.rank_timeout_seconds,
+    )
+
+
+_SOURCES = {"Auto": "auto", "Megatron": "megatron"}
 
 
 def resolve(spec: Spec, *, in_process: bool = False) -> Request:

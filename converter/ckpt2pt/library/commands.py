@@ -15,8 +15,9 @@ from ckpt2pt.core.names import Rules
 from ckpt2pt.kube.conversion.spelling import in_python, of_function, spelled_document
 
 if TYPE_CHECKING:
-    from ckpt2pt.discover.request import Request, Verify
+    from ckpt2pt.discover.request import Verify
     from ckpt2pt.run.conversion import Outcome
+    from ckpt2pt.run.torch_dist.request import AnyRequest
     from ckpt2pt.show.preview import Plan
     from ckpt2pt.verification.compare import Comparison
 
@@ -110,10 +111,10 @@ def plan(**asked: Unpack[Asked]) -> Plan:
     return planned(request, range(request.topology.pipeline))
 
 
-def _request(asked: Asked) -> Request:
+def _request(asked: Asked) -> AnyRequest:
     from ckpt2pt.kube.asked import source_format_of, target_format_of  # noqa: PLC0415
     from ckpt2pt.kube.conversion import schema  # noqa: PLC0415
-    from ckpt2pt.kube.resolve import resolve  # noqa: PLC0415
+    from ckpt2pt.kube.resolve import resolve_any  # noqa: PLC0415
 
     layers, noop, metadata = asked.get("layers_per_stage"), asked.get("noop_layers"), asked.get("metadata")
     spec = schema.Spec(
@@ -149,4 +150,4 @@ def _request(asked: Asked) -> Request:
         ),
         verify=schema.LEVELS[asked.get("verify", "digest")],
     )
-    return resolve(spec, in_process=True)
+    return resolve_any(spec, in_process=True)

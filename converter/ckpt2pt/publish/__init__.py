@@ -5,6 +5,7 @@ megatron_pt/iter_0000500/.ckpt2pt/claim.json          whose folder this is
                                  /writing-01-003.json names that are about to appear
                                  /rank-01-003.json    both files of a rank are there
                                  /stage-003.json      every rank of a stage is there and verified
+                                 /merged.json         files that join those of all ranks (torch_dist)
                                  /report.json         written with the tracker
 megatron_pt/.iter_0000500.0123456789abcdef.new/       what will replace it, complete or not (docs/adr/0009)
 """
@@ -22,7 +23,7 @@ from ckpt2pt.publish.files import (
     sweep_partials,
     sync_folder,
 )
-from ckpt2pt.publish.kinds import MEGATRON, MINDSPORE, Kind, rank_name
+from ckpt2pt.publish.kinds import MEGATRON, MINDSPORE, TORCH_DIST, Kind, rank_name
 from ckpt2pt.publish.ledger import Holdings, Ledger
 from ckpt2pt.publish.leftovers import nobody_at_work
 from ckpt2pt.publish.locks import Lock, locked
@@ -35,6 +36,7 @@ __all__ = [
     "MINDSPORE",
     "PARTIAL",
     "STATE",
+    "TORCH_DIST",
     "TRACKER",
     "Holdings",
     "Kind",

@@ -26,6 +26,8 @@ class Kind:
     replace: str
     state: str = STATE
     """Where claim, manifests and locks lie below that place."""
+    merged: tuple[str, ...] = ()
+    """Files that join those of all ranks, in the order in which they appear."""
 
 
 MEGATRON = Kind(
@@ -36,6 +38,17 @@ MEGATRON = Kind(
     tracker=True,
     option=ref("target.path"),
     replace=ref("target.overwrite"),
+)
+_MERGED_FILES = ("common.pt", "metadata.json", ".metadata")
+TORCH_DIST = Kind(
+    reader="Megatron",
+    folder="iter_{:07d}",
+    results=("*.distcp", *_MERGED_FILES),
+    alone=True,
+    tracker=True,
+    option=ref("target.path"),
+    replace=ref("target.overwrite"),
+    merged=_MERGED_FILES,
 )
 MINDSPORE = Kind(
     reader="MindSpore",
@@ -52,7 +65,8 @@ MINDSPORE = Kind(
 
 CLAIM = "claim.json"
 REPORT = "report.json"
-_RECORDS = (CLAIM, REPORT, "rank-*.json", "stage-*.json", "writing-*.json", "*.lock")
+MERGED, WRITING_MERGED = "merged.json", "writing-merged.json"
+_RECORDS = (CLAIM, REPORT, MERGED, "rank-*.json", "stage-*.json", "writing-*.json", "*.lock")
 
 
 def rank_name(tp: int, pp: int) -> str:

@@ -18,7 +18,7 @@ from ckpt2pt.errors import Ckpt2ptError
 from ckpt2pt.io.access import access_error
 from ckpt2pt.io.paths import listing, status
 from ckpt2pt.publish.files import STATE, is_partial, sync_folder
-from ckpt2pt.publish.kinds import CLAIM, is_record
+from ckpt2pt.publish.kinds import CLAIM, MERGED, is_record
 from ckpt2pt.publish.ledger import Holdings
 
 log = logging.getLogger("ckpt2pt")
@@ -30,7 +30,7 @@ _NFS = re.compile(r"\.nfs[0-9a-f]{16,}")
 
 def records_of(state: Path) -> list[Path]:
     """Records that list files, in the order in which they have to be read: a name leaves the first for the second."""
-    return [*listing(state, "writing-*.json"), *listing(state, "rank-*.json")]
+    return [path for form in ("writing-*.json", "rank-*.json", MERGED) for path in listing(state, form)]
 
 
 def files_below(folder: Path) -> Iterator[str]:

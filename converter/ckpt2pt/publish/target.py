@@ -298,8 +298,9 @@ class Target:
 
     def _folders(self) -> list[Path]:
         """Folders that hold files of a result."""
-        forms = {pattern.rpartition("/")[0] for pattern in self.kind.results}
-        return [path for form in sorted(forms) for path in listing(self.folder, form) if is_folder(path)]
+        forms = {pattern.rpartition("/")[0] for pattern in self.kind.results if "/" in pattern}
+        inside = [path for form in sorted(forms) for path in listing(self.folder, form) if is_folder(path)]
+        return [*inside, self.folder] if self.kind.merged else inside
 
     def ledger(self, rank: Rank, *, repair: bool = False) -> Ledger:
         """The records of one rank's files."""
@@ -315,19 +316,19 @@ class Target:
 
     def rank_manifest(self, tp: int, pp: int) -> Json | None:
         """The manifest of a finished rank whose files are still there with their sizes; None otherwise."""
-        manifest = read_record(self.state / rank_name(tp, pp))
-        ours = manifest is not None and self.is_of_rank((tp, pp), manifest) and self.has_files(manifest)
-        return manifest if ours else None
+        manifest = self.manifest_of((tp, pp))
+        return manifest if manifest is not None and self.has_files(manifest) else None
+
+    def manifest_of(self, rank: Rank) -> Json | None:
+        """The same, whatever has become of the files."""
+        manifest = read_record(self.state / rank_name(*rank))
+        return manifest if manifest is not None and self.is_of_rank(rank, manifest) else None
 
     def has_files(self, manifest: Json) -> bool:
         """Whether all files that a manifest lists are there with their sizes."""
         files = cast("list[Json]", manifest.get("files", []))
         found = ((status(self.folder / str(file["path"]), self.kind.option), file["nbytes"]) for file in files)
         return all(seen is not None and seen.st_size == nbytes for seen, nbytes in found)
-
-    def file_count(self, tp: int, pp: int) -> int:
-        """Files of a finished rank, 0 while it is not finished."""
-        return len(cast("list[Json]", (self.rank_manifest(tp, pp) or {}).get("files", [])))
 
     def publish_rank(self, tp: int, pp: int, manifest: Json) -> None:
         """Say that a rank's files are there."""
@@ -370,14 +371,14 @@ class Target:
 
     # ----------------------------------------------------------------------------------------------------- publishing
 
-    def publish_iteration(self, heed: Callable[[], None] = _nothing) -> bool:
-        """Write report and tracker when every stage is there.  Any worker may; all write the same."""
+    def publish_iteration(
+        self, heed: Callable[[], None] = _nothing, join: Callable[[Target], None] | None = None
+    ) -> bool:
+        """Write what ``join`` writes, report and tracker when every stage is there.  Any worker may; all write the same."""
         home = self.at_home
         if self.beside and (read_record(home.state / CLAIM) or {}).get("identity") == self.identity:
-            return home.publish_iteration(heed)  # another worker was faster
-        there = {
-            path.name for path in listing(self.state)
-        }  # one look for all stages: each worker that ends comes by here
+            return home.publish_iteration(heed, join)  # another worker was faster
+        there = {path.name for path in listing(self.state)}  # one look for all: each worker that ends comes by here
         names = {stage_name(pp) for pp in range(self.stages)}
         if not names <= there or not all(self.stage_manifest(pp) for pp in range(self.stages)):
             self.fence()
@@ -386,6 +387,8 @@ class Target:
             self.fence()
             for name in (REPORT, TRACKER):
                 sweep_partials(self.state, name)
+            if join:
+                join(self)
             publish_bytes(self.state / REPORT, seal_joined(self._head, "stages", self._briefs()), fence=self.fence)
             if self.beside:
                 self._replace()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -43,8 +43,10 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import checksums_told, counted, size, warned
 from ckpt2pt.io.volume import check_volume
 from ckpt2pt.publish import Target
+from ckpt2pt.publish.merged import Merge, publish_merged, refuse_lost
 from ckpt2pt.run.pool import stopped_by_signals, work_through
 from ckpt2pt.run.rank import RankTask
+from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -76,6 +78,8 @@ class Conversion:
     prepare: Callable[[Rank, Target], RankTask]
     examine: Callable[[Target, int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
+    merge: Merge | None = None
+    """Makes the files that join those of all ranks, where the format has such."""
 
     def plan(self, rank: Rank, /) -> RankTask:
         """One rank, to be written into the target as it is now."""
@@ -231,8 +235,13 @@ def _examine(request: Request, chosen: Discovered, target: Target, pp: int) -> t
     return copies_of(request, chosen, target, pp)
 
 
-def run(request: Request, stages: Sequence[int], reporter: Reporter) -> Outcome:
+def run(request: AnyRequest, stages: Sequence[int], reporter: Reporter) -> Outcome:
     """Convert the given pipeline stages of the result; what an earlier run finished is kept."""
+    if isinstance(request, DistRequest):
+        from ckpt2pt.run.torch_dist.convert import conversion_of  # noqa: PLC0415 - each kind loads what it needs
+
+        began = time.monotonic()
+        return carry_out(conversion_of(request, stages), stages, reporter, began)
     return run_discovered(request, stages, reporter)[0]
 
 
@@ -314,15 +323,20 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
                 reporter.close()
             with target.guarded():
                 warnings = [text for pp in stages for text in _publish_stage(conversion, pp, options)]
-        published = target.publish_iteration(stop.check)
+        merge = conversion.merge
+        join = partial(publish_merged, merge, repair=conversion.overwrite) if merge else None
+        published = target.publish_iteration(stop.check, join)
+        if merge and not published:
+            refuse_lost(target)
     target = target.at_home if published else target
+    manifests = [target.rank_manifest(*rank) or {} for rank in ranks]
     return Outcome(
         target=target,
         stages=tuple(stages),
         converted=todo,
         kept=kept,
         bytes_written=size,
-        files=sum(target.file_count(*rank) for rank in ranks),
+        files=sum(len(cast("list[Json]", manifest.get("files", []))) for manifest in manifests),
         verified=conversion.verify,
         seconds=time.monotonic() - began,
         published=published,
@@ -331,7 +345,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         warnings=(*conversion.warnings, *remarks, *warnings),
         how_to_load=conversion.how_to_load,
         kept_of_template=conversion.kept,
-        source_checksums=_source_checksums(target, ranks),
+        source_checksums=_source_checksums(manifests),
         asked_to_stop=stop.error if isinstance(stop.error, InterruptedRunError) else None,
     )
 
@@ -384,11 +398,10 @@ def _covered(
     )
 
 
-def _source_checksums(target: Target, ranks: Sequence[Rank]) -> Mapping[str, int]:
+def _source_checksums(manifests: Iterable[Json]) -> Mapping[str, int]:
     """How many source files were verified by their own checksums, by the manifests of the ranks."""
     found = Counter[str]()
-    for rank in ranks:
-        manifest = target.rank_manifest(*rank) or {}
+    for manifest in manifests:
         found.update(cast("dict[str, int]", manifest.get("sourceChecksums", {})))
     return found
 

@@ -18,7 +18,7 @@ from ckpt2pt.engine.write import ReadPieces, Stop, Written, write_files
 from ckpt2pt.io.checksums import crc32
 from ckpt2pt.io.framing import Payload
 from ckpt2pt.io.records import Json
-from ckpt2pt.publish import Target, make_folder, publish_bytes
+from ckpt2pt.publish import Target, make_folder, publish_bytes, sweep_partials
 
 
 class Reading(Protocol):
@@ -82,6 +82,8 @@ class RankTask:
         check_copies(self.copies)
         for folder in dict.fromkeys(Path(path).parent for path in self.paths):
             make_folder(target.folder / folder, target.root)
+        for path in self.paths:  # what a killed run left: the stage's lock is held
+            sweep_partials((target.folder / path).parent, Path(path).name)
         described: list[Json] = [
             {"path": path, "nbytes": len(content), "crc32": f"{crc32(content, 0):08x}"}
             for path, content in self.metadata.items()

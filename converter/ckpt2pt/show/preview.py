@@ -21,11 +21,17 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import counted, size, table, warned
 from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
+from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
 from ckpt2pt.show.folding import fold, spanned
 
 log = logging.getLogger("ckpt2pt")
 
-_FORMATS = {"Megatron06": "Megatron 0.6", "ckpt": "MindSpore .ckpt", "safetensors": "MindSpore .safetensors"}
+_FORMATS = {
+    "Megatron06": "Megatron 0.6",
+    "TorchDist": "torch_dist of Megatron-LM 0.15 and newer",
+    "ckpt": "MindSpore .ckpt",
+    "safetensors": "MindSpore .safetensors",
+}
 WORKER_BYTES = 48 << 20
 """What one worker needs at most (benchmarks/), whatever the size of the checkpoint."""
 
@@ -47,8 +53,12 @@ class Plan:
         check_room(self.target.root, int(str(self.document["bytesToWrite"])), self.target.kind.option)
 
 
-def planned(request: Request, stages: Sequence[int], *, names: bool = False) -> Plan:
+def planned(request: AnyRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
     """Plan every rank of the given stages, from headers alone."""
+    if isinstance(request, DistRequest):
+        from ckpt2pt.show.torch_dist import planned_dist  # noqa: PLC0415 - which imports this one
+
+        return planned_dist(request, stages, names=names)
     if request.files:
         from ckpt2pt.show.imports import planned_mindspore  # noqa: PLC0415 - which imports this one
 

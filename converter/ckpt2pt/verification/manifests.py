@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -17,7 +17,8 @@ from ckpt2pt.io.checksums import crc32
 from ckpt2pt.io.paths import is_folder, is_there, listing, status
 from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import short
-from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, Target, rank_name, read_record, read_tracker
+from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, TORCH_DIST, Target, rank_name, read_record, read_tracker
+from ckpt2pt.publish.kinds import MERGED, REPORT
 from ckpt2pt.verification.gather import BLOCK_BYTES, Files, spans
 from ckpt2pt.verification.report import Difference, Findings
 
@@ -68,6 +69,8 @@ def recorded(path: Path) -> Recorded:
         kind=MINDSPORE if iteration is None else MEGATRON,
     )
     files = frozenset(str(file["path"]) for one in ranks.values() for file in cast("list[Json]", one["files"]))
+    if any(name.endswith(".distcp") for name in files):
+        target = replace(target, kind=TORCH_DIST)
     return Recorded(target=target, ranks=tuple(sorted(ranks)), files=files)
 
 
@@ -113,6 +116,15 @@ def published(target: Target, stages: Sequence[int]) -> Iterator[Difference]:
             )  # fmt: skip
 
 
+def merged(target: Target) -> Iterator[Difference]:
+    """The files that join those of all ranks, once they are there."""
+    if not target.kind.merged or not is_there(target.state / REPORT):
+        return
+    record = target.state / MERGED
+    yield from _record(record, lambda found: found.get("identity") == target.identity)
+    yield from digests_of(target, read_record(record) or {})[0]
+
+
 def _joins(ranks: list[Json | None], stage: Json) -> bool:
     return stage.get("ranks") == ranks
 
@@ -153,7 +165,13 @@ def digest_files(
 
     ``known`` are CRC-32 by path of files that were read already, and are not read again.
     """
-    manifest = read_record(target.state / rank_name(*rank)) or {}
+    return digests_of(target, read_record(target.state / rank_name(*rank)) or {}, advance, known)
+
+
+def digests_of(
+    target: Target, manifest: Json, advance: Advance = unheard, known: Mapping[str, int] | None = None
+) -> tuple[tuple[Difference, ...], int]:
+    """The same of the files that a record lists."""
     findings, total = Findings(), 0
     for file in cast("list[Json]", manifest.get("files", [])):
         name = str(file["path"])

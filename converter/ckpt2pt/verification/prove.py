@@ -35,7 +35,7 @@ from ckpt2pt.publish import Target
 from ckpt2pt.verification.copies import copies_of
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.leaves import Leaves, TensorLeaf, open_pt
-from ckpt2pt.verification.manifests import digest_files, published, recorded, recorded_bytes, surplus
+from ckpt2pt.verification.manifests import digest_files, merged, published, recorded, recorded_bytes, surplus
 from ckpt2pt.verification.report import NOTHING_PUBLISHED, Difference, Findings, Report
 from ckpt2pt.verification.source import held_for
 from ckpt2pt.verification.structure import MODEL_FILE, OPTIM_FILE, Chunk, Structure, chunks_of, others
@@ -326,7 +326,12 @@ def verify_records(path: Path, *, reporter: Reporter = SILENCE) -> Report:
     """Prove a result by its own records, where neither source nor options are at hand: nothing is missing, changed or added."""
     result = recorded(path)
     reports = digests(result.target, result.ranks, reporter)
-    found = [*published(result.target, range(result.target.stages)), *surplus(result.target, result.files)]
+    listed = result.files | {*result.target.kind.merged}
+    found = [
+        *published(result.target, range(result.target.stages)),
+        *merged(result.target),
+        *surplus(result.target, listed),
+    ]
     warnings = tuple(one for pp in range(result.target.stages) for one in _noted(result.target, pp))
     return replace(joined(result.target, "digest", found, reports), warnings=warnings)
 

@@ -14,10 +14,10 @@ from ckpt2pt.core.index import Index
 from ckpt2pt.core.names import NameTable, Rules
 from ckpt2pt.core.params import EMBEDDING, FINAL_NORM
 from ckpt2pt.core.topology import Rank
-from ckpt2pt.core.training_step import agree, read_training_step
+from ckpt2pt.core.training_step import TrainingStep, agree, read_training_step
 from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.formats.checkpoint import Checkpoint
-from ckpt2pt.formats.mindspore import facts_of, index_file
+from ckpt2pt.formats.mindspore import facts_of, index_file, statement_of
 from ckpt2pt.formats.mindspore.degrees import Header, check_ranks, find_layout
 from ckpt2pt.formats.mindspore.filenames import CheckpointId
 from ckpt2pt.formats.mindspore.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
@@ -47,14 +47,17 @@ def open_mindspore(
     )
     if not rules.modules:
         _check_ends(index, path)
+    training_step = _training_step(files, header)
     return Checkpoint(
         path=path,
         format="mindspore",
-        iteration=_iteration(files, header),
+        iteration=training_step.iteration if training_step else None,
         tensor=layout.tensor,
         pipeline=layout.pipeline,
         index=index,
         warnings=warnings,
+        statement=statement_of(header(next(iter(files.values())).path)),
+        samples=training_step.samples if training_step else None,
     )
 
 
@@ -73,7 +76,8 @@ def _check_ends(index: Index, path: Path) -> None:
 def _of_iteration(
     path: Path, found: Mapping[CheckpointId, Mapping[Rank, SourceFile]], iteration: int, header: Header
 ) -> CheckpointId:
-    steps = {when: _iteration(files, header) for when, files in found.items()}
+    training_steps = {when: _training_step(files, header) for when, files in found.items()}
+    steps = {when: training_step.iteration if training_step else None for when, training_step in training_steps.items()}
     matching = [when for when, step in steps.items() if step == iteration]
     if len(matching) == 1:
         return matching[0]
@@ -85,9 +89,9 @@ def _of_iteration(
     )
 
 
-def _iteration(files: Mapping[Rank, SourceFile], header: Header) -> int | None:
+def _training_step(files: Mapping[Rank, SourceFile], header: Header) -> TrainingStep | None:
     first = next(iter(files.values()))
     with suppress(InputError):
         facts = facts_of(header(first.path))
-        return read_training_step(facts, global_batch_size=None, named=first.named, where=str(first.path)).iteration
+        return read_training_step(facts, global_batch_size=None, named=first.named, where=str(first.path))
     return None

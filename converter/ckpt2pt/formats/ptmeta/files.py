@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from ckpt2pt.core.layout import param_map
 from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.formats.megatron.payload import tree_payload
 from ckpt2pt.formats.ptmeta.metadata import ARGUMENTS, PARAM_MAP
-from ckpt2pt.formats.torchfile.archive import finish, lay_out
+from ckpt2pt.formats.torchfile.archive import archive_bytes
 from ckpt2pt.formats.torchfile.pickles import Value
 from ckpt2pt.io.access import access_error
 from ckpt2pt.io.checksums import crc32
-from ckpt2pt.io.files import OpenFiles, read_all, read_at, write_all
+from ckpt2pt.io.files import OpenFiles, read_all, read_at
 from ckpt2pt.io.paths import listing, status
 from ckpt2pt.io.records import seal
 from ckpt2pt.io.volume import check_volume
@@ -86,17 +85,7 @@ def arguments_file(rank: RankFiles, *, with_maps: bool, among: OpenFiles | None 
     stem = f"args_tp{rank.tp:02d}_pp{rank.pp:03d}"
     pickle, keys = tree_payload(tree, rank.storages, rank.path)
     with OpenFiles() as files:
-        payloads = [_content(rank.storages[key], among or files) for key in keys]
-    layout = lay_out(stem, pickle, [len(payload) for payload in payloads])
-    # In memory, and not in a temporary folder: a pod's root may be read-only.
-    with open(os.memfd_create(stem), "r+b") as file:
-        fd = file.fileno()
-        os.truncate(fd, layout.nbytes)
-        for number, payload in enumerate(payloads):
-            write_all(fd, memoryview(payload), layout.storage_offset(number))
-        finish(fd, layout, [crc32(payload, 0) for payload in payloads])
-        file.seek(0)
-        return file.read()
+        return archive_bytes(stem, pickle, [_content(rank.storages[key], among or files) for key in keys])
 
 
 def _content(storage: Extent | bytes, files: OpenFiles) -> bytes:

@@ -43,7 +43,7 @@ def open_torch_dist(
     agreed((tensor, pipeline), sizes, folder)
     index = read_index(metadata, common)
     check_rounding(index, str(folder))
-    surplus = metadata.surplus
+    surplus, samples = metadata.surplus, common.args.get("consumed_train_samples")
     return Checkpoint(
         path=folder,
         format="torch_dist",
@@ -52,6 +52,8 @@ def open_torch_dist(
         pipeline=sizes[1],
         index=index,
         warnings=(f"{', '.join(surplus[:6])} hold no part of the checkpoint",) if surplus else (),
+        template=common,
+        samples=samples if type(samples) is int else None,
     )
 
 

@@ -2,7 +2,7 @@
 
     lay_out(stem, pickle, sizes) -> Layout --storage_offset(i)--> the engine writes payloads there, in any order
                                       |
-    finish(fd, layout, crcs)          v
+    frame(out, layout, crcs)          v
     data.pkl  .format_version  .storage_alignment  byteorder  data/0 ... data/N-1  version  .data/serialization_id
     central directory, zip64 end record, locator, end record
 
@@ -16,6 +16,7 @@ From pytorch ``caffe2/serialize/inline_container.cc`` (getPadding, writeRecord, 
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
@@ -40,6 +41,7 @@ from ckpt2pt.formats.torchfile.reader import (
     read_records,
 )
 from ckpt2pt.io.checksums import Piece, crc32
+from ckpt2pt.io.files import write_all
 from ckpt2pt.io.framing import Framer
 
 ALIGNMENT = 64
@@ -138,6 +140,14 @@ def finish(fd: int, layout: Layout, crcs: Sequence[int], *, serialization_id: st
     ``crcs`` are those of the storages. Nothing is read back. Without ``serialization_id`` one is derived from
     names and CRCs, so that the same content is the same file. An ``OSError`` passes through: the caller knows the path.
     """
+    out = Framer(fd)
+    frame(out, layout, crcs, serialization_id=serialization_id)
+    out.flush()
+    return out.crc
+
+
+def frame(out: Framer, layout: Layout, crcs: Sequence[int], *, serialization_id: str | None = None) -> None:
+    """The same from where ``out`` stands: archives may follow each other in one file."""
     if len(crcs) != layout.storages:
         raise ValueError(f"{len(crcs)} CRCs for {layout.storages} storages")
     before = (layout.pickle, _FORMAT_VERSION, str(ALIGNMENT).encode(), _BYTEORDER)
@@ -148,8 +158,7 @@ def finish(fd: int, layout: Layout, crcs: Sequence[int], *, serialization_id: st
     known.append(crc32(identity, 0))
     contents: Iterable[bytes | None] = chain(before, repeat(None, layout.storages), (_VERSION, identity))
 
-    out = Framer(fd)
-    directory = bytearray()
+    begin, directory = out.position, bytearray()
     for slot, crc, content in zip(layout.slots, known, contents, strict=True):
         if crc and not slot.nbytes:
             raise ValueError(f"{slot.name.decode()} is empty, and its CRC-32 is {crc:08x}")
@@ -162,9 +171,20 @@ def finish(fd: int, layout: Layout, crcs: Sequence[int], *, serialization_id: st
         directory += _central_header(slot, crc)
     out.put(directory)
     out.put(_end_records(len(layout.slots), len(directory), layout.directory))
-    out.flush()
-    assert out.offset == layout.nbytes, "headers and layout disagree"
-    return out.crc
+    assert out.position - begin == layout.nbytes, "headers and layout disagree"
+
+
+def archive_bytes(stem: str, pickle: bytes, payloads: Sequence[bytes] = ()) -> bytes:
+    """A whole archive that is small, in memory and not in a temporary folder: a pod's root may be read-only."""
+    layout = lay_out(stem, pickle, [len(payload) for payload in payloads])
+    with open(os.memfd_create(stem), "r+b") as file:
+        fd = file.fileno()
+        os.truncate(fd, layout.nbytes)
+        for number, payload in enumerate(payloads):
+            write_all(fd, memoryview(payload), layout.storage_offset(number))
+        finish(fd, layout, [crc32(payload, 0) for payload in payloads])
+        file.seek(0)
+        return file.read()
 
 
 def _zip64_nbytes(nbytes: int, header: int) -> int:

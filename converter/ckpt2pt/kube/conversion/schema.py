@@ -28,7 +28,7 @@ CONTENTS: Mapping[str, Content] = {"param": "Param", "exp_avg": "ExpAvg", "exp_a
 
 SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron"]
 """MindSpore is either of its two formats of files."""
-TargetFormat = Literal["Megatron06", "MindSpore"]
+TargetFormat = Literal["Megatron06", "TorchDist", "MindSpore"]
 
 Word = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=0)]

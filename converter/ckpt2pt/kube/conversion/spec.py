@@ -268,6 +268,8 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
         if target.get("mindspore") is not None:
             hint = "set spec.target.format to MindSpore, or leave it out"
             findings.append(Finding(field="spec.target.mindspore", what="is given for another format", hint=hint))
+        if spec.target.format == "TorchDist":
+            _check_dist(spec, findings)
         return
     layout = target.get("parallelism") is not None
     if layout and spec.source.format not in {"Auto", "Megatron"} and not spec.metadata.path:
@@ -276,6 +278,19 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
     if spec.follow:
         hint = "leave it out; a training is followed on its way to Megatron"
         findings.append(Finding(field="spec.follow", what="is given, and spec.target.format is MindSpore", hint=hint))
+
+
+def _check_dist(spec: Spec, findings: list[Finding]) -> None:
+    hint = "leave it out: Megatron-LM loads torch_dist into any layout"
+    for field, given in (
+        ("spec.target.parallelism.virtualPipeline", spec.target.parallelism.virtual_pipeline),
+        ("spec.target.dataParallel", spec.target.data_parallel),
+    ):
+        if given is not None:
+            findings.append(Finding(field=field, what="is given, and the result has no layout of its own", hint=hint))
+    if spec.follow:
+        hint = "leave it out; a training is followed on its way to Megatron06"
+        findings.append(Finding(field="spec.follow", what="is given, and spec.target.format is TorchDist", hint=hint))
 
 
 def _check_workloads(spec: Spec, findings: list[Finding]) -> None:

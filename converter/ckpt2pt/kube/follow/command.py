@@ -31,9 +31,10 @@ Show = Callable[[object, str, argparse.Namespace], None]
 def watch_command(options: argparse.Namespace, show: Show) -> int:
     """Flags that are given decide, then spec.follow of the document, then the defaults."""
     spec = spec_of_document(options.filename, options.volume) if options.filename else spec_of(options)
-    if spec.target.format == "MindSpore":
+    if spec.target.format != "Megatron06":
+        given = "mindspore" if spec.target.format == "MindSpore" else "torch_dist"
         raise UsageError(
-            f"{ref('target.format')} is mindspore, and a training is followed on its way to Megatron",
+            f"{ref('target.format')} is {given}, and a training is followed on its way to Megatron",
             where=ref("spec"),
             hint="convert one iteration with ckpt2pt convert, or with ckpt2pt run",
             field="target.format",

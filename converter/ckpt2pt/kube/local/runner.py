@@ -18,7 +18,6 @@ from typing import cast
 import yaml
 
 from ckpt2pt import __version__
-from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.io.flags import nearest
 from ckpt2pt.io.paths import is_folder
@@ -30,6 +29,7 @@ from ckpt2pt.kube.conversion.spec import API_VERSION, KIND, Conversion, parse, w
 from ckpt2pt.kube.conversion.status import WORST_FIRST, Ending, StageRecord, disagreement, status_of_run
 from ckpt2pt.kube.local.stages import OnFailure, Stages, request_here
 from ckpt2pt.kube.worker.waiting import request_when_complete
+from ckpt2pt.run.torch_dist.request import AnyRequest
 from ckpt2pt.show.preview import planned
 from ckpt2pt.show.preview import render as render_plan
 from ckpt2pt.show.progress import reporter
@@ -66,7 +66,7 @@ def run_document(options: argparse.Namespace, show: Show, on_failure: OnFailure)
     spec = worker_spec(conversion, roots)
     workers = parallelism(conversion, conversion.topology.pipeline)
 
-    def request() -> Request:
+    def request() -> AnyRequest:
         return request_here(request_when_complete(spec, options.account), workers)
 
     if conversion.spec.dry_run:
@@ -89,7 +89,7 @@ def run_document(options: argparse.Namespace, show: Show, on_failure: OnFailure)
     return exit_code([stage.code for stage in runs.stages], ended)
 
 
-def _plan(conversion: Conversion, request: Request, options: argparse.Namespace, show: Show) -> int:
+def _plan(conversion: Conversion, request: AnyRequest, options: argparse.Namespace, show: Show) -> int:
     """A dry run: what would be written, and whether it could be."""
     started = _now()
     plan = planned(request, range(conversion.topology.pipeline))

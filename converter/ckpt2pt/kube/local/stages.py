@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 
 from ckpt2pt.core.progress import Reporter
 from ckpt2pt.core.topology import Rank
-from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE, Ckpt2ptError, InterruptedRunError
 from ckpt2pt.kube.conversion.spec import Conversion
 from ckpt2pt.kube.conversion.status import REASONS, Ending, StageRecord, State
 from ckpt2pt.kube.worker.account import Both
 from ckpt2pt.kube.worker.termination import message_of, plain
 from ckpt2pt.run.conversion import Outcome, run
+from ckpt2pt.run.torch_dist.request import AnyRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -72,7 +72,7 @@ class Stage:
 class Stages:
     """A reporter that keeps a record of each stage, and the loop that carries them out."""
 
-    def __init__(self, conversion: Conversion, request: Callable[[], Request], on_failure: OnFailure) -> None:
+    def __init__(self, conversion: Conversion, request: Callable[[], AnyRequest], on_failure: OnFailure) -> None:
         spec = conversion.spec
         self._request, self._on_failure, self._retries = request, on_failure, spec.retries.per_stage
         most = spec.retries.max_failed_stages
@@ -202,6 +202,6 @@ def _deadline(seconds: int | None) -> Generator[Callable[[], bool]]:
             timer.cancel()
 
 
-def request_here(request: Request, stages_at_a_time: int) -> Request:
+def request_here(request: AnyRequest, stages_at_a_time: int) -> AnyRequest:
     """As many ranks at a time as that many workers of a cluster would do, and no more than this machine has cores."""
     return replace(request, workers=max(1, min(os.cpu_count() or 1, request.workers * stages_at_a_time)))

@@ -21,6 +21,7 @@ from ckpt2pt.errors import (
 from ckpt2pt.formats.mindspore.ready import Watcher
 from ckpt2pt.kube.conversion.schema import Readiness, Spec
 from ckpt2pt.kube.worker.account import Account
+from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -48,17 +49,21 @@ def _obstacle_of_training(watcher: Watcher, timeout: float) -> Blocker | None:
     return None if look.ready else (look.to_error(timeout), look.sentence)
 
 
-def _obstacle_of_save(ask: Callable[[], Request], readiness: Readiness) -> Blocker | None:
+def _obstacle_of_save(ask: Callable[[], AnyRequest], readiness: Readiness) -> Blocker | None:
     """Megatron-LM writes its tracker when every rank has saved; a copy of a checkpoint may come file by file."""
     from ckpt2pt.discover import discover  # noqa: PLC0415 - only when asked for
+    from ckpt2pt.run.torch_dist.convert import find  # noqa: PLC0415 - as above
 
     try:
         request = ask()
-        inputs = discover(request).inputs
+        if isinstance(request, DistRequest):
+            times = [int(str(one["mtime_ns"])) for one in find(request).stats.values()]
+        else:
+            inputs = discover(request).inputs
+            times = [int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each]
     except (MissingInputError, FormatError, TopologyError) as error:  # more folders may come
         return error, f"checkpoint is not complete: {error.what} ({error.where})"
-    written = max(int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each)
-    stable_for = time.time() - written / 1e9
+    stable_for = time.time() - max(times) / 1e9
     if stable_for >= readiness.settle_seconds:
         return None
     sentence = f"checkpoint was written to {max(stable_for, 0):.0f} s ago"
@@ -66,14 +71,20 @@ def _obstacle_of_save(ask: Callable[[], Request], readiness: Readiness) -> Block
     return TimedOutError(f"the {sentence}", where=request.source, hint=hint, field="readiness.timeoutSeconds"), sentence
 
 
-def request_when_complete(spec: Spec, account: Account, *, in_process: bool = False) -> Request:
+def request_when_complete(spec: Spec, account: Account, *, in_process: bool = False) -> AnyRequest:
     """The request of a spec, when its source is complete, for which its ``readiness`` says how long to wait.
 
     A Megatron source tells its layout itself, so that there is no request before it is there.
     """
-    from ckpt2pt.kube.resolve import is_megatron, resolve  # noqa: PLC0415 - only when asked for
+    from ckpt2pt.kube.resolve import is_megatron, resolve, resolve_dist  # noqa: PLC0415 - only when asked for
 
-    ask, readiness = partial(resolve, spec, in_process=in_process), spec.readiness
+    readiness = spec.readiness
+    if spec.target.format == "TorchDist":
+        ask_dist = partial(resolve_dist, spec, in_process=in_process)
+        if readiness.timeout_seconds:
+            _wait(partial(_obstacle_of_save, ask_dist, readiness), readiness.timeout_seconds, account)
+        return ask_dist()
+    ask = partial(resolve, spec, in_process=in_process)
     if readiness.timeout_seconds and is_megatron(spec):
         _wait(partial(_obstacle_of_save, ask, readiness), readiness.timeout_seconds, account)
         return ask()

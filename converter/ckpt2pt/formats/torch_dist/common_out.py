@@ -1,0 +1,103 @@
+"""``common.pt`` and ``metadata.json`` to be written: what a distributed checkpoint holds that is no tensor.
+
+Megatron-LM core_v0.15.0 to core_v0.19.0: megatron/training/checkpointing.py (``load_checkpoint``,
+``check_checkpoint_args``) and megatron/core/optimizer/distrib_optimizer.py (``sharded_state_dict``).  Every one of them reads
+``common.pt``; the objects of 0.19 that take its place are read by 0.19 alone.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from ckpt2pt.core.state import State, Values
+from ckpt2pt.errors import MissingInputError, aside, ref
+from ckpt2pt.formats.torchfile.archive import archive_bytes
+from ckpt2pt.formats.torchfile.pickles import Value, namespace, write_pickle
+
+SHARDING = "fully_reshardable"
+"""How the optimizer's state is sharded: as the weights are, so that it can be loaded into any layout."""
+
+METADATA_JSON = (
+    b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
+    b'"common_backend": "torch", "common_backend_version": 1}'
+)
+
+_CONTENT: dict[Value, Value] = {
+    "distrib_optim_sharding_type": SHARDING,
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+_ARGUMENTS = (
+    "add_position_embedding",
+    "max_position_embeddings",
+    "make_vocab_size_divisible_by",
+    "padded_vocab_size",
+    "tokenizer_type",
+    "global_batch_size",
+    "data_parallel_random_init",
+    "seq_length",
+    "ffn_hidden_size",
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "swiglu",
+    "normalization",
+    "norm_epsilon",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "qk_layernorm",
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_percent",
+    "untie_embeddings_and_output_weights",
+)
+"""Arguments that a run compares with its own, or takes over with ``--use-checkpoint-args``; written where they are known."""
+
+
+def write_common(state: State, sizes: Values, *, full: bool) -> bytes:
+    """``common.pt``; ``sizes`` are arguments that the tensors themselves tell, by Megatron's names.
+
+    Raises :class:`MissingInputError` where nothing states the number of attention heads, hyperparameters of the optimizer, or the scheduler.
+    """
+    stated = {name: state.args[name] for name in _ARGUMENTS if name in state.args}
+    args = {
+        **stated,
+        "num_attention_heads": state.number("num_attention_heads"),
+        **sizes,
+        "iteration": state.iteration,
+        "consumed_train_samples": state.samples or 0,
+        "consumed_valid_samples": 0,
+        "skipped_train_samples": 0,
+        "no_save_optim": not full,
+        "no_save_rng": True,  # a loader then looks for no states of random generators
+    }
+    tree: dict[Value, Value] = {
+        "args": namespace(cast("dict[str, Value]", args)),
+        "checkpoint_version": 3.0,
+        "iteration": state.iteration,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": dict(_CONTENT),
+    }
+    if full:
+        if not state.scheduler:
+            raise MissingInputError(
+                "nothing states the scheduler of learning rate and weight decay",
+                where=state.where,
+                hint=f"give a pt_meta in {ref('metadata.path')}, or convert weights alone{aside('mode')}",
+                field="metadata.path",
+            )
+        tree["optimizer"] = {"optimizer": {"param_groups": _groups(state)}, "param_state_sharding_type": SHARDING}
+        tree["opt_param_scheduler"] = cast("Value", dict(state.scheduler))
+    return archive_bytes("common", write_pickle(tree))
+
+
+def _groups(state: State) -> list[Value]:
+    """Every group with the true step, those with weight decay first; a loader finds its own by their keys, whatever the order.
+
+    There may be more than one of a kind: embedding and output layer with a learning rate of their own.
+    """
+    for decays in (True, False):
+        state.group(decays=decays)  # refuses where nothing states it
+    ordered = sorted(state.groups, key=lambda group: not group.get("wd_mult", 1.0))
+    return [cast("Value", {**group, "step": state.step}) for group in ordered]

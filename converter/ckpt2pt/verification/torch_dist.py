@@ -1,0 +1,106 @@
+"""The tensors in one ``.distcp`` against those of the source: each item by the reader's headers and the reader's names.
+
+item --torch_dist.items--> elements of a chunk -----------------------------------------+
+its key --torch_dist.names--> (role, name, layer) --> the source's tensor, the same box -+-- bits, or rounded to nearest even
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ckpt2pt.core.extents import Box, View
+from ckpt2pt.core.index import Index, find
+from ckpt2pt.core.tensor import Key, Tensor
+from ckpt2pt.errors import InputError
+from ckpt2pt.formats.torch_dist.items import Located, locate
+from ckpt2pt.formats.torch_dist.metadata import Chunk, Item
+from ckpt2pt.formats.torch_dist.names import named
+from ckpt2pt.formats.torch_dist.write import DistcpFile, Part
+from ckpt2pt.verification.elements import Differing, rounded
+from ckpt2pt.verification.gather import Files, Gathered, spans, strided
+from ckpt2pt.verification.prove import crcs_of
+from ckpt2pt.verification.report import NOTHING_PUBLISHED, Findings
+
+
+def prove_parts(
+    index: Index, layers: Sequence[int], file: DistcpFile, path: Path, heed: Callable[[], None]
+) -> Mapping[str, int]:
+    """Compare a file that is to be published, before it is; returns its CRC-32.
+
+    ``layers`` are the numbers in the source of the result's layers.  ``heed`` is called after every block, and may raise.
+    Raises :class:`VerificationError` for a difference.
+    """
+    findings = Findings()
+    crcs = compare_parts(index, layers, file, path, findings, lambda _: heed())
+    findings.report(path.parent, 0).raise_differences(hint=NOTHING_PUBLISHED)
+    return crcs
+
+
+def compare_parts(
+    index: Index,
+    layers: Sequence[int],
+    file: DistcpFile,
+    path: Path,
+    findings: Findings,
+    advance: Callable[[int], None],
+) -> Mapping[str, int]:
+    """Compare every part of a file; the CRC-32 of it, by its name."""
+    chunks = [(part, _in(chunk, path.name)) for part, chunk in file.chunks()]
+    with Files([path], advance) as files:
+        try:
+            located = dict(locate(path.parent, ((part.dtype, chunk) for part, chunk in chunks)))
+        except InputError as error:
+            findings.differ(file.name, "file", error.what)
+            return {}
+        for part, chunk in chunks:
+            _compare(index, layers, part, located[chunk], file.name, findings, files)
+        return crcs_of({file.name: path}, {str(path): sorted(files.pieces[str(path)])})
+
+
+def _in(chunk: Chunk, name: str) -> Chunk:
+    """The same in a file that has not got its name yet."""
+    return chunk._replace(item=Item(name, chunk.item.offset, chunk.item.nbytes))
+
+
+def _compare(
+    index: Index, layers: Sequence[int], part: Part, located: Located, file: str, findings: Findings, files: Files
+) -> None:
+    tensor, box = _source(index, layers, part)
+    if tensor is None or box is None:
+        findings.differ(file, part.key, "is not in the source")
+        return
+    source = Gathered(tensor.dtype, tensor.views, box)
+    origin = (0,) * len(part.shape)
+    result = strided(part.dtype, View(origin, part.shape, located.strides, located.first, located.storage))
+    tally = Differing(part.dtype, part.dtype, strict=part.dtype == "float32")
+    for start, stop in spans(math.prod(part.shape), 4):
+        expected = rounded(source.block(files, start, stop), tensor.dtype, part.dtype)
+        tally.see(start, expected, result.block(files, start, stop))
+    findings.tensors += 1
+    as_type = "" if part.dtype == "float32" else f" as {part.dtype}"
+    findings.settle(file, part.key, tally, f"differ from the source {tensor.key}{as_type}")
+
+
+def _source(index: Index, layers: Sequence[int], part: Part) -> tuple[Tensor | None, Box | None]:
+    """The tensor of the source that a part is of, and the box of it in its natural axes."""
+    name = named(part.key)
+    if name is None:
+        return None, None
+    numbers = [layers[number] for number in part.origin[: name.leading]]
+    canonical = name.name(tuple(numbers))
+    head, _, rest = canonical.removeprefix("decoder.layers.").partition(".")
+    if not name.leading and canonical.startswith("decoder.layers."):
+        canonical = f"decoder.layers.{layers[int(head)]}.{rest}"
+    tensor = find(index, Key(name.role, canonical))
+    origin, shape = part.origin[name.leading :], part.shape[name.leading :]
+    if tensor is None or part.whole[name.leading :] != tensor.fused or any(n != 1 for n in part.shape[: name.leading]):
+        return tensor, None
+    if len(tensor.shape) == len(tensor.fused):
+        return tensor, (origin, shape)
+    rows = tensor.shape[1]  # of one of the halves that the source has as an axis
+    if shape == tensor.fused:
+        return tensor, ((0,) * len(tensor.shape), tensor.shape)
+    half, row = divmod(origin[0], rows)
+    return tensor, ((half, row, *origin[1:]), (1, *shape)) if row + shape[0] <= rows else None

@@ -1,0 +1,148 @@
+"""Conversions into torch_dist: from what MindSpore and Megatron hold, stage by stage, at once, again, and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckpt2pt.cli.commands import main
+from ckpt2pt.formats.registry import read
+from ckpt2pt.formats.torchfile.pickles import Call, namespace_attrs
+from ckpt2pt.verification.across import compare_any
+from dist import CUT, NOOP, TIED, convert, of_mindspore
+
+
+def iteration(target: Path) -> Path:
+    [found] = target.glob("iter_*")
+    return found
+
+
+def files(target: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in iteration(target).iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("folder", [TIED, CUT, NOOP], ids=lambda folder: folder.name)
+def test_what_mindspore_holds_is_what_megatron_itself_saved(folder: Path, tmp_path: Path) -> None:
+    assert of_mindspore(folder, tmp_path / "out", "--verify", "full") == 0
+    found = compare_any([tmp_path / "out", folder / "A"])
+    assert found.same
+    assert found.equal > 100
+
+
+def test_a_megatron_checkpoint_needs_nothing_besides(tmp_path: Path) -> None:
+    assert convert(CUT / "A", tmp_path / "out", "--verify", "full") == 0
+    assert compare_any([tmp_path / "out", CUT / "A"]).same
+    own, made = read(CUT / "A").template, read(tmp_path / "out").template
+    assert own
+    assert made
+    assert made.args["consumed_train_samples"] == own.args["consumed_train_samples"] != 0
+    assert made.scheduler == own.scheduler
+    assert [{**group} for group in made.groups] == sorted(own.groups, key=lambda group: -float(str(group["wd_mult"])))
+
+
+def test_a_result_is_a_source_again(tmp_path: Path) -> None:
+    assert convert(CUT / "A", tmp_path / "one") == 0
+    assert convert(tmp_path / "one", tmp_path / "two", "--target-tp-size", "1", "--target-pp-size", "1") == 0
+    assert compare_any([tmp_path / "one", tmp_path / "two"]).same
+    assert {name for name in files(tmp_path / "two") if name.endswith(".distcp")} == {"__0_0.distcp"}
+
+
+def test_what_no_release_refuses_is_in_common(tmp_path: Path) -> None:
+    assert of_mindspore(CUT, tmp_path / "out") == 0
+    common: Any = torch.load(iteration(tmp_path / "out") / "common.pt", weights_only=False)
+    assert common["content_metadata"]["distrib_optim_sharding_type"] == "fully_reshardable"
+    assert common["optimizer"]["param_state_sharding_type"] == "fully_reshardable"
+    assert [group["wd_mult"] for group in common["optimizer"]["optimizer"]["param_groups"]] == [1.0, 0.0]
+    assert common["checkpoint_version"] == 3.0
+    args = common["args"]
+    assert args.no_save_rng is True
+    assert (args.tensor_model_parallel_size, args.pipeline_model_parallel_size) == (2, 2)
+    assert {type(value) for value in vars(args).values()} <= {bool, int, float, str, type(None)}
+    assert json.loads(files(tmp_path / "out")["metadata.json"])["common_backend"] == "torch"
+
+
+def test_stages_of_their_own_make_the_same_bytes_as_one_run(tmp_path: Path) -> None:
+    assert of_mindspore(CUT, tmp_path / "whole") == 0
+    assert of_mindspore(CUT, tmp_path / "parts", "--stage", "1") == 0
+    assert set(files(tmp_path / "parts")) == {"__2_0.distcp", "__3_0.distcp"}
+    assert not (tmp_path / "parts" / "latest_checkpointed_iteration.txt").exists()
+    assert of_mindspore(CUT, tmp_path / "parts", "--stage", "0") == 0
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert (tmp_path / "parts" / "latest_checkpointed_iteration.txt").exists()
+
+
+def test_a_second_run_keeps_what_is_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert of_mindspore(TIED, tmp_path / "out") == 0
+    before = {path: path.stat().st_mtime_ns for path in iteration(tmp_path / "out").iterdir() if path.is_file()}
+    capfd.readouterr()
+    assert of_mindspore(TIED, tmp_path / "out") == 0
+    assert "everything was there already" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_lost_file_is_told_to_the_last_stage_and_made_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert of_mindspore(CUT, tmp_path / "out", "--stage", "0") == 0
+    lost = iteration(tmp_path / "out") / "__1_0.distcp"
+    lost.unlink()
+    assert of_mindspore(CUT, tmp_path / "out", "--stage", "1") == 75
+    assert "the files of tp 1 pp 0 were complete" in capfd.readouterr().err
+    assert ".metadata" not in files(tmp_path / "out")
+    assert of_mindspore(CUT, tmp_path / "out", "--stage", "0") == 0
+    assert ".metadata" in files(tmp_path / "out")
+    assert compare_any([tmp_path / "out", CUT / "A"]).same
+
+
+def test_a_changed_file_is_found_before_it_is_joined(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert of_mindspore(CUT, tmp_path / "out", "--stage", "0") == 0
+    changed = iteration(tmp_path / "out") / "__1_0.distcp"
+    changed.write_bytes(changed.read_bytes()[::-1])
+    assert of_mindspore(CUT, tmp_path / "out", "--stage", "1") == 76
+    assert str(changed) in capfd.readouterr().err
+    assert ".metadata" not in files(tmp_path / "out")
+    assert of_mindspore(CUT, tmp_path / "out", "--stage", "0", "--overwrite") == 0
+    assert compare_any([tmp_path / "out", CUT / "A"]).same
+
+
+def test_weights_alone(tmp_path: Path) -> None:
+    words = ("--convert-param-only", "--verify", "full")
+    assert of_mindspore(CUT, tmp_path / "out", *words) == 0
+    index = read(tmp_path / "out").index
+    assert {key.role for key in index} == {"param"}
+    common: Any = torch.load(iteration(tmp_path / "out") / "common.pt", weights_only=False)
+    assert "optimizer" not in common
+
+
+def test_nothing_is_written_where_hyperparameters_are_stated_nowhere(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(CUT / "ms", tmp_path / "ms")
+    assert convert(tmp_path / "ms", tmp_path / "out", "--source-format", "safetensors") == 66
+    assert "nothing states num_attention_heads" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_many_stages_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert of_mindspore(CUT, tmp_path / "out", "--target-pp-size", "99") == 65
+    assert "99 pipeline stages share" in capfd.readouterr().err
+
+
+def test_a_training_is_not_followed_into_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--ms-path", CUT / "ms", "--param-map-path", CUT / "pt_meta", "--target", tmp_path / "out"]
+    assert main(["watch", "--once", "--target-format", "torch_dist", *map(str, words)]) == 64
+    assert "--target-format is torch_dist" in capfd.readouterr().err
+
+
+def test_namespaces_are_plain(tmp_path: Path) -> None:
+    assert of_mindspore(TIED, tmp_path / "out") == 0
+    template = read(tmp_path / "out").template
+    assert template
+    args = template.tree["args"]
+    assert isinstance(args, Call)
+    assert namespace_attrs(args)["hidden_size"] == read(TIED / "A").template.args["hidden_size"]  # type: ignore[union-attr]
