@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 HIDDEN, FFN, EXPERTS, LAYERS = 64, 32, 4, 2
+HEAD = "output_layer.weight"
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 ROLES = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 Tensors = dict[tuple[str, str], torch.Tensor]
@@ -43,14 +44,29 @@ def global_tensors(*, shared: bool = True, seed: int = 3) -> Tensors:
     return found | {("param", name): found["main_param", name].bfloat16() for name in shapes}
 
 
+def tied(tensors: Tensors) -> Tensors:
+    """The same with a head that is the embedding."""
+    return {
+        (role, name): tensors[role, "embedding.word_embeddings.weight" if name == HEAD else name]
+        for role, name in tensors
+    }
+
+
 def save_experts(
-    folder: Path, tensors: Tensors, *, experts: int, stages: int = 1, chunks: int = 1, grouped: bool = False
+    folder: Path,
+    tensors: Tensors,
+    *,
+    experts: int,
+    stages: int = 1,
+    chunks: int = 1,
+    grouped: bool = False,
+    untied: bool = True,
 ) -> Path:
     """Write it for ``experts`` expert parallel ranks, each with a part of the experts in buffers of their own."""
     args = Namespace(
         num_layers=LAYERS, hidden_size=HIDDEN, num_attention_heads=4, num_experts=EXPERTS, padded_vocab_size=128,
         tensor_model_parallel_size=1, pipeline_model_parallel_size=stages, expert_model_parallel_size=experts,
-        untie_embeddings_and_output_weights=True, use_distributed_optimizer=True, data_parallel_size=experts,
+        untie_embeddings_and_output_weights=untied, use_distributed_optimizer=True, data_parallel_size=experts,
         consumed_train_samples=12,
     )  # fmt: skip
     for pp in range(stages):

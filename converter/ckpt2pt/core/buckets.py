@@ -203,6 +203,15 @@ def expected_shape(name: str, sizes: Mapping[str, int | bool], tensor: int) -> t
     return None
 
 
+_SETTINGS = {"query_key_value": {"group_query_attention"}, "dense_h_to_4h": {"swiglu"}}
+
+
+def stated_shape(name: str, sizes: Mapping[str, int | bool], tensor: int) -> tuple[int, ...] | None:
+    """The same by a checkpoint's own arguments; None too where a converter left out the setting that it depends on."""
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    return expected_shape(name, sizes, tensor) if _SETTINGS.get(module, set[str]()) <= sizes.keys() else None
+
+
 def _channels(sizes: Mapping[str, int | bool]) -> int:
     """Size of a head; by default that of megatron/arguments.py."""
     return int(sizes.get("kv_channels") or int(sizes["hidden_size"]) // int(sizes["num_attention_heads"]))

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt2pt.core import names
-from ckpt2pt.core.buckets import Buffer, Placement, expected_shape
+from ckpt2pt.core.buckets import Buffer, Placement, stated_shape
 from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
 from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.stated import Statement
@@ -321,7 +321,7 @@ def _check_weight(weight: Weight, found: RankInput, tensor: int) -> None:
             where=f"pt_meta, {weight.name}",
             hint=_FLOAT_HINT,
         )
-    by_args = expected_shape(weight.name, found.sizes, tensor)
+    by_args = stated_shape(weight.name, found.sizes, tensor)
     if by_args is not None and by_args != weight.shape:
         raise TopologyError(
             f"{weight.name} has shape {list(weight.shape)}, the arguments in pt_meta give {list(by_args)}",

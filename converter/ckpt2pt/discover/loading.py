@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ckpt2pt.core.foldernames import expert_ranks, model_rank_name, model_rank_of
@@ -12,7 +13,7 @@ from ckpt2pt.discover.checkpoint import Discovered, kind_of
 from ckpt2pt.discover.metadata import assumptions, meta_of, template_of
 from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import Ckpt2ptError, FormatError, aside
-from ckpt2pt.formats.megatron.headers import MegatronRank, rank_folders, read_rank
+from ckpt2pt.formats.megatron.headers import MegatronRank, is_expert_parallel, rank_folders, read_rank
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.megatron.release import optimizer_form, written_by
 from ckpt2pt.formats.megatron.resume import Unmet, first_of, hint, summary
@@ -84,7 +85,8 @@ def verdicts(iteration: Path) -> dict[str, str]:
             facts = {"writtenBy": f"Megatron-LM {written_by(first)}", "optimizer": optimizer_form(first)}
             if first.core_names or first.coalesced:
                 why = "names of its parameters" if first.core_names else "form of its optimizer"
-                return facts | {"resumable": f"not by Megatron-LM 0.6, which does not know the {why}"}
+                facts["resumable"] = f"not by Megatron-LM 0.6, which does not know the {why}"
+                return facts | _rounding(first, every) if first.coalesced else facts
         ranks = rank_folders(iteration)
         for rank, folder in ranks.items():
             found = read_rank(folder, optimizer=False)
@@ -97,6 +99,20 @@ def verdicts(iteration: Path) -> dict[str, str]:
     if not resumes:
         return facts | {"resumable": "yes, by Megatron-LM 0.6"}
     return facts | {"resumable": f"no: {resumes}", "weightsLoadable": f"no: {loads}" if loads else "yes"}
+
+
+def _rounding(first: MegatronRank, ranks: Mapping[tuple[int, int, int], Path]) -> dict[str, str]:
+    """Whether the main parameters of all ranks round to the weights, by samples of each."""
+    from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - see above
+
+    for (_, pp, _), folder in ranks.items():
+        try:
+            rank = read_rank(folder, experts=True)
+            if rank.buffers is not None:
+                lay_out_rank(rank, 0 if is_expert_parallel(first) else pp, at_most=SAMPLE_NUMEL, samples=True)
+        except Ckpt2ptError as error:
+            return {"mainParameters": f"not those of the weights: {folder.name}: {error.what}"}
+    return {"mainParameters": "round to the weights, by samples of each"}
 
 
 def _misplaced(rank: MegatronRank, *, pipelined: bool, full: bool) -> tuple[Unmet, ...]:

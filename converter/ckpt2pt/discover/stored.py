@@ -284,6 +284,7 @@ class Own:
     def buffers(self, pp: int) -> Sequence[Buffer]:
         """The buffers of the first rank of a stage, as those of Megatron-LM 0.6."""
         stored, layout = self.headers((0, pp))
+        check_legacy(stored)
         return [buffer for chunk in rank_files(stored, 0, pp, layout.buffers).buffers for buffer in chunk]
 
     def meta(self, rank: Rank) -> RankMeta:

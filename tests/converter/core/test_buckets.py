@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt2pt.core.buckets import expected_shape, parse_param_map
+from ckpt2pt.core.buckets import expected_shape, parse_param_map, stated_shape
 from ckpt2pt.errors import FormatError
 
 
@@ -138,3 +138,14 @@ def test_another_data_parallel_size_is_answered_with_the_way_to_it() -> None:
         parse_param_map(document, where="map.json", divisor=3)
     assert "pt-meta --target-dp-size 3" in told.value.hint
     assert told.value.where == "map.json: b"
+
+
+def test_a_setting_that_is_left_out_tells_no_shape() -> None:
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "ffn_hidden_size": 16}
+    qkv, gate = (
+        f"language_model.encoder.layers.0.{module}.weight"
+        for module in ("self_attention.query_key_value", "mlp.dense_h_to_4h")
+    )
+    assert [stated_shape(name, sizes, 1) for name in (qkv, gate)] == [None, None]
+    told = sizes | {"group_query_attention": False, "swiglu": True}
+    assert [stated_shape(name, told, 1) for name in (qkv, gate)] == [(24, 8), (32, 8)]

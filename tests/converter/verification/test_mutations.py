@@ -188,7 +188,7 @@ MUTATIONS = [
     pytest.param(_edit(lambda tree: tree.update(more=1)), "/more: is unexpected", id="key-more"),
     pytest.param(_encoder(lambda pairs: pairs[1:]), "input_norm.weight: is missing", id="weight-missing"),
     pytest.param(
-        _encoder(lambda pairs: [*pairs, ("layers.7.input_norm.weight", pairs[0][1])]), "layers.7.input_norm.weight: is there", id="weight-more"
+        _encoder(lambda pairs: [*pairs, ("layers.7.input_norm.weight", pairs[0][1])]), "layers.7.input_norm.weight: is unexpected", id="weight-more"
     ),
     pytest.param(_edit(lambda tree: tree.update(iteration=13)), "/iteration: has another value: expected 12, found 13", id="iteration"),
     pytest.param(

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 
 from ckpt2pt.core import names
-from ckpt2pt.core.buckets import expected_shape
+from ckpt2pt.core.buckets import stated_shape
 from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.stage import FLOATS
 from ckpt2pt.core.stated import STYLES, is_stated
@@ -63,7 +63,7 @@ def missing_layers(chunks: Mapping[int, Sequence[str]], topology: Topology, *, p
 
 
 def _check_weight(name: str, tensor_ref: TensorRef, sizes: Mapping[str, int | bool], tensor: int, where: str) -> None:
-    wanted = expected_shape(name, sizes, tensor)
+    wanted = stated_shape(name, sizes, tensor)
     if wanted is not None and wanted != tensor_ref.shape:
         raise TopologyError(
             f"{name} has shape {list(tensor_ref.shape)}, the arguments give {list(wanted)}",

@@ -182,14 +182,17 @@ def lay_out_rank(
     *,
     bucket_size: int | None = None,
     at_most: int | None = None,
+    samples: bool = False,
     advance: Advance = unheard,
     files: OpenFiles | None = None,
 ) -> Layout:
     """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds.
 
-    Buffers that the file holds coalesced have one bucket each, without the padding of those that the run had.
+    ``at_most`` elements of each parameter are compared where the weights lie in the model file as in the buffers; where they
+    do not, all are, unless ``samples`` will do.  Buffers that the file holds coalesced have one bucket each, without the
+    padding of those that the run had.
     """
-    prove = partial(_prove, rank, at_most=at_most, advance=advance, files=files)
+    prove = partial(_prove, rank, at_most=at_most, samples=samples, advance=advance, files=files)
     if rank.coalesced:
         return _lay_out_coalesced(rank, pp, prove, bucket_size=bucket_size)
     divisor = _divisor(rank)
@@ -227,14 +230,10 @@ def prove_given(
             )
         shapes = {name: weight.shape for name, weight in rank.chunks[vpp]}
         for placement in buffer.placements:
-            if placement.shape != shapes[placement.name]:
-                raise TopologyError(
-                    f"{placement.name} has shape {list(placement.shape)} in the param map, "
-                    f"{list(shapes[placement.name])} in the model file",
-                    where=where,
-                    hint=f"point {ref('metadata.path')} at the maps of this run",
-                    field="metadata.path",
-                )
+            if placement.shape != (there := shapes[placement.name]):
+                what = f"{placement.name} has shape {[*placement.shape]} in the param map, {[*there]} in the model file"
+                hint = f"point {ref('metadata.path')} at the maps of this run"
+                raise TopologyError(what, where=where, hint=hint, field="metadata.path")
     notes = _prove(rank, buffers, at_most=at_most, files=files)
     return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(notes))
 
@@ -300,6 +299,7 @@ def _prove(
     *,
     views: bool | None = None,
     at_most: int | None,
+    samples: bool = False,
     advance: Advance = unheard,
     files: OpenFiles | None = None,
 ) -> list[str]:
@@ -318,7 +318,7 @@ def _prove(
         notes.append("offsets equal those of the weights in the model file")
     if rank.buffers is None:
         return notes or ["computed from order, shapes and arguments; there is no distrib_optim.pt to compare with"]
-    if not views:
+    if not views and not samples:
         at_most = None  # without offsets to go by, only the values tell the order
     count = 0
     for (buffer, weights), buckets in zip(flat, stored, strict=True):

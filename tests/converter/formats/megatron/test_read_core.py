@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from ckpt2pt.core.tensor import ROLES
 from ckpt2pt.formats.folders import iteration_folder
 from ckpt2pt.formats.megatron.headers import read_rank
 from ckpt2pt.formats.ptmeta.capture import lay_out_rank
+from ckpt2pt.formats.torchfile.pickles import namespace, namespace_attrs
 from coresets import ODD, core_sets, renamed, set_name
 from mcore import expected
+from results import edit_tree
 from torchload import megatron_names
 
 SETS = core_sets()
@@ -125,3 +129,25 @@ def test_buffers_are_those_of_the_run(folder: Path) -> None:
             }
             wanted = [(start - before[bucket], stop - before[bucket]) for _, start, stop, bucket in buffer["params"]]
             assert [(placed.start, placed.stop) for placed in made.placements] == wanted
+
+
+def test_arguments_that_a_converter_left_out_are_not_needed(tmp_path: Path) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(ODD, copied)
+    sizes = (
+        "num_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+    )
+    buckets = ("overlap_grad_reduce", "ddp_bucket_size", "data_parallel_size")  # where gaps are depends on these
+
+    def change(tree: Any) -> None:
+        args = namespace_attrs(tree["args"])
+        tree["args"] = namespace({name: args[name] for name in (*sizes, *buckets, "consumed_train_samples")})
+
+    edit_tree(next(copied.rglob("model_optim_rng.pt")), change)
+    holds_what_megatron_held(copied, ODD)
+    assert main(["import", "--megatron-path", str(copied), "--ms-path", str(tmp_path / "ms"), *MOMENTS]) == 0
+    holds_what_megatron_held(tmp_path / "ms", ODD, "main_param", "exp_avg", "exp_avg_sq")

@@ -14,7 +14,7 @@ import ckpt2pt
 from ckpt2pt.cli.commands import main
 from ckpt2pt.core.tensor import ROLES
 from ckpt2pt.errors import CoverageError, FormatError, InputError, MissingInputError
-from coremade import Tensors, global_tensors, save_experts
+from coremade import HEAD, Tensors, global_tensors, save_experts, tied
 from coresets import core_sets, set_name
 from mcore import expected
 
@@ -52,6 +52,16 @@ def test_experts_have_global_numbers(
     experts: int, stages: int, chunks: int, grouped: bool, tensors: Tensors, tmp_path: Path
 ) -> None:
     holds(save_experts(tmp_path, tensors, experts=experts, stages=stages, chunks=chunks, grouped=grouped), tensors)
+
+
+def test_the_head_of_the_last_stage_is_a_copy_of_the_tied_embedding(tensors: Tensors, tmp_path: Path) -> None:
+    same = tied(tensors)
+    folder = save_experts(tmp_path, same, experts=2, stages=2, untied=False)
+    holds(folder, {(role, name): values for (role, name), values in same.items() if name != HEAD})
+    with ckpt2pt.open(folder) as checkpoint:
+        assert (
+            checkpoint.info("embedding.word_embeddings.weight").replicas == 3
+        )  # of experts, of the last stage, and both
 
 
 def test_two_layouts_are_compared_tensor_by_tensor(tensors: Tensors, tmp_path: Path) -> None:

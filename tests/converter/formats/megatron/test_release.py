@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from ckpt2pt.cli.commands import main
 from ckpt2pt.formats.megatron.headers import MegatronRank, read_rank
@@ -34,6 +36,19 @@ def test_inspect_tells_release_and_optimizer(capsys: pytest.CaptureFixture[str])
     assert "Megatron-LM 0.19 or newer, by its arguments" in shown
     assert "coalesced buffers, as since 0.7" in shown
     assert "not by Megatron-LM 0.6" in shown
+    assert "round to the weights" in shown
+
+
+def test_inspect_tells_a_damaged_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copied = tmp_path / "copied"
+    shutil.copytree(ODD, copied)
+    path = next(copied.rglob("distrib_optim.pt"))
+    state = torch.load(path)
+    (kinds,) = state[0].values()
+    kinds["param"] = kinds["param"].flip(0)
+    torch.save(state, path)
+    assert main(["inspect", str(copied)]) == 0
+    assert "not those of the weights: mp_rank_00: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

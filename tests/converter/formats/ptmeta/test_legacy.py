@@ -24,7 +24,10 @@ def test_a_model_with_q_and_k_layernorm_has_no_legacy_form(tmp_path: Path, capsy
         ODD, tmp_path / "copied", lambda name: name.replace("pre_mlp_layernorm", "self_attention.q_layernorm")
     )
     target = tmp_path / "target"
-    assert main(["convert", "--source", str(folder), "--source-format", "megatron", "--target", str(target)]) == 65
+    flags = ["convert", "--source", str(folder), "--source-format", "megatron", "--target", str(target)]
+    assert main(flags) == 65
+    assert "Megatron-LM 0.6 has no decoder.layers.0.self_attention.q_layernorm.weight" in capsys.readouterr().err
+    assert main([*flags, "--target-tp-size", "2"]) == 65
     assert "Megatron-LM 0.6 has no decoder.layers.0.self_attention.q_layernorm.weight" in capsys.readouterr().err
     assert not list(target.rglob("*.pt"))
 
