@@ -138,7 +138,18 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     ),
     "import-that-follows": (
         [("spec.follow", {}), ("spec.target", {"path": "out", "format": "MindSpore"})],
-        "spec.follow", "leave follow out where target.format is MindSpore",
+        "spec.follow", "a training is followed on its way to Megatron 0.6",
+    ),
+    "follow-into-megatron-of-today": (
+        [("spec.follow", {}), ("spec.target", {"path": "out", "format": "Megatron"})],
+        "spec.follow", "a training is followed on its way to Megatron 0.6",
+    ),
+    "names-of-another-format": (
+        [("spec.target", {"path": "out", "names": "Legacy"})], "spec.target.format", "set target.format to Megatron",
+    ),
+    "a-release-that-is-none": (
+        [("spec.target", {"path": "out", "format": "Megatron", "megatronVersion": "0.6"})],
+        "spec.target.megatronVersion", "should match",
     ),
     "follow-into-torch-dist": (
         [("spec.follow", {}), ("spec.target", {"path": "out", "format": "TorchDist"})],

@@ -258,7 +258,7 @@ def _plan(options: argparse.Namespace) -> int:
     with _served(account, options.progress_port):
         request = _complete(spec, account)
         account.stages = stages = stages_of(options, request)
-        plan = planned(request, stages, names=options.names)
+        plan = planned(request, stages, names=options.names == "list")
     account.planned(plan.document)
     _show(plan.document, render(plan.document, details=options.details), options)
     plan.check()

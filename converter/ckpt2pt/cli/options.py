@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 from ckpt2pt.io.flags import Group, add_target_sizes, count, counts, path, port, seconds
 
 
-def add_conversion_options(parser: argparse.ArgumentParser, *, writes: bool = True, chosen: bool = True) -> None:
-    """What is converted: the reference's own flags, and ours; not ``chosen`` means every checkpoint, and all its stages."""
+def add_conversion_options(
+    parser: argparse.ArgumentParser, *, writes: bool = True, chosen: bool = True, lists: bool = False
+) -> None:
+    """What is converted: the reference's own flags, and ours; not ``chosen`` means every checkpoint, and all its stages.
+
+    ``lists``: ``--names`` without a value lists every parameter.
+    """
     parser.add_argument(
         "--spec",
         metavar="JSON",
         help="all of it in one, as a Job gives it: a document's spec, with folders of this machine",
     )
     _add_places(parser, writes=writes)
+    _add_run_to_come(parser, lists=lists)
     _add_kind(parser, chosen=chosen)
     add_mindspore_files(parser.add_argument_group("files of a MindSpore result (--target-format mindspore)"))
     _add_cut(parser)
@@ -80,7 +87,7 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
         choices=("auto", "mindspore", "ckpt", "safetensors", "megatron"),
         default="auto",
         metavar="FORMAT",
-        help="auto (what is there), mindspore (either of its two), ckpt, safetensors or megatron (spec.source.format)",
+        help="auto (what is there), mindspore (either of its two), ckpt, safetensors or megatron (torch or torch_dist) (spec.source.format)",
     )
     group.add_argument(
         "--opt-shard-info-path",
@@ -90,7 +97,7 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     group.add_argument(
         "--param-map-path",
         type=path,
-        help="the pt_meta folder; default for a Megatron source: what the checkpoint says itself (spec.metadata.path)",
+        help="the pt_meta folder, for --target-format megatron also the launch script (or a YAML description) of the run to come; default for a Megatron source: what the checkpoint says itself (spec.metadata.path)",
     )
     group.add_argument(
         "--target",
@@ -104,9 +111,9 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     )
     group.add_argument(
         "--target-format",
-        choices=("megatron06", "torch_dist", "mindspore"),
+        choices=("megatron06", "megatron", "torch_dist", "mindspore"),
         default="megatron06",
-        help="what to write: megatron06, torch_dist (Megatron-LM 0.15 and newer, at any layout), mindspore (spec.target.format)",
+        help="what to write: megatron06, megatron (the torch format of Megatron-LM 0.7 to 0.19), torch_dist (Megatron-LM 0.15 and newer, at any layout), mindspore (spec.target.format)",
     )
     group.add_argument(
         "--target-dp-size",
@@ -121,6 +128,30 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
             help="replace another conversion's result of the same iteration, which stays until the new one is complete: room for both "
             "is needed; what ckpt2pt did not write is never replaced (spec.target.overwrite)",
         )
+
+
+def _add_run_to_come(parser: argparse.ArgumentParser, *, lists: bool) -> None:
+    group = parser.add_argument_group("the run that loads it (--target-format megatron)")
+    alone: dict[str, Any] = {"nargs": "?", "const": "list"} if lists else {}
+    group.add_argument(
+        "--names",
+        choices=("auto", "mcore", "legacy", *(["list"] if lists else [])),
+        default="auto",
+        **alone,
+        help="parameters of a result of --target-format megatron: mcore, or legacy for runs up to 0.17 with --use-legacy-models; default auto, as the metadata says, else mcore (spec.target.names)"
+        + ("; without a value: list every parameter with both its names" if lists else ""),
+    )
+    group.add_argument(
+        "--transformer-impl",
+        choices=("auto", "local", "transformer_engine"),
+        default="auto",
+        help="the same flag of that run, which decides names and order; default auto, as the metadata says, else local (spec.target.transformerImpl)",
+    )
+    group.add_argument(
+        "--megatron-version",
+        metavar="0.N",
+        help="release that loads it; decides something only where sizes are no multiples of 64; default 0.19 (spec.target.megatronVersion)",
+    )
 
 
 def _add_kind(parser: argparse.ArgumentParser, *, chosen: bool) -> None:

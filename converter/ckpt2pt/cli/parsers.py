@@ -155,9 +155,8 @@ def _add_convert_commands(add: Add) -> None:
     add_output_options(convert, progress=True)
 
     plan = add("plan", "print what convert would do; reads headers and a few bytes, writes nothing")
-    add_conversion_options(plan)
+    add_conversion_options(plan, lists=True)
     shown = plan.add_argument_group("how")
-    shown.add_argument("--names", action="store_true", help="list every parameter with both its names")
     shown.add_argument(
         "--details", action="store_true", help="a line for every rank and file; default: equal ones in one line"
     )

@@ -149,6 +149,26 @@ def _padded(tensor: Tensor, wanted: Wanted) -> Shape:
     return (rows, *tensor.fused[1:])
 
 
+def padded_rows(tokens: object, held: int, multiple: int) -> int:
+    """Rows for ``tokens``, or for the ``held`` rows of the source where these are not known or more."""
+    known = tokens if type(tokens) is int and 0 < tokens <= held else held
+    return -(-known // multiple) * multiple
+
+
+def vocabulary_rows(args: Mapping[str, object], held: int, tensor: int) -> int:
+    """Rows of the embedding on ``tensor`` ranks together, by training arguments; ``held`` are those of the source.
+
+    Where the arguments do not say how it is padded, it stays as it is.
+    """
+    stated, degree = args.get("padded_vocab_size"), args.get("tensor_model_parallel_size")
+    if type(stated) is int and degree in {None, tensor}:
+        return stated
+    divisor = args.get("make_vocab_size_divisible_by")
+    if type(divisor) is not int or divisor < 1:
+        return held
+    return padded_rows(args.get("vocab_size"), held, divisor * tensor)
+
+
 def _check_padding(name: str, held: int, rows: int, wanted: Wanted) -> None:
     """Refuse a target whose vocabulary has rows more or less than can be padding.
 

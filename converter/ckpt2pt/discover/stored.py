@@ -54,7 +54,7 @@ from ckpt2pt.io.checksums import Piece
 from ckpt2pt.io.files import OpenFiles, write_all
 from ckpt2pt.io.paths import is_file, status
 
-_ROLES: Mapping[bool, Mapping[Role, Role]] = {
+ROLES: Mapping[bool, Mapping[Role, Role]] = {
     True: {"main_param": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
     False: {"param": "param"},
 }
@@ -136,7 +136,7 @@ def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> Ra
     tensors = {  # parameter by parameter, as they lie in a file
         (new := Key(role, name)): found[old]._replace(key=new)
         for name in dict.fromkeys(key.name for key in found)
-        for stored, role in _ROLES[request.full].items()
+        for stored, role in ROLES[request.full].items()
         if (old := Key(stored, name)) in found
     }
     return RankSource(reshard(tensors, rank, wanted, NameTable(request.rules)), statement)
@@ -146,9 +146,12 @@ def stated(request: Request, chosen: Discovered, rank: Rank) -> Statement:
     """What the checkpoint's own template states, where another one takes its place; the template itself otherwise."""
     if request.metadata is None or request.files:
         return Statement()
-    template = own_of(request).arguments((0, 0) if request.source_topology else rank)
-    groups = enumerate(map(_stated, template.groups))
-    return Statement(scheduler=_stated(template.scheduler), groups=dict(groups))
+    return stated_by(own_of(request).arguments((0, 0) if request.source_topology else rank))
+
+
+def stated_by(template: Template) -> Statement:
+    """The settings of optimizer and scheduler in a template."""
+    return Statement(scheduler=_stated(template.scheduler), groups=dict(enumerate(map(_stated, template.groups))))
 
 
 def _stated(values: Mapping[str, object]) -> dict[str, Stated]:
@@ -182,7 +185,7 @@ class _Entries(dict[str, TensorRef]):
     """Collects what one rank holds as the entries of a MindSpore rank of the same place."""
 
     def __init__(self, request: Request, pp: int) -> None:
-        self._table, self._roles, self._pp = NameTable(request.rules), _ROLES[request.full], pp
+        self._table, self._roles, self._pp = NameTable(request.rules), ROLES[request.full], pp
         self._where = str(request.source)
 
     def add(self, role: Role, name: str, _: int, local: Local) -> None:
@@ -375,9 +378,13 @@ def own_meta(request: Request, rank: Rank) -> RankMeta:
     check_legacy(own.headers((0, 0) if request.source_topology else rank)[0])
     if request.source_topology is None:
         return own.meta(rank)
-    made = _relaid(request, own).rank(rank)
+    return meta_of_files(_relaid(request, own).rank(rank), own.where)
+
+
+def meta_of_files(made: RankFiles, where: Path) -> RankMeta:
+    """Metadata that was made for a rank, as if it had been read."""
     names = [tuple(name.partition(".")[2] for name in reversed(chunk)) for chunk in made.names]
-    return RankMeta(template=_in_memory(made), chunks=_chunks(names, made.buffers, own.where))
+    return RankMeta(template=_in_memory(made), chunks=_chunks(names, made.buffers, where))
 
 
 def own_assumptions(request: Request) -> dict[str, object]:

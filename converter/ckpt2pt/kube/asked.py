@@ -12,14 +12,27 @@ from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.io.flags import check_numbers, joined, target_sizes
 
 if TYPE_CHECKING:
-    from ckpt2pt.kube.conversion.schema import Parallelism, Source, SourceFormat, Spec, Target, TargetFormat
+    from ckpt2pt.kube.conversion.schema import (
+        Names,
+        Parallelism,
+        Source,
+        SourceFormat,
+        Spec,
+        Target,
+        TargetFormat,
+        TransformerImpl,
+    )
     from ckpt2pt.run.torch_dist.request import AnyRequest
 
 _FORMATS: Mapping[str, SourceFormat] = {
     "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",
 }  # fmt: skip
 _TARGET_FORMATS: Mapping[str, TargetFormat] = {
-    "megatron06": "Megatron06", "torch_dist": "TorchDist", "mindspore": "MindSpore",
+    "megatron06": "Megatron06", "megatron": "Megatron", "torch_dist": "TorchDist", "mindspore": "MindSpore",
+}  # fmt: skip
+NAMES: Mapping[str, Names] = {"auto": "Auto", "mcore": "Mcore", "legacy": "Legacy"}
+TRANSFORMER_IMPLS: Mapping[str, TransformerImpl] = {
+    "auto": "Auto", "local": "Local", "transformer_engine": "TransformerEngine",
 }  # fmt: skip
 """Words of the flags, and of the document."""
 
@@ -152,6 +165,9 @@ def _target(options: argparse.Namespace, path: str) -> Target:
     return Target(
         path=path,
         format=target_format_of(options.target_format),
+        names=NAMES.get(getattr(options, "names", "auto"), "Auto"),  # a plan may list them
+        megatron_version=getattr(options, "megatron_version", None),
+        transformer_impl=TRANSFORMER_IMPLS[getattr(options, "transformer_impl", "auto")],
         mindspore=files,
         overwrite=getattr(options, "overwrite", False),
         parallelism=Degrees(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
@@ -13,7 +16,8 @@ from ckpt2pt.discover.request import MindSporeFiles, Request, Verify
 from ckpt2pt.errors import Ckpt2ptError, TopologyError, UsageError, aside, ref, refs
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
 from ckpt2pt.formats.ptmeta.metadata import Given, learn
-from ckpt2pt.kube.conversion.schema import CONTENTS, Degrees, Spec
+from ckpt2pt.kube.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
+from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
 
 log = logging.getLogger("ckpt2pt")
@@ -21,7 +25,71 @@ log = logging.getLogger("ckpt2pt")
 
 def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
     """The request of a spec with folders of this machine, whose kind is that of the target."""
-    return (resolve_dist if spec.target.format == "TorchDist" else resolve)(spec, in_process=in_process)
+    kinds: dict[str, Callable[..., AnyRequest]] = {"TorchDist": resolve_dist, "Megatron": resolve_mcore}
+    return kinds.get(spec.target.format, resolve)(spec, in_process=in_process)
+
+
+def resolve_mcore(spec: Spec, *, in_process: bool = False) -> McoreRequest:
+    """The request of a conversion into the torch format of Megatron-LM 0.7 to 0.19; headers are read for sizes that are not said."""
+    own, result, target = spec.parallelism, spec.target.parallelism, spec.target
+    version = target.megatron_version or "0.19"
+    if not re.match(RELEASE, version):
+        raise UsageError(
+            f"{ref('target.megatronVersion')} is {version}",
+            where=ref("spec"),
+            hint="give a release from 0.7 to 0.19; for 0.6 choose another format of the target",
+            field="target.megatronVersion",
+        )
+    return McoreRequest(
+        topology=_divided(spec),
+        source=Path(spec.source.path),
+        target=Path(target.path),
+        source_format=_SOURCES.get(spec.source.format, "mindspore"),
+        metadata=Path(spec.metadata.path) if spec.metadata.path else None,
+        iteration=spec.source.iteration,
+        tensor=own.tensor,
+        pipeline=own.pipeline,
+        target_virtual=result.virtual_pipeline or own.virtual_pipeline,
+        num_layers=spec.model.num_layers,
+        layers_per_stage=spec.model.layers_per_stage or None,
+        data=target.data_parallel or 1,
+        release=(0, int(version.partition(".")[2])),
+        names=_NAMES[target.names],
+        transformer=_TRANSFORMERS[target.transformer_impl],
+        full=spec.mode == "Full",
+        zero_samples=target.zero_consumed_samples,
+        rules=_rules(spec),
+        overwrite=target.overwrite,
+        verify=_verify(spec),
+        workers=spec.workers.processes,
+        in_process=in_process,
+        timeout=spec.workers.rank_timeout_seconds,
+    )
+
+
+_NAMES: Mapping[str, Literal["auto", "mcore", "legacy"]] = {"Auto": "auto", "Mcore": "mcore", "Legacy": "legacy"}
+_TRANSFORMERS: Mapping[str, Literal["auto", "local", "transformer_engine"]] = {
+    "Auto": "auto", "Local": "local", "TransformerEngine": "transformer_engine",
+}  # fmt: skip
+
+
+def _divided(spec: Spec) -> Topology:
+    """Tensor and pipeline parallel size of the result; those of the source, which is read as far as its headers, where nobody says them."""
+    from ckpt2pt.formats.registry import read  # noqa: PLC0415 - only where it is asked for
+
+    own, result = spec.parallelism, spec.target.parallelism
+    tensor, pipeline = result.tensor or own.tensor, result.pipeline or own.pipeline
+    if not tensor or not pipeline:
+        found = read(
+            Path(spec.source.path),
+            source_format=_SOURCES.get(spec.source.format, "mindspore"),
+            tensor=own.tensor,
+            pipeline=own.pipeline,
+            iteration=spec.source.iteration,
+            rules=_rules(spec),
+        )
+        tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
+    return Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline)
 
 
 def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
@@ -29,8 +97,6 @@ def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
 
     Raises :class:`UsageError` for what decides nothing there.
     """
-    from ckpt2pt.formats.registry import read  # noqa: PLC0415 - only where it is asked for
-
     own, result = spec.parallelism, spec.target.parallelism
     for field, given in (
         ("target.parallelism.virtualPipeline", result.virtual_pipeline),
@@ -43,20 +109,9 @@ def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
                 hint="leave it out: Megatron-LM loads torch_dist into any layout",
                 field=field,
             )
-    rules, source_format = _rules(spec), _SOURCES.get(spec.source.format, "mindspore")
-    tensor, pipeline = result.tensor or own.tensor, result.pipeline or own.pipeline
-    if not tensor or not pipeline:
-        found = read(
-            Path(spec.source.path),
-            source_format=source_format,
-            tensor=own.tensor,
-            pipeline=own.pipeline,
-            iteration=spec.source.iteration,
-            rules=rules,
-        )
-        tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
+    source_format = _SOURCES.get(spec.source.format, "mindspore")
     return DistRequest(
-        topology=Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline),
+        topology=_divided(spec),
         source=Path(spec.source.path),
         target=Path(spec.target.path),
         source_format=source_format,
@@ -66,7 +121,7 @@ def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
         pipeline=own.pipeline,
         full=spec.mode == "Full",
         zero_samples=spec.target.zero_consumed_samples,
-        rules=rules,
+        rules=_rules(spec),
         overwrite=spec.target.overwrite,
         verify=_verify(spec),
         workers=spec.workers.processes,
@@ -86,12 +141,14 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
     """
     rules, files = _rules(spec), _files(spec)
     source, target = Path(spec.source.path), Path(spec.target.path)
-    megatron = is_megatron(spec)
+    megatron, distributed = is_megatron(spec), False
     if megatron:
         from ckpt2pt.formats.megatron.read import source_folder  # noqa: PLC0415 - for Megatron sources
+        from ckpt2pt.formats.torch_dist.metadata import is_distributed  # noqa: PLC0415
 
         source = source_folder(source, spec.source.iteration)  # whatever the tracker names meanwhile
-        topology, saved = _of_megatron(spec, source, rules)
+        distributed = is_distributed(source)
+        topology, saved = _of_megatron(spec, source, rules, distributed=distributed)
     elif files:
         topology, saved = _to_mindspore(spec, rules)
     else:
@@ -105,7 +162,7 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
         target=target,
         files=files,
         full=spec.mode == "Full",
-        source_format="megatron" if megatron else _FILES.get(spec.source.format),
+        source_format="torch_dist" if distributed else "megatron" if megatron else _FILES.get(spec.source.format),
         iteration=spec.source.iteration,
         shard_info=None if info is None else Path(info),
         target_data=spec.target.data_parallel,
@@ -149,7 +206,7 @@ def is_megatron(spec: Spec) -> bool:
 
         megatron = imported
         with suppress(Ckpt2ptError):  # what is wrong with it, its reader says
-            megatron = detect(Path(spec.source.path)) == "megatron"
+            megatron = detect(Path(spec.source.path)) in {"megatron", "torch_dist"}
     if not megatron and not imported and not spec.metadata.path:
         raise UsageError(
             f"{ref('metadata.path')} is missing, and the source is no Megatron checkpoint",
@@ -215,18 +272,11 @@ def _of_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
     return _layouts(spec, topology, rules) if relaid else (topology, None)
 
 
-def _of_megatron(spec: Spec, folder: Path, rules: Rules) -> tuple[Topology, Topology | None]:
-    """The same by the checkpoint itself; what is given has to agree with it."""
-    from ckpt2pt.discover.stored import layout_of  # noqa: PLC0415 - for Megatron sources
-
+def _of_megatron(spec: Spec, folder: Path, rules: Rules, *, distributed: bool) -> tuple[Topology, Topology | None]:
+    """The same by the checkpoint itself; what is given has to agree with it.  A distributed one is always cut anew."""
     model, own, result = spec.model, spec.parallelism, spec.target.parallelism
     listed, imported = model.layers_per_stage or None, spec.target.format == "MindSpore"
-    try:
-        found = layout_of(folder, rules, listed if imported else None)
-    except TopologyError:  # uneven stages with no-op layers are told apart by who knows them
-        if imported or not listed or result.pipeline or result.virtual_pipeline:
-            raise
-        found = layout_of(folder, rules, listed)
+    found = _of_distributed(spec, folder, rules) if distributed else _of_ranks(spec, folder, rules)
     if imported and (result.pipeline or result.virtual_pipeline):  # those of an import are the checkpoint's
         listed = None
     if model.noop_layers:
@@ -263,7 +313,26 @@ def _of_megatron(spec: Spec, folder: Path, rules: Rules) -> tuple[Topology, Topo
     )
     if target.remark:
         log.warning("%s", target.remark)
-    return target, None if target == found else found
+    return target, None if target == found and not distributed else found
+
+
+def _of_distributed(spec: Spec, folder: Path, rules: Rules) -> Topology:
+    from ckpt2pt.discover.distributed import layout_of  # noqa: PLC0415 - for such sources
+
+    return layout_of(folder, rules, full=spec.mode == "Full")
+
+
+def _of_ranks(spec: Spec, folder: Path, rules: Rules) -> Topology:
+    from ckpt2pt.discover.stored import layout_of  # noqa: PLC0415 - for such sources
+
+    result, listed = spec.target.parallelism, spec.model.layers_per_stage or None
+    imported = spec.target.format == "MindSpore"
+    try:
+        return layout_of(folder, rules, listed if imported else None)
+    except TopologyError:  # uneven stages with no-op layers are told apart by who knows them
+        if imported or not listed or result.pipeline or result.virtual_pipeline:
+            raise
+        return layout_of(folder, rules, listed)
 
 
 def _check_prefix(prefix: str, suffix: str) -> None:

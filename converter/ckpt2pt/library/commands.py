@@ -66,7 +66,10 @@ class Asked(TypedDict, total=False):
     target: Required[str | Path]
     metadata: str | Path | None
     source_format: str
-    target_format: Literal["megatron06", "mindspore"]
+    target_format: Literal["megatron06", "megatron", "torch_dist", "mindspore"]
+    names: Literal["auto", "mcore", "legacy"]
+    transformer_impl: Literal["auto", "local", "transformer_engine"]
+    megatron_version: str | None
     num_layers: int | None
     tp: int | None
     pp: int | None
@@ -112,7 +115,7 @@ def plan(**asked: Unpack[Asked]) -> Plan:
 
 
 def _request(asked: Asked) -> AnyRequest:
-    from ckpt2pt.kube.asked import source_format_of, target_format_of  # noqa: PLC0415
+    from ckpt2pt.kube.asked import NAMES, TRANSFORMER_IMPLS, source_format_of, target_format_of  # noqa: PLC0415
     from ckpt2pt.kube.conversion import schema  # noqa: PLC0415
     from ckpt2pt.kube.resolve import resolve_any  # noqa: PLC0415
 
@@ -141,6 +144,9 @@ def _request(asked: Asked) -> AnyRequest:
         target=schema.Target(
             path=str(asked["target"]),
             format=target_format_of(asked.get("target_format", "megatron06")),
+            names=NAMES[asked.get("names", "auto")],
+            transformer_impl=TRANSFORMER_IMPLS[asked.get("transformer_impl", "auto")],
+            megatron_version=asked.get("megatron_version"),
             overwrite=asked.get("overwrite", False),
             parallelism=schema.Degrees(
                 tensor=asked.get("target_tp"),

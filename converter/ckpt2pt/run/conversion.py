@@ -46,6 +46,7 @@ from ckpt2pt.publish import Target
 from ckpt2pt.publish.merged import Merge, publish_merged, refuse_lost
 from ckpt2pt.run.pool import stopped_by_signals, work_through
 from ckpt2pt.run.rank import RankTask
+from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
 
 log = logging.getLogger("ckpt2pt")
@@ -242,6 +243,11 @@ def run(request: AnyRequest, stages: Sequence[int], reporter: Reporter) -> Outco
 
         began = time.monotonic()
         return carry_out(conversion_of(request, stages), stages, reporter, began)
+    if isinstance(request, McoreRequest):
+        from ckpt2pt.run.targets.mcore import conversion_of as conversion_of_mcore  # noqa: PLC0415 - as above
+
+        began = time.monotonic()
+        return carry_out(conversion_of_mcore(request, stages), stages, reporter, began)
     return run_discovered(request, stages, reporter)[0]
 
 

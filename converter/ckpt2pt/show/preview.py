@@ -21,6 +21,7 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import counted, size, table, warned
 from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
+from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
 from ckpt2pt.show.folding import fold, spanned
 
@@ -28,6 +29,7 @@ log = logging.getLogger("ckpt2pt")
 
 _FORMATS = {
     "Megatron06": "Megatron 0.6",
+    "Megatron": "Megatron 0.7 to 0.19",
     "TorchDist": "torch_dist of Megatron-LM 0.15 and newer",
     "ckpt": "MindSpore .ckpt",
     "safetensors": "MindSpore .safetensors",
@@ -59,6 +61,10 @@ def planned(request: AnyRequest, stages: Sequence[int], *, names: bool = False) 
         from ckpt2pt.show.torch_dist import planned_dist  # noqa: PLC0415 - which imports this one
 
         return planned_dist(request, stages, names=names)
+    if isinstance(request, McoreRequest):
+        from ckpt2pt.show.mcore import planned_mcore  # noqa: PLC0415 - which imports this one
+
+        return planned_mcore(request, stages, names=names)
     if request.files:
         from ckpt2pt.show.imports import planned_mindspore  # noqa: PLC0415 - which imports this one
 

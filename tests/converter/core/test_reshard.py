@@ -14,7 +14,7 @@ from ckpt2pt.core.extents import Extent, TensorRef
 from ckpt2pt.core.index import Collector, Index, Local
 from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.plan import copies
-from ckpt2pt.core.reshard import Wanted, reshard
+from ckpt2pt.core.reshard import Wanted, reshard, vocabulary_rows
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import CoverageError, TopologyError
 from cutting import Arrays, core_name, cut, model
@@ -179,3 +179,19 @@ def test_stages_without_a_vocabulary_say_nothing_of_it() -> None:
     goal = wanted(Topology(num_layers=4, pipeline=4), 1, sizes={"vocab_size": 15, "padded_vocab_size": 24})
     told = [len(reshard(index, (0, pp), goal, NameTable()).remarks) for pp in range(4)]
     assert told == [1, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("args", "held", "tensor", "rows"),
+    [
+        pytest.param({}, 128, 2, 128, id="nothing-says-how-it-is-padded"),
+        pytest.param({"padded_vocab_size": 136}, 128, 2, 136, id="stated"),
+        pytest.param({"padded_vocab_size": 136, "tensor_model_parallel_size": 1}, 128, 2, 128, id="stated-of-others"),
+        pytest.param({"make_vocab_size_divisible_by": 8, "vocab_size": 100}, 128, 2, 112, id="tokens"),
+        pytest.param({"make_vocab_size_divisible_by": 128}, 640, 2, 768, id="more-ranks-more-padding"),
+        pytest.param({"make_vocab_size_divisible_by": 128, "vocab_size": 600}, 768, 1, 640, id="fewer-ranks"),
+        pytest.param({"make_vocab_size_divisible_by": 8, "vocab_size": 500}, 128, 2, 128, id="more-tokens-than-rows"),
+    ],
+)
+def test_rows_of_the_vocabulary_follow_the_target(args: dict[str, Any], held: int, tensor: int, rows: int) -> None:
+    assert vocabulary_rows(args, held, tensor) == rows

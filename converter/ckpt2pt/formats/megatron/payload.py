@@ -197,17 +197,25 @@ def _tensor(storages: Sequence[Storage], number: int) -> StoredTensor:
 
 
 def _model(chunk: ChunkPlan, storages: Sequence[Storage], numbers: Iterator[int]) -> Value:
-    """Nest the weights as Megatron does; a module's ``_extra_state`` follows its last parameter."""
-    root: dict[Value, Value] = {}
-    inner: dict[tuple[str, ...], list[tuple[Value, Value]]] = {("language_model", "encoder"): []}
+    """The weights of a chunk; a module's ``_extra_state`` follows its last parameter."""
+    entries: list[tuple[tuple[str, ...], Value]] = []
     for position, weight in enumerate(chunk.weights):
-        *nesting, leaf = names.state_dict_path(weight.name)
-        pairs = inner.setdefault(tuple(nesting), [])
-        pairs.append((leaf, _tensor(storages, next(numbers))))
+        path = names.state_dict_path(weight.name)
+        entries.append((path, _tensor(storages, next(numbers))))
         module = weight.name.rpartition(".")[0]
         following = chunk.weights[position + 1].name if position + 1 < len(chunk.weights) else ""
         if module.rpartition(".")[2] in names.HAS_EXTRA_STATE and following.rpartition(".")[0] != module:
-            pairs.append((f"{leaf.rpartition('.')[0]}._extra_state".removeprefix("."), None))
+            leaf = f"{path[-1].rpartition('.')[0]}._extra_state".removeprefix(".")
+            entries.append(((*path[:-1], leaf), None))
+    return nested(entries)
+
+
+def nested(entries: Iterable[tuple[tuple[str, ...], Value]]) -> Value:
+    """The model of a legacy GPT chunk, as Megatron nests it: paths (``state_dict_path``) with what lies there."""
+    root: dict[Value, Value] = {}
+    inner: dict[tuple[str, ...], list[tuple[Value, Value]]] = {("language_model", "encoder"): []}
+    for (*nesting, leaf), value in entries:
+        inner.setdefault(tuple(nesting), []).append((leaf, value))
     # Megatron fills language_model in this order whatever came first in the buffer.
     order = {"embedding": 0, "encoder": 1, "output_layer": 2}
     for path, pairs in sorted(

@@ -57,7 +57,8 @@ def open_megatron(
     for (tp, pp, ep), rank in sorted(ranks.items(), key=lambda item: item[0][2]):
         buffers = lay_out_rank(rank, pp, at_most=SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
         collect_rank(_Experts(collector, ep, _first_expert(rank, ep)), (tp, pp), rank, layout, buffers)
-    samples = dense[0, 0].template.args.get("consumed_train_samples")
+    first = dense[0, 0]
+    samples = first.template.args.get("consumed_train_samples")
     return Checkpoint(
         path=folder,
         format="megatron",
@@ -65,7 +66,7 @@ def open_megatron(
         tensor=there[0],
         pipeline=there[1],
         index=collector.index(),
-        template=dense[0, 0].template,
+        template=first.template,
         samples=samples if type(samples) is int else None,
     )
 

@@ -48,8 +48,12 @@ class Arguments:
         return integer(self.values, name)
 
 
-def complete(said: Description, *, data: int | None, vocabulary: int | None) -> Arguments:
-    """Fill in what the description leaves out.
+_WHATEVER = ("use_distributed_optimizer", "use_mcore_models", "transformer_impl")
+"""What decides nothing where the result is not of Megatron-LM 0.6, or is decided there."""
+
+
+def complete(said: Description, *, data: int | None, vocabulary: int | None, today: bool = False) -> Arguments:
+    """Fill in what the description leaves out; ``today`` describes a run of a release after 0.6.
 
     ``data`` is the data x context parallel size if it is known by another way than the description; ``vocabulary`` the
     padded size that the MindSpore files show.
@@ -65,7 +69,7 @@ def complete(said: Description, *, data: int | None, vocabulary: int | None) -> 
     for name in _REQUIRED:
         if values[name] is None:
             raise UsageError(f"the description does not give {name}", where=said.path, hint=_HINT)
-    _check_supported(values, said)
+    _check_supported({**values, **{name: _SUPPORTED[name][0] for name in _WHATEVER}} if today else values, said)
     if not values["bf16"]:
         derive("params_dtype", "float32")
     else:

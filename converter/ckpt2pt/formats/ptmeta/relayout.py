@@ -15,6 +15,7 @@ from typing import Protocol, cast
 from ckpt2pt.core.buckets import Buffer
 from ckpt2pt.core.layout import Parameter, bucket_numel, lay_out, weight_decay_groups
 from ckpt2pt.core.names import local_layer
+from ckpt2pt.core.reshard import padded_rows
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.formats.megatron.payload import Template
@@ -191,8 +192,8 @@ def _vocabulary(args: Mapping[str, Argument], layout: Topology, new: NewLayout) 
         return None, "as it is: the arguments do not say how it is padded"
     tokens = new.tokens or args.get("vocab_size")
     multiple = divisor * layout.tensor
+    rows = padded_rows(tokens, held, multiple)
     if type(tokens) is int and 0 < tokens <= held:
-        rows = -(-tokens // multiple) * multiple
         return rows, f"{tokens} tokens in {rows} rows"
     if new.tokens:
         raise UsageError(
@@ -200,7 +201,6 @@ def _vocabulary(args: Mapping[str, Argument], layout: Topology, new: NewLayout) 
             where=ref("spec"),
             hint="give the number of tokens before padding",
         )
-    rows = -(-held // multiple) * multiple
     return (
         rows,
         f"{rows} rows, as the number of tokens is not known; Megatron pads it to {multiple}",

@@ -28,7 +28,13 @@ CONTENTS: Mapping[str, Content] = {"param": "Param", "exp_avg": "ExpAvg", "exp_a
 
 SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron"]
 """MindSpore is either of its two formats of files."""
-TargetFormat = Literal["Megatron06", "TorchDist", "MindSpore"]
+TargetFormat = Literal["Megatron06", "Megatron", "TorchDist", "MindSpore"]
+
+Names = Literal["Auto", "Mcore", "Legacy"]
+TransformerImpl = Literal["Auto", "Local", "TransformerEngine"]
+"""What a run of Megatron after 0.6 calls its parameters, and which layers it is built of; Auto is what metadata says."""
+RELEASE = r"^0\.([7-9]|1[0-9])\Z"
+"""Releases that load a result of the format Megatron."""
 
 Word = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -109,6 +115,9 @@ class Target(Place, frozen=True, kw_only=True):
     """The folder of the result."""
 
     format: TargetFormat = "Megatron06"
+    names: Names = "Auto"
+    megatron_version: Annotated[str, Meta(pattern=RELEASE)] | None = None
+    transformer_impl: TransformerImpl = "Auto"
     overwrite: bool = False
     parallelism: Degrees = Degrees()
     mindspore: MindSporeFiles = MindSporeFiles()

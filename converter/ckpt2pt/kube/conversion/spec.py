@@ -104,7 +104,7 @@ def parse(document: Mapping[str, object]) -> Conversion:
     decode(given.get("workers"), Pod, "spec.workers", findings)
     source = replace(spec.source, volume=_volume(spec.source, "source", findings, None))
     metadata, target = spec.metadata, spec.target
-    megatron = source.format == "Megatron" or target.format == "MindSpore"  # it says itself what metadata would say
+    megatron = source.format == "Megatron" or target.format != "Megatron06"  # nothing but 0.6 needs a pt_meta
     if given.get("metadata") is not None or not megatron:
         metadata = replace(metadata, volume=_volume(metadata, "metadata", findings, source.volume))
     target = replace(target, volume=_volume(target, "target", findings, source.volume))
@@ -264,6 +264,15 @@ def _check_places(spec: Spec, findings: list[Finding]) -> None:
 
 def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Finding]) -> None:
     """Which sources become what; the CRD has the same rules."""
+    if spec.follow and spec.target.format != "Megatron06":
+        hint = "leave it out; a training is followed on its way to Megatron 0.6"
+        what = f"is given, and spec.target.format is {spec.target.format}"
+        findings.append(Finding(field="spec.follow", what=what, hint=hint))
+    about = (spec.target.names, spec.target.transformer_impl, spec.target.megatron_version)
+    if spec.target.format != "Megatron" and about != ("Auto", "Auto", None):
+        what = "is another, and names, transformerImpl or megatronVersion are given"
+        hint = "set spec.target.format to Megatron, or leave them out"
+        findings.append(Finding(field="spec.target.format", what=what, hint=hint))
     if spec.target.format != "MindSpore":
         if target.get("mindspore") is not None:
             hint = "set spec.target.format to MindSpore, or leave it out"
@@ -275,9 +284,6 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
     if layout and spec.source.format not in {"Auto", "Megatron"} and not spec.metadata.path:
         hint = "name the pt_meta folder, which says where another layout of a MindSpore training may be cut; or leave target.parallelism out"
         findings.append(Finding(field="spec.metadata", what="is missing", hint=hint))
-    if spec.follow:
-        hint = "leave it out; a training is followed on its way to Megatron"
-        findings.append(Finding(field="spec.follow", what="is given, and spec.target.format is MindSpore", hint=hint))
 
 
 def _check_dist(spec: Spec, findings: list[Finding]) -> None:
@@ -288,9 +294,6 @@ def _check_dist(spec: Spec, findings: list[Finding]) -> None:
     ):
         if given is not None:
             findings.append(Finding(field=field, what="is given, and the result has no layout of its own", hint=hint))
-    if spec.follow:
-        hint = "leave it out; a training is followed on its way to Megatron06"
-        findings.append(Finding(field="spec.follow", what="is given, and spec.target.format is TorchDist", hint=hint))
 
 
 def _check_workloads(spec: Spec, findings: list[Finding]) -> None:

@@ -32,7 +32,7 @@ def watch_command(options: argparse.Namespace, show: Show) -> int:
     """Flags that are given decide, then spec.follow of the document, then the defaults."""
     spec = spec_of_document(options.filename, options.volume) if options.filename else spec_of(options)
     if spec.target.format != "Megatron06":
-        given = "mindspore" if spec.target.format == "MindSpore" else "torch_dist"
+        given = {"MindSpore": "mindspore", "TorchDist": "torch_dist"}.get(spec.target.format, "megatron")
         raise UsageError(
             f"{ref('target.format')} is {given}, and a training is followed on its way to Megatron",
             where=ref("spec"),
@@ -40,7 +40,7 @@ def watch_command(options: argparse.Namespace, show: Show) -> int:
             field="target.format",
         )
     request, account = resolve(spec, in_process=options.multiprocess_off), options.account
-    if request.source_format == "megatron":
+    if request.from_megatron:
         raise UsageError(
             "the source is a Megatron checkpoint, and trainings of MindSpore alone are followed",
             where=request.source,

@@ -21,6 +21,7 @@ from ckpt2pt.errors import (
 from ckpt2pt.formats.mindspore.ready import Watcher
 from ckpt2pt.kube.conversion.schema import Readiness, Spec
 from ckpt2pt.kube.worker.account import Account
+from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
 
 log = logging.getLogger("ckpt2pt")
@@ -52,12 +53,15 @@ def _obstacle_of_training(watcher: Watcher, timeout: float) -> Blocker | None:
 def _obstacle_of_save(ask: Callable[[], AnyRequest], readiness: Readiness) -> Blocker | None:
     """Megatron-LM writes its tracker when every rank has saved; a copy of a checkpoint may come file by file."""
     from ckpt2pt.discover import discover  # noqa: PLC0415 - only when asked for
+    from ckpt2pt.run.targets.source import read_source  # noqa: PLC0415 - as above
     from ckpt2pt.run.torch_dist.convert import find  # noqa: PLC0415 - as above
 
     try:
         request = ask()
         if isinstance(request, DistRequest):
             times = [int(str(one["mtime_ns"])) for one in find(request).stats.values()]
+        elif isinstance(request, McoreRequest):
+            times = [int(str(one["mtime_ns"])) for one in read_source(request).stats.values()]
         else:
             inputs = discover(request).inputs
             times = [int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each]
@@ -76,11 +80,11 @@ def request_when_complete(spec: Spec, account: Account, *, in_process: bool = Fa
 
     A Megatron source tells its layout itself, so that there is no request before it is there.
     """
-    from ckpt2pt.kube.resolve import is_megatron, resolve, resolve_dist  # noqa: PLC0415 - only when asked for
+    from ckpt2pt.kube.resolve import is_megatron, resolve, resolve_any  # noqa: PLC0415 - only when asked for
 
     readiness = spec.readiness
-    if spec.target.format == "TorchDist":
-        ask_dist = partial(resolve_dist, spec, in_process=in_process)
+    if spec.target.format in {"TorchDist", "Megatron"}:
+        ask_dist = partial(resolve_any, spec, in_process=in_process)
         if readiness.timeout_seconds:
             _wait(partial(_obstacle_of_save, ask_dist, readiness), readiness.timeout_seconds, account)
         return ask_dist()
@@ -102,7 +106,7 @@ def wait_until_whole(request: Request, readiness: Readiness, account: Account) -
     if not timeout:
         return
     blocker = partial(_obstacle_of_training, watcher_of(request, settle), timeout)
-    if request.source_format == "megatron":
+    if request.from_megatron:
         blocker = partial(_obstacle_of_save, lambda: request, readiness)
     _wait(blocker, timeout, account)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Pace, Request, Verify
+from ckpt2pt.run.targets.request import McoreRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,4 +57,4 @@ class DistRequest:
         }
 
 
-AnyRequest = Request | DistRequest
+AnyRequest = Request | DistRequest | McoreRequest

@@ -1,0 +1,244 @@
+"""The files of each rank of Megatron-LM 0.7 to 0.19, as slots of global tensors.
+
+index, state, layout --order--> parameters of each chunk --planning.layout--> places in the optimizer's buffer
+                                                         --tree-------------> model_optim_rng.pt, distrib_optim.pt
+
+Megatron-LM, megatron/core/optimizer/distrib_optimizer.py (``save_parameter_state``): a buffer is one tensor for each of
+param, exp_avg and exp_avg_sq, without the padding behind its buckets, with the gaps inside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from ckpt2pt.core.buckets import Buffer
+from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
+from ckpt2pt.core.fill import box_ref, replicas_of
+from ckpt2pt.core.index import Index
+from ckpt2pt.core.layout import (
+    BUCKET_NUMEL,
+    BUCKET_NUMEL_A_RANK,
+    COALESCED,
+    Parameter,
+    Policy,
+    bucket_numel,
+    coalesce,
+    lay_out,
+    weight_decay_groups,
+)
+from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
+from ckpt2pt.core.names import state_dict_path
+from ckpt2pt.core.params import EMBEDDING, FINAL_NORM, HEAD, in_legacy_models
+from ckpt2pt.core.reshard import Part, Wanted, check_target, padding_remarks, part_of
+from ckpt2pt.core.slots import FileSlots, Slot, check_used, source_of, weights_alone
+from ckpt2pt.core.state import State
+from ckpt2pt.core.tensor import Key, Role, Tensor
+from ckpt2pt.core.topology import Rank, Topology
+from ckpt2pt.errors import UsageError, ref
+from ckpt2pt.formats.megatron.order import Registered, Style, chunk_parameters
+from ckpt2pt.formats.megatron.payload import FilePayload, nested, tree_payload
+from ckpt2pt.formats.megatron.tree import model_tree
+from ckpt2pt.formats.torchfile.pickles import Global, Value, ordered_dict, tensor, write_pickle
+
+_KINDS: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+_FIRST_OF = {(0, 13): COALESCED[0], (0, 9): COALESCED[1], (0, 8): COALESCED[2], (0, 7): COALESCED[3]}
+
+
+def policy_of(release: tuple[int, int]) -> Policy:
+    """How a release fills its buffers."""
+    return next(policy for first, policy in _FIRST_OF.items() if release >= first)
+
+
+class Held(NamedTuple):
+    """A parameter of a chunk, and the part of the tensor that a rank holds."""
+
+    registered: Registered
+    part: Part
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the part."""
+        return math.prod(self.part.shape)
+
+
+@dataclass(frozen=True)
+class McoreLayout:
+    """A result: where each part of each tensor goes.
+
+    ``dtype`` is that of the weights, ``gradients`` that of the gradients, which keys the optimizer's buffers; ``rows`` are
+    those of the vocabulary in the result; ``data`` is the data x context parallel size of the run to come, which matters
+    where parameters have sizes that are no multiples of 64.
+    """
+
+    index: Index
+    state: State
+    topology: Topology
+    source_tensor: int
+    style: Style
+    dtype: str
+    gradients: str
+    rows: int
+    tied: bool
+    full: bool
+    data: int
+    where: str
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Canonical names of all parameters."""
+        return frozenset(key.name for key in self.index)
+
+    @cached_property
+    def wanted(self) -> Wanted:
+        """What decides the parts of each rank."""
+        sizes = {**self.state.sizes, "padded_vocab_size": self.rows}
+        return Wanted(
+            topology=self.topology, source_tensor=self.source_tensor, sizes=sizes, tied=self.tied, where=self.where
+        )
+
+    def check(self) -> None:
+        """Prove that every tensor of the source goes somewhere, once, and that the ranks can have their parts.
+
+        Raises :class:`CoverageError`, :class:`TopologyError` or :class:`MissingInputError` for what does not fit.
+        """
+        check_target(self.index, self.wanted)
+        others = [name for name in sorted(self.names) if not in_legacy_models(name)]
+        if self.style.names == "legacy" and others:
+            raise UsageError(
+                f"legacy models of Megatron-LM have no {others[0]}",
+                where=self.where,
+                hint=f"leave {ref('target.names')} out",
+                field="target.names",
+            )
+        ignored = dict.fromkeys({} if self.full else weights_alone(self.index), "weights alone are converted")
+        if self.tied:
+            ignored |= {key: "compared with the embedding it is tied to" for key in self.index if key.name == HEAD}
+        slots = (slot for rank in self.topology.ranks() for file in self.files(rank)[1] for slot in file.slots)
+        check_used(self.index, slots, ignored, self.where)
+
+    def remarks(self, rank: Rank) -> tuple[str, ...]:
+        """What a user should know of a rank."""
+        return padding_remarks(self.index, rank, self.wanted)
+
+    def directory(self, rank: Rank) -> str:
+        """The folder of a rank."""
+        return self.topology.directory(*rank)
+
+    def chunks(self, rank: Rank) -> list[list[Held]]:
+        """The parameters of each chunk of a rank, in order of registration."""
+        tp, pp = rank
+        return [
+            [
+                Held(one, part_of(source_of(self.index, Key("param", one.name), self.where), tp, self.wanted))
+                for one in chunk_parameters(self.names, self.topology, pp=pp, vpp=vpp, tied=self.tied, style=self.style)
+            ]
+            for vpp in range(self.topology.virtual)
+        ]
+
+    def buffers(self, rank: Rank, chunks: Sequence[Sequence[Held]]) -> list[Buffer]:
+        """The optimizer's buffer of each chunk that has parameters, as its file holds it."""
+        policy, found = policy_of(self.style.release), list[Buffer]()
+        size = max(BUCKET_NUMEL, BUCKET_NUMEL_A_RANK * self.data)
+        overlap = self.state.args.get("overlap_grad_reduce") is True
+        for vpp, held in enumerate(chunks):
+            parameters = [
+                Parameter(name=one.spelled, shape=part.shape, dtype=self.dtype, shared=one.shared) for one, part in held
+            ]
+            limit = bucket_numel(overlap=overlap, pp=rank[1], chunk=vpp, size=size)
+            for buffer in lay_out(parameters, divisor=self.data, bucket_numel=limit, policy=policy):
+                found.append(coalesce(buffer))
+        return found
+
+    def files(self, rank: Rank) -> tuple[tuple[FilePayload, ...], tuple[FileSlots, ...]]:
+        """The files of a rank, and what fills them."""
+        chunks = self.chunks(rank)
+        model = self._model(rank, chunks)
+        if not self.full:
+            return (model[0],), (model[1],)
+        optimizer = self._optimizer(rank, chunks)
+        return (model[0], optimizer[0]), (model[1], optimizer[1])
+
+    def copies(self, rank: Rank) -> Iterator[tuple[TensorRef, TensorRef]]:
+        """Pairs of the source that must hold the same bytes, as only the first of each is converted."""
+        if rank[0]:
+            return
+        for found in self.tensors(rank):
+            yield from replicas_of(found)
+            if self.tied and found.key.name == HEAD:
+                own = source_of(self.index, Key(found.key.role, EMBEDDING), self.where)
+                box = (0,) * len(own.shape), own.shape
+                yield box_ref(own, box), box_ref(found, box)
+
+    def tensors(self, rank: Rank) -> Iterator[Tensor]:
+        """Those of the source that a rank is made from or compared with."""
+        held = {one.name for chunk in self.chunks(rank) for one, _ in chunk}
+        if self.tied and rank[1] == self.topology.pipeline - 1:
+            held.add(HEAD)
+        return (found for key, found in self.index.items() if key.name in held)
+
+    def _model(self, rank: Rank, chunks: Sequence[Sequence[Held]]) -> tuple[FilePayload, FileSlots]:
+        slots: list[Slot] = []
+        models: dict[str, Value] = {}
+        for vpp, held in enumerate(chunks):
+            pairs: list[tuple[str, Value]] = []
+            for one, part in held:
+                slot = Slot(Key("param", one.name), self.dtype, len(slots), 0, part.box)
+                pairs.append((one.spelled, tensor(self.dtype, str(slot.storage), slot.numel, 0, part.shape)))
+                slots.append(slot)
+            models[self.topology.model_key(vpp)] = (
+                nested((state_dict_path(name), value) for name, value in pairs)
+                if self.style.names == "legacy"
+                else ordered_dict(pairs)
+            )
+        parameters = [
+            Parameter(name=one.spelled, shape=part.shape, dtype=self.dtype) for held in chunks for one, part in held
+        ]
+        tree, literals = model_tree(
+            self.state,
+            sizes={
+                "num_layers": self.topology.num_layers,
+                "hidden_size": self.index[self._norm].fused[0],
+                "tensor_model_parallel_size": self.topology.tensor,
+                "pipeline_model_parallel_size": self.topology.pipeline,
+                "untie_embeddings_and_output_weights": not self.tied,
+            },
+            chunks=models,
+            decays=weight_decay_groups(parameters) if self.full else None,
+            rank=rank,
+        )
+        # Storages are numbered as the tree names them: those of the weights first, and by the same numbers again.
+        pickle, keys = tree_payload(tree, {*literals, *map(str, range(len(slots)))}, MODEL_FILE)
+        copied = tuple(literals[key] for key in keys[len(slots) :])
+        sizes = tuple(slot.numel * DTYPE_BYTES[slot.dtype] for slot in slots)
+        payload = FilePayload(name=MODEL_FILE, pickle=pickle, storages=(*sizes, *map(len, copied)), copied=copied)
+        return payload, FileSlots(name=MODEL_FILE, slots=tuple(slots), storages=sizes)
+
+    @cached_property
+    def _norm(self) -> Key:
+        return source_of(self.index, Key("param", FINAL_NORM), self.where).key
+
+    def _optimizer(self, rank: Rank, chunks: Sequence[Sequence[Held]]) -> tuple[FilePayload, FileSlots]:
+        slots: list[Slot] = []
+        sizes: list[int] = []
+        tree: dict[Value, Value] = {"buckets_coalesced": True}
+        filled = [chunk for chunk in chunks if chunk]
+        for number, (buffer, chunk) in enumerate(zip(self.buffers(rank, chunks), filled, strict=True)):
+            held = {one.spelled: (one.name, part) for one, part in chunk}
+            numel = buffer.numel
+            kinds: dict[Value, Value] = {}
+            for kind, role in _KINDS.items():
+                storage = len(sizes)
+                kinds[kind] = tensor("float32", str(storage), numel, 0, (numel,))
+                sizes.append(numel * DTYPE_BYTES["float32"])
+                for placed in buffer.placements:
+                    name, part = held[placed.name]
+                    slots.append(Slot(Key(role, name), "float32", storage, placed.start, part.box))
+            kinds["numel_unpadded"] = numel
+            tree[number] = {(Global("torch", self.dtype), Global("torch", self.gradients)): kinds}
+        payload = FilePayload(name=OPTIM_FILE, pickle=write_pickle(tree), storages=tuple(sizes), copied=())
+        gaps = frozenset(range(len(sizes)))
+        return payload, FileSlots(name=OPTIM_FILE, slots=tuple(slots), storages=tuple(sizes), padded=gaps)

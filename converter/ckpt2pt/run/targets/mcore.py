@@ -1,0 +1,349 @@
+"""A conversion into the ``torch`` format of Megatron-LM 0.7 to 0.19, from any format.
+
+source --run.targets.source--> tensors, state --formats.megatron--> files of each rank --rank.RankTask--> mp_rank_TT_PPP/*.pt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ckpt2pt.core.fill import moves_of
+from ckpt2pt.core.params import EMBEDDING, HEAD, layer_of
+from ckpt2pt.core.progress import Advance, Reporter
+from ckpt2pt.core.reshard import vocabulary_rows
+from ckpt2pt.core.slots import source_of
+from ckpt2pt.core.tensor import ROLES, Key
+from ckpt2pt.core.topology import Rank, Topology
+from ckpt2pt.engine.write import ReadPieces
+from ckpt2pt.errors import FormatError, UsageError, aside, ref
+from ckpt2pt.formats.folders import keep_apart
+from ckpt2pt.formats.megatron.order import Style
+from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.megatron.tree import seed_of
+from ckpt2pt.formats.megatron.write import McoreLayout
+from ckpt2pt.formats.torchfile.pickles import Value, namespace
+from ckpt2pt.io.paths import status
+from ckpt2pt.io.records import Json
+from ckpt2pt.publish import MEGATRON, Target
+from ckpt2pt.run.conversion import Conversion
+from ckpt2pt.run.rank import RankTask
+from ckpt2pt.run.targets.request import McoreRequest
+from ckpt2pt.run.targets.source import Source, paths_of, read_source
+
+if TYPE_CHECKING:
+    from ckpt2pt.verification.mcore import Expected
+    from ckpt2pt.verification.report import Report
+
+NO_OPTIMIZER = " and --no-load-optim --no-load-rng (it holds parameters only)"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A source that was read as far as its headers, and how its result is laid out."""
+
+    request: McoreRequest
+    source: Source
+    layout: McoreLayout
+    assumed: Mapping[str, object]
+
+    @cached_property
+    def identity_options(self) -> Json:
+        """What decides what is written."""
+        layout, topology = self.layout, self.layout.topology
+        return {
+            "mode": "Full" if layout.full else "ParamsOnly",
+            "format": "Megatron",
+            "release": ".".join(map(str, layout.style.release)),
+            "names": layout.style.names,
+            "transformerEngine": layout.style.transformer_engine,
+            "numLayers": topology.num_layers,
+            "noopLayers": sorted(topology.noop),
+            "layersPerStage": list(topology.layers_per_stage) if topology.layers_per_stage else None,
+            "tensor": topology.tensor,
+            "pipeline": topology.pipeline,
+            "virtualPipeline": topology.virtual,
+            "targetDataParallel": layout.data,
+            "dtype": layout.dtype,
+            "vocabulary": layout.rows,
+            "zeroConsumedSamples": self.request.zero_samples,
+            "rules": {
+                "layer_modules": dict(self.request.rules.layer_modules),
+                "modules": dict(self.request.rules.modules),
+            },
+        }
+
+    @cached_property
+    def target(self) -> Target:
+        """The folder that the result goes into."""
+        topology, identity = self.layout.topology, self.source.identity(self.identity_options)
+        return Target(
+            root=self.request.target,
+            iteration=self.source.state.iteration,
+            identity=identity,
+            ranks=dict.fromkeys(topology.ranks(), identity),
+            stages=topology.pipeline,
+            tensor=topology.tensor,
+            full=self.request.full,
+            kind=MEGATRON,
+        )
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user should know before the result is used."""
+        return (*self.source.remarks, *(f"{what}: {why}" for what, why in self.assumed.items()))
+
+    @property
+    def expected(self) -> Expected:
+        """What has to be in the result."""
+        from ckpt2pt.verification.mcore import Expected  # noqa: PLC0415 - numpy, and only when asked for
+        from ckpt2pt.verification.tensors import Held  # noqa: PLC0415 - the same
+
+        layout = self.layout
+        args: dict[str, Value] = {
+            "padded_vocab_size": layout.rows,
+            "untie_embeddings_and_output_weights": not layout.tied,
+        }
+        template = Template(path=layout.where, tree={"args": namespace(args)}, storages={})
+        held = Held(
+            tensors=layout.index,
+            layout=layout.topology,
+            template=template,
+            iteration=layout.state.iteration,
+            roles=ROLES if layout.full else ROLES[:1],
+        )
+        return Expected(held=held, state=layout.state, dtype=layout.dtype)
+
+    def paths(self, rank: Rank) -> tuple[str, ...]:
+        """The files that a rank is read from."""
+        return paths_of(self.layout.tensors(rank))
+
+
+def find(request: McoreRequest) -> Found:
+    """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
+    source = read_source(request)
+    state, index = source.state, source.index
+    _check_model(source)
+    topology = _topology(request, source)
+    style, assumed = _style(request, source)
+    held = source_of(index, Key("param", EMBEDDING), source.where).fused[0]
+    rows = vocabulary_rows(state.args, held, topology.tensor)
+    half = state.args.get("grad_reduce_in_bf16") is True
+    untied = state.args.get("untie_embeddings_and_output_weights")
+    layout = McoreLayout(
+        index=index,
+        state=state,
+        topology=topology,
+        source_tensor=source.checkpoint.tensor,
+        style=style,
+        dtype=source.dtype,
+        gradients=source.dtype if half else "float32",
+        rows=rows,
+        tied=Key("param", HEAD) not in index if untied is None else untied is False,
+        full=request.full,
+        data=request.data,
+        where=source.where,
+    )
+    layout.check()
+    assumed["random generators"] = f"as at the start of a run with seed {seed_of(state)}, not those of the source"
+    found = Found(request, source, layout, assumed)
+    keep_apart(found.target, {request.source: ref("source.path"), request.metadata: ref("metadata.path")})
+    return found
+
+
+def _check_model(source: Source) -> None:
+    """Refuse what is not written: a mixture of experts, and fp16."""
+    expert = next((key.name for key in source.index if ".mlp.experts." in key.name or ".mlp.router." in key.name), None)
+    if expert:
+        raise FormatError(
+            f"{expert} is of a mixture of experts, which is not converted into this format",
+            where=source.where,
+            hint="give a checkpoint of a dense model",
+        )
+    if source.dtype == "float16":
+        raise FormatError(
+            "the training is of fp16, whose loss scale is not converted into this format",
+            where=source.where,
+            hint=f"choose another {ref('target.format')}, or a checkpoint of a bf16 training",
+        )
+
+
+_UNEVEN = (
+    "decoder_first_pipeline_num_layers",
+    "decoder_last_pipeline_num_layers",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+)
+"""Arguments of a run whose stages have different numbers of layers (megatron/training/arguments.py, 0.9 to 0.19)."""
+
+
+def _topology(request: McoreRequest, source: Source) -> Topology:
+    """How the result is laid out.  No-op layers are those that the source has no parameters of.
+
+    Raises :class:`UsageError` for a run with uneven stages whose layers nobody counts.
+    """
+    args = source.state.args
+    layers = {layer for key in source.index if (layer := layer_of(key.name)) is not None}
+    stated = args.get("num_layers")
+    count = request.num_layers or (stated if type(stated) is int else 1 + max(layers, default=0))
+    pipeline = request.topology.pipeline
+    virtual = request.target_virtual
+    if virtual is None:
+        own = args.get("virtual_pipeline_model_parallel_size")
+        same = args.get("pipeline_model_parallel_size") == pipeline
+        virtual = own if same and type(own) is int and own > 0 else 1
+    uneven = next((name for name in _UNEVEN if args.get(name)), None)
+    if uneven and pipeline == args.get("pipeline_model_parallel_size") and not request.layers_per_stage:
+        raise UsageError(
+            f"the run has uneven stages ({uneven})",
+            where=source.state.where,
+            hint=f"give the layers of each stage{aside('model.layersPerStage')}",
+            field="model.layersPerStage",
+        )
+    return Topology(
+        num_layers=count,
+        tensor=request.topology.tensor,
+        pipeline=pipeline,
+        virtual=virtual,
+        noop=frozenset(range(count)) - layers,
+        layers_per_stage=request.layers_per_stage,
+    )
+
+
+def _style(request: McoreRequest, source: Source) -> tuple[Style, dict[str, object]]:
+    """How the run to come builds its model, and what nobody said of it."""
+    args, assumed, legacy = source.state.args, dict[str, object](), request.names == "legacy"
+    if request.names == "auto":
+        legacy = args.get("use_legacy_models") is True
+    if legacy and request.release >= (0, 18):
+        request = replace(request, release=(0, 17))  # the last that has legacy models
+    transformer = request.transformer
+    if transformer == "auto":
+        said = args.get("transformer_impl")
+        transformer = "transformer_engine" if said == "transformer_engine" else "local"
+        if said is None and not legacy:
+            option = ref("target.transformerImpl")
+            assumed["layer spec"] = f"local, as nothing states it; give {option} for a run with Transformer Engine"
+    style = Style(
+        release=request.release,
+        names="legacy" if legacy else "mcore",
+        transformer_engine=transformer == "transformer_engine",
+    )
+    return style, assumed
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """The source of one rank."""
+
+    found: Found
+    rank: Rank
+
+    def prove_unchanged(self) -> None:
+        self.found.source.prove_unchanged(self.found.paths(self.rank))
+
+    def prove_read(self, read: ReadPieces) -> Mapping[str, int]:
+        return self.found.source.prove_read(read)
+
+    def prove_result(self, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:
+        from ckpt2pt.verification.mcore import prove_files  # noqa: PLC0415 - numpy, and only when asked for
+
+        return prove_files(self.found.expected, self.rank, partials, heed=heed)
+
+
+def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
+    request, layout = found.request, found.layout
+    files, slots = layout.files(rank)
+    moves = moves_of(layout.index, slots, layout.where)
+    return RankTask(
+        rank=rank,
+        target=target,
+        reading=_Reading(found, rank),
+        verify=request.verify,
+        repair=request.overwrite,
+        directory=layout.directory(rank),
+        files=files,
+        moves=lambda: moves,
+        copies=tuple(layout.copies(rank)),
+        source_bytes=sum(move.nbytes for move in moves),
+        facts={"source": layout.where},
+        remarks=layout.remarks(rank),
+    )
+
+
+def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
+    """What is converted: the given stages of the result."""
+    found = find(request)
+    tensor = found.layout.topology.tensor
+    return Conversion(
+        target=found.target,
+        pace=request.pace,
+        verify=request.verify,
+        overwrite=request.overwrite,
+        identity_options=found.identity_options,
+        facts={"assumed": dict(found.assumed)},
+        inputs={(tp, pp): found.source.inputs(found.paths((tp, pp))) for pp in stages for tp in range(tensor)},
+        conflicts=(),
+        warnings=found.remarks,
+        how_to_load=f" with {found.layout.style.needs}" + ("" if request.full else NO_OPTIMIZER),
+        prepare=partial(_plan, found),
+    )
+
+
+def verify_mcore(
+    request: McoreRequest,
+    stages: Sequence[int],
+    *,
+    level: Literal["digest", "full"],
+    reader: Literal["own", "torch"],
+    reporter: Reporter,
+) -> Report:
+    """Verify the given stages of a result; ``full`` is ``digest``, and every element besides."""
+    if reader != "own":
+        raise UsageError(
+            f"{ref('reader')} is torch, which compares results of Megatron-LM 0.6 alone",
+            where=ref("spec"),
+            hint=f"leave {ref('reader')} out",
+            field="reader",
+        )
+    from ckpt2pt.verification.manifests import published, recorded_bytes, surplus  # noqa: PLC0415 - numpy, and only when asked for
+    from ckpt2pt.verification.prove import check_there, digests, joined, reports_of  # noqa: PLC0415 - the same
+
+    found = find(request)
+    target, layout = found.target, found.layout
+    check_there(target)
+    ranks = [(tp, pp) for pp in stages for tp in range(layout.topology.tensor)]
+    if level == "digest":
+        reports = digests(target, ranks, reporter)
+    else:
+        totals = {rank: recorded_bytes(target, rank) for rank in ranks}
+        reports = reports_of(
+            totals, target.iteration, reporter, lambda rank, advance: _verify(found, target, rank, advance)
+        )
+    listed = {
+        f"{layout.directory(rank)}/{file.name}" for rank in layout.topology.ranks() for file in layout.files(rank)[0]
+    }
+    return joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
+
+
+def _verify(found: Found, target: Target, rank: Rank, advance: Advance) -> Report:
+    from ckpt2pt.verification.manifests import digest_files  # noqa: PLC0415 - numpy, and only when asked for
+    from ckpt2pt.verification.mcore import compare_files  # noqa: PLC0415 - the same
+    from ckpt2pt.verification.report import Report  # noqa: PLC0415 - the same
+
+    folder = target.folder / found.layout.directory(rank)
+    results = {file.name: folder / file.name for file in found.layout.files(rank)[0]}
+    if not all(map(status, results.values())):  # the manifest tells what is not there
+        differences, nbytes = digest_files(target, rank, advance)
+        return Report(
+            folder=str(target.folder), level="full", differences=differences, checked_tensors=0, checked_bytes=nbytes
+        )
+    report, _ = compare_files(found.expected, rank, results, advance, found.layout.directory(rank))
+    differences, nbytes = digest_files(target, rank, advance)
+    return replace(
+        report, folder=str(target.folder), differences=(*differences, *report.differences), checked_bytes=nbytes
+    )

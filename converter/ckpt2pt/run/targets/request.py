@@ -1,0 +1,58 @@
+"""What a conversion by global tensors was asked for: one frozen value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ckpt2pt.core.names import Rules
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover.request import Pace, Verify
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetRequest:
+    """Where from and where to; None is what the checkpoint or the metadata says.
+
+    ``metadata`` is a ``pt_meta`` folder, or the launch script (or a YAML description) of the Megatron run to come.
+    """
+
+    source: Path
+    target: Path
+    source_format: str = "auto"
+    metadata: Path | None = None
+    iteration: int | None = None
+    tensor: int | None = None
+    pipeline: int | None = None
+    topology: Topology
+    """Tensor and pipeline parallel size of the result; the layers are not counted yet."""
+    full: bool = True
+    zero_samples: bool = False
+    rules: Rules = Rules()  # noqa: RUF009 - frozen
+    overwrite: bool = False
+    verify: Verify = "digest"
+    workers: int = 1
+    in_process: bool = False
+    timeout: float | None = None
+
+    @property
+    def pace(self) -> Pace:
+        """How its ranks are worked on."""
+        return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class McoreRequest(TargetRequest):
+    """All options of a conversion into the ``torch`` format of Megatron-LM 0.7 to 0.19.
+
+    ``release`` is (0, 19) of 0.19, ``data`` the data x context parallel size of the run to come.
+    """
+
+    target_virtual: int | None = None
+    num_layers: int | None = None
+    layers_per_stage: tuple[int, ...] | None = None
+    data: int = 1
+    release: tuple[int, int] = (0, 19)
+    names: Literal["auto", "mcore", "legacy"] = "auto"
+    transformer: Literal["auto", "local", "transformer_engine"] = "auto"

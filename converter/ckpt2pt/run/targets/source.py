@@ -1,0 +1,144 @@
+"""The source of a conversion by global tensors: read as far as its headers, with what it holds that is no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt2pt.core.index import Index
+from ckpt2pt.core.slots import weights_alone
+from ckpt2pt.core.state import State
+from ckpt2pt.core.tensor import Tensor
+from ckpt2pt.discover.checkpoint import changed, stat_of
+from ckpt2pt.discover.request import digest
+from ckpt2pt.engine.write import ReadPieces
+from ckpt2pt.errors import MissingInputError, ref
+from ckpt2pt.formats.checkpoint import Checkpoint
+from ckpt2pt.formats.described import template_at
+from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.mindspore import prove_sources
+from ckpt2pt.formats.registry import read
+from ckpt2pt.formats.state import state_of
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.formats.torchfile.pickles import Global
+from ckpt2pt.io.records import Json
+from ckpt2pt.run.targets.request import TargetRequest
+
+_HALF = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """``index`` holds what is converted: without optimizer state where weights alone are asked for.
+
+    ``dtype`` is that of the weights in the result, ``stats`` size and time of the last change of each file, ``template``
+    what metadata or the checkpoint itself says beside its tensors.
+    """
+
+    request: TargetRequest
+    checkpoint: Checkpoint
+    template: Template | None
+    state: State
+    index: Index
+    dtype: str
+    stats: Mapping[str, Json]
+    remarks: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """What errors are about."""
+        return str(self.checkpoint.path)
+
+    def identity(self, identity_options: Json) -> str:
+        """The digest of what is asked for and what it is made from."""
+        state = self.state
+        told = [
+            state.iteration,
+            state.samples,
+            state.step,
+            *(repr(sorted(one.items())) for one in (state.args, state.scheduler)),
+        ]
+        return digest([identity_options, told, repr(state.groups), sorted(map(str, self.inputs(self.stats)))])
+
+    def inputs(self, paths: Iterable[str]) -> list[Json]:
+        """Files of the source, as a manifest lists them."""
+        root = f"{self.checkpoint.path}/"
+        return [{"source": path.removeprefix(root), **self.stats[path]} for path in paths]
+
+    def prove_unchanged(self, paths: Iterable[str]) -> None:
+        """Refuse files that are not those any more whose headers were read."""
+        for path in paths:
+            if stat_of(Path(path)) != self.stats[path]:
+                raise changed(Path(path))
+
+    def prove_read(self, read: ReadPieces) -> Mapping[str, int]:
+        """By the CRC-32 that a file states of itself, or of each record of an archive."""
+        if self.request.verify == "none":
+            return {"verified": 0, "notChecked": len(read), "none": 0}
+        archives = [path for path in read if path.endswith(".pt")]
+        for path in archives:
+            Archive.prove_read(Path(path), read[path])
+        every = self.request.full or self.request.verify == "full"
+        counts = prove_sources((Path(path) for path in read if path not in archives), read, every_byte=every)
+        return {**counts, "verified": counts["verified"] + len(archives)}
+
+
+def paths_of(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    """The files that tensors lie in, replicas included."""
+    views = (view for tensor in tensors for view in (*tensor.views, *tensor.replicas))
+    return tuple(dict.fromkeys(extent.path for view in views for extent in view.storage))
+
+
+def read_source(request: TargetRequest) -> Source:
+    """Read the headers of a checkpoint, and its metadata.
+
+    Raises :class:`MissingInputError` where nothing tells the iteration.
+    """
+    checkpoint = read(
+        request.source,
+        source_format=request.source_format,
+        tensor=request.tensor,
+        pipeline=request.pipeline,
+        iteration=request.iteration,
+        rules=request.rules,
+    )
+    if checkpoint.iteration is None and request.iteration is None:
+        raise MissingInputError(
+            "nothing in the checkpoint tells its iteration",
+            where=checkpoint.path,
+            hint=f"say it with {ref('source.iteration')}",
+            field="source.iteration",
+        )
+    index = checkpoint.index
+    if not request.full:
+        ignored = weights_alone(index)
+        index = {key: tensor for key, tensor in index.items() if key not in ignored}
+    given = template_at(request.metadata, checkpoint, allow=request.rules.pickle_globals) if request.metadata else None
+    state = state_of(checkpoint, given, iteration=request.iteration, zero_samples=request.zero_samples)
+    template = given or checkpoint.template
+    dtype, remarks = _dtype(checkpoint, template)
+    return Source(
+        request=request,
+        checkpoint=checkpoint,
+        template=template,
+        state=state,
+        index=index,
+        dtype=dtype,
+        stats={path: {**stat_of(Path(path))} for path in paths_of(index.values())},
+        remarks=(*checkpoint.warnings, *remarks),
+    )
+
+
+def _dtype(checkpoint: Checkpoint, template: Template | None) -> tuple[str, Sequence[str]]:
+    """The type of the weights: their own, unless they are float32 as MindSpeed-Core-MS saves those of any training."""
+    own = next((tensor.dtype for key, tensor in checkpoint.index.items() if key.role == "param"), "bfloat16")
+    if checkpoint.format != "mindspore" or own in _HALF:
+        return own, ()
+    args = template.args if template else {}
+    for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if args.get(name) is True:
+            return dtype, ()
+    if args.get("params_dtype") == Global("torch", "float32") or {"bf16", "fp16"} <= args.keys():
+        return own, ()
+    return "bfloat16", ("nothing states the precision of the training: weights are written as bfloat16",)

@@ -1,0 +1,91 @@
+"""The plan of a conversion into the torch format of Megatron-LM 0.7 to 0.19, in the form of any other plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckpt2pt.core.extents import DTYPE_BYTES
+from ckpt2pt.core.slots import source_of
+from ckpt2pt.core.topology import Rank
+from ckpt2pt.io.records import Json
+from ckpt2pt.run.targets.mcore import Found, find
+from ckpt2pt.run.targets.request import McoreRequest
+from ckpt2pt.show.preview import Plan, slots_of, with_ranks
+
+
+def planned_mcore(request: McoreRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
+    """Plan every rank of the given stages, from headers."""
+    found = find(request)
+    tensor, state = found.layout.topology.tensor, found.layout.state
+    ranks = [_rank(found, (tp, pp), names=names) for pp in stages for tp in range(tensor)]
+    remarks = dict.fromkeys(one for pp in stages for one in found.layout.remarks((0, pp)))
+    head: Json = {
+        "iteration": state.iteration,
+        "because": "the checkpoint",
+        "doubts": [],
+        "warnings": [*found.remarks, *remarks],
+        "fromTemplate": [],
+        "consumedSamples": state.samples,
+        "identity": found.target.identity,
+        "target": str(found.target.folder),
+        "options": found.identity_options,
+    }
+    document = with_ranks(head, ranks, found.target, request.workers)
+    return Plan(document=document, target=found.target, overwrite=request.overwrite)
+
+
+def _rank(found: Found, rank: Rank, *, names: bool) -> Json:
+    (tp, pp), layout = rank, found.layout
+    files, slots = layout.files(rank)
+    # A weight and its main parameter may be of one tensor, which is read once.
+    wanted = (slot for file in slots for slot in file.slots)
+    read = {(source_of(layout.index, slot.key, layout.where).key, slot.box): slot.numel for slot in wanted}
+    chunks = layout.chunks(rank)
+    buffers = iter(layout.buffers(rank, chunks) if layout.full else ())
+    return {
+        "stage": pp,
+        "tp": tp,
+        "source": layout.where,
+        "directory": layout.directory(rank),
+        "bytesToRead": sum(numel * DTYPE_BYTES[layout.index[key].dtype] for (key, _), numel in read.items()),
+        "files": [{"name": file.name, "nbytes": file.lay_out().nbytes} for file in files],
+        "chunks": [
+            {
+                "chunk": vpp,
+                "key": layout.topology.model_key(vpp),
+                **slots_of(layout.topology, pp, vpp),
+                "parameters": len(held),
+                "numel": sum(one.numel for one in held),
+                "buckets": [
+                    {"numel": buffer.numel, "numelUnpadded": buffer.numel}
+                    for buffer in ([next(buffers)] if layout.full and held else [])
+                ],
+                **(
+                    {
+                        "names": [
+                            _name(found, one.registered.name, one.registered.spelled, one.part.shape) for one in held
+                        ]
+                    }
+                    if names
+                    else {}
+                ),
+            }
+            for vpp, held in enumerate(chunks)
+        ],
+        "shards": [],
+        "shardInfo": "",
+        "ignored": {},
+        "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in layout.copies(rank))],
+        "done": found.target.rank_manifest(tp, pp) is not None,
+    }
+
+
+def _name(found: Found, name: str, spelled: str, shape: Sequence[int]) -> Json:
+    source = next(tensor for key, tensor in found.layout.index.items() if key.name == name)
+    return {
+        "megatron": spelled,
+        "mindspore": name,
+        "shape": list(shape),
+        "dtype": f"{source.dtype} -> {found.layout.dtype}",
+        "bucketStart": None,
+    }
