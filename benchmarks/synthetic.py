@@ -19,7 +19,8 @@ import numpy as np
 from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.formats.torchfile.archive import finish, lay_out
-from ckpt2pt.formats.torchfile.pickles import Global, Value, namespace, tensor, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import Global, Value, namespace, tensor
 from ckpt2pt.io.checksums import crc32
 
 SLICE_BYTES = 512 << 20

@@ -9,10 +9,10 @@ import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ckpt2pt.kube.conversion.report import child
 from ckpt2pt_operator.api import Api, patiently
 from ckpt2pt_operator.handlers import GROUP, PLURAL
 from ckpt2pt_operator.rules.trainings import Kind
-from ckpt2pt_operator.rules.views import child
 
 #   group    resource    subresource    verbs
 NEEDED: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (

@@ -21,11 +21,12 @@ from ckpt2pt import __version__
 from ckpt2pt.errors import UsageError
 from ckpt2pt.kube.conversion.job import MANAGER
 from ckpt2pt.kube.conversion.names import request_path
+from ckpt2pt.kube.conversion.report import child, number, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt.kube.conversion.spec import API_VERSION
 from ckpt2pt_operator.decoding import Page, decode, lines
 from ckpt2pt_operator.metrics import Metrics
-from ckpt2pt_operator.rules.views import child, items, number, text
+from ckpt2pt_operator.rules.views import items
 from ckpt2pt_operator.workqueue import Turns
 
 _TIMEOUT = 30

@@ -9,11 +9,12 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
 from ckpt2pt.kube.conversion.job import MANAGER
+from ckpt2pt.kube.conversion.report import child, number, report_of, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt_operator.api import JOBS, PODS, Api, ApiError, Found, Resource, patiently
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.stages import REASON_WORDS, cause
-from ckpt2pt_operator.rules.views import child, job_view, number, pod_view, report_of, text
+from ckpt2pt_operator.rules.views import job_view, pod_view
 from ckpt2pt_operator.store import Store
 
 SELECTOR = f"app.kubernetes.io/managed-by={MANAGER}"

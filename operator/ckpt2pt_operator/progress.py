@@ -15,8 +15,9 @@ from functools import partial
 import aiohttp
 
 from ckpt2pt.kube.conversion.job import PROGRESS_PORT
+from ckpt2pt.kube.conversion.report import Report, report_of
 from ckpt2pt_operator.recent import remember
-from ckpt2pt_operator.rules.views import Pod, Report, report_of
+from ckpt2pt_operator.rules.views import Pod
 
 _SECONDS = 2.0
 _AT_ONCE = 32

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Protocol, cast
 
 from ckpt2pt.errors import UsageError
+from ckpt2pt.kube.conversion.report import Report, child, number, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt.kube.conversion.status import TERMINAL
 from ckpt2pt_operator.api import CLAIMS, CONVERSIONS, EVENTS, JOBS, PODS, Api, ApiError
@@ -40,20 +41,7 @@ from ckpt2pt_operator.rules.seen import (
     wants_warnings,
 )
 from ckpt2pt_operator.rules.stages import behind, is_quota
-from ckpt2pt_operator.rules.views import (
-    Claim,
-    Pod,
-    Report,
-    child,
-    claim_view,
-    condition,
-    items,
-    job_view,
-    number,
-    pod_view,
-    text,
-    warning_view,
-)
+from ckpt2pt_operator.rules.views import Claim, Pod, claim_view, condition, items, job_view, pod_view, warning_view
 from ckpt2pt_operator.rules.views import time as moment
 from ckpt2pt_operator.rules.volumes import claims_of
 from ckpt2pt_operator.store import Store

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from ckpt2pt.kube.conversion.job import MANAGER
+from ckpt2pt.kube.conversion.report import child, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt_operator.api import EVENTS, Api, ApiError
 from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.rules.conditions import stamp
 from ckpt2pt_operator.rules.kept import key_of
 from ckpt2pt_operator.rules.notes import Note
-from ckpt2pt_operator.rules.views import child, text
 
 _WINDOW = 600.0
 _MOST = 4096

@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+from ckpt2pt.kube.conversion.report import Report, child, number, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt.kube.conversion.status import TERMINAL
 from ckpt2pt_operator.recent import remember
 from ckpt2pt_operator.rules.kept import Kept, Key, Name, keep, key_of
-from ckpt2pt_operator.rules.views import Job, Pod, Report, child, is_of, number, text
+from ckpt2pt_operator.rules.views import Job, Pod, is_of
 
 _REMEMBERED = 4096
 

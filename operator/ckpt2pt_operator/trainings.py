@@ -13,6 +13,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 from ckpt2pt.errors import UsageError
+from ckpt2pt.kube.conversion.report import child, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt_operator.api import CONVERSIONS, Api, ApiError
 from ckpt2pt_operator.informer import Informer
@@ -23,7 +24,6 @@ from ckpt2pt_operator.rules.kept import Key, Name, key_of
 from ckpt2pt_operator.rules.notes import Note
 from ckpt2pt_operator.rules.seen import Training
 from ckpt2pt_operator.rules.trainings import Kind, Workload, conversion_for, template_of, workload
-from ckpt2pt_operator.rules.views import child, text
 from ckpt2pt_operator.store import Store
 from ckpt2pt_operator.workqueue import WorkQueue
 

@@ -19,12 +19,12 @@ from typing import cast
 import aiohttp
 import kopf
 
+from ckpt2pt.kube.conversion.report import child, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt_operator.api import AGENT, CONVERSIONS, PLAIN
 from ckpt2pt_operator.decoding import Page, decode, lines
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.rules.kept import slim
-from ckpt2pt_operator.rules.views import child, text
 from ckpt2pt_operator.store import Store
 
 _PLURAL = CONVERSIONS[1]

@@ -12,9 +12,10 @@ from dataclasses import replace
 import pytest
 
 from apiserver import Answer, Server
+from ckpt2pt.kube.conversion.report import Report
 from ckpt2pt_operator import progress as module
 from ckpt2pt_operator.progress import Progress
-from ckpt2pt_operator.rules.views import Pod, Report, pod_view
+from ckpt2pt_operator.rules.views import Pod, pod_view
 
 RUNNING = pod_view(
     {

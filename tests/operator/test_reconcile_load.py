@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from apiserver import Answer, Server
+from ckpt2pt.kube.conversion.report import child
 from ckpt2pt_operator.api import Bucket
 from ckpt2pt_operator.main import Operator
 from ckpt2pt_operator.metrics import Metrics
 from ckpt2pt_operator.reconcile import Reconciler
 from ckpt2pt_operator.rules.seen import OperatorDefaults
-from ckpt2pt_operator.rules.views import child
 from ckpt2pt_operator.settings import read
 from documents import changed
 from talking import api_of

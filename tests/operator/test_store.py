@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from ckpt2pt.kube.conversion.report import report_of
 from ckpt2pt_operator.rules.kept import Key, key_of
-from ckpt2pt_operator.rules.views import Pod, job_view, pod_view, report_of
+from ckpt2pt_operator.rules.views import Pod, job_view, pod_view
 from ckpt2pt_operator.store import Store
 from simulation import owned_by_job
 

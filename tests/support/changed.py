@@ -12,7 +12,7 @@ from typing import Any
 from ckpt2pt.discover import discover
 from ckpt2pt.discover.request import Request
 from ckpt2pt.formats.mindspore import index_file
-from ckpt2pt.formats.torchfile.pickles import with_attrs
+from ckpt2pt.formats.torchfile.trees import with_attrs
 from ckptfiles import Tensor, ckpt
 from conversions import request_for
 from results import Result, convert_request, edit_tree

@@ -10,7 +10,8 @@ from pathlib import Path
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Request
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import namespace_attrs, read_pickle
+from ckpt2pt.formats.torchfile.pickles import read_pickle
+from ckpt2pt.formats.torchfile.trees import namespace_attrs
 from ckpt2pt.kube.asked import spec_of
 from ckpt2pt.kube.resolve import resolve
 

@@ -21,7 +21,8 @@ import torch
 from archives import write_archive
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Request
-from ckpt2pt.formats.torchfile.pickles import Global, Value, namespace, tensor, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import Global, Value, namespace, tensor
 from ckpt2pt.run.conversion import Outcome, run
 from ckptfiles import Tensor, ckpt, safe
 from conversions import Quiet

@@ -11,7 +11,7 @@ import numpy as np
 
 from ckpt2pt.discover.request import Request
 from ckpt2pt.formats.mindspore import index_file
-from ckpt2pt.formats.torchfile.pickles import Value
+from ckpt2pt.formats.torchfile.trees import Value
 from cutting import cut
 from handmade import EMBEDDING, HEAD, Handmade, Parameter
 

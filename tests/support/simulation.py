@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE
+from ckpt2pt.kube.conversion.report import Report
 from ckpt2pt_operator.rules.conditions import stamp
 from ckpt2pt_operator.rules.plan import plan
 from ckpt2pt_operator.rules.seen import (
@@ -28,7 +29,7 @@ from ckpt2pt_operator.rules.seen import (
     Seen,
     Training,
 )
-from ckpt2pt_operator.rules.views import Claim, Report, claim_view, indexes, job_view, pod_view
+from ckpt2pt_operator.rules.views import Claim, claim_view, indexes, job_view, pod_view
 from documents import changed
 
 Raw = dict[str, Any]

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from archives import write_archive
-from ckpt2pt.formats.torchfile.pickles import Call, Global, Value, namespace, tensor, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import Call, Global, Value, namespace, tensor
 
 Array = np.ndarray[Any, Any]
 Shape = tuple[int, ...]

@@ -266,7 +266,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from ckpt2pt.show.checkpoint import inspect, render  # noqa: PLC0415
+    from ckpt2pt.io.text import render  # noqa: PLC0415
+    from ckpt2pt.show.checkpoint import inspect  # noqa: PLC0415
     from ckpt2pt.show.folding import folded  # noqa: PLC0415
 
     document = cast("Document", spelled_document(inspect(options.path, details=options.details), of_call(options)))

@@ -40,7 +40,7 @@ from ckpt2pt.formats.torch_dist.common import COMMON, iteration_of_common, read_
 from ckpt2pt.formats.torch_dist.items import prove_items
 from ckpt2pt.formats.torch_dist.metadata import METADATA, METADATA_JSON, Metadata, read_metadata
 from ckpt2pt.formats.torch_dist.read import WHOLE_STATES, parallel_sizes, read_index
-from ckpt2pt.formats.torchfile.pickles import Global, Value, namespace
+from ckpt2pt.formats.torchfile.trees import Global, Value, namespace
 from ckpt2pt.io.checksums import Piece
 from ckpt2pt.io.paths import is_file
 

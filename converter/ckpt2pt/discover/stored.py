@@ -49,7 +49,7 @@ from ckpt2pt.formats.ptmeta.legacy import as_legacy, check_legacy
 from ckpt2pt.formats.ptmeta.metadata import RankMeta, data_parallel_size, read_param_maps, read_template
 from ckpt2pt.formats.ptmeta.relayout import NewLayout, Relayout, relayout
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import with_attrs
+from ckpt2pt.formats.torchfile.trees import with_attrs
 from ckpt2pt.io.checksums import Piece
 from ckpt2pt.io.files import OpenFiles, write_all
 from ckpt2pt.io.paths import is_file, status

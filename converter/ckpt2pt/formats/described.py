@@ -14,7 +14,7 @@ from ckpt2pt.formats.ptmeta.defaults import told_by_checkpoint
 from ckpt2pt.formats.ptmeta.describe import describe
 from ckpt2pt.formats.ptmeta.metadata import METADATA, read_arguments
 from ckpt2pt.formats.ptmeta.schedule import param_groups, scheduler
-from ckpt2pt.formats.torchfile.pickles import Value, namespace
+from ckpt2pt.formats.torchfile.trees import Value, namespace
 from ckpt2pt.io.paths import is_file
 
 _SILENT = ("transformer_impl", "use_mcore_models", "tensor_model_parallel_size", "padded_vocab_size")

@@ -6,9 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
-from ckpt2pt.errors import counted as counted
-from ckpt2pt.errors import printable, spelled
-from ckpt2pt.errors import size as size
+from ckpt2pt.errors import printable, size, spelled
 
 Document = Mapping[str, object]
 """Plain JSON: facts, groups of facts, and tables (lists of rows)."""

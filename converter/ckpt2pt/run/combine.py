@@ -21,12 +21,12 @@ from ckpt2pt.discover.checkpoint import Discovered
 from ckpt2pt.discover.merged import groups_of
 from ckpt2pt.discover.mindspore import role_of
 from ckpt2pt.discover.request import Request
-from ckpt2pt.errors import TargetConflictError, UsageError, printable, ref
+from ckpt2pt.errors import TargetConflictError, UsageError, counted, printable, ref, size
 from ckpt2pt.formats.mindspore.filenames import CheckpointId
 from ckpt2pt.formats.mindspore.ranks import index_source
 from ckpt2pt.io.paths import is_folder
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import checksums_told, counted, size
+from ckpt2pt.io.text import checksums_told
 from ckpt2pt.publish import STATE
 from ckpt2pt.run.conversion import Outcome, run_discovered
 from ckpt2pt.verification.copies import copied_ranks, remark

@@ -34,13 +34,13 @@ from ckpt2pt.discover.mindspore import prepare_mindspore, unmet_by
 from ckpt2pt.discover.request import Pace, Request, Verify
 from ckpt2pt.engine.readback import is_whole
 from ckpt2pt.engine.write import ReadPieces
-from ckpt2pt.errors import InterruptedRunError, TargetConflictError, of_rank, printable, ref
+from ckpt2pt.errors import InterruptedRunError, TargetConflictError, counted, of_rank, printable, ref, size
 from ckpt2pt.formats.folders import COVERED, covered
 from ckpt2pt.formats.megatron.resume import warning
 from ckpt2pt.formats.ptmeta.metadata import RankMeta
 from ckpt2pt.io.paths import is_folder
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import checksums_told, counted, size, warned
+from ckpt2pt.io.text import checksums_told, warned
 from ckpt2pt.io.volume import check_volume
 from ckpt2pt.publish import Target
 from ckpt2pt.publish.merged import Merge, publish_merged, refuse_lost

@@ -31,7 +31,6 @@ from ckpt2pt.io.inputs import read_whole
 from ckpt2pt.io.jsontext import parse_json
 from ckpt2pt.io.paths import is_folder, is_there, listing, status
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import render as render
 from ckpt2pt.io.text import short
 from ckpt2pt.publish import PARTIAL, STATE, read_record, read_tracker
 from ckpt2pt.show.distributed import inspect_distributed

@@ -14,11 +14,11 @@ from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.discover import Discovered, Prepared, discover, prepare_all, target_of
 from ckpt2pt.discover.loading import contradictions, kept_of_template, made_up
 from ckpt2pt.discover.request import Request
-from ckpt2pt.errors import printable, spelled
+from ckpt2pt.errors import counted, printable, size, spelled
 from ckpt2pt.formats.folders import COVERED, covered
 from ckpt2pt.formats.megatron.resume import Unmet, warning
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import counted, size, table, warned
+from ckpt2pt.io.text import table, warned
 from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
 from ckpt2pt.run.targets.request import McoreRequest

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, TextIO
 
 from ckpt2pt.core.progress import Silence
-from ckpt2pt.io.text import size
+from ckpt2pt.errors import size
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID

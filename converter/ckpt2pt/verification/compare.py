@@ -15,11 +15,11 @@ from pathlib import Path
 
 from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.progress import SILENCE, Portion, Reporter
-from ckpt2pt.errors import InputError, Spell, UsageError, VerificationError, printable, ref
+from ckpt2pt.errors import InputError, Spell, UsageError, VerificationError, counted, printable, ref, size
 from ckpt2pt.formats.folders import iteration_folder, pairs
 from ckpt2pt.io.paths import is_folder, status
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import counted, short, size, table
+from ckpt2pt.io.text import short, table
 from ckpt2pt.publish import TRACKER, read_tracker
 from ckpt2pt.verification.elements import Differing
 from ckpt2pt.verification.gather import Files, width

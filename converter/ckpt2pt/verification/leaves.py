@@ -18,7 +18,8 @@ from ckpt2pt.core.extents import DTYPE_BYTES, Extent, TensorRef, View
 from ckpt2pt.errors import FormatError
 from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import (
+from ckpt2pt.formats.torchfile.pickles import read_pickle
+from ckpt2pt.formats.torchfile.trees import (
     MISSING,
     Call,
     Global,
@@ -29,7 +30,6 @@ from ckpt2pt.formats.torchfile.pickles import (
     enum_member,
     is_namespace,
     namespace_attrs,
-    read_pickle,
 )
 from ckpt2pt.io.access import access_error
 from ckpt2pt.verification.gather import Elements, Files, Gathered, stored, strided, width

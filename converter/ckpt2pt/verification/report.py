@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ckpt2pt.errors import Spell, VerificationError, aside, printable
+from ckpt2pt.errors import Spell, VerificationError, aside, counted, printable, size
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import counted, size, table, warned
+from ckpt2pt.io.text import table, warned
 from ckpt2pt.verification.elements import Differing
 
 _NAMED_IN_ERROR = 5

@@ -18,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import MISSING, Call, Global, Value, ordered_dict
+from ckpt2pt.formats.torchfile.trees import MISSING, Call, Global, Value, ordered_dict
 from ckpt2pt.formats.torchfile.vetting import check_name
 from ckpt2pt.verification.gather import Bytes, Files
 from ckpt2pt.verification.leaves import Leaves, TensorLeaf, flatten, open_pt

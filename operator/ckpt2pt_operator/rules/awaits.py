@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ckpt2pt.kube.conversion.report import child
 from ckpt2pt.kube.conversion.schema import Json, Workload
 from ckpt2pt.kube.conversion.spec import Conversion
 from ckpt2pt.kube.conversion.status import Ending
 from ckpt2pt_operator.rules.conditions import StatusInput
 from ckpt2pt_operator.rules.seen import Training
 from ckpt2pt_operator.rules.stages import Blocker
-from ckpt2pt_operator.rules.views import child
 
 _UNWATCHED = Training(state="Unwatched")
 

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 from itertools import chain
 
 from ckpt2pt.kube.conversion.job import job_name
+from ckpt2pt.kube.conversion.report import child, number, report_of, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt.kube.conversion.spec import Conversion
 from ckpt2pt.kube.conversion.status import TERMINAL, Ending, disagreement
@@ -15,7 +16,7 @@ from ckpt2pt_operator.rules.conditions import NOT_LOOKED, StatusInput, Verdict, 
 from ckpt2pt_operator.rules.endings import RETRY_ANNOTATION, planned
 from ckpt2pt_operator.rules.seen import Action, OperatorDefaults, Plan, Seen
 from ckpt2pt_operator.rules.stages import Blocker, behind, observed, pod_obstacle, recorded
-from ckpt2pt_operator.rules.views import Pod, child, condition, items, number, report_of, text, texts, time
+from ckpt2pt_operator.rules.views import Pod, condition, items, texts, time
 
 WAIT_SECONDS = 30.0
 _MOST_WARNINGS = 16

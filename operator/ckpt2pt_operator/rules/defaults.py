@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import cast
 
+from ckpt2pt.kube.conversion.report import child, number
 from ckpt2pt.kube.conversion.schema import Json
-from ckpt2pt_operator.rules.views import child, number, time
+from ckpt2pt_operator.rules.views import time
 
 TIME_TO_LIVE = "timeToLiveSeconds"
 OF_SPEC = ("retries", "pendingDeadlineSeconds", "activeDeadlineSeconds", "ttlSecondsAfterFinished", TIME_TO_LIVE)

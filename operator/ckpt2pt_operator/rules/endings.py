@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckpt2pt.errors import FAILS_JOB, NOT_THE_SPEC
-from ckpt2pt.io.text import size
+from ckpt2pt.errors import FAILS_JOB, NOT_THE_SPEC, size
+from ckpt2pt.kube.conversion.report import report_of
 from ckpt2pt.kube.conversion.spec import Conversion
 from ckpt2pt.kube.conversion.status import Ending, StageRecord
-from ckpt2pt_operator.rules.views import Job, Pod, report_of
+from ckpt2pt_operator.rules.views import Job, Pod
 
 RETRY_ANNOTATION = "ckpt2pt.dev/retry"
 

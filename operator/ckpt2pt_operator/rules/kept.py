@@ -12,12 +12,12 @@ from typing import cast
 
 from ckpt2pt.errors import UsageError
 from ckpt2pt.kube.conversion.fields import Finding, to_error
+from ckpt2pt.kube.conversion.report import child, number, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt.kube.conversion.size import too_large
 from ckpt2pt.kube.conversion.spec import API_VERSION, KIND
 from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.conditions import follows
-from ckpt2pt_operator.rules.views import child, number, text
 
 MAX_PACKED = 16 << 10
 """Bytes of one that is held in memory; a larger one is read again from the API server for each look."""

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ckpt2pt.kube.conversion.report import number, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt.kube.conversion.status import WAITING
 from ckpt2pt_operator.rules.conditions import QUEUE_DECIDES, WORKERS_LIMITED
-from ckpt2pt_operator.rules.views import condition, items, number, text, texts
+from ckpt2pt_operator.rules.views import condition, items, texts
 
 _MAX = 1024
 _UNHEEDED = frozenset({QUEUE_DECIDES, WORKERS_LIMITED})

@@ -16,7 +16,7 @@ from msgspec import structs
 
 from ckpt2pt.errors import UsageError
 from ckpt2pt.kube.conversion.job import build_job, grown_memory, job_name, parallelism
-from ckpt2pt.kube.conversion.report import NO_REPORT
+from ckpt2pt.kube.conversion.report import NO_REPORT, child, number, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt.kube.conversion.spec import Conversion, parse
 from ckpt2pt.kube.conversion.status import TERMINAL, WAITING, Ending, StageRecord, disagreement
@@ -39,7 +39,7 @@ from ckpt2pt_operator.rules.seen import (
     Seen,
 )
 from ckpt2pt_operator.rules.stages import OUT_OF_MEMORY, Blocker, refused_pods, setback, stuck_since
-from ckpt2pt_operator.rules.views import Job, child, condition, items, number, text
+from ckpt2pt_operator.rules.views import Job, condition, items
 
 MAX_RECREATIONS = 3
 POLL_SECONDS = 10.0

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from ckpt2pt.kube.conversion.report import Report
 from ckpt2pt.kube.conversion.schema import Json
-from ckpt2pt_operator.rules.views import Claim, Job, Pod, Report
+from ckpt2pt_operator.rules.views import Claim, Job, Pod
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

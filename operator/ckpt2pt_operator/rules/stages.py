@@ -13,11 +13,11 @@ from datetime import datetime, timedelta
 from typing import Literal, cast
 
 from ckpt2pt.errors import FAILS_JOB, FAILS_STAGE, NOT_THE_SPEC
-from ckpt2pt.kube.conversion.report import NO_REPORT, clean, unproved
+from ckpt2pt.kube.conversion.report import NO_REPORT, Report, clean, number, report_of, text, unproved
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt.kube.conversion.spec import Conversion
 from ckpt2pt.kube.conversion.status import REASONS, WAITING, StageRecord, State
-from ckpt2pt_operator.rules.views import Job, Pod, Report, items, number, report_of, text
+from ckpt2pt_operator.rules.views import Job, Pod, items
 
 OUT_OF_MEMORY = "OOMKilled"
 _LOST_AFTER = timedelta(seconds=90)

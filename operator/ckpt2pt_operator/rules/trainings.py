@@ -16,9 +16,10 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt.kube.conversion import spec
 from ckpt2pt.kube.conversion.loading import load
 from ckpt2pt.kube.conversion.names import HINTS, MAX_NAME, NAME, is_name
+from ckpt2pt.kube.conversion.report import child, text
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt.kube.conversion.spec import API_VERSION, KIND
-from ckpt2pt_operator.rules.views import child, items, text, time
+from ckpt2pt_operator.rules.views import items, time
 
 CONVERT_ANNOTATION = "ckpt2pt.dev/convert-on-success"
 """On a training: the ConfigMap that holds the conversion to make when it has completed."""

@@ -12,12 +12,7 @@ from datetime import UTC, datetime
 from typing import cast
 
 from ckpt2pt.kube.conversion.job import CONTAINER, MANAGER, STAGES_ANNOTATION, UID_LABEL
-from ckpt2pt.kube.conversion.report import MAX_REPORT, clean, word
-from ckpt2pt.kube.conversion.report import Report as Report
-from ckpt2pt.kube.conversion.report import child as child
-from ckpt2pt.kube.conversion.report import number as number
-from ckpt2pt.kube.conversion.report import report_of as report_of
-from ckpt2pt.kube.conversion.report import text as text
+from ckpt2pt.kube.conversion.report import MAX_REPORT, child, clean, number, text, word
 from ckpt2pt.kube.conversion.schema import Json
 
 _INDEX = "batch.kubernetes.io/job-completion-index"

@@ -20,7 +20,7 @@ from ckpt2pt.formats.folders import iteration_folder
 from ckpt2pt.formats.ptmeta.make import from_pt_meta
 from ckpt2pt.formats.ptmeta.relayout import NewLayout
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import namespace_attrs
+from ckpt2pt.formats.torchfile.trees import namespace_attrs
 from ckpt2pt.kube.conversion.schema import Source, Spec, Target
 from ckpt2pt.kube.resolve import resolve
 from ckpt2pt.run.conversion import run

@@ -34,7 +34,8 @@ from ckpt2pt.formats.megatron.payload import FilePayload
 from ckpt2pt.formats.mindspore.entries import Entry
 from ckpt2pt.formats.mindspore.writer import mindspore_file
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import tensor, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import tensor
 
 # ------------------------------------------------------------------------------------------------------------- whole files
 

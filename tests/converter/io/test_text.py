@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt2pt.io.text import render, short, size, table
+from ckpt2pt.errors import size
+from ckpt2pt.io.text import render, short, table
 
 
 @pytest.mark.parametrize(

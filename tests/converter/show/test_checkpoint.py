@@ -15,8 +15,10 @@ import torch
 from archives import write_archive
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import FormatError, InputError, MissingInputError, UsageError
-from ckpt2pt.formats.torchfile.pickles import Value, tensor, write_pickle
-from ckpt2pt.show.checkpoint import inspect, render
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import Value, tensor
+from ckpt2pt.io.text import render
+from ckpt2pt.show.checkpoint import inspect
 from ckptfiles import Tensor, chunk, ckpt, number, safe, some_tensors, value
 from conversions import request_for
 from handmade import Handmade

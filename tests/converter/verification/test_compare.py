@@ -382,7 +382,7 @@ def test_a_torch_archive_and_a_mindspore_file_do_not_compare(tmp_path: Path) -> 
 
 def test_a_pickle_with_a_class_of_a_fork_needs_leave(pair: tuple[Result, Result]) -> None:
     from ckpt2pt.errors import UnsafePickleError
-    from ckpt2pt.formats.torchfile.pickles import Call, Global
+    from ckpt2pt.formats.torchfile.trees import Call, Global
 
     one, _ = pair
     edit_tree(pair[1].model, lambda tree: tree.update(x=Call(Global("fork.args", "Mode"), (1,))))

@@ -14,7 +14,8 @@ import torch
 from archives import write_archive
 from ckpt2pt.core.extents import Extent, View
 from ckpt2pt.errors import FileAccessError, FormatError
-from ckpt2pt.formats.torchfile.pickles import tensor, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import tensor
 from ckpt2pt.verification import gather
 from ckpt2pt.verification import leaves as leaves_module
 from ckpt2pt.verification.elements import show_element, values

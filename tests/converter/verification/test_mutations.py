@@ -19,7 +19,7 @@ from ckpt2pt.discover.request import Request
 from ckpt2pt.engine.casts import find_cast
 from ckpt2pt.errors import VerificationError
 from ckpt2pt.formats.mindspore import ranks, shards
-from ckpt2pt.formats.torchfile.pickles import Global, as_tensor, tensor
+from ckpt2pt.formats.torchfile.trees import Global, as_tensor, tensor
 from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.leaves import TensorLeaf, open_pt

@@ -15,7 +15,7 @@ import pytest
 from ckpt2pt.discover import discover
 from ckpt2pt.formats.megatron.headers import MegatronRank, read_files
 from ckpt2pt.formats.mindspore import index_file
-from ckpt2pt.formats.torchfile.pickles import Call, Global, ordered_dict, tensor, with_attrs
+from ckpt2pt.formats.torchfile.trees import Call, Global, ordered_dict, tensor, with_attrs
 from ckpt2pt.verification.leaves import Leaves, TensorLeaf, open_pt
 from ckpt2pt.verification.report import Difference
 from ckpt2pt.verification.torch_reader import open_with_torch

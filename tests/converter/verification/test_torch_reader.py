@@ -13,7 +13,8 @@ import torch
 
 from archives import write_archive
 from ckpt2pt.errors import FormatError, UnsafePickleError, UsageError
-from ckpt2pt.formats.torchfile.pickles import MISSING, Call, Global, Value, tensor, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import MISSING, Call, Global, Value, tensor
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.leaves import Leaf, Symbol, TensorLeaf, open_pt, same_scalar
 from ckpt2pt.verification.torch_reader import open_with_torch

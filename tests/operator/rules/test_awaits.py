@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from ckpt2pt.kube.conversion.report import Report
 from ckpt2pt_operator.rules.awaits import awaited
 from ckpt2pt_operator.rules.seen import Training
-from ckpt2pt_operator.rules.views import Report
 from simulation import World
 from statuses import check_status
 

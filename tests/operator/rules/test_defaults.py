@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from ckpt2pt.kube.conversion.report import child
 from ckpt2pt_operator.rules.defaults import filled, life_left, of_pods
 from ckpt2pt_operator.rules.plan import conversion_of, plan
 from ckpt2pt_operator.rules.seen import DeleteConversion, Seen
-from ckpt2pt_operator.rules.views import child
 from simulation import HOUSE, START, World, conversion
 
 Raw = dict[str, Any]

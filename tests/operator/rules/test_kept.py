@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from ckpt2pt.kube.conversion.report import child, text
 from ckpt2pt_operator.rules.kept import MAX_PACKED, keep, refused, slim
 from ckpt2pt_operator.rules.plan import plan
 from ckpt2pt_operator.rules.seen import Seen
-from ckpt2pt_operator.rules.views import child, condition, items, text
+from ckpt2pt_operator.rules.views import condition, items
 from simulation import HOUSE, START, conversion
 
 Raw = dict[str, Any]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from ckpt2pt.kube.conversion.report import Report
 from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.plan import conversion_of
 from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, OperatorDefaults, PatchJob, Refusal, Training
-from ckpt2pt_operator.rules.views import Report, claim_view
+from ckpt2pt_operator.rules.views import claim_view
 from simulation import World, conversion, done
 from statuses import check_status, kstatus, told
 

@@ -7,11 +7,12 @@ from datetime import datetime, timedelta
 
 import pytest
 
+from ckpt2pt.kube.conversion.report import Report
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt.kube.conversion.spec import parse
 from ckpt2pt.kube.conversion.status import StageRecord
 from ckpt2pt_operator.rules.stages import Blocker, cause, observed, pod_obstacle, recorded, setback, stuck_since
-from ckpt2pt_operator.rules.views import Pod, Report, job_view, pod_view
+from ckpt2pt_operator.rules.views import Pod, job_view, pod_view
 from simulation import START, World
 
 

@@ -6,16 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt2pt_operator.rules.views import (
-    child,
-    claim_view,
-    condition,
-    indexes,
-    items,
-    job_view,
-    pod_view,
-    time,
-)
+from ckpt2pt.kube.conversion.report import child
+from ckpt2pt_operator.rules.views import claim_view, condition, indexes, items, job_view, pod_view, time
 from simulation import World
 
 ANYTHING = st.recursive(

@@ -21,8 +21,9 @@ from ckpt2pt.core.extents import DTYPE_BYTES, Extent, TensorRef
 from ckpt2pt.core.moves import OPTIM_KINDS
 from ckpt2pt.errors import FormatError, aside
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import Global, Value, as_tensor, read_pickle
+from ckpt2pt.formats.torchfile.pickles import read_pickle
 from ckpt2pt.formats.torchfile.reader import PtFile
+from ckpt2pt.formats.torchfile.trees import Global, Value, as_tensor
 from ckpt2pt.io.files import OpenFiles
 
 _BUCKET_NBYTES = 64

@@ -24,7 +24,8 @@ from ckpt2pt.formats.megatron.distributed import Buckets, StoredBucket, read_buf
 from ckpt2pt.formats.megatron.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import Value, entries, read_pickle
+from ckpt2pt.formats.torchfile.pickles import read_pickle
+from ckpt2pt.formats.torchfile.trees import Value, entries
 from ckpt2pt.io.paths import is_file, is_folder, listing
 
 _MODEL_KEY = re.compile(r"model(\d*)")

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.errors import FormatError, aside
-from ckpt2pt.formats.torchfile.pickles import Value
+from ckpt2pt.formats.torchfile.trees import Value
 
 _COPIES = "fp32_from_fp16_params"
 _MOMENTS = ("exp_avg", "exp_avg_sq")

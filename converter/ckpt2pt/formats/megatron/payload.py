@@ -18,7 +18,8 @@ from ckpt2pt.core.stated import Carried, Statement, carry
 from ckpt2pt.core.training_step import TrainingStep
 from ckpt2pt.errors import FormatError
 from ckpt2pt.formats.torchfile.archive import Layout, lay_out
-from ckpt2pt.formats.torchfile.pickles import (
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import (
     Call,
     Global,
     Persistent,
@@ -29,7 +30,6 @@ from ckpt2pt.formats.torchfile.pickles import (
     ordered_dict,
     tensor,
     with_attrs,
-    write_pickle,
 )
 from ckpt2pt.io.inputs import quoted
 

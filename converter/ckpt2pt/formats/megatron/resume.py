@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeGuard, cast
 
 from ckpt2pt.formats.megatron.payload import Template
-from ckpt2pt.formats.torchfile.pickles import Call, Value, as_tensor, is_namespace
+from ckpt2pt.formats.torchfile.trees import Call, Value, as_tensor, is_namespace
 from ckpt2pt.io.inputs import quoted
 
 _DETAILS = 4

@@ -14,7 +14,7 @@ from typing import cast
 from ckpt2pt.core.state import State
 from ckpt2pt.errors import MissingInputError, ref
 from ckpt2pt.formats.ptmeta.rng import rng_state
-from ckpt2pt.formats.torchfile.pickles import Value, namespace
+from ckpt2pt.formats.torchfile.trees import Value, namespace
 
 _GROUP: dict[str, object] = {
     "is_expert_parallel": False,

@@ -42,7 +42,8 @@ from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.formats.megatron.order import Registered, Style, chunk_parameters
 from ckpt2pt.formats.megatron.payload import FilePayload, nested, tree_payload
 from ckpt2pt.formats.megatron.tree import model_tree
-from ckpt2pt.formats.torchfile.pickles import Global, Value, ordered_dict, tensor, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import Global, Value, ordered_dict, tensor
 
 _KINDS: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 _FIRST_OF = {(0, 13): COALESCED[0], (0, 9): COALESCED[1], (0, 8): COALESCED[2], (0, 7): COALESCED[3]}

@@ -16,7 +16,7 @@ from ckpt2pt.errors import FormatError, UsageError, ref
 from ckpt2pt.formats.megatron.payload import tree_payload
 from ckpt2pt.formats.ptmeta.metadata import ARGUMENTS, PARAM_MAP
 from ckpt2pt.formats.torchfile.archive import archive_bytes
-from ckpt2pt.formats.torchfile.pickles import Value
+from ckpt2pt.formats.torchfile.trees import Value
 from ckpt2pt.io.access import access_error
 from ckpt2pt.io.checksums import crc32
 from ckpt2pt.io.files import OpenFiles, read_all, read_at

@@ -15,7 +15,7 @@ from ckpt2pt.core.params import canonical_name, in_legacy_models, model_order
 from ckpt2pt.errors import FormatError, ref
 from ckpt2pt.formats.megatron.headers import MegatronRank
 from ckpt2pt.formats.megatron.payload import Template
-from ckpt2pt.formats.torchfile.pickles import Call, Global, Value, is_namespace, namespace
+from ckpt2pt.formats.torchfile.trees import Call, Global, Value, is_namespace, namespace
 
 _ENTRIES = frozenset(
     {"args", "checkpoint_version", "iteration", "optimizer", "opt_param_scheduler", "rng_state",

@@ -24,7 +24,8 @@ from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.megatron.resume import TargetRun, Unmet, unmet
 from ckpt2pt.formats.mindspore.ranks import rank_folder
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import Global, read_pickle
+from ckpt2pt.formats.torchfile.pickles import read_pickle
+from ckpt2pt.formats.torchfile.trees import Global
 from ckpt2pt.io.inputs import read_whole
 from ckpt2pt.io.jsontext import parse_json
 from ckpt2pt.io.paths import is_file, is_folder, is_there, listing, status

@@ -16,7 +16,7 @@ from ckpt2pt.formats.ptmeta.arguments import integer
 from ckpt2pt.formats.ptmeta.gpt import Argument
 from ckpt2pt.formats.ptmeta.rng import rng_state
 from ckpt2pt.formats.ptmeta.schedule import param_groups, scheduler
-from ckpt2pt.formats.torchfile.pickles import Value
+from ckpt2pt.formats.torchfile.trees import Value
 
 SYNTHESIZED: Mapping[str, tuple[str, str]] = {
     "optimizer": ("optimizer.param_groups", "by the rules of Adam in Megatron-LM 0.6 and the checkpoint's arguments"),

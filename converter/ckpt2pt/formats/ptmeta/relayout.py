@@ -32,7 +32,7 @@ from ckpt2pt.formats.ptmeta.metadata import (
     read_stated,
 )
 from ckpt2pt.formats.ptmeta.rng import rng_state
-from ckpt2pt.formats.torchfile.pickles import Global, Value, with_attrs
+from ckpt2pt.formats.torchfile.trees import Global, Value, with_attrs
 
 _OPTION = ref("metadata.path")
 

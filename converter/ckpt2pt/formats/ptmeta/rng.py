@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import struct
 
-from ckpt2pt.formats.torchfile.pickles import Value, tensor
+from ckpt2pt.formats.torchfile.trees import Value, tensor
 
 STORAGES = ("torch", "cuda", "data-parallel-rng", "model-parallel-rng", "expert-parallel-rng")
 

@@ -13,7 +13,7 @@ from ckpt2pt.core.layout import Parameter, weight_decay_groups
 from ckpt2pt.errors import UsageError
 from ckpt2pt.formats.ptmeta.arguments import floating, integer
 from ckpt2pt.formats.ptmeta.gpt import Argument
-from ckpt2pt.formats.torchfile.pickles import Value
+from ckpt2pt.formats.torchfile.trees import Value
 
 _HINT = "give train_iters (or train_samples) and the lr_* arguments of the run in the description"
 

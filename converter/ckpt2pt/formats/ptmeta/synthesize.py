@@ -30,7 +30,7 @@ from ckpt2pt.formats.ptmeta.files import RankFiles
 from ckpt2pt.formats.ptmeta.gpt import EMBEDDING, Argument, chunk_parameters
 from ckpt2pt.formats.ptmeta.rng import rng_state
 from ckpt2pt.formats.ptmeta.schedule import param_groups, scheduler
-from ckpt2pt.formats.torchfile.pickles import Call, Global, Value, namespace
+from ckpt2pt.formats.torchfile.trees import Call, Global, Value, namespace
 
 _SET_HERE = ("rank", "model_type", "iteration", "consumed_train_samples")
 _MODEL_TYPE = Call(Global("megatron.core.enums", "ModelType"), (1,))  # encoder_or_decoder

@@ -19,7 +19,8 @@ from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.torch_dist.items import read_object
 from ckpt2pt.formats.torch_dist.metadata import Metadata
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import Value, read_pickle
+from ckpt2pt.formats.torchfile.pickles import read_pickle
+from ckpt2pt.formats.torchfile.trees import Value
 from ckpt2pt.io.paths import is_file
 
 COMMON = "common.pt"

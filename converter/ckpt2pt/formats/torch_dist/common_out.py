@@ -12,7 +12,8 @@ from typing import cast
 from ckpt2pt.core.state import State, Values
 from ckpt2pt.errors import MissingInputError, aside, ref
 from ckpt2pt.formats.torchfile.archive import archive_bytes
-from ckpt2pt.formats.torchfile.pickles import Value, namespace, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import Value, namespace
 
 SHARDING = "fully_reshardable"
 """How the optimizer's state is sharded: as the weights are, so that it can be loaded into any layout."""

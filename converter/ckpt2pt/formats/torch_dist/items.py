@@ -17,8 +17,9 @@ from ckpt2pt.core.extents import DTYPE_BYTES, Extent, Shape
 from ckpt2pt.errors import FormatError, ref
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Item
 from ckpt2pt.formats.torchfile.archive import Archive, prove_records
-from ckpt2pt.formats.torchfile.pickles import Value, as_tensor, read_pickle
+from ckpt2pt.formats.torchfile.pickles import read_pickle
 from ckpt2pt.formats.torchfile.reader import CENTRAL, PtFile
+from ckpt2pt.formats.torchfile.trees import Value, as_tensor
 from ckpt2pt.io.checksums import Piece
 from ckpt2pt.io.inputs import InputFile
 

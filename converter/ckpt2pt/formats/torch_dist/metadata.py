@@ -16,7 +16,8 @@ from typing import NamedTuple, NoReturn, cast
 
 from ckpt2pt.core.extents import DTYPE_BYTES, Shape
 from ckpt2pt.errors import CoverageError, FormatError, MissingInputError, ref
-from ckpt2pt.formats.torchfile.pickles import Call, Global, Value, read_pickle
+from ckpt2pt.formats.torchfile.pickles import read_pickle
+from ckpt2pt.formats.torchfile.trees import Call, Global, Value
 from ckpt2pt.io.inputs import read_whole
 from ckpt2pt.io.jsontext import parse_json
 from ckpt2pt.io.paths import is_there, listing, status

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from ckpt2pt.core.extents import Shape
 from ckpt2pt.formats.torch_dist.metadata import Entry, Item
-from ckpt2pt.formats.torchfile.pickles import Call, Global, Value, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import Call, Global, Value
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _SIZE = Global("torch", "Size")

@@ -19,7 +19,8 @@ from ckpt2pt.core.extents import DTYPE_BYTES, Extent, Shape
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Item
 from ckpt2pt.formats.torchfile import archive
 from ckpt2pt.formats.torchfile.archive import ALIGNMENT, archive_bytes
-from ckpt2pt.formats.torchfile.pickles import tensor, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import tensor
 from ckpt2pt.io.framing import Framer
 
 _STEM = "archive"  # what torch calls an archive that it writes into a stream

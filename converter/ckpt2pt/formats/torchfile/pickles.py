@@ -13,25 +13,18 @@ from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any, Final, cast
 
-from ckpt2pt.formats.torchfile.trees import ENCODE, ORDERED_DICT, REBUILD_TENSOR, STORAGES
-from ckpt2pt.formats.torchfile.trees import MISSING as MISSING
-from ckpt2pt.formats.torchfile.trees import STORAGE_CLASSES as STORAGE_CLASSES
-from ckpt2pt.formats.torchfile.trees import Call as Call
-from ckpt2pt.formats.torchfile.trees import Global as Global
-from ckpt2pt.formats.torchfile.trees import Missing as Missing
-from ckpt2pt.formats.torchfile.trees import Persistent as Persistent
-from ckpt2pt.formats.torchfile.trees import StoredTensor as StoredTensor
-from ckpt2pt.formats.torchfile.trees import Value as Value
-from ckpt2pt.formats.torchfile.trees import as_storage as as_storage
-from ckpt2pt.formats.torchfile.trees import as_tensor as as_tensor
-from ckpt2pt.formats.torchfile.trees import entries as entries
-from ckpt2pt.formats.torchfile.trees import enum_member as enum_member
-from ckpt2pt.formats.torchfile.trees import is_namespace as is_namespace
-from ckpt2pt.formats.torchfile.trees import namespace as namespace
-from ckpt2pt.formats.torchfile.trees import namespace_attrs as namespace_attrs
-from ckpt2pt.formats.torchfile.trees import ordered_dict as ordered_dict
-from ckpt2pt.formats.torchfile.trees import tensor as tensor
-from ckpt2pt.formats.torchfile.trees import with_attrs as with_attrs
+from ckpt2pt.formats.torchfile.trees import (
+    ENCODE,
+    MISSING,
+    ORDERED_DICT,
+    REBUILD_TENSOR,
+    STORAGES,
+    Call,
+    Global,
+    Persistent,
+    StoredTensor,
+    Value,
+)
 from ckpt2pt.formats.torchfile.unpickle import Reader
 from ckpt2pt.formats.torchfile.vetting import check_tree
 

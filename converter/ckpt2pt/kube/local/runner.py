@@ -18,10 +18,10 @@ from typing import cast
 import yaml
 
 from ckpt2pt import __version__
-from ckpt2pt.errors import MissingInputError, UsageError
+from ckpt2pt.errors import MissingInputError, UsageError, size
 from ckpt2pt.io.flags import nearest
 from ckpt2pt.io.paths import is_folder
-from ckpt2pt.io.text import size, table
+from ckpt2pt.io.text import table
 from ckpt2pt.kube.conversion.document import read
 from ckpt2pt.kube.conversion.job import Mount, build_job, job_name, mounts_of, parallelism
 from ckpt2pt.kube.conversion.schema import Json, Spec

@@ -25,7 +25,7 @@ from ckpt2pt.formats.megatron.order import Style
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.megatron.tree import seed_of
 from ckpt2pt.formats.megatron.write import McoreLayout
-from ckpt2pt.formats.torchfile.pickles import Value, namespace
+from ckpt2pt.formats.torchfile.trees import Value, namespace
 from ckpt2pt.io.paths import status
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import MEGATRON, Target

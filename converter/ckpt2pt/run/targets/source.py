@@ -21,7 +21,7 @@ from ckpt2pt.formats.mindspore import prove_sources
 from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.state import state_of
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import Global
+from ckpt2pt.formats.torchfile.trees import Global
 from ckpt2pt.io.records import Json
 from ckpt2pt.run.targets.request import TargetRequest
 

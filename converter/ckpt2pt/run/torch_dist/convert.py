@@ -34,7 +34,7 @@ from ckpt2pt.formats.torch_dist.metadata_out import write_metadata
 from ckpt2pt.formats.torch_dist.slots import Division, tensors_of
 from ckpt2pt.formats.torch_dist.write import DistcpFile
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import Global
+from ckpt2pt.formats.torchfile.trees import Global
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import TORCH_DIST, Target
 from ckpt2pt.run.conversion import Conversion

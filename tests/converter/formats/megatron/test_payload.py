@@ -13,7 +13,8 @@ from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover import Prepared, discover, prepare
 from ckpt2pt.errors import FormatError
 from ckpt2pt.formats.megatron.payload import Template, model_payload, payloads
-from ckpt2pt.formats.torchfile.pickles import namespace_attrs, read_pickle
+from ckpt2pt.formats.torchfile.pickles import read_pickle
+from ckpt2pt.formats.torchfile.trees import namespace_attrs
 from handmade import Handmade
 
 

@@ -18,7 +18,7 @@ from ckpt2pt.core.tensor import ROLES
 from ckpt2pt.formats.folders import iteration_folder
 from ckpt2pt.formats.megatron.headers import read_rank
 from ckpt2pt.formats.ptmeta.capture import lay_out_rank
-from ckpt2pt.formats.torchfile.pickles import namespace, namespace_attrs
+from ckpt2pt.formats.torchfile.trees import namespace, namespace_attrs
 from coresets import ODD, core_sets, renamed, set_name
 from mcore import expected
 from results import edit_tree

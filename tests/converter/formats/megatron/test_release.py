@@ -12,7 +12,7 @@ from ckpt2pt.cli.commands import main
 from ckpt2pt.formats.megatron.headers import MegatronRank, read_rank
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.megatron.release import optimizer_form, written_by
-from ckpt2pt.formats.torchfile.pickles import Value, namespace
+from ckpt2pt.formats.torchfile.trees import Value, namespace
 from coresets import ODD, core_sets
 
 

@@ -13,7 +13,7 @@ from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import FormatError, TopologyError, VerificationError
 from ckpt2pt.formats.megatron.resume import RULES, TargetRun, unmet
 from ckpt2pt.formats.ptmeta.metadata import read_template
-from ckpt2pt.formats.torchfile.pickles import tensor
+from ckpt2pt.formats.torchfile.trees import tensor
 from ckpt2pt.verification.prove import verify_target
 from goldens import golden_sets
 from handmade import Handmade

@@ -9,7 +9,7 @@ import pytest
 from ckpt2pt.core.state import State
 from ckpt2pt.errors import MissingInputError
 from ckpt2pt.formats.megatron.tree import model_tree
-from ckpt2pt.formats.torchfile.pickles import namespace_attrs
+from ckpt2pt.formats.torchfile.trees import namespace_attrs
 
 SCHEDULER: dict[str, Any] = {
     "max_lr": 1e-3, "lr_warmup_steps": 12, "num_steps": 12, "lr_decay_style": "cosine", "lr_decay_steps": 600,

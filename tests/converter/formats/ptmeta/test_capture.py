@@ -24,7 +24,7 @@ from ckpt2pt.formats.ptmeta.capture import capture, lay_out_rank, prove_given
 from ckpt2pt.formats.ptmeta.files import render
 from ckpt2pt.formats.ptmeta.gpt import EMBEDDING
 from ckpt2pt.formats.ptmeta.metadata import read_param_maps
-from ckpt2pt.formats.torchfile.pickles import namespace, with_attrs
+from ckpt2pt.formats.torchfile.trees import namespace, with_attrs
 from ckpt2pt.verification.compare import compare
 from goldens import REPOSITORY, golden_sets
 from handmade import Handmade

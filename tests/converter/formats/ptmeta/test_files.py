@@ -14,7 +14,7 @@ from ckpt2pt.core.layout import Parameter, lay_out
 from ckpt2pt.errors import FileAccessError, TryAgainError, UsageError
 from ckpt2pt.formats.ptmeta.files import RankFiles, origin, publish, render
 from ckpt2pt.formats.ptmeta.metadata import require
-from ckpt2pt.formats.torchfile.pickles import namespace, tensor
+from ckpt2pt.formats.torchfile.trees import namespace, tensor
 
 BUFFERS = lay_out([Parameter(name="w", shape=(2,), dtype="bfloat16")], divisor=1, bucket_numel=None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.ptmeta.legacy import legacy_template
-from ckpt2pt.formats.torchfile.pickles import Call, Global, Value, namespace
+from ckpt2pt.formats.torchfile.trees import Call, Global, Value, namespace
 
 
 def test_only_what_06_knows_is_kept() -> None:

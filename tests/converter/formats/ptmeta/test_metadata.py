@@ -19,7 +19,8 @@ from ckpt2pt.formats.ptmeta.metadata import (
     read_rank_meta,
     read_template,
 )
-from ckpt2pt.formats.torchfile.pickles import Global, Value, namespace, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import Global, Value, namespace
 from handmade import Handmade
 
 VIRTUAL = Topology(num_layers=6, virtual=3)

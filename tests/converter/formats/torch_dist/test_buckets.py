@@ -13,7 +13,7 @@ import pytest
 import ckpt2pt
 from ckpt2pt.core.tensor import ROLES
 from ckpt2pt.errors import InputError
-from ckpt2pt.formats.torchfile.pickles import namespace
+from ckpt2pt.formats.torchfile.trees import namespace
 from torchdist import Array, Piece, whole, write_folder
 
 HIDDEN, FFN, VOCABULARY, POSITIONS = 8, 20, 24, 5

@@ -11,7 +11,8 @@ from archives import write_archive
 from ckpt2pt.errors import FormatError, MissingInputError
 from ckpt2pt.formats.torch_dist.common import iteration_of_common, read_common, sharding_of
 from ckpt2pt.formats.torch_dist.metadata import read_metadata
-from ckpt2pt.formats.torchfile.pickles import namespace, write_pickle
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import namespace
 from torchdist import of_layers, whole, write_folder
 
 NORM = of_layers(4)

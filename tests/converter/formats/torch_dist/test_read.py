@@ -13,7 +13,7 @@ from ckpt2pt.cli.commands import main
 from ckpt2pt.core.tensor import ROLES
 from ckpt2pt.errors import CoverageError, InputError, MissingInputError
 from ckpt2pt.formats.registry import detect
-from ckpt2pt.formats.torchfile.pickles import namespace
+from ckpt2pt.formats.torchfile.trees import namespace
 from goldens import golden_root
 from mcore import expected
 from torchdist import Piece, as_bfloat16, coarse, of_layers, whole, write_folder

@@ -15,16 +15,8 @@ import torch
 from archives import take_apart, write_archive
 from ckpt2pt.errors import Ckpt2ptError, FormatError, UnsafePickleError
 from ckpt2pt.formats.ptmeta.capture import capture
-from ckpt2pt.formats.torchfile.pickles import (
-    Call,
-    Global,
-    Value,
-    enum_member,
-    namespace_attrs,
-    read_pickle,
-    with_attrs,
-    write_pickle,
-)
+from ckpt2pt.formats.torchfile.pickles import read_pickle, write_pickle
+from ckpt2pt.formats.torchfile.trees import Call, Global, Value, enum_member, namespace_attrs, with_attrs
 from ckpt2pt.run.conversion import run
 from ckpt2pt.verification.leaves import Symbol, open_pt
 from ckpt2pt.verification.torch_reader import open_with_torch

@@ -19,16 +19,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt2pt.formats.torchfile.pickles import (
-    Call,
-    Global,
-    Value,
-    namespace_attrs,
-    read_pickle,
-    tensor,
-    with_attrs,
-    write_pickle,
-)
+from ckpt2pt.formats.torchfile.pickles import read_pickle, write_pickle
+from ckpt2pt.formats.torchfile.trees import Call, Global, Value, namespace_attrs, tensor, with_attrs
 from goldens import golden_root
 from torchload import megatron_names, same
 

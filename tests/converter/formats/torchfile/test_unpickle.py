@@ -9,7 +9,8 @@ import struct
 import pytest
 
 from ckpt2pt.errors import FormatError
-from ckpt2pt.formats.torchfile.pickles import Call, Global, Persistent, Value, read_pickle, write_pickle
+from ckpt2pt.formats.torchfile.pickles import read_pickle, write_pickle
+from ckpt2pt.formats.torchfile.trees import Call, Global, Persistent, Value
 
 PLAIN = [
     pytest.param(b"I42\n.", id="INT"),

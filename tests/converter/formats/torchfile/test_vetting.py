@@ -10,7 +10,8 @@ import pytest
 
 from ckpt2pt.errors import FormatError, UnsafePickleError
 from ckpt2pt.formats.torchfile import vetting
-from ckpt2pt.formats.torchfile.pickles import Call, Global, Persistent, Value, as_tensor, read_pickle, write_pickle
+from ckpt2pt.formats.torchfile.pickles import read_pickle, write_pickle
+from ckpt2pt.formats.torchfile.trees import Call, Global, Persistent, Value, as_tensor
 from ckpt2pt.formats.torchfile.vetting import check_name, check_tree, is_key
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ckpt2pt.cli.commands import main
 from ckpt2pt.formats.registry import read
-from ckpt2pt.formats.torchfile.pickles import Call, namespace_attrs
+from ckpt2pt.formats.torchfile.trees import Call, namespace_attrs
 from ckpt2pt.verification.across import compare_any
 from dist import CUT, NOOP, TIED, convert, of_mindspore
 
