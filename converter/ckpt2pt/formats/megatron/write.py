@@ -142,7 +142,8 @@ class McoreLayout:
     def buffers(self, rank: Rank, chunks: Sequence[Sequence[Held]]) -> list[Buffer]:
         """The optimizer's buffer of each chunk that has parameters, as its file holds it."""
         policy, found = policy_of(self.style.release), list[Buffer]()
-        size = max(BUCKET_NUMEL, BUCKET_NUMEL_A_RANK * self.data)
+        stated = self.state.args.get("ddp_bucket_size")
+        size = stated if type(stated) is int and stated > 0 else max(BUCKET_NUMEL, BUCKET_NUMEL_A_RANK * self.data)
         overlap = self.state.args.get("overlap_grad_reduce") is True
         for vpp, held in enumerate(chunks):
             parameters = [
