@@ -64,7 +64,7 @@ def test_a_conversion_opens_each_source_once_for_its_header_and_once_for_its_pay
 def test_a_megatron_source_is_opened_for_its_header_its_proof_and_its_payload(
     command: str, golden: Path, tmp_path: Path
 ) -> None:
-    """And once to prove by the archive's own checksums what was read; 29 times before headers were kept."""
+    """And once to prove what was read by the archive's checksums; 29 times before headers were kept."""
     source = golden / "megatron06" / "b_tp2pp2" / "A"
     words = [command, "--source", str(source), "--target", str(tmp_path), "--multiprocess-off", "--progress", "none"]
     done = subprocess.run(
@@ -74,7 +74,8 @@ def test_a_megatron_source_is_opened_for_its_header_its_proof_and_its_payload(
     assert code == 0, done.stderr
     counts = {name: count for name, count in found.items() if name.endswith(".pt")}
     assert len(counts) == 8
-    assert max(counts.values()) <= 4, counts
+    most = {"model_optim_rng.pt": 3 if command == "import" else 4, "distrib_optim.pt": 3}
+    assert {name: count for name, count in counts.items() if count > most[Path(name).name]} == {}
 
 
 @pytest.mark.parametrize("read", [lambda path: read_whole(path, "it"), lambda path: sha256(path, "it")])

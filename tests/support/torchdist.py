@@ -53,6 +53,7 @@ def write_folder(
     common: Mapping[str, Value] | None = None,
     unflattened: Mapping[str, Shape] | None = None,
     as_object: bool = False,
+    objects: Mapping[str, Value] | None = None,
 ) -> Path:
     """Write it; uint16 arrays are bfloat16.  ``as_object`` puts the common state where Megatron 0.19 puts it."""
     folder.mkdir(parents=True)
@@ -85,12 +86,13 @@ def write_folder(
             ],
         )
     if as_object:
-        stored[_made("metadata.MetadataIndex", fqn="common_state/shard_0_1", index=None, offset=None)] = _append(
-            folder / "__0_0.distcp", [tree], []
-        )
-        held["common_state/shard_0_1"] = _made("metadata.BytesStorageMetadata")
+        objects = {"common_state/shard_0_1": tree, **(objects or {})}
     else:
         write_archive(folder / "common.pt", "common", write_pickle(tree), [])
+    for name, state in (objects or {}).items():
+        place = _append(folder / "__0_0.distcp", [state], [])
+        stored[_made("metadata.MetadataIndex", fqn=name, index=None, offset=None)] = place
+        held[name] = _made("metadata.BytesStorageMetadata")
     data: dict[Value, Value] = {
         key: {"nd_reformulated_orig_global_shape": shape} for key, shape in (unflattened or {}).items()
     }
@@ -120,3 +122,59 @@ def _made(name: str, **state: Value) -> Call:
 
 def _size(shape: Shape) -> Call:
     return Call(Global("torch", "Size"), (shape,))
+
+
+HEADS, CHANNELS, GROUPS = 4, 4, 4
+_KINDS = {"main_param": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+_ARGS: dict[str, Value] = {
+    "num_attention_heads": HEADS, "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 1,
+    "consumed_train_samples": 24, "seed": 7, "make_vocab_size_divisible_by": 8, "vocab_size": 30,
+}  # fmt: skip
+
+
+def gpt(*, tied: bool = False, hidden: int = 16, layers: int = 2) -> dict[str, dict[str, Array]]:
+    """A model as role -> key -> all layers of a weight, float32; weights are the main parameters cut to bfloat16."""
+    ffn, rows = 2 * hidden, (HEADS + 2 * GROUPS) * CHANNELS
+    inner: dict[str, Shape] = {
+        "self_attention.linear_qkv.layer_norm_weight": (hidden,), "self_attention.linear_qkv.weight": (rows, hidden),
+        "self_attention.linear_proj.weight": (hidden, HEADS * CHANNELS), "mlp.linear_fc1.layer_norm_weight": (hidden,),
+        "mlp.linear_fc1.weight": (2 * ffn, hidden), "mlp.linear_fc2.weight": (hidden, ffn),
+    }  # fmt: skip
+    shapes: dict[str, Shape] = {
+        "embedding.word_embeddings.weight": (32, hidden),
+        **{f"decoder.layers.{name}": (layers, *shape) for name, shape in inner.items()},
+        "decoder.final_layernorm.weight": (hidden,),
+        **({} if tied else {"output_layer.weight": (32, hidden)}),
+    }
+    random = np.random.default_rng(0)
+    found = {role: {key: random.normal(size=shape).astype("<f4") for key, shape in shapes.items()} for role in _KINDS}
+    found["main_param"] = {key: coarse(array) for key, array in found["main_param"].items()}
+    return {"param": {key: array.copy() for key, array in found["main_param"].items()}, **found}
+
+
+def write_gpt(
+    folder: Path, arrays: Mapping[str, Mapping[str, Array]], *, args: Mapping[str, Value] | None = None
+) -> Path:
+    """Write it as Megatron does with fully_reshardable."""
+    keys = {key: (as_bfloat16(array), whole(array)) for key, array in arrays["param"].items()}
+    layers = len(arrays["param"]["decoder.layers.mlp.linear_fc2.weight"])
+    for role, kind in _KINDS.items():
+        for key, array in arrays.get(role, {}).items():
+            keys[f"optimizer.state.{kind}.{key}"] = array, whole(array)
+    same: dict[Value, Value] = {
+        "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "max_lr": 0.001, "min_lr": 0.0001, "lr": 0.001,
+        "bias_correction": True, "betas": (0.9, 0.95), "eps": 1e-8, "step": 3,
+    }  # fmt: skip
+    groups: list[Value] = [{**same, "wd_mult": wd, "weight_decay": 0.1 * wd} for wd in (1.0, 0.0)]
+    scheduler: Value = {
+        "max_lr": 0.001, "min_lr": 0.0001, "lr_warmup_steps": 0, "lr_decay_steps": 600, "lr_decay_style": "cosine", "num_steps": 24,
+        "start_wd": 0.1, "end_wd": 0.1, "wd_incr_style": "constant", "wd_incr_steps": 600,
+    }  # fmt: skip
+    common: dict[str, Value] = {
+        "args": namespace(({**_ARGS, "num_layers": layers}) if args is None else args),
+        "checkpoint_version": 3.0,
+        "optimizer": {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"},
+        "opt_param_scheduler": scheduler,
+        "content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"},
+    }
+    return write_folder(folder, keys, common=common)

@@ -87,7 +87,7 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
         choices=("auto", "mindspore", "ckpt", "safetensors", "megatron"),
         default="auto",
         metavar="FORMAT",
-        help="auto (what is there), mindspore (either of its two), ckpt, safetensors or megatron (spec.source.format)",
+        help="auto (what is there), mindspore (either of its two), ckpt, safetensors or megatron (torch or torch_dist) (spec.source.format)",
     )
     group.add_argument(
         "--opt-shard-info-path",

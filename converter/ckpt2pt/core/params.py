@@ -94,7 +94,8 @@ _Rows = tuple[Mapping[str, Module], Mapping[str, Module]]
 """Of the layers, and outside of them."""
 _CANONICAL: _Rows = {row.legacy: row for row in LAYER_MODULES if row.legacy}, {row.legacy: row for row in MODULES}
 _ROWS: _Rows = {row.name: row for row in LAYER_MODULES}, {row.name: row for row in MODULES}
-_FUSED = {f"{row.fused}{leaf}": f"{row.name}.{leaf}" for row in LAYER_MODULES if row.fused for leaf in row.kind.cuts}
+FUSED = {f"{row.fused}{leaf}": f"{row.name}.{leaf}" for row in LAYER_MODULES if row.fused for leaf in row.kind.cuts}
+"""Parameters of a layer as Transformer Engine calls them, and distributed checkpoints of any layer spec -> as Megatron's own modules."""
 _PLACES = tuple({name: place for place, name in enumerate(rows)} for rows in _ROWS)
 
 
@@ -144,7 +145,7 @@ def legacy_spelling(name: str) -> str:
     ``decoder.layers.7.mlp.linear_fc1.layer_norm_weight`` -> ``language_model.encoder.layers.7.post_attention_norm.weight``.
     """
     if found := _LAYER.fullmatch(name):
-        inner = _GROUPED.sub(r"mlp.experts.local_experts.\3.\1.\2", _FUSED.get(found[2], found[2]))
+        inner = _GROUPED.sub(r"mlp.experts.local_experts.\3.\1.\2", FUSED.get(found[2], found[2]))
         name = f"decoder.layers.{found[1]}.{inner}"
     return legacy_name(name)
 

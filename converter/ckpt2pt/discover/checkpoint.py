@@ -83,7 +83,7 @@ class RankSource(NamedTuple):
 
 
 class Kind(Protocol):
-    """How sources of one kind are read: :mod:`ckpt2pt.discover.training`, :mod:`ckpt2pt.discover.stored`."""
+    """How sources of one kind are read: :mod:`~ckpt2pt.discover.training`, :mod:`~ckpt2pt.discover.stored`, :mod:`~ckpt2pt.discover.distributed`."""
 
     def find(self, request: Request, keep: Collection[Rank]) -> Found:
         """Choose the checkpoint; the headers of ``keep`` stay in the result, as far as memory allows."""
@@ -116,6 +116,10 @@ def kind_of(request: Request) -> Kind:
         from ckpt2pt.discover import stored  # noqa: PLC0415 - each kind loads what it needs
 
         return stored
+    if request.source_format == "torch_dist":
+        from ckpt2pt.discover import distributed  # noqa: PLC0415
+
+        return distributed
     if request.files and request.files.merged:
         from ckpt2pt.discover import merged  # noqa: PLC0415
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Protocol
 
 from ckpt2pt.core.stage import check_layers
 from ckpt2pt.core.topology import Rank
@@ -39,9 +40,7 @@ def check_metadata(request: Request) -> None:
 def meta_of(request: Request, rank: Rank) -> RankMeta:
     """All of one rank."""
     if request.metadata is None:
-        from ckpt2pt.discover.stored import own_meta  # noqa: PLC0415 - for Megatron sources
-
-        return own_meta(request, rank)
+        return _own(request).own_meta(request, rank)
     return read_rank_meta(
         request.metadata,
         request.topology,
@@ -83,10 +82,30 @@ def _inputs_beside(request: Request, folder: Path, rank: Rank) -> list[dict[str,
 def assumptions(request: Request) -> dict[str, object]:
     """What the metadata rests on besides what was read."""
     if request.metadata is None:
-        from ckpt2pt.discover.stored import own_assumptions  # noqa: PLC0415 - for Megatron sources
-
-        return own_assumptions(request)
+        return _own(request).own_assumptions(request)
     return assumed(request.metadata)
+
+
+class _Describing(Protocol):
+    """A kind of Megatron source, which is its own metadata."""
+
+    def own_meta(self, request: Request, rank: Rank) -> RankMeta:
+        """What it says, or what follows, for a rank of the result."""
+        ...
+
+    def own_assumptions(self, request: Request) -> dict[str, object]:
+        """What that rests on besides the source."""
+        ...
+
+
+def _own(request: Request) -> _Describing:
+    if request.source_format == "torch_dist":
+        from ckpt2pt.discover import distributed  # noqa: PLC0415 - each kind loads what it needs
+
+        return distributed
+    from ckpt2pt.discover import stored  # noqa: PLC0415
+
+    return stored
 
 
 def answers(request: Request) -> AbstractContextManager[None]:

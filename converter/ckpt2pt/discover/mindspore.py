@@ -72,7 +72,8 @@ class MindSporeRank:
 
 def prepare_mindspore(request: Request, chosen: Discovered, rank: Rank) -> MindSporeRank:
     """Read a rank's headers, prove what they tell, and lay its files out."""
-    read = _of_megatron if request.source_format == "megatron" else _of_training
+    readers = {"megatron": _of_megatron, "torch_dist": _of_distributed}
+    read = readers.get(request.source_format or "", _of_training)
     made, wanted = read(request, chosen, rank), files_of(request)
     names = files_named(request, chosen, rank)
     return replace(
@@ -147,6 +148,27 @@ def _of_megatron(request: Request, chosen: Discovered, rank: Rank) -> MindSporeR
         metadata={f"{META_OF_SOURCE if relaid else META}/{name}": content for name, content in metadata.items()},
         evidence=layout.evidence,
         remarks=(*held.remarks, *([prefix_remark(stored.prefix)] if stored.prefix else [])),
+        copies=held.copies,
+    )
+
+
+def _of_distributed(request: Request, chosen: Discovered, rank: Rank) -> MindSporeRank:
+    """From whole tensors; the metadata beside the ranks is that of their own layout, which follows from the arguments."""
+    from ckpt2pt.discover.distributed import described, own_meta  # noqa: PLC0415 - for such sources
+
+    meta = own_meta(request, rank)
+    held = kind_of(request).read(request, chosen, rank, meta).held
+    tensors = {name: tensor for name, tensor in held.entries.items() if _is_asked_for(name, request)}
+    groups = _groups_in_order([{**group} for group in meta.template.groups], tensors)
+    iteration, scheduler = chosen.training_step.iteration, meta.template.scheduler
+    return MindSporeRank(
+        files=(),
+        entries=(
+            *(_entry(name, tensor, "float32") for name, tensor in tensors.items()),
+            *scalar_entries(iteration, groups, scheduler, where=str(request.source)),
+        ),
+        metadata={f"{META}/{name}": content for name, content in described(request, rank).items()},
+        remarks=held.remarks,
         copies=held.copies,
     )
 

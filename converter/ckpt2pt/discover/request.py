@@ -87,6 +87,11 @@ class Request:
         return self.source_topology or self.topology
 
     @property
+    def from_megatron(self) -> bool:
+        """Whether the source is a Megatron checkpoint, in either of its forms: ``megatron`` (torch) or ``torch_dist``."""
+        return self.source_format in {"megatron", "torch_dist"}
+
+    @property
     def pace(self) -> Pace:
         """How its ranks are worked on."""
         return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout)

@@ -51,10 +51,10 @@ from ckpt2pt.formats.ptmeta.relayout import NewLayout, Relayout, relayout
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.pickles import with_attrs
 from ckpt2pt.io.checksums import Piece
-from ckpt2pt.io.files import write_all
+from ckpt2pt.io.files import OpenFiles, write_all
 from ckpt2pt.io.paths import is_file, status
 
-_ROLES: Mapping[bool, Mapping[Role, Role]] = {
+ROLES: Mapping[bool, Mapping[Role, Role]] = {
     True: {"main_param": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"},
     False: {"param": "param"},
 }
@@ -75,9 +75,6 @@ def layout_of(folder: Path, rules: Rules, listed: tuple[int, ...] | None = None)
         names = {vpp: [name for name, _ in chunk] for vpp, chunk in enumerate(rank.chunks)}
         empty |= missing_layers(names, found, pp=pp, where=str(rank.folder))
     return replace(found, noop=frozenset(empty))
-
-
-# ------------------------------------------------------------------------------------------------------------ the source
 
 
 def find(request: Request, keep: Collection[Rank]) -> Found:
@@ -139,7 +136,7 @@ def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> Ra
     tensors = {  # parameter by parameter, as they lie in a file
         (new := Key(role, name)): found[old]._replace(key=new)
         for name in dict.fromkeys(key.name for key in found)
-        for stored, role in _ROLES[request.full].items()
+        for stored, role in ROLES[request.full].items()
         if (old := Key(stored, name)) in found
     }
     return RankSource(reshard(tensors, rank, wanted, NameTable(request.rules)), statement)
@@ -149,9 +146,12 @@ def stated(request: Request, chosen: Discovered, rank: Rank) -> Statement:
     """What the checkpoint's own template states, where another one takes its place; the template itself otherwise."""
     if request.metadata is None or request.files:
         return Statement()
-    template = own_of(request).arguments((0, 0) if request.source_topology else rank)
-    groups = enumerate(map(_stated, template.groups))
-    return Statement(scheduler=_stated(template.scheduler), groups=dict(groups))
+    return stated_by(own_of(request).arguments((0, 0) if request.source_topology else rank))
+
+
+def stated_by(template: Template) -> Statement:
+    """The settings of optimizer and scheduler in a template."""
+    return Statement(scheduler=_stated(template.scheduler), groups=dict(enumerate(map(_stated, template.groups))))
 
 
 def _stated(values: Mapping[str, object]) -> dict[str, Stated]:
@@ -185,7 +185,7 @@ class _Entries(dict[str, TensorRef]):
     """Collects what one rank holds as the entries of a MindSpore rank of the same place."""
 
     def __init__(self, request: Request, pp: int) -> None:
-        self._table, self._roles, self._pp = NameTable(request.rules), _ROLES[request.full], pp
+        self._table, self._roles, self._pp = NameTable(request.rules), ROLES[request.full], pp
         self._where = str(request.source)
 
     def add(self, role: Role, name: str, _: int, local: Local) -> None:
@@ -248,6 +248,8 @@ class Own:
     allow: tuple[str, ...] = field(default=())
     maps: Path | None = None
     """Param maps that were written by hand; None: computed."""
+    described_too: bool = False
+    """Whether the metadata of a rank will be asked for as well."""
 
     def headers(self, rank: Rank) -> tuple[MegatronRank, Layout]:
         """The headers of a rank, and where its parameters lie in its buffers."""
@@ -263,12 +265,15 @@ class Own:
         )
         return _PROVED.get(key, lambda: _headers(self, rank), lambda found: _tensors_in(found[0]))
 
-    def described(self, rank: Rank) -> dict[str, bytes]:
-        """The files of ``pt_meta`` of a rank."""
-        stored, layout = self.headers(rank)
-        key = (stored.folder, rank, self.full, self.maps, *_state(stored.folder / MODEL_FILE))
-        files = partial(rank_files, stored, *rank, layout.buffers)
-        return _DESCRIBED.get(key, lambda: render([files()], with_maps=stored.buffers is not None), _nbytes)
+    def described(
+        self, rank: Rank, read: tuple[MegatronRank, Layout] | None = None, among: OpenFiles | None = None
+    ) -> dict[str, bytes]:
+        """The files of ``pt_meta`` of a rank, whose headers have been ``read``."""
+        stored, layout = read or self.headers(rank)
+        key, maps = (stored.folder, rank, self.full, self.maps, *_state(stored.folder / MODEL_FILE)), stored.buffers
+        made = [rank_files(stored, *rank, layout.buffers)]
+        files = partial(render, made, with_maps=maps is not None, among=among)
+        return _DESCRIBED.get(key, files, lambda found: sum(map(len, found.values())))
 
     def arguments(self, rank: Rank) -> Template:
         """The template of one rank; Megatron writes and reads the optimizer of the result as distributed."""
@@ -296,24 +301,34 @@ class Own:
 
 
 def _headers(own: Own, rank: Rank) -> tuple[MegatronRank, Layout]:
-    folder, stored = own.folders[rank], _model(own.folders[rank], own.allow)
+    stored = _model(own.folders[rank], own.allow)
     if not own.full:
         return stored, Layout(buffers=(), bucket_numel=None, evidence="")
-    stored = with_optimizer(stored, own.allow)
+    with (
+        OpenFiles() as files
+    ):  # each once, for its header, the samples that prove it, and what the metadata takes of it
+        stored = with_optimizer(stored, own.allow, files)
+        layout = _layout(own, rank, stored, files)
+        if own.described_too:
+            own.described(rank, (stored, layout), files)
+    return stored, layout
+
+
+def _layout(own: Own, rank: Rank, stored: MegatronRank, files: OpenFiles) -> Layout:
     if stored.buffers is None and stored.copies is None:
         distributed = stored.template.args.get("use_distributed_optimizer") is True
         raise MissingInputError(
             f"{OPTIM_FILE} is not there" if distributed else f"{MODEL_FILE} holds no optimizer",
-            where=folder,
+            where=stored.folder,
             hint=f"copy the whole iteration with its optimizer, or convert weights alone{aside('mode')}",
         )
     if stored.copies is not None:
-        evidence = prove_copies(stored, at_most=SAMPLE_NUMEL)
-        return stored, replace(lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL), evidence=evidence)
+        layout = lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL)
+        return replace(layout, evidence=prove_copies(stored, at_most=SAMPLE_NUMEL))
     if own.maps is None:
-        return stored, lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL)
+        return lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL, files=files)
     given = read_param_maps(own.maps, tp=rank[0], pp=rank[1], divisor=data_parallel_size(stored.template))
-    return stored, prove_given(stored, given, at_most=SAMPLE_NUMEL, where=own.maps)
+    return prove_given(stored, given, at_most=SAMPLE_NUMEL, where=own.maps, files=files)
 
 
 def _model(folder: Path, allow: tuple[str, ...]) -> MegatronRank:
@@ -334,10 +349,6 @@ def _tensors_in(rank: MegatronRank) -> int:
     return sum(map(len, rank.chunks)) + 3 * buckets + copies
 
 
-def _nbytes(files: Mapping[str, bytes]) -> int:
-    return sum(map(len, files.values()))
-
-
 _DESCRIBED: Recent[dict[str, bytes]] = Recent(1 << 20)
 _MAX_KEPT = 1 << 14  # tensors, about 8 MiB
 _MODELS: Recent[MegatronRank] = Recent(_MAX_KEPT)
@@ -349,7 +360,16 @@ def own_of(request: Request) -> Own:
     layout = request.source_topology or request.topology
     folders = rank_folders(request.source)
     maps = request.metadata if request.files else None
-    return Own(request.source, folders, layout, request.full, request.target_data, request.rules.pickle_globals, maps)
+    return Own(
+        request.source,
+        folders,
+        layout,
+        request.full,
+        request.target_data,
+        request.rules.pickle_globals,
+        maps,
+        bool(request.files),
+    )
 
 
 def own_meta(request: Request, rank: Rank) -> RankMeta:
@@ -358,9 +378,13 @@ def own_meta(request: Request, rank: Rank) -> RankMeta:
     check_legacy(own.headers((0, 0) if request.source_topology else rank)[0])
     if request.source_topology is None:
         return own.meta(rank)
-    made = _relaid(request, own).rank(rank)
+    return meta_of_files(_relaid(request, own).rank(rank), own.where)
+
+
+def meta_of_files(made: RankFiles, where: Path) -> RankMeta:
+    """Metadata that was made for a rank, as if it had been read."""
     names = [tuple(name.partition(".")[2] for name in reversed(chunk)) for chunk in made.names]
-    return RankMeta(template=_in_memory(made), chunks=_chunks(names, made.buffers, own.where))
+    return RankMeta(template=_in_memory(made), chunks=_chunks(names, made.buffers, where))
 
 
 def own_assumptions(request: Request) -> dict[str, object]:

@@ -17,7 +17,7 @@ from typing import ClassVar, Self
 from ckpt2pt.errors import FormatError, field_of, ref
 from ckpt2pt.io.access import access_error, ended
 from ckpt2pt.io.checksums import Piece, crc32, crc32_combine
-from ckpt2pt.io.files import read_bytes
+from ckpt2pt.io.files import OpenFiles, read_bytes
 from ckpt2pt.io.paths import status
 
 MAX_JSON_BYTES = 256 << 20
@@ -29,7 +29,7 @@ _QUOTED = 120
 class InputFile:
     """A file open for reading, of a size that is known."""
 
-    __slots__ = ("_data", "_fd", "_option", "path", "size")
+    __slots__ = ("_borrowed", "_data", "_fd", "_option", "path", "size")
 
     kind: ClassVar[str] = "checkpoint file"
     """What it should be, for messages."""
@@ -37,18 +37,21 @@ class InputFile:
     option: ClassVar[str] = ref("source.path")
     """What names it."""
 
-    def __init__(self, path: Path, option: str = "", *, keep: bool = False) -> None:
-        """Open ``path``; with ``keep`` a small file is read once a process, and again only when it was written since."""
-        self.path, self._option = str(path), option or self.option
+    def __init__(self, path: Path, option: str = "", *, keep: bool = False, among: OpenFiles | None = None) -> None:
+        """Open ``path``; with ``keep`` a small file is read once a process, and again only when it was written since.
+
+        ``among`` are files of which this is one: it is opened with them, once, and closed with them.
+        """
+        self.path, self._option, self._borrowed = str(path), option or self.option, among is not None
         self._fd, self._data = -1, _kept(path) if keep else None
         if self._data is not None:
             self.size = len(self._data)
             return
         try:
             # O_NONBLOCK: opening a named pipe must not wait for a writer.
-            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            self._fd = among.get(self.path)[0] if among else os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             with ExitStack() as refused:
-                refused.callback(os.close, self._fd)
+                refused.callback(self._close)
                 found = os.fstat(self._fd)
                 self.size = found.st_size
                 if not stat.S_ISREG(found.st_mode):
@@ -66,7 +69,10 @@ class InputFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._fd >= 0:
+        self._close()
+
+    def _close(self) -> None:
+        if self._fd >= 0 and not self._borrowed:
             os.close(self._fd)
 
     def read(self, offset: int, nbytes: int) -> bytes:

@@ -141,12 +141,14 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
     """
     rules, files = _rules(spec), _files(spec)
     source, target = Path(spec.source.path), Path(spec.target.path)
-    megatron = is_megatron(spec)
+    megatron, distributed = is_megatron(spec), False
     if megatron:
         from ckpt2pt.formats.megatron.read import source_folder  # noqa: PLC0415 - for Megatron sources
+        from ckpt2pt.formats.torch_dist.metadata import is_distributed  # noqa: PLC0415
 
         source = source_folder(source, spec.source.iteration)  # whatever the tracker names meanwhile
-        topology, saved = _of_megatron(spec, source, rules)
+        distributed = is_distributed(source)
+        topology, saved = _of_megatron(spec, source, rules, distributed=distributed)
     elif files:
         topology, saved = _to_mindspore(spec, rules)
     else:
@@ -160,7 +162,7 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
         target=target,
         files=files,
         full=spec.mode == "Full",
-        source_format="megatron" if megatron else _FILES.get(spec.source.format),
+        source_format="torch_dist" if distributed else "megatron" if megatron else _FILES.get(spec.source.format),
         iteration=spec.source.iteration,
         shard_info=None if info is None else Path(info),
         target_data=spec.target.data_parallel,
@@ -204,7 +206,7 @@ def is_megatron(spec: Spec) -> bool:
 
         megatron = imported
         with suppress(Ckpt2ptError):  # what is wrong with it, its reader says
-            megatron = detect(Path(spec.source.path)) == "megatron"
+            megatron = detect(Path(spec.source.path)) in {"megatron", "torch_dist"}
     if not megatron and not imported and not spec.metadata.path:
         raise UsageError(
             f"{ref('metadata.path')} is missing, and the source is no Megatron checkpoint",
@@ -270,18 +272,11 @@ def _of_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
     return _layouts(spec, topology, rules) if relaid else (topology, None)
 
 
-def _of_megatron(spec: Spec, folder: Path, rules: Rules) -> tuple[Topology, Topology | None]:
-    """The same by the checkpoint itself; what is given has to agree with it."""
-    from ckpt2pt.discover.stored import layout_of  # noqa: PLC0415 - for Megatron sources
-
+def _of_megatron(spec: Spec, folder: Path, rules: Rules, *, distributed: bool) -> tuple[Topology, Topology | None]:
+    """The same by the checkpoint itself; what is given has to agree with it.  A distributed one is always cut anew."""
     model, own, result = spec.model, spec.parallelism, spec.target.parallelism
     listed, imported = model.layers_per_stage or None, spec.target.format == "MindSpore"
-    try:
-        found = layout_of(folder, rules, listed if imported else None)
-    except TopologyError:  # uneven stages with no-op layers are told apart by who knows them
-        if imported or not listed or result.pipeline or result.virtual_pipeline:
-            raise
-        found = layout_of(folder, rules, listed)
+    found = _of_distributed(spec, folder, rules) if distributed else _of_ranks(spec, folder, rules)
     if imported and (result.pipeline or result.virtual_pipeline):  # those of an import are the checkpoint's
         listed = None
     if model.noop_layers:
@@ -318,7 +313,26 @@ def _of_megatron(spec: Spec, folder: Path, rules: Rules) -> tuple[Topology, Topo
     )
     if target.remark:
         log.warning("%s", target.remark)
-    return target, None if target == found else found
+    return target, None if target == found and not distributed else found
+
+
+def _of_distributed(spec: Spec, folder: Path, rules: Rules) -> Topology:
+    from ckpt2pt.discover.distributed import layout_of  # noqa: PLC0415 - for such sources
+
+    return layout_of(folder, rules, full=spec.mode == "Full")
+
+
+def _of_ranks(spec: Spec, folder: Path, rules: Rules) -> Topology:
+    from ckpt2pt.discover.stored import layout_of  # noqa: PLC0415 - for such sources
+
+    result, listed = spec.target.parallelism, spec.model.layers_per_stage or None
+    imported = spec.target.format == "MindSpore"
+    try:
+        return layout_of(folder, rules, listed if imported else None)
+    except TopologyError:  # uneven stages with no-op layers are told apart by who knows them
+        if imported or not listed or result.pipeline or result.virtual_pipeline:
+            raise
+        return layout_of(folder, rules, listed)
 
 
 def _check_prefix(prefix: str, suffix: str) -> None:

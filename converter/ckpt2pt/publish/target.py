@@ -385,8 +385,7 @@ class Target:
             return False
         with self.guarded(), home._claim_lock(heed):
             self.fence()
-            for name in (REPORT, TRACKER):
-                sweep_partials(self.state, name)
+            sweep_partials(self.state, REPORT)
             if join:
                 join(self)
             publish_bytes(self.state / REPORT, seal_joined(self._head, "stages", self._briefs()), fence=self.fence)
@@ -414,7 +413,8 @@ class Target:
     def _publish_tracker(self, heed: Callable[[], None]) -> None:
         lock = self.root / f".{TRACKER}.lock"
         with locked(lock, "writing the tracker", wait=WAIT_SECONDS, heed=heed, passing=True) as held:
-            sweep_partials(self.root, TRACKER)
+            for folder in (self.root, self.state):  # under this lock: another run may be writing the tracker
+                sweep_partials(folder, TRACKER)
             if self.newer is None:
                 # Written in our own folder: when that is taken away, so is the tracker that would name it.
                 announce(self.root, self.iteration, beside=self.state / TRACKER, fence=self.fence, alone=held.proved)

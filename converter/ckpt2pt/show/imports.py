@@ -59,7 +59,7 @@ def _rank(
 
 def _chunk(request: Request, pp: int, vpp: int, entries: Sequence[Entry], *, names: bool) -> Json:
     """What of a rank is of one model chunk; MindSpore's file holds all of them."""
-    layout, table, megatron = request.topology, NameTable(request.rules), request.source_format == "megatron"
+    layout, table, megatron = request.topology, NameTable(request.rules), request.from_megatron
     kinds, _ = table.classify_all((entry.name for entry in entries), where=str(request.source))
     held = [
         (entry, entry.source)

@@ -20,7 +20,7 @@ from ckpt2pt.core.index import Collector, Index
 from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.params import HEAD, legacy_name
 from ckpt2pt.core.progress import Advance
-from ckpt2pt.core.stated import STYLES, Stated
+from ckpt2pt.core.stated import STYLES, Stated, is_stated
 from ckpt2pt.core.tensor import Key, Role
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.discover import Discovered
@@ -73,7 +73,7 @@ def compare_import(
     findings = Findings()
     with Files([path], advance) as files:
         found = _read(lambda: index_file(path), findings, name)
-        if found is not None and (request.source_format == "megatron" or request.source_topology):
+        if found is not None and (request.from_megatron or request.source_topology):
             _compare_tensors(request, chosen, rank, found, findings, files, name)
         elif found is not None:
             _compare_entries(request, expected_index(chosen.files[rank]), found, findings, files, name)
@@ -118,9 +118,13 @@ def _compare_entries(
 def _compare_tensors(
     request: Request, chosen: Discovered, rank: Rank, entries: Entries, findings: Findings, files: Files, file: str
 ) -> None:
-    table, megatron = NameTable(request.rules), request.source_format == "megatron"
+    table, megatron = NameTable(request.rules), request.from_megatron
     meta = meta_of_training(request)
-    if megatron:
+    if request.source_format == "torch_dist":
+        from ckpt2pt.discover.distributed import own_meta  # noqa: PLC0415 - for such sources
+
+        meta = own_meta(request, rank)
+    elif megatron:
         from ckpt2pt.discover.stored import own_of  # noqa: PLC0415 - for Megatron sources
 
         first = (0, 0) if request.source_topology else rank
@@ -224,7 +228,8 @@ def _scalars(template: Template, iteration: int, groups: Sequence[Mapping[str, o
         for key, value in group.items():
             if isinstance(value, int | float):
                 spelled = f"{'learning_rate' if key == 'lr' else key}_group_{number}"
-                found["state_step" if key == "step" else spelled] = value
+                if key == "step" or is_stated(spelled):  # MindSpeed-Core-MS has no place for what newer releases add
+                    found["state_step" if key == "step" else spelled] = value
     for key, value in template.scheduler.items():
         numeral: object = STYLES[key].index(str(value)) if key in STYLES and value is not None else value
         if isinstance(numeral, int | float):

@@ -93,7 +93,7 @@ def _verify_files(
     reader: Reader = "own",
     advance: Advance = unheard,
 ) -> tuple[Report, Mapping[str, Sequence[Piece]]]:
-    archives = request.source_format == "megatron"
+    archives = request.from_megatron
     sources = [path for path in paths_for(rank, chosen.files, request) if archives or states_checksum(path)]
     findings = Findings(request.topology.directory(*rank))
     with Files([*sources, *results.values()], advance) as files:

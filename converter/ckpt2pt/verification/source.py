@@ -35,8 +35,12 @@ def held_for(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -
     """
     alike, table = request.source_topology is None, NameTable(request.rules)
     scalars: Mapping[str, TensorRef] = {}
-    if request.source_format == "megatron":
-        from ckpt2pt.discover.stored import tensors_for  # noqa: PLC0415 - for Megatron sources
+    if request.source_format == "torch_dist":
+        from ckpt2pt.discover.distributed import tensors_for  # noqa: PLC0415 - each kind loads what it needs
+
+        tensors = tensors_for(request, chosen, rank)
+    elif request.from_megatron:
+        from ckpt2pt.discover.stored import tensors_for  # noqa: PLC0415
 
         tensors = tensors_for(request, chosen, rank)
     elif alike:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -15,6 +16,8 @@ import pytest
 
 from ckpt2pt.errors import TargetConflictError, TryAgainError, VerificationError
 from ckpt2pt.publish import TORCH_DIST, TRACKER, Target
+from ckpt2pt.publish.files import partial_name
+from ckpt2pt.publish.locks import locked
 from ckpt2pt.publish.merged import publish_merged, refuse_lost
 from ckpt2pt.verification.prove import verify_records
 from targets import Killed, dying, left_over
@@ -100,7 +103,11 @@ def test_two_processes_that_finish_at_once_both_find_it_published(target: Target
     for _ in range(4):
         child = os.fork()
         if not child:
-            os._exit(0 if publish(target) else 1)
+            try:
+                os._exit(0 if publish(target) else 1)
+            finally:
+                traceback.print_exc()
+                os._exit(2)  # whatever was raised: the rest of the tests is not this process's
         children.append(child)
     assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
     assert there(target) == FILES
@@ -119,8 +126,10 @@ def test_kill_9_between_the_files_leaves_no_tracker(target: Target) -> None:
             return real(self, to)
 
         Path.replace = killed  # type: ignore[method-assign, assignment]
-        publish(target)
-        os._exit(0)
+        try:
+            publish(target)
+        finally:
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert set(there(target)) == {"common.pt", "metadata.json"}
     assert not (target.root / TRACKER).exists()
@@ -197,3 +206,20 @@ def test_what_is_there_besides_is_told(target: Target) -> None:
     (target.folder / "__9_0.distcp").write_bytes(b"")
     [difference] = verify_records(target.root).differences
     assert difference.file == "__9_0.distcp"
+
+
+def test_what_another_run_writes_of_the_tracker_stays(target: Target) -> None:
+    """Its temporary file lies in the folder of both; only whoever has the lock of the tracker may remove what is left."""
+    finish(target, *range(STAGES))
+    theirs = partial_name(target.state / TRACKER)
+    theirs.write_bytes(b"500")
+
+    def stop() -> None:
+        raise TryAgainError("stopped", where="here", hint="again")
+
+    with locked(target.root / f".{TRACKER}.lock", "writing the tracker"):
+        with pytest.raises(TryAgainError, match="stopped"):
+            target.publish_iteration(stop, join=partial(publish_merged, merge, repair=False))
+        assert theirs.exists()
+    assert publish(target)
+    assert not theirs.exists()

@@ -22,6 +22,8 @@ from ckpt2pt.core.moves import OPTIM_KINDS
 from ckpt2pt.errors import FormatError, aside
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.pickles import Global, Value, as_tensor, read_pickle
+from ckpt2pt.formats.torchfile.reader import PtFile
+from ckpt2pt.io.files import OpenFiles
 
 _BUCKET_NBYTES = 64
 _MOST_STATES = 64
@@ -44,12 +46,13 @@ class StoredBucket:
 Buckets = tuple[StoredBucket, ...]
 
 
-def read_states(path: Path) -> list[tuple[Buckets, ...] | None]:
+def read_states(path: Path, among: OpenFiles | None = None) -> list[tuple[Buckets, ...] | None]:
     """The buffers of each optimizer in the order of their numbers; None for one whose state another rank saves.
 
     Raises :class:`FormatError` for a file of neither form, or whose sizes contradict its tensors.
     """
-    archive = Archive.open(path)
+    with PtFile(path, among=among) as file:
+        archive = Archive.read(file)
     tree = read_pickle(archive.pickle, where=str(path))
     if isinstance(tree, dict) and "per_bucket_numel_unpadded" in tree:
         return [_bucket_lists(tree, archive, path)]
@@ -64,9 +67,9 @@ def read_states(path: Path) -> list[tuple[Buckets, ...] | None]:
     return found
 
 
-def read_buffers(path: Path) -> tuple[Buckets, ...]:
+def read_buffers(path: Path, among: OpenFiles | None = None) -> tuple[Buckets, ...]:
     """Those of all optimizers of a dense model.  Raises :class:`FormatError` as :func:`read_states`, and where one is elsewhere."""
-    states = read_states(path)
+    states = read_states(path, among)
     if None in states:
         raise FormatError(
             "another rank holds a part of the optimizer's state, as with expert parallelism",

@@ -27,6 +27,7 @@ from ckpt2pt.formats.checkpoint import Checkpoint, agreed
 from ckpt2pt.formats.folders import iteration_folder, of_iteration
 from ckpt2pt.formats.megatron.distributed import StoredBucket, read_buffers
 from ckpt2pt.formats.megatron.headers import MegatronRank, is_expert_parallel, rank_folders, read_rank
+from ckpt2pt.io.files import OpenFiles
 from ckpt2pt.io.paths import is_file, listing
 
 ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
@@ -135,10 +136,10 @@ def read_headers(folder: Path, allow: tuple[str, ...], *, experts: bool = False)
     return rank
 
 
-def with_optimizer(rank: MegatronRank, allow: tuple[str, ...]) -> MegatronRank:
-    """The same for a rank whose model file was read; without any optimizer it stays as it is."""
+def with_optimizer(rank: MegatronRank, allow: tuple[str, ...], files: OpenFiles | None = None) -> MegatronRank:
+    """The same for a rank whose model file was read; without any optimizer it stays as it is.  ``files`` stay open."""
     if is_file(rank.folder / OPTIM_FILE, ref("source.path")):
-        return replace(rank, buffers=read_buffers(rank.folder / OPTIM_FILE))
+        return replace(rank, buffers=read_buffers(rank.folder / OPTIM_FILE, files))
     return read_rank(rank.folder, copies=True, allow=allow) if rank.has_plain_optimizer else rank
 
 

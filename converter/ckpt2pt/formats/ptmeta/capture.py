@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import cast
@@ -37,6 +38,7 @@ from ckpt2pt.formats.ptmeta.legacy import as_legacy, is_newer
 from ckpt2pt.formats.ptmeta.metadata import data_parallel_size
 from ckpt2pt.formats.ptmeta.missing import synthesize_entries
 from ckpt2pt.formats.ptmeta.proof import check_copies, check_sizes, check_slices, check_views
+from ckpt2pt.io.files import OpenFiles
 from ckpt2pt.io.paths import status
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -182,6 +184,7 @@ def lay_out_rank(
     at_most: int | None = None,
     samples: bool = False,
     advance: Advance = unheard,
+    files: OpenFiles | None = None,
 ) -> Layout:
     """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds.
 
@@ -189,8 +192,9 @@ def lay_out_rank(
     do not, all are, unless ``samples`` will do.  Buffers that the file holds coalesced have one bucket each, without the
     padding of those that the run had.
     """
+    prove = partial(_prove, rank, at_most=at_most, samples=samples, advance=advance, files=files)
     if rank.coalesced:
-        return _lay_out_coalesced(rank, pp, bucket_size, at_most=at_most, samples=samples, advance=advance)
+        return _lay_out_coalesced(rank, pp, prove, bucket_size=bucket_size)
     divisor = _divisor(rank)
     notes: list[str] = []
     if bucket_size is None and rank.buffers is not None and not _fits(rank, pp, divisor):
@@ -198,11 +202,13 @@ def lay_out_rank(
         if bucket_size:
             notes.append(f"buckets of {bucket_size} elements, by the header of distrib_optim.pt")
     buffers = lay_out_again(rank, pp, divisor=divisor, bucket_size=bucket_size)
-    notes += _prove(rank, buffers, at_most=at_most, samples=samples, advance=advance)
+    notes += prove(buffers)
     return Layout(buffers=buffers, bucket_numel=bucket_size, evidence="; ".join(notes))
 
 
-def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | None, where: Path) -> Layout:
+def prove_given(
+    rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | None, where: Path, files: OpenFiles | None = None
+) -> Layout:
     """Buffers by param maps that somebody wrote, proved like computed ones; chunks without parameters have no map."""
     filled = [vpp for vpp, chunk in enumerate(rank.chunks) if chunk]
     if len(maps) != len(filled):
@@ -224,19 +230,16 @@ def prove_given(rank: MegatronRank, maps: Sequence[Buffer], *, at_most: int | No
             )
         shapes = {name: weight.shape for name, weight in rank.chunks[vpp]}
         for placement in buffer.placements:
-            if placement.shape != shapes[placement.name]:
-                raise TopologyError(
-                    f"{placement.name} has shape {list(placement.shape)} in the param map, "
-                    f"{list(shapes[placement.name])} in the model file",
-                    where=where,
-                    hint=f"point {ref('metadata.path')} at the maps of this run",
-                    field="metadata.path",
-                )
-    return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(_prove(rank, buffers, at_most=at_most)))
+            if placement.shape != (there := shapes[placement.name]):
+                what = f"{placement.name} has shape {[*placement.shape]} in the param map, {[*there]} in the model file"
+                hint = f"point {ref('metadata.path')} at the maps of this run"
+                raise TopologyError(what, where=where, hint=hint, field="metadata.path")
+    notes = _prove(rank, buffers, at_most=at_most, files=files)
+    return Layout(buffers=buffers, bucket_numel=None, evidence="; ".join(notes))
 
 
 def _lay_out_coalesced(
-    rank: MegatronRank, pp: int, bucket_size: int | None, *, at_most: int | None, samples: bool, advance: Advance
+    rank: MegatronRank, pp: int, prove: Callable[..., list[str]], *, bucket_size: int | None
 ) -> Layout:
     """The first layout of any release that has the sizes of the file and that the weights prove.
 
@@ -268,7 +271,7 @@ def _lay_out_coalesced(
     for joined, (run, policy) in tried.items():
         views = _offsets_equal(rank, run)
         try:
-            notes = _prove(rank, joined, views=views, at_most=at_most, samples=samples, advance=advance)
+            notes = prove(joined, views=views)
         except FormatError as error:
             refused = refused or error
         else:
@@ -298,6 +301,7 @@ def _prove(
     at_most: int | None,
     samples: bool = False,
     advance: Advance = unheard,
+    files: OpenFiles | None = None,
 ) -> list[str]:
     """What proves these buffers; ``views`` tells whether the weights lie as they should, None if that is to be found out."""
     stored = list(rank.buffers or ())
@@ -320,7 +324,8 @@ def _prove(
     for (buffer, weights), buckets in zip(flat, stored, strict=True):
         check_sizes(buffer, buckets, where=str(rank.folder))
         if at_most != 0:
-            count += check_slices(buffer, buckets, weights, where=str(rank.folder), at_most=at_most, advance=advance)
+            where = str(rank.folder)
+            count += check_slices(buffer, buckets, weights, where=where, at_most=at_most, advance=advance, files=files)
     compared = f"{count} elements of distrib_optim.pt equal their weights"
     return [*notes, compared if count else "sizes equal those of distrib_optim.pt"]
 

@@ -59,8 +59,11 @@ class RankFiles:
     """What the tree was read from, for messages."""
 
 
-def render(ranks: Sequence[RankFiles], *, with_maps: bool) -> dict[str, bytes]:
-    """File name -> content for all ranks; maps before arguments.  Without maps the name lists take their place."""
+def render(ranks: Sequence[RankFiles], *, with_maps: bool, among: OpenFiles | None = None) -> dict[str, bytes]:
+    """File name -> content for all ranks; maps before arguments.  Without maps the name lists take their place.
+
+    ``among`` are open files, which those that hold the tensors may be read with.
+    """
     files: dict[str, bytes] = {}
     for rank in ranks:
         # Maps are numbered by the buffers there are: a chunk of no-op layers alone has none.
@@ -70,11 +73,11 @@ def render(ranks: Sequence[RankFiles], *, with_maps: bool) -> dict[str, bytes]:
                 name = f"param_map_buffer{number}_dp0tp{rank.tp}pp{rank.pp}vpp{vpp}.json"
                 files[name] = json.dumps(param_map(buffer)).encode()
     for rank in ranks:
-        files[f"args_tp{rank.tp:02d}_pp{rank.pp:03d}.pt"] = arguments_file(rank, with_maps=with_maps)
+        files[f"args_tp{rank.tp:02d}_pp{rank.pp:03d}.pt"] = arguments_file(rank, with_maps=with_maps, among=among)
     return files
 
 
-def arguments_file(rank: RankFiles, *, with_maps: bool) -> bytes:
+def arguments_file(rank: RankFiles, *, with_maps: bool, among: OpenFiles | None = None) -> bytes:
     """``args_tp*_pp*.pt`` of a rank; it is small: what is large in a model file are the weights."""
     tree: dict[str, Value] = {key: rank.tree[key] for key in ARGS_KEYS if key in rank.tree}
     if not with_maps:
@@ -82,7 +85,7 @@ def arguments_file(rank: RankFiles, *, with_maps: bool) -> bytes:
     stem = f"args_tp{rank.tp:02d}_pp{rank.pp:03d}"
     pickle, keys = tree_payload(tree, rank.storages, rank.path)
     with OpenFiles() as files:
-        return archive_bytes(stem, pickle, [_content(rank.storages[key], files) for key in keys])
+        return archive_bytes(stem, pickle, [_content(rank.storages[key], among or files) for key in keys])
 
 
 def _content(storage: Extent | bytes, files: OpenFiles) -> bytes:

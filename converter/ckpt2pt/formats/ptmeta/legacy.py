@@ -37,7 +37,7 @@ def as_legacy(rank: MegatronRank) -> MegatronRank:
         return rank
     chunks = tuple(tuple(sorted(chunk, key=_place)) if rank.core_names else chunk for chunk in rank.chunks)
     flat = [ref for chunk in chunks for _, ref in chunk]
-    return replace(rank, chunks=chunks, template=_template(rank.template, weight_decay_groups(flat)))
+    return replace(rank, chunks=chunks, template=legacy_template(rank.template, weight_decay_groups(flat)))
 
 
 def check_legacy(rank: MegatronRank) -> None:
@@ -60,7 +60,8 @@ def _place(parameter: tuple[str, TensorRef]) -> tuple[bool, tuple[int, int, int]
     return is_tied_head(name), (module[0], module[1], module[2]), _LEAVES.get(name.rpartition(".")[2], 2), name
 
 
-def _template(template: Template, decays: tuple[bool, ...]) -> Template:
+def legacy_template(template: Template, decays: tuple[bool, ...]) -> Template:
+    """What is no tensor as 0.6 saves it; ``decays`` tells of each parameter group whether its weights decay, in the order of 0.6."""
     tree = {key: value for key, value in template.tree.items() if key in _ENTRIES}
     if is_namespace(tree.get("args")):
         tree["args"] = namespace({name: value for name, value in template.args.items() if _is_plain(value)})

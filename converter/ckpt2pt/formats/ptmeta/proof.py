@@ -58,6 +58,7 @@ def check_slices(
     where: str,
     at_most: int | None = None,
     advance: Advance = unheard,
+    files: OpenFiles | None = None,
 ) -> int:
     """Compare every float32 slice, rounded, with the weight of the model file; returns the elements compared.
 
@@ -67,7 +68,7 @@ def check_slices(
     refs = dict(weights)
     count = 0
     with ExitStack() as stack:
-        read = _reader(stack, advance)
+        read = _reader(files or stack.enter_context(OpenFiles()), advance)
         for bucket, held in zip(buffer.buckets, stored, strict=True):
             for placement in bucket.placements:
                 numel = min(placement.stop - placement.start, at_most or placement.stop)
@@ -88,7 +89,7 @@ def check_copies(
     """The same for float32 copies that are tensors of their own, of a run without the distributed optimizer."""
     count = 0
     with ExitStack() as stack:
-        read = _reader(stack, unheard)
+        read = _reader(stack.enter_context(OpenFiles()), unheard)
         for name, weight in weights:
             numel = min(weight.numel, at_most or weight.numel)
             _check_slice(weight, copies[name]["param"], 0, numel, read, where)
@@ -130,9 +131,7 @@ def _same_but_nan(
     return bool(np.isnan(main.view("<f4")[rows]).all())
 
 
-def _reader(stack: ExitStack, advance: Advance) -> _Read:
-    files = stack.enter_context(OpenFiles())
-
+def _reader(files: OpenFiles, advance: Advance) -> _Read:
     def read(ref: TensorRef, start: int, nbytes: int) -> npt.NDArray[np.uint8]:
         extent, data = ref.extents[0], np.empty(nbytes, np.uint8)
         read_at(files.get(extent.path)[0], data.data, extent.offset + start, extent.path)

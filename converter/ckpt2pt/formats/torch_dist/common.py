@@ -6,6 +6,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +25,7 @@ from ckpt2pt.io.paths import is_file
 COMMON = "common.pt"
 COMMON_STATE = "common_state/shard_0_1"
 
+_GROUPS = re.compile(r"optimizer\.distributed\.dp_group_idx_\d+\.optimizer/shard_0_1")
 _HINT = "copy the whole folder again from where it was written"
 
 
@@ -43,7 +47,25 @@ def read_common(metadata: Metadata, allow: tuple[str, ...] = ()) -> Template:
         )
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise FormatError("the common state is no dictionary with text keys", where=path, hint=_HINT)
-    return Template(path=str(path), tree=cast("dict[str, Value]", tree), storages=storages)
+    found = Template(path=str(path), tree=cast("dict[str, Value]", tree), storages=storages)
+    groups = [] if found.groups else list(_groups(metadata, allow))
+    return (
+        replace(found, tree={**found.tree, "optimizer": {"optimizer": {"param_groups": groups}}}) if groups else found
+    )
+
+
+def _groups(metadata: Metadata, allow: tuple[str, ...]) -> Iterator[Value]:
+    """Parameter groups of dp_reshardable, where each model-parallel rank has an object of its own: each group once."""
+    seen: list[Value] = []
+    for key, item in metadata.objects.items():
+        if _GROUPS.fullmatch(key):
+            held, _ = read_object(metadata.folder, item, allow)
+            state = held[0] if isinstance(held, list) and held else None
+            groups = state.get("param_groups") if isinstance(state, dict) else None
+            for group in groups if isinstance(groups, list) else ():
+                if group not in seen:
+                    seen.append(group)
+                    yield group
 
 
 def iteration_of_common(common: Template, folder: Path) -> int | None:

@@ -28,6 +28,7 @@ SUFFIX = ".distcp"
 _HINT = "copy the whole folder again from where it was written"
 _MODULE = "torch.distributed.checkpoint.metadata"
 _FILE = re.compile(r"[\w-][\w.-]*\.distcp", re.ASCII)
+_WHOLE_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.param_state/shard_\S+")
 _MAX_AXES = 16
 
 
@@ -67,6 +68,11 @@ class Metadata:
     tensors: Mapping[str, Entry]
     objects: Mapping[str, Item]
     surplus: tuple[str, ...]
+
+    @property
+    def whole_states(self) -> bool:
+        """Whether the optimizer's state of a model-parallel rank is one object, as with ``dp_zero_gather_scatter``."""
+        return any(_WHOLE_STATE.fullmatch(key) for key in self.objects)
 
 
 def is_distributed(folder: Path) -> bool:

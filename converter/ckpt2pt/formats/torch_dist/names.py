@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+from ckpt2pt.core.params import FUSED
 from ckpt2pt.core.tensor import Role
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+?)\.(.+)")
@@ -29,10 +30,6 @@ _ROLES: dict[str, Role] = {
 _LAYERS = "decoder.layers."
 _NUMBERED = re.compile(r"(\d+)\.(.+)")
 _EXPERTS = re.compile(r"mlp\.experts\.experts\.(?:(\d+)\.)?(.+)")
-_NORMS = {
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 
 
 class Named(NamedTuple):
@@ -68,9 +65,7 @@ def named(key: str) -> Named | None:
     head = (f"{_LAYERS}{layer[1]}.",) if layer else (_LAYERS, ".")
     *before, last = head
     inner = layer[2] if layer else inner
-    for norm, own in _NORMS.items():
-        if inner.startswith(norm):
-            return Named(role, (*before, last + own + inner.removeprefix(norm)))
+    inner = FUSED.get(inner, inner)
     expert = _EXPERTS.fullmatch(inner)
     if expert is None:
         return Named(role, (*before, last + inner))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt2pt.core.extents import Box, Shape, Stored, View, intersection
@@ -25,6 +25,10 @@ from ckpt2pt.formats.torch_dist.items import Located, locate
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Entry, Metadata, read_metadata
 from ckpt2pt.formats.torch_dist.names import named
 
+WHOLE_STATES = (
+    "the optimizer's state is stored in whole objects (dp_zero_gather_scatter), which are not read: load the checkpoint with the "
+    "Megatron-LM that wrote it and save it again"
+)
 _HINT = "copy the whole folder again from where it was written"
 
 
@@ -43,7 +47,7 @@ def open_torch_dist(
     agreed((tensor, pipeline), sizes, folder)
     index = read_index(metadata, common)
     check_rounding(index, str(folder))
-    surplus, samples = metadata.surplus, common.args.get("consumed_train_samples")
+    samples = common.args.get("consumed_train_samples")
     return Checkpoint(
         path=folder,
         format="torch_dist",
@@ -51,10 +55,17 @@ def open_torch_dist(
         tensor=sizes[0],
         pipeline=sizes[1],
         index=index,
-        warnings=(f"{', '.join(surplus[:6])} hold no part of the checkpoint",) if surplus else (),
+        warnings=tuple(_warnings(metadata)),
         template=common,
         samples=samples if type(samples) is int else None,
     )
+
+
+def _warnings(metadata: Metadata) -> Iterator[str]:
+    if metadata.surplus:
+        yield f"{', '.join(metadata.surplus[:6])} hold no part of the checkpoint"
+    if metadata.whole_states:
+        yield WHOLE_STATES
 
 
 def parallel_sizes(common: Template) -> tuple[int, int]:
@@ -64,17 +75,22 @@ def parallel_sizes(common: Template) -> tuple[int, int]:
     return tensor, pipeline
 
 
-def read_index(metadata: Metadata, common: Template) -> Index:
-    """Every weight, main parameter and moment.  Raises :class:`CoverageError` unless chunks hold each element once."""
+def read_index(metadata: Metadata, common: Template, *, weights_alone: bool = False) -> Index:
+    """Every weight, main parameter and moment, or ``weights_alone``.  Raises :class:`CoverageError` unless chunks hold each element once."""
     known = {key: found for key in metadata.tensors if (found := named(key))}
-    buckets, others = Buckets.of({key: entry for key, entry in metadata.tensors.items() if key not in known})
+    state = {key: entry for key, entry in metadata.tensors.items() if key not in known}
+    if weights_alone:
+        known, state = {key: found for key, found in known.items() if found.role == "param"}, {}
+    buckets, others = Buckets.of(state)
     if others:
         raise FormatError(
             f"{others[0]} is state of an optimizer in a form that is not read",
             where=metadata.folder,
             hint=f"convert weights alone{aside('mode')}",
         )
-    located = _locate(metadata)
+    held = [metadata.tensors[key] for key in (*known, *state)]
+    chunks = ((entry.dtype, chunk) for entry in held for chunk in entry.chunks)
+    located = dict(locate(metadata.folder, chunks))
     parts: dict[Key, list[tuple[Entry, Shape, list[Stored]]]] = {}
     for key, name in known.items():
         entry = metadata.tensors[key]
@@ -92,11 +108,6 @@ def read_index(metadata: Metadata, common: Template) -> Index:
     if buckets:
         tensors |= buckets.read(tensors, located, common, metadata.folder)
     return ordered(tensors, where)
-
-
-def _locate(metadata: Metadata) -> Mapping[Chunk, Located]:
-    chunks = ((entry.dtype, chunk) for entry in metadata.tensors.values() for chunk in entry.chunks)
-    return dict(locate(metadata.folder, chunks))
 
 
 def _views(chunk: Chunk, entry: Entry, located: Located, key: str, folder: Path) -> Iterator[Stored]:

@@ -21,7 +21,7 @@ import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from itertools import accumulate, chain, repeat
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -43,6 +43,7 @@ from ckpt2pt.formats.torchfile.reader import (
 from ckpt2pt.io.checksums import Piece, crc32
 from ckpt2pt.io.files import write_all
 from ckpt2pt.io.framing import Framer
+from ckpt2pt.io.inputs import InputFile
 
 ALIGNMENT = 64
 """Payloads begin on multiples of this many bytes, so that torch can map them."""
@@ -303,16 +304,21 @@ class Archive:
         A piece's first byte counts from the start of the file.  Records that no piece is of are left out, and those of an
         archive that was written without checksums.  ``FormatError`` names the first that differs.
         """
-        told = sorted(pieces)
         with PtFile(path) as file:
-            for record in cls.read(file).records.values():
-                first, stop = record.extent.offset, record.extent.offset + record.extent.nbytes
-                inside = told[bisect_left(told, (first, 0, 0)) : bisect_left(told, (stop, 0, 0))]
-                if not inside or not record.crc32:
-                    continue
-                crc = file.crc32(first, stop, read=inside)
-                if crc != record.crc32:
-                    raise _wrong_crc(file, record, crc)
+            prove_records(file, cls.read(file).records.values(), sorted(pieces))
+
+
+def prove_records(file: InputFile, records: Iterable[Record], told: Sequence[Piece]) -> None:
+    """The same for records of a file that is open; ``told`` are sorted, and a piece may be of several records."""
+    ends = [*accumulate((first + nbytes for first, nbytes, _ in told), max, initial=0)]
+    for record in records:
+        first, stop = record.extent.offset, record.extent.offset + record.extent.nbytes
+        since, until = bisect_left(told, (first, 0, 0)), bisect_left(told, (stop, 0, 0))
+        if not record.crc32 or (since == until and ends[since] <= first):
+            continue
+        crc = file.crc32(first, stop, read=told[since:until])
+        if crc != record.crc32:
+            raise _wrong_crc(file, record, crc)
 
 
 def _read_pickle(file: PtFile, records: dict[str, Record]) -> bytes:
@@ -351,7 +357,7 @@ def _check_byteorder(file: PtFile, records: dict[str, Record]) -> None:
         )
 
 
-def _wrong_crc(file: PtFile, record: Record, found: int) -> FormatError:
+def _wrong_crc(file: InputFile, record: Record, found: int) -> FormatError:
     if not record.crc32:
         return FormatError(
             f"no CRC-32 is stored for {record.name} (torch.serialization.set_crc32_options(False))",

@@ -40,7 +40,7 @@ def watch_command(options: argparse.Namespace, show: Show) -> int:
             field="target.format",
         )
     request, account = resolve(spec, in_process=options.multiprocess_off), options.account
-    if request.source_format == "megatron":
+    if request.from_megatron:
         raise UsageError(
             "the source is a Megatron checkpoint, and trainings of MindSpore alone are followed",
             where=request.source,

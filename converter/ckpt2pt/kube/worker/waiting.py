@@ -106,7 +106,7 @@ def wait_until_whole(request: Request, readiness: Readiness, account: Account) -
     if not timeout:
         return
     blocker = partial(_obstacle_of_training, watcher_of(request, settle), timeout)
-    if request.source_format == "megatron":
+    if request.from_megatron:
         blocker = partial(_obstacle_of_save, lambda: request, readiness)
     _wait(blocker, timeout, account)
 

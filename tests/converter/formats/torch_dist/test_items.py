@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from ckpt2pt.errors import FormatError
-from ckpt2pt.formats.torch_dist.items import ItemFile, locate, read_object
+from ckpt2pt.formats.torch_dist.items import ItemFile, locate, prove_items, read_object
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Item
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.io.inputs import InputFile
@@ -88,3 +89,20 @@ def test_an_item_that_ends_elsewhere_is_refused(tmp_path: Path, nbytes: int) -> 
     item = written(tmp_path, torch.zeros(5000))
     with pytest.raises(FormatError):
         list(locate(tmp_path, [("float32", Chunk((0,), (5000,), item._replace(nbytes=item.nbytes - nbytes)))]))
+
+
+def test_every_record_of_which_something_was_read_is_proved(tmp_path: Path) -> None:
+    """A piece may be of several items: reads that follow each other are told of as one."""
+    item = written(tmp_path, torch.arange(50.0))
+    path = tmp_path / item.file
+    data = bytearray(path.read_bytes())
+    [(_, at)] = locate(tmp_path, [("float32", Chunk((0,), (50,), item))])
+    [extent] = at.storage
+    for start, stop in ((0, len(data)), (extent.offset, extent.offset + 8), (extent.offset + 8, len(data))):
+        prove_items(path, [item], [(start, stop - start, zlib.crc32(data[start:stop]))])
+    data[extent.offset] ^= 1
+    path.write_bytes(data)
+    for start, stop in ((0, len(data)), (extent.offset, extent.offset + 8), (extent.offset + 8, len(data))):
+        with pytest.raises(FormatError, match="the CRC-32 of data/0 is"):
+            prove_items(path, [item], [(start, stop - start, zlib.crc32(data[start:stop]))])
+    prove_items(path, [item], [(0, item.offset, 0)])

@@ -11,7 +11,7 @@ import pytest
 import ckpt2pt
 from ckpt2pt.cli.commands import main
 from ckpt2pt.core.tensor import ROLES
-from ckpt2pt.errors import CoverageError, InputError
+from ckpt2pt.errors import CoverageError, InputError, MissingInputError
 from ckpt2pt.formats.registry import detect
 from ckpt2pt.formats.torchfile.pickles import namespace
 from goldens import golden_root
@@ -150,6 +150,17 @@ def test_chunks_that_do_not_cover_a_tensor_once_are_refused(tmp_path: Path, piec
     folder = write_folder(tmp_path / "x", {"decoder.layers.input_layernorm.weight": (norm, pieces)})
     with pytest.raises(CoverageError, match=error):
         ckpt2pt.open(folder)
+
+
+def test_state_in_whole_objects_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    norm = of_layers(COLUMNS)
+    keys = {"decoder.layers.input_layernorm.weight": (norm, whole(norm))}
+    state: dict[str, Any] = {"optimizer.distributed.dp_group_idx_0.param_state/shard_0_1": {"buckets_coalesced": True}}
+    folder = write_folder(tmp_path / "x", keys, objects=state)
+    [warning] = ckpt2pt.open(folder).warnings
+    assert "dp_zero_gather_scatter" in warning
+    with pytest.raises(MissingInputError, match="dp_zero_gather_scatter"):
+        ckpt2pt.convert(source=folder, target=tmp_path / "y")
 
 
 def test_an_iteration_is_found_by_the_tracker_or_by_its_number(tmp_path: Path) -> None:
