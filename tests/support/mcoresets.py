@@ -36,11 +36,15 @@ def mcore_sets() -> list[Path]:
     return sorted(path.parent for path in (golden_root() / "mcore").glob("*/*/ms"))
 
 
-def script_of(folder: Path, tmp_path: Path, *more: str) -> Path:
-    """The launch script of a set."""
-    document = json.loads((folder / "set.json").read_text())
+def script_of(folder: Path, tmp_path: Path, *more: str, buckets: bool = False) -> Path:
+    """The launch script of a set; without ``buckets`` for a run that has one for each chunk."""
+    args = [
+        word
+        for word in json.loads((folder / "set.json").read_text())["args"]
+        if buckets or word != "--overlap-grad-reduce"
+    ]
     path = tmp_path / "pretrain.sh"
-    path.write_text(f"torchrun pretrain_gpt.py {shlex.join([*document['args'], *more])}\n")
+    path.write_text(f"torchrun pretrain_gpt.py {shlex.join([*args, *more])}\n")
     return path
 
 

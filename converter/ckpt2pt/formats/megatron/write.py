@@ -143,7 +143,8 @@ class McoreLayout:
     def buffers(self, rank: Rank, chunks: Sequence[Sequence[Held]]) -> list[Buffer]:
         """The optimizer's buffer of each chunk that has parameters, as its file holds it."""
         policy, found = policy_of(self.style.release), list[Buffer]()
-        size = max(BUCKET_NUMEL, BUCKET_NUMEL_A_RANK * self.data)
+        stated = self.state.args.get("ddp_bucket_size")
+        size = stated if type(stated) is int and stated > 0 else max(BUCKET_NUMEL, BUCKET_NUMEL_A_RANK * self.data)
         overlap = self.state.args.get("overlap_grad_reduce") is True
         for vpp, held in enumerate(chunks):
             parameters = [
@@ -206,6 +207,7 @@ class McoreLayout:
                 "tensor_model_parallel_size": self.topology.tensor,
                 "pipeline_model_parallel_size": self.topology.pipeline,
                 "untie_embeddings_and_output_weights": not self.tied,
+                **self._bucketing,
             },
             chunks=models,
             decays=weight_decay_groups(parameters) if self.full else None,
@@ -217,6 +219,14 @@ class McoreLayout:
         sizes = tuple(slot.numel * DTYPE_BYTES[slot.dtype] for slot in slots)
         payload = FilePayload(name=MODEL_FILE, pickle=pickle, storages=(*sizes, *map(len, copied)), copied=copied)
         return payload, FileSlots(name=MODEL_FILE, slots=tuple(slots), storages=sizes)
+
+    @property
+    def _bucketing(self) -> dict[str, Value]:
+        """Where buckets end, for whoever reads the file: with odd sizes the places of parameters follow from it."""
+        stated = self.state.args.get("ddp_bucket_size")
+        if self.state.args.get("overlap_grad_reduce") is not True or type(stated) is not int:
+            return {}
+        return {"overlap_grad_reduce": True, "ddp_bucket_size": stated}
 
     @cached_property
     def _norm(self) -> Key:

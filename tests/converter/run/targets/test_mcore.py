@@ -80,6 +80,16 @@ def test_every_element_arrives_at_any_layout(name: str, tp: int, pp: int, vpp: i
     assert_equal(held(converted(request), topology, gated=gated), folder)
 
 
+def test_buckets_of_the_run_to_come_decide_where_odd_sizes_leave_gaps(tmp_path: Path) -> None:
+    request = replace(asked(ODD, tmp_path), metadata=script_of(ODD, tmp_path, buckets=True))
+    [own] = (ODD / "iter_0000002").glob("mp_rank_00/distrib_optim.pt")
+    made = converted(request) / "mp_rank_00" / "distrib_optim.pt"
+    sizes = [
+        [leaf for leaf_path, leaf in open_pt(path).items() if "numel_unpadded" in leaf_path] for path in (own, made)
+    ]
+    assert sizes[0] == sizes[1]
+
+
 def test_release_0_7_leaves_no_gaps(tmp_path: Path) -> None:
     request = asked(ODD, tmp_path, release=(0, 7))
     result = converted(request)
