@@ -24,8 +24,9 @@ from ckpt2pt.core.tensor import Key, Tensor
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.core.training_step import TrainingStep
 from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, changed, stat_of
+from ckpt2pt.discover.made import meta_of_files
 from ckpt2pt.discover.request import Request
-from ckpt2pt.discover.stored import ROLES, meta_of_files, stated_by
+from ckpt2pt.discover.stored import ROLES, stated_by
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, aside, ref
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.mindspore.filenames import UNNAMED

@@ -6,7 +6,6 @@ mp_rank_*/*.pt --formats.megatron--> tensors, of a rank alone or of all --planni
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,15 +18,15 @@ from ckpt2pt.core.index import Collector, Index, Local
 from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE, cut
 from ckpt2pt.core.names import NameTable, Rules
 from ckpt2pt.core.reshard import Resharded, Wanted, entry_name, reshard
-from ckpt2pt.core.stage import ChunkMap
 from ckpt2pt.core.stated import Stated, Statement
 from ckpt2pt.core.tensor import Key, Role
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.core.training_step import TrainingStep
 from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, changed, stat_of
+from ckpt2pt.discover.made import chunks_of, meta_of_files, template_of_files
 from ckpt2pt.discover.recent import Recent
 from ckpt2pt.discover.request import Request
-from ckpt2pt.errors import CoverageError, FormatError, MissingInputError, aside, ref
+from ckpt2pt.errors import CoverageError, MissingInputError, aside, ref
 from ckpt2pt.formats.megatron.headers import MegatronRank, rank_folders, read_rank
 from ckpt2pt.formats.megatron.payload import Template, tree_payload
 from ckpt2pt.formats.megatron.read import check_ranks, collect_rank, iteration_of, layout_of_ranks, with_optimizer
@@ -44,14 +43,14 @@ from ckpt2pt.formats.ptmeta.capture import (
     prove_given,
     rank_files,
 )
-from ckpt2pt.formats.ptmeta.files import RankFiles, arguments_file, render
+from ckpt2pt.formats.ptmeta.files import render
 from ckpt2pt.formats.ptmeta.legacy import as_legacy, check_legacy
-from ckpt2pt.formats.ptmeta.metadata import RankMeta, data_parallel_size, read_param_maps, read_template
+from ckpt2pt.formats.ptmeta.metadata import RankMeta, data_parallel_size, read_param_maps
 from ckpt2pt.formats.ptmeta.relayout import NewLayout, Relayout, relayout
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.trees import with_attrs
 from ckpt2pt.io.checksums import Piece
-from ckpt2pt.io.files import OpenFiles, write_all
+from ckpt2pt.io.files import OpenFiles
 from ckpt2pt.io.paths import is_file, status
 
 ROLES: Mapping[bool, Mapping[Role, Role]] = {
@@ -282,7 +281,7 @@ class Own:
             return as_legacy(stored).template
         made = rank_files(stored, *rank, layout.buffers)
         args = with_attrs(made.tree["args"], {"use_distributed_optimizer": True})
-        return _in_memory(replace(made, tree={**made.tree, "args": args}))
+        return template_of_files(replace(made, tree={**made.tree, "args": args}))
 
     def buffers(self, pp: int) -> Sequence[Buffer]:
         """The buffers of the first rank of a stage, as those of Megatron-LM 0.6."""
@@ -297,7 +296,7 @@ class Own:
         if self.full and self.target_data:
             buffers = lay_out_again(old, rank[1], divisor=self.target_data, bucket_size=layout.bucket_numel)
         names = [tuple(name for name, _ in chunk) for chunk in old.chunks]
-        return RankMeta(template=self.arguments(rank), chunks=_chunks(names, buffers, self.where))
+        return RankMeta(template=self.arguments(rank), chunks=chunks_of(names, buffers, self.where))
 
 
 def _headers(own: Own, rank: Rank) -> tuple[MegatronRank, Layout]:
@@ -381,12 +380,6 @@ def own_meta(request: Request, rank: Rank) -> RankMeta:
     return meta_of_files(_relaid(request, own).rank(rank), own.where)
 
 
-def meta_of_files(made: RankFiles, where: Path) -> RankMeta:
-    """Metadata that was made for a rank, as if it had been read."""
-    names = [tuple(name.partition(".")[2] for name in reversed(chunk)) for chunk in made.names]
-    return RankMeta(template=_in_memory(made), chunks=_chunks(names, made.buffers, where))
-
-
 def own_assumptions(request: Request) -> dict[str, object]:
     """What that rests on besides the checkpoint."""
     own = own_of(request)
@@ -421,36 +414,3 @@ def _relaid(request: Request, own: Own) -> Relayout:
 
 _RELAID: dict[str, Relayout] = {}
 """The last one, by all that it is made from."""
-
-
-def _in_memory(made: RankFiles) -> Template:
-    """The template as a file of the metadata would give it; it lies in memory: a pod's root may be read-only."""
-    memory = _Memory(os.memfd_create(f"args_tp{made.tp:02d}_pp{made.pp:03d}"))
-    content, path = arguments_file(made, with_maps=True), Path(f"/proc/self/fd/{memory.fd}")
-    write_all(memory.fd, memoryview(content), 0)
-    return replace(read_template(path), file=memory)
-
-
-@dataclass(slots=True)
-class _Memory:
-    """A file in memory, which is there for as long as this is."""
-
-    fd: int
-
-    def __del__(self) -> None:
-        os.close(self.fd)
-
-
-def _chunks(names: Sequence[tuple[str, ...]], buffers: Sequence[Sequence[Buffer]], where: Path) -> tuple[ChunkMap, ...]:
-    """Chunks that have parameters, each with its buffer where there is one."""
-    if any(len(chunk) > 1 for chunk in buffers):
-        raise FormatError(
-            "parameters of several types in one chunk",
-            where=where,
-            hint=f"convert weights alone{aside('mode')}; the optimizer of such a model is not supported",
-        )
-    return tuple(
-        ChunkMap(vpp=vpp, names=listed, buffer=buffers[vpp][0] if buffers and buffers[vpp] else None)
-        for vpp, listed in enumerate(names)
-        if listed
-    )
