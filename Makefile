@@ -7,6 +7,7 @@ READY  := .venv/.ready
 TORCH_READY := .venv/.torch
 MINDSPORE := .venv-mindspore/.ready
 LOCK   := requirements
+MEGATRON := $(patsubst $(LOCK)/megatron-%.txt,.venv-megatron/%/.ready,$(wildcard $(LOCK)/megatron-*.txt))
 
 # Parts of torch's CUDA build that `import torch` does without on a machine without a GPU: 1.6 GB of 5.
 # The others are linked by libtorch.so itself and cannot be left out.
@@ -16,7 +17,7 @@ export UV_HTTP_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mindspore demo test e2e cluster cluster-down images push tiny check layers format golden bench lock crds helm chart clean
+.PHONY: help setup mindspore megatron demo test e2e cluster cluster-down images push tiny check layers format golden bench lock crds helm chart clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,22 +61,36 @@ $(MINDSPORE): $(TORCH_READY) $(LOCK)/mindspore.txt $(LOCK)/mindformers.txt
 	$(BIN)/uv pip install --quiet --python .venv-mindspore/bin/python --no-deps --require-hashes -r $(LOCK)/mindformers.txt
 	@touch $@
 
+megatron: $(MEGATRON) ## code of Megatron-LM, which judges our files, in .venv-megatron: a folder for each release
+
+# The interpreter and torch are those of .venv.  Wheels are for one Python each (0.8 to 0.16 for 3.11, newer ones for 3.12); what is
+# imported of them is Python code that runs on any.
+.venv-megatron/%/.ready: $(LOCK)/megatron-%.txt $(TORCH_READY)
+	@echo "installing megatron-core $* into .venv-megatron (3 MB to download)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --python-version $(if $(filter 0.8.% 0.12.% 0.15.% 0.16.%,$*),3.11,3.12) \
+	  --no-deps --no-build --require-hashes --target $(@D) -r $<
+	@touch $@
+
 demo: $(if $(TORCH),$(TORCH_READY),$(CORE)) ## build a checkpoint of more than 1 GB, convert it, verify it; TORCH=1: with real torch
 	$(BIN)/python examples/demo.py $(if $(TORCH),--reader torch)
 
 RUN_TESTS = $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test: $(READY) ## the whole suite but the end-to-end tests: what needs no torch first, then the judges that are torch itself
-	$(RUN_TESTS) -m "not torch and not e2e and not mindspore" $(ARGS)
+	$(RUN_TESTS) -m "not torch and not e2e and not mindspore and not megatron" $(ARGS)
 	@$(MAKE) --no-print-directory judges
 
 .PHONY: judges
 judges: $(TORCH_READY) ## the tests in which real torch reads what we write
-	$(RUN_TESTS) -m "torch and not e2e and not mindspore" $(ARGS)
+	$(RUN_TESTS) -m "torch and not e2e and not mindspore and not megatron" $(ARGS)
 
 .PHONY: test-mindspore
 test-mindspore: $(MINDSPORE) ## files that we write, loaded by real mindspore
 	$(BIN)/pytest -m mindspore tests/judges $(ARGS)
+
+.PHONY: test-megatron
+test-megatron: $(MEGATRON) ## results that we write, loaded by Megatron-LM 0.8 to 0.19 on the CPU
+	$(BIN)/pytest -m megatron tests/judges $(ARGS)
 
 e2e: $(TORCH_READY) helm ## the program end to end: as it is installed, the chart as helm renders it, a real Kubernetes
 	$(BIN)/pytest -m e2e $(ARGS)
@@ -126,7 +141,7 @@ format: $(READY) ## fix what ruff can fix
 	$(BIN)/ruff format
 
 golden: $(TORCH_READY) ## rewrite the golden texts, then show what changed
-	GOLDEN=update $(BIN)/pytest -q -m "not e2e and not mindspore"
+	GOLDEN=update $(BIN)/pytest -q -m "not e2e and not mindspore and not megatron"
 	GOLDEN=update $(BIN)/pytest -q tests/charts
 	git diff --stat -- tests/golden
 
@@ -156,5 +171,5 @@ chart: $(READY) crds helm ## the copies of the CRD, the chart's README and schem
 	GOLDEN=update $(BIN)/pytest -q tests/charts -k "worker_defaults or static_manifests"
 
 clean: ## remove what make and the tests made, .venv included
-	rm -rf .venv .venv-mindspore build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-mindspore .venv-megatron build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

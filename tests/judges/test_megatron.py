@@ -1,0 +1,380 @@
+"""Results that we write, loaded by the code of Megatron-LM itself: `make test-megatron`.
+
+The releases up to 0.16 hold no ``load_checkpoint``: their models and optimizers take the files one by one.  In 0.18 and 0.19 it is the real one,
+with arguments, scheduler and random states.  Not seen here: the values of random states, a training step, layers of Transformer Engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pytest
+import torch
+
+from ckpt2pt.cli.commands import main
+from ckpt2pt.core.params import EMBEDDING, HEAD
+from ckpt2pt.core.tensor import Key, Role
+from ckpt2pt.formats.registry import read
+from ckpt2pt.verification.gather import Files, gathered
+from goldens import REPOSITORY, golden_root
+from mcore import Array, expected
+from mcoresets import joined, mcore_sets, odd_set, script_of, sizes_of
+
+pytestmark = [
+    pytest.mark.megatron,
+    pytest.mark.timeout(600),
+]  # each release is imported once, and judges all its cases then
+
+RELEASES = ("0.8.0", "0.12.3", "0.15.3", "0.16.1", "0.18.2", "0.19.2")
+PRETRAIN = RELEASES[-2:]
+Rank = tuple[dict[str, Any], Any]
+"""What a rank said and its arrays."""
+OF_LAYOUT = {
+    "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--num-layers-per-virtual-pipeline-stage", "--save", "--ckpt-format",
+}  # fmt: skip
+"""Arguments of a set that do not hold at another layout, with a value each."""
+VALUED = (
+    "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings", "seq_length", "normalization", "position_embedding_type",
+    "vocab_size", "make_vocab_size_divisible_by", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_fraction", "lr_warmup_iters",
+    "weight_decay", "adam_beta2", "train_iters", "global_batch_size", "micro_batch_size",
+)  # fmt: skip
+"""Arguments of Megatron 0.6 that today's releases know by the same name."""
+
+
+# ------------------------------------------------------------------------------------------------------------ trainings
+
+
+@dataclass(frozen=True)
+class Training:
+    """A golden set: where it lies, and what its model and optimizer held."""
+
+    folder: Path
+
+    @property
+    def recent(self) -> bool:
+        return (self.folder / "set.json").exists()
+
+    @property
+    def words(self) -> list[str]:
+        """Arguments for Megatron-LM, without parallel sizes."""
+        if self.recent:
+            return words_of(self.folder)
+        args, words = self.template.args, words_of(odd_set())
+        flags = {
+            "--swiglu": args["swiglu"],
+            "--disable-bias-linear": not args["add_bias_linear"],
+            "--untie-embeddings-and-output-weights": args["untie_embeddings_and_output_weights"],
+            "--group-query-attention": args["group_query_attention"],
+        }
+        values = {name: args[name] for name in VALUED if args[name] is not None}
+        values["num_layers"] = len({key.name.split(".")[2] for key in self.expected if ".layers." in key.name})
+        if args["group_query_attention"]:
+            values["num_query_groups"] = args["num_query_groups"]
+        # The last one counts; what the two have in common is how they ran.
+        words += [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+        return [*words, *(flag for flag, given in flags.items() if given)]
+
+    @property
+    def template(self) -> Any:
+        return read(self.folder / "A").template
+
+    @property
+    def expected(self) -> dict[Key, Array]:
+        return held_by(self.folder)
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """Parameter groups, iteration, consumed samples and the numbers of the scheduler."""
+        if self.recent:
+            layout = json.loads(next((self.folder / "expected").glob("layout_*.json")).read_text())
+            groups, samples, scheduler = (
+                layout["param_groups"][0],
+                layout["consumed_train_samples"],
+                layout.get("scheduler"),
+            )
+        else:
+            made = self.template
+            groups, samples, scheduler = made.groups, made.args["consumed_train_samples"], made.scheduler
+        return {"groups": groups, "consumed_train_samples": samples, "iteration": 2, "scheduler": dict(scheduler or {})}
+
+
+@cache
+def held_by(folder: Path) -> dict[Key, Array]:
+    """The state of a set: as the run dumped it, or, of Megatron 0.6, as its own files have it."""
+    if (folder / "expected").exists():
+        return expected(folder / "expected")
+    found: dict[Key, Array] = {}
+    with Files() as files:
+        for key, tensor in read(folder / "A").index.items():
+            data = np.array(gathered(tensor).block(files, 0, tensor.numel))
+            found[key] = as_float(data.view("<u2" if tensor.dtype == "bfloat16" else "<f4"))
+    return found
+
+
+def as_float(data: Array) -> Array:
+    """Bits of bfloat16 as float32."""
+    return (data.astype("<u4") << 16).view("<f4") if data.dtype == np.uint16 else data
+
+
+def words_of(folder: Path) -> list[str]:
+    words = json.loads((folder / "set.json").read_text())["args"]
+    dropped = {place + more for place, word in enumerate(words) if word in OF_LAYOUT for more in (0, 1)}
+    return [word for place, word in enumerate(words) if place not in dropped and word != "--overlap-grad-reduce"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- cases
+
+
+class Case(NamedTuple):
+    """A result, and the layout at which a release loads it."""
+
+    release: str
+    name: str
+    form: str
+    tp: int
+    pp: int
+    dp: int = 1
+    damage: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.release}-{self.name}-{self.form}-tp{self.tp}pp{self.pp}dp{self.dp}{self.damage and '-' + self.damage}"
+
+    @property
+    def training(self) -> Training:
+        return SETS[self.name]
+
+
+TIED, CUT, NOOP, BUCKETS, SHARDS = (
+    "a2_tp1pp1_tied_bias", "b_st_tp2pp2_safetensors", "e_tp1pp2vpp2_noop_tail", "f_tp1pp1dp2_buckets", "j_tp1pp2dp2",
+)  # fmt: skip
+ODD = f"{odd_set().parent.name}-{odd_set().name}"
+SETS = {name: Training(golden_root() / "megatron06" / name) for name in (TIED, CUT, NOOP, BUCKETS, SHARDS)} | {
+    f"{folder.parent.name}-{folder.name}": Training(folder) for folder in mcore_sets()
+}
+MEGATRON = [
+    (TIED, 1, 2, 1), (TIED, 2, 1, 2), (CUT, 2, 2, 1), (CUT, 1, 1, 1), (NOOP, 2, 1, 1), (BUCKETS, 1, 1, 2), (SHARDS, 1, 2, 1), (ODD, 1, 1, 2), (ODD, 2, 2, 1),
+]  # fmt: skip
+TORCH_DIST = [
+    (TIED, 1, 2, 1),
+    (CUT, 2, 1, 1),
+    (CUT, 1, 1, 2),
+    (NOOP, 1, 2, 1),
+    (SHARDS, 2, 1, 1),
+    (ODD, 1, 1, 1),
+    (ODD, 2, 1, 1),
+]
+FROM_MEGATRON = {BUCKETS}
+"""Sets of which the files of Megatron 0.6 are converted, and not those of MindSpore."""
+DAMAGES = {
+    "bit": "exp_avg decoder.layers.0.mlp.linear_fc2.weight: 1 differ",
+    "missing": "refused",
+    "step": "step: 3, and 2 in the source",
+}
+"""What is done to a result, and what has to be said of it."""
+
+
+def cases() -> list[Case]:
+    """0.8 and 0.12 know no fully_reshardable state, and their optimizers refuse tied embeddings on two stages (param_gbuf_map)."""
+    found: list[Case] = []
+    for release in RELEASES:
+        old = release in RELEASES[:2]
+        split = {TIED, ODD} if old else set[str]()
+        found += [
+            Case(release, name, "megatron", *sizes) for name, *sizes in MEGATRON if name not in split or sizes[1] == 1
+        ]
+        if not old:
+            found += [Case(release, name, "torch_dist", *sizes) for name, *sizes in TORCH_DIST]
+    # Sets of the whole collection, at their own layout and at another.
+    for name in sorted(SETS.keys() - {TIED, CUT, NOOP, BUCKETS, SHARDS, ODD}):
+        own = sizes_of(SETS[name].folder)
+        other = {"tp": 3 - own["tp"], "pp": 1}
+        found += [Case("0.12.3", name, "megatron", **own), Case("0.19.2", name, "megatron", **other)]
+        found += [Case("0.19.2", name, "torch_dist", **other)]
+    return found
+
+
+def damaged_cases() -> list[Case]:
+    return [Case(release, ODD, "torch_dist", 1, 1, 1, damage) for release in ("0.16.1", "0.19.2") for damage in DAMAGES]
+
+
+def converted(case: Case, folder: Path) -> Path:
+    """The result of the command, made once for all releases that load it."""
+    one, words = case.training, list[object]()
+    target = folder / f"{case.name}-{case.form}"
+    if case.form == "megatron":
+        target = target.with_name(f"{target.name}-{case.tp}{case.pp}{case.dp}")
+        words = [
+            "--target-tp-size",
+            case.tp,
+            "--target-pp-size",
+            case.pp,
+            "--target-dp-size",
+            case.dp,
+            "--target-vpp-size",
+            1,
+        ]
+    if not target.exists():
+        if one.recent and case.form == "megatron":
+            place, sizes = folder / f"{target.name}.run", sizes_of(one.folder)
+            place.mkdir()
+            words += ["--source", one.folder / "ms", "--tp-size", sizes["tp"], "--pp-size", sizes["pp"]]
+            words += ["--param-map-path", script_of(one.folder, place)]
+        elif one.recent or case.name in FROM_MEGATRON:
+            words += ["--source", one.folder if one.recent else one.folder / "A"]
+        else:
+            words += ["--source", one.folder / "ms", "--param-map-path", one.folder / "pt_meta"]
+        if case.name == NOOP and case.form == "megatron":
+            words += ["--num-layers", 6]  # Megatron-LM has no no-op layers
+        words += ["--target", target, "--target-format", case.form, "--progress", "none", "--multiprocess-off"]
+        assert main(["convert", *map(str, words)]) == 0, words
+    return damaged(target, case.damage) if case.damage else target
+
+
+def damaged(result: Path, damage: str) -> Path:
+    """A copy of a torch_dist result with one fault."""
+    target = result.with_name(f"{result.name}-{damage}")
+    if target.exists():
+        return target
+    shutil.copytree(result, target)
+    [iteration] = target.glob("iter_*")
+    if damage == "bit":
+        tensor = read(target).index[Key("exp_avg", "decoder.layers.0.mlp.linear_fc2.weight")]
+        extent = tensor.views[0].storage[0]
+        data = bytearray(Path(extent.path).read_bytes())
+        data[extent.offset + 4 * tensor.views[0].first] ^= 1
+        Path(extent.path).write_bytes(data)
+    elif damage == "missing":
+        index = pickle.loads((iteration / ".metadata").read_bytes())
+        del index.state_dict_metadata["optimizer.state.exp_avg.embedding.word_embeddings.weight"]
+        (iteration / ".metadata").write_bytes(pickle.dumps(index))
+    else:
+        common: Any = torch.load(iteration / "common.pt", weights_only=False)
+        for group in common["optimizer"]["optimizer"]["param_groups"]:
+            group["step"] += 1
+        torch.save(common, iteration / "common.pt")
+    return target
+
+
+# ------------------------------------------------------------------------------------------------------------- verdicts
+
+
+def load(wanted: dict[Case, Path], out: Path) -> None:
+    """Have one release load its cases, each into a folder of ``out``."""
+    release = next(iter(wanted)).release
+    asked = [
+        {
+            "checkpoint": str(checkpoint), "out": str(out / str(case)), "args": case.training.words,
+            "tp": case.tp, "pp": case.pp, "dp": case.dp, "pretrain": release in PRETRAIN,
+        }
+        for case, checkpoint in wanted.items()
+    ]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(REPOSITORY / "tests" / "support" / "megatron_load.py")],
+        input="\n".join(map(json.dumps, asked)),
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY / ".venv-megatron" / release), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def differences(case: Case, out: Path) -> list[str]:
+    """What Megatron holds that the source did not, or why it holds nothing."""
+    refused = [path.read_text() for path in sorted(out.glob("*.refused"))]
+    kept = [(out / f"{rank}.json", out / f"{rank}.npz") for rank in range(case.tp * case.pp * case.dp)]
+    if refused or not all(path.exists() for pair in kept for path in pair):
+        return [f"refused: {refused[0] if refused else 'nothing was loaded'}"]
+    ranks = [(json.loads(said.read_text()), np.load(arrays)) for said, arrays in kept]
+    return [*of_runs(case, ranks), *of_tensors(case, ranks)]
+
+
+def of_runs(case: Case, ranks: Sequence[Rank]) -> Iterator[str]:
+    """Differences of the numbers that are no tensors."""
+    source = case.training.run
+    for said, arrays in ranks:
+        flat = {"iteration", "consumed_train_samples"} & said["run"].keys()
+        pairs = [(name, said["run"][name], source[name]) for name in flat]
+        scheduler = said["run"].get("scheduler", {})
+        pairs += [(name, value, source["scheduler"].get(name, value)) for name, value in scheduler.items()]
+        for name, held in said["held"].items():
+            wd_mult = 0.0 if arrays[f"param/{name}"].ndim == 1 else 1.0
+            [group] = [group for group in source["groups"] if group["wd_mult"] == wd_mult]
+            pairs += [(f"{name} {key}", value, group[key]) for key, value in held["group"].items()]
+        for name, found, wanted in pairs:
+            if found != (list(wanted) if isinstance(wanted, tuple) else wanted):
+                yield f"{name}: {found}, and {wanted} in the source"
+
+
+def of_tensors(case: Case, ranks: Sequence[Rank]) -> Iterator[str]:
+    """Differences of elements, bit by bit; each element of the optimizer's state has to be on one data parallel rank."""
+    source, gated = case.training.expected, "--swiglu" in case.training.words
+    parts: dict[Key, dict[int, Array]] = defaultdict(dict)
+    numbers: dict[Key, int] = defaultdict(int)
+    for said, arrays in ranks:
+        for role, name in (place.split("/", 1) for place in arrays.files):
+            key, data, shape = Key(cast("Role", role), name), arrays[f"{role}/{name}"], arrays[f"param/{name}"].shape
+            start, stop = (0, data.size) if role == "param" else said["held"][name]["place"]
+            parts[key].setdefault(said["tp"], np.full(shape, np.nan, "<f4")).reshape(-1)[start:stop] = as_float(
+                data
+            ).reshape(-1)
+            numbers[key] += stop - start
+    for key, found in parts.items():
+        tied = key.name == HEAD and key not in source
+        wanted = source.get(Key(key.role, EMBEDDING) if tied else key)
+        values = joined(key.name, [found[tp] for tp in sorted(found)], gated=gated).reshape(-1)
+        copies = case.pp if tied or key.name == EMBEDDING else 1
+        if key.role != "param" and numbers[key] not in {
+            n * sum(part.size for part in found.values()) for n in (1, copies)
+        }:
+            yield f"{key.role} {key.name}: {numbers[key]} elements on all ranks"
+        if wanted is None or values.size != wanted.size:
+            yield f"{key.role} {key.name}: {values.size} elements, and {wanted is not None and wanted.size} in the source"
+        elif values.tobytes() != wanted.tobytes():
+            yield f"{key.role} {key.name}: {int((values.view('<u4') != wanted.reshape(-1).view('<u4')).sum())} differ"
+    yield from (f"{key.role} {key.name}: not in the model" for key in source.keys() - parts.keys())
+
+
+Verdicts = dict[Case, list[str]]
+
+
+@pytest.fixture(scope="module")
+def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Verdicts:
+    """Differences of every case that was selected; the releases load at the same time."""
+    folder = tmp_path_factory.mktemp("results")
+    batches: dict[str, dict[Case, Path]] = defaultdict(dict)
+    for item in request.session.items:
+        case = (
+            item.callspec.params.get("case")
+            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+            else None
+        )
+        if isinstance(case, Case):
+            batches[case.release][case] = converted(case, folder)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda batch: load(batch, folder / "kept"), batches.values()))
+    return {case: differences(case, folder / "kept" / str(case)) for batch in batches.values() for case in batch}
+
+
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_megatron_holds_what_the_source_held(case: Case, verdicts: Verdicts) -> None:
+    assert verdicts[case] == []
+
+
+@pytest.mark.parametrize("case", damaged_cases(), ids=str)
+def test_a_damaged_result_is_refused_or_differs(case: Case, verdicts: Verdicts) -> None:
+    assert verdicts[case]
+    assert all(DAMAGES[case.damage] in each for each in verdicts[case])
