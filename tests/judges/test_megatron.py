@@ -191,18 +191,16 @@ def cases() -> list[Case]:
     found: list[Case] = []
     for release in RELEASES:
         old = release in RELEASES[:2]
-        split = {TIED, ODD} if old else set[str]()
-        found += [
-            Case(release, name, "megatron", *sizes) for name, *sizes in MEGATRON if name not in split or sizes[1] == 1
-        ]
+        for name, tp, pp, dp in MEGATRON:
+            if not (old and pp > 1 and name in {TIED, ODD}):
+                found.append(Case(release, name, "megatron", tp, pp, dp))
         if not old:
-            found += [Case(release, name, "torch_dist", *sizes) for name, *sizes in TORCH_DIST]
+            found += [Case(release, name, "torch_dist", tp, pp, dp) for name, tp, pp, dp in TORCH_DIST]
     # Sets of the whole collection, at their own layout and at another.
     for name in sorted(SETS.keys() - {TIED, CUT, NOOP, BUCKETS, SHARDS, ODD}):
-        own = sizes_of(SETS[name].folder)
-        other = {"tp": 3 - own["tp"], "pp": 1}
-        found += [Case("0.12.3", name, "megatron", **own), Case("0.19.2", name, "megatron", **other)]
-        found += [Case("0.19.2", name, "torch_dist", **other)]
+        tp, pp = sizes_of(SETS[name].folder).values()
+        found += [Case("0.12.3", name, "megatron", tp, pp), Case("0.19.2", name, "megatron", 3 - tp, 1)]
+        found += [Case("0.19.2", name, "torch_dist", 3 - tp, 1)]
     return found
 
 
@@ -328,18 +326,14 @@ def of_tensors(case: Case, ranks: Sequence[Rank]) -> Iterator[str]:
         for role, name in (place.split("/", 1) for place in arrays.files):
             key, data, shape = Key(cast("Role", role), name), arrays[f"{role}/{name}"], arrays[f"param/{name}"].shape
             start, stop = (0, data.size) if role == "param" else said["held"][name]["place"]
-            parts[key].setdefault(said["tp"], np.full(shape, np.nan, "<f4")).reshape(-1)[start:stop] = as_float(
-                data
-            ).reshape(-1)
+            part = parts[key].setdefault(said["tp"], np.full(shape, np.nan, "<f4"))
+            part.reshape(-1)[start:stop] = as_float(data).reshape(-1)
             numbers[key] += stop - start
     for key, found in parts.items():
         tied = key.name == HEAD and key not in source
         wanted = source.get(Key(key.role, EMBEDDING) if tied else key)
         values = joined(key.name, [found[tp] for tp in sorted(found)], gated=gated).reshape(-1)
-        copies = case.pp if tied or key.name == EMBEDDING else 1
-        if key.role != "param" and numbers[key] not in {
-            n * sum(part.size for part in found.values()) for n in (1, copies)
-        }:
+        if key.role != "param" and numbers[key] != sum(part.size for part in found.values()):
             yield f"{key.role} {key.name}: {numbers[key]} elements on all ranks"
         if wanted is None or values.size != wanted.size:
             yield f"{key.role} {key.name}: {values.size} elements, and {wanted is not None and wanted.size} in the source"

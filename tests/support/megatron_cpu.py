@@ -20,7 +20,7 @@ import typing_extensions
 from torch.overrides import TorchFunctionMode
 
 
-class OnCpu(TorchFunctionMode):
+class OnCpu(TorchFunctionMode):  # type: ignore[misc]
     """While it is entered, a tensor that is asked for on a GPU is made on the CPU and says that it is on a GPU."""
 
     def __torch_function__(
@@ -36,7 +36,7 @@ class OnCpu(TorchFunctionMode):
         return func(*args, **named)
 
 
-class Adam(torch.optim.Optimizer):
+class Adam(torch.optim.Optimizer):  # type: ignore[misc]
     """Has the keys of Transformer Engine's and Apex's FusedAdam, ``step`` in the group; Megatron fills in the moments."""
 
     def __init__(self, params: Any, lr: float = 1e-3, **given: Any) -> None:
@@ -66,7 +66,7 @@ def without_gpu() -> None:
     typing.override = typing_extensions.override  # type: ignore[attr-defined,unused-ignore]  # Python 3.11 has none
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron asks for it where tensors are split
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.compile = torch.jit.script = _unchanged  # type: ignore[assignment]
+    torch.compile = torch.jit.script = _unchanged
     # The locked torch comes without triton, and two releases import it for kernels that no load runs.
     triton: Any = MagicMock(jit=_unchanged, __version__="3.4.0", __spec__=None)
     sys.modules["triton"] = sys.modules["triton.language"] = triton

@@ -174,7 +174,7 @@ def by_pretrain(case: dict[str, Any]) -> tuple[list[Any], Any, dict[str, Any]]:
     """The same by the real ``load_checkpoint``, which reads arguments, scheduler and random states as well."""
     training = import_module("megatron.training.training")
     arguments = import_module("megatron.training.arguments")
-    start = import_module("megatron.training.initialize")
+    start: Any = import_module("megatron.training.initialize")
     start._compile_dependencies = lambda: None  # of data sets
     distributed = any(Path(case["checkpoint"]).glob("iter_*/metadata.json"))
     more = {
@@ -192,7 +192,7 @@ def by_pretrain(case: dict[str, Any]) -> tuple[list[Any], Any, dict[str, Any]]:
             raise RuntimeError("load_checkpoint fell back to a load that is not strict")
         return strictly(self, state, strict=True, **options)
 
-    torch.nn.Module.load_state_dict = only_strictly  # type: ignore[method-assign,assignment]
+    torch.nn.Module.load_state_dict = only_strictly
     args = arguments.parse_and_validate_args()
     start.initialize_megatron()
     kind = core("enums").ModelType.encoder_or_decoder
@@ -232,7 +232,8 @@ def by_pretrain(case: dict[str, Any]) -> tuple[list[Any], Any, dict[str, Any]]:
 def as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     """Its bits; those of bfloat16 as uint16."""
     plain = tensor.detach().contiguous()
-    return plain.view(torch.int16).numpy().view("<u2") if plain.dtype is torch.bfloat16 else plain.numpy()
+    found: np.ndarray[Any, Any] = (plain.view(torch.int16) if plain.dtype is torch.bfloat16 else plain).numpy()
+    return found.view("<u2") if plain.dtype is torch.bfloat16 else found
 
 
 def keep(out: Path, rank: int, chunks: list[Any], optimizer: Any, run: dict[str, Any]) -> None:
