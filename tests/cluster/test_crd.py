@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     ),
     "follow-into-torch-dist": (
         [("spec.follow", {}), ("spec.target", {"path": "out", "format": "TorchDist"})],
-        "spec.follow", "leave follow out where target.format is TorchDist",
+        "spec.follow", "leave follow out, or set target.format to Megatron06",
     ),
     "torch-dist-for-a-data-parallel-size": (
         [("spec.target", {"path": "out", "format": "TorchDist", "dataParallel": 2})],

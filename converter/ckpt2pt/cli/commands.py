@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ckpt2pt.core.progress import Reporter
     from ckpt2pt.io.text import Document
     from ckpt2pt.kube.conversion.schema import Spec
-    from ckpt2pt.run.torch_dist.request import AnyRequest
+    from ckpt2pt.run.targets.request import AnyRequest
     from ckpt2pt.verification.compare import Comparison
     from ckpt2pt.verification.report import Report
 

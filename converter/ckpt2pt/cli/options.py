@@ -97,7 +97,7 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     group.add_argument(
         "--param-map-path",
         type=path,
-        help="the pt_meta folder, for --target-format megatron also the launch script (or a YAML description) of the run to come; default for a Megatron source: what the checkpoint says itself (spec.metadata.path)",
+        help="the pt_meta folder, for --target-format megatron and torch_dist also the launch script (or a YAML description) of the run to come; default for a Megatron source: what the checkpoint says itself (spec.metadata.path)",
     )
     group.add_argument(
         "--target",

@@ -263,9 +263,9 @@ def prove_read(
     if request.full and request.verify == "full" and not rank[0]:
         own = held_by(opened.index, rank, _wanted(request, own_meta(request, rank)))
         check_rounding({tensor.key: tensor for tensor in own}, str(request.source), every=True)
-    items = [chunk.item for entry in opened.metadata.tensors.values() for chunk in entry.chunks]
+    items = opened.metadata.items
     for path, pieces in read.items():
-        inside = [item for item in items if item.file == Path(path).name]
+        inside = items.get(Path(path).name)
         if not pieces or not inside or Path(path).parent != request.source:
             continue
         if request.verify == "none":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.errors import TopologyError
 from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.torch_dist.metadata import Item
 
 OPTION = "the checkpoint's path"
 """What names the folder, in the user's words."""
@@ -36,6 +38,8 @@ class Checkpoint:
     """What a MindSpore file states of optimizer and scheduler."""
     samples: int | None = None
     """Training samples consumed, None where nothing states them."""
+    items: Mapping[str, Sequence[Item]] = field(default_factory=dict[str, Sequence["Item"]])
+    """The archives inside each file of a distributed checkpoint, by its name."""
 
 
 def agreed(asked: tuple[int | None, int | None], there: tuple[int, int], where: Path) -> tuple[int, int]:

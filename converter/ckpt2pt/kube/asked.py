@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         TargetFormat,
         TransformerImpl,
     )
-    from ckpt2pt.run.torch_dist.request import AnyRequest
+    from ckpt2pt.run.targets.request import AnyRequest
 
 _FORMATS: Mapping[str, SourceFormat] = {
     "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",

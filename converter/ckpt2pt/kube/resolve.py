@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
@@ -17,8 +17,9 @@ from ckpt2pt.errors import Ckpt2ptError, TopologyError, UsageError, aside, ref, 
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
 from ckpt2pt.formats.ptmeta.metadata import Given, learn
 from ckpt2pt.kube.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
-from ckpt2pt.run.targets.request import McoreRequest
-from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
+from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, TargetRequest
+
+T = TypeVar("T", bound=TargetRequest)
 
 log = logging.getLogger("ckpt2pt")
 
@@ -31,7 +32,7 @@ def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
 
 def resolve_mcore(spec: Spec, *, in_process: bool = False) -> McoreRequest:
     """The request of a conversion into the torch format of Megatron-LM 0.7 to 0.19; headers are read for sizes that are not said."""
-    own, result, target = spec.parallelism, spec.target.parallelism, spec.target
+    target = spec.target
     version = target.megatron_version or "0.19"
     if not re.match(RELEASE, version):
         raise UsageError(
@@ -40,30 +41,17 @@ def resolve_mcore(spec: Spec, *, in_process: bool = False) -> McoreRequest:
             hint="give a release from 0.7 to 0.19; for 0.6 choose another format of the target",
             field="target.megatronVersion",
         )
-    return McoreRequest(
-        topology=_divided(spec),
-        source=Path(spec.source.path),
-        target=Path(target.path),
-        source_format=_SOURCES.get(spec.source.format, "mindspore"),
-        metadata=Path(spec.metadata.path) if spec.metadata.path else None,
-        iteration=spec.source.iteration,
-        tensor=own.tensor,
-        pipeline=own.pipeline,
-        target_virtual=result.virtual_pipeline or own.virtual_pipeline,
+    return _by_tensors(
+        McoreRequest,
+        spec,
+        in_process=in_process,
+        target_virtual=target.parallelism.virtual_pipeline or spec.parallelism.virtual_pipeline,
         num_layers=spec.model.num_layers,
         layers_per_stage=spec.model.layers_per_stage or None,
         data=target.data_parallel or 1,
         release=(0, int(version.partition(".")[2])),
         names=_NAMES[target.names],
         transformer=_TRANSFORMERS[target.transformer_impl],
-        full=spec.mode == "Full",
-        zero_samples=target.zero_consumed_samples,
-        rules=_rules(spec),
-        overwrite=target.overwrite,
-        verify=_verify(spec),
-        workers=spec.workers.processes,
-        in_process=in_process,
-        timeout=spec.workers.rank_timeout_seconds,
     )
 
 
@@ -73,33 +61,13 @@ _TRANSFORMERS: Mapping[str, Literal["auto", "local", "transformer_engine"]] = {
 }  # fmt: skip
 
 
-def _divided(spec: Spec) -> Topology:
-    """Tensor and pipeline parallel size of the result; those of the source, which is read as far as its headers, where nobody says them."""
-    from ckpt2pt.formats.registry import read  # noqa: PLC0415 - only where it is asked for
-
-    own, result = spec.parallelism, spec.target.parallelism
-    tensor, pipeline = result.tensor or own.tensor, result.pipeline or own.pipeline
-    if not tensor or not pipeline:
-        found = read(
-            Path(spec.source.path),
-            source_format=_SOURCES.get(spec.source.format, "mindspore"),
-            tensor=own.tensor,
-            pipeline=own.pipeline,
-            iteration=spec.source.iteration,
-            rules=_rules(spec),
-        )
-        tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
-    return Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline)
-
-
 def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
     """The request of a conversion into torch_dist; where it is not said how work is divided, headers are read.
 
     Raises :class:`UsageError` for what decides nothing there.
     """
-    own, result = spec.parallelism, spec.target.parallelism
     for field, given in (
-        ("target.parallelism.virtualPipeline", result.virtual_pipeline),
+        ("target.parallelism.virtualPipeline", spec.target.parallelism.virtual_pipeline),
         ("target.dataParallel", spec.target.data_parallel),
     ):
         if given is not None:
@@ -109,28 +77,49 @@ def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
                 hint="leave it out: Megatron-LM loads torch_dist into any layout",
                 field=field,
             )
-    source_format = _SOURCES.get(spec.source.format, "mindspore")
-    return DistRequest(
-        topology=_divided(spec),
-        source=Path(spec.source.path),
+    return _by_tensors(DistRequest, spec, in_process=in_process)
+
+
+def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
+    """What every conversion by global tensors is asked for, and what only this one is.
+
+    Tensor and pipeline parallel size are those of the source, which is read as far as its headers, where nobody says them.
+    """
+    from ckpt2pt.formats.registry import read  # noqa: PLC0415 - only where it is asked for
+
+    source, sizes, result, rules = Path(spec.source.path), spec.parallelism, spec.target.parallelism, _rules(spec)
+    source_format = "auto" if spec.source.format == "Auto" else "mindspore"
+    if spec.source.format == "Megatron":
+        source_format = "torch_dist" if _of_iteration(spec)[1] else "megatron"
+    tensor, pipeline = result.tensor or sizes.tensor, result.pipeline or sizes.pipeline
+    if not tensor or not pipeline:
+        found = read(
+            source,
+            source_format=source_format,
+            tensor=sizes.tensor,
+            pipeline=sizes.pipeline,
+            iteration=spec.source.iteration,
+            rules=rules,
+        )
+        tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
+    return kind(
+        topology=Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline),
+        source=source,
         target=Path(spec.target.path),
         source_format=source_format,
         metadata=Path(spec.metadata.path) if spec.metadata.path else None,
         iteration=spec.source.iteration,
-        tensor=own.tensor,
-        pipeline=own.pipeline,
+        tensor=sizes.tensor,
+        pipeline=sizes.pipeline,
         full=spec.mode == "Full",
         zero_samples=spec.target.zero_consumed_samples,
-        rules=_rules(spec),
+        rules=rules,
         overwrite=spec.target.overwrite,
         verify=_verify(spec),
         workers=spec.workers.processes,
-        in_process=in_process,
         timeout=spec.workers.rank_timeout_seconds,
+        **own,
     )
-
-
-_SOURCES = {"Auto": "auto", "Megatron": "megatron"}
 
 
 def resolve(spec: Spec, *, in_process: bool = False) -> Request:
@@ -143,11 +132,7 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
     source, target = Path(spec.source.path), Path(spec.target.path)
     megatron, distributed = is_megatron(spec), False
     if megatron:
-        from ckpt2pt.formats.megatron.read import source_folder  # noqa: PLC0415 - for Megatron sources
-        from ckpt2pt.formats.torch_dist.metadata import is_distributed  # noqa: PLC0415
-
-        source = source_folder(source, spec.source.iteration)  # whatever the tracker names meanwhile
-        distributed = is_distributed(source)
+        source, distributed = _of_iteration(spec)  # whatever the tracker names meanwhile
         topology, saved = _of_megatron(spec, source, rules, distributed=distributed)
     elif files:
         topology, saved = _to_mindspore(spec, rules)
@@ -192,6 +177,15 @@ def _files(spec: Spec) -> MindSporeFiles | None:
 _OTHER = refs("target.parallelism.tensor", "target.parallelism.pipeline", "target.parallelism.virtualPipeline")
 _FILES = {"Ckpt": "ckpt", "Safetensors": "safetensors"}
 """Formats of MindSpore's files, where one of them is asked for."""
+
+
+def _of_iteration(spec: Spec) -> tuple[Path, bool]:
+    """The folder of the iteration of a Megatron checkpoint, and whether it is distributed."""
+    from ckpt2pt.formats.megatron.read import source_folder  # noqa: PLC0415 - for Megatron sources
+    from ckpt2pt.formats.torch_dist.metadata import is_distributed  # noqa: PLC0415
+
+    folder = source_folder(Path(spec.source.path), spec.source.iteration)
+    return folder, is_distributed(folder)
 
 
 def is_megatron(spec: Spec) -> bool:

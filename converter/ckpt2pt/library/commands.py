@@ -17,7 +17,7 @@ from ckpt2pt.kube.conversion.spelling import in_python, of_function, spelled_doc
 if TYPE_CHECKING:
     from ckpt2pt.discover.request import Verify
     from ckpt2pt.run.conversion import Outcome
-    from ckpt2pt.run.torch_dist.request import AnyRequest
+    from ckpt2pt.run.targets.request import AnyRequest
     from ckpt2pt.show.preview import Plan
     from ckpt2pt.verification.compare import Comparison
 

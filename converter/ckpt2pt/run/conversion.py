@@ -46,8 +46,7 @@ from ckpt2pt.publish import Target
 from ckpt2pt.publish.merged import Merge, publish_merged, refuse_lost
 from ckpt2pt.run.pool import stopped_by_signals, work_through
 from ckpt2pt.run.rank import RankTask
-from ckpt2pt.run.targets.request import McoreRequest
-from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
+from ckpt2pt.run.targets.request import AnyRequest, DistRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -238,17 +237,16 @@ def _examine(request: Request, chosen: Discovered, target: Target, pp: int) -> t
 
 def run(request: AnyRequest, stages: Sequence[int], reporter: Reporter) -> Outcome:
     """Convert the given pipeline stages of the result; what an earlier run finished is kept."""
+    if isinstance(request, Request):
+        return run_discovered(request, stages, reporter)[0]
+    began = time.monotonic()
     if isinstance(request, DistRequest):
-        from ckpt2pt.run.torch_dist.convert import conversion_of  # noqa: PLC0415 - each kind loads what it needs
+        from ckpt2pt.run.targets.torch_dist import conversion_of  # noqa: PLC0415 - which imports this one
 
-        began = time.monotonic()
         return carry_out(conversion_of(request, stages), stages, reporter, began)
-    if isinstance(request, McoreRequest):
-        from ckpt2pt.run.targets.mcore import conversion_of as conversion_of_mcore  # noqa: PLC0415 - as above
+    from ckpt2pt.run.targets.mcore import conversion_of as conversion_of_mcore  # noqa: PLC0415 - as above
 
-        began = time.monotonic()
-        return carry_out(conversion_of_mcore(request, stages), stages, reporter, began)
-    return run_discovered(request, stages, reporter)[0]
+    return carry_out(conversion_of_mcore(request, stages), stages, reporter, began)
 
 
 def run_discovered(request: Request, stages: Sequence[int], reporter: Reporter) -> tuple[Outcome, Discovered]:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ckpt2pt.core.progress import Reporter
-from ckpt2pt.run.targets.request import McoreRequest
-from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
+from ckpt2pt.discover.request import Request
+from ckpt2pt.errors import UsageError, ref
+from ckpt2pt.run.targets.request import AnyRequest
+from ckpt2pt.run.targets.verify import verify_by_tensors
 from ckpt2pt.verification.prove import Reader, verify_target
 from ckpt2pt.verification.report import Report
 
@@ -15,13 +17,18 @@ from ckpt2pt.verification.report import Report
 def verify_result(
     request: AnyRequest, stages: Sequence[int], *, level: Literal["digest", "full"], reader: Reader, reporter: Reporter
 ) -> Report:
-    """Verify the given stages of what a request asks for, where it puts it."""
-    if isinstance(request, DistRequest):
-        from ckpt2pt.run.torch_dist.verify import verify_dist  # noqa: PLC0415 - each kind loads what it needs
+    """Verify the given stages of what a request asks for, where it puts it.
 
-        return verify_dist(request, stages, level=level, reader=reader, reporter=reporter)
-    if isinstance(request, McoreRequest):
-        from ckpt2pt.run.targets.mcore import verify_mcore  # noqa: PLC0415 - as above
-
-        return verify_mcore(request, stages, level=level, reader=reader, reporter=reporter)
-    return verify_target(request, stages, level=level, reader=reader, reporter=reporter)
+    Raises :class:`UsageError` where torch is to read a result that it cannot be compared by.
+    """
+    if isinstance(request, Request):
+        return verify_target(request, stages, level=level, reader=reader, reporter=reporter)
+    if reader != "own":
+        raise UsageError(
+            f"{ref('reader')} is torch, which compares results for Megatron-LM 0.6 alone",
+            where=ref("spec"),
+            hint=f"leave {ref('reader')} out: the own reader compares every element with the source; another proof is to load the "
+            "result with Megatron-LM itself",
+            field="reader",
+        )
+    return verify_by_tensors(request, stages, level=level, reporter=reporter)

@@ -21,8 +21,7 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import table, warned
 from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
-from ckpt2pt.run.targets.request import McoreRequest
-from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
+from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest
 from ckpt2pt.show.folding import fold, spanned
 
 log = logging.getLogger("ckpt2pt")

@@ -10,8 +10,8 @@ from ckpt2pt.core.slots import source_of
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import Target
-from ckpt2pt.run.torch_dist.convert import Found, find
-from ckpt2pt.run.torch_dist.request import DistRequest
+from ckpt2pt.run.targets.request import DistRequest
+from ckpt2pt.run.targets.torch_dist import Found, find
 from ckpt2pt.show.preview import Plan, with_ranks
 
 
@@ -21,13 +21,13 @@ def planned_dist(request: DistRequest, stages: Sequence[int], *, names: bool = F
     target = found.target
     ranks = [_rank(found, target, (tp, pp), names=names) for pp in stages for tp in range(found.division.tensor)]
     head: Json = {
-        "iteration": found.state.iteration,
+        "iteration": found.source.state.iteration,
         "because": "the checkpoint",
         "doubts": [],
-        "warnings": [*found.remarks],
+        "warnings": [*found.source.remarks],
         "fromTemplate": [],
-        "consumedSamples": found.state.samples,
-        "identity": found.identity,
+        "consumedSamples": found.source.state.samples,
+        "identity": target.identity,
         "target": str(target.folder),
         "options": found.identity_options,
     }

@@ -107,9 +107,11 @@ def test_a_distributed_checkpoint_is_named(tmp_path: Path, capsys: pytest.Captur
         assert "the index of the checkpoint cannot be read" in capsys.readouterr().err
     assert main(["inspect", str(folder / "__0_0.distcp")]) == 65
     assert "a part of a distributed checkpoint" in capsys.readouterr().err
-    for command in (["import", "--ms-path"], ["pt-meta", "--param-map-path"]):
-        assert main([command[0], "--megatron-path", str(tmp_path), command[1], str(tmp_path / "out")]) == 65
-        assert "this is a distributed checkpoint (torch_dist, .distcp files)" in capsys.readouterr().err
+    assert main(["import", "--megatron-path", str(tmp_path), "--ms-path", str(tmp_path / "out")]) == 65
+    assert "the index of the checkpoint cannot be read" in capsys.readouterr().err
+    assert main(["pt-meta", "--megatron-path", str(tmp_path), "--param-map-path", str(tmp_path / "out")]) == 65
+    assert "this is a distributed checkpoint (torch_dist, .distcp files)" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_of_hugging_face_are_named_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from ckpt2pt.core.progress import SILENCE
 from ckpt2pt.kube.conversion.schema import Place, Source, Spec, Target
 from ckpt2pt.kube.resolve import resolve_any
 from ckpt2pt.run.conversion import run
-from ckpt2pt.run.torch_dist.request import AnyRequest
+from ckpt2pt.run.targets.request import AnyRequest
 from ckpt2pt.run.verify import verify_result
 from dist import TIED
 

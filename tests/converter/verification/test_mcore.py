@@ -10,8 +10,9 @@ from ckpt2pt.core.progress import SILENCE
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import VerificationError
 from ckpt2pt.run.conversion import run
-from ckpt2pt.run.targets.mcore import find, verify_mcore
+from ckpt2pt.run.targets.mcore import find
 from ckpt2pt.run.targets.request import McoreRequest
+from ckpt2pt.run.verify import verify_result
 from ckpt2pt.verification.leaves import TensorLeaf, open_pt
 from ckpt2pt.verification.mcore import prove_files
 from mcoresets import odd_set, script_of
@@ -40,7 +41,7 @@ def test_result_is_proved_and_every_tensor_counts(request_of_odd: McoreRequest) 
     results = written(request_of_odd)
     crcs = prove_files(find(request_of_odd).expected, (0, 0), results, heed=lambda: None)
     assert set(crcs) == set(FILES)
-    report = verify_mcore(request_of_odd, [0], level="full", reader="own", reporter=SILENCE)
+    report = verify_result(request_of_odd, [0], level="full", reader="own", reporter=SILENCE)
     assert report.differences == ()
     assert report.checked_tensors == 4 * 28
 
@@ -57,7 +58,7 @@ def test_flipped_bit_is_found(file: str, leaf: str, request_of_odd: McoreRequest
     results[file].write_bytes(content)
     with pytest.raises(VerificationError):
         prove_files(find(request_of_odd).expected, (0, 0), results, heed=lambda: None)
-    report = verify_mcore(request_of_odd, [0], level="digest", reader="own", reporter=SILENCE)
+    report = verify_result(request_of_odd, [0], level="digest", reader="own", reporter=SILENCE)
     assert len(report.differences) == 1
 
 

@@ -85,7 +85,7 @@ def write_common(state: State, sizes: Values, *, full: bool) -> bytes:
             raise MissingInputError(
                 "nothing states the scheduler of learning rate and weight decay",
                 where=state.where,
-                hint=f"give a pt_meta in {ref('metadata.path')}, or convert weights alone{aside('mode')}",
+                hint=f"give a pt_meta, or the launch script of the Megatron run, in {ref('metadata.path')}, or convert weights alone{aside('mode')}",
                 field="metadata.path",
             )
         tree["optimizer"] = {"optimizer": {"param_groups": _groups(state)}, "param_state_sharding_type": SHARDING}

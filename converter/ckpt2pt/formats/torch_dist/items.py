@@ -109,11 +109,13 @@ def locate(folder: Path, chunks: Iterable[tuple[str, Chunk]]) -> Iterator[tuple[
                 yield chunk, _located(file, chunk, dtype, forms)
 
 
-def prove_items(path: Path, items: Iterable[Item], pieces: Sequence[Piece]) -> None:
-    """Compare the stored CRC-32 of each record that ``pieces`` of a file are of with that of its bytes; what else of it was not read is read now.
+def prove_items(path: Path, items: Iterable[Item], pieces: Sequence[Piece], *, every_byte: bool = True) -> bool:
+    """Compare the stored CRC-32 of each record that ``pieces`` of a file are of with that of its bytes.
 
-    Raises :class:`FormatError` for the first that differs.
+    What was not read of a record is read now; unless ``every_byte`` such a record is left out, and False is returned if there
+    is one.  Raises :class:`FormatError` for the first that differs.
     """
+    complete = True
     told = sorted(pieces)
     ends = [*accumulate((first + nbytes for first, nbytes, _ in told), max, initial=0)]
     with InputFile(path, ref("source.path")) as file:
@@ -121,7 +123,9 @@ def prove_items(path: Path, items: Iterable[Item], pieces: Sequence[Piece]) -> N
             stop = bisect_left(told, (item.offset + item.nbytes, 0, 0))
             if ends[stop] > item.offset:
                 records = Archive.read(ItemFile(file, item)).records.values()
-                prove_records(file, [one._replace(extent=_moved(one.extent, file, item)) for one in records], told)
+                moved = [one._replace(extent=_moved(one.extent, file, item)) for one in records]
+                complete &= prove_records(file, moved, told, every_byte=every_byte)
+    return complete
 
 
 def _located(file: InputFile, chunk: Chunk, dtype: str, forms: dict[tuple[str, Shape, int], _Form]) -> Located:

@@ -71,6 +71,14 @@ class Metadata:
     surplus: tuple[str, ...]
 
     @property
+    def items(self) -> dict[str, list[Item]]:
+        """The items that hold tensors, by the name of their file."""
+        found: dict[str, list[Item]] = {}
+        for chunk in (chunk for entry in self.tensors.values() for chunk in entry.chunks):
+            found.setdefault(chunk.item.file, []).append(chunk.item)
+        return found
+
+    @property
     def whole_states(self) -> bool:
         """Whether the optimizer's state of a model-parallel rank is one object, as with ``dp_zero_gather_scatter``."""
         return any(_WHOLE_STATE.fullmatch(key) for key in self.objects)

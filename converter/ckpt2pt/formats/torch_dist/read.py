@@ -58,6 +58,7 @@ def open_torch_dist(
         warnings=tuple(_warnings(metadata)),
         template=common,
         samples=samples if type(samples) is int else None,
+        items=metadata.items,
     )
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from ckpt2pt.core.extents import Box, Shape, Stored, View
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.params import axes_of, kind_of, layer_of
-from ckpt2pt.core.slots import FileSlots, Slot, source_of
+from ckpt2pt.core.slots import FileSlots, Slot, check_used, source_of
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, check_coverage, dense_strides
 from ckpt2pt.core.topology import Rank
-from ckpt2pt.errors import TopologyError
+from ckpt2pt.errors import TopologyError, aside
 from ckpt2pt.formats.torch_dist.keys import PREFIXES, Layers, extra_states, key_of
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Entry
 from ckpt2pt.formats.torch_dist.write import DistcpFile, Part
@@ -46,6 +46,21 @@ class Division:
     def ranks(self) -> Iterator[Rank]:
         """The workers."""
         return ((tp, pp) for pp in range(self.pipeline) for tp in range(self.tensor))
+
+    def check(self) -> None:
+        """Prove that every element of the source goes somewhere.
+
+        Raises :class:`CoverageError` where one does not, and what :meth:`file` raises.
+        """
+        if self.pipeline > len(self.layers.numbers):
+            raise TopologyError(
+                f"{self.pipeline} pipeline stages share {len(self.layers.numbers)} layers",
+                where=self.where,
+                hint=f"give fewer{aside('target.parallelism.pipeline')}",
+                field="target.parallelism.pipeline",
+            )
+        slots = (slot for rank in self.ranks() for slot in self.file(rank)[1].slots)
+        check_used(self.index, slots, {}, self.where)
 
     def file(self, rank: Rank) -> tuple[DistcpFile, FileSlots]:
         """What a worker writes.

@@ -308,17 +308,36 @@ class Archive:
             prove_records(file, cls.read(file).records.values(), sorted(pieces))
 
 
-def prove_records(file: InputFile, records: Iterable[Record], told: Sequence[Piece]) -> None:
-    """The same for records of a file that is open; ``told`` are sorted, and a piece may be of several records."""
+def prove_records(
+    file: InputFile, records: Iterable[Record], told: Sequence[Piece], *, every_byte: bool = True
+) -> bool:
+    """The same for records of a file that is open; ``told`` are sorted, and a piece may be of several records.
+
+    Unless ``every_byte`` a record that was read in part is not read for the sake of its checksum; False if there is one.
+    """
+    complete = True
     ends = [*accumulate((first + nbytes for first, nbytes, _ in told), max, initial=0)]
     for record in records:
         first, stop = record.extent.offset, record.extent.offset + record.extent.nbytes
         since, until = bisect_left(told, (first, 0, 0)), bisect_left(told, (stop, 0, 0))
         if not record.crc32 or (since == until and ends[since] <= first):
             continue
+        if not every_byte and not _covered(stop, max(first, ends[since]), told[since:until]):
+            complete = False
+            continue
         crc = file.crc32(first, stop, read=told[since:until])
         if crc != record.crc32:
             raise _wrong_crc(file, record, crc)
+    return complete
+
+
+def _covered(stop: int, position: int, pieces: Iterable[Piece]) -> bool:
+    """Whether sorted pieces hold every byte from ``position`` up to ``stop``."""
+    for first, nbytes, _ in pieces:
+        if first > position:
+            return False
+        position = max(position, first + nbytes)
+    return position >= stop
 
 
 def _read_pickle(file: PtFile, records: dict[str, Record]) -> bytes:

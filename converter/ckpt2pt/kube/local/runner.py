@@ -29,7 +29,7 @@ from ckpt2pt.kube.conversion.spec import API_VERSION, KIND, Conversion, parse, w
 from ckpt2pt.kube.conversion.status import WORST_FIRST, Ending, StageRecord, disagreement, status_of_run
 from ckpt2pt.kube.local.stages import OnFailure, Stages, request_here
 from ckpt2pt.kube.worker.waiting import request_when_complete
-from ckpt2pt.run.torch_dist.request import AnyRequest
+from ckpt2pt.run.targets.request import AnyRequest
 from ckpt2pt.show.preview import planned
 from ckpt2pt.show.preview import render as render_plan
 from ckpt2pt.show.progress import reporter

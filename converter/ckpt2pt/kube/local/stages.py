@@ -25,7 +25,7 @@ from ckpt2pt.kube.conversion.status import REASONS, Ending, StageRecord, State
 from ckpt2pt.kube.worker.account import Both
 from ckpt2pt.kube.worker.termination import message_of, plain
 from ckpt2pt.run.conversion import Outcome, run
-from ckpt2pt.run.torch_dist.request import AnyRequest
+from ckpt2pt.run.targets.request import AnyRequest
 
 log = logging.getLogger("ckpt2pt")
 

@@ -21,8 +21,7 @@ from ckpt2pt.errors import (
 from ckpt2pt.formats.mindspore.ready import Watcher
 from ckpt2pt.kube.conversion.schema import Readiness, Spec
 from ckpt2pt.kube.worker.account import Account
-from ckpt2pt.run.targets.request import McoreRequest
-from ckpt2pt.run.torch_dist.request import AnyRequest, DistRequest
+from ckpt2pt.run.targets.request import AnyRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -54,17 +53,14 @@ def _obstacle_of_save(ask: Callable[[], AnyRequest], readiness: Readiness) -> Bl
     """Megatron-LM writes its tracker when every rank has saved; a copy of a checkpoint may come file by file."""
     from ckpt2pt.discover import discover  # noqa: PLC0415 - only when asked for
     from ckpt2pt.run.targets.source import read_source  # noqa: PLC0415 - as above
-    from ckpt2pt.run.torch_dist.convert import find  # noqa: PLC0415 - as above
 
     try:
         request = ask()
-        if isinstance(request, DistRequest):
-            times = [int(str(one["mtime_ns"])) for one in find(request).stats.values()]
-        elif isinstance(request, McoreRequest):
-            times = [int(str(one["mtime_ns"])) for one in read_source(request).stats.values()]
-        else:
+        if isinstance(request, Request):
             inputs = discover(request).inputs
             times = [int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each]
+        else:
+            times = [int(str(one["mtime_ns"])) for one in read_source(request).stats.values()]
     except (MissingInputError, FormatError, TopologyError) as error:  # more folders may come
         return error, f"checkpoint is not complete: {error.what} ({error.where})"
     stable_for = time.time() - max(times) / 1e9

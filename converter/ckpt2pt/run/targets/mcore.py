@@ -9,16 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from ckpt2pt.core.fill import moves_of
 from ckpt2pt.core.params import EMBEDDING, HEAD, layer_of
-from ckpt2pt.core.progress import Advance, Reporter
+from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.reshard import vocabulary_rows
 from ckpt2pt.core.slots import source_of
 from ckpt2pt.core.tensor import ROLES, Key
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.engine.write import ReadPieces
 from ckpt2pt.errors import FormatError, UsageError, aside, ref
 from ckpt2pt.formats.folders import keep_apart
 from ckpt2pt.formats.megatron.order import Style
@@ -26,19 +25,20 @@ from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.megatron.tree import seed_of
 from ckpt2pt.formats.megatron.write import McoreLayout
 from ckpt2pt.formats.torchfile.trees import Value, namespace
-from ckpt2pt.io.paths import status
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import MEGATRON, Target
 from ckpt2pt.run.conversion import Conversion
 from ckpt2pt.run.rank import RankTask
 from ckpt2pt.run.targets.request import McoreRequest
-from ckpt2pt.run.targets.source import Source, paths_of, read_source
+from ckpt2pt.run.targets.source import Reading, Source, paths_of, read_source
 
 if TYPE_CHECKING:
     from ckpt2pt.verification.mcore import Expected
     from ckpt2pt.verification.report import Report
 
-NO_OPTIMIZER = " and --no-load-optim --no-load-rng (it holds parameters only)"
+_NO_OPTIMIZER = " and --no-load-optim --no-load-rng (it holds parameters only)"
+
+_SPEC = "layer spec"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Found:
         """What decides what is written."""
         layout, topology = self.layout, self.layout.topology
         return {
-            "mode": "Full" if layout.full else "ParamsOnly",
+            **self.request.identity_options(),
             "format": "Megatron",
             "release": ".".join(map(str, layout.style.release)),
             "names": layout.style.names,
@@ -63,17 +63,10 @@ class Found:
             "numLayers": topology.num_layers,
             "noopLayers": sorted(topology.noop),
             "layersPerStage": list(topology.layers_per_stage) if topology.layers_per_stage else None,
-            "tensor": topology.tensor,
-            "pipeline": topology.pipeline,
             "virtualPipeline": topology.virtual,
             "targetDataParallel": layout.data,
             "dtype": layout.dtype,
             "vocabulary": layout.rows,
-            "zeroConsumedSamples": self.request.zero_samples,
-            "rules": {
-                "layer_modules": dict(self.request.rules.layer_modules),
-                "modules": dict(self.request.rules.modules),
-            },
         }
 
     @cached_property
@@ -94,7 +87,9 @@ class Found:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a user should know before the result is used."""
-        return (*self.source.remarks, *(f"{what}: {why}" for what, why in self.assumed.items()))
+        advice = {_SPEC: f"; give {ref('target.transformerImpl')} for a run with Transformer Engine"}
+        told = (f"{what}: {why}{advice.get(what, '')}" for what, why in self.assumed.items())
+        return (*self.source.remarks, *told)
 
     @property
     def expected(self) -> Expected:
@@ -117,9 +112,22 @@ class Found:
         )
         return Expected(held=held, state=layout.state, dtype=layout.dtype)
 
+    def listed(self, rank: Rank) -> list[str]:
+        """The files of a rank, below the folder of the result."""
+        return [f"{self.layout.directory(rank)}/{file.name}" for file in self.layout.files(rank)[0]]
+
     def paths(self, rank: Rank) -> tuple[str, ...]:
         """The files that a rank is read from."""
         return paths_of(self.layout.tensors(rank))
+
+    def compare(self, rank: Rank, advance: Advance) -> tuple[Report, Mapping[str, int]]:
+        """Compare the files of a rank, which are there, with the source; the CRC-32 of each."""
+        from ckpt2pt.verification.mcore import compare_files  # noqa: PLC0415 - numpy, and only when asked for
+
+        directory = self.layout.directory(rank)
+        results = {Path(name).name: self.target.folder / name for name in self.listed(rank)}
+        report, crcs = compare_files(self.expected, rank, results, advance, directory)
+        return report, {f"{directory}/{name}": crc for name, crc in crcs.items()}
 
 
 def find(request: McoreRequest) -> Found:
@@ -226,8 +234,7 @@ def _style(request: McoreRequest, source: Source) -> tuple[Style, dict[str, obje
         said = args.get("transformer_impl")
         transformer = "transformer_engine" if said == "transformer_engine" else "local"
         if said is None and not legacy:
-            option = ref("target.transformerImpl")
-            assumed["layer spec"] = f"local, as nothing states it; give {option} for a run with Transformer Engine"
+            assumed[_SPEC] = "local, as nothing states it"
     style = Style(
         release=request.release,
         names="legacy" if legacy else "mcore",
@@ -236,23 +243,10 @@ def _style(request: McoreRequest, source: Source) -> tuple[Style, dict[str, obje
     return style, assumed
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
-    """The source of one rank."""
+def _prove(found: Found, rank: Rank, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:
+    from ckpt2pt.verification.mcore import prove_files  # noqa: PLC0415 - numpy, and only when asked for
 
-    found: Found
-    rank: Rank
-
-    def prove_unchanged(self) -> None:
-        self.found.source.prove_unchanged(self.found.paths(self.rank))
-
-    def prove_read(self, read: ReadPieces) -> Mapping[str, int]:
-        return self.found.source.prove_read(read)
-
-    def prove_result(self, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:
-        from ckpt2pt.verification.mcore import prove_files  # noqa: PLC0415 - numpy, and only when asked for
-
-        return prove_files(self.found.expected, self.rank, partials, heed=heed)
+    return prove_files(found.expected, rank, partials, heed=heed)
 
 
 def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
@@ -262,7 +256,7 @@ def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
     return RankTask(
         rank=rank,
         target=target,
-        reading=_Reading(found, rank),
+        reading=Reading(found.source, found.paths(rank), partial(_prove, found, rank)),
         verify=request.verify,
         repair=request.overwrite,
         directory=layout.directory(rank),
@@ -289,61 +283,6 @@ def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
         inputs={(tp, pp): found.source.inputs(found.paths((tp, pp))) for pp in stages for tp in range(tensor)},
         conflicts=(),
         warnings=found.remarks,
-        how_to_load=f" with {found.layout.style.needs}" + ("" if request.full else NO_OPTIMIZER),
+        how_to_load=f" with {found.layout.style.needs}" + ("" if request.full else _NO_OPTIMIZER),
         prepare=partial(_plan, found),
-    )
-
-
-def verify_mcore(
-    request: McoreRequest,
-    stages: Sequence[int],
-    *,
-    level: Literal["digest", "full"],
-    reader: Literal["own", "torch"],
-    reporter: Reporter,
-) -> Report:
-    """Verify the given stages of a result; ``full`` is ``digest``, and every element besides."""
-    if reader != "own":
-        raise UsageError(
-            f"{ref('reader')} is torch, which compares results of Megatron-LM 0.6 alone",
-            where=ref("spec"),
-            hint=f"leave {ref('reader')} out",
-            field="reader",
-        )
-    from ckpt2pt.verification.manifests import published, recorded_bytes, surplus  # noqa: PLC0415 - numpy, and only when asked for
-    from ckpt2pt.verification.prove import check_there, digests, joined, reports_of  # noqa: PLC0415 - the same
-
-    found = find(request)
-    target, layout = found.target, found.layout
-    check_there(target)
-    ranks = [(tp, pp) for pp in stages for tp in range(layout.topology.tensor)]
-    if level == "digest":
-        reports = digests(target, ranks, reporter)
-    else:
-        totals = {rank: recorded_bytes(target, rank) for rank in ranks}
-        reports = reports_of(
-            totals, target.iteration, reporter, lambda rank, advance: _verify(found, target, rank, advance)
-        )
-    listed = {
-        f"{layout.directory(rank)}/{file.name}" for rank in layout.topology.ranks() for file in layout.files(rank)[0]
-    }
-    return joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
-
-
-def _verify(found: Found, target: Target, rank: Rank, advance: Advance) -> Report:
-    from ckpt2pt.verification.manifests import digest_files  # noqa: PLC0415 - numpy, and only when asked for
-    from ckpt2pt.verification.mcore import compare_files  # noqa: PLC0415 - the same
-    from ckpt2pt.verification.report import Report  # noqa: PLC0415 - the same
-
-    folder = target.folder / found.layout.directory(rank)
-    results = {file.name: folder / file.name for file in found.layout.files(rank)[0]}
-    if not all(map(status, results.values())):  # the manifest tells what is not there
-        differences, nbytes = digest_files(target, rank, advance)
-        return Report(
-            folder=str(target.folder), level="full", differences=differences, checked_tensors=0, checked_bytes=nbytes
-        )
-    report, _ = compare_files(found.expected, rank, results, advance, found.layout.directory(rank))
-    differences, nbytes = digest_files(target, rank, advance)
-    return replace(
-        report, folder=str(target.folder), differences=(*differences, *report.differences), checked_bytes=nbytes
     )

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
-from ckpt2pt.discover.request import Pace, Verify
+from ckpt2pt.discover.request import Pace, Request, Verify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,19 @@ class TargetRequest:
         """How its ranks are worked on."""
         return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout)
 
+    def identity_options(self) -> dict[str, object]:
+        """What decides what is written, whatever the target."""
+        return {
+            "mode": "Full" if self.full else "ParamsOnly",
+            "tensor": self.topology.tensor,
+            "pipeline": self.topology.pipeline,
+            "zeroConsumedSamples": self.zero_samples,
+            "rules": {
+                "layer_modules": dict(self.rules.layer_modules),
+                "modules": dict(self.rules.modules),
+            },
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class McoreRequest(TargetRequest):
@@ -56,3 +69,15 @@ class McoreRequest(TargetRequest):
     release: tuple[int, int] = (0, 19)
     names: Literal["auto", "mcore", "legacy"] = "auto"
     transformer: Literal["auto", "local", "transformer_engine"] = "auto"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistRequest(TargetRequest):
+    """All options of a conversion into ``torch_dist``.
+
+    ``topology`` divides the work and with it the files, not what is in them: the result has no layout, and a stage of it is
+    any part of the layers.
+    """
+
+
+AnyRequest = Request | McoreRequest | DistRequest

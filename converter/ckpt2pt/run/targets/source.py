@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from ckpt2pt.core.index import Index
 from ckpt2pt.core.slots import weights_alone
 from ckpt2pt.core.state import State
 from ckpt2pt.core.tensor import Tensor
-from ckpt2pt.discover.checkpoint import changed, stat_of
+from ckpt2pt.discover.checkpoint import changed, only_growing, stat_of
 from ckpt2pt.discover.request import digest
 from ckpt2pt.engine.write import ReadPieces
 from ckpt2pt.errors import MissingInputError, ref
@@ -20,6 +20,7 @@ from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.mindspore import prove_sources
 from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.state import state_of
+from ckpt2pt.formats.torch_dist.items import prove_items
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.trees import Global
 from ckpt2pt.io.records import Json
@@ -73,15 +74,23 @@ class Source:
                 raise changed(Path(path))
 
     def prove_read(self, read: ReadPieces) -> Mapping[str, int]:
-        """By the CRC-32 that a file states of itself, or of each record of an archive."""
-        if self.request.verify == "none":
-            return {"verified": 0, "notChecked": len(read), "none": 0}
-        archives = [path for path in read if path.endswith(".pt")]
-        for path in archives:
-            Archive.prove_read(Path(path), read[path])
-        every = self.request.full or self.request.verify == "full"
-        counts = prove_sources((Path(path) for path in read if path not in archives), read, every_byte=every)
-        return {**counts, "verified": counts["verified"] + len(archives)}
+        """By the CRC-32 that a file states of itself, or of each record of an archive.
+
+        A record of ``torch_dist``, which may hold a weight of all layers, is read whole for it where everything is verified;
+        else a file of which one was read in part counts as not checked.
+        """
+        counts, level = {"verified": 0, "notChecked": 0, "none": 0}, self.request.verify
+        if level != "none" and self.checkpoint.format == "mindspore":
+            return prove_sources(map(Path, read), read, every_byte=self.request.full or level == "full")
+        for path, pieces in read.items():
+            proved = level != "none"
+            if proved and self.checkpoint.format == "torch_dist":
+                items = self.checkpoint.items[Path(path).name]
+                proved = prove_items(Path(path), items, pieces, every_byte=level == "full")
+            elif proved:
+                Archive.prove_read(Path(path), pieces)
+            counts["verified" if proved else "notChecked"] += 1
+        return counts
 
 
 def paths_of(tensors: Iterable[Tensor]) -> tuple[str, ...]:
@@ -90,6 +99,31 @@ def paths_of(tensors: Iterable[Tensor]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(extent.path for view in views for extent in view.storage))
 
 
+Prove = Callable[[Mapping[str, Path], Callable[[], None]], Mapping[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The source of one rank: the files that it is read from, and what compares its result with it."""
+
+    source: Source
+    paths: tuple[str, ...]
+    prove: Prove
+
+    def prove_unchanged(self) -> None:
+        """Refuse files that are not those any more whose headers were read."""
+        self.source.prove_unchanged(self.paths)
+
+    def prove_read(self, read: ReadPieces) -> Mapping[str, int]:
+        """As :meth:`Source.prove_read`."""
+        return self.source.prove_read(read)
+
+    def prove_result(self, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:
+        """Compare complete temporary files, by name, with the source, element by element; the CRC-32 of each."""
+        return self.prove(partials, heed)
+
+
+@only_growing()
 def read_source(request: TargetRequest) -> Source:
     """Read the headers of a checkpoint, and its metadata.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +107,31 @@ def test_every_record_of_which_something_was_read_is_proved(tmp_path: Path) -> N
         with pytest.raises(FormatError, match="the CRC-32 of data/0 is"):
             prove_items(path, [item], [(start, stop - start, zlib.crc32(data[start:stop]))])
     prove_items(path, [item], [(0, item.offset, 0)])
+
+
+def test_a_record_that_was_read_in_part_is_not_read_for_its_checksum_alone(tmp_path: Path) -> None:
+    item = written(tmp_path, torch.arange(50.0))
+    path = tmp_path / item.file
+    data = bytearray(path.read_bytes())
+    [(_, at)] = locate(tmp_path, [("float32", Chunk((0,), (50,), item))])
+    first, stop = at.storage[0].offset, at.storage[0].offset + at.storage[0].nbytes
+    data[stop - 1] ^= 1
+    path.write_bytes(data)
+
+    def pieces(*bounds: int) -> list[tuple[int, int, int]]:
+        return [(start, end - start, zlib.crc32(data[start:end])) for start, end in pairwise(bounds)]
+
+    for part in (
+        pieces(first, stop - 1),
+        pieces(first - 9, stop - 1),
+        [pieces(first, first + 8, first + 9, stop)[i] for i in (0, 2)],
+    ):
+        assert prove_items(path, [item], part, every_byte=False) is False
+        with pytest.raises(FormatError, match="the CRC-32 of data/0 is"):
+            prove_items(path, [item], part)
+    for whole in (pieces(first, stop), pieces(first - 9, first + 9, stop), pieces(first, first + 8, stop + 1)):
+        with pytest.raises(FormatError, match="the CRC-32 of data/0 is"):
+            prove_items(path, [item], whole, every_byte=False)
+    data[stop - 1] ^= 1
+    path.write_bytes(data)
+    assert prove_items(path, [item], pieces(first, first + 8, stop), every_byte=False) is True

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
+from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Topology
-from ckpt2pt.errors import TryAgainError
+from ckpt2pt.discover.request import Verify
+from ckpt2pt.errors import FormatError, TryAgainError
 from ckpt2pt.run.targets.request import TargetRequest
 from ckpt2pt.run.targets.source import read_source
 from mcoresets import odd_set, script_of
+from torchdist import gpt, write_gpt
 
 
 def request(tmp_path: Path, *script: str) -> TargetRequest:
@@ -58,3 +63,32 @@ def test_source_that_changes_is_noticed(tmp_path: Path) -> None:
     found.prove_unchanged(found.stats)
     with pytest.raises(TryAgainError, match="written while it was read"):
         stale.prove_unchanged(found.stats)
+
+
+def distributed(tmp_path: Path) -> TargetRequest:
+    folder = write_gpt(tmp_path / "save" / "iter_0000003", gpt())
+    return TargetRequest(topology=Topology(num_layers=1), source=folder.parent, target=tmp_path / "out")
+
+
+def test_records_of_a_distributed_source_are_proved_where_they_were_read_whole(tmp_path: Path) -> None:
+    asked = distributed(tmp_path)
+    source = read_source(asked)
+    [extent] = source.index[Key("exp_avg", "output_layer.weight")].views[0].storage
+    path = Path(extent.path)
+
+    def counts(stop: int, verify: Verify = "digest") -> Mapping[str, int]:
+        data = path.read_bytes()[extent.offset : stop]
+        told = {extent.path: [(extent.offset, len(data), crc32(data))]}
+        return replace(source, request=replace(asked, verify=verify)).prove_read(told)
+
+    whole, part = extent.offset + extent.nbytes, extent.offset + 8
+    verified, not_checked = ({"verified": one, "notChecked": 1 - one, "none": 0} for one in (1, 0))
+    assert counts(whole) == counts(part, "full") == verified
+    assert counts(part) == counts(whole, "none") == not_checked
+    with path.open("r+b") as file:
+        file.seek(whole - 1)
+        file.write(b"\x55")
+    assert counts(part) == not_checked
+    for stop, verify in ((whole, "digest"), (part, "full")):
+        with pytest.raises(FormatError, match="CRC-32"):
+            counts(stop, verify)  # type: ignore[arg-type]

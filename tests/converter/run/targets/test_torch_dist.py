@@ -12,9 +12,12 @@ import torch
 
 from ckpt2pt.cli.commands import main
 from ckpt2pt.formats.registry import read
+from ckpt2pt.formats.torch_dist.slots import Division
 from ckpt2pt.formats.torchfile.trees import Call, namespace_attrs
 from ckpt2pt.verification.across import compare_any
 from dist import CUT, NOOP, TIED, convert, of_mindspore
+from mcoresets import odd_set, script_of
+from torchdist import gpt, write_gpt
 
 
 def iteration(target: Path) -> Path:
@@ -146,3 +149,36 @@ def test_namespaces_are_plain(tmp_path: Path) -> None:
     args = template.tree["args"]
     assert isinstance(args, Call)
     assert namespace_attrs(args)["hidden_size"] == read(TIED / "A").template.args["hidden_size"]  # type: ignore[union-attr]
+
+
+def test_a_tensor_that_no_worker_writes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = Division.names
+    monkeypatch.setattr(Division, "names", lambda self, pp: [one for one in names(self, pp) if "final" not in one])
+    assert convert(CUT / "A", tmp_path / "out") == 65
+    assert "decoder.final_layernorm.weight" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_launch_script_says_what_a_mindspore_checkpoint_does_not(tmp_path: Path) -> None:
+    folder = odd_set()
+    script = script_of(folder, tmp_path)
+    assert convert(folder / "ms", tmp_path / "out", "--param-map-path", script, "--verify", "full") == 0
+    assert compare_any([tmp_path / "out", folder]).same
+    common: Any = torch.load(iteration(tmp_path / "out") / "common.pt", weights_only=False)
+    assert common["opt_param_scheduler"]["num_steps"] == common["args"].consumed_train_samples == 12
+
+
+@pytest.mark.parametrize("target", ["torch_dist", "megatron"])
+@pytest.mark.parametrize("said", ["auto", "megatron"])
+def test_any_megatron_format_is_a_source_and_is_told_by_the_folder(said: str, target: str, tmp_path: Path) -> None:
+    save = write_gpt(tmp_path / "save" / "iter_0000003", gpt()).parent
+    words = ("--source-format", said, "--target-format", target, "--target-tp-size", "2", "--verify", "full")
+    assert convert(save, tmp_path / "out", *words) == 0
+    assert compare_any([tmp_path / "out", save]).same
+    [one] = {
+        json.dumps(json.loads(path.read_text())["sourceChecksums"])
+        for path in iteration(tmp_path / "out").glob(".ckpt2pt/rank*.json")
+    }
+    assert json.loads(one)["notChecked"] == 0

@@ -48,8 +48,12 @@ def test_a_file_that_is_gone_or_was_cut_is_a_difference(tmp_path: Path, capfd: p
 
 
 def test_torch_reads_no_row_of_archives(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert verify(CUT, tmp_path / "out", "--reader", "torch") == 64
-    assert "--reader is torch" in capfd.readouterr().err
+    for target in ("torch_dist", "megatron"):
+        assert verify(CUT, tmp_path / "out", "--target-format", target, "--reader", "torch") == 64
+        said = capfd.readouterr().err
+        assert "--reader is torch" in said
+        assert "leave --reader out" in said
+        assert "load the result with Megatron-LM" in said
 
 
 def test_a_result_that_is_not_there(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
