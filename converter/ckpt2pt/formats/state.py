@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from ckpt2pt.core.state import State, plain_values
+from ckpt2pt.formats.architecture import check_architecture
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.megatron.payload import Template
 
@@ -13,9 +14,12 @@ def state_of(checkpoint: Checkpoint, given: Template | None, *, iteration: int |
     """The state of a checkpoint; ``given`` is metadata that takes the place of its own.
 
     What a MindSpore file states of optimizer and scheduler counts more than what the metadata says.
+    Raises :class:`FormatError` for metadata of another model.
     """
     template = given or checkpoint.template
     args = plain_values(cast("dict[str, object]", template.args)) if template else {}
+    where = template.path if template else str(checkpoint.path)
+    check_architecture(args, checkpoint.index, where=where, source=str(checkpoint.path))
     step = iteration or checkpoint.iteration or 0
     samples = checkpoint.samples
     if samples is None and template and template.global_batch_size:
@@ -24,7 +28,7 @@ def state_of(checkpoint: Checkpoint, given: Template | None, *, iteration: int |
     groups = zip(template.groups, carried.groups, strict=True) if template and carried else ()
     own = None if given or not template or not template.groups else template.groups[0].get("step")
     return State(
-        where=template.path if template else str(checkpoint.path),
+        where=where,
         iteration=step,
         samples=0 if zero_samples else samples,
         step=own if type(own) is int else step,

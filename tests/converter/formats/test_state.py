@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from ckpt2pt.errors import FormatError
 from ckpt2pt.formats.ptmeta.metadata import read_arguments
 from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.state import state_of
-from dist import CUT
+from dist import CUT, TIED
 
 
 def test_a_megatron_checkpoint_states_all_of_it() -> None:
@@ -37,3 +40,9 @@ def test_samples_are_zero_where_the_reference_is_followed() -> None:
 def test_without_metadata_a_training_of_mindspore_states_little(tmp_path: Path) -> None:
     state = state_of(read(CUT / "ms", tensor=2, pipeline=2), None, iteration=5, zero_samples=False)
     assert (state.iteration, state.groups, state.scheduler) == (5, (), {})
+
+
+def test_metadata_of_another_model_is_refused() -> None:
+    given = read_arguments(TIED / "pt_meta", (0, 0))
+    with pytest.raises(FormatError, match="num_layers is 2, and the checkpoint has 4 layers"):
+        state_of(read(CUT / "ms", tensor=2, pipeline=2), given, iteration=None, zero_samples=False)
