@@ -234,8 +234,6 @@ def converted(case: Case, folder: Path) -> Path:
             words += ["--source", one.folder if one.recent else one.folder / "A"]
         else:
             words += ["--source", one.folder / "ms", "--param-map-path", one.folder / "pt_meta"]
-        if case.name == NOOP and case.form == "megatron":
-            words += ["--num-layers", 6]  # Megatron-LM has no no-op layers
         words += ["--target", target, "--target-format", case.form, "--progress", "none", "--multiprocess-off"]
         assert main(["convert", *map(str, words)]) == 0, words
     return damaged(target, case.damage) if case.damage else target

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckpt2pt.core.extents import Extent, Shape, Stored
-from ckpt2pt.core.params import EMBEDDING, Axes, axes_of, is_buffer, is_gated, model_order
+from ckpt2pt.core.params import EMBEDDING, Axes, axes_of, is_buffer, is_gated, layer_of, model_order
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, check_coverage, sharded
 from ckpt2pt.errors import CoverageError, TopologyError
 
@@ -39,6 +39,20 @@ def find(index: Index, key: Key) -> Tensor | None:
         return index.get(key)
     other = index.get(Key("main_param" if key.role == "param" else "param", key.name))
     return other if other and other.dtype == "float32" else None
+
+
+def without_gaps(index: Index) -> Index:
+    """The same tensors with their layers numbered on: a no-op layer has a number and no tensor, and those behind it move up."""
+    there = sorted({layer for key in index if (layer := layer_of(key.name)) is not None})
+    if there == [*range(len(there))]:
+        return index
+    numbers = {layer: number for number, layer in enumerate(there)}
+    moved: dict[Key, Tensor] = {}
+    for key, tensor in index.items():
+        layer = layer_of(key.name)
+        new = key if layer is None else Key(key.role, key.name.replace(f".{layer}.", f".{numbers[layer]}.", 1))
+        moved[new] = tensor._replace(key=new)
+    return moved
 
 
 @dataclass(slots=True)

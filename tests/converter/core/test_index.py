@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt2pt.core.extents import Extent, Shape
-from ckpt2pt.core.index import Collector, Index, Local, find
+from ckpt2pt.core.index import Collector, Index, Local, find, without_gaps
 from ckpt2pt.core.params import EMBEDDING
-from ckpt2pt.core.tensor import Key, Role
+from ckpt2pt.core.tensor import Key, Role, Tensor
 from ckpt2pt.errors import CoverageError, TopologyError
 
 FC1, FC2 = "decoder.layers.0.mlp.linear_fc1", "decoder.layers.0.mlp.linear_fc2"
@@ -156,3 +156,12 @@ def test_a_weight_of_less_precision_is_no_main_parameter() -> None:
 def test_a_main_parameter_alone_stands_for_its_weight() -> None:
     index = collected(1, {NORM: (4,)}, roles=("main_param",))
     assert find(index, Key("param", NORM)) is index[Key("main_param", NORM)]
+
+
+def test_layers_behind_a_no_op_layer_move_up() -> None:
+    names = ["embedding.word_embeddings.weight", *(f"decoder.layers.{n}.mlp.linear_fc2.weight" for n in (0, 2, 12))]
+    index = {key: Tensor(key, "float32", (1,), (1,), ()) for key in (Key("exp_avg", name) for name in names)}
+    moved = without_gaps(index)
+    assert [key.name for key in moved] == [names[0], *(f"decoder.layers.{n}.mlp.linear_fc2.weight" for n in range(3))]
+    assert all(tensor.key == key for key, tensor in moved.items())
+    assert without_gaps(moved) is moved

@@ -10,17 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+import ckpt2pt
+from ckpt2pt.cli.commands import main
 from ckpt2pt.core.params import EMBEDDING, HEAD
 from ckpt2pt.core.progress import SILENCE
 from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import MissingInputError, TopologyError, UsageError
+from ckpt2pt.formats.megatron.headers import read_rank
 from ckpt2pt.kube.conversion import schema
 from ckpt2pt.kube.resolve import resolve_any
 from ckpt2pt.run.conversion import run
 from ckpt2pt.run.targets.mcore import find
 from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.verification.leaves import TensorLeaf, open_pt
+from goldens import golden_sets
 from mcore import expected
 from mcoresets import joined, mcore_sets, odd_set, rank_arrays, script_of, sizes_of
 
@@ -159,7 +163,7 @@ def test_weights_alone_need_no_hyperparameters(tmp_path: Path) -> None:
         pytest.param(
             {"target_tensor": 3}, TopologyError, "which a tensor parallel size of 3 does not divide", id="heads"
         ),
-        pytest.param({"num_layers": 1}, Exception, "layer", id="fewer-layers-than-there-are"),
+        pytest.param({"num_layers": 1}, UsageError, "is 1, and the source has", id="fewer-layers-than-there-are"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_written(
@@ -175,3 +179,27 @@ def test_release_that_has_another_format_is_refused() -> None:
     spec = schema.Spec(source=schema.Source(path="ms"), target=target)
     with pytest.raises(UsageError, match=r"target\.megatronVersion.* is 0\.6"):
         resolve_any(spec)
+
+
+def test_no_op_layers_are_left_out_and_not_counted(tmp_path: Path) -> None:
+    [folder] = [path for path in golden_sets() if path.name == "e_tp1pp2vpp2_noop_tail"]
+    out, whole = tmp_path / "out", ["--source", str(folder / "ms"), "--param-map-path", str(folder / "pt_meta")]
+    words = ["convert", *whole, "--target", str(out), "--target-format", "megatron", "--verify", "full"]
+    assert main([*words, "--target-pp-size", "1"]) == 0
+    with ckpt2pt.open(folder / "A") as source, ckpt2pt.open(out) as result:
+        layers = {key.split(".")[2] for key in result.keys() if ".layers." in key}  # noqa: SIM118 - no mapping
+        assert layers == set("012345")
+        for key in source.keys():  # noqa: SIM118
+            assert np.array_equal(source.get(key, "exp_avg"), result.get(key, "exp_avg")), key
+    assert read_rank(out / "iter_0000002" / "mp_rank_00").template.args["num_layers"] == 6
+
+
+def test_a_number_of_layers_that_the_source_has_not_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["convert", "--source", str(ODD / "ms"), "--target", str(tmp_path / "out"), "--target-format", "megatron"]
+    script = script_of(ODD, tmp_path)
+    assert main([*words, "--param-map-path", str(script), "--num-layers", "9"]) == 64
+    err = capsys.readouterr().err
+    assert "--num-layers is 9, and the source has" in err
+    assert not (tmp_path / "out").exists()
