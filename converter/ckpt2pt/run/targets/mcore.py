@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt2pt.core.fill import moves_of
-from ckpt2pt.core.index import without_gaps
-from ckpt2pt.core.params import EMBEDDING, HEAD, layer_of
+from ckpt2pt.core.params import EMBEDDING, HEAD
 from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.reshard import vocabulary_rows
 from ckpt2pt.core.slots import source_of
@@ -134,7 +133,6 @@ class Found:
 def find(request: McoreRequest) -> Found:
     """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
     source = read_source(request)
-    source = replace(source, index=without_gaps(source.index))
     state, index = source.state, source.index
     _check_model(source)
     topology = _topology(request, source)
@@ -194,20 +192,9 @@ _UNEVEN = (
 def _topology(request: McoreRequest, source: Source) -> Topology:
     """How the result is laid out.  Megatron-LM has no no-op layers: what is counted are layers with parameters.
 
-    Raises :class:`UsageError` for another number of layers than the source has, and for a run with uneven stages whose
-    layers nobody counts.
+    Raises :class:`UsageError` for a run with uneven stages whose layers nobody counts.
     """
     args = source.state.args
-    count = len({layer for key in source.index if (layer := layer_of(key.name)) is not None})
-    whole = 1 + max((layer_of(key.name) or 0 for key in source.checkpoint.index), default=0)
-    if request.num_layers not in {None, count, whole, args.get("num_layers")}:
-        raise UsageError(
-            f"{ref('model.numLayers')} is {request.num_layers}, and the source has {count} layers"
-            + (f", {whole} with its no-op layers" if whole > count else ""),
-            where=source.where,
-            hint=f"leave {ref('model.numLayers')} out, or give {count}",
-            field="model.numLayers",
-        )
     pipeline = request.topology.pipeline
     virtual = request.target_virtual
     if virtual is None:
@@ -223,7 +210,7 @@ def _topology(request: McoreRequest, source: Source) -> Topology:
             field="model.layersPerStage",
         )
     return Topology(
-        num_layers=count,
+        num_layers=source.layers,
         tensor=request.topology.tensor,
         pipeline=pipeline,
         virtual=virtual,

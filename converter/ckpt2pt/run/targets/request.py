@@ -27,6 +27,7 @@ class TargetRequest:
     pipeline: int | None = None
     topology: Topology
     """Tensor and pipeline parallel size of the result; the layers are not counted yet."""
+    num_layers: int | None = None
     full: bool = True
     zero_samples: bool = False
     rules: Rules = Rules()  # noqa: RUF009 - frozen
@@ -63,7 +64,6 @@ class McoreRequest(TargetRequest):
     """
 
     target_virtual: int | None = None
-    num_layers: int | None = None
     layers_per_stage: tuple[int, ...] | None = None
     data: int = 1
     release: tuple[int, int] = (0, 19)

@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt2pt.core.index import Index
+from ckpt2pt.core.index import Index, without_gaps
+from ckpt2pt.core.params import layer_of
 from ckpt2pt.core.slots import weights_alone
 from ckpt2pt.core.state import State
 from ckpt2pt.core.tensor import Tensor
 from ckpt2pt.discover.checkpoint import changed, only_growing, stat_of
 from ckpt2pt.discover.request import digest
 from ckpt2pt.engine.write import ReadPieces
-from ckpt2pt.errors import MissingInputError, ref
+from ckpt2pt.errors import MissingInputError, UsageError, ref
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.described import template_at
 from ckpt2pt.formats.megatron.payload import Template
@@ -31,7 +32,8 @@ _HALF = ("bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """``index`` holds what is converted: without optimizer state where weights alone are asked for.
+    """``index`` holds what is converted: without optimizer state where weights alone are asked for, and without gaps between
+    its ``layers``.
 
     ``dtype`` is that of the weights in the result, ``stats`` size and time of the last change of each file, ``template``
     what metadata or the checkpoint itself says beside its tensors.
@@ -42,6 +44,7 @@ class Source:
     template: Template | None
     state: State
     index: Index
+    layers: int
     dtype: str
     stats: Mapping[str, Json]
     remarks: tuple[str, ...]
@@ -152,16 +155,39 @@ def read_source(request: TargetRequest) -> Source:
     state = state_of(checkpoint, given, iteration=request.iteration, zero_samples=request.zero_samples)
     template = given or checkpoint.template
     dtype, remarks = _dtype(checkpoint, template)
+    layers, left_out = _layers(request, checkpoint, state)
     return Source(
         request=request,
         checkpoint=checkpoint,
         template=template,
         state=state,
-        index=index,
+        index=without_gaps(index),
+        layers=layers,
         dtype=dtype,
         stats={path: {**stat_of(Path(path))} for path in paths_of(index.values())},
-        remarks=(*checkpoint.warnings, *remarks),
+        remarks=(*checkpoint.warnings, *remarks, *left_out),
     )
+
+
+def _layers(request: TargetRequest, checkpoint: Checkpoint, state: State) -> tuple[int, Sequence[str]]:
+    """Layers with parameters, and a warning where somebody counts more: Megatron-LM core has no no-op layers.
+
+    Raises :class:`UsageError` for a number that is neither.
+    """
+    there = {layer for key in checkpoint.index if (layer := layer_of(key.name)) is not None}
+    count, whole, stated = len(there), 1 + max(there, default=-1), state.args.get("num_layers")
+    if request.num_layers not in {None, count, whole, stated}:
+        raise UsageError(
+            f"{ref('model.numLayers')} is {request.num_layers}, and the source has {count} layers"
+            + (f", {whole} with its no-op layers" if whole > count else ""),
+            where=checkpoint.path,
+            hint=f"leave {ref('model.numLayers')} out, or give {count}",
+            field="model.numLayers",
+        )
+    most = max(whole, stated if type(stated) is int else 0)
+    if most == count:
+        return count, ()
+    return count, (f"{count} of {most} layers have parameters: the others are left out as no-op layers",)
 
 
 def _dtype(checkpoint: Checkpoint, template: Template | None) -> tuple[str, Sequence[str]]:

@@ -16,6 +16,7 @@ def folder(tmp_path: Path) -> Path:
     return written(tmp_path)
 
 
+@pytest.mark.torch
 def test_properties_are_the_five_that_every_torch_reads(folder: Path) -> None:
     class Seen(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> object:

@@ -182,3 +182,20 @@ def test_any_megatron_format_is_a_source_and_is_told_by_the_folder(said: str, ta
         for path in iteration(tmp_path / "out").glob(".ckpt2pt/rank*.json")
     }
     assert json.loads(one)["notChecked"] == 0
+
+
+def test_a_number_of_layers_that_the_source_has_not_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "convert",
+        "--source",
+        str(odd_set() / "ms"),
+        "--target",
+        str(tmp_path / "out"),
+        "--target-format",
+        "torch_dist",
+    ]
+    assert main([*words, "--param-map-path", str(script_of(odd_set(), tmp_path)), "--num-layers", "9"]) == 64
+    assert "--num-layers is 9, and the source has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
