@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ckpt2pt.core.extents import Shape
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.tensor import Role
-from ckpt2pt.errors import FormatError, MissingInputError, aside
+from ckpt2pt.errors import FormatError, MissingInputError
 
 PREFIXES: Mapping[Role, str] = {
     "param": "",
@@ -77,10 +77,9 @@ def layers_of(index: Index, where: str) -> Layers:
             held.setdefault(int(found[1]), {})[found[2]] = tensor.fused
             if ".experts." in found[2] or found[2].startswith("mlp.router."):
                 raise FormatError(
-                    f"{key.name} is of a model with experts, which is not written as torch_dist",
+                    f"{key.name} is of a mixture of experts, which ckpt2pt does not convert yet",
                     where=where,
-                    hint=f"convert it into another format{aside('target.format')}",
-                    field="target.format",
+                    hint="give a checkpoint of a dense model; one with experts can be inspected and compared",
                 )
     if not held:
         raise MissingInputError("the source holds no layer", where=where, hint="copy the folders of all ranks")

@@ -167,9 +167,9 @@ def _check_model(source: Source) -> None:
     expert = next((key.name for key in source.index if ".mlp.experts." in key.name or ".mlp.router." in key.name), None)
     if expert:
         raise FormatError(
-            f"{expert} is of a mixture of experts, which is not converted into this format",
+            f"{expert} is of a mixture of experts, which ckpt2pt does not convert yet",
             where=source.where,
-            hint="give a checkpoint of a dense model",
+            hint="give a checkpoint of a dense model; one with experts can be inspected and compared",
         )
     if source.dtype == "float16":
         raise FormatError(
