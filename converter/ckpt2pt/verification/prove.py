@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
+from ckpt2pt.core.foldernames import iterations
 from ckpt2pt.core.index import Collector, Index
 from ckpt2pt.core.progress import SILENCE, Advance, Portion, Reporter, unheard
 from ckpt2pt.core.tensor import Key
@@ -30,8 +31,8 @@ from ckpt2pt.formats.ptmeta.metadata import RankMeta, data_parallel_size
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.io.checksums import Piece
 from ckpt2pt.io.inputs import InputFile
-from ckpt2pt.io.paths import is_folder, status
-from ckpt2pt.publish import Target
+from ckpt2pt.io.paths import is_folder, listing, status
+from ckpt2pt.publish import MINDSPORE, STATE, Target
 from ckpt2pt.verification.copies import copies_of
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.leaves import Leaves, TensorLeaf, open_pt
@@ -332,8 +333,14 @@ def verify_records(path: Path, *, reporter: Reporter = SILENCE) -> Report:
         *merged(result.target),
         *surplus(result.target, listed),
     ]
-    warnings = tuple(one for pp in range(result.target.stages) for one in _noted(result.target, pp))
-    return replace(joined(result.target, "digest", found, reports), warnings=warnings)
+    warnings = [one for pp in range(result.target.stages) for one in _noted(result.target, pp)]
+    if result.target.kind is MINDSPORE:
+        warnings += [
+            f"{folder.name} is a result of its own, which was not verified: give its folder"
+            for folder in iterations(listing(result.target.folder))
+            if is_folder(folder / STATE)
+        ]
+    return replace(joined(result.target, "digest", found, reports), warnings=tuple(warnings))
 
 
 def _noted(target: Target, pp: int) -> list[str]:

@@ -114,6 +114,17 @@ def test_a_folder_that_tells_nothing_is_no_result(tmp_path: Path, copied: Path) 
         verify_records(copied)
 
 
+def test_a_second_result_in_the_same_folder_is_named(imported: Path, copied: Path, tmp_path: Path) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(imported, both)
+    [iteration] = copied.glob("iter_*")
+    shutil.copytree(iteration, both / iteration.name)
+    report = verify_records(both)
+    assert report.differences == ()
+    assert [text for text in report.warnings if iteration.name in text]
+    assert not [text for text in verify_records(imported).warnings if "iter_" in text]
+
+
 def test_one_path_on_the_command_line_is_a_result(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(copied)]) == 0
     assert "4 ranks, sizes and CRC-32 of all files" in capsys.readouterr().out
