@@ -25,7 +25,22 @@ log = logging.getLogger("ckpt2pt")
 
 
 def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
-    """The request of a spec with folders of this machine, whose kind is that of the target."""
+    """The request of a spec with folders of this machine, whose kind is that of the target.
+
+    Raises :class:`UsageError` for options of a format that is not asked for, beside what :func:`resolve` raises.
+    """
+    target = spec.target
+    if target.format != "Megatron" and (target.names, target.transformer_impl, target.megatron_version) != (
+        "Auto",
+        "Auto",
+        None,
+    ):
+        raise UsageError(
+            f"{refs('target.names', 'target.transformerImpl', 'target.megatronVersion')} are about another format than {target.format}",
+            where=ref("spec"),
+            hint=f"choose Megatron-LM 0.7 to 0.19 with {ref('target.format')}, or leave them out",
+            field="target.format",
+        )
     kinds: dict[str, Callable[..., AnyRequest]] = {"TorchDist": resolve_dist, "Megatron": resolve_mcore}
     return kinds.get(spec.target.format, resolve)(spec, in_process=in_process)
 
