@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ckpt2pt.core.extents import Box, TensorRef
+from ckpt2pt.core.extents import DTYPE_BYTES, Box, TensorRef
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.moves import Move, Sink, in_source_order, move_of
 from ckpt2pt.core.plan import gather_box
@@ -31,6 +31,13 @@ def moves_of(index: Index, files: Sequence[FileSlots], where: str) -> tuple[Move
             check_box(slot, tensor, where)
             wanted.setdefault((tensor.key, slot.box), []).append((file.name, slot))
     return in_source_order(move for move in _moves(index, wanted) if move.nbytes)
+
+
+def bytes_read(index: Index, files: Sequence[FileSlots], where: str) -> int:
+    """What is read for files: a weight and its main parameter may be of one tensor, which is read once."""
+    wanted = (slot for file in files for slot in file.slots)
+    read = {(source_of(index, slot.key, where).key, slot.box): slot.numel for slot in wanted}
+    return sum(numel * DTYPE_BYTES[index[key].dtype] for (key, _), numel in read.items())
 
 
 def _moves(index: Index, wanted: dict[tuple[Key, Box], list[tuple[str, Slot]]]) -> Iterator[Move]:

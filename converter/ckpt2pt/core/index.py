@@ -41,12 +41,17 @@ def find(index: Index, key: Key) -> Tensor | None:
     return other if other and other.dtype == "float32" else None
 
 
+def layer_numbers(index: Index) -> dict[int, int]:
+    """The layers that have tensors, and which one each is: a no-op layer has a number and no tensor."""
+    there = {layer for key in index if (layer := layer_of(key.name)) is not None}
+    return {layer: number for number, layer in enumerate(sorted(there))}
+
+
 def without_gaps(index: Index) -> Index:
-    """The same tensors with their layers numbered on: a no-op layer has a number and no tensor, and those behind it move up."""
-    there = sorted({layer for key in index if (layer := layer_of(key.name)) is not None})
-    if there == [*range(len(there))]:
+    """The same tensors with their layers numbered on: those behind a no-op layer move up."""
+    numbers = layer_numbers(index)
+    if all(layer == number for layer, number in numbers.items()):
         return index
-    numbers = {layer: number for number, layer in enumerate(there)}
     moved: dict[Key, Tensor] = {}
     for key, tensor in index.items():
         layer = layer_of(key.name)

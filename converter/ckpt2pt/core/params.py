@@ -172,6 +172,11 @@ def in_legacy_models(name: str) -> bool:
     return row is None or bool(row.legacy)
 
 
+def split_layer(name: str) -> tuple[int | None, str]:
+    """The number of the layer in a canonical name, and what follows it; outside the layers None, and the whole name."""
+    return _parsed(name)[:2]
+
+
 def layer_of(name: str) -> int | None:
     """The number of the layer in a canonical name; None outside the layers."""
     return _parsed(name)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ckpt2pt.core.extents import TensorRef
-from ckpt2pt.core.reshard import Resharded
+from ckpt2pt.core.reshard import Resharded, Wanted
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.core.training_step import TrainingStep
@@ -147,6 +147,35 @@ def changed(path: Path) -> TryAgainError:
         "the source was written while it was read",
         where=path,
         hint="let whatever writes it end, keep the checkpoint from being replaced, and run the same command again",
+    )
+
+
+def prove_same(seen: Mapping[Path, Mapping[str, int]]) -> None:
+    """Refuse files that are not those any more of which :func:`stat_of` told this."""
+    for path, before in seen.items():
+        if stat_of(path) != before:
+            raise changed(path)
+
+
+def step_of(args: Mapping[str, object], iteration: int, request: Request) -> TrainingStep:
+    """The time of a Megatron checkpoint, by its own arguments."""
+    samples = args.get("consumed_train_samples")
+    return TrainingStep(
+        iteration=iteration,
+        samples=samples if type(samples) is int else None,
+        iteration_source="the checkpoint itself",
+        as_saved=request.metadata is None,
+    )
+
+
+def wanted_of(request: Request, meta: RankMeta) -> Wanted:
+    """The layout of the result, which the tensors of a checkpoint are cut for."""
+    return Wanted(
+        topology=request.topology,
+        source_tensor=request.source_layout.tensor,
+        sizes=meta.sizes,
+        tied=meta.tied,
+        where=str(request.source),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import cast
 
@@ -18,22 +18,22 @@ from ckpt2pt.core.buckets import Buffer
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.names import NameTable, Rules
 from ckpt2pt.core.params import EMBEDDING, HEAD, in_legacy_models, kind_of, layer_of
-from ckpt2pt.core.reshard import Wanted, held_by, reshard
+from ckpt2pt.core.reshard import held_by, reshard
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.tensor import Key, Tensor
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.core.training_step import TrainingStep
-from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, changed, stat_of
+from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, prove_same, stat_of, step_of, wanted_of
 from ckpt2pt.discover.made import meta_of_files
+from ckpt2pt.discover.recent import Recent
 from ckpt2pt.discover.request import Request
 from ckpt2pt.discover.stored import ROLES, stated_by
-from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, aside, ref
+from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, aside
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.mindspore.filenames import UNNAMED
 from ckpt2pt.formats.mindspore.ranks import SourceFile
 from ckpt2pt.formats.ptmeta.describe import known
 from ckpt2pt.formats.ptmeta.files import render
-from ckpt2pt.formats.ptmeta.legacy import legacy_template
+from ckpt2pt.formats.ptmeta.legacy import legacy_template, not_legacy
 from ckpt2pt.formats.ptmeta.metadata import RankMeta
 from ckpt2pt.formats.ptmeta.relayout import NewLayout, Relayout, relayout
 from ckpt2pt.formats.rounding import check_rounding
@@ -101,12 +101,7 @@ def _open(folder: Path, full: bool, allow: tuple[str, ...], _: tuple[int, ...]) 
             )
     other = next((key.name for key in index if kind_of(key.name) is None or not in_legacy_models(key.name)), None)
     if other:
-        raise FormatError(
-            f"a legacy GPT model of Megatron-LM 0.6 has no {other}",
-            where=folder,
-            hint=f"choose another {ref('target.format')}",
-            field="target.format",
-        )
+        raise not_legacy(other, folder)
     common = replace(common, tree={**common.tree, "iteration": _iteration(common, folder), "rng_state": None})
     completed, defaults = _completed(legacy_template(common, (True, False)), index)
     return Opened(metadata, completed, index, defaults)
@@ -203,20 +198,8 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
     beside = [path for name in (COMMON, METADATA_JSON, *names) if is_file(path := folder / name)]
     file = SourceFile(path=folder / METADATA, when=UNNAMED, merged=False, beside=tuple(beside))
     seen = {path: stat_of(path) for path in file.paths}
-
-    def prove_unchanged() -> None:
-        for path, before in seen.items():
-            if stat_of(path) != before:
-                raise changed(path)
-
-    samples = opened.common.args.get("consumed_train_samples")
-    training_step = TrainingStep(
-        iteration=_iteration(opened.common, folder),
-        samples=samples if type(samples) is int else None,
-        iteration_source="the checkpoint itself",
-        as_saved=request.metadata is None,
-    )
-    return Found({(0, 0): file}, training_step, {}, prove_unchanged)
+    training_step = step_of(opened.common.args, _iteration(opened.common, folder), request)
+    return Found({(0, 0): file}, training_step, {}, partial(prove_same, seen))
 
 
 def _opened(request: Request) -> Opened:
@@ -236,18 +219,8 @@ def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> Ra
         for key, tensor in _opened(request).index.items()
         if key.role in roles
     }
-    wanted = _wanted(request, meta)
+    wanted = wanted_of(request, meta)
     return RankSource(reshard(tensors, rank, wanted, NameTable(request.rules)), stated(request, chosen, rank))
-
-
-def _wanted(request: Request, meta: RankMeta) -> Wanted:
-    return Wanted(
-        topology=request.topology,
-        source_tensor=request.source_layout.tensor,
-        sizes=meta.sizes,
-        tied=meta.tied,
-        where=str(request.source),
-    )
 
 
 def stated(request: Request, chosen: Discovered, rank: Rank) -> Statement:
@@ -261,7 +234,7 @@ def prove_read(
     """By the CRC-32 of each item.  With ``verify: Full`` every main parameter of the stage has to round to its weight."""
     opened, found = _opened(request), {"verified": 0, "notChecked": 0, "none": 0}
     if request.full and request.verify == "full" and not rank[0]:
-        own = held_by(opened.index, rank, _wanted(request, own_meta(request, rank)))
+        own = held_by(opened.index, rank, wanted_of(request, own_meta(request, rank)))
         check_rounding({tensor.key: tensor for tensor in own}, str(request.source), every=True)
     items = opened.metadata.items
     for path, pieces in read.items():
@@ -300,7 +273,9 @@ def own_assumptions(request: Request) -> dict[str, object]:
 
 
 def _relaid(request: Request) -> Relayout:
-    wanted = request.topology
+    wanted, opened = request.topology, _opened(request)
+    state = tuple(stat_of(request.source / METADATA).values())
+    key = request.source, request.full, request.rules.pickle_globals, state, wanted, request.target_data
     new = NewLayout(
         tensor=wanted.tensor,
         pipeline=wanted.pipeline,
@@ -308,4 +283,8 @@ def _relaid(request: Request) -> Relayout:
         data=request.target_data,
         layers_per_stage=wanted.layers_per_stage,
     )
-    return relayout(_opened(request), new)
+    return _RELAID.get(key, lambda: relayout(opened, new), lambda _: 1)
+
+
+_RELAID: Recent[Relayout] = Recent(1)
+"""The last one, by all that it is made from: each rank in turn asks for it."""

@@ -17,12 +17,11 @@ from ckpt2pt.core.foldernames import parallel_sizes
 from ckpt2pt.core.index import Collector, Index, Local
 from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE, cut
 from ckpt2pt.core.names import NameTable, Rules
-from ckpt2pt.core.reshard import Resharded, Wanted, entry_name, reshard
+from ckpt2pt.core.reshard import Resharded, entry_name, reshard
 from ckpt2pt.core.stated import Stated, Statement
 from ckpt2pt.core.tensor import Key, Role
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.core.training_step import TrainingStep
-from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, changed, stat_of
+from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, changed, prove_same, stat_of, step_of, wanted_of
 from ckpt2pt.discover.made import chunks_of, meta_of_files, template_of_files
 from ckpt2pt.discover.recent import Recent
 from ckpt2pt.discover.request import Request
@@ -89,21 +88,8 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
         headers = _model(rank_folder, request.rules.pickle_globals)
         ranks[rank] = _outline(headers) if ranks else headers
     check_ranks(ranks, (layout.tensor, layout.pipeline))
-    iteration, args = iteration_of(ranks.values(), folder), ranks[0, 0].template.args
-    samples = args.get("consumed_train_samples")
-
-    def prove_unchanged() -> None:
-        for path, before in seen.items():
-            if stat_of(path) != before:
-                raise changed(path)
-
-    training_step = TrainingStep(
-        iteration=iteration,
-        samples=samples if type(samples) is int else None,
-        iteration_source="the checkpoint itself",
-        as_saved=request.metadata is None,
-    )
-    return Found(files, training_step, {}, prove_unchanged)
+    training_step = step_of(ranks[0, 0].template.args, iteration_of(ranks.values(), folder), request)
+    return Found(files, training_step, {}, partial(prove_same, seen))
 
 
 def _outline(rank: MegatronRank) -> MegatronRank:
@@ -124,13 +110,6 @@ def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> Ra
     statement = stated(request, chosen, rank)
     if request.source_topology is None:
         return RankSource(Resharded(entries=_entries(request, rank)), statement)
-    wanted = Wanted(
-        topology=request.topology,
-        source_tensor=request.source_topology.tensor,
-        sizes=meta.sizes,
-        tied=meta.tied,
-        where=str(request.source),
-    )
     found = tensors_for(request, chosen, rank)
     tensors = {  # parameter by parameter, as they lie in a file
         (new := Key(role, name)): found[old]._replace(key=new)
@@ -138,7 +117,7 @@ def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> Ra
         for stored, role in ROLES[request.full].items()
         if (old := Key(stored, name)) in found
     }
-    return RankSource(reshard(tensors, rank, wanted, NameTable(request.rules)), statement)
+    return RankSource(reshard(tensors, rank, wanted_of(request, meta), NameTable(request.rules)), statement)
 
 
 def stated(request: Request, chosen: Discovered, rank: Rank) -> Statement:
@@ -391,7 +370,7 @@ def own_assumptions(request: Request) -> dict[str, object]:
 
 def _relaid(request: Request, own: Own) -> Relayout:
     state = tuple(tuple(stat_of(own.folders[0, pp] / MODEL_FILE).values()) for pp in range(own.layout.pipeline))
-    key = str((own.where, own.layout, request.topology, own.full, own.target_data, own.allow, state))
+    key = own.where, own.layout, request.topology, own.full, own.target_data, own.allow, state
 
     def make() -> Relayout:
         wanted = request.topology
@@ -406,11 +385,8 @@ def _relaid(request: Request, own: Own) -> Relayout:
         )
         return relayout(own, new)
 
-    if key not in _RELAID:
-        _RELAID.clear()
-        _RELAID[key] = make()
-    return _RELAID[key]
+    return _RELAID.get(key, make, lambda _: 1)
 
 
-_RELAID: dict[str, Relayout] = {}
+_RELAID: Recent[Relayout] = Recent(1)
 """The last one, by all that it is made from."""

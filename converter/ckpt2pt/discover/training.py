@@ -16,7 +16,7 @@ from ckpt2pt.core.names import is_tied_head
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.core.training_step import TrainingStep, agree, name_conflict, read_training_step
-from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, changed, stat_of
+from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, prove_same, stat_of
 from ckpt2pt.discover.metadata import template_of
 from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import InputError, MissingInputError, ref
@@ -146,9 +146,7 @@ class Headers:
 
     def prove_unchanged(self) -> None:
         """Refuse files that are not those any more whose headers were read."""
-        for path, seen in self._stats.items():
-            if stat_of(path) != seen:
-                raise changed(path)
+        prove_same(self._stats)
 
     def has_shards(self, path: Path) -> bool:
         """Whether a file holds data-parallel shards."""

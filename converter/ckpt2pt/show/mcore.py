@@ -4,42 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckpt2pt.core.extents import DTYPE_BYTES
-from ckpt2pt.core.slots import source_of
+from ckpt2pt.core.fill import bytes_read
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.io.records import Json
 from ckpt2pt.run.targets.mcore import Found, find
 from ckpt2pt.run.targets.request import McoreRequest
-from ckpt2pt.show.preview import Plan, slots_of, with_ranks
+from ckpt2pt.show.preview import Plan, by_tensors, slots_of
 
 
 def planned_mcore(request: McoreRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
     """Plan every rank of the given stages, from headers."""
     found = find(request)
-    tensor, state = found.layout.topology.tensor, found.layout.state
+    tensor = found.layout.topology.tensor
     ranks = [_rank(found, (tp, pp), names=names) for pp in stages for tp in range(tensor)]
     remarks = dict.fromkeys(one for pp in stages for one in found.layout.remarks((0, pp)))
-    head: Json = {
-        "iteration": state.iteration,
-        "because": "the checkpoint",
-        "doubts": [],
-        "warnings": [*found.remarks, *remarks],
-        "fromTemplate": [],
-        "consumedSamples": state.samples,
-        "identity": found.target.identity,
-        "target": str(found.target.folder),
-        "options": found.identity_options,
-    }
-    document = with_ranks(head, ranks, found.target, request.workers)
-    return Plan(document=document, target=found.target, overwrite=request.overwrite)
+    return by_tensors(found, ranks, [*found.remarks, *remarks])
 
 
 def _rank(found: Found, rank: Rank, *, names: bool) -> Json:
     (tp, pp), layout = rank, found.layout
     files, slots = layout.files(rank)
-    # A weight and its main parameter may be of one tensor, which is read once.
-    wanted = (slot for file in slots for slot in file.slots)
-    read = {(source_of(layout.index, slot.key, layout.where).key, slot.box): slot.numel for slot in wanted}
     chunks = layout.chunks(rank)
     buffers = iter(layout.buffers(rank, chunks) if layout.full else ())
     return {
@@ -47,7 +31,7 @@ def _rank(found: Found, rank: Rank, *, names: bool) -> Json:
         "tp": tp,
         "source": layout.where,
         "directory": layout.directory(rank),
-        "bytesToRead": sum(numel * DTYPE_BYTES[layout.index[key].dtype] for (key, _), numel in read.items()),
+        "bytesToRead": bytes_read(layout.index, slots, layout.where),
         "files": [{"name": file.name, "nbytes": file.lay_out().nbytes} for file in files],
         "chunks": [
             {

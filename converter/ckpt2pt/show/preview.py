@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ckpt2pt.core.names import rules_remark
 from ckpt2pt.core.stage import ChunkPlan, RankPlan
@@ -23,6 +24,11 @@ from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
 from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest
 from ckpt2pt.show.folding import fold, spanned
+
+if TYPE_CHECKING:
+    from ckpt2pt.run.targets import mcore, torch_dist
+
+    ByTensors = mcore.Found | torch_dist.Found
 
 log = logging.getLogger("ckpt2pt")
 
@@ -116,6 +122,24 @@ def head_of(request: Request, chosen: Discovered, target: Target, warnings: list
         "target": str(target.folder),
         "options": request.identity_options(),
     }
+
+
+def by_tensors(found: ByTensors, ranks: Sequence[Json], warnings: Iterable[str]) -> Plan:
+    """The plan of a conversion by global tensors, of which each rank's is ready."""
+    target, state = found.target, found.source.state
+    head: Json = {
+        "iteration": state.iteration,
+        "because": "the checkpoint",
+        "doubts": [],
+        "warnings": [*warnings],
+        "fromTemplate": [],
+        "consumedSamples": state.samples,
+        "identity": target.identity,
+        "target": str(target.folder),
+        "options": found.identity_options,
+    }
+    document = with_ranks(head, ranks, target, found.request.workers)
+    return Plan(document=document, target=target, overwrite=found.request.overwrite)
 
 
 def with_ranks(head: Json, ranks: Sequence[Json], target: Target, workers: int) -> Json:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckpt2pt.core.extents import DTYPE_BYTES
+from ckpt2pt.core.fill import bytes_read
 from ckpt2pt.core.params import layer_of
 from ckpt2pt.core.slots import source_of
 from ckpt2pt.core.topology import Rank
@@ -12,7 +12,7 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.publish import Target
 from ckpt2pt.run.targets.request import DistRequest
 from ckpt2pt.run.targets.torch_dist import Found, find
-from ckpt2pt.show.preview import Plan, with_ranks
+from ckpt2pt.show.preview import Plan, by_tensors
 
 
 def planned_dist(request: DistRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
@@ -20,27 +20,13 @@ def planned_dist(request: DistRequest, stages: Sequence[int], *, names: bool = F
     found = find(request)
     target = found.target
     ranks = [_rank(found, target, (tp, pp), names=names) for pp in stages for tp in range(found.division.tensor)]
-    head: Json = {
-        "iteration": found.source.state.iteration,
-        "because": "the checkpoint",
-        "doubts": [],
-        "warnings": [*found.source.remarks],
-        "fromTemplate": [],
-        "consumedSamples": found.source.state.samples,
-        "identity": target.identity,
-        "target": str(target.folder),
-        "options": found.identity_options,
-    }
-    document = with_ranks(head, ranks, target, request.workers)
-    return Plan(document=document, target=target, overwrite=request.overwrite)
+    return by_tensors(found, ranks, found.source.remarks)
 
 
 def _rank(found: Found, target: Target, rank: Rank, *, names: bool) -> Json:
     tp, pp = rank
     division = found.division
     file, slots = division.file(rank)
-    # A weight and its main parameter may be of one tensor, which is read once.
-    read = {(source_of(division.index, slot.key, division.where).key, slot.box): slot for slot in slots.slots}
     held = dict.fromkeys(slot.key.name for slot in slots.slots)
     chunk: Json = {
         "chunk": 0,
@@ -69,7 +55,7 @@ def _rank(found: Found, target: Target, rank: Rank, *, names: bool) -> Json:
         "tp": tp,
         "source": division.where,
         "directory": "",
-        "bytesToRead": sum(slot.numel * DTYPE_BYTES[division.index[key].dtype] for (key, _), slot in read.items()),
+        "bytesToRead": bytes_read(division.index, [slots], division.where),
         "files": [{"name": file.name, "nbytes": file.lay_out().nbytes}],
         "chunks": [chunk],
         "shards": [],

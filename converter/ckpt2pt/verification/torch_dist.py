@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ckpt2pt.core.extents import Box, View
 from ckpt2pt.core.index import Index, find
+from ckpt2pt.core.params import split_layer
 from ckpt2pt.core.tensor import Key, Tensor
 from ckpt2pt.errors import InputError
 from ckpt2pt.formats.torch_dist.items import Located, locate
@@ -90,9 +91,9 @@ def _source(index: Index, layers: Sequence[int], part: Part) -> tuple[Tensor | N
         return None, None
     numbers = [layers[number] for number in part.origin[: name.leading]]
     canonical = name.name(tuple(numbers))
-    head, _, rest = canonical.removeprefix("decoder.layers.").partition(".")
-    if not name.leading and canonical.startswith("decoder.layers."):
-        canonical = f"decoder.layers.{layers[int(head)]}.{rest}"
+    layer, inner = split_layer(canonical)
+    if not name.leading and layer is not None:
+        canonical = f"decoder.layers.{layers[layer]}.{inner}"
     tensor = find(index, Key(name.role, canonical))
     origin, shape = part.origin[name.leading :], part.shape[name.leading :]
     if tensor is None or part.whole[name.leading :] != tensor.fused or any(n != 1 for n in part.shape[: name.leading]):

@@ -34,7 +34,7 @@ from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
 from ckpt2pt.core.names import state_dict_path
 from ckpt2pt.core.params import EMBEDDING, FINAL_NORM, HEAD, in_legacy_models
 from ckpt2pt.core.reshard import Part, Wanted, check_target, padding_remarks, part_of
-from ckpt2pt.core.slots import FileSlots, Slot, check_used, source_of, weights_alone
+from ckpt2pt.core.slots import FileSlots, Slot, check_used, source_of
 from ckpt2pt.core.state import State
 from ckpt2pt.core.tensor import Key, Role, Tensor
 from ckpt2pt.core.topology import Rank, Topology
@@ -115,9 +115,8 @@ class McoreLayout:
                 hint=f"leave {ref('target.names')} out",
                 field="target.names",
             )
-        ignored = dict.fromkeys({} if self.full else weights_alone(self.index), "weights alone are converted")
-        if self.tied:
-            ignored |= {key: "compared with the embedding it is tied to" for key in self.index if key.name == HEAD}
+        tied = (key for key in self.index if self.tied and key.name == HEAD)
+        ignored = dict.fromkeys(tied, "compared with the embedding it is tied to")
         slots = (slot for rank in self.topology.ranks() for file in self.files(rank)[1] for slot in file.slots)
         check_used(self.index, slots, ignored, self.where)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.layout import weight_decay_groups
@@ -45,12 +46,17 @@ def check_legacy(rank: MegatronRank) -> None:
     names = (canonical_name(name) for chunk in rank.chunks for name, _ in chunk)
     other = next((name for name in names if not in_legacy_models(name)), None)
     if other:
-        raise FormatError(
-            f"a legacy GPT model of Megatron-LM 0.6 has no {other}",
-            where=rank.folder,
-            hint=f"choose another {ref('target.format')}",
-            field="target.format",
-        )
+        raise not_legacy(other, rank.folder)
+
+
+def not_legacy(name: str, where: Path) -> FormatError:
+    """The error for a parameter that no legacy GPT model has."""
+    return FormatError(
+        f"a legacy GPT model of Megatron-LM 0.6 has no {name}",
+        where=where,
+        hint=f"choose another {ref('target.format')}",
+        field="target.format",
+    )
 
 
 def _place(parameter: tuple[str, TensorRef]) -> tuple[bool, tuple[int, int, int], int, str]:

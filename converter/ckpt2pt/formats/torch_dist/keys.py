@@ -10,14 +10,15 @@ module behind it), mlp.py (``apply_swiglu_sharded_factory``: gate and up are hal
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from ckpt2pt.core.extents import Shape
-from ckpt2pt.core.index import Index
+from ckpt2pt.core.index import Index, layer_numbers
+from ckpt2pt.core.params import split_layer
+from ckpt2pt.core.slots import check_dense
 from ckpt2pt.core.tensor import Role
-from ckpt2pt.errors import FormatError, MissingInputError
+from ckpt2pt.errors import MissingInputError
 
 PREFIXES: Mapping[Role, str] = {
     "param": "",
@@ -27,7 +28,6 @@ PREFIXES: Mapping[Role, str] = {
 }
 """What comes before the name of a parameter."""
 
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
@@ -71,34 +71,27 @@ def layers_of(index: Index, where: str) -> Layers:
 
     Raises :class:`MissingInputError` without any layer, and :class:`FormatError` for layers with experts.
     """
-    held: dict[int, dict[str, Shape]] = {}
-    for key, tensor in index.items():
-        if found := _LAYER.fullmatch(key.name):
-            held.setdefault(int(found[1]), {})[found[2]] = tensor.fused
-            if ".experts." in found[2] or found[2].startswith("mlp.router."):
-                raise FormatError(
-                    f"{key.name} is of a mixture of experts, which ckpt2pt does not convert yet",
-                    where=where,
-                    hint="give a checkpoint of a dense model; one with experts can be inspected and compared",
-                )
-    if not held:
+    check_dense(index, where)
+    numbers = layer_numbers(index)
+    if not numbers:
         raise MissingInputError("the source holds no layer", where=where, hint="copy the folders of all ranks")
-    first = held[min(held)]
-    return Layers(
-        {number: place for place, number in enumerate(sorted(held))}, all(layer == first for layer in held.values())
-    )
+    held: dict[int | None, dict[str, Shape]] = {number: {} for number in numbers}
+    for key, tensor in index.items():
+        layer, inner = split_layer(key.name)
+        held.setdefault(layer, {})[inner] = tensor.fused
+    first = held[min(numbers)]
+    return Layers(numbers, all(held[number] == first for number in numbers))
 
 
 def key_of(name: str, layers: Layers) -> Key:
     """The key of a parameter by its canonical name, without that of a role."""
-    found = _LAYER.fullmatch(name)
-    if not found:
+    layer, inner = split_layer(name)
+    if layer is None:
         return Key(name)
-    inner = found[2]
     for norm, module in _NORMS:
         if inner.startswith(norm):
             inner = module + inner.removeprefix(norm)
-    number = layers.numbers[int(found[1])]
+    number = layers.numbers[layer]
     if layers.alike:
         return Key(f"decoder.layers.{inner}", (number,), (len(layers.numbers),))
     return Key(f"decoder.layers.{number}.{inner}")

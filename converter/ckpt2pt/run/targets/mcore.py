@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt2pt.core.fill import moves_of
+from ckpt2pt.core.index import without_gaps
 from ckpt2pt.core.params import EMBEDDING, HEAD
 from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.reshard import vocabulary_rows
-from ckpt2pt.core.slots import source_of
+from ckpt2pt.core.slots import check_dense, source_of
 from ckpt2pt.core.tensor import ROLES, Key
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.errors import FormatError, UsageError, aside, ref
@@ -133,7 +134,7 @@ class Found:
 def find(request: McoreRequest) -> Found:
     """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
     source = read_source(request)
-    state, index = source.state, source.index
+    state, index = source.state, without_gaps(source.index)
     _check_model(source)
     topology = _topology(request, source)
     style, assumed = _style(request, source)
@@ -164,13 +165,7 @@ def find(request: McoreRequest) -> Found:
 
 def _check_model(source: Source) -> None:
     """Refuse what is not written: a mixture of experts, and fp16."""
-    expert = next((key.name for key in source.index if ".mlp.experts." in key.name or ".mlp.router." in key.name), None)
-    if expert:
-        raise FormatError(
-            f"{expert} is of a mixture of experts, which ckpt2pt does not convert yet",
-            where=source.where,
-            hint="give a checkpoint of a dense model; one with experts can be inspected and compared",
-        )
+    check_dense(source.index, source.where)
     if source.dtype == "float16":
         raise FormatError(
             "the training is of fp16, whose loss scale is not converted into this format",

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt2pt.core.index import Index, without_gaps
-from ckpt2pt.core.params import layer_of
+from ckpt2pt.core.index import Index, layer_numbers
 from ckpt2pt.core.slots import weights_alone
 from ckpt2pt.core.state import State
 from ckpt2pt.core.tensor import Tensor
-from ckpt2pt.discover.checkpoint import changed, only_growing, stat_of
+from ckpt2pt.discover.checkpoint import only_growing, prove_same, stat_of
 from ckpt2pt.discover.request import digest
 from ckpt2pt.engine.write import ReadPieces
 from ckpt2pt.errors import MissingInputError, UsageError, ref
@@ -32,8 +31,8 @@ _HALF = ("bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """``index`` holds what is converted: without optimizer state where weights alone are asked for, and without gaps between
-    its ``layers``.
+    """``index`` holds what is converted: without optimizer state where weights alone are asked for; ``layers`` is the number
+    of those that have parameters.
 
     ``dtype`` is that of the weights in the result, ``stats`` size and time of the last change of each file, ``template``
     what metadata or the checkpoint itself says beside its tensors.
@@ -46,7 +45,7 @@ class Source:
     index: Index
     layers: int
     dtype: str
-    stats: Mapping[str, Json]
+    stats: Mapping[str, Mapping[str, int]]
     remarks: tuple[str, ...]
 
     @property
@@ -72,9 +71,7 @@ class Source:
 
     def prove_unchanged(self, paths: Iterable[str]) -> None:
         """Refuse files that are not those any more whose headers were read."""
-        for path in paths:
-            if stat_of(Path(path)) != self.stats[path]:
-                raise changed(Path(path))
+        prove_same({Path(path): self.stats[path] for path in paths})
 
     def prove_read(self, read: ReadPieces) -> Mapping[str, int]:
         """By the CRC-32 that a file states of itself, or of each record of an archive.
@@ -161,10 +158,10 @@ def read_source(request: TargetRequest) -> Source:
         checkpoint=checkpoint,
         template=template,
         state=state,
-        index=without_gaps(index),
+        index=index,
         layers=layers,
         dtype=dtype,
-        stats={path: {**stat_of(Path(path))} for path in paths_of(index.values())},
+        stats={path: stat_of(Path(path)) for path in paths_of(index.values())},
         remarks=(*checkpoint.warnings, *remarks, *left_out),
     )
 
@@ -174,7 +171,7 @@ def _layers(request: TargetRequest, checkpoint: Checkpoint, state: State) -> tup
 
     Raises :class:`UsageError` for a number that is neither.
     """
-    there = {layer for key in checkpoint.index if (layer := layer_of(key.name)) is not None}
+    there = layer_numbers(checkpoint.index)
     count, whole, stated = len(there), 1 + max(there, default=-1), state.args.get("num_layers")
     if request.num_layers not in {None, count, whole, stated}:
         raise UsageError(
