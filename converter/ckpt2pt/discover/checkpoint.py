@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -65,6 +65,14 @@ class Discovered:
             return request.source
         path = self.files[rank].path
         return path.parent if request.source_format == "megatron" else path
+
+    def only(self, ranks: Collection[Rank], request: Request) -> Discovered:
+        """What the given ranks need: a worker of one stage of many holds nothing of the others."""
+        inputs = {rank: self.inputs[rank] for rank in ranks}
+        if request.source_topology:
+            return replace(self, inputs=inputs)
+        needed = dict.fromkeys(((0, 0), *ranks, *((tp, 0) for tp, _ in ranks)))  # a tied embedding is the first stage's
+        return replace(self, inputs=inputs, files={rank: self.files[rank] for rank in needed if rank in self.files})
 
     def read_for(self, rank: Rank, request: Request) -> tuple[SourceFile, ...]:
         """The files that a rank of the result is read from."""

@@ -30,7 +30,6 @@ from ckpt2pt.discover import Discovered, discover, distinct, prepare, prove_unch
 from ckpt2pt.discover.checkpoint import kind_of
 from ckpt2pt.discover.loading import check_loadable, contradictions_of, kept_of_template, made_up
 from ckpt2pt.discover.metadata import assumptions
-from ckpt2pt.discover.mindspore import prepare_mindspore, unmet_by
 from ckpt2pt.discover.request import Pace, Request, Verify
 from ckpt2pt.engine.readback import is_whole
 from ckpt2pt.engine.write import ReadPieces
@@ -43,7 +42,6 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import checksums_told, warned
 from ckpt2pt.io.volume import check_volume
 from ckpt2pt.publish import Target
-from ckpt2pt.publish.merged import Merge, publish_merged, refuse_lost
 from ckpt2pt.run.pool import stopped_by_signals, work_through
 from ckpt2pt.run.rank import RankTask
 from ckpt2pt.run.targets.request import AnyRequest, DistRequest
@@ -78,8 +76,8 @@ class Conversion:
     prepare: Callable[[Rank, Target], RankTask]
     examine: Callable[[Target, int], tuple[str, ...]] = _nothing
     """What is suspicious of a stage whose ranks are all there."""
-    merge: Merge | None = None
-    """Makes the files that join those of all ranks, where the format has such."""
+    join: Callable[[Target], None] | None = None
+    """Publishes the files that join those of all ranks, where the format has such."""
 
     def plan(self, rank: Rank, /) -> RankTask:
         """One rank, to be written into the target as it is now."""
@@ -189,6 +187,8 @@ class _Reading:
 
 
 def _plan_mindspore(request: Request, chosen: Discovered, rank: Rank, target: Target) -> RankTask:
+    from ckpt2pt.discover.mindspore import prepare_mindspore  # noqa: PLC0415 - for MindSpore results alone
+
     prepared = prepare_mindspore(request, chosen, rank)
     return RankTask(
         rank=rank,
@@ -253,7 +253,7 @@ def run_discovered(request: Request, stages: Sequence[int], reporter: Reporter) 
     """The same, and what was found of the source."""
     began = time.monotonic()
     ranks = [(tp, pp) for pp in stages for tp in range(request.topology.tensor)]
-    chosen = discover(request, keep=ranks)
+    chosen = discover(request, keep=ranks).only(ranks, request)
     log.debug("iteration %d of %s, cut as %s", chosen.training_step.iteration, request.source, request.source_layout)
     layout = request.topology
     for rank in ranks:
@@ -283,6 +283,8 @@ def _conversion(request: Request, chosen: Discovered, stages: Sequence[int], ran
         examine=partial(_examine, request, chosen),
     )
     if request.files:
+        from ckpt2pt.discover.mindspore import unmet_by  # noqa: PLC0415 - for MindSpore results alone
+
         return replace(found, warnings=warning(unmet_by(request, stages), full=request.full))
     found = replace(
         found,
@@ -327,10 +329,10 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
                 reporter.close()
             with target.guarded():
                 warnings = [text for pp in stages for text in _publish_stage(conversion, pp, options)]
-        merge = conversion.merge
-        join = partial(publish_merged, merge, repair=conversion.overwrite) if merge else None
-        published = target.publish_iteration(stop.check, join)
-        if merge and not published:
+        published = target.publish_iteration(stop.check, conversion.join)
+        if conversion.join and not published:
+            from ckpt2pt.publish.merged import refuse_lost  # noqa: PLC0415 - for formats that have such files
+
             refuse_lost(target)
     target = target.at_home if published else target
     manifests = [target.rank_manifest(*rank) or {} for rank in ranks]

@@ -15,7 +15,6 @@ from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.names import is_split
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.discover import Discovered, Prepared, prepare
-from ckpt2pt.discover.mindspore import prepare_mindspore
 from ckpt2pt.discover.request import Request
 from ckpt2pt.io.checksums import crc32
 from ckpt2pt.io.records import Json
@@ -40,6 +39,8 @@ def copies_of(request: Request, chosen: Discovered, target: Target, pp: int) -> 
 def _split_weights(request: Request, chosen: Discovered, rank: Rank) -> list[TensorRef]:
     if not request.files:
         return split_weights(prepare(request, chosen, rank))
+    from ckpt2pt.discover.mindspore import prepare_mindspore  # noqa: PLC0415 - for MindSpore results alone
+
     entries = prepare_mindspore(request, chosen, rank).entries
     return [e.source for e in entries if e.role == "param" and is_split(e.name) and isinstance(e.source, TensorRef)]
 

@@ -29,6 +29,7 @@ from ckpt2pt.formats.torch_dist.write import DistcpFile
 from ckpt2pt.io.paths import status
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import TORCH_DIST, Target
+from ckpt2pt.publish.merged import publish_merged
 from ckpt2pt.run.conversion import Conversion
 from ckpt2pt.run.rank import RankTask
 from ckpt2pt.run.targets.request import DistRequest
@@ -187,7 +188,7 @@ def conversion_of(request: DistRequest, stages: Sequence[int]) -> Conversion:
         warnings=found.source.remarks,
         how_to_load="" if request.full else _NO_OPTIMIZER,
         prepare=partial(_plan, found),
-        merge=partial(_merge, found),
+        join=partial(publish_merged, partial(_merge, found), repair=request.overwrite),
     )
 
 
