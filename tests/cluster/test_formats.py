@@ -38,15 +38,23 @@ def converted(words: Iterable[object], target: Path) -> dict[str, str]:
     return contents(target)
 
 
-def conversion(name: str, source: Path, volume: Path, form: str, **spec: Any) -> dict[str, Any]:
-    """A conversion of a Megatron checkpoint, which says everything itself."""
+def of_megatron(name: str, source: Path, volume: Path, form: str, pipeline: int) -> dict[str, Any]:
+    """A Megatron checkpoint of two by two ranks, which says everything itself, into another layout."""
+    target = {
+        "volume": host_path(volume),
+        "path": name,
+        "format": form,
+        "parallelism": {"tensor": 1, "pipeline": pipeline},
+    }
     return {
         "apiVersion": "ckpt2pt.dev/v1alpha1",
         "kind": "CheckpointConversion",
         "metadata": {"name": name},
         "spec": {
+            "model": {"numLayers": 4},
+            "parallelism": {"tensor": 2, "pipeline": 2},
             "source": {"volume": host_path(source.parent), "path": source.name, "format": "Megatron"},
-            "target": {"volume": host_path(volume), "path": name, "format": form, **spec},
+            "target": target,
             "workers": {"security": {"runAsUser": owner_of(source)}},
         },
     }
@@ -68,7 +76,7 @@ def test_every_format_of_today_comes_from_every_other(
     first = converted([*source, "--target-format", "torch_dist"], tmp_path / "first")
     namespace.apply(of_mindspore(checkpoint, volume))
     old = checkpoint / "A"
-    namespace.apply(conversion("from-old", old, volume, "TorchDist", parallelism={"tensor": 1, "pipeline": 1}))
+    namespace.apply(of_megatron("from-old", old, volume, "TorchDist", 1))
     found = reach(namespace, "Succeeded")
     assert found["stages"]["total"] == 2
     assert told(found, "Verified") == ("True", "DigestsMatch")
@@ -78,9 +86,7 @@ def test_every_format_of_today_comes_from_every_other(
         "iter_0000002/__2_0.distcp",
     }
 
-    namespace.apply(
-        conversion("to-torch", volume / "out", volume, "Megatron", parallelism={"tensor": 1, "pipeline": 2})
-    )
+    namespace.apply(of_megatron("to-torch", volume / "out", volume, "Megatron", 2))
     reach(namespace, "Succeeded", "from-old")
     words = ["--source", old, "--target-format", "torch_dist", "--target-tp-size", 1, "--target-pp-size", 1]
     assert contents(volume / "from-old") == converted(words, tmp_path / "second")
@@ -168,9 +174,9 @@ def changed(path: Path) -> None:
 
 
 DAMAGES = {
-    "lost": (lost, 75, "removed or cut since"),
-    "cut": (cut, 75, "removed or cut since"),
-    "changed": (changed, 76, "not as it was written"),
+    "lost": (lost, "removed or cut since"),
+    "cut": (cut, "removed or cut since"),
+    "changed": (changed, "not as it was written"),
 }
 
 
@@ -188,11 +194,11 @@ def test_a_file_that_is_damaged_before_they_are_joined_is_found(
         DAMAGES[name][0](folder / "out" / "iter_0000002" / "__0_0.distcp")
         (folder / "go").touch()
     for name, folder in folders.items():
-        _, code, says = DAMAGES[name]
+        _, says = DAMAGES[name]
         found = reach(namespace, "Failed", name)
         stages = [stage for stage in found["stageStatuses"] if stage["state"] == "Failed"]
         assert stages
-        assert all(stage["exitCode"] == code and says in stage["message"] for stage in stages), stages
+        assert all(says in stage["message"] for stage in stages), stages
         assert any("stage 0" in stage["message"] for stage in stages)
         assert not (folder / "out" / "latest_checkpointed_iteration.txt").exists()
         assert not list((folder / "out").rglob(".metadata"))
