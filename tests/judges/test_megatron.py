@@ -1,7 +1,8 @@
 """Results that we write, loaded by the code of Megatron-LM itself: `make test-megatron`.
 
 The releases up to 0.16 hold no ``load_checkpoint``: their models and optimizers take the files one by one.  In 0.18 and 0.19 it is the real one,
-with arguments, scheduler and random states.  Not seen here: the values of random states, a training step, layers of Transformer Engine.
+with arguments, scheduler and random states.  Not seen here: the values of random states, a training step, Transformer Engine itself (a stand-in has its names and
+order) and legacy models, which no wheel holds.
 """
 
 from __future__ import annotations

@@ -72,7 +72,8 @@ def with_fused_norms(layer: Any, linear: Any, identity: Any) -> None:
                 f"layer_norm_{kind}": torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
                 for kind in kinds
             }
-            self._parameters = {**made, **self._parameters}
+            own: dict[str, Any] = vars(self)["_parameters"]
+            self._parameters = {**made, **own}
 
     layer.input_layernorm = layer.pre_mlp_layernorm = identity
     mlp = (
