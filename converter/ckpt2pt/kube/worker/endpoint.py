@@ -1,7 +1,4 @@
-"""``GET /progress``, ``/metrics`` and ``/healthz`` of a running worker.  Best effort: a port in use is a warning.
-
-HTTP/1.0 by hand: ``http.server`` loads OpenSSL and the parser of e-mails, 7 MiB of each worker.
-"""
+"""``GET /progress``, ``/metrics`` and ``/healthz`` of a running worker.  Best effort: a port in use is a warning."""
 
 from __future__ import annotations
 
@@ -11,15 +8,15 @@ import socket
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
-from socketserver import StreamRequestHandler, ThreadingTCPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from ckpt2pt import __version__
 from ckpt2pt.kube.worker.account import Account
 
 log = logging.getLogger("ckpt2pt")
 
 MAX_CONNECTIONS = 8
 TIMEOUT_SECONDS = 5.0
-_MAX_LINE_BYTES, _MAX_HEADERS = 8 << 10, 100
 
 
 @contextmanager
@@ -37,14 +34,14 @@ def served(account: Account, port: int) -> Generator[int]:
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.2}, name="progress", daemon=True)
     thread.start()
     try:
-        yield server.server_address[1]
+        yield server.server_port
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
 
 
-class _Server(ThreadingTCPServer):
+class _Server(ThreadingHTTPServer):
     """A few short connections at a time, each answered from the account."""
 
     daemon_threads = True
@@ -59,6 +56,7 @@ class _Server(ThreadingTCPServer):
         self.socket.close()
         self.socket = listening
         self.server_address = listening.getsockname()
+        self.server_port = self.server_address[1]
         self.account = account
         self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
 
@@ -82,33 +80,32 @@ class _Server(ThreadingTCPServer):
         """Whoever asked has gone, or asks nonsense: none of the conversion's business."""
 
 
-class _Handler(StreamRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     timeout = TIMEOUT_SECONDS
+    server_version, sys_version = f"ckpt2pt/{__version__}", ""
 
-    def handle(self) -> None:
-        """Answer one request, and close the connection."""
-        method, _, rest = self.rfile.readline(_MAX_LINE_BYTES).partition(b" ")
-        for _ in range(_MAX_HEADERS):  # none of them matters; a connection closed with bytes unread would be reset
-            if self.rfile.readline(_MAX_LINE_BYTES) in (b"", b"\n", b"\r\n"):
-                break
-        if method != b"GET":
-            self._answer("501 Not Implemented", "only GET is known here\n")
-            return
+    def do_GET(self) -> None:
         account = self.server.account if isinstance(self.server, _Server) else Account()
-        match rest.partition(b" ")[0].partition(b"?")[0].strip():
-            case b"/progress":
-                self._answer("200 OK", json.dumps(account.progress()), "application/json")
-            case b"/metrics":
-                self._answer("200 OK", metrics(account), "text/plain; version=0.0.4; charset=utf-8")
-            case b"/healthz":
-                self._answer("200 OK", "ok\n")
-            case _:
-                self._answer("404 Not Found", "there are /progress, /metrics and /healthz\n")
+        path = self.path.partition("?")[0]
+        if path == "/progress":
+            self._answer(json.dumps(account.progress()), "application/json")
+        elif path == "/metrics":
+            self._answer(metrics(account), "text/plain; version=0.0.4; charset=utf-8")
+        elif path == "/healthz":
+            self._answer("ok\n", "text/plain; charset=utf-8")
+        else:
+            self.send_error(404)
 
-    def _answer(self, status: str, text: str, kind: str = "text/plain; charset=utf-8") -> None:
+    def _answer(self, text: str, kind: str) -> None:
         data = text.encode()
-        head = f"HTTP/1.0 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(data)}\r\n\r\n"
-        self.wfile.write(head.encode() + data)
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its name in http.server
+        """Nothing: stderr is for the conversion."""
 
 
 #   name                            of /progress     type         help

@@ -87,19 +87,6 @@ def test_health_and_strangers(port: int, capfd: pytest.CaptureFixture[str]) -> N
     assert capfd.readouterr() == ("", "")
 
 
-def test_any_other_method_is_refused(port: int) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(b"POST /progress HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.0 501 ")
-
-
-@pytest.mark.parametrize("request_line", [b"GET " + b"/" * 100_000, b"GET /healthz?a=1", b"GET /healthz"])
-def test_a_request_of_any_form_gets_one_answer(port: int, request_line: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(request_line + b" HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert re.match(rb"HTTP/1\.0 (200 OK|404 Not Found)\r\n", connection.recv(100))
-
-
 def test_idle_connections_are_bounded_and_end(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     idle = [socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(MAX_CONNECTIONS + 3)]
     try:
