@@ -43,7 +43,7 @@ from ckpt2pt.formats.ptmeta.capture import (
     rank_files,
 )
 from ckpt2pt.formats.ptmeta.files import render
-from ckpt2pt.formats.ptmeta.legacy import as_legacy, check_legacy
+from ckpt2pt.formats.ptmeta.legacy import as_legacy, check_legacy, is_newer
 from ckpt2pt.formats.ptmeta.metadata import RankMeta, data_parallel_size, read_param_maps
 from ckpt2pt.formats.ptmeta.relayout import NewLayout, Relayout, relayout
 from ckpt2pt.formats.torchfile.archive import Archive
@@ -256,11 +256,13 @@ class Own:
     def arguments(self, rank: Rank) -> Template:
         """The template of one rank; Megatron writes and reads the optimizer of the result as distributed."""
         stored, layout = self.headers(rank)
-        if stored.copies is None:
-            return as_legacy(stored).template
+        if stored.copies is None and not is_newer(stored):
+            return stored.template
         made = rank_files(stored, *rank, layout.buffers)
-        args = with_attrs(made.tree["args"], {"use_distributed_optimizer": True})
-        return template_of_files(replace(made, tree={**made.tree, "args": args}))
+        if stored.copies is not None:
+            args = with_attrs(made.tree["args"], {"use_distributed_optimizer": True})
+            made = replace(made, tree={**made.tree, "args": args})
+        return template_of_files(made)
 
     def buffers(self, pp: int) -> Sequence[Buffer]:
         """The buffers of the first rank of a stage, as those of Megatron-LM 0.6."""

@@ -26,7 +26,7 @@ from ckpt2pt.kube.resolve import resolve
 from ckpt2pt.run.conversion import run
 from conversions import topology_of
 from documents import minimal
-from goldens import golden_sets
+from goldens import golden_root, golden_sets
 from results import edit_tree, set_element, tree_of
 from torchload import megatron_names
 from undistributed import without_distributed_optimizer
@@ -344,10 +344,24 @@ def test_every_element_of_an_optimizer_that_was_not_distributed_is_compared(
     assert ckpt2pt.convert(source=old, target=tmp_path / "new", verify="full", **more).verified == "full"
 
 
+TODAY = [
+    folder
+    for name in ("odd_dp2", "gpt_dp2_buckets", "llama_tp2pp2", "llama_tp1pp2vpp2", "llama_pp2_uneven")
+    if (folder := golden_root() / "mcore" / "0.19.0" / name).is_dir()
+]
+
+
+@pytest.mark.parametrize("more", [{}, {"target_tp": 2}, {"target_tp": 1}, {"params_only": True}], ids=str)
+@pytest.mark.parametrize("folder", TODAY, ids=[folder.name for folder in TODAY])
+def test_every_element_of_a_newer_checkpoint_is_compared(folder: Path, more: dict[str, Any], tmp_path: Path) -> None:
+    """Its arguments hold objects of classes that 0.6 does not have: the result is compared with what is left of them."""
+    assert ckpt2pt.convert(source=folder, target=tmp_path / "new", verify="full", **more).verified == "full"
+
+
 def test_a_weight_that_is_not_its_float32_copy_is_found(tmp_path: Path) -> None:
     shutil.copytree(SETS["b_tp2pp2"] / "A", tmp_path / "old")
     leaf = "/model/language_model/encoder/layers.0.mlp.dense_h_to_4h.weight"
-    set_element(max((tmp_path / "old").rglob("model_optim_rng.pt")), leaf, 3000, b"\x12\x34")
+    set_element(max((tmp_path / "old").rglob("model_optim_rng.pt")), leaf, 2000, b"\x12\x34")
     with pytest.raises(VerificationError, match="1 of"):
         ckpt2pt.convert(source=tmp_path / "old", target=tmp_path / "new", verify="full")
     assert not list((tmp_path / "new").rglob("rank-001-001.json"))
