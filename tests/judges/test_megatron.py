@@ -44,6 +44,7 @@ Rank = tuple[dict[str, Any], Any]
 """What a rank said and its arrays."""
 OF_LAYOUT = {
     "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--num-layers-per-virtual-pipeline-stage", "--save", "--ckpt-format",
+    "--expert-model-parallel-size",
 }  # fmt: skip
 """Arguments of a set that do not hold at another layout, with a value each."""
 VALUED = (
@@ -148,9 +149,11 @@ class Case(NamedTuple):
     pp: int
     dp: int = 1
     damage: str = ""
+    ep: int = 1
 
     def __str__(self) -> str:
-        return f"{self.release}-{self.name}-{self.form}-tp{self.tp}pp{self.pp}dp{self.dp}{self.damage and '-' + self.damage}"
+        experts = f"ep{self.ep}" if self.ep > 1 else ""
+        return f"{self.release}-{self.name}-{self.form}-tp{self.tp}pp{self.pp}dp{self.dp}{experts}{self.damage and '-' + self.damage}"
 
     @property
     def training(self) -> Training:
@@ -164,6 +167,18 @@ ODD = f"{odd_set().parent.name}-{odd_set().name}"
 SETS = {name: Training(golden_root() / "megatron06" / name) for name in (TIED, CUT, NOOP, BUCKETS, SHARDS)} | {
     f"{folder.parent.name}-{folder.name}": Training(folder) for folder in mcore_sets()
 }
+EXPERTS = {
+    name: (stages, since)
+    for name, stages, since in (
+        ("0.8.0-moe_ep2", 2, "0.8.0"),
+        ("0.19.0-moe_ep1", 2, "0.8.0"),
+        ("0.19.0-moe_ep2__te_td_full", 2, "0.12.3"),
+        ("0.19.0-moe_shared_mixed", 3, "0.12.3"),
+    )
+    if (golden_root() / "mcore" / Path(*name.split("-", 1))).exists()
+}
+"""Mixtures of experts: pipeline stages that divide their layers, and the first release that has their model."""
+SETS |= {name: Training(golden_root() / "mcore" / Path(*name.split("-", 1))) for name in EXPERTS}
 MEGATRON = [
     (TIED, 1, 2, 1), (TIED, 2, 1, 2), (CUT, 2, 2, 1), (CUT, 1, 1, 1), (NOOP, 2, 1, 1), (BUCKETS, 1, 1, 2), (SHARDS, 1, 2, 1), (ODD, 1, 1, 2), (ODD, 2, 2, 1),
 ]  # fmt: skip
@@ -197,10 +212,26 @@ def cases() -> list[Case]:
         if not old:
             found += [Case(release, name, "torch_dist", tp, pp, dp) for name, tp, pp, dp in TORCH_DIST]
     # Sets of the whole collection, at their own layout and at another.
-    for name in sorted(SETS.keys() - {TIED, CUT, NOOP, BUCKETS, SHARDS, ODD}):
+    for name in sorted(SETS.keys() - {TIED, CUT, NOOP, BUCKETS, SHARDS, ODD} - EXPERTS.keys()):
         tp, pp = sizes_of(SETS[name].folder).values()
         found += [Case("0.12.3", name, "megatron", tp, pp), Case("0.19.2", name, "megatron", 3 - tp, 1)]
         found += [Case("0.19.2", name, "torch_dist", 3 - tp, 1)]
+    return [*found, *cases_of_experts()]
+
+
+def cases_of_experts() -> list[Case]:
+    """Of each set a case in every release that has its model; more and fewer ranks of experts, and other layouts, in the first and the last."""
+    found: list[Case] = []
+    for name, (stages, since) in EXPERTS.items():
+        for release in RELEASES[RELEASES.index(since) :]:
+            sizes = [(1, 1, 2, 2)]
+            if release == since:
+                sizes = [(1, 1, 4, 4), (1, stages, 2, 2)]
+            if release == "0.19.2":
+                sizes = [(1, 1, 1, 1), (2, 1, 2, 2), (1, stages, 2, 2)]
+            found += [Case(release, name, "megatron", *size[:3], ep=size[3]) for size in sizes]
+            if release not in RELEASES[:2]:
+                found += [Case(release, name, "torch_dist", *size[:3], ep=size[3]) for size in sizes]
     return found
 
 
@@ -212,9 +243,15 @@ def converted(case: Case, folder: Path) -> Path:
     """The result of the command, made once for all releases that load it."""
     one, words = case.training, list[object]()
     target = folder / f"{case.name}-{case.form}"
+    if case.name in EXPERTS:
+        # 0.12 and older have an optimizer less where a stage has no experts.
+        old = case.form == "megatron" and case.release in RELEASES[:2]
+        target = target.with_name(f"{target.name}-{case.ep}{'-old' if old else ''}")
+        words += ["--target-ep-size", case.ep, *(["--megatron-version", "0.12"] if old else [])]
+        words += ["--transformer-impl", "local"] if case.form == "megatron" else []
     if case.form == "megatron":
         target = target.with_name(f"{target.name}-{case.tp}{case.pp}{case.dp}")
-        words = [
+        words += [
             "--target-tp-size",
             case.tp,
             "--target-pp-size",
@@ -225,7 +262,7 @@ def converted(case: Case, folder: Path) -> Path:
             1,
         ]
     if not target.exists():
-        if one.recent and case.form == "megatron":
+        if one.recent and case.form == "megatron" and (one.folder / "ms").exists():
             place, sizes = folder / f"{target.name}.run", sizes_of(one.folder)
             place.mkdir()
             words += ["--source", one.folder / "ms", "--tp-size", sizes["tp"], "--pp-size", sizes["pp"]]
@@ -273,7 +310,7 @@ def load(wanted: dict[Case, Path], out: Path) -> None:
     asked = [
         {
             "checkpoint": str(checkpoint), "out": str(out / str(case)), "args": case.training.words,
-            "tp": case.tp, "pp": case.pp, "dp": case.dp, "pretrain": release in PRETRAIN,
+            "tp": case.tp, "pp": case.pp, "dp": case.dp, "ep": case.ep, "pretrain": release in PRETRAIN,
         }
         for case, checkpoint in wanted.items()
     ]  # fmt: skip

@@ -30,6 +30,8 @@ class Checkpoint:
     tensor: int
     pipeline: int
     index: Index
+    expert: int = 1
+    """Expert parallel size of the run that wrote it."""
     warnings: tuple[str, ...] = ()
     """What may be wrong with it, in sentences."""
     template: Template | None = None

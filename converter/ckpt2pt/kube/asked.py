@@ -174,6 +174,7 @@ def _target(options: argparse.Namespace, path: str) -> Target:
             tensor=options.target_tp_size,
             pipeline=options.target_pp_size,
             virtual_pipeline=options.target_vpp_size,
+            expert=getattr(options, "target_ep_size", None),  # an import has none
         ),
         data_parallel=options.target_dp_size,
         zero_consumed_samples=options.zero_consumed_samples,

@@ -41,6 +41,13 @@ def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
             hint=f"choose Megatron-LM 0.7 to 0.19 with {ref('target.format')}, or leave them out",
             field="target.format",
         )
+    if target.parallelism.expert is not None and target.format not in {"Megatron", "TorchDist"}:
+        raise UsageError(
+            f"{ref('target.parallelism.expert')} is given, and a result of the format {target.format} holds no mixture of experts",
+            where=ref("spec"),
+            hint=f"choose Megatron-LM 0.7 to 0.19 or torch_dist with {ref('target.format')}, or leave it out",
+            field="target.parallelism.expert",
+        )
     kinds: dict[str, Callable[..., AnyRequest]] = {"TorchDist": resolve_dist, "Megatron": resolve_mcore}
     return kinds.get(spec.target.format, resolve)(spec, in_process=in_process)
 
@@ -118,6 +125,7 @@ def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
         tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
     return kind(
         topology=Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline),
+        target_expert=result.expert,
         source=source,
         target=Path(spec.target.path),
         source_format=source_format,

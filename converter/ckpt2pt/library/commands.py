@@ -79,6 +79,7 @@ class Asked(TypedDict, total=False):
     target_tp: int | None
     target_pp: int | None
     target_vpp: int | None
+    target_ep: int | None
     noop_layers: Collection[int] | None
     layers_per_stage: Sequence[int] | None
     iteration: int | None
@@ -152,6 +153,7 @@ def _request(asked: Asked) -> AnyRequest:
                 tensor=asked.get("target_tp"),
                 pipeline=asked.get("target_pp"),
                 virtual_pipeline=asked.get("target_vpp"),
+                expert=asked.get("target_ep"),
             ),
         ),
         verify=schema.LEVELS[asked.get("verify", "digest")],

@@ -19,7 +19,7 @@ from ckpt2pt.core.foldernames import expert_ranks, model_ranks, parallel_sizes
 from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
 from ckpt2pt.core.names import TIED_HEAD, common_prefix
 from ckpt2pt.core.params import HEAD, legacy_name, legacy_spelling
-from ckpt2pt.errors import FormatError, MissingInputError, ref
+from ckpt2pt.errors import FormatError, MissingInputError, aside, ref
 from ckpt2pt.formats.megatron.distributed import Buckets, StoredBucket, read_buffers, read_states, tensor_ref
 from ckpt2pt.formats.megatron.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.formats.megatron.payload import Template
@@ -62,7 +62,7 @@ class MegatronRank:
     @property
     def coalesced(self) -> bool:
         """Whether the buffers are those of 0.7 or newer."""
-        return any(bucket.coalesced for buffer in self.buffers or () for bucket in buffer)
+        return self.apart or any(bucket.coalesced for buffer in self.buffers or () for bucket in buffer)
 
     @property
     def has_plain_optimizer(self) -> bool:
@@ -249,11 +249,11 @@ def _named(
             raise FormatError(
                 f"{full} is of a mixture of experts, in a form that ckpt2pt does not read"
                 if experts
-                else f"{full} is of a mixture of experts, which ckpt2pt does not convert yet",
+                else f"{full} is of a mixture of experts, which no result for MindSpore or Megatron-LM 0.6 holds",
                 where=path,
                 hint="save it with an MLP for each expert, or with the grouped one of Transformer Engine"
                 if experts
-                else "give a checkpoint of a dense model; ckpt2pt verify and ckpt2pt.open read this one",
+                else f"choose Megatron-LM 0.7 to 0.19 or torch_dist{aside('target.format')}",
             )
         if not name.startswith("language_model.") and name != TIED_HEAD:
             raise FormatError(f"{full} is no parameter of a GPT model of Megatron-LM", where=path, hint=_SAVED_AGAIN)

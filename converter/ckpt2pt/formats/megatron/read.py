@@ -56,12 +56,13 @@ def open_megatron(
     collector = Collector(there[0], str(folder))
     for (tp, pp, ep), rank in sorted(ranks.items(), key=lambda item: item[0][2]):
         buffers = lay_out_rank(rank, pp, at_most=SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
-        collect_rank(_Experts(collector, ep, _first_expert(rank, ep)), (tp, pp), rank, layout, buffers)
+        collect_rank(Shifted(collector, ep, _first_expert(rank, ep)), (tp, pp), rank, layout, buffers)
     first = dense[0, 0]
     samples = first.template.args.get("consumed_train_samples")
     return Checkpoint(
         path=folder,
         format="megatron",
+        expert=1 + max(ep for *_, ep in ranks),
         iteration=iteration_of(ranks.values(), folder),
         tensor=there[0],
         pipeline=there[1],
@@ -111,7 +112,7 @@ def _first_expert(rank: MegatronRank, ep: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Experts:
+class Shifted:
     """Collects what the rank ``ep`` of experts holds, whose first one is ``first``; dense parameters all such ranks hold."""
 
     collector: Collector
@@ -119,6 +120,7 @@ class _Experts:
     first: int
 
     def add(self, role: Role, name: str, tp: int, local: Local) -> None:
+        """Take what the rank holds, with the global number of its expert."""
         replica = self.ep > 0 and expert_of(name) is None
         self.collector.add(role, with_expert(name, self.first), tp, local, replica=replica)
 

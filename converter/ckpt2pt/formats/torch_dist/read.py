@@ -54,6 +54,7 @@ def open_torch_dist(
         iteration=iteration_of_common(common, folder),
         tensor=sizes[0],
         pipeline=sizes[1],
+        expert=expert if type(expert := common.args.get("expert_model_parallel_size")) is int and expert > 0 else 1,
         index=index,
         warnings=tuple(_warnings(metadata)),
         template=common,

@@ -166,7 +166,7 @@ def _with_ones(sizes: Parallelism) -> Parallelism:
 def _layouts(spec: Spec, findings: list[Finding]) -> tuple[Topology, Topology | None]:
     """That of the result, and that of the source where it is another one."""
     model, sizes, result = spec.model, spec.parallelism, spec.target.parallelism
-    own = {field: getattr(sizes, field) for field in Degrees.__struct_fields__}
+    own = {field: getattr(sizes, field) for field in ("tensor", "pipeline", "virtual_pipeline")}
     wanted = {field: getattr(result, field) or size for field, size in own.items()}
     if not model.num_layers:
         hint = "give the number of layers, no-op layers included"
@@ -273,6 +273,10 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
         what = "is another, and names, transformerImpl or megatronVersion are given"
         hint = "set spec.target.format to Megatron, or leave them out"
         findings.append(Finding(field="spec.target.format", what=what, hint=hint))
+    if spec.target.format not in {"Megatron", "TorchDist"} and spec.target.parallelism.expert is not None:
+        hint = "set spec.target.format to Megatron or TorchDist, or leave it out"
+        what = f"is given, and a result of the format {spec.target.format} holds no mixture of experts"
+        findings.append(Finding(field="spec.target.parallelism.expert", what=what, hint=hint))
     if spec.target.format != "MindSpore":
         if target.get("mindspore") is not None:
             hint = "set spec.target.format to MindSpore, or leave it out"
@@ -339,7 +343,7 @@ def worker_spec(conversion: Conversion, roots: Mapping[str, str]) -> Spec:
             spec.target,
             volume={},
             path=paths["target"],
-            parallelism=spec.target.parallelism if conversion.saved else Degrees(),
+            parallelism=spec.target.parallelism if conversion.saved else Degrees(expert=spec.target.parallelism.expert),
         ),
         verify=spec.verify,
         follow=replace(spec.follow, until=None) if spec.follow else None,

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from ckpt2pt.core.fill import moves_of
 from ckpt2pt.core.index import without_gaps
-from ckpt2pt.core.params import EMBEDDING, HEAD
+from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
+from ckpt2pt.core.params import EMBEDDING, HEAD, expert_count
 from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.reshard import vocabulary_rows
-from ckpt2pt.core.slots import check_dense, source_of
+from ckpt2pt.core.slots import source_of
 from ckpt2pt.core.tensor import ROLES, Key
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.errors import FormatError, UsageError, aside, ref
@@ -65,6 +66,8 @@ class Found:
             "noopLayers": sorted(topology.noop),
             "layersPerStage": list(topology.layers_per_stage) if topology.layers_per_stage else None,
             "virtualPipeline": topology.virtual,
+            **({"expert": layout.expert} if layout.expert > 1 else {}),
+            **({"groupedExperts": True} if layout.style.grouped else {}),
             "targetDataParallel": layout.data,
             "dtype": layout.dtype,
             "vocabulary": layout.rows,
@@ -78,9 +81,9 @@ class Found:
             root=self.request.target,
             iteration=self.source.state.iteration,
             identity=identity,
-            ranks=dict.fromkeys(topology.ranks(), identity),
+            ranks=dict.fromkeys(self.layout.ranks(), identity),
             stages=topology.pipeline,
-            tensor=topology.tensor,
+            tensor=self.layout.members,
             full=self.request.full,
             kind=MEGATRON,
         )
@@ -107,6 +110,7 @@ class Found:
         held = Held(
             tensors=layout.index,
             layout=layout.topology,
+            expert=layout.expert,
             template=template,
             iteration=layout.state.iteration,
             roles=ROLES if layout.full else ROLES[:1],
@@ -115,7 +119,10 @@ class Found:
 
     def listed(self, rank: Rank) -> list[str]:
         """The files of a rank, below the folder of the result."""
-        return [f"{self.layout.directory(rank)}/{file.name}" for file in self.layout.files(rank)[0]]
+        layout, names = self.layout, [MODEL_FILE]
+        if layout.full and layout.saves_optimizer(rank, layout.optimizers(layout.chunks(rank))):
+            names.append(OPTIM_FILE)
+        return [f"{layout.directory(rank)}/{name}" for name in names]
 
     def paths(self, rank: Rank) -> tuple[str, ...]:
         """The files that a rank is read from."""
@@ -142,6 +149,7 @@ def find(request: McoreRequest) -> Found:
     rows = vocabulary_rows(state.args, held, topology.tensor)
     half = state.args.get("grad_reduce_in_bf16") is True
     untied = state.args.get("untie_embeddings_and_output_weights")
+    experts = expert_count(key.name for key in index)
     layout = McoreLayout(
         index=index,
         state=state,
@@ -154,6 +162,7 @@ def find(request: McoreRequest) -> Found:
         tied=Key("param", HEAD) not in index if untied is None else untied is False,
         full=request.full,
         data=request.data,
+        expert=request.target_expert or (source.checkpoint.expert if experts else 1),
         where=source.where,
     )
     layout.check()
@@ -164,8 +173,17 @@ def find(request: McoreRequest) -> Found:
 
 
 def _check_model(source: Source) -> None:
-    """Refuse what is not written: a mixture of experts, and fp16."""
-    check_dense(source.index, source.where)
+    """Refuse what is not written: fp16, and experts that are cut otherwise than dense parameters."""
+    tensor = source.state.args.get("tensor_model_parallel_size")
+    own = source.state.args.get("expert_tensor_parallel_size")
+    if type(own) is int and own != tensor and expert_count(key.name for key in source.index):
+        raise FormatError(
+            f"expert_tensor_parallel_size is {own} and tensor_model_parallel_size {tensor}: experts that are cut otherwise "
+            "than dense parameters are not written into this format",
+            where=source.state.where,
+            hint=f"choose TorchDist in {ref('target.format')}, which any sizes can load",
+            field="target.format",
+        )
     if source.dtype == "float16":
         raise FormatError(
             "the training is of fp16, whose loss scale is not converted into this format",
@@ -231,7 +249,22 @@ def _style(request: McoreRequest, source: Source) -> tuple[Style, dict[str, obje
         names="legacy" if legacy else "mcore",
         transformer_engine=transformer == "transformer_engine",
     )
-    return style, assumed
+    grouped = args.get("moe_grouped_gemm") is True and not legacy
+    if grouped and request.release < _WITHOUT_TRANSPOSED:
+        old = request.release < (0, 8) or args.get("moe_use_legacy_grouped_gemm") is True
+        if old or not style.transformer_engine:
+            raise FormatError(
+                "moe_grouped_gemm of this release and layer spec holds experts transposed in one tensor, which is not written",
+                where=source.state.where,
+                hint=f"give {ref('target.transformerImpl')} for a run of 0.8 or newer with Transformer Engine, "
+                f"or {ref('target.megatronVersion')} 0.18 or newer",
+                field="target.megatronVersion",
+            )
+    return replace(style, grouped=grouped and style.transformer_engine), assumed
+
+
+_WITHOUT_TRANSPOSED = (0, 18)
+"""The first release without ``GroupedMLP`` (megatron/core/transformer/moe/experts.py)."""
 
 
 def _prove(found: Found, rank: Rank, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:
@@ -263,7 +296,7 @@ def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
 def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
     """What is converted: the given stages of the result."""
     found = find(request)
-    tensor = found.layout.topology.tensor
+    members = found.layout.members
     return Conversion(
         target=found.target,
         pace=request.pace,
@@ -271,7 +304,7 @@ def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
         overwrite=request.overwrite,
         identity_options=found.identity_options,
         facts={"assumed": dict(found.assumed)},
-        inputs={(tp, pp): found.source.inputs(found.paths((tp, pp))) for pp in stages for tp in range(tensor)},
+        inputs={(tp, pp): found.source.inputs(found.paths((tp, pp))) for pp in stages for tp in range(members)},
         conflicts=(),
         warnings=found.remarks,
         how_to_load=f" with {found.layout.style.needs}" + ("" if request.full else _NO_OPTIMIZER),

@@ -27,6 +27,8 @@ class TargetRequest:
     pipeline: int | None = None
     topology: Topology
     """Tensor and pipeline parallel size of the result; the layers are not counted yet."""
+    target_expert: int | None = None
+    """Expert parallel size of the run to come; None is that of the source."""
     num_layers: int | None = None
     full: bool = True
     zero_samples: bool = False
