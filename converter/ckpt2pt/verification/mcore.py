@@ -21,6 +21,7 @@ from ckpt2pt.errors import InputError
 from ckpt2pt.formats.megatron.headers import MegatronRank, read_files
 from ckpt2pt.formats.megatron.payload import groups_of
 from ckpt2pt.formats.megatron.read import Shifted, collect_rank
+from ckpt2pt.formats.megatron.scaler import stored_scaler
 from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.prove import crcs_of
@@ -104,6 +105,9 @@ def _check_values(state: State, stored: MegatronRank, findings: Findings, *, ful
         for name, value in state.scheduler.items():
             wanted[f"opt_param_scheduler/{name}"] = value
             found[f"opt_param_scheduler/{name}"] = template.scheduler.get(name)
+        if state.scaler is not None:
+            wanted["optimizer/grad_scaler"] = state.scaler
+            found["optimizer/grad_scaler"] = stored_scaler(template)
         optimizers = [groups_of(one) for one in template.optimizers]
         numbered = [(experts, group) for experts, groups in enumerate(optimizers) for group in groups]
         for number, (experts, group) in enumerate(numbered):

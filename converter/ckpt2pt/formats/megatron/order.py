@@ -11,7 +11,7 @@ inside it.  Legacy models: megatron/legacy/model (up to core_v0.17.0), in the or
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal, NamedTuple
@@ -88,12 +88,30 @@ def chunk_parameters(
 
     ``names`` are those of the whole model, ``experts`` the global numbers of the rank's experts.
     """
+    ends = layout.holds_embedding(pp, vpp), layout.holds_head(pp, vpp)
     shared = tied and layout.pipeline > 1
-    if layout.holds_embedding(pp, vpp):
+    return registered(names, layout.real_slots(pp, vpp), ends, tied=tied, shared=shared, style=style, experts=experts)
+
+
+def registered(
+    names: Collection[str],
+    slots: Mapping[int, int],
+    ends: tuple[bool, bool],
+    *,
+    tied: bool,
+    shared: bool,
+    style: Style,
+    experts: range = range(0),
+) -> Iterator[Registered]:
+    """The same of a chunk with the layers ``slots`` (local -> global number); ``ends``: whether it has embeddings, and the head.
+
+    ``shared``: the first and the last stage both hold the embedding, as they are tied.
+    """
+    if ends[0]:
         yield from _outside(("embedding.word_embeddings", "embedding.position_embeddings"), names, style, shared=shared)
-    for local, layer in layout.real_slots(pp, vpp).items():
+    for local, layer in slots.items():
         yield from _layer(names, local, layer, style, experts)
-    if layout.holds_head(pp, vpp):
+    if ends[1]:
         yield from _outside(("decoder.final_layernorm", *(() if tied else ("output_layer",))), names, style)
         if shared:
             yield Registered(EMBEDDING, TIED_HEAD if style.names == "legacy" else HEAD, shared=True)

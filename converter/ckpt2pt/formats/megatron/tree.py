@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 
 from ckpt2pt.core.state import State
 from ckpt2pt.errors import MissingInputError, ref
+from ckpt2pt.formats.megatron.scaler import SCALER, scaler_tree
 from ckpt2pt.formats.ptmeta.rng import rng_state
 from ckpt2pt.formats.torchfile.trees import Value, namespace
 
@@ -57,7 +58,7 @@ def model_tree(
     optimizers: Sequence[Sequence[Group]] | None,
     rank: tuple[int, int, int],
 ) -> tuple[dict[str, Value], dict[str, bytes]]:
-    """The tree of a rank's model file, and the storages of its random generators' states by key.
+    """The tree of a rank's model file, and by key the storages of its random generators' states and of its loss scale.
 
     ``sizes`` are arguments that the layout and the tensors tell, ``chunks`` the model; ``optimizers`` are the parameter groups
     of each, None where weights alone are written; ``rank`` is (tp, pp, ep).  Raises :class:`MissingInputError` where nothing
@@ -76,8 +77,12 @@ def model_tree(
         **chunks,
     }
     if optimizers is not None:
+        more: dict[Value, Value] = {}
+        if state.scaler is not None:
+            more[SCALER], scale = scaler_tree(state.scaler, SCALER)
+            storages |= scale
         states: list[Value] = [
-            {"optimizer": {"param_groups": [_group(state, group) for group in groups]}} for groups in optimizers
+            {"optimizer": {"param_groups": [_group(state, group) for group in groups]}, **more} for groups in optimizers
         ]
         tree["optimizer"] = states if len(states) > 1 else states[0]
         tree["opt_param_scheduler"] = {name: _needed(state, name, state.scheduler.get(name)) for name in _SCHEDULER}
