@@ -127,10 +127,11 @@ def cases() -> list[Case]:
 
 
 def cases_of_experts() -> list[Case]:
-    """Of each set a case in every release that has its model; more and fewer ranks of experts, and other layouts, in the first and the last."""
+    """More and fewer ranks of experts, and other layouts, in the first release that has a set's model and in the last; one of the sets in all."""
     found: list[Case] = []
     for name, (stages, since) in EXPERTS.items():
-        for release in RELEASES[RELEASES.index(since) :]:
+        mixed = RELEASES[RELEASES.index(since) :] if name.endswith("_mixed") else ()
+        for release in dict.fromkeys((since, *mixed, "0.19.2")):
             sizes = [(1, 1, 2, 2)]
             if release == since:
                 sizes = [(1, 1, 4, 4), (1, stages, 2, 2)]
