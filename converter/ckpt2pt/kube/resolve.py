@@ -99,26 +99,14 @@ def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
 
     Tensor and pipeline parallel size are those of the source, which is read as far as its headers, where nobody says them.
     """
-    from ckpt2pt.formats.registry import read  # noqa: PLC0415 - only where it is asked for
-
-    source, sizes, result, rules = Path(spec.source.path), spec.parallelism, spec.target.parallelism, _rules(spec)
+    sizes, result = spec.parallelism, spec.target.parallelism
     source_format = "auto" if spec.source.format == "Auto" else "mindspore"
     if spec.source.format == "Megatron":
         source_format = "torch_dist" if _of_iteration(spec)[1] else "megatron"
     tensor, pipeline = result.tensor or sizes.tensor, result.pipeline or sizes.pipeline
-    if not tensor or not pipeline:
-        found = read(
-            source,
-            source_format=source_format,
-            tensor=sizes.tensor,
-            pipeline=sizes.pipeline,
-            iteration=spec.source.iteration,
-            rules=rules,
-        )
-        tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
-    return kind(
-        topology=Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline),
-        source=source,
+    request = kind(
+        topology=Topology(num_layers=pipeline or 1, tensor=tensor or 1, pipeline=pipeline or 1),
+        source=Path(spec.source.path),
         target=Path(spec.target.path),
         source_format=source_format,
         metadata=Path(spec.metadata.path) if spec.metadata.path else None,
@@ -128,13 +116,18 @@ def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
         num_layers=spec.model.num_layers,
         full=spec.mode == "Full",
         zero_samples=spec.target.zero_consumed_samples,
-        rules=rules,
+        rules=_rules(spec),
         overwrite=spec.target.overwrite,
         verify=_verify(spec),
         workers=spec.workers.processes,
         timeout=spec.workers.rank_timeout_seconds,
         **own,
     )
+    if tensor and pipeline:
+        return request
+    found = request.read()
+    tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
+    return replace(request, topology=Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline), found=found)
 
 
 def resolve(spec: Spec, *, in_process: bool = False) -> Request:

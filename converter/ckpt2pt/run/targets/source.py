@@ -18,7 +18,6 @@ from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.described import template_at
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.mindspore import prove_sources
-from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.state import state_of
 from ckpt2pt.formats.torch_dist.items import prove_items
 from ckpt2pt.formats.torchfile.archive import Archive
@@ -129,14 +128,7 @@ def read_source(request: TargetRequest) -> Source:
 
     Raises :class:`MissingInputError` where nothing tells the iteration.
     """
-    checkpoint = read(
-        request.source,
-        source_format=request.source_format,
-        tensor=request.tensor,
-        pipeline=request.pipeline,
-        iteration=request.iteration,
-        rules=request.rules,
-    )
+    checkpoint = request.read()
     if checkpoint.iteration is None and request.iteration is None:
         raise MissingInputError(
             "nothing in the checkpoint tells its iteration",
