@@ -16,7 +16,15 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from ckpt2pt.cli.parsers import PROGRAMS, Command, parser_of_all, parser_of_one
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, aside, printable, rendered
+from ckpt2pt.errors import (
+    Ckpt2ptError,
+    FileAccessError,
+    InterruptedRunError,
+    UsageError,
+    aside,
+    printable,
+    rendered,
+)
 from ckpt2pt.io.files import raise_file_limit
 from ckpt2pt.io.lines import LineFormatter, Spelling
 from ckpt2pt.kube.conversion.spelling import of_call, spelled_document
@@ -282,6 +290,7 @@ def _verify(options: argparse.Namespace) -> int:
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
     from ckpt2pt.verification.prove import verify_records  # noqa: PLC0415
 
+    _check_verify_options(options)
     report: Comparison | Report
     with closing(reporter(options.progress, "compared" if len(options.paths) > 1 else "stage {}")) as heard:
         if len(options.paths) > 1:
@@ -295,6 +304,34 @@ def _verify(options: argparse.Namespace) -> int:
     _show(report.document(), report.render(), options)
     report.raise_differences(of_call(options))
     return 0
+
+
+_OF_PATHS: tuple[frozenset[str], ...] = (
+    frozenset(),
+    frozenset({"level"}),
+    frozenset({"tp_size", "pp_size", "rules", "ignore", "ignore_padding"}),
+)
+"""What ``verify`` takes besides output and paths, by how many of these there are; without any, all but two."""
+
+
+def _check_verify_options(options: argparse.Namespace) -> None:
+    """Refuse options that are about another of the three ways to verify."""
+    count = min(len(options.paths), 2)
+    every = _OF_PATHS[count] | {"paths", "progress", "output", "log_format"}
+    for name, default in vars(build_parser().parse_args(["verify"])).items():
+        known = name in every if count else name not in {"ignore", "ignore_padding"}
+        if not known and getattr(options, name) != default:
+            flag = f"--{name.replace('_', '-')}"
+            ways = (
+                "a result is compared with its source",
+                "a result is verified by its own records",
+                "two are compared",
+            )
+            raise UsageError(
+                f"{flag} is given, and decides nothing where {ways[count]}",
+                where="the command line",
+                hint="leave it out, or see ckpt2pt verify --help for the three ways to verify",
+            )
 
 
 def _comparison(options: argparse.Namespace, heard: Reporter) -> Comparison:

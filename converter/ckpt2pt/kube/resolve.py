@@ -17,6 +17,7 @@ from ckpt2pt.errors import Ckpt2ptError, TopologyError, UsageError, aside, ref, 
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
 from ckpt2pt.formats.ptmeta.metadata import Given, learn
 from ckpt2pt.kube.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
+from ckpt2pt.kube.conversion.usable import check_used, framework_of
 from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, TargetRequest
 
 T = TypeVar("T", bound=TargetRequest)
@@ -27,20 +28,8 @@ log = logging.getLogger("ckpt2pt")
 def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
     """The request of a spec with folders of this machine, whose kind is that of the target.
 
-    Raises :class:`UsageError` for options of a format that is not asked for, beside what :func:`resolve` raises.
+    Raises :class:`UsageError` for options that source or target cannot use, beside what :func:`resolve` raises.
     """
-    target = spec.target
-    if target.format != "Megatron" and (target.names, target.transformer_impl, target.megatron_version) != (
-        "Auto",
-        "Auto",
-        None,
-    ):
-        raise UsageError(
-            f"{refs('target.names', 'target.transformerImpl', 'target.megatronVersion')} are about another format than {target.format}",
-            where=ref("spec"),
-            hint=f"choose Megatron-LM 0.7 to 0.19 with {ref('target.format')}, or leave them out",
-            field="target.format",
-        )
     kinds: dict[str, Callable[..., AnyRequest]] = {"TorchDist": resolve_dist, "Megatron": resolve_mcore}
     return kinds.get(spec.target.format, resolve)(spec, in_process=in_process)
 
@@ -76,21 +65,7 @@ _TRANSFORMERS: Mapping[str, Literal["auto", "local", "transformer_engine"]] = {
 
 
 def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
-    """The request of a conversion into torch_dist; where it is not said how work is divided, headers are read.
-
-    Raises :class:`UsageError` for what decides nothing there.
-    """
-    for field, given in (
-        ("target.parallelism.virtualPipeline", spec.target.parallelism.virtual_pipeline),
-        ("target.dataParallel", spec.target.data_parallel),
-    ):
-        if given is not None:
-            raise UsageError(
-                f"{ref(field)} is given, and the result has no layout of its own",
-                where=ref("spec"),
-                hint="leave it out: Megatron-LM loads torch_dist into any layout",
-                field=field,
-            )
+    """The request of a conversion into torch_dist; where it is not said how work is divided, headers are read."""
     return _by_tensors(DistRequest, spec, in_process=in_process)
 
 
@@ -99,9 +74,11 @@ def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
 
     Tensor and pipeline parallel size are those of the source, which is read as far as its headers, where nobody says them.
     """
-    sizes, result = spec.parallelism, spec.target.parallelism
-    source_format = "auto" if spec.source.format == "Auto" else "mindspore"
-    if spec.source.format == "Megatron":
+    sizes, result, noop = spec.parallelism, spec.target.parallelism, spec.model.noop_layers
+    said = spec.source.format
+    check_used(spec, framework_of(said))
+    source_format = {"Auto": "auto", "MindSpore": "mindspore", **_FILES}.get(said, "megatron")
+    if said == "Megatron":
         source_format = "torch_dist" if _of_iteration(spec)[1] else "megatron"
     tensor, pipeline = result.tensor or sizes.tensor, result.pipeline or sizes.pipeline
     request = kind(
@@ -114,6 +91,7 @@ def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
         tensor=sizes.tensor,
         pipeline=sizes.pipeline,
         num_layers=spec.model.num_layers,
+        noop=None if noop is None else frozenset(noop),
         full=spec.mode == "Full",
         zero_samples=spec.target.zero_consumed_samples,
         rules=_rules(spec),
@@ -138,7 +116,9 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
     """
     rules, files = _rules(spec), _files(spec)
     source, target = Path(spec.source.path), Path(spec.target.path)
+    check_used(spec, None)
     megatron, distributed = is_megatron(spec), False
+    check_used(spec, "Megatron" if megatron else "MindSpore")
     if megatron:
         source, distributed = _of_iteration(spec)  # whatever the tracker names meanwhile
         topology, saved = _of_megatron(spec, source, rules, distributed=distributed)

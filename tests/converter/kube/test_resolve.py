@@ -10,7 +10,7 @@ from msgspec import structs
 
 from ckpt2pt.errors import TopologyError, UsageError
 from ckpt2pt.kube.conversion.schema import Degrees, Model, Parallelism, Place, Source, Spec, Target, from_json, to_json
-from ckpt2pt.kube.resolve import resolve, resolve_any
+from ckpt2pt.kube.resolve import resolve
 
 
 @pytest.fixture
@@ -51,14 +51,3 @@ def test_another_layout_is_read_from_that_of_the_source(spec: Spec) -> None:
 def test_what_contradicts_the_metadata_is_refused(spec: Spec) -> None:
     with pytest.raises((TopologyError, UsageError), match="tp 2, pp 2"):
         resolve(structs.replace(spec, parallelism=Parallelism(tensor=4)))
-
-
-@pytest.mark.parametrize(
-    "option", [{"names": "Legacy"}, {"transformer_impl": "Local"}, {"megatron_version": "0.19"}], ids=str
-)
-@pytest.mark.parametrize("target_format", ["Megatron06", "TorchDist", "MindSpore"])
-def test_an_option_of_another_format_is_refused(spec: Spec, target_format: str, option: dict[str, str]) -> None:
-    asked = structs.replace(spec, target=structs.replace(spec.target, format=target_format, **option))
-    with pytest.raises(UsageError, match="are about another format") as caught:
-        resolve_any(asked)
-    assert caught.value.field == "target.format"

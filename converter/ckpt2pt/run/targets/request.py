@@ -30,6 +30,7 @@ class TargetRequest:
     topology: Topology
     """Tensor and pipeline parallel size of the result; the layers are not counted yet."""
     num_layers: int | None = None
+    noop: frozenset[int] | None = None
     full: bool = True
     zero_samples: bool = False
     rules: Rules = Rules()  # noqa: RUF009 - frozen

@@ -173,10 +173,23 @@ def _layers(request: TargetRequest, checkpoint: Checkpoint, state: State) -> tup
             hint=f"leave {ref('model.numLayers')} out, or give {count}",
             field="model.numLayers",
         )
+    missing = frozenset(range(whole)) - there.keys()
+    if request.noop is not None and (request.noop & there.keys() or missing - request.noop):
+        raise UsageError(
+            f"{ref('model.noopLayers')} is {_shown(request.noop)}, and the layers without parameters are {_shown(missing)}"
+            + (f", and those from {whole} on" if whole else ""),
+            where=checkpoint.path,
+            hint=f"leave {ref('model.noopLayers')} out",
+            field="model.noopLayers",
+        )
     most = max(whole, stated if type(stated) is int else 0)
     if most == count:
         return count, ()
     return count, (f"{count} of {most} layers have parameters: the others are left out as no-op layers",)
+
+
+def _shown(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(layers))) or "none"
 
 
 def _dtype(checkpoint: Checkpoint, template: Template | None) -> tuple[str, Sequence[str]]:
