@@ -13,9 +13,9 @@ from typing import Literal, TypeVar
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import MindSporeFiles, Request, Verify
-from ckpt2pt.errors import Ckpt2ptError, TopologyError, UsageError, aside, ref, refs
+from ckpt2pt.errors import Ckpt2ptError, MissingInputError, TopologyError, UsageError, aside, ref, refs
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
-from ckpt2pt.formats.ptmeta.metadata import Given, learn
+from ckpt2pt.formats.ptmeta.metadata import Given, learn, read_stated, require
 from ckpt2pt.kube.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
 from ckpt2pt.kube.conversion.usable import check_used, framework_of
 from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, TargetRequest
@@ -180,20 +180,31 @@ def is_megatron(spec: Spec) -> bool:
     """Whether the source is a Megatron checkpoint, as it is said or as it looks.
 
     A source to come has to be said, but for a MindSpore result, which is made from Megatron unless MindSpore's files are there.
-    Raises :class:`UsageError` for a MindSpore source of a Megatron result without metadata.
+    Raises :class:`UsageError` for a MindSpore source of a Megatron result without metadata, :class:`MissingInputError` where
+    nothing is there either that would tell.
     """
     megatron, imported = spec.source.format == "Megatron", spec.target.format == "MindSpore"
     if spec.source.format == "Auto":
         from ckpt2pt.formats.registry import detect  # noqa: PLC0415 - only where it is not said
 
         megatron = imported
-        with suppress(Ckpt2ptError):  # what is wrong with it, its reader says
+        try:
             megatron = detect(Path(spec.source.path)) in {"megatron", "torch_dist"}
+        except MissingInputError as error:
+            if not imported and not spec.metadata.path:
+                raise MissingInputError(
+                    error.what,
+                    where=error.where,
+                    hint=f"check the path; of a Megatron checkpoint that is yet to come say so{aside('source.format')}",
+                    field="source.path",
+                ) from error
+        except Ckpt2ptError:  # what is wrong with it, its reader says
+            pass
     if not megatron and not imported and not spec.metadata.path:
         raise UsageError(
             f"{ref('metadata.path')} is missing, and the source is no Megatron checkpoint",
             where=spec.source.path,
-            hint=f"give the pt_meta folder, or a Megatron checkpoint, and say so{aside('source.format')} if it is yet to come",
+            hint="give the pt_meta folder, or a Megatron checkpoint",
             field="metadata.path",
         )
     return megatron
@@ -208,6 +219,7 @@ def _to_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
     source = source_layout(path, sizes, Topology(num_layers=1), rules)
     tensor, pipeline = result.tensor or source.tensor, result.pipeline or source.pipeline
     if (tensor, pipeline) == (source.tensor, source.pipeline) and not result.virtual_pipeline:
+        _check_own_layout(spec, source, rules)
         return source, None
     if not spec.metadata.path:
         raise UsageError(
@@ -231,6 +243,69 @@ def _to_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
         layers_per_stage=spec.model.layers_per_stage,
     )
     return target, source
+
+
+def _check_own_layout(spec: Spec, layout: Topology, rules: Rules) -> None:
+    """Of a layout that stays nothing is needed; what is given has to be what ``pt_meta`` and the files say.
+
+    Files are looked at unless somebody waits for them, who asks again when they are complete.
+    """
+    from ckpt2pt.formats.checkpoint import check_layers  # noqa: PLC0415 - for this alone
+    from ckpt2pt.formats.mindspore.degrees import source_layout  # noqa: PLC0415 - the same
+    from ckpt2pt.formats.mindspore.read import open_mindspore  # noqa: PLC0415 - the same
+
+    model, own, source = spec.model, spec.parallelism, Path(spec.source.path)
+    unused: Mapping[str, object] = {
+        "model.layersPerStage": model.layers_per_stage,
+        "parallelism.virtualPipeline": (own.virtual_pipeline or 1) > 1,
+    }
+    for field in (field for field, given in unused.items() if given):
+        hint = f"leave it out; another layout is asked for by {_OTHER}"
+        what = f"{ref(field)} is given, and decides nothing where the layout stays"
+        raise UsageError(what, where=ref("spec"), hint=hint, field=field)
+    stated = None
+    if spec.metadata.path:
+        metadata = Path(spec.metadata.path)
+        require(metadata, source=source, target=Path(spec.target.path))
+        stated = read_stated(metadata, allow=rules.pickle_globals)
+    if stated and (stated.tensor, stated.pipeline) != (layout.tensor, layout.pipeline):
+        raise TopologyError(
+            f"{stated}, the source has tp {layout.tensor}, pp {layout.pipeline}",
+            where=source,
+            hint=f"give the pt_meta of this training, or none: its layout stays; or another layout by {_OTHER}",
+            field="metadata.path",
+        )
+    if stated and stated.num_layers and model.num_layers not in {None, stated.num_layers}:
+        raise TopologyError(
+            f"{ref('model.numLayers')} is {model.num_layers}; {stated}",
+            where=stated.folder,
+            hint=f"leave it out, or give {stated.num_layers}",
+            field="model.numLayers",
+        )
+    given = (own.tensor, own.pipeline, model.num_layers, model.noop_layers, stated)
+    if spec.readiness.timeout_seconds or given == (None,) * len(given):
+        return
+    with suppress(UsageError):  # where files do not tell, reading them by what is given proves it
+        found = source_layout(source, (None, None, own.data, own.context), layout, rules)
+        if (found.tensor, found.pipeline) != (layout.tensor, layout.pipeline):
+            raise TopologyError(
+                f"{ref('parallelism')} are tp {layout.tensor}, pp {layout.pipeline}, and the files are of tp {found.tensor}, pp {found.pipeline}",
+                where=source,
+                hint=f"leave them out, or give those of the files; another layout is asked for by {_OTHER}",
+                field="parallelism",
+            )
+    info = spec.source.opt_shard_info_path
+    checkpoint = open_mindspore(
+        source,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        iteration=spec.source.iteration,
+        rules=rules,
+        wanted_format=_FILES.get(spec.source.format),
+        info=None if info is None else Path(info),
+    )
+    noop = None if model.noop_layers is None else frozenset(model.noop_layers)
+    check_layers(checkpoint, model.num_layers, noop, stated.num_layers if stated else None)
 
 
 def _of_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt2pt.core.index import Index, layer_numbers
+from ckpt2pt.core.index import Index
 from ckpt2pt.core.slots import weights_alone
 from ckpt2pt.core.state import State
 from ckpt2pt.core.tensor import Tensor
 from ckpt2pt.discover.checkpoint import only_growing, prove_same, stat_of
 from ckpt2pt.discover.request import digest
 from ckpt2pt.engine.write import ReadPieces
-from ckpt2pt.errors import MissingInputError, UsageError, ref
-from ckpt2pt.formats.checkpoint import Checkpoint
+from ckpt2pt.errors import MissingInputError, ref
+from ckpt2pt.formats.checkpoint import Checkpoint, check_layers
 from ckpt2pt.formats.described import template_at
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.mindspore import prove_sources
@@ -159,37 +159,13 @@ def read_source(request: TargetRequest) -> Source:
 
 
 def _layers(request: TargetRequest, checkpoint: Checkpoint, state: State) -> tuple[int, Sequence[str]]:
-    """Layers with parameters, and a warning where somebody counts more: Megatron-LM core has no no-op layers.
-
-    Raises :class:`UsageError` for a number that is neither.
-    """
-    there = layer_numbers(checkpoint.index)
-    count, whole, stated = len(there), 1 + max(there, default=-1), state.args.get("num_layers")
-    if request.num_layers not in {None, count, whole, stated}:
-        raise UsageError(
-            f"{ref('model.numLayers')} is {request.num_layers}, and the source has {count} layers"
-            + (f", {whole} with its no-op layers" if whole > count else ""),
-            where=checkpoint.path,
-            hint=f"leave {ref('model.numLayers')} out, or give {count}",
-            field="model.numLayers",
-        )
-    missing = frozenset(range(whole)) - there.keys()
-    if request.noop is not None and (request.noop & there.keys() or missing - request.noop):
-        raise UsageError(
-            f"{ref('model.noopLayers')} is {_shown(request.noop)}, and the layers without parameters are {_shown(missing)}"
-            + (f", and those from {whole} on" if whole else ""),
-            where=checkpoint.path,
-            hint=f"leave {ref('model.noopLayers')} out",
-            field="model.noopLayers",
-        )
+    """Layers with parameters, and a warning where somebody counts more: Megatron-LM core has no no-op layers."""
+    stated = state.args.get("num_layers")
+    count, whole = check_layers(checkpoint, request.num_layers, request.noop, stated)
     most = max(whole, stated if type(stated) is int else 0)
     if most == count:
         return count, ()
     return count, (f"{count} of {most} layers have parameters: the others are left out as no-op layers",)
-
-
-def _shown(layers: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(layers))) or "none"
 
 
 def _dtype(checkpoint: Checkpoint, template: Template | None) -> tuple[str, Sequence[str]]:
