@@ -15,8 +15,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -27,11 +25,25 @@ import torch
 from ckpt2pt.cli.commands import main
 from ckpt2pt.core.params import EMBEDDING, HEAD
 from ckpt2pt.core.tensor import Key, Role
+from ckpt2pt.formats.megatron.scaler import stored_scaler
 from ckpt2pt.formats.registry import read
 from ckpt2pt.verification.gather import Files, gathered
-from goldens import REPOSITORY, golden_root
-from mcore import Array, expected
-from mcoresets import joined, mcore_sets, odd_set, script_of, sizes_of
+from goldens import REPOSITORY
+from mcore import Array
+from mcoresets import joined, script_of, sizes_of
+from trainings import (
+    BUCKETS,
+    CUT,
+    FP16,
+    NOOP,
+    ODD,
+    SETS,
+    SHARDS,
+    TIED,
+    Training,
+    as_float,
+    fp16_training,
+)  # fmt: skip
 
 pytestmark = [
     pytest.mark.megatron,
@@ -42,98 +54,6 @@ RELEASES = ("0.8.0", "0.12.3", "0.15.3", "0.16.1", "0.18.2", "0.19.2")
 PRETRAIN = RELEASES[-2:]
 Rank = tuple[dict[str, Any], Any]
 """What a rank said and its arrays."""
-OF_LAYOUT = {
-    "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--num-layers-per-virtual-pipeline-stage", "--save", "--ckpt-format",
-}  # fmt: skip
-"""Arguments of a set that do not hold at another layout, with a value each."""
-VALUED = (
-    "hidden_size", "ffn_hidden_size", "num_attention_heads", "max_position_embeddings", "seq_length", "normalization", "position_embedding_type",
-    "vocab_size", "make_vocab_size_divisible_by", "lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_warmup_fraction", "lr_warmup_iters",
-    "weight_decay", "adam_beta2", "train_iters", "global_batch_size", "micro_batch_size",
-)  # fmt: skip
-"""Arguments of Megatron 0.6 that today's releases know by the same name."""
-
-
-# ------------------------------------------------------------------------------------------------------------ trainings
-
-
-@dataclass(frozen=True)
-class Training:
-    """A golden set: where it lies, and what its model and optimizer held."""
-
-    folder: Path
-
-    @property
-    def recent(self) -> bool:
-        return (self.folder / "set.json").exists()
-
-    @property
-    def words(self) -> list[str]:
-        """Arguments for Megatron-LM, without parallel sizes."""
-        if self.recent:
-            return words_of(self.folder)
-        args, words = self.template.args, words_of(odd_set())
-        flags = {
-            "--swiglu": args["swiglu"],
-            "--disable-bias-linear": not args["add_bias_linear"],
-            "--untie-embeddings-and-output-weights": args["untie_embeddings_and_output_weights"],
-            "--group-query-attention": args["group_query_attention"],
-        }
-        values = {name: args[name] for name in VALUED if args[name] is not None}
-        values["num_layers"] = len({key.name.split(".")[2] for key in self.expected if ".layers." in key.name})
-        if args["group_query_attention"]:
-            values["num_query_groups"] = args["num_query_groups"]
-        # The last one counts; what the two have in common is how they ran.
-        words += [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-        return [*words, *(flag for flag, given in flags.items() if given)]
-
-    @property
-    def template(self) -> Any:
-        return read(self.folder / "A").template
-
-    @property
-    def expected(self) -> dict[Key, Array]:
-        return held_by(self.folder)
-
-    @property
-    def run(self) -> dict[str, Any]:
-        """Parameter groups, iteration, consumed samples and the numbers of the scheduler."""
-        if self.recent:
-            layout = json.loads(next((self.folder / "expected").glob("layout_*.json")).read_text())
-            groups, samples, scheduler = (
-                layout["param_groups"][0],
-                layout["consumed_train_samples"],
-                layout.get("scheduler"),
-            )
-        else:
-            made = self.template
-            groups, samples, scheduler = made.groups, made.args["consumed_train_samples"], made.scheduler
-        return {"groups": groups, "consumed_train_samples": samples, "iteration": 2, "scheduler": dict(scheduler or {})}
-
-
-@cache
-def held_by(folder: Path) -> dict[Key, Array]:
-    """The state of a set: as the run dumped it, or, of Megatron 0.6, as its own files have it."""
-    if (folder / "expected").exists():
-        return expected(folder / "expected")
-    found: dict[Key, Array] = {}
-    with Files() as files:
-        for key, tensor in read(folder / "A").index.items():
-            data = np.array(gathered(tensor).block(files, 0, tensor.numel))
-            found[key] = as_float(data.view("<u2" if tensor.dtype == "bfloat16" else "<f4"))
-    return found
-
-
-def as_float(data: Array) -> Array:
-    """Bits of bfloat16 as float32."""
-    return (data.astype("<u4") << 16).view("<f4") if data.dtype == np.uint16 else data
-
-
-def words_of(folder: Path) -> list[str]:
-    words = json.loads((folder / "set.json").read_text())["args"]
-    dropped = {place + more for place, word in enumerate(words) if word in OF_LAYOUT for more in (0, 1)}
-    return [word for place, word in enumerate(words) if place not in dropped and word != "--overlap-grad-reduce"]
-
 
 # ---------------------------------------------------------------------------------------------------------------- cases
 
@@ -148,23 +68,20 @@ class Case(NamedTuple):
     pp: int
     dp: int = 1
     damage: str = ""
+    save: str = ""
+    """The form in which Megatron saves again what it loaded."""
 
     def __str__(self) -> str:
-        return f"{self.release}-{self.name}-{self.form}-tp{self.tp}pp{self.pp}dp{self.dp}{self.damage and '-' + self.damage}"
+        more = "".join(f"-{one}" for one in (self.damage, self.save) if one)
+        return f"{self.release}-{self.name}-{self.form}-tp{self.tp}pp{self.pp}dp{self.dp}{more}"
 
     @property
     def training(self) -> Training:
         return SETS[self.name]
 
 
-TIED, CUT, NOOP, BUCKETS, SHARDS = (
-    "a2_tp1pp1_tied_bias", "b_st_tp2pp2_safetensors", "e_tp1pp2vpp2_noop_tail", "f_tp1pp1dp2_buckets", "j_tp1pp2dp2",
-)  # fmt: skip
-ODD = f"{odd_set().parent.name}-{odd_set().name}"
-SETS = {name: Training(golden_root() / "megatron06" / name) for name in (TIED, CUT, NOOP, BUCKETS, SHARDS)} | {
-    f"{folder.parent.name}-{folder.name}": Training(folder) for folder in mcore_sets()
-}
 MEGATRON = [
+    (FP16, 1, 1, 1), (FP16, 2, 1, 1),
     (TIED, 1, 2, 1), (TIED, 2, 1, 2), (CUT, 2, 2, 1), (CUT, 1, 1, 1), (NOOP, 2, 1, 1), (BUCKETS, 1, 1, 2), (SHARDS, 1, 2, 1), (ODD, 1, 1, 2), (ODD, 2, 2, 1),
 ]  # fmt: skip
 TORCH_DIST = [
@@ -175,6 +92,7 @@ TORCH_DIST = [
     (SHARDS, 2, 1, 1),
     (ODD, 1, 1, 1),
     (ODD, 2, 1, 1),
+    (FP16, 2, 1, 1),
 ]
 FROM_MEGATRON = {BUCKETS}
 """Sets of which the files of Megatron 0.6 are converted, and not those of MindSpore."""
@@ -182,6 +100,7 @@ DAMAGES = {
     "bit": "exp_avg decoder.layers.0.mlp.linear_fc2.weight: 1 differ",
     "missing": "refused",
     "step": "step: 3, and 2 in the source",
+    "scale": "grad_scaler: ",
 }
 """What is done to a result, and what has to be said of it."""
 
@@ -197,7 +116,7 @@ def cases() -> list[Case]:
         if not old:
             found += [Case(release, name, "torch_dist", tp, pp, dp) for name, tp, pp, dp in TORCH_DIST]
     # Sets of the whole collection, at their own layout and at another.
-    for name in sorted(SETS.keys() - {TIED, CUT, NOOP, BUCKETS, SHARDS, ODD}):
+    for name in sorted(SETS.keys() - {TIED, CUT, NOOP, BUCKETS, SHARDS, ODD, FP16}):
         tp, pp = sizes_of(SETS[name].folder).values()
         found += [Case("0.12.3", name, "megatron", tp, pp), Case("0.19.2", name, "megatron", 3 - tp, 1)]
         found += [Case("0.19.2", name, "torch_dist", 3 - tp, 1)]
@@ -205,7 +124,21 @@ def cases() -> list[Case]:
 
 
 def damaged_cases() -> list[Case]:
-    return [Case(release, ODD, "torch_dist", 1, 1, 1, damage) for release in ("0.16.1", "0.19.2") for damage in DAMAGES]
+    found = [(damage, FP16 if damage == "scale" else ODD) for damage in DAMAGES]
+    return [
+        Case(release, name, "torch_dist", 1, 1, 1, damage) for release in ("0.16.1", "0.19.2") for damage, name in found
+    ]
+
+
+def saved_cases() -> list[Case]:
+    """Forms in which releases keep the state of the optimizer.  What 0.19 saves of an fp16 training has its loss scale."""
+    flat, buckets = "fully_sharded_model_space", "dp_reshardable"
+    rows = [
+        ("0.12.3", flat, 1, 1, 2), ("0.15.3", flat, 2, 1, 2), ("0.15.3", buckets, 2, 1, 2), ("0.19.2", buckets, 1, 2, 2), ("0.19.2", "torch", 1, 2, 1),
+    ]  # fmt: skip
+    found = [Case(release, ODD, "megatron", tp, pp, dp, save=save) for release, save, tp, pp, dp in rows]
+    forms = ("torch", buckets, "fully_reshardable")
+    return found + [Case("0.19.2", FP16, "megatron", 1, 1, save=form) for form in forms]
 
 
 def converted(case: Case, folder: Path) -> Path:
@@ -225,7 +158,9 @@ def converted(case: Case, folder: Path) -> Path:
             1,
         ]
     if not target.exists():
-        if one.recent and case.form == "megatron":
+        if one.fp16:
+            words += ["--source", fp16_training(folder)]
+        elif one.recent and case.form == "megatron":
             place, sizes = folder / f"{target.name}.run", sizes_of(one.folder)
             place.mkdir()
             words += ["--source", one.folder / "ms", "--tp-size", sizes["tp"], "--pp-size", sizes["pp"]]
@@ -258,7 +193,9 @@ def damaged(result: Path, damage: str) -> Path:
         (iteration / ".metadata").write_bytes(pickle.dumps(index))
     else:
         common: Any = torch.load(iteration / "common.pt", weights_only=False)
-        for group in common["optimizer"]["optimizer"]["param_groups"]:
+        if damage == "scale":
+            common["optimizer"]["grad_scaler"]["scale"] *= 2
+        for group in common["optimizer"]["optimizer"]["param_groups"] if damage == "step" else ():
             group["step"] += 1
         torch.save(common, iteration / "common.pt")
     return target
@@ -273,7 +210,7 @@ def load(wanted: dict[Case, Path], out: Path) -> None:
     asked = [
         {
             "checkpoint": str(checkpoint), "out": str(out / str(case)), "args": case.training.words,
-            "tp": case.tp, "pp": case.pp, "dp": case.dp, "pretrain": release in PRETRAIN,
+            "tp": case.tp, "pp": case.pp, "dp": case.dp, "pretrain": release in PRETRAIN, "save": case.save,
         }
         for case, checkpoint in wanted.items()
     ]  # fmt: skip
@@ -295,7 +232,7 @@ def differences(case: Case, out: Path) -> list[str]:
     if refused or not all(path.exists() for pair in kept for path in pair):
         return [f"refused: {refused[0] if refused else 'nothing was loaded'}"]
     ranks = [(json.loads(said.read_text()), np.load(arrays)) for said, arrays in kept]
-    return [*of_runs(case, ranks), *of_tensors(case, ranks)]
+    return [*of_runs(case, ranks), *of_tensors(case, ranks), *(of_saved(case, out / "saved") if case.save else ())]
 
 
 def of_runs(case: Case, ranks: Sequence[Rank]) -> Iterator[str]:
@@ -306,6 +243,7 @@ def of_runs(case: Case, ranks: Sequence[Rank]) -> Iterator[str]:
         pairs = [(name, said["run"][name], source[name]) for name in flat]
         scheduler = said["run"].get("scheduler", {})
         pairs += [(name, value, source["scheduler"].get(name, value)) for name, value in scheduler.items()]
+        pairs += [("grad_scaler", said["run"].get("scaler"), source.get("scaler"))]
         for name, held in said["held"].items():
             wd_mult = 0.0 if arrays[f"param/{name}"].ndim == 1 else 1.0
             [group] = [group for group in source["groups"] if group["wd_mult"] == wd_mult]
@@ -340,6 +278,21 @@ def of_tensors(case: Case, ranks: Sequence[Rank]) -> Iterator[str]:
     yield from (f"{key.role} {key.name}: not in the model" for key in source.keys() - parts.keys())
 
 
+def of_saved(case: Case, folder: Path) -> Iterator[str]:
+    """Differences of what Megatron saved, as our reader finds it."""
+    found, source = read(folder), case.training.expected
+    with Files() as files:
+        for key, tensor in found.index.items():
+            data = np.array(gathered(tensor).block(files, 0, tensor.numel))
+            values = as_float(data.view({"bfloat16": "<u2", "float16": "<f2"}.get(tensor.dtype, "<f4")))
+            if key not in source or values.tobytes() != source[key].tobytes():
+                yield f"saved {key}: differs"
+    yield from (f"saved {key}: not there" for key in source.keys() - found.index.keys())
+    scaler = stored_scaler(found.template) if found.template else None
+    if scaler != case.training.run.get("scaler"):
+        yield f"saved loss scale: {scaler}"
+
+
 Verdicts = dict[Case, list[str]]
 
 
@@ -363,6 +316,11 @@ def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_megatron_holds_what_the_source_held(case: Case, verdicts: Verdicts) -> None:
+    assert verdicts[case] == []
+
+
+@pytest.mark.parametrize("case", saved_cases(), ids=str)
+def test_what_megatron_saves_is_read(case: Case, verdicts: Verdicts) -> None:
     assert verdicts[case] == []
 
 

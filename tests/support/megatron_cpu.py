@@ -71,6 +71,9 @@ def without_gpu() -> None:
     triton: Any = MagicMock(jit=_unchanged, __version__="3.4.0", __spec__=None)
     sys.modules["triton"] = sys.modules["triton.language"] = triton
     sys.modules["pkg_resources"] = SimpleNamespace(packaging=packaging)  # type: ignore[assignment]  # 0.8; newer setuptools has none
+    # Saving asks it for a number that is only printed.
+    process = SimpleNamespace(memory_info=_returning(SimpleNamespace(rss=0)))
+    sys.modules["psutil"] = SimpleNamespace(Process=_returning(process))  # type: ignore[assignment]
     of_device = SimpleNamespace(name="none", major=9, minor=0, multi_processor_count=1, total_memory=80 << 30)
     nothing = MagicMock()
     replaced = {

@@ -2,7 +2,8 @@
 
 One case is one line of JSON on stdin: ``checkpoint``, ``out`` (a new folder), ``args`` (of the training, without sizes), ``tp``, ``pp``, ``dp``
 and ``pretrain`` (the real ``load_checkpoint``, which wheels from 0.17 on hold).  A folder ``out`` that has files of all ranks was loaded;
-a rank that was refused leaves its traceback.  Megatron is imported once, and the ranks of each case are forked.
+a rank that was refused leaves its traceback.  With ``save``, a form of the optimizer's state or ``torch``, Megatron saves what it loaded
+into ``out/saved``.  Megatron is imported once, and the ranks of each case are forked.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import os
 import re
 import sys
 import traceback
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.filesystem import SerializationFormat
 
 from megatron_cpu import Norm, OnCpu, with_fused_adam, without_gpu
 
@@ -66,7 +68,8 @@ def parsed(words: list[str]) -> Any:
         parser.add_argument(f"--{name}", type=float, default=default)
     parser.add_argument("--normalization", default="LayerNorm")
     parser.add_argument("--position-embedding-type", default="learned_absolute")
-    for name in ("swiglu", "disable-bias-linear", "add-qkv-bias", "qk-layernorm", "overlap-grad-reduce"):
+    parser.add_argument("--initial-loss-scale", type=float, default=2.0**32)
+    for name in ("swiglu", "disable-bias-linear", "add-qkv-bias", "qk-layernorm", "overlap-grad-reduce", "fp16"):
         parser.add_argument(f"--{name}", action="store_true")
     parser.add_argument("--untie-embeddings-and-output-weights", action="store_true")
     return parser.parse_known_args(words)[0]
@@ -77,7 +80,8 @@ def build(args: Any, tp: int, pp: int) -> tuple[Any, Any]:
     states = core("parallel_state")
     states.initialize_model_parallel(tp, pp)
     core("tensor_parallel.random").model_parallel_cuda_manual_seed(1)
-    bf16 = torch.bfloat16
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    precision = {"fp16": args.fp16, "bf16": not args.fp16, "params_dtype": dtype}
     config = core("transformer").TransformerConfig(
         num_layers=args.num_layers,
         hidden_size=args.hidden_size,
@@ -92,9 +96,8 @@ def build(args: Any, tp: int, pp: int) -> tuple[Any, Any]:
         qk_layernorm=args.qk_layernorm,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
-        bf16=True,
-        params_dtype=bf16,
-        pipeline_dtype=bf16,
+        **precision,
+        pipeline_dtype=dtype,
         use_cpu_initialization=True,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -118,7 +121,7 @@ def build(args: Any, tp: int, pp: int) -> tuple[Any, Any]:
         position_embedding_type=args.position_embedding_type,
     )
     buckets = core("distributed").DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=not args.fp16,
         use_distributed_optimizer=True,
         overlap_grad_reduce=args.overlap_grad_reduce,
         bucket_size=args.ddp_bucket_size if args.overlap_grad_reduce else None,
@@ -133,8 +136,8 @@ def build(args: Any, tp: int, pp: int) -> tuple[Any, Any]:
         weight_decay=args.weight_decay,
         adam_beta2=args.adam_beta2,
         adam_eps=args.adam_eps,
-        bf16=True,
-        params_dtype=bf16,
+        **precision,
+        initial_loss_scale=args.initial_loss_scale,
         use_distributed_optimizer=True,
     )
     return model, core("optimizer").get_megatron_optimizer(wanted, [whole])
@@ -164,7 +167,30 @@ def by_core(case: dict[str, Any]) -> tuple[list[Any], Any, dict[str, Any]]:
     iteration = int((source / "latest_checkpointed_iteration.txt").read_text())
     model, optimizer = build(parsed(case["args"]), case["tp"], case["pp"])
     load(source / f"iter_{iteration:07d}", model, optimizer, case["tp"], case["pp"])
+    if case["save"]:
+        folder = Path(case["out"]) / "saved" / f"iter_{iteration:07d}"
+        save(case, folder, model, optimizer)
+        (folder.parent / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return [model], optimizer, {}
+
+
+def save(case: dict[str, Any], folder: Path, model: Any, optimizer: Any) -> None:
+    """What ``save_checkpoint`` does, with the arguments that a reader needs."""
+    np.product = np.prod  # type: ignore[attr-defined]  # as numpy 1 and torch 2.5 have them
+    writer = core("dist_checkpointing.strategies.filesystem_async")
+    if release() < (0, 14):
+        writer._write_item = partial(writer._write_item, serialization_format=SerializationFormat.TORCH_SAVE)
+    args = parsed(case["args"])
+    args.tensor_model_parallel_size, args.pipeline_model_parallel_size = case["tp"], case["pp"]
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": int(folder.name[5:])}
+    kind = case["save"]
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir(parents=True)
+    torch.distributed.barrier()
+    model_state = {"model": model.sharded_state_dict()}
+    options = {"metadata": {"distrib_optim_sharding_type": kind}} if release() >= (0, 14) else {"sharding_type": kind}
+    optimizer_state = optimizer.sharded_state_dict(model_state, is_loading=False, **options)
+    core("dist_checkpointing").save(common | model_state | {"optimizer": optimizer_state}, str(folder))
 
 
 # ---------------------------------------------------------------------- megatron.training, as pretrain_gpt.py uses it
@@ -222,6 +248,13 @@ def by_pretrain(case: dict[str, Any]) -> tuple[list[Any], Any, dict[str, Any]]:
 
         found = training.setup_model_and_optimizer(provider, kind, checkpointing_context={})
     chunks, optimizer, scheduler = found
+    if case["save"]:
+        args.save, args.ckpt_format = f"{case['out']}/saved", "torch" if case["save"] == "torch" else "torch_dist"
+        args.use_dist_ckpt = args.ckpt_format == "torch_dist"
+        args.dist_ckpt_optim_fully_reshardable = case["save"] == "fully_reshardable"
+        import_module("megatron.training.checkpointing").save_checkpoint(
+            args.iteration, chunks, optimizer, scheduler, 0, checkpointing_context={}
+        )
     run = {"iteration": args.iteration, "consumed_train_samples": args.consumed_train_samples}
     return core("utils").unwrap_model(chunks), optimizer, {**run, "scheduler": scheduler.state_dict()}
 
@@ -255,6 +288,8 @@ def keep(out: Path, rank: int, chunks: list[Any], optimizer: Any, run: dict[str,
                 "place": [place.start, place.end],
                 "group": {key: options[key] for key in GROUP},
             }
+        if part.grad_scaler:
+            run |= {"scaler": {name: float(value) for name, value in part.grad_scaler.state_dict().items()}}
     tensor = core("parallel_state").get_tensor_model_parallel_rank()
     np.savez(out / f"{rank}.npz", **arrays)  # type: ignore[arg-type]
     (out / f"{rank}.json").write_text(json.dumps({"tp": tensor, "held": held, "run": run}, default=float))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,8 +56,12 @@ def write_folder(
     unflattened: Mapping[str, Shape] | None = None,
     as_object: bool = False,
     objects: Mapping[str, Value] | None = None,
+    own_class: bool = False,
 ) -> Path:
-    """Write it; uint16 arrays are bfloat16.  ``as_object`` puts the common state where Megatron 0.19 puts it."""
+    """Write it; uint16 arrays are bfloat16.
+
+    ``as_object`` puts the common state where Megatron 0.19 puts it; ``own_class`` names the index by the class of 0.15.
+    """
     folder.mkdir(parents=True)
     held: dict[Value, Value] = {}
     stored: dict[Value, Value] = {}
@@ -100,6 +105,8 @@ def write_folder(
     index = _made(
         "metadata.Metadata", state_dict_metadata=held, planner_data=None, storage_data=stored, mcore_data=data
     )
+    if own_class:
+        index = replace(index, func=Global("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"))
     (folder / ".metadata").write_bytes(write_pickle(index))
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
     return folder

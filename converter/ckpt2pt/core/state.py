@@ -23,7 +23,9 @@ class State:
 
     ``samples`` are consumed training samples, None where nothing tells them; ``step`` counts steps of the optimizer, which are
     fewer than iterations where some were skipped.  ``groups`` hold hyperparameters of the parameter groups, ``wd_mult`` 0
-    for what does not decay.  ``where`` names what was read, ``assumed`` what nobody said.
+    for what does not decay.  ``scaler`` is the state of an fp16 training's loss scale (``scale``, ``growth_tracker``,
+    ``hysteresis_tracker``), empty where the scale is constant, None for other trainings.  ``where`` names what was read,
+    ``assumed`` what nobody said.
     """
 
     where: str
@@ -33,6 +35,7 @@ class State:
     args: Values = field(default_factory=dict[str, object])
     groups: tuple[Values, ...] = ()
     scheduler: Values = field(default_factory=dict[str, object])
+    scaler: Values | None = None
     assumed: Values = field(default_factory=dict[str, object])
 
     @property

@@ -18,6 +18,7 @@ from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import InputError
 from ckpt2pt.formats.megatron.headers import MegatronRank, read_files
 from ckpt2pt.formats.megatron.read import collect_rank
+from ckpt2pt.formats.megatron.scaler import stored_scaler
 from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.prove import crcs_of
@@ -91,6 +92,9 @@ def _check_values(state: State, stored: MegatronRank, findings: Findings, *, ful
         for name, value in state.scheduler.items():
             wanted[f"opt_param_scheduler/{name}"] = value
             found[f"opt_param_scheduler/{name}"] = template.scheduler.get(name)
+        if state.scaler is not None:
+            wanted["optimizer/grad_scaler"] = state.scaler
+            found["optimizer/grad_scaler"] = stored_scaler(template)
         for number, group in enumerate(template.groups):
             known = state.group(decays=bool(group.get("wd_mult", 1.0)))
             for name in known.keys() & group.keys():

@@ -9,7 +9,7 @@ megatron/legacy/model (up to core_v0.17.0), in the order of 0.6.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -69,12 +69,24 @@ def chunk_parameters(
     names: Collection[str], layout: Topology, *, pp: int, vpp: int, tied: bool, style: Style
 ) -> Iterator[Registered]:
     """The parameters of a chunk in order of registration; ``names`` are those of the whole model."""
-    shared = tied and layout.pipeline > 1
-    if layout.holds_embedding(pp, vpp):
+    ends = layout.holds_embedding(pp, vpp), layout.holds_head(pp, vpp)
+    return registered(
+        names, layout.real_slots(pp, vpp), ends, tied=tied, shared=tied and layout.pipeline > 1, style=style
+    )
+
+
+def registered(
+    names: Collection[str], slots: Mapping[int, int], ends: tuple[bool, bool], *, tied: bool, shared: bool, style: Style
+) -> Iterator[Registered]:
+    """The same of a chunk with the layers ``slots`` (local -> global number); ``ends``: whether it has embeddings, and the head.
+
+    ``shared``: the first and the last stage both hold the embedding, as they are tied.
+    """
+    if ends[0]:
         yield from _outside(("embedding.word_embeddings", "embedding.position_embeddings"), names, style, shared=shared)
-    for local, layer in layout.real_slots(pp, vpp).items():
+    for local, layer in slots.items():
         yield from _layer(names, local, layer, style)
-    if layout.holds_head(pp, vpp):
+    if ends[1]:
         yield from _outside(("decoder.final_layernorm", *(() if tied else ("output_layer",))), names, style)
         if shared:
             yield Registered(EMBEDDING, TIED_HEAD if style.names == "legacy" else HEAD, shared=True)

@@ -13,6 +13,7 @@ from typing import cast
 
 from ckpt2pt.core.state import State
 from ckpt2pt.errors import MissingInputError, ref
+from ckpt2pt.formats.megatron.scaler import SCALER, scaler_tree
 from ckpt2pt.formats.ptmeta.rng import rng_state
 from ckpt2pt.formats.torchfile.trees import Value, namespace
 
@@ -48,7 +49,7 @@ def model_tree(
     decays: Sequence[bool] | None,
     rank: tuple[int, int],
 ) -> tuple[dict[str, Value], dict[str, bytes]]:
-    """The tree of a rank's model file, and the storages of its random generators' states by key.
+    """The tree of a rank's model file, and by key the storages of its random generators' states and of its loss scale.
 
     ``sizes`` are arguments that the layout and the tensors tell, ``chunks`` the model; ``decays`` says for each parameter
     group whether its weights decay, and is None where weights alone are written.  Raises :class:`MissingInputError` where
@@ -67,7 +68,11 @@ def model_tree(
         **chunks,
     }
     if decays is not None:
-        tree["optimizer"] = {"optimizer": {"param_groups": [_group(state, decays=kind) for kind in decays]}}
+        optimizer: dict[Value, Value] = {"optimizer": {"param_groups": [_group(state, decays=kind) for kind in decays]}}
+        if state.scaler is not None:
+            optimizer[SCALER], scale = scaler_tree(state.scaler, SCALER)
+            storages |= scale
+        tree["optimizer"] = optimizer
         tree["opt_param_scheduler"] = {name: _needed(state, name, state.scheduler.get(name)) for name in _SCHEDULER}
     tree["rng_state"] = states
     return tree, storages

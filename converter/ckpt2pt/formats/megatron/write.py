@@ -207,6 +207,7 @@ class McoreLayout:
                 "pipeline_model_parallel_size": self.topology.pipeline,
                 "untie_embeddings_and_output_weights": not self.tied,
                 **self._bucketing,
+                **self._precision,
             },
             chunks=models,
             decays=weight_decay_groups(parameters) if self.full else None,
@@ -226,6 +227,13 @@ class McoreLayout:
         if self.state.args.get("overlap_grad_reduce") is not True or type(stated) is not int:
             return {}
         return {"overlap_grad_reduce": True, "ddp_bucket_size": stated}
+
+    @property
+    def _precision(self) -> dict[str, Value]:
+        """Of fp16, whose gradients have a type that nothing else in the model file tells."""
+        if self.dtype != "float16":
+            return {}
+        return {"fp16": True, "accumulate_allreduce_grads_in_fp32": self.gradients == "float32"}
 
     @cached_property
     def _norm(self) -> Key:

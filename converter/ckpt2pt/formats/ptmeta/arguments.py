@@ -48,7 +48,7 @@ class Arguments:
         return integer(self.values, name)
 
 
-_WHATEVER = ("use_distributed_optimizer", "use_mcore_models", "transformer_impl")
+_WHATEVER = ("use_distributed_optimizer", "use_mcore_models", "transformer_impl", "fp16")
 """What decides nothing where the result is not of Megatron-LM 0.6, or is decided there."""
 
 
@@ -70,8 +70,12 @@ def complete(said: Description, *, data: int | None, vocabulary: int | None, tod
         if values[name] is None:
             raise UsageError(f"the description does not give {name}", where=said.path, hint=_HINT)
     _check_supported({**values, **{name: _SUPPORTED[name][0] for name in _WHATEVER}} if today else values, said)
+    if values["fp16"] and values["bf16"]:
+        raise UsageError(
+            "the description gives both bf16 and fp16", where=said.path, hint="leave out the one that the run has not"
+        )
     if not values["bf16"]:
-        derive("params_dtype", "float32")
+        derive("params_dtype", "float16" if values["fp16"] else "float32")
     else:
         derive("params_dtype", "bfloat16")
         derive("accumulate_allreduce_grads_in_fp32", True)

@@ -20,9 +20,10 @@ from typing import NamedTuple, NoReturn
 
 from ckpt2pt.core.extents import DTYPE_BYTES, Extent, Shape
 from ckpt2pt.core.index import Collector, Index, Local
-from ckpt2pt.core.params import EMBEDDING, HEAD, kind_of, layer_of
+from ckpt2pt.core.params import HEAD, kind_of, layer_of
 from ckpt2pt.core.tensor import Role, Tensor
 from ckpt2pt.errors import FormatError, aside
+from ckpt2pt.formats.megatron.order import Style, registered
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.torch_dist.items import Located
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Entry
@@ -32,17 +33,6 @@ _KEY = re.compile(
 )
 _ROLES: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 _ALIGN = 64
-_FIRST = ("embedding.word_embeddings.", "embedding.position_embeddings.")
-_LAST = ("decoder.final_layernorm.", "output_layer.")
-_LOCAL = (
-    "input_layernorm.", "self_attention.linear_proj.", "self_attention.linear_qkv.", "self_attention.q_layernorm.",
-    "self_attention.k_layernorm.", "pre_mlp_layernorm.", "mlp.linear_fc1.", "mlp.linear_fc2.",
-)  # fmt: skip
-_FUSED = (
-    "self_attention.linear_proj.", "input_layernorm.", "self_attention.linear_qkv.", "self_attention.q_layernorm.",
-    "self_attention.k_layernorm.", "pre_mlp_layernorm.", "mlp.linear_fc1.", "mlp.linear_fc2.",
-)  # fmt: skip
-"""Order of registration in a layer, with Megatron's own modules and with those of Transformer Engine."""
 
 
 class _Place(NamedTuple):
@@ -84,7 +74,7 @@ class Buckets:
                 shape = layout.local(name)
                 for role, held in self.tensors.items():
                     storage = tuple(_storage(held[place], located, start, math.prod(shape), folder))
-                    collector.add(role, layout.weight(name), rank % layout.tensor, Local("float32", shape, 0, storage))
+                    collector.add(role, name, rank % layout.tensor, Local("float32", shape, 0, storage))
         return collector.index(partial=True)
 
 
@@ -100,7 +90,7 @@ class _Layout:
         self.tensor, self._pipeline = (
             _size(args.get(f"{name}_model_parallel_size"), folder) for name in ("tensor", "pipeline")
         )
-        self._order = _FUSED if args.get("transformer_impl") == "transformer_engine" else _LOCAL
+        self._style = Style(transformer_engine=args.get("transformer_impl") == "transformer_engine")
         for name in self._weights:
             if kind_of(name) is None:
                 _refuse(f"the place of {name} in them is not known", folder)
@@ -109,13 +99,9 @@ class _Layout:
         if layers != set(range(self._layers)):
             _refuse(f"{self._layers} layers are there, not numbered 0, 1, 2, ...", folder)
 
-    def weight(self, name: str) -> str:
-        """The weight that a parameter is: the last stage has a copy of tied embeddings."""
-        return name if name in self._weights else EMBEDDING
-
     def local(self, name: str) -> Shape:
         """The shape of a rank's part."""
-        return _local(self._weights[self.weight(name)], self.tensor)
+        return _local(self._weights[name], self.tensor)
 
     def chunks(self, numels: Mapping[_Place, int]) -> dict[tuple[int, int], list[str]]:
         """(rank, chunk) -> names in order of registration; layers are counted through the chunks, stage after stage."""
@@ -161,13 +147,12 @@ class _Layout:
         return bool(found) or _Place(rank, chunk, 0) not in numels
 
     def _names(self, layers: range, *, first: bool, last: bool) -> list[str]:
-        rows = [name for start in _FIRST if first for name in self._weights if name.startswith(start)]
-        for layer in layers:
-            prefix = f"decoder.layers.{layer}."
-            rows += [name for start in self._order for name in self._weights if name.startswith(prefix + start)]
-        rows += [name for start in _LAST if last for name in self._weights if name.startswith(start)]
-        tied = HEAD not in self._weights and self._pipeline > 1
-        return [*rows, HEAD] if last and tied else rows
+        tied = HEAD not in self._weights
+        slots = dict(enumerate(layers))
+        rows = registered(
+            self._weights, slots, (first, last), tied=tied, shared=tied and self._pipeline > 1, style=self._style
+        )
+        return [row.name for row in rows]
 
 
 def _local(tensor: Tensor, ranks: int) -> Shape:

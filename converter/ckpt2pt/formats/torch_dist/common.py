@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -16,6 +15,7 @@ from ckpt2pt.core.extents import Extent
 from ckpt2pt.core.foldernames import iteration_of
 from ckpt2pt.errors import FormatError, MissingInputError, ref
 from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.megatron.scaler import SCALER, plain_scaler
 from ckpt2pt.formats.torch_dist.items import read_object
 from ckpt2pt.formats.torch_dist.metadata import Metadata
 from ckpt2pt.formats.torchfile.archive import Archive
@@ -26,7 +26,8 @@ from ckpt2pt.io.paths import is_file
 COMMON = "common.pt"
 COMMON_STATE = "common_state/shard_0_1"
 
-_GROUPS = re.compile(r"optimizer\.distributed\.dp_group_idx_\d+\.optimizer/shard_0_1")
+_OF_RANK = re.compile(rf"optimizer\.distributed\.dp_group_idx_\d+\.(optimizer|{SCALER})/shard_0_1")
+"""What each model-parallel rank has as an object of its own in forms other than fully_reshardable."""
 _HINT = "copy the whole folder again from where it was written"
 
 
@@ -49,24 +50,33 @@ def read_common(metadata: Metadata, allow: tuple[str, ...] = ()) -> Template:
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise FormatError("the common state is no dictionary with text keys", where=path, hint=_HINT)
     found = Template(path=str(path), tree=cast("dict[str, Value]", tree), storages=storages)
-    groups = [] if found.groups else list(_groups(metadata, allow))
-    return (
-        replace(found, tree={**found.tree, "optimizer": {"optimizer": {"param_groups": groups}}}) if groups else found
-    )
+    own = None if found.groups else _of_ranks(metadata, allow)
+    return replace(found, tree={**found.tree, "optimizer": own}) if own else found
 
 
-def _groups(metadata: Metadata, allow: tuple[str, ...]) -> Iterator[Value]:
-    """Parameter groups of dp_reshardable, where each model-parallel rank has an object of its own: each group once."""
-    seen: list[Value] = []
+def _of_ranks(metadata: Metadata, allow: tuple[str, ...]) -> dict[Value, Value] | None:
+    """The optimizer of dp_reshardable, where each model-parallel rank has objects of its own: each group once, one loss scale.
+
+    None where there is none.
+    """
+    groups: list[Value] = []
+    found: dict[Value, Value] = {"optimizer": {"param_groups": groups}}
     for key, item in metadata.objects.items():
-        if _GROUPS.fullmatch(key):
-            held, _ = read_object(metadata.folder, item, allow)
-            state = held[0] if isinstance(held, list) and held else None
-            groups = state.get("param_groups") if isinstance(state, dict) else None
-            for group in groups if isinstance(groups, list) else ():
-                if group not in seen:
-                    seen.append(group)
-                    yield group
+        kind = _OF_RANK.fullmatch(key)
+        if not kind or (kind[1] == SCALER and SCALER in found):
+            continue
+        held, storages = read_object(metadata.folder, item, allow)
+        state = held[0] if isinstance(held, list) and held else None
+        if not isinstance(state, dict):
+            continue
+        if kind[1] == SCALER:
+            found[SCALER] = cast("Value", plain_scaler(state, storages, str(metadata.folder / item.file)))
+            continue
+        listed = state.get("param_groups")
+        for group in listed if isinstance(listed, list) else ():
+            if group not in groups:
+                groups.append(group)
+    return found if groups else None
 
 
 def iteration_of_common(common: Template, folder: Path) -> int | None:

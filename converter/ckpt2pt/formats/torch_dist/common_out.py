@@ -11,6 +11,7 @@ from typing import cast
 
 from ckpt2pt.core.state import State, Values
 from ckpt2pt.errors import MissingInputError, aside, ref
+from ckpt2pt.formats.megatron.scaler import SCALER, scaler_tree
 from ckpt2pt.formats.torchfile.archive import archive_bytes
 from ckpt2pt.formats.torchfile.pickles import write_pickle
 from ckpt2pt.formats.torchfile.trees import Value, namespace
@@ -54,6 +55,8 @@ _ARGUMENTS = (
     "untie_embeddings_and_output_weights",
 )
 """Arguments that a run compares with its own, or takes over with ``--use-checkpoint-args``; written where they are known."""
+_GRADIENTS = "accumulate_allreduce_grads_in_fp32"
+"""Of fp16 trainings, for whoever converts the result into a form that keeps the type of gradients."""
 
 
 def write_common(state: State, sizes: Values, *, full: bool) -> bytes:
@@ -64,6 +67,7 @@ def write_common(state: State, sizes: Values, *, full: bool) -> bytes:
     stated = {name: state.args[name] for name in _ARGUMENTS if name in state.args}
     args = {
         **stated,
+        **({} if state.scaler is None else {"fp16": True, _GRADIENTS: state.args.get(_GRADIENTS) is True}),
         "num_attention_heads": state.number("num_attention_heads"),
         **sizes,
         "iteration": state.iteration,
@@ -80,6 +84,7 @@ def write_common(state: State, sizes: Values, *, full: bool) -> bytes:
         "num_floating_point_operations_so_far": 0,
         "content_metadata": dict(_CONTENT),
     }
+    storages: dict[str, bytes] = {}
     if full:
         if not state.scheduler:
             raise MissingInputError(
@@ -88,9 +93,12 @@ def write_common(state: State, sizes: Values, *, full: bool) -> bytes:
                 hint=f"give a pt_meta, or the launch script of the Megatron run, in {ref('metadata.path')}, or convert weights alone{aside('mode')}",
                 field="metadata.path",
             )
-        tree["optimizer"] = {"optimizer": {"param_groups": _groups(state)}, "param_state_sharding_type": SHARDING}
+        optimizer: dict[Value, Value] = {"optimizer": {"param_groups": _groups(state)}}
+        if state.scaler is not None:
+            optimizer[SCALER], storages = scaler_tree(state.scaler, "0")
+        tree["optimizer"] = {**optimizer, "param_state_sharding_type": SHARDING}
         tree["opt_param_scheduler"] = cast("Value", dict(state.scheduler))
-    return archive_bytes("common", write_pickle(tree))
+    return archive_bytes("common", write_pickle(tree), [*storages.values()])
 
 
 def _groups(state: State) -> list[Value]:

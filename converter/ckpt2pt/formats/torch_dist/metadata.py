@@ -1,8 +1,8 @@
 """``.metadata``: the tensors of a distributed checkpoint, their chunks, and the item of a file that holds each chunk.
 
 A pickle of ``torch.distributed.checkpoint.metadata.Metadata`` (torch 2.1 to 2.15), read inert.  Megatron-LM adds
-``mcore_data`` up to 0.15 (megatron/core/dist_checkpointing/strategies/torch.py, ``MCoreMetadata``): the shape that a
-tensor had before it was flattened.
+``mcore_data`` up to 0.15, whose class is then one of its own (megatron/core/dist_checkpointing/strategies/torch.py,
+``MCoreMetadata``): the shape that a tensor had before it was flattened.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ SUFFIX = ".distcp"
 
 _HINT = "copy the whole folder again from where it was written"
 _MODULE = "torch.distributed.checkpoint.metadata"
+_MCORE = "megatron.core.dist_checkpointing.strategies.torch"
 _FILE = re.compile(r"[\w-][\w.-]*\.distcp", re.ASCII)
 _WHOLE_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.param_state/shard_\S+")
 _MAX_AXES = 16
@@ -105,7 +106,9 @@ def read_metadata(folder: Path) -> Metadata:
             hint=f"{_HINT}, with its hidden files",
         )
     data = read_whole(path, ref("source.path"))
-    state = _state(read_pickle(data, where=str(path)), "Metadata", path)
+    tree = read_pickle(data, where=str(path))
+    name, module = ("MCoreMetadata", _MCORE) if _is(tree, "MCoreMetadata", _MCORE) else ("Metadata", _MODULE)
+    state = _state(tree, name, path, module)
     items = _items(_dictionary(state.get("storage_data"), path), path)
     shapes = _unflattened(state.get("mcore_data"), path)
     tensors: dict[str, Entry] = {}

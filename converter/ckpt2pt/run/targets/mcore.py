@@ -19,7 +19,7 @@ from ckpt2pt.core.reshard import vocabulary_rows
 from ckpt2pt.core.slots import check_dense, source_of
 from ckpt2pt.core.tensor import ROLES, Key
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.errors import FormatError, UsageError, aside, ref
+from ckpt2pt.errors import UsageError, aside, ref
 from ckpt2pt.formats.folders import keep_apart
 from ckpt2pt.formats.megatron.order import Style
 from ckpt2pt.formats.megatron.payload import Template
@@ -135,12 +135,12 @@ def find(request: McoreRequest) -> Found:
     """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
     source = read_source(request)
     state, index = source.state, without_gaps(source.index)
-    _check_model(source)
+    check_dense(source.index, source.where)
     topology = _topology(request, source)
     style, assumed = _style(request, source)
     held = source_of(index, Key("param", EMBEDDING), source.where).fused[0]
     rows = vocabulary_rows(state.args, held, topology.tensor)
-    half = state.args.get("grad_reduce_in_bf16") is True
+    gradients = _gradients(source)
     untied = state.args.get("untie_embeddings_and_output_weights")
     layout = McoreLayout(
         index=index,
@@ -149,7 +149,7 @@ def find(request: McoreRequest) -> Found:
         source_tensor=source.checkpoint.tensor,
         style=style,
         dtype=source.dtype,
-        gradients=source.dtype if half else "float32",
+        gradients=gradients,
         rows=rows,
         tied=Key("param", HEAD) not in index if untied is None else untied is False,
         full=request.full,
@@ -163,15 +163,12 @@ def find(request: McoreRequest) -> Found:
     return found
 
 
-def _check_model(source: Source) -> None:
-    """Refuse what is not written: a mixture of experts, and fp16."""
-    check_dense(source.index, source.where)
+def _gradients(source: Source) -> str:
+    """The type of gradients, which the optimizer's buffers are keyed by (megatron/training/arguments.py)."""
+    args = source.state.args
     if source.dtype == "float16":
-        raise FormatError(
-            "the training is of fp16, whose loss scale is not converted into this format",
-            where=source.where,
-            hint=f"choose another {ref('target.format')}, or a checkpoint of a bf16 training",
-        )
+        return "float32" if args.get("accumulate_allreduce_grads_in_fp32") is True else "float16"
+    return source.dtype if args.get("grad_reduce_in_bf16") is True else "float32"
 
 
 _UNEVEN = (
@@ -270,7 +267,7 @@ def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
         verify=request.verify,
         overwrite=request.overwrite,
         identity_options=found.identity_options,
-        facts={"assumed": dict(found.assumed)},
+        facts={"assumed": {**found.source.state.assumed, **found.assumed}},
         inputs={(tp, pp): found.source.inputs(found.paths((tp, pp))) for pp in stages for tp in range(tensor)},
         conflicts=(),
         warnings=found.remarks,

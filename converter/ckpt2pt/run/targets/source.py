@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ckpt2pt.core.index import Index
@@ -17,6 +17,7 @@ from ckpt2pt.errors import MissingInputError, ref
 from ckpt2pt.formats.checkpoint import Checkpoint, check_layers
 from ckpt2pt.formats.described import template_at
 from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.megatron.scaler import scaler_of
 from ckpt2pt.formats.mindspore import prove_sources
 from ckpt2pt.formats.state import state_of
 from ckpt2pt.formats.torch_dist.items import prove_items
@@ -60,6 +61,7 @@ class Source:
             state.samples,
             state.step,
             *(repr(sorted(one.items())) for one in (state.args, state.scheduler)),
+            *([] if state.scaler is None else [repr(sorted(state.scaler.items()))]),
         ]
         return digest([identity_options, told, repr(state.groups), sorted(map(str, self.inputs(self.stats)))])
 
@@ -144,6 +146,9 @@ def read_source(request: TargetRequest) -> Source:
     state = state_of(checkpoint, given, iteration=request.iteration, zero_samples=request.zero_samples)
     template = given or checkpoint.template
     dtype, remarks = _dtype(checkpoint, template)
+    if dtype == "float16" and request.full:
+        scaler, assumed = scaler_of(checkpoint.template, given, state.args)
+        state = replace(state, scaler=scaler, assumed={"loss scale": assumed} if assumed else {})
     layers, left_out = _layers(request, checkpoint, state)
     return Source(
         request=request,
@@ -154,7 +159,7 @@ def read_source(request: TargetRequest) -> Source:
         layers=layers,
         dtype=dtype,
         stats={path: stat_of(Path(path)) for path in paths_of(index.values())},
-        remarks=(*checkpoint.warnings, *remarks, *left_out),
+        remarks=(*checkpoint.warnings, *remarks, *left_out, *(f"{what}: {why}" for what, why in state.assumed.items())),
     )
 
 

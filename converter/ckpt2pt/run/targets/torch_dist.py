@@ -143,7 +143,6 @@ def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
         copies=[pair for tensor in compared.values() for pair in replicas_of(tensor)],
         source_bytes=sum(move.nbytes for move in moves),
         facts={"source": division.where, "parts": digest_of(file)},
-        remarks=found.source.remarks,
     )
 
 

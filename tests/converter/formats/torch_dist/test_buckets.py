@@ -151,6 +151,18 @@ def test_every_parameter_is_found_in_its_bucket(tmp_path: Path, run: Run) -> Non
                 np.testing.assert_array_equal(checkpoint.get(name, role), array, f"{role} {name}")
 
 
+def test_the_order_of_keys_in_the_index_does_not_matter(tmp_path: Path) -> None:
+    def turn(keys: dict[str, Any]) -> None:
+        rows = list(keys.items())[::-1]
+        keys.clear()
+        keys.update(rows)
+
+    truth = made(tmp_path / "x", RUNS["tied embeddings over stages"], turn)
+    with ckpt2pt.open(tmp_path / "x") as checkpoint:
+        for name, array in truth["exp_avg"].items():
+            np.testing.assert_array_equal(checkpoint.get(name, "exp_avg"), array, name)
+
+
 def shortened(keys: dict[str, Any]) -> None:
     for key, (array, _) in list(keys.items()):
         if "bucket_idx_" in key:

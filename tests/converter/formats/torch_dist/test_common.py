@@ -9,6 +9,7 @@ import pytest
 
 from archives import write_archive
 from ckpt2pt.errors import FormatError, MissingInputError
+from ckpt2pt.formats.megatron.scaler import stored_scaler
 from ckpt2pt.formats.torch_dist.common import iteration_of_common, read_common, sharding_of
 from ckpt2pt.formats.torch_dist.metadata import read_metadata
 from ckpt2pt.formats.torchfile.pickles import write_pickle
@@ -57,3 +58,13 @@ def test_a_missing_one_and_one_of_another_form_are_refused(tmp_path: Path) -> No
     (folder / "common.pt").unlink()
     with pytest.raises(MissingInputError, match="there is no common"):
         read_common(read_metadata(folder))
+
+
+def test_of_dp_reshardable_every_group_counts_once_and_one_loss_scale(tmp_path: Path) -> None:
+    place = "optimizer.distributed.dp_group_idx_{}.{}/shard_0_1"
+    scaler: Any = {"scale": 1024.0, "growth_tracker": 3, "hysteresis_tracker": 2}
+    objects: Any = {place.format(rank, "grad_scaler"): scaler for rank in range(2)}
+    objects |= {place.format(rank, "optimizer"): {"param_groups": [{"lr": 0.5}, {"lr": rank}]} for rank in range(2)}
+    common = read_common(read_metadata(write_folder(tmp_path / "x", KEYS, objects=objects)))
+    assert common.groups == [{"lr": 0.5}, {"lr": 0}, {"lr": 1}]
+    assert stored_scaler(common) == scaler

@@ -16,7 +16,8 @@ import pytest
 import ckpt2pt
 from ckpt2pt.cli.commands import main
 from ckpt2pt.errors import FormatError, InputError, MissingInputError, UnsafePickleError
-from torchdist import Piece, whole, write_folder
+from ckpt2pt.formats.torch_dist.metadata import read_metadata
+from torchdist import Piece, of_layers, whole, write_folder
 
 SHAPE = (2, 6, 4)
 FC2 = "decoder.layers.mlp.linear_fc2.weight"
@@ -120,6 +121,14 @@ def test_an_index_of_something_else_is_refused(folder: Path, tree: object) -> No
     (folder / ".metadata").write_bytes(pickle.dumps(tree))
     with pytest.raises(FormatError, match="there is no Metadata where one has to be"):
         ckpt2pt.open(folder)
+
+
+def test_an_index_by_the_class_of_megatron_itself_is_read(tmp_path: Path) -> None:
+    """As 0.15 pickles it, where torch alone has no place for the shapes of flattened tensors."""
+    array = of_layers(4)
+    key = "decoder.layers.input_layernorm.weight"
+    found = read_metadata(write_folder(tmp_path / "x", {key: (array, whole(array))}, own_class=True))
+    assert found.tensors[key].shape == (3, 4)
 
 
 def test_files_that_hold_no_part_are_a_warning(folder: Path) -> None:
