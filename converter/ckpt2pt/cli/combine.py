@@ -50,7 +50,9 @@ def add_combine_options(parser: argparse.ArgumentParser) -> None:
         help="leave out the moments, the learning rate, the weight decay and the counters of steps",
     )
     parser.add_argument(
-        "--verify", choices=("none", "digest"), default="digest", help="digest: read every file back from the disk"
+        "--verify",
+        choices=("none", "digest"),
+        help="digest: read every file back from the disk; given, it reads again what an earlier run merged; default digest",
     )
     parser.add_argument("--crc", action="store_true", help="add mindspore's checksum (.ckpt only)")
     parser.add_argument("--multiprocess-off", action="store_true", help="merge file after file in this process")
@@ -98,7 +100,8 @@ def request_of(options: argparse.Namespace) -> tuple[Request, Section]:
         source_format=options.src_format,
         shard_info=options.strategy_dir,
         overwrite=options.overwrite,
-        verify=options.verify,
+        verify=options.verify or "digest",
+        reread=options.verify == "digest",
         workers=options.max_proccess_limit,
         in_process=options.multiprocess_off,
     )

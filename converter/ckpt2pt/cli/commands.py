@@ -12,6 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, cast
 
@@ -223,6 +224,8 @@ def _convert(options: argparse.Namespace) -> int:
     spec = spec_of(options)
     with _served(account, options.progress_port):
         request = _complete(spec, account, in_process=options.multiprocess_off)
+        # A level that is only the default does not have each resumed run read again what is there.
+        request = replace(request, reread=options.verify in {"digest", "full"} or spec.verify == "Full")
         account.stages = stages = stages_of(options, request)
         outcome = run(request, stages, Both(account, reporter(options.progress)))
     account.converted(outcome)

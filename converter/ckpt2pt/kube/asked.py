@@ -83,7 +83,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         source=_source(options, source),
         metadata=schema.Place(path=metadata or ""),
         target=_target(options, target),
-        verify=schema.LEVELS[getattr(options, "verify", "digest")],
+        verify=schema.LEVELS[getattr(options, "verify", None) or "digest"],
         workers=schema.Processes(
             processes=getattr(options, "process_limit", 1),
             rank_timeout_seconds=getattr(options, "process_timeout", None),

@@ -39,13 +39,14 @@ class TargetRequest:
     workers: int = 1
     in_process: bool = False
     timeout: float | None = None
+    reread: bool = False
     found: Checkpoint | None = field(default=None, compare=False, repr=False)
     """The source, where its headers had to be read for what is asked for."""
 
     @property
     def pace(self) -> Pace:
         """How its ranks are worked on."""
-        return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout)
+        return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout, reread=self.reread)
 
     def read(self) -> Checkpoint:
         """The source as far as its headers, which are read once."""

@@ -227,7 +227,9 @@ Damage = Callable[[Victim], object]
         pytest.param(lambda v: v.ends64(nbytes=1 << 63), "no zip64 end record", id="zip64-record-of-2^63"),
         pytest.param(lambda v: v.ends64(here=8), "one part of a zip archive", id="zip64-entries-elsewhere"),
         pytest.param(lambda v: v.ends64(disk=1), "one part of a zip archive", id="zip64-another-disk"),
-        pytest.param(lambda v: v.ends64(first_disk=1), "one part of a zip archive", id="zip64-directory-on-another-disk"),
+        pytest.param(
+            lambda v: v.ends64(first_disk=1), "one part of a zip archive", id="zip64-directory-on-another-disk"
+        ),
         pytest.param(lambda v: v.locates(disks=2), "one part of a zip archive", id="zip64-two-disks"),
         pytest.param(lambda v: v.locates(disk=1), "one part of a zip archive", id="zip64-record-on-another-disk"),
         pytest.param(lambda v: v.locates(signature=0), "but it ends at byte", id="locator-without-signature"),
