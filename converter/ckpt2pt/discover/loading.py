@@ -113,7 +113,7 @@ def _rounding(first: MegatronRank, ranks: Mapping[tuple[int, int, int], Path]) -
         try:
             rank = read_rank(folder, experts=True)
             if rank.buffers is not None:
-                lay_out_rank(rank, 0 if is_expert_parallel(first) else pp, at_most=SAMPLE_NUMEL, samples=True)
+                lay_out_rank(rank, 0 if is_expert_parallel(first) else pp, at_most=SAMPLE_NUMEL)
         except Ckpt2ptError as error:
             return {"mainParameters": f"not those of the weights: {folder.name}: {error.what}"}
     return {"mainParameters": "round to the weights, by samples of each"}

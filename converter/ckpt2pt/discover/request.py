@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.io.access import access_error
+from ckpt2pt.io.digests import sha256
 from ckpt2pt.io.files import read_text
 from ckpt2pt.io.flags import nearest
 
@@ -136,7 +136,7 @@ def _degrees(layout: Topology) -> dict[str, int]:
 
 def digest(document: object) -> str:
     """SHA-256 of a JSON document in canonical form."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 _SECTIONS = {"layer_modules", "modules", "ignore", "pickle_globals"}

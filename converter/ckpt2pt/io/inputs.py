@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import time
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import ClassVar, Self
 
 from ckpt2pt.errors import FormatError, field_of, ref
+from ckpt2pt.io import digests
 from ckpt2pt.io.access import access_error, ended
 from ckpt2pt.io.checksums import Piece, crc32, crc32_combine
 from ckpt2pt.io.files import OpenFiles, read_bytes
@@ -138,7 +138,7 @@ def sha256(path: Path, option: str) -> str:
     """SHA-256 of a file of metadata, which ``option`` names; one of an absurd size is refused."""
     with InputFile(path, option, keep=True) as file:
         _check_size(file, MAX_META_BYTES, option)
-        found = hashlib.sha256()
+        found = digests.sha256()
         for start in range(0, file.size, _PIECE_BYTES):
             found.update(file.read(start, min(_PIECE_BYTES, file.size - start)))
         return found.hexdigest()

@@ -5,7 +5,6 @@ The seal is the SHA-256 of everything else in the document.  It guards against a
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from textwrap import indent
 from typing import cast
 
+from ckpt2pt.io.digests import sha256
 from ckpt2pt.io.jsontext import parse_json
 
 Json = dict[str, object]
@@ -37,7 +37,7 @@ def seal_joined(document: Mapping[str, object], name: str, items: Iterable[Json]
 
     Read, both are the same; here the seal comes last.
     """
-    digest, comma = hashlib.sha256(b"{"), ""
+    digest, comma = sha256(b"{"), ""
     yield b"{"
     for key in sorted({*document, name}):
         digest.update(f"{comma}{json.dumps(key)}: ".encode())
@@ -166,7 +166,7 @@ _FIELDS: Mapping[str, Callable[[object], bool]] = {
 
 
 def _digest(document: Mapping[str, object]) -> str:
-    return hashlib.sha256(_canonical(document)).hexdigest()
+    return sha256(_canonical(document)).hexdigest()
 
 
 def _canonical(value: object) -> bytes:

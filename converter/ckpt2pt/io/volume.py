@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
@@ -81,7 +80,7 @@ def probe(folder: Path, option: str) -> None:
 
 
 def _try_out(place: Path, option: str) -> None:
-    stem = f"{_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    stem = f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
     first, second = place / f"{stem}.1.partial", place / f"{stem}.2.partial"
     data = b"1" * _PAGE + b"2" * _PAGE
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -88,7 +87,7 @@ def refuse_link(path: Path) -> None:
 
 def partial_name(path: Path) -> Path:
     """A name beside ``path`` that no reader of either framework picks up."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{PARTIAL}")
+    return path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}{PARTIAL}")
 
 
 def is_partial(name: str) -> bool:

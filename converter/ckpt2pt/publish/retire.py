@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import secrets
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -61,7 +60,7 @@ def foreign(folder: Path, names: Iterable[str], held: Holdings) -> str | None:
 
 def retire(folder: Path, held: Holdings | None = None) -> None:
     """Remove a result that is ours.  Its name is free when this returns; what is not ours in it stays, and is told."""
-    hidden = folder.with_name(f".{folder.name.lstrip('.').partition('.')[0]}.{secrets.token_hex(4)}{REMOVED}")
+    hidden = folder.with_name(f".{folder.name.lstrip('.').partition('.')[0]}.{os.urandom(4).hex()}{REMOVED}")
     try:
         folder.rename(hidden)
         sync_folder(hidden.parent)

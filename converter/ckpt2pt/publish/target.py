@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import cast
 from ckpt2pt.core.foldernames import TRACKER
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, TargetConflictError, TryAgainError
+from ckpt2pt.io.digests import sha256
 from ckpt2pt.io.paths import is_folder, is_there, listing, status
 from ckpt2pt.io.records import Json, seal, seal_joined, unseal
 from ckpt2pt.publish import swap
@@ -343,7 +343,7 @@ class Target:
 
     def _stage_identity(self, pp: int) -> str:
         ranks = [self.ranks[tp, pp] for tp in range(self.tensor) if (tp, pp) in self.ranks]
-        return hashlib.sha256("".join(ranks).encode()).hexdigest() if ranks else self.identity
+        return sha256("".join(ranks).encode()).hexdigest() if ranks else self.identity
 
     def is_of_rank(self, rank: Rank, manifest: Json) -> bool:
         """Whether a rank's manifest is of this conversion and of what it reads now."""

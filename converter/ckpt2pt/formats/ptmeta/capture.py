@@ -182,17 +182,15 @@ def lay_out_rank(
     *,
     bucket_size: int | None = None,
     at_most: int | None = None,
-    samples: bool = False,
     advance: Advance = unheard,
     files: OpenFiles | None = None,
 ) -> Layout:
     """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds.
 
-    ``at_most`` elements of each parameter are compared where the weights lie in the model file as in the buffers; where they
-    do not, all are, unless ``samples`` will do.  Buffers that the file holds coalesced have one bucket each, without the
-    padding of those that the run had.
+    ``at_most`` elements at the beginning, in the middle and at the end of each parameter are compared.  Buffers that the file
+    holds coalesced have one bucket each, without the padding of those that the run had.
     """
-    prove = partial(_prove, rank, at_most=at_most, samples=samples, advance=advance, files=files)
+    prove = partial(_prove, rank, at_most=at_most, advance=advance, files=files)
     if rank.coalesced:
         return _lay_out_coalesced(rank, pp, prove, bucket_size=bucket_size)
     divisor = _divisor(rank)
@@ -299,7 +297,6 @@ def _prove(
     *,
     views: bool | None = None,
     at_most: int | None,
-    samples: bool = False,
     advance: Advance = unheard,
     files: OpenFiles | None = None,
 ) -> list[str]:
@@ -318,8 +315,8 @@ def _prove(
         notes.append("offsets equal those of the weights in the model file")
     if rank.buffers is None:
         return notes or ["computed from order, shapes and arguments; there is no distrib_optim.pt to compare with"]
-    if not views and not samples:
-        at_most = None  # without offsets to go by, only the values tell the order
+    if not views and at_most == 0:
+        at_most = SAMPLE_NUMEL  # without offsets to go by, only the values tell the order
     count = 0
     for (buffer, weights), buckets in zip(flat, stored, strict=True):
         check_sizes(buffer, buckets, where=str(rank.folder))

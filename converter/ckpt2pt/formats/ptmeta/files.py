@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from ckpt2pt.formats.torchfile.archive import archive_bytes
 from ckpt2pt.formats.torchfile.trees import Value
 from ckpt2pt.io.access import access_error
 from ckpt2pt.io.checksums import crc32
+from ckpt2pt.io.digests import sha256
 from ckpt2pt.io.files import OpenFiles, read_all, read_at
 from ckpt2pt.io.paths import listing, status
 from ckpt2pt.io.records import seal
@@ -155,7 +155,7 @@ def _compare(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tu
 
 
 def _ledger(folder: Path, files: Mapping[str, bytes]) -> Ledger:
-    digest = hashlib.sha256()
+    digest = sha256()
     for name, content in sorted(files.items()):
         digest.update(f"{name} {len(content)}\n".encode() + content)
     hint = f"choose another {ref('target.path')}, or move it away: it is never replaced"

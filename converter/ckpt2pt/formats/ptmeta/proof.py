@@ -62,8 +62,8 @@ def check_slices(
 ) -> int:
     """Compare every float32 slice, rounded, with the weight of the model file; returns the elements compared.
 
-    ``at_most`` elements of each weight are enough to know whether the two files belong together.  ``advance`` hears of
-    every byte that was read.
+    ``at_most`` elements at the beginning, in the middle and at the end of each weight are enough to know whether the two
+    files belong together, and in which order the weights lie.  ``advance`` hears of every byte that was read.
     """
     refs = dict(weights)
     count = 0
@@ -71,11 +71,9 @@ def check_slices(
         read = _reader(files or stack.enter_context(OpenFiles()), advance)
         for bucket, held in zip(buffer.buckets, stored, strict=True):
             for placement in bucket.placements:
-                numel = min(placement.stop - placement.start, at_most or placement.stop)
                 param = held.tensors["param"]
                 start, weight = placement.start - bucket.start, refs[placement.name]
-                _check_slice(weight, param, start, numel, read, where)
-                count += numel
+                count += _check_slice(weight, param, start, at_most, read, where)
     return count
 
 
@@ -91,20 +89,17 @@ def check_copies(
     with ExitStack() as stack:
         read = _reader(stack.enter_context(OpenFiles()), unheard)
         for name, weight in weights:
-            numel = min(weight.numel, at_most or weight.numel)
-            _check_slice(weight, copies[name]["param"], 0, numel, read, where)
-            count += numel
+            count += _check_slice(weight, copies[name]["param"], 0, at_most, read, where)
     return count
 
 
 _Read = Callable[[TensorRef, int, int], "npt.NDArray[np.uint8]"]
 
 
-def _check_slice(weight: TensorRef, param: TensorRef, start: int, numel: int, read: _Read, where: str) -> None:
-    """Compare ``numel`` elements of ``param`` from ``start`` on, rounded, with the first of ``weight``."""
-    width = DTYPE_BYTES[weight.dtype]
-    for first in range(0, numel, _BLOCK_NUMEL):
-        size = min(_BLOCK_NUMEL, numel - first)
+def _check_slice(weight: TensorRef, param: TensorRef, start: int, at_most: int | None, read: _Read, where: str) -> int:
+    """Compare elements of ``param`` from ``start`` on, rounded, with those of ``weight``; how many."""
+    width, stretches = DTYPE_BYTES[weight.dtype], _stretches(weight.numel, at_most)
+    for first, size in stretches:
         main = read(param, (start + first) * 4, size * 4)
         if not rounds_to(main, read(weight, first * width, size * width), weight.dtype):
             raise FormatError(
@@ -112,6 +107,14 @@ def _check_slice(weight: TensorRef, param: TensorRef, start: int, numel: int, re
                 where=where,
                 hint=_HINT,
             )
+    return sum(size for _, size in stretches)
+
+
+def _stretches(numel: int, at_most: int | None) -> Sequence[tuple[int, int]]:
+    """First element and size of what is compared: three samples, or everything, a block at a time."""
+    if at_most is not None and 3 * at_most < numel:
+        return [(first, at_most) for first in (0, (numel - at_most) // 2, numel - at_most)]
+    return [(first, min(_BLOCK_NUMEL, numel - first)) for first in range(0, numel, _BLOCK_NUMEL)]
 
 
 def rounds_to(main: npt.NDArray[np.uint8], weight: npt.NDArray[np.uint8], dtype: str) -> bool:

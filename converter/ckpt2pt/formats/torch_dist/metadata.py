@@ -8,7 +8,7 @@ A pickle of ``torch.distributed.checkpoint.metadata.Metadata`` (torch 2.1 to 2.1
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn, cast
 
 from ckpt2pt.core.extents import DTYPE_BYTES, Shape
 from ckpt2pt.errors import CoverageError, FormatError, MissingInputError, ref
-from ckpt2pt.formats.torchfile.pickles import read_pickle
+from ckpt2pt.formats.torchfile.pickles import Shorten, read_pickle
 from ckpt2pt.formats.torchfile.trees import Call, Global, Value
 from ckpt2pt.io.inputs import read_whole
 from ckpt2pt.io.jsontext import parse_json
@@ -32,6 +32,8 @@ _MCORE = "megatron.core.dist_checkpointing.strategies.torch"
 _FILE = re.compile(r"[\w-][\w.-]*\.distcp", re.ASCII)
 _WHOLE_STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.param_state/shard_\S+")
 _MAX_AXES = 16
+_MAX_OPCODES = 150_000_000
+"""About 73 for each chunk: two million chunks, as many as 256 MiB hold."""
 
 
 class Item(NamedTuple):
@@ -106,7 +108,7 @@ def read_metadata(folder: Path) -> Metadata:
             hint=f"{_HINT}, with its hidden files",
         )
     data = read_whole(path, ref("source.path"))
-    tree = read_pickle(data, where=str(path))
+    tree = read_pickle(data, where=str(path), opcodes=_MAX_OPCODES, shorten=_SHORTEN)
     name, module = ("MCoreMetadata", _MCORE) if _is(tree, "MCoreMetadata", _MCORE) else ("Metadata", _MODULE)
     state = _state(tree, name, path, module)
     items = _items(_dictionary(state.get("storage_data"), path), path)
@@ -157,17 +159,14 @@ def _items(stored: Mapping[Value, Value], path: Path) -> dict[tuple[str, Shape |
     """(key, origin of the chunk) -> item; the origin of an object is None."""
     found: dict[tuple[str, Shape | None], Item] = {}
     for index, value in stored.items():
-        place = _state(index, "MetadataIndex", path)
-        info = _state(value, "_StorageInfo", path, "torch.distributed.checkpoint.filesystem")
-        key, file = place.get("fqn"), info.get("relative_path")
-        offset, nbytes = info.get("offset"), info.get("length")
-        origin = place.get("offset")
+        key, origin = _fields(index, _INDEX, path)
+        file, offset, nbytes, transformed = _fields(value, _INFO, path)
         if not isinstance(key, str) or not isinstance(file, str) or not _FILE.fullmatch(file):
             _refuse("an item has no name, or no file of the folder itself", path)
         if type(offset) is not int or type(nbytes) is not int or offset < 0 or nbytes < 1:
             _refuse(f"an item of {key} is at no place of a file", path)
-        if info.get("transform_descriptors"):
-            _refuse(f"{key} is compressed or encrypted ({info['transform_descriptors']!r})", path)
+        if transformed:
+            _refuse(f"{key} is compressed or encrypted ({transformed!r})", path)
         where = key, None if origin is None else _sizes(origin, path)
         if where in found:
             raise CoverageError(f"{key} is claimed twice at {where[1]}", where=path, hint=_HINT)
@@ -226,9 +225,8 @@ def _boxes(value: Value, path: Path) -> Iterator[tuple[Shape, Shape]]:
     if not isinstance(value, list):
         _refuse("a tensor has no list of chunks", path)
     for chunk in value:
-        state = _state(chunk, "ChunkStorageMetadata", path)
-        origin, shape = (_sizes(state.get(name), path) for name in ("offsets", "sizes"))
-        yield origin, shape
+        origin, shape = _fields(chunk, _CHUNK, path)
+        yield _sizes(origin, path), _sizes(shape, path)
 
 
 def _dtype(value: Value, key: str, path: Path) -> str:
@@ -242,11 +240,10 @@ def _dtype(value: Value, key: str, path: Path) -> str:
 
 def _sizes(value: Value, path: Path) -> Shape:
     """A ``torch.Size``, or a plain tuple."""
-    inner = value.args[0] if isinstance(value, Call) and value.func == Global("torch", "Size") and value.args else value
-    if not isinstance(inner, tuple) or len(inner) > _MAX_AXES:
+    if not isinstance(value, tuple) or len(value) > _MAX_AXES:
         _refuse("a size is not a tuple of integers", path)
-    found = tuple(number for number in inner if type(number) is int and 0 <= number < 1 << 62)
-    if len(found) != len(inner):
+    found = tuple(number for number in value if type(number) is int and 0 <= number < 1 << 62)
+    if len(found) != len(value):
         _refuse("a size is not a tuple of integers", path)
     return found
 
@@ -260,6 +257,41 @@ def _state(value: Value, name: str, path: Path, module: str = _MODULE) -> Mappin
     if not isinstance(value, Call) or not _is(value, name, module) or not isinstance(value.state, dict):
         _refuse(f"there is no {name} where one has to be", path)
     return value.state
+
+
+def _fields(value: Value, kind: Global, path: Path) -> tuple[Value, ...]:
+    """What :data:`_SHORTEN` has kept of an object of a class."""
+    if not isinstance(value, Call) or value.func != kind or not isinstance(value.state, tuple):
+        _refuse(f"there is no {kind.name} where one has to be", path)
+    return value.state
+
+
+def _attributes(*names: str) -> Callable[[Value], Value]:
+    """The values of these attributes; the dictionary, which the pickle could recall, is emptied."""
+
+    def shorten(state: Value) -> Value:
+        if not isinstance(state, dict):
+            return None
+        found = tuple(state.get(name) for name in names)
+        state.clear()
+        return found
+
+    return shorten
+
+
+def _size(args: Value) -> Value:
+    return args[0] if isinstance(args, tuple) and len(args) == 1 else None
+
+
+_INDEX, _CHUNK = Global(_MODULE, "MetadataIndex"), Global(_MODULE, "ChunkStorageMetadata")
+_INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
+# Three objects for each chunk; with their dictionaries they would take twice the memory.
+_SHORTEN: Shorten = {
+    _INDEX: _attributes("fqn", "offset"),
+    _CHUNK: _attributes("offsets", "sizes"),
+    _INFO: _attributes("relative_path", "offset", "length", "transform_descriptors"),
+    Global("torch", "Size"): _size,
+}
 
 
 def _dictionary(value: Value, path: Path) -> Mapping[Value, Value]:

@@ -15,7 +15,6 @@ From pytorch ``caffe2/serialize/inline_container.cc`` (getPadding, writeRecord, 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 from bisect import bisect_left
@@ -41,6 +40,7 @@ from ckpt2pt.formats.torchfile.reader import (
     read_records,
 )
 from ckpt2pt.io.checksums import Piece, crc32
+from ckpt2pt.io.digests import blake2b
 from ckpt2pt.io.files import write_all
 from ckpt2pt.io.framing import Framer
 from ckpt2pt.io.inputs import InputFile
@@ -251,7 +251,7 @@ def _serialization_id(slots: Sequence[Slot], crcs: Sequence[int]) -> str:
     for slot, crc in zip(slots, crcs, strict=False):  # the last record, the id itself, has no CRC yet
         if slot.nbytes:
             combined ^= (crc + 0x9E3779B9 + (combined << 6) + (combined >> 2)) & mask
-    names = hashlib.blake2b(b"\0".join(slot.name for slot in slots), digest_size=8).digest()
+    names = blake2b(b"\0".join(slot.name for slot in slots), digest_size=8).digest()
     return f"{int.from_bytes(names, 'little'):020}{combined:020}"
 
 

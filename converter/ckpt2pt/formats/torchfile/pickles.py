@@ -11,6 +11,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, Final, cast
 
 from ckpt2pt.formats.torchfile.trees import (
@@ -25,8 +26,10 @@ from ckpt2pt.formats.torchfile.trees import (
     StoredTensor,
     Value,
 )
-from ckpt2pt.formats.torchfile.unpickle import Reader
+from ckpt2pt.formats.torchfile.unpickle import MAX_OPCODES, Reader, Shorten
 from ckpt2pt.formats.torchfile.vetting import check_tree
+
+__all__ = ["Shorten", "read_pickle", "write_pickle"]
 
 _BYTES = Global("__builtin__", "bytes")
 _U32 = struct.Struct("<I").pack
@@ -34,12 +37,22 @@ _TUPLE_ENDS = (b")", b"\x85", b"\x86", b"\x87", b"t")
 _BATCH = 1000  # CPython's Pickler fills lists and dicts in portions of this many
 
 
-def read_pickle(data: bytes, *, where: str, allow: Collection[str] = ()) -> Value:
+def read_pickle(
+    data: bytes,
+    *,
+    where: str,
+    allow: Collection[str] = (),
+    opcodes: int = MAX_OPCODES,
+    shorten: Shorten = MappingProxyType({}),
+) -> Value:
     """The tree a pickle describes; nothing it names is imported or called.
+
+    It may ask for 48 MiB and for 20 bytes for each of its own, of which it may have 256 MiB, and may have ``opcodes``.
+    ``shorten`` saves memory where a pickle holds very many objects of a few classes.
 
     ``allow`` holds further names, as ``module.name``; the standard library, numpy and torch cannot be among them.
     """
-    return Reader(data, where, frozenset(allow)).read()
+    return Reader(data, where, frozenset(allow), opcodes, shorten).read()
 
 
 def write_pickle(value: Value, *, check: bool = True) -> bytes:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, NoReturn
 
 from ckpt2pt.formats.torchfile.trees import GETATTRS, MISSING, Call, Global, Persistent, Value
 from ckpt2pt.formats.torchfile.vetting import check_member, check_name, check_tree, damaged, is_key, refuse_mention
 
 _MAX_NBYTES = 256 << 20
-_MAX_OPCODES = 10_000_000
+MAX_OPCODES = 10_000_000
+"""Enough for the pickle in a ``.pt`` file: it takes seconds."""
 # Memory that a pickle may ask for. Torch's own needs up to 16 bytes for each of its bytes, an endless row of empty
 # dictionaries 90.
 _FREE_NBYTES = 48 << 20
@@ -31,18 +33,43 @@ _BYTEARRAY = Global("__builtin__", "bytearray")
 _NEWOBJ_EX = Global("copyreg", "__newobj_ex__")
 
 
+Shorten = Mapping[Global, Callable[[Value], Value]]
+"""What to hold in place of an object that a call of this name makes, from its arguments; or of the state that it is given."""
+
+
 class Reader:
     """The pickle machine, with inert values on its stack."""
 
-    __slots__ = ("allow", "data", "known", "marks", "memo", "pending", "pos", "stack", "where")
+    __slots__ = (
+        "allow",
+        "data",
+        "far",
+        "known",
+        "marks",
+        "memo",
+        "opcodes",
+        "pending",
+        "pos",
+        "shorten",
+        "stack",
+        "where",
+    )
 
-    def __init__(self, data: bytes, where: str, allow: frozenset[str]) -> None:
-        self.data, self.where, self.allow = data, where, allow
+    def __init__(
+        self,
+        data: bytes,
+        where: str,
+        allow: frozenset[str],
+        opcodes: int = MAX_OPCODES,
+        shorten: Shorten = MappingProxyType({}),
+    ) -> None:
+        self.data, self.where, self.allow, self.opcodes, self.shorten = data, where, allow, opcodes, shorten
         self.pos = 0
         self.stack: list[Value] = []
         self.marks: list[list[Value]] = []
-        # A dict: an array would have to be as long as the largest index, which a file can put at 2**32.
-        self.memo: dict[int, Value] = {}
+        # Picklers count from 0 on. A list of all indexes would have to be as long as the largest, which a file can put at 2**32.
+        self.memo: list[Value] = []
+        self.far: dict[int, Value] = {}
         self.known: dict[tuple[str, str], Global] = {}
         # A getattr that has not been called yet.
         self.pending: Global | None = None
@@ -54,7 +81,7 @@ class Reader:
             self.fail(f"holds {len(data)} bytes, more than {_MAX_NBYTES}")
         try:
             left = _FREE_NBYTES + _NBYTES_PER_BYTE * len(data)
-            for _ in range(_MAX_OPCODES):
+            for _ in range(self.opcodes):
                 code = data[self.pos]
                 self.pos += 1
                 if code == _STOP:
@@ -64,7 +91,7 @@ class Reader:
                     self.fail("makes more values than a file of its size can need")
                 do[code](self)
             else:
-                self.fail(f"has more than {_MAX_OPCODES} opcodes")
+                self.fail(f"has more than {self.opcodes} opcodes")
         except IndexError:
             self.fail("ends too early" if self.pos >= len(data) else "takes more from its stack than is there")
         except UnicodeError:
@@ -78,6 +105,7 @@ class Reader:
             self.fail(f"is followed by {len(self.data) - self.pos} more bytes")
         if self.pending is not None:
             refuse_mention(self.pending, self.where)
+        self.memo.clear()  # the check needs as much
         check_tree(self.stack[0], self.where)
         return self.stack[0]
 
@@ -98,10 +126,10 @@ class Reader:
 
     def uint(self, nbytes: int) -> int:
         start = self.pos
-        self.pos = start + nbytes
-        if self.pos > len(self.data):
+        self.pos = stop = start + nbytes
+        if stop > len(self.data):
             self.fail("ends too early")
-        return int.from_bytes(self.data[start : self.pos], "little")
+        return int.from_bytes(self.data[start:stop], "little")
 
     def line(self, limit: int = _MAX_LINE_NBYTES) -> bytes:
         end = self.data.find(b"\n", self.pos, self.pos + limit)
@@ -148,8 +176,12 @@ class Reader:
         self.stack.append(Call(func, args, new))
 
     def op_reduce(self) -> None:
-        args = self.stack.pop()
-        self.call(self.stack.pop(), args, new=False)
+        args, func = self.stack.pop(), self.stack.pop()
+        shorten = self.shorten.get(func) if isinstance(func, Global) else None
+        if shorten:
+            self.stack.append(shorten(args))
+        else:
+            self.call(func, args, new=False)
 
     def op_newobj(self) -> None:
         args = self.stack.pop()
@@ -165,7 +197,8 @@ class Reader:
         # The second state could be handed to a __setstate__ that the first one brought.
         if not isinstance(made, Call) or made.state is not MISSING:
             self.fail("gives state to something that takes none, or twice")
-        made.state = state
+        shorten = self.shorten.get(made.func)
+        made.state = shorten(state) if shorten else state
 
     def op_persistent(self) -> None:
         self.stack.append(Persistent(self.stack.pop()))
@@ -236,13 +269,26 @@ class Reader:
         self.set_items(values)
 
     def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
+        value, memo = self.stack[-1], self.memo
+        if index == len(memo):
+            memo.append(value)
+            self.far.pop(index, None)
+        elif 0 <= index < len(memo):
+            memo[index] = value
+        else:
+            self.far[index] = value
 
     def get(self, index: int) -> None:
-        value = self.memo.get(index, MISSING)
+        value = self.memo[index] if 0 <= index < len(self.memo) else self.far.get(index, MISSING)
         if value is MISSING:
             self.fail(f"recalls value {index}, which it never kept")
         self.stack.append(value)
+
+    def op_memoize(self) -> None:
+        if self.far:
+            self.put(len(self.memo) + len(self.far))
+        else:
+            self.memo.append(self.stack[-1])
 
     def op_protocol(self) -> None:
         if self.uint(1) > _MAX_PROTOCOL:
@@ -287,26 +333,49 @@ class Reader:
         self.put(self.uint(4))
 
     def op_binget(self) -> None:
-        self.get(self.uint(1))
+        index = self.data[self.pos]
+        self.pos += 1
+        if index < len(self.memo):
+            self.stack.append(self.memo[index])
+        else:
+            self.get(index)
+
+    def op_long_binget(self) -> None:
+        index = self.uint(4)
+        if index < len(self.memo):
+            self.stack.append(self.memo[index])
+        else:
+            self.get(index)
 
     def op_binint1(self) -> None:
-        self.stack.append(self.uint(1))
+        self.stack.append(self.data[self.pos])
+        self.pos += 1
+
+    def op_binint2(self) -> None:
+        self.stack.append(self.uint(2))
+
+    def op_tuple1(self) -> None:
+        self.stack[-1] = (self.stack[-1],)
+
+    def op_tuple2(self) -> None:
+        last = self.stack.pop()
+        self.stack[-1] = (self.stack[-1], last)
+
+    def op_tuple3(self) -> None:
+        last, middle = self.stack.pop(), self.stack.pop()
+        self.stack[-1] = (self.stack[-1], middle, last)
+
+    def op_empty_tuple(self) -> None:
+        self.stack.append(())
+
+    def op_empty_dict(self) -> None:
+        self.stack.append({})
 
     def op_binunicode(self) -> None:
         self.text(self.uint(4))
 
 
 _Op = Callable[[Reader], None]
-
-
-def _tuple_of(count: int) -> _Op:
-    def op(reader: Reader) -> None:
-        stack = reader.stack
-        if len(stack) < count:
-            reader.fail("takes more from its stack than is there")
-        stack[-count:] = [tuple(stack[-count:])]
-
-    return op
 
 
 def _push(make: Callable[[Reader], Value]) -> _Op:
@@ -322,7 +391,7 @@ _OPS: Final[dict[bytes, _Op]] = {
     b"\x80": Reader.op_protocol, b"\x95": Reader.op_frame,
     b"N": _push(lambda r: None), b"\x88": _push(lambda r: True), b"\x89": _push(lambda r: False),
     b"I": Reader.op_int, b"L": _push(lambda r: r.decimal()), b"F": Reader.op_float,
-    b"K": Reader.op_binint1, b"M": _push(lambda r: r.uint(2)), b"J": lambda r: r.long(4),
+    b"K": Reader.op_binint1, b"M": Reader.op_binint2, b"J": lambda r: r.long(4),
     b"\x8a": lambda r: r.long(r.uint(1)), b"\x8b": lambda r: r.long(r.uint(4)),
     b"G": _push(lambda r: struct.unpack(">d", r.take(8))[0]),
     b"V": _push(lambda r: str(r.line(_MAX_NBYTES), "raw-unicode-escape")),
@@ -330,18 +399,18 @@ _OPS: Final[dict[bytes, _Op]] = {
     b"C": _push(lambda r: r.take(r.uint(1))), b"B": _push(lambda r: r.take(r.uint(4))),
     b"\x8e": _push(lambda r: r.take(r.uint(8))),
     b"\x96": _push(lambda r: Call(_BYTEARRAY, (r.take(r.uint(8)),))),
-    b")": _push(lambda r: ()), b"t": _push(lambda r: tuple(r.since_mark())),
-    b"\x85": _tuple_of(1), b"\x86": _tuple_of(2), b"\x87": _tuple_of(3),
+    b")": Reader.op_empty_tuple, b"t": _push(lambda r: tuple(r.since_mark())),
+    b"\x85": Reader.op_tuple1, b"\x86": Reader.op_tuple2, b"\x87": Reader.op_tuple3,
     b"]": _push(lambda r: []), b"l": _push(lambda r: r.since_mark()),
     b"a": lambda r: r.append((r.stack.pop(),)), b"e": lambda r: r.append(r.since_mark()),
-    b"}": _push(lambda r: {}), b"d": Reader.op_dict,
+    b"}": Reader.op_empty_dict, b"d": Reader.op_dict,
     b"s": Reader.op_set_item, b"u": lambda r: r.set_items(r.since_mark()),
     b"\x8f": _push(lambda r: Call(_SET, ([],))), b"\x90": Reader.op_add_items,
     b"\x91": _push(lambda r: Call(_FROZENSET, (r.since_mark(),))),
     b"(": Reader.op_mark, b"0": Reader.op_pop, b"1": Reader.op_pop_mark, b"2": _push(lambda r: r.stack[-1]),
     b"p": lambda r: r.put(r.decimal()), b"q": Reader.op_binput, b"r": Reader.op_long_binput,
-    b"\x94": lambda r: r.put(len(r.memo)),
-    b"g": lambda r: r.get(r.decimal()), b"h": Reader.op_binget, b"j": lambda r: r.get(r.uint(4)),
+    b"\x94": Reader.op_memoize,
+    b"g": lambda r: r.get(r.decimal()), b"h": Reader.op_binget, b"j": Reader.op_long_binget,
     b"c": Reader.op_global, b"\x93": Reader.op_stack_global, b"i": Reader.op_inst,
     b"\x82": Reader.op_extension, b"\x83": Reader.op_extension, b"\x84": Reader.op_extension,
     b"R": Reader.op_reduce, b"\x81": Reader.op_newobj, b"\x92": Reader.op_newobj_ex,
@@ -350,7 +419,7 @@ _OPS: Final[dict[bytes, _Op]] = {
 # Bytes that an opcode's value takes; containers are counted threefold, of which torch writes few.
 _COSTS = [8] * 256
 for _codes, _cost in (
-    (b"MJ\x8a\x8bGFIL", 40), (b"VX\x8c\x8dCB\x8e", 64), (b"pqr\x94", 56), (b"s", 120),
+    (b"MJ\x8a\x8bGFIL", 40), (b"VX\x8c\x8dCB\x8e", 64), (b"pqr\x94", 9), (b"s", 120),
     (b"t\x85\x86\x87Q", 64), (b"RuU\x81", 88), (b"]}ld", 250), (b"\x8f\x91\x92\x96", 600),
 ):  # fmt: skip
     for _code in _codes:

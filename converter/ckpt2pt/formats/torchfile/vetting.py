@@ -186,7 +186,7 @@ def check_tree(root: Value, where: str) -> None:
         for child in _children(node):
             if type(child) in _LEAVES:
                 continue
-            below = depths.get(id(child))
+            below = 0 if _is_plain(child) else depths.get(id(child))
             if below is None:
                 below = depth(child, above + 1) if above < _MAX_DEPTH else _MAX_DEPTH
             if below == _OPEN:
@@ -202,7 +202,13 @@ def check_tree(root: Value, where: str) -> None:
 
 
 _OPEN = -1
+_MAX_PLAIN = 8
 _LEAVES = frozenset({type(None), bool, int, float, str, bytes, StoredTensor, Missing})
+
+
+def _is_plain(node: Value) -> bool:
+    """A small tuple, as shapes are: to remember that it was seen takes more memory than it does."""
+    return type(node) is tuple and len(node) <= _MAX_PLAIN and _LEAVES.issuperset(map(type, node))
 
 
 def _children(node: Value) -> Iterable[Value]:

@@ -6,7 +6,6 @@ source --run.targets.source--> global tensors --torch_dist.slots--> files, moves
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,6 +25,7 @@ from ckpt2pt.formats.torch_dist.keys import layers_of
 from ckpt2pt.formats.torch_dist.metadata_out import write_metadata
 from ckpt2pt.formats.torch_dist.slots import Division, tensors_of
 from ckpt2pt.formats.torch_dist.write import DistcpFile
+from ckpt2pt.io.digests import sha256
 from ckpt2pt.io.paths import status
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import TORCH_DIST, Target
@@ -148,7 +148,7 @@ def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
 
 def digest_of(file: DistcpFile) -> str:
     """SHA-256 of what a file holds, and where."""
-    return hashlib.sha256(repr((file.name, file.parts, file.objects)).encode()).hexdigest()
+    return sha256(repr((file.name, file.parts, file.objects)).encode()).hexdigest()
 
 
 def _merge(found: Found, target: Target) -> Mapping[str, bytes]:

@@ -56,6 +56,25 @@ def test_one_wrong_element_is_found(index: int, buffer: Buffer, tmp_path: Path) 
         check_slices(buffer, stored(tmp_path), weights(tmp_path, words), where="here")
 
 
+@pytest.mark.parametrize(("wrong", "seen"), [(0, True), (20, False), (49, True), (51, False), (98, True)])
+def test_samples_are_taken_at_the_beginning_in_the_middle_and_at_the_end(
+    wrong: int, seen: bool, tmp_path: Path
+) -> None:
+    """A slice that begins elsewhere, or is another's, differs there; what a later bit flip did is for checksums to find."""
+    main, path = np.arange(99, dtype="<f4"), tmp_path / "both"
+    words = main.copy()
+    words[wrong] = 7.5
+    path.write_bytes(main.tobytes() + words.tobytes())
+    held, weight = (TensorRef("w", "float32", (99,), (Extent(str(path), at, 396),)) for at in (0, 396))
+    buffer = lay_out([Parameter(name="w", shape=(99,), dtype="float32")], divisor=1, bucket_numel=None)[0]
+    bucket = StoredBucket(numel=99, numel_unpadded=99, tensors={"param": held})
+    if seen:
+        with pytest.raises(FormatError, match="is not what the optimizer holds"):
+            check_slices(buffer, [bucket], [("w", weight)], where="here", at_most=2)
+    else:
+        assert check_slices(buffer, [bucket], [("w", weight)], where="here", at_most=2) == 6
+
+
 def test_sizes_with_and_without_padding_must_agree(buffer: Buffer, tmp_path: Path) -> None:
     check_sizes(buffer, stored(tmp_path), where="here")
     for numel, unpadded in [(6, 6), (8, 5)]:

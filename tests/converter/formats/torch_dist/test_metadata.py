@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -16,10 +18,14 @@ import pytest
 import ckpt2pt
 from ckpt2pt.cli.commands import main
 from ckpt2pt.errors import FormatError, InputError, MissingInputError, UnsafePickleError
-from ckpt2pt.formats.torch_dist.metadata import read_metadata
+from ckpt2pt.formats.torch_dist.metadata import Chunk, Entry, Item, read_metadata
+from ckpt2pt.formats.torch_dist.metadata_out import write_metadata
+from ckpt2pt.formats.torchfile.pickles import write_pickle
+from ckpt2pt.formats.torchfile.trees import Call, Global, Value
 from torchdist import Piece, of_layers, whole, write_folder
 
 SHAPE = (2, 6, 4)
+MODULE = "torch.distributed.checkpoint.metadata"
 FC2 = "decoder.layers.mlp.linear_fc2.weight"
 
 
@@ -134,3 +140,46 @@ def test_an_index_by_the_class_of_megatron_itself_is_read(tmp_path: Path) -> Non
 def test_files_that_hold_no_part_are_a_warning(folder: Path) -> None:
     shutil.copy(folder / "__0_0.distcp", folder / "__7_0.distcp")
     assert ckpt2pt.open(folder).warnings == ("__7_0.distcp hold no part of the checkpoint",)
+
+
+CHUNKS = 150_000
+READ = """
+import resource, sys, time
+from pathlib import Path
+from ckpt2pt.formats.torch_dist.metadata import read_metadata
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+before = peak()
+chunks = sum(len(entry.chunks) for entry in read_metadata(Path(sys.argv[1])).tensors.values())
+print(chunks, peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_an_index_of_very_many_chunks_takes_memory_for_each_of_them_and_no_more(tmp_path: Path) -> None:
+    """671 billion parameters with their optimizer are some 200,000 chunks; a pickle of ten million opcodes held 137,000."""
+    tensors: dict[str, Entry] = {}
+    for number in range(CHUNKS // 10):
+        items = (Item("__0_0.distcp", 1000 * (10 * number + part), 1000) for part in range(10))
+        chunks = tuple(Chunk((256 * part, 0), (256, 7168), item) for part, item in enumerate(items))
+        tensors[f"decoder.layers.{number}.mlp.linear_fc1.weight"] = Entry("float32", (2560, 7168), chunks)
+    (tmp_path / ".metadata").write_bytes(write_metadata(tensors, {}))
+    (tmp_path / "__0_0.distcp").touch()
+    cut(tmp_path / "__0_0.distcp", 1000 * CHUNKS)
+    done = subprocess.run([sys.executable, "-c", READ, str(tmp_path)], capture_output=True, text=True, check=True)
+    found, nbytes = map(int, done.stdout.split())
+    assert found == CHUNKS
+    assert nbytes < 2560 * CHUNKS
+
+
+def test_attributes_that_two_objects_share_are_refused(folder: Path) -> None:
+    """They are emptied as they are read: a second object gets none, and no part of the checkpoint."""
+    size = Call(Global("torch", "Size"), ((1,),))
+    state: dict[Value, Value] = {"offsets": size, "sizes": size}
+    chunks: list[Value] = [Call(Global(MODULE, "ChunkStorageMetadata"), new=True, state=state) for _ in range(2)]
+    properties = Call(Global(MODULE, "TensorProperties"), new=True, state=(Global("torch", "float32"),))
+    held: dict[Value, Value] = {"properties": properties, "size": size, "chunks": chunks}
+    tensors: dict[Value, Value] = {"x": Call(Global(MODULE, "TensorStorageMetadata"), new=True, state=held)}
+    tree: dict[Value, Value] = {"state_dict_metadata": tensors, "storage_data": {}}
+    (folder / ".metadata").write_bytes(write_pickle(Call(Global(MODULE, "Metadata"), new=True, state=tree)))
+    with pytest.raises(InputError, match=r"no file holds x|a size is not a tuple"):
+        read_metadata(folder)
