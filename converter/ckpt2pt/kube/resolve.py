@@ -245,6 +245,18 @@ def _to_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
     return target, source
 
 
+def _refuse_unused(spec: Spec) -> None:
+    """Refuse what decides nothing where the layout stays."""
+    unused: Mapping[str, object] = {
+        "model.layersPerStage": spec.model.layers_per_stage,
+        "parallelism.virtualPipeline": (spec.parallelism.virtual_pipeline or 1) > 1,
+    }
+    for field in (field for field, given in unused.items() if given):
+        hint = f"leave it out; another layout is asked for by {_OTHER}"
+        what = f"{ref(field)} is given, and decides nothing where the layout stays"
+        raise UsageError(what, where=ref("spec"), hint=hint, field=field)
+
+
 def _check_own_layout(spec: Spec, layout: Topology, rules: Rules) -> None:
     """Of a layout that stays nothing is needed; what is given has to be what ``pt_meta`` and the files say.
 
@@ -255,14 +267,7 @@ def _check_own_layout(spec: Spec, layout: Topology, rules: Rules) -> None:
     from ckpt2pt.formats.mindspore.read import open_mindspore  # noqa: PLC0415 - the same
 
     model, own, source = spec.model, spec.parallelism, Path(spec.source.path)
-    unused: Mapping[str, object] = {
-        "model.layersPerStage": model.layers_per_stage,
-        "parallelism.virtualPipeline": (own.virtual_pipeline or 1) > 1,
-    }
-    for field in (field for field, given in unused.items() if given):
-        hint = f"leave it out; another layout is asked for by {_OTHER}"
-        what = f"{ref(field)} is given, and decides nothing where the layout stays"
-        raise UsageError(what, where=ref("spec"), hint=hint, field=field)
+    _refuse_unused(spec)
     stated = None
     if spec.metadata.path:
         metadata = Path(spec.metadata.path)

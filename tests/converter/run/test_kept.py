@@ -14,6 +14,7 @@ from ckpt2pt.cli.commands import main
 from ckpt2pt.engine.readback import is_whole
 from ckpt2pt.errors import TargetConflictError, VerificationError
 from ckpt2pt.run import kept
+from ckpt2pt.run.conversion import Outcome
 from goldens import golden_root
 
 SETS = golden_root() / "megatron06"
@@ -143,7 +144,7 @@ def test_weights_that_a_full_conversion_covers_are_not_said_to_be_there_where_th
 
 
 def test_the_library_answers_alike(tmp_path: Path) -> None:
-    def convert(**more: str) -> ckpt2pt.Outcome:
+    def convert(**more: str) -> Outcome:
         return ckpt2pt.convert(source=CUT / "A", target=tmp_path / "out", target_format="torch_dist", **more)  # type: ignore[arg-type]
 
     convert()
