@@ -15,6 +15,7 @@ from pathlib import Path
 
 import layouts
 import roads
+import targets
 from measure import Sample, commit, cool, host, memory_limit, run, summary, today, warm
 
 HERE = Path(__file__).parent
@@ -82,7 +83,7 @@ def dd(pairs: Sequence[tuple[Path, Path]]) -> Words:
 
 def size_of(folder: Path) -> int:
     """Bytes of the checkpoint files below a folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*.pt"))
+    return sum(path.stat().st_size for end in ("pt", "distcp") for path in folder.rglob(f"*.{end}"))
 
 
 class Contest:
@@ -221,6 +222,9 @@ def memory(work: Path, options: argparse.Namespace) -> dict[str, object]:
         case = Case.of(work / "sparse", nbytes)
         case.build(headers_only=True)
         sizes.append(measured(case, work / "out"))
+        sizes += [
+            {"target_format": name} | measured(case, work / "out", "--target-format", name) for name in targets.FORMATS
+        ]
         if nbytes == options.memory_gb * 1e9:
             say("the largest inside a memory cgroup of 128 MiB, which holds the page cache as well")
             with memory_limit(128 * MIB) as group:
@@ -272,6 +276,11 @@ def layout(work: Path, options: argparse.Namespace) -> dict[str, object]:
     return layouts.layout(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
 
 
+def formats(work: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Into the formats of today's Megatron-LM."""
+    return targets.targets(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
+
+
 def checksums(work: Path, options: argparse.Namespace) -> dict[str, object]:
     """What the source's own checksum costs: the same conversion of files with and without one."""
     case, out = Case.of(work / "case", options.size_gb * 1e9), work / "out"
@@ -303,6 +312,7 @@ THEMES: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
     "shards": shards,
     "import": back,
     "layout": layout,
+    "targets": formats,
     "checksums": checksums,
 }
 

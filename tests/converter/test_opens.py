@@ -60,13 +60,26 @@ def test_a_conversion_opens_each_source_once_for_its_header_and_once_for_its_pay
     assert {name: count for name, count in found.items() if count > (2 if name.startswith("ms/") else 1)} == {}
 
 
-@pytest.mark.parametrize("command", ["import", "convert"])
-def test_a_megatron_source_is_opened_for_its_header_its_proof_and_its_payload(
-    command: str, golden: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("words", "model", "optim"),
+    [
+        (["import"], 3, 3),
+        (["convert"], 4, 3),
+        (["convert", "--target-tp-size", "1"], 4, 4),
+        (["convert", "--target-format", "megatron"], 9, 9),
+        (["convert", "--target-format", "torch_dist"], 7, 7),
+    ],
+    ids=["import", "the same layout", "another layout", "megatron", "torch_dist"],
+)
+def test_a_megatron_source_is_opened_a_few_times_however_many_tensors_it_holds(
+    words: list[str], model: int, optim: int, golden: Path, tmp_path: Path
 ) -> None:
-    """And once to prove what was read by the archive's checksums; 29 times before headers were kept."""
+    """For its header, its proof, its payload, its archive's checksums, and once to compare what several ranks hold.
+
+    29 times before headers were kept, and once for each tensor that several ranks hold.
+    """
     source = golden / "megatron06" / "b_tp2pp2" / "A"
-    words = [command, "--source", str(source), "--target", str(tmp_path), "--multiprocess-off", "--progress", "none"]
+    words = [*words, "--source", str(source), "--target", str(tmp_path), "--multiprocess-off", "--progress", "none"]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(source), *words], capture_output=True, text=True, check=True
     )
@@ -74,7 +87,7 @@ def test_a_megatron_source_is_opened_for_its_header_its_proof_and_its_payload(
     assert code == 0, done.stderr
     counts = {name: count for name, count in found.items() if name.endswith(".pt")}
     assert len(counts) == 8
-    most = {"model_optim_rng.pt": 3 if command == "import" else 4, "distrib_optim.pt": 3}
+    most = {"model_optim_rng.pt": model, "distrib_optim.pt": optim}
     assert {name: count for name, count in counts.items() if count > most[Path(name).name]} == {}
 
 

@@ -143,6 +143,8 @@ def check_copies(copies: Sequence[tuple[TensorRef, TensorRef]]) -> None:
     if not copies:
         return
     from ckpt2pt.verification.compare import same_bytes  # noqa: PLC0415 - rare
+    from ckpt2pt.verification.gather import Files  # noqa: PLC0415 - the same
 
-    for kept, copy in copies:
-        same_bytes(kept, copy)
+    with Files() as files:
+        for kept, copy in copies:
+            same_bytes(kept, copy, files)

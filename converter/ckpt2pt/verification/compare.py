@@ -141,7 +141,7 @@ class Comparison:
         raise error.spelled(spell)
 
 
-def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
+def same_bytes(kept: TensorRef, copy: TensorRef, files: Files) -> None:
     """Refuse two copies of which only the first is carried, unless they are equal bit for bit.
 
     They are tied weights, or what several ranks of the source hold of one parameter.
@@ -149,8 +149,7 @@ def same_bytes(kept: TensorRef, copy: TensorRef) -> None:
     one, other = leaf_of(kept), leaf_of(copy)
     what = "they differ in type or shape"
     if repr(one) == repr(other):
-        with Files() as files:
-            found = Differing(one.dtype, one.dtype, strict=True).compare(files, one.elements, other.elements, one.numel)
+        found = Differing(one.dtype, one.dtype, strict=True).compare(files, one.elements, other.elements, one.numel)
         if not found.count:
             return
         what = f"they differ at element {found.index}: {' and '.join(found.shown)}"

@@ -20,6 +20,7 @@ from ckpt2pt.errors import InputError, UsageError, VerificationError
 from ckpt2pt.publish import TRACKER
 from ckpt2pt.verification import gather
 from ckpt2pt.verification.compare import Comparison, Row, compare, same_bytes
+from ckpt2pt.verification.gather import Files
 from ckptfiles import Tensor, ckpt, safe, some_tensors
 from results import Result, convert, edit_tree, flip, set_element
 
@@ -432,23 +433,24 @@ def ref(path: Path, name: str, data: bytes, dtype: str = "float32") -> TensorRef
 
 def test_tied_copies_that_are_equal_pass(tmp_path: Path) -> None:
     data = np.random.default_rng(1).bytes(1 << 20)
-    same_bytes(ref(tmp_path / "a", "embedding", data), ref(tmp_path / "b", "head", data))
+    with Files() as files:
+        same_bytes(ref(tmp_path / "a", "embedding", data), ref(tmp_path / "b", "head", data), files)
 
 
 def test_tied_copies_that_differ_are_refused_with_both_names_and_the_element(tmp_path: Path) -> None:
     data = bytearray(1 << 20)
     kept = ref(tmp_path / "a", "embedding", bytes(data))
     data[800_002] = 0x80
-    with pytest.raises(InputError) as caught:
-        same_bytes(kept, ref(tmp_path / "b", "head", bytes(data)))
+    with Files() as files, pytest.raises(InputError) as caught:
+        same_bytes(kept, ref(tmp_path / "b", "head", bytes(data)), files)
     for part in ("embedding float32[262144]", "head float32[262144]", "element 200000", "0 (0x00000000)", "0x00800000"):
         assert part in caught.value.what
     assert (caught.value.exit_code, caught.value.where) == (65, f"{tmp_path / 'a'} and {tmp_path / 'b'}")
 
 
 def test_tied_copies_of_unlike_shape_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="differ in type or shape"):
-        same_bytes(ref(tmp_path / "a", "embedding", bytes(8)), ref(tmp_path / "b", "head", bytes(12)))
+    with Files() as files, pytest.raises(InputError, match="differ in type or shape"):
+        same_bytes(ref(tmp_path / "a", "embedding", bytes(8)), ref(tmp_path / "b", "head", bytes(12)), files)
 
 
 def test_an_array_and_a_list_of_its_numbers_differ_in_one_row(tmp_path: Path) -> None:

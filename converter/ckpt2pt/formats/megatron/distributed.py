@@ -70,7 +70,11 @@ def read_states(path: Path, among: OpenFiles | None = None) -> list[tuple[Bucket
 
 def read_buffers(path: Path, among: OpenFiles | None = None) -> tuple[Buckets, ...]:
     """Those of all optimizers of a dense model.  Raises :class:`FormatError` as :func:`read_states`, and where one is elsewhere."""
-    states = read_states(path, among)
+    return joined(read_states(path, among), path)
+
+
+def joined(states: Sequence[tuple[Buckets, ...] | None], path: Path) -> tuple[Buckets, ...]:
+    """The buffers of all optimizers of ``path``.  Raises :class:`FormatError` where one is elsewhere."""
     if None in states:
         raise FormatError(
             "another rank holds a part of the optimizer's state, as with expert parallelism",

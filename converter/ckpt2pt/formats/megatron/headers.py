@@ -20,7 +20,7 @@ from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
 from ckpt2pt.core.names import TIED_HEAD, common_prefix
 from ckpt2pt.core.params import HEAD, legacy_name, legacy_spelling
 from ckpt2pt.errors import FormatError, MissingInputError, ref
-from ckpt2pt.formats.megatron.distributed import Buckets, StoredBucket, read_buffers, read_states, tensor_ref
+from ckpt2pt.formats.megatron.distributed import Buckets, StoredBucket, joined, read_states, tensor_ref
 from ckpt2pt.formats.megatron.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.torchfile.archive import Archive
@@ -161,9 +161,9 @@ def read_files(
     core_names = _has_core_names(found.values(), prefix)
     tied = core_names and template.args.get("untie_embeddings_and_output_weights") is False
     chunks = tuple(tuple(_named(weights, prefix, path, tied=tied, experts=experts)) for weights in found.values())
-    states = read_states(optim) if optim and experts else None
-    apart = states is not None and len(states) == 2
-    buffers = _by_chunk(states, chunks) if states and apart else read_buffers(optim) if optim else None
+    states = read_states(optim) if optim else None
+    apart = experts and states is not None and len(states) == 2
+    buffers = _by_chunk(states, chunks) if states and apart else joined(states, optim) if states and optim else None
     whole = copies and buffers is None and _has_plain_optimizer(template)
     return MegatronRank(
         folder=path.parent,
