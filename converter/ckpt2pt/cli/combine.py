@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ckpt2pt.cli.options import add_stage_option
 from ckpt2pt.errors import UsageError
 from ckpt2pt.io.flags import path
 
@@ -44,6 +45,7 @@ def add_combine_options(parser: argparse.ArgumentParser) -> None:
         metavar=("FIRST", "STOP"),
         help="merge only the groups whose first rank is FIRST or more and less than STOP",
     )
+    add_stage_option(parser, "merge only this group, counted from 0 in the order of first ranks")
     parser.add_argument(
         "--no-save-optim",
         action="store_true",

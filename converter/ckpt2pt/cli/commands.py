@@ -348,10 +348,17 @@ def _comparison(options: argparse.Namespace, heard: Reporter) -> Comparison:
 
 def _combine(options: argparse.Namespace) -> int:
     from ckpt2pt.cli.combine import request_of  # noqa: PLC0415
+    from ckpt2pt.kube.asked import stages_of  # noqa: PLC0415
     from ckpt2pt.run.combine import combine  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
-    outcome = combine(*request_of(options), reporter(options.progress))
+    request, section = request_of(options)
+    if section and options.stage is not None:
+        raise UsageError(
+            "--rank-section and --stage are both given", where="the command line", hint="choose groups by one of them"
+        )
+    stages = None if section else stages_of(options, request)
+    outcome = combine(request, section, reporter(options.progress), stages=stages)
     _show(outcome.document(), outcome.sentence(), options)
     return 0
 
