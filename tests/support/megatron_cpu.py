@@ -9,6 +9,7 @@ import os
 import sys
 import typing
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -50,6 +51,35 @@ class Norm:
     def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> Any:
         kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
         return kind(hidden_size, eps=eps)
+
+
+def with_fused_norms(layer: Any, linear: Any, identity: Any) -> None:
+    """Turn a local layer spec into that of Transformer Engine, which needs a GPU to be imported: a stand-in fuses norms into linear layers.
+
+    Its names and its order are Transformer Engine's (module/layernorm_linear.py); those of the layer are Megatron's own.
+
+    Args:
+        layer: The submodules of a layer.
+        linear: The class ``ColumnParallelLinear``.
+        identity: What stands where a norm was.
+    """
+
+    class FusedNormLinear(linear):  # type: ignore[misc]
+        def __init__(self, input_size: int, output_size: int, *, config: Any, **more: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **more)
+            kinds = ("weight", "bias") if config.normalization == "LayerNorm" else ("weight",)
+            made = {
+                f"layer_norm_{kind}": torch.nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+                for kind in kinds
+            }
+            own: dict[str, Any] = vars(self)["_parameters"]
+            self._parameters = {**made, **own}
+
+    layer.input_layernorm = layer.pre_mlp_layernorm = identity
+    mlp = (
+        layer.mlp.keywords if isinstance(layer.mlp, partial) else vars(layer.mlp)
+    )  # 0.18 has a function in place of a spec
+    layer.self_attention.submodules.linear_qkv = mlp["submodules"].linear_fc1 = FusedNormLinear
 
 
 def _unchanged(function: Any = None, *_: Any, **__: Any) -> Any:

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.filesystem import SerializationFormat
 
-from megatron_cpu import Norm, OnCpu, with_fused_adam, without_gpu
+from mcore import canonical
+from megatron_cpu import Norm, OnCpu, with_fused_adam, with_fused_norms, without_gpu
 
 SECONDS = 100
 KINDS = ("exp_avg", "exp_avg_sq")
@@ -66,6 +67,7 @@ def parsed(words: list[str]) -> Any:
         "adam-eps": 1e-8,
     }.items():
         parser.add_argument(f"--{name}", type=float, default=default)
+    parser.add_argument("--transformer-impl", default="local")
     parser.add_argument("--normalization", default="LayerNorm")
     parser.add_argument("--position-embedding-type", default="learned_absolute")
     parser.add_argument("--initial-loss-scale", type=float, default=2.0**32)
@@ -109,6 +111,10 @@ def build(args: Any, tp: int, pp: int) -> tuple[Any, Any]:
         spec = layers.get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm)
     else:
         spec = layers.get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
+    if args.transformer_impl == "transformer_engine":
+        with_fused_norms(
+            spec.submodules, core("tensor_parallel").ColumnParallelLinear, core("transformer.identity_op").IdentityOp
+        )
     multiple = args.make_vocab_size_divisible_by * tp
     model = core("models.gpt").GPTModel(
         config=config,
@@ -275,7 +281,8 @@ def keep(out: Path, rank: int, chunks: list[Any], optimizer: Any, run: dict[str,
     for chunk in chunks:
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, parameter in chunk.named_parameters():
-            names[parameter] = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda found: str(numbers[int(found[0])]), name)  # noqa: B023
+            local = canonical(name)
+            names[parameter] = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda found: str(numbers[int(found[0])]), local)  # noqa: B023
     arrays = {f"param/{name}": as_numpy(parameter) for parameter, name in names.items()}
     held: dict[str, Any] = {}
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

@@ -161,14 +161,22 @@ def gpt(*, tied: bool = False, hidden: int = 16, layers: int = 2) -> dict[str, d
 
 
 def write_gpt(
-    folder: Path, arrays: Mapping[str, Mapping[str, Array]], *, args: Mapping[str, Value] | None = None
+    folder: Path,
+    arrays: Mapping[str, Mapping[str, Array]],
+    *,
+    args: Mapping[str, Value] | None = None,
+    flat: bool = False,
 ) -> Path:
-    """Write it as Megatron does with fully_reshardable."""
+    """Write it as Megatron does with fully_reshardable, or ``flat`` with fully_sharded_model_space."""
     keys = {key: (as_bfloat16(array), whole(array)) for key, array in arrays["param"].items()}
-    layers = len(arrays["param"]["decoder.layers.mlp.linear_fc2.weight"])
+    layers, unflattened = len(arrays["param"]["decoder.layers.mlp.linear_fc2.weight"]), dict[str, Shape]()
     for role, kind in _KINDS.items():
         for key, array in arrays.get(role, {}).items():
-            keys[f"optimizer.state.{kind}.{key}"] = array, whole(array)
+            name = f"optimizer.state.{'fp32_param' if flat and kind == 'param' else kind}.{key}"
+            if flat:
+                unflattened[name] = array.shape
+                array = array.reshape(*(1 for _ in array.shape), -1)
+            keys[name] = array, whole(array)
     same: dict[Value, Value] = {
         "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False, "max_lr": 0.001, "min_lr": 0.0001, "lr": 0.001,
         "bias_correction": True, "betas": (0.9, 0.95), "eps": 1e-8, "step": 3,
@@ -183,6 +191,8 @@ def write_gpt(
         "checkpoint_version": 3.0,
         "optimizer": {"optimizer": {"param_groups": groups}, "param_state_sharding_type": "fully_reshardable"},
         "opt_param_scheduler": scheduler,
-        "content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"},
+        "content_metadata": {
+            "distrib_optim_sharding_type": "fully_sharded_model_space" if flat else "fully_reshardable"
+        },
     }
-    return write_folder(folder, keys, common=common)
+    return write_folder(folder, keys, common=common, unflattened=unflattened)

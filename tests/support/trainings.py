@@ -37,6 +37,7 @@ class Training:
 
     folder: Path
     fp16: bool = False
+    transformer_engine: bool = False
 
     @property
     def recent(self) -> bool:
@@ -47,6 +48,8 @@ class Training:
         """Arguments for Megatron-LM, without parallel sizes."""
         if self.fp16:
             return ["--fp16" if word == "--bf16" else word for word in words_of(self.folder)]
+        if self.transformer_engine:
+            return ["transformer_engine" if word == "local" else word for word in words_of(self.folder)]
         if self.recent:
             return words_of(self.folder)
         args, words = self.template.args, words_of(odd_set())
@@ -134,6 +137,8 @@ SETS = {name: Training(golden_root() / "megatron06" / name) for name in (TIED, C
 }
 FP16 = f"{ODD}-fp16"
 SETS[FP16] = Training(odd_set(), fp16=True)
+FUSED = f"{ODD}-transformer-engine"
+SETS[FUSED] = Training(odd_set(), transformer_engine=True)
 SCALER = {"scale": 2048.0, "growth_tracker": 7, "hysteresis_tracker": 1}
 """The loss scale that an fp16 training has come to."""
 

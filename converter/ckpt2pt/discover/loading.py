@@ -14,11 +14,13 @@ from ckpt2pt.discover.metadata import assumptions, meta_of, template_of
 from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import Ckpt2ptError, FormatError, aside
 from ckpt2pt.formats.megatron.headers import MegatronRank, is_expert_parallel, rank_folders, read_rank
+from ckpt2pt.formats.megatron.loads import loads_of
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.megatron.release import optimizer_form, written_by
 from ckpt2pt.formats.megatron.resume import Unmet, first_of, hint, summary
 from ckpt2pt.formats.ptmeta.metadata import RankMeta
 from ckpt2pt.io.paths import is_file, listing
+from ckpt2pt.io.records import Json
 
 
 def check_loadable(request: Request, rank: Rank, meta: RankMeta | None = None) -> None:
@@ -73,7 +75,7 @@ def made_up(request: Request) -> tuple[str, ...]:
     return tuple(f"{told[what]} {value}" for what, value in found.items() if what in told)
 
 
-def verdicts(iteration: Path) -> dict[str, str]:
+def verdicts(iteration: Path) -> Json:
     """Which release wrote an iteration, with which form of optimizer; of one of Megatron-LM 0.6, or one that it may read:
 
     whether 0.6 can resume from it as it is, and, if not, whether it can load its weights.
@@ -81,27 +83,29 @@ def verdicts(iteration: Path) -> dict[str, str]:
     from ckpt2pt.formats.ptmeta.capture import unmet_of_rank  # noqa: PLC0415 - not for conversions, whose memory it would cost
 
     broken: dict[bool, dict[Rank, tuple[Unmet, ...]]] = {True: {}, False: {}}
-    facts: dict[str, str] = {}
+    facts: Json = {}
+    releases: Json = {}
     try:
         every = expert_ranks(listing(iteration), pipelined=True)
         if every:
             first = read_rank(every[min(every)], experts=True)
             facts = {"writtenBy": f"Megatron-LM {written_by(first)}", "optimizer": optimizer_form(first)}
+            releases = {"releases": dict(found)} if (found := loads_of(first)) else {}
             if first.core_names or first.coalesced:
                 why = "names of its parameters" if first.core_names else "form of its optimizer"
                 facts["resumable"] = f"not by Megatron-LM 0.6, which does not know the {why}"
-                return facts | _rounding(first, every) if first.coalesced else facts
+                return facts | (_rounding(first, every) if first.coalesced else {}) | releases
         ranks = rank_folders(iteration)
         for rank, folder in ranks.items():
-            found = read_rank(folder, optimizer=False)
+            held = read_rank(folder, optimizer=False)
             for full, so_far in broken.items():
-                rules = unmet_of_rank(found, ranks, full=full, checkpoint=True)
-                so_far[rank] = (*_misplaced(found, pipelined=max(ranks)[1] > 0, full=full), *rules)
+                rules = unmet_of_rank(held, ranks, full=full, checkpoint=True)
+                so_far[rank] = (*_misplaced(held, pipelined=max(ranks)[1] > 0, full=full), *rules)
     except Ckpt2ptError as error:
         return facts | {"resumable": f"unknown: {error.what}"}
     resumes, loads = (first_of(broken[full]) for full in (True, False))
     if not resumes:
-        return facts | {"resumable": "yes, by Megatron-LM 0.6"}
+        return facts | {"resumable": "yes, by Megatron-LM 0.6"} | releases
     return facts | {"resumable": f"no: {resumes}", "weightsLoadable": f"no: {loads}" if loads else "yes"}
 
 

@@ -49,4 +49,5 @@ def template_at(path: Path, checkpoint: Checkpoint, *, allow: tuple[str, ...] = 
             "opt_param_scheduler": dict(state.items()),
         },
         storages={},
+        defaults=frozenset(found.defaults),
     )

@@ -408,7 +408,10 @@ def _loads(loaded: Path) -> Json:
     """The iteration that the tracker names; what is wrong with a distributed one is raised."""
     if is_distributed(loaded):
         found, _ = inspect_distributed(loaded, details=False)
-        return {"loads": loaded.name, "optimizer": found["optimizer"], "mainParameters": found["mainParameters"]}
+        return {
+            "loads": loaded.name,
+            **{key: found[key] for key in ("optimizer", "mainParameters", "releases") if key in found},
+        }
     return {"loads": loaded.name, **verdicts(loaded)}
 
 

@@ -9,9 +9,11 @@ from ckpt2pt.core.extents import DTYPE_BYTES
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.stage import spans
 from ckpt2pt.core.tensor import ROLES, Tensor
+from ckpt2pt.formats.megatron.loads import SHARDINGS, WEIGHTS, classes_in
 from ckpt2pt.formats.registry import read
-from ckpt2pt.formats.torch_dist.common import read_common, sharding_of
+from ckpt2pt.formats.torch_dist.common import COMMON, read_common, sharding_of
 from ckpt2pt.formats.torch_dist.metadata import read_metadata
+from ckpt2pt.io.paths import is_file
 from ckpt2pt.io.records import Json
 from ckpt2pt.verification.leaves import Leaves, flatten
 
@@ -33,15 +35,18 @@ def inspect_distributed(path: Path, *, details: bool) -> tuple[Json, Leaves]:
     metadata = read_metadata(path)
     common, found = read_common(metadata), read(path, source_format="torch_dist")
     files = {extent.path for tensor in found.index.values() for view in tensor.views for extent in view.storage}
-    sharding = sharding_of(common)
+    sharding = sharding_of(common, metadata)
+    stateful = "main_param" in {key.role for key in found.index}
+    releases = SHARDINGS.get(sharding or "", {}) if stateful or metadata.whole_states else WEIGHTS
+    if not is_file(path / COMMON, "the path"):
+        releases = {"0.8 to 0.18": f"no: they look for {COMMON}", "0.19": releases.get("0.15 to 0.19", "yes")}
     document: Json = {
         "kind": "Megatron distributed checkpoint (torch_dist)",
         "path": str(path),
         "iteration": found.iteration,
-        "optimizer": (sharding or "not said how it is stored")
-        if "main_param" in {key.role for key in found.index}
-        else "none",
+        "optimizer": (sharding or "not said how it is stored") if stateful else "none",
         "mainParameters": _rounding(found.index),
+        **({"releases": {**releases, **classes_in(common)}} if releases else {}),
         "files": len(files),
         "chunks": sum(len(entry.chunks) for entry in metadata.tensors.values()),
         "objects": len(metadata.objects),

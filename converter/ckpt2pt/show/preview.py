@@ -137,6 +137,8 @@ def by_tensors(found: ByTensors, ranks: Sequence[Json], warnings: Iterable[str])
         "identity": target.identity,
         "target": str(target.folder),
         "options": found.identity_options,
+        "facts": dict(found.facts),
+        "releases": dict(found.releases),
     }
     document = with_ranks(head, ranks, target, found.request.workers)
     return Plan(document=document, target=target, overwrite=found.request.overwrite)
@@ -266,6 +268,9 @@ def render(document: Json, *, details: bool = False) -> str:
         nbytes = sum(_int(file["nbytes"]) for file in metadata)
         lines.append(f"and the metadata of the checkpoint: {counted(len(metadata), 'file')}, {_size(nbytes)}")
     lines += _name_lines(document, details=details)
+    for title, key in (("where it is from", "facts"), ("releases of Megatron-LM that load it", "releases")):
+        if rows := _mapping(document.get(key) or {}):
+            lines += [title, *(f"  {line}" for line in table(("", ""), [*rows.items()])[1:]), ""]
     lines.append(
         f"reads {_size(document['bytesToRead'])}, writes {_size(document['bytesToWrite'])}; {_free(document)}; "
         f"{counted(_int(document['workers']), 'worker')}, at most {_size(document['memoryBytes'])} of memory"

@@ -32,3 +32,8 @@ def test_names_are_the_keys_that_a_loader_asks_for(tmp_path: Path, capfd: pytest
         name["megatron"] for name in names
     }
     assert plan["bytesToRead"] > 0
+    assert {plan["facts"][name] for name in ("iteration", "consumed samples", "parameter groups", "scheduler")} == {
+        "the checkpoint"
+    }
+    assert plan["releases"]["0.15 to 0.19"].startswith("yes, at any")
+    assert plan["releases"]["0.8 to 0.14"].startswith("no: ")

@@ -44,6 +44,8 @@ class Template:
     path: str
     tree: dict[str, Value]
     storages: dict[str, Extent]
+    defaults: frozenset[str] = frozenset()
+    """Arguments that nobody stated, which have the default of Megatron-LM."""
     file: object = field(default=None, repr=False, compare=False)
     """What has to stay open for as long as ``path`` is read."""
     origin: str = ""

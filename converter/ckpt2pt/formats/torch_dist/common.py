@@ -85,8 +85,15 @@ def iteration_of_common(common: Template, folder: Path) -> int | None:
     return stated if type(stated) is int and stated >= 0 else iteration_of(folder.name)
 
 
-def sharding_of(common: Template) -> str | None:
-    """How the optimizer's state is stored: ``fully_reshardable``, ``dp_reshardable``, ...; None where nothing says it."""
+def sharding_of(common: Template, metadata: Metadata) -> str | None:
+    """How the optimizer's state is stored: ``fully_reshardable``, ``dp_reshardable``, ...; None where nothing says it.
+
+    Releases up to 0.12 do not state it: then flattened tensors and whole objects tell.
+    """
     content = common.tree.get("content_metadata")
     found = content.get("distrib_optim_sharding_type") if isinstance(content, dict) else None
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    if any(entry.unflattened for entry in metadata.tensors.values()):
+        return "fully_sharded_model_space"
+    return "dp_zero_gather_scatter" if metadata.whole_states else None

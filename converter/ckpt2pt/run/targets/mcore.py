@@ -21,6 +21,7 @@ from ckpt2pt.core.tensor import ROLES, Key
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.errors import UsageError, aside, ref
 from ckpt2pt.formats.folders import keep_apart
+from ckpt2pt.formats.megatron.loads import Releases, torch_loads
 from ckpt2pt.formats.megatron.order import Style
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.megatron.tree import seed_of
@@ -69,6 +70,26 @@ class Found:
             "dtype": layout.dtype,
             "vocabulary": layout.rows,
         }
+
+    @property
+    def releases(self) -> Releases:
+        """Which releases load the result."""
+        layout = self.layout
+        aligned = all(
+            not one.numel % 64
+            for pp in range(layout.topology.pipeline)
+            for chunk in layout.chunks((0, pp))
+            for one in chunk
+        )
+        return torch_loads(layout.style, full=layout.full, aligned=aligned)
+
+    @property
+    def facts(self) -> Json:
+        """Where what is no tensor is from."""
+        stated = {_SPEC: "the arguments"} | {key: str(why) for key, why in self.assumed.items()}
+        if self.request.transformer != "auto":
+            stated[_SPEC] = "as asked for"
+        return {**self.source.facts, **stated}
 
     @cached_property
     def target(self) -> Target:

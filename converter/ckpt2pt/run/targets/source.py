@@ -13,7 +13,7 @@ from ckpt2pt.core.tensor import Tensor
 from ckpt2pt.discover.checkpoint import only_growing, prove_same, stat_of
 from ckpt2pt.discover.request import digest
 from ckpt2pt.engine.write import ReadPieces
-from ckpt2pt.errors import MissingInputError, ref
+from ckpt2pt.errors import MissingInputError, aside, ref
 from ckpt2pt.formats.checkpoint import Checkpoint, check_layers
 from ckpt2pt.formats.described import template_at
 from ckpt2pt.formats.megatron.payload import Template
@@ -21,12 +21,19 @@ from ckpt2pt.formats.megatron.scaler import scaler_of
 from ckpt2pt.formats.mindspore import prove_sources
 from ckpt2pt.formats.state import state_of
 from ckpt2pt.formats.torch_dist.items import prove_items
+from ckpt2pt.formats.torch_dist.read import WHOLE_STATES
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.trees import Global
 from ckpt2pt.io.records import Json
 from ckpt2pt.run.targets.request import TargetRequest
 
 _HALF = ("bfloat16", "float16")
+_TOLD = frozenset({
+    "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style", "min_lr",
+    "lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "make_vocab_size_divisible_by", "seed", "initial_loss_scale",
+    "hysteresis",
+})  # fmt: skip
+"""Arguments that decide what a result holds, and that Megatron-LM has defaults for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +41,8 @@ class Source:
     """``index`` holds what is converted: without optimizer state where weights alone are asked for; ``layers`` is the number
     of those that have parameters.
 
-    ``dtype`` is that of the weights in the result, ``stats`` size and time of the last change of each file, ``template``
-    what metadata or the checkpoint itself says beside its tensors.
+    ``dtype`` is that of the weights in the result, ``facts`` says where what is no tensor is from, ``stats`` size and time of
+    the last change of each file, ``template`` what metadata or the checkpoint itself says beside its tensors.
     """
 
     request: TargetRequest
@@ -45,6 +52,7 @@ class Source:
     index: Index
     layers: int
     dtype: str
+    facts: Mapping[str, str]
     stats: Mapping[str, Mapping[str, int]]
     remarks: tuple[str, ...]
 
@@ -138,6 +146,10 @@ def read_source(request: TargetRequest) -> Source:
             hint=f"say it with {ref('source.iteration')}",
             field="source.iteration",
         )
+    if request.full and WHOLE_STATES in checkpoint.warnings:
+        raise MissingInputError(
+            WHOLE_STATES, where=checkpoint.path, hint=f"convert weights alone{aside('mode')}", field="mode"
+        )
     index = checkpoint.index
     if not request.full:
         ignored = weights_alone(index)
@@ -145,7 +157,7 @@ def read_source(request: TargetRequest) -> Source:
     given = template_at(request.metadata, checkpoint, allow=request.rules.pickle_globals) if request.metadata else None
     state = state_of(checkpoint, given, iteration=request.iteration, zero_samples=request.zero_samples)
     template = given or checkpoint.template
-    dtype, remarks = _dtype(checkpoint, template)
+    dtype, origin, remarks = _dtype(checkpoint, template)
     if dtype == "float16" and request.full:
         scaler, assumed = scaler_of(checkpoint.template, given, state.args)
         state = replace(state, scaler=scaler, assumed={"loss scale": assumed} if assumed else {})
@@ -158,6 +170,7 @@ def read_source(request: TargetRequest) -> Source:
         index=index,
         layers=layers,
         dtype=dtype,
+        facts=_facts(request, checkpoint, given, state) | {"precision of weights": f"{dtype}, {origin}"},
         stats={path: stat_of(Path(path)) for path in paths_of(index.values())},
         remarks=(*checkpoint.warnings, *remarks, *left_out, *(f"{what}: {why}" for what, why in state.assumed.items())),
     )
@@ -173,15 +186,46 @@ def _layers(request: TargetRequest, checkpoint: Checkpoint, state: State) -> tup
     return count, (f"{count} of {most} layers have parameters: the others are left out as no-op layers",)
 
 
-def _dtype(checkpoint: Checkpoint, template: Template | None) -> tuple[str, Sequence[str]]:
-    """The type of the weights: their own, unless they are float32 as MindSpeed-Core-MS saves those of any training."""
+def _facts(request: TargetRequest, checkpoint: Checkpoint, given: Template | None, state: State) -> dict[str, str]:
+    """What is no tensor -> where it is from: the checkpoint, metadata beside it, an option, a default, or nobody."""
+    own, stated = "the checkpoint", checkpoint.statement
+    where = f"{Path(state.where).name}, the metadata" if given else own
+    samples = own if checkpoint.samples is not None else f"iteration x global_batch_size of {where}"
+    if request.zero_samples or state.samples is None:
+        samples = "0, as asked for" if request.zero_samples else "0, as nothing states them"
+    over = f", with what {own} states" if given and (stated.groups or stated.scheduler) else ""
+    found = {
+        "iteration": own if checkpoint.iteration is not None else "as asked for",
+        "consumed samples": samples,
+        "arguments": where if state.args else "nobody",
+    }
+    if given and given.defaults:
+        found["arguments by default"] = ", ".join(sorted(given.defaults & _TOLD))
+    if request.full:
+        of_step = not given and bool(state.groups) and "step" in state.groups[0]
+        found |= {
+            "steps of the optimizer": own if of_step else "the iteration",
+            "parameter groups": f"{where}{over}",
+            "scheduler": f"{where}{over}",
+        }
+        if state.scaler is not None:
+            found["loss scale"] = str(state.assumed.get("loss scale", own))
+    return found
+
+
+def _dtype(checkpoint: Checkpoint, template: Template | None) -> tuple[str, str, Sequence[str]]:
+    """The type of the weights and where it is from: their own, unless they are float32 as MindSpeed-Core-MS saves those of any training."""
     own = next((tensor.dtype for key, tensor in checkpoint.index.items() if key.role == "param"), "bfloat16")
     if checkpoint.format != "mindspore" or own in _HALF:
-        return own, ()
+        return own, "the checkpoint", ()
     args = template.args if template else {}
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if args.get(name) is True:
-            return dtype, ()
+            return dtype, "the arguments", ()
     if args.get("params_dtype") == Global("torch", "float32") or {"bf16", "fp16"} <= args.keys():
-        return own, ()
-    return "bfloat16", ("nothing states the precision of the training: weights are written as bfloat16",)
+        return own, "the arguments", ()
+    return (
+        "bfloat16",
+        "as nothing states it",
+        ("nothing states the precision of the training: weights are written as bfloat16",),
+    )

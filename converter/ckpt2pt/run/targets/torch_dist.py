@@ -20,7 +20,8 @@ from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import TryAgainError, ref
 from ckpt2pt.formats.folders import keep_apart
-from ckpt2pt.formats.torch_dist.common_out import METADATA_JSON, write_common
+from ckpt2pt.formats.megatron.loads import SHARDINGS, WEIGHTS, Releases
+from ckpt2pt.formats.torch_dist.common_out import METADATA_JSON, SHARDING, write_common
 from ckpt2pt.formats.torch_dist.keys import layers_of
 from ckpt2pt.formats.torch_dist.metadata_out import write_metadata
 from ckpt2pt.formats.torch_dist.slots import Division, tensors_of
@@ -53,6 +54,16 @@ class Found:
     def identity_options(self) -> Json:
         """What decides what is written."""
         return {**self.request.identity_options(), "format": "TorchDist", "virtualPipeline": 1}
+
+    @property
+    def releases(self) -> Releases:
+        """Which releases load the result."""
+        return SHARDINGS[SHARDING] if self.request.full else WEIGHTS
+
+    @property
+    def facts(self) -> Json:
+        """Where what is no tensor is from."""
+        return {**self.source.facts, "random generators": "none are written: a run begins with those of its seed"}
 
     @cached_property
     def target(self) -> Target:

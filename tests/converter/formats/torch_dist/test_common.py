@@ -28,10 +28,11 @@ def test_it_is_read_from_either_place(tmp_path: Path, as_object: bool) -> None:
         "content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"},
     }
     folder = write_folder(tmp_path / "iter_0000009", KEYS, common=state, as_object=as_object)
-    common = read_common(read_metadata(folder))
+    metadata = read_metadata(folder)
+    common = read_common(metadata)
     assert common.args == {"num_layers": 3}
     assert common.groups == [{"lr": 0.5}]
-    assert sharding_of(common) == "fully_reshardable"
+    assert sharding_of(common, metadata) == "fully_reshardable"
     assert iteration_of_common(common, folder) == 3
 
 
@@ -44,10 +45,11 @@ def test_the_file_counts_where_both_are_there(tmp_path: Path) -> None:
 
 def test_the_folder_tells_the_iteration_where_nothing_else_does(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "iter_0000009", KEYS, common={"iteration": None})
-    common = read_common(read_metadata(folder))
+    metadata = read_metadata(folder)
+    common = read_common(metadata)
     assert iteration_of_common(common, folder) == 9
     assert iteration_of_common(common, tmp_path) is None
-    assert sharding_of(common) is None
+    assert sharding_of(common, metadata) is None
 
 
 def test_a_missing_one_and_one_of_another_form_are_refused(tmp_path: Path) -> None:

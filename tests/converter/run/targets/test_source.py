@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import pytest
@@ -12,11 +13,11 @@ import pytest
 from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Verify
-from ckpt2pt.errors import FormatError, TryAgainError
+from ckpt2pt.errors import FormatError, MissingInputError, TryAgainError
 from ckpt2pt.run.targets.request import TargetRequest
 from ckpt2pt.run.targets.source import read_source
 from mcoresets import odd_set, script_of
-from torchdist import gpt, write_gpt
+from torchdist import as_bfloat16, gpt, of_layers, whole, write_folder, write_gpt
 
 
 def request(tmp_path: Path, *script: str) -> TargetRequest:
@@ -92,3 +93,15 @@ def test_records_of_a_distributed_source_are_proved_where_they_were_read_whole(t
     for stop, verify in ((whole, "digest"), (part, "full")):
         with pytest.raises(FormatError, match="CRC-32"):
             counts(stop, verify)  # type: ignore[arg-type]
+
+
+def test_an_optimizer_in_whole_objects_is_refused_by_name(tmp_path: Path) -> None:
+    array = of_layers(4)
+    held: Any = {"optimizer.distributed.dp_group_idx_0.param_state/shard_0_1": {}}
+    keys = {"decoder.layers.input_layernorm.weight": (as_bfloat16(array), whole(array))}
+    asked = replace(
+        request(tmp_path), source=write_folder(tmp_path / "x", keys, objects=held), source_format="torch_dist"
+    )
+    with pytest.raises(MissingInputError, match="dp_zero_gather_scatter"):
+        read_source(replace(asked, metadata=None))
+    assert read_source(replace(asked, metadata=None, full=False)).facts["iteration"] == "the checkpoint"

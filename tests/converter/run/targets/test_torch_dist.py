@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import ckpt2pt
 from ckpt2pt.cli.commands import main
+from ckpt2pt.core.tensor import ROLES
 from ckpt2pt.formats.registry import read
+from ckpt2pt.formats.torch_dist.names import named
 from ckpt2pt.formats.torch_dist.slots import Division
 from ckpt2pt.formats.torchfile.trees import Call, namespace_attrs
 from ckpt2pt.verification.across import compare_any
@@ -226,3 +231,26 @@ def test_weights_beside_a_damaged_optimizer_file_are_converted_alone(target_form
     assert convert(source, tmp_path / "full", *more) == 65
     assert convert(source, tmp_path / "out", *more, "--convert-param-only", "--verify", "full") == 0
     assert compare_any([odd_set(), tmp_path / "out"], ignore=["main_param/*", "exp_avg*"]).same
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torch_itself_reads_every_element_of_a_result(tmp_path: Path) -> None:
+    """``torch.distributed.checkpoint`` knows neither Megatron-LM nor our reader."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    assert of_mindspore(CUT, tmp_path / "out") == 0
+    reader = FileSystemReader(str(tmp_path / "out" / "iter_0000002"))
+    described = {key: one for key, one in reader.read_metadata().state_dict_metadata.items() if hasattr(one, "chunks")}
+    state = {key: torch.empty(one.size, dtype=one.properties.dtype) for key, one in described.items()}
+    load(state, storage_reader=reader, no_dist=True)
+    seen = 0
+    with ckpt2pt.open(CUT / "A") as source:
+        for key, tensor in state.items():
+            name = named(key)
+            assert name
+            for numbers in product(*map(range, tensor.shape[: name.leading])):
+                wanted = source.get(name.name(numbers), name.role)
+                assert np.array_equal(tensor[numbers].float().numpy().ravel(), wanted.astype("<f4").ravel()), key
+                seen += 1
+        assert seen == sum(len(source.keys(role)) for role in ROLES)
