@@ -128,5 +128,7 @@ def test_what_a_source_leaves_no_use_for_is_refused_before_it_is_read(
             resolve_any(convert(document, schema.Spec))
         except Ckpt2ptError as caught:  # what is not there
             error = caught
+        if framework == target == "MindSpore" and field in {"model.layersPerStage", "parallelism.virtualPipeline"}:
+            named = [field]  # the layout stays
         assert bool(named) == (error is not None and error.exit_code == 64), error
         assert not named or (error and error.field == field)
