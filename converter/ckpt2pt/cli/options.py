@@ -234,8 +234,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--verify",
         choices=("none", "digest", "full"),
-        default="digest",
-        help="digest: read every file back from the disk; full: also compare every element with the source (spec.verify)",
+        help="digest: read every file back from the disk; full: also compare every element with the source; given, it reads again what an earlier run finished; default digest (spec.verify)",
     )
 
 

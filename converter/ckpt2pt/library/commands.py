@@ -8,6 +8,7 @@ ckpt2pt.convert(source="megatron_pt", target="megatron_tp4", target_tp=4).docume
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, Unpack, cast
 
@@ -59,7 +60,7 @@ class Asked(TypedDict, total=False):
     says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors`` or
     ``megatron``, ``target_format`` ``megatron06`` or ``mindspore``.  Sizes that are not given are those
     that metadata or checkpoint state; those of the result (``target_tp`` and its like) are those of the source.
-    ``verify`` is ``none``, ``digest`` or ``full``.
+    ``verify`` is ``none``, ``digest`` or ``full``; given, it reads again what an earlier call finished.
     """
 
     source: Required[str | Path]
@@ -99,7 +100,7 @@ def convert(**asked: Unpack[Asked]) -> Outcome:
     from ckpt2pt.core.progress import SILENCE  # noqa: PLC0415
     from ckpt2pt.run.conversion import run  # noqa: PLC0415
 
-    request = _request(asked)
+    request = replace(_request(asked), reread=asked.get("verify") in {"digest", "full"})
     return run(request, range(request.topology.pipeline), SILENCE)
 
 

@@ -205,7 +205,7 @@ class TensorComparison:
         if own and own[0].tally.count:
             raise FormatError(
                 f"{source.key.name} is not what the optimizer holds of it, from element {own[0].tally.index} on",
-                where=self.held.template.path,
+                where=self.held.template.where,
                 hint="make sure that the files are of one checkpoint of Megatron-LM 0.6, and save it again if they are",
             )
 

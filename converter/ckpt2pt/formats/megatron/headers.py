@@ -67,7 +67,7 @@ class MegatronRank:
     @property
     def has_plain_optimizer(self) -> bool:
         """Whether ``model_optim_rng.pt`` holds the optimizer, as without ``--use-distributed-optimizer``."""
-        return self.template.args.get("use_distributed_optimizer") is not True and "optimizer" in self.template.tree
+        return _has_plain_optimizer(self.template)
 
 
 def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
@@ -129,7 +129,7 @@ def read_rank(
 ) -> MegatronRank:
     """Read the headers of one rank; ``optimizer`` False leaves ``distrib_optim.pt`` alone.
 
-    ``copies`` asks for the optimizer in ``model_optim_rng.pt`` where there is no ``distrib_optim.pt``.  A mixture of experts
+    ``copies`` asks for the optimizer in ``model_optim_rng.pt`` of a run without the distributed one.  A mixture of experts
     is refused unless ``experts``.
     """
     optim = folder / OPTIM_FILE
@@ -164,7 +164,7 @@ def read_files(
     states = read_states(optim) if optim else None
     apart = experts and states is not None and len(states) == 2
     buffers = _by_chunk(states, chunks) if states and apart else joined(states, optim) if states and optim else None
-    whole = copies and buffers is None
+    whole = copies and buffers is None and _has_plain_optimizer(template)
     return MegatronRank(
         folder=path.parent,
         template=template,
@@ -180,6 +180,10 @@ def read_files(
         if whole
         else None,
     )
+
+
+def _has_plain_optimizer(template: Template) -> bool:
+    return template.args.get("use_distributed_optimizer") is not True and "optimizer" in template.tree
 
 
 def _weights(model: Value, archive: Archive, path: Path) -> dict[str, TensorRef]:

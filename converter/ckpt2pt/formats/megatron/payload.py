@@ -48,6 +48,13 @@ class Template:
     """Arguments that nobody stated, which have the default of Megatron-LM."""
     file: object = field(default=None, repr=False, compare=False)
     """What has to stay open for as long as ``path`` is read."""
+    origin: str = ""
+    """What it was made from, where ``path`` is a file in memory."""
+
+    @property
+    def where(self) -> str:
+        """What errors are about."""
+        return self.origin or self.path
 
     @property
     def args(self) -> dict[str, Value]:
@@ -142,7 +149,7 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
         tree.update(model)
     _set_time(tree, plan.training_step, reference_samples=reference_samples)
     _set_optimizer(tree, plan, template)
-    check_storages(copied, template.storages, template.path)
+    check_storages(copied, template.storages, template.where)
     extents = tuple(template.storages[key] for key in copied)
     return FilePayload(
         name=MODEL_FILE,

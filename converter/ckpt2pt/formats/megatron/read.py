@@ -38,16 +38,23 @@ Ranks = Mapping[Rank, MegatronRank]
 
 
 def open_megatron(
-    path: Path, *, tensor: int | None, pipeline: int | None, iteration: int | None, rules: Rules
+    path: Path,
+    *,
+    tensor: int | None,
+    pipeline: int | None,
+    iteration: int | None,
+    rules: Rules,
+    weights_alone: bool = False,
 ) -> Checkpoint:
     """Read the headers of every rank of one iteration: that of the tracker unless ``iteration`` names another.
 
-    The layout of the optimizer's buffers is proved by a few elements of each parameter, which are read as well.
+    The layout of the optimizer's buffers is proved by a few elements of each parameter, which are read as well;
+    ``weights_alone`` leaves the optimizer alone.
     """
     from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - much, and a proof needs none of it
 
     folder = source_folder(path, iteration)
-    ranks = _read_ranks(folder, rules.pickle_globals)
+    ranks = _read_ranks(folder, rules.pickle_globals, optimizer=not weights_alone)
     dense = {(tp, pp): rank for (tp, pp, ep), rank in ranks.items() if not ep}
     there = parallel_sizes(dense)
     agreed((tensor, pipeline), there, folder)
@@ -72,7 +79,7 @@ def open_megatron(
     )
 
 
-def _read_ranks(folder: Path, allow: tuple[str, ...]) -> dict[tuple[int, int, int], MegatronRank]:
+def _read_ranks(folder: Path, allow: tuple[str, ...], *, optimizer: bool) -> dict[tuple[int, int, int], MegatronRank]:
     """(tp, pp, ep) -> what its files hold.
 
     Whether a second number in a folder's name is that of a stage or of experts, only the arguments tell.
@@ -80,7 +87,10 @@ def _read_ranks(folder: Path, allow: tuple[str, ...]) -> dict[tuple[int, int, in
     folders = expert_ranks(listing(folder), pipelined=True)
     if not any(ep for *_, ep in folders):
         folders = {(*rank, 0): path for rank, path in rank_folders(folder).items()}
-    ranks = {rank: read_headers(path, allow, experts=True) for rank, path in folders.items()}
+    ranks = {
+        rank: read_rank(path, optimizer=optimizer, copies=optimizer, experts=True, allow=allow)
+        for rank, path in folders.items()
+    }
     first = ranks.get((0, 0, 0))
     if first and is_expert_parallel(first) and not any(ep for *_, ep in ranks):
         ranks = {(tp, 0, number): rank for (tp, number, _), rank in ranks.items()}
@@ -130,16 +140,8 @@ def source_folder(path: Path, iteration: int | None) -> Path:
     return iteration_folder(path) if iteration is None else of_iteration(path, iteration)
 
 
-def read_headers(folder: Path, allow: tuple[str, ...], *, experts: bool = False) -> MegatronRank:
-    """One rank with its optimizer, distributed or not."""
-    rank = read_rank(folder, experts=experts, allow=allow)
-    if rank.buffers is None and rank.has_plain_optimizer:
-        return read_rank(folder, copies=True, experts=experts, allow=allow)
-    return rank
-
-
 def with_optimizer(rank: MegatronRank, allow: tuple[str, ...], files: OpenFiles | None = None) -> MegatronRank:
-    """The same for a rank whose model file was read; without any optimizer it stays as it is.  ``files`` stay open."""
+    """A rank whose model file was read, with its optimizer; without any it stays as it is.  ``files`` stay open."""
     if is_file(rank.folder / OPTIM_FILE, ref("source.path")):
         return replace(rank, buffers=read_buffers(rank.folder / OPTIM_FILE, files))
     return read_rank(rank.folder, copies=True, allow=allow) if rank.has_plain_optimizer else rank

@@ -34,6 +34,7 @@ from ckpt2pt.kube.conversion.schema import (
     to_json,
 )
 from ckpt2pt.kube.conversion.size import too_large
+from ckpt2pt.kube.conversion.usable import framework_of, unused
 
 API_VERSION = "ckpt2pt.dev/v1alpha1"
 KIND = "CheckpointConversion"
@@ -268,36 +269,17 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
         hint = "leave it out; a training is followed on its way to Megatron 0.6"
         what = f"is given, and spec.target.format is {spec.target.format}"
         findings.append(Finding(field="spec.follow", what=what, hint=hint))
-    about = (spec.target.names, spec.target.transformer_impl, spec.target.megatron_version)
-    if spec.target.format != "Megatron" and about != ("Auto", "Auto", None):
-        what = "is another, and names, transformerImpl or megatronVersion are given"
-        hint = "set spec.target.format to Megatron, or leave them out"
-        findings.append(Finding(field="spec.target.format", what=what, hint=hint))
-    if spec.target.format not in {"Megatron", "TorchDist"} and spec.target.parallelism.expert is not None:
-        hint = "set spec.target.format to Megatron or TorchDist, or leave it out"
-        what = f"is given, and a result of the format {spec.target.format} holds no mixture of experts"
-        findings.append(Finding(field="spec.target.parallelism.expert", what=what, hint=hint))
+    for field, why in unused(spec, framework_of(spec.source.format)):
+        findings.append(Finding(field=f"spec.{field}", what=why, hint="leave it out"))
     if spec.target.format != "MindSpore":
         if target.get("mindspore") is not None:
             hint = "set spec.target.format to MindSpore, or leave it out"
             findings.append(Finding(field="spec.target.mindspore", what="is given for another format", hint=hint))
-        if spec.target.format == "TorchDist":
-            _check_dist(spec, findings)
         return
     layout = target.get("parallelism") is not None
     if layout and spec.source.format not in {"Auto", "Megatron"} and not spec.metadata.path:
         hint = "name the pt_meta folder, which says where another layout of a MindSpore training may be cut; or leave target.parallelism out"
         findings.append(Finding(field="spec.metadata", what="is missing", hint=hint))
-
-
-def _check_dist(spec: Spec, findings: list[Finding]) -> None:
-    hint = "leave it out: Megatron-LM loads torch_dist into any layout"
-    for field, given in (
-        ("spec.target.parallelism.virtualPipeline", spec.target.parallelism.virtual_pipeline),
-        ("spec.target.dataParallel", spec.target.data_parallel),
-    ):
-        if given is not None:
-            findings.append(Finding(field=field, what="is given, and the result has no layout of its own", hint=hint))
 
 
 def _check_workloads(spec: Spec, findings: list[Finding]) -> None:

@@ -107,7 +107,7 @@ REFUSED = {
     "follow-one-iteration": ([("spec.follow", {}), ("spec.source.iteration", 5)], "spec.follow", "leave the iteration out"),
     "rules-as-a-list": ([("spec.model.rules", {"modules": ["a"]})], "spec.model.rules.modules", "mapping"),
     "experts-in-megatron-06": (
-        [("spec.target", {"path": "out", "parallelism": {"expert": 2}})], "spec.target.parallelism.expert", "Megatron or TorchDist",
+        [("spec.target", {"path": "out", "parallelism": {"expert": 2}})], "spec.target.parallelism.expert", "leave it out",
     ),
     "a-rule-for-no-name": ([("spec.model.rules", {"ignore": [""]})], "spec.model.rules.ignore", "do not leave it empty"),
 }  # fmt: skip
