@@ -37,6 +37,7 @@ GIVEN: Mapping[str, tuple[object, str]] = {
     "target.transformerImpl": ("Local", "local"),
     "target.megatronVersion": ("0.12", "0.12"),
     "target.parallelism.virtualPipeline": (2, "2"),
+    "target.parallelism.expert": (2, "2"),
     "target.dataParallel": (2, "2"),
     "target.zeroConsumedSamples": (True, ""),
     "target.mindspore.format": ("Safetensors", "safetensors"),
