@@ -63,6 +63,7 @@ FIELDS = {
     "target.parallelism.tensor":          "the tensor parallel size of the target",
     "target.parallelism.pipeline":        "the pipeline parallel size of the target",
     "target.parallelism.virtualPipeline": "the number of model chunks of the target",
+    "target.parallelism.expert":          "the expert parallel size of the target",
     "verify":                             "the verification",
     "workers.processes":                  "the number of processes",
     "workers.rankTimeoutSeconds":         "the time allowed for a rank",

@@ -163,6 +163,10 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
         [("spec.target", {"path": "out", "format": "TorchDist", "parallelism": {"virtualPipeline": 2}})],
         "spec.target.parallelism.virtualPipeline", "leave virtualPipeline out where target.format is TorchDist",
     ),
+    "experts-in-megatron-06": (
+        [("spec.target", {"path": "out", "parallelism": {"expert": 2}})],
+        "spec.target.parallelism.expert", "only results of the formats Megatron and TorchDist hold a mixture of experts",
+    ),
     "follow-megatron": (
         [("spec.follow", {}), ("spec.source.format", "Megatron")], "spec.follow", "leave follow out; trainings of MindSpore alone",
     ),

@@ -122,3 +122,21 @@ def test_a_large_file_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert one.read(1 << 19, 4) == other.read(1 << 19, 4) == bytes(4)
     with pytest.raises(MissingInputError, match="not there"):
         InputFile(path, keep=True)
+
+
+@pytest.mark.parametrize("target_format", ["megatron", "torch_dist"])
+def test_a_source_is_opened_no_more_often_where_its_parallel_sizes_are_not_given(
+    target_format: str, golden: Path, tmp_path: Path
+) -> None:
+    source = golden / "megatron06" / "b_tp2pp2" / "A"
+    words = ["convert", "--source", str(source), "--target-format", target_format, "--progress", "none"]
+    counts: list[dict[str, int]] = []
+    for name, sizes in {"found": [], "given": ["--target-tp-size", "2", "--target-pp-size", "2"]}.items():
+        asked = [*words, *sizes, "--target", str(tmp_path / name), "--multiprocess-off"]
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(source), *asked], capture_output=True, text=True, check=True
+        )
+        code, found = json.loads(done.stdout.splitlines()[-1])
+        assert code == 0, done.stderr
+        counts.append(found)
+    assert counts[0] == counts[1]

@@ -63,9 +63,9 @@ def test_records_of_the_former_shape_are_still_read_and_verified(tmp_path: Path)
     former = [{key: value for key, value in stage.items() if key != "seal"} | {"inputs": every} for stage in stages]
     for stage in former:
         (state / f"stage-{stage['stage']:03d}.json").write_bytes(seal(stage))
-    found = recorded(state.parent)
+    found = recorded(state.parent)[0]
     (state / "report.json").write_bytes(seal(found.target.report(former)))
-    found = recorded(state.parent)
+    found = recorded(state.parent)[0]
     assert len(found.ranks) == 4
     assert not list(published(found.target, range(2)))
 

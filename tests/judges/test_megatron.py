@@ -35,6 +35,7 @@ from mcoresets import joined, script_of, sizes_of
 from trainings import (
     BUCKETS,
     CUT,
+    EXPERTS,
     FP16,
     FUSED,
     NOOP,
@@ -72,16 +73,20 @@ class Case(NamedTuple):
     damage: str = ""
     save: str = ""
     """The form in which Megatron saves again what it loaded."""
+    ep: int = 1
 
     def __str__(self) -> str:
+        experts = f"ep{self.ep}" if self.ep > 1 else ""
         more = "".join(f"-{one}" for one in (self.damage, self.save) if one)
-        return f"{self.release}-{self.name}-{self.form}-tp{self.tp}pp{self.pp}dp{self.dp}{more}"
+        return f"{self.release}-{self.name}-{self.form}-tp{self.tp}pp{self.pp}dp{self.dp}{experts}{more}"
 
     @property
     def training(self) -> Training:
         return SETS[self.name]
 
 
+LOCAL = ("--transformer-impl", "local")
+"""No Transformer Engine is there."""
 MEGATRON = [
     (FUSED, 1, 1, 2), (FUSED, 2, 2, 1), (FP16, 1, 1, 1), (FP16, 2, 1, 1),
     (TIED, 1, 2, 1), (TIED, 2, 1, 2), (CUT, 2, 2, 1), (CUT, 1, 1, 1), (NOOP, 2, 1, 1), (BUCKETS, 1, 1, 2), (SHARDS, 1, 2, 1), (ODD, 1, 1, 2), (ODD, 2, 2, 1),
@@ -119,10 +124,27 @@ def cases() -> list[Case]:
         if not old:
             found += [Case(release, name, "torch_dist", tp, pp, dp) for name, tp, pp, dp in TORCH_DIST]
     # Sets of the whole collection, at their own layout and at another.
-    for name in sorted(SETS.keys() - {TIED, CUT, NOOP, BUCKETS, SHARDS, ODD, FP16, FUSED}):
+    for name in sorted(SETS.keys() - {TIED, CUT, NOOP, BUCKETS, SHARDS, ODD, FP16, FUSED} - EXPERTS.keys()):
         tp, pp = sizes_of(SETS[name].folder).values()
         found += [Case("0.12.3", name, "megatron", tp, pp), Case("0.19.2", name, "megatron", 3 - tp, 1)]
         found += [Case("0.19.2", name, "torch_dist", 3 - tp, 1)]
+    return [*found, *cases_of_experts()]
+
+
+def cases_of_experts() -> list[Case]:
+    """More and fewer ranks of experts, and other layouts, in the first release that has a set's model and in the last; one of the sets in all."""
+    found: list[Case] = []
+    for name, (stages, since) in EXPERTS.items():
+        mixed = RELEASES[RELEASES.index(since) :] if name.endswith("_mixed") else ()
+        for release in dict.fromkeys((since, *mixed, "0.19.2")):
+            sizes = [(1, 1, 2, 2)]
+            if release == since:
+                sizes = [(1, 1, 4, 4), (1, stages, 2, 2)]
+            if release == "0.19.2":
+                sizes = [(1, 1, 1, 1), (2, 1, 2, 2), (1, stages, 2, 2)]
+            found += [Case(release, name, "megatron", *size[:3], ep=size[3]) for size in sizes]
+            if release not in RELEASES[:2]:
+                found += [Case(release, name, "torch_dist", *size[:3], ep=size[3]) for size in sizes]
     return found
 
 
@@ -148,9 +170,15 @@ def converted(case: Case, folder: Path) -> Path:
     """The result of the command, made once for all releases that load it."""
     one, words = case.training, list[object]()
     target = folder / f"{case.name}-{case.form}"
+    if case.name in EXPERTS:
+        # 0.12 and older have an optimizer less where a stage has no experts.
+        old = case.form == "megatron" and case.release in RELEASES[:2]
+        target = target.with_name(f"{target.name}-{case.ep}{'-old' if old else ''}")
+        words += ["--target-ep-size", case.ep, *(["--megatron-version", "0.12"] if old else [])]
+        words += LOCAL if case.form == "megatron" else ()
     if case.form == "megatron":
         target = target.with_name(f"{target.name}-{case.tp}{case.pp}{case.dp}")
-        words = [
+        words += [
             "--target-tp-size",
             case.tp,
             "--target-pp-size",
@@ -164,7 +192,7 @@ def converted(case: Case, folder: Path) -> Path:
     if not target.exists():
         if one.fp16:
             words += ["--source", fp16_training(folder)]
-        elif one.recent and case.form == "megatron":
+        elif one.recent and case.form == "megatron" and (one.folder / "ms").exists():
             place, sizes = folder / f"{target.name}.run", sizes_of(one.folder)
             place.mkdir()
             words += ["--source", one.folder / "ms", "--tp-size", sizes["tp"], "--pp-size", sizes["pp"]]
@@ -213,8 +241,9 @@ def load(wanted: dict[Case, Path], out: Path) -> None:
     release = next(iter(wanted)).release
     asked = [
         {
-            "checkpoint": str(checkpoint), "out": str(out / str(case)), "args": case.training.words,
-            "tp": case.tp, "pp": case.pp, "dp": case.dp, "pretrain": release in PRETRAIN and not case.training.transformer_engine, "save": case.save,
+            "checkpoint": str(checkpoint), "out": str(out / str(case)), "args": [*case.training.words, *(LOCAL if case.name in EXPERTS else ())],
+            "tp": case.tp, "pp": case.pp, "dp": case.dp, "ep": case.ep, "save": case.save,
+            "pretrain": release in PRETRAIN and not case.training.transformer_engine,
         }
         for case, checkpoint in wanted.items()
     ]  # fmt: skip

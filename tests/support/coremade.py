@@ -15,6 +15,10 @@ HIDDEN, FFN, EXPERTS, LAYERS = 64, 32, 4, 2
 HEAD = "output_layer.weight"
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 ROLES = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+SCHEDULER = {
+    "max_lr": 1e-3, "lr_warmup_steps": 12, "num_steps": 12, "lr_decay_style": "cosine", "lr_decay_steps": 600,
+    "min_lr": 1e-4, "start_wd": 0.1, "end_wd": 0.1, "wd_incr_style": "constant", "wd_incr_steps": 18,
+}  # fmt: skip
 Tensors = dict[tuple[str, str], torch.Tensor]
 
 
@@ -42,6 +46,19 @@ def global_tensors(*, shared: bool = True, seed: int = 3) -> Tensors:
         (role, name): torch.randn(shape, generator=draw) for name, shape in shapes.items() for role in ROLES.values()
     }
     return found | {("param", name): found["main_param", name].bfloat16() for name in shapes}
+
+
+def groups_of(experts: bool) -> dict[str, Any]:
+    """The state of an optimizer without its tensors: matrices decay, and experts have nothing but matrices."""
+    groups = [
+        {
+            "wd_mult": wd_mult, "lr_mult": 1.0, "is_expert_parallel": experts, "is_decoupled_lr": False, "max_lr": 1e-3,
+            "min_lr": 1e-4, "lr": 1e-3, "bias_correction": True, "betas": (0.9, 0.95), "eps": 1e-8,
+            "weight_decay": 0.1 * wd_mult, "step": 2,
+        }
+        for wd_mult in ((1.0,) if experts else (1.0, 0.0))
+    ]  # fmt: skip
+    return {"optimizer": {"param_groups": groups}}
 
 
 def tied(tensors: Tensors) -> Tensors:
@@ -88,9 +105,9 @@ def save_experts(
                 }
                 for number, names in enumerate(held)
             }
-            torch.save(
-                {"args": args, "checkpoint_version": 3.0, "iteration": 2, **models}, place / "model_optim_rng.pt"
-            )
+            groups = {"optimizer": [groups_of(False), groups_of(True)] if experts > 1 else groups_of(False)}
+            tree = {"args": args, "checkpoint_version": 3.0, "iteration": 2, **models, **groups}
+            torch.save(tree | {"opt_param_scheduler": SCHEDULER}, place / "model_optim_rng.pt")
             dense = [[full for _, full in names if experts == 1 or ".mlp.experts." not in full] for names in held]
             own = [[full for _, full in names if ".mlp.experts." in full] for names in held]
             state: Any = buffers(tensors, dense)

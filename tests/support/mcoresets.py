@@ -114,7 +114,9 @@ def joined(name: str, parts: list[Array], *, gated: bool) -> Array:
     """The global tensor of the parts of tensor-parallel ranks."""
     if len(parts) == 1:
         return parts[0]
-    if "norm" in name or "position" in name or name.endswith(("linear_proj.bias", "linear_fc2.bias")):
+    if any(word in name for word in ("norm", "position", ".router.", ".gate_weight")) or name.endswith(
+        ("linear_proj.bias", "linear_fc2.bias")
+    ):
         assert all(np.array_equal(part, parts[0]) for part in parts)
         return parts[0]
     if gated and ".linear_fc1." in name:

@@ -1,6 +1,6 @@
 """Run with a release of megatron-core on PYTHONPATH: load checkpoints with Megatron's own code and keep what it then holds.
 
-One case is one line of JSON on stdin: ``checkpoint``, ``out`` (a new folder), ``args`` (of the training, without sizes), ``tp``, ``pp``, ``dp``
+One case is one line of JSON on stdin: ``checkpoint``, ``out`` (a new folder), ``args`` (of the training, without sizes), ``tp``, ``pp``, ``dp``, ``ep``
 and ``pretrain`` (the real ``load_checkpoint``, which wheels from 0.17 on hold).  A folder ``out`` that has files of all ranks was loaded;
 a rank that was refused leaves its traceback.  With ``save``, a form of the optimizer's state or ``torch``, Megatron saves what it loaded
 into ``out/saved``.  Megatron is imported once, and the ranks of each case are forked.
@@ -57,6 +57,9 @@ def parsed(words: list[str]) -> Any:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("num-layers", "hidden-size", "ffn-hidden-size", "num-attention-heads", "num-query-groups"):
         parser.add_argument(f"--{name}", type=int)
+    for name in ("num-experts", "moe-router-topk", "moe-shared-expert-intermediate-size"):
+        parser.add_argument(f"--{name}", type=int)
+    parser.add_argument("--moe-layer-freq", type=listed, default=1)
     for name in ("vocab-size", "max-position-embeddings", "make-vocab-size-divisible-by", "ddp-bucket-size"):
         parser.add_argument(f"--{name}", type=int)
     for name, default in {
@@ -77,10 +80,33 @@ def parsed(words: list[str]) -> Any:
     return parser.parse_known_args(words)[0]
 
 
-def build(args: Any, tp: int, pp: int) -> tuple[Any, Any]:
+def listed(pattern: str) -> int | list[int]:
+    """``2``, or ``([0]+[1]*2)``: which layers have experts."""
+    found: int | list[int] = eval(pattern, {"__builtins__": {}})  # as Megatron does
+    return found
+
+
+def of_experts(args: Any, ep: int) -> dict[str, Any]:
+    """What the configuration says of experts."""
+    if not args.num_experts:
+        return {}
+    more: dict[str, Any] = {}
+    if args.moe_shared_expert_intermediate_size:
+        more["moe_shared_expert_intermediate_size"] = args.moe_shared_expert_intermediate_size
+    if release() >= (0, 9):
+        more["moe_layer_freq"] = args.moe_layer_freq
+    return more | {
+        "num_moe_experts": args.num_experts,
+        "moe_router_topk": args.moe_router_topk,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": ep,
+    }
+
+
+def build(args: Any, tp: int, pp: int, ep: int) -> tuple[Any, Any]:
     """The model of this rank and its optimizer."""
     states = core("parallel_state")
-    states.initialize_model_parallel(tp, pp)
+    states.initialize_model_parallel(tp, pp, expert_model_parallel_size=ep)
     core("tensor_parallel.random").model_parallel_cuda_manual_seed(1)
     dtype = torch.float16 if args.fp16 else torch.bfloat16
     precision = {"fp16": args.fp16, "bf16": not args.fp16, "params_dtype": dtype}
@@ -98,6 +124,7 @@ def build(args: Any, tp: int, pp: int) -> tuple[Any, Any]:
         qk_layernorm=args.qk_layernorm,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
+        **of_experts(args, ep),
         **precision,
         pipeline_dtype=dtype,
         use_cpu_initialization=True,
@@ -108,7 +135,9 @@ def build(args: Any, tp: int, pp: int) -> tuple[Any, Any]:
     layers = core("models.gpt.gpt_layer_specs")
     if release() < (0, 9):
         layers.LNImpl = core("transformer.transformer_block").LayerNormImpl = Norm
-        spec = layers.get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm)
+        spec = layers.get_gpt_layer_local_spec(args.num_experts, qk_layernorm=args.qk_layernorm)
+    elif args.num_experts:
+        spec = layers.get_gpt_decoder_block_spec(config, use_transformer_engine=False)
     else:
         spec = layers.get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization)
     if args.transformer_impl == "transformer_engine":
@@ -149,21 +178,23 @@ def build(args: Any, tp: int, pp: int) -> tuple[Any, Any]:
     return model, core("optimizer").get_megatron_optimizer(wanted, [whole])
 
 
-def load(folder: Path, model: Any, optimizer: Any, tp: int, pp: int) -> None:
+def load(folder: Path, model: Any, optimizer: Any, pp: int, ep: int) -> None:
     """What ``load_checkpoint`` does with the model and the optimizer, strictly."""
     states, dist = core("parallel_state"), core("dist_checkpointing")
-    if (folder / "metadata.json").exists():
+    distributed = (folder / "metadata.json").exists()
+    if distributed:
         metadata = dist.load_content_metadata(preloaded_state_dict=dist.load_common_state_dict(str(folder)))
         wanted: dict[str, Any] = {"model": model.sharded_state_dict(metadata=metadata)}
         wanted["optimizer"] = optimizer.sharded_state_dict(wanted, metadata=metadata, is_loading=True)
         found = dist.load(wanted, str(folder))
     else:
         stage = f"_{states.get_pipeline_model_parallel_rank():03d}" if pp > 1 else ""
-        folder /= f"mp_rank_{states.get_tensor_model_parallel_rank():02d}{stage}"
+        experts = f"_{states.get_expert_model_parallel_rank():03d}" if ep > 1 else ""
+        folder /= f"mp_rank_{states.get_tensor_model_parallel_rank():02d}{stage}{experts}"
         found = torch.load(folder / "model_optim_rng.pt", weights_only=False)
     model.load_state_dict(found["model"], strict=True)
     optimizer.load_state_dict(found["optimizer"])
-    if (folder / "distrib_optim.pt").exists():
+    if not distributed:  # where experts have ranks of their own, not each of them has a file
         optimizer.load_parameter_state(str(folder / "distrib_optim.pt"))
 
 
@@ -171,8 +202,8 @@ def by_core(case: dict[str, Any]) -> tuple[list[Any], Any, dict[str, Any]]:
     """Model chunks, optimizer and what is known of the run."""
     source = Path(case["checkpoint"])
     iteration = int((source / "latest_checkpointed_iteration.txt").read_text())
-    model, optimizer = build(parsed(case["args"]), case["tp"], case["pp"])
-    load(source / f"iter_{iteration:07d}", model, optimizer, case["tp"], case["pp"])
+    model, optimizer = build(parsed(case["args"]), case["tp"], case["pp"], case["ep"])
+    load(source / f"iter_{iteration:07d}", model, optimizer, case["pp"], case["ep"])
     if case["save"]:
         folder = Path(case["out"]) / "saved" / f"iter_{iteration:07d}"
         save(case, folder, model, optimizer)
@@ -214,6 +245,7 @@ def by_pretrain(case: dict[str, Any]) -> tuple[list[Any], Any, dict[str, Any]]:
         "--ckpt-format": "torch_dist" if distributed else "torch",
         "--tensor-model-parallel-size": case["tp"],
         "--pipeline-model-parallel-size": case["pp"],
+        "--expert-model-parallel-size": case["ep"],
     }
     words = [str(word) for pair in more.items() for word in pair]
     sys.argv = ["pretrain", *case["args"], *words, "--use-cpu-initialization", "--exit-on-missing-checkpoint"]
@@ -238,12 +270,12 @@ def by_pretrain(case: dict[str, Any]) -> tuple[list[Any], Any, dict[str, Any]]:
     else:
 
         def provider(pre_process: bool = True, post_process: bool = True, **_: Any) -> Any:
-            layers = core("models.gpt.gpt_layer_specs")
+            layers, config = core("models.gpt.gpt_layer_specs"), arguments.core_transformer_config_from_args(args)
             return core("models.gpt").GPTModel(
-                config=arguments.core_transformer_config_from_args(args),
-                transformer_layer_spec=layers.get_gpt_layer_local_spec(
-                    qk_layernorm=args.qk_layernorm, normalization=args.normalization
-                ),
+                config=config,
+                transformer_layer_spec=layers.get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+                if args.num_experts
+                else layers.get_gpt_layer_local_spec(qk_layernorm=args.qk_layernorm, normalization=args.normalization),
                 vocab_size=args.padded_vocab_size,
                 max_sequence_length=args.max_position_embeddings,
                 pre_process=pre_process,
@@ -275,13 +307,20 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     return found.view("<u2") if plain.dtype is torch.bfloat16 else found
 
 
+def local_experts(chunk: Any) -> int:
+    """How many experts of a layer this rank has."""
+    found = (re.search(r"\.local_experts\.(\d+)\.", name) for name, _ in chunk.named_parameters())
+    return 1 + max((int(one[1]) for one in found if one), default=-1)
+
+
 def keep(out: Path, rank: int, chunks: list[Any], optimizer: Any, run: dict[str, Any]) -> None:
     """Write weights, and this rank's slices of the optimizer's state by its own maps, under names with global layers."""
     names: dict[Any, str] = {}
+    first = core("parallel_state").get_expert_model_parallel_rank() * max(map(local_experts, chunks))
     for chunk in chunks:
         numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, parameter in chunk.named_parameters():
-            local = canonical(name)
+            local = re.sub(r"(?<=\.local_experts\.)\d+", lambda found: str(int(found[0]) + first), canonical(name))
             names[parameter] = re.sub(r"(?<=^decoder\.layers\.)\d+", lambda found: str(numbers[int(found[0])]), local)  # noqa: B023
     arrays = {f"param/{name}": as_numpy(parameter) for parameter, name in names.items()}
     held: dict[str, Any] = {}

@@ -21,6 +21,7 @@ from mcoresets import mcore_sets, odd_set, script_of
 
 OF_LAYOUT = {
     "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--num-layers-per-virtual-pipeline-stage", "--save", "--ckpt-format",
+    "--expert-model-parallel-size",
 }  # fmt: skip
 """Arguments of a set that do not hold at another layout, with a value each."""
 VALUED = (
@@ -137,6 +138,18 @@ SETS = {name: Training(golden_root() / "megatron06" / name) for name in (TIED, C
 }
 FP16 = f"{ODD}-fp16"
 SETS[FP16] = Training(odd_set(), fp16=True)
+EXPERTS = {
+    name: (stages, since)
+    for name, stages, since in (
+        ("0.8.0-moe_ep2", 2, "0.8.0"),
+        ("0.19.0-moe_ep1", 2, "0.8.0"),
+        ("0.19.0-moe_ep2__te_td_full", 2, "0.12.3"),
+        ("0.19.0-moe_shared_mixed", 3, "0.12.3"),
+    )
+    if (golden_root() / "mcore" / Path(*name.split("-", 1))).exists()
+}
+"""Mixtures of experts: pipeline stages that divide their layers, and the first release that has their model."""
+SETS |= {name: Training(golden_root() / "mcore" / Path(*name.split("-", 1))) for name in EXPERTS}
 FUSED = f"{ODD}-transformer-engine"
 SETS[FUSED] = Training(odd_set(), transformer_engine=True)
 SCALER = {"scale": 2048.0, "growth_tracker": 7, "hysteresis_tracker": 1}

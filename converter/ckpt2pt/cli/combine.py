@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ckpt2pt.cli.options import add_stage_option
 from ckpt2pt.errors import UsageError
 from ckpt2pt.io.flags import path
 
@@ -44,13 +45,16 @@ def add_combine_options(parser: argparse.ArgumentParser) -> None:
         metavar=("FIRST", "STOP"),
         help="merge only the groups whose first rank is FIRST or more and less than STOP",
     )
+    add_stage_option(parser, "merge only this group, counted from 0 in the order of first ranks")
     parser.add_argument(
         "--no-save-optim",
         action="store_true",
         help="leave out the moments, the learning rate, the weight decay and the counters of steps",
     )
     parser.add_argument(
-        "--verify", choices=("none", "digest"), default="digest", help="digest: read every file back from the disk"
+        "--verify",
+        choices=("none", "digest"),
+        help="digest: read every file back from the disk; given, it reads again what an earlier run merged; default digest",
     )
     parser.add_argument("--crc", action="store_true", help="add mindspore's checksum (.ckpt only)")
     parser.add_argument("--multiprocess-off", action="store_true", help="merge file after file in this process")
@@ -98,7 +102,8 @@ def request_of(options: argparse.Namespace) -> tuple[Request, Section]:
         source_format=options.src_format,
         shard_info=options.strategy_dir,
         overwrite=options.overwrite,
-        verify=options.verify,
+        verify=options.verify or "digest",
+        reread=options.verify == "digest",
         workers=options.max_proccess_limit,
         in_process=options.multiprocess_off,
     )

@@ -12,11 +12,20 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from ckpt2pt.cli.parsers import PROGRAMS, Command, parser_of_all, parser_of_one
-from ckpt2pt.errors import Ckpt2ptError, FileAccessError, InterruptedRunError, aside, printable, rendered
+from ckpt2pt.errors import (
+    Ckpt2ptError,
+    FileAccessError,
+    InterruptedRunError,
+    UsageError,
+    aside,
+    printable,
+    rendered,
+)
 from ckpt2pt.io.files import raise_file_limit
 from ckpt2pt.io.lines import LineFormatter, Spelling
 from ckpt2pt.kube.conversion.spelling import of_call, spelled_document
@@ -215,6 +224,8 @@ def _convert(options: argparse.Namespace) -> int:
     spec = spec_of(options)
     with _served(account, options.progress_port):
         request = _complete(spec, account, in_process=options.multiprocess_off)
+        # A level that is only the default does not have each resumed run read again what is there.
+        request = replace(request, reread=options.verify in {"digest", "full"} or spec.verify == "Full")
         account.stages = stages = stages_of(options, request)
         outcome = run(request, stages, Both(account, reporter(options.progress)))
     account.converted(outcome)
@@ -282,6 +293,7 @@ def _verify(options: argparse.Namespace) -> int:
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
     from ckpt2pt.verification.prove import verify_records  # noqa: PLC0415
 
+    _check_verify_options(options)
     report: Comparison | Report
     with closing(reporter(options.progress, "compared" if len(options.paths) > 1 else "stage {}")) as heard:
         if len(options.paths) > 1:
@@ -297,6 +309,34 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
+_OF_PATHS: tuple[frozenset[str], ...] = (
+    frozenset(),
+    frozenset({"level"}),
+    frozenset({"tp_size", "pp_size", "rules", "ignore", "ignore_padding"}),
+)
+"""What ``verify`` takes besides output and paths, by how many of these there are; without any, all but two."""
+
+
+def _check_verify_options(options: argparse.Namespace) -> None:
+    """Refuse options that are about another of the three ways to verify."""
+    count = min(len(options.paths), 2)
+    every = _OF_PATHS[count] | {"paths", "progress", "output", "log_format"}
+    for name, default in vars(build_parser().parse_args(["verify"])).items():
+        known = name in every if count else name not in {"ignore", "ignore_padding"}
+        if not known and getattr(options, name) != default:
+            flag = f"--{name.replace('_', '-')}"
+            ways = (
+                "a result is compared with its source",
+                "a result is verified by its own records",
+                "two are compared",
+            )
+            raise UsageError(
+                f"{flag} is given, and decides nothing where {ways[count]}",
+                where="the command line",
+                hint="leave it out, or see ckpt2pt verify --help for the three ways to verify",
+            )
+
+
 def _comparison(options: argparse.Namespace, heard: Reporter) -> Comparison:
     from ckpt2pt.discover.request import rules_of  # noqa: PLC0415
     from ckpt2pt.verification.across import compare_any  # noqa: PLC0415
@@ -308,10 +348,17 @@ def _comparison(options: argparse.Namespace, heard: Reporter) -> Comparison:
 
 def _combine(options: argparse.Namespace) -> int:
     from ckpt2pt.cli.combine import request_of  # noqa: PLC0415
+    from ckpt2pt.kube.asked import stages_of  # noqa: PLC0415
     from ckpt2pt.run.combine import combine  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
-    outcome = combine(*request_of(options), reporter(options.progress))
+    request, section = request_of(options)
+    if section and options.stage is not None:
+        raise UsageError(
+            "--rank-section and --stage are both given", where="the command line", hint="choose groups by one of them"
+        )
+    stages = None if section else stages_of(options, request)
+    outcome = combine(request, section, reporter(options.progress), stages=stages)
     _show(outcome.document(), outcome.sentence(), options)
     return 0
 

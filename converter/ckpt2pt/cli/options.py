@@ -43,6 +43,12 @@ def _add_cut(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, type=int, help=f"{what}; default: as pt_meta says (spec.parallelism.{field})")
     add_target_sizes(group, "of the result, where it is another than that of the source (spec.target.parallelism.{})")
     group.add_argument(
+        "--target-ep-size",
+        type=int,
+        metavar="N",
+        help="expert parallel size of the Megatron run to come; default: that of the source (spec.target.parallelism.expert)",
+    )
+    group.add_argument(
         "--dp-size",
         type=int,
         help="data parallel size of the MindSpore training; default: as pt_meta says, if there are folders of so many ranks, else 1 (spec.parallelism.data)",
@@ -228,8 +234,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--verify",
         choices=("none", "digest", "full"),
-        default="digest",
-        help="digest: read every file back from the disk; full: also compare every element with the source (spec.verify)",
+        help="digest: read every file back from the disk; full: also compare every element with the source; given, it reads again what an earlier run finished; default digest (spec.verify)",
     )
 
 

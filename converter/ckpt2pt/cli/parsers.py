@@ -102,7 +102,7 @@ def parser_of_all(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     first = {"what would be done": f"plan {_CONVERSION}", "do it": f"convert {_CONVERSION}"}
     parser = Parser(
         prog="ckpt2pt",
-        description="Convert MindSpeed-Core-MS checkpoints into Megatron-LM checkpoints: exact, streaming, resumable, verified.",
+        description="Convert training checkpoints between MindSpeed-Core-MS and Megatron-LM 0.6 to 0.19: exact, streaming, resumable, verified.",
         epilog=f"{examples('ckpt2pt', first)}\n\n`ckpt2pt COMMAND --help` shows the options and examples of a command.\n\nexit codes:\n{codes}",
         allow_abbrev=False,
     )

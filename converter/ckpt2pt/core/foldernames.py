@@ -81,9 +81,9 @@ def ranks_of(names: Iterable[str]) -> list[int]:
     return sorted(rank for name in names if (rank := rank_of(name)) is not None)
 
 
-def model_rank_name(tp: int, pp: int | None) -> str:
-    """``mp_rank_01``, or ``mp_rank_01_003`` with the rank of a pipeline of more than one stage."""
-    return f"mp_rank_{tp:02d}" if pp is None else f"mp_rank_{tp:02d}_{pp:03d}"
+def model_rank_name(tp: int, pp: int | None, ep: int | None = None) -> str:
+    """``mp_rank_01``, or ``mp_rank_01_003_002`` with the rank of a pipeline of more than one stage, and that of several of experts."""
+    return "_".join([f"mp_rank_{tp:02d}", *(f"{number:03d}" for number in (pp, ep) if number is not None)])
 
 
 def model_rank_of(name: str) -> tuple[int, int] | None:

@@ -161,6 +161,21 @@ def with_expert(name: str, shift: int) -> str:
     return _EXPERT.sub(lambda found: f"{int(found[1]) + shift}.", name) if shift else name
 
 
+def without_expert(name: str) -> str:
+    """The name without the number of its expert."""
+    return _EXPERT.sub("", name)
+
+
+def expert_count(names: Iterable[str]) -> int:
+    """How many experts a layer has, by the numbers in canonical names; 0 for a dense model."""
+    return 1 + max((number for name in names if (number := expert_of(name)) is not None), default=-1)
+
+
+def has_experts(inner: str) -> bool:
+    """Whether a layer with this parameter, named without its layer, has experts in place of one MLP."""
+    return inner.startswith(("mlp.router.", "mlp.experts."))
+
+
 def is_buffer(name: str) -> bool:
     """Whether it is no parameter, so that no optimizer knows it, though it is saved with the weights."""
     return name.endswith(".mlp.router.expert_bias")

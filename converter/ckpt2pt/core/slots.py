@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from ckpt2pt.core.extents import DTYPE_BYTES, Box, Stored, View, intersection
 from ckpt2pt.core.index import Index, find
-from ckpt2pt.core.params import is_padded, split_layer
+from ckpt2pt.core.params import is_padded
 from ckpt2pt.core.tensor import Key, Tensor, check_coverage, dense_strides
-from ckpt2pt.errors import CoverageError, FormatError, MissingInputError, aside
+from ckpt2pt.errors import CoverageError, MissingInputError, aside
 
 
 class Slot(NamedTuple):
@@ -120,18 +120,6 @@ def _views(boxes: Iterable[Box], tensor: Tensor) -> tuple[Stored, ...]:
     whole = (0,) * len(tensor.shape), tensor.shape
     shared = (intersection(box, whole) for box in boxes)
     return tuple(View(*box, dense_strides(box[1]), 0, ()) for box in shared if box)
-
-
-def check_dense(index: Index, where: str) -> None:
-    """Refuse a mixture of experts, which no writer knows.  Raises :class:`FormatError`."""
-    for key in index:
-        layer, inner = split_layer(key.name)
-        if layer is not None and (".experts." in inner or inner.startswith("mlp.router.")):
-            raise FormatError(
-                f"{key.name} is of a mixture of experts, which ckpt2pt does not convert yet",
-                where=where,
-                hint="give a checkpoint of a dense model; one with experts can be inspected and compared",
-            )
 
 
 def weights_alone(index: Index) -> dict[Key, str]:

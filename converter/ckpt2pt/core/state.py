@@ -55,9 +55,14 @@ class State:
             )
         return value
 
-    def group(self, *, decays: bool) -> Values:
-        """The hyperparameters of what decays, or of what does not, with the true ``step``."""
-        found = next((group for group in self.groups if bool(group.get("wd_mult", 1.0)) == decays), None)
+    def group(self, *, decays: bool, experts: bool = False) -> Values:
+        """The hyperparameters of what decays, or of what does not, with the true ``step``.
+
+        ``experts`` asks for those of experts with an optimizer of their own; where nobody stated them they are those of the rest.
+        """
+        alike = [group for group in self.groups if bool(group.get("wd_mult", 1.0)) == decays]
+        own = (group for group in alike if bool(group.get("is_expert_parallel")) == experts)
+        found = next(own, next(iter(alike), None))
         if found is None:
             raise MissingInputError(
                 f"nothing states the hyperparameters of parameters with{'' if decays else 'out'} weight decay",
@@ -65,7 +70,11 @@ class State:
                 hint=f"give a pt_meta, or the launch script of the Megatron run, in {ref('metadata.path')}",
                 field="metadata.path",
             )
-        return {**found, "step": self.step}
+        return {
+            **found,
+            **({"is_expert_parallel": experts} if "is_expert_parallel" in found else {}),
+            "step": self.step,
+        }
 
 
 def plain_values(values: Mapping[str, object]) -> dict[str, object]:

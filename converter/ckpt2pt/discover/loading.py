@@ -34,7 +34,7 @@ def check_loadable(request: Request, rank: Rank, meta: RankMeta | None = None) -
         raise FormatError(
             f"Megatron-LM 0.6 cannot {'resume from' if request.full else 'load'} what this metadata gives: "
             + summary(found),
-            where=meta.template.path,
+            where=meta.template.where,
             hint=hint(found) + (f", or convert weights alone{aside('mode')}" if request.full else ""),
         )
 

@@ -19,15 +19,18 @@ from ckpt2pt.io.files import write_all
 def meta_of_files(made: RankFiles, where: Path) -> RankMeta:
     """Metadata that was made for a rank, as if it had been read."""
     names = [tuple(name.partition(".")[2] for name in reversed(chunk)) for chunk in made.names]
-    return RankMeta(template=template_of_files(made), chunks=chunks_of(names, made.buffers, where))
+    return RankMeta(template=template_of_files(made, where), chunks=chunks_of(names, made.buffers, where))
 
 
-def template_of_files(made: RankFiles) -> Template:
-    """The template as a file of the metadata would give it; it lies in memory: a pod's root may be read-only."""
+def template_of_files(made: RankFiles, where: Path) -> Template:
+    """The template as a file of the metadata would give it; it lies in memory: a pod's root may be read-only.
+
+    ``where`` is the checkpoint that it was made from, which errors name.
+    """
     memory = _Memory(os.memfd_create(f"args_tp{made.tp:02d}_pp{made.pp:03d}"))
     content, path = arguments_file(made, with_maps=True), Path(f"/proc/self/fd/{memory.fd}")
     write_all(memory.fd, memoryview(content), 0)
-    return replace(read_template(path), file=memory)
+    return replace(read_template(path), file=memory, origin=str(where))
 
 
 @dataclass(slots=True)

@@ -22,11 +22,15 @@ Verify = Literal["none", "digest", "full"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pace:
-    """How ranks are worked on: ``workers`` at a time, ``timeout`` seconds for each, or one by one ``in_process``."""
+    """How ranks are worked on: ``workers`` at a time, ``timeout`` seconds for each, or one by one ``in_process``.
+
+    ``reread`` reads every byte of what an earlier run finished.
+    """
 
     workers: int = 1
     in_process: bool = False
     timeout: float | None = None
+    reread: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +82,7 @@ class Request:
     workers: int = 1
     in_process: bool = False
     timeout: float | None = None
+    reread: bool = False
     source_topology: Topology | None = None
     """The layout of the source where it is another one; of a MindSpore source the layers do not matter."""
 
@@ -94,7 +99,7 @@ class Request:
     @property
     def pace(self) -> Pace:
         """How its ranks are worked on."""
-        return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout)
+        return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout, reread=self.reread)
 
     def identity_options(self) -> dict[str, object]:
         """The options that decide what is written, for the conversion's identity and the manifest."""

@@ -149,7 +149,7 @@ def prove_read(
         if own_template and not request.source_topology and path.name == MODEL_FILE:
             own = own_of(request)
             template = own.headers(rank)[0].template if request.files else own.arguments(rank)
-            _, keys = tree_payload(template.tree, template.storages, template.path)
+            _, keys = tree_payload(template.tree, template.storages, template.where)
             pieces += [(template.storages[key].offset, 0, 0) for key in keys]  # copied as they are
         if request.verify == "none":
             found["notChecked"] += 1
@@ -262,7 +262,7 @@ class Own:
         if stored.copies is not None:
             args = with_attrs(made.tree["args"], {"use_distributed_optimizer": True})
             made = replace(made, tree={**made.tree, "args": args})
-        return template_of_files(made)
+        return template_of_files(made, self.where)
 
     def buffers(self, pp: int) -> Sequence[Buffer]:
         """The buffers of the first rank of a stage, as those of Megatron-LM 0.6."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ckpt2pt.core.index import Index
+from ckpt2pt.core.index import Index, layer_numbers
 from ckpt2pt.core.stated import Statement
-from ckpt2pt.errors import TopologyError
+from ckpt2pt.errors import TopologyError, UsageError, ref
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.torch_dist.metadata import Item
 
@@ -30,6 +30,8 @@ class Checkpoint:
     tensor: int
     pipeline: int
     index: Index
+    expert: int = 1
+    """Expert parallel size of the run that wrote it."""
     warnings: tuple[str, ...] = ()
     """What may be wrong with it, in sentences."""
     template: Template | None = None
@@ -52,3 +54,35 @@ def agreed(asked: tuple[int | None, int | None], there: tuple[int, int], where: 
                 hint=f"leave it out, or give {other}",
             )
     return there
+
+
+def check_layers(
+    checkpoint: Checkpoint, num_layers: int | None, noop: frozenset[int] | None, stated: object = None
+) -> tuple[int, int]:
+    """How many layers have parameters, and how many there are up to the last of these.
+
+    Raises :class:`UsageError` for a number of layers that is neither, nor what is ``stated``, and for other no-op layers.
+    """
+    there = layer_numbers(checkpoint.index).keys()
+    count, whole = len(there), 1 + max(there, default=-1)
+    if num_layers not in {None, count, whole, stated}:
+        raise UsageError(
+            f"{ref('model.numLayers')} is {num_layers}, and the source has {count} layers"
+            + (f", {whole} with its no-op layers" if whole > count else ""),
+            where=checkpoint.path,
+            hint=f"leave {ref('model.numLayers')} out, or give {count}",
+            field="model.numLayers",
+        )
+    empty = frozenset(range(whole)) - there
+    if noop is not None and (noop & there or empty - noop):
+        raise UsageError(
+            f"{ref('model.noopLayers')} is {_listed(noop)}, and the layers without parameters are {_listed(empty)}",
+            where=checkpoint.path,
+            hint=f"leave {ref('model.noopLayers')} out, or give {_listed(empty)}",
+            field="model.noopLayers",
+        )
+    return count, whole
+
+
+def _listed(layers: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(layers))) or "none"

@@ -13,6 +13,8 @@ from ckpt2pt.errors import InputError, MissingInputError, TargetConflictError, U
 from ckpt2pt.io.paths import is_folder, is_there, listing, status
 from ckpt2pt.io.text import short
 from ckpt2pt.publish import Target, rank_name, read_record, read_tracker
+from ckpt2pt.publish.ledger import not_ours
+from ckpt2pt.publish.unchanged import changed_file
 
 SUFFIXES = frozenset({".pt", ".ckpt", ".safetensors", ".bin"})
 COVERED = "a full conversion of the same source is there, and holds the parameters that are asked for"
@@ -46,6 +48,10 @@ def covered(target: Target) -> str:
     names = (rank_name(tp, pp) for pp in range(target.stages) for tp in range(target.tensor))
     ranks = [read_record(target.state / name) for name in names]
     if read_record(target.state / "report.json") and all(rank and target.has_files(rank) for rank in ranks):
+        for rank in ranks:
+            name = changed_file(target, rank or {})
+            if name:
+                raise not_ours(target.folder / name, f"run the full conversion again with {target.kind.replace}")
         found = {str(rank.get("verified")) for rank in ranks if rank}
         return next((level for level in ("none", "digest", "full") if level in found), "none")
     raise TargetConflictError(

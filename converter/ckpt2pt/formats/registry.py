@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from ckpt2pt.core.foldernames import is_rank, iterations
@@ -12,6 +13,7 @@ from ckpt2pt.formats.torch_dist.metadata import is_distributed
 from ckpt2pt.io.paths import is_folder, is_there, listing
 
 FORMATS = ("mindspore", "megatron", "torch_dist")
+MINDSPORE_FILES = ("ckpt", "safetensors")
 
 _SUFFIXES = {".pt": "megatron", ".ckpt": "mindspore", ".safetensors": "mindspore"}
 
@@ -52,15 +54,26 @@ def read(
     pipeline: int | None = None,
     iteration: int | None = None,
     rules: Rules | None = None,
+    weights_alone: bool = False,
 ) -> Checkpoint:
-    """Find one iteration of a checkpoint and read its headers."""
+    """Find one iteration of a checkpoint and read its headers.
+
+    ``source_format`` is ``auto``, one of :data:`FORMATS`, or one of the two formats of MindSpore's files.
+    ``weights_alone`` does not look at the optimizer of a Megatron checkpoint, which may be missing, wrong or of an unknown form.
+    """
     chosen = detect(path) if source_format == "auto" else source_format
-    if chosen == "mindspore":
-        from ckpt2pt.formats.mindspore.read import open_mindspore as open_checkpoint  # noqa: PLC0415
+    if chosen in {"mindspore", *MINDSPORE_FILES}:
+        from ckpt2pt.formats.mindspore.read import open_mindspore  # noqa: PLC0415
+
+        open_checkpoint = partial(open_mindspore, wanted_format=None if chosen == "mindspore" else chosen)
     elif chosen == "megatron":
-        from ckpt2pt.formats.megatron.read import open_megatron as open_checkpoint  # noqa: PLC0415 - numpy and more
+        from ckpt2pt.formats.megatron.read import open_megatron  # noqa: PLC0415 - numpy and more
+
+        open_checkpoint = partial(open_megatron, weights_alone=weights_alone)
     elif chosen == "torch_dist":
-        from ckpt2pt.formats.torch_dist.read import open_torch_dist as open_checkpoint  # noqa: PLC0415 - numpy
+        from ckpt2pt.formats.torch_dist.read import open_torch_dist  # noqa: PLC0415 - numpy
+
+        open_checkpoint = partial(open_torch_dist, weights_alone=weights_alone)
     else:
         raise UsageError(f"no format {chosen}", where="source_format", hint=f"give auto or one of {', '.join(FORMATS)}")
     return open_checkpoint(path, tensor=tensor, pipeline=pipeline, iteration=iteration, rules=rules or Rules())

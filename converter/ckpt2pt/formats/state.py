@@ -18,7 +18,7 @@ def state_of(checkpoint: Checkpoint, given: Template | None, *, iteration: int |
     """
     template = given or checkpoint.template
     args = plain_values(cast("dict[str, object]", template.args)) if template else {}
-    where = template.path if template else str(checkpoint.path)
+    where = template.where if template else str(checkpoint.path)
     check_architecture(args, checkpoint.index, where=where, source=str(checkpoint.path))
     step = iteration or checkpoint.iteration or 0
     samples = checkpoint.samples

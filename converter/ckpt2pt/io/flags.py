@@ -217,4 +217,5 @@ def target_sizes(options: argparse.Namespace) -> dict[str, int | None]:
         "--target-tp-size": options.target_tp_size,
         "--target-pp-size": options.target_pp_size,
         "--target-vpp-size": options.target_vpp_size,
+        "--target-ep-size": getattr(options, "target_ep_size", None),
     }

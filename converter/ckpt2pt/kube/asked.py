@@ -83,7 +83,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
         source=_source(options, source),
         metadata=schema.Place(path=metadata or ""),
         target=_target(options, target),
-        verify=schema.LEVELS[getattr(options, "verify", "digest")],
+        verify=schema.LEVELS[getattr(options, "verify", None) or "digest"],
         workers=schema.Processes(
             processes=getattr(options, "process_limit", 1),
             rank_timeout_seconds=getattr(options, "process_timeout", None),
@@ -154,14 +154,12 @@ def _source(options: argparse.Namespace, path: str) -> Source:
 def _target(options: argparse.Namespace, path: str) -> Target:
     from ckpt2pt.kube.conversion.schema import CONTENTS, Degrees, MindSporeFiles, Target  # noqa: PLC0415
 
-    files = MindSporeFiles()
-    if options.target_format == "mindspore":
-        files = MindSporeFiles(
-            format="Safetensors" if options.format == "safetensors" else "Ckpt",
-            prefix=options.file_prefix,
-            all_replicas=options.generate_all_dp_cp,
-            contents=tuple(CONTENTS[word] for word in dict.fromkeys(options.dist_opt_content)),
-        )
+    files = MindSporeFiles(
+        format="Safetensors" if options.format == "safetensors" else "Ckpt",
+        prefix=options.file_prefix,
+        all_replicas=options.generate_all_dp_cp,
+        contents=tuple(CONTENTS[word] for word in dict.fromkeys(options.dist_opt_content)),
+    )
     return Target(
         path=path,
         format=target_format_of(options.target_format),
@@ -174,6 +172,7 @@ def _target(options: argparse.Namespace, path: str) -> Target:
             tensor=options.target_tp_size,
             pipeline=options.target_pp_size,
             virtual_pipeline=options.target_vpp_size,
+            expert=getattr(options, "target_ep_size", None),  # an import has none
         ),
         data_parallel=options.target_dp_size,
         zero_consumed_samples=options.zero_consumed_samples,

@@ -13,10 +13,11 @@ from typing import Literal, TypeVar
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import MindSporeFiles, Request, Verify
-from ckpt2pt.errors import Ckpt2ptError, TopologyError, UsageError, aside, ref, refs
+from ckpt2pt.errors import Ckpt2ptError, MissingInputError, TopologyError, UsageError, aside, ref, refs
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
-from ckpt2pt.formats.ptmeta.metadata import Given, learn
+from ckpt2pt.formats.ptmeta.metadata import Given, learn, read_stated, require
 from ckpt2pt.kube.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
+from ckpt2pt.kube.conversion.usable import check_used, framework_of
 from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, TargetRequest
 
 T = TypeVar("T", bound=TargetRequest)
@@ -27,20 +28,8 @@ log = logging.getLogger("ckpt2pt")
 def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
     """The request of a spec with folders of this machine, whose kind is that of the target.
 
-    Raises :class:`UsageError` for options of a format that is not asked for, beside what :func:`resolve` raises.
+    Raises :class:`UsageError` for options that source or target cannot use, beside what :func:`resolve` raises.
     """
-    target = spec.target
-    if target.format != "Megatron" and (target.names, target.transformer_impl, target.megatron_version) != (
-        "Auto",
-        "Auto",
-        None,
-    ):
-        raise UsageError(
-            f"{refs('target.names', 'target.transformerImpl', 'target.megatronVersion')} are about another format than {target.format}",
-            where=ref("spec"),
-            hint=f"choose Megatron-LM 0.7 to 0.19 with {ref('target.format')}, or leave them out",
-            field="target.format",
-        )
     kinds: dict[str, Callable[..., AnyRequest]] = {"TorchDist": resolve_dist, "Megatron": resolve_mcore}
     return kinds.get(spec.target.format, resolve)(spec, in_process=in_process)
 
@@ -76,21 +65,7 @@ _TRANSFORMERS: Mapping[str, Literal["auto", "local", "transformer_engine"]] = {
 
 
 def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
-    """The request of a conversion into torch_dist; where it is not said how work is divided, headers are read.
-
-    Raises :class:`UsageError` for what decides nothing there.
-    """
-    for field, given in (
-        ("target.parallelism.virtualPipeline", spec.target.parallelism.virtual_pipeline),
-        ("target.dataParallel", spec.target.data_parallel),
-    ):
-        if given is not None:
-            raise UsageError(
-                f"{ref(field)} is given, and the result has no layout of its own",
-                where=ref("spec"),
-                hint="leave it out: Megatron-LM loads torch_dist into any layout",
-                field=field,
-            )
+    """The request of a conversion into torch_dist; where it is not said how work is divided, headers are read."""
     return _by_tensors(DistRequest, spec, in_process=in_process)
 
 
@@ -99,26 +74,17 @@ def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
 
     Tensor and pipeline parallel size are those of the source, which is read as far as its headers, where nobody says them.
     """
-    from ckpt2pt.formats.registry import read  # noqa: PLC0415 - only where it is asked for
-
-    source, sizes, result, rules = Path(spec.source.path), spec.parallelism, spec.target.parallelism, _rules(spec)
-    source_format = "auto" if spec.source.format == "Auto" else "mindspore"
-    if spec.source.format == "Megatron":
+    sizes, result, noop = spec.parallelism, spec.target.parallelism, spec.model.noop_layers
+    said = spec.source.format
+    check_used(spec, framework_of(said))
+    source_format = {"Auto": "auto", "MindSpore": "mindspore", **_FILES}.get(said, "megatron")
+    if said == "Megatron":
         source_format = "torch_dist" if _of_iteration(spec)[1] else "megatron"
     tensor, pipeline = result.tensor or sizes.tensor, result.pipeline or sizes.pipeline
-    if not tensor or not pipeline:
-        found = read(
-            source,
-            source_format=source_format,
-            tensor=sizes.tensor,
-            pipeline=sizes.pipeline,
-            iteration=spec.source.iteration,
-            rules=rules,
-        )
-        tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
-    return kind(
-        topology=Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline),
-        source=source,
+    request = kind(
+        topology=Topology(num_layers=pipeline or 1, tensor=tensor or 1, pipeline=pipeline or 1),
+        target_expert=result.expert,
+        source=Path(spec.source.path),
         target=Path(spec.target.path),
         source_format=source_format,
         metadata=Path(spec.metadata.path) if spec.metadata.path else None,
@@ -126,15 +92,21 @@ def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
         tensor=sizes.tensor,
         pipeline=sizes.pipeline,
         num_layers=spec.model.num_layers,
+        noop=None if noop is None else frozenset(noop),
         full=spec.mode == "Full",
         zero_samples=spec.target.zero_consumed_samples,
-        rules=rules,
+        rules=_rules(spec),
         overwrite=spec.target.overwrite,
         verify=_verify(spec),
         workers=spec.workers.processes,
         timeout=spec.workers.rank_timeout_seconds,
         **own,
     )
+    if tensor and pipeline:
+        return request
+    found = request.read()
+    tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
+    return replace(request, topology=Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline), found=found)
 
 
 def resolve(spec: Spec, *, in_process: bool = False) -> Request:
@@ -145,7 +117,9 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
     """
     rules, files = _rules(spec), _files(spec)
     source, target = Path(spec.source.path), Path(spec.target.path)
+    check_used(spec, None)
     megatron, distributed = is_megatron(spec), False
+    check_used(spec, "Megatron" if megatron else "MindSpore")
     if megatron:
         source, distributed = _of_iteration(spec)  # whatever the tracker names meanwhile
         topology, saved = _of_megatron(spec, source, rules, distributed=distributed)
@@ -207,20 +181,31 @@ def is_megatron(spec: Spec) -> bool:
     """Whether the source is a Megatron checkpoint, as it is said or as it looks.
 
     A source to come has to be said, but for a MindSpore result, which is made from Megatron unless MindSpore's files are there.
-    Raises :class:`UsageError` for a MindSpore source of a Megatron result without metadata.
+    Raises :class:`UsageError` for a MindSpore source of a Megatron result without metadata, :class:`MissingInputError` where
+    nothing is there either that would tell.
     """
     megatron, imported = spec.source.format == "Megatron", spec.target.format == "MindSpore"
     if spec.source.format == "Auto":
         from ckpt2pt.formats.registry import detect  # noqa: PLC0415 - only where it is not said
 
         megatron = imported
-        with suppress(Ckpt2ptError):  # what is wrong with it, its reader says
+        try:
             megatron = detect(Path(spec.source.path)) in {"megatron", "torch_dist"}
+        except MissingInputError as error:
+            if not imported and not spec.metadata.path:
+                raise MissingInputError(
+                    error.what,
+                    where=error.where,
+                    hint=f"check the path; of a Megatron checkpoint that is yet to come say so{aside('source.format')}",
+                    field="source.path",
+                ) from error
+        except Ckpt2ptError:  # what is wrong with it, its reader says
+            pass
     if not megatron and not imported and not spec.metadata.path:
         raise UsageError(
             f"{ref('metadata.path')} is missing, and the source is no Megatron checkpoint",
             where=spec.source.path,
-            hint=f"give the pt_meta folder, or a Megatron checkpoint, and say so{aside('source.format')} if it is yet to come",
+            hint="give the pt_meta folder, or a Megatron checkpoint",
             field="metadata.path",
         )
     return megatron
@@ -235,6 +220,7 @@ def _to_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
     source = source_layout(path, sizes, Topology(num_layers=1), rules)
     tensor, pipeline = result.tensor or source.tensor, result.pipeline or source.pipeline
     if (tensor, pipeline) == (source.tensor, source.pipeline) and not result.virtual_pipeline:
+        _check_own_layout(spec, source, rules)
         return source, None
     if not spec.metadata.path:
         raise UsageError(
@@ -258,6 +244,74 @@ def _to_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
         layers_per_stage=spec.model.layers_per_stage,
     )
     return target, source
+
+
+def _refuse_unused(spec: Spec) -> None:
+    """Refuse what decides nothing where the layout stays."""
+    unused: Mapping[str, object] = {
+        "model.layersPerStage": spec.model.layers_per_stage,
+        "parallelism.virtualPipeline": (spec.parallelism.virtual_pipeline or 1) > 1,
+    }
+    for field in (field for field, given in unused.items() if given):
+        hint = f"leave it out; another layout is asked for by {_OTHER}"
+        what = f"{ref(field)} is given, and decides nothing where the layout stays"
+        raise UsageError(what, where=ref("spec"), hint=hint, field=field)
+
+
+def _check_own_layout(spec: Spec, layout: Topology, rules: Rules) -> None:
+    """Of a layout that stays nothing is needed; what is given has to be what ``pt_meta`` and the files say.
+
+    Files are looked at unless somebody waits for them, who asks again when they are complete.
+    """
+    from ckpt2pt.formats.checkpoint import check_layers  # noqa: PLC0415 - for this alone
+    from ckpt2pt.formats.mindspore.degrees import source_layout  # noqa: PLC0415 - the same
+    from ckpt2pt.formats.mindspore.read import open_mindspore  # noqa: PLC0415 - the same
+
+    model, own, source = spec.model, spec.parallelism, Path(spec.source.path)
+    _refuse_unused(spec)
+    stated = None
+    if spec.metadata.path:
+        metadata = Path(spec.metadata.path)
+        require(metadata, source=source, target=Path(spec.target.path))
+        stated = read_stated(metadata, allow=rules.pickle_globals)
+    if stated and (stated.tensor, stated.pipeline) != (layout.tensor, layout.pipeline):
+        raise TopologyError(
+            f"{stated}, the source has tp {layout.tensor}, pp {layout.pipeline}",
+            where=source,
+            hint=f"give the pt_meta of this training, or none: its layout stays; or another layout by {_OTHER}",
+            field="metadata.path",
+        )
+    if stated and stated.num_layers and model.num_layers not in {None, stated.num_layers}:
+        raise TopologyError(
+            f"{ref('model.numLayers')} is {model.num_layers}; {stated}",
+            where=stated.folder,
+            hint=f"leave it out, or give {stated.num_layers}",
+            field="model.numLayers",
+        )
+    given = (own.tensor, own.pipeline, model.num_layers, model.noop_layers, stated)
+    if spec.readiness.timeout_seconds or given == (None,) * len(given):
+        return
+    with suppress(UsageError):  # where files do not tell, reading them by what is given proves it
+        found = source_layout(source, (None, None, own.data, own.context), layout, rules)
+        if (found.tensor, found.pipeline) != (layout.tensor, layout.pipeline):
+            raise TopologyError(
+                f"{ref('parallelism')} are tp {layout.tensor}, pp {layout.pipeline}, and the files are of tp {found.tensor}, pp {found.pipeline}",
+                where=source,
+                hint=f"leave them out, or give those of the files; another layout is asked for by {_OTHER}",
+                field="parallelism",
+            )
+    info = spec.source.opt_shard_info_path
+    checkpoint = open_mindspore(
+        source,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        iteration=spec.source.iteration,
+        rules=rules,
+        wanted_format=_FILES.get(spec.source.format),
+        info=None if info is None else Path(info),
+    )
+    noop = None if model.noop_layers is None else frozenset(model.noop_layers)
+    check_layers(checkpoint, model.num_layers, noop, stated.num_layers if stated else None)
 
 
 def _of_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:

@@ -8,6 +8,7 @@ ckpt2pt.convert(source="megatron_pt", target="megatron_tp4", target_tp=4).docume
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict, Unpack, cast
 
@@ -59,7 +60,7 @@ class Asked(TypedDict, total=False):
     says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors`` or
     ``megatron``, ``target_format`` ``megatron06`` or ``mindspore``.  Sizes that are not given are those
     that metadata or checkpoint state; those of the result (``target_tp`` and its like) are those of the source.
-    ``verify`` is ``none``, ``digest`` or ``full``.
+    ``verify`` is ``none``, ``digest`` or ``full``; given, it reads again what an earlier call finished.
     """
 
     source: Required[str | Path]
@@ -79,6 +80,7 @@ class Asked(TypedDict, total=False):
     target_tp: int | None
     target_pp: int | None
     target_vpp: int | None
+    target_ep: int | None
     noop_layers: Collection[int] | None
     layers_per_stage: Sequence[int] | None
     iteration: int | None
@@ -98,7 +100,7 @@ def convert(**asked: Unpack[Asked]) -> Outcome:
     from ckpt2pt.core.progress import SILENCE  # noqa: PLC0415
     from ckpt2pt.run.conversion import run  # noqa: PLC0415
 
-    request = _request(asked)
+    request = replace(_request(asked), reread=asked.get("verify") in {"digest", "full"})
     return run(request, range(request.topology.pipeline), SILENCE)
 
 
@@ -152,6 +154,7 @@ def _request(asked: Asked) -> AnyRequest:
                 tensor=asked.get("target_tp"),
                 pipeline=asked.get("target_pp"),
                 virtual_pipeline=asked.get("target_vpp"),
+                expert=asked.get("target_ep"),
             ),
         ),
         verify=schema.LEVELS[asked.get("verify", "digest")],

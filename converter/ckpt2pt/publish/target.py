@@ -31,6 +31,7 @@ from ckpt2pt.publish.leftovers import nobody_at_work, sweep_leftovers
 from ckpt2pt.publish.locks import WAIT_SECONDS, Lock, locked
 from ckpt2pt.publish.retire import files_below, foreign, records_of, retire
 from ckpt2pt.publish.tracker import announce, check_tracker, tracked
+from ckpt2pt.publish.unchanged import prove_unchanged
 
 _ID_DIGITS = 16
 _CLAIMED = {"identity": "identity", "purpose": "options_digest", "base": "base", "full": "full"}
@@ -62,11 +63,6 @@ class Target:
     base: str = ""
     full: bool = True
     beside: bool = False
-
-    @property
-    def reader(self) -> str:
-        """The framework that loads it."""
-        return self.kind.reader
 
     @property
     def at_home(self) -> Target:
@@ -374,7 +370,10 @@ class Target:
     def publish_iteration(
         self, heed: Callable[[], None] = _nothing, join: Callable[[Target], None] | None = None
     ) -> bool:
-        """Write what ``join`` writes, report and tracker when every stage is there.  Any worker may; all write the same."""
+        """Write what ``join`` writes, report and tracker when every stage is there, as it was written.  Any worker may; all write the same.
+
+        Raises :class:`VerificationError` for a file that was changed since its rank was finished.
+        """
         home = self.at_home
         if self.beside and (read_record(home.state / CLAIM) or {}).get("identity") == self.identity:
             return home.publish_iteration(heed, join)  # another worker was faster
@@ -386,6 +385,7 @@ class Target:
         with self.guarded(), home._claim_lock(heed):
             self.fence()
             sweep_partials(self.state, REPORT)
+            prove_unchanged(self)
             if join:
                 join(self)
             publish_bytes(self.state / REPORT, seal_joined(self._head, "stages", self._briefs()), fence=self.fence)

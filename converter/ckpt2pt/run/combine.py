@@ -8,7 +8,7 @@ flags --cli.combine--> Request --conversion.run, a stage for each group--> rank_
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -77,11 +77,20 @@ class Combined:
         return f"epoch {self.when[0]}, step {self.when[1]}: {did}\n{printable(str(done.target.root))}"
 
 
-def combine(request: Request, section: Section, reporter: Reporter) -> Combined:
-    """Merge the newest step that all ranks have; what an earlier run finished is kept."""
+def combine(
+    request: Request, section: Section, reporter: Reporter, *, stages: Collection[int] | None = None
+) -> Combined:
+    """Merge the newest step that all ranks have; what an earlier run finished is kept.
+
+    ``stages`` are the numbers of groups to be merged, in the order of their first ranks; None for all.
+    """
     layout = groups_of(request.source, request.shard_info or request.source)
     firsts = {number: layout.source_rank(*rank) for number, rank in enumerate(layout.ranks())}
-    chosen = [number for number, first in firsts.items() if section is None or section[0] <= first < section[1]]
+    chosen = [
+        number
+        for number, first in firsts.items()
+        if (section is None or section[0] <= first < section[1]) and (stages is None or number in stages)
+    ]
     if not chosen:
         raise UsageError(
             f"{ref('section')} {section} holds the first rank of no group",

@@ -31,7 +31,6 @@ from ckpt2pt.discover.checkpoint import kind_of
 from ckpt2pt.discover.loading import check_loadable, contradictions_of, kept_of_template, made_up
 from ckpt2pt.discover.metadata import assumptions
 from ckpt2pt.discover.request import Pace, Request, Verify
-from ckpt2pt.engine.readback import is_whole
 from ckpt2pt.engine.write import ReadPieces
 from ckpt2pt.errors import InterruptedRunError, TargetConflictError, counted, of_rank, printable, ref, size
 from ckpt2pt.formats.folders import COVERED, covered
@@ -42,6 +41,8 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import checksums_told, warned
 from ckpt2pt.io.volume import check_volume
 from ckpt2pt.publish import Target
+from ckpt2pt.publish.unchanged import refuse_lost
+from ckpt2pt.run.kept import PROOFS, is_kept
 from ckpt2pt.run.pool import stopped_by_signals, work_through
 from ckpt2pt.run.rank import RankTask
 from ckpt2pt.run.targets.request import AnyRequest, DistRequest
@@ -144,7 +145,7 @@ class Outcome:
             did = "everything was there already"
         elif self.kept:
             did += f", kept {len(self.kept)} that were there"
-        end = f"published; {self.target.reader} can load it{self.how_to_load}"
+        end = f"published; {self.target.kind.reader} can load it{self.how_to_load}"
         if not self.published:
             end = f"{'the tracker' if self.target.kind.tracker else 'it'} waits for the other stages"
             if self.target.beside:
@@ -311,7 +312,8 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
         return _covered(conversion, stages, ranks, cast("Verify", proof), began)
     target = target.check(overwrite=conversion.overwrite)
     conversion = replace(conversion, target=target)
-    kept = tuple(rank for rank in ranks if _is_kept(conversion, rank))
+    how = {"overwrite": conversion.overwrite, "reread": conversion.pace.reread}
+    kept = tuple(rank for rank in ranks if is_kept(target, rank, conversion.verify, **how))
     todo = tuple(rank for rank in ranks if rank not in kept)
     totals, size, remarks, alone = _plan_all(conversion, todo)
     both = "; the result that is there stays until the new one is complete, so there has to be room for both"
@@ -330,9 +332,7 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
             with target.guarded():
                 warnings = [text for pp in stages for text in _publish_stage(conversion, pp, options)]
         published = target.publish_iteration(stop.check, conversion.join)
-        if conversion.join and not published:
-            from ckpt2pt.publish.merged import refuse_lost  # noqa: PLC0415 - for formats that have such files
-
+        if not published:
             refuse_lost(target)
     target = target.at_home if published else target
     manifests = [target.rank_manifest(*rank) or {} for rank in ranks]
@@ -382,7 +382,7 @@ def _covered(
     conversion: Conversion, stages: Sequence[int], ranks: Sequence[Rank], proof: Verify, began: float
 ) -> Outcome:
     """Nothing is left to do: the full conversion that is there holds the parameters, and was verified as asked for."""
-    if _PROOFS[proof] < _PROOFS[conversion.verify]:
+    if PROOFS[proof] < PROOFS[conversion.verify]:
         raise TargetConflictError(
             f"a full conversion of the same source is there, verified {proof}; {conversion.verify} is asked for",
             where=conversion.target.folder,
@@ -421,27 +421,6 @@ def _publish_stage(conversion: Conversion, pp: int, options: Json) -> tuple[str,
     facts |= {"warnings": list(found)} if found else {}
     target.publish_stage(pp, {**options, **facts})
     return found
-
-
-def _is_kept(conversion: Conversion, rank: Rank) -> bool:
-    """Whether what an earlier run made of a rank stays.  Who wants it replaced keeps what is right to the last bit."""
-    manifest = conversion.target.rank_manifest(*rank)
-    if manifest is None or not _is_proved(manifest, conversion.verify):
-        return False
-    if not conversion.overwrite or conversion.target.beside:
-        return True
-    return all(
-        is_whole(conversion.target.folder / str(file["path"]), int(str(file["crc32"]), 16))
-        for file in cast("list[Json]", manifest["files"])
-    )
-
-
-def _is_proved(manifest: Json, verify: Verify) -> bool:
-    """True for a finished rank that was verified as thoroughly as is asked for now."""
-    return _PROOFS.get(str(manifest.get("verified")), -1) >= _PROOFS[verify]
-
-
-_PROOFS = {"none": 0, "digest": 1, "full": 2}
 
 
 def _now() -> str:

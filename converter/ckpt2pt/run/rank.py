@@ -19,6 +19,7 @@ from ckpt2pt.io.checksums import crc32
 from ckpt2pt.io.framing import Payload
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import Target, make_folder, publish_bytes, sweep_partials
+from ckpt2pt.publish.ledger import file_entry
 
 
 class Reading(Protocol):
@@ -124,7 +125,13 @@ class RankTask:
                 "pp": pp,
                 "verified": self.verify,
                 "sourceChecksums": checksums,
-                "files": [*(file.entry(target.folder) for file in files), *described],
+                "files": [
+                    *(file.entry(target.folder) for file in files),
+                    *(
+                        file_entry(target.folder / path, target.folder, crc32(content, 0))
+                        for path, content in self.metadata.items()
+                    ),
+                ],
                 "tensors": {label: f"{crc:08x}" for label, crc in sorted(digests.items())},
                 **self.facts,
             },

@@ -15,20 +15,26 @@ from ckpt2pt.show.preview import Plan, by_tensors, slots_of
 def planned_mcore(request: McoreRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
     """Plan every rank of the given stages, from headers."""
     found = find(request)
-    tensor = found.layout.topology.tensor
-    ranks = [_rank(found, (tp, pp), names=names) for pp in stages for tp in range(tensor)]
+    members = range(found.layout.members)
+    ranks = [_rank(found, (number, pp), names=names) for pp in stages for number in members]
     remarks = dict.fromkeys(one for pp in stages for one in found.layout.remarks((0, pp)))
     return by_tensors(found, ranks, [*found.remarks, *remarks])
 
 
 def _rank(found: Found, rank: Rank, *, names: bool) -> Json:
-    (tp, pp), layout = rank, found.layout
+    layout = found.layout
+    tp, pp, ep = layout.place(rank)
     files, slots = layout.files(rank)
     chunks = layout.chunks(rank)
-    buffers = iter(layout.buffers(rank, chunks) if layout.full else ())
+    buffers: dict[int, list[Json]] = {vpp: [] for vpp in range(len(chunks))}
+    for optimizer in layout.optimizers(chunks) if layout.full else ():
+        filled = (vpp for vpp, held in enumerate(optimizer.chunks) if held)
+        for vpp, buffer in zip(filled, layout.buffers(rank, optimizer), strict=True):
+            buffers[vpp].append({"numel": buffer.numel, "numelUnpadded": buffer.numel})
     return {
         "stage": pp,
         "tp": tp,
+        **({"ep": ep} if layout.expert > 1 else {}),
         "source": layout.where,
         "directory": layout.directory(rank),
         "bytesToRead": bytes_read(layout.index, slots, layout.where),
@@ -40,10 +46,7 @@ def _rank(found: Found, rank: Rank, *, names: bool) -> Json:
                 **slots_of(layout.topology, pp, vpp),
                 "parameters": len(held),
                 "numel": sum(one.numel for one in held),
-                "buckets": [
-                    {"numel": buffer.numel, "numelUnpadded": buffer.numel}
-                    for buffer in ([next(buffers)] if layout.full and held else [])
-                ],
+                "buckets": buffers[vpp],
                 **(
                     {
                         "names": [
@@ -60,7 +63,7 @@ def _rank(found: Found, rank: Rank, *, names: bool) -> Json:
         "shardInfo": "",
         "ignored": {},
         "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in layout.copies(rank))],
-        "done": found.target.rank_manifest(tp, pp) is not None,
+        "done": found.target.rank_manifest(*rank) is not None,
     }
 
 

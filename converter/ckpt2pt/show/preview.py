@@ -234,22 +234,23 @@ def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -
 def render(document: Json, *, details: bool = False) -> str:
     """The plan as text; stages and ranks that are alike share a line unless ``details`` are asked for."""
     options = _mapping(document["options"])
+    number = "rank" if "expert" in options else "tp"
     lines = [
         *warned(_list(document["warnings"])),
         f"iteration  {document['iteration']} (from {document['because']}), {_count(document['consumedSamples'])} samples consumed",
         *(f"  warning: {spelled(str(conflict))}" for conflict in _list(document["doubts"])),
         f"target     {printable(str(document['target']))}",
         f"mode       {options['mode']}, {_FORMATS[str(options['format'])]}; tp {options['tensor']}, pp {options['pipeline']}, "
-        f"vpp {options['virtualPipeline']}",
+        f"vpp {options['virtualPipeline']}" + (f", ep {options['expert']}" if "expert" in options else ""),
         "",
         *table(
-            ("stage", "tp", "chunk", "layers", "ends", "parameters", "elements", "buckets", "padding"),
+            ("stage", number, "chunk", "layers", "ends", "parameters", "elements", "buckets", "padding"),
             _chunk_rows(document, details=details),
             right=frozenset({5, 6, 7, 8}),
         ),
         "",
         *table(
-            ("stage", "tp", "file", "bytes", "", "source"),
+            ("stage", number, "file", "bytes", "", "source"),
             _file_rows(document, details=details),
             right=frozenset({3}),
         ),
@@ -279,8 +280,10 @@ def render(document: Json, *, details: bool = False) -> str:
 
 
 def _ranks(document: Json) -> Iterable[tuple[Rank, dict[str, object]]]:
+    """Ranks are numbered inside their stage: those of the first experts, then those of the next."""
+    tensor = _int(_mapping(document["options"])["tensor"])
     for rank in map(_mapping, _list(document["ranks"])):
-        yield (_int(rank["tp"]), _int(rank["stage"])), rank
+        yield (_int(rank.get("ep", 0)) * tensor + _int(rank["tp"]), _int(rank["stage"])), rank
 
 
 def _chunk_rows(document: Json, *, details: bool) -> Iterable[tuple[object, ...]]:

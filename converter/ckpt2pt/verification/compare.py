@@ -353,10 +353,20 @@ class _Run(Comparing):
 
 
 def _one_sided(file: str, there: Leaves, missing: Leaves, kind: str) -> list[Row]:
-    """Leaves of one side alone; a container stands for all that is below it."""
-    tops = [path for path in there if path not in missing and (path.rpartition("/")[0] or "/") in missing]
+    """Leaves of one side alone; a container stands for all that is below it.
+
+    So does one that the other side has in another form, of which nothing below is the same, as an array and a list of its
+    numbers: that they differ is said of themselves.
+    """
+    above = {path: path.rpartition("/")[0] or "/" for path in there}
+    shared = {above[path] for path in there if path in missing}
     rows: list[Row] = []
-    for path in tops or [path for path in there if path not in missing]:
+    for path, parent in above.items():
+        covered = parent in there and (
+            parent not in missing or (there[parent] != missing[parent] and parent not in shared)
+        )
+        if path in missing or covered:
+            continue
         below = sum(other.startswith(f"{path}/") for other in there) if isinstance(there[path], Symbol) else 0
         text = short(there[path]) + (f" with {below} leaves" if below else "")
         left, right = (text, "") if kind == "left only" else ("", text)

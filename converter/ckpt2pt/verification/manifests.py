@@ -18,7 +18,7 @@ from ckpt2pt.io.paths import is_folder, is_there, listing, status
 from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import short
 from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, TORCH_DIST, Target, rank_name, read_record, read_tracker
-from ckpt2pt.publish.kinds import MERGED, REPORT
+from ckpt2pt.publish.kinds import CLAIM, MERGED, REPORT
 from ckpt2pt.verification.gather import BLOCK_BYTES, Files, spans
 from ckpt2pt.verification.report import Difference, Findings
 
@@ -35,18 +35,22 @@ class Recorded:
     files: frozenset[str]
 
 
-def recorded(path: Path) -> Recorded:
-    """The result in a folder: an import, an iteration, or the iteration that a Megatron root's tracker names.
+def recorded(path: Path) -> list[Recorded]:
+    """The result in a folder: an import, an iteration, or the iteration that a Megatron root's tracker names; merged files of each step.
 
     Which ranks and stages there have to be is told by the manifests above them, so that one that is missing is missed.
     """
     folder = path if is_folder(path / STATE, "the path") else iteration_folder(path)
-    state = folder / STATE
-    claim = read_record(state / "claim.json")
-    if claim is None and is_there(state / "claim.json"):
-        raise InputError("the claim there was changed, so nobody can tell whose result it is", where=state, hint=_HINT)
-    if claim is None:
+    claims = [*listing(folder / STATE, CLAIM), *sorted(listing(folder / STATE, f"*/{CLAIM}"))]
+    if not claims:
         raise MissingInputError("ckpt2pt has left no records there", where=folder, hint=_HINT)
+    return [_recorded(folder, claim.parent) for claim in claims]
+
+
+def _recorded(folder: Path, state: Path) -> Recorded:
+    claim = read_record(state / CLAIM)
+    if claim is None:
+        raise InputError("the claim there was changed, so nobody can tell whose result it is", where=state, hint=_HINT)
     report = read_record(state / "report.json") or {}
     briefs = cast("list[Json]", report.get("stages", []))
     stages = [read_record(found) or {} for found in listing(state, "stage-*.json")]
@@ -66,7 +70,7 @@ def recorded(path: Path) -> Recorded:
         stages=max(len(briefs), len(stages), 1 + max((pp for _, pp in ranks), default=0)),
         tensor=1 + max((tp for tp, _ in ranks), default=0),
         ranks={rank: str(one["identity"]) for rank, one in ranks.items()} if iteration is not None else {},
-        kind=MINDSPORE if iteration is None else MEGATRON,
+        kind=replace(MINDSPORE, state=state.relative_to(folder).as_posix()) if iteration is None else MEGATRON,
     )
     files = frozenset(str(file["path"]) for one in ranks.values() for file in cast("list[Json]", one["files"]))
     if any(name.endswith(".distcp") for name in files):
@@ -141,7 +145,8 @@ def _record(
     elif right is not None and not right(found):
         problem = "tells something else than the manifests that it joins"
     if problem:
-        yield Difference(file=f"{STATE}/{path.name}", tensor="record", problem=problem)
+        folder = next(one for one in path.parents if one.name == STATE).parent
+        yield Difference(file=path.relative_to(folder).as_posix(), tensor="record", problem=problem)
 
 
 def surplus(target: Target, listed: Collection[str]) -> Iterator[Difference]:

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.core.index import Collector, Index
+from ckpt2pt.core.params import expert_count, is_buffer
 from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.state import State
+from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import InputError
 from ckpt2pt.formats.megatron.headers import MegatronRank, read_files
-from ckpt2pt.formats.megatron.read import collect_rank
+from ckpt2pt.formats.megatron.payload import groups_of
+from ckpt2pt.formats.megatron.read import Shifted, collect_rank
 from ckpt2pt.formats.megatron.scaler import stored_scaler
 from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank
 from ckpt2pt.verification.gather import Files
@@ -53,30 +56,40 @@ def compare_files(
 ) -> tuple[Report, Mapping[str, int]]:
     """Compare a rank's files, by name, with the source; and the CRC-32 of each."""
     findings, held = Findings(directory), expected.held
+    assert held.layout, "a result has a layout"
+    ep, tp = divmod(rank[0], held.layout.tensor)
+    rank = tp, rank[1]
     with Files([*results.values()], advance) as files:
         try:
-            stored = read_files(results[MODEL_FILE], results.get(OPTIM_FILE))
-            result = _index(stored, held, rank)
+            stored = read_files(results[MODEL_FILE], results.get(OPTIM_FILE), experts=True)
+            result = _index(stored, held, rank, ep)
         except InputError as error:
             findings.differ(MODEL_FILE, "file", error.what.splitlines()[0])
         else:
             _check_values(expected.state, stored, findings, full=len(held.roles) > 1)
             places = {
-                key: Place(MODEL_FILE, str(key), expected.dtype)
+                key: Place(MODEL_FILE, str(key), _weight_type(expected, key))
                 if key.role == "param"
                 else Place(OPTIM_FILE, str(key), "float32")
                 for key in result
             }
-            TensorComparison(held, rank, result, places, findings, files).run()
+            TensorComparison(held, rank, result, places, findings, files, ep).run()
     crcs = crcs_of(results, {str(path): sorted(files.pieces.get(str(path), ())) for path in results.values()})
     return findings.report(results[MODEL_FILE].parent, files.nbytes), crcs
 
 
-def _index(stored: MegatronRank, held: Held, rank: Rank) -> Index:
+def _weight_type(expected: Expected, key: Key) -> str:
+    """A buffer keeps its own type."""
+    source = expected.held.tensors.get(key) if is_buffer(key.name) else None
+    return source.dtype if source else expected.dtype
+
+
+def _index(stored: MegatronRank, held: Held, rank: Rank, ep: int) -> Index:
     assert held.layout, "a result has a layout"
+    each = expert_count(key.name for key in held.tensors) // held.expert
     collector = Collector(1, str(stored.folder))
     buffers = lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL).buffers if stored.buffers is not None else ()
-    collect_rank(collector, (0, rank[1]), stored, held.layout, buffers)
+    collect_rank(Shifted(collector, 0, ep * each), (0, rank[1]), stored, held.layout, buffers)
     return collector.index(partial=True)
 
 
@@ -95,8 +108,10 @@ def _check_values(state: State, stored: MegatronRank, findings: Findings, *, ful
         if state.scaler is not None:
             wanted["optimizer/grad_scaler"] = state.scaler
             found["optimizer/grad_scaler"] = stored_scaler(template)
-        for number, group in enumerate(template.groups):
-            known = state.group(decays=bool(group.get("wd_mult", 1.0)))
+        optimizers = [groups_of(one) for one in template.optimizers]
+        numbered = [(experts, group) for experts, groups in enumerate(optimizers) for group in groups]
+        for number, (experts, group) in enumerate(numbered):
+            known = state.group(decays=bool(group.get("wd_mult", 1.0)), experts=bool(experts))
             for name in known.keys() & group.keys():
                 wanted[f"param_groups/{number}/{name}"] = known[name]
                 found[f"param_groups/{number}/{name}"] = cast("object", group[name])

@@ -32,7 +32,7 @@ from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.io.checksums import Piece
 from ckpt2pt.io.inputs import InputFile
 from ckpt2pt.io.paths import is_folder, listing, status
-from ckpt2pt.publish import MINDSPORE, STATE, Target
+from ckpt2pt.publish import STATE, Target
 from ckpt2pt.verification.copies import copies_of
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.leaves import Leaves, TensorLeaf, open_pt
@@ -325,22 +325,28 @@ def _to_read(
 
 def verify_records(path: Path, *, reporter: Reporter = SILENCE) -> Report:
     """Prove a result by its own records, where neither source nor options are at hand: nothing is missing, changed or added."""
-    result = recorded(path)
-    reports = digests(result.target, result.ranks, reporter)
-    listed = result.files | {*result.target.kind.merged}
-    found = [
-        *published(result.target, range(result.target.stages)),
-        *merged(result.target),
-        *surplus(result.target, listed),
-    ]
-    warnings = [one for pp in range(result.target.stages) for one in _noted(result.target, pp)]
-    if result.target.kind is MINDSPORE:
-        warnings += [
+    results = recorded(path)
+    width = max(result.target.tensor for result in results)
+    held = {  # merged files of several steps have ranks of the same numbers
+        (number * width + tp, pp): (result.target, (tp, pp))
+        for number, result in enumerate(results)
+        for tp, pp in result.ranks
+    }
+    home = results[0].target
+    reports = _digests(held, home.iteration, reporter)
+    found: list[Difference] = []
+    warnings: list[str] = []
+    for target, files in ((result.target, result.files) for result in results):
+        stages = range(target.stages)
+        found += [*published(target, stages), *merged(target), *surplus(target, files | {*target.kind.merged})]
+        warnings += (one for pp in stages for one in _noted(target, pp))
+    if not home.kind.alone:
+        warnings += (
             f"{folder.name} is a result of its own, which was not verified: give its folder"
-            for folder in iterations(listing(result.target.folder))
+            for folder in iterations(listing(home.folder))
             if is_folder(folder / STATE)
-        ]
-    return replace(joined(result.target, "digest", found, reports), warnings=tuple(warnings))
+        )
+    return replace(joined(home, "digest", found, reports), warnings=tuple(warnings))
 
 
 def _noted(target: Target, pp: int) -> list[str]:
@@ -351,14 +357,19 @@ def _noted(target: Target, pp: int) -> list[str]:
 
 def digests(target: Target, ranks: Sequence[Rank], reporter: Reporter) -> list[Report]:
     """Every file of these ranks, by the size and the CRC-32 in its manifest."""
+    return _digests({rank: (target, rank) for rank in ranks}, target.iteration, reporter)
 
-    def check(rank: Rank, advance: Advance) -> Report:
+
+def _digests(held: Mapping[Rank, tuple[Target, Rank]], iteration: int, reporter: Reporter) -> list[Report]:
+    def check(key: Rank, advance: Advance) -> Report:
+        target, rank = held[key]
         differences, nbytes = digest_files(target, rank, advance)
         return Report(
             folder=str(target.folder), level="digest", differences=differences, checked_tensors=0, checked_bytes=nbytes
         )
 
-    return reports_of({rank: recorded_bytes(target, rank) for rank in ranks}, target.iteration, reporter, check)
+    totals = {key: recorded_bytes(target, rank) for key, (target, rank) in held.items()}
+    return reports_of(totals, iteration, reporter, check)
 
 
 def reports_of(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ckpt2pt.core.extents import Box, Shape
 from ckpt2pt.core.index import Index
-from ckpt2pt.core.params import EMBEDDING, HEAD, axes_of, is_padded, layer_of
+from ckpt2pt.core.params import EMBEDDING, HEAD, axes_of, expert_count, expert_of, is_buffer, is_padded, layer_of
 from ckpt2pt.core.tensor import Key, Role, Tensor, box_of, sharded
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.errors import FormatError
@@ -33,7 +33,7 @@ class Held(NamedTuple):
     """What the source of a conversion holds, for the ranks of its result.
 
     ``layout`` is None where ``tensors`` are those of one rank alone; else they are global, and this is how the result is
-    laid out.  ``template`` is what is no tensor of the model, ``roles`` are those that are asked for: ``param`` alone for
+    laid out, over ``expert`` expert parallel ranks besides.  ``template`` is what is no tensor of the model, ``roles`` are those that are asked for: ``param`` alone for
     a conversion of the parameters.
     """
 
@@ -42,6 +42,7 @@ class Held(NamedTuple):
     template: Template
     iteration: int
     roles: Sequence[Role]
+    expert: int = 1
 
     def find(self, role: Role, name: str) -> Tensor | None:
         """What a tensor of the result is made from; a weight and its main parameter stand for each other."""
@@ -55,9 +56,10 @@ class Held(NamedTuple):
         beside = tensor.key.role == "main_param" and "param" not in self.roles
         return self.tensors.get(Key("param", tensor.key.name)) if beside else None
 
-    def names(self, pp: int) -> Iterator[str]:
-        """The parameters of a stage."""
+    def names(self, pp: int, ep: int = 0) -> Iterator[str]:
+        """The parameters of a stage, and of experts those of the rank ``ep``."""
         names, layout = dict.fromkeys(key.name for key in self.tensors), self.layout
+        each = expert_count(names) // self.expert
         if layout is None:
             yield from names
             return
@@ -65,7 +67,9 @@ class Held(NamedTuple):
         last = pp == layout.pipeline - 1
         copied = last and HEAD not in names and self.template.args.get("untie_embeddings_and_output_weights") is False
         for name in names:
-            layer = layer_of(name)
+            layer, number = layer_of(name), expert_of(name)
+            if number is not None and number // each != ep:
+                continue
             if layer is not None:
                 held = layer in layers
             elif name.startswith("embedding."):
@@ -118,15 +122,21 @@ class TensorComparison:
     places: Mapping[Key, Place]
     findings: Findings
     files: Files
+    ep: int = 0
+    """The rank's place among expert parallel ranks; of those but the first, dense parameters have no optimizer state."""
+
+    def _roles(self, name: str) -> Sequence[Role]:
+        return self.held.roles[:1] if is_buffer(name) or (self.ep and expert_of(name) is None) else self.held.roles
 
     def run(self) -> None:
         """Compare every tensor of the source that is the rank's; nothing may be missing, and nothing besides."""
         complete = not self.findings.differences  # else the structure of the files has told what is missing
         wanted = dict.fromkeys(self.places) | dict.fromkeys(self.result if complete else ())
         matched: set[Key] = set()
-        for name in self.held.names(self.rank[1]):
-            keys = {role: self._saved_as(Key(role, name)) for role in self.held.roles}
-            sources = {role: found for role in self.held.roles if (found := self.held.find(role, name))}
+        for name in self.held.names(self.rank[1], self.ep):
+            roles = self._roles(name)
+            keys = {role: self._saved_as(Key(role, name)) for role in roles}
+            sources = {role: found for role in roles if (found := self.held.find(role, name))}
             wanted |= dict.fromkeys(keys.values())
             matched.update(keys[role] for role in sources)
             for source in {found.key: found for found in sources.values()}.values():
@@ -195,7 +205,7 @@ class TensorComparison:
         if own and own[0].tally.count:
             raise FormatError(
                 f"{source.key.name} is not what the optimizer holds of it, from element {own[0].tally.index} on",
-                where=self.held.template.path,
+                where=self.held.template.where,
                 hint="make sure that the files are of one checkpoint of Megatron-LM 0.6, and save it again if they are",
             )
 

@@ -89,10 +89,9 @@ def _source(index: Index, layers: Sequence[int], part: Part) -> tuple[Tensor | N
     name = named(part.key)
     if name is None:
         return None, None
-    numbers = [layers[number] for number in part.origin[: name.leading]]
-    canonical = name.name(tuple(numbers))
+    canonical = name.name(part.origin[: name.leading])
     layer, inner = split_layer(canonical)
-    if not name.leading and layer is not None:
+    if layer is not None:
         canonical = f"decoder.layers.{layers[layer]}.{inner}"
     tensor = find(index, Key(name.role, canonical))
     origin, shape = part.origin[name.leading :], part.shape[name.leading :]

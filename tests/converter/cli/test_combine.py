@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,31 @@ def test_the_command_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(words) == 0
     assert "everything was there already" in capsys.readouterr().out
     assert main([*words[:-4], str(tmp_path), "--crc", "--progress", "none", "--multiprocess-off"]) == 64
+
+
+def test_groups_are_merged_stage_by_stage(golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = golden / "megatron06" / "j_tp1pp2dp2" / "ms_zero_src"
+    words = [
+        "combine",
+        "--checkpoint-dir",
+        str(source),
+        "--strategy-dir",
+        str(source / "opt_shard_info"),
+        "--progress",
+        "none",
+    ]
+    assert main([*words, "--output-dir", str(tmp_path / "whole")]) == 0
+    parts = [*words, "--output-dir", str(tmp_path / "parts"), "--output", "json", "--stage"]
+    for stage in (1, 0):
+        capsys.readouterr()
+        assert main([*parts, str(stage)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["ranksMerged"], found["published"]) == (1, stage == 0)
+    whole, made = (
+        {path.relative_to(root): path.read_bytes() for path in root.glob("rank_*/*")}
+        for root in (tmp_path / "whole", tmp_path / "parts")
+    )
+    assert made == whole
+    assert len(made) == 2
+    assert main([*parts, "2"]) == 64
+    assert main([*parts, "0", "--rank-section", "0", "2"]) == 64

@@ -240,3 +240,23 @@ def test_a_bug_is_one_line_of_json_for_a_machine(
     assert (document["level"], document["error"], document["exitCode"]) == ("error", "ValueError", 70)
     assert "this is a bug" in document["what"]
     assert "in broken" in document["traceback"]
+
+
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["a", "--tp-size", "2"], "--tp-size"),
+        (["a", "--ignore", "args"], "--ignore"),
+        (["a", "--reader", "torch"], "--reader"),
+        (["a", "b", "--param-map-path", "m"], "--param-map-path"),
+        (["a", "b", "--level", "digest"], "--level"),
+        (["a", "b", "--stage", "1"], "--stage"),
+        (["--source", "a", "--target", "b", "--ignore-padding"], "--ignore-padding"),
+    ],
+    ids=str,
+)
+def test_an_option_of_another_way_to_verify_is_refused(
+    words: list[str], flag: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", *words]) == 64
+    assert f"{flag} is given, and decides nothing where " in capfd.readouterr().err

@@ -19,7 +19,8 @@ def buffer(dtype: str) -> Buffer:
 
 def test_a_template_lies_in_memory_for_as_long_as_it_is_held() -> None:
     made = RankFiles(tp=1, pp=2, tree={"iteration": 7}, storages={}, buffers=(), names=((),))
-    template = template_of_files(made)
+    template = template_of_files(made, Path("checkpoint"))
+    assert template.where == "checkpoint"
     path = Path(template.path)
     assert template.tree["iteration"] == 7
     assert path.read_bytes()

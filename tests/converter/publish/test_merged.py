@@ -18,7 +18,8 @@ from ckpt2pt.errors import TargetConflictError, TryAgainError, VerificationError
 from ckpt2pt.publish import TORCH_DIST, TRACKER, Target
 from ckpt2pt.publish.files import partial_name
 from ckpt2pt.publish.locks import locked
-from ckpt2pt.publish.merged import publish_merged, refuse_lost
+from ckpt2pt.publish.merged import publish_merged
+from ckpt2pt.publish.unchanged import refuse_lost
 from ckpt2pt.verification.prove import verify_records
 from targets import Killed, dying, left_over
 

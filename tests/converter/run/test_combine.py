@@ -33,6 +33,7 @@ from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.kube.conversion.spelling import of_command
 from ckpt2pt.publish import locked
 from ckpt2pt.run.conversion import run
+from ckpt2pt.verification.prove import verify_records
 from ckptfiles import Tensor
 from conversions import Quiet
 from disk import fill_at_every_step
@@ -220,7 +221,10 @@ def test_a_later_step_joins_the_earlier_one(tmp_path: Path) -> None:
     for step in (12, 20):
         cut.write(Handmade(topology, hidden=8, vocab=12, data=2, iteration=step), tmp_path / "ms")
         assert merge(tmp_path / "ms", tmp_path / "merged").when == (0, step)
-    assert len(files_of(tmp_path / "merged")) == 4
+    files = files_of(tmp_path / "merged")
+    assert len(files) == 4
+    report = verify_records(tmp_path / "merged")
+    assert (report.ranks, report.checked_bytes, report.differences) == (4, sum(map(len, files.values())), ())
 
 
 def test_what_another_command_wrote_is_not_replaced_unasked(tmp_path: Path) -> None:
@@ -427,3 +431,20 @@ def test_a_sentence_tells_what_was_merged_and_kept(tmp_path: Path) -> None:
     )
     assert ", kept 1 that were there\n" in merge(source, tmp_path).sentence()
     assert "step 2: everything was there already\n" in merge(source, tmp_path).sentence()
+
+
+def test_merged_files_prove_themselves(tmp_path: Path) -> None:
+    made_in(tmp_path)
+    out = tmp_path / "merged"
+    merge(tmp_path / "ms", out)
+    report = verify_records(out)
+    assert (report.ranks, report.differences) == (2, ())
+    assert report.checked_bytes == sum(map(len, files_of(out).values()))
+    path = out / "rank_1/network_rank_1-0_12_dp_merged.ckpt"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    [record] = out.glob(".ckpt2pt/*/stage-000.json")
+    record.unlink()
+    found = {(one.file, one.tensor) for one in verify_records(out).differences}
+    assert found == {(path.relative_to(out).as_posix(), "file"), (record.relative_to(out).as_posix(), "record")}

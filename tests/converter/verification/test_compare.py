@@ -451,3 +451,12 @@ def test_tied_copies_that_differ_are_refused_with_both_names_and_the_element(tmp
 def test_tied_copies_of_unlike_shape_are_refused(tmp_path: Path) -> None:
     with Files() as files, pytest.raises(InputError, match="differ in type or shape"):
         same_bytes(ref(tmp_path / "a", "embedding", bytes(8)), ref(tmp_path / "b", "head", bytes(12)), files)
+
+
+def test_an_array_and_a_list_of_its_numbers_differ_in_one_row(tmp_path: Path) -> None:
+    state = [("MT19937", numbers, 624, 0, 0.0) for numbers in (np.arange(624, dtype=np.uint32), [*range(624)])]
+    for path, one in zip((tmp_path / "a.pt", tmp_path / "b.pt"), state, strict=True):
+        torch.save({"rng_state": [{"np_rng_state": one}]}, path)
+    for left, right in (("a.pt", "b.pt"), ("b.pt", "a.pt")):
+        [row] = compare(tmp_path / left, tmp_path / right).rows
+        assert row.name == "/rng_state/0/np_rng_state/1"

@@ -63,7 +63,7 @@ def read_states(path: Path, among: OpenFiles | None = None) -> list[tuple[Bucket
         if state is not None and not isinstance(state, dict):
             raise FormatError("the file does not hold buffers of an optimizer", where=path, hint=_SAVED_AGAIN)
         found.append(None if state is None else tuple(_coalesced(state, archive, path)))
-    if not any(found):
+    if not any(found) and len(found) < 2:
         raise FormatError("there is no buffer of an optimizer in the file", where=path, hint=_SAVED_AGAIN)
     return found
 

@@ -19,7 +19,7 @@ from ckpt2pt.core.foldernames import expert_ranks, model_ranks, parallel_sizes
 from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
 from ckpt2pt.core.names import TIED_HEAD, common_prefix
 from ckpt2pt.core.params import HEAD, legacy_name, legacy_spelling
-from ckpt2pt.errors import FormatError, MissingInputError, ref
+from ckpt2pt.errors import FormatError, MissingInputError, aside, ref
 from ckpt2pt.formats.megatron.distributed import Buckets, StoredBucket, joined, read_states, tensor_ref
 from ckpt2pt.formats.megatron.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.formats.megatron.payload import Template
@@ -62,12 +62,12 @@ class MegatronRank:
     @property
     def coalesced(self) -> bool:
         """Whether the buffers are those of 0.7 or newer."""
-        return any(bucket.coalesced for buffer in self.buffers or () for bucket in buffer)
+        return self.apart or any(bucket.coalesced for buffer in self.buffers or () for bucket in buffer)
 
     @property
     def has_plain_optimizer(self) -> bool:
         """Whether ``model_optim_rng.pt`` holds the optimizer, as without ``--use-distributed-optimizer``."""
-        return self.template.args.get("use_distributed_optimizer") is not True and "optimizer" in self.template.tree
+        return _has_plain_optimizer(self.template)
 
 
 def rank_folders(iteration: Path) -> dict[tuple[int, int], Path]:
@@ -129,7 +129,7 @@ def read_rank(
 ) -> MegatronRank:
     """Read the headers of one rank; ``optimizer`` False leaves ``distrib_optim.pt`` alone.
 
-    ``copies`` asks for the optimizer in ``model_optim_rng.pt`` where there is no ``distrib_optim.pt``.  A mixture of experts
+    ``copies`` asks for the optimizer in ``model_optim_rng.pt`` of a run without the distributed one.  A mixture of experts
     is refused unless ``experts``.
     """
     optim = folder / OPTIM_FILE
@@ -164,7 +164,7 @@ def read_files(
     states = read_states(optim) if optim else None
     apart = experts and states is not None and len(states) == 2
     buffers = _by_chunk(states, chunks) if states and apart else joined(states, optim) if states and optim else None
-    whole = copies and buffers is None
+    whole = copies and buffers is None and _has_plain_optimizer(template)
     return MegatronRank(
         folder=path.parent,
         template=template,
@@ -180,6 +180,10 @@ def read_files(
         if whole
         else None,
     )
+
+
+def _has_plain_optimizer(template: Template) -> bool:
+    return template.args.get("use_distributed_optimizer") is not True and "optimizer" in template.tree
 
 
 def _weights(model: Value, archive: Archive, path: Path) -> dict[str, TensorRef]:
@@ -249,11 +253,11 @@ def _named(
             raise FormatError(
                 f"{full} is of a mixture of experts, in a form that ckpt2pt does not read"
                 if experts
-                else f"{full} is of a mixture of experts, which ckpt2pt does not convert yet",
+                else f"{full} is of a mixture of experts, which no result for MindSpore or Megatron-LM 0.6 holds",
                 where=path,
                 hint="save it with an MLP for each expert, or with the grouped one of Transformer Engine"
                 if experts
-                else "give a checkpoint of a dense model; ckpt2pt verify and ckpt2pt.open read this one",
+                else f"choose Megatron-LM 0.7 to 0.19 or torch_dist{aside('target.format')}",
             )
         if not name.startswith("language_model.") and name != TIED_HEAD:
             raise FormatError(f"{full} is no parameter of a GPT model of Megatron-LM", where=path, hint=_SAVED_AGAIN)

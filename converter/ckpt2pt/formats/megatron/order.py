@@ -3,20 +3,24 @@
 The order is that of the state dict and, reversed, of the optimizer's buffer; the file of the optimizer holds no names.
 Megatron core: megatron/core/transformer/attention.py (``Attention.__init__`` registers ``linear_proj`` before
 ``SelfAttention.__init__`` adds ``linear_qkv`` and the norms of q and k), transformer_layer.py, models/gpt/gpt_model.py; with
-Transformer Engine norms are fused into the linear layer behind them (models/gpt/gpt_layer_specs.py).  Legacy models:
-megatron/legacy/model (up to core_v0.17.0), in the order of 0.6.
+Transformer Engine norms are fused into the linear layer behind them, but for one before experts (models/gpt/gpt_layer_specs.py).
+Experts: moe/moe_layer.py (router, experts, shared experts), moe/experts.py (``SequentialMLP`` has one module for each,
+``TEGroupedMLP`` numbers the weights of two), moe/shared_experts.py.  A module's own parameters come before those of modules
+inside it.  Legacy models: megatron/legacy/model (up to core_v0.17.0), in the order of 0.6.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal, NamedTuple
 
 from ckpt2pt.core.names import TIED_HEAD
 from ckpt2pt.core.params import EMBEDDING, HEAD, LAYER_MODULES, legacy_name
 from ckpt2pt.core.topology import Topology
 
+_EXPERTS = "mlp.experts.local_experts"
 _LOCAL = (
     "input_layernorm",
     "self_attention.linear_proj",
@@ -26,6 +30,11 @@ _LOCAL = (
     "pre_mlp_layernorm",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
+    "mlp.router",
+    _EXPERTS,
+    "mlp.shared_experts",
+    "mlp.shared_experts.linear_fc1",
+    "mlp.shared_experts.linear_fc2",
 )
 _FUSED = ("self_attention.linear_proj", "input_layernorm", *_LOCAL[2:])
 _LEGACY = (
@@ -36,24 +45,31 @@ _LEGACY = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
+_OF_EXPERTS = ("linear_fc1", "linear_fc2")
 _LEAVES = ("weight", "bias")
+_OWN_LEAVES = {"mlp.router": (*_LEAVES, "expert_bias"), "mlp.shared_experts": ("gate_weight",)}
 _SPELLED = {row.name: row.fused or f"{row.name}." for row in LAYER_MODULES}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Style:
-    """How the Megatron run to come builds its model; ``release`` is (0, 19) of 0.19."""
+    """How the Megatron run to come builds its model; ``release`` is (0, 19) of 0.19.
+
+    ``grouped`` says that a rank's experts are one module of Transformer Engine (``moe_grouped_gemm``).
+    """
 
     release: tuple[int, int] = (0, 19)
     names: Literal["mcore", "legacy"] = "mcore"
     transformer_engine: bool = False
+    grouped: bool = False
 
     @property
     def needs(self) -> str:
         """What a run needs to build the same model."""
         if self.names == "legacy":
             return "legacy models (releases up to 0.17)"
-        return "the layer spec of Transformer Engine" if self.transformer_engine else "the local layer spec"
+        spec = "the layer spec of Transformer Engine" if self.transformer_engine else "the local layer spec"
+        return f"{spec} and moe_grouped_gemm" if self.grouped else spec
 
 
 class Registered(NamedTuple):
@@ -66,17 +82,26 @@ class Registered(NamedTuple):
 
 
 def chunk_parameters(
-    names: Collection[str], layout: Topology, *, pp: int, vpp: int, tied: bool, style: Style
+    names: Collection[str], layout: Topology, *, pp: int, vpp: int, tied: bool, style: Style, experts: range = range(0)
 ) -> Iterator[Registered]:
-    """The parameters of a chunk in order of registration; ``names`` are those of the whole model."""
+    """The parameters of a chunk in order of registration, and buffers among them.
+
+    ``names`` are those of the whole model, ``experts`` the global numbers of the rank's experts.
+    """
     ends = layout.holds_embedding(pp, vpp), layout.holds_head(pp, vpp)
-    return registered(
-        names, layout.real_slots(pp, vpp), ends, tied=tied, shared=tied and layout.pipeline > 1, style=style
-    )
+    shared = tied and layout.pipeline > 1
+    return registered(names, layout.real_slots(pp, vpp), ends, tied=tied, shared=shared, style=style, experts=experts)
 
 
 def registered(
-    names: Collection[str], slots: Mapping[int, int], ends: tuple[bool, bool], *, tied: bool, shared: bool, style: Style
+    names: Collection[str],
+    slots: Mapping[int, int],
+    ends: tuple[bool, bool],
+    *,
+    tied: bool,
+    shared: bool,
+    style: Style,
+    experts: range = range(0),
 ) -> Iterator[Registered]:
     """The same of a chunk with the layers ``slots`` (local -> global number); ``ends``: whether it has embeddings, and the head.
 
@@ -85,7 +110,7 @@ def registered(
     if ends[0]:
         yield from _outside(("embedding.word_embeddings", "embedding.position_embeddings"), names, style, shared=shared)
     for local, layer in slots.items():
-        yield from _layer(names, local, layer, style)
+        yield from _layer(names, local, layer, style, experts)
     if ends[1]:
         yield from _outside(("decoder.final_layernorm", *(() if tied else ("output_layer",))), names, style)
         if shared:
@@ -103,16 +128,36 @@ def _outside(
                 yield Registered(name, spelled, shared and name == EMBEDDING)
 
 
-def _layer(names: Collection[str], local: int, layer: int, style: Style) -> Iterator[Registered]:
+def _layer(names: Collection[str], local: int, layer: int, style: Style, experts: range) -> Iterator[Registered]:
     legacy = style.names == "legacy"
     fused = style.transformer_engine and not legacy
+    theirs, ours = f"decoder.layers.{layer}.", f"decoder.layers.{local}."
+    has_experts = f"{theirs}mlp.router.weight" in names
     for module in _LEGACY if legacy else _FUSED if fused else _LOCAL:
-        for leaf in _LEAVES:
-            name, here = f"decoder.layers.{layer}.{module}.{leaf}", f"decoder.layers.{local}.{module}.{leaf}"
+        if module == _EXPERTS:
+            if has_experts:
+                spelled = _grouped(experts) if style.grouped else _sequential(experts)
+                yield from (Registered(theirs + inner, ours + own) for inner, own in spelled if theirs + inner in names)
+            continue
+        for leaf in _OWN_LEAVES.get(module, _LEAVES):
+            name, here = f"{theirs}{module}.{leaf}", f"{ours}{module}.{leaf}"
             if name not in names:
                 continue
             if legacy:
                 here = legacy_name(here)
-            elif fused:
-                here = f"decoder.layers.{local}.{_SPELLED[module]}{leaf}"
+            elif fused and not (has_experts and module == "pre_mlp_layernorm"):
+                here = f"{ours}{_SPELLED[module]}{leaf}"
             yield Registered(name, here)
+
+
+def _sequential(experts: range) -> Iterator[tuple[str, str]]:
+    """What a layer calls the parameters of its experts, all of them and those of a rank."""
+    for own, number in enumerate(experts):
+        for module, leaf in product(_OF_EXPERTS, _LEAVES):
+            yield f"{_EXPERTS}.{number}.{module}.{leaf}", f"{_EXPERTS}.{own}.{module}.{leaf}"
+
+
+def _grouped(experts: range) -> Iterator[tuple[str, str]]:
+    for module in _OF_EXPERTS:
+        for (own, number), leaf in product(enumerate(experts), _LEAVES):
+            yield f"{_EXPERTS}.{number}.{module}.{leaf}", f"mlp.experts.{module}.{leaf}{own}"

@@ -48,6 +48,13 @@ class Template:
     """Arguments that nobody stated, which have the default of Megatron-LM."""
     file: object = field(default=None, repr=False, compare=False)
     """What has to stay open for as long as ``path`` is read."""
+    origin: str = ""
+    """What it was made from, where ``path`` is a file in memory."""
+
+    @property
+    def where(self) -> str:
+        """What errors are about."""
+        return self.origin or self.path
 
     @property
     def args(self) -> dict[str, Value]:
@@ -71,11 +78,19 @@ class Template:
     @property
     def groups(self) -> list[dict[str, Value]]:
         """The parameter groups of a distributed optimizer, none where the entry has another form."""
+        return [group for optimizer in self.optimizers for group in groups_of(optimizer)]
+
+    @property
+    def optimizers(self) -> list[Value]:
+        """The states of the optimizers: of one, or, with expert parallelism, of dense parameters and of experts.
+
+        Megatron-LM, megatron/core/optimizer/optimizer.py (``ChainedOptimizer``): a list in the ``torch`` format, a dictionary by
+        number in a distributed checkpoint.
+        """
         outer = self.tree.get("optimizer")
-        inner = outer.get("optimizer") if isinstance(outer, dict) else None
-        groups = inner.get("param_groups") if isinstance(inner, dict) else None
-        found = groups if isinstance(groups, list) and all(isinstance(group, dict) for group in groups) else []
-        return cast("list[dict[str, Value]]", found)
+        if isinstance(outer, dict) and outer and all(type(key) is int for key in outer):
+            return [*outer.values()]
+        return outer if isinstance(outer, list) else [outer]
 
     def carried(self, statement: Statement) -> Carried:
         """What the source states otherwise of optimizer and scheduler."""
@@ -85,6 +100,14 @@ class Template:
     def gradients_as_parameters(self) -> bool:
         """True when gradients have the type of their parameters, as in fp16 unless told otherwise; bf16 keeps float32."""
         return self.args.get("accumulate_allreduce_grads_in_fp32") is False
+
+
+def groups_of(optimizer: Value) -> list[dict[str, Value]]:
+    """The parameter groups of one optimizer, none where its state has another form."""
+    inner = optimizer.get("optimizer") if isinstance(optimizer, dict) else None
+    groups = inner.get("param_groups") if isinstance(inner, dict) else None
+    found = groups if isinstance(groups, list) and all(isinstance(group, dict) for group in groups) else []
+    return cast("list[dict[str, Value]]", found)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +149,7 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
         tree.update(model)
     _set_time(tree, plan.training_step, reference_samples=reference_samples)
     _set_optimizer(tree, plan, template)
-    check_storages(copied, template.storages, template.path)
+    check_storages(copied, template.storages, template.where)
     extents = tuple(template.storages[key] for key in copied)
     return FilePayload(
         name=MODEL_FILE,

@@ -38,16 +38,23 @@ Ranks = Mapping[Rank, MegatronRank]
 
 
 def open_megatron(
-    path: Path, *, tensor: int | None, pipeline: int | None, iteration: int | None, rules: Rules
+    path: Path,
+    *,
+    tensor: int | None,
+    pipeline: int | None,
+    iteration: int | None,
+    rules: Rules,
+    weights_alone: bool = False,
 ) -> Checkpoint:
     """Read the headers of every rank of one iteration: that of the tracker unless ``iteration`` names another.
 
-    The layout of the optimizer's buffers is proved by a few elements of each parameter, which are read as well.
+    The layout of the optimizer's buffers is proved by a few elements of each parameter, which are read as well;
+    ``weights_alone`` leaves the optimizer alone.
     """
     from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - much, and a proof needs none of it
 
     folder = source_folder(path, iteration)
-    ranks = _read_ranks(folder, rules.pickle_globals)
+    ranks = _read_ranks(folder, rules.pickle_globals, optimizer=not weights_alone)
     dense = {(tp, pp): rank for (tp, pp, ep), rank in ranks.items() if not ep}
     there = parallel_sizes(dense)
     agreed((tensor, pipeline), there, folder)
@@ -56,12 +63,13 @@ def open_megatron(
     collector = Collector(there[0], str(folder))
     for (tp, pp, ep), rank in sorted(ranks.items(), key=lambda item: item[0][2]):
         buffers = lay_out_rank(rank, pp, at_most=SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
-        collect_rank(_Experts(collector, ep, _first_expert(rank, ep)), (tp, pp), rank, layout, buffers)
+        collect_rank(Shifted(collector, ep, _first_expert(rank, ep)), (tp, pp), rank, layout, buffers)
     first = dense[0, 0]
     samples = first.template.args.get("consumed_train_samples")
     return Checkpoint(
         path=folder,
         format="megatron",
+        expert=1 + max(ep for *_, ep in ranks),
         iteration=iteration_of(ranks.values(), folder),
         tensor=there[0],
         pipeline=there[1],
@@ -71,7 +79,7 @@ def open_megatron(
     )
 
 
-def _read_ranks(folder: Path, allow: tuple[str, ...]) -> dict[tuple[int, int, int], MegatronRank]:
+def _read_ranks(folder: Path, allow: tuple[str, ...], *, optimizer: bool) -> dict[tuple[int, int, int], MegatronRank]:
     """(tp, pp, ep) -> what its files hold.
 
     Whether a second number in a folder's name is that of a stage or of experts, only the arguments tell.
@@ -79,7 +87,10 @@ def _read_ranks(folder: Path, allow: tuple[str, ...]) -> dict[tuple[int, int, in
     folders = expert_ranks(listing(folder), pipelined=True)
     if not any(ep for *_, ep in folders):
         folders = {(*rank, 0): path for rank, path in rank_folders(folder).items()}
-    ranks = {rank: read_headers(path, allow, experts=True) for rank, path in folders.items()}
+    ranks = {
+        rank: read_rank(path, optimizer=optimizer, copies=optimizer, experts=True, allow=allow)
+        for rank, path in folders.items()
+    }
     first = ranks.get((0, 0, 0))
     if first and is_expert_parallel(first) and not any(ep for *_, ep in ranks):
         ranks = {(tp, 0, number): rank for (tp, number, _), rank in ranks.items()}
@@ -111,7 +122,7 @@ def _first_expert(rank: MegatronRank, ep: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Experts:
+class Shifted:
     """Collects what the rank ``ep`` of experts holds, whose first one is ``first``; dense parameters all such ranks hold."""
 
     collector: Collector
@@ -119,6 +130,7 @@ class _Experts:
     first: int
 
     def add(self, role: Role, name: str, tp: int, local: Local) -> None:
+        """Take what the rank holds, with the global number of its expert."""
         replica = self.ep > 0 and expert_of(name) is None
         self.collector.add(role, with_expert(name, self.first), tp, local, replica=replica)
 
@@ -128,16 +140,8 @@ def source_folder(path: Path, iteration: int | None) -> Path:
     return iteration_folder(path) if iteration is None else of_iteration(path, iteration)
 
 
-def read_headers(folder: Path, allow: tuple[str, ...], *, experts: bool = False) -> MegatronRank:
-    """One rank with its optimizer, distributed or not."""
-    rank = read_rank(folder, experts=experts, allow=allow)
-    if rank.buffers is None and rank.has_plain_optimizer:
-        return read_rank(folder, copies=True, experts=experts, allow=allow)
-    return rank
-
-
 def with_optimizer(rank: MegatronRank, allow: tuple[str, ...], files: OpenFiles | None = None) -> MegatronRank:
-    """The same for a rank whose model file was read; without any optimizer it stays as it is.  ``files`` stay open."""
+    """A rank whose model file was read, with its optimizer; without any it stays as it is.  ``files`` stay open."""
     if is_file(rank.folder / OPTIM_FILE, ref("source.path")):
         return replace(rank, buffers=read_buffers(rank.folder / OPTIM_FILE, files))
     return read_rank(rank.folder, copies=True, allow=allow) if rank.has_plain_optimizer else rank

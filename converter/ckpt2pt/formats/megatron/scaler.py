@@ -49,9 +49,7 @@ def scaler_of(own: Template | None, given: Template | None, args: Values) -> tup
 
 def stored_scaler(template: Template) -> Values | None:
     """What a checkpoint states; None where it states nothing.  Raises :class:`FormatError` for what is no loss scale."""
-    optimizer = template.tree.get("optimizer")
-    if isinstance(optimizer, list):  # of dense parameters and of experts: they scale one loss
-        optimizer = optimizer[0] if optimizer else None
+    optimizer = next(iter(template.optimizers), None)  # of dense parameters and of experts: they scale one loss
     held = optimizer.get(SCALER) if isinstance(optimizer, dict) else None
     return plain_scaler(held, template.storages, template.path) if isinstance(held, dict) else None
 

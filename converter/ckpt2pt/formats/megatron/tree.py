@@ -9,7 +9,7 @@ parameter group are what 0.13 and newer match it by), core_v0.8.0 to core_v0.19.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
 from ckpt2pt.core.state import State
 from ckpt2pt.errors import MissingInputError, ref
@@ -37,6 +37,15 @@ _SCHEDULER = (
     "max_lr", "lr_warmup_steps", "num_steps", "lr_decay_style", "lr_decay_steps", "min_lr",
     "start_wd", "end_wd", "wd_incr_style", "wd_incr_steps",
 )  # fmt: skip
+
+
+class Group(NamedTuple):
+    """A parameter group: whether its weights decay, and whether they are of experts with an optimizer of their own."""
+
+    decays: bool
+    experts: bool = False
+
+
 DEFAULT_SEED = 1234
 """megatron/training/arguments.py, ``--seed``."""
 
@@ -46,35 +55,38 @@ def model_tree(
     *,
     sizes: dict[str, Value],
     chunks: dict[str, Value],
-    decays: Sequence[bool] | None,
-    rank: tuple[int, int],
+    optimizers: Sequence[Sequence[Group]] | None,
+    rank: tuple[int, int, int],
 ) -> tuple[dict[str, Value], dict[str, bytes]]:
     """The tree of a rank's model file, and by key the storages of its random generators' states and of its loss scale.
 
-    ``sizes`` are arguments that the layout and the tensors tell, ``chunks`` the model; ``decays`` says for each parameter
-    group whether its weights decay, and is None where weights alone are written.  Raises :class:`MissingInputError` where
-    nothing states what a load needs.
+    ``sizes`` are arguments that the layout and the tensors tell, ``chunks`` the model; ``optimizers`` are the parameter groups
+    of each, None where weights alone are written; ``rank`` is (tp, pp, ep).  Raises :class:`MissingInputError` where nothing
+    states what a load needs.
     """
     args: dict[str, Value] = {
         **sizes,
         "num_attention_heads": state.number("num_attention_heads"),
         "consumed_train_samples": state.samples or 0,
     }
-    states, storages = rng_state(seed_of(state), tp=rank[0], pp=rank[1])
+    rng, storages = rng_state(seed_of(state), tp=rank[0], pp=rank[1], ep=rank[2])
     tree: dict[str, Value] = {
         "args": namespace(args),
         "checkpoint_version": 3.0,
         "iteration": state.iteration,
         **chunks,
     }
-    if decays is not None:
-        optimizer: dict[Value, Value] = {"optimizer": {"param_groups": [_group(state, decays=kind) for kind in decays]}}
+    if optimizers is not None:
+        more: dict[Value, Value] = {}
         if state.scaler is not None:
-            optimizer[SCALER], scale = scaler_tree(state.scaler, SCALER)
+            more[SCALER], scale = scaler_tree(state.scaler, SCALER)
             storages |= scale
-        tree["optimizer"] = optimizer
+        states: list[Value] = [
+            {"optimizer": {"param_groups": [_group(state, group) for group in groups]}, **more} for groups in optimizers
+        ]
+        tree["optimizer"] = states if len(states) > 1 else states[0]
         tree["opt_param_scheduler"] = {name: _needed(state, name, state.scheduler.get(name)) for name in _SCHEDULER}
-    tree["rng_state"] = states
+    tree["rng_state"] = rng
     return tree, storages
 
 
@@ -84,8 +96,8 @@ def seed_of(state: State) -> int:
     return seed if type(seed) is int else DEFAULT_SEED
 
 
-def _group(state: State, *, decays: bool) -> Value:
-    known = state.group(decays=decays)
+def _group(state: State, group: Group) -> Value:
+    known = {**state.group(decays=group.decays, experts=group.experts), "is_expert_parallel": group.experts}
     found: dict[Value, Value] = {}
     for name, default in _GROUP.items():
         value = known.get(name, default)

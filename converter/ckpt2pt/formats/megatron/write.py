@@ -4,13 +4,15 @@ index, state, layout --order--> parameters of each chunk --planning.layout--> pl
                                                          --tree-------------> model_optim_rng.pt, distrib_optim.pt
 
 Megatron-LM, megatron/core/optimizer/distrib_optimizer.py (``save_parameter_state``): a buffer is one tensor for each of
-param, exp_avg and exp_avg_sq, without the padding behind its buckets, with the gaps inside them.
+param, exp_avg and exp_avg_sq, without the padding behind its buckets, with the gaps inside them.  With expert parallelism
+experts have an optimizer and buffers of their own (core/optimizer/__init__.py, ``get_megatron_optimizer``): the file is a list
+of two states, of which ranks of other experts than the first leave out the dense one (optimizer.py, ``ChainedOptimizer``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from typing import NamedTuple
 from ckpt2pt.core.buckets import Buffer
 from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
 from ckpt2pt.core.fill import box_ref, replicas_of
+from ckpt2pt.core.foldernames import model_rank_name
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.layout import (
     BUCKET_NUMEL,
@@ -32,20 +35,22 @@ from ckpt2pt.core.layout import (
 )
 from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
 from ckpt2pt.core.names import state_dict_path
-from ckpt2pt.core.params import EMBEDDING, FINAL_NORM, HEAD, in_legacy_models
+from ckpt2pt.core.params import EMBEDDING, FINAL_NORM, HEAD, expert_count, expert_of, in_legacy_models, is_buffer
 from ckpt2pt.core.reshard import Part, Wanted, check_target, padding_remarks, part_of
 from ckpt2pt.core.slots import FileSlots, Slot, check_used, source_of
 from ckpt2pt.core.state import State
 from ckpt2pt.core.tensor import Key, Role, Tensor
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.errors import UsageError, ref
+from ckpt2pt.errors import TopologyError, UsageError, aside, ref
 from ckpt2pt.formats.megatron.order import Registered, Style, chunk_parameters
 from ckpt2pt.formats.megatron.payload import FilePayload, nested, tree_payload
-from ckpt2pt.formats.megatron.tree import model_tree
+from ckpt2pt.formats.megatron.tree import Group, model_tree
 from ckpt2pt.formats.torchfile.pickles import write_pickle
 from ckpt2pt.formats.torchfile.trees import Global, Value, ordered_dict, tensor
 
 _KINDS: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+_ALIGNED_GROUPS = (0, 13)
+"""The release from which on all ranks have the same parameter groups, empty ones too, and with them the same optimizers."""
 _FIRST_OF = {(0, 13): COALESCED[0], (0, 9): COALESCED[1], (0, 8): COALESCED[2], (0, 7): COALESCED[3]}
 
 
@@ -66,13 +71,30 @@ class Held(NamedTuple):
         return math.prod(self.part.shape)
 
 
+class Place(NamedTuple):
+    """Where a rank stands in each direction."""
+
+    tp: int
+    pp: int
+    ep: int
+
+
+class Optimizer(NamedTuple):
+    """What one optimizer of a rank holds of each chunk; ``divisor`` ranks share its buffers."""
+
+    chunks: Sequence[Sequence[Held]]
+    divisor: int
+    experts: bool
+
+
 @dataclass(frozen=True)
 class McoreLayout:
     """A result: where each part of each tensor goes.
 
     ``dtype`` is that of the weights, ``gradients`` that of the gradients, which keys the optimizer's buffers; ``rows`` are
     those of the vocabulary in the result; ``data`` is the data x context parallel size of the run to come, which matters
-    where parameters have sizes that are no multiples of 64.
+    where parameters have sizes that are no multiples of 64.  ``expert`` is the expert parallel size: a rank is (number, pp),
+    where numbers count the tensor parallel ranks of the first experts, then those of the next.
     """
 
     index: Index
@@ -86,7 +108,27 @@ class McoreLayout:
     tied: bool
     full: bool
     data: int
+    expert: int
     where: str
+
+    @property
+    def members(self) -> int:
+        """Ranks of each stage."""
+        return self.topology.tensor * self.expert
+
+    def ranks(self) -> Iterator[Rank]:
+        """Every rank."""
+        return ((number, pp) for pp in range(self.topology.pipeline) for number in range(self.members))
+
+    def place(self, rank: Rank) -> Place:
+        """Where a rank stands."""
+        ep, tp = divmod(rank[0], self.topology.tensor)
+        return Place(tp, rank[1], ep)
+
+    @cached_property
+    def experts(self) -> int:
+        """Experts of a layer."""
+        return expert_count(self.names)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -107,6 +149,7 @@ class McoreLayout:
         Raises :class:`CoverageError`, :class:`TopologyError` or :class:`MissingInputError` for what does not fit.
         """
         check_target(self.index, self.wanted)
+        self._check_experts()
         others = [name for name in sorted(self.names) if not in_legacy_models(name)]
         if self.style.names == "legacy" and others:
             raise UsageError(
@@ -117,57 +160,126 @@ class McoreLayout:
             )
         tied = (key for key in self.index if self.tied and key.name == HEAD)
         ignored = dict.fromkeys(tied, "compared with the embedding it is tied to")
-        slots = (slot for rank in self.topology.ranks() for file in self.files(rank)[1] for slot in file.slots)
+        slots = (slot for rank in self.ranks() for file in self.files(rank)[1] for slot in file.slots)
         check_used(self.index, slots, ignored, self.where)
+
+    def _check_experts(self) -> None:
+        if self.expert > 1 and (not self.experts or self.experts % self.expert):
+            raise TopologyError(
+                f"{self.experts or 'no'} experts are in a layer, and the expert parallel size is {self.expert}",
+                where=self.where,
+                hint=f"choose one that divides them{aside('target.parallelism.expert')}",
+                field="target.parallelism.expert",
+            )
+        if self.expert > 1 and self.data > 1 and self.data % self.expert:
+            raise UsageError(
+                f"{ref('target.dataParallel')} is {self.data}, which an expert parallel size of {self.expert} does not divide",
+                where=self.where,
+                hint=f"give a multiple of {self.expert}, or leave it out",
+                field="target.dataParallel",
+            )
 
     def remarks(self, rank: Rank) -> tuple[str, ...]:
         """What a user should know of a rank."""
-        return padding_remarks(self.index, rank, self.wanted)
+        place = self.place(rank)
+        return padding_remarks(self.index, (place.tp, place.pp), self.wanted)
 
     def directory(self, rank: Rank) -> str:
         """The folder of a rank."""
-        return self.topology.directory(*rank)
+        tp, pp, ep = self.place(rank)
+        return model_rank_name(tp, pp if self.topology.pipeline > 1 else None, ep if self.expert > 1 else None)
 
     def chunks(self, rank: Rank) -> list[list[Held]]:
         """The parameters of each chunk of a rank, in order of registration."""
-        tp, pp = rank
+        tp, pp, ep = self.place(rank)
+        each = self.experts // self.expert
+        own = range(ep * each, (ep + 1) * each)
         return [
             [
-                Held(one, part_of(source_of(self.index, Key("param", one.name), self.where), tp, self.wanted))
-                for one in chunk_parameters(self.names, self.topology, pp=pp, vpp=vpp, tied=self.tied, style=self.style)
+                Held(one, self._part(one.name, tp))
+                for one in chunk_parameters(
+                    self.names, self.topology, pp=pp, vpp=vpp, tied=self.tied, style=self.style, experts=own
+                )
             ]
             for vpp in range(self.topology.virtual)
         ]
 
-    def buffers(self, rank: Rank, chunks: Sequence[Sequence[Held]]) -> list[Buffer]:
+    def _part(self, name: str, tp: int) -> Part:
+        """A rank's part of a parameter; of dense ones it is that of all ranks of experts."""
+        found = self._parts.get((name, tp))
+        if found is None:
+            found = part_of(source_of(self.index, Key("param", name), self.where), tp, self.wanted)
+            if expert_of(name) is None:
+                self._parts[name, tp] = found
+        return found
+
+    @cached_property
+    def _parts(self) -> dict[tuple[str, int], Part]:
+        return {}
+
+    def optimizers(self, chunks: Sequence[Sequence[Held]]) -> list[Optimizer]:
+        """The optimizers of a rank: one, or one of dense parameters and one of experts.
+
+        Up to 0.12 a stage without experts has the first alone, since 0.13 the second one is empty there.
+        """
+        trained = [[held for held in chunk if not is_buffer(held.registered.name)] for chunk in chunks]
+        if self.expert == 1:
+            return [Optimizer(trained, self.data, experts=False)]
+        dense, own = (
+            [[held for held in chunk if (expert_of(held.registered.name) is not None) == kind] for chunk in trained]
+            for kind in (False, True)
+        )
+        data = max(self.data, self.expert)
+        found = [Optimizer(dense, data, experts=False), Optimizer(own, data // self.expert, experts=True)]
+        return found if any(own) or self.style.release >= _ALIGNED_GROUPS else found[:1]
+
+    def _groups(self, optimizer: Optimizer) -> list[Group]:
+        """Parameter groups in Megatron's order; those of an empty optimizer are those of other stages."""
+        parameters: Iterable[Parameter] = self._parameters(held for chunk in optimizer.chunks for held in chunk)
+        if optimizer.experts and not any(optimizer.chunks):
+            names = [name for name in sorted(self.names) if expert_of(name) is not None]
+            parameters = [Parameter(name=name, shape=self.index[Key("param", name)].fused, dtype="") for name in names]
+        return [Group(decays, optimizer.experts) for decays in weight_decay_groups(parameters)]
+
+    def _parameters(self, held: Iterable[Held]) -> list[Parameter]:
+        return [
+            Parameter(name=one.spelled, shape=part.shape, dtype=self.dtype, shared=one.shared) for one, part in held
+        ]
+
+    def buffers(self, rank: Rank, optimizer: Optimizer) -> list[Buffer]:
         """The optimizer's buffer of each chunk that has parameters, as its file holds it."""
         policy, found = policy_of(self.style.release), list[Buffer]()
         stated = self.state.args.get("ddp_bucket_size")
         size = stated if type(stated) is int and stated > 0 else max(BUCKET_NUMEL, BUCKET_NUMEL_A_RANK * self.data)
         overlap = self.state.args.get("overlap_grad_reduce") is True
-        for vpp, held in enumerate(chunks):
-            parameters = [
-                Parameter(name=one.spelled, shape=part.shape, dtype=self.dtype, shared=one.shared) for one, part in held
-            ]
+        for vpp, held in enumerate(optimizer.chunks):
             limit = bucket_numel(overlap=overlap, pp=rank[1], chunk=vpp, size=size)
-            for buffer in lay_out(parameters, divisor=self.data, bucket_numel=limit, policy=policy):
+            parameters = self._parameters(held)
+            for buffer in lay_out(parameters, divisor=optimizer.divisor, bucket_numel=limit, policy=policy):
                 found.append(coalesce(buffer))
         return found
 
     def files(self, rank: Rank) -> tuple[tuple[FilePayload, ...], tuple[FileSlots, ...]]:
         """The files of a rank, and what fills them."""
         chunks = self.chunks(rank)
-        model = self._model(rank, chunks)
-        if not self.full:
-            return (model[0],), (model[1],)
-        optimizer = self._optimizer(rank, chunks)
-        return (model[0], optimizer[0]), (model[1], optimizer[1])
+        optimizers = self.optimizers(chunks) if self.full else []
+        found = [self._model(rank, chunks, optimizers)]
+        if self.saves_optimizer(rank, optimizers):
+            found.append(self._optimizer(rank, optimizers))
+        return tuple(payload for payload, _ in found), tuple(slots for _, slots in found)
+
+    def saves_optimizer(self, rank: Rank, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether a rank has a file of the optimizer: of dense parameters alone the first experts' ranks save it."""
+        return bool(optimizers) and (not self.place(rank).ep or len(optimizers) > 1)
 
     def copies(self, rank: Rank) -> Iterator[tuple[TensorRef, TensorRef]]:
         """Pairs of the source that must hold the same bytes, as only the first of each is converted."""
-        if rank[0]:
+        tp, _, ep = self.place(rank)
+        if tp:
             return
         for found in self.tensors(rank):
+            if ep and expert_of(found.key.name) is None:
+                continue
             yield from replicas_of(found)
             if self.tied and found.key.name == HEAD:
                 own = source_of(self.index, Key(found.key.role, EMBEDDING), self.where)
@@ -181,23 +293,23 @@ class McoreLayout:
             held.add(HEAD)
         return (found for key, found in self.index.items() if key.name in held)
 
-    def _model(self, rank: Rank, chunks: Sequence[Sequence[Held]]) -> tuple[FilePayload, FileSlots]:
+    def _model(
+        self, rank: Rank, chunks: Sequence[Sequence[Held]], optimizers: Sequence[Optimizer]
+    ) -> tuple[FilePayload, FileSlots]:
         slots: list[Slot] = []
         models: dict[str, Value] = {}
         for vpp, held in enumerate(chunks):
             pairs: list[tuple[str, Value]] = []
             for one, part in held:
-                slot = Slot(Key("param", one.name), self.dtype, len(slots), 0, part.box)
-                pairs.append((one.spelled, tensor(self.dtype, str(slot.storage), slot.numel, 0, part.shape)))
+                key = Key("param", one.name)
+                slot = Slot(key, self.index[key].dtype if is_buffer(one.name) else self.dtype, len(slots), 0, part.box)
+                pairs.append((one.spelled, tensor(slot.dtype, str(slot.storage), slot.numel, 0, part.shape)))
                 slots.append(slot)
             models[self.topology.model_key(vpp)] = (
                 nested((state_dict_path(name), value) for name, value in pairs)
                 if self.style.names == "legacy"
                 else ordered_dict(pairs)
             )
-        parameters = [
-            Parameter(name=one.spelled, shape=part.shape, dtype=self.dtype) for held in chunks for one, part in held
-        ]
         tree, literals = model_tree(
             self.state,
             sizes={
@@ -206,12 +318,13 @@ class McoreLayout:
                 "tensor_model_parallel_size": self.topology.tensor,
                 "pipeline_model_parallel_size": self.topology.pipeline,
                 "untie_embeddings_and_output_weights": not self.tied,
+                **self._of_experts,
                 **self._bucketing,
                 **self._precision,
             },
             chunks=models,
-            decays=weight_decay_groups(parameters) if self.full else None,
-            rank=rank,
+            optimizers=[*map(self._groups, optimizers)] if self.full else None,
+            rank=self.place(rank),
         )
         # Storages are numbered as the tree names them: those of the weights first, and by the same numbers again.
         pickle, keys = tree_payload(tree, {*literals, *map(str, range(len(slots)))}, MODEL_FILE)
@@ -219,6 +332,14 @@ class McoreLayout:
         sizes = tuple(slot.numel * DTYPE_BYTES[slot.dtype] for slot in slots)
         payload = FilePayload(name=MODEL_FILE, pickle=pickle, storages=(*sizes, *map(len, copied)), copied=copied)
         return payload, FileSlots(name=MODEL_FILE, slots=tuple(slots), storages=sizes)
+
+    @property
+    def _of_experts(self) -> dict[str, Value]:
+        """What tells a folder of experts from one of a stage, which have the same name, and that one without a file lacks nothing."""
+        if not self.experts:
+            return {}
+        sizes: dict[str, Value] = {"num_experts": self.experts, "expert_model_parallel_size": self.expert}
+        return sizes | ({"use_distributed_optimizer": True} if self.full else {})
 
     @property
     def _bucketing(self) -> dict[str, Value]:
@@ -239,12 +360,23 @@ class McoreLayout:
     def _norm(self) -> Key:
         return source_of(self.index, Key("param", FINAL_NORM), self.where).key
 
-    def _optimizer(self, rank: Rank, chunks: Sequence[Sequence[Held]]) -> tuple[FilePayload, FileSlots]:
+    def _optimizer(self, rank: Rank, optimizers: Sequence[Optimizer]) -> tuple[FilePayload, FileSlots]:
         slots: list[Slot] = []
         sizes: list[int] = []
+        states: list[Value] = [
+            None if self.place(rank).ep and not one.experts else self._state(rank, one, slots, sizes)
+            for one in optimizers
+        ]
+        pickle = write_pickle(states if len(states) > 1 else states[0])
+        payload = FilePayload(name=OPTIM_FILE, pickle=pickle, storages=tuple(sizes), copied=())
+        gaps = frozenset(range(len(sizes)))
+        return payload, FileSlots(name=OPTIM_FILE, slots=tuple(slots), storages=tuple(sizes), padded=gaps)
+
+    def _state(self, rank: Rank, optimizer: Optimizer, slots: list[Slot], sizes: list[int]) -> Value:
+        """The state of one optimizer; its slots, and the sizes of its storages, join those of the file."""
         tree: dict[Value, Value] = {"buckets_coalesced": True}
-        filled = [chunk for chunk in chunks if chunk]
-        for number, (buffer, chunk) in enumerate(zip(self.buffers(rank, chunks), filled, strict=True)):
+        filled = [chunk for chunk in optimizer.chunks if chunk]
+        for number, (buffer, chunk) in enumerate(zip(self.buffers(rank, optimizer), filled, strict=True)):
             held = {one.spelled: (one.name, part) for one, part in chunk}
             numel = buffer.numel
             kinds: dict[Value, Value] = {}
@@ -257,6 +389,4 @@ class McoreLayout:
                     slots.append(Slot(Key(role, name), "float32", storage, placed.start, part.box))
             kinds["numel_unpadded"] = numel
             tree[number] = {(Global("torch", self.dtype), Global("torch", self.gradients)): kinds}
-        payload = FilePayload(name=OPTIM_FILE, pickle=write_pickle(tree), storages=tuple(sizes), copied=())
-        gaps = frozenset(range(len(sizes)))
-        return payload, FileSlots(name=OPTIM_FILE, slots=tuple(slots), storages=tuple(sizes), padded=gaps)
+        return tree

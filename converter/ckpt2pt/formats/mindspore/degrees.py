@@ -108,7 +108,7 @@ def _by_files(path: Path, ranks: list[int], table: NameTable, header: Header) ->
     raise UsageError(
         f"{len(ranks)} rank folders, nothing says which of them are tensor parallel and which pipeline parallel, and {why}",
         where=path,
-        hint=f"give the parallel sizes of the training: {refs('parallelism.tensor', 'parallelism.pipeline')}; tp and pp of ckpt2pt.open",
+        hint=f"give the parallel sizes of the training: {refs('parallelism.tensor', 'parallelism.pipeline')}",
     )
 
 

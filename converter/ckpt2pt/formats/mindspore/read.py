@@ -26,16 +26,27 @@ from ckpt2pt.formats.mindspore.source import collect
 
 
 def open_mindspore(
-    path: Path, *, tensor: int | None, pipeline: int | None, iteration: int | None, rules: Rules
+    path: Path,
+    *,
+    tensor: int | None,
+    pipeline: int | None,
+    iteration: int | None,
+    rules: Rules,
+    wanted_format: str | None = None,
+    info: Path | None = None,
 ) -> Checkpoint:
     """Read the headers of every rank of one iteration, the newest that all ranks have unless ``iteration`` names another.
 
     ``tensor`` and ``pipeline`` may be left out where the folders, a ``pt_meta`` beside the ranks or the files tell them.
+    ``wanted_format`` is ``ckpt``, ``safetensors`` or None for either, ``info`` the folder that describes data-parallel shards
+    (None: ``opt_shard_info`` beside the ranks).
     """
     table, header = NameTable(rules), cache(index_file)
     layout = find_layout(path, tensor, pipeline, table, header)
-    found = find_sources(path, layout)
-    found = find_groups(path, layout, found, sharded=lambda file: has_shards(header(file)))
+    found = find_sources(path, layout, wanted_format=wanted_format)
+    found = find_groups(
+        path, layout, found, sharded=lambda file: has_shards(header(file)), info=info, wanted_format=wanted_format
+    )
     when = (
         choose(found, last_saved(path, layout)) if iteration is None else _of_iteration(path, found, iteration, header)
     )

@@ -241,18 +241,18 @@ def _name_lists(template: Template) -> list[tuple[str, ...]]:
     if lists is None:
         raise MissingInputError(
             "there is neither a param map (param_map_buffer0_*.json) nor a param_name_list in the args file",
-            where=template.path,
+            where=template.where,
             hint=_HINT,
         )
     if not isinstance(lists, list) or not all(isinstance(names, list) for names in lists):
-        raise FormatError("param_name_list is not a list of lists", where=template.path, hint=_HINT)
+        raise FormatError("param_name_list is not a list of lists", where=template.where, hint=_HINT)
     if sum(len(names) for names in cast("list[list[object]]", lists)) > _MAX_NAMES:  # lists may be shared
-        raise FormatError(f"param_name_list holds more than {_MAX_NAMES} names", where=template.path, hint=_HINT)
+        raise FormatError(f"param_name_list holds more than {_MAX_NAMES} names", where=template.where, hint=_HINT)
     found: list[tuple[str, ...]] = []
     for names in cast("list[list[object]]", lists):
         if not all(isinstance(name, str) for name in names) or len(set(map(str, names))) != len(names):
             raise FormatError(
-                "param_name_list holds something else than distinct names", where=template.path, hint=_HINT
+                "param_name_list holds something else than distinct names", where=template.where, hint=_HINT
             )
         found.append(tuple(bare(str(name)) for name in reversed(names)))
     return found

@@ -52,7 +52,7 @@ def synthesize_entries(
     except UsageError as error:
         raise FormatError(
             f"the arguments do not give what {ref('synthesize')} needs: {error.what}",
-            where=template.path,
+            where=template.where,
             hint="make pt_meta from a checkpoint that holds these entries, or from a description",
         ) from error
     return made, storages

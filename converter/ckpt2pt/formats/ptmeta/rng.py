@@ -14,7 +14,7 @@ from ckpt2pt.formats.torchfile.trees import Value, tensor
 STORAGES = ("torch", "cuda", "data-parallel-rng", "model-parallel-rng", "expert-parallel-rng")
 
 
-def rng_state(seed: int, *, tp: int, pp: int) -> tuple[list[Value], dict[str, bytes]]:
+def rng_state(seed: int, *, tp: int, pp: int, ep: int = 0) -> tuple[list[Value], dict[str, bytes]]:
     """The entry ``rng_state`` of a model file, and its storages."""
     seed += 100 * pp
     storages = {
@@ -22,7 +22,7 @@ def rng_state(seed: int, *, tp: int, pp: int) -> tuple[list[Value], dict[str, by
         "cuda": _cuda_state(seed),
         "data-parallel-rng": _cuda_state(seed),
         "model-parallel-rng": _cuda_state(seed + 2718 + tp),
-        "expert-parallel-rng": _cuda_state(seed + 1024 + tp),
+        "expert-parallel-rng": _cuda_state(seed + 1024 + 100 * ep + tp),
     }
     nodes: dict[str, Value] = {key: tensor("uint8", key, len(data), 0, (len(data),)) for key, data in storages.items()}
     version, state, gauss = random.Random(seed).getstate()

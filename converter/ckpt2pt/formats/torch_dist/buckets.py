@@ -20,7 +20,7 @@ from typing import NamedTuple, NoReturn
 
 from ckpt2pt.core.extents import DTYPE_BYTES, Extent, Shape
 from ckpt2pt.core.index import Collector, Index, Local
-from ckpt2pt.core.params import HEAD, kind_of, layer_of
+from ckpt2pt.core.params import HEAD, expert_count, is_buffer, kind_of, layer_of
 from ckpt2pt.core.tensor import Role, Tensor
 from ckpt2pt.errors import FormatError, aside
 from ckpt2pt.formats.megatron.order import Style, registered
@@ -85,12 +85,16 @@ class _Layout:
         args = common.args
         self._folder, self._weights = (
             folder,
-            {key.name: tensor for key, tensor in weights.items() if key.role == "param"},
+            {key.name: tensor for key, tensor in weights.items() if key.role == "param" and not is_buffer(key.name)},
         )
         self.tensor, self._pipeline = (
             _size(args.get(f"{name}_model_parallel_size"), folder) for name in ("tensor", "pipeline")
         )
-        self._style = Style(transformer_engine=args.get("transformer_impl") == "transformer_engine")
+        fused = args.get("transformer_impl") == "transformer_engine"
+        self._style = Style(transformer_engine=fused, grouped=fused and args.get("moe_grouped_gemm") is True)
+        self._experts = range(expert_count(self._weights))
+        if self._experts and args.get("expert_model_parallel_size", 1) != 1:
+            _refuse("experts of expert parallel ranks have buckets of their own", folder)
         for name in self._weights:
             if kind_of(name) is None:
                 _refuse(f"the place of {name} in them is not known", folder)
@@ -150,7 +154,13 @@ class _Layout:
         tied = HEAD not in self._weights
         slots = dict(enumerate(layers))
         rows = registered(
-            self._weights, slots, (first, last), tied=tied, shared=tied and self._pipeline > 1, style=self._style
+            self._weights,
+            slots,
+            (first, last),
+            tied=tied,
+            shared=tied and self._pipeline > 1,
+            style=self._style,
+            experts=self._experts,
         )
         return [row.name for row in rows]
 

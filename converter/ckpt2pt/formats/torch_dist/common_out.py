@@ -59,8 +59,11 @@ _GRADIENTS = "accumulate_allreduce_grads_in_fp32"
 """Of fp16 trainings, for whoever converts the result into a form that keeps the type of gradients."""
 
 
-def write_common(state: State, sizes: Values, *, full: bool) -> bytes:
+def write_common(state: State, sizes: Values, *, full: bool, chained: bool = False) -> bytes:
     """``common.pt``; ``sizes`` are arguments that the tensors themselves tell, by Megatron's names.
+
+    ``chained``: the run to come has an optimizer of experts beside that of dense parameters, whose tensors are the same; a
+    loader asks for as many states as it has optimizers (core/optimizer/optimizer.py, ``ChainedOptimizer``).
 
     Raises :class:`MissingInputError` where nothing states the number of attention heads, hyperparameters of the optimizer, or the scheduler.
     """
@@ -93,20 +96,28 @@ def write_common(state: State, sizes: Values, *, full: bool) -> bytes:
                 hint=f"give a pt_meta, or the launch script of the Megatron run, in {ref('metadata.path')}, or convert weights alone{aside('mode')}",
                 field="metadata.path",
             )
-        optimizer: dict[Value, Value] = {"optimizer": {"param_groups": _groups(state)}}
+        more: dict[Value, Value] = {}
         if state.scaler is not None:
-            optimizer[SCALER], storages = scaler_tree(state.scaler, "0")
-        tree["optimizer"] = {**optimizer, "param_state_sharding_type": SHARDING}
+            more[SCALER], storages = scaler_tree(state.scaler, "0")
+        more["param_state_sharding_type"] = SHARDING
+        states: list[Value] = [
+            {"optimizer": {"param_groups": _groups(state, experts=experts)}, **more}
+            for experts in ((False, True) if chained else (False,))
+        ]
+        tree["optimizer"] = dict(enumerate(states)) if chained else states[0]
         tree["opt_param_scheduler"] = cast("Value", dict(state.scheduler))
     return archive_bytes("common", write_pickle(tree), [*storages.values()])
 
 
-def _groups(state: State) -> list[Value]:
+def _groups(state: State, *, experts: bool) -> list[Value]:
     """Every group with the true step, those with weight decay first; a loader finds its own by their keys, whatever the order.
 
     There may be more than one of a kind: embedding and output layer with a learning rate of their own.
     """
     for decays in (True, False):
         state.group(decays=decays)  # refuses where nothing states it
-    ordered = sorted(state.groups, key=lambda group: not group.get("wd_mult", 1.0))
-    return [cast("Value", {**group, "step": state.step}) for group in ordered]
+    own = [group for group in state.groups if bool(group.get("is_expert_parallel")) == experts]
+    kinds = {bool(group.get("wd_mult", 1.0)) for group in own}
+    own += [state.group(decays=decays, experts=experts) for decays in (True, False) if decays not in kinds]
+    ordered = sorted(own, key=lambda group: not group.get("wd_mult", 1.0))
+    return [cast("Value", {**group, "is_expert_parallel": experts, "step": state.step}) for group in ordered]

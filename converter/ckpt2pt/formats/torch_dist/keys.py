@@ -2,21 +2,25 @@
 
     decoder.layers.3.self_attention.linear_qkv.weight  ->  decoder.layers.self_attention.linear_qkv.weight  [3] of 4 layers
     and where layers differ from each other:               decoder.layers.3.self_attention.linear_qkv.weight
+    decoder.layers.3.mlp.experts.local_experts.5.linear_fc1.weight
+                                                       ->  decoder.layers.mlp.experts.experts.linear_fc1.weight  [3, 5]
 
 Megatron-LM core_v0.15.0 to core_v0.19.0: megatron/core/transformer/transformer_block.py (``sharded_state_dict``: one tensor
 for all layers where they are alike), transformer_layer.py (``sharded_state_dict_keys_map``: a norm is named after the linear
-module behind it), mlp.py (``apply_swiglu_sharded_factory``: gate and up are halves), optimizer/distrib_optimizer.py.
+module behind it), mlp.py (``apply_swiglu_sharded_factory``: gate and up are halves), moe/experts.py (all experts are one
+tensor, whatever their modules), optimizer/distrib_optimizer.py.  The norm before experts is named after a linear module that
+is not there with the local layer specification, and by its own name with that of Transformer Engine: it is written under both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from typing import NamedTuple
 
 from ckpt2pt.core.extents import Shape
 from ckpt2pt.core.index import Index, layer_numbers
-from ckpt2pt.core.params import split_layer
-from ckpt2pt.core.slots import check_dense
+from ckpt2pt.core.params import expert_count, expert_of, has_experts, split_layer, without_expert
 from ckpt2pt.core.tensor import Role
 from ckpt2pt.errors import MissingInputError
 
@@ -46,11 +50,21 @@ _STATES = (
 """Modules of a layer for which some release or layer specification asks for an ``_extra_state``; surplus ones are ignored."""
 
 
+_SHARED_STATES = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
+_EXPERT_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
+"""The same for a layer with experts, and for each of them."""
+
+
 class Layers(NamedTuple):
-    """``numbers`` are those of the source, and which layer of the result each is; ``alike``: one tensor holds all of them."""
+    """``numbers`` are those of the source, and which layer of the result each is; ``alike``: one tensor holds all of them.
+
+    ``with_experts`` are the layers of the result that have ``experts`` in place of one MLP.
+    """
 
     numbers: Mapping[int, int]
     alike: bool
+    with_experts: frozenset[int] = frozenset()
+    experts: int = 0
 
     def stage(self, pp: int, stages: int) -> range:
         """The layers of the result that one of ``stages`` workers writes: consecutive ones, about as many as the others."""
@@ -59,19 +73,19 @@ class Layers(NamedTuple):
 
 
 class Key(NamedTuple):
-    """The name, and the index of the layer with the number of layers, which are the first axis where all are one tensor."""
+    """The name, and the place among layers and among experts with their numbers, which are axes where all are one tensor."""
 
     name: str
     lead: Shape = ()
     of: Shape = ()
 
 
-def layers_of(index: Index, where: str) -> Layers:
+def layers_of(index: Index, where: str, frequency: object = None) -> Layers:
     """The layers of a model; no-op layers, which have no parameters, are not counted.
 
-    Raises :class:`MissingInputError` without any layer, and :class:`FormatError` for layers with experts.
+    ``frequency`` is Megatron's ``moe_layer_freq``: a list of it, or more than 1, makes Megatron-LM look for a tensor of each layer also
+    where all are alike (transformer_block.py).  Raises :class:`MissingInputError` without any layer.
     """
-    check_dense(index, where)
     numbers = layer_numbers(index)
     if not numbers:
         raise MissingInputError("the source holds no layer", where=where, hint="copy the folders of all ranks")
@@ -80,30 +94,48 @@ def layers_of(index: Index, where: str) -> Layers:
         layer, inner = split_layer(key.name)
         held.setdefault(layer, {})[inner] = tensor.fused
     first = held[min(numbers)]
-    return Layers(numbers, all(held[number] == first for number in numbers))
+    listed = isinstance(frequency, list | tuple) or (isinstance(frequency, int) and frequency > 1)
+    return Layers(
+        numbers,
+        not listed and all(held[number] == first for number in numbers),
+        frozenset(numbers[layer] for layer in numbers if any(map(has_experts, held[layer]))),
+        expert_count(key.name for key in index),
+    )
 
 
-def key_of(name: str, layers: Layers) -> Key:
-    """The key of a parameter by its canonical name, without that of a role."""
+def keys_of(name: str, layers: Layers) -> tuple[Key, ...]:
+    """The keys of a parameter by its canonical name, without that of a role; more than one for the norm before experts."""
     layer, inner = split_layer(name)
     if layer is None:
-        return Key(name)
+        return (Key(name),)
+    number, expert = layers.numbers[layer], expert_of(name)
+    lead, of = ((number,), (len(layers.numbers),)) if layers.alike else ((), ())
+    prefix = "decoder.layers." if layers.alike else f"decoder.layers.{number}."
+    if expert is not None:
+        inner = without_expert(inner).replace(".local_experts.", ".experts.", 1)
+        return (Key(prefix + inner, (*lead, expert), (*of, layers.experts)),)
+    names = [inner]
     for norm, module in _NORMS:
         if inner.startswith(norm):
-            inner = module + inner.removeprefix(norm)
-    number = layers.numbers[layer]
-    if layers.alike:
-        return Key(f"decoder.layers.{inner}", (number,), (len(layers.numbers),))
-    return Key(f"decoder.layers.{number}.{inner}")
+            by_module = module + inner.removeprefix(norm)
+            own = number in layers.with_experts and norm.startswith("pre_mlp_")
+            names = [by_module, inner] if own else [by_module]
+    return tuple(Key(prefix + one, lead, of) for one in names)
 
 
 def extra_states(layers: Layers, numbers: Iterable[int], *, last: bool) -> Iterator[str]:
     """The objects of the given layers of the result, and with the ``last`` ones that of the norm behind them."""
     for number in numbers:
-        for module in _STATES:
+        expert = number in layers.with_experts
+        for module in (*_STATES, *(_SHARED_STATES if expert else ())):
             if layers.alike:
                 yield f"decoder.layers.{module}._extra_state/shard_{number}_{len(layers.numbers)}"
             else:
                 yield f"decoder.layers.{number}.{module}._extra_state/shard_0_1"
+        for module, one in product(_EXPERT_STATES, range(layers.experts) if expert else ()):
+            if layers.alike:
+                yield f"decoder.layers.{module}._extra_state/shard_{number}.{one}_{len(layers.numbers)}.{layers.experts}"
+            else:
+                yield f"decoder.layers.{number}.{module}._extra_state/shard_{one}_{layers.experts}"
     if last:
         yield "decoder.final_layernorm._extra_state/shard_0_1"

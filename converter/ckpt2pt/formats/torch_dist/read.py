@@ -33,19 +33,25 @@ _HINT = "copy the whole folder again from where it was written"
 
 
 def open_torch_dist(
-    path: Path, *, tensor: int | None, pipeline: int | None, iteration: int | None, rules: Rules
+    path: Path,
+    *,
+    tensor: int | None,
+    pipeline: int | None,
+    iteration: int | None,
+    rules: Rules,
+    weights_alone: bool = False,
 ) -> Checkpoint:
     """Read the headers of one iteration: that of the tracker unless ``iteration`` names another.
 
     Its tensors are whole, whatever the parallel sizes were; ``tensor`` and ``pipeline`` have to be those of its arguments.
-    A few elements of each weight are compared with its main parameter.
+    A few elements of each weight are compared with its main parameter; ``weights_alone`` leaves the optimizer alone.
     """
     folder = iteration_folder(path) if iteration is None else of_iteration(path, iteration)
     metadata = read_metadata(folder)
     common = read_common(metadata, rules.pickle_globals)
     sizes = parallel_sizes(common)
     agreed((tensor, pipeline), sizes, folder)
-    index = read_index(metadata, common)
+    index = read_index(metadata, common, weights_alone=weights_alone)
     check_rounding(index, str(folder))
     samples = common.args.get("consumed_train_samples")
     return Checkpoint(
@@ -54,6 +60,7 @@ def open_torch_dist(
         iteration=iteration_of_common(common, folder),
         tensor=sizes[0],
         pipeline=sizes[1],
+        expert=expert if type(expert := common.args.get("expert_model_parallel_size")) is int and expert > 0 else 1,
         index=index,
         warnings=tuple(_warnings(metadata)),
         template=common,

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 from ckpt2pt.core.extents import Box, Shape, Stored, View
 from ckpt2pt.core.index import Index
-from ckpt2pt.core.params import axes_of, kind_of, layer_of
+from ckpt2pt.core.params import axes_of, is_buffer, kind_of, layer_of
 from ckpt2pt.core.slots import FileSlots, Slot, check_used, source_of
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, check_coverage, dense_strides
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import TopologyError, aside
-from ckpt2pt.formats.torch_dist.keys import PREFIXES, Layers, extra_states, key_of
+from ckpt2pt.formats.torch_dist.keys import PREFIXES, Layers, extra_states, keys_of
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Entry
 from ckpt2pt.formats.torch_dist.write import DistcpFile, Part
 
@@ -72,13 +72,13 @@ class Division:
         parts: list[Part] = []
         slots: list[Slot] = []
         for name in self.names(pp):
-            for role in self.roles:
+            for role in ROLES[:1] if is_buffer(name) else self.roles:
                 key = Key(role, name)
                 tensor = source_of(self.index, key, self.where)
                 for box in self._boxes(tensor, tp):
-                    part = self._part(key, tensor, box)
-                    slots.append(Slot(key, part.dtype, len(parts), 0, box))
-                    parts.append(part)
+                    for part in self._parts(key, tensor, box):
+                        slots.append(Slot(key, part.dtype, len(parts), 0, box))
+                        parts.append(part)
         name = f"__{pp * self.tensor + tp}_0.distcp"
         stage, last = self.layers.stage(pp, self.pipeline), pp == self.pipeline - 1
         objects = () if tp else tuple(extra_states(self.layers, stage, last=last))
@@ -124,17 +124,17 @@ class Division:
         else:
             yield origin, shape
 
-    def _part(self, key: Key, tensor: Tensor, box: Box) -> Part:
-        """A box under the key that loaders ask for, in the axes that they know."""
+    def _parts(self, key: Key, tensor: Tensor, box: Box) -> Iterator[Part]:
+        """A box under each key that loaders ask for, in the axes that they know."""
         origin, shape = box
         if len(origin) > len(tensor.fused):
             origin, shape = (
                 (origin[0] * tensor.shape[1] + origin[1], *origin[2:]),
                 (shape[0] * shape[1], *shape[2:]),
             )
-        name, lead, of = key_of(key.name, self.layers)
-        dtype = self.dtype if key.role == "param" else "float32"
-        return Part(PREFIXES[key.role] + name, dtype, of + tensor.fused, lead + origin, (1,) * len(lead) + shape)
+        dtype = tensor.dtype if is_buffer(key.name) else self.dtype if key.role == "param" else "float32"
+        for name, lead, of in keys_of(key.name, self.layers):
+            yield Part(PREFIXES[key.role] + name, dtype, of + tensor.fused, lead + origin, (1,) * len(lead) + shape)
 
 
 def tensors_of(files: Iterable[DistcpFile], where: str) -> dict[str, Entry]:

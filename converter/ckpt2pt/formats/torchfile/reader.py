@@ -147,7 +147,7 @@ def _end_record(file: PtFile) -> tuple[int, int, int, int]:
         file.broken("the archive has two end records, one inside the comment of the other", SAVE_AGAIN)
     _, disk, first_disk, here, count, nbytes, start, _ = END.unpack_from(tail, found[0])
     if here != count or disk not in (0, _U16_MAX) or first_disk not in (0, _U16_MAX):
-        file.broken("the archive is one volume of several", SAVE_AGAIN)
+        file.broken("the file is one part of a zip archive that was split", SAVE_AGAIN)
     return base + found[0], count, nbytes, start
 
 
@@ -155,14 +155,14 @@ def _end64(file: PtFile, locator: tuple[bytes, int, int, int], stop: int) -> tup
     """Offset of the zip64 end record, which ends at ``stop``; entries, size and offset of the directory as it says."""
     _, disk, offset, disks = locator
     if disk or disks > 1:
-        file.broken("the archive is one volume of several", SAVE_AGAIN)
+        file.broken("the file is one part of a zip archive that was split", SAVE_AGAIN)
     if offset + END64.size > stop:
         file.broken(f"the zip64 end record is said to be at byte {offset}, past its place")
     kind, nbytes, _, _, disk, first_disk, here, count, size, start = END64.unpack(file.read(offset, END64.size))
     if kind != b"PK\6\6" or offset + 12 + nbytes != stop:
         file.broken(f"no zip64 end record of the right size is at byte {offset}")
     if disk or first_disk or here != count:
-        file.broken("the archive is one volume of several", SAVE_AGAIN)
+        file.broken("the file is one part of a zip archive that was split", SAVE_AGAIN)
     return offset, (count, size, start)
 
 
@@ -197,7 +197,7 @@ def _refuse_entry(file: PtFile, name: bytes, flags: int, method: int) -> NoRetur
     if method:
         # Also a guard: a compressed record may unpack to a thousand times its size.
         file.broken(f"{_quoted(name)} is compressed (method {method}); torch stores records as they are", SAVE_AGAIN)
-    file.broken("the archive is one volume of several", SAVE_AGAIN)
+    file.broken("the file is one part of a zip archive that was split", SAVE_AGAIN)
 
 
 def _widened(file: PtFile, name: bytes, extra: bytes, numbers: tuple[int, int, int]) -> list[int]:

@@ -80,6 +80,7 @@ class Degrees(_Fields, frozen=True, kw_only=True):
     tensor: Size | None = None
     pipeline: Size | None = None
     virtual_pipeline: Size | None = None
+    expert: Size | None = None
 
 
 class Place(_Fields, frozen=True, kw_only=True):

@@ -34,6 +34,7 @@ from ckpt2pt.kube.conversion.schema import (
     to_json,
 )
 from ckpt2pt.kube.conversion.size import too_large
+from ckpt2pt.kube.conversion.usable import framework_of, unused
 
 API_VERSION = "ckpt2pt.dev/v1alpha1"
 KIND = "CheckpointConversion"
@@ -166,7 +167,7 @@ def _with_ones(sizes: Parallelism) -> Parallelism:
 def _layouts(spec: Spec, findings: list[Finding]) -> tuple[Topology, Topology | None]:
     """That of the result, and that of the source where it is another one."""
     model, sizes, result = spec.model, spec.parallelism, spec.target.parallelism
-    own = {field: getattr(sizes, field) for field in Degrees.__struct_fields__}
+    own = {field: getattr(sizes, field) for field in ("tensor", "pipeline", "virtual_pipeline")}
     wanted = {field: getattr(result, field) or size for field, size in own.items()}
     if not model.num_layers:
         hint = "give the number of layers, no-op layers included"
@@ -268,32 +269,17 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
         hint = "leave it out; a training is followed on its way to Megatron 0.6"
         what = f"is given, and spec.target.format is {spec.target.format}"
         findings.append(Finding(field="spec.follow", what=what, hint=hint))
-    about = (spec.target.names, spec.target.transformer_impl, spec.target.megatron_version)
-    if spec.target.format != "Megatron" and about != ("Auto", "Auto", None):
-        what = "is another, and names, transformerImpl or megatronVersion are given"
-        hint = "set spec.target.format to Megatron, or leave them out"
-        findings.append(Finding(field="spec.target.format", what=what, hint=hint))
+    for field, why in unused(spec, framework_of(spec.source.format)):
+        findings.append(Finding(field=f"spec.{field}", what=why, hint="leave it out"))
     if spec.target.format != "MindSpore":
         if target.get("mindspore") is not None:
             hint = "set spec.target.format to MindSpore, or leave it out"
             findings.append(Finding(field="spec.target.mindspore", what="is given for another format", hint=hint))
-        if spec.target.format == "TorchDist":
-            _check_dist(spec, findings)
         return
     layout = target.get("parallelism") is not None
     if layout and spec.source.format not in {"Auto", "Megatron"} and not spec.metadata.path:
         hint = "name the pt_meta folder, which says where another layout of a MindSpore training may be cut; or leave target.parallelism out"
         findings.append(Finding(field="spec.metadata", what="is missing", hint=hint))
-
-
-def _check_dist(spec: Spec, findings: list[Finding]) -> None:
-    hint = "leave it out: Megatron-LM loads torch_dist into any layout"
-    for field, given in (
-        ("spec.target.parallelism.virtualPipeline", spec.target.parallelism.virtual_pipeline),
-        ("spec.target.dataParallel", spec.target.data_parallel),
-    ):
-        if given is not None:
-            findings.append(Finding(field=field, what="is given, and the result has no layout of its own", hint=hint))
 
 
 def _check_workloads(spec: Spec, findings: list[Finding]) -> None:
@@ -339,7 +325,7 @@ def worker_spec(conversion: Conversion, roots: Mapping[str, str]) -> Spec:
             spec.target,
             volume={},
             path=paths["target"],
-            parallelism=spec.target.parallelism if conversion.saved else Degrees(),
+            parallelism=spec.target.parallelism if conversion.saved else Degrees(expert=spec.target.parallelism.expert),
         ),
         verify=spec.verify,
         follow=replace(spec.follow, until=None) if spec.follow else None,

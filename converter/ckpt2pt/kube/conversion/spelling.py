@@ -55,6 +55,7 @@ _CONVERSION = {
     "target.transformerImpl":             "--transformer-impl",
     "target.megatronVersion":             "--megatron-version",
     "target.dataParallel":                "--target-dp-size",
+    "target.parallelism.expert":          "--target-ep-size",
     "target.zeroConsumedSamples":         "--zero-consumed-samples",
 }  # fmt: skip
 _CHOSEN = {
@@ -183,6 +184,7 @@ ARGUMENTS = {
         "target.parallelism.tensor":          "target_tp",
         "target.parallelism.pipeline":        "target_pp",
         "target.parallelism.virtualPipeline": "target_vpp",
+        "target.parallelism.expert":          "target_ep",
         "verify":                             "verify",
     },
 }  # fmt: skip

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 
+from msgspec.structs import replace
+
 from ckpt2pt.discover.request import Request
 from ckpt2pt.discover.training import when_of_iteration
 from ckpt2pt.errors import (
@@ -90,7 +92,9 @@ def request_when_complete(spec: Spec, account: Account, *, in_process: bool = Fa
         return ask()
     request = ask()
     wait_until_whole(request, readiness, account)
-    return request
+    if not request.files:
+        return request
+    return resolve(replace(spec, readiness=Readiness(timeout_seconds=0)), in_process=in_process)  # of what is there now
 
 
 def wait_until_whole(request: Request, readiness: Readiness, account: Account) -> None:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 from ckpt2pt.core.fill import moves_of
 from ckpt2pt.core.index import without_gaps
-from ckpt2pt.core.params import EMBEDDING, HEAD
+from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
+from ckpt2pt.core.params import EMBEDDING, HEAD, expert_count
 from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.reshard import vocabulary_rows
-from ckpt2pt.core.slots import check_dense, source_of
+from ckpt2pt.core.slots import source_of
 from ckpt2pt.core.tensor import ROLES, Key
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.errors import UsageError, aside, ref
+from ckpt2pt.errors import FormatError, UsageError, aside, ref
 from ckpt2pt.formats.folders import keep_apart
 from ckpt2pt.formats.megatron.loads import Releases, torch_loads
 from ckpt2pt.formats.megatron.order import Style
@@ -66,6 +67,8 @@ class Found:
             "noopLayers": sorted(topology.noop),
             "layersPerStage": list(topology.layers_per_stage) if topology.layers_per_stage else None,
             "virtualPipeline": topology.virtual,
+            **({"expert": layout.expert} if layout.expert > 1 else {}),
+            **({"groupedExperts": True} if layout.style.grouped else {}),
             "targetDataParallel": layout.data,
             "dtype": layout.dtype,
             "vocabulary": layout.rows,
@@ -99,9 +102,9 @@ class Found:
             root=self.request.target,
             iteration=self.source.state.iteration,
             identity=identity,
-            ranks=dict.fromkeys(topology.ranks(), identity),
+            ranks=dict.fromkeys(self.layout.ranks(), identity),
             stages=topology.pipeline,
-            tensor=topology.tensor,
+            tensor=self.layout.members,
             full=self.request.full,
             kind=MEGATRON,
         )
@@ -128,6 +131,7 @@ class Found:
         held = Held(
             tensors=layout.index,
             layout=layout.topology,
+            expert=layout.expert,
             template=template,
             iteration=layout.state.iteration,
             roles=ROLES if layout.full else ROLES[:1],
@@ -136,7 +140,10 @@ class Found:
 
     def listed(self, rank: Rank) -> list[str]:
         """The files of a rank, below the folder of the result."""
-        return [f"{self.layout.directory(rank)}/{file.name}" for file in self.layout.files(rank)[0]]
+        layout, names = self.layout, [MODEL_FILE]
+        if layout.full and layout.saves_optimizer(rank, layout.optimizers(layout.chunks(rank))):
+            names.append(OPTIM_FILE)
+        return [f"{layout.directory(rank)}/{name}" for name in names]
 
     def paths(self, rank: Rank) -> tuple[str, ...]:
         """The files that a rank is read from."""
@@ -156,13 +163,14 @@ def find(request: McoreRequest) -> Found:
     """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
     source = read_source(request)
     state, index = source.state, without_gaps(source.index)
-    check_dense(source.index, source.where)
+    _check_experts(source)
     topology = _topology(request, source)
     style, assumed = _style(request, source)
     held = source_of(index, Key("param", EMBEDDING), source.where).fused[0]
     rows = vocabulary_rows(state.args, held, topology.tensor)
     gradients = _gradients(source)
     untied = state.args.get("untie_embeddings_and_output_weights")
+    experts = expert_count(key.name for key in index)
     layout = McoreLayout(
         index=index,
         state=state,
@@ -175,6 +183,7 @@ def find(request: McoreRequest) -> Found:
         tied=Key("param", HEAD) not in index if untied is None else untied is False,
         full=request.full,
         data=request.data,
+        expert=request.target_expert or (source.checkpoint.expert if experts else 1),
         where=source.where,
     )
     layout.check()
@@ -182,6 +191,20 @@ def find(request: McoreRequest) -> Found:
     found = Found(request, source, layout, assumed)
     keep_apart(found.target, {request.source: ref("source.path"), request.metadata: ref("metadata.path")})
     return found
+
+
+def _check_experts(source: Source) -> None:
+    """Refuse experts that are cut otherwise than dense parameters."""
+    tensor = source.state.args.get("tensor_model_parallel_size")
+    own = source.state.args.get("expert_tensor_parallel_size")
+    if type(own) is int and own != tensor and expert_count(key.name for key in source.index):
+        raise FormatError(
+            f"expert_tensor_parallel_size is {own} and tensor_model_parallel_size {tensor}: experts that are cut otherwise "
+            "than dense parameters are not written into this format",
+            where=source.state.where,
+            hint=f"choose TorchDist in {ref('target.format')}, which any sizes can load",
+            field="target.format",
+        )
 
 
 def _gradients(source: Source) -> str:
@@ -249,7 +272,22 @@ def _style(request: McoreRequest, source: Source) -> tuple[Style, dict[str, obje
         names="legacy" if legacy else "mcore",
         transformer_engine=transformer == "transformer_engine",
     )
-    return style, assumed
+    grouped = args.get("moe_grouped_gemm") is True and not legacy
+    if grouped and request.release < _WITHOUT_TRANSPOSED:
+        old = request.release < (0, 8) or args.get("moe_use_legacy_grouped_gemm") is True
+        if old or not style.transformer_engine:
+            raise FormatError(
+                "moe_grouped_gemm of this release and layer spec holds experts transposed in one tensor, which is not written",
+                where=source.state.where,
+                hint=f"give {ref('target.transformerImpl')} for a run of 0.8 or newer with Transformer Engine, "
+                f"or {ref('target.megatronVersion')} 0.18 or newer",
+                field="target.megatronVersion",
+            )
+    return replace(style, grouped=grouped and style.transformer_engine), assumed
+
+
+_WITHOUT_TRANSPOSED = (0, 18)
+"""The first release without ``GroupedMLP`` (megatron/core/transformer/moe/experts.py)."""
 
 
 def _prove(found: Found, rank: Rank, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:
@@ -281,7 +319,7 @@ def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
 def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
     """What is converted: the given stages of the result."""
     found = find(request)
-    tensor = found.layout.topology.tensor
+    members = found.layout.members
     return Conversion(
         target=found.target,
         pace=request.pace,
@@ -289,7 +327,7 @@ def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
         overwrite=request.overwrite,
         identity_options=found.identity_options,
         facts={"assumed": {**found.source.state.assumed, **found.assumed}},
-        inputs={(tp, pp): found.source.inputs(found.paths((tp, pp))) for pp in stages for tp in range(tensor)},
+        inputs={(tp, pp): found.source.inputs(found.paths((tp, pp))) for pp in stages for tp in range(members)},
         conflicts=(),
         warnings=found.remarks,
         how_to_load=f" with {found.layout.style.needs}" + ("" if request.full else _NO_OPTIMIZER),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Pace, Request, Verify
+from ckpt2pt.formats.checkpoint import Checkpoint
+from ckpt2pt.formats.registry import read
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,10 @@ class TargetRequest:
     pipeline: int | None = None
     topology: Topology
     """Tensor and pipeline parallel size of the result; the layers are not counted yet."""
+    target_expert: int | None = None
+    """Expert parallel size of the run to come; None is that of the source."""
     num_layers: int | None = None
+    noop: frozenset[int] | None = None
     full: bool = True
     zero_samples: bool = False
     rules: Rules = Rules()  # noqa: RUF009 - frozen
@@ -36,11 +41,26 @@ class TargetRequest:
     workers: int = 1
     in_process: bool = False
     timeout: float | None = None
+    reread: bool = False
+    found: Checkpoint | None = field(default=None, compare=False, repr=False)
+    """The source, where its headers had to be read for what is asked for."""
 
     @property
     def pace(self) -> Pace:
         """How its ranks are worked on."""
-        return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout)
+        return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout, reread=self.reread)
+
+    def read(self) -> Checkpoint:
+        """The source as far as its headers, which are read once."""
+        return self.found or read(
+            self.source,
+            source_format=self.source_format,
+            tensor=self.tensor,
+            pipeline=self.pipeline,
+            iteration=self.iteration,
+            rules=self.rules,
+            weights_alone=not self.full,
+        )
 
     def identity_options(self) -> dict[str, object]:
         """What decides what is written, whatever the target."""

@@ -6,20 +6,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt2pt.core.index import Index, layer_numbers
+from ckpt2pt.core.index import Index
 from ckpt2pt.core.slots import weights_alone
 from ckpt2pt.core.state import State
 from ckpt2pt.core.tensor import Tensor
 from ckpt2pt.discover.checkpoint import only_growing, prove_same, stat_of
 from ckpt2pt.discover.request import digest
 from ckpt2pt.engine.write import ReadPieces
-from ckpt2pt.errors import MissingInputError, UsageError, aside, ref
-from ckpt2pt.formats.checkpoint import Checkpoint
+from ckpt2pt.errors import MissingInputError, aside, ref
+from ckpt2pt.formats.checkpoint import Checkpoint, check_layers
 from ckpt2pt.formats.described import template_at
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.megatron.scaler import scaler_of
 from ckpt2pt.formats.mindspore import prove_sources
-from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.state import state_of
 from ckpt2pt.formats.torch_dist.items import prove_items
 from ckpt2pt.formats.torch_dist.read import WHOLE_STATES
@@ -139,14 +138,7 @@ def read_source(request: TargetRequest) -> Source:
 
     Raises :class:`MissingInputError` where nothing tells the iteration.
     """
-    checkpoint = read(
-        request.source,
-        source_format=request.source_format,
-        tensor=request.tensor,
-        pipeline=request.pipeline,
-        iteration=request.iteration,
-        rules=request.rules,
-    )
+    checkpoint = request.read()
     if checkpoint.iteration is None and request.iteration is None:
         raise MissingInputError(
             "nothing in the checkpoint tells its iteration",
@@ -185,20 +177,9 @@ def read_source(request: TargetRequest) -> Source:
 
 
 def _layers(request: TargetRequest, checkpoint: Checkpoint, state: State) -> tuple[int, Sequence[str]]:
-    """Layers with parameters, and a warning where somebody counts more: Megatron-LM core has no no-op layers.
-
-    Raises :class:`UsageError` for a number that is neither.
-    """
-    there = layer_numbers(checkpoint.index)
-    count, whole, stated = len(there), 1 + max(there, default=-1), state.args.get("num_layers")
-    if request.num_layers not in {None, count, whole, stated}:
-        raise UsageError(
-            f"{ref('model.numLayers')} is {request.num_layers}, and the source has {count} layers"
-            + (f", {whole} with its no-op layers" if whole > count else ""),
-            where=checkpoint.path,
-            hint=f"leave {ref('model.numLayers')} out, or give {count}",
-            field="model.numLayers",
-        )
+    """Layers with parameters, and a warning where somebody counts more: Megatron-LM core has no no-op layers."""
+    stated = state.args.get("num_layers")
+    count, whole = check_layers(checkpoint, request.num_layers, request.noop, stated)
     most = max(whole, stated if type(stated) is int else 0)
     if most == count:
         return count, ()

@@ -18,7 +18,7 @@ from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.slots import source_of
 from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Rank
-from ckpt2pt.errors import TryAgainError, ref
+from ckpt2pt.errors import TopologyError, TryAgainError, aside, ref
 from ckpt2pt.formats.folders import keep_apart
 from ckpt2pt.formats.megatron.loads import SHARDINGS, WEIGHTS, Releases
 from ckpt2pt.formats.torch_dist.common_out import METADATA_JSON, SHARDING, write_common
@@ -53,7 +53,24 @@ class Found:
     @property
     def identity_options(self) -> Json:
         """What decides what is written."""
-        return {**self.request.identity_options(), "format": "TorchDist", "virtualPipeline": 1}
+        chained = {"chainedOptimizers": True} if self.chained else {}
+        return {**self.request.identity_options(), "format": "TorchDist", "virtualPipeline": 1, **chained}
+
+    @property
+    def expert(self) -> int:
+        """Expert parallel size of the run to come: that of the source where nobody says it."""
+        return self.request.target_expert or self.source.checkpoint.expert
+
+    @property
+    def chained(self) -> bool:
+        """Whether that run has an optimizer of experts: where their ranks, or their cut, are not those of dense parameters.
+
+        Megatron-LM core_v0.19.0, megatron/core/tensor_parallel/layers.py (``use_expert_pgs``).
+        """
+        args = self.source.state.args
+        tensor, own = (args.get(name) for name in ("tensor_model_parallel_size", "expert_tensor_parallel_size"))
+        apart = type(own) is int and type(tensor) is int and own != tensor
+        return self.division.layers.experts > 0 and (self.expert > 1 or apart)
 
     @property
     def releases(self) -> Releases:
@@ -102,9 +119,11 @@ class Found:
 def find(request: DistRequest) -> Found:
     """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
     source = read_source(request)
+    layers = layers_of(source.index, source.where, source.state.args.get("moe_layer_freq"))
+    _check_experts(request, layers.experts, source.where)
     division = Division(
         index=source.index,
-        layers=layers_of(source.index, source.where),
+        layers=layers,
         tensor=request.topology.tensor,
         pipeline=request.topology.pipeline,
         dtype=source.dtype,
@@ -127,7 +146,20 @@ def _common(found: Found) -> bytes:
     }
     if embedding:
         sizes["hidden_size"] = embedding.fused[1]
-    return write_common(found.source.state, sizes, full=found.request.full)
+    if found.division.layers.experts:
+        sizes |= {"num_experts": found.division.layers.experts, "expert_model_parallel_size": found.expert}
+    return write_common(found.source.state, sizes, full=found.request.full, chained=found.chained)
+
+
+def _check_experts(request: DistRequest, experts: int, where: str) -> None:
+    size = request.target_expert or 1
+    if size > 1 and (not experts or experts % size):
+        raise TopologyError(
+            f"{experts or 'no'} experts are in a layer, and the expert parallel size is {size}",
+            where=where,
+            hint=f"choose one that divides them{aside('target.parallelism.expert')}",
+            field="target.parallelism.expert",
+        )
 
 
 def _prove(found: Found, file: DistcpFile, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:

@@ -8,7 +8,7 @@ import pytest
 
 from ckpt2pt.core.state import State
 from ckpt2pt.errors import MissingInputError
-from ckpt2pt.formats.megatron.tree import model_tree
+from ckpt2pt.formats.megatron.tree import Group, model_tree
 from ckpt2pt.formats.torchfile.trees import namespace_attrs
 
 SCHEDULER: dict[str, Any] = {
@@ -27,8 +27,15 @@ def state(**more: Any) -> State:
     return State(where="source", iteration=2, samples=12, step=1, **(known | more))
 
 
-def made(held: State, decays: tuple[bool, ...] | None = (False, True)) -> tuple[dict[str, Any], dict[str, bytes]]:
-    tree, storages = model_tree(held, sizes={"num_layers": 4}, chunks={"model": {}}, decays=decays, rank=(0, 1))
+BOTH = (Group(decays=False), Group(decays=True))
+
+
+def made(
+    held: State, optimizers: tuple[tuple[Group, ...], ...] | None = (BOTH,)
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    tree, storages = model_tree(
+        held, sizes={"num_layers": 4}, chunks={"model": {}}, optimizers=optimizers, rank=(0, 1, 0)
+    )
     return dict(tree), storages
 
 
@@ -50,6 +57,13 @@ def test_groups_stand_in_the_order_asked_for_with_the_true_step() -> None:
         "bias_correction", "betas", "eps", "weight_decay", "step",
     ]  # fmt: skip
     assert (groups[0]["max_lr"], groups[0]["min_lr"]) == (1e-3, 1e-4)
+
+
+def test_an_optimizer_of_experts_is_a_second_one_with_groups_that_say_so() -> None:
+    tree, _ = made(state(), (BOTH, (Group(decays=True, experts=True),)))
+    dense, experts = ([*one["optimizer"]["param_groups"]] for one in tree["optimizer"])
+    assert [group["is_expert_parallel"] for group in (*dense, *experts)] == [False, False, True]
+    assert experts[0]["weight_decay"] == 0.1
 
 
 def test_random_states_are_plain_integers_and_small_storages() -> None:

@@ -52,7 +52,7 @@ def index(roles: Any = ROLES, shapes: dict[str, tuple[int, ...]] = SHAPES) -> In
 def layout(**more: Any) -> McoreLayout:
     made = McoreLayout(
         index=index(), state=STATE, topology=Topology(num_layers=1), source_tensor=1, style=Style(), dtype="bfloat16",
-        gradients="float32", rows=16, tied=False, full=True, data=1, where="source",
+        gradients="float32", rows=16, tied=False, full=True, data=1, expert=1, where="source",
     )  # fmt: skip
     return replace(made, **more)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ckpt2pt.errors import FormatError, MissingInputError
-from ckpt2pt.formats.torch_dist.keys import extra_states, key_of, layers_of
+from ckpt2pt.errors import MissingInputError
+from ckpt2pt.formats.torch_dist.keys import extra_states, keys_of, layers_of
 from ckpt2pt.formats.torch_dist.names import named
 from distcp import division, index
 
@@ -23,10 +23,8 @@ def test_layers_that_differ_have_keys_of_their_own() -> None:
 def test_no_op_layers_are_not_counted() -> None:
     layers = layers_of(index((0, 1, 3, 5)), "here")
     assert layers.numbers == {0: 0, 1: 1, 3: 2, 5: 3}
-    assert key_of("decoder.layers.5.mlp.linear_fc2.weight", layers) == (
-        "decoder.layers.mlp.linear_fc2.weight",
-        (3,),
-        (4,),
+    assert keys_of("decoder.layers.5.mlp.linear_fc2.weight", layers) == (
+        ("decoder.layers.mlp.linear_fc2.weight", (3,), (4,)),
     )
 
 
@@ -34,7 +32,7 @@ def test_the_reader_gives_every_key_its_canonical_name_again() -> None:
     held = index()
     layers = layers_of(held, "here")
     for key in held:
-        made = key_of(key.name, layers)
+        [made] = keys_of(key.name, layers)
         found = named(made.name)
         assert found
         assert found.name(made.lead) == key.name
@@ -49,8 +47,33 @@ def test_states_are_asked_for_once_for_each_layer_and_for_the_last_norm() -> Non
     assert list(extra_states(found.layers, (), last=False)) == []
 
 
-def test_experts_are_refused_by_name() -> None:
-    with pytest.raises(FormatError, match="experts"):
-        layers_of(index(decoder__layers__0__mlp__router__weight=(4, 8)), "here")
+def test_experts_are_one_tensor_and_the_norm_before_them_has_two_names() -> None:
+    held = index(
+        decoder__layers__0__mlp__router__weight=(2, 8),
+        **{
+            f"decoder__layers__0__mlp__experts__local_experts__{expert}__linear_fc{number}__weight": shape
+            for expert in range(2)
+            for number, shape in ((1, (20, 8)), (2, (8, 20)))
+        },
+    )
+    layers = layers_of(held, "here")
+    assert (layers.alike, layers.with_experts, layers.experts) == (False, frozenset({0}), 2)
+    name = "decoder.layers.0.mlp.experts.local_experts.1.linear_fc2.weight"
+    assert keys_of(name, layers) == (("decoder.layers.0.mlp.experts.experts.linear_fc2.weight", (1,), (2,)),)
+    names = [made.name for made in keys_of("decoder.layers.0.pre_mlp_layernorm.weight", layers)]
+    assert names == ["decoder.layers.0.mlp.linear_fc1.layer_norm_weight", "decoder.layers.0.pre_mlp_layernorm.weight"]
+    assert len(keys_of("decoder.layers.1.pre_mlp_layernorm.weight", layers)) == 1
+    states = list(extra_states(layers, [0], last=False))
+    assert "decoder.layers.0.mlp.experts.experts.linear_fc1._extra_state/shard_1_2" in states
+
+
+def test_layers_that_are_listed_have_keys_of_their_own_though_all_are_alike() -> None:
+    held = index()
+    assert layers_of(held, "here", 1).alike
+    assert not layers_of(held, "here", [1, 1, 1, 1]).alike
+    assert not layers_of(held, "here", 2).alike
+
+
+def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(MissingInputError, match="no layer"):
         layers_of({}, "here")

@@ -147,7 +147,7 @@ Damage = Callable[[Victim], object]
         pytest.param(lambda v: v.entry("data/0", flags=0x809), "encrypted", id="encrypted"),
         pytest.param(lambda v: v.entry("data/0", flags=0x848), "encrypted", id="strongly-encrypted"),
         pytest.param(lambda v: v.entry("data/0", flags=0x2808), "encrypted", id="masked-headers"),
-        pytest.param(lambda v: v.entry("data/0", disk=1), "one volume of several", id="on-another-disk"),
+        pytest.param(lambda v: v.entry("data/0", disk=1), "one part of a zip archive", id="on-another-disk"),
         pytest.param(
             lambda v: v.entry("data/0", signature=0), "entry 4 of the directory is damaged", id="no-signature"
         ),
@@ -225,16 +225,18 @@ Damage = Callable[[Victim], object]
         pytest.param(lambda v: v.locates(offset=v.directory), "no zip64 end record", id="zip64-record-elsewhere"),
         pytest.param(lambda v: v.ends64(signature=0), "no zip64 end record", id="zip64-record-without-signature"),
         pytest.param(lambda v: v.ends64(nbytes=1 << 63), "no zip64 end record", id="zip64-record-of-2^63"),
-        pytest.param(lambda v: v.ends64(here=8), "one volume of several", id="zip64-entries-elsewhere"),
-        pytest.param(lambda v: v.ends64(disk=1), "one volume of several", id="zip64-another-disk"),
-        pytest.param(lambda v: v.ends64(first_disk=1), "one volume of several", id="zip64-directory-on-another-disk"),
-        pytest.param(lambda v: v.locates(disks=2), "one volume of several", id="zip64-two-disks"),
-        pytest.param(lambda v: v.locates(disk=1), "one volume of several", id="zip64-record-on-another-disk"),
+        pytest.param(lambda v: v.ends64(here=8), "one part of a zip archive", id="zip64-entries-elsewhere"),
+        pytest.param(lambda v: v.ends64(disk=1), "one part of a zip archive", id="zip64-another-disk"),
+        pytest.param(
+            lambda v: v.ends64(first_disk=1), "one part of a zip archive", id="zip64-directory-on-another-disk"
+        ),
+        pytest.param(lambda v: v.locates(disks=2), "one part of a zip archive", id="zip64-two-disks"),
+        pytest.param(lambda v: v.locates(disk=1), "one part of a zip archive", id="zip64-record-on-another-disk"),
         pytest.param(lambda v: v.locates(signature=0), "but it ends at byte", id="locator-without-signature"),
         # ---- the end record
-        pytest.param(lambda v: v.ends(disk=1), "one volume of several", id="last-disk"),
-        pytest.param(lambda v: v.ends(first_disk=1), "one volume of several", id="directory-on-another-disk"),
-        pytest.param(lambda v: v.ends(here=8), "one volume of several", id="entries-elsewhere"),
+        pytest.param(lambda v: v.ends(disk=1), "one part of a zip archive", id="last-disk"),
+        pytest.param(lambda v: v.ends(first_disk=1), "one part of a zip archive", id="directory-on-another-disk"),
+        pytest.param(lambda v: v.ends(here=8), "one part of a zip archive", id="entries-elsewhere"),
         pytest.param(lambda v: v.ends(n_comment=1), "no end record: it is cut short", id="comment-cut-off"),
         pytest.param(lambda v: v.data.append(0), "no end record: it is cut short", id="a-byte-behind-the-end"),
         pytest.param(

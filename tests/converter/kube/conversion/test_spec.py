@@ -53,6 +53,12 @@ def test_a_source_of_megatron_needs_no_metadata() -> None:
     assert json.loads(found)["source"]["format"] == "Megatron"
 
 
+def test_a_worker_is_told_the_expert_parallel_size() -> None:
+    target = {"path": "out", "format": "TorchDist", "parallelism": {"expert": 4}}
+    [found] = [word for word in worker_words(parse(changed(("spec.target", target))), MOUNTS) if word.startswith("{")]
+    assert json.loads(found)["target"]["parallelism"] == {"expert": 4}
+
+
 def test_topology_comes_from_model_and_parallelism() -> None:
     conversion = parse(
         changed(
@@ -100,6 +106,9 @@ REFUSED = {
     "two-ways-to-begin": ([("spec.follow", {}), ("spec.startAfter", AFTER)], "spec.follow", "give one of them"),
     "follow-one-iteration": ([("spec.follow", {}), ("spec.source.iteration", 5)], "spec.follow", "leave the iteration out"),
     "rules-as-a-list": ([("spec.model.rules", {"modules": ["a"]})], "spec.model.rules.modules", "mapping"),
+    "experts-in-megatron-06": (
+        [("spec.target", {"path": "out", "parallelism": {"expert": 2}})], "spec.target.parallelism.expert", "leave it out",
+    ),
     "a-rule-for-no-name": ([("spec.model.rules", {"ignore": [""]})], "spec.model.rules.ignore", "do not leave it empty"),
 }  # fmt: skip
 

@@ -12,7 +12,6 @@ from ckpt2pt.discover.request import Pace
 from ckpt2pt.kube.conversion import schema
 from ckpt2pt.kube.resolve import resolve_any
 from ckpt2pt.run.targets.request import DistRequest, McoreRequest
-from dist import CUT, of_mindspore
 
 REQUEST = DistRequest(
     topology=Topology(num_layers=2, tensor=2, pipeline=2), source=Path("a"), target=Path("b"), workers=3
@@ -29,7 +28,7 @@ def test_fields_of_the_target_arrive() -> None:
     degrees = schema.Degrees(tensor=4)
     found = resolve_any(spec(names="Legacy", megatron_version="0.12", parallelism=degrees, data_parallel=8))
     assert isinstance(found, McoreRequest)
-    assert (found.source, found.source_format, found.metadata) == (Path("ms"), "mindspore", None)
+    assert (found.source, found.source_format, found.metadata) == (Path("ms"), "ckpt", None)
     assert (found.tensor, found.topology.tensor, found.topology.pipeline, found.target_virtual) == (2, 4, 1, 2)
     assert (found.names, found.transformer, found.release, found.data, found.workers) == (
         "legacy",
@@ -56,9 +55,3 @@ def test_what_decides_the_bytes_is_the_meaning() -> None:
         replace(REQUEST, topology=Topology(num_layers=2, pipeline=2)),
     ]
     assert known not in [one.identity_options() for one in others]
-
-
-@pytest.mark.parametrize("flag", ["--target-vpp-size", "--target-dp-size"])
-def test_a_layout_of_the_result_is_refused(flag: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert of_mindspore(CUT, tmp_path / "out", flag, "2") == 64
-    assert f"{flag} is given, and the result has no layout of its own" in capfd.readouterr().err

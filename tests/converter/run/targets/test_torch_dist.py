@@ -206,6 +206,33 @@ def test_a_number_of_layers_that_the_source_has_not_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("target_format", ["megatron", "torch_dist"])
+@pytest.mark.parametrize("sizes", [(), ("--target-tp-size", "1", "--target-pp-size", "1")], ids=["found", "given"])
+def test_weights_of_a_wrong_optimizer_state_are_converted_alone(
+    target_format: str, sizes: tuple[str, ...], tmp_path: Path
+) -> None:
+    source = odd_set().with_name("odd_dp2__td_full")
+    more = ("--target-format", target_format, *sizes)
+    assert convert(source, tmp_path / "full", *more) == 65
+    assert not (tmp_path / "full").exists()
+    assert convert(source, tmp_path / "out", *more, "--convert-param-only", "--verify", "full") == 0
+    left, right = read(odd_set()), read(tmp_path / "out")
+    assert {key.role for key in right.index} == {"param"}
+    assert {key for key in left.index if key.role == "param"} == set(right.index)
+    assert compare_any([odd_set(), tmp_path / "out"], ignore=["main_param/*", "exp_avg*"]).same
+
+
+@pytest.mark.parametrize("target_format", ["megatron", "torch_dist"])
+def test_weights_beside_a_damaged_optimizer_file_are_converted_alone(target_format: str, tmp_path: Path) -> None:
+    source = shutil.copytree(odd_set(), tmp_path / "source")
+    [optimizer] = source.glob("iter_*/mp_rank_*/distrib_optim.pt")
+    optimizer.write_bytes(b"nothing that torch has written")
+    more = ("--target-format", target_format)
+    assert convert(source, tmp_path / "full", *more) == 65
+    assert convert(source, tmp_path / "out", *more, "--convert-param-only", "--verify", "full") == 0
+    assert compare_any([odd_set(), tmp_path / "out"], ignore=["main_param/*", "exp_avg*"]).same
+
+
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torch_itself_reads_every_element_of_a_result(tmp_path: Path) -> None:

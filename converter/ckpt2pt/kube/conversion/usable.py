@@ -1,0 +1,93 @@
+"""Which options a conversion can use, by the formats of its source and its target: what is given and decides nothing is refused.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, NamedTuple
+
+from ckpt2pt.errors import UsageError, ref
+from ckpt2pt.kube.conversion.schema import MindSporeFiles, SourceFormat, Spec, TargetFormat
+
+Framework = Literal["MindSpore", "Megatron"]
+
+TARGETS: Mapping[TargetFormat, str] = {
+    "Megatron06": "Megatron-LM 0.6",
+    "Megatron": "Megatron-LM 0.7 to 0.19 (torch)",
+    "TorchDist": "torch_dist, which has no layout of its own",
+    "MindSpore": "MindSpore",
+}
+"""The formats of results, in words."""
+
+
+class _Use(NamedTuple):
+    """Which results an option decides something of: from a MindSpore source, and from a Megatron source."""
+
+    given: Callable[[Spec], bool]
+    from_mindspore: frozenset[str]
+    from_megatron: frozenset[str]
+
+
+def _uses(given: Callable[[Spec], bool], targets: str, *, from_megatron: str | None = None) -> _Use:
+    return _Use(
+        given, frozenset(targets.split()), frozenset((targets if from_megatron is None else from_megatron).split())
+    )
+
+
+_FILES = MindSporeFiles()
+USES: Mapping[str, _Use] = {
+    "model.layersPerStage":     _uses(lambda spec: bool(spec.model.layers_per_stage), "Megatron06 Megatron MindSpore"),
+    # 1 is what a document means that says nothing.
+    "parallelism.virtualPipeline": _uses(
+        lambda spec: (spec.parallelism.virtual_pipeline or 1) > 1, "Megatron06 Megatron MindSpore"
+    ),
+    "parallelism.data":         _uses(
+        lambda spec: (spec.parallelism.data or 1) > 1, "Megatron06 MindSpore", from_megatron="MindSpore"
+    ),
+    "parallelism.context":      _uses(
+        lambda spec: (spec.parallelism.context or 1) > 1, "Megatron06 MindSpore", from_megatron="MindSpore"
+    ),
+    "source.optShardInfoPath":  _uses(
+        lambda spec: spec.source.opt_shard_info_path is not None, "Megatron06 MindSpore", from_megatron=""
+    ),
+    "target.names":             _uses(lambda spec: spec.target.names != "Auto", "Megatron"),
+    "target.transformerImpl":   _uses(lambda spec: spec.target.transformer_impl != "Auto", "Megatron"),
+    "target.megatronVersion":   _uses(lambda spec: spec.target.megatron_version is not None, "Megatron"),
+    "target.parallelism.virtualPipeline": _uses(
+        lambda spec: spec.target.parallelism.virtual_pipeline is not None, "Megatron06 Megatron MindSpore"
+    ),
+    "target.parallelism.expert": _uses(lambda spec: spec.target.parallelism.expert is not None, "Megatron TorchDist"),
+    "target.dataParallel":      _uses(lambda spec: spec.target.data_parallel is not None, "Megatron06 Megatron"),
+    "target.zeroConsumedSamples": _uses(
+        lambda spec: spec.target.zero_consumed_samples, "Megatron06 Megatron TorchDist"
+    ),
+    "target.mindspore.format":  _uses(lambda spec: spec.target.mindspore.format != _FILES.format, "MindSpore"),
+    "target.mindspore.prefix":  _uses(lambda spec: spec.target.mindspore.prefix != _FILES.prefix, "MindSpore"),
+    "target.mindspore.allReplicas": _uses(lambda spec: spec.target.mindspore.all_replicas, "MindSpore"),
+    "target.mindspore.contents": _uses(lambda spec: spec.target.mindspore.contents != _FILES.contents, "MindSpore"),
+}  # fmt: skip
+"""By field.  Fields that are not listed decide something of every result, or have to agree with what is found."""
+
+
+def framework_of(source: SourceFormat) -> Framework | None:
+    """The framework of a source as it is said; None where its reader finds out."""
+    return None if source == "Auto" else "Megatron" if source == "Megatron" else "MindSpore"
+
+
+def unused(spec: Spec, source: Framework | None) -> Iterator[tuple[str, str]]:
+    """The fields that are given and decide nothing, each with why; without ``source`` what no source would use."""
+    target = spec.target.format
+    for field, use in USES.items():
+        by_source = {"MindSpore": use.from_mindspore, "Megatron": use.from_megatron}
+        used = [targets for framework, targets in by_source.items() if source in {None, framework}]
+        if not use.given(spec) or any(target in targets for targets in used):
+            continue
+        what = f"a result of the format {TARGETS[target]}"
+        if source and target in frozenset().union(*by_source.values()):
+            what += f", made of a {source} checkpoint"
+        yield field, f"is given, and decides nothing of {what}"
+
+
+def check_used(spec: Spec, source: Framework | None) -> None:
+    """Raise :class:`UsageError` for the first of them."""
+    for field, why in unused(spec, source):
+        raise UsageError(f"{ref(field)} {why}", where=ref("spec"), hint="leave it out", field=field)

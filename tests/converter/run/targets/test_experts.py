@@ -1,0 +1,224 @@
+"""Mixtures of experts at other layouts: every rank's files are those that a run of that layout would have written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ckpt2pt
+from ckpt2pt.cli.commands import main
+from ckpt2pt.core.tensor import Key
+from ckpt2pt.formats.registry import read
+from ckpt2pt.verification.across import compare_any
+from ckpt2pt.verification.gather import Files, gathered
+from coremade import Tensors, global_tensors, save_experts
+from coresets import core_sets, set_name
+from mcore import expected
+
+QUIET = ("--progress", "none", "--multiprocess-off")
+BIAS = "mlp.router.expert_bias"
+
+
+@pytest.fixture(scope="module")
+def tensors() -> Tensors:
+    return global_tensors()
+
+
+def convert(source: Path, target: Path, form: str, *words: object) -> int:
+    flags = ["--source", source, "--target", target, "--target-format", form, *words, *QUIET]
+    return main(["convert", *map(str, flags)])
+
+
+def files(target: Path) -> dict[str, Any]:
+    """Every file of every rank, as torch loads it."""
+    [iteration] = target.glob("iter_*")
+    return {
+        str(path.relative_to(iteration)): torch.load(path, weights_only=False)
+        for path in sorted(iteration.glob("mp_rank_*/*.pt"))
+    }
+
+
+def alike(one: Any, other: Any) -> bool:
+    """The same keys in the same order, and the same elements."""
+    if isinstance(one, torch.Tensor):
+        return bool(one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other))
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(alike(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return bool(one == other)
+
+
+SIZES = [(1, 1, 1, 1), (1, 1, 1, 2), (2, 1, 1, 1), (4, 1, 1, 2), (2, 2, 1, 4), (4, 2, 1, 2), (2, 1, 2, 1)]
+
+
+@pytest.mark.parametrize(("experts", "stages", "chunks", "saved"), SIZES)
+def test_files_are_those_of_a_run_of_that_layout(
+    experts: int, stages: int, chunks: int, saved: int, tensors: Tensors, tmp_path: Path
+) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=saved)
+    wanted = files(save_experts(tmp_path / "wanted", tensors, experts=experts, stages=stages, chunks=chunks))
+    sizes = ("--target-ep-size", experts, "--target-pp-size", stages, "--target-vpp-size", chunks)
+    assert convert(source, tmp_path / "out", "megatron", *sizes, "--verify", "full") == 0
+    made = files(tmp_path / "out")
+    assert made.keys() == wanted.keys()
+    for name, tree in wanted.items():
+        if name.endswith("distrib_optim.pt"):
+            assert alike(made[name], tree), name
+            continue
+        assert all(alike(made[name][key], tree[key]) for key in tree if key.startswith("model")), name
+        optimizers = made[name]["optimizer"] if experts > 1 else [made[name]["optimizer"]]
+        own = tree["optimizer"] if experts > 1 else [tree["optimizer"]]
+        for one, other in zip(optimizers, own, strict=True):
+            pairs = zip(
+                sorted(one["optimizer"]["param_groups"], key=lambda group: -group["wd_mult"]),
+                other["optimizer"]["param_groups"],
+                strict=True,
+            )
+            assert all(alike(known[key], value) for known, group in pairs for key, value in group.items()), name
+
+
+@pytest.mark.parametrize("experts", [1, 4])
+def test_torch_dist_says_how_many_optimizers_its_run_has(experts: int, tensors: Tensors, tmp_path: Path) -> None:
+    source, out = save_experts(tmp_path / "source", tensors, experts=2), tmp_path / "out"
+    assert convert(source, out, "torch_dist", "--target-ep-size", experts, "--verify", "full") == 0
+    assert compare_any([source, out]).same
+    common: Any = torch.load(out / "iter_0000002" / "common.pt", weights_only=False)
+    states = [*common["optimizer"].values()] if experts > 1 else [common["optimizer"]]
+    flags = [{group["is_expert_parallel"] for group in one["optimizer"]["param_groups"]} for one in states]
+    assert flags == [{False}, {True}][: len(states)]
+    assert len(states) == (2 if experts > 1 else 1)
+    assert main(["verify", str(out)]) == 0
+
+
+def test_there_and_back_by_torch_dist(tensors: Tensors, tmp_path: Path) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=2, stages=2)
+    assert convert(source, tmp_path / "dist", "torch_dist") == 0
+    assert convert(tmp_path / "dist", tmp_path / "out", "megatron") == 0
+    wanted, made = files(source), files(tmp_path / "out")
+    for name in wanted:
+        whole = name.endswith("distrib_optim.pt")
+        assert alike(made[name] if whole else made[name]["model"], wanted[name] if whole else wanted[name]["model"])
+
+
+@pytest.mark.parametrize("form", ["megatron", "torch_dist"])
+def test_the_bias_of_a_router_stays_float32_and_has_no_moments(form: str, tensors: Tensors, tmp_path: Path) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=2)
+    for path in source.glob("iter_*/mp_rank_*/model_optim_rng.pt"):
+        tree = torch.load(path, weights_only=False)
+        model = dict(tree["model"])
+        for layer in range(2):
+            model[f"decoder.layers.{layer}.{BIAS}"] = torch.arange(4.0) / 3
+        torch.save(tree | {"model": model}, path)
+    out = tmp_path / "out"
+    assert convert(source, out, form, "--target-ep-size", 4, "--verify", "full") == 0
+    with ckpt2pt.open(out) as checkpoint:
+        name = f"decoder.layers.1.{BIAS}"
+        assert checkpoint.info(name).dtype == "float32"
+        assert np.array_equal(checkpoint[name], np.arange(4, dtype="<f4") / np.float32(3))
+        assert name not in checkpoint.keys("exp_avg")
+    assert compare_any([source, out]).same
+
+
+def test_a_stage_without_experts_has_an_optimizer_less_up_to_0_12(tensors: Tensors, tmp_path: Path) -> None:
+    source = dense_first(save_experts(tmp_path / "source", tensors, experts=1))
+    sizes = ("--target-ep-size", 2, "--target-pp-size", 2, "--verify", "full")
+    assert convert(source, tmp_path / "new", "megatron", *sizes) == 0
+    assert convert(source, tmp_path / "old", "megatron", *sizes, "--megatron-version", "0.12") == 0
+    new, old = files(tmp_path / "new"), files(tmp_path / "old")
+    assert new["mp_rank_00_000_001/distrib_optim.pt"] == [None, {"buckets_coalesced": True}]
+    assert "mp_rank_00_000_001/distrib_optim.pt" not in old
+    assert isinstance(old["mp_rank_00_000_000/distrib_optim.pt"], dict)
+    assert isinstance(old["mp_rank_00_000_000/model_optim_rng.pt"]["optimizer"], dict)
+    assert alike(old["mp_rank_00_001_001/distrib_optim.pt"], new["mp_rank_00_001_001/distrib_optim.pt"])
+    for name in ("new", "old"):
+        assert compare_any([source, tmp_path / name]).same
+        assert main(["verify", str(tmp_path / name)]) == 0
+    assert convert(tmp_path / "old", tmp_path / "again", "megatron", "--target-ep-size", 1, "--target-pp-size", 1) == 0
+    assert compare_any([tmp_path / "old", tmp_path / "again"]).same
+
+
+def dense_first(source: Path) -> Path:
+    """The same with a single MLP, that of its shared experts, in the first layer."""
+    [folder] = source.glob("iter_*/mp_rank_00")
+    tree = torch.load(folder / "model_optim_rng.pt", weights_only=False)
+    kept: dict[str, torch.Tensor] = {}
+    for name, value in tree["model"].items():
+        first = name.startswith("decoder.layers.0.mlp.")
+        if not first or ".shared_experts." in name:
+            kept[name.replace(".shared_experts.", ".") if first else name] = value
+    torch.save(tree | {"model": kept}, folder / "model_optim_rng.pt")
+    flat = {
+        kind: torch.cat([value.float().flatten() for value in reversed(kept.values())])
+        for kind in ("param", "exp_avg", "exp_avg_sq")
+    }
+    state = {(torch.bfloat16, torch.float32): {**flat, "numel_unpadded": flat["param"].numel()}}
+    torch.save({"buckets_coalesced": True, 0: state}, folder / "distrib_optim.pt")
+    return source
+
+
+@pytest.mark.parametrize(
+    ("form", "words", "code", "said"),
+    [
+        pytest.param("megatron", ("--target-ep-size", 3), 65, "4 experts are in a layer", id="indivisible"),
+        pytest.param("torch_dist", ("--target-ep-size", 8), 65, "4 experts are in a layer", id="more than experts"),
+        pytest.param("megatron", ("--target-ep-size", 2, "--target-dp-size", 3), 64, "does not divide", id="data"),
+        pytest.param("megatron", ("--names", "legacy"), 64, "legacy models", id="legacy"),
+        pytest.param("megatron06", ("--target-ep-size", 2), 64, "decides nothing of a result", id="0.6"),
+        pytest.param("mindspore", ("--target-ep-size", 2), 64, "decides nothing of a result", id="mindspore"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    form: str, words: tuple[object, ...], code: int, said: str, tensors: Tensors, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source = save_experts(tmp_path / "source", tensors, experts=2)
+    assert convert(source, tmp_path / "out", form, *words) == code
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.pt"))
+
+
+def test_a_plan_says_where_experts_go(tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=1)
+    flags = ("--source", source, "--target", tmp_path / "out", "--target-format", "megatron", "--target-ep-size", 2)
+    assert main(["plan", *map(str, flags), "--details"]) == 0
+    shown = capsys.readouterr().out
+    assert "mp_rank_00_000/model_optim_rng.pt" in shown
+    assert "mp_rank_00_001/distrib_optim.pt" in shown
+    assert "ep 2" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_run_goes_on(tensors: Tensors, tmp_path: Path) -> None:
+    source, out = save_experts(tmp_path / "source", tensors, experts=1), tmp_path / "out"
+    assert convert(source, out, "megatron", "--target-ep-size", 2, "--target-pp-size", 2, "--stage", 1) == 0
+    assert not (out / "latest_checkpointed_iteration.txt").exists()
+    assert convert(source, out, "megatron", "--target-ep-size", 2, "--target-pp-size", 2) == 0
+    assert compare_any([source, out]).same
+
+
+if SETS := core_sets(experts=True):
+
+    @pytest.mark.parametrize("form", ["megatron", "torch_dist"])
+    @pytest.mark.parametrize("folder", SETS, ids=set_name)
+    def test_every_set_arrives_at_another_size(folder: Path, form: str, tmp_path: Path) -> None:
+        wanted = expected(folder / "expected")
+        for number, size in enumerate((1, 2, 4)):
+            out = tmp_path / str(number)
+            assert convert(folder, out, form, "--target-ep-size", size, "--target-tp-size", 1 + number % 2) == 0
+            found = read(out).index
+            assert found.keys() == wanted.keys()
+            with Files() as opened:
+                for key, values in wanted.items():
+                    data = np.array(gathered(found[key]).block(opened, 0, found[key].numel))
+                    bits = as_bits(key, values)
+                    assert data.tobytes() == bits.tobytes(), key
+
+
+def as_bits(key: Key, values: Any) -> Any:
+    """As a file has them: weights are bfloat16."""
+    return (values.view("<u4") >> 16).astype("<u2") if key.role == "param" else values
