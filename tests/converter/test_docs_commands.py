@@ -33,6 +33,7 @@ def of_mindspore(place: Path) -> None:
     (place / "megatron_old").symlink_to(CUT / "A")
     said = {name: value for name, value in said_of(CUT).items() if not isinstance(value, bool)}
     flags = [word for name, value in said.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    (place / "moe_ep2").symlink_to(golden_root() / "mcore" / "0.19.0" / "moe_ep2")
     (place / "pretrain.sh").write_text(f"torchrun pretrain_gpt.py {shlex.join([*flags, *SWITCHES])}\n")
 
 
