@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, cast
 
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import TryAgainError, VerificationError
+from ckpt2pt.io.paths import listing
 from ckpt2pt.io.records import Json
+from ckpt2pt.publish.kinds import stage_name
 from ckpt2pt.publish.ledger import Holdings
 
 if TYPE_CHECKING:
@@ -33,7 +35,14 @@ def prove_unchanged(target: Target) -> None:
 
 
 def refuse_lost(target: Target) -> None:
-    """Raise :class:`TryAgainError` for a rank whose manifest lists a file that is gone or was cut: nobody would write it again."""
+    """Raise :class:`TryAgainError` for a rank whose manifest lists a file that is gone or was cut: nobody would write it again.
+
+    As long as a stage is not there, its worker is still to come, and looks when it ends: if each of them looked at all ranks,
+    they would read as many manifests as there are stages times ranks.
+    """
+    there = {path.name for path in listing(target.state)}
+    if not there.issuperset(map(stage_name, range(target.stages))):
+        return
     for rank in _ranks(target):
         manifest = target.manifest_of(rank)
         if manifest and not target.has_files(manifest):
