@@ -244,7 +244,8 @@ def test_a_template_of_a_training_gets_no_more(operator: Release, namespace: Kub
 def test_without_the_policy_the_operator_refuses_the_same(
     unguarded: Release, trainer: Trainer, changes: list[Change], field: str, permission: str
 ) -> None:
-    assert "created" in trainer.create(named(*changes))
+    # An API server goes by a policy for some time after it was deleted.
+    wait_until("the policy to be gone", lambda: "created" in trainer.create(named(*changes)), seconds=60)
     found = reach(trainer.namespace, "Failed", "hostile")
     check_status(found)
     assert told(found, "Failed") == ("True", "NotAllowed")

@@ -62,6 +62,9 @@ def replay(disk: Disk, calls: list[Call], folder: Path, dice: Random) -> Iterato
                 shutil.rmtree(folder, ignore_errors=True)
                 disk.crash(dice, folder)
                 yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+    disk.crash(dice, folder)  # after the end: else the dice decide whether a complete result is seen at all
+    yield folder
 
 
 def run(command: list[str]) -> None:
