@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ckpt2pt.core.index import Index, layer_numbers
+from ckpt2pt.core.names import Rules
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.errors import TopologyError, UsageError, ref
 from ckpt2pt.formats.megatron.payload import Template
@@ -14,6 +15,20 @@ from ckpt2pt.formats.torch_dist.metadata import Item
 
 OPTION = "the checkpoint's path"
 """What names the folder, in the user's words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """What is to be read of a checkpoint: one iteration, and the parallel sizes that it is said to have; None is as found.
+
+    ``weights_alone`` leaves the optimizer of a Megatron checkpoint alone.
+    """
+
+    tensor: int | None = None
+    pipeline: int | None = None
+    iteration: int | None = None
+    rules: Rules = Rules()  # noqa: RUF009 - frozen
+    weights_alone: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,6 +105,11 @@ def pairs(left: Path, right: Path) -> Iterator[tuple[str, Path | None, Path | No
         yield name, one.get(name), other.get(name)
 
 
+def source_folder(path: Path, iteration: int | None) -> Path:
+    """The folder of an iteration, by default of the one that the tracker names."""
+    return iteration_folder(path) if iteration is None else of_iteration(path, iteration)
+
+
 def iteration_folder(folder: Path) -> Path:
     """The iteration that a Megatron root's tracker names, or its only one; any other folder itself."""
     named = read_tracker(folder)

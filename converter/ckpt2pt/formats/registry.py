@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from ckpt2pt.core.foldernames import is_rank, iterations
 from ckpt2pt.core.names import Rules
 from ckpt2pt.errors import FormatError, MissingInputError, UsageError
-from ckpt2pt.formats.checkpoint import OPTION, Checkpoint
+from ckpt2pt.formats.checkpoint import OPTION, Checkpoint, Selection
 from ckpt2pt.formats.torch_dist.metadata import is_distributed
 from ckpt2pt.io.paths import is_folder, is_there, listing
 
@@ -61,19 +60,20 @@ def read(
     ``source_format`` is ``auto``, one of :data:`FORMATS`, or one of the two formats of MindSpore's files.
     ``weights_alone`` does not look at the optimizer of a Megatron checkpoint, which may be missing, wrong or of an unknown form.
     """
+    wanted = Selection(
+        tensor=tensor, pipeline=pipeline, iteration=iteration, rules=rules or Rules(), weights_alone=weights_alone
+    )
     chosen = detect(path) if source_format == "auto" else source_format
     if chosen in {"mindspore", *MINDSPORE_FILES}:
         from ckpt2pt.formats.mindspore.read import open_mindspore  # noqa: PLC0415
 
-        open_checkpoint = partial(open_mindspore, wanted_format=None if chosen == "mindspore" else chosen)
-    elif chosen == "megatron":
+        return open_mindspore(path, wanted, wanted_format=None if chosen == "mindspore" else chosen)
+    if chosen == "megatron":
         from ckpt2pt.formats.megatron.read import open_megatron  # noqa: PLC0415 - numpy and more
 
-        open_checkpoint = partial(open_megatron, weights_alone=weights_alone)
-    elif chosen == "torch_dist":
+        return open_megatron(path, wanted)
+    if chosen == "torch_dist":
         from ckpt2pt.formats.torch_dist.read import open_torch_dist  # noqa: PLC0415 - numpy
 
-        open_checkpoint = partial(open_torch_dist, weights_alone=weights_alone)
-    else:
-        raise UsageError(f"no format {chosen}", where="source_format", hint=f"give auto or one of {', '.join(FORMATS)}")
-    return open_checkpoint(path, tensor=tensor, pipeline=pipeline, iteration=iteration, rules=rules or Rules())
+        return open_torch_dist(path, wanted)
+    raise UsageError(f"no format {chosen}", where="source_format", hint=f"give auto or one of {', '.join(FORMATS)}")

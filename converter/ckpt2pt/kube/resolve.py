@@ -17,7 +17,7 @@ from ckpt2pt.errors import Ckpt2ptError, MissingInputError, TopologyError, Usage
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
 from ckpt2pt.formats.ptmeta.metadata import Given, learn, read_stated, require
 from ckpt2pt.kube.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
-from ckpt2pt.kube.conversion.usable import check_used, framework_of
+from ckpt2pt.kube.conversion.usable import USES, check_used, framework_of
 from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, TargetRequest
 
 T = TypeVar("T", bound=TargetRequest)
@@ -170,7 +170,7 @@ _FILES = {"Ckpt": "ckpt", "Safetensors": "safetensors"}
 
 def _of_iteration(spec: Spec) -> tuple[Path, bool]:
     """The folder of the iteration of a Megatron checkpoint, and whether it is distributed."""
-    from ckpt2pt.formats.megatron.read import source_folder  # noqa: PLC0415 - for Megatron sources
+    from ckpt2pt.formats.folders import source_folder  # noqa: PLC0415 - for Megatron sources
     from ckpt2pt.formats.torch_dist.metadata import is_distributed  # noqa: PLC0415
 
     folder = source_folder(Path(spec.source.path), spec.source.iteration)
@@ -248,11 +248,9 @@ def _to_mindspore(spec: Spec, rules: Rules) -> tuple[Topology, Topology | None]:
 
 def _refuse_unused(spec: Spec) -> None:
     """Refuse what decides nothing where the layout stays."""
-    unused: Mapping[str, object] = {
-        "model.layersPerStage": spec.model.layers_per_stage,
-        "parallelism.virtualPipeline": (spec.parallelism.virtual_pipeline or 1) > 1,
-    }
-    for field in (field for field, given in unused.items() if given):
+    for field in ("model.layersPerStage", "parallelism.virtualPipeline"):
+        if not USES[field].given(spec):
+            continue
         hint = f"leave it out; another layout is asked for by {_OTHER}"
         what = f"{ref(field)} is given, and decides nothing where the layout stays"
         raise UsageError(what, where=ref("spec"), hint=hint, field=field)
@@ -263,7 +261,7 @@ def _check_own_layout(spec: Spec, layout: Topology, rules: Rules) -> None:
 
     Files are looked at unless somebody waits for them, who asks again when they are complete.
     """
-    from ckpt2pt.formats.checkpoint import check_layers  # noqa: PLC0415 - for this alone
+    from ckpt2pt.formats.checkpoint import Selection, check_layers  # noqa: PLC0415 - for this alone
     from ckpt2pt.formats.mindspore.degrees import source_layout  # noqa: PLC0415 - the same
     from ckpt2pt.formats.mindspore.read import open_mindspore  # noqa: PLC0415 - the same
 
@@ -301,14 +299,9 @@ def _check_own_layout(spec: Spec, layout: Topology, rules: Rules) -> None:
                 field="parallelism",
             )
     info = spec.source.opt_shard_info_path
+    wanted = Selection(tensor=layout.tensor, pipeline=layout.pipeline, iteration=spec.source.iteration, rules=rules)
     checkpoint = open_mindspore(
-        source,
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        iteration=spec.source.iteration,
-        rules=rules,
-        wanted_format=_FILES.get(spec.source.format),
-        info=None if info is None else Path(info),
+        source, wanted, wanted_format=_FILES.get(spec.source.format), info=None if info is None else Path(info)
     )
     noop = None if model.noop_layers is None else frozenset(model.noop_layers)
     check_layers(checkpoint, model.num_layers, noop, stated.num_layers if stated else None)

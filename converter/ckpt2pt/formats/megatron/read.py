@@ -18,13 +18,13 @@ from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.foldernames import expert_ranks, parallel_sizes
 from ckpt2pt.core.index import Collector, Local
 from ckpt2pt.core.moves import OPTIM_FILE
-from ckpt2pt.core.names import Rules, is_tied_head, local_layer
+from ckpt2pt.core.names import is_tied_head, local_layer
 from ckpt2pt.core.params import EMBEDDING, canonical_name, expert_of, with_expert
 from ckpt2pt.core.tensor import Role
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, ref
-from ckpt2pt.formats.checkpoint import Checkpoint, agreed
-from ckpt2pt.formats.folders import iteration_folder, of_iteration
+from ckpt2pt.formats.checkpoint import Checkpoint, Selection, agreed
+from ckpt2pt.formats.folders import source_folder
 from ckpt2pt.formats.megatron.distributed import StoredBucket, read_buffers
 from ckpt2pt.formats.megatron.headers import MegatronRank, is_expert_parallel, rank_folders, read_rank
 from ckpt2pt.io.files import OpenFiles
@@ -37,27 +37,19 @@ Ranks = Mapping[Rank, MegatronRank]
 """(tp, pp) -> what its files hold."""
 
 
-def open_megatron(
-    path: Path,
-    *,
-    tensor: int | None,
-    pipeline: int | None,
-    iteration: int | None,
-    rules: Rules,
-    weights_alone: bool = False,
-) -> Checkpoint:
-    """Read the headers of every rank of one iteration: that of the tracker unless ``iteration`` names another.
+def open_megatron(path: Path, wanted: Selection) -> Checkpoint:
+    """Read the headers of every rank of one iteration: that of the tracker unless ``wanted`` names another.
 
     The layout of the optimizer's buffers is proved by a few elements of each parameter, which are read as well;
-    ``weights_alone`` leaves the optimizer alone.
+    weights alone leave the optimizer alone.
     """
     from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - much, and a proof needs none of it
 
-    folder = source_folder(path, iteration)
-    ranks = _read_ranks(folder, rules.pickle_globals, optimizer=not weights_alone)
+    folder = source_folder(path, wanted.iteration)
+    ranks = _read_ranks(folder, wanted.rules.pickle_globals, optimizer=not wanted.weights_alone)
     dense = {(tp, pp): rank for (tp, pp, ep), rank in ranks.items() if not ep}
     there = parallel_sizes(dense)
-    agreed((tensor, pipeline), there, folder)
+    agreed((wanted.tensor, wanted.pipeline), there, folder)
     check_ranks(dense, there)
     layout = layout_of_ranks(dense, *there)
     collector = Collector(there[0], str(folder))
@@ -133,11 +125,6 @@ class Shifted:
         """Take what the rank holds, with the global number of its expert."""
         replica = self.ep > 0 and expert_of(name) is None
         self.collector.add(role, with_expert(name, self.first), tp, local, replica=replica)
-
-
-def source_folder(path: Path, iteration: int | None) -> Path:
-    """The folder of an iteration, by default of the one that the tracker names."""
-    return iteration_folder(path) if iteration is None else of_iteration(path, iteration)
 
 
 def with_optimizer(rank: MegatronRank, allow: tuple[str, ...], files: OpenFiles | None = None) -> MegatronRank:

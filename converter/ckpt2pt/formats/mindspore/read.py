@@ -11,12 +11,12 @@ from functools import cache
 from pathlib import Path
 
 from ckpt2pt.core.index import Index
-from ckpt2pt.core.names import NameTable, Rules
+from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.params import EMBEDDING, FINAL_NORM
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.core.training_step import TrainingStep, agree, read_training_step
 from ckpt2pt.errors import InputError, MissingInputError
-from ckpt2pt.formats.checkpoint import Checkpoint
+from ckpt2pt.formats.checkpoint import Checkpoint, Selection
 from ckpt2pt.formats.mindspore import facts_of, index_file, statement_of
 from ckpt2pt.formats.mindspore.degrees import Header, check_ranks, find_layout
 from ckpt2pt.formats.mindspore.filenames import CheckpointId
@@ -26,23 +26,17 @@ from ckpt2pt.formats.mindspore.source import collect
 
 
 def open_mindspore(
-    path: Path,
-    *,
-    tensor: int | None,
-    pipeline: int | None,
-    iteration: int | None,
-    rules: Rules,
-    wanted_format: str | None = None,
-    info: Path | None = None,
+    path: Path, wanted: Selection, *, wanted_format: str | None = None, info: Path | None = None
 ) -> Checkpoint:
-    """Read the headers of every rank of one iteration, the newest that all ranks have unless ``iteration`` names another.
+    """Read the headers of every rank of one iteration, the newest that all ranks have unless ``wanted`` names another.
 
-    ``tensor`` and ``pipeline`` may be left out where the folders, a ``pt_meta`` beside the ranks or the files tell them.
+    Parallel sizes may be left out where the folders, a ``pt_meta`` beside the ranks or the files tell them.
     ``wanted_format`` is ``ckpt``, ``safetensors`` or None for either, ``info`` the folder that describes data-parallel shards
     (None: ``opt_shard_info`` beside the ranks).
     """
+    iteration, rules = wanted.iteration, wanted.rules
     table, header = NameTable(rules), cache(index_file)
-    layout = find_layout(path, tensor, pipeline, table, header)
+    layout = find_layout(path, wanted.tensor, wanted.pipeline, table, header)
     found = find_sources(path, layout, wanted_format=wanted_format)
     found = find_groups(
         path, layout, found, sharded=lambda file: has_shards(header(file)), info=info, wanted_format=wanted_format

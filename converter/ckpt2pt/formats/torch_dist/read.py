@@ -11,12 +11,11 @@ from pathlib import Path
 
 from ckpt2pt.core.extents import Box, Shape, Stored, View, intersection
 from ckpt2pt.core.index import Index, ordered
-from ckpt2pt.core.names import Rules
 from ckpt2pt.core.params import axes_of, is_gated
 from ckpt2pt.core.tensor import Key, Tensor, boxes, check_coverage, dense_strides
 from ckpt2pt.errors import FormatError, TopologyError, aside
-from ckpt2pt.formats.checkpoint import Checkpoint, agreed
-from ckpt2pt.formats.folders import iteration_folder, of_iteration
+from ckpt2pt.formats.checkpoint import Checkpoint, Selection, agreed
+from ckpt2pt.formats.folders import source_folder
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.rounding import check_rounding
 from ckpt2pt.formats.torch_dist.buckets import Buckets
@@ -32,26 +31,18 @@ WHOLE_STATES = (
 _HINT = "copy the whole folder again from where it was written"
 
 
-def open_torch_dist(
-    path: Path,
-    *,
-    tensor: int | None,
-    pipeline: int | None,
-    iteration: int | None,
-    rules: Rules,
-    weights_alone: bool = False,
-) -> Checkpoint:
-    """Read the headers of one iteration: that of the tracker unless ``iteration`` names another.
+def open_torch_dist(path: Path, wanted: Selection) -> Checkpoint:
+    """Read the headers of one iteration: that of the tracker unless ``wanted`` names another.
 
-    Its tensors are whole, whatever the parallel sizes were; ``tensor`` and ``pipeline`` have to be those of its arguments.
-    A few elements of each weight are compared with its main parameter; ``weights_alone`` leaves the optimizer alone.
+    Its tensors are whole, whatever the parallel sizes were; sizes that are said have to be those of its arguments.
+    A few elements of each weight are compared with its main parameter; weights alone leave the optimizer alone.
     """
-    folder = iteration_folder(path) if iteration is None else of_iteration(path, iteration)
+    folder = source_folder(path, wanted.iteration)
     metadata = read_metadata(folder)
-    common = read_common(metadata, rules.pickle_globals)
+    common = read_common(metadata, wanted.rules.pickle_globals)
     sizes = parallel_sizes(common)
-    agreed((tensor, pipeline), sizes, folder)
-    index = read_index(metadata, common, weights_alone=weights_alone)
+    agreed((wanted.tensor, wanted.pipeline), sizes, folder)
+    index = read_index(metadata, common, weights_alone=wanted.weights_alone)
     check_rounding(index, str(folder))
     samples = common.args.get("consumed_train_samples")
     return Checkpoint(
