@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ckpt2pt.core.extents import Shape
-from ckpt2pt.errors import TopologyError
+from ckpt2pt.errors import TopologyError, aside
 
 
 class Kind(NamedTuple):
@@ -169,6 +169,17 @@ def without_expert(name: str) -> str:
 def expert_count(names: Iterable[str]) -> int:
     """How many experts a layer has, by the numbers in canonical names; 0 for a dense model."""
     return 1 + max((number for name in names if (number := expert_of(name)) is not None), default=-1)
+
+
+def check_expert_parallel(experts: int, size: int, where: str) -> None:
+    """Refuse an expert parallel size that does not divide the ``experts`` of a layer.  Raises :class:`TopologyError`."""
+    if size > 1 and (not experts or experts % size):
+        raise TopologyError(
+            f"{experts or 'no'} experts are in a layer, and the expert parallel size is {size}",
+            where=where,
+            hint=f"choose one that divides them{aside('target.parallelism.expert')}",
+            field="target.parallelism.expert",
+        )
 
 
 def has_experts(inner: str) -> bool:

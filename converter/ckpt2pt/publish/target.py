@@ -31,7 +31,7 @@ from ckpt2pt.publish.leftovers import nobody_at_work, sweep_leftovers
 from ckpt2pt.publish.locks import WAIT_SECONDS, Lock, locked
 from ckpt2pt.publish.retire import files_below, foreign, records_of, retire
 from ckpt2pt.publish.tracker import announce, check_tracker, tracked
-from ckpt2pt.publish.unchanged import prove_unchanged
+from ckpt2pt.publish.unchanged import has_all_stages, prove_unchanged
 
 _ID_DIGITS = 16
 _CLAIMED = {"identity": "identity", "purpose": "options_digest", "base": "base", "full": "full"}
@@ -377,9 +377,7 @@ class Target:
         home = self.at_home
         if self.beside and (read_record(home.state / CLAIM) or {}).get("identity") == self.identity:
             return home.publish_iteration(heed, join)  # another worker was faster
-        there = {path.name for path in listing(self.state)}  # one look for all: each worker that ends comes by here
-        names = {stage_name(pp) for pp in range(self.stages)}
-        if not names <= there or not all(self.stage_manifest(pp) for pp in range(self.stages)):
+        if not has_all_stages(self) or not all(self.stage_manifest(pp) for pp in range(self.stages)):
             self.fence()
             return False
         with self.guarded(), home._claim_lock(heed):

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from ckpt2pt.publish.target import Target
 
 
+def has_all_stages(target: Target) -> bool:
+    """Whether every stage has a record, by one look for all: each worker that ends asks."""
+    there = {path.name for path in listing(target.state)}
+    return there.issuperset(map(stage_name, range(target.stages)))
+
+
 def changed_file(target: Target, manifest: Json) -> str:
     """The first file that a manifest lists and that is not as it was written; empty where all are."""
     held = Holdings.of(target.folder, [manifest])
@@ -40,8 +46,7 @@ def refuse_lost(target: Target) -> None:
     As long as a stage is not there, its worker is still to come, and looks when it ends: if each of them looked at all ranks,
     they would read as many manifests as there are stages times ranks.
     """
-    there = {path.name for path in listing(target.state)}
-    if not there.issuperset(map(stage_name, range(target.stages))):
+    if not has_all_stages(target):
         return
     for rank in _ranks(target):
         manifest = target.manifest_of(rank)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.core.index import Collector, Index
-from ckpt2pt.core.params import expert_count, is_buffer
+from ckpt2pt.core.params import is_buffer
 from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.state import State
 from ckpt2pt.core.tensor import Key
@@ -86,10 +86,9 @@ def _weight_type(expected: Expected, key: Key) -> str:
 
 def _index(stored: MegatronRank, held: Held, rank: Rank, ep: int) -> Index:
     assert held.layout, "a result has a layout"
-    each = expert_count(key.name for key in held.tensors) // held.expert
     collector = Collector(1, str(stored.folder))
     buffers = lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL).buffers if stored.buffers is not None else ()
-    collect_rank(Shifted(collector, 0, ep * each), (0, rank[1]), stored, held.layout, buffers)
+    collect_rank(Shifted(collector, 0, held.experts(ep).start), (0, rank[1]), stored, held.layout, buffers)
     return collector.index(partial=True)
 
 

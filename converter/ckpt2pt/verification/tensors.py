@@ -56,19 +56,23 @@ class Held(NamedTuple):
         beside = tensor.key.role == "main_param" and "param" not in self.roles
         return self.tensors.get(Key("param", tensor.key.name)) if beside else None
 
+    def experts(self, ep: int) -> range:
+        """The global numbers of the experts of an expert parallel rank."""
+        each = expert_count(key.name for key in self.tensors) // self.expert
+        return range(ep * each, (ep + 1) * each)
+
     def names(self, pp: int, ep: int = 0) -> Iterator[str]:
         """The parameters of a stage, and of experts those of the rank ``ep``."""
         names, layout = dict.fromkeys(key.name for key in self.tensors), self.layout
-        each = expert_count(names) // self.expert
         if layout is None:
             yield from names
             return
         layers = {layer for vpp in range(layout.virtual) for layer in layout.slots(pp, vpp)}
-        last = pp == layout.pipeline - 1
+        last, experts = pp == layout.pipeline - 1, self.experts(ep)
         copied = last and HEAD not in names and self.template.args.get("untie_embeddings_and_output_weights") is False
         for name in names:
             layer, number = layer_of(name), expert_of(name)
-            if number is not None and number // each != ep:
+            if number is not None and number not in experts:
                 continue
             if layer is not None:
                 held = layer in layers

@@ -35,13 +35,22 @@ from ckpt2pt.core.layout import (
 )
 from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
 from ckpt2pt.core.names import state_dict_path
-from ckpt2pt.core.params import EMBEDDING, FINAL_NORM, HEAD, expert_count, expert_of, in_legacy_models, is_buffer
+from ckpt2pt.core.params import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    check_expert_parallel,
+    expert_count,
+    expert_of,
+    in_legacy_models,
+    is_buffer,
+)
 from ckpt2pt.core.reshard import Part, Wanted, check_target, padding_remarks, part_of
 from ckpt2pt.core.slots import FileSlots, Slot, check_used, source_of
 from ckpt2pt.core.state import State
 from ckpt2pt.core.tensor import Key, Role, Tensor
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.errors import TopologyError, UsageError, aside, ref
+from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.formats.megatron.order import Registered, Style, chunk_parameters
 from ckpt2pt.formats.megatron.payload import FilePayload, nested, tree_payload
 from ckpt2pt.formats.megatron.tree import Group, model_tree
@@ -164,13 +173,7 @@ class McoreLayout:
         check_used(self.index, slots, ignored, self.where)
 
     def _check_experts(self) -> None:
-        if self.expert > 1 and (not self.experts or self.experts % self.expert):
-            raise TopologyError(
-                f"{self.experts or 'no'} experts are in a layer, and the expert parallel size is {self.expert}",
-                where=self.where,
-                hint=f"choose one that divides them{aside('target.parallelism.expert')}",
-                field="target.parallelism.expert",
-            )
+        check_expert_parallel(self.experts, self.expert, self.where)
         if self.expert > 1 and self.data > 1 and self.data % self.expert:
             raise UsageError(
                 f"{ref('target.dataParallel')} is {self.data}, which an expert parallel size of {self.expert} does not divide",

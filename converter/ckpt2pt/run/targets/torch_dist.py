@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ckpt2pt.core.fill import moves_of, replicas_of
-from ckpt2pt.core.params import EMBEDDING
+from ckpt2pt.core.params import EMBEDDING, check_expert_parallel
 from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.slots import source_of
 from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Rank
-from ckpt2pt.errors import TopologyError, TryAgainError, aside, ref
+from ckpt2pt.errors import TryAgainError, ref
 from ckpt2pt.formats.folders import keep_apart
 from ckpt2pt.formats.megatron.loads import SHARDINGS, WEIGHTS, Releases
 from ckpt2pt.formats.torch_dist.common_out import METADATA_JSON, SHARDING, write_common
@@ -120,7 +120,7 @@ def find(request: DistRequest) -> Found:
     """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
     source = read_source(request)
     layers = layers_of(source.index, source.where, source.state.args.get("moe_layer_freq"))
-    _check_experts(request, layers.experts, source.where)
+    check_expert_parallel(layers.experts, request.target_expert or 1, source.where)
     division = Division(
         index=source.index,
         layers=layers,
@@ -149,17 +149,6 @@ def _common(found: Found) -> bytes:
     if found.division.layers.experts:
         sizes |= {"num_experts": found.division.layers.experts, "expert_model_parallel_size": found.expert}
     return write_common(found.source.state, sizes, full=found.request.full, chained=found.chained)
-
-
-def _check_experts(request: DistRequest, experts: int, where: str) -> None:
-    size = request.target_expert or 1
-    if size > 1 and (not experts or experts % size):
-        raise TopologyError(
-            f"{experts or 'no'} experts are in a layer, and the expert parallel size is {size}",
-            where=where,
-            hint=f"choose one that divides them{aside('target.parallelism.expert')}",
-            field="target.parallelism.expert",
-        )
 
 
 def _prove(found: Found, file: DistcpFile, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:
