@@ -267,6 +267,10 @@ class FormatError(InputError):
     """A file is not what its format says: truncated, overlapping, absurd lengths, wrong types."""
 
 
+class UnsupportedFormatError(FormatError):
+    """A checkpoint of a known program, or in a known form, that is not read."""
+
+
 class UnsafePickleError(InputError):
     """A pickle names something that has no business in a checkpoint."""
 

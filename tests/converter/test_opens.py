@@ -63,9 +63,9 @@ def test_a_conversion_opens_each_source_once_for_its_header_and_once_for_its_pay
 @pytest.mark.parametrize(
     ("words", "model", "optim"),
     [
-        (["import"], 3, 3),
-        (["convert"], 4, 3),
-        (["convert", "--target-tp-size", "1"], 4, 4),
+        (["import"], 4, 3),
+        (["convert"], 5, 3),
+        (["convert", "--target-tp-size", "1"], 5, 4),
         (["convert", "--target-format", "megatron"], 9, 9),
         (["convert", "--target-format", "torch_dist"], 7, 7),
     ],
@@ -75,6 +75,8 @@ def test_a_megatron_source_is_opened_a_few_times_however_many_tensors_it_holds(
     words: list[str], model: int, optim: int, golden: Path, tmp_path: Path
 ) -> None:
     """For its header, its proof, its payload, its archive's checksums, and once to compare what several ranks hold.
+
+    The first rank's model file is opened once more, to tell what wrote it.
 
     29 times before headers were kept, and once for each tensor that several ranks hold.
     """

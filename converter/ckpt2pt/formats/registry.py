@@ -1,43 +1,75 @@
-"""Which format a folder is of, told by what is in it."""
+"""Which format a checkpoint is of, told by what is in it: one table, a row for each format that is read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt2pt.core.foldernames import is_rank, iterations
 from ckpt2pt.core.names import Rules
 from ckpt2pt.errors import FormatError, MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import OPTION, Checkpoint, Selection
+from ckpt2pt.formats.families import Seen, refuse_unsupported
 from ckpt2pt.formats.torch_dist.metadata import is_distributed
-from ckpt2pt.io.paths import is_folder, is_there, listing
+from ckpt2pt.io.paths import is_folder, is_there
 
-FORMATS = ("mindspore", "megatron", "torch_dist")
 MINDSPORE_FILES = ("ckpt", "safetensors")
 
-_SUFFIXES = {".pt": "megatron", ".ckpt": "mindspore", ".safetensors": "mindspore"}
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """A format that is read: its sign, and its reader."""
+
+    is_here: Callable[[Seen], bool]
+    open: Callable[[Path, Selection], Checkpoint]
+
+
+def _mindspore(path: Path, wanted: Selection, only: str | None = None) -> Checkpoint:
+    from ckpt2pt.formats.mindspore.read import open_mindspore  # noqa: PLC0415
+
+    return open_mindspore(path, wanted, wanted_format=only)
+
+
+def _megatron(path: Path, wanted: Selection) -> Checkpoint:
+    from ckpt2pt.formats.megatron.read import open_megatron  # noqa: PLC0415 - numpy and more
+
+    return open_megatron(path, wanted)
+
+
+def _torch_dist(path: Path, wanted: Selection) -> Checkpoint:
+    from ckpt2pt.formats.torch_dist.read import open_torch_dist  # noqa: PLC0415 - numpy
+
+    return open_torch_dist(path, wanted)
+
+
+_READERS = {
+    "mindspore": Format(lambda seen: seen.suffix in {".ckpt", ".safetensors"}, _mindspore),
+    "megatron": Format(lambda seen: seen.suffix == ".pt", _megatron),
+    "torch_dist": Format(lambda seen: any(map(is_distributed, seen.places)), _torch_dist),
+}
+"""By name, in the order in which they are looked for."""
+FORMATS = tuple(_READERS)
 
 
 def detect(path: Path) -> str:
-    """``mindspore``, ``megatron`` or ``torch_dist``.
+    """The name of the format of a folder, one of :data:`FORMATS`.
 
-    Raises :class:`FormatError` for a folder that is neither and for a single file, :class:`MissingInputError` for nothing.
+    Raises :class:`UnsupportedFormatError` for a family that is not read, :class:`FormatError` for a folder that nothing tells
+    and for a single file, :class:`MissingInputError` for nothing.
     """
     if not is_there(path, OPTION):
         raise MissingInputError("there is no such folder", where=path, hint="check the path")
+    refuse_unsupported(path)
     if not is_folder(path, OPTION):
         raise FormatError(
             "this is a file, and a checkpoint is read with the files of all its ranks",
             where=path,
             hint="name the folder that holds the folders of the ranks",
         )
-    places = [path, *reversed(iterations(listing(path, option=OPTION)))]
-    for place in places:
-        for folder in listing(place, option=OPTION):
-            for file in listing(folder, option=OPTION) if is_rank(folder.name) else ():
-                if found := _SUFFIXES.get(file.suffix):
-                    return found
-    if any(map(is_distributed, places)):
-        return "torch_dist"
+    seen = Seen(path)
+    for name, known in _READERS.items():
+        if known.is_here(seen):
+            return name
     raise FormatError(
         "neither a MindSpore training output (rank_*/*.ckpt, *.safetensors) nor a Megatron checkpoint (mp_rank_*/*.pt, *.distcp)",
         where=path,
@@ -64,16 +96,8 @@ def read(
         tensor=tensor, pipeline=pipeline, iteration=iteration, rules=rules or Rules(), weights_alone=weights_alone
     )
     chosen = detect(path) if source_format == "auto" else source_format
-    if chosen in {"mindspore", *MINDSPORE_FILES}:
-        from ckpt2pt.formats.mindspore.read import open_mindspore  # noqa: PLC0415
-
-        return open_mindspore(path, wanted, wanted_format=None if chosen == "mindspore" else chosen)
-    if chosen == "megatron":
-        from ckpt2pt.formats.megatron.read import open_megatron  # noqa: PLC0415 - numpy and more
-
-        return open_megatron(path, wanted)
-    if chosen == "torch_dist":
-        from ckpt2pt.formats.torch_dist.read import open_torch_dist  # noqa: PLC0415 - numpy
-
-        return open_torch_dist(path, wanted)
-    raise UsageError(f"no format {chosen}", where="source_format", hint=f"give auto or one of {', '.join(FORMATS)}")
+    if chosen in MINDSPORE_FILES:
+        return _mindspore(path, wanted, chosen)
+    if chosen not in _READERS:
+        raise UsageError(f"no format {chosen}", where="source_format", hint=f"give auto or one of {', '.join(FORMATS)}")
+    return _READERS[chosen].open(path, wanted)

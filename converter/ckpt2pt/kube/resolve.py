@@ -14,6 +14,7 @@ from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import MindSporeFiles, Request, Verify
 from ckpt2pt.errors import Ckpt2ptError, MissingInputError, TopologyError, UsageError, aside, ref, refs
+from ckpt2pt.formats.families import refuse_unsupported
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
 from ckpt2pt.formats.ptmeta.metadata import Given, learn, read_stated, require
 from ckpt2pt.kube.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
@@ -28,8 +29,10 @@ log = logging.getLogger("ckpt2pt")
 def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
     """The request of a spec with folders of this machine, whose kind is that of the target.
 
-    Raises :class:`UsageError` for options that source or target cannot use, beside what :func:`resolve` raises.
+    Raises :class:`UsageError` for options that source or target cannot use, :class:`UnsupportedFormatError` for a source of a
+    family that is not read, beside what :func:`resolve` raises.
     """
+    refuse_unsupported(Path(spec.source.path), contents=spec.source.format == "Auto")
     kinds: dict[str, Callable[..., AnyRequest]] = {"TorchDist": resolve_dist, "Megatron": resolve_mcore}
     return kinds.get(spec.target.format, resolve)(spec, in_process=in_process)
 

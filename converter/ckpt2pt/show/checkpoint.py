@@ -19,6 +19,7 @@ from ckpt2pt.core.stage import spans
 from ckpt2pt.core.training_step import STEP_ENTRIES, read_training_step
 from ckpt2pt.discover.loading import verdicts
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
+from ckpt2pt.formats.families import kind_of_tensors, refuse_unsupported
 from ckpt2pt.formats.folders import SUFFIXES, checkpoint_files, layout_of
 from ckpt2pt.formats.megatron.headers import all_sizes
 from ckpt2pt.formats.mindspore import index_file, read_scalar, states_checksum
@@ -38,7 +39,6 @@ from ckpt2pt.verification.leaves import CONTAINERS, Leaf, Leaves, TensorLeaf, is
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=[._])")
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=[._])|(?<=_bucket_)\d+$")
-_HUGGING_FACE = re.compile(r"(?:model\.)?layers\.\d+\.(?:self_attn|mlp)\.\w+_proj\.|model\.embed_tokens\.")
 _STAGE = re.compile(r"stage-(\d{3,6})\.json", re.ASCII)
 _MAX_VALUES = 500
 _LONG_LIST = 32
@@ -83,7 +83,10 @@ def inspect(path: Path, *, details: bool = False) -> Json:
     """Look at a file or a folder.  ``details`` lists every tensor and argument instead of what is usually asked for."""
     if not is_there(path, "the path"):
         raise MissingInputError("the file or folder is not there", where=path, hint="check the path")
-    if is_folder(path, "the path"):
+    folder = is_folder(path, "the path")
+    if folder or path.suffix == ".gguf":
+        refuse_unsupported(path)
+    if folder:
         return _folder(path, details=details)
     return _archive(path, details=details) if is_archive(path) else _mindspore(path, details=details)
 
@@ -104,7 +107,7 @@ def _mindspore(path: Path, *, details: bool) -> Json:
         order = list(_ROLES)
         tensors.sort(key=lambda entry: order.index(role) if (role := names.classify(entry.name).role) in order else 9)
     return {
-        "kind": f"Hugging Face weights ({kind})" if _is_hugging_face(index) else f"MindSpore checkpoint ({kind})",
+        "kind": f"{kind_of_tensors(index)} ({kind})",
         "path": str(path),
         "bytes": path.stat().st_size,
         "entries": len(index),
@@ -123,11 +126,6 @@ def _mindspore(path: Path, *, details: bool) -> Json:
         "tensors": [entry.row() for entry in tensors] if details else _collapse(tensors),
         "scalars": {name: _value(ref) for name, ref in list(scalars.items())[:_MAX_VALUES]},
     }
-
-
-def _is_hugging_face(index: Iterable[str]) -> bool:
-    """Names as transformers gives them: ``model.layers.0.self_attn.q_proj.weight``."""
-    return any(_HUGGING_FACE.match(name) for name in index)
 
 
 def _is_scalar(ref: TensorRef) -> bool:
