@@ -41,6 +41,10 @@ class Module(NamedTuple):
 
     An expert's number follows ``local_experts``; canonical names have the global one (core/transformer/moe/experts.py).
     ``fused`` is what stands before ``weight`` and ``bias`` with the layer spec of Transformer Engine, where that differs.
+
+    Multi-latent attention: core/transformer/multi_latent_attention.py.  Its down projections are on every tensor-parallel rank with
+    Transformer Engine since 0.13, and cut with the local layer spec and before; here they are whole.  Multi-token prediction
+    (core/transformer/multi_token_prediction.py): each of its layers holds a ``transformer_layer`` with the modules of any layer.
     """
 
     name: str
@@ -57,6 +61,13 @@ LAYER_MODULES = (
     Module("self_attention.linear_qkv",   "self_attention.query_key_value",   "attention.qkv_proj",    COLUMN),
     Module("self_attention.q_layernorm",  "",                                 "",                      NORM),
     Module("self_attention.k_layernorm",  "",                                 "",                      NORM),
+    Module("self_attention.linear_q_proj", "",                                "",                      COLUMN),
+    Module("self_attention.linear_q_down_proj", "",                           "",                      WHOLE),
+    Module("self_attention.linear_q_up_proj", "",                             "",                      COLUMN),
+    Module("self_attention.linear_kv_down_proj", "",                          "",                      WHOLE),
+    Module("self_attention.linear_kv_up_proj", "",                            "",                      COLUMN),
+    Module("self_attention.kv_layernorm", "",                                 "",                      NORM,
+           "self_attention.linear_kv_up_proj.layer_norm_"),
     Module("self_attention.linear_proj",  "self_attention.dense",             "attention.out_proj",    ROW),
     Module("pre_mlp_layernorm",           "post_attention_norm",              "post_attention_norm",   NORM,
            "mlp.linear_fc1.layer_norm_"),
@@ -79,6 +90,10 @@ MODULES = (
     Module("embedding.position_embeddings", _POSITIONS,  _POSITIONS,  WHOLE),
     Module("decoder.final_layernorm",       _NORM,       _NORM,       NORM),
     Module("output_layer",                  _OUTPUT,     _OUTPUT,     VOCABULARY),
+    Module("mtp.layers.enorm",              "",          "",          NORM),
+    Module("mtp.layers.hnorm",              "",          "",          NORM),
+    Module("mtp.layers.eh_proj",            "",          "",          COLUMN),
+    Module("mtp.layers.final_layernorm",    "",          "",          NORM),
 )  # fmt: skip
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -87,6 +102,8 @@ HEAD = "output_layer.weight"
 
 _LEGACY_LAYER = re.compile(r"language_model\.encoder\.layers\.(\d+)\.(.+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+_PREDICTION = re.compile(r"mtp\.layers\.\d+\.(?:(transformer_layer)\.)?(.+)")
+"""A parameter of a layer that predicts further tokens, or of the transformer layer in it."""
 _EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)(\d+)\.")
 _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
 """An expert's parameter in ``TEGroupedMLP``."""
@@ -94,7 +111,9 @@ _Rows = tuple[Mapping[str, Module], Mapping[str, Module]]
 """Of the layers, and outside of them."""
 _CANONICAL: _Rows = {row.legacy: row for row in LAYER_MODULES if row.legacy}, {row.legacy: row for row in MODULES}
 _ROWS: _Rows = {row.name: row for row in LAYER_MODULES}, {row.name: row for row in MODULES}
-FUSED = {f"{row.fused}{leaf}": f"{row.name}.{leaf}" for row in LAYER_MODULES if row.fused for leaf in row.kind.cuts}
+FUSED = {f"{row.fused}{leaf}": f"{row.name}.{leaf}" for row in LAYER_MODULES if row.fused for leaf in row.kind.cuts} | {
+    f"self_attention.linear_q_up_proj.layer_norm_{leaf}": f"self_attention.q_layernorm.{leaf}" for leaf in NORM.cuts
+}
 """Parameters of a layer as Transformer Engine calls them, and distributed checkpoints of any layer spec -> as Megatron's own modules."""
 _PLACES = tuple({name: place for place, name in enumerate(rows)} for rows in _ROWS)
 
@@ -111,8 +130,11 @@ class _Name(NamedTuple):
 def _parsed(name: str, pattern: re.Pattern[str] = _LAYER, rows: _Rows = _ROWS) -> _Name:
     found = pattern.fullmatch(name)
     inner = found[2] if found else name
-    module, _, leaf = _EXPERT.sub("", inner).rpartition(".")
-    row = rows[not found].get(module)
+    predicted = None if found else _PREDICTION.fullmatch(name)
+    inside = predicted[1] if predicted else found
+    spelled = inner if predicted is None else predicted[2] if inside else f"mtp.layers.{predicted[2]}"
+    module, _, leaf = _EXPERT.sub("", spelled).rpartition(".")
+    row = rows[not inside].get(module)
     known = row if row and leaf in row.kind.cuts else None
     return _Name(int(found[1]) if found else None, inner, known, leaf)
 

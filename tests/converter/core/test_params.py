@@ -65,6 +65,20 @@ EXPERTS = [
     ("mlp.shared_experts.gate_weight", None),
 ]
 
+# Multi-latent attention, and the modules around a transformer layer that predicts further tokens.
+LATENT = [
+    ("decoder.layers.3.self_attention.linear_q_proj", 0),
+    ("decoder.layers.3.self_attention.linear_q_down_proj", None),
+    ("decoder.layers.3.self_attention.linear_q_up_proj", 0),
+    ("decoder.layers.3.self_attention.linear_kv_down_proj", None),
+    ("decoder.layers.3.self_attention.linear_kv_up_proj", 0),
+    ("decoder.layers.3.self_attention.kv_layernorm", None),
+    ("mtp.layers.0.enorm", None),
+    ("mtp.layers.0.hnorm", None),
+    ("mtp.layers.0.eh_proj", 0),
+    ("mtp.layers.0.final_layernorm", None),
+]
+
 
 @pytest.mark.parametrize(("inner", "cut"), EXPERTS)
 def test_what_is_cut_of_a_mixture_of_experts(inner: str, cut: int | None) -> None:
@@ -75,6 +89,24 @@ def test_what_is_cut_of_a_mixture_of_experts(inner: str, cut: int | None) -> Non
     assert axes.shape == ((2, 6, 4) if gated else (6, 8) if cut == 1 else (6, 4))
     assert canonical_name(legacy_spelling(name)) == name
     assert not in_legacy_models(name)
+
+
+@pytest.mark.parametrize(("module", "cut"), LATENT)
+def test_what_is_cut_of_latent_attention_and_of_prediction(module: str, cut: int | None) -> None:
+    name = f"{module}.weight"
+    assert axes_of(name, (6, 4), 2, gated=True).cut == cut
+    assert kind_of(name) is not None
+    assert canonical_name(legacy_spelling(name)) == name
+    assert not in_legacy_models(name)
+
+
+def test_a_layer_that_predicts_holds_the_modules_of_any_layer() -> None:
+    inside = "mtp.layers.1.transformer_layer."
+    expert = f"{inside}mlp.experts.local_experts.3.linear_fc1.weight"
+    assert kind_of(expert) == kind_of("decoder.layers.0.mlp.experts.local_experts.3.linear_fc1.weight")
+    assert (layer_of(expert), expert_of(expert)) == (None, 3)
+    assert is_buffer(f"{inside}mlp.router.expert_bias")
+    assert kind_of("enorm.weight") is kind_of("mtp.layers.0.mlp.linear_fc1.weight") is None
 
 
 def test_experts_are_numbered_on_by_rank() -> None:
@@ -90,7 +122,7 @@ def test_experts_are_numbered_on_by_rank() -> None:
 
 def test_the_tables_above_are_complete() -> None:
     experts = {name.replace(".11.", ".").rpartition(".")[0] for name, _ in EXPERTS}
-    assert len(TABLE) + len(experts) == len(LAYER_MODULES) + len(MODULES)
+    assert len(TABLE) + len(experts) + len(LATENT) == len(LAYER_MODULES) + len(MODULES)
 
 
 def test_the_layer_spec_of_transformer_engine_calls_the_same_modules_otherwise() -> None:
@@ -100,6 +132,8 @@ def test_the_layer_spec_of_transformer_engine_calls_the_same_modules_otherwise()
         "decoder.layers.3.mlp.linear_fc1.layer_norm_weight": f"{LAYER}.3.post_attention_norm.weight",
         "decoder.layers.3.mlp.linear_fc1.weight": f"{LAYER}.3.mlp.dense_h_to_4h.weight",
         "output_layer.weight": "language_model.output_layer.weight",
+        "decoder.layers.3.self_attention.linear_q_up_proj.layer_norm_weight": f"{LAYER}.3.self_attention.q_layernorm.weight",
+        "decoder.layers.3.self_attention.linear_kv_up_proj.layer_norm_weight": f"{LAYER}.3.self_attention.kv_layernorm.weight",
     }.items():
         assert legacy_spelling(name) == legacy
 
