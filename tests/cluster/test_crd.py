@@ -155,6 +155,19 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
         [("spec.follow", {}), ("spec.target", {"path": "out", "format": "TorchDist"})],
         "spec.follow", "leave follow out, or set target.format to Megatron06",
     ),
+    "repair-of-what-torch-wrote": (
+        [("spec.source.format", "Megatron"), ("spec.metadata", ABSENT), ("spec.target", {"path": "out", "format": "Torch"})],
+        "spec.source.format", "only what MSAdapter wrote becomes files of torch",
+    ),
+    "repair-with-metadata": (
+        [("spec.source.format", "MSAdapter"), ("spec.target", {"path": "out", "format": "Torch"})],
+        "spec.target.format", "leave metadata out, and mode Full",
+    ),
+    "repair-into-another-layout": (
+        [("spec.source.format", "MSAdapter"), ("spec.metadata", ABSENT),
+         ("spec.target", {"path": "out", "format": "Torch", "parallelism": {"tensor": 2}})],
+        "spec.target.parallelism", "files of torch keep the layout",
+    ),
     "torch-dist-for-a-data-parallel-size": (
         [("spec.target", {"path": "out", "format": "TorchDist", "dataParallel": 2})],
         "spec.target.dataParallel", "leave dataParallel out where target.format is TorchDist",

@@ -90,10 +90,10 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     group.add_argument(
         "--source-format",
         "--src-model-format",
-        choices=("auto", "mindspore", "ckpt", "safetensors", "megatron"),
+        choices=("auto", "mindspore", "ckpt", "safetensors", "megatron", "msadapter"),
         default="auto",
         metavar="FORMAT",
-        help="auto (what is there), mindspore (either of its two), ckpt, safetensors or megatron (torch or torch_dist) (spec.source.format)",
+        help="auto (what is there), mindspore (either of its two), ckpt, safetensors, megatron (torch or torch_dist) or msadapter (MindSpeed-LLM on MindSpore) (spec.source.format)",
     )
     group.add_argument(
         "--opt-shard-info-path",
@@ -117,9 +117,9 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     )
     group.add_argument(
         "--target-format",
-        choices=("megatron06", "megatron", "torch_dist", "mindspore"),
+        choices=("megatron06", "megatron", "torch_dist", "mindspore", "torch"),
         default="megatron06",
-        help="what to write: megatron06, megatron (the torch format of Megatron-LM 0.7 to 0.19), torch_dist (Megatron-LM 0.15 and newer, at any layout), mindspore (spec.target.format)",
+        help="what to write: megatron06, megatron (the torch format of Megatron-LM 0.7 to 0.19), torch_dist (Megatron-LM 0.15 and newer, at any layout), mindspore, torch (what MSAdapter wrote, as torch would have saved it) (spec.target.format)",
     )
     group.add_argument(
         "--target-dp-size",

@@ -13,6 +13,7 @@ from ckpt2pt.discover.checkpoint import Discovered, kind_of
 from ckpt2pt.discover.metadata import assumptions, meta_of, template_of
 from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import Ckpt2ptError, FormatError, aside
+from ckpt2pt.formats.families import Seen
 from ckpt2pt.formats.megatron.headers import MegatronRank, is_expert_parallel, rank_folders, read_rank
 from ckpt2pt.formats.megatron.loads import loads_of
 from ckpt2pt.formats.megatron.payload import Template
@@ -75,6 +76,13 @@ def made_up(request: Request) -> tuple[str, ...]:
     return tuple(f"{told[what]} {value}" for what, value in found.items() if what in told)
 
 
+_OF_MSADAPTER: Json = {
+    "container": "MSAdapter (MindSpeed-LLM on MindSpore)",
+    "resumable": "no: no release of torch reads files of MSAdapter",
+    "nextStep": "ckpt2pt convert --target-format torch, for files of torch; or any other format of a result",
+}
+
+
 def verdicts(iteration: Path) -> Json:
     """Which release wrote an iteration, with which form of optimizer; of one of Megatron-LM 0.6, or one that it may read:
 
@@ -90,6 +98,8 @@ def verdicts(iteration: Path) -> Json:
         if every:
             first = read_rank(every[min(every)], experts=True)
             facts = {"writtenBy": f"Megatron-LM {written_by(first)}", "optimizer": optimizer_form(first)}
+            if first.msadapter:
+                return facts | _OF_MSADAPTER | (_rounding(first, every) if first.coalesced else {})
             releases = {"releases": dict(found)} if (found := loads_of(first)) else {}
             if first.core_names or first.coalesced:
                 why = "names of its parameters" if first.core_names else "form of its optimizer"
@@ -102,6 +112,8 @@ def verdicts(iteration: Path) -> Json:
                 rules = unmet_of_rank(held, ranks, full=full, checkpoint=True)
                 so_far[rank] = (*_misplaced(held, pipelined=max(ranks)[1] > 0, full=full), *rules)
     except Ckpt2ptError as error:
+        if Seen(iteration).of_msadapter:
+            return _OF_MSADAPTER
         return facts | {"resumable": f"unknown: {error.what}"}
     resumes, loads = (first_of(broken[full]) for full in (True, False))
     if not resumes:

@@ -192,11 +192,6 @@ FAMILIES: tuple[Family, ...] = (
         lambda seen: seen.holds(_CORE_MS_EXPERTS),
         "train it with MindSpeed-Core-MS r0.2.0 or newer, which saves checkpoints of Megatron-LM by MSAdapter, and give such a one",
     ),
-    Family(
-        "a checkpoint that MSAdapter wrote (MindSpeed-LLM on MindSpore), which no torch.load reads",
-        lambda seen: seen.of_msadapter,
-        "load it with the MindSpeed-LLM that wrote it",
-    ),
 )
 """In the order in which they are looked for: a LoRA adapter or a quantised model may lie in a Hugging Face folder."""
 

@@ -36,6 +36,12 @@ def _megatron(path: Path, wanted: Selection) -> Checkpoint:
     return open_megatron(path, wanted)
 
 
+def _msadapter(path: Path, wanted: Selection) -> Checkpoint:
+    from ckpt2pt.formats.msadapter import open_msadapter  # noqa: PLC0415 - as above
+
+    return open_msadapter(path, wanted)
+
+
 def _torch_dist(path: Path, wanted: Selection) -> Checkpoint:
     from ckpt2pt.formats.torch_dist.read import open_torch_dist  # noqa: PLC0415 - numpy
 
@@ -44,6 +50,7 @@ def _torch_dist(path: Path, wanted: Selection) -> Checkpoint:
 
 _READERS = {
     "mindspore": Format(lambda seen: seen.suffix in {".ckpt", ".safetensors"}, _mindspore),
+    "msadapter": Format(lambda seen: seen.of_msadapter, _msadapter),
     "megatron": Format(lambda seen: seen.suffix == ".pt", _megatron),
     "torch_dist": Format(lambda seen: any(map(is_distributed, seen.places)), _torch_dist),
 }

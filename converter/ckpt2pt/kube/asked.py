@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 _FORMATS: Mapping[str, SourceFormat] = {
     "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",
+    "msadapter": "MSAdapter",
 }  # fmt: skip
 _TARGET_FORMATS: Mapping[str, TargetFormat] = {
     "megatron06": "Megatron06", "megatron": "Megatron", "torch_dist": "TorchDist", "mindspore": "MindSpore",
+    "torch": "Torch",
 }  # fmt: skip
 NAMES: Mapping[str, Names] = {"auto": "Auto", "mcore": "Mcore", "legacy": "Legacy"}
 TRANSFORMER_IMPLS: Mapping[str, TransformerImpl] = {
@@ -102,7 +104,10 @@ def _places(options: argparse.Namespace) -> tuple[str, str, str]:
         source = _one_of({"--source": options.source, "--megatron-path": options.megatron_path})
         target = _one_of({"--target": options.target, "--ms-path": options.ms_path})
         return str(source), "" if metadata is None else str(metadata), str(target)
-    if options.source is options.ms_path is options.target is None and options.source_format == "megatron":
+    if options.source is options.ms_path is options.target is None and options.source_format in {
+        "megatron",
+        "msadapter",
+    }:
         raise UsageError(
             "both sides are of Megatron, and --megatron-path does not say which of them it is",
             where="the command line",
@@ -110,7 +115,7 @@ def _places(options: argparse.Namespace) -> tuple[str, str, str]:
         )
     source = _one_of({"--source": options.source, "--ms-path": options.ms_path})
     target = _one_of({"--target": options.target, "--megatron-path": options.megatron_path})
-    needed = options.source is None or options.source_format not in {"auto", "megatron"}
+    needed = options.source is None or options.source_format not in {"auto", "megatron", "msadapter"}
     if metadata is None and needed and options.target_format == "megatron06":
         raise UsageError("--param-map-path is missing", where="the command line", hint="give --param-map-path")
     return str(source), "" if metadata is None else str(metadata), str(target)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -16,10 +17,11 @@ from ckpt2pt.discover.request import MindSporeFiles, Request, Verify
 from ckpt2pt.errors import Ckpt2ptError, MissingInputError, TopologyError, UsageError, aside, ref, refs
 from ckpt2pt.formats.families import refuse_unsupported
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
+from ckpt2pt.formats.msadapter import check_msadapter
 from ckpt2pt.formats.ptmeta.metadata import Given, learn, read_stated, require
-from ckpt2pt.kube.conversion.schema import CONTENTS, RELEASE, Degrees, Spec
+from ckpt2pt.kube.conversion.schema import CONTENTS, MEGATRON, RELEASE, Degrees, Spec
 from ckpt2pt.kube.conversion.usable import USES, check_used, framework_of
-from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, TargetRequest
+from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, RepairRequest, TargetRequest
 
 T = TypeVar("T", bound=TargetRequest)
 
@@ -33,7 +35,11 @@ def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
     family that is not read, beside what :func:`resolve` raises.
     """
     refuse_unsupported(Path(spec.source.path), contents=spec.source.format == "Auto")
-    kinds: dict[str, Callable[..., AnyRequest]] = {"TorchDist": resolve_dist, "Megatron": resolve_mcore}
+    kinds: dict[str, Callable[..., AnyRequest]] = {
+        "TorchDist": resolve_dist,
+        "Megatron": resolve_mcore,
+        "Torch": partial(_by_tensors, RepairRequest),
+    }
     return kinds.get(spec.target.format, resolve)(spec, in_process=in_process)
 
 
@@ -83,6 +89,8 @@ def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
     source_format = {"Auto": "auto", "MindSpore": "mindspore", **_FILES}.get(said, "megatron")
     if said == "Megatron":
         source_format = "torch_dist" if _of_iteration(spec)[1] else "megatron"
+    elif said == "MSAdapter":
+        source_format = "msadapter"
     tensor, pipeline = result.tensor or sizes.tensor, result.pipeline or sizes.pipeline
     request = kind(
         topology=Topology(num_layers=pipeline or 1, tensor=tensor or 1, pipeline=pipeline or 1),
@@ -125,6 +133,8 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
     check_used(spec, "Megatron" if megatron else "MindSpore")
     if megatron:
         source, distributed = _of_iteration(spec)  # whatever the tracker names meanwhile
+        if spec.source.format == "MSAdapter":
+            check_msadapter(source)
         topology, saved = _of_megatron(spec, source, rules, distributed=distributed)
     elif files:
         topology, saved = _to_mindspore(spec, rules)
@@ -187,13 +197,13 @@ def is_megatron(spec: Spec) -> bool:
     Raises :class:`UsageError` for a MindSpore source of a Megatron result without metadata, :class:`MissingInputError` where
     nothing is there either that would tell.
     """
-    megatron, imported = spec.source.format == "Megatron", spec.target.format == "MindSpore"
+    megatron, imported = spec.source.format in MEGATRON, spec.target.format == "MindSpore"
     if spec.source.format == "Auto":
         from ckpt2pt.formats.registry import detect  # noqa: PLC0415 - only where it is not said
 
         megatron = imported
         try:
-            megatron = detect(Path(spec.source.path)) in {"megatron", "torch_dist"}
+            megatron = detect(Path(spec.source.path)) in {"megatron", "torch_dist", "msadapter"}
         except MissingInputError as error:
             if not imported and not spec.metadata.path:
                 raise MissingInputError(

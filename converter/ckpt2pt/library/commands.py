@@ -57,8 +57,8 @@ class Asked(TypedDict, total=False):
     """What a conversion is asked for.
 
     ``source`` is a MindSpore training output, with ``metadata``, the ``pt_meta`` folder; or a Megatron checkpoint, which
-    says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors`` or
-    ``megatron``, ``target_format`` ``megatron06`` or ``mindspore``.  Sizes that are not given are those
+    says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors``,
+    ``megatron`` or ``msadapter``, ``target_format`` ``megatron06``, ``megatron``, ``torch_dist``, ``mindspore`` or ``torch``.  Sizes that are not given are those
     that metadata or checkpoint state; those of the result (``target_tp`` and its like) are those of the source.
     ``verify`` is ``none``, ``digest`` or ``full``; given, it reads again what an earlier call finished.
     """
@@ -67,7 +67,7 @@ class Asked(TypedDict, total=False):
     target: Required[str | Path]
     metadata: str | Path | None
     source_format: str
-    target_format: Literal["megatron06", "megatron", "torch_dist", "mindspore"]
+    target_format: Literal["megatron06", "megatron", "torch_dist", "mindspore", "torch"]
     names: Literal["auto", "mcore", "legacy"]
     transformer_impl: Literal["auto", "local", "transformer_engine"]
     megatron_version: str | None

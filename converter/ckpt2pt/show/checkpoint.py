@@ -19,7 +19,7 @@ from ckpt2pt.core.stage import spans
 from ckpt2pt.core.training_step import STEP_ENTRIES, read_training_step
 from ckpt2pt.discover.loading import verdicts
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
-from ckpt2pt.formats.families import kind_of_tensors, refuse_unsupported
+from ckpt2pt.formats.families import Seen, kind_of_tensors, refuse_unsupported
 from ckpt2pt.formats.folders import SUFFIXES, checkpoint_files, layout_of
 from ckpt2pt.formats.megatron.headers import all_sizes
 from ckpt2pt.formats.mindspore import index_file, read_scalar, states_checksum
@@ -28,6 +28,7 @@ from ckpt2pt.formats.mindspore.ranks import choose, find_sources, last_saved
 from ckpt2pt.formats.ptmeta.metadata import ARGUMENTS, PARAM_MAP
 from ckpt2pt.formats.torch_dist.metadata import is_distributed
 from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.formats.torchfile.msadapter import is_msadapter
 from ckpt2pt.io.inputs import read_whole
 from ckpt2pt.io.jsontext import parse_json
 from ckpt2pt.io.paths import is_folder, is_there, listing, status
@@ -191,7 +192,9 @@ def _archive(path: Path, *, details: bool) -> Json:
     elif "args" in tops and holds == "other data":
         holds = "a template of pt_meta: a Megatron model file without its weights"
     return {
-        "kind": "torch archive (.pt)",
+        "kind": "MSAdapter archive (.pt), which torch does not read"
+        if is_msadapter(archive.pickle)
+        else "torch archive (.pt)",
         "path": str(path),
         "bytes": path.stat().st_size,
         "records": len(archive.records),
@@ -295,7 +298,8 @@ def _folder(path: Path, *, details: bool) -> Json:
         return found | {"arguments": _arguments(leaves, details=details)}
     if expert_ranks((path / name for name in names), pipelined=True):
         found = _iteration(path, read_tracker(path.parent))
-        return {"kind": "Megatron iteration", "path": str(path), **found, **verdicts(path)}
+        kind = "MSAdapter iteration" if Seen(path).of_msadapter else "Megatron iteration"
+        return {"kind": kind, "path": str(path), **found, **verdicts(path)}
     if ranks_of(names):
         return _training(path, names)
     files = checkpoint_files(path)
@@ -394,7 +398,7 @@ def _megatron(path: Path, names: Sequence[str]) -> Json:
     folders = iterations(path / name for name in names)
     loaded = path / tracked_name(named)
     return {
-        "kind": "Megatron checkpoints",
+        "kind": "MSAdapter checkpoints" if Seen(loaded).of_msadapter else "Megatron checkpoints",
         "path": str(path),
         "tracker": named or "none",
         **(_loads(loaded) if loaded in folders else {"loads": "nothing"}),

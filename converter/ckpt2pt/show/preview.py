@@ -22,7 +22,7 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import table, warned
 from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
-from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest
+from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, RepairRequest
 from ckpt2pt.show.folding import fold, spanned
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ log = logging.getLogger("ckpt2pt")
 _FORMATS = {
     "Megatron06": "Megatron 0.6",
     "Megatron": "Megatron 0.7 to 0.19",
+    "Torch": "files of torch in place of those of MSAdapter",
     "TorchDist": "torch_dist of Megatron-LM 0.15 and newer",
     "ckpt": "MindSpore .ckpt",
     "safetensors": "MindSpore .safetensors",
@@ -70,6 +71,10 @@ def planned(request: AnyRequest, stages: Sequence[int], *, names: bool = False) 
         from ckpt2pt.show.mcore import planned_mcore  # noqa: PLC0415 - which imports this one
 
         return planned_mcore(request, stages, names=names)
+    if isinstance(request, RepairRequest):
+        from ckpt2pt.show.repair import planned_repair  # noqa: PLC0415 - which imports this one
+
+        return planned_repair(request, stages)
     if request.files:
         from ckpt2pt.show.imports import planned_mindspore  # noqa: PLC0415 - which imports this one
 

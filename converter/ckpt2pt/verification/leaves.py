@@ -18,6 +18,7 @@ from ckpt2pt.core.extents import DTYPE_BYTES, Extent, TensorRef, View
 from ckpt2pt.errors import FormatError
 from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.formats.torchfile.msadapter import read_tree
 from ckpt2pt.formats.torchfile.pickles import read_pickle
 from ckpt2pt.formats.torchfile.trees import (
     MISSING,
@@ -106,13 +107,13 @@ def open_file(path: Path, *, allow: Collection[str] = ()) -> Leaves:
     return {name: leaf_of(ref) for name, ref in index_file(path, partial=True).items()}
 
 
-def open_pt(path: Path, *, allow: Collection[str] = ()) -> Leaves:
-    """Every leaf of a ``.pt``; nothing in it is executed."""
+def open_pt(path: Path, *, allow: Collection[str] = (), foreign: bool = True) -> Leaves:
+    """Every leaf of a ``.pt``; nothing in it is executed.  Without ``foreign`` it has to be one that torch reads."""
     archive = Archive.open(path)
     storages = archive.storages
 
     def translate(value: object) -> object:
-        if isinstance(value, Call) and (found := as_tensor(value)):
+        if isinstance(value, Call | StoredTensor) and (found := as_tensor(value)):
             return _view(found, storages, path)
         if isinstance(value, Persistent) and (storage := as_storage(value)):
             dtype, key, location, numel = storage
@@ -122,7 +123,7 @@ def open_pt(path: Path, *, allow: Collection[str] = ()) -> Leaves:
             return _view(whole, storages, path)
         return value
 
-    tree = read_pickle(archive.pickle, where=str(path), allow=allow)
+    tree = read_tree(archive, allow=allow) if foreign else read_pickle(archive.pickle, where=str(path), allow=allow)
     return flatten(tree, translate, where=str(path), nbytes=len(archive.pickle))
 
 

@@ -21,7 +21,7 @@ from ckpt2pt.core.extents import DTYPE_BYTES, Extent, TensorRef
 from ckpt2pt.core.moves import OPTIM_KINDS
 from ckpt2pt.errors import FormatError, aside
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import read_pickle
+from ckpt2pt.formats.torchfile.msadapter import read_tree
 from ckpt2pt.formats.torchfile.reader import PtFile
 from ckpt2pt.formats.torchfile.trees import Global, Value, as_tensor
 from ckpt2pt.io.files import OpenFiles
@@ -54,7 +54,7 @@ def read_states(path: Path, among: OpenFiles | None = None) -> list[tuple[Bucket
     """
     with PtFile(path, among=among) as file:
         archive = Archive.read(file)
-    tree = read_pickle(archive.pickle, where=str(path))
+    tree = read_tree(archive)
     if isinstance(tree, dict) and "per_bucket_numel_unpadded" in tree:
         return [_bucket_lists(tree, archive, path)]
     found: list[tuple[Buckets, ...] | None] = []
@@ -92,7 +92,7 @@ def _coalesced(state: Mapping[Value, Value], archive: Archive, path: Path) -> It
         for types, value in _inner(state[number], path).items():
             where = f"{path}, buffer {number}"
             kinds = _inner(value, path)
-            numel = _count(kinds.get("numel_unpadded"))
+            numel = count_of(kinds.get("numel_unpadded"), archive)
             if not _is_type_pair(types) or numel is None:
                 raise FormatError(
                     "there is neither numel_unpadded, as since Megatron-LM 0.7, nor per_bucket_numel_unpadded, as in 0.6",
@@ -104,7 +104,15 @@ def _coalesced(state: Mapping[Value, Value], archive: Archive, path: Path) -> It
             yield (StoredBucket(numel=numel, numel_unpadded=numel, tensors=refs, coalesced=True),)
 
 
-def _count(value: Value) -> int | None:
+def count_of(value: Value, archive: Archive) -> int | None:
+    """A count: a number, or the one int64 that a tensor holds, as MindSpeed-LLM writes it (2.1.0 to 26.1.0); None for neither."""
+    found = as_tensor(value)
+    if found and found.dtype == "int64" and found.shape == () and found.key in archive.storages:
+        extent = archive.storages[found.key]
+        if extent.nbytes != DTYPE_BYTES[found.dtype]:
+            return None
+        with PtFile(Path(archive.path)) as file:
+            value = int.from_bytes(file.read(extent.offset, extent.nbytes), "little", signed=True)
     return value if type(value) is int and value >= 0 else None
 
 

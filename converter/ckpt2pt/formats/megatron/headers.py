@@ -24,7 +24,7 @@ from ckpt2pt.formats.megatron.distributed import Buckets, StoredBucket, joined, 
 from ckpt2pt.formats.megatron.optimizer import Copies, groups_alone, read_copies
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.torchfile.archive import Archive
-from ckpt2pt.formats.torchfile.pickles import read_pickle
+from ckpt2pt.formats.torchfile.msadapter import is_msadapter, read_tree
 from ckpt2pt.formats.torchfile.trees import Value, entries
 from ckpt2pt.io.paths import is_file, is_folder, listing
 
@@ -58,6 +58,8 @@ class MegatronRank:
     """Whether experts have buffers of their own, as with expert parallelism; those of a chunk follow its dense ones."""
     lacks_dense: bool = False
     """Whether the rank of another expert holds the optimizer of dense parameters."""
+    msadapter: bool = False
+    """Whether MSAdapter wrote it: its states of random generators, which are MindSpore's, are left out."""
 
     @property
     def coalesced(self) -> bool:
@@ -142,7 +144,7 @@ def read_files(
 ) -> MegatronRank:
     """The same of files that may have other names: the model's and the optimizer's."""
     archive = Archive.open(path)
-    tree = read_pickle(archive.pickle, where=str(path), allow=allow)
+    tree = read_tree(archive, allow=allow)
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
         raise FormatError("the file does not hold a dictionary with text keys", where=path, hint=_SAVED_AGAIN)
     named = cast("dict[str, Value]", tree)
@@ -158,6 +160,9 @@ def read_files(
         },
         storages=dict(archive.storages),
     )
+    foreign = is_msadapter(archive.pickle)
+    if foreign:
+        template.tree.pop("rng_state", None)
     core_names = _has_core_names(found.values(), prefix)
     tied = core_names and template.args.get("untie_embeddings_and_output_weights") is False
     chunks = tuple(tuple(_named(weights, prefix, path, tied=tied, experts=experts)) for weights in found.values())
@@ -174,6 +179,7 @@ def read_files(
         core_names=core_names,
         apart=apart,
         lacks_dense=bool(states and apart and states[0] is None),
+        msadapter=foreign,
         copies=read_copies(
             named.get("optimizer"), chunks, lambda value, name: tensor_ref(value, archive, name, path), where=path
         )

@@ -137,7 +137,7 @@ def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool
     weights = iter(range(len(storages)))
     model = {chunk.key: _model(chunk, storages, weights) for chunk in plan.chunks}
     copied: list[str] = []
-    rest = cast("dict[str, Value]", _renumber(cast("Value", template.tree), copied, len(storages)))
+    rest = cast("dict[str, Value]", renumbered(cast("Value", template.tree), copied, len(storages)))
     tree: dict[Value, Value] = {}
     for key, value in rest.items():
         if key != "param_name_list" and key not in model:
@@ -211,9 +211,9 @@ def tree_payload(tree: Mapping[str, Value], storages: Container[str], where: str
     Raises :class:`FormatError` for a key that ``storages`` lacks; ``where`` is the file that the tree is from.
     """
     keys: list[str] = []
-    renumbered = _renumber(dict(tree.items()), keys, 0)
+    new = renumbered(dict(tree.items()), keys, 0)
     check_storages(keys, storages, where)
-    return write_pickle(renumbered), keys
+    return write_pickle(new), keys
 
 
 def _tensor(storages: Sequence[Storage], number: int) -> StoredTensor:
@@ -296,7 +296,7 @@ def _for_any_numpy(name: Global) -> Global:
     return replace(name, module=name.module.replace("numpy._core.", "numpy.core.", 1))
 
 
-def _renumber(tree: Value, copied: list[str], first: int) -> Value:
+def renumbered(tree: Value, copied: list[str], first: int) -> Value:
     """Give each storage that the template brings a number after those of the weights; ``copied`` takes their keys."""
     numbers: dict[str, str] = {}
     seen: dict[int, Value] = {}
@@ -331,6 +331,6 @@ def _renumber(tree: Value, copied: list[str], first: int) -> Value:
         seen[id(value)] = new
         return new
 
-    renumbered = walk(tree)
+    found = walk(tree)
     copied.extend(numbers)
-    return renumbered
+    return found

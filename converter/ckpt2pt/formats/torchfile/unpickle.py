@@ -413,8 +413,9 @@ _OPS: Final[dict[bytes, _Op]] = {
     b"g": lambda r: r.get(r.decimal()), b"h": Reader.op_binget, b"j": Reader.op_long_binget,
     b"c": Reader.op_global, b"\x93": Reader.op_stack_global, b"i": Reader.op_inst,
     b"\x82": Reader.op_extension, b"\x83": Reader.op_extension, b"\x84": Reader.op_extension,
-    b"R": Reader.op_reduce, b"\x81": Reader.op_newobj, b"\x92": Reader.op_newobj_ex,
-    b"b": Reader.op_build, b"Q": Reader.op_persistent,
+    # By way of the object: a dialect makes other values of these.
+    b"R": lambda r: r.op_reduce(), b"\x81": lambda r: r.op_newobj(), b"\x92": Reader.op_newobj_ex,
+    b"b": lambda r: r.op_build(), b"Q": lambda r: r.op_persistent(),
 }  # fmt: skip
 # Bytes that an opcode's value takes; containers are counted threefold, of which torch writes few.
 _COSTS = [8] * 256

@@ -26,9 +26,12 @@ LEVELS: Mapping[str, Level] = {"digest": "Digest", "none": "None", "full": "Full
 CONTENTS: Mapping[str, Content] = {"param": "Param", "exp_avg": "ExpAvg", "exp_avg_sq": "ExpAvgSq"}
 """The tensors of Megatron's optimizer, as it calls them and as documents do."""
 
-SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron"]
+SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron", "MSAdapter"]
 """MindSpore is either of its two formats of files."""
-TargetFormat = Literal["Megatron06", "Megatron", "TorchDist", "MindSpore"]
+TargetFormat = Literal["Megatron06", "Megatron", "TorchDist", "MindSpore", "Torch"]
+"""Torch is what the source is, as torch would have saved it."""
+MEGATRON: frozenset[SourceFormat] = frozenset({"Megatron", "MSAdapter"})
+"""Sources that have the layout of Megatron-LM, and say themselves what metadata would say."""
 
 Names = Literal["Auto", "Mcore", "Legacy"]
 TransformerImpl = Literal["Auto", "Local", "TransformerEngine"]

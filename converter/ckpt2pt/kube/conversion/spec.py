@@ -20,6 +20,7 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt.kube.conversion.fields import Finding, decode, to_error
 from ckpt2pt.kube.conversion.names import DRIVER, HINTS, HOST, NAME, fits
 from ckpt2pt.kube.conversion.schema import (
+    MEGATRON,
     Degrees,
     Json,
     Parallelism,
@@ -105,7 +106,7 @@ def parse(document: Mapping[str, object]) -> Conversion:
     decode(given.get("workers"), Pod, "spec.workers", findings)
     source = replace(spec.source, volume=_volume(spec.source, "source", findings, None))
     metadata, target = spec.metadata, spec.target
-    megatron = source.format == "Megatron" or target.format != "Megatron06"  # nothing but 0.6 needs a pt_meta
+    megatron = source.format in MEGATRON or target.format != "Megatron06"  # nothing but 0.6 needs a pt_meta
     if given.get("metadata") is not None or not megatron:
         metadata = replace(metadata, volume=_volume(metadata, "metadata", findings, source.volume))
     target = replace(target, volume=_volume(target, "target", findings, source.volume))
@@ -269,6 +270,12 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
         hint = "leave it out; a training is followed on its way to Megatron 0.6"
         what = f"is given, and spec.target.format is {spec.target.format}"
         findings.append(Finding(field="spec.follow", what=what, hint=hint))
+    if spec.target.format == "Torch" and spec.source.format not in {"Auto", "MSAdapter"}:
+        hint = "set it to MSAdapter, or choose another spec.target.format; only what MSAdapter wrote becomes files of torch"
+        findings.append(Finding(field="spec.source.format", what=f"is {spec.source.format}", hint=hint))
+    if spec.target.format == "Torch" and spec.metadata.path:
+        what = "is given, and decides nothing of files that keep what they hold"
+        findings.append(Finding(field="spec.metadata", what=what, hint="leave it out"))
     for field, why in unused(spec, framework_of(spec.source.format)):
         findings.append(Finding(field=f"spec.{field}", what=why, hint="leave it out"))
     if spec.target.format != "MindSpore":
@@ -277,7 +284,7 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
             findings.append(Finding(field="spec.target.mindspore", what="is given for another format", hint=hint))
         return
     layout = target.get("parallelism") is not None
-    if layout and spec.source.format not in {"Auto", "Megatron"} and not spec.metadata.path:
+    if layout and spec.source.format not in {"Auto", *MEGATRON} and not spec.metadata.path:
         hint = "name the pt_meta folder, which says where another layout of a MindSpore training may be cut; or leave target.parallelism out"
         findings.append(Finding(field="spec.metadata", what="is missing", hint=hint))
 
@@ -287,9 +294,11 @@ def _check_workloads(spec: Spec, findings: list[Finding]) -> None:
     if follow and spec.start_after:
         hint = "give one of them; follow.until names the training"
         findings.append(Finding(field="spec.follow", what="is given beside spec.startAfter", hint=hint))
-    if follow and spec.source.format == "Megatron":
+    if follow and spec.source.format in MEGATRON:
         hint = "leave it out; trainings of MindSpore alone are followed"
-        findings.append(Finding(field="spec.follow", what="is given, and source.format is Megatron", hint=hint))
+        findings.append(
+            Finding(field="spec.follow", what=f"is given, and source.format is {spec.source.format}", hint=hint)
+        )
     if follow and spec.source.iteration is not None:
         hint = "leave the iteration out; every new one is converted"
         findings.append(Finding(field="spec.follow", what="is given beside spec.source.iteration", hint=hint))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from ckpt2pt.errors import UsageError, ref
-from ckpt2pt.kube.conversion.schema import MindSporeFiles, SourceFormat, Spec, TargetFormat
+from ckpt2pt.kube.conversion.schema import MEGATRON, MindSporeFiles, SourceFormat, Spec, TargetFormat
 
 Framework = Literal["MindSpore", "Megatron"]
 
@@ -15,6 +15,7 @@ TARGETS: Mapping[TargetFormat, str] = {
     "Megatron": "Megatron-LM 0.7 to 0.19 (torch)",
     "TorchDist": "torch_dist, which has no layout of its own",
     "MindSpore": "MindSpore",
+    "Torch": "Torch, which keeps the layout and everything else",
 }
 """The formats of results, in words."""
 
@@ -34,7 +35,11 @@ def _uses(given: Callable[[Spec], bool], targets: str, *, from_megatron: str | N
 
 
 _FILES = MindSporeFiles()
+_BUT_TORCH = "Megatron06 Megatron TorchDist MindSpore"
 USES: Mapping[str, _Use] = {
+    "mode":                     _uses(lambda spec: spec.mode != "Full", _BUT_TORCH),
+    "target.parallelism.tensor": _uses(lambda spec: spec.target.parallelism.tensor is not None, _BUT_TORCH),
+    "target.parallelism.pipeline": _uses(lambda spec: spec.target.parallelism.pipeline is not None, _BUT_TORCH),
     "model.layersPerStage":     _uses(lambda spec: bool(spec.model.layers_per_stage), "Megatron06 Megatron MindSpore"),
     # 1 is what a document means that says nothing.
     "parallelism.virtualPipeline": _uses(
@@ -70,7 +75,7 @@ USES: Mapping[str, _Use] = {
 
 def framework_of(source: SourceFormat) -> Framework | None:
     """The framework of a source as it is said; None where its reader finds out."""
-    return None if source == "Auto" else "Megatron" if source == "Megatron" else "MindSpore"
+    return None if source == "Auto" else "Megatron" if source in MEGATRON else "MindSpore"
 
 
 def unused(spec: Spec, source: Framework | None) -> Iterator[tuple[str, str]]:

@@ -32,7 +32,9 @@ def watch_command(options: argparse.Namespace, show: Show) -> int:
     """Flags that are given decide, then spec.follow of the document, then the defaults."""
     spec = spec_of_document(options.filename, options.volume) if options.filename else spec_of(options)
     if spec.target.format != "Megatron06":
-        given = {"MindSpore": "mindspore", "TorchDist": "torch_dist"}.get(spec.target.format, "megatron")
+        given = {"MindSpore": "mindspore", "TorchDist": "torch_dist", "Torch": "torch"}.get(
+            spec.target.format, "megatron"
+        )
         raise UsageError(
             f"{ref('target.format')} is {given}, and a training is followed on its way to Megatron",
             where=ref("spec"),

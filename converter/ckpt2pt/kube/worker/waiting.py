@@ -23,7 +23,7 @@ from ckpt2pt.errors import (
 from ckpt2pt.formats.mindspore.ready import Watcher
 from ckpt2pt.kube.conversion.schema import Readiness, Spec
 from ckpt2pt.kube.worker.account import Account
-from ckpt2pt.run.targets.request import AnyRequest
+from ckpt2pt.run.targets.request import AnyRequest, RepairRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -54,6 +54,7 @@ def _obstacle_of_training(watcher: Watcher, timeout: float) -> Blocker | None:
 def _obstacle_of_save(ask: Callable[[], AnyRequest], readiness: Readiness) -> Blocker | None:
     """Megatron-LM writes its tracker when every rank has saved; a copy of a checkpoint may come file by file."""
     from ckpt2pt.discover import discover  # noqa: PLC0415 - only when asked for
+    from ckpt2pt.run.targets.repair import find as find_repair  # noqa: PLC0415 - as above
     from ckpt2pt.run.targets.source import read_source  # noqa: PLC0415 - as above
 
     try:
@@ -62,7 +63,8 @@ def _obstacle_of_save(ask: Callable[[], AnyRequest], readiness: Readiness) -> Bl
             inputs = discover(request).inputs
             times = [int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each]
         else:
-            times = [int(str(one["mtime_ns"])) for one in read_source(request).stats.values()]
+            stats = find_repair(request).stats if isinstance(request, RepairRequest) else read_source(request).stats
+            times = [int(str(one["mtime_ns"])) for one in stats.values()]
     except (MissingInputError, FormatError, TopologyError) as error:  # more folders may come
         return error, f"checkpoint is not complete: {error.what} ({error.where})"
     stable_for = time.time() - max(times) / 1e9
@@ -81,7 +83,7 @@ def request_when_complete(spec: Spec, account: Account, *, in_process: bool = Fa
     from ckpt2pt.kube.resolve import is_megatron, resolve, resolve_any  # noqa: PLC0415 - only when asked for
 
     readiness = spec.readiness
-    if spec.target.format in {"TorchDist", "Megatron"}:
+    if spec.target.format in {"TorchDist", "Megatron", "Torch"}:
         ask_dist = partial(resolve_any, spec, in_process=in_process)
         if readiness.timeout_seconds:
             _wait(partial(_obstacle_of_save, ask_dist, readiness), readiness.timeout_seconds, account)

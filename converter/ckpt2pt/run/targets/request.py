@@ -9,8 +9,9 @@ from typing import Literal
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Pace, Request, Verify
-from ckpt2pt.formats.checkpoint import Checkpoint
+from ckpt2pt.formats.checkpoint import Checkpoint, Selection
 from ckpt2pt.formats.registry import read
+from ckpt2pt.formats.repaired import Repairable, find_repairable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,4 +101,20 @@ class DistRequest(TargetRequest):
     """
 
 
-AnyRequest = Request | McoreRequest | DistRequest
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RepairRequest(TargetRequest):
+    """All options of a conversion of what MSAdapter wrote into files of torch: the layout stays, and whatever the model is."""
+
+    def read(self) -> Checkpoint:
+        """The source by its folders and the arguments of its first rank."""
+        return self.found or self.source_found().checkpoint()
+
+    def source_found(self) -> Repairable:
+        """The folders of its ranks."""
+        return find_repairable(
+            self.source,
+            Selection(tensor=self.tensor, pipeline=self.pipeline, iteration=self.iteration, rules=self.rules),
+        )
+
+
+AnyRequest = Request | McoreRequest | DistRequest | RepairRequest

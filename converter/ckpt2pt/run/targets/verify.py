@@ -10,18 +10,22 @@ from typing import Literal
 from ckpt2pt.core.progress import Advance, Reporter
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.io.paths import is_file
-from ckpt2pt.run.targets import mcore, torch_dist
-from ckpt2pt.run.targets.request import DistRequest, McoreRequest
+from ckpt2pt.run.targets import mcore, repair, torch_dist
+from ckpt2pt.run.targets.request import DistRequest, McoreRequest, RepairRequest
 from ckpt2pt.verification.manifests import digest_files, merged, published, recorded_bytes, surplus
 from ckpt2pt.verification.prove import check_there, digests, joined, reports_of
 from ckpt2pt.verification.report import Report
 
 
 def verify_by_tensors(
-    request: McoreRequest | DistRequest, stages: Sequence[int], *, level: Literal["digest", "full"], reporter: Reporter
+    request: McoreRequest | DistRequest | RepairRequest,
+    stages: Sequence[int],
+    *,
+    level: Literal["digest", "full"],
+    reporter: Reporter,
 ) -> Report:
     """Verify what the ranks of the given stages wrote; ``full`` is ``digest``, and every element besides."""
-    found = torch_dist.find(request) if isinstance(request, DistRequest) else mcore.find(request)
+    found = _found(request)
     target = found.target
     check_there(target)
     ranks = [(tp, pp) for pp in stages for tp in range(target.tensor)]
@@ -35,7 +39,16 @@ def verify_by_tensors(
     return joined(target, level, rest, reports)
 
 
-def _verify(found: mcore.Found | torch_dist.Found, rank: Rank, advance: Advance) -> Report:
+_AnyFound = mcore.Found | torch_dist.Found | repair.Found
+
+
+def _found(request: McoreRequest | DistRequest | RepairRequest) -> _AnyFound:
+    if isinstance(request, DistRequest):
+        return torch_dist.find(request)
+    return repair.find(request) if isinstance(request, RepairRequest) else mcore.find(request)
+
+
+def _verify(found: _AnyFound, rank: Rank, advance: Advance) -> Report:
     target, crcs = found.target, dict[str, int]()
     report = Report(folder=str(target.folder), level="full", differences=(), checked_tensors=0, checked_bytes=0)
     if all(is_file(target.folder / name) for name in found.listed(rank)):  # else the manifest tells what is not there

@@ -19,15 +19,24 @@ from ckpt2pt.kube.conversion.usable import TARGETS, USES, Framework, unused
 from ckpt2pt.kube.resolve import resolve_any
 from documents import changed
 
-FORMATS = {"Megatron06": "megatron06", "Megatron": "megatron", "TorchDist": "torch_dist", "MindSpore": "mindspore"}
+FORMATS = {
+    "Megatron06": "megatron06",
+    "Megatron": "megatron",
+    "TorchDist": "torch_dist",
+    "MindSpore": "mindspore",
+    "Torch": "torch",
+}
 OF_ALL = {
     # decide something of every result, or have to agree with what is found
-    "mode", "model.numLayers", "model.noopLayers", "model.rules", "parallelism.tensor", "parallelism.pipeline",
+    "model.numLayers", "model.noopLayers", "model.rules", "parallelism.tensor", "parallelism.pipeline",
     "source.path", "source.format", "source.iteration", "metadata.path", "target.path", "target.format",
-    "target.overwrite", "target.parallelism.tensor", "target.parallelism.pipeline", "verify",
+    "target.overwrite", "verify",
 }  # fmt: skip
 OF_A_RUN = ("dryRun", "startAfter", "follow", "workers", "readiness", "retries", "suspend", "cancel")
 GIVEN: Mapping[str, tuple[object, str]] = {
+    "mode": ("ParamsOnly", ""),
+    "target.parallelism.tensor": (2, "2"),
+    "target.parallelism.pipeline": (2, "2"),
     "model.layersPerStage": ([1, 1], "1,1"),
     "parallelism.virtualPipeline": (2, "2"),
     "parallelism.data": (2, "2"),
