@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import layouts
+import repairs
 import roads
 import targets
 from measure import Sample, commit, cool, host, memory_limit, run, summary, today, warm
@@ -281,6 +282,11 @@ def formats(work: Path, options: argparse.Namespace) -> dict[str, object]:
     return targets.targets(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
 
 
+def repair(work: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Files of MSAdapter into files of torch."""
+    return repairs.repairs(work, options.size_gb * 1e9, options.rounds, say)
+
+
 def checksums(work: Path, options: argparse.Namespace) -> dict[str, object]:
     """What the source's own checksum costs: the same conversion of files with and without one."""
     case, out = Case.of(work / "case", options.size_gb * 1e9), work / "out"
@@ -314,6 +320,7 @@ THEMES: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
     "layout": layout,
     "targets": formats,
     "checksums": checksums,
+    "repair": repair,
 }
 
 

@@ -46,6 +46,7 @@ _CORE_MS_EXPERTS = re.compile(r"language_model\.\S*\.mlp\.(?:experts|local_exper
 _HUGGING_FACE_FILE = re.compile(r".*\.safetensors|pytorch_model\S*\.bin")
 _MINDFORMERS_FILE = re.compile(r"(?:.+-)?(?:model|opt)-\d{7}-\d{7}\.safetensors")
 _MINDFORMERS_ITERATION = re.compile(r"iteration_\d{8}")
+_DEEPSPEED_FILE = re.compile(r"\w*?(?:mp_rank_\d+|layer_\d+-model_\d+)[_-](?:model|optim)_states\.pt")
 _GLOBAL_STEP = re.compile(r"global_step\d+")
 
 
@@ -162,11 +163,10 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "a DeepSpeed checkpoint",
         lambda seen: (
-            seen.has("zero_to_fp32.py", "mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+            seen.has("zero_to_fp32.py")
             or any(
-                is_there(seen.path / name / "mp_rank_00_model_states.pt", OPTION)
-                for name in seen.names
-                if _GLOBAL_STEP.fullmatch(name)
+                Seen(place).matches(_DEEPSPEED_FILE)
+                for place in (seen.path, *(seen.path / name for name in seen.names if _GLOBAL_STEP.fullmatch(name)))
             )
         ),
         "load it in the training that wrote it, save it there with Megatron-LM's own optimizer and checkpoint (without DeepSpeed), "

@@ -23,6 +23,10 @@ def safetensors(*names: str) -> bytes:
 SIGNS: dict[str, tuple[dict[str, bytes], str]] = {
     "gguf": ({"model-q4.gguf": b"GGUF\3\0\0\0"}, "a GGUF file"),
     "deepspeed, its root": ({"global_step500/mp_rank_00_model_states.pt": b"", "latest": b"global_step500"}, "a DeepSpeed checkpoint"),
+    "deepspeed, its optimizer": (
+        {"global_step500/bf16_zero_pp_rank_3_mp_rank_01_optim_states.pt": b""}, "a DeepSpeed checkpoint",
+    ),
+    "deepspeed, its stages": ({"layer_00-model_01-model_states.pt": b""}, "a DeepSpeed checkpoint"),
     "deepspeed, one step": ({"zero_pp_rank_0_mp_rank_00_model_states.pt": b""}, "a DeepSpeed checkpoint"),
     "zarr, its arrays": ({"iter_0000500/decoder.final_layernorm.weight/.zarray": b"{}"}, "a distributed checkpoint in zarr"),
     "zarr, by its name": ({"metadata.json": b'{"sharded_backend": "zarr"}'}, "a distributed checkpoint in zarr"),
