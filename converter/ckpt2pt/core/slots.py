@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from ckpt2pt.core.extents import DTYPE_BYTES, Box, Stored, View, intersection
+from ckpt2pt.core.extents import DTYPE_BYTES, Box, Shape, Stored, View, intersection
 from ckpt2pt.core.index import Index, find
-from ckpt2pt.core.params import is_padded
-from ckpt2pt.core.tensor import Key, Tensor, check_coverage, dense_strides
+from ckpt2pt.core.params import is_buffer, is_padded
+from ckpt2pt.core.tensor import Key, Role, Tensor, check_coverage, dense_strides
 from ckpt2pt.errors import CoverageError, MissingInputError, aside
 
 
@@ -96,14 +96,22 @@ def check_filled(file: FileSlots, where: str) -> None:
             )
 
 
-def check_used(index: Index, slots: Iterable[Slot], ignored: Mapping[Key, str], where: str) -> None:
-    """Refuse slots of all files of a result that leave out an element of a tensor which is not ``ignored`` for a reason.
+def check_used(
+    index: Index, boxes: Mapping[str, Iterable[Box]], roles: Iterable[Role], ignored: Mapping[Key, str], where: str
+) -> None:
+    """Refuse a result that leaves out an element of a tensor which is not ``ignored`` for a reason.
 
-    What several ranks hold in the same box counts once.  Raises :class:`CoverageError`.
+    ``boxes`` are what its files hold of each parameter by name, the same of each of ``roles``, but of a buffer, which only the
+    weights have.  What several ranks hold in the same box counts once.  Raises :class:`CoverageError`, and
+    :class:`MissingInputError` for what the source lacks.
     """
-    held: dict[Key, dict[Box, None]] = {}
-    for slot in slots:
-        held.setdefault(source_of(index, slot.key, where).key, {})[slot.box] = None
+    held: dict[Key, tuple[Box, ...]] = {}
+    wanted = tuple(roles)
+    for name, found in boxes.items():
+        own = tuple(dict.fromkeys(found))
+        for role in wanted[:1] if is_buffer(name) else wanted:
+            held[source_of(index, Key(role, name), where).key] = own
+    proved: set[tuple[Shape, tuple[Box, ...]]] = set()  # thousands of experts are cut alike
     for key, tensor in index.items():
         if key in ignored:
             continue
@@ -113,7 +121,9 @@ def check_used(index: Index, slots: Iterable[Slot], ignored: Mapping[Key, str], 
                 where=where,
                 hint=f"check the parallel sizes, and that the model is one that the target can hold{aside('target.format')}",
             )
-        check_coverage(tensor._replace(views=_views(held[key], tensor)), where)
+        if (tensor.shape, held[key]) not in proved:
+            check_coverage(tensor._replace(views=_views(held[key], tensor)), where)
+            proved.add((tensor.shape, held[key]))
 
 
 def _views(boxes: Iterable[Box], tensor: Tensor) -> tuple[Stored, ...]:

@@ -34,11 +34,11 @@ SOURCE = index(("param", MATRIX, (4, 4)))
 
 
 def test_tensor_that_two_ranks_hold_in_halves_is_used() -> None:
-    check_used(SOURCE, [slot(LEFT), slot(RIGHT)], {}, "source")
+    check_used(SOURCE, {MATRIX: [LEFT, RIGHT]}, ["param"], {}, "source")
 
 
 def test_box_that_several_ranks_hold_counts_once() -> None:
-    check_used(SOURCE, [slot(WHOLE), slot(WHOLE)], {}, "source")
+    check_used(SOURCE, {MATRIX: [WHOLE, WHOLE]}, ["param"], {}, "source")
 
 
 @pytest.mark.parametrize(
@@ -52,21 +52,27 @@ def test_box_that_several_ranks_hold_counts_once() -> None:
 )
 def test_tensor_of_the_source_that_is_not_used_once_is_refused(boxes: list[Box], what: str) -> None:
     with pytest.raises(CoverageError, match=what):
-        check_used(SOURCE, [slot(box) for box in boxes], {}, "source")
+        check_used(SOURCE, {MATRIX: boxes} if boxes else {}, ["param"], {}, "source")
+
+
+def test_moment_of_another_shape_than_its_parameter_is_not_taken_for_covered() -> None:
+    source = index(("param", MATRIX, (4, 4)), ("exp_avg", MATRIX, (4, 5)))
+    with pytest.raises(CoverageError, match="hold 16 of 20 elements"):
+        check_used(source, {MATRIX: [WHOLE]}, ["param", "exp_avg"], {}, "source")
 
 
 def test_tensor_that_is_ignored_for_a_reason_need_not_be_used() -> None:
     source = index(("param", MATRIX, (4, 4)), ("main_param", MATRIX, (4, 4)), ("exp_avg", MATRIX, (4, 4)))
     ignored = weights_alone(source)
     assert {key.role for key in ignored} == {"main_param", "exp_avg"}
-    check_used(source, [slot(WHOLE)], ignored, "source")
+    check_used(source, {MATRIX: [WHOLE]}, ["param"], ignored, "source")
 
 
 def test_main_parameter_is_the_weight_where_the_source_has_no_other() -> None:
     source = index(("main_param", MATRIX, (4, 4)))
     assert weights_alone(source) == {}
     assert source_of(source, Key("param", MATRIX), "source").key.role == "main_param"
-    check_used(source, [slot(WHOLE), slot(WHOLE, role="main_param")], {}, "source")
+    check_used(source, {MATRIX: [WHOLE]}, ["param", "main_param"], {}, "source")
 
 
 @pytest.mark.parametrize(
@@ -91,7 +97,7 @@ def test_rows_of_the_vocabulary_alone_may_be_padding() -> None:
         with pytest.raises(CoverageError, match="the result asks for"):
             check_box(slot(box, name=name), source[Key("param", name)], "source")
     first: Box = ((0, 0), (4, 4))
-    check_used(source, [slot(first, name=WORDS), slot(padded, name=WORDS), slot(WHOLE)], {}, "source")
+    check_used(source, {WORDS: [first, padded], MATRIX: [WHOLE]}, ["param"], {}, "source")
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 from ckpt2pt.core.buckets import Buffer
-from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
+from ckpt2pt.core.extents import DTYPE_BYTES, Box, Stored, TensorRef, intersection
 from ckpt2pt.core.fill import box_ref, replicas_of
 from ckpt2pt.core.foldernames import model_rank_name
 from ckpt2pt.core.index import Index
@@ -48,7 +49,7 @@ from ckpt2pt.core.params import (
 from ckpt2pt.core.reshard import Part, Wanted, check_target, padding_remarks, part_of
 from ckpt2pt.core.slots import FileSlots, Slot, check_used, source_of
 from ckpt2pt.core.state import State
-from ckpt2pt.core.tensor import Key, Role, Tensor
+from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, box_of
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.formats.megatron.order import Registered, Style, chunk_parameters
@@ -169,8 +170,17 @@ class McoreLayout:
             )
         tied = (key for key in self.index if self.tied and key.name == HEAD)
         ignored = dict.fromkeys(tied, "compared with the embedding it is tied to")
-        slots = (slot for rank in self.ranks() for file in self.files(rank)[1] for slot in file.slots)
-        check_used(self.index, slots, ignored, self.where)
+        check_used(self.index, self._boxes(), ROLES if self.full else ROLES[:1], ignored, self.where)
+
+    def _boxes(self) -> dict[str, dict[Box, None]]:
+        """What the ranks hold of each parameter; of dense ones those of the first experts, as all the others hold the same."""
+        found: dict[str, dict[Box, None]] = {}
+        for rank in self.ranks():
+            first = not self.place(rank).ep
+            for held in chain.from_iterable(self.chunks(rank)):
+                if first or expert_of(held.registered.name) is not None:
+                    found.setdefault(held.registered.name, {})[held.part.box] = None
+        return found
 
     def _check_experts(self) -> None:
         check_expert_parallel(self.experts, self.expert, self.where)
@@ -277,11 +287,8 @@ class McoreLayout:
 
     def copies(self, rank: Rank) -> Iterator[tuple[TensorRef, TensorRef]]:
         """Pairs of the source that must hold the same bytes, as only the first of each is converted."""
-        tp, _, ep = self.place(rank)
-        if tp:
-            return
         for found in self.tensors(rank):
-            if ep and expert_of(found.key.name) is None:
+            if not self._compares(rank, found.key.name):
                 continue
             yield from replicas_of(found)
             if self.tied and found.key.name == HEAD:
@@ -290,11 +297,32 @@ class McoreLayout:
                 yield box_ref(own, box), box_ref(found, box)
 
     def tensors(self, rank: Rank) -> Iterator[Tensor]:
-        """Those of the source that a rank is made from or compared with."""
+        """Those of the source that a rank is made from or compared with, in its order."""
         held = {one.name for chunk in self.chunks(rank) for one, _ in chunk}
         if self.tied and rank[1] == self.topology.pipeline - 1:
             held.add(HEAD)
-        return (found for key, found in self.index.items() if key.name in held)
+        keys = (key for role in ROLES for name in held if (key := Key(role, name)) in self.index)
+        return (self.index[key] for key in sorted(keys, key=self._order.__getitem__))
+
+    def _compares(self, rank: Rank, name: str) -> bool:
+        """Whether it is this rank, of those that hold a parameter, that compares its copies."""
+        tp, _, ep = self.place(rank)
+        return not tp and (not ep or expert_of(name) is not None)
+
+    def views(self, rank: Rank) -> Iterator[Stored]:
+        """What a rank reads of the source: of each tensor the parts that it holds, and the copies that it compares."""
+        boxes = {one.name: part.box for chunk in self.chunks(rank) for one, part in chunk}
+        for found in self.tensors(rank):
+            compares, box = self._compares(rank, found.key.name), boxes.get(found.key.name)
+            for view in found.views:
+                if intersection(box_of(view), box) if box else compares:
+                    yield view
+            if compares:
+                yield from found.replicas
+
+    @cached_property
+    def _order(self) -> dict[Key, int]:
+        return {key: number for number, key in enumerate(self.index)}
 
     def _model(
         self, rank: Rank, chunks: Sequence[Sequence[Held]], optimizers: Sequence[Optimizer]

@@ -59,8 +59,12 @@ class Division:
                 hint=f"give fewer{aside('target.parallelism.pipeline')}",
                 field="target.parallelism.pipeline",
             )
-        slots = (slot for rank in self.ranks() for slot in self.file(rank)[1].slots)
-        check_used(self.index, slots, {}, self.where)
+        boxes: dict[str, list[Box]] = {}
+        for pp in range(self.pipeline):
+            for name in self.names(pp):
+                tensor = source_of(self.index, Key("param", name), self.where)
+                boxes.setdefault(name, []).extend(box for tp in range(self.tensor) for box in self._boxes(tensor, tp))
+        check_used(self.index, boxes, self.roles, {}, self.where)
 
     def file(self, rank: Rank) -> tuple[DistcpFile, FileSlots]:
         """What a worker writes.

@@ -146,8 +146,8 @@ class Found:
         return [f"{layout.directory(rank)}/{name}" for name in names]
 
     def paths(self, rank: Rank) -> tuple[str, ...]:
-        """The files that a rank is read from."""
-        return paths_of(self.layout.tensors(rank))
+        """The files that a rank is read from, and those that it compares."""
+        return paths_of(self.layout.views(rank))
 
     def compare(self, rank: Rank, advance: Advance) -> tuple[Report, Mapping[str, int]]:
         """Compare the files of a rank, which are there, with the source; the CRC-32 of each."""
@@ -319,7 +319,7 @@ def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
 def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
     """What is converted: the given stages of the result."""
     found = find(request)
-    members = found.layout.members
+    members = range(found.layout.members)
     return Conversion(
         target=found.target,
         pace=request.pace,
@@ -327,7 +327,7 @@ def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
         overwrite=request.overwrite,
         identity_options=found.identity_options,
         facts={"assumed": {**found.source.state.assumed, **found.assumed}},
-        inputs={(tp, pp): found.source.inputs(found.paths((tp, pp))) for pp in stages for tp in range(members)},
+        inputs={(tp, pp): found.source.inputs(found.paths((tp, pp))) for pp in stages for tp in members},
         conflicts=(),
         warnings=found.remarks,
         how_to_load=f" with {found.layout.style.needs}" + ("" if request.full else _NO_OPTIMIZER),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+from ckpt2pt.core.extents import Stored
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.slots import weights_alone
 from ckpt2pt.core.state import State
@@ -36,7 +38,7 @@ _TOLD = frozenset({
 """Arguments that decide what a result holds, and that Megatron-LM has defaults for."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """``index`` holds what is converted: without optimizer state where weights alone are asked for; ``layers`` is the number
     of those that have parameters.
@@ -75,8 +77,13 @@ class Source:
 
     def inputs(self, paths: Iterable[str]) -> list[Json]:
         """Files of the source, as a manifest lists them."""
+        return [self._listed[path] for path in paths]
+
+    @cached_property
+    def _listed(self) -> Mapping[str, Json]:
+        """One value for each file, however many ranks are read from it: a stage lists it once."""
         root = f"{self.checkpoint.path}/"
-        return [{"source": path.removeprefix(root), **self.stats[path]} for path in paths]
+        return {path: {"source": path.removeprefix(root), **stat} for path, stat in self.stats.items()}
 
     def prove_unchanged(self, paths: Iterable[str]) -> None:
         """Refuse files that are not those any more whose headers were read."""
@@ -102,10 +109,14 @@ class Source:
         return counts
 
 
-def paths_of(tensors: Iterable[Tensor]) -> tuple[str, ...]:
-    """The files that tensors lie in, replicas included."""
-    views = (view for tensor in tensors for view in (*tensor.views, *tensor.replicas))
+def paths_of(views: Iterable[Stored]) -> tuple[str, ...]:
+    """The files that views lie in."""
     return tuple(dict.fromkeys(extent.path for view in views for extent in view.storage))
+
+
+def views_of(tensors: Iterable[Tensor]) -> Iterator[Stored]:
+    """All views of tensors, replicas included."""
+    return (view for tensor in tensors for view in (*tensor.views, *tensor.replicas))
 
 
 Prove = Callable[[Mapping[str, Path], Callable[[], None]], Mapping[str, int]]
@@ -171,7 +182,7 @@ def read_source(request: TargetRequest) -> Source:
         layers=layers,
         dtype=dtype,
         facts=_facts(request, checkpoint, given, state) | {"precision of weights": f"{dtype}, {origin}"},
-        stats={path: stat_of(Path(path)) for path in paths_of(index.values())},
+        stats={path: stat_of(Path(path)) for path in paths_of(views_of(index.values()))},
         remarks=(*checkpoint.warnings, *remarks, *left_out, *(f"{what}: {why}" for what, why in state.assumed.items())),
     )
 

@@ -34,7 +34,7 @@ from ckpt2pt.publish.merged import publish_merged
 from ckpt2pt.run.conversion import Conversion
 from ckpt2pt.run.rank import RankTask
 from ckpt2pt.run.targets.request import DistRequest
-from ckpt2pt.run.targets.source import Reading, Source, paths_of, read_source
+from ckpt2pt.run.targets.source import Reading, Source, paths_of, read_source, views_of
 
 if TYPE_CHECKING:
     from ckpt2pt.verification.report import Report
@@ -167,7 +167,7 @@ def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
     return RankTask(
         rank=rank,
         target=target,
-        reading=Reading(found.source, paths_of(tensors.values()), partial(_prove, found, file)),
+        reading=Reading(found.source, paths_of(views_of(tensors.values())), partial(_prove, found, file)),
         verify=request.verify,
         repair=request.overwrite,
         files=[file],
@@ -226,5 +226,5 @@ def conversion_of(request: DistRequest, stages: Sequence[int]) -> Conversion:
 def _inputs(found: Found, pp: int) -> list[list[Json]]:
     """The files that a stage is read from, as those of its first worker."""
     names = dict.fromkeys(found.division.names(pp))
-    paths = paths_of(tensor for key, tensor in found.division.index.items() if key.name in names)
+    paths = paths_of(views_of(tensor for key, tensor in found.division.index.items() if key.name in names))
     return [found.source.inputs(paths), *([] for _ in range(1, found.division.tensor))]

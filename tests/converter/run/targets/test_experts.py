@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 import ckpt2pt
 from ckpt2pt.cli.commands import main
 from ckpt2pt.core.tensor import Key
+from ckpt2pt.core.topology import Topology
 from ckpt2pt.formats.registry import read
+from ckpt2pt.run.targets.mcore import conversion_of
+from ckpt2pt.run.targets.request import McoreRequest
 from ckpt2pt.verification.across import compare_any
 from ckpt2pt.verification.gather import Files, gathered
 from coremade import Tensors, global_tensors, save_experts
@@ -199,6 +203,34 @@ def test_a_killed_run_goes_on(tensors: Tensors, tmp_path: Path) -> None:
     assert not (out / "latest_checkpointed_iteration.txt").exists()
     assert convert(source, out, "megatron", "--target-ep-size", 2, "--target-pp-size", 2) == 0
     assert compare_any([source, out]).same
+
+
+def inputs_of_stage(target: Path) -> list[str]:
+    [stage] = target.glob("iter_*/.ckpt2pt/stage-000.json")
+    return [str(one["source"]) for one in json.loads(stage.read_text())["inputs"]]
+
+
+def test_a_stage_lists_each_file_of_the_source_once_however_many_ranks_it_has(tensors: Tensors, tmp_path: Path) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=4)
+    assert convert(source, tmp_path / "out", "megatron", "--target-ep-size", 4) == 0
+    listed = inputs_of_stage(tmp_path / "out")
+    assert sorted(listed) == sorted(
+        path.relative_to(source / "iter_0000002").as_posix() for path in source.glob("iter_*/*/*.pt")
+    )
+
+
+def test_a_rank_reads_the_files_of_its_own_experts_and_one_of_them_compares_the_others(
+    tensors: Tensors, tmp_path: Path
+) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=4)
+    request = McoreRequest(
+        topology=Topology(num_layers=1), source=source, target=tmp_path / "out", source_format="megatron"
+    )
+    inputs = conversion_of(request, [0]).inputs
+    folders = {rank: {str(one["source"]).partition("/")[0] for one in held} for rank, held in inputs.items()}
+    assert folders[0, 0] == {f"mp_rank_00_{ep:03d}" for ep in range(4)}
+    # Dense parameters are those of the first experts' rank.
+    assert all(folders[ep, 0] == {"mp_rank_00_000", f"mp_rank_00_{ep:03d}"} for ep in range(1, 4))
 
 
 if SETS := core_sets(experts=True):
