@@ -16,6 +16,7 @@ from harness.golden import document, owner_of, reach, told
 from harness.kubectl import Kubectl
 from harness.machine import wait_until
 from harness.pods import host_path
+from msadapter import rewrite
 
 pytestmark = pytest.mark.usefixtures("operator")
 
@@ -93,6 +94,20 @@ def test_every_format_of_today_comes_from_every_other(
     reach(namespace, "Succeeded", "to-torch")
     words = ["--source", volume / "out", "--target-format", "megatron", "--target-tp-size", 1, "--target-pp-size", 2]
     assert contents(volume / "to-torch") == converted(words, tmp_path / "third")
+
+
+def test_what_msadapter_wrote_becomes_files_of_torch(
+    namespace: Kubectl, checkpoint: Path, volume: Path, tmp_path: Path
+) -> None:
+    source = rewrite(checkpoint / "A", volume / "in", "msadapter")
+    repair = of_megatron("repair", source, volume, "Torch", 2)
+    del repair["spec"]["target"]["parallelism"]
+    repair["spec"]["source"]["format"] = "MSAdapter"
+    namespace.apply(repair)
+    found = reach(namespace, "Succeeded", "repair")
+    assert found["stages"]["total"] == 2
+    made = converted(["--source", source, "--target-format", "torch"], tmp_path / "made")
+    assert contents(volume / "repair") == made
 
 
 # ----------------------------------------------------------------------------------------------- several pods on one result

@@ -83,6 +83,8 @@ class Opened:
 
 def open_source(folder: Path, rules: Rules, *, full: bool) -> Opened:
     """Read the headers, and compare samples of the main parameters with the weights where the optimizer is asked for."""
+    if not is_file(folder / METADATA):
+        read_metadata(folder)  # which says what that means
     return _open(folder, full, rules.pickle_globals, tuple(stat_of(folder / METADATA).values()))
 
 

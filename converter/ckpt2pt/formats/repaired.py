@@ -30,7 +30,7 @@ from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.msadapter import is_msadapter, read_tree
 from ckpt2pt.formats.torchfile.pickles import write_pickle
 from ckpt2pt.formats.torchfile.trees import Call, StoredTensor, Value, is_namespace, namespace_attrs
-from ckpt2pt.io.paths import listing
+from ckpt2pt.io.paths import is_folder, listing
 from ckpt2pt.io.text import short
 
 Place = tuple[int, int, int]
@@ -51,6 +51,8 @@ class Repairable:
     seed: int
     layers: object
     """The number of layers by the arguments, which nobody checks."""
+    generators: bool
+    """Whether there are states of random generators."""
     ranks: Mapping[Place, Path]
 
     @property
@@ -95,8 +97,9 @@ def find_repairable(path: Path, wanted: Selection) -> Repairable:
     folder = source_folder(path, wanted.iteration)
     found = expert_ranks(listing(folder, option=ref("source.path")), pipelined=True)
     if not found:
+        there = is_folder(folder, ref("source.path"))
         raise MissingInputError(
-            "there are no folders of ranks (mp_rank_*)",
+            "there are no folders of ranks (mp_rank_*)" if there else "there is no such folder",
             where=folder,
             hint=f"name a checkpoint that MSAdapter wrote with {ref('source.path')}",
             field="source.path",
@@ -123,6 +126,7 @@ def find_repairable(path: Path, wanted: Selection) -> Repairable:
         iteration=iteration,
         seed=seed if type(seed) is int else DEFAULT_SEED,
         layers=args.get("num_layers"),
+        generators=isinstance(tree, dict) and "rng_state" in tree,
         ranks=found,
     )
     _check_ranks(checkpoint, args)

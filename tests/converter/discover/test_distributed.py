@@ -57,6 +57,13 @@ def test_the_weights_of_a_wrong_save_can_be_had(tmp_path: Path) -> None:
     assert [path.name for path in folder.glob("mp_rank_*/*.pt")] == ["model_optim_rng.pt"]
 
 
+def test_a_save_that_did_not_end_is_told(tmp_path: Path) -> None:
+    source = write_gpt(tmp_path / "source", gpt(tied=False, layers=4))
+    next(source.rglob(".metadata")).unlink()
+    with pytest.raises(MissingInputError, match=r"there is no .metadata, which is written last"):
+        converted(source, tmp_path / "target")
+
+
 def test_a_main_parameter_between_the_samples_is_found_by_the_full_proof(tmp_path: Path) -> None:
     arrays = gpt(hidden=32)
     main_parameter = arrays["main_param"]["decoder.layers.mlp.linear_fc1.weight"]

@@ -24,6 +24,7 @@ def source(golden: Path, tmp_path: Path) -> Path:
 def test_ranks_of_experts_are_told_from_stages_by_the_arguments(golden: Path, tmp_path: Path) -> None:
     experts = find_repairable(golden / "msadapter/moe_ep2", Selection())
     assert (experts.sizes, experts.iteration, experts.seed, experts.layers) == ((1, 1, 2), 2, 1234, 2)
+    assert experts.generators
     stages = find_repairable(rewrite(golden / "megatron06/b_tp2pp2/A", tmp_path / "in"), Selection())
     assert stages.sizes == (2, 2, 1)
     assert [path.name for path in stages.files((1, 1, 0))] == ["model_optim_rng.pt", "distrib_optim.pt"]
@@ -69,6 +70,12 @@ def test_what_is_missing_is_told(damage: object, kind: type[Exception], said: st
 def test_sizes_that_are_said_have_to_be_those_of_the_folders(source: Path) -> None:
     with pytest.raises(TopologyError, match="the tensor parallel size is 1, not 2"):
         find_repairable(source, Selection(tensor=2))
+
+
+def test_nothing_is_no_checkpoint(tmp_path: Path) -> None:
+    for path, said in ((tmp_path, "no folders of ranks"), (tmp_path / "none", "no such folder")):
+        with pytest.raises(MissingInputError, match=said):
+            find_repairable(path, Selection())
 
 
 def test_what_torch_wrote_needs_no_repair(golden: Path) -> None:

@@ -64,10 +64,11 @@ class Found:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a user should know before the result is used."""
-        return (
-            f"random generators: those of torch are as at the start of a run with seed {self.source.seed}, if the source has "
-            "any, as MindSpore's are of another form; those of Python and numpy are the source's",
+        told = (
+            f"random generators: those of torch are as at the start of a run with seed {self.source.seed}, as MindSpore's are of "
+            "another form; those of Python and numpy are the source's"
         )
+        return (told,) if self.source.generators else ()
 
     def place(self, rank: Rank) -> Place:
         """(tp, pp, ep) of a rank of the result: those of the first experts, then those of the next."""
@@ -198,6 +199,6 @@ def conversion_of(request: RepairRequest, stages: Sequence[int]) -> Conversion:
         inputs={(n, pp): found.inputs(map(str, found.paths((n, pp)))) for pp in stages for n in members},
         conflicts=(),
         warnings=found.remarks,
-        how_to_load=" of the release that MindSpeed-LLM had (0.8, since its r0.4.0 0.12), and newer ones where they read it",
+        how_to_load=", as MindSpeed-LLM has it (0.8, since MindSpeed-Core-MS r0.4.0 0.12)",
         prepare=partial(_plan, found),
     )
