@@ -19,6 +19,7 @@ from ckpt2pt.formats.families import refuse_unsupported
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
 from ckpt2pt.formats.msadapter import check_msadapter
 from ckpt2pt.formats.ptmeta.metadata import Given, learn, read_stated, require
+from ckpt2pt.io.paths import is_file
 from ckpt2pt.kube.conversion.schema import CONTENTS, MEGATRON, RELEASE, Degrees, Spec
 from ckpt2pt.kube.conversion.usable import USES, check_used, framework_of
 from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, RepairRequest, TargetRequest
@@ -213,7 +214,8 @@ def is_megatron(spec: Spec) -> bool:
                     field="source.path",
                 ) from error
         except Ckpt2ptError:  # what is wrong with it, its reader says
-            pass
+            if is_file(Path(spec.source.path)):
+                raise
     if not megatron and not imported and not spec.metadata.path:
         raise UsageError(
             f"{ref('metadata.path')} is missing, and the source is no Megatron checkpoint",

@@ -84,6 +84,15 @@ def test_a_gguf_file_is_named_too(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "hint:  give the checkpoint that it was made from" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["__0_0.distcp", "network.ckpt", "model_optim_rng.pt"])
+def test_a_single_file_asks_for_its_folder_and_not_for_metadata(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    laid_out(tmp_path, {name: b""})
+    assert main(["convert", "--source", str(tmp_path / name), "--target", str(tmp_path / "out")]) == 65
+    assert "this is a file, and a checkpoint is read with the files of all its ranks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "files",
     [
