@@ -73,6 +73,12 @@ _REASONS = tuple(_IGNORED)
 
 _LAYERS = "language_model.encoder.layers."
 _LAYER = re.compile(r"language_model\.encoder\.layers\.(\d{1,9})(?:_pp\w+)?\.(.+)")
+_EXPERT = ".mlp.experts.local_experts."
+EXPERTS_IN_MINDSPORE = (
+    "a mixture of experts of MindSpeed-Core-MS, whose expert parallel ranks all count their experts from 0: files hold different "
+    "experts by equal names, and nothing in them tells which"
+)
+"""Why these checkpoints are not read (MindSpeed-Core-MS feature-0.1, ``MoELayer``)."""
 _NEIGHBOURS, _LONGEST = 32, 512
 _WRAPPERS = re.compile(
     r"(?:(?:module|model)\.)+(?=language_model\.|word_embeddings|embedding\.|decoder\.|output_layer\.)"
@@ -171,10 +177,16 @@ class NameTable:
         """Every entry of a file by its name without the prefix that all parameters and moments carry, and that prefix.
 
         A model wrapped in others saves ``module.language_model...`` or ``model.language_model...``.  Raises
-        :class:`UnmappedNameError` where some names carry a prefix and others do not.
+        :class:`UnmappedNameError` where some names carry a prefix and others do not, and for experts.
         """
         found = {entry: self.classify(entry) for entry in entries}
         carried = {entry: what for entry, what in found.items() if what.role != "ignored"}
+        if has_experts(carried):
+            raise UnmappedNameError(
+                f"this is {EXPERTS_IN_MINDSPORE}",
+                where=where,
+                hint="convert a dense model, or a mixture of experts that Megatron-LM 0.8 to 0.19 saved",
+            )
         prefix = common_prefix({what.name: entry for entry, what in carried.items()}, where=where)
         if prefix:
             found |= {entry: SourceName(what.role, what.name.removeprefix(prefix)) for entry, what in carried.items()}
@@ -186,6 +198,11 @@ def rules_remark(unused: Iterable[frozenset[str]]) -> tuple[str, ...]:
     first, *others = unused
     names = sorted(first.intersection(*others))
     return (f"rules that match no name of this checkpoint: {'; '.join(names)}",) if names else ()
+
+
+def has_experts(entries: Iterable[str]) -> bool:
+    """Whether entries of a MindSpore file are parameters of experts, or their moments."""
+    return any(_EXPERT in entry for entry in entries)
 
 
 def common_prefix(parameters: Mapping[str, str], *, where: str) -> str:

@@ -14,7 +14,7 @@ from typing import cast
 
 from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.foldernames import TRACKER, expert_ranks, is_iteration, iterations, ranks_of, tracked_name
-from ckpt2pt.core.names import SHARD, NameTable
+from ckpt2pt.core.names import EXPERTS_IN_MINDSPORE, SHARD, NameTable, has_experts
 from ckpt2pt.core.stage import spans
 from ckpt2pt.core.training_step import STEP_ENTRIES, read_training_step
 from ckpt2pt.discover.loading import verdicts
@@ -115,6 +115,7 @@ def _mindspore(path: Path, *, details: bool) -> Json:
         "layers": spans(layers),
         **_training_step(path, index),
         **({"checksum": "stated, not checked here"} if states_checksum(path) else {}),
+        **_problem(index),
         "totals": [
             {
                 "role": role,
@@ -127,6 +128,11 @@ def _mindspore(path: Path, *, details: bool) -> Json:
         "tensors": [entry.row() for entry in tensors] if details else _collapse(tensors),
         "scalars": {name: _value(ref) for name, ref in list(scalars.items())[:_MAX_VALUES]},
     }
+
+
+def _problem(index: Iterable[str]) -> Json:
+    """Why it cannot be converted."""
+    return {"problem": f"not converted: {EXPERTS_IN_MINDSPORE}"} if has_experts(index) else {}
 
 
 def _is_scalar(ref: TensorRef) -> bool:
@@ -376,6 +382,7 @@ def _training(path: Path, names: Sequence[str]) -> Json:
         return document | {"problem": error.what, "files": _listing(checkpoint_files(path))}
     chosen = choose(steps, last_saved(path, layout))
     first = next(iter(steps[chosen].values())).path
+    index = index_file(first, partial=True)
     return document | {
         "steps": [
             {
@@ -389,7 +396,8 @@ def _training(path: Path, names: Sequence[str]) -> Json:
             for when, files in steps.items()
         ],
         "chosen": str(first.relative_to(path)),
-        **_training_step(first, index_file(first, partial=True)),
+        **_training_step(first, index),
+        **_problem(index),
     }
 
 
