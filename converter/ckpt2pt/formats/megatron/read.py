@@ -96,13 +96,17 @@ def _read_ranks(folder: Path, allow: tuple[str, ...], *, optimizer: bool) -> dic
             f"the rank tp {tp} pp {pp} ep {ep} is missing", where=folder, hint="copy the whole iteration"
         )
     own = args.get("expert_tensor_parallel_size")
-    if isinstance(own, int) and own != sizes[0] and any(rank.apart for rank in ranks.values()):
+    if isinstance(own, int) and own != sizes[0] and any(map(_holds_experts, ranks.values())):
         raise FormatError(
             f"experts are cut over {own} tensor-parallel ranks, and the dense parameters over {sizes[0]}",
             where=folder,
             hint="give a checkpoint of which both have one tensor parallel size",
         )
     return ranks
+
+
+def _holds_experts(rank: MegatronRank) -> bool:
+    return any(expert_of(name) is not None for chunk in rank.chunks for name, _ in chunk)
 
 
 def _first_expert(rank: MegatronRank, ep: int) -> int:

@@ -163,7 +163,7 @@ def find(request: McoreRequest) -> Found:
     """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
     source = read_source(request)
     state, index = source.state, without_gaps(source.index)
-    _check_experts(source)
+    _check_experts(request, source)
     topology = _topology(request, source)
     style, assumed = _style(request, source)
     held = source_of(index, Key("param", EMBEDDING), source.where).fused[0]
@@ -193,16 +193,18 @@ def find(request: McoreRequest) -> Found:
     return found
 
 
-def _check_experts(source: Source) -> None:
-    """Refuse experts that are cut otherwise than dense parameters."""
-    tensor = source.state.args.get("tensor_model_parallel_size")
-    own = source.state.args.get("expert_tensor_parallel_size")
-    if type(own) is int and own != tensor and expert_count(key.name for key in source.index):
+def _check_experts(request: McoreRequest, source: Source) -> None:
+    """Refuse experts that a run to come cuts otherwise than dense parameters, as far as the arguments of the source tell."""
+    args, tensor = source.state.args, request.topology.tensor
+    own = args.get("expert_tensor_parallel_size")
+    apart = type(own) is int and own not in {tensor, args.get("tensor_model_parallel_size")}
+    if apart and expert_count(key.name for key in source.index):
         raise FormatError(
-            f"expert_tensor_parallel_size is {own} and tensor_model_parallel_size {tensor}: experts that are cut otherwise "
-            "than dense parameters are not written into this format",
+            f"expert_tensor_parallel_size is {own} and the tensor parallel size of the result {tensor}: experts that are cut "
+            "otherwise than dense parameters are not written into this format",
             where=source.state.where,
-            hint=f"choose TorchDist in {ref('target.format')}, which any sizes can load",
+            hint=f"give {own}{aside('target.parallelism.tensor')} for both, or choose TorchDist in {ref('target.format')}, "
+            "which any sizes can load",
             field="target.format",
         )
 

@@ -186,6 +186,40 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").rglob("*.pt"))
 
 
+def cut_otherwise(path: Path, tensor: int, own: int) -> None:
+    """Have the arguments of a file say that experts are cut over ``own`` ranks, and the rest over ``tensor``."""
+    tree = torch.load(path, weights_only=False)
+    tree["args"].tensor_model_parallel_size, tree["args"].expert_tensor_parallel_size = tensor, own
+    torch.save(tree, path)
+
+
+@pytest.mark.parametrize("weights_alone", [False, True])
+def test_experts_that_are_cut_otherwise_are_not_read_as_if_they_were_not(
+    weights_alone: bool, tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=2)
+    for path in source.glob("iter_*/mp_rank_*/model_optim_rng.pt"):
+        cut_otherwise(path, 1, 2)
+        if weights_alone:
+            (path.parent / "distrib_optim.pt").unlink()
+    words = ["--convert-param-only"] if weights_alone else []
+    assert convert(source, tmp_path / "out", "torch_dist", *words) == 65
+    assert "experts are cut over 2 tensor-parallel ranks, and the dense parameters over 1" in capsys.readouterr().err
+
+
+def test_a_source_whose_experts_are_cut_otherwise_becomes_one_where_they_are_not(
+    tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=2)
+    assert convert(source, tmp_path / "dist", "torch_dist") == 0
+    [common] = (tmp_path / "dist").glob("iter_*/common.pt")
+    cut_otherwise(common, 2, 1)
+    assert convert(tmp_path / "dist", tmp_path / "out", "megatron", "--target-tp-size", 4) == 65
+    assert "expert_tensor_parallel_size is 1 and the tensor parallel size of the result 4" in capsys.readouterr().err
+    assert convert(tmp_path / "dist", tmp_path / "out", "megatron", "--target-tp-size", 1) == 0
+    assert compare_any([tmp_path / "dist", tmp_path / "out"]).same
+
+
 def test_a_plan_says_where_experts_go(tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = save_experts(tmp_path / "source", tensors, experts=1)
     flags = ("--source", source, "--target", tmp_path / "out", "--target-format", "megatron", "--target-ep-size", 2)
