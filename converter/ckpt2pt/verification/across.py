@@ -24,7 +24,7 @@ from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.folders import iteration_folder, pairs
 from ckpt2pt.formats.megatron.headers import read_rank
 from ckpt2pt.formats.mindspore.degrees import weights_of
-from ckpt2pt.formats.registry import detect, read
+from ckpt2pt.formats.registry import MINDSPORE_FILES, detect, read
 from ckpt2pt.io.paths import is_folder, listing
 from ckpt2pt.verification.compare import ALL_FILES, Comparing, Comparison, compare
 from ckpt2pt.verification.elements import rounded
@@ -264,7 +264,10 @@ def _form_of(folder: Path) -> tuple[bool, bool, int] | None:
 
 def _differ_in_shapes(left: Path, right: Path) -> bool:
     """Whether the first files of two MindSpore folders hold other parameters, or other parts of them."""
-    first = next(((one, other) for _, one, other in pairs(left, right) if one and other), None)
+    both = ((one, other) for _, one, other in pairs(left, right) if one and other)
+    first = next(
+        ((one, other) for one, other in both if one.suffix[1:] in MINDSPORE_FILES), None
+    )  # a pt_meta may be inside
     if first is None:
         return False
     held = [{name: ref.shape for name, ref in weights_of(file, NameTable()).items()} for file in first]

@@ -48,6 +48,20 @@ def flip_source(file: Path, entry: str, index: int = 0) -> None:
 # --------------------------------------------------------------------------------------------------------------- equal
 
 
+def test_two_trainings_with_a_pt_meta_inside_are_compared_by_their_own_files(
+    golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side in ("one", "other"):
+        shutil.copytree(golden / "megatron06" / SET / "ms", tmp_path / side)
+        shutil.copytree(golden / "megatron06" / SET / "pt_meta", tmp_path / side / "pt_meta")
+        shutil.copytree(golden / "megatron06" / SET / "pt_meta", tmp_path / side / "a_template")
+    code, found, _ = verify(capsys, tmp_path / "one", tmp_path / "other")
+    assert (code, found["differences"]) == (0, [])
+    flip_source(next((tmp_path / "other" / "rank_0").glob("*.ckpt")), f"language_model.encoder.layers.0.{QKV}")
+    code, found, _ = verify(capsys, tmp_path / "one", tmp_path / "other")
+    assert (code, len(found["differences"])) == (76, 1)
+
+
 def test_both_frameworks_hold_the_same_in_every_golden_set(
     golden_set: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
