@@ -7,22 +7,32 @@ its key --torch_dist.names--> (role, name, layer) --> the source's tensor, the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from ckpt2pt.core.extents import Box, View
 from ckpt2pt.core.index import Index, find
 from ckpt2pt.core.params import split_layer
+from ckpt2pt.core.state import Values
 from ckpt2pt.core.tensor import Key, Tensor
 from ckpt2pt.errors import InputError
+from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.megatron.scaler import SCALER, stored_scaler
+from ckpt2pt.formats.torch_dist.common import COMMON
 from ckpt2pt.formats.torch_dist.items import Located, locate
 from ckpt2pt.formats.torch_dist.metadata import Chunk, Item
 from ckpt2pt.formats.torch_dist.names import named
 from ckpt2pt.formats.torch_dist.write import DistcpFile, Part
+from ckpt2pt.formats.torchfile.archive import Archive
+from ckpt2pt.formats.torchfile.pickles import read_pickle, write_pickle
+from ckpt2pt.formats.torchfile.trees import Value
+from ckpt2pt.io.text import short
 from ckpt2pt.verification.elements import Differing, rounded
 from ckpt2pt.verification.gather import Files, Gathered, spans, strided
+from ckpt2pt.verification.leaves import Leaves, flatten
 from ckpt2pt.verification.prove import crcs_of
-from ckpt2pt.verification.report import NOTHING_PUBLISHED, Findings
+from ckpt2pt.verification.report import NOTHING_PUBLISHED, Difference, Findings
 
 
 def prove_parts(
@@ -58,6 +68,41 @@ def compare_parts(
         for part, chunk in chunks:
             _compare(index, layers, part, located[chunk], file.name, findings, files)
         return crcs_of({file.name: path}, {str(path): sorted(files.pieces[str(path)])})
+
+
+def compare_common(expected: dict[Value, Value], scaler: Values | None, folder: Path) -> Iterator[Difference]:
+    """What is no tensor, in ``common.pt``: each argument, each value of a group, of the scheduler and of the loss scale by its name."""
+    path = folder / COMMON
+    try:
+        archive = Archive.open(path)
+        tree = read_pickle(archive.pickle, where=str(path))
+    except InputError as error:
+        yield Difference(file=COMMON, tensor="file", problem=error.what)
+        return
+    wanted = _leaves(read_pickle(write_pickle(expected), where=COMMON), path)
+    found = _leaves(tree, path)
+    for name in dict.fromkeys((*wanted, *found)):
+        if wanted.get(name) != found.get(name) or (name in wanted) != (name in found):
+            texts = [short(held[name]) if name in held else "nothing" for held in (wanted, found)]
+            yield Difference(
+                file=COMMON, tensor=name, problem="is not as the source states it", expected=texts[0], found=texts[1]
+            )
+    if isinstance(tree, dict):
+        own = Template(path=str(path), tree=cast("dict[str, Value]", tree), storages=dict(archive.storages))
+        if (stored := stored_scaler(own)) != scaler:
+            yield Difference(
+                file=COMMON,
+                tensor=f"/optimizer/{SCALER}",
+                problem="is not as the source states it",
+                expected=str(scaler),
+                found=str(stored),
+            )
+
+
+def _leaves(tree: Value, path: Path) -> Leaves:
+    """By name, but for the loss scale, whose tensor lies in a storage of its own."""
+    leaves = flatten(tree, lambda value: value, where=str(path), nbytes=path.stat().st_size)
+    return {name: leaf for name, leaf in leaves.items() if f"/{SCALER}" not in name}
 
 
 def _in(chunk: Chunk, name: str) -> Chunk:

@@ -59,8 +59,10 @@ _GRADIENTS = "accumulate_allreduce_grads_in_fp32"
 """Of fp16 trainings, for whoever converts the result into a form that keeps the type of gradients."""
 
 
-def write_common(state: State, sizes: Values, *, full: bool, chained: bool = False) -> bytes:
-    """``common.pt``; ``sizes`` are arguments that the tensors themselves tell, by Megatron's names.
+def common_tree(
+    state: State, sizes: Values, *, full: bool, chained: bool = False
+) -> tuple[dict[Value, Value], dict[str, bytes]]:
+    """The tree in ``common.pt`` and the storages that it names; ``sizes`` are arguments that the tensors themselves tell, by Megatron's names.
 
     ``chained``: the run to come has an optimizer of experts beside that of dense parameters, whose tensors are the same; a
     loader asks for as many states as it has optimizers (core/optimizer/optimizer.py, ``ChainedOptimizer``).
@@ -106,6 +108,12 @@ def write_common(state: State, sizes: Values, *, full: bool, chained: bool = Fal
         ]
         tree["optimizer"] = dict(enumerate(states)) if chained else states[0]
         tree["opt_param_scheduler"] = cast("Value", dict(state.scheduler))
+    return tree, storages
+
+
+def write_common(state: State, sizes: Values, *, full: bool, chained: bool = False) -> bytes:
+    """``common.pt``, as :func:`common_tree` describes it."""
+    tree, storages = common_tree(state, sizes, full=full, chained=chained)
     return archive_bytes("common", write_pickle(tree), [*storages.values()])
 
 

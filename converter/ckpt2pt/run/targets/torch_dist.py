@@ -6,7 +6,7 @@ source --run.targets.source--> global tensors --torch_dist.slots--> files, moves
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,13 +21,14 @@ from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import TryAgainError, ref
 from ckpt2pt.formats.folders import keep_apart
 from ckpt2pt.formats.megatron.loads import SHARDINGS, WEIGHTS, Releases
-from ckpt2pt.formats.torch_dist.common_out import METADATA_JSON, SHARDING, write_common
+from ckpt2pt.formats.torch_dist.common import COMMON
+from ckpt2pt.formats.torch_dist.common_out import METADATA_JSON, SHARDING, common_tree, write_common
 from ckpt2pt.formats.torch_dist.keys import layers_of
 from ckpt2pt.formats.torch_dist.metadata_out import write_metadata
 from ckpt2pt.formats.torch_dist.slots import Division, tensors_of
 from ckpt2pt.formats.torch_dist.write import DistcpFile
 from ckpt2pt.io.digests import sha256
-from ckpt2pt.io.paths import status
+from ckpt2pt.io.paths import is_file, status
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import TORCH_DIST, Target
 from ckpt2pt.publish.merged import publish_merged
@@ -37,7 +38,7 @@ from ckpt2pt.run.targets.request import DistRequest
 from ckpt2pt.run.targets.source import Reading, Source, paths_of, read_source, views_of
 
 if TYPE_CHECKING:
-    from ckpt2pt.verification.report import Report
+    from ckpt2pt.verification.report import Difference, Report
 
 _NO_OPTIMIZER = " with --no-load-optim --no-load-rng (it holds parameters only)"
 
@@ -115,6 +116,30 @@ class Found:
             crcs.update(compare_parts(division.index, list(division.layers.numbers), file, path, findings, advance))
         return findings.report(folder, 0), crcs
 
+    @property
+    def sizes(self) -> Json:
+        """Arguments that the tensors themselves tell, and those of the run that the source is of."""
+        checkpoint, division = self.source.checkpoint, self.division
+        found: Json = {
+            "num_layers": len(division.layers.numbers),
+            "tensor_model_parallel_size": checkpoint.tensor,
+            "pipeline_model_parallel_size": checkpoint.pipeline,
+        }
+        if embedding := division.index.get(Key("param", EMBEDDING)):
+            found["hidden_size"] = embedding.fused[1]
+        if division.layers.experts:
+            found |= {"num_experts": division.layers.experts, "expert_model_parallel_size": self.expert}
+        return found
+
+    def compare_rest(self) -> Iterator[Difference]:
+        """Compare what is no tensor with the source, where the result is complete."""
+        from ckpt2pt.verification.torch_dist import compare_common  # noqa: PLC0415 - numpy, and only when asked for
+
+        if is_file(self.target.folder / COMMON):
+            state = self.source.state
+            tree, _ = common_tree(state, self.sizes, full=self.request.full, chained=self.chained)
+            yield from compare_common(tree, state.scaler if self.request.full else None, self.target.folder)
+
 
 def find(request: DistRequest) -> Found:
     """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
@@ -138,17 +163,7 @@ def find(request: DistRequest) -> Found:
 
 
 def _common(found: Found) -> bytes:
-    embedding = found.division.index.get(Key("param", EMBEDDING))
-    sizes: Json = {
-        "num_layers": len(found.division.layers.numbers),
-        "tensor_model_parallel_size": found.source.checkpoint.tensor,
-        "pipeline_model_parallel_size": found.source.checkpoint.pipeline,
-    }
-    if embedding:
-        sizes["hidden_size"] = embedding.fused[1]
-    if found.division.layers.experts:
-        sizes |= {"num_experts": found.division.layers.experts, "expert_model_parallel_size": found.expert}
-    return write_common(found.source.state, sizes, full=found.request.full, chained=found.chained)
+    return write_common(found.source.state, found.sizes, full=found.request.full, chained=found.chained)
 
 
 def _prove(found: Found, file: DistcpFile, partials: Mapping[str, Path], heed: Callable[[], None]) -> Mapping[str, int]:

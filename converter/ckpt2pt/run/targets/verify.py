@@ -34,8 +34,9 @@ def verify_by_tensors(
     else:
         totals = {rank: recorded_bytes(target, rank) for rank in ranks}
         reports = reports_of(totals, target.iteration, reporter, partial(_verify, found))
+    stated = found.compare_rest() if level == "full" and isinstance(found, torch_dist.Found) else ()
     listed = {name for rank in target.ranks for name in found.listed(rank)}
-    rest = [*published(target, stages), *merged(target), *surplus(target, listed | {*target.kind.merged})]
+    rest = [*stated, *published(target, stages), *merged(target), *surplus(target, listed | {*target.kind.merged})]
     return joined(target, level, rest, reports)
 
 
