@@ -74,11 +74,8 @@ _REASONS = tuple(_IGNORED)
 _LAYERS = "language_model.encoder.layers."
 _LAYER = re.compile(r"language_model\.encoder\.layers\.(\d{1,9})(?:_pp\w+)?\.(.+)")
 _EXPERT = ".mlp.experts.local_experts."
-EXPERTS_IN_MINDSPORE = (
-    "a mixture of experts of MindSpeed-Core-MS, whose expert parallel ranks all count their experts from 0: files hold different "
-    "experts by equal names, and nothing in them tells which"
-)
-"""Why these checkpoints are not read (MindSpeed-Core-MS feature-0.1, ``MoELayer``)."""
+EXPERTS_IN_MINDSPORE = "a mixture of experts of MindSpeed-Core-MS, whose ranks number experts of their own"
+"""Why these checkpoints are not read: files hold different experts by equal names (MindSpeed-Core-MS feature-0.1, ``MoELayer``)."""
 _NEIGHBOURS, _LONGEST = 32, 512
 _WRAPPERS = re.compile(
     r"(?:(?:module|model)\.)+(?=language_model\.|word_embeddings|embedding\.|decoder\.|output_layer\.)"

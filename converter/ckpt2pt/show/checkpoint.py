@@ -115,7 +115,7 @@ def _mindspore(path: Path, *, details: bool) -> Json:
         "layers": spans(layers),
         **_training_step(path, index),
         **({"checksum": "stated, not checked here"} if states_checksum(path) else {}),
-        **_problem(index),
+        **({"problem": f"not converted: {EXPERTS_IN_MINDSPORE}"} if has_experts(index) else {}),
         "totals": [
             {
                 "role": role,
@@ -128,11 +128,6 @@ def _mindspore(path: Path, *, details: bool) -> Json:
         "tensors": [entry.row() for entry in tensors] if details else _collapse(tensors),
         "scalars": {name: _value(ref) for name, ref in list(scalars.items())[:_MAX_VALUES]},
     }
-
-
-def _problem(index: Iterable[str]) -> Json:
-    """Why it cannot be converted."""
-    return {"problem": f"not converted: {EXPERTS_IN_MINDSPORE}"} if has_experts(index) else {}
 
 
 def _is_scalar(ref: TensorRef) -> bool:
@@ -397,7 +392,6 @@ def _training(path: Path, names: Sequence[str]) -> Json:
         ],
         "chosen": str(first.relative_to(path)),
         **_training_step(first, index),
-        **_problem(index),
     }
 
 

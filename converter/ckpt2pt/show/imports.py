@@ -28,7 +28,7 @@ def planned_mindspore(request: Request, stages: Sequence[int], *, names: bool = 
         prepared = prepare_mindspore(request, chosen, rank)
         warnings |= dict.fromkeys(prepared.remarks)
         ranks.append(_rank(request, chosen, target, rank, prepared, names=names))
-    head = head_of(request, chosen, target, [*warnings], ())
+    head = head_of(request, chosen, target, wanted[0], [*warnings], ())
     return Plan(document=with_ranks(head, ranks, target, request.workers), target=target, overwrite=request.overwrite)
 
 

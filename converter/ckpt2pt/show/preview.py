@@ -23,6 +23,7 @@ from ckpt2pt.io.text import table, warned
 from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
 from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, RepairRequest
+from ckpt2pt.show.facts import facts_of, releases_of
 from ckpt2pt.show.folding import fold, spanned
 
 if TYPE_CHECKING:
@@ -110,12 +111,16 @@ def preview(
                 "done": target.rank_manifest(tp, pp) is not None,
             }
         )
-    kept = kept_of_template(request, chosen, next(iter(warnings.unmet)))
-    return with_ranks(head_of(request, chosen, target, warnings.all(chosen), kept), stages, target, request.workers)
+    first = next(iter(warnings.unmet))
+    kept = kept_of_template(request, chosen, first)
+    head = head_of(request, chosen, target, first, warnings.all(chosen), kept)
+    return with_ranks(head, stages, target, request.workers)
 
 
-def head_of(request: Request, chosen: Discovered, target: Target, warnings: list[str], kept: Sequence[str]) -> Json:
-    """What a plan says of all ranks together; ``kept`` are entries of the metadata's own iteration."""
+def head_of(
+    request: Request, chosen: Discovered, target: Target, rank: Rank, warnings: list[str], kept: Sequence[str]
+) -> Json:
+    """What a plan says of all ranks together, of which ``rank`` is one; ``kept`` are entries of the metadata's own iteration."""
     return {
         "iteration": chosen.training_step.iteration,
         "because": chosen.training_step.iteration_source,
@@ -126,6 +131,8 @@ def head_of(request: Request, chosen: Discovered, target: Target, warnings: list
         "identity": chosen.identity,
         "target": str(target.folder),
         "options": request.identity_options(),
+        "facts": dict(facts_of(request, chosen, rank, kept)),
+        "releases": dict(releases_of(request)),
     }
 
 
@@ -274,7 +281,7 @@ def render(document: Json, *, details: bool = False) -> str:
         nbytes = sum(_int(file["nbytes"]) for file in metadata)
         lines.append(f"and the metadata of the checkpoint: {counted(len(metadata), 'file')}, {_size(nbytes)}")
     lines += _name_lines(document, details=details)
-    for title, key in (("where it is from", "facts"), ("releases of Megatron-LM that load it", "releases")):
+    for title, key in (("where it is from", "facts"), ("releases that load it", "releases")):
         if rows := _mapping(document.get(key) or {}):
             lines += [title, *(f"  {line}" for line in table(("", ""), [*rows.items()])[1:]), ""]
     lines.append(

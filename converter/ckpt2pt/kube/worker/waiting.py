@@ -18,6 +18,7 @@ from ckpt2pt.errors import (
     MissingInputError,
     TimedOutError,
     TopologyError,
+    UnsupportedFormatError,
     ref,
 )
 from ckpt2pt.formats.mindspore.ready import Watcher
@@ -65,6 +66,8 @@ def _obstacle_of_save(ask: Callable[[], AnyRequest], readiness: Readiness) -> Bl
         else:
             stats = find_repair(request).stats if isinstance(request, RepairRequest) else read_source(request).stats
             times = [int(str(one["mtime_ns"])) for one in stats.values()]
+    except UnsupportedFormatError:  # no file that is still to come changes what it is
+        raise
     except (MissingInputError, FormatError, TopologyError) as error:  # more folders may come
         return error, f"checkpoint is not complete: {error.what} ({error.where})"
     stable_for = time.time() - max(times) / 1e9
@@ -82,15 +85,14 @@ def request_when_complete(spec: Spec, account: Account, *, in_process: bool = Fa
     """
     from ckpt2pt.kube.resolve import is_megatron, resolve, resolve_any  # noqa: PLC0415 - only when asked for
 
-    readiness = spec.readiness
+    readiness, ask_any = spec.readiness, partial(resolve_any, spec, in_process=in_process)
     if spec.target.format in {"TorchDist", "Megatron", "Torch"}:
-        ask_dist = partial(resolve_any, spec, in_process=in_process)
         if readiness.timeout_seconds:
-            _wait(partial(_obstacle_of_save, ask_dist, readiness), readiness.timeout_seconds, account)
-        return ask_dist()
+            _wait(partial(_obstacle_of_save, ask_any, readiness), readiness.timeout_seconds, account)
+        return ask_any()
     ask = partial(resolve, spec, in_process=in_process)
     if readiness.timeout_seconds and is_megatron(spec):
-        _wait(partial(_obstacle_of_save, ask, readiness), readiness.timeout_seconds, account)
+        _wait(partial(_obstacle_of_save, ask_any, readiness), readiness.timeout_seconds, account)
         return ask()
     request = ask()
     wait_until_whole(request, readiness, account)
