@@ -180,6 +180,17 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
         [("spec.target", {"path": "out", "parallelism": {"expert": 2}})],
         "spec.target.parallelism.expert", "only results of the formats Megatron and TorchDist hold a mixture of experts",
     ),
+    "mindformers-into-0.6": (
+        [("spec.source.format", "MindFormers")], "spec.target.format", "of a MindFormers checkpoint results of the formats",
+    ),
+    "what-mindformers-does-not-tell": (
+        [("spec.source.format", "Ckpt"), ("spec.source.mindformers", {"config": "train.yaml"})],
+        "spec.source.mindformers", "it is about a checkpoint of MindFormers",
+    ),
+    "yaml-outside-the-volume": (
+        [("spec.source.mindformers", {"config": "../train.yaml"})],
+        "spec.source.mindformers.config", "write the path relative to the root of its volume, as run7/train.yaml",
+    ),
     "follow-megatron": (
         [("spec.follow", {}), ("spec.source.format", "Megatron")], "spec.follow", "leave follow out; trainings of MindSpore alone",
     ),
@@ -403,6 +414,12 @@ ACCEPTED: dict[str, list[tuple[str, object]]] = {
         ("spec.source.format", "Ckpt"),
         ("spec.metadata", ABSENT),
         ("spec.target", {"path": "out", "format": "MindSpore"}),
+    ],
+    "mindformers": [
+        ("spec.source.format", "MindFormers"),
+        ("spec.source.mindformers", {"config": "run7/train.yaml", "useContiguousWeightLayoutAttention": False}),
+        ("spec.metadata", ABSENT),
+        ("spec.target", {"path": "out", "format": "TorchDist"}),
     ],
     "uneven-in-the-result": [
         ("spec.model.layersPerStage", [3, 1]),

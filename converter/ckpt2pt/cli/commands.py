@@ -16,6 +16,7 @@ from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn, cast
 
+from ckpt2pt.cli.options import MINDFORMERS
 from ckpt2pt.cli.parsers import PROGRAMS, Command, parser_of_all, parser_of_one
 from ckpt2pt.errors import (
     Ckpt2ptError,
@@ -312,7 +313,7 @@ def _verify(options: argparse.Namespace) -> int:
 _OF_PATHS: tuple[frozenset[str], ...] = (
     frozenset(),
     frozenset({"level"}),
-    frozenset({"tp_size", "pp_size", "rules", "ignore", "ignore_padding"}),
+    frozenset({"tp_size", "pp_size", "rules", "ignore", "ignore_padding", *MINDFORMERS}),
 )
 """What ``verify`` takes besides output and paths, by how many of these there are; without any, all but two."""
 
@@ -339,11 +340,13 @@ def _check_verify_options(options: argparse.Namespace) -> None:
 
 def _comparison(options: argparse.Namespace, heard: Reporter) -> Comparison:
     from ckpt2pt.discover.request import rules_of  # noqa: PLC0415
+    from ckpt2pt.formats.mindformers.flags import Flags  # noqa: PLC0415
     from ckpt2pt.verification.across import compare_any  # noqa: PLC0415
 
     sizes, rules = (options.tp_size, options.pp_size), rules_of(options.rules)
     how = {"ignore": options.ignore, "ignore_padding": options.ignore_padding}
-    return compare_any(options.paths, sizes, rules, **how, reporter=heard)
+    flags = Flags(**{field: getattr(options, name) for name, field in MINDFORMERS.items()})
+    return compare_any(options.paths, sizes, rules, **how, mindformers=flags, reporter=heard)
 
 
 def _combine(options: argparse.Namespace) -> int:

@@ -90,11 +90,12 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     group.add_argument(
         "--source-format",
         "--src-model-format",
-        choices=("auto", "mindspore", "ckpt", "safetensors", "megatron", "msadapter"),
+        choices=("auto", "mindspore", "ckpt", "safetensors", "megatron", "msadapter", "mindformers"),
         default="auto",
         metavar="FORMAT",
-        help="auto (what is there), mindspore (either of its two), ckpt, safetensors, megatron (torch or torch_dist) or msadapter (MindSpeed-LLM on MindSpore) (spec.source.format)",
+        help="auto (what is there), mindspore (either of its two), ckpt, safetensors, megatron (torch or torch_dist), msadapter (MindSpeed-LLM on MindSpore) or mindformers (spec.source.format)",
     )
+    add_mindformers(group)
     group.add_argument(
         "--opt-shard-info-path",
         type=path,
@@ -134,6 +135,42 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
             help="replace another conversion's result of the same iteration, which stays until the new one is complete: room for both "
             "is needed; what ckpt2pt did not write is never replaced (spec.target.overwrite)",
         )
+
+
+MINDFORMERS = {
+    "mindformers_config": "config",
+    "use_interleaved_weight_layout_mlp": "interleaved",
+    "use_contiguous_weight_layout_attention": "contiguous",
+}
+"""What nothing in a checkpoint of MindFormers tells: options, and what they are of its flags."""
+
+
+def add_mindformers(group: Group) -> None:
+    """What nothing in a checkpoint of MindFormers tells."""
+    group.add_argument(
+        "--mindformers-config",
+        type=path,
+        metavar="YAML",
+        help="YAML of the MindFormers training, which says how rows of its fused weights are ordered (spec.source.mindformers.config)",
+    )
+    for name, what in (
+        ("use-interleaved-weight-layout-mlp", "gate and up of linear_fc1 alternate row by row"),
+        ("use-contiguous-weight-layout-attention", "linear_qkv is [Q; K; V], and not one group after the other"),
+    ):
+        first, *rest = name.split("-")
+        field = first + "".join(map(str.capitalize, rest))
+        group.add_argument(
+            f"--{name}",
+            type=_boolean,
+            metavar="true|false",
+            help=f"the same without the YAML: whether {what} (spec.source.mindformers.{field})",
+        )
+
+
+def _boolean(text: str) -> bool:
+    if (word := text.lower()) not in {"true", "false"}:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return word == "true"
 
 
 def _add_run_to_come(parser: argparse.ArgumentParser, *, lists: bool) -> None:

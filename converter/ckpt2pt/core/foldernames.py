@@ -4,10 +4,11 @@ iter_0000500, release               one iteration; more than seven digits from i
 mp_rank_01, mp_rank_01_003          (tp, pp)
 mp_rank_01_003_002                  (tp, pp, expert parallel rank); mp_rank_01_002 with one pipeline stage
 rank_3                              a global rank of MindSpore
+iteration_00000500                  one iteration of MindFormers
 latest_checkpointed_iteration.txt   ``500`` or ``release``
 
 Megatron-LM cac60ce4, megatron/checkpointing.py, ``get_checkpoint_name`` and ``read_metadata``; MindSpeed-Core-MS br_master
-07c5198, mindspeed_ms/training (V2), feature-0.1 83d0ef1 (V1).
+07c5198, mindspeed_ms/training (V2), feature-0.1 83d0ef1 (V1).  MindFormers 2.1.0, mindformers/checkpoint/utils.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ MODEL_RANK = r"mp_rank_[0-9]{2,9}(?:_[0-9]{3,9})?"
 """Pattern of the folder of one (tp, pp), for names of files that carry it."""
 
 _ITERATION = re.compile(r"iter_([0-9]{1,18})")
+_MINDFORMERS_ITERATION = re.compile(r"iteration_([0-9]{8,18})")
 _RANK = re.compile(r"rank_([0-9]{1,9})")
 _MODEL_RANK = re.compile(r"mp_rank_([0-9]{2,9})(?:_([0-9]{3,9}))?")
 _ANY_MODEL_RANK = re.compile(r"mp_rank_([0-9]{2,9})(?:_([0-9]{3,9}))?(?:_([0-9]{3,9}))?")
@@ -63,6 +65,22 @@ def tracked_name(text: str, *, overwritten: bool = False) -> str:
         return RELEASE
     digits = _TRACKED.match(text) if overwritten else _TRACKED.fullmatch(text)
     return iteration_name(int(digits[0])) if digits else RELEASE if text == RELEASE else ""
+
+
+def mindformers_iteration_name(iteration: int) -> str:
+    """``500`` -> ``iteration_00000500``, as MindFormers names it."""
+    return f"iteration_{iteration:08d}"
+
+
+def mindformers_iteration_of(name: str) -> int | None:
+    """``iteration_00000500`` -> 500; None for any other name."""
+    found = _MINDFORMERS_ITERATION.fullmatch(name)
+    return int(found[1]) if found else None
+
+
+def tracked_number(text: str) -> int | None:
+    """The iteration that a tracker of this text names; None for any other text."""
+    return int(text) if _TRACKED.fullmatch(text := text.strip()) else None
 
 
 def rank_name(rank: int) -> str:

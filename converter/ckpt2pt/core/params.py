@@ -104,6 +104,8 @@ _LEGACY_LAYER = re.compile(r"language_model\.encoder\.layers\.(\d+)\.(.+)")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _PREDICTION = re.compile(r"mtp\.layers\.\d+\.(?:(transformer_layer)\.)?(.+)")
 """A parameter of a layer that predicts further tokens, or of the transformer layer in it."""
+_MODEL_LAYER = re.compile(r"(mtp\.layers\.\d+\.)(?:transformer_layer|mtp_model_layer)\.(.+)")
+"""The same as releases call it: by the second name since 0.18."""
 _EXPERT = re.compile(r"(?<=\.experts\.local_experts\.)(\d+)\.")
 _GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")
 """An expert's parameter in ``TEGroupedMLP``."""
@@ -156,7 +158,7 @@ def canonical_name(legacy: str, layers: Sequence[int] | None = None) -> str:
 def legacy_name(name: str) -> str:
     """The inverse of :func:`canonical_name`, with the global number of the layer."""
     layer, inner, row, leaf = _parsed(name)
-    if row and row.legacy:
+    if row and row.legacy and not prediction_of(name):
         inner = f"{row.legacy}.{leaf}"
     return inner if layer is None else f"language_model.encoder.layers.{layer}.{inner}"
 
@@ -167,9 +169,15 @@ def legacy_spelling(name: str) -> str:
     ``decoder.layers.7.mlp.linear_fc1.layer_norm_weight`` -> ``language_model.encoder.layers.7.post_attention_norm.weight``.
     """
     if found := _LAYER.fullmatch(name):
-        inner = _GROUPED.sub(r"mlp.experts.local_experts.\3.\1.\2", FUSED.get(found[2], found[2]))
-        name = f"decoder.layers.{found[1]}.{inner}"
+        name = f"decoder.layers.{found[1]}.{_by_modules(found[2])}"
+    elif found := _MODEL_LAYER.fullmatch(name):
+        name = f"{found[1]}transformer_layer.{_by_modules(found[2])}"
     return legacy_name(name)
+
+
+def _by_modules(inner: str) -> str:
+    """What follows the layer in a name, as the local layer spec has it."""
+    return _GROUPED.sub(r"mlp.experts.local_experts.\3.\1.\2", FUSED.get(inner, inner))
 
 
 def expert_of(name: str) -> int | None:
@@ -181,6 +189,12 @@ def expert_of(name: str) -> int | None:
 def with_expert(name: str, shift: int) -> str:
     """The name of the expert ``shift`` numbers further on; that of any other parameter stays."""
     return _EXPERT.sub(lambda found: f"{int(found[1]) + shift}.", name) if shift else name
+
+
+def prediction_of(name: str) -> tuple[str, str] | None:
+    """What stands before the transformer layer's own names in a canonical name of one that predicts, and the rest; None for others."""
+    found = _PREDICTION.fullmatch(name)
+    return (name.removesuffix(found[2]), found[2]) if found and found[1] else None
 
 
 def without_expert(name: str) -> str:
@@ -217,7 +231,7 @@ def is_buffer(name: str) -> bool:
 def in_legacy_models(name: str) -> bool:
     """Whether a legacy GPT model can have a parameter of this canonical name; one that no table knows may be anything."""
     row = _parsed(name).row
-    return row is None or bool(row.legacy)
+    return row is None or bool(row.legacy and not prediction_of(name))
 
 
 def split_layer(name: str) -> tuple[int | None, str]:

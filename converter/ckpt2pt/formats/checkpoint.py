@@ -11,6 +11,7 @@ from ckpt2pt.core.names import Rules
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.errors import TopologyError, UsageError, ref
 from ckpt2pt.formats.megatron.payload import Template
+from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.formats.torch_dist.metadata import Item
 
 OPTION = "the checkpoint's path"
@@ -29,6 +30,8 @@ class Selection:
     iteration: int | None = None
     rules: Rules = Rules()  # noqa: RUF009 - frozen
     weights_alone: bool = False
+    mindformers: Flags = Flags()  # noqa: RUF009 - frozen
+    """What is said of the fused weights of a MindFormers checkpoint."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,8 @@ class Checkpoint:
     """What a MindSpore file states of optimizer and scheduler."""
     samples: int | None = None
     """Training samples consumed, None where nothing states them."""
+    rounds: bool = True
+    """Whether main parameters round to the weights: else Megatron-LM changes these in the first step that it makes."""
     items: Mapping[str, Sequence[Item]] = field(default_factory=dict[str, Sequence["Item"]])
     """The archives inside each file of a distributed checkpoint, by its name."""
 

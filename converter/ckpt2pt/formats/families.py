@@ -18,9 +18,10 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.core.foldernames import is_rank, iterations
+from ckpt2pt.core.foldernames import is_rank, iterations, mindformers_iteration_of
 from ckpt2pt.core.moves import MODEL_FILE
 from ckpt2pt.errors import Ckpt2ptError, UnsupportedFormatError, ref
+from ckpt2pt.formats.mindformers.folder import file_kind
 from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.formats.torch_dist.metadata import is_distributed
 from ckpt2pt.formats.torchfile.archive import Archive
@@ -44,8 +45,6 @@ _HUGGING_FACE = re.compile(
 _MINDFORMERS = re.compile(r"adam_[mv]\.(?:decoder|embedding|output_layer)\.")
 _CORE_MS_EXPERTS = re.compile(r"language_model\.\S*\.mlp\.(?:experts|local_experts)\.")
 _HUGGING_FACE_FILE = re.compile(r".*\.safetensors|pytorch_model\S*\.bin")
-_MINDFORMERS_FILE = re.compile(r"(?:.+-)?(?:model|opt)-\d{7}-\d{7}\.safetensors")
-_MINDFORMERS_ITERATION = re.compile(r"iteration_\d{8}")
 _DEEPSPEED_FILE = re.compile(r"\w*?(?:mp_rank_\d+|layer_\d+-model_\d+)[_-](?:model|optim)_states\.pt")
 _GLOBAL_STEP = re.compile(r"global_step\d+")
 
@@ -97,6 +96,16 @@ class Seen:
             return False
         model = file.with_name(MODEL_FILE)
         return _is_of_msadapter(*_version(model if is_file(model, OPTION) else file))
+
+    @property
+    def of_mindformers(self) -> bool:
+        """Whether it is an iteration of MindFormers, holds such, or ranks in its older form."""
+        names = self.names
+        return (
+            any(map(file_kind, names))
+            or any(mindformers_iteration_of(one) is not None for one in names)
+            or self.holds(_MINDFORMERS)
+        )
 
     def has(self, *names: str) -> bool:
         """Whether one of these lies in the folder."""
@@ -179,13 +188,6 @@ FAMILIES: tuple[Family, ...] = (
     ),
     LORA,
     QUANTISED,
-    Family(
-        "a MindFormers checkpoint",
-        lambda seen: (
-            seen.matches(_MINDFORMERS_FILE) or seen.matches(_MINDFORMERS_ITERATION) or seen.holds(_MINDFORMERS)
-        ),
-        "save the model as Hugging Face weights with MindFormers, and load those into Megatron-LM",
-    ),
     HUGGING_FACE,
     Family(
         "a mixture of experts of MindSpeed-Core-MS, whose ranks number experts of their own",

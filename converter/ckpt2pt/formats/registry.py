@@ -10,6 +10,7 @@ from ckpt2pt.core.names import Rules
 from ckpt2pt.errors import FormatError, MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import OPTION, Checkpoint, Selection
 from ckpt2pt.formats.families import Seen, refuse_unsupported
+from ckpt2pt.formats.mindformers.flags import Flags, refuse_flags
 from ckpt2pt.formats.torch_dist.metadata import is_distributed
 from ckpt2pt.io.paths import is_folder, is_there
 
@@ -48,7 +49,14 @@ def _torch_dist(path: Path, wanted: Selection) -> Checkpoint:
     return open_torch_dist(path, wanted)
 
 
+def _mindformers(path: Path, wanted: Selection) -> Checkpoint:
+    from ckpt2pt.formats.mindformers.read import open_mindformers  # noqa: PLC0415 - as the others
+
+    return open_mindformers(path, wanted)
+
+
 _READERS = {
+    "mindformers": Format(lambda seen: seen.of_mindformers, _mindformers),
     "mindspore": Format(lambda seen: seen.suffix in {".ckpt", ".safetensors"}, _mindspore),
     "msadapter": Format(lambda seen: seen.of_msadapter, _msadapter),
     "megatron": Format(lambda seen: seen.suffix == ".pt", _megatron),
@@ -93,16 +101,25 @@ def read(
     iteration: int | None = None,
     rules: Rules | None = None,
     weights_alone: bool = False,
+    mindformers: Flags | None = None,
 ) -> Checkpoint:
     """Find one iteration of a checkpoint and read its headers.
 
     ``source_format`` is ``auto``, one of :data:`FORMATS`, or one of the two formats of MindSpore's files.
+    ``mindformers`` is what is said of the fused weights of MindFormers.
     ``weights_alone`` does not look at the optimizer of a Megatron checkpoint, which may be missing, wrong or of an unknown form.
     """
     wanted = Selection(
-        tensor=tensor, pipeline=pipeline, iteration=iteration, rules=rules or Rules(), weights_alone=weights_alone
+        tensor=tensor,
+        pipeline=pipeline,
+        iteration=iteration,
+        rules=rules or Rules(),
+        weights_alone=weights_alone,
+        mindformers=mindformers or Flags(),
     )
     chosen = detect(path) if source_format == "auto" else source_format
+    if chosen != "mindformers":
+        refuse_flags(wanted.mindformers, path)
     if chosen in MINDSPORE_FILES:
         return _mindspore(path, wanted, chosen)
     if chosen not in _READERS:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _FORMATS: Mapping[str, SourceFormat] = {
     "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",
     "msadapter": "MSAdapter",
+    "mindformers": "MindFormers",
 }  # fmt: skip
 _TARGET_FORMATS: Mapping[str, TargetFormat] = {
     "megatron06": "Megatron06", "megatron": "Megatron", "torch_dist": "TorchDist", "mindspore": "MindSpore",
@@ -143,8 +144,9 @@ def _parallelism(options: argparse.Namespace) -> Parallelism:
 
 
 def _source(options: argparse.Namespace, path: str) -> Source:
-    from ckpt2pt.kube.conversion.schema import Source  # noqa: PLC0415
+    from ckpt2pt.kube.conversion.schema import MindFormers, Source  # noqa: PLC0415
 
+    config: Path | None = getattr(options, "mindformers_config", None)  # an import has none
     info, word = options.opt_shard_info_path, options.source_format
     if word == "auto" and options.ms_path and options.target_format != "mindspore":
         word = "mindspore"  # as the flag says
@@ -153,6 +155,11 @@ def _source(options: argparse.Namespace, path: str) -> Source:
         format=source_format_of(word),
         opt_shard_info_path=None if info is None else str(info),
         iteration=options.iteration,
+        mindformers=MindFormers(
+            config=None if config is None else str(config),
+            use_interleaved_weight_layout_mlp=getattr(options, "use_interleaved_weight_layout_mlp", None),
+            use_contiguous_weight_layout_attention=getattr(options, "use_contiguous_weight_layout_attention", None),
+        ),
     )
 
 

@@ -22,6 +22,7 @@ from ckpt2pt.formats.ptmeta.metadata import Given, learn, read_stated, require
 from ckpt2pt.io.paths import is_file
 from ckpt2pt.kube.conversion.schema import CONTENTS, MEGATRON, RELEASE, Degrees, Spec
 from ckpt2pt.kube.conversion.usable import USES, check_used, framework_of
+from ckpt2pt.kube.mindformers import flags_of, refuse_target
 from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, RepairRequest, TargetRequest
 
 T = TypeVar("T", bound=TargetRequest)
@@ -87,11 +88,9 @@ def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
     sizes, result, noop = spec.parallelism, spec.target.parallelism, spec.model.noop_layers
     said = spec.source.format
     check_used(spec, framework_of(said))
-    source_format = {"Auto": "auto", "MindSpore": "mindspore", **_FILES}.get(said, "megatron")
-    if said == "Megatron":
-        source_format = "torch_dist" if _of_iteration(spec)[1] else "megatron"
-    elif said == "MSAdapter":
-        source_format = "msadapter"
+    source_format = said.lower()
+    if said == "Megatron" and _of_iteration(spec)[1]:
+        source_format = "torch_dist"
     tensor, pipeline = result.tensor or sizes.tensor, result.pipeline or sizes.pipeline
     request = kind(
         topology=Topology(num_layers=pipeline or 1, tensor=tensor or 1, pipeline=pipeline or 1),
@@ -107,6 +106,7 @@ def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
         noop=None if noop is None else frozenset(noop),
         full=spec.mode == "Full",
         zero_samples=spec.target.zero_consumed_samples,
+        mindformers=flags_of(spec),
         rules=_rules(spec),
         overwrite=spec.target.overwrite,
         verify=_verify(spec),
@@ -199,12 +199,14 @@ def is_megatron(spec: Spec) -> bool:
     nothing is there either that would tell.
     """
     megatron, imported = spec.source.format in MEGATRON, spec.target.format == "MindSpore"
+    found = ""
     if spec.source.format == "Auto":
         from ckpt2pt.formats.registry import detect  # noqa: PLC0415 - only where it is not said
 
         megatron = imported
         try:
-            megatron = detect(Path(spec.source.path)) in {"megatron", "torch_dist", "msadapter"}
+            found = detect(Path(spec.source.path))
+            megatron = found in {"megatron", "torch_dist", "msadapter"}
         except MissingInputError as error:
             if not imported and not spec.metadata.path:
                 raise MissingInputError(
@@ -216,6 +218,7 @@ def is_megatron(spec: Spec) -> bool:
         except Ckpt2ptError:  # what is wrong with it, its reader says
             if is_file(Path(spec.source.path)):
                 raise
+    refuse_target(spec, found)
     if not megatron and not imported and not spec.metadata.path:
         raise UsageError(
             f"{ref('metadata.path')} is missing, and the source is no Megatron checkpoint",

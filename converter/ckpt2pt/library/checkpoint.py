@@ -20,6 +20,7 @@ from ckpt2pt.core.names import Rules, nearest
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, boxes
 from ckpt2pt.errors import MissingInputError, UsageError
 from ckpt2pt.formats.checkpoint import Checkpoint as Found
+from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.formats.registry import read
 from ckpt2pt.kube.conversion.spelling import in_python
 
@@ -246,13 +247,17 @@ def open_checkpoint(
     iteration: int | None = None,
     source_format: str = "auto",
     rules: Rules | None = None,
+    mindformers_config: str | Path | None = None,
+    use_interleaved_weight_layout_mlp: bool | None = None,
+    use_contiguous_weight_layout_attention: bool | None = None,
 ) -> Checkpoint:
     """Open a checkpoint by its headers: a MindSpore training output, a Megatron-LM 0.6 checkpoint, or a distributed one of any Megatron-LM.
 
     ``tp`` and ``pp`` are the parallel sizes of the training that wrote it; they may be left out where the checkpoint tells
     them, which is nearly always.  ``iteration`` chooses one of several; by default the one that the tracker names, or the
-    newest that all ranks have.  ``source_format`` is ``auto``, ``mindspore``, ``megatron`` or ``torch_dist``.  ``rules`` are names of
-    parameters of your own.
+    newest that all ranks have.  ``source_format`` is ``auto``, ``mindspore``, ``megatron``, ``torch_dist`` or ``mindformers``.
+    ``rules`` are names of parameters of your own.  The last three say of a checkpoint of MindFormers what its files do not
+    (docs/mindformers.md).
 
     Raises :class:`~ckpt2pt.errors.MissingInputError` for what is not there, :class:`~ckpt2pt.errors.InputError` for what is
     wrong, :class:`~ckpt2pt.errors.UsageError` for parallel sizes that have to be given.
@@ -265,5 +270,10 @@ def open_checkpoint(
             pipeline=pp,
             iteration=iteration,
             rules=rules,
+            mindformers=Flags(
+                config=Path(mindformers_config) if mindformers_config else None,
+                interleaved=use_interleaved_weight_layout_mlp,
+                contiguous=use_contiguous_weight_layout_attention,
+            ),
         )
     )

@@ -33,16 +33,26 @@ def verify(
     ignore: Collection[str] = (),
     ignore_padding: bool = False,
     rules: Rules | None = None,
+    mindformers_config: str | Path | None = None,
+    use_interleaved_weight_layout_mlp: bool | None = None,
+    use_contiguous_weight_layout_attention: bool | None = None,
 ) -> Comparison:
     """Compare two checkpoints bit for bit, as ``ckpt2pt verify A B`` does: any formats, any parallel sizes.
 
     ``tp`` and ``pp`` are the parallel sizes of a MindSpore training that does not tell them.  ``same`` of the result says
-    whether all is equal, ``rows`` are the differences; nothing is raised for them.
+    whether all is equal, ``rows`` are the differences; nothing is raised for them.  The last three say of checkpoints of MindFormers
+    what their files do not (docs/mindformers.md).
     """
+    from ckpt2pt.formats.mindformers.flags import Flags  # noqa: PLC0415
     from ckpt2pt.verification.across import compare_any  # noqa: PLC0415
 
     paths = (Path(left), Path(right))
-    return compare_any(paths, (tp, pp), rules, ignore=ignore, ignore_padding=ignore_padding)
+    flags = Flags(
+        config=Path(mindformers_config) if mindformers_config else None,
+        interleaved=use_interleaved_weight_layout_mlp,
+        contiguous=use_contiguous_weight_layout_attention,
+    )
+    return compare_any(paths, (tp, pp), rules, ignore=ignore, ignore_padding=ignore_padding, mindformers=flags)
 
 
 @in_python("inspect")
@@ -58,7 +68,8 @@ class Asked(TypedDict, total=False):
 
     ``source`` is a MindSpore training output, with ``metadata``, the ``pt_meta`` folder; or a Megatron checkpoint, which
     says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors``,
-    ``megatron`` or ``msadapter``, ``target_format`` ``megatron06``, ``megatron``, ``torch_dist``, ``mindspore`` or ``torch``.  Sizes that are not given are those
+    ``megatron``, ``msadapter`` or ``mindformers``, of which ``mindformers_config`` and the two flags below it say what its files
+    do not, ``target_format`` ``megatron06``, ``megatron``, ``torch_dist``, ``mindspore`` or ``torch``.  Sizes that are not given are those
     that metadata or checkpoint state; those of the result (``target_tp`` and its like) are those of the source.
     ``verify`` is ``none``, ``digest`` or ``full``; given, it reads again what an earlier call finished.
     """
@@ -67,6 +78,9 @@ class Asked(TypedDict, total=False):
     target: Required[str | Path]
     metadata: str | Path | None
     source_format: str
+    mindformers_config: str | Path | None
+    use_interleaved_weight_layout_mlp: bool | None
+    use_contiguous_weight_layout_attention: bool | None
     target_format: Literal["megatron06", "megatron", "torch_dist", "mindspore", "torch"]
     names: Literal["auto", "mcore", "legacy"]
     transformer_impl: Literal["auto", "local", "transformer_engine"]
@@ -122,6 +136,7 @@ def _request(asked: Asked) -> AnyRequest:
     from ckpt2pt.kube.resolve import resolve_any  # noqa: PLC0415
 
     layers, noop, metadata = asked.get("layers_per_stage"), asked.get("noop_layers"), asked.get("metadata")
+    config = asked.get("mindformers_config")
     spec = schema.Spec(
         mode="ParamsOnly" if asked.get("params_only") else "Full",
         model=schema.Model(
@@ -141,6 +156,11 @@ def _request(asked: Asked) -> AnyRequest:
             path=str(asked["source"]),
             iteration=asked.get("iteration"),
             format=source_format_of(asked.get("source_format", "auto")),
+            mindformers=schema.MindFormers(
+                config=None if config is None else str(config),
+                use_interleaved_weight_layout_mlp=asked.get("use_interleaved_weight_layout_mlp"),
+                use_contiguous_weight_layout_attention=asked.get("use_contiguous_weight_layout_attention"),
+            ),
         ),
         metadata=schema.Place(path="" if metadata is None else str(metadata)),
         target=schema.Target(

@@ -23,6 +23,7 @@ from ckpt2pt.errors import FormatError, InputError, MissingInputError, UsageErro
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.folders import iteration_folder, pairs
 from ckpt2pt.formats.megatron.headers import read_rank
+from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.formats.mindspore.degrees import weights_of
 from ckpt2pt.formats.registry import MINDSPORE_FILES, detect, read
 from ckpt2pt.io.paths import is_folder, listing
@@ -39,11 +40,13 @@ def compare_any(
     *,
     ignore: Collection[str] = (),
     ignore_padding: bool = False,
+    mindformers: Flags | None = None,
     reporter: Reporter = SILENCE,
 ) -> Comparison:
     """Compare two checkpoints leaf by leaf where their files are alike, else tensor by tensor.
 
-    ``sizes`` are the tensor and pipeline parallel size of a MindSpore training, and ask for the second.
+    ``sizes`` are the tensor and pipeline parallel size of a MindSpore training, and ask for the second.  ``mindformers`` is what
+    is said of the fused weights of MindFormers.
     """
     if len(paths) != 2:
         raise UsageError(
@@ -54,7 +57,7 @@ def compare_any(
     left, right = paths
     if not differ_in_layout(left, right, asked=sizes != (None, None)):
         return compare(left, right, ignore=ignore, ignore_padding=ignore_padding, reporter=reporter)
-    sides = read_both(left, right, tensor=sizes[0], pipeline=sizes[1], rules=rules or Rules())
+    sides = read_both(left, right, tensor=sizes[0], pipeline=sizes[1], rules=rules or Rules(), mindformers=mindformers)
     return compare_across(*sides, ignore=ignore, ignore_padding=ignore_padding, reporter=reporter)
 
 
@@ -226,7 +229,7 @@ def differ_in_layout(left: Path, right: Path, *, asked: bool) -> bool:
             if not is_folder(path):
                 return False
             detect(path)  # says what a checkpoint is
-    if asked or formats[0] != formats[1] or formats[0] == "torch_dist":
+    if asked or formats[0] != formats[1] or formats[0] in {"torch_dist", "mindformers"}:
         return True
     if formats[0] == "megatron":
         folders = [expert_ranks(listing(iteration_folder(path)), pipelined=True) for path in (left, right)]
@@ -275,7 +278,7 @@ def _differ_in_shapes(left: Path, right: Path) -> bool:
 
 
 def read_both(
-    left: Path, right: Path, *, tensor: int | None, pipeline: int | None, rules: Rules
+    left: Path, right: Path, *, tensor: int | None, pipeline: int | None, rules: Rules, mindformers: Flags | None = None
 ) -> tuple[Checkpoint, Checkpoint]:
     """Read the headers of both sides.
 
@@ -285,10 +288,14 @@ def read_both(
     found: dict[Path, Checkpoint] = {}
     untold: dict[Path, UsageError] = {}
     for path in dict.fromkeys((left, right)):
-        sizes = (tensor, pipeline) if detect(path) == "mindspore" else (None, None)
+        format_ = detect(path)
+        sizes = (tensor, pipeline) if format_ == "mindspore" else (None, None)
+        flags = mindformers if format_ == "mindformers" else None
         try:
-            found[path] = read(path, tensor=sizes[0], pipeline=sizes[1], rules=rules)
+            found[path] = read(path, tensor=sizes[0], pipeline=sizes[1], rules=rules, mindformers=flags)
         except UsageError as error:
+            if format_ == "mindformers":  # no sizes are what it lacks
+                raise
             untold[path] = error
     for path, failure in untold.items():
         if not found or (tensor, pipeline) != (None, None):

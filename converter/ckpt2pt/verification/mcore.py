@@ -32,11 +32,16 @@ from ckpt2pt.verification.tensors import Held, Place, TensorComparison
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What has to be in a result: tensors, and what is none; ``dtype`` is that of the weights."""
+    """What has to be in a result: tensors, and what is none; ``dtype`` is that of the weights.
+
+    ``rounds`` says that main parameters of the source round to its weights, which then prove where a parameter lies; else sizes
+    do, and every element besides.
+    """
 
     held: Held
     state: State
     dtype: str
+    rounds: bool = True
 
 
 def prove_files(
@@ -62,7 +67,7 @@ def compare_files(
     with Files([*results.values()], advance) as files:
         try:
             stored = read_files(results[MODEL_FILE], results.get(OPTIM_FILE), experts=True)
-            result = _index(stored, held, rank, ep)
+            result = _index(stored, held, rank, ep, SAMPLE_NUMEL if expected.rounds else -1)
         except InputError as error:
             findings.differ(MODEL_FILE, "file", error.what.splitlines()[0])
         else:
@@ -84,10 +89,10 @@ def _weight_type(expected: Expected, key: Key) -> str:
     return source.dtype if source else expected.dtype
 
 
-def _index(stored: MegatronRank, held: Held, rank: Rank, ep: int) -> Index:
+def _index(stored: MegatronRank, held: Held, rank: Rank, ep: int, at_most: int) -> Index:
     assert held.layout, "a result has a layout"
     collector = Collector(1, str(stored.folder))
-    buffers = lay_out_rank(stored, rank[1], at_most=SAMPLE_NUMEL).buffers if stored.buffers is not None else ()
+    buffers = lay_out_rank(stored, rank[1], at_most=at_most).buffers if stored.buffers is not None else ()
     collect_rank(Shifted(collector, 0, held.experts(ep).start), (0, rank[1]), stored, held.layout, buffers)
     return collector.index(partial=True)
 

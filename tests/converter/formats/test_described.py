@@ -57,7 +57,7 @@ def test_silence_on_the_layer_spec_is_no_answer(more: str, expected: str | None,
     assert found.args.get("transformer_impl") == expected
 
 
-@pytest.mark.parametrize("more", [" --optimizer sgd", " --num-experts 4"])
+@pytest.mark.parametrize("more", [" --optimizer sgd", " --decoupled-lr 1e-3"])
 def test_run_that_cannot_be_described_is_refused(more: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="metadata of such a run cannot be made"):
         template_at(script(tmp_path, SCRIPT.replace(" --bf16", "") + more), checkpoint(tmp_path))

@@ -37,9 +37,6 @@ SIGNS: dict[str, tuple[dict[str, bytes], str]] = {
         {"config.json": b'{"quantization_config": {"quant_method": "fp8"}}', "model.safetensors": b""}, "a quantised checkpoint",
     ),
     "quantised, by its tensors": ({"rank_0/a.safetensors": safetensors("layers.0.mlp.qweight")}, "a quantised checkpoint"),
-    "mindformers": ({"iteration_00000003/common.json": b"{}"}, "a MindFormers checkpoint"),
-    "mindformers, one iteration": ({"qwen3-model-0000000-0000004.safetensors": b""}, "a MindFormers checkpoint"),
-    "mindformers, legacy": ({"rank_0/q_rank_0-1_2.safetensors": safetensors("adam_m.decoder.layers.0.x")}, "a MindFormers checkpoint"),
     "hugging face": ({"config.json": b"{}", "model.safetensors": b""}, "a Hugging Face checkpoint"),
     "hugging face, shards": ({"model.safetensors.index.json": b"{}"}, "a Hugging Face checkpoint"),
     "experts of core-ms": (
@@ -68,7 +65,7 @@ def test_a_family_that_is_not_read_is_named_with_the_next_step(
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert", "plan", "import"])
-@pytest.mark.parametrize("case", ["gguf", "mindformers", "zarr, its arrays"])
+@pytest.mark.parametrize("case", ["gguf", "lora of peft", "zarr, its arrays"])
 def test_every_command_names_it(command: str, case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files, name = SIGNS[case]
     source = str(laid_out(tmp_path / "in", files))
@@ -102,6 +99,8 @@ def test_a_single_file_asks_for_its_folder_and_not_for_metadata(
         {"config.json": b"{}"},
         {"metadata.json": b"\xff\xfe no JSON"},
         {"latest": b""},
+        {"iteration_00000003/common.json": b"{}"},
+        {"qwen3-model-0000000-0000004.safetensors": b""},
     ],
     ids=str,
 )
@@ -110,7 +109,7 @@ def test_what_is_read_or_unknown_is_of_no_family(tmp_path: Path, files: dict[str
 
 
 def test_without_its_contents_no_file_is_opened(tmp_path: Path) -> None:
-    laid_out(tmp_path, SIGNS["mindformers, legacy"][0])
+    laid_out(tmp_path, SIGNS["lora by its tensors"][0])
     refuse_unsupported(tmp_path, contents=False)
     with pytest.raises(UnsupportedFormatError):
         refuse_unsupported(tmp_path)
@@ -124,7 +123,7 @@ def test_a_file_that_is_written_again_is_looked_at_again(tmp_path: Path) -> None
     file = tmp_path / "rank_0" / "a.safetensors"
     laid_out(tmp_path, {"rank_0/a.safetensors": safetensors("decoder.layers.0.x")})
     assert family_of(tmp_path) is None
-    file.write_bytes(safetensors("adam_m.decoder.layers.0.x", "decoder.layers.0.x"))
+    file.write_bytes(safetensors("decoder.layers.0.x", "decoder.layers.0.x.lora_A.weight"))
     assert family_of(tmp_path) is not None
 
 

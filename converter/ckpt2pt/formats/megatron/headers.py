@@ -265,6 +265,6 @@ def _named(
                 if experts
                 else f"choose Megatron-LM 0.7 to 0.19 or torch_dist{aside('target.format')}",
             )
-        if not name.startswith("language_model.") and name != TIED_HEAD:
+        if not name.startswith(("language_model.", "mtp.") if experts else "language_model.") and name != TIED_HEAD:
             raise FormatError(f"{full} is no parameter of a GPT model of Megatron-LM", where=path, hint=_SAVED_AGAIN)
         yield name, entry._replace(name=name)

@@ -21,12 +21,15 @@ from ckpt2pt.core.params import EMBEDDING, HEAD, LAYER_MODULES, legacy_name
 from ckpt2pt.core.topology import Topology
 
 _EXPERTS = "mlp.experts.local_experts"
+_LATENT = tuple(f"self_attention.linear_{name}_proj" for name in ("q", "q_down", "q_up", "kv_down", "kv_up"))
 _LOCAL = (
     "input_layernorm",
     "self_attention.linear_proj",
     "self_attention.linear_qkv",
+    *_LATENT,
     "self_attention.q_layernorm",
     "self_attention.k_layernorm",
+    "self_attention.kv_layernorm",
     "pre_mlp_layernorm",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
@@ -37,6 +40,17 @@ _LOCAL = (
     "mlp.shared_experts.linear_fc2",
 )
 _FUSED = ("self_attention.linear_proj", "input_layernorm", *_LOCAL[2:])
+_NORMED = {
+    "self_attention.linear_q_up_proj": "self_attention.q_layernorm",
+    "self_attention.linear_kv_up_proj": "self_attention.kv_layernorm",
+}
+_FUSED_LATENT = tuple(
+    one
+    for module in _LOCAL
+    if module not in _NORMED.values()
+    for one in ((_NORMED[module], module) if module in _NORMED else (module,))
+)
+"""With latent attention, whose input has a norm of its own: norms of the low ranks are fused with the projections behind them."""
 _LEGACY = (
     "input_layernorm",
     "self_attention.linear_qkv",
@@ -49,6 +63,14 @@ _OF_EXPERTS = ("linear_fc1", "linear_fc2")
 _LEAVES = ("weight", "bias")
 _OWN_LEAVES = {"mlp.router": (*_LEAVES, "expert_bias"), "mlp.shared_experts": ("gate_weight",)}
 _SPELLED = {row.name: row.fused or f"{row.name}." for row in LAYER_MODULES}
+_SPELLED_LATENT = {
+    **_SPELLED,
+    "input_layernorm": "input_layernorm.",
+    "self_attention.q_layernorm": "self_attention.linear_q_up_proj.layer_norm_",
+}
+_AROUND = ("enorm", "hnorm", "eh_proj")
+_MODEL_LAYER = (0, 18)
+"""The release from which on the transformer layer of one that predicts is called ``mtp_model_layer``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +132,11 @@ def registered(
     if ends[0]:
         yield from _outside(("embedding.word_embeddings", "embedding.position_embeddings"), names, style, shared=shared)
     for local, layer in slots.items():
-        yield from _layer(names, local, layer, style, experts)
+        yield from _layer(names, f"decoder.layers.{layer}.", f"decoder.layers.{local}.", style, experts)
     if ends[1]:
-        yield from _outside(("decoder.final_layernorm", *(() if tied else ("output_layer",))), names, style)
+        yield from _outside(("decoder.final_layernorm",), names, style)
+        yield from _predictions(names, style, experts)
+        yield from _outside(() if tied else ("output_layer",), names, style)
         if shared:
             yield Registered(EMBEDDING, TIED_HEAD if style.names == "legacy" else HEAD, shared=True)
 
@@ -128,12 +152,26 @@ def _outside(
                 yield Registered(name, spelled, shared and name == EMBEDDING)
 
 
-def _layer(names: Collection[str], local: int, layer: int, style: Style, experts: range) -> Iterator[Registered]:
+def _predictions(names: Collection[str], style: Style, experts: range) -> Iterator[Registered]:
+    """The layers that predict further tokens (core/transformer/multi_token_prediction.py), all of them on the last stage."""
+    layer = 0
+    while f"mtp.layers.{layer}.enorm.weight" in names:
+        prefix = f"mtp.layers.{layer}."
+        yield from _outside([prefix + module for module in _AROUND], names, style)
+        inner = "mtp_model_layer." if style.release >= _MODEL_LAYER else "transformer_layer."
+        yield from _layer(names, f"{prefix}transformer_layer.", prefix + inner, style, experts)
+        yield from _outside([f"{prefix}final_layernorm"], names, style)
+        layer += 1
+
+
+def _layer(names: Collection[str], theirs: str, ours: str, style: Style, experts: range) -> Iterator[Registered]:
+    """A layer, by what stands before its canonical names, and before those of the chunk."""
     legacy = style.names == "legacy"
     fused = style.transformer_engine and not legacy
-    theirs, ours = f"decoder.layers.{layer}.", f"decoder.layers.{local}."
+    latent = f"{theirs}self_attention.linear_kv_up_proj.weight" in names
+    spelling = _SPELLED_LATENT if latent else _SPELLED
     has_experts = f"{theirs}mlp.router.weight" in names
-    for module in _LEGACY if legacy else _FUSED if fused else _LOCAL:
+    for module in _LEGACY if legacy else (_FUSED_LATENT if latent else _FUSED) if fused else _LOCAL:
         if module == _EXPERTS:
             if has_experts:
                 spelled = _grouped(experts) if style.grouped else _sequential(experts)
@@ -146,7 +184,7 @@ def _layer(names: Collection[str], local: int, layer: int, style: Style, experts
             if legacy:
                 here = legacy_name(here)
             elif fused and not (has_experts and module == "pre_mlp_layernorm"):
-                here = f"{ours}{_SPELLED[module]}{leaf}"
+                here = f"{ours}{spelling[module]}{leaf}"
             yield Registered(name, here)
 
 

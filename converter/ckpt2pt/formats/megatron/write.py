@@ -61,6 +61,8 @@ from ckpt2pt.formats.torchfile.trees import Global, Value, ordered_dict, tensor
 _KINDS: Mapping[str, Role] = {"param": "main_param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
 _ALIGNED_GROUPS = (0, 13)
 """The release from which on all ranks have the same parameter groups, empty ones too, and with them the same optimizers."""
+_WHOLE_DOWN = (0, 15)
+"""The release from which on Transformer Engine's layer spec has whole down projections on every rank (gpt_layer_specs.py)."""
 _FIRST_OF = {(0, 13): COALESCED[0], (0, 9): COALESCED[1], (0, 8): COALESCED[2], (0, 7): COALESCED[3]}
 
 
@@ -160,6 +162,7 @@ class McoreLayout:
         """
         check_target(self.index, self.wanted)
         self._check_experts()
+        self._check_latent()
         others = [name for name in sorted(self.names) if not in_legacy_models(name)]
         if self.style.names == "legacy" and others:
             raise UsageError(
@@ -181,6 +184,26 @@ class McoreLayout:
                 if first or expert_of(held.registered.name) is not None:
                     found.setdefault(held.registered.name, {})[held.part.box] = None
         return found
+
+    def _check_latent(self) -> None:
+        """Refuse latent attention whose down projections a run would cut, and prediction on several stages, which share its embedding."""
+        name = next((name for name in self.names if name.endswith(".linear_kv_down_proj.weight")), None)
+        whole = self.style.transformer_engine and self.style.release >= _WHOLE_DOWN
+        if name and self.topology.tensor > 1 and not whole:
+            raise UsageError(
+                f"a run with {self.style.needs} of this release cuts {name} over its tensor-parallel ranks, which is not written",
+                where=self.where,
+                hint=f"choose TorchDist in {ref('target.format')}, or give {ref('target.transformerImpl')} for a run of 0.15 or newer "
+                "with Transformer Engine",
+                field="target.format",
+            )
+        if self.topology.pipeline > 1 and any(name.startswith("mtp.") for name in self.names):
+            raise UsageError(
+                "layers that predict further tokens (mtp) share their stage with a second embedding, which is not written",
+                where=self.where,
+                hint=f"choose TorchDist in {ref('target.format')}, which loads at any sizes, or one pipeline stage",
+                field="target.format",
+            )
 
     def _check_experts(self) -> None:
         check_expert_parallel(self.experts, self.expert, self.where)

@@ -48,7 +48,7 @@ class Arguments:
         return integer(self.values, name)
 
 
-_WHATEVER = ("use_distributed_optimizer", "use_mcore_models", "transformer_impl", "fp16")
+_WHATEVER = ("use_distributed_optimizer", "use_mcore_models", "transformer_impl", "fp16", "num_experts")
 """What decides nothing where the result is not of Megatron-LM 0.6, or is decided there."""
 
 

@@ -187,7 +187,7 @@ def lay_out_rank(
 ) -> Layout:
     """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds.
 
-    ``at_most`` elements at the beginning, in the middle and at the end of each parameter are compared.  Buffers that the file
+    ``at_most`` elements at the beginning, in the middle and at the end of each parameter are compared (-1: none).  Buffers that the file
     holds coalesced have one bucket each, without the padding of those that the run had.
     """
     prove = partial(_prove, rank, at_most=at_most, advance=advance, files=files)
@@ -320,7 +320,7 @@ def _prove(
     count = 0
     for (buffer, weights), buckets in zip(flat, stored, strict=True):
         check_sizes(buffer, buckets, where=str(rank.folder))
-        if at_most != 0:
+        if at_most is None or at_most > 0:
             where = str(rank.folder)
             count += check_slices(buffer, buckets, weights, where=where, at_most=at_most, advance=advance, files=files)
     compared = f"{count} elements of distrib_optim.pt equal their weights"

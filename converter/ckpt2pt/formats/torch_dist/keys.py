@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from ckpt2pt.core.extents import Shape
 from ckpt2pt.core.index import Index, layer_numbers
-from ckpt2pt.core.params import expert_count, expert_of, has_experts, split_layer, without_expert
+from ckpt2pt.core.params import expert_count, expert_of, has_experts, prediction_of, split_layer, without_expert
 from ckpt2pt.core.tensor import Role
 from ckpt2pt.errors import MissingInputError
 
@@ -36,6 +36,12 @@ _NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
 )
+_LATENT_NORMS = (
+    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+)
+"""Those of a layer with latent attention go by either name, that of their own or of the module they are fused with, as the run has it."""
 _STATES = (
     "input_layernorm",
     "self_attention.linear_qkv",
@@ -50,7 +56,9 @@ _STATES = (
 """Modules of a layer for which some release or layer specification asks for an ``_extra_state``; surplus ones are ignored."""
 
 
+_LATENT_STATES = tuple(f"self_attention.linear_{name}_proj" for name in ("q", "q_down", "q_up", "kv_down", "kv_up"))
 _SHARED_STATES = ("mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
+_AROUND = ("enorm", "hnorm", "eh_proj", "final_layernorm")
 _EXPERT_STATES = ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2")
 """The same for a layer with experts, and for each of them."""
 
@@ -65,6 +73,9 @@ class Layers(NamedTuple):
     alike: bool
     with_experts: frozenset[int] = frozenset()
     experts: int = 0
+    latent: bool = False
+    predictions: tuple[str, ...] = ()
+    """What stands before the names of transformer layers that predict further tokens."""
 
     def stage(self, pp: int, stages: int) -> range:
         """The layers of the result that one of ``stages`` workers writes: consecutive ones, about as many as the others."""
@@ -100,42 +111,64 @@ def layers_of(index: Index, where: str, frequency: object = None) -> Layers:
         not listed and all(held[number] == first for number in numbers),
         frozenset(numbers[layer] for layer in numbers if any(map(has_experts, held[layer]))),
         expert_count(key.name for key in index),
+        any(key.name.endswith(".self_attention.linear_kv_up_proj.weight") for key in index),
+        tuple(dict.fromkeys(found[0] for key in index if (found := prediction_of(key.name)))),
     )
 
 
 def keys_of(name: str, layers: Layers) -> tuple[Key, ...]:
-    """The keys of a parameter by its canonical name, without that of a role; more than one for the norm before experts."""
+    """The keys of a parameter by its canonical name, without that of a role; more than one for a norm that goes by two names."""
     layer, inner = split_layer(name)
-    if layer is None:
+    predicted, expert = prediction_of(name), expert_of(name)
+    lead: Shape = ()
+    of: Shape = ()
+    if predicted:
+        prefix, inner = predicted
+        own_norm = True  # by both names: a dense layer asks for one, a layer with experts for the other
+    elif layer is None:
         return (Key(name),)
-    number, expert = layers.numbers[layer], expert_of(name)
-    lead, of = ((number,), (len(layers.numbers),)) if layers.alike else ((), ())
-    prefix = "decoder.layers." if layers.alike else f"decoder.layers.{number}."
+    else:
+        number = layers.numbers[layer]
+        own_norm = number in layers.with_experts
+        lead, of = ((number,), (len(layers.numbers),)) if layers.alike else ((), ())
+        prefix = "decoder.layers." if layers.alike else f"decoder.layers.{number}."
     if expert is not None:
         inner = without_expert(inner).replace(".local_experts.", ".experts.", 1)
         return (Key(prefix + inner, (*lead, expert), (*of, layers.experts)),)
     names = [inner]
-    for norm, module in _NORMS:
+    for norm, module in _LATENT_NORMS if layers.latent else _NORMS:
         if inner.startswith(norm):
             by_module = module + inner.removeprefix(norm)
-            own = number in layers.with_experts and norm.startswith("pre_mlp_")
+            own = layers.latent or (own_norm and norm.startswith("pre_mlp_"))
             names = [by_module, inner] if own else [by_module]
     return tuple(Key(prefix + one, lead, of) for one in names)
 
 
 def extra_states(layers: Layers, numbers: Iterable[int], *, last: bool) -> Iterator[str]:
-    """The objects of the given layers of the result, and with the ``last`` ones that of the norm behind them."""
+    """The objects of the given layers of the result, and with the ``last`` ones that of the norm behind them and of what predicts."""
     for number in numbers:
         expert = number in layers.with_experts
-        for module in (*_STATES, *(_SHARED_STATES if expert else ())):
-            if layers.alike:
-                yield f"decoder.layers.{module}._extra_state/shard_{number}_{len(layers.numbers)}"
-            else:
-                yield f"decoder.layers.{number}.{module}._extra_state/shard_0_1"
+        if not layers.alike:
+            yield from _of_layer(f"decoder.layers.{number}.", layers, expert=expert)
+            continue
+        for module in _states(layers, expert=expert):
+            yield f"decoder.layers.{module}._extra_state/shard_{number}_{len(layers.numbers)}"
         for module, one in product(_EXPERT_STATES, range(layers.experts) if expert else ()):
-            if layers.alike:
-                yield f"decoder.layers.{module}._extra_state/shard_{number}.{one}_{len(layers.numbers)}.{layers.experts}"
-            else:
-                yield f"decoder.layers.{number}.{module}._extra_state/shard_{one}_{layers.experts}"
+            yield f"decoder.layers.{module}._extra_state/shard_{number}.{one}_{len(layers.numbers)}.{layers.experts}"
     if last:
         yield "decoder.final_layernorm._extra_state/shard_0_1"
+        for prefix in layers.predictions:
+            around = prefix.removesuffix("transformer_layer.")
+            yield from (f"{around}{module}._extra_state/shard_0_1" for module in _AROUND)
+            yield from _of_layer(prefix, layers, expert=bool(layers.experts))
+
+
+def _states(layers: Layers, *, expert: bool) -> tuple[str, ...]:
+    return (*_STATES, *(_LATENT_STATES if layers.latent else ()), *(_SHARED_STATES if expert else ()))
+
+
+def _of_layer(prefix: str, layers: Layers, *, expert: bool) -> Iterator[str]:
+    for module in _states(layers, expert=expert):
+        yield f"{prefix}{module}._extra_state/shard_0_1"
+    for module, one in product(_EXPERT_STATES, range(layers.experts) if expert else ()):
+        yield f"{prefix}{module}._extra_state/shard_{one}_{layers.experts}"

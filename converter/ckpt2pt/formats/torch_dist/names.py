@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ckpt2pt.core.params import FUSED
+from ckpt2pt.core.params import FUSED, prediction_of
 from ckpt2pt.core.tensor import Role
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+?)\.(.+)")
@@ -58,13 +58,15 @@ def named(key: str) -> Named | None:
         role, key = _ROLES[found[1]], found[2]
     elif _OPTIMIZER.match(key):
         return None
-    if not key.startswith(_LAYERS):
+    if predicted := prediction_of(key):
+        before, (last, inner) = list[str](), predicted
+    elif not key.startswith(_LAYERS):
         return Named(role, (key,))
-    inner = key.removeprefix(_LAYERS)
-    layer = _NUMBERED.fullmatch(inner)
-    head = (f"{_LAYERS}{layer[1]}.",) if layer else (_LAYERS, ".")
-    *before, last = head
-    inner = layer[2] if layer else inner
+    else:
+        inner = key.removeprefix(_LAYERS)
+        layer = _NUMBERED.fullmatch(inner)
+        *before, last = (f"{_LAYERS}{layer[1]}.",) if layer else (_LAYERS, ".")
+        inner = layer[2] if layer else inner
     inner = FUSED.get(inner, inner)
     expert = _EXPERTS.fullmatch(inner)
     if expert is None:

@@ -26,7 +26,7 @@ LEVELS: Mapping[str, Level] = {"digest": "Digest", "none": "None", "full": "Full
 CONTENTS: Mapping[str, Content] = {"param": "Param", "exp_avg": "ExpAvg", "exp_avg_sq": "ExpAvgSq"}
 """The tensors of Megatron's optimizer, as it calls them and as documents do."""
 
-SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron", "MSAdapter"]
+SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron", "MSAdapter", "MindFormers"]
 """MindSpore is either of its two formats of files."""
 TargetFormat = Literal["Megatron06", "Megatron", "TorchDist", "MindSpore", "Torch"]
 """Torch is what the source is, as torch would have saved it."""
@@ -97,10 +97,19 @@ class Place(_Fields, frozen=True, kw_only=True):
         return below(root, self.path)
 
 
+class MindFormers(_Fields, frozen=True, kw_only=True):
+    """What nothing in a checkpoint of MindFormers tells; ``config`` is the YAML of its training, as paths of the source are."""
+
+    config: Word | None = None
+    use_interleaved_weight_layout_mlp: bool | None = None
+    use_contiguous_weight_layout_attention: bool | None = None
+
+
 class Source(Place, frozen=True, kw_only=True):
-    """The checkpoint to convert: a MindSpore training output, or a Megatron folder."""
+    """The checkpoint to convert: the output of a training of MindSpore or MindFormers, or a Megatron folder."""
 
     format: SourceFormat = "Auto"
+    mindformers: MindFormers = MindFormers()
     opt_shard_info_path: str | None = None
     iteration: Size | None = None
     path: str = "."

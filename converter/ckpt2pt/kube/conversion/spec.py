@@ -35,7 +35,7 @@ from ckpt2pt.kube.conversion.schema import (
     to_json,
 )
 from ckpt2pt.kube.conversion.size import too_large
-from ckpt2pt.kube.conversion.usable import framework_of, unused
+from ckpt2pt.kube.conversion.usable import FROM_MINDFORMERS, framework_of, unused
 
 API_VERSION = "ckpt2pt.dev/v1alpha1"
 KIND = "CheckpointConversion"
@@ -211,8 +211,8 @@ def _topology(
 def _volume(place: Place, role: str, findings: list[Finding], default: Json | None) -> Json:
     """The volume of a role, and whether its paths can be on one."""
     _check_path(place.path, f"spec.{role}.path", findings)
-    if isinstance(place, Source) and place.opt_shard_info_path is not None:
-        _check_path(place.opt_shard_info_path, f"spec.{role}.optShardInfoPath", findings)
+    if isinstance(place, Source):
+        _check_inner_paths(place, findings)
     if not place.volume and default is not None:
         return default
     field = f"spec.{role}.volume"
@@ -241,6 +241,13 @@ def _volume(place: Place, role: str, findings: list[Finding], default: Json | No
     return {kind: {"type": "Directory"} | found if kind == "hostPath" else found}
 
 
+def _check_inner_paths(source: Source, findings: list[Finding]) -> None:
+    paths = {"optShardInfoPath": source.opt_shard_info_path, "mindformers.config": source.mindformers.config}
+    for field, path in paths.items():
+        if path is not None:
+            _check_path(path, f"spec.source.{field}", findings)
+
+
 def _check_path(path: str, field: str, findings: list[Finding]) -> None:
     if not path:
         hint = "give the folder, relative to the root of its volume"
@@ -266,6 +273,10 @@ def _check_places(spec: Spec, findings: list[Finding]) -> None:
 
 def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Finding]) -> None:
     """Which sources become what; the CRD has the same rules."""
+    if spec.source.format == "MindFormers" and spec.target.format not in FROM_MINDFORMERS:
+        hint = f"set it to {' or '.join(sorted(FROM_MINDFORMERS))}"
+        what = f"is {spec.target.format}, which is not made of a MindFormers checkpoint"
+        findings.append(Finding(field="spec.target.format", what=what, hint=hint))
     if spec.follow and spec.target.format != "Megatron06":
         hint = "leave it out; a training is followed on its way to Megatron 0.6"
         what = f"is given, and spec.target.format is {spec.target.format}"
@@ -294,11 +305,10 @@ def _check_workloads(spec: Spec, findings: list[Finding]) -> None:
     if follow and spec.start_after:
         hint = "give one of them; follow.until names the training"
         findings.append(Finding(field="spec.follow", what="is given beside spec.startAfter", hint=hint))
-    if follow and spec.source.format in MEGATRON:
+    if follow and spec.source.format in MEGATRON | {"MindFormers"}:
         hint = "leave it out; trainings of MindSpore alone are followed"
-        findings.append(
-            Finding(field="spec.follow", what=f"is given, and source.format is {spec.source.format}", hint=hint)
-        )
+        what = f"is given, and source.format is {spec.source.format}"
+        findings.append(Finding(field="spec.follow", what=what, hint=hint))
     if follow and spec.source.iteration is not None:
         hint = "leave the iteration out; every new one is converted"
         findings.append(Finding(field="spec.follow", what="is given beside spec.source.iteration", hint=hint))
@@ -318,7 +328,7 @@ def worker_spec(conversion: Conversion, roots: Mapping[str, str]) -> Spec:
     """What a worker needs of it; ``roots`` says where the volume of each role is mounted."""
     spec = conversion.spec
     paths = {role: place.below(roots[role]) for role in ROLES if (place := conversion.place(role)).path}
-    info = spec.source.opt_shard_info_path
+    info, config = spec.source.opt_shard_info_path, spec.source.mindformers.config
     return Spec(
         mode=spec.mode,
         model=replace(spec.model, noop_layers=spec.model.noop_layers or None),  # none: as the metadata has them
@@ -328,6 +338,9 @@ def worker_spec(conversion: Conversion, roots: Mapping[str, str]) -> Spec:
             volume={},
             path=paths["source"],
             opt_shard_info_path=None if info is None else below(roots["source"], info),
+            mindformers=replace(
+                spec.source.mindformers, config=None if config is None else below(roots["source"], config)
+            ),
         ),
         metadata=Place(path=paths.get("metadata", "")),
         target=replace(

@@ -36,6 +36,11 @@ _MINDSPORE = {
     "target.mindspore.allReplicas":       "--generate-all-dp-cp",
     "target.mindspore.contents":          "--dist-opt-content",
 }  # fmt: skip
+_MINDFORMERS = {
+    "source.mindformers.config":          "--mindformers-config",
+    "source.mindformers.useInterleavedWeightLayoutMlp":      "--use-interleaved-weight-layout-mlp",
+    "source.mindformers.useContiguousWeightLayoutAttention": "--use-contiguous-weight-layout-attention",
+}  # fmt: skip
 _RUN = {
     "verify":                             "--verify",
     "workers.processes":                  "--process-limit",
@@ -47,6 +52,7 @@ _CONVERSION = {
     "mode":                               "--convert-param-only",
     "source.path":                        "--ms-path",
     "source.format":                      "--source-format",
+    **_MINDFORMERS,
     "source.optShardInfoPath":            "--opt-shard-info-path",
     "metadata.path":                      "--param-map-path",
     "target.path":                        "--megatron-path",
@@ -122,6 +128,7 @@ FLAGS = {
         "parallelism.tensor":       "--tp-size",
         "parallelism.pipeline":     "--pp-size",
         "model.rules":              "--rules",
+        **_MINDFORMERS,
         "ignore":                   "--ignore",
         "ignorePadding":            "--ignore-padding",
     },
@@ -150,7 +157,9 @@ FLAGS = {
 }  # fmt: skip
 """By command, and by what was asked of it where that decides which of its options count; a test tries each flag."""
 
+_ARGUMENTS = {path: flag[2:].replace("-", "_") for path, flag in _MINDFORMERS.items()}
 _SIZES = {
+    **_ARGUMENTS,
     "parallelism":                        "tp, pp",
     "parallelism.tensor":                 "tp",
     "parallelism.pipeline":               "pp",

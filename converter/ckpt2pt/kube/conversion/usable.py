@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.kube.conversion.schema import MEGATRON, MindSporeFiles, SourceFormat, Spec, TargetFormat
 
-Framework = Literal["MindSpore", "Megatron"]
+Framework = Literal["MindSpore", "Megatron", "MindFormers"]
 
 TARGETS: Mapping[TargetFormat, str] = {
     "Megatron06": "Megatron-LM 0.6",
@@ -20,18 +20,29 @@ TARGETS: Mapping[TargetFormat, str] = {
 """The formats of results, in words."""
 
 
+FROM_MINDFORMERS = frozenset({"Megatron", "TorchDist"})
+"""The results that are made of a MindFormers checkpoint."""
+
+
 class _Use(NamedTuple):
-    """Which results an option decides something of: from a MindSpore source, and from a Megatron source."""
+    """Which results an option decides something of, by the framework of the source."""
 
     given: Callable[[Spec], bool]
-    from_mindspore: frozenset[str]
-    from_megatron: frozenset[str]
+    by_source: Mapping[Framework, frozenset[str]]
 
 
 def _uses(given: Callable[[Spec], bool], targets: str, *, from_megatron: str | None = None) -> _Use:
+    """``from_megatron`` are the results where they are others of a Megatron source, and of MindFormers, which is read as one."""
+    megatron = frozenset((targets if from_megatron is None else from_megatron).split())
     return _Use(
-        given, frozenset(targets.split()), frozenset((targets if from_megatron is None else from_megatron).split())
+        given,
+        {"MindSpore": frozenset(targets.split()), "Megatron": megatron, "MindFormers": megatron & FROM_MINDFORMERS},
     )
+
+
+def _of_mindformers(given: Callable[[Spec], bool]) -> _Use:
+    """An option that says what nothing in a checkpoint of MindFormers tells."""
+    return _Use(given, {"MindFormers": FROM_MINDFORMERS})
 
 
 _FILES = MindSporeFiles()
@@ -54,6 +65,13 @@ USES: Mapping[str, _Use] = {
     "source.optShardInfoPath":  _uses(
         lambda spec: spec.source.opt_shard_info_path is not None, "Megatron06 MindSpore", from_megatron=""
     ),
+    "source.mindformers.config": _of_mindformers(lambda spec: spec.source.mindformers.config is not None),
+    "source.mindformers.useInterleavedWeightLayoutMlp": _of_mindformers(
+        lambda spec: spec.source.mindformers.use_interleaved_weight_layout_mlp is not None
+    ),
+    "source.mindformers.useContiguousWeightLayoutAttention": _of_mindformers(
+        lambda spec: spec.source.mindformers.use_contiguous_weight_layout_attention is not None
+    ),
     "target.names":             _uses(lambda spec: spec.target.names != "Auto", "Megatron"),
     "target.transformerImpl":   _uses(lambda spec: spec.target.transformer_impl != "Auto", "Megatron"),
     "target.megatronVersion":   _uses(lambda spec: spec.target.megatron_version is not None, "Megatron"),
@@ -75,19 +93,20 @@ USES: Mapping[str, _Use] = {
 
 def framework_of(source: SourceFormat) -> Framework | None:
     """The framework of a source as it is said; None where its reader finds out."""
-    return None if source == "Auto" else "Megatron" if source in MEGATRON else "MindSpore"
+    if source in {"Auto", "MindFormers"}:
+        return "MindFormers" if source == "MindFormers" else None
+    return "Megatron" if source in MEGATRON else "MindSpore"
 
 
 def unused(spec: Spec, source: Framework | None) -> Iterator[tuple[str, str]]:
     """The fields that are given and decide nothing, each with why; without ``source`` what no source would use."""
     target = spec.target.format
     for field, use in USES.items():
-        by_source = {"MindSpore": use.from_mindspore, "Megatron": use.from_megatron}
-        used = [targets for framework, targets in by_source.items() if source in {None, framework}]
+        used = [targets for framework, targets in use.by_source.items() if source in {None, framework}]
         if not use.given(spec) or any(target in targets for targets in used):
             continue
         what = f"a result of the format {TARGETS[target]}"
-        if source and target in frozenset().union(*by_source.values()):
+        if source and target in frozenset().union(*use.by_source.values()):
             what += f", made of a {source} checkpoint"
         yield field, f"is given, and decides nothing of {what}"
 

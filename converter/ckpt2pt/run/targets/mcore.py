@@ -136,7 +136,7 @@ class Found:
             iteration=layout.state.iteration,
             roles=ROLES if layout.full else ROLES[:1],
         )
-        return Expected(held=held, state=layout.state, dtype=layout.dtype)
+        return Expected(held=held, state=layout.state, dtype=layout.dtype, rounds=self.source.checkpoint.rounds)
 
     def listed(self, rank: Rank) -> list[str]:
         """The files of a rank, below the folder of the result."""

@@ -10,6 +10,7 @@ from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Pace, Request, Verify
 from ckpt2pt.formats.checkpoint import Checkpoint, Selection
+from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.repaired import Repairable, find_repairable
 
@@ -36,6 +37,8 @@ class TargetRequest:
     noop: frozenset[int] | None = None
     full: bool = True
     zero_samples: bool = False
+    mindformers: Flags = Flags()  # noqa: RUF009 - frozen
+    """What is said of the fused weights of a MindFormers source."""
     rules: Rules = Rules()  # noqa: RUF009 - frozen
     overwrite: bool = False
     verify: Verify = "digest"
@@ -61,6 +64,7 @@ class TargetRequest:
             iteration=self.iteration,
             rules=self.rules,
             weights_alone=not self.full,
+            mindformers=self.mindformers,
         )
 
     def identity_options(self) -> dict[str, object]:

@@ -30,6 +30,8 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.run.targets.request import TargetRequest
 
 _HALF = ("bfloat16", "float16")
+_OF_MINDSPORE = ("mindspore", "mindformers")
+"""Formats whose files are MindSpore's, and may hold float32 weights of any training."""
 _TOLD = frozenset({
     "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style", "min_lr",
     "lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "make_vocab_size_divisible_by", "seed", "initial_loss_scale",
@@ -96,7 +98,7 @@ class Source:
         else a file of which one was read in part counts as not checked.
         """
         counts, level = {"verified": 0, "notChecked": 0, "none": 0}, self.request.verify
-        if level != "none" and self.checkpoint.format == "mindspore":
+        if level != "none" and self.checkpoint.format in _OF_MINDSPORE:
             return prove_sources(map(Path, read), read, every_byte=self.request.full or level == "full")
         for path, pieces in read.items():
             proved = level != "none"
@@ -226,8 +228,10 @@ def _facts(request: TargetRequest, checkpoint: Checkpoint, given: Template | Non
 
 def _dtype(checkpoint: Checkpoint, template: Template | None) -> tuple[str, str, Sequence[str]]:
     """The type of the weights and where it is from: their own, unless they are float32 as MindSpeed-Core-MS saves those of any training."""
-    own = next((tensor.dtype for key, tensor in checkpoint.index.items() if key.role == "param"), "bfloat16")
-    if checkpoint.format != "mindspore" or own in _HALF:
+    dtypes = dict.fromkeys(tensor.dtype for key, tensor in checkpoint.index.items() if key.role == "param")
+    # MindFormers in PyNative mode has norms and embeddings in float32 beside linear layers in bfloat16.
+    own = next((dtype for dtype in dtypes if dtype in _HALF), next(iter(dtypes), "bfloat16"))
+    if checkpoint.format not in _OF_MINDSPORE or own in _HALF:
         return own, "the checkpoint", ()
     args = template.args if template else {}
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):

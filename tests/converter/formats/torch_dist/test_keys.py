@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ckpt2pt.errors import MissingInputError
-from ckpt2pt.formats.torch_dist.keys import extra_states, keys_of, layers_of
+from ckpt2pt.formats.torch_dist.keys import Layers, extra_states, keys_of, layers_of
 from ckpt2pt.formats.torch_dist.names import named
 from distcp import division, index
 
@@ -77,3 +77,51 @@ def test_layers_that_are_listed_have_keys_of_their_own_though_all_are_alike() ->
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(MissingInputError, match="no layer"):
         layers_of({}, "here")
+
+
+LATENT = Layers(
+    {0: 0, 1: 1},
+    alike=False,
+    with_experts=frozenset({1}),
+    experts=2,
+    latent=True,
+    predictions=("mtp.layers.0.transformer_layer.",),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("input_layernorm.weight", ["input_layernorm.weight"]),
+        (
+            "self_attention.q_layernorm.weight",
+            ["self_attention.linear_q_up_proj.layer_norm_weight", "self_attention.q_layernorm.weight"],
+        ),
+        (
+            "self_attention.kv_layernorm.weight",
+            ["self_attention.linear_kv_up_proj.layer_norm_weight", "self_attention.kv_layernorm.weight"],
+        ),
+        ("pre_mlp_layernorm.weight", ["mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"]),
+        ("mlp.experts.local_experts.1.linear_fc1.weight", ["mlp.experts.experts.linear_fc1.weight"]),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["decoder.layers.1.", "mtp.layers.0.transformer_layer."])
+def test_with_latent_attention_norms_go_by_the_names_of_either_layer_spec(
+    prefix: str, name: str, keys: list[str]
+) -> None:
+    found = keys_of(prefix + name, LATENT)
+    assert [key.name for key in found] == [prefix + key for key in keys]
+    assert all(key.of == ((2,) if "experts" in name else ()) for key in found)
+    for key in found:
+        back = named(key.name)
+        assert back
+        assert back.name(key.lead) == prefix + name
+
+
+def test_states_of_layers_that_predict_are_with_the_last_stage() -> None:
+    last = [*extra_states(LATENT, range(1, 2), last=True)]
+    assert len(last) == len(set(last))
+    assert "mtp.layers.0.eh_proj._extra_state/shard_0_1" in last
+    assert "mtp.layers.0.transformer_layer.mlp.experts.experts.linear_fc1._extra_state/shard_1_2" in last
+    assert "decoder.layers.1.self_attention.linear_q_up_proj._extra_state/shard_0_1" in last
+    assert not [key for key in extra_states(LATENT, range(1), last=False) if key.startswith("mtp.")]

@@ -42,6 +42,9 @@ GIVEN: Mapping[str, tuple[object, str]] = {
     "parallelism.data": (2, "2"),
     "parallelism.context": (2, "2"),
     "source.optShardInfoPath": ("info", "info"),
+    "source.mindformers.config": ("train.yaml", "train.yaml"),
+    "source.mindformers.useInterleavedWeightLayoutMlp": (True, "true"),
+    "source.mindformers.useContiguousWeightLayoutAttention": (False, "false"),
     "target.names": ("Legacy", "legacy"),
     "target.transformerImpl": ("Local", "local"),
     "target.megatronVersion": ("0.12", "0.12"),
@@ -58,7 +61,7 @@ REFUSED = [
     (target, field)
     for target in FORMATS
     for field, use in USES.items()
-    if target not in use.from_mindspore | use.from_megatron
+    if not any(target in targets for targets in use.by_source.values())
 ]
 
 
@@ -83,12 +86,13 @@ def test_every_option_is_in_the_table_or_counts_for_every_result() -> None:
 @pytest.mark.parametrize("field", USES)
 def test_a_field_is_used_or_named(field: str, target: str) -> None:
     use = USES[field]
-    sources: dict[Framework, frozenset[str]] = {"MindSpore": use.from_mindspore, "Megatron": use.from_megatron}
-    for source, targets in sources.items():
+    sources: tuple[Framework, ...] = ("MindSpore", "Megatron", "MindFormers")
+    for source in sources:
+        targets = use.by_source.get(source, frozenset())
         found = [name for name, _ in unused(of(target, field), source)]
         assert found == ([] if target in targets else [field])
     nothing = convert({"target": {"format": target}}, schema.Spec)
-    assert not [*unused(nothing, None), *unused(nothing, "MindSpore"), *unused(nothing, "Megatron")]
+    assert not [name for source in (None, *sources) for name in unused(nothing, source)]
 
 
 @pytest.mark.parametrize(("target", "field"), REFUSED)

@@ -1,0 +1,64 @@
+"""What a checkpoint of MindFormers holds: its tensors by its own names, whatever they are fused of."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+from ckpt2pt.core.extents import DTYPE_BYTES
+from ckpt2pt.core.stage import spans
+from ckpt2pt.formats.mindformers.folder import files_of, iteration_folder, read_common
+from ckpt2pt.formats.mindformers.read import Whole, read_saved
+from ckpt2pt.io.records import Json
+
+_NUMBER = re.compile(r"(?<=\.layers\.)\d+")
+_STATES = {"main_param.": "main parameters", "adam_m.": "first moments", "adam_v.": "second moments"}
+
+
+def inspect_mindformers(path: Path, *, details: bool) -> Json:
+    """The document of one iteration.  The parts of each tensor are proved to cover it; what is wrong is raised."""
+    folder = iteration_folder(path, None)
+    saved, common = read_saved(folder), read_common(folder)
+    tensor, pipeline, expert = saved.sizes
+    weights = {name: whole for name, whole in saved.tensors.items() if not name.startswith(tuple(_STATES))}
+    shown = saved.tensors if details else weights
+    return {
+        "kind": "MindFormers checkpoint",
+        "path": str(folder),
+        "iteration": common.iteration,
+        "consumedSamples": common.samples,
+        "parallelism": {"tensor": tensor, "pipeline": pipeline, "expert": expert},
+        "optimizer": ", ".join(
+            what for state, what in _STATES.items() if any(name.startswith(state) for name in saved.tensors)
+        )
+        or "none",
+        "files": len(files_of(folder)),
+        "tensors": [_row(name, [whole]) for name, whole in shown.items()] if details else _collapsed(weights),
+        **({"warnings": [f"{', '.join(saved.unexpected)} hold no part of it"]} if saved.unexpected else {}),
+    }
+
+
+def _collapsed(weights: dict[str, Whole]) -> list[Json]:
+    """One row for the same weight of many layers."""
+    groups: dict[tuple[str, str, tuple[int, ...]], list[tuple[str, Whole]]] = {}
+    for name, whole in weights.items():
+        groups.setdefault((_NUMBER.sub("{}", name), whole.dtype, whole.shape), []).append((name, whole))
+    found: list[Json] = []
+    for (pattern, _, _), held in groups.items():
+        numbers = {int(one) for name, _ in held for one in _NUMBER.findall(name)}
+        name = pattern.replace("{}", f"{{{spans(numbers)}}}") if len(held) > 1 else held[0][0]
+        found.append(_row(name, [whole for _, whole in held]))
+    return found
+
+
+def _row(name: str, held: list[Whole]) -> Json:
+    first = held[0]
+    nbytes = math.prod(first.shape) * DTYPE_BYTES.get(first.dtype, 0)
+    return {
+        "name": name,
+        "count": len(held),
+        "dtype": first.dtype,
+        "shape": list(first.shape),
+        "bytes": len(held) * nbytes,
+    }
