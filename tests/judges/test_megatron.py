@@ -32,6 +32,7 @@ from ckpt2pt.verification.gather import Files, gathered
 from goldens import REPOSITORY
 from mcore import Array
 from mcoresets import joined, script_of, sizes_of
+from msadapter import rewrite
 from trainings import (
     BUCKETS,
     CUT,
@@ -128,12 +129,14 @@ def cases() -> list[Case]:
         tp, pp = sizes_of(SETS[name].folder).values()
         found += [Case("0.12.3", name, "megatron", tp, pp), Case("0.19.2", name, "megatron", 3 - tp, 1)]
         found += [Case("0.19.2", name, "torch_dist", 3 - tp, 1)]
+        repaired = {"0.12.3": "0.12.3", "0.19.0": "0.19.2"}.get(SETS[name].folder.parent.name)
+        found += [Case(repaired, name, "torch", tp, pp)] if repaired and "vpp" not in name else []
     return [*found, *cases_of_experts()]
 
 
 def cases_of_experts() -> list[Case]:
     """More and fewer ranks of experts, and other layouts, in the first release that has a set's model and in the last; one of the sets in all."""
-    found: list[Case] = []
+    found = [Case("0.8.0", name, "torch", 1, 1, 2, ep=2) for name in EXPERTS if name == "0.8.0-moe_ep2"]
     for name, (stages, since) in EXPERTS.items():
         mixed = RELEASES[RELEASES.index(since) :] if name.endswith("_mixed") else ()
         for release in dict.fromkeys((since, *mixed, "0.19.2")):
@@ -170,7 +173,7 @@ def converted(case: Case, folder: Path) -> Path:
     """The result of the command, made once for all releases that load it."""
     one, words = case.training, list[object]()
     target = folder / f"{case.name}-{case.form}"
-    if case.name in EXPERTS:
+    if case.name in EXPERTS and case.form != "torch":
         # 0.12 and older have an optimizer less where a stage has no experts.
         old = case.form == "megatron" and case.release in RELEASES[:2]
         target = target.with_name(f"{target.name}-{case.ep}{'-old' if old else ''}")
@@ -190,7 +193,9 @@ def converted(case: Case, folder: Path) -> Path:
             *(["--transformer-impl", "transformer_engine"] if one.transformer_engine else []),
         ]
     if not target.exists():
-        if one.fp16:
+        if case.form == "torch":
+            words += ["--source", rewrite(one.folder, folder / f"{case.name}.msadapter", "msadapter")]
+        elif one.fp16:
             words += ["--source", fp16_training(folder)]
         elif one.recent and case.form == "megatron" and (one.folder / "ms").exists():
             place, sizes = folder / f"{target.name}.run", sizes_of(one.folder)

@@ -182,10 +182,10 @@ def repaired(path: Path, place: Place, checkpoint: Repairable, allow: tuple[str,
                 hint=_COPY_AGAIN,
             )
     keys: list[str] = []
-    new = renumbered(tree, keys, 0)
+    new = renumbered(tree, keys, 0, any_numpy=False)
     own: list[str] = []
     if generators:
-        cast("dict[Value, Value]", new)["rng_state"] = renumbered(generators[0], own, len(keys))
+        cast("dict[Value, Value]", new)["rng_state"] = renumbered(generators[0], own, len(keys), any_numpy=False)
     check_storages(keys, archive.storages, str(path))
     extents = [archive.storages[key] for key in keys]
     states = tuple(generators[1][key.removeprefix(_OWN)] for key in own) if generators else ()

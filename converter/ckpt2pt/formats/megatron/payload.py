@@ -296,8 +296,11 @@ def _for_any_numpy(name: Global) -> Global:
     return replace(name, module=name.module.replace("numpy._core.", "numpy.core.", 1))
 
 
-def renumbered(tree: Value, copied: list[str], first: int) -> Value:
-    """Give each storage that the template brings a number after those of the weights; ``copied`` takes their keys."""
+def renumbered(tree: Value, copied: list[str], first: int, *, any_numpy: bool = True) -> Value:
+    """Give each storage that the template brings a number after those of the weights; ``copied`` takes their keys.
+
+    ``any_numpy`` writes names of numpy 2 as those that Megatron 0.6 knows.
+    """
     numbers: dict[str, str] = {}
     seen: dict[int, Value] = {}
 
@@ -318,10 +321,10 @@ def renumbered(tree: Value, copied: list[str], first: int) -> Value:
         elif isinstance(value, StoredTensor):
             new = replace(value, key=numbers.setdefault(value.key, str(first + len(numbers))))
         elif isinstance(value, Global):
-            new = _for_any_numpy(value)
+            new = _for_any_numpy(value) if any_numpy else value
         elif isinstance(value, Call):
             new = Call(
-                func=_for_any_numpy(value.func),
+                func=_for_any_numpy(value.func) if any_numpy else value.func,
                 args=cast("tuple[Value, ...]", walk(value.args)),
                 new=value.new,
                 state=walk(value.state),
