@@ -22,7 +22,6 @@ from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputEr
 from ckpt2pt.formats.families import Seen, kind_of_tensors, refuse_unsupported
 from ckpt2pt.formats.folders import SUFFIXES, checkpoint_files, layout_of
 from ckpt2pt.formats.megatron.headers import all_sizes
-from ckpt2pt.formats.mindformers.folder import is_mindformers
 from ckpt2pt.formats.mindspore import index_file, read_scalar, states_checksum
 from ckpt2pt.formats.mindspore.filenames import UNNAMED, when_of_name
 from ckpt2pt.formats.mindspore.ranks import choose, find_sources, last_saved
@@ -294,7 +293,7 @@ def _folder(path: Path, *, details: bool) -> Json:
     names = [entry.name for entry in listing(path, option="PATH")]
     if any(ARGUMENTS.fullmatch(name) or PARAM_MAP.fullmatch(name) for name in names):
         return _metadata(path, names, details=details)
-    if is_mindformers(path):
+    if Seen(path).of_mindformers:
         return inspect_mindformers(path, details=details)
     if TRACKER in names or any(map(is_iteration, names)):
         return _megatron(path, names)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from ckpt2pt.core.extents import DTYPE_BYTES
 from ckpt2pt.core.stage import spans
-from ckpt2pt.formats.mindformers.folder import files_of, iteration_folder, read_common
 from ckpt2pt.formats.mindformers.read import Whole, read_saved
 from ckpt2pt.io.records import Json
 
@@ -18,14 +17,14 @@ _STATES = {"main_param.": "main parameters", "adam_m.": "first moments", "adam_v
 
 def inspect_mindformers(path: Path, *, details: bool) -> Json:
     """The document of one iteration.  The parts of each tensor are proved to cover it; what is wrong is raised."""
-    folder = iteration_folder(path, None)
-    saved, common = read_saved(folder), read_common(folder)
+    saved = read_saved(path)
+    common = saved.common
     tensor, pipeline, expert = saved.sizes
     weights = {name: whole for name, whole in saved.tensors.items() if not name.startswith(tuple(_STATES))}
     shown = saved.tensors if details else weights
     return {
         "kind": "MindFormers checkpoint",
-        "path": str(folder),
+        "path": str(saved.folder),
         "iteration": common.iteration,
         "consumedSamples": common.samples,
         "parallelism": {"tensor": tensor, "pipeline": pipeline, "expert": expert},
@@ -33,7 +32,7 @@ def inspect_mindformers(path: Path, *, details: bool) -> Json:
             what for state, what in _STATES.items() if any(name.startswith(state) for name in saved.tensors)
         )
         or "none",
-        "files": len(files_of(folder)),
+        "files": len({extent.path for one in saved.tensors.values() for part in one.parts for extent in part.storage}),
         "tensors": [_row(name, [whole]) for name, whole in shown.items()] if details else _collapsed(weights),
         **({"warnings": [f"{', '.join(saved.unexpected)} hold no part of it"]} if saved.unexpected else {}),
     }

@@ -53,11 +53,6 @@ def holds_iteration(folder: Path) -> bool:
     return any(kind == "model" for kind, _ in files_of(folder).values())
 
 
-def is_mindformers(path: Path) -> bool:
-    """Whether a folder is an iteration, or holds iterations, in the form that MindFormers has had since 1.7."""
-    return holds_iteration(path) or any(map(holds_iteration, _iterations(path).values()))
-
-
 def _iterations(root: Path) -> Mapping[int, Path]:
     found = {mindformers_iteration_of(path.name): path for path in listing(root, option=_OPTION)}
     return {number: path for number, path in sorted(found.items(), key=lambda one: one[0] or 0) if number is not None}

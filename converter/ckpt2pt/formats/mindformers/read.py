@@ -19,8 +19,9 @@ from ckpt2pt.core.tensor import Key, Role, Tensor, check_coverage, dense_strides
 from ckpt2pt.errors import CoverageError, FormatError, MissingInputError, aside
 from ckpt2pt.formats.checkpoint import Checkpoint, Selection, agreed
 from ckpt2pt.formats.mindformers.flags import CONTIGUOUS, INTERLEAVED, Said, check_sizes, read_flags
-from ckpt2pt.formats.mindformers.folder import ADAPTER, METADATA, files_of, iteration_folder, read_common
+from ckpt2pt.formats.mindformers.folder import ADAPTER, METADATA, Common, files_of, iteration_folder, read_common
 from ckpt2pt.formats.mindformers.layouts import IGNORED, Layouts, gated, groups_of, interleavable, same_in_both
+from ckpt2pt.formats.mindformers.legacy import find_file, is_legacy
 from ckpt2pt.formats.mindformers.metadata import Entry, read_metadata
 from ckpt2pt.formats.mindformers.regions import Parts
 from ckpt2pt.formats.mindspore.safetensors import index_safetensors
@@ -48,6 +49,7 @@ class Saved:
 
     folder: Path
     tensors: Mapping[str, Whole]
+    common: Common
     sizes: tuple[int, int, int] = (1, 1, 1)
     unexpected: tuple[str, ...] = ()
 
@@ -58,11 +60,10 @@ def open_mindformers(path: Path, wanted: Selection) -> Checkpoint:
     Raises :class:`UsageError` where the order of rows of a fused weight matters and nothing says it, :class:`CoverageError` for
     parts that leave gaps or overlap, :class:`MissingInputError` for files that are not there.
     """
-    folder = iteration_folder(path, wanted.iteration)
-    saved = read_saved(folder, weights_alone=wanted.weights_alone)
+    saved = read_saved(path, wanted.iteration, weights_alone=wanted.weights_alone)
+    folder, common, rounds = saved.folder, saved.common, True
     agreed((wanted.tensor, wanted.pipeline), saved.sizes[:2], folder)
     index, remarks = index_of(saved, read_flags(wanted.mindformers), weights_alone=wanted.weights_alone)
-    common, rounds = read_common(folder), True
     try:
         check_rounding(index, str(folder))
     except FormatError as error:
@@ -87,8 +88,16 @@ def open_mindformers(path: Path, wanted: Selection) -> Checkpoint:
     )
 
 
-def read_saved(folder: Path, *, weights_alone: bool = False) -> Saved:
-    """Read the headers of all files of an iteration, but for those of the optimizer where ``weights_alone`` are wanted."""
+def read_saved(path: Path, iteration: int | None = None, *, weights_alone: bool = False) -> Saved:
+    """Read the headers of all files of an iteration, but for those of the optimizer where ``weights_alone`` are wanted.
+
+    By default it is that of the tracker, or in the older form the newest.
+    """
+    if is_legacy(path):
+        _, header, common = find_file(path, iteration)
+        held = {name: ref for name, ref in header.items() if not (weights_alone and name.startswith(tuple(_PREFIXES)))}
+        return Saved(path, {name: _whole(ref) for name, ref in held.items()}, common)
+    folder = iteration_folder(path, iteration)
     if is_file(folder / ADAPTER, InputFile.option):
         raise FormatError(
             f"it holds the weights of an adapter (LoRA) alone ({ADAPTER})",
@@ -117,7 +126,8 @@ def read_saved(folder: Path, *, weights_alone: bool = False) -> Saved:
         other = next((ref for name, ref in refs.items() if name not in entries and ref.numel > 1), None)
         if other:
             raise CoverageError(f"{file} holds {other}, which {METADATA} does not name", where=folder, hint=_HINT)
-    return Saved(folder, tensors, _sizes(entries), tuple(name for name in names if name not in listed))
+    unexpected = tuple(name for name in names if name not in listed)
+    return Saved(folder, tensors, read_common(folder), _sizes(entries), unexpected)
 
 
 def _of_one_rank(folder: Path, names: Sequence[str], there: Mapping[str, tuple[str, int]]) -> Saved:
@@ -135,8 +145,12 @@ def _of_one_rank(folder: Path, names: Sequence[str], there: Mapping[str, tuple[s
         for key, ref in index_safetensors(folder / name).items():
             if key in tensors:
                 raise CoverageError(f"{key} is in two files", where=folder / name, hint=_HINT)
-            tensors[key] = Whole(ref.dtype, ref.shape, (_view((0,) * len(ref.shape), ref),))
-    return Saved(folder, tensors)
+            tensors[key] = _whole(ref)
+    return Saved(folder, tensors, read_common(folder))
+
+
+def _whole(ref: TensorRef) -> Whole:
+    return Whole(ref.dtype, ref.shape, (_view((0,) * len(ref.shape), ref),))
 
 
 def _view(origin: Shape, ref: TensorRef) -> Stored:
