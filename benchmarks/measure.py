@@ -60,8 +60,8 @@ def installed() -> dict[str, str]:
 
 def _passed() -> tuple[int, int]:
     """Bytes read and written by this process and by its children that it has waited for."""
-    told = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(told["rchar"]), int(told["wchar"])
+    reported = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(reported["rchar"]), int(reported["wchar"])
 
 
 def summary(samples: Sequence[Sample]) -> dict[str, object]:
@@ -96,13 +96,13 @@ def cool(files: Sequence[Path]) -> int | None:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(fd)
     try:
-        told = subprocess.run(
+        reported = subprocess.run(
             ["fincore", "--bytes", "--noheadings", "--output", "RES", *map(str, files)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return None
-    return sum(map(int, told.stdout.split()))
+    return sum(map(int, reported.stdout.split()))
 
 
 @contextmanager

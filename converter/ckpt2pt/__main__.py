@@ -60,7 +60,7 @@ def _enter(module: str, program: str) -> int:
     return code
 
 
-class _Unheard(io.FileIO):
+class _NoProgress(io.FileIO):
     """A stream of logs and progress: the work does not fail because nobody reads them, or for want of room for them."""
 
     def write(self, data: ReadableBuffer, /) -> int:
@@ -78,7 +78,7 @@ def _settle_streams() -> None:
             os.set_inheritable(null, True)
             setattr(sys, name, os.fdopen(null, mode, encoding="utf-8"))
     cast("io.TextIOWrapper", sys.stdout).reconfigure(errors="backslashreplace")
-    raw = io.BufferedWriter(_Unheard(sys.stderr.fileno(), "w", closefd=False))
+    raw = io.BufferedWriter(_NoProgress(sys.stderr.fileno(), "w", closefd=False))
     sys.stderr = io.TextIOWrapper(raw, encoding=sys.stderr.encoding, errors="backslashreplace", line_buffering=True)
 
 

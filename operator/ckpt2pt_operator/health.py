@@ -1,6 +1,6 @@
 """/healthz, /readyz and /metrics, and what they say.
 
-Healthy: the event loop turns, and every watch was heard of lately or the API server itself cannot be reached, which a
+Healthy: the event loop turns, and every watch sent something lately or the API server itself cannot be reached, which a
 restart would not hint.  Ready: everything has been listed once, or another operator holds the lease.
 """
 

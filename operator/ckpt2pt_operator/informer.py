@@ -34,7 +34,7 @@ class Informer:
     """List in pages, then watch, for ever.  A subclass says what becomes of an object.
 
     One namespace, or all of them where it is empty.  ``synced`` is set after the first list; ``trouble`` says why it is
-    not, or why nothing is heard.
+    not, or why nothing is received.
     """
 
     def __init__(self, api: Api, metrics: Metrics, resource: Resource, namespace: str, selector: str = "") -> None:
@@ -42,7 +42,7 @@ class Informer:
         self._query = {"labelSelector": selector} if selector else dict[str, str]()
         self.plural = resource[1]
         self.synced = asyncio.Event()
-        self.heard = time.monotonic()
+        self.received = time.monotonic()
         self.trouble = ""
         self._failures, self._version = 0, ""
 
@@ -71,7 +71,7 @@ class Informer:
                 if error.code == _GONE and self._failures == 1:
                     continue
                 # It goes on trying, and to be started anew would not bring the API server back.
-                self.heard, self.trouble = time.monotonic(), str(error)
+                self.received, self.trouble = time.monotonic(), str(error)
                 pause = max(min(0.5 * 2.0 ** min(self._failures, 6), 30.0) * random.uniform(0.8, 1.2), error.pause)
                 log.warning(
                     "%s cannot be watched; again in %.1f s", self._resource[1], pause, extra={"error": str(error)}
@@ -132,7 +132,7 @@ class Informer:
             return text(meta, "uid")
 
     def _hear(self) -> None:
-        self.heard, self.trouble = time.monotonic(), ""
+        self.received, self.trouble = time.monotonic(), ""
         self._metrics.watch_last_event.labels(self._resource[1]).set_to_current_time()
 
 

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"ckpt2pt-operator: {error}\n")
         return error.exit_code
     set_up_logging(given)
-    log.info("ckpt2pt-operator %s", __version__, extra={"settings": {k: str(v) for k, v in given.told().items()}})
+    log.info("ckpt2pt-operator %s", __version__, extra={"settings": {k: str(v) for k, v in given.reported().items()}})
     code = 0
     try:
         asyncio.run(Operator(given).serve())
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             log.critical("%s", problem)
         code = 1
     except* asyncio.CancelledError:
-        log.info("told to stop before it had begun")
+        log.info("asked to stop before it had begun")
     return code
 
 
@@ -100,7 +100,7 @@ def set_up_logging(given: Settings) -> None:
 
 
 class _Text(logging.Formatter):
-    """A line of text, with what our records say besides in JSON: of what it is told, and which error it was."""
+    """A line of text, with what our records say besides in JSON: of what it is given, and which error it was."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - its name in logging
         """The line without a traceback."""
@@ -221,7 +221,7 @@ class Operator:
         log.info("API server %s", version)
 
     async def _work(self, reconciler: Reconciler) -> None:
-        """Look at one conversion after another.  A bug in one look must not end the others, and is told each time."""
+        """Look at one conversion after another.  A bug in one look must not end the others, and is reported each time."""
         for synced in (self._conversions.synced, *(informer.synced for informer in self._informers)):
             await synced.wait()
         while True:
@@ -277,11 +277,11 @@ class Operator:
     def _silent(self) -> str:
         if not self._informers:
             return ""  # nothing is watched yet
-        heard = {informer.plural: informer.heard for informer in self._informers}
-        heard |= {"conversions": self._conversions.heard}
-        quiet = [(time.monotonic() - at, what) for what, at in heard.items()]
+        received = {informer.plural: informer.received for informer in self._informers}
+        received |= {"conversions": self._conversions.received}
+        quiet = [(time.monotonic() - at, what) for what, at in received.items()]
         longest, what = max(quiet)
-        return f"nothing was heard of {what} for {longest:.0f} s" if longest > _SILENT_SECONDS else ""
+        return f"nothing was received about {what} for {longest:.0f} s" if longest > _SILENT_SECONDS else ""
 
     def _refresh_metrics(self) -> None:
         for phase in PHASES:

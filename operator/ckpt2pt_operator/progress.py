@@ -1,7 +1,7 @@
 """Ask running workers how far they are: ``GET http://<pod>:8080/progress``.  Best effort, and never trusted.
 
 A look waits for answers for a moment; one that comes later is there for the next look.  Who was silent once, behind a
-network policy or on a lost node, is asked seldom and not waited for: the end of a stage is told by its Job and by its
+network policy or on a lost node, is asked seldom and not waited for: the end of a stage is known by its Job and by its
 termination message.
 """
 
@@ -28,10 +28,10 @@ _MAX_BYTES = 4096
 
 
 class Progress:
-    """``ask`` has running workers asked; ``told`` gets what one answers, then or later."""
+    """``ask`` has running workers asked; ``reported`` gets what one answers, then or later."""
 
-    def __init__(self, told: Callable[[Pod, Report], None]) -> None:
-        self._told = told
+    def __init__(self, reported: Callable[[Pod, Report], None]) -> None:
+        self._reported = reported
         self._session: aiohttp.ClientSession | None = None
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._asked: dict[str, asyncio.Task[None]] = {}
@@ -64,7 +64,7 @@ class Progress:
         self._silent.pop(pod.uid, None)
         report = report_of(data.decode("utf-8", "replace"))
         if report is not None:
-            self._told(pod, report)
+            self._reported(pod, report)
 
     async def _get(self, pod: Pod) -> bytes:
         """The answer; no bytes where it is not one of ours."""

@@ -149,7 +149,7 @@ class Reconciler:
         return max(decided.again, self._progress_interval())
 
     def _progress_interval(self) -> float:
-        """Progress is told less often when there is much of it, so that writes stay bounded."""
+        """Progress is reported less often when there is much of it, so that writes stay bounded."""
         running = self._store.phases["Running"] + self._store.phases["Following"]
         return max(_PROGRESS_SECONDS, running / _RUNNING_FOR_ONE_SECOND)
 
@@ -237,8 +237,8 @@ class Reconciler:
                 if error.code != _FORBIDDEN:
                     raise
                 return {}
-            if told := max(filter(None, events), default=None):
-                found[uid] = told[1]
+            if reported := max(filter(None, events), default=None):
+                found[uid] = reported[1]
         return found
 
     # ----------------------------------------------------------------------------------------------------------- write

@@ -1,4 +1,4 @@
-"""What the operator is told at its start: flags, each of which is also an environment variable."""
+"""What the operator is given at its start: flags, each of which is also an environment variable."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Settings:
     log_format: Literal["json", "text"]
     log_level: str
 
-    def told(self) -> dict[str, object]:
+    def reported(self) -> dict[str, object]:
         """All of it, for the log."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 

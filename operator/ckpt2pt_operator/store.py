@@ -21,7 +21,7 @@ def _order(version: str) -> int:
 
 
 class Store:
-    """Written by the watches and by whoever wrote to the API server; ``changed`` is told the key of a conversion."""
+    """Written by the watches and by whoever wrote to the API server; ``changed`` is given the key of a conversion."""
 
     def __init__(self, changed: Callable[[Key], None]) -> None:
         self._changed = changed

@@ -45,7 +45,7 @@ class Conversions:
         self._missing = set(namespaces or ("",))
         self.synced = asyncio.Event()
         """Set when all of them have been listed once."""
-        self.heard = time.monotonic()
+        self.received = time.monotonic()
 
     async def session(self, info: kopf.ConnectionInfo) -> kopf.AiohttpSession:
         """For the credentials of a connection."""
@@ -98,18 +98,18 @@ class Conversions:
             self.synced.set()
 
     def hear(self) -> None:
-        """Something was heard, if only that the API server does not answer: to be started anew would not bring it back."""
-        self.heard = time.monotonic()
+        """Something was received, if only that the API server does not answer: to be started anew would not bring it back."""
+        self.received = time.monotonic()
         self._metrics.watch_last_event.labels(_PLURAL).set_to_current_time()
 
     # ---------------------------------------------------------------------------------------------------- what is counted
 
-    async def _answered(self, _: object, __: object, told: aiohttp.TraceRequestEndParams) -> None:
-        self._count(told.method, told.url.path, "watch" in told.url.query, str(told.response.status))
+    async def _answered(self, _: object, __: object, reported: aiohttp.TraceRequestEndParams) -> None:
+        self._count(reported.method, reported.url.path, "watch" in reported.url.query, str(reported.response.status))
 
-    async def _failed(self, _: object, __: object, told: aiohttp.TraceRequestExceptionParams) -> None:
-        self.heard = time.monotonic()
-        self._count(told.method, told.url.path, "watch" in told.url.query, "error")
+    async def _failed(self, _: object, __: object, reported: aiohttp.TraceRequestExceptionParams) -> None:
+        self.received = time.monotonic()
+        self._count(reported.method, reported.url.path, "watch" in reported.url.query, "error")
 
     def _count(self, method: str, path: str, watches: bool, code: str) -> None:
         verb = ("watch" if watches else "list") if method == "GET" else method.lower()

@@ -65,9 +65,9 @@ def test_the_first_conversion_is_a_valid_dry_run() -> None:
 def test_the_readme_shows_every_value_and_its_words() -> None:
     readme = (CHART / "README.md").read_text()
     rows = dict(re.findall(r"^\| ([\w.]+) \| \w+ \| .*? \| (.*) \|$", readme, re.MULTILINE))
-    told = dict(comments())
-    assert {path: text for path, text in rows.items() if path in told} == told, "make chart"
-    assert set(rows) == {"Key", *told}, "make chart"
+    reported = dict(comments())
+    assert {path: text for path, text in rows.items() if path in reported} == reported, "make chart"
+    assert set(rows) == {"Key", *reported}, "make chart"
 
 
 def comments() -> Iterator[tuple[str, str]]:

@@ -64,9 +64,9 @@ def test_the_chart_says_what_is_true_wherever_it_lies() -> None:
     assert chart["maintainers"] == [{"name": "the ckpt2pt authors"}]
     assert chart["annotations"]["artifacthub.io/license"] == "Apache-2.0"
     assert not {"home", "sources"} & set(chart), "nothing is published from here"
-    [told], [version] = annotation(CHART, "crds"), crd()["spec"]["versions"]
-    assert (told["name"], told["kind"]) == (crd()["metadata"]["name"], crd()["spec"]["names"]["kind"])
-    assert told["version"] == version["name"]
+    [reported], [version] = annotation(CHART, "crds"), crd()["spec"]["versions"]
+    assert (reported["name"], reported["kind"]) == (crd()["metadata"]["name"], crd()["spec"]["names"]["kind"])
+    assert reported["version"] == version["name"]
 
 
 def test_a_published_chart_names_its_source_its_images_and_what_changed(packaged: Path) -> None:

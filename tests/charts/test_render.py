@@ -63,7 +63,7 @@ def test_helm_lint_has_nothing_to_say(major: str, case: str) -> None:
     cluster = ["--kube-version", KUBERNETES, "--strict", "--quiet"]
     found = run(major, "lint", CHART, *cluster, "--values", case_file(case))
     said = found.stdout + found.stderr
-    if "monitoring.coreos.com/v1 is not in this cluster" in said:  # `lint` cannot be told of further APIs
+    if "monitoring.coreos.com/v1 is not in this cluster" in said:  # `lint` cannot be determined further APIs
         assert case == "full"
         return
     assert found.code == 0, said

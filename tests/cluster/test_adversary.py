@@ -19,7 +19,7 @@ import pytest
 
 from conftest import WORKER_UID
 from documents import changed, claim
-from harness.golden import KIND, document, message, reach, status, told
+from harness.golden import KIND, document, message, reach, reported, status
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError, wait_until
 from harness.pods import NON_ROOT, host_path
@@ -172,11 +172,11 @@ def test_an_event_quotes_no_config_map_of_the_own_namespace_either(
     for name, text in texts.items():
         namespace.apply(config_map(name, text), ended_training(name, converter_image, name))
 
-    def told_of() -> set[str]:
+    def reported_of() -> set[str]:
         found = namespace.get("events", "--field-selector=type=Warning")["items"]
         return {event["involvedObject"]["name"] for event in found if event["reason"].startswith("Conversion")}
 
-    wait_until("three warnings", lambda: told_of() == set(texts), seconds=120)
+    wait_until("three warnings", lambda: reported_of() == set(texts), seconds=120)
     assert not [said for said in all_events(namespace) if SECRET in said]
     assert any("422 Invalid: spec.verify" in said for said in all_events(namespace))
 
@@ -248,8 +248,8 @@ def test_without_the_policy_the_operator_refuses_the_same(
     wait_until("the policy to be gone", lambda: "created" in trainer.create(named(*changes)), seconds=60)
     found = reach(trainer.namespace, "Failed", "hostile")
     check_status(found)
-    assert told(found, "Failed") == ("True", "NotAllowed")
-    assert told(found, "Accepted") == ("False", "NotAllowed")
+    assert reported(found, "Failed") == ("True", "NotAllowed")
+    assert reported(found, "Accepted") == ("False", "NotAllowed")
     assert field in message(found, "Failed")
     assert f"worker.allow.{permission}" in message(found, "Failed")
     assert made_for(trainer.namespace) == []
@@ -261,7 +261,7 @@ def test_nor_does_a_template_of_a_training(unguarded: Release, namespace: Kubect
     wait_until("the conversion", lambda: namespace.get(KIND)["items"] != [], seconds=90)
     [made] = namespace.get(KIND)["items"]
     found = reach(namespace, "Failed", made["metadata"]["name"])
-    assert told(found, "Failed")[1] == "NotAllowed"
+    assert reported(found, "Failed")[1] == "NotAllowed"
     assert made_for(namespace, made["metadata"]["name"]) == []
 
 
@@ -271,7 +271,7 @@ def test_overrides_that_are_allowed_lead_to_no_account_and_no_node(operator: Rel
     try:
         assert "created" in trainer.create(named(("spec.workers.podOverrides.spec", ESCAPE)))
         found = reach(trainer.namespace, "Failed", "hostile")
-        assert told(found, "Failed")[1] == "NotAllowed"
+        assert reported(found, "Failed")[1] == "NotAllowed"
         for permission in ("serviceAccountName", "privileged", "hostPath"):
             assert f"worker.allow.{permission}" in message(found, "Failed")
         assert made_for(trainer.namespace) == []

@@ -121,9 +121,9 @@ def test_a_second_version_and_the_end_of_the_first(
     namespace.create(an_object())
     definition(deprecated, beta)
     words = ["get", f"checkpointconversions.v1alpha1.{GROUP}", "--namespace", str(namespace.namespace)]
-    told = subprocess.run(["kubectl", *words], env={**os.environ, "KUBECONFIG": str(kubectl.kubeconfig)},
+    reported = subprocess.run(["kubectl", *words], env={**os.environ, "KUBECONFIG": str(kubectl.kubeconfig)},
                           capture_output=True, text=True, check=True)  # fmt: skip
-    assert "Warning: write v1beta1 instead" in told.stderr
+    assert "Warning: write v1beta1 instead" in reported.stderr
     assert stored(namespace)["spec"] == stored(namespace, "v1beta1")["spec"]
     assert kubectl.get("crd", NAME)["status"]["storedVersions"] == ["v1alpha1", "v1beta1"]
     with pytest.raises(ClusterError, match="storedVersions"):

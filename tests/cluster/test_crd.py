@@ -56,7 +56,7 @@ def to_error(kubectl: Kubectl, verb: str, document: dict[str, Any]) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- refused
 
-#     what is changed -> the field that is told, and a piece of the advice
+#     what is changed -> the field that is reported, and a piece of the advice
 REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     "name-too-long": ([("metadata.name", "a" * 46)], "metadata.name", "choose a name of at most 45 characters"),
     "name-with-a-dot": ([("metadata.name", "a.b")], "metadata.name", "choose a name of lower-case letters, digits and dashes"),
@@ -491,7 +491,7 @@ def test_plain_kubectl_apply_works_twice(kubectl: Kubectl, conversions: Kubectl)
 
 @pytest.mark.parametrize(("field", "message"), [(field, message) for field, message, old in RULES if not old])
 def test_every_rule_has_a_document_that_breaks_it(field: str, message: str) -> None:
-    assert any(told == field and advice in message for _, told, advice in REFUSED.values())
+    assert any(reported == field and advice in message for _, reported, advice in REFUSED.values())
 
 
 @pytest.mark.parametrize("field", [field for field, _, old in RULES if old])

@@ -10,7 +10,7 @@ import pytest
 
 from harness.checkpoints import Unfinished
 from harness.cluster import Cluster
-from harness.golden import KIND, blocker, by_command, digests, document, events, message, owner_of, reach, told
+from harness.golden import KIND, blocker, by_command, digests, document, events, message, owner_of, reach, reported
 from harness.kubectl import Kubectl
 from harness.machine import run
 from harness.pods import host_path
@@ -63,13 +63,13 @@ def test_a_node_that_does_not_end_its_pods_is_named_with_the_remedy(
     assert "node.kubernetes.io/out-of-service:NoExecute" in said
     unfinished.finish()
     found = reach(namespace, "Succeeded")
-    assert told(found, "Degraded") == ("False", "Ended")
+    assert reported(found, "Degraded") == ("False", "Ended")
 
 
 # --------------------------------------------------------------------------------------------------------------- volumes
 
 
-def test_a_volume_that_cannot_be_mounted_is_told(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
+def test_a_volume_that_cannot_be_mounted_is_reported(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
     target = {"volume": host_path(volume / "not-there"), "path": "out"}
     namespace.apply(document(checkpoint, volume, target=target))
     assert str(volume / "not-there") in message(blocker(namespace, "VolumeMountFailed", seconds=90), "Degraded")
@@ -114,7 +114,7 @@ def small(volume: Path, checkpoint: Path) -> Iterator[Path]:
     run("umount", "--lazy", folder)
 
 
-def test_a_volume_without_room_is_told_in_bytes_and_the_rest_is_done_when_there_is_some(
+def test_a_volume_without_room_is_reported_in_bytes_and_the_rest_is_done_when_there_is_some(
     namespace: Kubectl, checkpoint: Path, volume: Path, small: Path, tmp_path: Path
 ) -> None:
     target = {"volume": host_path(small), "path": "out"}
@@ -132,7 +132,7 @@ def test_a_volume_without_room_is_told_in_bytes_and_the_rest_is_done_when_there_
 # ------------------------------------------------------------------------------------------------------------ containers
 
 
-def test_a_container_that_cannot_be_made_is_told(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
+def test_a_container_that_cannot_be_made_is_reported(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
     wanted = {"name": "CA", "valueFrom": {"configMapKeyRef": {"name": "site", "key": "ca"}}}
     workers = {
         "security": {"runAsUser": owner_of(checkpoint)},
@@ -154,7 +154,7 @@ def test_arguments_that_no_stage_can_take_end_the_job_with_its_first_worker(
     }
     namespace.apply(document(checkpoint, volume, workers=workers))
     found = reach(namespace, "Failed")
-    assert told(found, "Failed") == ("True", "InvalidSpec")
+    assert reported(found, "Failed") == ("True", "InvalidSpec")
     assert len(namespace.get("pods")["items"]) == 1
 
 
@@ -162,6 +162,6 @@ def test_more_bad_stages_than_were_allowed_end_the_job(namespace: Kubectl, unfin
     unfinished.finish(spoilt=(b"encoder.final_norm", b"encoder.Final_norm"))
     namespace.apply(unfinished.document(retries={"maxFailedStages": 0}))
     found = reach(namespace, "Failed")
-    assert told(found, "Failed") == ("True", "MaxFailedStages")
+    assert reported(found, "Failed") == ("True", "MaxFailedStages")
     assert f"rank_{unfinished.last}" in message(found, "Failed")
     assert events(namespace)[-1] == "MaxFailedStages"

@@ -29,7 +29,7 @@ def process(proxy: Proxy, processes: Callable[..., Process]) -> Process:
 
 
 def check_converged(process: Process, proxy: Proxy, namespace: Kubectl, target: Path, expected: dict[str, str]) -> None:
-    """The bytes of the command, one Job, a status with all that the workers told, and then silence."""
+    """The bytes of the command, one Job, a status with all that the workers reported, and then silence."""
     found = status(namespace)
     check_status(found)
     assert digests(target) == expected
@@ -99,7 +99,7 @@ def test_every_watch_is_cut_again_and_again(
     check_converged(process, proxy, namespace, volume / "out", expected)
 
 
-def test_watches_are_told_that_their_version_is_gone(
+def test_watches_are_reported_that_their_version_is_gone(
     process: Process, proxy: Proxy, namespace: Kubectl, checkpoint: Path, volume: Path, expected: dict[str, str]
 ) -> None:
     proxy.script = lambda call: Fault(gone=True) if call.watch and call.before % 2 == 0 else None

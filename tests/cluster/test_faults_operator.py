@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.checkpoints import Unfinished
-from harness.golden import KIND, document, message, reach, status, told
+from harness.golden import KIND, document, message, reach, reported, status
 from harness.kubectl import Kubectl
 from harness.machine import wait_until
 from harness.process import Process
@@ -22,7 +22,7 @@ def jobs(namespace: Kubectl) -> dict[str, str]:
     return {job["metadata"]["name"]: job["metadata"]["uid"] for job in namespace.get("jobs")["items"]}
 
 
-def check_told(namespace: Kubectl) -> dict[str, Any]:
+def check_reported(namespace: Kubectl) -> dict[str, Any]:
     """Everything that the workers had to tell is in the status."""
     found = status(namespace)
     check_status(found)
@@ -36,7 +36,7 @@ def check_told(namespace: Kubectl) -> dict[str, Any]:
 def test_an_operator_that_is_killed_after_each_write_gets_there(
     proxy: Proxy, processes: Callable[..., Process], namespace: Kubectl, checkpoint: Path, volume: Path
 ) -> None:
-    """The server carries a write out, and the operator dies before it hears so; the next one does one write more."""
+    """The server carries a write out, and the operator dies before it is called with so; the next one does one write more."""
     process, died = processes(proxy), threading.Event()
     lock = threading.Lock()
 
@@ -57,13 +57,13 @@ def test_an_operator_that_is_killed_after_each_write_gets_there(
         assert lives < 15
     proxy.after_write = lambda _: None
     process.start()
-    check_told(namespace)
+    check_reported(namespace)
     assert list(jobs(namespace)) == ["golden-1"]
     assert proxy.written("POST", "jobs") == 1
     assert lives >= 4, "status, Job, status, status: each was the last of one operator"
 
 
-def test_what_workers_did_while_the_operator_was_away_is_told_when_it_is_back(
+def test_what_workers_did_while_the_operator_was_away_is_reported_when_it_is_back(
     processes: Callable[..., Process], namespace: Kubectl, unfinished: Unfinished
 ) -> None:
     process = processes()
@@ -76,10 +76,10 @@ def test_what_workers_did_while_the_operator_was_away_is_told_when_it_is_back(
     assert status(namespace)["phase"] == "Running"
     process.start()
     reach(namespace, "Succeeded")
-    check_told(namespace)
+    check_reported(namespace)
 
 
-def test_a_status_that_was_lost_is_told_again_and_nothing_is_done_again(
+def test_a_status_that_was_lost_is_reported_again_and_nothing_is_done_again(
     processes: Callable[..., Process], namespace: Kubectl, checkpoint: Path, volume: Path
 ) -> None:
     """As after a restore from a backup: those keep no status."""
@@ -92,7 +92,7 @@ def test_a_status_that_was_lost_is_told_again_and_nothing_is_done_again(
     assert status(namespace) == {"observedGeneration": -1}, "as of a new one"
     process.start()
     reach(namespace, "Succeeded")
-    assert check_told(namespace)["stageStatuses"] == before["stageStatuses"]
+    assert check_reported(namespace)["stageStatuses"] == before["stageStatuses"]
     assert jobs(namespace) == made
 
 
@@ -114,7 +114,7 @@ def test_a_conversion_that_was_replaced_meanwhile_gets_a_job_of_its_own(
     namespace.apply(unfinished.document())
     process.start()
     reach(namespace, "Succeeded")
-    check_told(namespace)
+    check_reported(namespace)
     assert jobs(namespace).keys() == {"golden-1"}
     assert uid not in jobs(namespace).values()
 
@@ -167,7 +167,7 @@ def test_two_operators_do_not_do_it_twice(
         return status(namespace).get("phase") == "Succeeded"
 
     wait_until("it to succeed", over, seconds=90)
-    check_told(namespace)
+    check_reported(namespace)
     assert len(uids) == 1
     assert sum(process.metric("status_writes_total") for process in both) <= 30
     assert not any("a bug" in process.log.read_text() for process in both)
@@ -191,7 +191,7 @@ def test_of_two_operators_with_a_lease_one_works_and_the_other_takes_over(
     assert "could not be renewed" in first.log.read_text()
     unfinished.finish()
     reach(namespace, "Succeeded")
-    check_told(namespace)
+    check_reported(namespace)
     assert second.metric("reconciles_total") > 0
 
 
@@ -211,6 +211,6 @@ def test_a_job_of_somebody_else_under_the_same_name_is_left_alone(
     process.start()
     namespace.apply(document(checkpoint, volume))
     found = reach(namespace, "Failed")
-    assert told(found, "Failed") == ("True", "NameConflict")
+    assert reported(found, "Failed") == ("True", "NameConflict")
     assert "golden-1" in message(found, "Failed")
     assert jobs(namespace) == made

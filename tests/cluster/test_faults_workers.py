@@ -11,7 +11,7 @@ import pytest
 
 from harness.checkpoints import Large, Unfinished
 from harness.cluster import Cluster
-from harness.golden import KIND, blocker, digests, document, events, message, owner_of, reach, status, told
+from harness.golden import KIND, blocker, digests, document, events, message, owner_of, reach, reported, status
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError, wait_until
 from harness.release import Release
@@ -75,8 +75,8 @@ def test_a_worker_that_runs_out_of_memory_gets_more(namespace: Kubectl, checkpoi
     found = reach(namespace, "Succeeded")
     assert found["attempt"] == 2
     assert jobs(namespace) == ["golden-1", "golden-2"]
-    told_of = events(namespace)
-    assert "MemoryGrown" in told_of
+    reported_of = events(namespace)
+    assert "MemoryGrown" in reported_of
     limits = {
         job["metadata"]["name"]: job["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"]
         for job in namespace.get("jobs")["items"]
@@ -97,7 +97,7 @@ def test_only_a_bad_stage_is_done_again_after_it_was_mended(
     assert (good["state"], bad["state"], bad["reason"]) == ("Succeeded", "Failed", "InputWrong")
     assert f"rank_{unfinished.last}" in bad["message"], "it names the file"
     assert "language_model.encoder.Final_norm" in bad["message"], "and what is wrong with it"
-    assert told(found, "Failed") == ("True", "StageFailed")
+    assert reported(found, "Failed") == ("True", "StageFailed")
     assert "kubectl annotate ckc golden" in message(found, "Failed")
     assert not (unfinished.target / "latest_checkpointed_iteration.txt").exists()
     began = namespace.get("pods")["items"]
@@ -110,8 +110,8 @@ def test_only_a_bad_stage_is_done_again_after_it_was_mended(
     assert len(namespace.get("pods")["items"]) == len(began) + 1
     assert digests(unfinished.target) == expected
     # Several come within one second, the grain of their times; and a slow worker may be asked while it looks at files just written.
-    told_of = [event for event in events(namespace) if event != "WaitingForCheckpoint"]
-    assert sorted(told_of) == sorted(
+    reported_of = [event for event in events(namespace) if event != "WaitingForCheckpoint"]
+    assert sorted(reported_of) == sorted(
         ["JobCreated", "StageFailed", "StageFailed", "RetryRequested", "JobCreated", "AllStagesSucceeded"]
     )
 
@@ -155,13 +155,13 @@ def test_a_claim_that_is_missing_is_named_and_waited_for(
     )
     try:
         found = reach(namespace, "Succeeded")
-        assert told(found, "VolumesReady") == ("True", "Bound")
+        assert reported(found, "VolumesReady") == ("True", "Bound")
         assert digests(volume / "out") == expected
     finally:
         namespace("delete", "persistentvolume", name, "--wait=false")
 
 
-def test_an_image_that_cannot_be_pulled_is_told_and_given_up_in_time(
+def test_an_image_that_cannot_be_pulled_is_reported_and_given_up_in_time(
     namespace: Kubectl, checkpoint: Path, volume: Path
 ) -> None:
     workers = {"security": {"runAsUser": owner_of(checkpoint)}, "image": "nowhere.invalid/ckpt2pt:0"}
@@ -169,23 +169,23 @@ def test_an_image_that_cannot_be_pulled_is_told_and_given_up_in_time(
     found = blocker(namespace, "ImagePullBackOff")
     assert "nowhere.invalid/ckpt2pt:0" in message(found, "Degraded")
     found = reach(namespace, "Failed")
-    assert told(found, "Failed") == ("True", "PendingDeadline")
+    assert reported(found, "Failed") == ("True", "PendingDeadline")
     assert "nowhere.invalid/ckpt2pt:0" in message(found, "Failed")
     namespace.wait_gone("job", "golden-1")
 
 
-def test_workers_that_no_node_takes_are_told(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
+def test_workers_that_no_node_takes_are_reported(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
     workers = {"security": {"runAsUser": owner_of(checkpoint)}, "nodeSelector": {"disk": "fast"}}
     namespace.apply(document(checkpoint, volume, workers=workers, pendingDeadlineSeconds=8))
     found = blocker(namespace, "Unschedulable")
     assert "node affinity/selector" in message(found, "Degraded")
-    assert told(reach(namespace, "Failed"), "Failed") == ("True", "PendingDeadline")
+    assert reported(reach(namespace, "Failed"), "Failed") == ("True", "PendingDeadline")
 
 
 @pytest.mark.parametrize(
     ("hard", "object_refused"), [({"pods": "0"}, "pod"), ({"count/jobs.batch": "0"}, "job")], ids=["pods", "jobs"]
 )
-def test_a_quota_that_refuses_is_told_and_waited_for(
+def test_a_quota_that_refuses_is_reported_and_waited_for(
     namespace: Kubectl, checkpoint: Path, volume: Path, hard: dict[str, str], object_refused: str
 ) -> None:
     quota = {"apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none"}, "spec": {"hard": hard}}
@@ -207,12 +207,12 @@ def test_a_quota_that_comes_while_workers_run_ends_it_in_time(namespace: Kubectl
     namespace("delete", "pods", "--all", "--wait=false")
     blocker(namespace, "QuotaExceeded", seconds=90)
     found = reach(namespace, "Failed")
-    assert told(found, "Failed") == ("True", "PendingDeadline")
+    assert reported(found, "Failed") == ("True", "PendingDeadline")
     assert "QuotaExceeded: " in message(found, "Failed")
     assert not jobs(namespace)
 
 
-def test_pod_security_that_refuses_is_told(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
+def test_pod_security_that_refuses_is_reported(namespace: Kubectl, checkpoint: Path, volume: Path) -> None:
     """``restricted`` admits neither hostPath nor root."""
     namespace("label", "namespace", str(namespace.namespace), "pod-security.kubernetes.io/enforce=restricted")
     namespace.apply(document(checkpoint, volume))
@@ -234,7 +234,7 @@ def test_a_job_that_is_deleted_is_made_anew_but_not_for_ever(namespace: Kubectl,
     reach(namespace, "Running")
     namespace("delete", "job", "golden-1")
     found = reach(namespace, "Failed")
-    assert told(found, "Failed") == ("True", "JobDeleted")
+    assert reported(found, "Failed") == ("True", "JobDeleted")
     assert events(namespace).count("JobRecreated") == 1, "one event, counted"
 
 
@@ -245,7 +245,7 @@ def test_a_conversion_that_is_suspended_goes_on_where_it_was(
     reach(namespace, "Running")
     patch(namespace, {"suspend": True})
     found = reach(namespace, "Suspended")
-    assert told(found, "Suspended") == ("True", "UserRequested")
+    assert reported(found, "Suspended") == ("True", "UserRequested")
     wait_until("the workers to be gone", lambda: not pods(namespace), seconds=90)
     unfinished.finish()
     patch(namespace, {"suspend": False})
@@ -260,14 +260,14 @@ def test_no_deadline_runs_while_a_conversion_is_suspended_before_it_has_a_job(
     claim = {"volume": {"persistentVolumeClaim": {"claimName": "nowhere"}}, "path": "out"}
     namespace.apply(document(checkpoint, volume, target=claim, suspend=True, pendingDeadlineSeconds=4))
     found = blocker(namespace, "PVCNotFound", kind="VolumesReady")
-    assert (found["phase"], told(found, "Suspended")) == ("Suspended", ("True", "UserRequested"))
+    assert (found["phase"], reported(found, "Suspended")) == ("Suspended", ("True", "UserRequested"))
     time.sleep(6)
     patch(namespace, {"suspend": False})
     reach(namespace, "Pending")
-    assert told(reach(namespace, "Failed"), "Failed") == ("True", "PendingDeadline")
+    assert reported(reach(namespace, "Failed"), "Failed") == ("True", "PendingDeadline")
 
 
-def test_what_comes_too_early_or_is_a_queues_to_do_is_told(namespace: Kubectl, unfinished: Unfinished) -> None:
+def test_what_comes_too_early_or_is_a_queues_to_do_is_reported(namespace: Kubectl, unfinished: Unfinished) -> None:
     """No Kueue runs here, so that the Job is not held back: what it would have admitted."""
     workers = unfinished.document()["spec"]["workers"]
     namespace.apply(unfinished.document(workers={**workers, "queueName": "research"}))
@@ -289,7 +289,7 @@ def test_a_conversion_that_is_cancelled_ends_and_stays_so(namespace: Kubectl, un
     reach(namespace, "Running")
     patch(namespace, {"cancel": True})
     found = reach(namespace, "Cancelled")
-    assert told(found, "Failed") == ("True", "Cancelled")
+    assert reported(found, "Failed") == ("True", "Cancelled")
     namespace.wait_gone("job", "golden-1")
     wait_until("its pods to be collected", lambda: not pods(namespace))
     with pytest.raises(ClusterError, match="cancel"):
@@ -317,7 +317,7 @@ def test_fewer_workers_at_a_time_can_be_had_while_it_runs(namespace: Kubectl, un
 def test_an_active_deadline_ends_it(namespace: Kubectl, unfinished: Unfinished) -> None:
     namespace.apply(unfinished.document(activeDeadlineSeconds=8))
     found = reach(namespace, "Failed")
-    assert told(found, "Failed") == ("True", "ActiveDeadline")
+    assert reported(found, "Failed") == ("True", "ActiveDeadline")
     assert "spec.activeDeadlineSeconds" in message(found, "Failed")
 
 
@@ -341,7 +341,7 @@ def test_a_conversion_that_is_deleted_leaves_nothing_behind(namespace: Kubectl, 
     namespace("delete", KIND, "large")
     namespace.wait_gone("job", "large-1")
     wait_until("the workers to be gone", lambda: not pods(namespace), seconds=90)
-    assert large.partials() == [], "the workers were told to stop and removed what they had begun"
+    assert large.partials() == [], "the workers were asked to stop and removed what they had begun"
     assert not (large.target / "latest_checkpointed_iteration.txt").exists()
 
 
@@ -397,7 +397,7 @@ def test_an_api_server_that_is_restarted_while_workers_run_is_no_more_than_a_pau
 def test_a_kubelet_that_is_away_for_a_while_loses_nothing(
     cluster: Cluster, namespace: Kubectl, unfinished: Unfinished
 ) -> None:
-    """What workers write meanwhile is told when it is back."""
+    """What workers write meanwhile is reported when it is back."""
     namespace.apply(unfinished.document())
     reach(namespace, "Running")
     cluster.node.kubelet.stop(kill=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from harness.golden import KIND, by_command, digests, events, message, owner_of, reach, status, told
+from harness.golden import KIND, by_command, digests, events, message, owner_of, reach, reported, status
 from harness.kubectl import Kubectl
 from harness.machine import wait_until
 from harness.release import Release
@@ -49,7 +49,7 @@ def test_each_checkpoint_of_a_training_is_converted_until_it_ends(
 ) -> None:
     namespace.apply(following(checkpoint, volume))
     wait_until("the follower", lambda: status(namespace).get("phase") == "Running", seconds=60)
-    assert told(status(namespace), "Ready") == ("False", "Following")
+    assert reported(status(namespace), "Ready") == ("False", "Following")
     namespace.apply(training(converter_image, checkpoint, volume, steps="1,2,3", pause=8.0))
     found = converted(namespace, 1)
     check_status(found)
@@ -64,7 +64,7 @@ def test_each_checkpoint_of_a_training_is_converted_until_it_ends(
     namespace.wait("job.batch", "pretrain", "Complete", seconds=120)
     found = reach(namespace, "Succeeded")
     check_status(found)
-    assert told(found, "Ready") == ("True", "TrainingFollowed")
+    assert reported(found, "Ready") == ("True", "TrainingFollowed")
     assert (found["followEnd"], found["iteration"], found["job"]) == ("Succeeded", 3, "golden-2")
     assert results(volume) == ["iter_0000002", "iter_0000003", TRACKER]
     assert (volume / "out" / TRACKER).read_text() == "3"

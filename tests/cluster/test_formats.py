@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from harness.golden import document, owner_of, reach, told
+from harness.golden import document, owner_of, reach, reported
 from harness.kubectl import Kubectl
 from harness.machine import wait_until
 from harness.pods import host_path
@@ -80,7 +80,7 @@ def test_every_format_of_today_comes_from_every_other(
     namespace.apply(of_megatron("from-old", old, volume, "TorchDist", 1))
     found = reach(namespace, "Succeeded")
     assert found["stages"]["total"] == 2
-    assert told(found, "Verified") == ("True", "DigestsMatch")
+    assert reported(found, "Verified") == ("True", "DigestsMatch")
     assert contents(volume / "out") == first
     assert {name for name in first if name.endswith(".distcp")} >= {
         "iter_0000002/__0_0.distcp",
@@ -169,7 +169,7 @@ def test_two_that_finish_at_once_make_one_checkpoint_whoever_is_killed(
     (volume / "go").touch()
     found = reach(namespace, "Succeeded")
     assert (volume / "killed").exists() == bool(killed_at)
-    assert told(found, "Verified") == ("True", "DigestsMatch")
+    assert reported(found, "Verified") == ("True", "DigestsMatch")
     source = ["--source", checkpoint / "ms", "--param-map-path", checkpoint / "pt_meta"]
     assert contents(volume / "out") == converted([*source, "--target-format", "torch_dist"], tmp_path / "first")
 

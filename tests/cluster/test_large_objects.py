@@ -83,11 +83,11 @@ def test_large_objects_are_refused_and_cost_nobody_anything(process: Process, na
     wait_until("the Job of somebody else", lambda: namespace.exists("job", "ours-1"), seconds=60)
     assert most_memory(process) < MOST
     assert process.ended() is None
-    told = json.loads(namespace("get", "--raw", where(namespace, "flat-0"), seconds=60))
-    assert len(told["spec"]["workers"]["podOverrides"]["spec"]["x"]) == 440_000, (
+    reported = json.loads(namespace("get", "--raw", where(namespace, "flat-0"), seconds=60))
+    assert len(reported["spec"]["workers"]["podOverrides"]["spec"]["x"]) == 440_000, (
         "its status was written without its spec"
     )
-    [why] = [c["message"] for c in told["status"]["conditions"] if c["type"] == "Accepted"]
+    [why] = [c["message"] for c in reported["status"]["conditions"] if c["type"] == "Accepted"]
     assert "spec.workers.podOverrides" in why
     assert "keep it to 65,536 bytes" in why
 

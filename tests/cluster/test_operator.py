@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.golden import KIND, by_command, digests, document, events, message, reach, status, told
+from harness.golden import KIND, by_command, digests, document, events, message, reach, reported, status
 from harness.kubectl import Kubectl
 from harness.pods import host_path
 from harness.release import Release
@@ -37,8 +37,8 @@ def test_a_golden_checkpoint_becomes_the_bytes_of_the_command(
         assert stage["bytes"] == stage["bytesTotal"] > 0
         assert stage["throughput"] > 0
     assert found["bytesDone"] == sum(stage["bytes"] for stage in found["stageStatuses"])
-    assert told(found, "Verified") == ("True", "DigestsMatch")
-    assert told(found, "Ready") == ("True", "AllStagesSucceeded")
+    assert reported(found, "Verified") == ("True", "DigestsMatch")
+    assert reported(found, "Ready") == ("True", "AllStagesSucceeded")
     assert events(namespace) == ["JobCreated", "AllStagesSucceeded"]
     columns = namespace("get", "ckc").split("\n")[1].split()
     assert columns[:6] == ["golden", "Succeeded", "100%", "2/2", "2", "AllStagesSucceeded"]
@@ -62,7 +62,7 @@ def test_a_megatron_checkpoint_becomes_mindspores_files(
     found = reach(namespace, "Succeeded")
     check_status(found)
     assert (found["stageSummary"], found["iteration"], found["outputPath"]) == ("2/2", 2, "back")
-    assert told(found, "Verified") == ("True", "SourceMatches")
+    assert reported(found, "Verified") == ("True", "SourceMatches")
     assert (volume / found["reportPath"]).is_file()
 
     def files(folder: Path) -> dict[str, bytes]:
@@ -77,7 +77,7 @@ def test_a_dry_run_reports_and_writes_nothing(
     namespace.apply(document(checkpoint, volume, dryRun=True))
     found = reach(namespace, "Planned")
     check_status(found)
-    assert told(found, "Complete")[0] == "True"
+    assert reported(found, "Complete")[0] == "True"
     size = r"[1-9][0-9.]* [KMGT]iB"
     said = rf"[1-9]\d* files are planned: {size} to read, {size} to write with {size} free, at most {size} of memory for a worker"
     assert re.match(said, message(found, "Ready")), message(found, "Ready")
@@ -88,7 +88,7 @@ def test_a_dry_run_reports_and_writes_nothing(
 def test_every_element_can_be_verified(operator: Release, checkpoint: Path, namespace: Kubectl, volume: Path) -> None:
     namespace.apply(document(checkpoint, volume, verify="Full"))
     found = reach(namespace, "Succeeded")
-    assert told(found, "Verified")[0] == "True"
+    assert reported(found, "Verified")[0] == "True"
 
 
 def test_a_wrong_layer_count_says_what_is_wrong_and_how_to_correct_it(
@@ -98,7 +98,7 @@ def test_a_wrong_layer_count_says_what_is_wrong_and_how_to_correct_it(
     namespace.apply(wrong)
     found = reach(namespace, "Failed")
     check_status(found)
-    assert told(found, "Failed") == ("True", "StageFailed")
+    assert reported(found, "Failed") == ("True", "StageFailed")
     assert "spec.model.numLayers" in message(found, "Failed")
     assert {stage["reason"] for stage in found["stageStatuses"]} == {"InputWrong"}
     assert all(stage["attempts"] == 1 for stage in found["stageStatuses"]), "what cannot help is not tried again"

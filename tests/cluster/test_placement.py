@@ -33,7 +33,7 @@ def admitted(namespace: Kubectl) -> dict[str, Any]:
     return namespace.get("job", "golden-1")
 
 
-def test_workers_run_where_and_as_they_are_told(
+def test_workers_run_where_and_as_they_are_reported(
     checkpoint: Path, namespace: Kubectl, volume: Path, priority: str
 ) -> None:
     """Scheduling fields, labels, and a pod template that is changed where there is no field: all at once, and it converts."""

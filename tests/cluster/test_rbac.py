@@ -81,10 +81,10 @@ def review(kubectl: Kubectl, kind: str, *specs: dict[str, Any], user: str = "") 
 
 def rights(kubectl: Kubectl, user: str) -> Rights:
     """Everything that an account may do in the namespace, but for what every account may."""
-    [told] = review(kubectl, "SelfSubjectRulesReview", {"namespace": kubectl.namespace}, user=user)
-    assert not told.get("incomplete"), told
+    [reported] = review(kubectl, "SelfSubjectRulesReview", {"namespace": kubectl.namespace}, user=user)
+    assert not reported.get("incomplete"), reported
     found: Rights = set()
-    for rule in told["resourceRules"]:
+    for rule in reported["resourceRules"]:
         for group in rule.get("apiGroups", ()):
             for resource in rule.get("resources", ()):
                 thing = f"{resource}.{group}" if group else resource
@@ -216,10 +216,10 @@ def test_a_worker_has_no_token_no_rights_and_no_privileges(
     mounts = Path(f"/proc/{worker}/mounts").read_text()
     assert "serviceaccount" not in mounts
     assert re.search(r"^\S+ / \S+ ro[, ]", mounts, re.MULTILINE), "a read-only root file system"
-    told = dict(re.findall(r"^(\w+):\s+(\S+)", Path(f"/proc/{worker}/status").read_text(), re.MULTILINE))
-    assert int(told["CapEff"], 16) == int(told["CapBnd"], 16) == 0
-    assert (told["NoNewPrivs"], told["Seccomp"]) == ("1", "2")
-    assert int(told["Uid"]) == owner_of(unfinished.folder)
+    reported = dict(re.findall(r"^(\w+):\s+(\S+)", Path(f"/proc/{worker}/status").read_text(), re.MULTILINE))
+    assert int(reported["CapEff"], 16) == int(reported["CapBnd"], 16) == 0
+    assert (reported["NoNewPrivs"], reported["Seccomp"]) == ("1", "2")
+    assert int(reported["Uid"]) == owner_of(unfinished.folder)
     unfinished.finish()
     reach(namespace, "Succeeded")
 

@@ -93,7 +93,7 @@ def test_a_training_pod_creates_one_and_may_do_nothing_else(
     assert "reading it was refused (403)" in refused.stderr
 
 
-def test_what_the_server_refuses_is_told_in_its_words(pod: dict[str, str], tmp_path: Path) -> None:
+def test_what_the_server_refuses_is_reported_in_its_words(pod: dict[str, str], tmp_path: Path) -> None:
     unknown = submit(pod, "-f", write(tmp_path / "a.yaml", changed(("spec.sauce", 1))))
     assert unknown.returncode == 64
     assert 'unknown field "spec.sauce"' in unknown.stderr

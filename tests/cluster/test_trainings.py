@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.golden import KIND, digests, document, events, message, owner_of, reach, status, told
+from harness.golden import KIND, digests, document, events, message, owner_of, reach, reported, status
 from harness.kubectl import Kubectl
 from harness.machine import wait_until
 from harness.release import Release
@@ -21,7 +21,7 @@ from statuses import check_status
 
 @pytest.fixture(scope="module")
 def operator(releases: Callable[..., Release]) -> Iterator[Release]:
-    """The operator, told to watch two more kinds and to serve annotated trainings."""
+    """The operator, reported to watch two more kinds and to serve annotated trainings."""
     release = releases()
     kinds = {name: {"enabled": True} for name in ("pytorchJob", "volcanoJob")}
     release.install(trainingKinds=kinds, trainingTrigger={"enabled": True})
@@ -34,7 +34,7 @@ def reason(namespace: Kubectl, wanted: str, name: str = "golden") -> str:
 
     def there() -> bool:
         found = status(namespace, name)
-        return "conditions" in found and told(found, "Ready")[1] == wanted
+        return "conditions" in found and reported(found, "Ready")[1] == wanted
 
     wait_until(f"{name} to say {wanted}", there, seconds=60)
     return message(status(namespace, name), "Ready")
@@ -66,7 +66,7 @@ def test_a_conversion_starts_when_its_training_has_completed(
     namespace.wait("job.batch", "pretrain", "Complete", seconds=90)
     found = reach(namespace, "Succeeded")
     check_status(found)
-    assert told(found, "Verified")[0] == "True"
+    assert reported(found, "Verified")[0] == "True"
     assert found["iteration"] == 2, "the last that it has saved"
     assert digests(volume / "out") == expected
     ended = namespace.get("job.batch", "pretrain")["status"]["completionTime"]
@@ -89,7 +89,7 @@ def test_a_training_that_fails_is_no_reason_to_convert(
     namespace.apply(training(converter_image, checkpoint, volume, pause=0.1, ending="fails"))
     found = reach(namespace, "Failed")
     check_status(found)
-    assert told(found, "Failed") == ("True", "TrainingFailed")
+    assert reported(found, "Failed") == ("True", "TrainingFailed")
     said = message(found, "Failed")
     assert said.startswith("Job pretrain failed, so there is nothing whole to convert: BackoffLimitExceeded: ")
     assert not namespace.exists("job.batch", "golden-1")
@@ -109,7 +109,7 @@ def test_a_training_that_is_deleted_or_replaced_is_no_success(
     operator.scale(1)
     found = reach(namespace, "Failed")
     check_status(found)
-    assert told(found, "Failed") == ("True", "TrainingDeleted")
+    assert reported(found, "Failed") == ("True", "TrainingDeleted")
     assert message(found, "Failed").startswith("Job pretrain was deleted before it was seen to complete; ")
     # Asked again, it takes the training of that name that is there now.
     namespace.wait("job.batch", "pretrain", "Complete", seconds=90)
@@ -195,7 +195,7 @@ def test_an_annotated_training_gets_a_conversion_of_its_own_once_per_run(
     assert [event["involvedObject"]["name"] for event in notes] == ["pretrain", "pretrain"]
 
 
-def test_a_wrong_template_is_told_at_the_training_and_may_be_corrected(
+def test_a_wrong_template_is_reported_at_the_training_and_may_be_corrected(
     operator: Release, checkpoint: Path, namespace: Kubectl, volume: Path, converter_image: str
 ) -> None:
     wrong = template(checkpoint, volume)
@@ -240,16 +240,16 @@ class Foreign:
         self.resource: str = self.crd["metadata"]["name"]
         self.done, self.failed = done, failed
 
-    def say(self, namespace: Kubectl, told: dict[str, Any]) -> None:
+    def say(self, namespace: Kubectl, reported: dict[str, Any]) -> None:
         """Write a status."""
-        patch = json.dumps({"status": told})
+        patch = json.dumps({"status": reported})
         namespace("patch", self.resource, "pretrain", "--subresource=status", "--type=merge", f"--patch={patch}")
 
 
 def conditions(kind: str) -> dict[str, Any]:
     """A status in the manner of Kubeflow."""
-    told = {"type": kind, "status": "True", "reason": f"Job{kind}", "message": "said by the test"}
-    return {"conditions": [{"type": "Running", "status": "False"}, told]}
+    reported = {"type": kind, "status": "True", "reason": f"Job{kind}", "message": "said by the test"}
+    return {"conditions": [{"type": "Running", "status": "False"}, reported]}
 
 
 def phase(name: str) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def test_any_kind_of_the_table_is_waited_for(
         kind.say(namespace, kind.failed)
         namespace.apply(converting(kind, "second"))
         found = reach(namespace, "Failed", f"second-{number}")
-        assert told(found, "Failed")[1] == "TrainingFailed"
+        assert reported(found, "Failed")[1] == "TrainingFailed"
         why = "JobFailed: said by the test" if number == 0 else "Aborted"
         assert message(found, "Failed").endswith(f"nothing whole to convert: {why}")
 

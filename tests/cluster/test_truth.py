@@ -1,4 +1,4 @@
-"""Nothing is told done that is not, and nothing that is done is told otherwise: against the files on the volume."""
+"""Nothing is reported done that is not, and nothing that is done is reported otherwise: against the files on the volume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from harness.checkpoints import Large
-from harness.golden import KIND, digests, document, message, owner_of, reach, status, told
+from harness.golden import KIND, digests, document, message, owner_of, reach, reported, status
 from harness.kubectl import Kubectl
 from harness.machine import ClusterError, run, wait_until
 from harness.release import Release
@@ -55,7 +55,7 @@ def test_a_worker_that_ends_with_0_and_has_done_nothing_has_failed(
     check_status(found)
     assert {stage["reason"] for stage in found["stageStatuses"]} == {"NoReport"}
     assert says.replace("  ", " ") in found["stageStatuses"][0]["message"].replace("  ", " ")
-    assert told(found, "Verified") == ("False", "NotYet")
+    assert reported(found, "Verified") == ("False", "NotYet")
     assert not list(volume.iterdir())
 
 
@@ -70,7 +70,7 @@ def test_pods_that_are_gone_before_an_operator_saw_them_prove_nothing_and_cost_n
     namespace("delete", "pods", "--all")
     operator.scale(1)
     found = reach(namespace, "Succeeded")
-    assert (found["attempt"], told(found, "Verified")) == (2, ("True", "DigestsMatch"))
+    assert (found["attempt"], reported(found, "Verified")) == (2, ("True", "DigestsMatch"))
     assert digests(volume / "out") == expected
     assert before == {path: path.stat().st_mtime_ns for path in (volume / "out").rglob("*.pt")}, (
         "nothing is written again"
@@ -90,7 +90,7 @@ def delete(namespace: Kubectl) -> None:
 
 @pytest.mark.parametrize("killed", [False, True], ids=["", "operator-killed"])
 @pytest.mark.parametrize("stop", [cancel, delete])
-def test_what_is_told_after_a_late_end_is_what_lies_on_the_volume(
+def test_what_is_reported_after_a_late_end_is_what_lies_on_the_volume(
     operator: Release, namespace: Kubectl, large: Large, stop: Callable[[Kubectl], None], killed: bool
 ) -> None:
     """Every rank is there, and the workers are about to publish."""
@@ -125,9 +125,9 @@ def test_a_job_that_is_refused_has_a_pending_deadline(
     namespace.apply(document(checkpoint, volume, pendingDeadlineSeconds=15))
     wait_until("the refusal", lambda: "pendingSince" in status(namespace))
     found = status(namespace)
-    assert (told(found, "Degraded"), told(found, "Stalled")[0]) == (("True", "QuotaExceeded"), "False")
+    assert (reported(found, "Degraded"), reported(found, "Stalled")[0]) == (("True", "QuotaExceeded"), "False")
     found = reach(namespace, "Failed", seconds=60)
-    assert told(found, "Failed") == ("True", "PendingDeadline")
+    assert reported(found, "Failed") == ("True", "PendingDeadline")
     assert "QuotaExceeded: jobs.batch" in message(found, "Failed")
 
 
@@ -136,7 +136,7 @@ def test_a_job_that_no_api_server_takes_ends_at_once(
 ) -> None:
     namespace.apply(document(checkpoint, volume, workers={"podOverrides": {"spec": {"containers": "nonsense"}}}))
     found = reach(namespace, "Failed", seconds=30)
-    assert (told(found, "Failed"), told(found, "Accepted")[0]) == (("True", "InvalidSpec"), "False")
+    assert (reported(found, "Failed"), reported(found, "Accepted")[0]) == (("True", "InvalidSpec"), "False")
     assert "cannot unmarshal string" in message(found, "Failed")
 
 
@@ -147,7 +147,7 @@ def test_a_training_of_a_kind_that_nobody_watches(
     namespace.apply(document(checkpoint, volume, startAfter=after))
     wait_until("a word", lambda: bool(status(namespace).get("conditions")))
     found = status(namespace)
-    assert told(found, "Stalled") == ("True", "TrainingKindUnknown")
+    assert reported(found, "Stalled") == ("True", "TrainingKindUnknown")
     assert "batch.volcano.sh/v1alpha1 Job, which this operator does not watch; it watches batch/v1 Job" in message(
         found, "Ready"
     )

@@ -185,13 +185,13 @@ REFUSED: dict[str, tuple[Any, type[Ckpt2ptError], str]] = {
         CoverageError,
         f"exp_avg_sq.{FIRST_NORM} is missing",
     ),
-    "surplus-param": (lambda m: add(m, "language_model.pooler.weight"), CoverageError, "pooler.weight has no place"),
-    "surplus-layer": (
+    "extra-param": (lambda m: add(m, "language_model.pooler.weight"), CoverageError, "pooler.weight has no place"),
+    "extra-layer": (
         lambda m: add(m, "language_model.encoder.layers.4.input_norm.weight"),
         CoverageError,
         "layers.4.input_norm.weight has no place",
     ),
-    "surplus-moment": (lambda m: add(m, "exp_avg.unknown"), CoverageError, "exp_avg.unknown has no place"),
+    "extra-moment": (lambda m: add(m, "exp_avg.unknown"), CoverageError, "exp_avg.unknown has no place"),
     "two-spellings": (
         lambda m: add(m, "language_model.encoder.layers.0.input_norm.gamma"),
         CoverageError,

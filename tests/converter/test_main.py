@@ -74,7 +74,7 @@ def test_streams_that_cannot_be_written_to_end_as_documented(
 @pytest.mark.parametrize(
     "locale", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
 )
-def test_a_path_that_stdout_cannot_spell_is_told_nevertheless(
+def test_a_path_that_stdout_cannot_spell_is_reported_nevertheless(
     locale: dict[str, str], convert: str, tmp_path: Path
 ) -> None:
     words = [*shlex.split(convert), "--megatron-path", str(tmp_path / "öut")]
@@ -83,7 +83,7 @@ def test_a_path_that_stdout_cannot_spell_is_told_nevertheless(
     assert r"\xf6ut/iter_0000012" in done.stdout
 
 
-def test_nothing_of_ours_is_imported_before_signals_are_heard() -> None:
+def test_nothing_of_ours_is_imported_before_signals_are_handled() -> None:
     script = "import sys; import ckpt2pt.__main__; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30, check=True)
     found = done.stdout.split()

@@ -115,18 +115,23 @@ def _number(name: str, value: float) -> Tensor:
 def test_parameter_groups_follow_the_parameters_of_each_rank(tmp_path: Path) -> None:
     """Megatron numbers groups by their first parameters: a stage without the embedding begins with a norm."""
     one, other = Relaid(topology=topology()), Relaid(topology=topology(pipeline=2))
-    told = {"wd_mult_group_0": 1.0, "learning_rate_group_0": 0.5, "wd_mult_group_1": 0.0, "learning_rate_group_1": 0.25}
-    one.entries[0, 0] |= {name: _number(name, value) for name, value in told.items()}
+    reported = {
+        "wd_mult_group_0": 1.0,
+        "learning_rate_group_0": 0.5,
+        "wd_mult_group_1": 0.0,
+        "learning_rate_group_1": 0.25,
+    }
+    one.entries[0, 0] |= {name: _number(name, value) for name, value in reported.items()}
     one.entries[0, 0]["rng"] = Tensor("default_generator", "uint8", (16,), bytes(16))
     outcome = run_all(relaid(one, other, tmp_path))
     assert any("default_generator" in warning for warning in outcome.warnings)
     found = [payloads(tmp_path / "out" / f"rank_{rank}" / "network.ckpt") for rank in (0, 1)]
     assert not any("default_generator" in each for each in found)
     for group in ("0", "1"):
-        assert found[0][f"learning_rate_group_{group}"][2] == _number("", told[f"learning_rate_group_{group}"]).data
+        assert found[0][f"learning_rate_group_{group}"][2] == _number("", reported[f"learning_rate_group_{group}"]).data
         assert (
             found[1][f"learning_rate_group_{group}"][2]
-            == _number("", told[f"learning_rate_group_{1 - int(group)}"]).data
+            == _number("", reported[f"learning_rate_group_{1 - int(group)}"]).data
         )
 
 
@@ -256,7 +261,7 @@ def test_the_full_proof_finds_what_is_wrong(case: str, tmp_path: Path) -> None:
         prove_import(request, discover(request), (0, 0), {"network.ckpt": path}, heed=lambda: None)
 
 
-def test_layers_that_the_source_lacks_are_told(tmp_path: Path) -> None:
+def test_layers_that_the_source_lacks_are_reported(tmp_path: Path) -> None:
     one, other = Relaid(topology=topology()), Relaid(topology=topology(pipeline=2))
     for name in [name for name in one.entries[0, 0] if ".layers.2." in name]:
         del one.entries[0, 0][name]

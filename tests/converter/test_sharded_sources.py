@@ -174,7 +174,7 @@ def test_a_group_that_is_not_whole_is_refused(case: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("data", "shown"), [(1, r"\[0\]"), (2, r"\[0, 1\]")])
 @pytest.mark.parametrize("pipeline", [1, 2])
-def test_a_wrong_data_parallel_size_is_told_as_such(data: int, shown: str, pipeline: int, tmp_path: Path) -> None:
+def test_a_wrong_data_parallel_size_is_reported_as_such(data: int, shown: str, pipeline: int, tmp_path: Path) -> None:
     made = made_of(Topology(num_layers=2, pipeline=pipeline, data=4))
     place(made, Sharding(), tmp_path)
     wrong = made.request(tmp_path, topology=replace(made.topology, data=data))

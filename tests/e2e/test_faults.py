@@ -68,7 +68,7 @@ def records(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(("road", "number"), [*((road, errno.EIO) for road in ROADS), ("convert", errno.ESTALE)])
-def test_a_call_that_fails_loses_nothing_and_is_told_with_its_path(
+def test_a_call_that_fails_loses_nothing_and_is_reported_with_its_path(
     road: str, number: int, golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command, older, flags = ROADS[road]
@@ -104,13 +104,13 @@ def test_a_call_that_fails_loses_nothing_and_is_told_with_its_path(
     assert len(first) > 60
     wrong: list[str] = []
     for (name, path), at in sorted(first.items(), key=lambda item: item[1]):
-        code, told, _ = attempt(at)
+        code, reported, _ = attempt(at)
         found = {file: digest for file, digest in results(work / "out").items() if not _PASSING.search(file)}
         final = {file: digest for file, digest in found.items() if file in before}
         faults = {
             "another exit code": code not in {0, 64, 65, 66, 74, 75, 76},
-            "a traceback": "Traceback" in told,
-            "no path": code and f"where: {tmp_path}" not in told,
+            "a traceback": "Traceback" in reported,
+            "no path": code and f"where: {tmp_path}" not in reported,
             "not what was to be written": not code and found != after,
             "neither old nor new": code
             and not whole(final, before, {file: after[file] for file in before if file in after}),
@@ -122,5 +122,7 @@ def test_a_call_that_fails_loses_nothing_and_is_told_with_its_path(
                 after,
                 listed,
             )
-        wrong += [f"{name} {path}, call {at}: {what}; {code} {told[-600:]}" for what, is_so in faults.items() if is_so]
+        wrong += [
+            f"{name} {path}, call {at}: {what}; {code} {reported[-600:]}" for what, is_so in faults.items() if is_so
+        ]
     assert not wrong, "\n".join(wrong)

@@ -109,9 +109,9 @@ def test_a_stopped_run_that_goes_on_writes_nothing_into_anothers_result(
         # With locks whoever comes second is refused while the first has a stage; without them nobody can know.
         assert code in ({0, 64, 75} if locks else {0, 64}), said
         os.killpg(first.pid, signal.SIGCONT)
-        late, told = end(first)
-        assert late in {0, 64, 75}, told
-        assert "Traceback" not in told
+        late, reported = end(first)
+        assert late in {0, 64, 75}, reported
+        assert "Traceback" not in reported
         if code and late:
             assert end(begin(source, target, environment, *OTHERS[other]))[0] == 0
         prove(target)
@@ -131,7 +131,7 @@ def test_of_two_that_race_to_replace_a_result_one_is_whole(
         both = [begin(source, target, environment, *kind) for kind in kinds]
         ends = [end(process) for process in both]
         assert {code for code, _ in ends} <= {0, 75}, ends
-        assert all("Traceback" not in told for _, told in ends)
+        assert all("Traceback" not in reported for _, reported in ends)
         prove(target)
     assert end(begin(source, target, environment, *kinds[0]))[0] == 0
     prove(target)

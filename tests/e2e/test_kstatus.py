@@ -15,7 +15,7 @@ from goldens import REPOSITORY
 from helm import MissingError
 from simulation import conversion
 from standings import statuses
-from statuses import expected_of, kstatus, told
+from statuses import expected_of, kstatus, reported
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]  # the first test may build the judge
 
@@ -63,9 +63,9 @@ def script(tmp_path: Path) -> Path:
 
 
 def argo(status: Any) -> str:
-    if status["phase"] in TERMINAL or told(status, "Stalled")[0] == "True":
+    if status["phase"] in TERMINAL or reported(status, "Stalled")[0] == "True":
         return {"Current": "Healthy", "Failed": "Degraded"}[expected_of(status)]
-    return "Suspended" if told(status, "Suspended")[0] == "True" else "Progressing"
+    return "Suspended" if reported(status, "Suspended")[0] == "True" else "Progressing"
 
 
 def test_argo_cd_sees_the_same(found: list[Any], script: Path) -> None:

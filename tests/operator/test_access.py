@@ -26,7 +26,7 @@ def test_all_rights_are_asked_for_in_each_namespace() -> None:
     assert {body["spec"]["resourceAttributes"]["namespace"] for _, _, body, _ in asked} == {"a", "b"}
 
 
-def test_what_is_missing_is_told_as_an_administrator_would_grant_it() -> None:
+def test_what_is_missing_is_reported_as_an_administrator_would_grant_it() -> None:
     def answer(_: str, __: str, body: Any) -> Answer:
         wanted = body["spec"]["resourceAttributes"]
         refused = wanted["verb"] in {"patch", "update"} and wanted["resource"] != "events"
@@ -46,7 +46,7 @@ def test_an_answer_that_does_not_say_yes_is_a_no() -> None:
     assert len(found) == EACH
 
 
-def told(body: Any) -> str:
+def reported(body: Any) -> str:
     found = body["spec"]["resourceAttributes"]
     return " ".join(filter(None, (found["verb"], found["resource"], found.get("group"), found.get("name"))))
 
@@ -65,19 +65,19 @@ def test_what_trainings_need_is_asked_for_where_they_are_watched() -> None:
         lambda client: missing(client, (), check_volumes=False, kinds=table, trigger=True),
     )
     assert len(asked) == EACH + 4, "what is needed anyway is asked for once"
-    assert {told(body) for _, _, body, _ in asked} >= {
+    assert {reported(body) for _, _, body, _ in asked} >= {
         "list ascendjobs mindxdl.gitee.com", "watch ascendjobs mindxdl.gitee.com",
         "get configmaps", "create checkpointconversions ckpt2pt.dev",
     }  # fmt: skip
 
 
-def test_what_a_lease_needs_is_told_with_its_name() -> None:
+def test_what_a_lease_needs_is_reported_with_its_name() -> None:
     def answer(_: str, __: str, body: Any) -> Answer:
         return 201, {"status": {"allowed": body["spec"]["resourceAttributes"]["verb"] != "update"}}
 
     found, asked = talk(answer, lambda client: missing_of_lease(client, "ops", "ours"))
     assert found == ["update leases.coordination.k8s.io ours in namespace ops"]
-    assert sorted(told(body) for _, _, body, _ in asked) == [
+    assert sorted(reported(body) for _, _, body, _ in asked) == [
         "create leases coordination.k8s.io",
         "get leases coordination.k8s.io ours",
         "update leases coordination.k8s.io ours",

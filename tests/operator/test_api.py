@@ -92,7 +92,7 @@ def refused(answer: Answer, **headers: str) -> ApiError:
     return talk(lambda *_: answer, use, **headers)[0]
 
 
-def test_a_refusal_is_told_in_the_servers_words() -> None:
+def test_a_refusal_is_reported_in_the_servers_words() -> None:
     error = refused((403, REFUSED))
     assert (error.code, error.reason, error.message, error.passing) == (403, "Forbidden", "exceeded quota: none", False)
 

@@ -1,4 +1,4 @@
-"""What kopf is told: to be a transport, and nothing more."""
+"""What kopf is reported: to be a transport, and nothing more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists in pages, watches that go on where they were, and what is told of pods that ended."""
+"""Lists in pages, watches that go on where they were, and what is reported pods that ended."""
 
 from __future__ import annotations
 
@@ -187,12 +187,12 @@ def test_an_api_server_that_is_away_is_not_a_watch_that_is_silent() -> None:
 
     async def use(api: Api) -> float:
         informer = PodInformer(api, Store(lambda _: None), Metrics("0"), "")
-        informer.heard = float("-inf")
+        informer.received = float("-inf")
         running = asyncio.create_task(informer.run())
         while not informer.trouble:
             await asyncio.sleep(0.01)
         running.cancel()
-        return informer.heard
+        return informer.received
 
     assert talk(lambda *_: (503, "away"), use)[0] > 0
 
@@ -205,10 +205,10 @@ def test_a_watch_in_which_nothing_happens_and_that_ends_in_its_time_is_not_silen
 
     async def use(api: Api) -> float:
         informer = PodInformer(api, Store(lambda _: None), Metrics("0"), "")
-        informer.heard = float("-inf")
+        informer.received = float("-inf")
         with pytest.raises(ApiError):
             await informer._follow()
-        return informer.heard
+        return informer.received
 
     assert talk(lambda *_: watches.pop(0), use)[0] > 0
 
@@ -218,13 +218,13 @@ DONE = json.dumps({"version": 1, "exitCode": 0, "reason": "Converted"})
 
 def test_a_worker_that_ends_is_counted_once_with_a_reason_that_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.dumps({"version": 1, "exitCode": 65, "reason": "ChosenByAUser", "message": "m"})
-    told = "".join(
+    reported = "".join(
         event("MODIFIED", pod(uid, version, **status))
         for version, (uid, status) in enumerate(
             [("a", RUNNING), ("b", RUNNING), ("a", ended(0, DONE)), ("a", ended(0, DONE)), ("b", ended(65, report))], 10
         )
     )
-    _, metrics, _ = follow(Pods((200, told)), monkeypatch)
+    _, metrics, _ = follow(Pods((200, reported)), monkeypatch)
     found = {
         (sample.labels["result"], sample.labels["reason"]): sample.value
         for family in metrics.registry.collect()

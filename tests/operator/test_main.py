@@ -78,7 +78,7 @@ def test_a_signal_ends_it_also_while_another_holds_the_lease(number: signal.Sign
         process.send_signal(number)
         _, said = process.communicate(timeout=20)
     assert process.returncode == 0
-    assert "told to stop before it had begun" in said
+    assert "asked to stop before it had begun" in said
     assert "Traceback" not in said
 
 
@@ -146,7 +146,7 @@ def test_what_follows_a_training_has_a_phase_of_its_own_among_the_metrics() -> N
     assert asyncio.run(phases()) == {"Pending": 1, "Running": 1, "Following": 1, "Suspended": 1}
 
 
-def test_a_wrong_flag_is_told_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_flag_is_reported_with_its_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 64
     assert "no image is given for the workers" in capsys.readouterr().err
     assert main(["--worker-image=i:1", "--concurrency=none"]) == 64

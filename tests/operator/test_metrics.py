@@ -21,7 +21,7 @@ def test_every_metric_has_our_prefix_a_help_and_only_labels_that_no_user_chooses
             assert set(sample.labels) <= LABELS
 
 
-def test_the_version_is_told() -> None:
+def test_the_version_is_reported() -> None:
     assert b'ckpt2pt_operator_build_info{version="1.2.3"} 1.0' in generate_latest(Metrics("1.2.3").registry)
 
 

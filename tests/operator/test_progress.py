@@ -30,17 +30,17 @@ RUNNING = pod_view(
 
 
 def ask(*pods: Pod) -> dict[str, Report]:
-    told: dict[str, Report] = {}
+    reported: dict[str, Report] = {}
 
     async def run() -> None:
-        progress = Progress(lambda pod, report: told.update({pod.uid: report}))
+        progress = Progress(lambda pod, report: reported.update({pod.uid: report}))
         try:
             await progress.ask(pods)
         finally:
             await progress.close()
 
     asyncio.run(run())
-    return told
+    return reported
 
 
 def answered(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Report]:
@@ -102,21 +102,21 @@ def test_who_was_silent_is_asked_again_but_not_waited_for(
     silent: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PAUSE", 0.0)
-    told: list[int] = []
+    reported: list[int] = []
 
     async def run() -> None:
-        progress = Progress(lambda _, report: told.append(report.done))
+        progress = Progress(lambda _, report: reported.append(report.done))
         await progress.ask([RUNNING])
         await progress._asked["p"]
         server = Server(lambda *_: (200, {"version": 1, "bytes": 7}))
         monkeypatch.setattr(module, "PROGRESS_PORT", int(server.url.rsplit(":", 1)[1]))
         with server.running():
             await progress.ask([RUNNING])
-            assert told == []
+            assert reported == []
             await progress._asked["p"]
-            assert told == [7]
+            assert reported == [7]
             await progress.ask([RUNNING])
-            assert told == [7, 7], "now it is known to answer"
+            assert reported == [7, 7], "now it is known to answer"
         await progress.close()
 
     asyncio.run(run())
@@ -152,11 +152,11 @@ def test_an_answer_that_comes_in_pieces_is_put_together(monkeypatch: pytest.Monk
     async def run() -> list[int]:
         server = await asyncio.start_server(answer, "127.0.0.1", 0)
         monkeypatch.setattr(module, "PROGRESS_PORT", server.sockets[0].getsockname()[1])
-        told: list[int] = []
-        progress = Progress(lambda _, report: told.append(report.done))
+        reported: list[int] = []
+        progress = Progress(lambda _, report: reported.append(report.done))
         try:
             await progress.ask([RUNNING])
-            return told
+            return reported
         finally:
             await progress.close()
             await over.wait()

@@ -23,7 +23,7 @@ from ckpt2pt_operator.rules.views import pod_view
 from ckpt2pt_operator.store import Store
 from documents import HOSTILE_NAMES, changed, claim
 from simulation import done, owned_by_job
-from statuses import told
+from statuses import reported
 from talking import api_of
 
 Raw = dict[str, Any]
@@ -168,7 +168,7 @@ def test_a_job_of_somebody_else_is_left_alone_and_named() -> None:
     world = World()
     world.objects["demo-1"] = {"metadata": {"name": "demo-1", "uid": "x", "ownerReferences": []}}
     asked, _ = world.look()
-    assert told(world.status, "Failed") == ("True", "NameConflict")
+    assert reported(world.status, "Failed") == ("True", "NameConflict")
     assert "delete it, or choose another name" in json.dumps(world.status)
     assert "DELETE" not in " ".join(asked)
 
@@ -189,7 +189,7 @@ def test_a_job_that_was_left_behind_by_one_is_in_the_way() -> None:
     labels = {"app.kubernetes.io/managed-by": "ckpt2pt-operator"}
     world.objects["demo-1"] = {"metadata": {"name": "demo-1", "uid": "x", "labels": labels}}
     world.look()
-    assert told(world.status, "Failed") == ("True", "NameConflict")
+    assert reported(world.status, "Failed") == ("True", "NameConflict")
     assert "delete it" in json.dumps(world.status)
 
 
@@ -205,7 +205,7 @@ def test_a_pending_deadline_is_counted_by_the_clock_of_the_api_server() -> None:
         assert world.status["phase"] == "Pending", ahead
     world.headers = {"Date": format_datetime(began + timedelta(hours=3), usegmt=True)}
     world.look(2)
-    assert told(world.status, "Failed") == ("True", "PendingDeadline")
+    assert reported(world.status, "Failed") == ("True", "PendingDeadline")
 
 
 QUOTA = {"reason": "Forbidden", "message": "exceeded quota: none, requested: count/jobs.batch=1"}
@@ -237,21 +237,21 @@ QUOTA = {"reason": "Forbidden", "message": "exceeded quota: none, requested: cou
         ((413, {"message": "Request entity too large: limit is 3145728"}), "InvalidSpec", "Failed"),
     ],
 )
-def test_a_job_that_the_api_server_refuses_is_told_in_its_words(answer: Answer, reason: str, phase: str) -> None:
+def test_a_job_that_the_api_server_refuses_is_reported_in_its_words(answer: Answer, reason: str, phase: str) -> None:
     world = World()
     world.refuses = lambda method, path: answer if (method, path.endswith("/jobs")) == ("POST", True) else None
     _, again = world.look()
-    assert (world.status["phase"], told(world.status, "Ready")[1]) == (phase, reason)
+    assert (world.status["phase"], reported(world.status, "Ready")[1]) == (phase, reason)
     assert str(answer[1]["message"]) in json.dumps(world.status)  # type: ignore[index]
     assert (again is not None) == (phase == "Pending")
-    degraded, accepted = told(world.status, "Degraded"), told(world.status, "Accepted")
+    degraded, accepted = reported(world.status, "Degraded"), reported(world.status, "Accepted")
     assert degraded == (("True", reason) if phase == "Pending" else ("False", "Ended"))
     assert accepted == (("True", "Valid") if phase == "Pending" else ("False", "InvalidSpec"))
     asked, _ = world.look(4)
     assert "PUT demo/status" not in asked, "the same refusal again is no news"
 
 
-def test_a_refusal_is_told_in_few_words() -> None:
+def test_a_refusal_is_reported_in_few_words() -> None:
     world = World()
     world.refuses = lambda _, path: (400, {"message": "x" * 9000}) if path.endswith("/jobs") else None
     world.look()
@@ -269,7 +269,7 @@ def test_a_busy_api_server_is_asked_again_when_it_says() -> None:
     assert again == 5.0
 
 
-def test_a_change_of_its_job_that_is_refused_is_told() -> None:
+def test_a_change_of_its_job_that_is_refused_is_reported() -> None:
     """A policy may keep anybody from that; the status alone would say that all is well."""
     world = World()
     world.look(2)
@@ -280,8 +280,8 @@ def test_a_change_of_its_job_that_is_refused_is_told() -> None:
     world.conversion["metadata"]["generation"] = 2
     with pytest.raises(ApiError):
         world.look()
-    [told_of] = [body for body in world.events if body["reason"] == "JobNotChanged"]
-    assert told_of["message"] == "Job demo-1 cannot be changed: admission webhook w denied the request: no"
+    [reported_of] = [body for body in world.events if body["reason"] == "JobNotChanged"]
+    assert reported_of["message"] == "Job demo-1 cannot be changed: admission webhook w denied the request: no"
 
 
 @pytest.mark.parametrize("code", [401, 404])
@@ -291,7 +291,7 @@ def test_what_may_pass_is_no_refusal(code: int) -> None:
     with pytest.raises(ApiError) as caught:
         world.look()
     assert caught.value.code == code
-    assert told(world.status, "Ready")[1] == "InProgress"
+    assert reported(world.status, "Ready")[1] == "InProgress"
 
 
 @pytest.mark.parametrize("code", [409, 429, 500, 503])
@@ -321,7 +321,7 @@ def test_one_that_is_being_deleted_is_left_to_the_api_server() -> None:
 def test_a_document_that_describes_nothing_is_refused_once() -> None:
     world = World(("spec.parallelism.pipeline", 3))
     world.look(3)
-    assert told(world.status, "Accepted") == ("False", "InvalidSpec")
+    assert reported(world.status, "Accepted") == ("False", "InvalidSpec")
     assert not world.objects
     assert writes(world.look(2)[0]) == []
 
@@ -330,15 +330,15 @@ def test_without_the_right_to_look_at_claims_it_goes_on() -> None:
     world = World()
     world.refuses = lambda _, path: (403, {}) if "/persistentvolumeclaims/" in path else None
     world.look(2)
-    assert told(world.status, "VolumesReady") == ("Unknown", "NotChecked")
+    assert reported(world.status, "VolumesReady") == ("Unknown", "NotChecked")
     assert list(world.objects) == ["demo-1"]
 
 
-def test_a_missing_claim_is_looked_for_again_and_again_but_told_once() -> None:
+def test_a_missing_claim_is_looked_for_again_and_again_but_reported_once() -> None:
     world = World()
     world.refuses = lambda _, path: (404, {"reason": "NotFound"}) if "/persistentvolumeclaims/" in path else None
     world.look()
-    assert told(world.status, "VolumesReady") == ("False", "PVCNotFound")
+    assert reported(world.status, "VolumesReady") == ("False", "PVCNotFound")
     asked, again = world.look(3)
     assert writes(asked) == []
     assert again
@@ -353,7 +353,7 @@ def test_numbers_alone_are_no_reason_to_write() -> None:
     assert steady(one) != steady({**one, "stageStatuses": [{**stage, "state": "Failed"}]})
 
 
-def test_progress_is_not_told_more_often_where_no_answer_comes() -> None:
+def test_progress_is_not_reported_more_often_where_no_answer_comes() -> None:
     world = World()
     world.look(3)
     world.status["bytesDone"] = 7
@@ -407,7 +407,7 @@ def test_the_name_of_a_claim_that_is_none_is_not_asked_for(name: str) -> None:
     world = World(("spec.source.volume", claim(name)))
     asked, _ = world.look(2)
     assert not [one for one in asked if one.startswith("GET")]
-    assert (world.status["phase"], told(world.status, "Failed")[1]) == ("Failed", "InvalidSpec")
+    assert (world.status["phase"], reported(world.status, "Failed")[1]) == ("Failed", "InvalidSpec")
     [message] = {c["message"] for c in world.status["conditions"] if c["type"] == "Failed"}
     assert "spec.source.volume.persistentVolumeClaim.claimName" in message
 

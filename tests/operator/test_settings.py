@@ -69,7 +69,7 @@ def test_a_file_of_another_kind_is_refused(text: str, what: str, tmp_path: Path)
     assert caught.value.where == str(file)
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_is_reported(tmp_path: Path) -> None:
     with pytest.raises(FileAccessError, match="No such file"):
         read([*IMAGE, "--worker-defaults", str(tmp_path / "nowhere")], {})
 
@@ -130,7 +130,7 @@ def test_every_flag_has_its_variable(variable: str, text: str, name: str, value:
     assert getattr(read(IMAGE, {f"CKPT2PT_{variable}": text}), name) == value
 
 
-def test_everything_is_told_in_the_log() -> None:
+def test_everything_is_reported_in_the_log() -> None:
     found = read(IMAGE, {})
-    assert found.told()["worker_image"] == "i:1"
-    assert set(found.told()) == {field for field in found.__slots__ if not field.startswith("_")}
+    assert found.reported()["worker_image"] == "i:1"
+    assert set(found.reported()) == {field for field in found.__slots__ if not field.startswith("_")}

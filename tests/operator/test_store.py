@@ -1,4 +1,4 @@
-"""What is remembered of the cluster, and who is told of a change."""
+"""What is remembered of the cluster, and who is reported a change."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ KEY = ("team", "demo")
 
 class Watched:
     def __init__(self) -> None:
-        self.told: list[Key] = []
-        self.store = Store(self.told.append)
+        self.reported: list[Key] = []
+        self.store = Store(self.reported.append)
 
     def news(self) -> list[Key]:
-        found, self.told[:] = list(self.told), []
+        found, self.reported[:] = list(self.reported), []
         return found
 
 

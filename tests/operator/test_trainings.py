@@ -110,15 +110,15 @@ VOLCANO = kinds(
 )[0]  # fmt: skip
 
 
-def told_hours_ago(hours: int) -> Raw:
+def reported_hours_ago(hours: int) -> Raw:
     return {"lastTransitionTime": stamp(datetime.now(UTC) - timedelta(hours=hours))}
 
 
 @pytest.mark.parametrize(
     ("before", "state", "made"),
     [
-        (None, told_hours_ago(1), True),
-        (None, told_hours_ago(25), False),
+        (None, reported_hours_ago(1), True),
+        (None, reported_hours_ago(25), False),
         (None, {}, False),
         ("Running", {}, True),
         ("Completed", {}, False),
@@ -177,7 +177,7 @@ def events_of(watched: Watched, annotation: str, answer: Callable[[str], Answer]
     """What is asked for a training with that annotation, and the words of the events about it."""
     said: list[str] = []
 
-    def heard(_: str, path: str, body: Any) -> Answer:
+    def received(_: str, path: str, body: Any) -> Answer:
         if path.endswith("/events"):
             said.append(body["message"])
             return 201, body
@@ -194,19 +194,19 @@ def events_of(watched: Watched, annotation: str, answer: Callable[[str], Answer]
         with suppress(TimeoutError):
             await asyncio.wait_for(trainings.run(), 0.5)
 
-    _, asked = talk(heard, use)
+    _, asked = talk(received, use)
     return [path for _, path, *_ in asked if not path.endswith("/events")], said
 
 
 @pytest.mark.parametrize("name", ["../../other/configmaps/cm1", "..", "a?watch=true", "..%2f..%2fother", "a#b"])
-def test_an_annotation_that_is_no_name_asks_for_nothing_and_is_told(watched: Watched, name: str) -> None:
+def test_an_annotation_that_is_no_name_asks_for_nothing_and_is_reported(watched: Watched, name: str) -> None:
     asked, said = events_of(watched, name, lambda _: (200, {"data": {"conversion.yaml": json.dumps(changed())}}))
     assert asked == []
     assert said
     assert said[0].startswith("it is not the name of a ConfigMap")
 
 
-def test_a_refusal_by_the_api_server_is_told_without_the_values_that_it_quotes(watched: Watched) -> None:
+def test_a_refusal_by_the_api_server_is_reported_without_the_values_that_it_quotes(watched: Watched) -> None:
     to_error = {
         "reason": "Invalid", "message": 'spec.verify: Unsupported value: "hunter2"',
         "details": {"causes": [{"field": "spec.verify", "message": 'Unsupported value: "hunter2"'}]},
@@ -236,7 +236,7 @@ def test_a_template_that_nobody_expected_ends_nothing(
     assert "OverflowError: odd" in caplog.text
 
 
-def test_a_number_that_cannot_be_sent_is_told(watched: Watched) -> None:
+def test_a_number_that_cannot_be_sent_is_reported(watched: Watched) -> None:
     text = json.dumps(changed(("spec.workers.podOverrides.spec", {"x": 0}))).replace('"x": 0', f'"x": 0x{"f" * 9000}')
     _, said = events_of(watched, "mine", lambda _: (200, {"data": {"conversion.yaml": text}}))
     assert said

@@ -177,7 +177,7 @@ def test_what_a_new_list_does_not_name_is_gone(monkeypatch: pytest.MonkeyPatch) 
 def test_a_watch_or_a_list_that_fails_in_any_way_is_begun_anew(broken: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     """kopf took each of these for its end, and the operator went with it."""
     cluster = Cluster([[[conversion("a", 1)], [conversion("b", 2)]], [[conversion("b", 2)]]], [])
-    # The last watch is a quiet one: kopf, told to stop while it lists anew, can overlook it (streaming_block).
+    # The last watch is a quiet one: kopf, asked to stop while it lists anew, can overlook it (streaming_block).
     answers: dict[str, list[Answer]] = {"watch": [broken, (200, GONE)], "list": [broken] * 3}
 
     def answer(method: str, path: str, body: Any) -> Answer:

@@ -1,4 +1,4 @@
-"""An HTTP server that answers as it is told: for what a client does with refusals, silence and nonsense.
+"""An HTTP server that answers as it is reported: for what a client does with refusals, silence and nonsense.
 
 What a real API server says of our objects is tested on one (tests/cluster).
 """

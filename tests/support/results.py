@@ -74,7 +74,7 @@ def edit_tree(path: Path, edit: Callable[[Tree], None]) -> None:
     write_archive(path, parts.stem, write_pickle(tree), parts.payloads, parts.serialization_id)
 
 
-def set_element(path: Path, leaf: str, index: int, data: bytes, *, mend_crc: bool = True) -> bytes:
+def set_element(path: Path, leaf: str, index: int, data: bytes, *, correct_crc: bool = True) -> bytes:
     """Overwrite elements of a tensor from one on, and correct the checksums; returns the bytes that were there."""
     tensor = open_pt(path)[leaf]
     assert isinstance(tensor, TensorLeaf)
@@ -83,7 +83,7 @@ def set_element(path: Path, leaf: str, index: int, data: bytes, *, mend_crc: boo
     whole = bytearray(path.read_bytes())
     before = bytes(whole[offset : offset + len(data)])
     assert before != data, "a test must be able to fail"
-    if not mend_crc:
+    if not correct_crc:
         whole[offset : offset + len(data)] = data
         path.write_bytes(whole)
         return before
@@ -98,11 +98,11 @@ def set_element(path: Path, leaf: str, index: int, data: bytes, *, mend_crc: boo
     return before
 
 
-def flip(path: Path, leaf: str, index: int, *, mend_crc: bool = True) -> None:
+def flip(path: Path, leaf: str, index: int, *, correct_crc: bool = True) -> None:
     """Turn the lowest bit of one element."""
     tensor = open_pt(path)[leaf]
     assert isinstance(tensor, TensorLeaf)
     size, extent = width(tensor.dtype), tensor.extents[0]
     raw = bytearray(path.read_bytes()[extent.offset + index * size :][:size])
     raw[0] ^= 1
-    set_element(path, leaf, index, bytes(raw), mend_crc=mend_crc)
+    set_element(path, leaf, index, bytes(raw), correct_crc=correct_crc)

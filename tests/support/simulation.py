@@ -176,7 +176,7 @@ class World:
         self.jobs[name] = manifest
 
     def delete_job(self, name: str) -> None:
-        """In the background: the Job is gone, and its pods are told to stop."""
+        """In the background: the Job is gone, and its pods are asked to stop."""
         gone = self.jobs.pop(name)
         for pod in self.of_job(gone):
             pod["metadata"].setdefault("deletionTimestamp", stamp(self.now))
@@ -350,7 +350,7 @@ class World:
         self.departed.clear()
 
     def reap(self) -> None:
-        """Kubelets end what was told to stop: gone at once where the Job is gone or waits."""
+        """Kubelets end what was asked to stop: gone at once where the Job is gone or waits."""
         for name, pod in list(self.pods.items()):
             if "deletionTimestamp" in pod["metadata"] and pod in self.alive:
                 del self.pods[name]

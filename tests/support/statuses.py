@@ -48,11 +48,11 @@ def check_status(status: object) -> None:
     ]
     odd = [reason for reason in reasons if not re.fullmatch(r"[A-Z][A-Za-z0-9]*", reason)]
     assert not odd, f"not CamelCase: {odd}"
-    told = {condition["type"]: condition["status"] for condition in conditions}
-    assert (told["Complete"] == "True") == (status["phase"] in {"Succeeded", "Planned"})
-    assert (told["Failed"] == "True") == (status["phase"] in {"Failed", "Cancelled"})
-    assert told["Ready"] == told["Complete"]
-    assert expected_of(status) == kstatus(status, status["observedGeneration"]), told
+    reported = {condition["type"]: condition["status"] for condition in conditions}
+    assert (reported["Complete"] == "True") == (status["phase"] in {"Succeeded", "Planned"})
+    assert (reported["Failed"] == "True") == (status["phase"] in {"Failed", "Cancelled"})
+    assert reported["Ready"] == reported["Complete"]
+    assert expected_of(status) == kstatus(status, status["observedGeneration"]), reported
 
 
 def expected_of(status: dict[str, Any]) -> str:
@@ -78,7 +78,7 @@ def kstatus(status: dict[str, Any], generation: int) -> str:
     return "InProgress" if ready and ready[0] != "True" else "Current"
 
 
-def told(status: dict[str, Any], kind: str) -> tuple[str, str]:
+def reported(status: dict[str, Any], kind: str) -> tuple[str, str]:
     """Status and reason of a condition."""
     [found] = [c for c in status["conditions"] if c["type"] == kind]
     return found["status"], found["reason"]

@@ -1,4 +1,4 @@
-"""The operator's client against a server that answers as it is told."""
+"""The operator's client against a server that answers as it is reported."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def on_the_cluster(name: str) -> Command:
 
 
 def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.ArgumentParser] | None = None) -> int:
-    """Run one command; a bug keeps its traceback and exits 70.  A worker's end is told in its termination message."""
+    """Run one command; a bug keeps its traceback and exits 70.  A worker's end is reported in its termination message."""
     signal.signal(signal.SIGTERM, _interrupt)
     raise_file_limit()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -195,7 +195,7 @@ def _show(document: object, text: str, options: argparse.Namespace) -> None:
 
 
 def _say(text: str) -> None:
-    """At once: whoever follows a watch through a pipe or a file hears of each checkpoint when it is done."""
+    """At once: whoever follows a watch through a pipe or a file sees each checkpoint when it is done."""
     try:
         print(printable(text, lines=True), flush=True)
     except BrokenPipeError:
@@ -296,15 +296,15 @@ def _verify(options: argparse.Namespace) -> int:
 
     _check_verify_options(options)
     report: Comparison | Report
-    with closing(reporter(options.progress, "compared" if len(options.paths) > 1 else "stage {}")) as heard:
+    with closing(reporter(options.progress, "compared" if len(options.paths) > 1 else "stage {}")) as progress:
         if len(options.paths) > 1:
-            report = _comparison(options, heard)
+            report = _comparison(options, progress)
         elif options.paths:
-            report = verify_records(options.paths[0], reporter=heard)
+            report = verify_records(options.paths[0], reporter=progress)
         else:
             request = resolve_any(spec_of(options))
             stages = stages_of(options, request)
-            report = verify_result(request, stages, level=options.level, reader=options.reader, reporter=heard)
+            report = verify_result(request, stages, level=options.level, reader=options.reader, reporter=progress)
     _show(report.document(), report.render(), options)
     report.raise_differences(of_call(options))
     return 0
@@ -338,7 +338,7 @@ def _check_verify_options(options: argparse.Namespace) -> None:
             )
 
 
-def _comparison(options: argparse.Namespace, heard: Reporter) -> Comparison:
+def _comparison(options: argparse.Namespace, progress: Reporter) -> Comparison:
     from ckpt2pt.discover.request import rules_of  # noqa: PLC0415
     from ckpt2pt.formats.mindformers.flags import Flags  # noqa: PLC0415
     from ckpt2pt.verification.across import compare_any  # noqa: PLC0415
@@ -346,7 +346,7 @@ def _comparison(options: argparse.Namespace, heard: Reporter) -> Comparison:
     sizes, rules = (options.tp_size, options.pp_size), rules_of(options.rules)
     how = {"ignore": options.ignore, "ignore_padding": options.ignore_padding}
     flags = Flags(**{field: getattr(options, name) for name, field in MINDFORMERS.items()})
-    return compare_any(options.paths, sizes, rules, **how, mindformers=flags, reporter=heard)
+    return compare_any(options.paths, sizes, rules, **how, mindformers=flags, reporter=progress)
 
 
 def _combine(options: argparse.Namespace) -> int:
@@ -370,8 +370,8 @@ def _pt_meta(options: argparse.Namespace) -> int:
     from ckpt2pt.cli.ptmeta import make_pt_meta  # noqa: PLC0415
     from ckpt2pt.show.progress import reporter  # noqa: PLC0415
 
-    with closing(reporter(options.progress)) as heard:
-        made = make_pt_meta(options, heard)
+    with closing(reporter(options.progress)) as progress:
+        made = make_pt_meta(options, progress)
     _show(made.document(), made.sentence(details=options.details), options)
     made.confirm()
     return 0

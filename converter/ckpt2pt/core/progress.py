@@ -1,4 +1,4 @@
-"""How far a conversion is, and who is told.  Pure."""
+"""How far a conversion is, and who is reported.  Pure."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Protocol
 from ckpt2pt.core.topology import Rank
 
 Advance = Callable[[int], None]
-"""Told the number of bytes read since the last call."""
+"""Gets the number of bytes read since the last call."""
 
 
 class Reporter(Protocol):
-    """Who is told how it goes."""
+    """Who is informed how it goes."""
 
     def begin(self, totals: Mapping[Rank, int], iteration: int) -> None:
         """Bytes to read for each rank of the chosen iteration; 0 where it is of no one iteration."""
@@ -46,7 +46,7 @@ class Silence:
 SILENCE = Silence()
 
 
-def unheard(_: int) -> None:
+def no_progress(_: int) -> None:
     """An :data:`Advance` of work that nobody watches."""
 
 

@@ -159,7 +159,7 @@ def changed(path: Path) -> TryAgainError:
 
 
 def prove_same(seen: Mapping[Path, Mapping[str, int]]) -> None:
-    """Refuse files that are not those any more of which :func:`stat_of` told this."""
+    """Refuse files that are not those any more of which :func:`stat_of` reported this."""
     for path, before in seen.items():
         if stat_of(path) != before:
             raise changed(path)

@@ -27,12 +27,12 @@ from ckpt2pt.formats.mindspore.filenames import UNNAMED, CheckpointId, check_ran
 from ckpt2pt.formats.mindspore.ranks import (
     SourceFile,
     choose,
+    extra_files,
     find_groups,
     find_sources,
     index_source,
     last_saved,
     names_of,
-    surplus,
 )
 from ckpt2pt.formats.mindspore.shards import read_info
 from ckpt2pt.formats.ptmeta.metadata import RankMeta
@@ -71,8 +71,8 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
     refuse_undescribed(request.source, strategy, when, names_of(topology))
     facts = {path: headers.facts(path) for file in files.values() for path in file.paths}
     agree(facts, request.source)
-    path, told = next(iter(facts.items()))
-    misnamed = name_conflict(None if when == UNNAMED else when, told)
+    path, reported = next(iter(facts.items()))
+    misnamed = name_conflict(None if when == UNNAMED else when, reported)
     if misnamed:
         log.warning("%s is %s: the merged file keeps the name, and convert goes by what the file holds", path, misnamed)
     groups = {
@@ -123,7 +123,7 @@ def groups_of(source: Path, strategy: Path) -> Topology:
 
 def refuse_undescribed(source: Path, strategy: Path, when: CheckpointId | None, described: set[str]) -> None:
     """Refuse folders of shards that nothing describes: part of the model would be left out."""
-    found = surplus(source, when, described.union(descriptions(strategy)))
+    found = extra_files(source, when, described.union(descriptions(strategy)))
     if found:
         raise MissingInputError(
             f"{len(found)} folders of {ref('source.path')} hold shards that nothing describes: {', '.join(found[:8])}",

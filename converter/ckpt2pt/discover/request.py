@@ -1,4 +1,4 @@
-"""What a conversion was asked for, one frozen value from flags or a CheckpointConversion; and who is told how far it is."""
+"""What a conversion was asked for, one frozen value from flags or a CheckpointConversion; and who is informed how far it is."""
 
 from __future__ import annotations
 

@@ -53,13 +53,13 @@ class OutputFile:
 
 
 Finished = Callable[[OutputFile, int, int], None]
-"""Hears of whole pages of a file that are on the disk: the first byte, and how many."""
+"""Is called with whole pages of a file that are on the disk: the first byte, and how many."""
 
 
 class Blocks:
     """A few blocks of ``nbytes``, each with room for an origin; used in turn, by one thread.
 
-    An error of a write is raised by a later call, the last one by :meth:`drain`.  ``finished`` hears, in order, of what was
+    An error of a write is raised by a later call, the last one by :meth:`drain`.  ``finished`` is called, in order, with what was
     written past the page cache.
     """
 

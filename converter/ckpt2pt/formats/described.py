@@ -10,7 +10,7 @@ from ckpt2pt.core.layout import Parameter
 from ckpt2pt.formats.checkpoint import Checkpoint
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.ptmeta.arguments import complete
-from ckpt2pt.formats.ptmeta.defaults import told_by_checkpoint
+from ckpt2pt.formats.ptmeta.defaults import reported_by_checkpoint
 from ckpt2pt.formats.ptmeta.describe import describe
 from ckpt2pt.formats.ptmeta.metadata import METADATA, read_arguments
 from ckpt2pt.formats.ptmeta.schedule import param_groups, scheduler
@@ -34,8 +34,8 @@ def template_at(path: Path, checkpoint: Checkpoint, *, allow: tuple[str, ...] = 
     if not is_file(path, METADATA):
         return read_arguments(path, (0, 0), allow=allow)
     said = describe(path)
-    told = told_by_checkpoint(said.given, checkpoint.statement, {})
-    found = complete(replace(said, given={**said.given, **told}), data=None, vocabulary=None, today=True)
+    reported = reported_by_checkpoint(said.given, checkpoint.statement, {})
+    found = complete(replace(said, given={**said.given, **reported}), data=None, vocabulary=None, today=True)
     args = {name: value for name, value in found.values.items() if name not in _SILENT or name in said.given}
     iteration = checkpoint.iteration or 0
     samples = checkpoint.samples

@@ -1,7 +1,7 @@
 """A checkpoint of MindSpeed-LLM on MSAdapter: the files of Megatron-LM 0.8 to 0.12 in archives that no torch reads.
 
 Its directories, names of parameters and optimizer files are Megatron-LM's own, so that it is read as one of it; what differs is
-told in ``torchfile.msadapter``.
+reported in ``torchfile.msadapter``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which format a checkpoint is of, told by what is in it: one table, a row for each format that is read."""
+"""Which format a checkpoint is of, known by what is in it: one table, a row for each format that is read."""
 
 from __future__ import annotations
 

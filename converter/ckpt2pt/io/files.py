@@ -24,7 +24,7 @@ _T = TypeVar("_T")
 
 
 SLICE_BYTES = 1 << 30
-"""Room is reserved in slices of this size: a signal is heard between two of them."""
+"""Room is reserved in slices of this size: a signal is noticed between two of them."""
 
 _BUSY_SECONDS = 5.0
 _PIECE_BYTES = 1 << 20

@@ -79,8 +79,10 @@ class Parser(argparse.ArgumentParser):
         finally:
             for action in self._needed:
                 action.required = True
-        told = getattr(found, "spec", None)  # has what the others would say
-        missing = [_named(action) for action in self._needed if not told and getattr(found, action.dest, None) is None]
+        reported = getattr(found, "spec", None)  # has what the others would say
+        missing = [
+            _named(action) for action in self._needed if not reported and getattr(found, action.dest, None) is None
+        ]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         if missing:

@@ -1,4 +1,4 @@
-"""Files of other programs, told by their first bytes: what somebody named by mistake is said to be what it is.  Pure."""
+"""Files of other programs, known by their first bytes: what somebody named by mistake is said to be what it is.  Pure."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def end_with(parent: int, number: signal.Signals) -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number)) == 0:
-                if os.getppid() != parent:  # it was gone before the kernel was told
+                if os.getppid() != parent:  # it was gone before the kernel knew
                     os.kill(os.getpid(), number)
                 return
 

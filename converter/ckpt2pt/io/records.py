@@ -79,8 +79,8 @@ def unseal(data: bytes) -> Json | None:
     document = load(data)
     if document is None:
         return None
-    told = document.pop(_SEAL, None)
-    return document if told == _digest(document) and _is_record(document) else None
+    reported = document.pop(_SEAL, None)
+    return document if reported == _digest(document) and _is_record(document) else None
 
 
 # ---------------------------------------------------------------------------------------------------- form of a record

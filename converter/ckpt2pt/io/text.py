@@ -53,6 +53,8 @@ def render(document: Document) -> str:
     }
     lines += table(("", ""), [(_words(key), _cell(key, value)) for key, value in facts.items()])[1:]
     for key, value in document.items():
+        if key == "doubts":  # conflicts by their older name, for programs
+            continue
         if isinstance(value, list) and value:
             lines += ["", _words(key), *_render_list(cast("list[object]", value))]
         elif isinstance(value, dict) and value:
@@ -101,13 +103,15 @@ def _words(key: str) -> str:
     return re.sub(r"(?<=[a-z])[A-Z]", lambda found: f" {found[0].lower()}", key)
 
 
-def checksums_told(found: Mapping[str, int]) -> str:
+def checksums_reported(found: Mapping[str, int]) -> str:
     """For a person; nothing where no file states a checksum."""
-    told = {
+    reported = {
         "verified": "{} verified",
         "notChecked": "{} not checked (only a part of the file is read)",
         "none": "{} files state none",
     }
     if not found.get("verified") and not found.get("notChecked"):
         return ""
-    return "\nsource checksums: " + ", ".join(form.format(found[key]) for key, form in told.items() if found.get(key))
+    return "\nsource checksums: " + ", ".join(
+        form.format(found[key]) for key, form in reported.items() if found.get(key)
+    )

@@ -403,7 +403,7 @@ def _of_ranks(spec: Spec, folder: Path, rules: Rules) -> Topology:
     imported = spec.target.format == "MindSpore"
     try:
         return layout_of(folder, rules, listed if imported else None)
-    except TopologyError:  # uneven stages with no-op layers are told apart by who knows them
+    except TopologyError:  # uneven stages with no-op layers are distinguished by who knows them
         if imported or not listed or result.pipeline or result.virtual_pipeline:
             raise
         return layout_of(folder, rules, listed)

@@ -66,7 +66,7 @@ class Checkpoint:
     """
 
     def __init__(self, found: Found) -> None:
-        from ckpt2pt.verification.gather import Files  # noqa: PLC0415 - numpy, not needed to be told of wrong paths
+        from ckpt2pt.verification.gather import Files  # noqa: PLC0415 - numpy, not needed to report wrong paths
 
         self._found = found
         self._files = Files()

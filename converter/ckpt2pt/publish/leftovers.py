@@ -29,7 +29,7 @@ def nobody_at_work(state: Path) -> Generator[bool]:
 def sweep_leftovers(near: Sequence[Path], mine: Path, *, replacing: bool) -> None:
     """Remove them; call with the claim's lock held.  ``mine`` stays while this run is ``replacing`` a result by it.
 
-    What somebody is at work in stays, and a run that replaces a result is told to wait for it.
+    What somebody is at work in stays, and a run that replaces a result has to wait for it.
     """
     for path in near:
         if path.suffix == REMOVED:

@@ -59,13 +59,13 @@ def _inherit(fd: _Passed, proved: bool) -> Lock:
 def locked(
     path: Path, what: str, *, wait: float = 0.0, heed: Callable[[], None] = lambda: None, passing: bool = False
 ) -> Generator[Lock]:
-    """Hold a lock file; whoever is second waits for ``wait`` seconds and is told who is at it.
+    """Hold a lock file; whoever is second waits for ``wait`` seconds and learns who is at it.
 
     ``heed`` is called while waiting, and raises when the run was asked to stop.  A ``passing`` lock file is removed behind.
     A file that is not a lock of ours is neither followed, emptied nor written.
     """
     with _waiting(path, what, wait, heed) as lock:
-        # Only whoever is second reads it; a full disk is told by what needs the room.
+        # Only whoever is second reads it; a full disk is known by what needs the room.
         with suppress(OSError):
             # Emptied first: whoever opens it in between would find the end of a longer line behind ours.
             os.ftruncate(lock.fd, 0)
@@ -78,7 +78,7 @@ def locked(
 
 @contextmanager
 def _waiting(path: Path, what: str, wait: float, heed: Callable[[], None]) -> Generator[Lock]:
-    began, told = time.monotonic(), False
+    began, reported = time.monotonic(), False
     while True:
         fd = _open(path)
         try:
@@ -99,8 +99,8 @@ def _waiting(path: Path, what: str, wait: float, heed: Callable[[], None]) -> Ge
                         where=path,
                         hint="wait for it to finish, or stop it; then run the same command again",
                     )
-                if waited > _TELL_SECONDS and not told:
-                    told = True
+                if waited > _TELL_SECONDS and not reported:
+                    reported = True
                     log.warning("waiting for %s: %s%s", path, whose, " still ending" if orphans else "")
         finally:
             os.close(fd)

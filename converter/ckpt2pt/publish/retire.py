@@ -59,7 +59,7 @@ def foreign(folder: Path, names: Iterable[str], held: Holdings) -> str | None:
 
 
 def retire(folder: Path, held: Holdings | None = None) -> None:
-    """Remove a result that is ours.  Its name is free when this returns; what is not ours in it stays, and is told."""
+    """Remove a result that is ours.  Its name is free when this returns; what is not ours in it stays, and is reported."""
     hidden = folder.with_name(f".{folder.name.lstrip('.').partition('.')[0]}.{os.urandom(4).hex()}{REMOVED}")
     try:
         folder.rename(hidden)
@@ -70,7 +70,7 @@ def retire(folder: Path, held: Holdings | None = None) -> None:
 
 
 def remove_ours(folder: Path, held: Holdings | None = None) -> None:
-    """Remove files of ours, then their records, then empty folders.  What cannot be removed is told and tried again next time."""
+    """Remove files of ours, then their records, then empty folders.  What cannot be removed is reported and tried again next time."""
     try:
         names = list(files_below(folder))
         held = held or Holdings.of(folder, records_of(folder / STATE))

@@ -212,8 +212,8 @@ class Target:
             with ExitStack() as alone:
                 if not (old and self._goes_on(old)):
                     alone.enter_context(nobody_at_work(home.state))
-                told = {entry: getattr(self, name) for entry, name in _CLAIMED.items()}
-                publish_bytes(self.state / CLAIM, seal({**told, "host": host(), **facts}))
+                reported = {entry: getattr(self, name) for entry, name in _CLAIMED.items()}
+                publish_bytes(self.state / CLAIM, seal({**reported, "host": host(), **facts}))
                 if old:
                     self._take_over(old)
 
@@ -237,7 +237,7 @@ class Target:
 
     @contextmanager
     def stage_lock(self, pp: int, heed: Callable[[], None] = _nothing) -> Generator[Lock]:
-        """Hold a stage; a second run on it is told who has it.  Refused when the folder was taken away meanwhile."""
+        """Hold a stage; a second run on it learns who has it.  Refused when the folder was taken away meanwhile."""
         with self.guarded(), locked(self.state / f"stage-{pp:03d}.lock", "converting this stage", heed=heed) as lock:
             with self.at_home._claim_lock(heed):
                 self.fence()

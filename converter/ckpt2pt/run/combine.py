@@ -26,7 +26,7 @@ from ckpt2pt.formats.mindspore.filenames import CheckpointId
 from ckpt2pt.formats.mindspore.ranks import index_source
 from ckpt2pt.io.paths import is_folder
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import checksums_told
+from ckpt2pt.io.text import checksums_reported
 from ckpt2pt.publish import STATE
 from ckpt2pt.run.conversion import Outcome, run_discovered
 from ckpt2pt.verification.copies import copied_ranks, remark
@@ -71,7 +71,7 @@ class Combined:
             did = "everything was there already"
         elif kept:
             did += f", kept {kept} that were there"
-        did += checksums_told(done.source_checksums)
+        did += checksums_reported(done.source_checksums)
         if done.target.beside:
             did += "\nthe result that is there stays until the other groups are merged, too"
         return f"epoch {self.when[0]}, step {self.when[1]}: {did}\n{printable(str(done.target.root))}"

@@ -38,7 +38,7 @@ from ckpt2pt.formats.megatron.resume import warning
 from ckpt2pt.formats.ptmeta.metadata import RankMeta
 from ckpt2pt.io.paths import is_folder
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import checksums_told, warned
+from ckpt2pt.io.text import checksums_reported, warned
 from ckpt2pt.io.volume import check_volume
 from ckpt2pt.publish import Target
 from ckpt2pt.publish.unchanged import refuse_lost
@@ -125,7 +125,8 @@ class Outcome:
             "seconds": round(self.seconds, 3),
             "published": self.published,
             "newerIteration": self.newer,
-            "doubts": list(self.conflicts),
+            "conflicts": list(self.conflicts),
+            "doubts": list(self.conflicts),  # the same by its name up to 0.1
             "warnings": list(self.warnings),
             "sourceChecksums": dict(self.source_checksums),
             "fromTemplate": list(self.kept_of_template),
@@ -152,7 +153,7 @@ class Outcome:
                 end = "the result that is there stays until the other stages are done, too"
         elif self.newer is not None:
             end = f"published; the tracker stays at iteration {self.newer}, which is newer: write {self.target.iteration} into it to go back"
-        did += checksums_told(self.source_checksums)
+        did += checksums_reported(self.source_checksums)
         if self.kept_of_template:
             did += f"\nas pt_meta has it, of another iteration: {', '.join(self.kept_of_template)}"
         first = f"iteration {self.target.iteration}, {stages}: {did}"

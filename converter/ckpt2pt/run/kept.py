@@ -19,7 +19,7 @@ PROOFS: Mapping[str, int] = {"none": 0, "digest": 1, "full": 2}
 def is_kept(target: Target, rank: Rank, verify: Verify, *, overwrite: bool, reread: bool) -> bool:
     """Whether what an earlier run made of a rank stays: it was verified as thoroughly as is asked for now, and is as it was written.
 
-    That is told by size and time of each file, and by its bytes where the time is another one.  Every byte is read where
+    That is known by size and time of each file, and by its bytes where the time is another one.  Every byte is read where
     that is asked for (``reread``), and where a result in its place is replaced, which keeps what is right to the last bit.
     Raises :class:`VerificationError` for other bytes in a file that nothing else tells of.
     """

@@ -1,4 +1,4 @@
-"""Ranks at work: here, or in worker processes; deadlines, signals, and no failure that is not heard."""
+"""Ranks at work: here, or in worker processes; deadlines, signals, and no failure that is not reported."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def work_through(
                 _carry(alone or work.plan(rank), stop, Meter(partial(reporter.advance, rank)))
             reporter.end(rank)
         return
-    _Crew(work, reporter, stop, locks).work(todo)
+    _Pool(work, reporter, stop, locks).work(todo)
 
 
 def _carry(share: Share, stop: Stop, meter: Meter) -> None:
@@ -151,8 +151,8 @@ class _Hand:
     deadline: float | None = None
 
 
-class _Crew:
-    """Runs ranks in at most ``workers`` processes; every failure is heard.
+class _Pool:
+    """Runs ranks in at most ``workers`` processes; every failure is reported.
 
     A process does one rank after another: to start Python and numpy costs more than a small rank.
     """

@@ -160,7 +160,8 @@ def _training_step(path: Path, index: Mapping[str, TensorRef]) -> Json:
     return {
         "iteration": training_step.iteration,
         "because": training_step.iteration_source,
-        "doubts": list(training_step.conflicts),
+        "conflicts": list(training_step.conflicts),
+        "doubts": list(training_step.conflicts),  # the same by its name up to 0.1
     }
 
 

@@ -124,7 +124,8 @@ def head_of(
     return {
         "iteration": chosen.training_step.iteration,
         "because": chosen.training_step.iteration_source,
-        "doubts": list(chosen.training_step.conflicts),
+        "conflicts": list(chosen.training_step.conflicts),
+        "doubts": list(chosen.training_step.conflicts),  # the same by its name up to 0.1
         "warnings": warnings,
         "fromTemplate": list(kept),
         "consumedSamples": chosen.training_step.samples,
@@ -142,7 +143,8 @@ def by_tensors(found: ByTensors, ranks: Sequence[Json], warnings: Iterable[str])
     head: Json = {
         "iteration": state.iteration,
         "because": "the checkpoint",
-        "doubts": [],
+        "conflicts": [],
+        "doubts": [],  # the same by its name up to 0.1
         "warnings": [*warnings],
         "fromTemplate": [],
         "consumedSamples": state.samples,
@@ -250,7 +252,7 @@ def render(document: Json, *, details: bool = False) -> str:
     lines = [
         *warned(_list(document["warnings"])),
         f"iteration  {document['iteration']} (from {document['because']}), {_count(document['consumedSamples'])} samples consumed",
-        *(f"  warning: {spelled(str(conflict))}" for conflict in _list(document["doubts"])),
+        *(f"  warning: {spelled(str(conflict))}" for conflict in _list(document["conflicts"])),
         f"target     {printable(str(document['target']))}",
         f"mode       {options['mode']}, {_FORMATS[str(options['format'])]}; tp {options['tensor']}, pp {options['pipeline']}, "
         f"vpp {options['virtualPipeline']}" + (f", ep {options['expert']}" if "expert" in options else ""),

@@ -18,7 +18,8 @@ def planned_repair(request: RepairRequest, stages: Sequence[int]) -> Plan:
     head: Json = {
         "iteration": found.source.iteration,
         "because": "the checkpoint",
-        "doubts": [],
+        "conflicts": [],
+        "doubts": [],  # the same by its name up to 0.1
         "warnings": [*found.remarks],
         "fromTemplate": [],
         "consumedSamples": "as many",

@@ -286,7 +286,7 @@ def read_both(
     tells them, they are those of the other side.
     """
     found: dict[Path, Checkpoint] = {}
-    untold: dict[Path, UsageError] = {}
+    undetermined: dict[Path, UsageError] = {}
     for path in dict.fromkeys((left, right)):
         format_ = detect(path)
         sizes = (tensor, pipeline) if format_ == "mindspore" else (None, None)
@@ -296,8 +296,8 @@ def read_both(
         except UsageError as error:
             if format_ == "mindformers":  # no sizes are what it lacks
                 raise
-            untold[path] = error
-    for path, failure in untold.items():
+            undetermined[path] = error
+    for path, failure in undetermined.items():
         if not found or (tensor, pipeline) != (None, None):
             raise failure
         other = next(iter(found.values()))

@@ -280,7 +280,7 @@ class _Run(Comparing):
     allow: frozenset[str]
 
     def compare_trackers(self, left: Path, right: Path) -> None:
-        """Which iteration is loaded is told by a file of its own; two folders of iterations have to agree in it."""
+        """Which iteration is loaded is stated in a file of its own; two folders of iterations have to agree in it."""
         if any(not is_folder(path) or iteration_folder(path) == path for path in (left, right)):
             return
         one, other = read_tracker(left), read_tracker(right)

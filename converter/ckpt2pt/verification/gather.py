@@ -19,7 +19,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import as_strided
 
 from ckpt2pt.core.extents import DTYPE_BYTES, Box, Extent, Shape, Stored, View, intersection
-from ckpt2pt.core.progress import Advance, unheard
+from ckpt2pt.core.progress import Advance, no_progress
 from ckpt2pt.core.tensor import Tensor, box_of, boxes, dense_strides
 from ckpt2pt.io.checksums import Piece, crc32
 from ckpt2pt.io.files import OpenFiles, read_at
@@ -47,10 +47,10 @@ class Files(OpenFiles):
     """Files open for reading, a few at a time; closed together.
 
     ``pieces`` tells what was read of the files that ``summed`` names: first byte, bytes, CRC-32.  ``nbytes`` counts what was
-    read of all, and ``advance`` hears of it.
+    read of all, and ``advance`` is called with it.
     """
 
-    def __init__(self, summed: Iterable[Path] = (), advance: Advance = unheard) -> None:
+    def __init__(self, summed: Iterable[Path] = (), advance: Advance = no_progress) -> None:
         super().__init__()
         self._advance = advance
         self.nbytes = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.core.foldernames import TRACKER, iteration_of, tracked_name
-from ckpt2pt.core.progress import Advance, unheard
+from ckpt2pt.core.progress import Advance, no_progress
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.formats.folders import iteration_folder
@@ -38,7 +38,7 @@ class Recorded:
 def recorded(path: Path) -> list[Recorded]:
     """The result in a folder: an import, an iteration, or the iteration that a Megatron root's tracker names; merged files of each step.
 
-    Which ranks and stages there have to be is told by the manifests above them, so that one that is missing is missed.
+    Which ranks and stages there have to be is known by the manifests above them, so that one that is missing is missed.
     """
     folder = path if is_folder(path / STATE, "the path") else iteration_folder(path)
     claims = [*listing(folder / STATE, CLAIM), *sorted(listing(folder / STATE, f"*/{CLAIM}"))]
@@ -149,7 +149,7 @@ def _record(
         yield Difference(file=path.relative_to(folder).as_posix(), tensor="record", problem=problem)
 
 
-def surplus(target: Target, listed: Collection[str]) -> Iterator[Difference]:
+def extra_files(target: Target, listed: Collection[str]) -> Iterator[Difference]:
     """Checkpoint files that no rank of the conversion has, where nothing else may be."""
     found = (path for pattern in target.kind.results for path in listing(target.folder, pattern) if target.kind.alone)
     for name in sorted(path.relative_to(target.folder).as_posix() for path in found):
@@ -164,7 +164,7 @@ def recorded_bytes(target: Target, rank: Rank) -> int:
 
 
 def digest_files(
-    target: Target, rank: Rank, advance: Advance = unheard, known: Mapping[str, int] | None = None
+    target: Target, rank: Rank, advance: Advance = no_progress, known: Mapping[str, int] | None = None
 ) -> tuple[tuple[Difference, ...], int]:
     """Sizes and CRC-32 of a rank's files against its manifest; and how many bytes they have.
 
@@ -174,7 +174,7 @@ def digest_files(
 
 
 def digests_of(
-    target: Target, manifest: Json, advance: Advance = unheard, known: Mapping[str, int] | None = None
+    target: Target, manifest: Json, advance: Advance = no_progress, known: Mapping[str, int] | None = None
 ) -> tuple[tuple[Difference, ...], int]:
     """The same of the files that a record lists."""
     findings, total = Findings(), 0

@@ -16,7 +16,7 @@ from typing import Literal, cast
 
 from ckpt2pt.core.foldernames import iterations
 from ckpt2pt.core.index import Collector, Index
-from ckpt2pt.core.progress import SILENCE, Advance, Portion, Reporter, unheard
+from ckpt2pt.core.progress import SILENCE, Advance, Portion, Reporter, no_progress
 from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.discover import Discovered, discover, meta_of, only_growing, target_of
@@ -36,7 +36,7 @@ from ckpt2pt.publish import STATE, Target
 from ckpt2pt.verification.copies import copies_of
 from ckpt2pt.verification.gather import Files
 from ckpt2pt.verification.leaves import Leaves, TensorLeaf, open_pt
-from ckpt2pt.verification.manifests import digest_files, merged, published, recorded, recorded_bytes, surplus
+from ckpt2pt.verification.manifests import digest_files, extra_files, merged, published, recorded, recorded_bytes
 from ckpt2pt.verification.report import NOTHING_PUBLISHED, Difference, Findings, Report
 from ckpt2pt.verification.source import held_for
 from ckpt2pt.verification.structure import MODEL_FILE, OPTIM_FILE, Chunk, Structure, chunks_of, others
@@ -52,7 +52,7 @@ def verify_rank(
     folder: Path,
     *,
     reader: Reader = "own",
-    advance: Advance = unheard,
+    advance: Advance = no_progress,
 ) -> Report:
     """Compare one rank's files in the iteration's ``folder`` with the source and the metadata, all of them.
 
@@ -92,7 +92,7 @@ def _verify_files(
     folder: Path,
     *,
     reader: Reader = "own",
-    advance: Advance = unheard,
+    advance: Advance = no_progress,
 ) -> tuple[Report, Mapping[str, Sequence[Piece]]]:
     archives = request.from_megatron
     sources = [path for path in paths_for(rank, chosen.files, request) if archives or states_checksum(path)]
@@ -133,7 +133,7 @@ def _compare(
         structure.check_rest(others(template, chosen.training_step, statement, reference_samples=samples), model)
         if (
             stored and len(findings.differences) == known
-        ):  # else what was changed has been told, and the rest is as it should be
+        ):  # else what was changed has been reported, and the rest is as it should be
             for rule in replace(meta, template=stored.template).unmet(
                 request.topology, full=request.full, checkpoint=True
             ):
@@ -218,9 +218,9 @@ def _index(
 
 
 def _check_crcs(results: Mapping[str, Path], findings: Findings, files: Files, advance: Advance) -> None:
-    """Records whose checksums are wrong are told of first; what was compared is not read again."""
-    told, findings.differences = findings.differences, []
-    unreadable = {one.file for one in told if one.tensor == "file"}
+    """Records whose checksums are wrong are reported first; what was compared is not read again."""
+    reported, findings.differences = findings.differences, []
+    unreadable = {one.file for one in reported if one.tensor == "file"}
     for name, path in results.items():
         if f"{findings.directory}/{name}" in unreadable:
             continue
@@ -228,7 +228,7 @@ def _check_crcs(results: Mapping[str, Path], findings: Findings, files: Files, a
             Archive.open(path).verify_crcs(sorted(files.pieces.get(str(path), ())), advance)
         except InputError as error:
             findings.differ(name, "file", _first_line(error))
-    findings.differences += told
+    findings.differences += reported
 
 
 def _first_line(error: Ckpt2ptError) -> str:
@@ -266,7 +266,7 @@ def verify_target(
             lambda rank, advance: verify_rank(request, chosen, rank, target.folder, reader=reader, advance=advance),
         )
     listed = {f"{topology.directory(*rank)}/{name}" for rank in topology.ranks() for name in names}
-    report = joined(target, level, [*published(target, stages), *surplus(target, listed)], reports)
+    report = joined(target, level, [*published(target, stages), *extra_files(target, listed)], reports)
     return replace(report, warnings=tuple(one for pp in stages for one in copies_of(request, chosen, target, pp)))
 
 
@@ -338,7 +338,7 @@ def verify_records(path: Path, *, reporter: Reporter = SILENCE) -> Report:
     warnings: list[str] = []
     for target, files in ((result.target, result.files) for result in results):
         stages = range(target.stages)
-        found += [*published(target, stages), *merged(target), *surplus(target, files | {*target.kind.merged})]
+        found += [*published(target, stages), *merged(target), *extra_files(target, files | {*target.kind.merged})]
         warnings += (one for pp in stages for one in _noted(target, pp))
     if not home.kind.alone:
         warnings += (

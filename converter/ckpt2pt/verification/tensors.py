@@ -134,7 +134,7 @@ class TensorComparison:
 
     def run(self) -> None:
         """Compare every tensor of the source that is the rank's; nothing may be missing, and nothing besides."""
-        complete = not self.findings.differences  # else the structure of the files has told what is missing
+        complete = not self.findings.differences  # else the structure of the files has reported what is missing
         wanted = dict.fromkeys(self.places) | dict.fromkeys(self.result if complete else ())
         matched: set[Key] = set()
         for name in self.held.names(self.rank[1], self.ep):

@@ -25,12 +25,12 @@ _SETTLE = timedelta(seconds=5)
 """How long a finished Job may be ahead of its pods in what the API server sends."""
 
 
-def _told_of_volumes(before: Json) -> Verdict | None:
+def _reported_of_volumes(before: Json) -> Verdict | None:
     """The condition as it was written: looking at claims is not part of every decision."""
-    told = condition(items(before, "conditions"), "VolumesReady")
+    reported = condition(items(before, "conditions"), "VolumesReady")
     for status in ("True", "False", "Unknown"):
-        if told.get("status") == status:
-            return status, text(told, "reason"), text(told, "message")
+        if reported.get("status") == status:
+            return status, text(reported, "reason"), text(reported, "message")
     return None
 
 
@@ -69,7 +69,7 @@ class Case:
             training_uid=text(before, "trainingUID"),
             follow_end=text(before, "followEnd"),
             warnings=texts(before, "warnings"),
-            volumes=_told_of_volumes(before) or NOT_LOOKED,
+            volumes=_reported_of_volumes(before) or NOT_LOOKED,
         )
 
     def workers(self, uid: str) -> list[Pod]:
@@ -126,7 +126,7 @@ class Case:
         return Plan(status=status, actions=actions, again=again)
 
     def wait(self, status_input: StatusInput, waits: Blocker, *actions: Action) -> Plan:
-        """Pods have to end first; a lost node may keep them, and only somebody who is told can do anything about it."""
+        """Pods have to end first; a lost node may keep them, and only somebody who knows can do anything about it."""
         return self.plan(replace(status_input, waits=waits, degraded=self.blocker()), *actions, again=WAIT_SECONDS)
 
     def blocker(self) -> Blocker | None:

@@ -55,12 +55,12 @@ def suspension(conversion: Conversion, job: Job, *, begun: bool) -> Blocker:
     """Why its workers are stopped."""
     if not job.queued:
         return BY_USER
-    unheard = "; spec.suspend does not keep it from that" if conversion.spec.suspend else ""
+    not_kept = "; spec.suspend does not keep it from that" if conversion.spec.suspend else ""
     if begun:
-        message = f"the queue has taken the workers back; they go on when it lets them{unheard}"
+        message = f"the queue has taken the workers back; they go on when it lets them{not_kept}"
         return Blocker(reason="Preempted", message=message)
     queue = conversion.pod.get("queueName")
-    return Blocker(reason="QueuedByKueue", message=f"queue {queue} has not admitted it yet{unheard}")
+    return Blocker(reason="QueuedByKueue", message=f"queue {queue} has not admitted it yet{not_kept}")
 
 
 def overridden_by_queue(conversion: Conversion, job: Job) -> Blocker | None:

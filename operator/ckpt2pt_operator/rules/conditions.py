@@ -119,9 +119,13 @@ def status_document(
         "memoryPercent": status_input.memory_percent if status_input.memory_percent != 100 else 0,
     }
     conditions = _conditions(status_input, {str(c["type"]): c for c in cast("list[Json]", found["conditions"])})
-    told = items(before, "conditions")
+    reported = items(before, "conditions")
     found["conditions"] = [
-        {**new, "observedGeneration": generation, "lastTransitionTime": _since(condition(told, str(new["type"])), new)}
+        {
+            **new,
+            "observedGeneration": generation,
+            "lastTransitionTime": _since(condition(reported, str(new["type"])), new),
+        }
         for new in conditions
     ]
     return {name: value for name, value in (found | own).items() if value not in (None, "", 0) or name == "bytesDone"}
@@ -129,7 +133,7 @@ def status_document(
 
 def refused_document(message: str, *, before: Json, generation: int, now: datetime) -> Json:
     """The status of a document that describes no conversion; results that are recorded stay."""
-    told, when = items(before, "conditions"), stamp(now)
+    reported, when = items(before, "conditions"), stamp(now)
     refused = "InvalidSpec", message[:MAX_MESSAGE]
     verdicts = (
         ("Accepted", "False", *refused), ("Suspended", "False", *_ENDED), ("Degraded", "False", *_ENDED),
@@ -152,12 +156,12 @@ def refused_document(message: str, *, before: Json, generation: int, now: dateti
         "observedGeneration": generation,
         "completionTime": when,
         "conditions": [
-            *(old for old in told if old.get("type") not in types),
+            *(old for old in reported if old.get("type") not in types),
             *(
                 {
                     **new,
                     "observedGeneration": generation,
-                    "lastTransitionTime": _since(condition(told, new["type"]), new),
+                    "lastTransitionTime": _since(condition(reported, new["type"]), new),
                 }
                 for new in conditions
             ),
@@ -167,7 +171,7 @@ def refused_document(message: str, *, before: Json, generation: int, now: dateti
 
 def still(before: Json, generation: int) -> Json:
     """The status of a conversion that has ended, after another edit of its spec: as true of that one."""
-    conditions = [{**told, "observedGeneration": generation} for told in items(before, "conditions")]
+    conditions = [{**reported, "observedGeneration": generation} for reported in items(before, "conditions")]
     return {**before, "observedGeneration": generation, "conditions": conditions}
 
 
@@ -188,7 +192,7 @@ def _conditions(status_input: StatusInput, found: Mapping[str, Json]) -> list[Js
     when = found["Ready"]["lastTransitionTime"]
     over = status_input.finished is not None
 
-    def told(kind: str, verdict: Verdict) -> Json:
+    def reported(kind: str, verdict: Verdict) -> Json:
         status, reason, message = verdict
         return {
             "type": kind, "status": status, "reason": reason, "message": message[:MAX_MESSAGE], "lastTransitionTime": when,
@@ -203,17 +207,17 @@ def _conditions(status_input: StatusInput, found: Mapping[str, Json]) -> list[Js
 
     overridden_by_queue = status_input.overridden_by_queue or Blocker(reason="Resumed", message="it may go on")
     ours = [
-        told("Accepted", status_input.accepted),
-        told("VolumesReady", status_input.volumes),
-        told(
+        reported("Accepted", status_input.accepted),
+        reported("VolumesReady", status_input.volumes),
+        reported(
             "Suspended",
             blocker(None if over else status_input.suspended, overridden_by_queue.reason, overridden_by_queue.message),
         ),
-        told("Degraded", blocker(degraded, *expected)),
+        reported("Degraded", blocker(degraded, *expected)),
     ]
     if over:
         return [*ours, *found.values()]
-    # What only somebody can change is told before what a conversion waits for.
+    # What only somebody can change is reported before what a conversion waits for.
     worst = degraded if degraded and degraded.reason in _STALLED else None
     now = status_input.suspended or worst or waits or degraded
     if now is None:

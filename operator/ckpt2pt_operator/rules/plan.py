@@ -148,7 +148,7 @@ class _Case(Case):
         left = [job for job in self.seen.jobs if not job.ending]
         self.listen()
         if left or self.alive:
-            waits = Blocker(reason="Cancelling", message=f"{len(self.alive)} workers are told to stop")
+            waits = Blocker(reason="Cancelling", message=f"{len(self.alive)} workers are asked to stop")
             deletions = [DeleteJob(job=job) for job in left if not job.deleted]
             return self.wait(self.status_input, waits, *deletions)
         if self.is_behind():
@@ -312,7 +312,7 @@ class _Case(Case):
         if self.is_behind():
             return self.plan(status_input, again=1.0)
         if any(pod.job_uid == job.uid for pod in self.alive):
-            # Before Kubernetes 1.31 a Job fails while its workers are told to stop.
+            # Before Kubernetes 1.31 a Job fails while its workers are asked to stop.
             return self.wait(
                 status_input, Blocker(reason="WaitingForPods", message="workers of the failed Job are ending")
             )

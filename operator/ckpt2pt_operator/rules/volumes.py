@@ -34,7 +34,7 @@ def verdict(conversion: Conversion, claims: Mapping[str, Claim | None] | None, w
     if not wanted:
         return "True", "Bound", "no claim is needed"
     if claims is None:
-        return "Unknown", "NotChecked", "the operator was told not to look at claims"
+        return "Unknown", "NotChecked", "the operator was set not to look at claims"
     for name, mount in wanted.items():
         claim = claims.get(name)
         if claim is None:

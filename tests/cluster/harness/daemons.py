@@ -61,7 +61,7 @@ class Daemon:
         os.kill(pid, number)
 
     def stop(self, *, kill: bool = False, seconds: float = 15) -> None:
-        """End it and wait for the end: politely at first, unless told to ``kill``."""
+        """End it and wait for the end: politely at first, unless reported to ``kill``."""
         for number in (signal.SIGKILL,) if kill else (signal.SIGTERM, signal.SIGKILL):
             pid = self.pid
             if pid is None:

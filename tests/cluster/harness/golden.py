@@ -104,7 +104,7 @@ def blocker(namespace: Kubectl, reason: str, *, kind: str = "Degraded", seconds:
     return seen
 
 
-def told(found: dict[str, Any], kind: str) -> tuple[str, str]:
+def reported(found: dict[str, Any], kind: str) -> tuple[str, str]:
     """Status and reason of a condition."""
     [condition] = [condition for condition in found["conditions"] if condition["type"] == kind]
     return condition["status"], condition["reason"]

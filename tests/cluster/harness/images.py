@@ -76,7 +76,7 @@ def archive(target: str) -> Path:
 
 @contextmanager
 def building(registry: str) -> Iterator[dict[str, str]]:
-    """What `make push` is told here in its environment: this machine's base image and package index, a registry without TLS."""
+    """What `make push` is reported here in its environment: this machine's base image and package index, a registry without TLS."""
     given = os.environ.get("CKPT2PT_BASE_IMAGE")
     store = cache_folder() / "buildah"
     with _alone(cache_folder() / "images"), _pip_secrets() as secrets, tempfile.TemporaryDirectory() as scratch:

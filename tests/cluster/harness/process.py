@@ -37,7 +37,7 @@ class Process:
     child: subprocess.Popen[bytes] | None = None
 
     def start(self, *, ready: bool = True) -> None:
-        """Start it, and wait until it watches, unless told otherwise."""
+        """Start it, and wait until it watches, unless stated otherwise."""
         words = [
             sys.executable, "-m", "ckpt2pt_operator.main", "--namespace", self.namespace, "--worker-image", self.image,
             "--metrics-port", str(self.port), "--log-format", "text", "--allow", ",".join(ALLOWED), *self.flags,

@@ -38,7 +38,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What befalls a request.  ``lost`` closes the connection before the server hears of it, or before it has answered."""
+    """What befalls a request.  ``lost`` closes the connection before the server is called with it, or before it has answered."""
 
     delay: float = 0.0
     status: int = 0
@@ -139,9 +139,9 @@ class Proxy:
 
             app = web.Application(client_max_size=16 << 20)
             app.router.add_route("*", "/{path:.*}", handle)
-            unheard = logging.getLogger("unheard")
-            unheard.disabled = True  # each scripted loss would be told as an error of the handler
-            runner = web.AppRunner(app, access_log=None, logger=unheard, shutdown_timeout=0.1)
+            no_progress = logging.getLogger("no_progress")
+            no_progress.disabled = True  # each scripted loss would be reported as an error of the handler
+            runner = web.AppRunner(app, access_log=None, logger=no_progress, shutdown_timeout=0.1)
             await runner.setup()
             site = web.TCPSite(runner, "127.0.0.1", 0)
             await site.start()

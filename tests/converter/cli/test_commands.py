@@ -93,14 +93,14 @@ def test_no_flag_takes_an_empty_path_or_an_endless_time(command: str) -> None:
     assert [f for f, kind in kinds.items() if kind is float and f not in checked_later] == [], "use flags.seconds"
 
 
-def test_a_signal_while_an_error_is_told_does_not_take_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_an_error_is_reported_does_not_take_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     real = termination.message_of
 
-    def told(error: errors.Ckpt2ptError) -> str:
+    def reported(error: errors.Ckpt2ptError) -> str:
         os.kill(os.getpid(), signal.SIGTERM)
         return real(error)
 
-    monkeypatch.setattr(termination, "message_of", told)
+    monkeypatch.setattr(termination, "message_of", reported)
     assert main(["convert"]) == 64
 
 
@@ -127,10 +127,10 @@ def test_a_path_that_can_never_be_right_is_not_tried_again(
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     assert main(["convert", *flags, "--multiprocess-off", "--progress", "none", flag, str(tmp_path / place)]) == code
-    told = capsys.readouterr().err
-    assert "hint:" in told
-    assert "permission" not in told
-    assert "mount" not in told
+    reported = capsys.readouterr().err
+    assert "hint:" in reported
+    assert "permission" not in reported
+    assert "mount" not in reported
 
 
 @pytest.mark.parametrize("name", ["args_tp00_pp000.pt", "param_map_buffer0_dp0tp0pp0vpp0.json"])

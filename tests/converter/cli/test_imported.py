@@ -65,10 +65,10 @@ def test_debug_tells_ranks_files_and_evidence_and_where_an_error_arose(
 ) -> None:
     words = ["import", "--megatron-path", str(FOLDER / "A"), "--ms-path", str(tmp_path), "--progress", "none"]
     assert main([*words, "--debug"]) == 0
-    told = capsys.readouterr().err
-    assert "cut as Topology(num_layers=4, tensor=2, pipeline=2" in told
-    assert re.search(r"tp 1 pp 1: \S+mp_rank_01_001 -> rank_3", told)
-    assert re.search(r"tp 1 pp 1: wrote .*rank_3/network\.ckpt.*offsets equal those of the weights", told)
+    reported = capsys.readouterr().err
+    assert "cut as Topology(num_layers=4, tensor=2, pipeline=2" in reported
+    assert re.search(r"tp 1 pp 1: \S+mp_rank_01_001 -> rank_3", reported)
+    assert re.search(r"tp 1 pp 1: wrote .*rank_3/network\.ckpt.*offsets equal those of the weights", reported)
     for more, there in (([], False), (["--debug"], True)):
         assert main([*words, "--tp-size", "4", *more]) == 65
         assert ("Traceback" in capsys.readouterr().err) == there
@@ -106,8 +106,8 @@ def test_wrong_usage(words: list[str]) -> None:
 def test_a_prefix_whose_files_convert_would_pass_by_is_refused(prefix: str) -> None:
     with pytest.raises(UsageError) as refused:
         request_of(parse("--file-prefix", prefix))
-    told = str(refused.value.spelled(of_command("import")))
-    assert f"--file-prefix is '{prefix}': convert passes by {prefix}.ckpt" in told
+    reported = str(refused.value.spelled(of_command("import")))
+    assert f"--file-prefix is '{prefix}': convert passes by {prefix}.ckpt" in reported
     other = f"my_{prefix.replace('_', '')}"
     files = request_of(parse("--file-prefix", other, "--megatron-path", str(FOLDER / "A"))).files
     assert files is not None
@@ -128,11 +128,11 @@ def test_a_file_in_the_place_of_the_folder_is_wrong_usage(
 def test_the_help_says_what_the_checkpoint_says_and_what_not(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["import", "--help"])
-    told = " ".join(capsys.readouterr().out.split()).partition("model and parallel layout: ")[2]
+    reported = " ".join(capsys.readouterr().out.split()).partition("model and parallel layout: ")[2]
     for flag in ("--num-layers", "--tp-size", "--pp-size", "--vpp-size"):
-        assert re.search(rf"{flag} [A-Z_]+ [^-]*(no-op [^-]*)?; default: as the checkpoint says", told)
+        assert re.search(rf"{flag} [A-Z_]+ [^-]*(no-op [^-]*)?; default: as the checkpoint says", reported)
     for flag in ("--dp-size", "--cp-size"):
-        assert re.search(rf"{flag} [A-Z_]+ [^-]*to come; default 1 ", told)
+        assert re.search(rf"{flag} [A-Z_]+ [^-]*to come; default 1 ", reported)
 
 
 def test_all_flags_of_the_reference_are_known() -> None:

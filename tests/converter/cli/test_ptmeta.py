@@ -64,7 +64,7 @@ def test_wrong_usage(more: list[str], word: str, tmp_path: Path, capsys: pytest.
     assert word in capsys.readouterr().err
 
 
-def test_flags_of_the_other_source_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_of_the_other_source_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["pt-meta", "--megatron-path", str(FOLDER / "A"), "--param-map-path", str(tmp_path / "m")]
     assert main([*flags, "--noop", "62", "63", "--dp-size", "2"]) == 0
     assert "with --megatron-path nothing is made of --dp-size, --noop" in capsys.readouterr().err
@@ -72,7 +72,7 @@ def test_flags_of_the_other_source_are_told(tmp_path: Path, capsys: pytest.Captu
     assert "nothing is made of" not in capsys.readouterr().err
 
 
-def test_no_op_layers_beyond_the_model_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_op_layers_beyond_the_model_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     description = write_description(FOLDER, tmp_path / "run.yaml")
     flags = ["pt-meta", "--description", str(description), "--ms-path", str(FOLDER / "ms")]
     flags += ["--param-map-path", str(tmp_path / "m"), "--accept-assumptions"]

@@ -134,10 +134,10 @@ def test_an_argument_that_is_not_there_determines_nothing() -> None:
 
 def test_another_data_parallel_size_is_answered_with_the_way_to_it() -> None:
     document = {"a": ["torch.bfloat16", [4], 0, 4, 0], "b": ["torch.bfloat16", [4], 4, 8, 1]}
-    with pytest.raises(FormatError, match="a data-parallel group of 3 pads it to 6") as told:
+    with pytest.raises(FormatError, match="a data-parallel group of 3 pads it to 6") as reported:
         parse_param_map(document, where="map.json", divisor=3)
-    assert "pt-meta --target-dp-size 3" in told.value.hint
-    assert told.value.where == "map.json: b"
+    assert "pt-meta --target-dp-size 3" in reported.value.hint
+    assert reported.value.where == "map.json: b"
 
 
 def test_a_setting_that_is_left_out_tells_no_shape() -> None:
@@ -147,5 +147,5 @@ def test_a_setting_that_is_left_out_tells_no_shape() -> None:
         for module in ("self_attention.query_key_value", "mlp.dense_h_to_4h")
     )
     assert [stated_shape(name, sizes, 1) for name in (qkv, gate)] == [None, None]
-    told = sizes | {"group_query_attention": False, "swiglu": True}
-    assert [stated_shape(name, told, 1) for name in (qkv, gate)] == [(24, 8), (32, 8)]
+    reported = sizes | {"group_query_attention": False, "swiglu": True}
+    assert [stated_shape(name, reported, 1) for name in (qkv, gate)] == [(24, 8), (32, 8)]

@@ -106,7 +106,7 @@ def test_two_modules_may_not_share_a_mindspore_name() -> None:
         ("epoch_num_x", "param", "epoch_num_x"),
     ],
 )
-def test_entries_are_told_apart_by_their_whole_name(entry: str, role: str, name: str) -> None:
+def test_entries_are_distinguished_by_their_whole_name(entry: str, role: str, name: str) -> None:
     found = TABLE.classify(entry)
     assert (found.role, found.name) == (role, name)
 

@@ -17,7 +17,7 @@ from results import Result, convert
 
 
 class Recorder:
-    """Keeps what it is told."""
+    """Keeps what it is reported."""
 
     def __init__(self) -> None:
         self.totals: dict[Rank, int] = {}
@@ -52,10 +52,10 @@ RANKS = [(0, 0), (1, 0), (0, 1), (1, 1)]
 
 @pytest.mark.parametrize("level", ["digest", "full"])
 def test_a_result_against_its_source(level: str, result: Result) -> None:
-    heard = Recorder()
-    verify_target(result.request, range(2), level=level, reporter=heard)  # type: ignore[arg-type]
-    assert heard.ended == RANKS
-    assert heard.steps > len(RANKS), "not a whole rank at a time"
+    received = Recorder()
+    verify_target(result.request, range(2), level=level, reporter=received)  # type: ignore[arg-type]
+    assert received.ended == RANKS
+    assert received.steps > len(RANKS), "not a whole rank at a time"
 
 
 def test_most_of_what_a_full_verification_reads_is_counted_while_it_reads(result: Result) -> None:
@@ -74,34 +74,34 @@ def test_most_of_what_a_full_verification_reads_is_counted_while_it_reads(result
 
 
 def test_a_result_by_its_own_manifests(result: Result) -> None:
-    heard = Recorder()
-    report = verify_records(result.request.target, reporter=heard)
-    assert sorted(heard.ended) == sorted(RANKS)
-    assert sum(heard.totals.values()) == report.checked_bytes
+    received = Recorder()
+    report = verify_records(result.request.target, reporter=received)
+    assert sorted(received.ended) == sorted(RANKS)
+    assert sum(received.totals.values()) == report.checked_bytes
 
 
 def test_two_checkpoints(result: Result) -> None:
-    heard = Recorder()
-    compare(result.request.target, result.request.target, reporter=heard)
+    received = Recorder()
+    compare(result.request.target, result.request.target, reporter=received)
     files = sum(path.stat().st_size for path in result.request.target.rglob("*.pt"))
-    assert heard.done == heard.totals == {(0, 0): 2 * files}
-    assert heard.steps > 10
+    assert received.done == received.totals == {(0, 0): 2 * files}
+    assert received.steps > 10
 
 
 def test_pt_meta_from_a_checkpoint() -> None:
     folder = next(path for path in golden_sets() if path.name.startswith("b_tp2pp2"))
-    heard = Recorder()
-    capture(folder / "A", reporter=heard)
-    assert sorted(heard.ended) == sorted(RANKS)
-    assert heard.steps > len(RANKS)
+    received = Recorder()
+    capture(folder / "A", reporter=received)
+    assert sorted(received.ended) == sorted(RANKS)
+    assert received.steps > len(RANKS)
 
 
 def test_a_portion_never_passes_its_total() -> None:
-    heard = Recorder()
-    heard.begin({(0, 0): 100}, 0)
-    portion = Portion(heard, (0, 0), 100)
+    received = Recorder()
+    received.begin({(0, 0): 100}, 0)
+    portion = Portion(received, (0, 0), 100)
     portion.advance(60)
     portion.advance(60)
-    assert heard.done == {(0, 0): 100}
+    assert received.done == {(0, 0): 100}
     portion.end()
-    assert heard.ended == [(0, 0)]
+    assert received.ended == [(0, 0)]

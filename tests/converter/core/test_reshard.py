@@ -177,8 +177,8 @@ def test_rows_that_may_be_tokens_are_refused(sizes: dict[str, int], rows: int) -
 def test_stages_without_a_vocabulary_say_nothing_of_it() -> None:
     index, _ = index_of(model(), 1)
     goal = wanted(Topology(num_layers=4, pipeline=4), 1, sizes={"vocab_size": 15, "padded_vocab_size": 24})
-    told = [len(reshard(index, (0, pp), goal, NameTable()).remarks) for pp in range(4)]
-    assert told == [1, 0, 0, 1]
+    reported = [len(reshard(index, (0, pp), goal, NameTable()).remarks) for pp in range(4)]
+    assert reported == [1, 0, 0, 1]
 
 
 @pytest.mark.parametrize(

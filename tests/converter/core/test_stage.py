@@ -141,7 +141,7 @@ FIRST = NORM.format(0)
 REFUSED: dict[str, tuple[dict[str, TensorRef], type[Ckpt2ptError], str]] = {
     "missing": (without(FIRST), CoverageError, f"{FIRST} is missing, which Megatron's {FIRST} is made from"),
     "moment-missing": (without(f"exp_avg_sq.{FIRST}"), CoverageError, f"exp_avg_sq.{FIRST} is missing"),
-    "surplus": (changed(NORM.format(2)), CoverageError, f"{NORM.format(2)} has no place"),
+    "extra": (changed(NORM.format(2)), CoverageError, f"{NORM.format(2)} has no place"),
     "shape": (changed(FIRST, shape=(3, 1)), TopologyError, "has shape [3, 1], the target needs [3]"),
     "moment-shape": (changed(f"exp_avg.{FIRST}", shape=(2,)), TopologyError, "has shape [2], the target needs [3]"),
     "int8": (changed(FIRST, dtype="int8"), InputError, "is of type int8"),
@@ -201,7 +201,7 @@ def test_a_tied_copy_beside_the_embedding_becomes_a_pair_to_compare() -> None:
     assert dict(made.ignored)[HEAD] == f"copy of the tied {EMBEDDING}"
 
 
-def test_a_copy_is_surplus_when_embeddings_are_not_tied() -> None:
+def test_a_copy_is_extra_when_embeddings_are_not_tied() -> None:
     with pytest.raises(CoverageError, match=r"output_layer.weight has no place"):
         plan(with_moments(EMBEDDING, FIRST, HEAD), chunk(EMBEDDING, FIRST), topology=Topology(num_layers=1))
 

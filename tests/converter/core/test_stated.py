@@ -103,7 +103,7 @@ def test_a_file_of_a_training_states_limits_for_all_groups_at_once() -> None:
     ]  # fmt: skip
 
 
-def test_groups_that_cannot_be_told_apart_and_differ_are_left_alone() -> None:
+def test_groups_that_cannot_be_distinguished_and_differ_are_left_alone() -> None:
     own = {"learning_rate_group_0": double(1e-3), "learning_rate_group_1": double(2e-3)}
     assert [dict(group) for group in carry(read_statement(own), {}, [GROUP, BARE]).groups] == [{}, {}]
 

@@ -159,7 +159,7 @@ def marked_within(
     return found
 
 
-def test_equal_counts_with_a_gap_and_an_overlap_are_told_as_twice() -> None:
+def test_equal_counts_with_a_gap_and_an_overlap_are_reported_as_twice() -> None:
     views = [View((at,), (2,), (1,), 0, STORAGE) for at in (0, 1)]
     with pytest.raises(CoverageError, match="2 parts hold 4 of 4 elements, some of them twice"):
         check_coverage(tensor_of((4,), views), "here")

@@ -43,7 +43,7 @@ def test_a_checkpoint_that_does_not_tell_is_refused(facts: dict[str, float]) -> 
 
 
 @pytest.mark.parametrize(
-    ("named", "facts", "told"),
+    ("named", "facts", "reported"),
     [
         ((0, 400), {"step_num": 2, "epoch_num": 0}, "named 0_400, and holds step_num 2"),
         ((1, 400), {"step_num": 400, "epoch_num": 0}, "named 1_400, and holds epoch_num 0"),
@@ -56,10 +56,10 @@ def test_a_checkpoint_that_does_not_tell_is_refused(facts: dict[str, float]) -> 
         (None, {"step_num": 2}, ""),
     ],
 )
-def test_a_name_that_the_contents_contradict_is_told(
-    named: tuple[int, int] | None, facts: dict[str, float], told: str
+def test_a_name_that_the_contents_contradict_is_reported(
+    named: tuple[int, int] | None, facts: dict[str, float], reported: str
 ) -> None:
-    assert name_conflict(named, facts) == told
+    assert name_conflict(named, facts) == reported
 
 
 def test_a_name_that_the_contents_contradict_is_a_doubt() -> None:

@@ -57,7 +57,7 @@ def test_the_weights_of_a_wrong_save_can_be_had(tmp_path: Path) -> None:
     assert [path.name for path in folder.glob("mp_rank_*/*.pt")] == ["model_optim_rng.pt"]
 
 
-def test_a_save_that_did_not_end_is_told(tmp_path: Path) -> None:
+def test_a_save_that_did_not_end_is_reported(tmp_path: Path) -> None:
     source = write_gpt(tmp_path / "source", gpt(tied=False, layers=4))
     next(source.rglob(".metadata")).unlink()
     with pytest.raises(MissingInputError, match=r"there is no .metadata, which is written last"):
@@ -89,7 +89,7 @@ def test_a_flipped_bit_is_found_by_the_checksum_of_its_item(tmp_path: Path) -> N
     assert "from byte" in caught.value.where or "__0_0.distcp" in caught.value.where
 
 
-def test_arguments_that_it_leaves_out_are_told_by_the_tensors(
+def test_arguments_that_it_leaves_out_are_reported_by_the_tensors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The small Namespace of a checkpoint that no Megatron-LM wrote."""

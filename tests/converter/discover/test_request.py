@@ -83,6 +83,6 @@ def test_a_rule_file_of_another_shape_is_refused(text: str, tmp_path: Path) -> N
     assert caught.value.where.endswith("rules.yaml")
 
 
-def test_a_rule_file_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_rule_file_that_is_not_there_is_reported(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError):
         load_rules(tmp_path / "rules.yaml")

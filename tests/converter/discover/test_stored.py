@@ -117,10 +117,10 @@ def test_it_is_what_the_way_over_mindspore_gives(tmp_path: Path) -> None:
         assert (iteration_folder(tmp_path / "direct") / path.relative_to(iteration_folder(tmp_path / "over"))).read_bytes() == path.read_bytes()  # fmt: skip
 
 
-def test_what_ranks_begin_with_that_did_not_exist_is_told(tmp_path: Path) -> None:
+def test_what_ranks_begin_with_that_did_not_exist_is_reported(tmp_path: Path) -> None:
     source = SETS["b_tp2pp2"] / "A"
-    [told] = ckpt2pt.convert(source=source, target=tmp_path / "new", target_tp=1).warnings
-    assert told.startswith("the states of the random number generators are as at the start of a run with seed")
+    [reported] = ckpt2pt.convert(source=source, target=tmp_path / "new", target_tp=1).warnings
+    assert reported.startswith("the states of the random number generators are as at the start of a run with seed")
     claim = json.loads(next((tmp_path / "new").rglob("stage-000.json")).read_text())
     assert "rng_state" in claim["assumed"]
 
@@ -276,7 +276,7 @@ def test_a_rank_of_another_save_is_refused(tmp_path: Path) -> None:
         ckpt2pt.convert(source=tmp_path / "old", target=tmp_path / "new")
 
 
-def test_a_missing_rank_is_told(tmp_path: Path) -> None:
+def test_a_missing_rank_is_reported(tmp_path: Path) -> None:
     shutil.copytree(SETS["b_tp2pp2"] / "A", tmp_path / "old")
     shutil.rmtree(max((tmp_path / "old").rglob("mp_rank_*_*")))
     with pytest.raises((MissingInputError, TopologyError), match="missing"):

@@ -120,7 +120,7 @@ def test_a_step_that_one_rank_lacks_is_not_taken(tmp_path: Path) -> None:
     assert discover(saves(tmp_path, (0, 90))).training_step.iteration == 90
 
 
-def test_a_rank_that_is_missing_is_told(tmp_path: Path) -> None:
+def test_a_rank_that_is_missing_is_reported(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="rank_1"):
         discover(saves(tmp_path, (0, 90), ranks=(0,)))
 
@@ -189,7 +189,7 @@ def renamed(folder: Path, old: str, new: str) -> None:
         path.rename(path.with_name(path.name.replace(old, new)))
 
 
-def test_a_name_that_says_another_step_is_told_with_those_that_hold_the_same(tmp_path: Path) -> None:
+def test_a_name_that_says_another_step_is_reported_with_those_that_hold_the_same(tmp_path: Path) -> None:
     request = saves(tmp_path, (0, 90))
     for name in ("0_300", "0_400"):
         for path in list((tmp_path / "ms").glob("rank_*/*-0_90.ckpt")):
@@ -215,6 +215,6 @@ def test_an_iteration_that_two_checkpoints_hold_is_not_guessed(tmp_path: Path) -
         path.with_name(path.name.replace("0_90", "0_400")).write_bytes(path.read_bytes())
     with pytest.raises(
         InputError, match=r"2 checkpoints are of iteration 90; .* of iterations 90, 90 \(0_400\)"
-    ) as told:
+    ) as reported:
         discover(replace(request, iteration=90))
-    assert "move the files of all but one" in told.value.hint
+    assert "move the files of all but one" in reported.value.hint

@@ -134,7 +134,7 @@ def test_pieces_of_a_long_file_are_joined(file: OutputFile, monkeypatch: pytest.
         assert [piece[:2] for piece in read_early(file, readback)] == [(0, 3 * BLOCK_BYTES)]
 
 
-def test_whoever_waits_is_told_to_stop(file: OutputFile) -> None:
+def test_whoever_waits_is_asked_to_stop(file: OutputFile) -> None:
     def stopped() -> None:
         raise InterruptedRunError("stopped", where="here", hint="again")
 

@@ -159,7 +159,7 @@ def test_an_error_of_the_reader_is_raised(direct: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("cold", [True, False])
-def test_a_file_that_ends_too_early_is_told(cold: bool, tmp_path: Path) -> None:
+def test_a_file_that_ends_too_early_is_reported(cold: bool, tmp_path: Path) -> None:
     make(tmp_path / "file")
     if cold:
         on_disk(tmp_path / "file")
@@ -167,7 +167,7 @@ def test_a_file_that_ends_too_early_is_told(cold: bool, tmp_path: Path) -> None:
         read_all([Extent(str(tmp_path / "file"), NBYTES - 10, 20)])
 
 
-def test_a_file_that_is_gone_is_told_and_the_others_are_closed(tmp_path: Path) -> None:
+def test_a_file_that_is_gone_is_reported_and_the_others_are_closed(tmp_path: Path) -> None:
     make(tmp_path / "file", 10)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(FileAccessError, match="gone"):

@@ -160,7 +160,7 @@ def test_a_dense_copy_is_one_read() -> None:
     assert bytes(block) == bytes(range(8, 32))
 
 
-def test_a_file_that_ends_early_is_told_by_its_reader(tmp_path: Path) -> None:
+def test_a_file_that_ends_early_is_reported_by_its_reader(tmp_path: Path) -> None:
     files, gather, _ = column(8, 8, 2)
     files.files["f"] = files.files["f"][:100]
     with pytest.raises(AssertionError, match="beyond the end"):

@@ -65,13 +65,13 @@ def both_files(target: str = "bfloat16", start: int = 0) -> tuple[Sink, ...]:
 
 def write(folder: Path, payloads: list[FilePayload], moves: list[Move], *, check: bool = True) -> dict[str, int]:
     folder.mkdir(exist_ok=True)
-    told: dict[str, Any] = {}
+    reported: dict[str, Any] = {}
     written, digests = write_files(
-        folder, payloads, moves, stop=Stop(), advance=lambda _: None, check=check, prove=told.update
+        folder, payloads, moves, stop=Stop(), advance=lambda _: None, check=check, prove=reported.update
     )
     extents = sorted(extent for move in moves for extent in move.extents)
-    assert [(path, first, size) for path in sorted(told) for first, size, _ in told[path]] == extents
-    for path, pieces in told.items():
+    assert [(path, first, size) for path in sorted(reported) for first, size, _ in reported[path]] == extents
+    for path, pieces in reported.items():
         data = Path(path).read_bytes()
         assert all(crc == zlib.crc32(data[first : first + size]) for first, size, crc in pieces)
     for file in written:
@@ -190,12 +190,12 @@ def assert_refused(folder: Path, path: Path, nbytes: int, error: type[Ckpt2ptErr
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == {MODEL_FILE: b"older"}
 
 
-def test_a_source_that_shrank_is_told_and_leaves_the_older_file(tmp_path: Path) -> None:
+def test_a_source_that_shrank_is_reported_and_leaves_the_older_file(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(bytes(400))
     assert_refused(tmp_path / "out", tmp_path / "source", 800, FileAccessError, "the file ended at byte 400")
 
 
-def test_a_source_that_is_gone_is_told(tmp_path: Path) -> None:
+def test_a_source_that_is_gone_is_reported(tmp_path: Path) -> None:
     assert_refused(tmp_path / "out", tmp_path / "source", 800, FileAccessError, "opening failed")
 
 
@@ -204,7 +204,9 @@ def test_a_source_that_ends_inside_an_element_is_refused(tmp_path: Path) -> None
     assert_refused(tmp_path / "out", tmp_path / "source", 402, FormatError, "ends inside an element")
 
 
-def test_a_target_without_room_is_told_before_a_byte_is_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_without_room_is_reported_before_a_byte_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("ckpt2pt.io.files.fallocate", lambda fd, offset, nbytes: errno.ENOSPC)
     (tmp_path / "source").write_bytes(bytes(400))
     assert_refused(tmp_path / "out", tmp_path / "source", 400, NoSpaceError, "reserving")
@@ -235,7 +237,7 @@ def test_a_mode_that_cannot_be_set_is_a_warning(
     assert "mode 0400 cannot be set" in caplog.text
 
 
-def test_a_template_that_shrank_is_told(tmp_path: Path) -> None:
+def test_a_template_that_shrank_is_reported(tmp_path: Path) -> None:
     (tmp_path / "template").write_bytes(b"ab")
     (tmp_path / "out").mkdir()
     copied = (Extent(str(tmp_path / "template"), 0, 10),)
@@ -271,7 +273,7 @@ def test_the_first_reason_to_stop_counts() -> None:
         stop.check()
 
 
-def test_a_file_that_differs_on_the_disk_is_told(tmp_path: Path) -> None:
+def test_a_file_that_differs_on_the_disk_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc" * engine.BLOCK_BYTES)
     crc = zlib.crc32(b"abc" * engine.BLOCK_BYTES)
     read_back(tmp_path / "file", crc)
@@ -289,19 +291,19 @@ def test_a_kernel_that_reads_less_than_asked_is_asked_again(tmp_path: Path, monk
 
 
 def test_a_meter_holds_back_and_loses_nothing() -> None:
-    heard: list[int] = []
-    meter = Meter(heard.append, interval=3600)
+    received: list[int] = []
+    meter = Meter(received.append, interval=3600)
     for _ in range(10):
         meter.advance(7)
-    assert heard == []
+    assert received == []
     meter.flush()
     meter.flush()
-    assert heard == [70]
+    assert received == [70]
 
 
 def test_a_meter_without_an_interval_speaks_each_time() -> None:
-    heard: list[int] = []
-    meter = Meter(heard.append, interval=0)
+    received: list[int] = []
+    meter = Meter(received.append, interval=0)
     meter.advance(3)
     meter.advance(4)
-    assert heard == [3, 4]
+    assert received == [3, 4]

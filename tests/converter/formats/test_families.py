@@ -141,5 +141,5 @@ def test_a_file_that_is_written_again_is_looked_at_again(tmp_path: Path) -> None
         ("decoder.layers.0.mlp.linear_fc1.weight", "MindSpore checkpoint"),
     ],
 )
-def test_a_single_file_is_told_by_its_tensors(name: str, kind: str) -> None:
+def test_a_single_file_is_reported_by_its_tensors(name: str, kind: str) -> None:
     assert kind_of_tensors([name]) == kind

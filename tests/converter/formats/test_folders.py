@@ -77,7 +77,7 @@ def test_a_megatron_root_is_the_iteration_of_its_tracker(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("text", ["2garbage", "iter_0000001", "-1", "1.0", "\u0663", "9" * 5000])
-def test_a_tracker_that_names_no_iteration_is_told_as_such(text: str, tmp_path: Path) -> None:
+def test_a_tracker_that_names_no_iteration_is_reported_as_such(text: str, tmp_path: Path) -> None:
     root = files(tmp_path, "iter_0000001/x.pt", "release/x.pt")
     (root / "latest_checkpointed_iteration.txt").write_text(text)
     with pytest.raises(InputError, match=r"the tracker says .* neither an iteration nor release") as caught:

@@ -1,4 +1,4 @@
-"""The format of a folder is told by what is in it; what is none is refused in words."""
+"""The format of a folder is known by what is in it; what is none is refused in words."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_single_file_asks_for_its_folder(tmp_path: Path) -> None:
     assert "name the folder that holds the folders of the ranks" in caught.value.hint
 
 
-def test_an_unknown_format_is_told_with_those_that_there_are(tmp_path: Path) -> None:
+def test_an_unknown_format_is_reported_with_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no format zarr") as caught:
         read(tmp_path, source_format="zarr")
     assert caught.value.hint == "give auto or one of mindformers, mindspore, msadapter, megatron, torch_dist"

@@ -21,7 +21,7 @@ def source(golden: Path, tmp_path: Path) -> Path:
     return shutil.copytree(golden / "msadapter/moe_ep2", tmp_path / "in")
 
 
-def test_ranks_of_experts_are_told_from_stages_by_the_arguments(golden: Path, tmp_path: Path) -> None:
+def test_ranks_of_experts_are_reported_from_stages_by_the_arguments(golden: Path, tmp_path: Path) -> None:
     experts = find_repairable(golden / "msadapter/moe_ep2", Selection())
     assert (experts.sizes, experts.iteration, experts.seed, experts.layers) == ((1, 1, 2), 2, 1234, 2)
     assert experts.generators
@@ -61,7 +61,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "kind", "said"), DAMAGES.values(), ids=DAMAGES)
-def test_what_is_missing_is_told(damage: object, kind: type[Exception], said: str, source: Path) -> None:
+def test_what_is_missing_is_reported(damage: object, kind: type[Exception], said: str, source: Path) -> None:
     damage(source / "iter_0000002")  # type: ignore[operator]
     with pytest.raises(kind, match=said):
         find_repairable(source, Selection())

@@ -124,7 +124,7 @@ def test_a_hook_before_the_last_save_submits_nothing_and_says_so_at_the_beginnin
     assert "no ModelCheckpoint before ConversionHook" in caplog.text
 
 
-def test_a_template_that_is_missing_is_told_at_the_beginning(module: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_template_that_is_missing_is_reported_at_the_beginning(module: Any, caplog: pytest.LogCaptureFixture) -> None:
     hook = module.ConversionHook("/none.yaml")
     hook.on_train_begin(context(hook))
     assert "/none.yaml is not there" in caplog.text
@@ -142,7 +142,7 @@ def test_nothing_is_raised_whatever_the_training_says(
     assert calls == []
 
 
-def test_numbers_in_quotes_are_numbers_and_what_is_none_is_told_before_the_training(
+def test_numbers_in_quotes_are_numbers_and_what_is_none_is_reported_before_the_training(
     module: Any, calls: list[list[str]], template: str
 ) -> None:
     hook = module.ConversionHook(template, ready_seconds="300", request_seconds="5")

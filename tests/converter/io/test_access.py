@@ -54,7 +54,9 @@ def test_every_refusal_of_an_output_has_a_kind_and_true_words(number: int, path:
     assert words in error.what
     assert error.where == str(path)
     assert ("permission" in error.what) == (number in {errno.EACCES, errno.EPERM})
-    assert ("uid" in error.hint) == (number in {errno.EACCES, errno.EPERM}), "nobody is told to change users in vain"
+    assert ("uid" in error.hint) == (number in {errno.EACCES, errno.EPERM}), (
+        "nobody is reported to change users in vain"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""System calls on files: complete whatever the kernel gives at a time, and told in true words when they are refused."""
+"""System calls on files: complete whatever the kernel gives at a time, and reported in true words when they are refused."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_what_comes_through_a_pipe_is_read_to_its_end() -> None:
     os.close(reader)
 
 
-def test_a_file_system_that_stays_busy_is_told(fd: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_stays_busy_is_reported(fd: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def busy(*_: object) -> int:
         raise BlockingIOError(errno.EAGAIN, "busy")
 
@@ -127,7 +127,7 @@ def test_no_other_module_reads_or_writes_a_descriptor() -> None:
 # ------------------------------------------------------------------------------------------------------ reserving room
 
 
-def test_room_is_reserved_in_slices_between_which_a_stop_is_heard(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_is_reserved_in_slices_between_which_a_stop_is_noticed(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
 
     def fallocate(fd: int, offset: int, nbytes: int) -> int:
@@ -221,7 +221,7 @@ with OpenFiles(lambda path: (os.open(path, os.O_RDONLY), os.dup(0))) as opened:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_too_many_files_are_told_with_the_limit(tmp_path: Path) -> None:
+def test_too_many_files_are_reported_with_the_limit(tmp_path: Path) -> None:
     def none_left(path: str) -> tuple[int, ...]:
         raise OSError(errno.EMFILE, path)
 

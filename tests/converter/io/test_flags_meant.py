@@ -43,14 +43,14 @@ from documents import changed, write
         ("transmogrify", "invalid choice", "see ckpt2pt --help"),
     ],
 )
-def test_a_wrong_word_is_told_with_what_was_meant(
+def test_a_wrong_word_is_reported_with_what_was_meant(
     words: str, what: str, meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words.split()) == 64
-    told = capsys.readouterr().err
-    assert what in told
-    assert meant in told
-    assert ("did you mean" in told) == ("did you mean" in meant)
+    reported = capsys.readouterr().err
+    assert what in reported
+    assert meant in reported
+    assert ("did you mean" in reported) == ("did you mean" in meant)
 
 
 def commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -83,15 +83,15 @@ def test_every_option_and_command_is_found_again_with_a_letter_missing(
         (["--volume", "x=."], "--volume x is no volume of the document", "the volumes of the document are training"),
     ],
 )
-def test_a_volume_that_is_not_there_is_told_before_the_one_that_is_missing(
+def test_a_volume_that_is_not_there_is_reported_before_the_one_that_is_missing(
     words: list[str], what: str, meant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     volume = {"volume": {"persistentVolumeClaim": {"claimName": "training"}}, "path": "ms"}
     document = write(tmp_path / "a.yaml", changed(("spec.source", volume)))
     assert main(["run", "-f", str(document), *words]) == 64
-    told = capsys.readouterr().err
-    assert what in told
-    assert meant in told
+    reported = capsys.readouterr().err
+    assert what in reported
+    assert meant in reported
 
 
 def test_a_section_of_rules_and_a_field_of_a_template_as_well() -> None:

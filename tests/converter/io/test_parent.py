@@ -28,7 +28,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("late", [0.0, 0.5], ids=["told-in-time", "gone-before"])
+@pytest.mark.parametrize("late", [0.0, 0.5], ids=["reported-in-time", "gone-before"])
 def test_it_ends_however_its_parent_ended(late: float, tmp_path: Path) -> None:
     words = [sys.executable, "-c", PARENT, CHILD, str(late)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as parent:

@@ -112,13 +112,13 @@ LACKS = {
     "out of order, goofys": (out_of_order(errno.ENOTSUP), "write a file out of order"),
     "out of order, in silence": (wrong_place, "keep what is written out of order"),
     "no rename": (no_rename(errno.ENOSYS, over=False), "rename a file"),
-    "no rename, told as a permission": (no_rename(errno.EPERM, over=False), "rename a file"),
+    "no rename, reported as a permission": (no_rename(errno.EPERM, over=False), "rename a file"),
     "no rename over": (no_rename(errno.EEXIST, over=True), "replace a file"),
 }
 
 
 @pytest.mark.parametrize("lack", LACKS)
-def test_what_the_file_system_lacks_is_told_in_a_sentence(
+def test_what_the_file_system_lacks_is_reported_in_a_sentence(
     lack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patch, words = LACKS[lack]
@@ -150,7 +150,7 @@ def test_a_good_file_system_is_left_as_it_was(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_in_the_way_is_told(tmp_path: Path) -> None:
+def test_a_file_in_the_way_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(errors.UsageError, match="Not a directory"):
         probe(tmp_path / "file" / "below", OPTION)

@@ -117,7 +117,7 @@ def test_info_tells_where_it_lies(folder: Path) -> None:
         assert checkpoint.info("decoder.layers.1.input_layernorm.weight").replicas == 3
 
 
-def test_an_unknown_name_is_told_with_the_nearest(folder: Path) -> None:
+def test_an_unknown_name_is_reported_with_the_nearest(folder: Path) -> None:
     with ckpt2pt.open(folder) as checkpoint:
         with pytest.raises(MissingInputError, match=r"there is no decoder\.layers\.1\.mlp\.linear_fc3") as caught:
             checkpoint["decoder.layers.1.mlp.linear_fc3.weight"]

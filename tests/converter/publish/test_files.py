@@ -106,7 +106,7 @@ def test_what_the_fence_refuses_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_temporary_file_that_another_run_has_swept_is_told_as_that(tmp_path: Path) -> None:
+def test_a_temporary_file_that_another_run_has_swept_is_reported_as_that(tmp_path: Path) -> None:
     with pytest.raises(TryAgainError, match="another run is at work here"):
         publish_bytes(tmp_path / "a", b"new", fence=lambda: sweep_partials(tmp_path))
 

@@ -15,8 +15,8 @@ from ckpt2pt.publish import Holdings, Ledger, publish_bytes, read_record
 
 def entry(path: Path, *, mtime: bool = True) -> Json:
     data = path.read_bytes()
-    told: Json = {"path": path.name, "nbytes": len(data), "crc32": f"{crc32(data):08x}"}
-    return told | ({"mtimeNs": path.stat().st_mtime_ns} if mtime else {})
+    reported: Json = {"path": path.name, "nbytes": len(data), "crc32": f"{crc32(data):08x}"}
+    return reported | ({"mtimeNs": path.stat().st_mtime_ns} if mtime else {})
 
 
 @pytest.fixture

@@ -100,7 +100,7 @@ def held(path: Path, holder: str) -> int:
     return fd
 
 
-def test_a_wait_is_told_with_the_holder_and_ends(
+def test_a_wait_is_reported_with_the_holder_and_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "_TELL_SECONDS", 0.1)

@@ -201,7 +201,7 @@ def test_one_that_was_changed_is_found_and_repaired_when_asked_for(target: Targe
     assert there(target) == FILES
 
 
-def test_what_is_there_besides_is_told(target: Target) -> None:
+def test_what_is_there_besides_is_reported(target: Target) -> None:
     finish(target, *range(STAGES))
     assert publish(target)
     (target.folder / "__9_0.distcp").write_bytes(b"")

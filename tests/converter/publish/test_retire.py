@@ -30,7 +30,7 @@ def test_a_result_goes_with_its_records(target: Target) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "mp_rank_00_000/other.pt", ".ckpt2pt/notes.json"])
-def test_what_is_not_ours_stays_and_is_told(name: str, target: Target, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_ours_stays_and_is_reported(name: str, target: Target, caplog: pytest.LogCaptureFixture) -> None:
     (target.folder / name).write_text("theirs")
     for _ in range(2):
         [folder] = listing(target.root)

@@ -106,7 +106,7 @@ def test_killed_at_any_step_one_of_the_two_is_complete(
 def test_whoever_comes_next_finds_one_of_the_two(
     kind: Kind, exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The next run may be that of the older conversion again: it finds its own result, or is told of the newer."""
+    """The next run may be that of the older conversion again: it finds its own result, or is reported the newer."""
     if not exchange:
         monkeypatch.setattr(swap, "_exchanged", lambda *_: False)
     for old in every_step(kind, tmp_path, exchange=exchange):

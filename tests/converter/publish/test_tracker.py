@@ -67,7 +67,7 @@ def test_what_is_no_file_in_the_place_of_a_tracker_is_refused_before_anything_is
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("said", "reported"),
     [
         ("900", "named iteration 900, which is not there"),
         ("release", "named the release checkpoint"),
@@ -77,8 +77,8 @@ def test_what_is_no_file_in_the_place_of_a_tracker_is_refused_before_anything_is
         ("", ""),
     ],
 )
-def test_a_tracker_that_is_replaced_without_being_older_is_told(
-    said: str, told: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_tracker_that_is_replaced_without_being_older_is_reported(
+    said: str, reported: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / TRACKER).write_text(said)
     target = Target(root=tmp_path, iteration=500, identity="me", stages=1, tensor=1)
@@ -86,9 +86,9 @@ def test_a_tracker_that_is_replaced_without_being_older_is_told(
     with caplog.at_level(logging.WARNING):
         assert target.publish_iteration()
     assert (tmp_path / TRACKER).read_text() == "500"
-    assert len(caplog.messages) == bool(told)
-    if told:
-        assert re.search(rf"{told}; it names iteration 500 now", caplog.messages[0])
+    assert len(caplog.messages) == bool(reported)
+    if reported:
+        assert re.search(rf"{reported}; it names iteration 500 now", caplog.messages[0])
 
 
 @pytest.fixture

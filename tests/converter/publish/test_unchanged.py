@@ -56,7 +56,9 @@ def test_other_bytes_of_the_same_size_keep_a_result_from_being_shown(target: Tar
 
 
 @pytest.mark.parametrize("content", [None, b"stage"], ids=["lost", "cut"])
-def test_a_file_that_is_gone_or_cut_is_told_to_whoever_would_wait_for_it(content: bytes | None, target: Target) -> None:
+def test_a_file_that_is_gone_or_cut_is_reported_to_whoever_would_wait_for_it(
+    content: bytes | None, target: Target
+) -> None:
     place(target, 1).unlink()
     if content:
         place(target, 1).write_bytes(content)

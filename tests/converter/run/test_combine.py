@@ -59,9 +59,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_the_files_are_those_of_the_reference_to_the_byte(suffix: str, golden: str, tmp_path: Path) -> None:
     outcome = merge(J / "ms_zero_src", tmp_path, dst_format=suffix, copies=suffix == "safetensors")
     assert files_of(tmp_path) == files_of(J / golden)
-    told = outcome.document()
-    assert told["bytesWritten"] == sum(map(len, files_of(tmp_path).values()))
-    assert [told[key] for key in ("ranksMerged", "ranksKept", "epoch", "step", "shardsPerRank")] == [2, 0, 0, 2, 2]
+    reported = outcome.document()
+    assert reported["bytesWritten"] == sum(map(len, files_of(tmp_path).values()))
+    assert [reported[key] for key in ("ranksMerged", "ranksKept", "epoch", "step", "shardsPerRank")] == [2, 0, 0, 2, 2]
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("rank_*/*")} == {0o400}
 
 
@@ -158,7 +158,7 @@ def test_a_section_does_its_ranks_and_the_next_run_the_others(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_files_are_read_back_unless_told_otherwise(
+def test_files_are_read_back_unless_stated_otherwise(
     check: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made_in(tmp_path)
@@ -306,7 +306,7 @@ def test_a_parameter_that_the_description_lacks_is_not_left_out(number: int, sou
     [path] = (tmp_path / "info" / "rank_0").iterdir()
     path.chmod(0o600)
     document = json.loads(path.read_text())
-    large = [name for name, told in document["param_info"].items() if np.prod(told["shape"]) > 32]
+    large = [name for name, reported in document["param_info"].items() if np.prod(reported["shape"]) > 32]
     _, _, start, stop = document["param_info"].pop(large[number])["range_map"]
     path.write_text(json.dumps(document))
     with pytest.raises(CoverageError, match=r"nothing describes elements \[\d+, \d+\) of buffer 0") as caught:
@@ -334,7 +334,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(case: str, 
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_format_that_is_not_there_is_told_with_the_flags_of_this_command(tmp_path: Path) -> None:
+def test_a_format_that_is_not_there_is_reported_with_the_flags_of_this_command(tmp_path: Path) -> None:
     made_in(tmp_path)
     with pytest.raises(MissingInputError, match="no safetensors file") as caught:
         merge(tmp_path / "ms", tmp_path / "merged", src_format="safetensors")

@@ -126,9 +126,9 @@ def test_parameters_that_were_stopped_are_extended(tmp_path: Path, alone: Path) 
 def test_what_is_there_is_verified_as_asked_for(tmp_path: Path) -> None:
     params, full = pair(tmp_path)
     convert(replace(full, verify="none"))
-    with pytest.raises(UsageError, match="verified none; digest is asked for") as told:
+    with pytest.raises(UsageError, match="verified none; digest is asked for") as reported:
         convert(params)
-    assert ref("verify") in told.value.hint
+    assert ref("verify") in reported.value.hint
     assert convert(replace(params, verify="none")).verified == "none"
     convert(replace(full, verify="full"))
     assert convert(params).verified == "full"
@@ -137,9 +137,9 @@ def test_what_is_there_is_verified_as_asked_for(tmp_path: Path) -> None:
 def test_parameters_beside_a_full_conversion_that_is_not_complete_are_refused(tmp_path: Path) -> None:
     params, full = pair(tmp_path)
     convert(full, 0)
-    with pytest.raises(UsageError, match="a full conversion of the same source was begun there") as told:
+    with pytest.raises(UsageError, match="a full conversion of the same source was begun there") as reported:
         convert(params)
-    assert "run the full conversion again" in told.value.hint
+    assert "run the full conversion again" in reported.value.hint
     convert(full)
     assert convert(params).converted == ()
 

@@ -85,10 +85,10 @@ def test_bytes_that_changed_are_noticed_by_the_time_of_their_file(
     before = path.read_bytes()
     flip(path, keep_time=False)
     assert again() == 64
-    heard = capfd.readouterr()
-    assert f"{path.name} is there, which ckpt2pt did not write, or which was changed since" in heard.err
-    assert "--overwrite" in heard.err
-    assert "already" not in heard.out
+    received = capfd.readouterr()
+    assert f"{path.name} is there, which ckpt2pt did not write, or which was changed since" in received.err
+    assert "--overwrite" in received.err
+    assert "already" not in received.out
     assert again("--overwrite") == 0
     assert path.read_bytes() == before
     assert again() == 0

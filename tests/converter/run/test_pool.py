@@ -1,4 +1,4 @@
-"""Ranks at work: late, stopped, killed.  Every end is heard."""
+"""Ranks at work: late, stopped, killed.  Every end is received."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def at_work(folder: Path, target: Path) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("seconds", [0, 0.05, 0.1])
-def test_an_interrupt_at_a_terminal_is_told_once_and_blames_nobody(
+def test_an_interrupt_at_a_terminal_is_reported_once_and_blames_nobody(
     seconds: float, pipelined: Path, tmp_path: Path
 ) -> None:
     process = at_work(pipelined, tmp_path / "out")
@@ -181,7 +181,7 @@ def test_a_rank_leaves_nothing_in_memory_for_the_next(monkeypatch: pytest.Monkey
 
 
 def test_a_rank_that_fails_ends_the_workers_of_all(pipelined: Path, tmp_path: Path) -> None:
-    """Its error is told although the worker has done another rank before."""
+    """Its error is reported although the worker has done another rank before."""
     source = shutil.copytree(pipelined, tmp_path / pipelined.name)
     request = request_for(source, tmp_path / "out", in_process=False, workers=1)
 

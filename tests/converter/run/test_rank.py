@@ -23,7 +23,7 @@ VALUES = struct.pack("<4f", 1, 2, 3, 4)
 
 @dataclass
 class Reading:
-    """A source that notes what it is asked, and fails where it is told to."""
+    """A source that notes what it is asked, and fails where it is reported to."""
 
     fails: str = ""
     asked: list[str] = field(default_factory=list[str])
@@ -85,9 +85,9 @@ def names(folder: Path) -> set[str]:
 
 
 def run(task: RankTask) -> list[int]:
-    told: list[int] = []
-    task.run(Stop(), told.append)
-    return told
+    reported: list[int] = []
+    task.run(Stop(), reported.append)
+    return reported
 
 
 @pytest.mark.parametrize("level", ["none", "digest", "full"])

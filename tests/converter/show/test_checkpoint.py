@@ -328,7 +328,7 @@ def test_a_file_of_a_rank_folder_that_cannot_be_read_says_why(tmp_path: Path) ->
     assert whole["holds"] == "MindSpore checkpoint (.ckpt)"
 
 
-def test_what_is_no_checkpoint_is_refused_with_a_mend(tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_is_refused_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no checkpoint"):
         inspect(tmp_path)
     with pytest.raises(MissingInputError, match="the file or folder is not there"):

@@ -26,10 +26,10 @@ def test_inspect_tells_form_and_tensors(tmp_path: Path, capsys: pytest.CaptureFi
     content: Any = {"content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"}}
     write_folder(tmp_path / "iter_0000003", keys, common=content)
     assert main(["inspect", str(tmp_path / "iter_0000003")]) == 0
-    told = capsys.readouterr().out
-    assert "fully_reshardable" in told
-    assert "samples round to the weights" in told
-    assert "decoder.layers.{0-2}.self_attention.linear_proj.weight" in told
+    reported = capsys.readouterr().out
+    assert "fully_reshardable" in reported
+    assert "samples round to the weights" in reported
+    assert "decoder.layers.{0-2}.self_attention.linear_proj.weight" in reported
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
     assert main(["inspect", str(tmp_path)]) == 0
     assert "samples round to the weights" in capsys.readouterr().out

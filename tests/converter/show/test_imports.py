@@ -34,9 +34,9 @@ def test_a_plan_of_an_import_is_what_the_import_writes(tmp_path: Path, capsys: p
     assert record["identity"] == plan["identity"]
     assert sum(chunk["numel"] for rank in plan["ranks"] for chunk in rank["chunks"]) * 12 == plan["bytesToRead"]
     assert main(["plan", *words]) == 0
-    told = capsys.readouterr().out
-    assert "mode       Full, MindSpore .ckpt; tp 2, pp 2, vpp 1" in told
-    assert "there" in told
+    reported = capsys.readouterr().out
+    assert "mode       Full, MindSpore .ckpt; tp 2, pp 2, vpp 1" in reported
+    assert "there" in reported
 
 
 def test_a_plan_names_parameters_and_every_replica(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

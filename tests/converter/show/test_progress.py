@@ -110,7 +110,7 @@ def test_silence_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_what_is_done_within_a_second_is_not_told_of_unless_asked_for(
+def test_what_is_done_within_a_second_is_not_reported_of_unless_asked_for(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("TERM", "xterm")
@@ -122,11 +122,11 @@ def test_what_is_done_within_a_second_is_not_told_of_unless_asked_for(
             quick.advance(rank, nbytes)
             quick.end(rank)
         quick.close()
-        told = capsys.readouterr().err
-        assert bool(told) is (kind != "auto")
+        reported = capsys.readouterr().err
+        assert bool(reported) is (kind != "auto")
 
 
-def test_what_takes_longer_is_told_from_its_beginning(
+def test_what_takes_longer_is_reported_from_its_beginning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # so that rich takes what captures for a terminal

@@ -205,7 +205,7 @@ def test_a_missing_rank_is_missing_input(pair: tuple[Path, Path], capsys: pytest
 
 
 @pytest.mark.parametrize("sizes", [("--tp-size", 1), ("--pp-size", 4), ("--tp-size", 4, "--pp-size", 1)])
-def test_wrong_parallel_sizes_are_told(
+def test_wrong_parallel_sizes_are_reported(
     pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str], sizes: tuple[object, ...]
 ) -> None:
     code, _, err = verify(capsys, *pair, *sizes)
@@ -213,7 +213,7 @@ def test_wrong_parallel_sizes_are_told(
     assert "parallel size" in err
 
 
-def test_mixed_iterations_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixed_iterations_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = write_mindspore(tmp_path / "one", model(), tp=2)
     other = write_mindspore(tmp_path / "other", model(), tp=4, iteration=13)
     code, found, err = verify(capsys, one, other)
@@ -275,7 +275,7 @@ def test_a_difference_in_the_rows_of_both_is_found_with_padding_ignored(
     assert [(row["name"], row["index"]) for row in found["differences"]] == [("param/output_layer.weight", 15 * 6 + 5)]
 
 
-def test_what_is_ignored_is_left_out_and_what_matches_nothing_is_told(
+def test_what_is_ignored_is_left_out_and_what_matches_nothing_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arrays = model()
@@ -324,7 +324,7 @@ def test_folders_of_one_layout_are_compared_file_by_file(golden: Path, tmp_path:
     assert not differ_in_layout(one / "A", one / "C_full", asked=False), "the reference's suffix is no other layout"
 
 
-def test_a_checkpoint_beside_something_else_is_told_what_is_read(
+def test_a_checkpoint_beside_something_else_is_reported_what_is_read(
     golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = golden / "megatron06" / "b_tp2pp2"

@@ -87,7 +87,7 @@ def test_a_single_element_is_seen(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_values_and_bits_are_told_apart(
+def test_values_and_bits_are_distinguished(
     tmp_path: Path, left: Any, right: Any, kind: str, differing: int, bits_only: int, max_abs: float, dtype: torch.dtype
 ) -> None:
     row = one_row(tmp_path, torch.tensor(left, dtype=dtype), torch.tensor(right, dtype=dtype))
@@ -126,7 +126,7 @@ def test_a_difference_in_type_still_tells_which_values_differ(tmp_path: Path) ->
     assert (row.kind, row.differing) == ("type", 0)
 
 
-def test_a_difference_in_shape_is_told_without_reading(tmp_path: Path) -> None:
+def test_a_difference_in_shape_is_reported_without_reading(tmp_path: Path) -> None:
     row = one_row(tmp_path, torch.zeros(2, 3), torch.zeros(3, 2))
     assert (row.kind, row.left, row.right, row.differing) == ("type", "float32[2, 3]", "float32[3, 2]", None)
 
@@ -285,10 +285,10 @@ def pair(finished: Result, tmp_path: Path) -> tuple[Result, Result]:
     return finished, finished.copied(tmp_path / "out")
 
 
-@pytest.mark.parametrize("mend_crc", [True, False], ids=["checksum-mended", "checksum-wrong"])
-def test_one_bit_between_two_results_is_seen(pair: tuple[Result, Result], mend_crc: bool) -> None:
+@pytest.mark.parametrize("correct_crc", [True, False], ids=["checksum-corrected", "checksum-wrong"])
+def test_one_bit_between_two_results_is_seen(pair: tuple[Result, Result], correct_crc: bool) -> None:
     one, other = pair
-    flip(other.optim, f"/0/{PAIR}/exp_avg/0", 99, mend_crc=mend_crc)
+    flip(other.optim, f"/0/{PAIR}/exp_avg/0", 99, correct_crc=correct_crc)
     (row,) = compare(one.request.target, other.request.target).rows
     assert (row.file, row.name) == ("mp_rank_00_000/distrib_optim.pt", f"/0/{PAIR}/exp_avg/0")
     assert (row.differing, row.index, row.numel) == (1, 99, 78_081)
@@ -305,7 +305,7 @@ def test_padding_may_be_left_out(pair: tuple[Result, Result]) -> None:
     assert (row.index, row.numel) == (78_079, 78_080)
 
 
-def test_padding_alone_is_told_as_such(pair: tuple[Result, Result]) -> None:
+def test_padding_alone_is_reported_as_such(pair: tuple[Result, Result]) -> None:
     one, other = pair
     set_element(other.optim, f"/0/{PAIR}/param/0", 78_080, struct.pack("<f", 1))
     with pytest.raises(VerificationError) as caught:

@@ -38,8 +38,8 @@ def test_a_byte_copy_of_another_rank_is_a_warning_of_convert_and_of_verify(
     request = Handmade(TP3).write(tmp_path)
     copy_rank(request, 3, 5)
     assert main(["convert", *flags_of(request)]) == 0
-    told = [line for line in capfd.readouterr().out.splitlines() if SAYS in line]
-    assert told == [
+    reported = [line for line in capfd.readouterr().out.splitlines() if SAYS in line]
+    assert reported == [
         f"warning: {request.source}/rank_3/network_rank_3-0_12.ckpt and {request.source}/rank_5/network_rank_5-0_12.ckpt "
         f"{SAYS}: one may be a copy of the other"
     ]
@@ -62,8 +62,8 @@ def test_it_is_a_warning_of_plan_of_import_and_of_a_replacement(
     assert SAYS not in capfd.readouterr().out
     assert main(["plan", *flags[:-1]]) == 64
     begins = SAYS.replace("hold", "begin with")
-    told = [line for line in capfd.readouterr().out.splitlines() if begins in line]
-    assert told == [
+    reported = [line for line in capfd.readouterr().out.splitlines() if begins in line]
+    assert reported == [
         f"warning: {request.source}/rank_3/network_rank_3-0_12.ckpt and {request.source}/rank_5/network_rank_5-0_12.ckpt "
         f"{begins}: one may be a copy of the other"
     ]
@@ -115,7 +115,7 @@ def test_ranks_of_two_stages_and_ranks_without_a_split_weight_are_not_compared()
     assert copied_ranks({(0, 0): norm, (1, 0): norm}, lambda _: []) == []
 
 
-def test_rules_that_match_nothing_are_told_by_plan_and_convert(
+def test_rules_that_match_nothing_are_reported_by_plan_and_convert(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     request = Handmade(TP3).write(tmp_path)

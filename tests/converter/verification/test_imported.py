@@ -143,10 +143,10 @@ def test_a_right_import_passes(result: Imported) -> None:
 
 
 @LAYOUTS
-@pytest.mark.parametrize(("damage", "told"), DAMAGE)
-def test_what_is_wrong_is_named(result: Imported, damage: Callable[[dict[str, Tensor]], object], told: str) -> None:
+@pytest.mark.parametrize(("damage", "reported"), DAMAGE)
+def test_what_is_wrong_is_named(result: Imported, damage: Callable[[dict[str, Tensor]], object], reported: str) -> None:
     result.change(damage)
-    with pytest.raises((VerificationError, FormatError), match=told):
+    with pytest.raises((VerificationError, FormatError), match=reported):
         result.prove()
 
 

@@ -58,18 +58,18 @@ def test_a_flipped_bit_is_found(place: str, imported: Path, capsys: pytest.Captu
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte[0] ^ 1]))
     assert main(["verify", *words(imported, *REPLICAS), "--progress", "none"]) == 76
-    told = capsys.readouterr().out
-    assert f"{place}/network.ckpt" in told
-    assert "has another CRC-32" in told
-    assert (name in told) == (place == "rank_0")
+    reported = capsys.readouterr().out
+    assert f"{place}/network.ckpt" in reported
+    assert "has another CRC-32" in reported
+    assert (name in reported) == (place == "rank_0")
 
 
 def test_files_that_are_gone(imported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (imported / "rank_0" / "network.ckpt").unlink()
     next((imported / "pt_meta").glob("args_*")).unlink()
     assert main(["verify", *words(imported, *REPLICAS), "--progress", "none"]) == 76
-    told = capsys.readouterr().out
-    assert told.count("is not there") == 2
+    reported = capsys.readouterr().out
+    assert reported.count("is not there") == 2
     assert main(["verify", *words(imported / "none"), "--progress", "none"]) == 66
 
 

@@ -123,7 +123,7 @@ def test_a_storage_that_is_not_there_or_too_short_is_refused(tmp_path: Path) -> 
             open_pt(tmp_path / "x.pt")
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_an_error_with_a_mend(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_read_is_an_error_with_a_hint(tmp_path: Path) -> None:
     leaf = open_pt(saved(tmp_path, {"x": torch.zeros(1000)}))["/x"]
     (tmp_path / "x.pt").write_bytes(b"")
     with pytest.raises(FileAccessError, match="ended at byte 576"):

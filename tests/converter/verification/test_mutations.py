@@ -207,11 +207,11 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("mutate", "told"), MUTATIONS)
-def test_a_mutation_of_the_result_is_found(damaged: Damaged, mutate: Callable[[Damaged], None], told: str) -> None:
+@pytest.mark.parametrize(("mutate", "reported"), MUTATIONS)
+def test_a_mutation_of_the_result_is_found(damaged: Damaged, mutate: Callable[[Damaged], None], reported: str) -> None:
     mutate(damaged)
     found = damaged.found()
-    assert any(told in one for one in found), found
+    assert any(reported in one for one in found), found
 
 
 # ------------------------------------------------------------------------------------------------- a wrong conversion

@@ -30,7 +30,7 @@ def held(request: Request, rank: tuple[int, int] = (0, 0)) -> Held:
     return held_for(request, discover(request), rank, meta_of(request, rank))[0]
 
 
-def told(result: Result) -> str:
+def reported(result: Result) -> str:
     """The differences, or why the source is refused."""
     try:
         return "\n".join(map(str, result.verify().differences))
@@ -66,23 +66,24 @@ def told(result: Result) -> str:
         ),
     ],
 )
-def test_a_source_tensor_without_a_place_is_told(inputs: Request, tensor: Tensor, problem: str) -> None:
+def test_a_source_tensor_without_a_place_is_reported(inputs: Request, tensor: Tensor, problem: str) -> None:
     again = converted(inputs)
     append(inputs, 0, tensor)
-    assert problem in told(again())
+    assert problem in reported(again())
 
 
 def test_what_a_rule_file_ignores_is_no_difference(inputs: Request) -> None:
     request = replace(inputs, rules=Rules(ignore=("mystery",)))
     append(request, 0, Tensor("mystery", "float32", (1,), bytes(4)))
-    assert told(converted(request)()) == ""
+    assert reported(converted(request)()) == ""
 
 
-def test_a_moment_that_is_missing_is_told(inputs: Request) -> None:
+def test_a_moment_that_is_missing_is_reported(inputs: Request) -> None:
     again = converted(inputs)
     drop(inputs, 0, "exp_avg_sq.language_model.encoder.layers.1.input_norm")
     assert (
-        told(again()) == "mp_rank_00_000: exp_avg_sq of decoder.layers.1.input_layernorm.weight: is not in the source"
+        reported(again())
+        == "mp_rank_00_000: exp_avg_sq of decoder.layers.1.input_layernorm.weight: is not in the source"
     )
 
 

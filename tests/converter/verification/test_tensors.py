@@ -46,7 +46,7 @@ def result(finished: Result, tmp_path: Path) -> Result:
     return finished.copied(tmp_path / "out")
 
 
-def told(result: Result, reader: str = "own") -> list[tuple[str, str, str]]:
+def reported(result: Result, reader: str = "own") -> list[tuple[str, str, str]]:
     """(file, tensor, problem) of every difference of the first rank."""
     return [(d.file.rpartition("/")[2], d.tensor, d.problem) for d in result.verify(reader=reader).differences]
 
@@ -84,15 +84,15 @@ def test_megatrons_own_files_pass_but_for_the_spelling_of_numpy(golden_set: Path
 
 
 @READERS
-@pytest.mark.parametrize("mend_crc", [True, False], ids=["checksum-mended", "checksum-wrong"])
-def test_one_bit_of_a_weight_is_seen_twice(result: Result, reader: str, mend_crc: bool) -> None:
-    flip(result.model, NORM_LEAF, 17, mend_crc=mend_crc)
-    found = told(result, reader)
+@pytest.mark.parametrize("correct_crc", [True, False], ids=["checksum-corrected", "checksum-wrong"])
+def test_one_bit_of_a_weight_is_seen_twice(result: Result, reader: str, correct_crc: bool) -> None:
+    flip(result.model, NORM_LEAF, 17, correct_crc=correct_crc)
+    found = reported(result, reader)
     assert found[-2:] == [
         ("model_optim_rng.pt", NORM, f"1 of 64 elements differ from the source {NORM_KEY} as bfloat16"),
         ("model_optim_rng.pt", NORM, f"1 of 64 elements differ from param of {NORM} in distrib_optim.pt as bfloat16"),
     ]
-    assert [problem.startswith("the CRC-32 of data/") for *_, problem in found[:-2]] == ([] if mend_crc else [True])
+    assert [problem.startswith("the CRC-32 of data/") for *_, problem in found[:-2]] == ([] if correct_crc else [True])
     difference = result.verify(reader=reader).differences[-1]
     assert (difference.index, difference.count) == (17, 1)
     assert difference.expected != difference.found
@@ -121,7 +121,7 @@ def test_the_element_is_counted_inside_its_parameter(result: Result) -> None:
 def test_a_large_change_of_a_slice_is_no_longer_the_weight(result: Result) -> None:
     set_element(result.optim, f"/0/{PAIR}/param/0", 78_079, struct.pack("<f", 9.5))
     problem = f"1 of 16,384 elements differ from param of {EMBEDDED} in distrib_optim.pt as bfloat16"
-    assert ("model_optim_rng.pt", EMBEDDED, problem) in told(result)
+    assert ("model_optim_rng.pt", EMBEDDED, problem) in reported(result)
 
 
 def test_every_differing_element_is_counted_and_the_first_named(result: Result) -> None:
@@ -140,7 +140,7 @@ def test_padding_must_be_zero(plain: Path, tmp_path: Path, reader: str) -> None:
     padded = convert(plain, tmp_path, target_data=3)
     assert padded.verify(reader=reader).differences == ()
     set_element(padded.optim, f"/0/{PAIR}/exp_avg_sq/0", 78_080, struct.pack("<f", 1e-30))
-    assert told(padded, reader) == [
+    assert reported(padded, reader) == [
         ("distrib_optim.pt", f"/0/{PAIR}/exp_avg_sq/0", "1 of 1 elements of the padding are not zero")
     ]
     assert padded.verify().differences[0].index == 78_080
@@ -185,10 +185,10 @@ def test_a_nan_of_another_form_is_the_same_weight_but_not_the_same_slice(result:
     assert with_nan.verify().differences == ()
     set_element(with_nan.model, NORM_LEAF, 0, struct.pack("<H", 0xFFC1))
     assert with_nan.verify().differences == ()
-    assert told(result._replace(request=with_nan.request, chosen=with_nan.chosen)), "a NaN is not a number"
+    assert reported(result._replace(request=with_nan.request, chosen=with_nan.chosen)), "a NaN is not a number"
     start = 78_080 - 256 * 64 - 64
     assert math.isnan(struct.unpack("<f", set_element(with_nan.optim, f"/0/{PAIR}/param/0", start, b"\0\0\xc0\x7f"))[0])
-    assert told(with_nan) == [
+    assert reported(with_nan) == [
         ("distrib_optim.pt", f"param of {NORM}", f"1 of 64 elements differ from the source {NORM_KEY}")
     ]
 
@@ -317,20 +317,20 @@ def test_a_key_of_the_model_file_that_is_wrong_is_named(
     result: Result, edit: Callable[[Tree], None], expected: list[tuple[str, str]], reader: str
 ) -> None:
     edit_tree(result.model, edit)
-    found = told(result, reader)
+    found = reported(result, reader)
     assert [(tensor_, problem) for _, tensor_, problem in found] == expected
 
 
 def test_another_name_of_the_chunk_is_everything_missing(result: Result) -> None:
     edit_tree(result.model, _rename_chunk)
-    problems = {problem for _, name, problem in told(result) if name == NORM_LEAF}
+    problems = {problem for _, name, problem in reported(result) if name == NORM_LEAF}
     assert problems == {"is missing"}
 
 
 @READERS
 def test_a_byte_of_the_random_state_is_seen(result: Result, reader: str) -> None:
     flip(result.model, "/rng_state/0/torch_rng_state", 5)
-    assert told(result, reader) == [
+    assert reported(result, reader) == [
         ("model_optim_rng.pt", "/rng_state/0/torch_rng_state", "1 of 5,056 elements differ")
     ]
 
@@ -372,7 +372,7 @@ def test_a_key_of_the_optimizer_file_that_is_wrong_is_named(
     result: Result, edit: Callable[[Tree], None], expected: list[tuple[str, str]]
 ) -> None:
     edit_tree(result.optim, edit)
-    assert [(name, problem) for _, name, problem in told(result)] == expected
+    assert [(name, problem) for _, name, problem in reported(result)] == expected
 
 
 def test_moments_that_changed_places_are_seen(result: Result) -> None:
@@ -381,7 +381,7 @@ def test_moments_that_changed_places_are_seen(result: Result) -> None:
         buffer["exp_avg"], buffer["exp_avg_sq"] = buffer["exp_avg_sq"], buffer["exp_avg"]
 
     edit_tree(result.optim, swap)
-    assert {name.split()[0] for _, name, _ in told(result)} == {"exp_avg", "exp_avg_sq"}
+    assert {name.split()[0] for _, name, _ in reported(result)} == {"exp_avg", "exp_avg_sq"}
 
 
 # --------------------------------------------------------------------------------------------------------------- files
@@ -391,13 +391,13 @@ def test_moments_that_changed_places_are_seen(result: Result) -> None:
 @pytest.mark.parametrize("name", ["model_optim_rng.pt", "distrib_optim.pt"])
 def test_a_file_that_is_not_there_is_a_difference(result: Result, name: str, reader: str) -> None:
     result.file(name).unlink()
-    assert (name, "file") in [found[:2] for found in told(result, reader)]
+    assert (name, "file") in [found[:2] for found in reported(result, reader)]
 
 
 @READERS
 def test_a_file_that_was_cut_is_a_difference(result: Result, reader: str) -> None:
     result.optim.write_bytes(result.optim.read_bytes()[:100_000])
-    assert ("distrib_optim.pt", "file") in [found[:2] for found in told(result, reader)]
+    assert ("distrib_optim.pt", "file") in [found[:2] for found in reported(result, reader)]
 
 
 @READERS
@@ -406,7 +406,7 @@ def test_a_result_that_would_run_something_is_refused_and_runs_nothing(
 ) -> None:
     trap = tmp_path / "trap"
     edit_tree(result.model, lambda tree: tree.update(x=Call(Global("os", "mkdir"), (str(trap),))))
-    assert any("os.mkdir" in problem for *_, problem in told(result, reader))
+    assert any("os.mkdir" in problem for *_, problem in reported(result, reader))
     assert not trap.exists()
 
 
@@ -414,7 +414,7 @@ def test_a_result_that_would_run_something_is_refused_and_runs_nothing(
 def test_what_torch_loads_otherwise_than_our_reader_is_a_difference(
     result: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both have to see the same: here torch is told of another file."""
+    """Both have to see the same: here torch is reported another file."""
     other, leaf = result.file("model_optim_rng.pt", (0, 1)), f"{ENCODER}/layers.0.mlp.dense_4h_to_h.weight"
     assert result.verify(reader="torch").differences == ()
 
@@ -423,7 +423,7 @@ def test_what_torch_loads_otherwise_than_our_reader_is_a_difference(
         return found | {leaf: open_with_torch(other, **how)[leaf]} if path == result.model else found
 
     monkeypatch.setattr("ckpt2pt.verification.torch_reader.open_with_torch", load)
-    assert [(file, name) for file, name, _ in told(result, "torch")] == [("model_optim_rng.pt", leaf)]
+    assert [(file, name) for file, name, _ in reported(result, "torch")] == [("model_optim_rng.pt", leaf)]
 
 
 @pytest.mark.torch
@@ -438,5 +438,5 @@ def test_a_tensor_that_is_not_at_its_key_is_a_difference(result: Result, monkeyp
         return replace(found, chunks=(tuple(refs.items()),))
 
     monkeypatch.setattr("ckpt2pt.verification.prove.read_files", exchange)
-    problems = [(name, problem) for _, name, problem in told(result, "torch")]
+    problems = [(name, problem) for _, name, problem in reported(result, "torch")]
     assert (NORM_LEAF, "is not where the tensor lies that was compared") in problems

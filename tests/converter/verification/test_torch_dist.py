@@ -1,4 +1,4 @@
-"""A ``.distcp`` against the source: what differs is told by its key."""
+"""A ``.distcp`` against the source: what differs is known by its key."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_a_storage_shorter_than_its_tensor_is_refused_where_torch_reads_on(tmp_p
         open_with_torch(path, weights_only=True)
 
 
-def test_what_torch_refuses_is_told_in_one_line(tmp_path: Path) -> None:
+def test_what_torch_refuses_is_reported_in_one_line(tmp_path: Path) -> None:
     path = write(tmp_path, {"x": ENUM})
     with pytest.raises(FormatError) as caught:
         open_with_torch(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""A training that is waited for is told in test_plan.py; here it is followed, from its first checkpoint to its last."""
+"""A training that is waited for is reported in test_plan.py; here it is followed, from its first checkpoint to its last."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_one_worker_follows_all_stages() -> None:
     check_status(world.status)
 
 
-def test_the_last_that_is_converted_is_told_while_it_runs_and_kept() -> None:
+def test_the_last_that_is_converted_is_reported_while_it_runs_and_kept() -> None:
     world = following()
     [pod] = world.alive
     world.live[pod["metadata"]["uid"]] = Report(iteration=500, done=5, total=10)
@@ -74,7 +74,7 @@ def test_the_last_that_is_converted_is_told_while_it_runs_and_kept() -> None:
     assert world.status["iteration"] == 500
 
 
-def test_a_checkpoint_that_cannot_be_converted_is_told_and_the_next_one_is_waited_for() -> None:
+def test_a_checkpoint_that_cannot_be_converted_is_reported_and_the_next_one_is_waited_for() -> None:
     world = following()
     [pod] = world.alive
     world.live[pod["metadata"]["uid"]] = Report(iteration=500, reason="InputWrong", message="0_600: a shape is wrong")
@@ -123,7 +123,7 @@ def test_an_operator_that_dies_between_the_two_jobs_goes_on() -> None:
     assert (world.status["followEnd"], list(world.jobs)) == ("Succeeded", ["demo-1"])
     world.step(dies=True)
     world.run(10)
-    assert list(world.jobs) == [], "the follower is told to stop, and is still there"
+    assert list(world.jobs) == [], "the follower is asked to stop, and is still there"
     world.reap()
     world.run(10)
     assert list(world.jobs) == ["demo-2"]
@@ -160,7 +160,7 @@ def test_a_last_look_that_fails_says_so_and_can_be_taken_again() -> None:
     assert world.made[-1]["metadata"]["name"] == "demo-2"
 
 
-def test_a_kind_that_nobody_watches_is_told_while_it_is_followed() -> None:
+def test_a_kind_that_nobody_watches_is_reported_while_it_is_followed() -> None:
     world = following(training=None)
     assert (world.phase, degraded(world)) == ("Running", "TrainingKindUnknown")
 

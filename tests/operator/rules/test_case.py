@@ -11,7 +11,7 @@ import pytest
 from ckpt2pt_operator.rules.notes import notes
 from ckpt2pt_operator.rules.seen import DeleteJob
 from simulation import World, done
-from statuses import check_status, told
+from statuses import check_status, reported
 
 
 def ready(*changes: tuple[str, object]) -> World:
@@ -39,7 +39,7 @@ def reasons(world: World) -> list[str]:
 
 
 def finish_and_reap(world: World, *reports: str | None) -> None:
-    """The workers, told to stop, end by themselves with exit code 0, or are killed, and their pods go at once."""
+    """The workers, asked to stop, end by themselves with exit code 0, or are killed, and their pods go at once."""
     for number, report in enumerate(reports):
         if report is not None:
             world.end(number, report=report)
@@ -69,8 +69,8 @@ def test_exit_code_0_without_a_report_of_its_own_is_a_failed_stage(left: str, sa
     world.end(1, report=left)
     world.run(9)
     assert (world.phase, states(world)) == ("Failed", ["Succeeded", "Failed"])
-    assert told(world.status, "Failed") == ("True", "StageFailed")
-    assert told(world.status, "Verified") == ("False", "NotYet")
+    assert reported(world.status, "Failed") == ("True", "StageFailed")
+    assert reported(world.status, "Verified") == ("False", "NotYet")
     assert "stage 1: NoReport" in message(world, "Ready")
     assert says in world.status["stageStatuses"][1]["message"]
     assert "\x1b" not in json.dumps(world.status, ensure_ascii=False)
@@ -83,7 +83,7 @@ def test_exit_code_0_without_a_report_of_its_own_is_a_failed_stage(left: str, sa
     assert world.phase == "Succeeded"
 
 
-def test_a_stage_without_a_report_is_told_while_the_others_go_on() -> None:
+def test_a_stage_without_a_report_is_reported_while_the_others_go_on() -> None:
     world = ready()
     world.end(1, report="")
     world.run(1)
@@ -110,7 +110,7 @@ def test_verified_is_what_every_report_says(wanted: str, given: list[str | None]
         world.end(number, report=done([number], verified=level))
     world.run(9)
     assert world.phase == "Succeeded"
-    assert told(world.status, "Verified") == expected
+    assert reported(world.status, "Verified") == expected
     if expected[0] != "True":
         assert "read back" not in message(world, "Verified")
     if expected[0] == "Unknown":
@@ -124,7 +124,7 @@ def test_stages_of_different_iterations_are_no_checkpoint() -> None:
     world.end(0, report=done([0], iteration=500))
     world.end(1, report=done([1], iteration=510))
     world.run(9)
-    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "IterationsDiffer"))
+    assert (world.phase, reported(world.status, "Failed")) == ("Failed", ("True", "IterationsDiffer"))
     assert message(world, "Ready").startswith("converted were iteration 500 of stage 0; iteration 510 of stage 1")
     world.retry("1")
     world.run(1)
@@ -167,7 +167,7 @@ def test_a_pod_that_was_gone_before_it_was_seen_is_no_proof_and_its_stage_is_don
     assert "ReportLost" in reasons(world)
     world.end(0)
     world.run(9)
-    assert (world.phase, told(world.status, "Verified")[0]) == ("Succeeded", "True")
+    assert (world.phase, reported(world.status, "Verified")[0]) == ("Succeeded", "True")
 
 
 def test_pods_that_are_gone_again_and_again_end_it() -> None:
@@ -179,7 +179,7 @@ def test_pods_that_are_gone_again_and_again_end_it() -> None:
         world.control()
         world.lose_pods()
     world.run(9)
-    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "NoReport"))
+    assert (world.phase, reported(world.status, "Failed")) == ("Failed", ("True", "NoReport"))
     assert "the pods of stage 0, 1 were gone before their reports were read, 4 times" in message(world, "Ready")
     assert len(world.made) == 4
 
@@ -226,7 +226,7 @@ def test_workers_that_were_stopped_when_they_had_published_have_succeeded(stop: 
     world.run(9)
     assert (world.phase, states(world)) == ("Succeeded", ["Succeeded"] * 2)
     assert world.status["outputPath"] == "out/iter_0000500"
-    assert (told(world.status, "Complete"), told(world.status, "Verified")[0]) == (
+    assert (reported(world.status, "Complete"), reported(world.status, "Verified")[0]) == (
         ("True", "AllStagesSucceeded"),
         "True",
     )
@@ -290,7 +290,7 @@ def test_the_operator_that_comes_back_reads_the_pods_that_are_still_there() -> N
     assert (world.phase, states(world)) == ("Succeeded", ["Succeeded"] * 2)
 
 
-def test_a_cancelled_job_that_has_just_ended_is_heard_first() -> None:
+def test_a_cancelled_job_that_has_just_ended_is_received_first() -> None:
     world = ready()
     world.end(0)
     world.end(1)
@@ -305,14 +305,14 @@ def test_a_cancelled_job_that_has_just_ended_is_heard_first() -> None:
 
 
 def test_a_failed_job_is_not_over_while_its_workers_end() -> None:
-    """Before Kubernetes 1.31 it says so while they are only told to stop."""
+    """Before Kubernetes 1.31 it says so while they are only asked to stop."""
     world = ready()
     job = world.jobs["demo-1"]
     job["status"]["conditions"] = [
         {"type": "Failed", "status": "True", "reason": "DeadlineExceeded", "lastTransitionTime": "2026-01-02T03:04:05Z"}
     ]
     world.run(30)
-    assert (world.phase, told(world.status, "Ready")) == ("Running", ("False", "WaitingForPods"))
+    assert (world.phase, reported(world.status, "Ready")) == ("Running", ("False", "WaitingForPods"))
     world.end(0)
     world.end(1)
     world.run(9)

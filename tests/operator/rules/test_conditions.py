@@ -12,7 +12,7 @@ from ckpt2pt_operator.rules.conditions import StatusInput, follows, refused_docu
 from ckpt2pt_operator.rules.stages import Blocker
 from simulation import START, conversion
 from standings import statuses
-from statuses import check_status, expected_of, kstatus, told
+from statuses import check_status, expected_of, kstatus, reported
 
 RUNNING = tuple(StageRecord(stage=stage, state="Running") for stage in range(4))
 DONE = tuple(StageRecord(stage=stage, state="Succeeded", verified="Digest") for stage in range(4))
@@ -52,7 +52,7 @@ def test_conditions(status_input: dict[str, object], phase: str, expected: dict[
     found = status_document(parse(document), StatusInput(**status_input), before={}, generation=3, now=START)  # type: ignore[arg-type]
     check_status(found)
     assert (found["phase"], found["observedGeneration"]) == (phase, 3)
-    assert {kind: told(found, kind) for kind in expected} == expected
+    assert {kind: reported(found, kind) for kind in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_refused_document_keeps_what_is_recorded() -> None:
     found = refused_document("wrong " * 1000, before=before, generation=2, now=START)
     check_status(found)
     assert recorded(found) == ["Succeeded"] + ["Pending"] * 3
-    assert told(found, "Accepted") == ("False", "InvalidSpec")
+    assert reported(found, "Accepted") == ("False", "InvalidSpec")
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_a_refused_document_is_neither_suspended_nor_degraded_any_more(status_in
     before = status_document(parse(conversion()), begun, before={}, generation=1, now=START)
     found = refused_document("wrong", before=before, generation=2, now=START)
     check_status(found)
-    assert [told(found, kind) for kind in ("Suspended", "Degraded")] == [("False", "Ended")] * 2
-    assert told(found, "Stalled") == ("True", "InvalidSpec")
+    assert [reported(found, kind) for kind in ("Suspended", "Degraded")] == [("False", "Ended")] * 2
+    assert reported(found, "Stalled") == ("True", "InvalidSpec")
     assert "pendingSince" not in found
     true = {condition["type"] for condition in found["conditions"] if condition["status"] == "True"}  # type: ignore[attr-defined]
     assert true <= {"Failed", "Stalled", "VolumesReady"}
@@ -124,9 +124,9 @@ def test_however_a_conversion_stands_its_conditions_agree() -> None:
     for status in found:
         assert (kstatus(status, 3), kstatus(status, 4)) == (expected_of(status), "InProgress")
         over = status["phase"] in TERMINAL
-        trouble = told(status, "Stalled")[0] == "True" and not over
-        suspended = told(status, "Suspended")[0] == "True"
-        assert not trouble or suspended or told(status, "Degraded")[0] == "True", status
+        trouble = reported(status, "Stalled")[0] == "True" and not over
+        suspended = reported(status, "Suspended")[0] == "True"
+        assert not trouble or suspended or reported(status, "Degraded")[0] == "True", status
         assert not (over and suspended), status
     for status in found[:: len(found) // 200]:
         check_status(status)

@@ -28,7 +28,7 @@ DEFAULTS: Raw = {
 OWN = replace(HOUSE, pod=DEFAULTS)
 
 
-def told(document: Raw, operator_defaults: Any = OWN) -> tuple[object, ...]:
+def reported(document: Raw, operator_defaults: Any = OWN) -> tuple[object, ...]:
     found = conversion_of(document, operator_defaults)
     return (
         found.spec.retries.per_stage, found.spec.retries.memory_growth_percent, found.spec.retries.max_memory,
@@ -38,15 +38,15 @@ def told(document: Raw, operator_defaults: Any = OWN) -> tuple[object, ...]:
 
 
 def test_what_a_conversion_does_not_say_the_house_does() -> None:
-    assert told(conversion(), HOUSE) == (3, 50, None, 900, None, None, None, None, None)
-    assert told(conversion()) == (1, 50, "1Gi", 60, 7200, 5, 2, 30, {"disk": "fast"})
+    assert reported(conversion(), HOUSE) == (3, 50, None, 900, None, None, None, None, None)
+    assert reported(conversion()) == (1, 50, "1Gi", 60, 7200, 5, 2, 30, {"disk": "fast"})
 
 
 def test_what_a_conversion_says_counts_field_by_field() -> None:
     said = conversion(
         ("spec.retries", {"perStage": 3}), ("spec.pendingDeadlineSeconds", 900), ("spec.workers", {"maxParallelStages": 4})
     )  # fmt: skip
-    assert told(said) == (3, 50, "1Gi", 900, 7200, 5, 4, 30, {"disk": "fast"})
+    assert reported(said) == (3, 50, "1Gi", 900, 7200, 5, 4, 30, {"disk": "fast"})
     assert set(of_pods(DEFAULTS)) == {"nodeSelector"}, "the rest is no field of a pod"
 
 

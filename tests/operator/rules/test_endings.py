@@ -21,7 +21,7 @@ def a_job(**more: str) -> Job:
 
 
 @pytest.mark.parametrize(
-    ("end", "reason", "told"),
+    ("end", "reason", "reported"),
     [
         ("Complete", "CompletionsReached", "StageFailed"),
         ("Failed", "DeadlineExceeded", "ActiveDeadline"),
@@ -31,8 +31,8 @@ def a_job(**more: str) -> Job:
         ("Failed", "", "JobFailed"),
     ],
 )
-def test_a_reason_of_a_job_in_our_words(end: str, reason: str, told: str) -> None:
-    assert reason_of(a_job(ending=end, reason=reason)) == told
+def test_a_reason_of_a_job_in_our_words(end: str, reason: str, reported: str) -> None:
+    assert reason_of(a_job(ending=end, reason=reason)) == reported
 
 
 def test_failed_stages_are_named_with_the_first_ones_message_and_how_to_try_again() -> None:
@@ -44,10 +44,10 @@ def test_failed_stages_are_named_with_the_first_ones_message_and_how_to_try_agai
     assert len(found.message) < 1000
 
 
-@pytest.mark.parametrize(("said", "told"), [("no more room", "no more room"), ("", "the Job failed")])
-def test_without_a_failed_stage_the_jobs_own_words_are_told(said: str, told: str) -> None:
+@pytest.mark.parametrize(("said", "reported"), [("no more room", "no more room"), ("", "the Job failed")])
+def test_without_a_failed_stage_the_jobs_own_words_are_reported(said: str, reported: str) -> None:
     found = ending(parse(World().document), a_job(ending="Failed", reason="FailedIndexes", message=said), (), ())
-    assert found.message == told
+    assert found.message == reported
 
 
 def test_a_worker_that_refused_its_arguments_without_a_word_is_named() -> None:
@@ -59,15 +59,15 @@ def test_a_worker_that_refused_its_arguments_without_a_word_is_named() -> None:
     assert (found.reason, "refused its arguments" in found.message) == ("InvalidSpec", True)
 
 
-@pytest.mark.parametrize("told", ["TargetConflict", "PermissionDenied", "ReadOnlyVolume", "VolumeTooSmall"])
-def test_what_is_wrong_outside_of_the_document_is_told_by_its_name_and_may_be_tried_again(told: str) -> None:
+@pytest.mark.parametrize("reported", ["TargetConflict", "PermissionDenied", "ReadOnlyVolume", "VolumeTooSmall"])
+def test_what_is_wrong_outside_of_the_document_is_reported_by_its_name_and_may_be_tried_again(reported: str) -> None:
     world = World()
     world.run()
-    said = {"version": 1, "exitCode": 64, "reason": told, "message": "what is wrong; where; run as uid 1000"}
+    said = {"version": 1, "exitCode": 64, "reason": reported, "message": "what is wrong; where; run as uid 1000"}
     world.end(2, 64, report=json.dumps(said))
     pods = [pod_view(pod) for pod in world.pods.values()]
     found = ending(parse(world.document), a_job(ending="Failed", reason="PodFailurePolicy"), pods, ())
-    assert found.reason == told
+    assert found.reason == reported
     assert found.message.startswith(
         "what is wrong; where; run as uid 1000; correct it, then: kubectl annotate ckc demo"
     )
@@ -84,7 +84,7 @@ def test_a_dry_run_that_left_nothing_to_tell_is_no_mishap(report: str) -> None:
     assert found == "" if "plan" not in report else found.startswith("0 files are planned: 0 B to read")
 
 
-def test_room_that_nobody_knows_is_told_as_such() -> None:
+def test_room_that_nobody_knows_is_reported_as_such() -> None:
     world = World()
     world.run()
     world.end(0, report='{"version": 1, "plan": {"bytes": 5}}')

@@ -13,7 +13,7 @@ from ckpt2pt_operator.rules.plan import plan
 from ckpt2pt_operator.rules.seen import CreateJob, OperatorDefaults
 from documents import changed, claim
 from simulation import HOUSE, World
-from statuses import told
+from statuses import reported
 
 Raw = dict[str, Any]
 Change = tuple[str, object]
@@ -36,7 +36,7 @@ NFS: Raw = {"nfs": {"server": "nas", "path": "/"}}
 CSI: Raw = {"csi": {"driver": "nfs.csi.k8s.io"}}
 APPARMOR = {"container.apparmor.security.beta.kubernetes.io/convert": "unconfined"}
 
-#   what is asked for -> the field that is told, and its permission
+#   what is asked for -> the field that is reported, and its permission
 ASKED: dict[str, tuple[Change, str, str]] = {
     "host-path": (("spec.source.volume", HOST), "spec.source.volume.hostPath", "hostPath"),
     "host-path-of-the-target": (("spec.target.volume", HOST), "spec.target.volume.hostPath", "hostPath"),
@@ -182,13 +182,13 @@ def test_no_job_is_made_and_the_status_names_field_and_value() -> None:
     world.settle()
     assert (world.phase, world.made) == ("Failed", [])
     for kind, status in (("Accepted", "False"), ("Failed", "True"), ("Stalled", "True"), ("Ready", "False")):
-        assert told(world.status, kind) == (status, "NotAllowed"), kind
+        assert reported(world.status, kind) == (status, "NotAllowed"), kind
     [message] = {c["message"] for c in world.status["conditions"] if c["type"] in {"Failed", "Accepted"}}
     assert message.startswith("spec.workers.image: not allowed in this cluster")
     assert "worker.allow.image to true" in message
 
 
-def test_it_is_told_before_a_training_is_waited_for() -> None:
+def test_it_is_reported_before_a_training_is_waited_for() -> None:
     after = {"apiVersion": "batch/v1", "kind": "Job", "name": "pretrain"}
     world = World(("spec.workers.image", "evil"), ("spec.startAfter", after))
     world.settle()
@@ -209,7 +209,7 @@ def test_once_it_is_allowed_a_retry_carries_it_out() -> None:
     assert step(world, "image") == []
     [job] = step(world, "image")
     assert job["spec"]["template"]["spec"]["containers"][0]["image"] == "ours"
-    assert told(world.status, "Accepted") == ("True", "Valid")
+    assert reported(world.status, "Accepted") == ("True", "Valid")
 
 
 def test_a_job_that_runs_goes_on_when_the_values_change_and_no_other_is_made() -> None:
@@ -224,7 +224,7 @@ def test_a_job_that_runs_goes_on_when_the_values_change_and_no_other_is_made() -
     world.delete_job("demo-1")
     world.reap()
     world.settle()
-    assert (world.phase, told(world.status, "Failed")[1]) == ("Failed", "NotAllowed")
+    assert (world.phase, reported(world.status, "Failed")[1]) == ("Failed", "NotAllowed")
 
 
 def test_a_cancelled_one_is_cancelled_and_one_that_is_done_stays_so() -> None:

@@ -14,7 +14,7 @@ from ckpt2pt_operator.rules.plan import conversion_of
 from ckpt2pt_operator.rules.seen import CreateJob, DeleteJob, OperatorDefaults, PatchJob, Refusal, Training
 from ckpt2pt_operator.rules.views import claim_view
 from simulation import World, conversion, done
-from statuses import check_status, kstatus, told
+from statuses import check_status, kstatus, reported
 
 MEMORY = ("spec.workers.resources", {"limits": {"memory": "256Mi"}})
 ONE_TRY = ("spec.retries", {"perStage": 0})
@@ -63,7 +63,7 @@ def test_a_conversion_from_its_first_look_to_its_end() -> None:
     world.start(0, 1, 2, 3)
     world.run(5)
     assert world.phase == "Running"
-    assert told(world.status, "Reconciling") == ("True", "InProgress")
+    assert reported(world.status, "Reconciling") == ("True", "InProgress")
     for number in range(4):
         world.end(number, report=done([number], bytes=7, bytesTotal=7))
     world.run(5)
@@ -71,14 +71,14 @@ def test_a_conversion_from_its_first_look_to_its_end() -> None:
     assert (world.status["progress"], world.status["stageSummary"], world.status["bytesDone"]) == ("100%", "4/4", 28)
     assert world.status["outputPath"] == "out/iter_0000500"
     assert world.status["reportPath"] == "out/iter_0000500/.ckpt2pt/report.json"
-    assert told(world.status, "Complete") == ("True", "AllStagesSucceeded")
-    assert told(world.status, "Verified") == ("True", "DigestsMatch")
-    assert told(world.status, "Failed")[0] == "False"
+    assert reported(world.status, "Complete") == ("True", "AllStagesSucceeded")
+    assert reported(world.status, "Verified") == ("True", "DigestsMatch")
+    assert reported(world.status, "Failed")[0] == "False"
     assert reasons(world) == ["JobCreated", "AllStagesSucceeded"]
     check_status(world.status)
 
 
-def test_what_workers_warn_of_is_told_once_and_stays() -> None:
+def test_what_workers_warn_of_is_reported_once_and_stays() -> None:
     world = World()
     world.run()
     for number in range(4):
@@ -99,7 +99,7 @@ def test_what_workers_warn_of_is_told_once_and_stays() -> None:
     assert len(world.status["warnings"]) == 2
 
 
-def test_not_too_many_warnings_are_told() -> None:
+def test_not_too_many_warnings_are_reported() -> None:
     world = World()
     world.run()
     for number in range(4):
@@ -127,14 +127,14 @@ def test_workers_that_wait_for_a_checkpoint_say_so_where_one_looks() -> None:
     why = "the checkpoint is incomplete: rank_3 has nothing yet"
     world.live = {pod["metadata"]["uid"]: Report(reason="WaitingForCheckpoint", message=why) for pod in world.alive}
     world.run(1)
-    assert told(world.status, "Ready") == ("False", "WaitingForCheckpoint")
+    assert reported(world.status, "Ready") == ("False", "WaitingForCheckpoint")
     assert stage(world, 0)["message"] == why
-    assert told(world.status, "Degraded") == ("False", "AsExpected"), "nothing is wrong"
-    assert told(world.status, "Stalled")[0] == "False"
+    assert reported(world.status, "Degraded") == ("False", "AsExpected"), "nothing is wrong"
+    assert reported(world.status, "Stalled")[0] == "False"
     assert reasons(world)[-1] == "WaitingForCheckpoint"
     world.live = {pod["metadata"]["uid"]: Report(done=1, total=9) for pod in world.alive}
     world.run(1)
-    assert told(world.status, "Ready") == ("False", "InProgress")
+    assert reported(world.status, "Ready") == ("False", "InProgress")
     assert "message" not in stage(world, 0)
     check_status(world.status)
 
@@ -154,7 +154,7 @@ def test_a_plan_needs_one_worker_and_ends_as_planned() -> None:
         "worker; nothing was written"
     )
     check_status(world.status)
-    assert told(world.status, "Verified") == ("False", "NotRequested")
+    assert reported(world.status, "Verified") == ("False", "NotRequested")
 
 
 @pytest.mark.parametrize("looks", [1, 2, 3])
@@ -263,7 +263,7 @@ def test_a_deleted_job_is_made_anew_without_the_stages_that_are_done() -> None:
     world.run(1)
     world.delete_job("demo-1")
     world.run(1)
-    assert "WaitingForPods" in told(world.status, "Ready")
+    assert "WaitingForPods" in reported(world.status, "Ready")
     assert len(world.made) == 1
     world.reap()
     world.run(1)
@@ -281,7 +281,7 @@ def test_a_job_that_is_deleted_again_and_again_is_given_up() -> None:
         world.delete_job("demo-1")
         world.reap()
     world.run()
-    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "JobDeleted"))
+    assert (world.phase, reported(world.status, "Failed")) == ("Failed", ("True", "JobDeleted"))
     assert len(world.made) == 4
 
 
@@ -337,12 +337,12 @@ def test_suspend_and_resume() -> None:
     world.edit(suspend=True)
     world.run(1)
     assert world.jobs["demo-1"]["spec"]["suspend"] is True
-    assert (world.phase, told(world.status, "Suspended")) == ("Suspended", ("True", "UserRequested"))
+    assert (world.phase, reported(world.status, "Suspended")) == ("Suspended", ("True", "UserRequested"))
     world.reap()
     world.edit(suspend=False)
     world.run(10_000)
     assert world.phase != "Failed"
-    assert told(world.status, "Suspended") == ("False", "Resumed")
+    assert reported(world.status, "Suspended") == ("False", "Resumed")
     assert len(world.alive) == 4
     assert world.status["observedGeneration"] == 3
 
@@ -362,15 +362,15 @@ def test_one_that_is_suspended_waits_for_its_claim_as_long_as_its_user_likes() -
     world = World(("spec.suspend", True))
     world.claims = {"training": None}
     decided = world.run()
-    assert (world.phase, told(world.status, "Suspended")) == ("Suspended", ("True", "UserRequested"))
-    assert told(world.status, "VolumesReady") == ("False", "PVCNotFound")
-    assert told(world.status, "Stalled")[0] == "False"
+    assert (world.phase, reported(world.status, "Suspended")) == ("Suspended", ("True", "UserRequested"))
+    assert reported(world.status, "VolumesReady") == ("False", "PVCNotFound")
+    assert reported(world.status, "Stalled")[0] == "False"
     assert decided.again == 15.0
     world.run(5 * 3600)
     assert world.phase == "Suspended"
     world.edit(suspend=False)
     world.run(1)
-    assert (world.phase, told(world.status, "Ready")) == ("Pending", ("False", "PVCNotFound"))
+    assert (world.phase, reported(world.status, "Ready")) == ("Pending", ("False", "PVCNotFound"))
     world.run(890)
     assert world.phase == "Pending", "it has its whole pending time"
     world.edit(suspend=True)
@@ -381,14 +381,14 @@ def test_one_that_is_suspended_waits_for_its_claim_as_long_as_its_user_likes() -
     assert world.phase == "Pending"
     world.run(890)
     world.run(20)
-    assert told(world.status, "Failed") == ("True", "PendingDeadline")
+    assert reported(world.status, "Failed") == ("True", "PendingDeadline")
 
 
 def test_one_that_is_suspended_while_it_waits_for_its_training_says_so() -> None:
     world = World(AFTER, ("spec.suspend", True))
     world.training = Training(state="Running", uid="t")
     world.run()
-    assert (world.phase, told(world.status, "Suspended")) == ("Suspended", ("True", "UserRequested"))
+    assert (world.phase, reported(world.status, "Suspended")) == ("Suspended", ("True", "UserRequested"))
     world.training = Training(state="Succeeded", uid="t")
     world.run(1)
     assert (world.phase, len(world.made), world.alive) == ("Suspended", 1, [])
@@ -410,7 +410,7 @@ def test_a_queue_decides_for_itself() -> None:
     job = world.jobs["demo-1"]
     job["spec"]["suspend"] = True
     world.run(1)
-    assert (world.phase, told(world.status, "Suspended")) == ("Queued", ("True", "QueuedByKueue"))
+    assert (world.phase, reported(world.status, "Suspended")) == ("Queued", ("True", "QueuedByKueue"))
     job["spec"] |= {"suspend": False, "parallelism": 2}
     world.run(10_000)
     assert world.phase == "Pending"
@@ -419,7 +419,7 @@ def test_a_queue_decides_for_itself() -> None:
     world.run(1)
     job["spec"]["suspend"] = True
     world.run(1)
-    assert told(world.status, "Suspended") == ("True", "Preempted")
+    assert reported(world.status, "Suspended") == ("True", "Preempted")
 
 
 def test_what_only_a_queue_may_do_is_said_where_it_is_asked_for() -> None:
@@ -429,16 +429,16 @@ def test_what_only_a_queue_may_do_is_said_where_it_is_asked_for() -> None:
     world.run(1)
     world.start(0, 1, 2, 3)
     world.run(1)
-    assert told(world.status, "Suspended") == ("False", "Resumed")
+    assert reported(world.status, "Suspended") == ("False", "Resumed")
     world.edit(suspend=True)
     world.document["spec"]["workers"]["maxParallelStages"] = 2
     world.run(1)
     assert (job["spec"].get("suspend"), job["spec"]["parallelism"]) == (None, 4), "they are the queue's"
-    assert (world.phase, told(world.status, "Suspended")) == ("Running", ("False", "QueueDecides"))
+    assert (world.phase, reported(world.status, "Suspended")) == ("Running", ("False", "QueueDecides"))
     assert reasons(world)[-1] == "QueueDecides"
     job["spec"]["suspend"] = True
     world.run(1)
-    assert told(world.status, "Suspended") == ("True", "Preempted")
+    assert reported(world.status, "Suspended") == ("True", "Preempted")
     world.edit(suspend=False)
     del world.document["spec"]["workers"]["maxParallelStages"]
     job["spec"]["suspend"] = False
@@ -446,7 +446,7 @@ def test_what_only_a_queue_may_do_is_said_where_it_is_asked_for() -> None:
     world.run(1)
     world.start(0, 1, 2, 3)
     world.run(1)
-    assert told(world.status, "Suspended") == ("False", "Resumed")
+    assert reported(world.status, "Suspended") == ("False", "Resumed")
     check_status(world.status)
 
 
@@ -458,10 +458,10 @@ def test_cancel_waits_for_the_workers_and_keeps_what_is_done() -> None:
     decided = world.step()
     assert [type(action) for action in decided.actions] == [DeleteJob]
     world.run(1)
-    assert told(world.status, "Ready") == ("False", "Cancelling")
+    assert reported(world.status, "Ready") == ("False", "Cancelling")
     world.reap()
     world.run(1)
-    assert (world.phase, told(world.status, "Failed")) == ("Cancelled", ("True", "Cancelled"))
+    assert (world.phase, reported(world.status, "Failed")) == ("Cancelled", ("True", "Cancelled"))
     assert states(world) == ["Succeeded", "Pending", "Pending", "Pending"]
 
 
@@ -492,13 +492,13 @@ def test_a_missing_claim_is_waited_for_but_not_for_ever() -> None:
     decided = world.run()
     assert not world.made
     assert decided.again is not None
-    assert told(world.status, "VolumesReady") == ("False", "PVCNotFound")
-    assert told(world.status, "Stalled") == ("True", "PVCNotFound")
+    assert reported(world.status, "VolumesReady") == ("False", "PVCNotFound")
+    assert reported(world.status, "Stalled") == ("True", "PVCNotFound")
     assert reasons(world) == ["PVCNotFound"]
     world.run(800)
     assert world.phase == "Pending"
     world.run(200)
-    assert told(world.status, "Failed") == ("True", "PendingDeadline")
+    assert reported(world.status, "Failed") == ("True", "PendingDeadline")
     world.claims = {"training": claim_view({"status": {"phase": "Bound", "accessModes": ["ReadWriteMany"]}})}
     world.retry("again")
     world.run(5)
@@ -523,14 +523,14 @@ def test_a_claim_that_comes_late_is_used() -> None:
     world.claims = {"training": claim_view({"status": {"phase": "Bound", "accessModes": ["ReadWriteMany"]}})}
     world.run(60)
     assert len(world.made) == 1
-    assert told(world.status, "VolumesReady") == ("True", "Bound")
+    assert reported(world.status, "VolumesReady") == ("True", "Bound")
 
 
 def test_a_claim_for_one_node_conflicts_with_many_workers() -> None:
     world = World()
     world.claims = {"training": claim_view({"status": {"phase": "Bound", "accessModes": ["ReadWriteOnce"]}})}
     world.run()
-    assert told(world.status, "VolumesReady") == ("False", "AccessModeConflict")
+    assert reported(world.status, "VolumesReady") == ("False", "AccessModeConflict")
     world.document["spec"]["workers"] = {"maxParallelStages": 1}
     world.run(1)
     assert len(world.alive) == 1
@@ -542,19 +542,19 @@ def test_workers_do_not_become_more_than_a_claim_can_serve() -> None:
     world.run()
     world.start(0)
     world.run(1)
-    assert told(world.status, "VolumesReady") == ("True", "Bound")
+    assert reported(world.status, "VolumesReady") == ("True", "Bound")
     world.document["spec"]["workers"] = {"maxParallelStages": 4}
     world.run(1)
     assert world.jobs["demo-1"]["spec"]["parallelism"] == 1
-    assert told(world.status, "VolumesReady") == ("True", "WorkersLimited")
-    assert told(world.status, "Stalled")[0] == "False", "the worker goes on"
+    assert reported(world.status, "VolumesReady") == ("True", "WorkersLimited")
+    assert reported(world.status, "Stalled")[0] == "False", "the worker goes on"
     assert reasons(world)[-1] == "WorkersLimited"
     [said] = [c["message"] for c in world.status["conditions"] if c["type"] == "VolumesReady"]
     assert said.startswith("no more than 1 at a time: persistentvolumeclaim training is ReadWriteOnce, and 4 workers")
     world.claims = {"training": claim_view({"status": {"phase": "Bound", "accessModes": ["ReadWriteMany"]}})}
     world.run(1)
     assert world.jobs["demo-1"]["spec"]["parallelism"] == 4
-    assert told(world.status, "VolumesReady") == ("True", "Bound")
+    assert reported(world.status, "VolumesReady") == ("True", "Bound")
 
 
 def test_a_missing_claim_is_known_from_a_pod_where_claims_may_not_be_read() -> None:
@@ -565,9 +565,9 @@ def test_a_missing_claim_is_known_from_a_pod_where_claims_may_not_be_read() -> N
         message = '0/1 nodes are available: persistentvolumeclaim "training" not found'
         pod["status"]["conditions"] = [{"type": "PodScheduled", "status": "False", "message": message}]
     world.run(1)
-    assert told(world.status, "VolumesReady") == ("False", "PVCNotFound")
+    assert reported(world.status, "VolumesReady") == ("False", "PVCNotFound")
     world.run(1000)
-    assert told(world.status, "Failed") == ("True", "PendingDeadline")
+    assert reported(world.status, "Failed") == ("True", "PendingDeadline")
     assert not world.jobs
 
 
@@ -580,12 +580,12 @@ def test_an_image_that_cannot_be_pulled() -> None:
     waiting = {"reason": "ErrImagePull", "message": "manifest unknown"}
     world.worker(2)["status"]["containerStatuses"] = [{"name": "convert", "state": {"waiting": waiting}}]
     world.run(5)
-    assert told(world.status, "Degraded") == ("True", "ImagePullBackOff")
-    assert told(world.status, "Stalled") == ("True", "ImagePullBackOff")
+    assert reported(world.status, "Degraded") == ("True", "ImagePullBackOff")
+    assert reported(world.status, "Stalled") == ("True", "ImagePullBackOff")
     world.run(1000)
-    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "PendingDeadline"))
+    assert (world.phase, reported(world.status, "Failed")) == ("Failed", ("True", "PendingDeadline"))
     assert not world.jobs
-    assert told(world.status, "Degraded") == ("True", "ImagePullBackOff")
+    assert reported(world.status, "Degraded") == ("True", "ImagePullBackOff")
 
 
 @pytest.mark.parametrize(
@@ -602,7 +602,7 @@ def test_pods_that_the_api_server_refuses(message: str, reason: str) -> None:
     world.warnings = {world.jobs["demo-1"]["metadata"]["uid"]: message}
     world.now = world.now.replace(minute=5)
     world.settle()
-    assert told(world.status, "Degraded") == ("True", reason)
+    assert reported(world.status, "Degraded") == ("True", reason)
     [said] = [c["message"] for c in world.status["conditions"] if c["type"] == "Degraded"]
     assert ("set spec.workers.resources" in said) == ("must specify" in message)
 
@@ -616,11 +616,11 @@ def test_pods_that_are_refused_after_a_first_one_ran_are_not_waited_for_for_ever
     world.refuses_pods = 'pods "demo-1-1" is forbidden: exceeded quota: compute'
     world.end(0, code)
     world.run(1)
-    assert (world.phase, told(world.status, "Degraded")) == ("Running", ("True", "QuotaExceeded"))
+    assert (world.phase, reported(world.status, "Degraded")) == ("Running", ("True", "QuotaExceeded"))
     world.run(890 + kept)
     assert world.phase == "Running"
     world.run(20)
-    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "PendingDeadline"))
+    assert (world.phase, reported(world.status, "Failed")) == ("Failed", ("True", "PendingDeadline"))
     [failed] = [c for c in world.status["conditions"] if c["type"] == "Failed"]
     assert "QuotaExceeded: pods" in failed["message"]
     assert not world.jobs
@@ -647,13 +647,13 @@ def test_a_refused_job_is_asked_for_again_and_the_status_does_not_flap(reason: s
     world = World()
     world.step(dies=True)
     world.refused(Refusal(reason=reason, message="no"))
-    assert told(world.status, "Ready") == ("False", reason)
+    assert reported(world.status, "Ready") == ("False", reason)
     writes = len(world.written)
     decided = world.step(dies=True)
     assert [type(action) for action in decided.actions] == [CreateJob]
     assert len(world.written) == writes
     world.run(30)
-    assert told(world.status, "Ready") == ("False", "InProgress")
+    assert reported(world.status, "Ready") == ("False", "InProgress")
 
 
 @pytest.mark.parametrize(
@@ -664,8 +664,8 @@ def test_a_refused_job_is_asked_for_until_the_pending_deadline(reason: str, stal
     to_error = Refusal(reason=reason, message="no")
     world.step(dies=True)
     assert world.refused(to_error).again == 30.0
-    assert told(world.status, "Degraded") == ("True", reason)
-    assert told(world.status, "Stalled") == (stalled, reason)
+    assert reported(world.status, "Degraded") == ("True", reason)
+    assert reported(world.status, "Stalled") == (stalled, reason)
     assert world.status["pendingSince"] == "2026-01-02T03:04:05Z"
     check_status(world.status)
     world.now += timedelta(seconds=45)
@@ -675,8 +675,8 @@ def test_a_refused_job_is_asked_for_until_the_pending_deadline(reason: str, stal
     world.now += timedelta(seconds=15)
     assert [type(action) for action in world.step(dies=True).actions] == [CreateJob], "once more before it is given up"
     world.refused(to_error)
-    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "PendingDeadline"))
-    assert told(world.status, "Degraded") == ("True", reason)
+    assert (world.phase, reported(world.status, "Failed")) == ("Failed", ("True", "PendingDeadline"))
+    assert reported(world.status, "Degraded") == ("True", reason)
     [said] = [c["message"] for c in world.status["conditions"] if c["type"] == "Failed"]
     assert said == f"no worker could start for 60 s; {reason}: no"
     assert "pendingSince" not in world.status
@@ -717,68 +717,71 @@ def test_a_job_that_can_never_be_made(reason: str) -> None:
     world = World()
     world.step(dies=True)
     world.refused(Refusal(reason=reason, message="no"))
-    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", reason))
+    assert (world.phase, reported(world.status, "Failed")) == ("Failed", ("True", reason))
 
 
 def test_a_node_that_is_lost() -> None:
     world = ready()
     world.worker(1)["metadata"]["deletionTimestamp"] = "2026-01-02T03:04:05Z"
     world.run(30)
-    assert told(world.status, "Degraded") == ("False", "AsExpected")
+    assert reported(world.status, "Degraded") == ("False", "AsExpected")
     why = "rank_3 has nothing yet"
     world.live = {pod["metadata"]["uid"]: Report(reason="WaitingForCheckpoint", message=why) for pod in world.alive}
     world.run(1)
-    assert told(world.status, "Ready") == ("False", "WaitingForCheckpoint")
+    assert reported(world.status, "Ready") == ("False", "WaitingForCheckpoint")
     world.run(90)
-    assert told(world.status, "Degraded") == ("True", "NodeLost")
-    assert (told(world.status, "Ready"), told(world.status, "Stalled")) == (("False", "NodeLost"), ("True", "NodeLost"))
+    assert reported(world.status, "Degraded") == ("True", "NodeLost")
+    assert (reported(world.status, "Ready"), reported(world.status, "Stalled")) == (
+        ("False", "NodeLost"),
+        ("True", "NodeLost"),
+    )
     assert world.phase == "Running"
     check_status(world.status)
 
 
 def lost(world: World) -> None:
-    """Its kubelet is gone: what is told to stop does not, and nobody hears of it."""
+    """Its kubelet is gone: what is asked to stop does not, and nobody is called with it."""
     world.run(120)
     decided = world.run(120)
-    assert told(world.status, "Degraded") == ("True", "NodeLost")
+    assert reported(world.status, "Degraded") == ("True", "NodeLost")
     assert reasons(world).count("NodeLost") == 1
     assert decided.again is not None
     check_status(world.status)
 
 
-def test_a_lost_node_is_told_while_a_cancelled_conversion_waits_for_it() -> None:
+def test_a_lost_node_is_reported_while_a_cancelled_conversion_waits_for_it() -> None:
     world = ready()
     world.edit(cancel=True)
     world.run(1)
-    assert told(world.status, "Ready") == ("False", "Cancelling")
+    assert reported(world.status, "Ready") == ("False", "Cancelling")
     lost(world)
-    assert told(world.status, "Ready") == ("False", "NodeLost")
+    assert reported(world.status, "Ready") == ("False", "NodeLost")
     world.reap()
     world.run(1)
-    assert (world.phase, told(world.status, "Degraded")) == ("Cancelled", ("False", "Ended"))
+    assert (world.phase, reported(world.status, "Degraded")) == ("Cancelled", ("False", "Ended"))
 
 
-def test_a_lost_node_is_told_while_a_suspended_conversion_waits_for_it() -> None:
+def test_a_lost_node_is_reported_while_a_suspended_conversion_waits_for_it() -> None:
     world = ready()
     world.edit(suspend=True)
     world.run(1)
     lost(world)
-    assert (world.phase, told(world.status, "Ready")) == ("Suspended", ("False", "UserRequested"))
+    assert (world.phase, reported(world.status, "Ready")) == ("Suspended", ("False", "UserRequested"))
     world.reap()
     assert world.run(1).again is None
-    assert told(world.status, "Degraded") == ("False", "AsExpected")
+    assert reported(world.status, "Degraded") == ("False", "AsExpected")
 
 
-def test_a_lost_node_is_told_while_a_job_is_made_anew() -> None:
+def test_a_lost_node_is_reported_while_a_job_is_made_anew() -> None:
     world = ready()
     world.delete_job("demo-1")
     world.run(1)
-    assert told(world.status, "Ready") == ("False", "WaitingForPods")
+    assert reported(world.status, "Ready") == ("False", "WaitingForPods")
     lost(world)
-    assert told(world.status, "Ready") == ("False", "NodeLost")
+    assert reported(world.status, "Ready") == ("False", "NodeLost")
 
 
-def test_a_lost_node_is_told_while_a_retry_waits_for_what_the_failed_attempt_left() -> None:
+def test_a_lost_node_is_reported_while_a_retry_waits_for_what_the_failed_attempt_left() -> None:
     world = World()
     world.run()
     for pod in world.alive:
@@ -788,7 +791,7 @@ def test_a_lost_node_is_told_while_a_retry_waits_for_what_the_failed_attempt_lef
     assert (world.phase, len(world.alive)) == ("Failed", 4)
     world.retry("1")
     world.run(1)
-    assert (world.phase, told(world.status, "Ready")) == ("Pending", ("False", "WaitingForPods"))
+    assert (world.phase, reported(world.status, "Ready")) == ("Pending", ("False", "WaitingForPods"))
     assert reasons(world)[-1] == "RetryRequested"
     lost(world)
     assert len(world.made) == 1, "one writer for each stage"
@@ -808,7 +811,7 @@ def test_a_retry_waits_for_a_job_of_the_failed_attempt_that_is_still_there() -> 
     assert [type(action) for action in decided.actions] == []
     decided = world.step()
     assert [type(action) for action in decided.actions] == [DeleteJob]
-    assert told(world.status, "Ready") == ("False", "WaitingForPods")
+    assert reported(world.status, "Ready") == ("False", "WaitingForPods")
     world.reap()
     world.run(1)
     assert list(world.jobs) == ["demo-2"]
@@ -821,11 +824,11 @@ def test_a_failure_that_may_pass_is_tried_again() -> None:
     world = ready()
     world.end(3, 75, report=report(75, "no space"))
     world.run(2)
-    assert told(world.status, "Degraded") == ("True", "StageRetrying")
+    assert reported(world.status, "Degraded") == ("True", "StageRetrying")
     assert stage(world, 3)["reason"] == "TryAgain"
     world.end(3)
     world.run(2)
-    assert told(world.status, "Degraded") == ("False", "AsExpected")
+    assert reported(world.status, "Degraded") == ("False", "AsExpected")
     assert stage(world, 3) == {
         "stage": 3, "state": "Succeeded", "attempts": 2, "node": "node-a", "iteration": 500, "verified": "Digest",
     }  # fmt: skip
@@ -835,7 +838,7 @@ def test_an_eviction_costs_no_attempt() -> None:
     world = ready(ONE_TRY)
     world.end(0, 143, disrupted="EvictionByEvictionAPI")
     world.run(2)
-    assert told(world.status, "Degraded") == ("True", "Evicted")
+    assert reported(world.status, "Degraded") == ("True", "Evicted")
     assert stage(world, 0)["disruptions"] == 1
     assert world.worker(0)
 
@@ -848,7 +851,7 @@ def test_one_bad_stage_does_not_stop_the_others_and_is_retried_alone() -> None:
     for number in range(3):
         world.end(number)
     world.run(9)
-    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "StageFailed"))
+    assert (world.phase, reported(world.status, "Failed")) == ("Failed", ("True", "StageFailed"))
     assert states(world) == ["Succeeded"] * 3 + ["Failed"]
     assert "rank_3 is truncated" in stage(world, 3)["message"]
     [failed] = [c for c in world.status["conditions"] if c["type"] == "Failed"]
@@ -866,13 +869,13 @@ def test_one_bad_stage_does_not_stop_the_others_and_is_retried_alone() -> None:
     assert world.run(500).again is None
 
 
-def test_a_digest_that_differs_is_told_by_verified() -> None:
+def test_a_digest_that_differs_is_reported_by_verified() -> None:
     world = ready()
     world.end(0, 76)
     for number in (1, 2, 3):
         world.end(number)
     world.run(9)
-    assert told(world.status, "Verified") == ("False", "DigestMismatch")
+    assert reported(world.status, "Verified") == ("False", "DigestMismatch")
 
 
 def test_arguments_that_are_wrong_for_all_end_everything_at_once() -> None:
@@ -891,7 +894,7 @@ def test_too_many_failed_stages() -> None:
     world.control()
     world.reap()
     world.run(9)
-    assert told(world.status, "Failed") == ("True", "MaxFailedStages")
+    assert reported(world.status, "Failed") == ("True", "MaxFailedStages")
 
 
 def test_the_deadline_of_the_whole() -> None:
@@ -902,7 +905,7 @@ def test_the_deadline_of_the_whole() -> None:
     world.reap()
     world._end(job, "DeadlineExceeded")
     world.run(9)
-    assert told(world.status, "Failed") == ("True", "ActiveDeadline")
+    assert reported(world.status, "Failed") == ("True", "ActiveDeadline")
 
 
 # ------------------------------------------------------------------------------------------------------------------ memory
@@ -929,7 +932,7 @@ def test_stages_that_need_more_memory_get_it_and_only_they() -> None:
     world.end(2)
     world.run(9)
     assert states(world) == ["Succeeded", "Succeeded", "Succeeded", "Failed"]
-    assert told(world.status, "Failed") == ("True", "StageFailed")
+    assert reported(world.status, "Failed") == ("True", "StageFailed")
 
 
 def test_memory_grows_to_a_limit() -> None:
@@ -951,10 +954,10 @@ def test_a_job_that_refused_its_arguments_gets_no_more_memory() -> None:
     world.control()
     world.reap()
     world.run(9)
-    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "InvalidSpec"))
+    assert (world.phase, reported(world.status, "Failed")) == ("Failed", ("True", "InvalidSpec"))
 
 
-def test_the_end_is_not_told_before_the_pods_have_said_why() -> None:
+def test_the_end_is_not_reported_before_the_pods_have_said_why() -> None:
     world = ready(MEMORY, ONE_TRY)
     starve(world, 1)
     for number in (0, 2, 3):
@@ -988,18 +991,18 @@ def test_the_training_comes_first(training: Training | None, phase: str, reason:
     world = World(AFTER)
     world.training = training
     world.run()
-    assert (world.phase, told(world.status, "Ready")) == (phase, ("False", reason))
+    assert (world.phase, reported(world.status, "Ready")) == (phase, ("False", reason))
     assert not world.made
     check_status(world.status)
 
 
-def test_a_training_of_a_kind_that_nobody_watches_is_told_with_what_is_watched() -> None:
+def test_a_training_of_a_kind_that_nobody_watches_is_reported_with_what_is_watched() -> None:
     volcano = {"apiVersion": "batch.volcano.sh/v1alpha1", "kind": "Job", "name": "train-x"}
     world = World(("spec.startAfter", volcano))
     world.training = Training(state="Unwatched", message="batch/v1 Job, kubeflow.org/v1 PyTorchJob")
     world.run()
-    assert told(world.status, "Stalled") == ("True", "TrainingKindUnknown")
-    assert told(world.status, "Degraded") == ("True", "TrainingKindUnknown")
+    assert reported(world.status, "Stalled") == ("True", "TrainingKindUnknown")
+    assert reported(world.status, "Degraded") == ("True", "TrainingKindUnknown")
     [note] = notes({}, world.status)
     assert (note.kind, note.reason) == ("Warning", "TrainingKindUnknown")
     assert note.message == (
@@ -1015,7 +1018,7 @@ def test_a_training_that_vanishes_is_no_success() -> None:
     world.run()
     world.training = Training(state="Missing")
     world.run(1)
-    assert told(world.status, "Failed") == ("True", "TrainingDeleted")
+    assert reported(world.status, "Failed") == ("True", "TrainingDeleted")
 
 
 def test_it_begins_when_the_training_has_succeeded() -> None:
@@ -1037,7 +1040,7 @@ def test_a_retry_after_a_failed_training_waits_for_the_training_again() -> None:
     world.training = Training(state="Missing")
     world.retry("1")
     world.run(1)
-    assert told(world.status, "Ready") == ("False", "WaitingForTraining")
+    assert reported(world.status, "Ready") == ("False", "WaitingForTraining")
     assert not world.made
 
 
@@ -1047,7 +1050,7 @@ def test_a_retry_after_a_failed_training_waits_for_the_training_again() -> None:
 def test_a_document_that_describes_no_conversion() -> None:
     world = World(("spec.parallelism.pipeline", 3))
     world.run()
-    assert (world.phase, told(world.status, "Accepted")) == ("Failed", ("False", "InvalidSpec"))
+    assert (world.phase, reported(world.status, "Accepted")) == ("Failed", ("False", "InvalidSpec"))
     check_status(world.status)
     writes = len(world.written)
     world.run(500)
@@ -1060,7 +1063,7 @@ def test_a_document_that_is_refused_while_it_runs_stops_and_keeps_its_results() 
     world.run(1)
     world.document["spec"]["parallelism"]["pipeline"] = 3
     world.run(1)
-    assert (world.phase, told(world.status, "Failed")) == ("Failed", ("True", "InvalidSpec"))
+    assert (world.phase, reported(world.status, "Failed")) == ("Failed", ("True", "InvalidSpec"))
     assert not world.jobs
     assert stage(world, 0)["state"] == "Succeeded"
     check_status(world.status)
@@ -1073,7 +1076,7 @@ def test_a_server_that_does_not_know_retries_of_an_index() -> None:
     spec["backoffLimit"] = 6  # for all stages together, as the API server has it by default
     decided = world.step()
     assert [action.spec for action in decided.actions if isinstance(action, PatchJob)] == [{"backoffLimit": 12}]
-    assert told(world.status, "Degraded") == ("True", "PerIndexRetryUnsupported")
+    assert reported(world.status, "Degraded") == ("True", "PerIndexRetryUnsupported")
     assert not world.step().actions
 
 

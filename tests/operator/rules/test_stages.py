@@ -102,7 +102,7 @@ def test_obstacles(pod: dict[str, object], reason: str | None) -> None:
     assert (found.reason if found else None) == reason
 
 
-def test_the_worst_obstacle_is_told() -> None:
+def test_the_worst_obstacle_is_reported() -> None:
     pods = [a_pod(unscheduled="0/3 nodes"), a_pod(waiting=("ErrImagePull", "no")), a_pod()]
     found = pod_obstacle(pods, {}, START)
     assert found

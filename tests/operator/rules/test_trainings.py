@@ -52,14 +52,14 @@ def test_what_shows_that_it_has_ended(seen: Raw, state: str) -> None:
 
 
 def test_why_it_ended_and_when() -> None:
-    told = {
+    reported = {
         "type": "Done",
         "status": "True",
         "reason": "R",
         "message": "m",
         "lastTransitionTime": "2026-01-02T03:04:05Z",
     }
-    found = workload({"metadata": {}, "status": {"conditions": [told]}}, one())
+    found = workload({"metadata": {}, "status": {"conditions": [reported]}}, one())
     assert found.message == "R: m"
     assert found.ended is not None
     assert found.ended.year == 2026

@@ -17,7 +17,7 @@ from ckpt2pt.cli.commands import build_alone, main
 
 
 def convert_ckpt2pt(argv: Sequence[str] | None = None) -> int:
-    """``convert_ckpt2pt.py``: of two formats in one folder the reference takes ``.ckpt``, unless it is told otherwise."""
+    """``convert_ckpt2pt.py``: of two formats in one folder the reference takes ``.ckpt``, unless stated otherwise."""
 
     def build() -> argparse.ArgumentParser:
         parser = build_alone("convert", "convert_ckpt2pt.py")

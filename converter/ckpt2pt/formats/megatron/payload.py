@@ -98,7 +98,7 @@ class Template:
 
     @property
     def gradients_as_parameters(self) -> bool:
-        """True when gradients have the type of their parameters, as in fp16 unless told otherwise; bf16 keeps float32."""
+        """True when gradients have the type of their parameters, as in fp16 unless stated otherwise; bf16 keeps float32."""
         return self.args.get("accumulate_allreduce_grads_in_fp32") is False
 
 

@@ -201,7 +201,7 @@ def layout_of_ranks(ranks: Ranks, tensor: int, pipeline: int, listed: tuple[int,
         raise TopologyError(
             f"of {layers} layers by the arguments, the {len(least)} model chunks hold {', '.join(map(str, least))}",
             where=first.folder.parent,
-            hint="uneven stages with no-op layers cannot be told apart: import it with the layout given (ckpt2pt import --stage-list)",
+            hint="uneven stages with no-op layers cannot be distinguished: import it with the layout given (ckpt2pt import --stage-list)",
         )
     return Topology(num_layers=layers, tensor=tensor, pipeline=pipeline, virtual=virtual)
 

@@ -81,7 +81,7 @@ class Said:
         return said
 
     def missing_heads(self, matter: str, where: Path) -> NoReturn:
-        """Refuse a weight whose rows cannot be told apart, as nothing says how many heads there are, or of which size."""
+        """Refuse a weight whose rows cannot be distinguished, as nothing says how many heads there are, or of which size."""
         raise UsageError(
             f"nothing says how many attention heads and groups the rows of {matter} are, which {CONTIGUOUS} needs",
             where=where,

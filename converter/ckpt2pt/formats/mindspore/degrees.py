@@ -21,7 +21,15 @@ from ckpt2pt.errors import TopologyError, UsageError, refs
 from ckpt2pt.formats.checkpoint import OPTION, agreed
 from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.formats.mindspore.filenames import CheckpointId
-from ckpt2pt.formats.mindspore.ranks import SHARD_INFO, SUFFIXES, SourceFile, candidates, names_of, rank_folder, surplus
+from ckpt2pt.formats.mindspore.ranks import (
+    SHARD_INFO,
+    SUFFIXES,
+    SourceFile,
+    candidates,
+    extra_files,
+    names_of,
+    rank_folder,
+)
 from ckpt2pt.formats.mindspore.shards import has_shards, read_info
 from ckpt2pt.formats.ptmeta.metadata import read_stated
 from ckpt2pt.io.files import OpenFiles, read_at
@@ -142,7 +150,7 @@ def check_ranks(
     warning for tensor-parallel ranks that do: they may be copies, and the tensor parallel size too large.
     """
     v1 = bool(ranks_of(entry.name for entry in listing(path, option=OPTION)))
-    left_out = surplus(path, when if v1 else None, names_of(layout))
+    left_out = extra_files(path, when if v1 else None, names_of(layout))
     degrees = f"with tensor parallel size {layout.tensor} and pipeline parallel size {layout.pipeline}"
     hint = "give the parallel sizes of the training that wrote it"
     if left_out:

@@ -5,7 +5,7 @@ looks at mtime.
     V2   iter_{it}/mp_rank_{tp}[_{pp}]/[{prefix}_]model_optim_rng[_{k}].ckpt, tracker   MindSpeed-Core-MS br_master
     both opt_shard_info/{the same folder}/dist_opt_shard_info*.json                     where there are shards
 
-Which of the two it is, is told by what is there (feature-0.1 83d0ef1 and br_master 07c5198, mindspeed_ms/training).
+Which of the two it is, is known by what is there (feature-0.1 83d0ef1 and br_master 07c5198, mindspeed_ms/training).
 Converted checkpoints hold ``rank_{R}/network.ckpt``.
 """
 
@@ -151,17 +151,17 @@ def find_groups(
         for tp, pp in kept[when]:
             peers = tuple(complete[when][tp, pp, number].path for number in range(count))
             file = _info_file(folder, topology, (tp, pp))
-            if (tp, pp) == (0, 0):  # a wrong degree is told as such, and not as a file missing further on
+            if (tp, pp) == (0, 0):  # a wrong degree is reported as such, and not as a file missing further on
                 check_ranks(read_info(file), topology.group(tp, pp))
             kept[when][tp, pp] = replace(kept[when][tp, pp], peers=peers, info=file)
     return kept
 
 
-def surplus(root: Path, when: CheckpointId | None, wanted: Iterable[str]) -> list[str]:
+def extra_files(root: Path, when: CheckpointId | None, wanted: Iterable[str]) -> list[str]:
     """Folders of ranks, or of V2's models, that hold files of a checkpoint and are not ``wanted``: names, by number.
 
     Without ``when`` V2's newest iteration counts, and no folders of ranks.
-    For ``combine``, which takes the degrees from descriptions.  ``convert`` is told them, and what a larger run has left
+    For ``combine``, which takes the degrees from descriptions.  ``convert`` is given them, and what a larger run has left
     beside its ranks is not looked at.
     """
     iterations = _iterations(root)

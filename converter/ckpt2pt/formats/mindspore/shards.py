@@ -262,7 +262,7 @@ def _buffers(
 
 
 def _parameter(name: str, place: Place, dtype: str, pieces: Sequence[_Piece], info: ShardInfo, count: int) -> TensorRef:
-    """The extents of one parameter.  What no rank holds cannot be made up, and is told with its numbers."""
+    """The extents of one parameter.  What no rank holds cannot be made up, and is reported with its numbers."""
     width, extents, reached = DTYPE_BYTES[dtype], list[Extent](), place.start
     first = max(0, bisect_right(pieces, place.start, key=lambda piece: piece.start) - 1)
     for piece in map(pieces.__getitem__, range(first, len(pieces))):

@@ -28,7 +28,7 @@ from ckpt2pt.core.layout import (
 from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS
 from ckpt2pt.core.names import is_tied_head
 from ckpt2pt.core.params import is_buffer
-from ckpt2pt.core.progress import SILENCE, Advance, Portion, Reporter, unheard
+from ckpt2pt.core.progress import SILENCE, Advance, Portion, Reporter, no_progress
 from ckpt2pt.errors import FormatError, InputError, TopologyError, ref
 from ckpt2pt.formats.folders import iteration_folder
 from ckpt2pt.formats.megatron.headers import MegatronRank, is_expert, rank_folders, read_rank
@@ -46,7 +46,7 @@ _HINT = "make pt_meta from a run of Megatron-LM 0.6 with --use-distributed-optim
 _TOGETHER = "make sure that both files are of one save, and complete"
 
 SAMPLE_NUMEL = 1 << 10
-"""Elements of each weight that are compared with their slice at least: files of two ranks or steps are told apart by them."""
+"""Elements of each weight that are compared with their slice at least: files of two ranks or steps are distinguished by them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +182,7 @@ def lay_out_rank(
     *,
     bucket_size: int | None = None,
     at_most: int | None = None,
-    advance: Advance = unheard,
+    advance: Advance = no_progress,
     files: OpenFiles | None = None,
 ) -> Layout:
     """Compute a rank's buffers by Megatron's rules and prove them with all that the checkpoint holds.
@@ -297,7 +297,7 @@ def _prove(
     *,
     views: bool | None = None,
     at_most: int | None,
-    advance: Advance = unheard,
+    advance: Advance = no_progress,
     files: OpenFiles | None = None,
 ) -> list[str]:
     """What proves these buffers; ``views`` tells whether the weights lie as they should, None if that is to be found out."""

@@ -18,15 +18,17 @@ from ckpt2pt.formats.ptmeta.gpt import Argument
 _COUNTS = {"wd_incr_steps": "train", "lr_decay_steps": "lr_decay", "lr_warmup_steps": "lr_warmup"}
 
 
-def told_by_checkpoint(
+def reported_by_checkpoint(
     given: Mapping[str, Argument], statement: Statement, facts: Mapping[str, float]
 ) -> dict[str, Argument]:
     """Arguments that the checkpoint tells and ``given`` does not; ``facts`` are the entries that tell the time."""
     batch = given.get("global_batch_size") or _batch(facts)
-    told: dict[str, Argument] = {"global_batch_size": batch} if batch else {}
-    told |= dict(_rates(statement))
-    told |= dict(_counts(statement, batch, samples="train_samples" in given, fraction="lr_warmup_fraction" in given))
-    return {name: value for name, value in told.items() if name not in given}
+    reported: dict[str, Argument] = {"global_batch_size": batch} if batch else {}
+    reported |= dict(_rates(statement))
+    reported |= dict(
+        _counts(statement, batch, samples="train_samples" in given, fraction="lr_warmup_fraction" in given)
+    )
+    return {name: value for name, value in reported.items() if name not in given}
 
 
 def _batch(facts: Mapping[str, float]) -> int | None:

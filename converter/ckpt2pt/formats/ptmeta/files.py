@@ -113,13 +113,13 @@ def publish(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tup
     files that this command wrote are replaced or removed.
     """
     ledger = _ledger(folder, files)
-    missing, surplus = _compare(folder, files, overwrite=overwrite)
-    if not missing and not surplus and status(ledger.writing) is None:
+    missing, extra = _compare(folder, files, overwrite=overwrite)
+    if not missing and not extra and status(ledger.writing) is None:
         return ()
     check_volume(folder, sum(len(files[name]) for name in missing), ref("target.path"))
     make_folder(folder / STATE, folder)
     with locked(ledger.record.with_suffix(".lock"), "writing this metadata"):
-        missing, surplus = _compare(folder, files, overwrite=overwrite)
+        missing, extra = _compare(folder, files, overwrite=overwrite)
         held = Holdings.of(folder, [ledger.writing, ledger.record])
         publish_bytes(ledger.claim, seal({"identity": ledger.identity, "host": host()}))
         for place in (folder, folder / STATE):
@@ -128,7 +128,7 @@ def publish(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tup
         ledger.announce(list(mine.values()))
         for name in missing:
             publish_bytes(folder / name, files[name], fence=ledger.fence)
-        for name in surplus:
+        for name in extra:
             ledger.fence()
             (folder / name).unlink(missing_ok=True)
         kept = [entry for name in files if name not in mine for entry in held.entries(name)]
@@ -139,19 +139,19 @@ def publish(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tup
 def _compare(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> tuple[list[str], list[str]]:
     """What has to be written, and what has to go; refuses what may not be replaced or removed."""
     there = {path.name: path for path in listing(folder, option=ref("target.path"))}
-    surplus = sorted(
+    extra = sorted(
         name for name in there if (ARGUMENTS.fullmatch(name) or PARAM_MAP.fullmatch(name)) and name not in files
     )
     changed = sorted(name for name in files if name in there and not _same(there[name], files[name]))
     hint = f"choose another {ref('target.path')}, or "
-    if (surplus or changed) and not overwrite:
-        what = f"{changed[0]} is there and differs" if changed else f"{surplus[0]} is of another model or cut"
+    if (extra or changed) and not overwrite:
+        what = f"{changed[0]} is there and differs" if changed else f"{extra[0]} is of another model or cut"
         raise UsageError(what, where=folder, hint=f"{hint}replace what is there with {ref('target.overwrite')}")
     ledger = _ledger(folder, files)
-    unexpected = foreign(folder, [*changed, *surplus], Holdings.of(folder, [ledger.writing, ledger.record]))
+    unexpected = foreign(folder, [*changed, *extra], Holdings.of(folder, [ledger.writing, ledger.record]))
     if unexpected is not None:
         raise not_ours(folder / unexpected, f"{hint}move it away: it is never replaced")
-    return [name for name in files if name not in there or name in changed], surplus
+    return [name for name in files if name not in there or name in changed], extra
 
 
 def _ledger(folder: Path, files: Mapping[str, bytes]) -> Ledger:

@@ -30,7 +30,7 @@ def chunk_parameters(
         shape = expected_shape(name, sizes, topology.tensor)
         if shape is None:
             raise UsageError(
-                f"the shape of {name} cannot be told",
+                f"the shape of {name} cannot be determined",
                 where="the model description",
                 hint="give hidden_size, num_attention_heads, kv_channels, ffn_hidden_size, padded_vocab_size and "
                 "max_position_embeddings",

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ckpt2pt.core.buckets import Buffer
 from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
-from ckpt2pt.core.progress import Advance, unheard
+from ckpt2pt.core.progress import Advance, no_progress
 from ckpt2pt.engine.casts import find_cast
 from ckpt2pt.errors import FormatError, ref
 from ckpt2pt.formats.megatron.distributed import StoredBucket
@@ -57,13 +57,13 @@ def check_slices(
     *,
     where: str,
     at_most: int | None = None,
-    advance: Advance = unheard,
+    advance: Advance = no_progress,
     files: OpenFiles | None = None,
 ) -> int:
     """Compare every float32 slice, rounded, with the weight of the model file; returns the elements compared.
 
     ``at_most`` elements at the beginning, in the middle and at the end of each weight are enough to know whether the two
-    files belong together, and in which order the weights lie.  ``advance`` hears of every byte that was read.
+    files belong together, and in which order the weights lie.  ``advance`` is called with every byte that was read.
     """
     refs = dict(weights)
     count = 0
@@ -87,7 +87,7 @@ def check_copies(
     """The same for float32 copies that are tensors of their own, of a run without the distributed optimizer."""
     count = 0
     with ExitStack() as stack:
-        read = _reader(stack.enter_context(OpenFiles()), unheard)
+        read = _reader(stack.enter_context(OpenFiles()), no_progress)
         for name, weight in weights:
             count += _check_slice(weight, copies[name]["param"], 0, at_most, read, where)
     return count

@@ -24,7 +24,7 @@ from ckpt2pt.formats.mindspore import facts_of, index_file, statement_of
 from ckpt2pt.formats.mindspore.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.formats.mindspore.shards import has_shards
 from ckpt2pt.formats.ptmeta.arguments import Arguments, complete, integer, topology_of
-from ckpt2pt.formats.ptmeta.defaults import told_by_checkpoint
+from ckpt2pt.formats.ptmeta.defaults import reported_by_checkpoint
 from ckpt2pt.formats.ptmeta.describe import Description, known
 from ckpt2pt.formats.ptmeta.files import RankFiles
 from ckpt2pt.formats.ptmeta.gpt import EMBEDDING, Argument, chunk_parameters
@@ -69,8 +69,8 @@ def synthesize(said: Description, wanted: Wanted) -> Synthesized:
     files = _files(wanted, cut)
     index = index_source(files[0, 0], cut.group(0, 0))
     vocabulary, statement = _vocabulary(index, cut.tensor, wanted), statement_of(index)
-    told = told_by_checkpoint(said.given, statement, facts_of(index))
-    arguments = complete(replace(said, given={**said.given, **told}), data=data, vocabulary=vocabulary)
+    reported = reported_by_checkpoint(said.given, statement, facts_of(index))
+    arguments = complete(replace(said, given={**said.given, **reported}), data=data, vocabulary=vocabulary)
     _check_vocabulary(arguments, vocabulary, files[0, 0], cut.tensor)
     training_step = _training_step(files[0, 0], arguments)
     ranks: list[RankFiles] = []
@@ -87,7 +87,7 @@ def synthesize(said: Description, wanted: Wanted) -> Synthesized:
     return Synthesized(
         ranks=tuple(ranks),
         evidence=(evidence,),
-        assumed={**({"args from the checkpoint": told} if told else {}), **_assumed(said, arguments, wanted)},
+        assumed={**({"args from the checkpoint": reported} if reported else {}), **_assumed(said, arguments, wanted)},
         warnings=(*([cut.remark] if cut.remark else []), *_warnings(said, statement, training_step, ranks[0])),
     )
 

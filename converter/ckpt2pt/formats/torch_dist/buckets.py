@@ -206,7 +206,7 @@ def _size(value: object, folder: Path) -> int:
 
 def _refuse(what: str, folder: Path) -> NoReturn:
     raise FormatError(
-        f"the buckets of the optimizer (dp_reshardable) cannot be told apart: {what}",
+        f"the buckets of the optimizer (dp_reshardable) cannot be distinguished: {what}",
         where=folder,
         hint="load the checkpoint with the Megatron-LM that wrote it and save it again with "
         f"--dist-ckpt-optim-fully-reshardable, or convert weights alone{aside('mode')}",

@@ -53,7 +53,7 @@ _STATES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-"""Modules of a layer for which some release or layer specification asks for an ``_extra_state``; surplus ones are ignored."""
+"""Modules of a layer for which some release or layer specification asks for an ``_extra_state``; extra ones are ignored."""
 
 
 _LATENT_STATES = tuple(f"self_attention.linear_{name}_proj" for name in ("q", "q_down", "q_up", "kv_down", "kv_up"))

@@ -65,13 +65,13 @@ class Entry(NamedTuple):
 class Metadata:
     """``tensors`` by key as Megatron names them; ``objects`` are what was pickled whole.
 
-    ``surplus`` are ``.distcp`` files that hold no part of the checkpoint.
+    ``extra`` are ``.distcp`` files that hold no part of the checkpoint.
     """
 
     folder: Path
     tensors: Mapping[str, Entry]
     objects: Mapping[str, Item]
-    surplus: tuple[str, ...]
+    extra: tuple[str, ...]
 
     @property
     def items(self) -> dict[str, list[Item]]:
@@ -132,8 +132,8 @@ def read_metadata(folder: Path) -> Metadata:
         _refuse(f"{len(items)} items are of no known tensor, such as {key} at {origin}", path)
     found = [entry.item for tensor in tensors.values() for entry in tensor.chunks]
     files = _check_files(folder, [*found, *objects.values()])
-    surplus = tuple(file.name for file in listing(folder, f"*{SUFFIX}") if file.name not in files)
-    return Metadata(folder=folder, tensors=tensors, objects=objects, surplus=surplus)
+    extra = tuple(file.name for file in listing(folder, f"*{SUFFIX}") if file.name not in files)
+    return Metadata(folder=folder, tensors=tensors, objects=objects, extra=extra)
 
 
 def _check_format(folder: Path) -> None:

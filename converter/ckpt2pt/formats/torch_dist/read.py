@@ -61,8 +61,8 @@ def open_torch_dist(path: Path, wanted: Selection) -> Checkpoint:
 
 
 def _warnings(metadata: Metadata) -> Iterator[str]:
-    if metadata.surplus:
-        yield f"{', '.join(metadata.surplus[:6])} hold no part of the checkpoint"
+    if metadata.extra:
+        yield f"{', '.join(metadata.extra[:6])} hold no part of the checkpoint"
     if metadata.whole_states:
         yield WHOLE_STATES
 

@@ -286,7 +286,7 @@ class Archive:
     def verify_crcs(self, read: Sequence[Piece] = (), advance: Callable[[int], None] = lambda _: None) -> None:
         """Compare the CRC-32 of every record with the stored one.  ``FormatError`` names the first that differs.
 
-        ``read`` are pieces of the file, sorted, that were read already; ``advance`` hears of the bytes that are read now.
+        ``read`` are pieces of the file, sorted, that were read already; ``advance`` is called with the bytes that are read now.
         """
         with PtFile(Path(self.path)) as file:
             for record in sorted(self.records.values(), key=lambda record: record.extent.offset):
@@ -309,23 +309,23 @@ class Archive:
 
 
 def prove_records(
-    file: InputFile, records: Iterable[Record], told: Sequence[Piece], *, every_byte: bool = True
+    file: InputFile, records: Iterable[Record], reported: Sequence[Piece], *, every_byte: bool = True
 ) -> bool:
-    """The same for records of a file that is open; ``told`` are sorted, and a piece may be of several records.
+    """The same for records of a file that is open; ``reported`` are sorted, and a piece may be of several records.
 
     Unless ``every_byte`` a record that was read in part is not read for the sake of its checksum; False if there is one.
     """
     complete = True
-    ends = [*accumulate((first + nbytes for first, nbytes, _ in told), max, initial=0)]
+    ends = [*accumulate((first + nbytes for first, nbytes, _ in reported), max, initial=0)]
     for record in records:
         first, stop = record.extent.offset, record.extent.offset + record.extent.nbytes
-        since, until = bisect_left(told, (first, 0, 0)), bisect_left(told, (stop, 0, 0))
+        since, until = bisect_left(reported, (first, 0, 0)), bisect_left(reported, (stop, 0, 0))
         if not record.crc32 or (since == until and ends[since] <= first):
             continue
-        if not every_byte and not _covered(stop, max(first, ends[since]), told[since:until]):
+        if not every_byte and not _covered(stop, max(first, ends[since]), reported[since:until]):
             complete = False
             continue
-        crc = file.crc32(first, stop, read=told[since:until])
+        crc = file.crc32(first, stop, read=reported[since:until])
         if crc != record.crc32:
             raise _wrong_crc(file, record, crc)
     return complete

@@ -91,7 +91,7 @@ def _within(ours: object, theirs: object) -> bool:
 
 
 def follow(api: Api, there: Submitted, tell: Callable[[Json], None], *, seconds: float | None = None) -> Json:
-    """Look until it has ended; ``tell`` hears every status that differs from the one before.  Returns the object."""
+    """Look until it has ended; ``tell`` is called with every status that differs from the one before.  Returns the object."""
     end = None if seconds is None else time.monotonic() + seconds
     where = f"CheckpointConversion {there.namespace}/{there.name}"
     last: object = None

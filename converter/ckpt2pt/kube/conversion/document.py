@@ -2,7 +2,7 @@
 
     conversion.yaml --safe YAML--> JSON values --nulls out--> schema (unknown fields are errors) --defaults in--> document
 
-Every violation is told at once, in words: which field, what it is, what to write.
+Every violation is reported at once, in words: which field, what it is, what to write.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def decode(value: object, kind: type[T], path: str, findings: list[Finding]) -> 
             text, below = (found[1], found[2] or "") if found else (str(error), "")
             steps = re.findall(
                 r"\.([^.\[]+)|\[(\d+)\]", below.partition("[...]")[0]
-            )  # which key of a mapping is not told
+            )  # which key of a mapping is not reported
             parts = [name or int(number) for name, number in steps]
             wrong = _at(rest, parts)
             findings.append(Finding(field=path + below, what=_shown(wrong), hint=_hint(text, kind, parts)))

@@ -95,7 +95,7 @@ _POD_DEFAULTS: Json = {"resources": {}, "queueKind": "Kueue", "security": {}}
 
 
 def parse(document: Mapping[str, object]) -> Conversion:
-    """Apply the defaults and prove the rules; all that is wrong is told at once."""
+    """Apply the defaults and prove the rules; all that is wrong is reported at once."""
     given = _mapping(document.get("spec"))
     large = too_large(document.get("spec"))
     findings: list[Finding] = [large] if large else []

@@ -49,7 +49,7 @@ class _Memory:
     idle: str = ""
     converted: int = 0
     done: set[CheckpointId] = field(default_factory=set[CheckpointId])
-    told: dict[CheckpointId, str] = field(default_factory=dict[CheckpointId, str])
+    reported: dict[CheckpointId, str] = field(default_factory=dict[CheckpointId, str])
     errors: list[Ckpt2ptError] = field(default_factory=list[Ckpt2ptError])
 
 
@@ -62,7 +62,7 @@ def watch(
     on_failure: Callable[[Ckpt2ptError], None] = lambda _: None,
     wait: Callable[[str], None] = lambda _: None,
 ) -> int:
-    """Until a signal comes, or for one round; ``hear`` is told each result and the iterations removed after it,
+    """Until a signal comes, or for one round; ``hear`` is called with each result and the iterations removed after it,
     ``on_failure`` why a checkpoint is not converted, ``wait`` that there is none yet.
 
     A source folder that is not there may appear later, and is waited for; one round ends with :class:`MissingInputError`.
@@ -193,6 +193,6 @@ def _note(error: Ckpt2ptError, when: CheckpointId, how: Following, memory: _Memo
 
 def _say(form: str, error: Ckpt2ptError, when: CheckpointId, memory: _Memory) -> None:
     """Once, until it changes."""
-    if memory.told.get(when) != str(error):
-        memory.told[when] = str(error)
+    if memory.reported.get(when) != str(error):
+        memory.reported[when] = str(error)
         log.error(form, error)

@@ -72,8 +72,8 @@ def run_document(options: argparse.Namespace, show: Show, on_failure: OnFailure)
     if conversion.spec.dry_run:
         return _plan(conversion, request(), options, show)
     runs = Stages(conversion, request, on_failure)
-    with closing(reporter(options.progress)) as heard:
-        ended = runs.carry_out(heard)
+    with closing(reporter(options.progress)) as progress:
+        ended = runs.carry_out(progress)
     records = runs.records
     ended = ended or disagreement(records)
     status = status_of_run(

@@ -27,7 +27,7 @@ MAX_BYTES = 4096
 """What the kubelet keeps of one container's message."""
 MAX_MESSAGE = 1024
 MAX_WARNINGS, MAX_WARNING = 4, 300
-"""How many of a run's warnings are told, and how much of each."""
+"""How many of a run's warnings are reported, and how much of each."""
 _MAX_PART = 300
 
 Json = dict[str, object]

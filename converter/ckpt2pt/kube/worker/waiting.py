@@ -116,7 +116,7 @@ def wait_until_whole(request: Request, readiness: Readiness, account: Account) -
 
 
 def _wait(blocker: Callable[[], Blocker | None], timeout: float, account: Account) -> None:
-    began, pause, told = time.monotonic(), FIRST_PAUSE_SECONDS, ""
+    began, pause, reported = time.monotonic(), FIRST_PAUSE_SECONDS, ""
     try:
         while True:
             try:
@@ -130,9 +130,9 @@ def _wait(blocker: Callable[[], Blocker | None], timeout: float, account: Accoun
             left = began + timeout - time.monotonic()
             if left <= 0:
                 raise to_error
-            if sentence != told:
-                told = sentence
-                log.info("waiting for at most %.0f s: the %s", left, told)
+            if sentence != reported:
+                reported = sentence
+                log.info("waiting for at most %.0f s: the %s", left, reported)
             time.sleep(min(pause, left))
             pause = min(pause * _GROWTH, MAX_PAUSE_SECONDS)
     finally:

@@ -12,7 +12,7 @@ from ckpt2pt.core.topology import Rank
 from ckpt2pt.io.paths import is_file
 from ckpt2pt.run.targets import mcore, repair, torch_dist
 from ckpt2pt.run.targets.request import DistRequest, McoreRequest, RepairRequest
-from ckpt2pt.verification.manifests import digest_files, merged, published, recorded_bytes, surplus
+from ckpt2pt.verification.manifests import digest_files, extra_files, merged, published, recorded_bytes
 from ckpt2pt.verification.prove import check_there, digests, joined, reports_of
 from ckpt2pt.verification.report import Report
 
@@ -36,7 +36,7 @@ def verify_by_tensors(
         reports = reports_of(totals, target.iteration, reporter, partial(_verify, found))
     stated = found.compare_rest() if level == "full" and isinstance(found, torch_dist.Found) else ()
     listed = {name for rank in target.ranks for name in found.listed(rank)}
-    rest = [*stated, *published(target, stages), *merged(target), *surplus(target, listed | {*target.kind.merged})]
+    rest = [*stated, *published(target, stages), *merged(target), *extra_files(target, listed | {*target.kind.merged})]
     return joined(target, level, rest, reports)
 
 

@@ -1,4 +1,4 @@
-// Command pause holds the namespaces of a pod open: it waits to be told to end, and nothing else.
+// Command pause holds the namespaces of a pod open: it waits to be reported to end, and nothing else.
 package main
 
 import (

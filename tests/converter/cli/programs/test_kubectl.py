@@ -11,9 +11,9 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         kubectl(["--help"])
     assert left.value.code == 0
-    told = capsys.readouterr().out
-    assert "usage: kubectl ckpt2pt" in told
-    assert all(command in told for command in ("submit", "watch", "retry", "cancel", "logs"))
+    reported = capsys.readouterr().out
+    assert "usage: kubectl ckpt2pt" in reported
+    assert all(command in reported for command in ("submit", "watch", "retry", "cancel", "logs"))
 
 
 def test_an_unknown_command_is_wrong_usage() -> None:

@@ -129,7 +129,7 @@ def test_an_optimizer_that_does_not_fit_is_refused_and_its_weights_can_be_had(
     assert imported(place, tmp_path / "ms", SETS[0], full=False)
 
 
-def test_a_run_saved_without_its_optimizer_is_told_apart(tmp_path: Path) -> None:
+def test_a_run_saved_without_its_optimizer_is_distinguished(tmp_path: Path) -> None:
     place = changed(tmp_path, lambda tree: tree.pop("optimizer"))
     with pytest.raises(MissingInputError, match="holds no optimizer") as caught:
         imported(place, tmp_path / "ms", SETS[0])

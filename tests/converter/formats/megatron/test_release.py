@@ -16,8 +16,8 @@ from ckpt2pt.formats.torchfile.trees import Value, namespace
 from coresets import ODD, core_sets
 
 
-def test_the_release_is_told_by_the_arguments(tmp_path: Path) -> None:
-    told = {
+def test_the_release_is_reported_by_the_arguments(tmp_path: Path) -> None:
+    reported = {
         folder.parent.name: written_by(read_rank(next(folder.glob("iter_*/mp_rank_00*")))) for folder in core_sets()
     }
     wanted = {
@@ -25,7 +25,7 @@ def test_the_release_is_told_by_the_arguments(tmp_path: Path) -> None:
         "0.12.3": "0.12, by its arguments",
         "0.19.0": "0.19 or newer, by its arguments",
     }
-    assert told == {release: wanted[release] for release in told}
+    assert reported == {release: wanted[release] for release in reported}
     rank = read_rank(next(ODD.glob("iter_*/mp_rank_00")))
     assert optimizer_form(rank) == "coalesced buffers, as since 0.7"
 
@@ -52,7 +52,7 @@ def test_inspect_tells_a_damaged_optimizer(tmp_path: Path, capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "reported"),
     [
         ((), "0.6 to 0.17, by the names of its parameters"),
         (("ddp_bucket_size",), "0.7 to 0.8, by its arguments"),
@@ -61,8 +61,10 @@ def test_inspect_tells_a_damaged_optimizer(tmp_path: Path, capsys: pytest.Captur
         (("dist_ckpt_optim_fully_reshardable",), "0.15 to 0.18, by its arguments"),
     ],
 )
-def test_the_newest_argument_and_the_first_that_is_missing_bound_the_release(names: tuple[str, ...], told: str) -> None:
+def test_the_newest_argument_and_the_first_that_is_missing_bound_the_release(
+    names: tuple[str, ...], reported: str
+) -> None:
     tree: dict[str, Value] = {"args": namespace(dict.fromkeys(names))}
     rank = MegatronRank(folder=Path(), template=Template(path="", tree=tree, storages={}), chunks=(), buffers=None)
-    assert written_by(rank) == told
+    assert written_by(rank) == reported
     assert optimizer_form(rank) == "none"

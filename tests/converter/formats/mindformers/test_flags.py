@@ -31,7 +31,7 @@ def test_the_yaml_says_it_or_the_default_of_mindformers_holds(
     assert said(tmp_path, text) == {INTERLEAVED: wanted[0], CONTIGUOUS: wanted[1]}
 
 
-def test_where_it_is_from_is_told(tmp_path: Path) -> None:
+def test_where_it_is_from_is_reported(tmp_path: Path) -> None:
     config = tmp_path / "train.yaml"
     config.write_text(f"model: {{model_config: {{{INTERLEAVED}: false}}}}")
     found = read_flags(Flags(config=config)).flags

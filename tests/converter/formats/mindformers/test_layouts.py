@@ -39,7 +39,7 @@ def test_shapes_that_do_not_go_together_are_refused(shapes: dict[str, tuple[int,
         layouts(shapes).of(name)
 
 
-def test_queries_without_a_low_rank_are_told_by_the_number_of_heads() -> None:
+def test_queries_without_a_low_rank_are_reported_by_the_number_of_heads() -> None:
     # 4 heads of 4 + 2 channels (keys, rope), values of 4: 24 rows of queries, 4 + 2 of the others.
     shapes = {
         f"{P}self_attention.linear_qkv.weight": (30, 8),

@@ -1,4 +1,4 @@
-"""Which ranks are tensor and which pipeline parallel: told by the files, and proved where it is given."""
+"""Which ranks are tensor and which pipeline parallel: known by the files, and proved where it is given."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_missing_rank_is_never_read_over(tmp_path: Path, missing: int) -> None
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_missing_stage_at_an_end_is_told(tmp_path: Path, stage: int) -> None:
+def test_a_missing_stage_at_an_end_is_reported(tmp_path: Path, stage: int) -> None:
     write_mindspore(tmp_path, model(), tp=1, pp=4)
     shutil.rmtree(tmp_path / f"rank_{stage}")
     if stage == 0:

@@ -98,10 +98,10 @@ def test_the_file_of_another_rank_is_never_converted(
     flags = ["--num-layers", "4", "--tp-size", "2", "--ms-path", str(tmp_path / "ms")]
     flags += ["--param-map-path", str(tmp_path / "pt_meta"), "--megatron-path", str(tmp_path / "out")]
     assert main(WAYS[way](flags, tmp_path)) == 65
-    told = capfd.readouterr().err
-    assert "network_rank_" in told
-    assert "is named after rank_" in told
-    assert "but lies in rank_" in told
+    reported = capfd.readouterr().err
+    assert "network_rank_" in reported
+    assert "is named after rank_" in reported
+    assert "but lies in rank_" in reported
     assert not (tmp_path / "out").exists()
 
 

@@ -158,7 +158,7 @@ def test_a_rank_folder_without_a_file_is_named(tmp_path: Path) -> None:
     assert caught.value.where.endswith("rank_1")
 
 
-def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_listed_is_reported(tmp_path: Path) -> None:
     both(tmp_path, "network.ckpt")
     loop = tmp_path / "rank_1"
     (loop / "network.ckpt").unlink()

@@ -137,7 +137,7 @@ def test_a_zero3_parameter_that_a_rank_lacks_is_refused(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------- what falls short
 
 
-def test_elements_that_no_rank_saved_are_told_with_their_numbers(tmp_path: Path) -> None:
+def test_elements_that_no_rank_saved_are_reported_with_their_numbers(tmp_path: Path) -> None:
     """Without alignment a bucket of 1001 elements over two ranks loses its last one; the next bucket must not shift."""
     made = Handmade(Topology(num_layers=1, data=2), hidden=7, vocab=11)
     paths, info = sources(made, Sharding(per_bucket=1, aligned=False), tmp_path)

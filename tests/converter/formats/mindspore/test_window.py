@@ -35,7 +35,7 @@ def test_fields_are_found_whatever_lies_between_them(tmp_path: Path, nbytes: int
 
 
 @pytest.mark.parametrize("cut", range(1, 6))
-def test_a_field_that_is_cut_short_is_told_with_its_place(tmp_path: Path, cut: int) -> None:
+def test_a_field_that_is_cut_short_is_reported_with_its_place(tmp_path: Path, cut: int) -> None:
     data = bytes([BYTES]) + varint(5) + bytes(5)
     (tmp_path / "x").write_bytes(data[:-cut])
     with InputFile(tmp_path / "x") as file, pytest.raises(FormatError, match="cut short") as caught:

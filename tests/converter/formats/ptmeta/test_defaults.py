@@ -10,12 +10,12 @@ import yaml
 
 from ckpt2pt.cli.commands import main
 from ckpt2pt.core.stated import Stated, Statement, read_statement
-from ckpt2pt.formats.ptmeta.defaults import told_by_checkpoint
+from ckpt2pt.formats.ptmeta.defaults import reported_by_checkpoint
 from descriptions import said_of
 from goldens import golden_sets
 
 FOLDER = next(folder for folder in golden_sets() if folder.name == "a2_tp1pp1_tied_bias")
-TOLD = (
+REPORTED = (
     "lr",
     "min_lr",
     "adam_eps",
@@ -50,7 +50,7 @@ def describe(folder: Path, *leave_out: str, **more: Any) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("given", "stated", "told"),
+    ("given", "stated", "reported"),
     [
         pytest.param({}, {"max_lr": 3e-4}, {"lr": 3e-4}, id="rate"),
         pytest.param({"lr": 1e-3}, {"max_lr": 3e-4}, {}, id="what-is-said-stays"),
@@ -65,14 +65,16 @@ def describe(folder: Path, *leave_out: str, **more: Any) -> list[str]:
                      {"weight_decay_incr_style": "linear", "start_weight_decay": 0.0, "end_weight_decay": 0.1}, id="growing"),
     ],
 )  # fmt: skip
-def test_arguments_from_what_a_file_states(given: dict[str, Any], stated: dict[str, Any], told: dict[str, Any]) -> None:
-    found = told_by_checkpoint(given, statement(**stated), FACTS)
+def test_arguments_from_what_a_file_states(
+    given: dict[str, Any], stated: dict[str, Any], reported: dict[str, Any]
+) -> None:
+    found = reported_by_checkpoint(given, statement(**stated), FACTS)
     assert found.pop("global_batch_size") == 4
-    assert found == told
+    assert found == reported
 
 
 def test_a_step_inside_a_later_epoch_tells_no_batch() -> None:
-    assert told_by_checkpoint({}, statement(), FACTS | {"epoch_num": 1}) == {}
+    assert reported_by_checkpoint({}, statement(), FACTS | {"epoch_num": 1}) == {}
 
 
 def test_what_the_checkpoint_tells_need_not_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +82,7 @@ def test_what_the_checkpoint_tells_need_not_be_said(tmp_path: Path, capsys: pyte
     assert main(flags) == 0
     full = (tmp_path / "m" / "args_tp00_pp000.pt").read_bytes()
     (tmp_path / "less").mkdir()
-    flags = [*describe(tmp_path / "less", *TOLD), "--accept-assumptions"]
+    flags = [*describe(tmp_path / "less", *REPORTED), "--accept-assumptions"]
     assert main(flags) == 0
     assert (tmp_path / "less" / "m" / "args_tp00_pp000.pt").read_bytes() == full
     out = capsys.readouterr().out

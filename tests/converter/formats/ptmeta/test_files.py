@@ -57,7 +57,7 @@ def test_publishing_twice_writes_once(tmp_path: Path) -> None:
     assert publish(tmp_path, files, overwrite=False) == ()
 
 
-def test_what_differs_is_kept_unless_told_otherwise(tmp_path: Path) -> None:
+def test_what_differs_is_kept_unless_stated_otherwise(tmp_path: Path) -> None:
     files = render([rank()], with_maps=True)
     name = "param_map_buffer0_dp0tp1pp2vpp0.json"
     older = {**files, name: b"{}"}

@@ -20,7 +20,7 @@ from torchload import leaves, same
 
 SETS = golden_sets()
 # What differs from the files of the run that there never was.
-TOLD = {"rng_state", "num_floating_point_operations_so_far"}
+REPORTED = {"rng_state", "num_floating_point_operations_so_far"}
 NUMPY = "/rng_state/0/np_rng_state/1"
 
 
@@ -49,7 +49,7 @@ def test_a_description_alone_gives_megatrons_files_but_for_what_the_manifest_lis
         assert list(one) == list(other)  # every key of either, in order
         differing = {key for key in one if not same(one[key], other[key])}
         tops = {key.split("/")[1] for key in differing}
-        assert tops == (TOLD if name.name == "model_optim_rng.pt" else set())
+        assert tops == (REPORTED if name.name == "model_optim_rng.pt" else set())
         assert tops <= set(manifest["assumed"])
 
 

@@ -91,17 +91,17 @@ WRONG = {
 def test_a_wrong_layout_is_answered_with_what_pt_meta_states(
     case: str, command: str, made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    flags, code, told = WRONG[case]
+    flags, code, reported = WRONG[case]
     for more in ([], DEGREES):  # the last of a flag counts
         assert main([command, *more, *places(made, tmp_path), *flags]) == code
         err = capfd.readouterr().err
-        assert told in err
+        assert reported in err
         assert "pt_meta was written with tp 2, pp 2, vpp 2, 8 layers" in err
         assert "rank_0/network" not in err
     assert not list(tmp_path.iterdir())
 
 
-def test_a_pt_meta_of_more_or_fewer_ranks_is_told(made: Path, tmp_path: Path) -> None:
+def test_a_pt_meta_of_more_or_fewer_ranks_is_reported(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "pt_meta", tmp_path / "pt_meta")
     wanted = Given(num_layers=8, tensor=2, pipeline=2, virtual=2)
     for path in (tmp_path / "pt_meta").glob("*tp01_*"):

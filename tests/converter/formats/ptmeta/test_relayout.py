@@ -82,7 +82,7 @@ def test_the_vocabulary_is_padded_for_the_new_tensor_parallel_size(new: NewLayou
     assert shape[0] * (new.tensor or 2) == rows
 
 
-def test_what_was_assumed_is_told_and_recorded(tmp_path: Path) -> None:
+def test_what_was_assumed_is_reported_and_recorded(tmp_path: Path) -> None:
     made = from_pt_meta(B, tmp_path / "m", NewLayout(tensor=1), overwrite=False)
     assert "255 tokens in 256 rows" in made.sentence()
     assert set(json.loads((tmp_path / "m" / "origin.json").read_text())["assumed"]) == set(made.assumed)

@@ -60,7 +60,7 @@ def test_a_description_that_does_not_fit_is_refused(more: dict[str, Any], what: 
         made(folder, tmp_path, **more)
 
 
-def test_defaults_and_rules_are_told_apart(tmp_path: Path) -> None:
+def test_defaults_and_rules_are_distinguished(tmp_path: Path) -> None:
     found = made(SETS[0], tmp_path)
     defaults, derived = found.assumed["args at their default"], found.assumed["args worked out"]
     assert isinstance(defaults, dict)

@@ -1,4 +1,4 @@
-"""Buckets of dp_reshardable are told apart by the order of the parameters and proved by the weights, or refused."""
+"""Buckets of dp_reshardable are distinguished by the order of the parameters and proved by the weights, or refused."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def unknown(keys: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "reported"),
     [
         (shortened, "no number of layers fills"),
         (lost, "the buckets of exp_avg are not those of the main parameters"),
@@ -195,10 +195,10 @@ def unknown(keys: dict[str, Any]) -> None:
     ],
 )
 def test_what_cannot_be_proved_is_refused(
-    tmp_path: Path, change: Callable[[dict[str, Any]], object], told: str
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], reported: str
 ) -> None:
     made(tmp_path / "x", Run(2, ((2,),)), change)
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=reported) as caught:
         ckpt2pt.open(tmp_path / "x")
     assert "convert weights alone" in str(caught.value.hint)
 

@@ -65,15 +65,15 @@ def test_the_payload_of_a_large_item_is_not_read(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shape", "told"),
+    ("dtype", "shape", "reported"),
     [
         ("float32", (3,), r"found float32\[4\], expected float32\[3\]"),
         ("bfloat16", (4,), r"found float32\[4\], expected bfloat16\[4\]"),
     ],
 )
-def test_a_tensor_of_another_kind_is_refused(tmp_path: Path, dtype: str, shape: tuple[int, ...], told: str) -> None:
+def test_a_tensor_of_another_kind_is_refused(tmp_path: Path, dtype: str, shape: tuple[int, ...], reported: str) -> None:
     item = written(tmp_path, torch.zeros(4))
-    with pytest.raises(FormatError, match=told) as caught:
+    with pytest.raises(FormatError, match=reported) as caught:
         list(locate(tmp_path, [(dtype, Chunk((0,), shape, item))]))
     assert f"__0_0.distcp, from byte {item.offset} on" in caught.value.where
 
@@ -93,7 +93,7 @@ def test_an_item_that_ends_elsewhere_is_refused(tmp_path: Path, nbytes: int) -> 
 
 
 def test_every_record_of_which_something_was_read_is_proved(tmp_path: Path) -> None:
-    """A piece may be of several items: reads that follow each other are told of as one."""
+    """A piece may be of several items: reads that follow each other are reported as one."""
     item = written(tmp_path, torch.arange(50.0))
     path = tmp_path / item.file
     data = bytearray(path.read_bytes())

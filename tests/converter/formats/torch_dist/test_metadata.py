@@ -78,15 +78,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], int, str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_told_in_words(folder: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
+def test_damage_is_reported_in_words(folder: Path, capsys: pytest.CaptureFixture[str], damage: str) -> None:
     harm, code, words = DAMAGE[damage]
     harm(folder)
     for command in (["inspect", str(folder)], ["verify", str(folder), str(folder)]):
         assert main(command) == code
-        told = capsys.readouterr().err
-        assert words in told
-        assert "hint:" in told
-        assert "Traceback" not in told
+        reported = capsys.readouterr().err
+        assert words in reported
+        assert "hint:" in reported
+        assert "Traceback" not in reported
 
 
 @pytest.mark.parametrize("name", [".metadata", "common.pt", "__0_0.distcp", "__1_0.distcp"])

@@ -23,7 +23,7 @@ def test_our_reader_finds_what_was_written(folder: Path) -> None:
     found = read_metadata(folder)
     assert found.tensors == tensors_of(FILES, "here")
     assert set(found.objects) == {"x/shard_0_1", "x/shard_1_2"}
-    assert found.surplus == ()
+    assert found.extra == ()
 
 
 def test_items_begin_where_torch_can_map_them() -> None:

@@ -210,13 +210,13 @@ Damage = Callable[[Victim], object]
         pytest.param(
             lambda v: (v.ends64(count=1 << 63, here=1 << 63), v.ends(count=0xFFFF, here=0xFFFF)),
             "cannot hold 9223372036854775808 entries",
-            id="count-2^63-well-told",
+            id="count-2^63-well-stated",
         ),
         pytest.param(lambda v: v.ends64(size=1 << 63), "where the one of zip64", id="directory-of-2^63"),
         pytest.param(
             lambda v: (v.ends64(size=1 << 63), v.ends(nbytes=M)),
             "but it ends at byte",
-            id="directory-of-2^63-well-told",
+            id="directory-of-2^63-well-stated",
         ),
         pytest.param(
             lambda v: (v.ends64(offset=(1 << 64) - 1), v.ends(offset=M)), "but it ends", id="directory-at-2^64-1"
@@ -415,7 +415,7 @@ def test_closed_file_names_uid_and_hint(tmp_path: Path) -> None:
         Archive.open(tmp_path / "a.pt")
 
 
-def test_device_error_is_told_as_such(tmp_path: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_error_is_reported_as_such(tmp_path: Path, whole: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(fd: int, nbytes: int, offset: int) -> bytes:
         raise OSError(5, "Input/output error")
 
@@ -425,7 +425,7 @@ def test_device_error_is_told_as_such(tmp_path: Path, whole: bytes, monkeypatch:
         Archive.open(tmp_path / "a.pt")
 
 
-def test_file_that_shrinks_after_it_was_opened_is_told_as_such(tmp_path: Path, whole: bytes) -> None:
+def test_file_that_shrinks_after_it_was_opened_is_reported_as_such(tmp_path: Path, whole: bytes) -> None:
     (tmp_path / "a.pt").write_bytes(whole)
     archive = Archive.open(tmp_path / "a.pt")
     os.truncate(tmp_path / "a.pt", 700)

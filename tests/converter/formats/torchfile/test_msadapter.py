@@ -53,7 +53,7 @@ def dtype(name: str, *bits: Value) -> Value:
         (b"", False),
     ],
 )
-def test_msadapter_is_told_by_the_names_of_its_pickle(pickle: bytes, foreign: bool) -> None:
+def test_msadapter_is_reported_by_the_names_of_its_pickle(pickle: bytes, foreign: bool) -> None:
     assert is_msadapter(pickle) is foreign
 
 
@@ -182,7 +182,7 @@ def is_refused(archive: Archive) -> bool:
     return False
 
 
-def test_a_file_of_msadapter_that_was_cut_is_told(golden: Path, tmp_path: Path) -> None:
+def test_a_file_of_msadapter_that_was_cut_is_reported(golden: Path, tmp_path: Path) -> None:
     data = (golden / "msadapter/corners.pt").read_bytes()
     assert recognise(data[:512]).startswith("a zip archive")
     for stop in range(0, len(data), 97):

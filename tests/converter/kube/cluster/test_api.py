@@ -1,4 +1,4 @@
-"""The client: patient where it helps, plain where it does not, and never longer than it was told."""
+"""The client: patient where it helps, plain where it does not, and never longer than it was reported."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_elsewhere_there_is_none(tmp_path: Path) -> None:
     assert in_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "CKPT2PT_SERVICE_ACCOUNT": str(tmp_path)}) is None
 
 
-def test_half_a_service_account_is_told(tmp_path: Path) -> None:
+def test_half_a_service_account_is_reported(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("x")
     given = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "CKPT2PT_SERVICE_ACCOUNT": str(tmp_path)}
     with pytest.raises(MissingInputError, match="cannot be read"):

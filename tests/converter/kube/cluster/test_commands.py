@@ -72,9 +72,9 @@ def test_what_would_be_sent_is_checked_field_by_field(
     field: str, submit: Callable[..., int], server: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert submit("--step", "5", "--name", "mine", "--print", "--set", field) == 64
-    told = capsys.readouterr()
-    assert (told.out, server.asked) == ("", [])
-    assert field.partition("=")[0].rpartition(".")[2] in told.err
+    reported = capsys.readouterr()
+    assert (reported.out, server.asked) == ("", [])
+    assert field.partition("=")[0].rpartition(".")[2] in reported.err
 
 
 def test_a_document_that_is_wrong_is_refused_here(submit: Callable[..., int], server: Any) -> None:

@@ -82,7 +82,7 @@ def statuses(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def followed(statuses: list[Any], **more: Any) -> tuple[list[Any], Any]:
-    left, told = list(statuses), list[Any]()
+    left, reported = list(statuses), list[Any]()
 
     def answer(*_: object) -> Answer:
         status = left.pop(0) if len(left) > 1 else left[0]
@@ -90,13 +90,13 @@ def followed(statuses: list[Any], **more: Any) -> tuple[list[Any], Any]:
 
     server = Server(answer)
     with server.running():
-        return told, follow(api_of(server), THERE, told.append, **more)
+        return reported, follow(api_of(server), THERE, reported.append, **more)
 
 
-def test_every_change_is_told_once(statuses: list[Any]) -> None:
+def test_every_change_is_reported_once(statuses: list[Any]) -> None:
     statuses += [{}, {}, {"phase": "Running"}, {"phase": "Running"}, {"phase": "Succeeded"}]
-    told, seen = followed(statuses)
-    assert told == [{}, {"phase": "Running"}, {"phase": "Succeeded"}]
+    reported, seen = followed(statuses)
+    assert reported == [{}, {"phase": "Running"}, {"phase": "Succeeded"}]
     assert seen["status"]["phase"] == "Succeeded"
 
 

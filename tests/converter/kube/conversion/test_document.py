@@ -1,4 +1,4 @@
-"""A document from a file is checked by the CRD's own schema, and every violation is told in words."""
+"""A document from a file is checked by the CRD's own schema, and every violation is reported in words."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ VIOLATIONS = {
 
 
 @pytest.mark.parametrize(("field", "value", "what", "hint"), VIOLATIONS.values(), ids=VIOLATIONS)
-def test_a_violation_is_told_in_words(field: str, value: object, what: str, hint: str) -> None:
+def test_a_violation_is_reported_in_words(field: str, value: object, what: str, hint: str) -> None:
     with pytest.raises(UsageError) as refused:
         validate(changed((field, value)), where="demo.yaml")
     assert refused.value.where.startswith(f"demo.yaml: {field}")
@@ -95,7 +95,7 @@ def test_a_violation_is_told_in_words(field: str, value: object, what: str, hint
     assert hint in refused.value.hint
 
 
-def test_all_violations_are_told_at_once_in_the_order_of_the_fields() -> None:
+def test_all_violations_are_reported_at_once_in_the_order_of_the_fields() -> None:
     with pytest.raises(UsageError) as refused:
         validate(changed(("spec.verify", "x"), ("spec.mode", "y"), ("spec.colour", 1)), where="demo.yaml")
     lines = [line.partition(":")[0].strip(" -") for line in refused.value.what.splitlines()[1:]]

@@ -362,9 +362,9 @@ def test_workers_that_belong_together_share_a_node() -> None:
 
 
 def test_a_job_of_some_stages_says_so() -> None:
-    for made, told in ((job_of(stages=[3, 1]), {STAGES_ANNOTATION: "1,3"}), (job_of(), {})):
+    for made, reported in ((job_of(stages=[3, 1]), {STAGES_ANNOTATION: "1,3"}), (job_of(), {})):
         template = made["spec"]["template"]["metadata"]
-        assert made["metadata"].get("annotations", {}) == template.get("annotations", {}) == told
+        assert made["metadata"].get("annotations", {}) == template.get("annotations", {}) == reported
 
 
 def test_its_pods_say_their_stages_whatever_an_override_makes_of_them() -> None:
@@ -375,7 +375,7 @@ def test_its_pods_say_their_stages_whatever_an_override_makes_of_them() -> None:
         assert made["spec"]["template"]["metadata"]["annotations"][STAGES_ANNOTATION] == "1,3"
 
 
-def test_a_worker_is_told_for_which_conversion_it_reports() -> None:
+def test_a_worker_is_reported_for_which_conversion_it_reports() -> None:
     document = changed()
     document["metadata"]["uid"] = "uid-1"
     made: Any = build_job(parse(document), image="i")

@@ -65,16 +65,18 @@ def test_any_message_is_a_report_or_none(value: object) -> None:
 
 
 def test_a_report() -> None:
-    told = {"version": 1, "exitCode": 65, "reason": "InputWrong", "message": "m", "bytes": 3, "bytesTotal": 4}
-    report = report_of(json.dumps(told | {"iteration": 500, "throughput": 2}))
+    reported = {"version": 1, "exitCode": 65, "reason": "InputWrong", "message": "m", "bytes": 3, "bytesTotal": 4}
+    report = report_of(json.dumps(reported | {"iteration": 500, "throughput": 2}))
     assert report
     assert (report.exit_code, report.reason, report.done, report.total) == (65, "InputWrong", 3, 4)
     assert (report.iteration, report.throughput) == (500, 2)
     assert report.preview is None
-    planned = report_of(json.dumps(told | {"plan": {"files": 4, "bytes": 3, "memory": 2, "freeSpace": 1, "ranks": 2}}))
+    planned = report_of(
+        json.dumps(reported | {"plan": {"files": 4, "bytes": 3, "memory": 2, "freeSpace": 1, "ranks": 2}})
+    )
     assert planned
     assert planned.preview == Preview(files=4, written=3, memory=2, free=1)
-    assert report_of(json.dumps(told | {"version": 2})) is None
+    assert report_of(json.dumps(reported | {"version": 2})) is None
     assert report_of("x" * (13 << 10)) is None
     assert report_of("[" * 5000) is None
 
@@ -100,7 +102,7 @@ def lacking(message: str, *changes: tuple[str, object]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("told", "changes"),
+    ("reported", "changes"),
     [
         pytest.param({}, (), id="of-its-stage"),
         pytest.param({"conversion": None, "verified": None}, (), id="of-an-older-worker"),
@@ -111,13 +113,13 @@ def lacking(message: str, *changes: tuple[str, object]) -> str:
         pytest.param({"stages": [0, 1, 2, 3], "iteration": None}, (FOLLOWS,), id="of-a-training-that-saved-nothing"),
     ],
 )
-def test_a_report_that_proves_its_stage(told: dict[str, object], changes: tuple[tuple[str, object], ...]) -> None:
-    message = json.dumps({name: value for name, value in (GOOD | told).items() if value is not None})
+def test_a_report_that_proves_its_stage(reported: dict[str, object], changes: tuple[tuple[str, object], ...]) -> None:
+    message = json.dumps({name: value for name, value in (GOOD | reported).items() if value is not None})
     assert lacking(message, *changes) == ""
 
 
 @pytest.mark.parametrize(
-    ("told", "changes", "says"),
+    ("reported", "changes", "says"),
     [
         ({"version": 2}, (), "left no report"),
         ({"exitCode": 75}, (), "its report says exit code 75"),
@@ -144,8 +146,10 @@ def test_a_report_that_proves_its_stage(told: dict[str, object], changes: tuple[
         (PLAN, (), "its report says exit code 0, Planned"),
     ],
 )
-def test_a_report_that_does_not(told: dict[str, object], changes: tuple[tuple[str, object], ...], says: str) -> None:
-    message = json.dumps({name: value for name, value in (GOOD | told).items() if value is not None})
+def test_a_report_that_does_not(
+    reported: dict[str, object], changes: tuple[tuple[str, object], ...], says: str
+) -> None:
+    message = json.dumps({name: value for name, value in (GOOD | reported).items() if value is not None})
     found = lacking(message, *changes)
     assert says in found
     assert len(found) < 300
@@ -161,22 +165,22 @@ def test_what_is_no_report_proves_nothing(message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "verified"),
+    ("reported", "verified"),
     [("none", "None"), ("digest", "Digest"), ("full", "Full"), ("Full", ""), ("everything", ""), (True, ""), ([], "")],
 )
-def test_how_it_was_verified_is_one_of_the_words_of_the_spec(told: object, verified: str) -> None:
-    found = report_of(json.dumps(GOOD | {"verified": told}))
+def test_how_it_was_verified_is_one_of_the_words_of_the_spec(reported: object, verified: str) -> None:
+    found = report_of(json.dumps(GOOD | {"verified": reported}))
     assert found
     assert found.verified == verified
 
 
 @pytest.mark.parametrize(
-    ("told", "warnings"),
+    ("reported", "warnings"),
     [(None, ()), ("x", ()), (["a\x1b[2J", 5, "", {}], ("a [2J",)), (["x" * 9000] * 9000, ("x" * 300,) * 4)],
 )
-def test_few_warnings_of_bounded_length_are_taken(told: object, warnings: tuple[str, ...]) -> None:
-    found = report_of(json.dumps({"version": 1, "warnings": told}))
-    assert found is None if len(json.dumps(told)) > 12 << 10 else found and found.warnings == warnings
+def test_few_warnings_of_bounded_length_are_taken(reported: object, warnings: tuple[str, ...]) -> None:
+    found = report_of(json.dumps({"version": 1, "warnings": reported}))
+    assert found is None if len(json.dumps(reported)) > 12 << 10 else found and found.warnings == warnings
 
 
 def test_no_more_is_done_than_there_is() -> None:

@@ -53,7 +53,7 @@ def test_a_source_of_megatron_needs_no_metadata() -> None:
     assert json.loads(found)["source"]["format"] == "Megatron"
 
 
-def test_a_worker_is_told_the_expert_parallel_size() -> None:
+def test_a_worker_is_reported_the_expert_parallel_size() -> None:
     target = {"path": "out", "format": "TorchDist", "parallelism": {"expert": 4}}
     [found] = [word for word in worker_words(parse(changed(("spec.target", target))), MOUNTS) if word.startswith("{")]
     assert json.loads(found)["target"]["parallelism"] == {"expert": 4}
@@ -161,7 +161,7 @@ def test_accepted(changes: list[tuple[str, object]]) -> None:
     parse(changed(*changes))
 
 
-def test_everything_that_is_wrong_is_told_at_once() -> None:
+def test_everything_that_is_wrong_is_reported_at_once() -> None:
     with pytest.raises(UsageError) as refused:
         parse(changed(("spec.mode", "x"), ("spec.verify", "y"), ("spec.source.path", "/ms")))
     assert "3 fields are wrong" in refused.value.what
@@ -223,7 +223,7 @@ def test_the_same_sizes_given_twice_are_one_layout() -> None:
     assert request_of(options_of(conversion)).source_topology is None
 
 
-def test_a_size_that_is_none_is_told_once() -> None:
+def test_a_size_that_is_none_is_reported_once() -> None:
     with pytest.raises(UsageError) as caught:
         parse(
             changed(

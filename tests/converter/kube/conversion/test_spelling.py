@@ -55,7 +55,7 @@ def test_the_command_has_every_flag_that_it_is_said_to_have(call: str) -> None:
 
 @pytest.mark.parametrize("call", FLAGS)
 @pytest.mark.parametrize("path", [*FIELDS, *FLAG_ONLY])
-def test_no_command_is_told_a_flag_that_it_lacks(call: str, path: str) -> None:
+def test_no_command_is_reported_a_flag_that_it_lacks(call: str, path: str) -> None:
     shown = rendered(f"check {ref(path)}{aside(path)}", of_command(call))
     assert shown == printable(shown)
     assert {word.strip("()") for word in shown.split() if word.strip("(").startswith("--")} <= flags_of(
@@ -177,8 +177,8 @@ def test_a_termination_message_speaks_of_the_document() -> None:
 def test_an_error_as_json_names_its_field_by_its_path(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = ["convert", "--ms-path", "a", "--megatron-path", "b", "--param-map-path", str(tmp_path / "c")]
     assert main([*words, "--rules", "no.yaml", "--log-format", "json"]) == 66
-    told = json.loads(capfd.readouterr().err.splitlines()[-1])
-    assert (told["field"], told["hint"]) == ("model.rules", "check --rules")
+    reported = json.loads(capfd.readouterr().err.splitlines()[-1])
+    assert (reported["field"], reported["hint"]) == ("model.rules", "check --rules")
 
 
 # -------------------------------------------------------------------------------------------------- errors of each command
@@ -240,11 +240,11 @@ def test_an_error_speaks_of_options_of_the_command_called(
     words: str, code: int, named: set[str], places: dict[str, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*words.format(**places).split(), "--log-format", "text"]) == code
-    told = capfd.readouterr().err
+    reported = capfd.readouterr().err
     for place in places.values():
-        told = told.replace(place, "")
-    told = re.sub(r"ckpt2pt pt-meta .*", "", told)  # a whole command line
-    assert {word.rstrip(".") for word in SPELLED.findall(told)} == named, told
+        reported = reported.replace(place, "")
+    reported = re.sub(r"ckpt2pt pt-meta .*", "", reported)  # a whole command line
+    assert {word.rstrip(".") for word in SPELLED.findall(reported)} == named, reported
 
 
 def test_every_command_is_among_them() -> None:

@@ -159,7 +159,7 @@ def test_stages_are_of_one_iteration(iterations: list[int | None], says: str | N
         assert status(records, finished=END, ended=found)["phase"] == "Failed"
 
 
-def test_many_stages_of_many_iterations_are_told_in_few_words() -> None:
+def test_many_stages_of_many_iterations_are_reported_in_few_words() -> None:
     found = disagreement([stage(number, "Succeeded", iteration=number + 1) for number in range(1024)])
     assert found
     assert len(found.message) < MAX_MESSAGE

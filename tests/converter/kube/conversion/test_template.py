@@ -31,7 +31,7 @@ def test_a_field_alone_keeps_its_type_and_one_in_a_text_does_not() -> None:
         ("${}", "${} is no field"),
     ],
 )
-def test_a_field_that_cannot_be_filled_is_told_with_its_place(text: str, what: str) -> None:
+def test_a_field_that_cannot_be_filled_is_reported_with_its_place(text: str, what: str) -> None:
     with pytest.raises(UsageError) as caught:
         fill({"spec": {"paths": [{"path": text}]}}, {"step": 1})
     assert caught.value.what.startswith(what)

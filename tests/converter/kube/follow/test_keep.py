@@ -94,7 +94,7 @@ def test_what_a_killed_run_was_removing_is_swept(request_: Request) -> None:
     assert there(request_) == ["iter_0000020", "iter_0000030", TRACKER]
 
 
-def test_a_folder_that_cannot_be_renamed_is_told(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_renamed_is_reported(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     def busy(*_: object) -> Path:
         raise OSError(errno.EBUSY, "busy")
 

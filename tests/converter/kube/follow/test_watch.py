@@ -87,9 +87,9 @@ def test_one_round_of_a_folder_that_is_not_there_ends_at_once(
     shutil.rmtree(training.source, ignore_errors=True)
     for more in ([], ["--readiness-timeout", "0.2"], ["--stop-on-error"]):
         assert once(training, *more) == 66
-        told = capsys.readouterr().err
-        assert f"source folder {training.source} is not there" in told
-        assert "--ms-path" in told
+        reported = capsys.readouterr().err
+        assert f"source folder {training.source} is not there" in reported
+        assert "--ms-path" in reported
 
 
 def test_a_checkpoint_that_is_there_already_is_said(training: Training, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +163,7 @@ def rest(training: Training) -> None:
         os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 60))
 
 
-def test_broken_checkpoints_are_told_each_once_and_the_newest_decides(
+def test_broken_checkpoints_are_reported_each_once_and_the_newest_decides(
     training: Training, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for iteration in (10, 20, 30):
@@ -182,7 +182,7 @@ def test_broken_checkpoints_are_told_each_once_and_the_newest_decides(
 
 
 @pytest.mark.parametrize("left", ["rank", "step", "temporary"])
-def test_an_incomplete_checkpoint_is_told_when_it_has_rested(
+def test_an_incomplete_checkpoint_is_reported_when_it_has_rested(
     left: str, training: Training, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if left != "rank":
@@ -225,17 +225,17 @@ def test_a_follower_tells_what_is_broken_once_and_its_status_until_one_succeeds(
             happens()
 
     monkeypatch.setattr("ckpt2pt.kube.follow.watch.time.sleep", pause)
-    heard: list[int] = []
+    received: list[int] = []
     with pytest.raises(InterruptedRunError, match="enough"):
         watch(
             request,
             Following(),
             reporter=Quiet,
-            hear=lambda outcome, _: heard.append(outcome.target.iteration),
+            hear=lambda outcome, _: received.append(outcome.target.iteration),
             on_failure=lambda error: laments.append(error.exit_code),
         )
     assert ["rank_1 is broken" in record.getMessage() for record in caplog.records].count(True) == 1
-    assert heard == [20]
+    assert received == [20]
     assert laments == [65, 65, 65], "after a success no more"
 
 
@@ -246,7 +246,7 @@ def test_a_follower_waits_for_its_source_and_says_so_once(
     request = request_of(cli.build_parser().parse_args(["watch", *training.flags()]))
     rounds = iter([None, training.source.mkdir, None, lambda: training.save(10)])
     waits: list[str] = []
-    heard: list[int] = []
+    received: list[int] = []
 
     def pause(_: float) -> None:
         happens = next(rounds, "end")
@@ -261,15 +261,15 @@ def test_a_follower_waits_for_its_source_and_says_so_once(
             request,
             Following(),
             reporter=Quiet,
-            hear=lambda outcome, _: heard.append(outcome.target.iteration),
+            hear=lambda outcome, _: received.append(outcome.target.iteration),
             wait=waits.append,
         )
-    told = [record.getMessage() for record in caplog.records]
-    assert told == [
+    reported = [record.getMessage() for record in caplog.records]
+    assert reported == [
         f"waiting: source folder {training.source} is not there",
         f"waiting: checkpoint in {training.source} is incomplete: rank_0 is missing; rank_1 is missing",
     ]
-    assert heard == [10]
+    assert received == [10]
     assert waits[-1] == "", "with a checkpoint there is nothing to wait for"
 
 
@@ -360,11 +360,11 @@ def test_without_flags_it_says_which_is_missing(capsys: pytest.CaptureFixture[st
 
 
 def test_a_last_look_that_finds_nothing_new_tells_what_is_converted_already(training: Training, tmp_path: Path) -> None:
-    told = tmp_path / "told"
+    reported = tmp_path / "reported"
     training.save(10)
     for _ in range(2):
-        assert once(training, "--termination-log", str(told)) == 0
-        assert json.loads(told.read_text())["iteration"] == 10
+        assert once(training, "--termination-log", str(reported)) == 0
+        assert json.loads(reported.read_text())["iteration"] == 10
 
 
 class LastWord:
@@ -380,15 +380,15 @@ class LastWord:
 def test_a_signal_that_comes_too_late_for_a_conversion_ends_the_watch(training: Training) -> None:
     training.save(10)
     request = request_of(cli.build_parser().parse_args(["watch", *training.flags()]))
-    heard: list[int] = []
+    received: list[int] = []
     with pytest.raises(InterruptedRunError, match="SIGTERM"):
         watch(
             request,
             Following(interval=0.01),
             reporter=LastWord,
-            hear=lambda outcome, _: heard.append(outcome.target.iteration),
+            hear=lambda outcome, _: received.append(outcome.target.iteration),
         )
-    assert heard == [10], "what was converted is told"
+    assert received == [10], "what was converted is reported"
 
 
 def test_with_once_it_waits_for_the_newest_and_then_converts_what_is_whole(
@@ -423,23 +423,23 @@ def test_of_one_that_cannot_be_converted_the_last_word_says_why(training: Traini
 
 
 @pytest.mark.timeout(300)
-def test_a_running_watch_hears_of_new_checkpoints_and_ends_with_a_signal(training: Training) -> None:
+def test_a_running_watch_receives_new_checkpoints_and_ends_with_a_signal(training: Training) -> None:
     words = [sys.executable, "-m", "ckpt2pt", "watch", "--interval", "0.1", *training.flags(), "--output", "json"]
-    told = training.folder / "told"
+    reported = training.folder / "reported"
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with told.open("w") as out:
+    with reported.open("w") as out:
         process = subprocess.Popen(words, stdout=out, stderr=subprocess.PIPE, text=True, env=buffered)
     try:
         for iteration in (10, 20):
             training.save(iteration)
-            # It is told after the tracker has been written, and a signal between the two would end the watch as well.
-            wait_for(lambda text=f'"iteration": {iteration}': text in told.read_text(), 100)  # type: ignore[misc]
+            # It is reported after the tracker has been written, and a signal between the two would end the watch as well.
+            wait_for(lambda text=f'"iteration": {iteration}': text in reported.read_text(), 100)  # type: ignore[misc]
             assert (training.target / TRACKER).read_text() == str(iteration)
     finally:
         process.terminate()
         _, err = process.communicate(timeout=60)
     assert process.returncode == 75, err
-    decoder, found, text = json.JSONDecoder(), list[int](), told.read_text().strip()
+    decoder, found, text = json.JSONDecoder(), list[int](), reported.read_text().strip()
     while text:
         document, end = decoder.raw_decode(text)
         found.append(document["iteration"])

@@ -210,7 +210,9 @@ def test_a_target_of_another_conversion_fails_the_job(golden_copy: Path, tmp_pat
     assert "spec.target.overwrite" in done.stderr
 
 
-def test_what_cannot_pass_is_tried_once_and_told_by_its_name(golden_copy: Path, tmp_path: Path, results: Path) -> None:
+def test_what_cannot_pass_is_tried_once_and_reported_by_its_name(
+    golden_copy: Path, tmp_path: Path, results: Path
+) -> None:
     document = write(tmp_path / "a.yaml", document_of(golden_copy))
     words = ("--volume", f"training={golden_copy}", "--volume", f"results={results}", "--progress", "none")
     limited = ["prlimit", "--fsize=65536", *command("-f", document, *words, "--output", "json")]

@@ -1,4 +1,4 @@
-"""Stages of a conversion on this machine: retries, limits, and what is told of each."""
+"""Stages of a conversion on this machine: retries, limits, and what is reported each."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class World:
         return SimpleNamespace(stages=todo, converted=written, target=target, verified="digest")
 
     @property
-    def told(self) -> list[tuple[str, int, str]]:
+    def reported(self) -> list[tuple[str, int, str]]:
         return [(record.state, record.attempts, record.reason) for record in self.stages.records]
 
 
@@ -81,7 +81,7 @@ def test_every_stage_is_done_in_one_run(world: Callable[..., World]) -> None:
     found = world()
     assert found.stages.carry_out(SILENCE) is None
     assert found.calls == [[0, 1, 2]]
-    assert found.told == [("Succeeded", 1, "")] * 3
+    assert found.reported == [("Succeeded", 1, "")] * 3
     [record, *_] = found.stages.records
     assert (record.done, record.total, record.iteration, record.verified) == (10, 10, 5, "Digest")
     assert record.throughput > 0
@@ -93,7 +93,7 @@ def test_what_may_pass_is_tried_again_with_all_that_is_left(
     found = world(script=[failing(TryAgainError, 1), failing(TryAgainError, 1)])
     assert found.stages.carry_out(SILENCE) is None
     assert found.calls == [[0, 1, 2]] * 3
-    assert found.told == [("Succeeded", 1, ""), ("Succeeded", 3, ""), ("Succeeded", 1, "")]
+    assert found.reported == [("Succeeded", 1, ""), ("Succeeded", 3, ""), ("Succeeded", 1, "")]
     assert "stage 1: broken; tried again in 0.02 s, 2 of 3 retries left" in caplog.text
 
 
@@ -101,7 +101,7 @@ def test_retries_run_out(world: Callable[..., World]) -> None:
     found = world(("spec.retries", {"perStage": 1}), script=[failing(TryAgainError, 2)] * 2)
     assert found.stages.carry_out(SILENCE) is None
     assert found.calls == [[0, 1, 2], [0, 1, 2], [0, 1]]
-    assert found.told == [("Succeeded", 1, ""), ("Succeeded", 1, ""), ("Failed", 2, "TryAgain")]
+    assert found.reported == [("Succeeded", 1, ""), ("Succeeded", 1, ""), ("Failed", 2, "TryAgain")]
     assert found.failed == [(2, 75)]
 
 
@@ -112,7 +112,7 @@ def test_what_retrying_cannot_change_fails_its_stage_and_the_others_finish(
     found = world(script=[failing(kind, 1)])
     assert found.stages.carry_out(SILENCE) is None
     assert found.calls == [[0, 1, 2], [0, 2]]
-    assert [state for state, *_ in found.told] == ["Succeeded", "Failed", "Succeeded"]
+    assert [state for state, *_ in found.reported] == ["Succeeded", "Failed", "Succeeded"]
     assert found.failed == [(1, kind.exit_code)]
 
 
@@ -122,7 +122,7 @@ def test_what_is_true_for_every_stage_ends_the_run(world: Callable[..., World], 
     ended = found.stages.carry_out(SILENCE)
     assert ended is not None
     assert (ended.reason, ended.message) == ("FailJob", "stage 0: broken; there; correct it")
-    assert found.told == [("Failed", 1, "TargetConflict"), ("Pending", 0, ""), ("Pending", 0, "")]
+    assert found.reported == [("Failed", 1, "TargetConflict"), ("Pending", 0, ""), ("Pending", 0, "")]
 
 
 def test_more_failed_stages_than_allowed_end_the_run(world: Callable[..., World]) -> None:
@@ -130,14 +130,14 @@ def test_more_failed_stages_than_allowed_end_the_run(world: Callable[..., World]
     ended = found.stages.carry_out(SILENCE)
     assert ended is not None
     assert ended.reason == "MaxFailedStages"
-    assert [state for state, *_ in found.told] == ["Failed", "Pending", "Failed"]
+    assert [state for state, *_ in found.reported] == ["Failed", "Pending", "Failed"]
 
 
 def test_a_stage_whose_files_were_there_says_so(world: Callable[..., World]) -> None:
     found = world()
     found.written = [(0, 1)]
     found.stages.carry_out(SILENCE)
-    assert [reason for *_, reason in found.told] == ["AlreadyThere", "", "AlreadyThere"]
+    assert [reason for *_, reason in found.reported] == ["AlreadyThere", "", "AlreadyThere"]
 
 
 def waiting(todo: Sequence[int], reporter: Any) -> None:
@@ -153,7 +153,7 @@ def test_the_deadline_ends_what_is_still_running(world: Callable[..., World]) ->
     ended = found.stages.carry_out(SILENCE)
     assert ended is not None
     assert (ended.reason, "activeDeadlineSeconds (1)" in ended.message) == ("DeadlineExceeded", True)
-    assert {state for state, *_ in found.told} == {"Pending"}
+    assert {state for state, *_ in found.reported} == {"Pending"}
 
 
 def test_a_signal_ends_the_run_and_says_so(world: Callable[..., World]) -> None:

@@ -1,4 +1,4 @@
-"""The numbers that leave a worker are those that its reporter was told."""
+"""The numbers that leave a worker are those that its reporter was reported."""
 
 from __future__ import annotations
 

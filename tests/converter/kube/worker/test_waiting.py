@@ -149,12 +149,12 @@ def test_a_chosen_iteration_is_waited_for(request_: Request) -> None:
     assert "rank_0 is at 0_12, 0_13, not that one" in caught.value.what
 
 
-def test_whoever_watches_is_told_what_is_missing_once(
+def test_whoever_watches_is_reported_what_is_missing_once(
     request_: Request, growing: Callable[..., threading.Thread], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="ckpt2pt")
     with pytest.raises(MissingInputError):
         wait_until_whole(request_, Readiness(timeout_seconds=0.3), Account())
-    told = [record.getMessage() for record in caplog.records]
-    assert len(told) == 1
-    assert f"the checkpoint in {request_.source} is incomplete: rank_0 is missing; rank_1 is missing" in told[0]
+    reported = [record.getMessage() for record in caplog.records]
+    assert len(reported) == 1
+    assert f"the checkpoint in {request_.source} is incomplete: rank_0 is missing; rank_1 is missing" in reported[0]

@@ -79,8 +79,8 @@ def test_records_of_a_distributed_source_are_proved_where_they_were_read_whole(t
 
     def counts(stop: int, verify: Verify = "digest") -> Mapping[str, int]:
         data = path.read_bytes()[extent.offset : stop]
-        told = {extent.path: [(extent.offset, len(data), crc32(data))]}
-        return replace(source, request=replace(asked, verify=verify)).prove_read(told)
+        reported = {extent.path: [(extent.offset, len(data), crc32(data))]}
+        return replace(source, request=replace(asked, verify=verify)).prove_read(reported)
 
     whole, part = extent.offset + extent.nbytes, extent.offset + 8
     verified, not_checked = ({"verified": one, "notChecked": 1 - one, "none": 0} for one in (1, 0))

@@ -93,7 +93,7 @@ def test_a_second_run_keeps_what_is_there(tmp_path: Path, capfd: pytest.CaptureF
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_a_lost_file_is_told_to_the_last_stage_and_made_again(
+def test_a_lost_file_is_reported_to_the_last_stage_and_made_again(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert of_mindspore(CUT, tmp_path / "out", "--stage", "0") == 0
@@ -177,7 +177,7 @@ def test_a_launch_script_says_what_a_mindspore_checkpoint_does_not(tmp_path: Pat
 
 @pytest.mark.parametrize("target", ["torch_dist", "megatron"])
 @pytest.mark.parametrize("said", ["auto", "megatron"])
-def test_any_megatron_format_is_a_source_and_is_told_by_the_folder(said: str, target: str, tmp_path: Path) -> None:
+def test_any_megatron_format_is_a_source_and_is_reported_by_the_folder(said: str, target: str, tmp_path: Path) -> None:
     save = write_gpt(tmp_path / "save" / "iter_0000003", gpt()).parent
     words = ("--source-format", said, "--target-format", target, "--target-tp-size", "2", "--verify", "full")
     assert convert(save, tmp_path / "out", *words) == 0
