@@ -9,7 +9,7 @@ A stretch is read as it lies, and numpy moves its runs; a stretch that would be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ckpt2pt.core.extents import Extent
 from ckpt2pt.core.moves import cut
@@ -39,9 +39,30 @@ class Gatherer:
         pieces = [piece for copy in copies for piece in copy.between(start, stop)]
         if sum(piece.numel for piece in pieces) < stop - start:
             out[:] = bytes(len(out))
-        for piece in pieces:
+        for piece, columns in _columns(pieces, STRETCH_BYTES // width):
+            if columns > 1:
+                self._transpose(piece, columns, start, width, out)
+                continue
             for part in _parts(piece, width):
                 self._move(part, start, width, out)
+
+    def _transpose(self, first: Copy, columns: int, start: int, width: int, out: memoryview) -> None:
+        """Columns side by side become rows one after the other: the stretch that they lie in is read once for all of them."""
+        import numpy as np  # noqa: PLC0415 - as above
+        from numpy.lib.stride_tricks import as_strided  # noqa: PLC0415
+
+        stride, length = first.source_stride, first.runs
+        each = max(1, (STRETCH_BYTES // width - columns) // stride + 1)
+        for row in range(0, length, each):
+            rows = min(each, length - row)
+            reach = (rows - 1) * stride + columns
+            stretch = self._memory[: reach * width]
+            self._fetch(first._replace(source_start=first.source_start + row * stride), reach, width, stretch)
+            source = as_strided(np.frombuffer(stretch, f"u{width}"), (columns, rows), (width, stride * width))
+            begin = first.target_start - start + row
+            end = begin + (columns - 1) * length + rows
+            held = np.frombuffer(out[begin * width : end * width], f"u{width}")
+            np.copyto(as_strided(held, (columns, rows), (length * width, width)), source)
 
     def _move(self, part: Copy, start: int, width: int, out: memoryview) -> None:
         first = (part.target_start - start) * width
@@ -84,6 +105,23 @@ class Gatherer:
             self._read(extent.path, first + nbytes, between)
             crc = crc32(between, crc)
         pieces[-1] = first, nbytes + gap + extent.nbytes, crc32(piece, crc)
+
+
+def _columns(pieces: Sequence[Copy], most: int) -> Iterator[tuple[Copy, int]]:
+    """Each piece, and how many columns (at ``most``) of a matrix that is transposed begin with it: those that follow lie beside it."""
+    at = 0
+    while at < len(pieces):
+        first, count = pieces[at], 1
+        if first.run == first.target_stride == 1 < first.runs:
+            for piece in pieces[at + 1 :]:
+                beside = first._replace(
+                    source_start=first.source_start + count, target_start=first.target_start + count * first.runs
+                )
+                if piece != beside or count == most:
+                    break
+                count += 1
+        yield first, count
+        at += count
 
 
 def _parts(copy: Copy, width: int) -> Sequence[Copy]:

@@ -111,6 +111,32 @@ def column(rows: int, columns: int, of: int, width: int = 4) -> tuple[Files, Gat
     return files, Gather((view,), ((0, part), (rows, part))), whole[:, part : 2 * part]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_a_transposed_matrix_is_what_numpy_makes_of_it(data: st.DataObject) -> None:
+    width = data.draw(st.sampled_from([2, 4]))
+    rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    whole = np.random.default_rng(1).integers(1, 60000, (rows, columns)).astype(WIDTHS[width])
+    files = Files(f=whole.tobytes())
+    storage = files.extents("f", data.draw(st.sets(st.integers(1, 400), max_size=3)))
+    view = View((0, 0), (columns, rows), (1, columns), 0, storage)
+    limits = sorted({0, whole.size, *data.draw(st.sets(st.integers(0, whole.size), max_size=4))})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strided, "STRETCH_BYTES", data.draw(st.sampled_from([16, 64, 256, 1 << 20])))
+        out, gatherer = gathered(Gather((view,), ((0, 0), (columns, rows))), files, width, limits)
+    assert out.tolist() == whole.T.ravel().tolist()
+    check_notes(gatherer, files)
+
+
+def test_of_a_transposed_matrix_a_block_reads_each_byte_once() -> None:
+    whole = np.arange(2048 * 96, dtype="<u4").reshape(2048, 96)
+    files = Files(f=whole.tobytes())
+    view = View((0, 0), (96, 2048), (1, 96), 0, files.extents("f", set()))
+    out, _ = gathered(Gather((view,), ((0, 0), (96, 2048))), files, 4, [0, whole.size])
+    assert np.array_equal(out, whole.T.ravel())
+    assert sum(size for _, _, size in files.reads) == whole.nbytes  # and not once for each of its columns
+
+
 def test_a_dense_column_is_read_in_few_stretches() -> None:
     files, gather, wanted = column(4096, 512, 4)
     out, _ = gathered(gather, files, 4, [0, wanted.size])
