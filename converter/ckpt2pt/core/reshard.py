@@ -17,7 +17,7 @@ from ckpt2pt.core.index import Index
 from ckpt2pt.core.names import TIED_HEAD, NameTable
 from ckpt2pt.core.params import EMBEDDING, HEAD, axes_of, is_padded, kind_of, layer_of, legacy_name
 from ckpt2pt.core.plan import gather_box
-from ckpt2pt.core.tensor import Key, Tensor, box_of, sharded
+from ckpt2pt.core.tensor import ROLES, Key, Tensor, box_of, sharded
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.errors import CoverageError, TopologyError, aside, refs
 
@@ -197,7 +197,8 @@ def padding_remarks(index: Index, rank: Rank, wanted: Wanted) -> tuple[str, ...]
     """What happens to the rows of the vocabulary; nothing where both sides have as many, or the rank has none."""
     ends = {EMBEDDING: 0, HEAD: wanted.topology.pipeline - 1}
     rows = wanted.sizes.get("padded_vocab_size")
-    held = next((tensor.fused[0] for key, tensor in index.items() if ends.get(key.name) == rank[1]), None)
+    keys = (Key(role, name) for role in ROLES for name, end in ends.items() if end == rank[1])
+    held = next((index[key].fused[0] for key in keys if key in index), None)
     if held is None or type(rows) is not int or held == rows:
         return ()
     if rows > held:

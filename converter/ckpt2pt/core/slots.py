@@ -63,6 +63,8 @@ def source_of(index: Index, key: Key, where: str) -> Tensor:
 
 def check_box(slot: Slot, tensor: Tensor, where: str) -> None:
     """Refuse a slot that reaches beyond its tensor, but for rows that are padding of the vocabulary."""
+    if not tensor.views:  # it would be taken for padding, which is zeros
+        raise ValueError(f"{tensor}: nothing tells where it lies")
     origin, shape = slot.box
     inside = len(origin) == len(shape) == len(tensor.shape) and all(
         start >= 0 and (start + length <= size or (axis == 0 and is_padded(tensor.key.name)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from ckpt2pt.core.index import Index, layer_numbers
 from ckpt2pt.core.names import Rules
@@ -22,7 +23,8 @@ OPTION = "the checkpoint's path"
 class Selection:
     """What is to be read of a checkpoint: one iteration, and the parallel sizes that it is said to have; None is as found.
 
-    ``weights_alone`` leaves the optimizer of a Megatron checkpoint alone.
+    ``weights_alone`` leaves the optimizer of a Megatron checkpoint alone.  ``described`` asks for tensors without views where a
+    format can tell types and shapes from a few files; :attr:`Checkpoint.locate` then finds those that are needed.
     """
 
     tensor: int | None = None
@@ -32,6 +34,15 @@ class Selection:
     weights_alone: bool = False
     mindformers: Flags = Flags()  # noqa: RUF009 - frozen
     """What is said of the fused weights of a MindFormers checkpoint."""
+    described: bool = False
+
+
+class Locate(Protocol):
+    """Reads the headers of the files that hold the parameters ``names``, None for all of ``index``."""
+
+    def __call__(self, index: Index, names: Collection[str] | None, /) -> Index:
+        """The same index, with the views of these.  Raises :class:`TopologyError` for other types or shapes than those described."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +71,10 @@ class Checkpoint:
     """Training samples consumed, None where nothing states them."""
     rounds: bool = True
     """Whether main parameters round to the weights: else Megatron-LM changes these in the first step that it makes."""
+    files: Sequence[str] = ()
+    """All files that hold tensors, where the views of some are not known."""
+    locate: Locate | None = None
+    """Gives the views of parameters by name, or of all; None where the index has them."""
     items: Mapping[str, Sequence[Item]] = field(default_factory=dict[str, Sequence["Item"]])
     """The archives inside each file of a distributed checkpoint, by its name."""
 

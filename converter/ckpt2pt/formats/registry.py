@@ -102,12 +102,14 @@ def read(
     rules: Rules | None = None,
     weights_alone: bool = False,
     mindformers: Flags | None = None,
+    described: bool = False,
 ) -> Checkpoint:
     """Find one iteration of a checkpoint and read its headers.
 
     ``source_format`` is ``auto``, one of :data:`FORMATS`, or one of the two formats of MindSpore's files.
     ``mindformers`` is what is said of the fused weights of MindFormers.
     ``weights_alone`` does not look at the optimizer of a Megatron checkpoint, which may be missing, wrong or of an unknown form.
+    ``described`` is :attr:`Selection.described`.
     """
     wanted = Selection(
         tensor=tensor,
@@ -116,6 +118,7 @@ def read(
         rules=rules or Rules(),
         weights_alone=weights_alone,
         mindformers=mindformers or Flags(),
+        described=described,
     )
     chosen = detect(path) if source_format == "auto" else source_format
     if chosen != "mindformers":

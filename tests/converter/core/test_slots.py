@@ -89,6 +89,11 @@ def test_what_the_source_lacks_is_refused(source: Index, key: Key) -> None:
         source_of(source, key, "source")
 
 
+def test_tensor_whose_place_nobody_has_looked_up_is_never_taken_for_padding() -> None:
+    with pytest.raises(ValueError, match="nothing tells where it lies"):
+        check_box(slot(WHOLE), SOURCE[Key("param", MATRIX)]._replace(views=()), "source")
+
+
 def test_rows_of_the_vocabulary_alone_may_be_padding() -> None:
     source = index(("param", WORDS, (6, 4)), ("param", MATRIX, (4, 4)))
     padded: Box = ((4, 0), (4, 4))

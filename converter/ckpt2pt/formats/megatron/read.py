@@ -7,22 +7,23 @@ mp_rank_01_003/model_optim_rng.pt   weights: param
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import chain, product
 from pathlib import Path
 from typing import Protocol
 
 from ckpt2pt.core.buckets import Buffer
-from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.core.extents import Shape, TensorRef
 from ckpt2pt.core.foldernames import expert_ranks, parallel_sizes
-from ckpt2pt.core.index import Collector, Local
-from ckpt2pt.core.moves import OPTIM_FILE
+from ckpt2pt.core.index import Collector, Index, Local, ordered
+from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE
 from ckpt2pt.core.names import is_tied_head, local_layer
-from ckpt2pt.core.params import EMBEDDING, canonical_name, expert_of, with_expert
-from ckpt2pt.core.tensor import Role
+from ckpt2pt.core.params import EMBEDDING, axes_of, canonical_name, expert_of, is_buffer, is_gated, with_expert
+from ckpt2pt.core.tensor import Key, Role, Tensor
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, ref
+from ckpt2pt.errors import CoverageError, FormatError, MissingInputError, TopologyError, ref
 from ckpt2pt.formats.checkpoint import Checkpoint, Selection, agreed
 from ckpt2pt.formats.folders import source_folder
 from ckpt2pt.formats.megatron.distributed import StoredBucket, read_buffers
@@ -37,57 +38,60 @@ Ranks = Mapping[Rank, MegatronRank]
 """(tp, pp) -> what its files hold."""
 
 
+Folders = Mapping[tuple[int, int, int], Path]
+"""(tp, pp, ep) -> the folder of a rank."""
+_Read = Mapping[tuple[int, int, int], MegatronRank]
+
+
 def open_megatron(path: Path, wanted: Selection) -> Checkpoint:
     """Read the headers of every rank of one iteration: that of the tracker unless ``wanted`` names another.
 
     The layout of the optimizer's buffers is proved by a few elements of each parameter, which are read as well;
-    weights alone leave the optimizer alone.
+    weights alone leave the optimizer alone.  Types and shapes are those that the first rank of each stage tells.
     """
-    from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - much, and a proof needs none of it
-
     folder = source_folder(path, wanted.iteration)
-    ranks = _read_ranks(folder, wanted.rules.pickle_globals, optimizer=not wanted.weights_alone)
-    dense = {(tp, pp): rank for (tp, pp, ep), rank in ranks.items() if not ep}
-    there = parallel_sizes(dense)
+    folders, first = _folders(folder, wanted)
+    heads = _read_ranks({rank: folders[rank] for rank in folders if not rank[0] and not rank[2]}, wanted, first)
+    there = parallel_sizes([rank[:2] for rank in folders])
     agreed((wanted.tensor, wanted.pipeline), there, folder)
+    dense = {(tp, pp): rank for (tp, pp, _), rank in heads.items()}
     check_ranks(dense, there)
     layout = layout_of_ranks(dense, *there)
-    collector = Collector(there[0], str(folder))
-    for (tp, pp, ep), rank in sorted(ranks.items(), key=lambda item: item[0][2]):
-        buffers = lay_out_rank(rank, pp, at_most=SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
-        collect_rank(Shifted(collector, ep, _first_expert(rank, ep)), (tp, pp), rank, layout, buffers)
-    first = dense[0, 0]
-    samples = first.template.args.get("consumed_train_samples")
+    expert = 1 + max(ep for *_, ep in folders)
+    index = _described(heads, layout, expert)
+    locate = partial(_locate, folders, heads, layout, wanted)
+    template = heads[0, 0, 0].template
+    samples = template.args.get("consumed_train_samples")
+    names = (MODEL_FILE,) if wanted.weights_alone else (MODEL_FILE, OPTIM_FILE)
     return Checkpoint(
         path=folder,
         format="megatron",
-        expert=1 + max(ep for *_, ep in ranks),
-        iteration=iteration_of(ranks.values(), folder),
+        expert=expert,
+        iteration=iteration_of(heads.values(), folder),
         tensor=there[0],
         pipeline=there[1],
-        index=collector.index(),
-        template=first.template,
+        index=index if wanted.described else locate(index, None),
+        template=template,
         samples=samples if type(samples) is int else None,
+        files=[str(place / name) for place in folders.values() for name in names if is_file(place / name)],
+        locate=locate if wanted.described else None,
     )
 
 
-def _read_ranks(folder: Path, allow: tuple[str, ...], *, optimizer: bool) -> dict[tuple[int, int, int], MegatronRank]:
-    """(tp, pp, ep) -> what its files hold.
+def _folders(folder: Path, wanted: Selection) -> tuple[Folders, _Read]:
+    """The folder of each rank, and what the files of the first one hold.
 
     Whether a second number in a folder's name is that of a stage or of experts, only the arguments tell.
     """
     folders = expert_ranks(listing(folder), pipelined=True)
     if not any(ep for *_, ep in folders):
         folders = {(*rank, 0): path for rank, path in rank_folders(folder).items()}
-    ranks = {
-        rank: read_rank(path, optimizer=optimizer, copies=optimizer, experts=True, allow=allow)
-        for rank, path in folders.items()
-    }
-    first = ranks.get((0, 0, 0))
-    if first and is_expert_parallel(first) and not any(ep for *_, ep in ranks):
-        ranks = {(tp, 0, number): rank for (tp, number, _), rank in ranks.items()}
-    sizes = [1 + max(numbers) for numbers in zip(*ranks, strict=True)]
-    missing = [numbers for numbers in product(*map(range, sizes)) if numbers not in ranks]
+    read = _read_ranks({rank: path for rank, path in folders.items() if rank == (0, 0, 0)}, wanted)
+    first = read.get((0, 0, 0))
+    if first and is_expert_parallel(first) and not any(ep for *_, ep in folders):
+        folders = {(tp, 0, number): path for (tp, number, _), path in folders.items()}
+    sizes = [1 + max(numbers) for numbers in zip(*folders, strict=True)]
+    missing = [numbers for numbers in product(*map(range, sizes)) if numbers not in folders]
     args = first.template.args if first else {}
     experts = args.get("expert_model_parallel_size")
     if missing or (isinstance(experts, int) and experts > sizes[2]):
@@ -95,26 +99,128 @@ def _read_ranks(folder: Path, allow: tuple[str, ...], *, optimizer: bool) -> dic
         raise MissingInputError(
             f"the rank tp {tp} pp {pp} ep {ep} is missing", where=folder, hint="copy the whole iteration"
         )
-    own = args.get("expert_tensor_parallel_size")
-    if isinstance(own, int) and own != sizes[0] and any(map(_holds_experts, ranks.values())):
-        raise FormatError(
-            f"experts are cut over {own} tensor-parallel ranks, and the dense parameters over {sizes[0]}",
-            where=folder,
-            hint="give a checkpoint of which both have one tensor parallel size",
-        )
-    return ranks
+    return folders, read
 
 
-def _holds_experts(rank: MegatronRank) -> bool:
-    return any(expert_of(name) is not None for chunk in rank.chunks for name, _ in chunk)
+def _read_ranks(
+    folders: Folders, wanted: Selection, known: _Read | None = None
+) -> dict[tuple[int, int, int], MegatronRank]:
+    """What the files of these ranks hold; ``known`` were read before."""
+    optimizer, allow = not wanted.weights_alone, wanted.rules.pickle_globals
+    return {
+        rank: (known or {}).get(rank)
+        or read_rank(path, optimizer=optimizer, copies=optimizer, experts=True, allow=allow)
+        for rank, path in folders.items()
+    }
 
 
-def _first_expert(rank: MegatronRank, ep: int) -> int:
-    """The global number of the rank's first expert: all ranks hold as many (moe_layer.py, ``local_expert_indices``)."""
-    if not ep:
-        return 0
+def _described(heads: _Read, layout: Topology, expert: int) -> Index:
+    """Every tensor without its views, by the first rank of each stage: the others hold parts of the same shapes, and as many experts.
+
+    Ranks that do not are refused when their headers are read.
+    """
+    local: dict[Key, tuple[str, Shape]] = {}
+    counts: dict[str, int] = {}
+    for (_, pp, _), rank in heads.items():
+        count = _experts_of(rank)
+        for vpp, chunk in enumerate(rank.chunks):
+            named = _Names(layout.slots(pp, vpp), rank.folder)
+            for spelled, weight in chunk:
+                name = named(spelled)
+                counts[name] = count
+                local.setdefault(Key("param", name), (weight.dtype, weight.shape))
+                copies = rank.copies[vpp].get(spelled) if rank.copies is not None else None
+                if rank.buffers is not None and not is_buffer(name):
+                    local |= {Key(role, name): ("float32", weight.shape) for role in ROLES.values()}
+                local |= {Key(ROLES[kind], name): (one.dtype, one.shape) for kind, one in (copies or {}).items()}
+    where = str(heads[0, 0, 0].folder.parent)
+    gated = is_gated({key.name: shape for key, (_, shape) in local.items()}, where)
+    found: dict[Key, Tensor] = {}
+    for (role, name), (dtype, shape) in local.items():
+        axes = axes_of(name, shape, layout.tensor, gated=gated)
+        for ep in range(1 if expert_of(name) is None else expert):
+            key = Key(role, with_expert(name, ep * counts[name]))
+            found[key] = Tensor(key, dtype, axes.shape, axes.fused, ())
+    return ordered(found, where)
+
+
+def _locate(
+    folders: Folders, heads: _Read, layout: Topology, wanted: Selection, index: Index, names: Collection[str] | None
+) -> Index:
+    """The index with the views of ``names``, and of all that lies in the same stages."""
+    from ckpt2pt.formats.ptmeta.capture import SAMPLE_NUMEL, lay_out_rank  # noqa: PLC0415 - much, and a proof needs none of it
+
+    where = str(heads[0, 0, 0].folder.parent)
+    homes = _Homes(heads, layout)
+    stages = {pp for name in (homes.stages if names is None else names) for pp in homes(name)}
+    ranks = _read_ranks({rank: path for rank, path in folders.items() if rank[1] in stages}, wanted, heads)
+    every = {**heads, **ranks}
+    check_ranks({(tp, pp): rank for (tp, pp, ep), rank in every.items() if not ep}, (layout.tensor, layout.pipeline))
+    _check_cut(every.values(), layout.tensor)
+    iteration_of(every.values(), Path(where))
+    collector = Collector(layout.tensor, where)
+    for (tp, pp, ep), rank in sorted(ranks.items(), key=lambda item: item[0][2]):
+        buffers = lay_out_rank(rank, pp, at_most=SAMPLE_NUMEL).buffers if rank.buffers is not None else ()
+        collect_rank(Shifted(collector, ep, ep * homes.experts), (tp, pp), rank, layout, buffers)
+    found = collector.index()
+    for key, tensor in index.items():
+        one = found.get(key)
+        if (one is None and stages.intersection(homes(key.name))) or (
+            one and (one.dtype, one.shape) != (tensor.dtype, tensor.shape)
+        ):
+            raise CoverageError(
+                f"{tensor} is {one or 'missing'}, as the ranks of experts differ from the first one",
+                where=where,
+                hint="check that all ranks are of one save, and complete",
+            )
+    return {key: found.get(key, tensor) for key, tensor in index.items()}
+
+
+@dataclass(frozen=True)
+class _Homes:
+    """Gives the stages of the source that hold a parameter: two for a tied embedding."""
+
+    heads: _Read
+    layout: Topology
+
+    @cached_property
+    def stages(self) -> Mapping[str, Collection[int]]:
+        """Those of each parameter of the first rank of a stage."""
+        found: dict[str, set[int]] = {}
+        for (_, pp, _), rank in self.heads.items():
+            for vpp, chunk in enumerate(rank.chunks):
+                named = _Names(self.layout.slots(pp, vpp), rank.folder)
+                for name, _ in chunk:
+                    found.setdefault(named(name), set()).add(pp)
+        return found
+
+    @cached_property
+    def experts(self) -> int:
+        """Experts of each layer on a rank."""
+        return max(map(_experts_of, self.heads.values()))
+
+    def __call__(self, name: str) -> Collection[int]:
+        expert = expert_of(name)
+        first = name if expert is None else with_expert(name, expert % self.experts - expert)
+        return self.stages.get(first, ())
+
+
+def _check_cut(ranks: Iterable[MegatronRank], tensor: int) -> None:
+    """Refuse experts that are cut over another number of tensor-parallel ranks than dense parameters."""
+    for rank in ranks:
+        own = rank.template.args.get("expert_tensor_parallel_size")
+        if isinstance(own, int) and own != tensor and _experts_of(rank):
+            raise FormatError(
+                f"experts are cut over {own} tensor-parallel ranks, and the dense parameters over {tensor}",
+                where=rank.folder.parent,
+                hint="give a checkpoint of which both have one tensor parallel size",
+            )
+
+
+def _experts_of(rank: MegatronRank) -> int:
+    """Experts of each layer of a rank: all ranks hold as many (moe_layer.py, ``local_expert_indices``)."""
     numbers = (number for chunk in rank.chunks for name, _ in chunk if (number := expert_of(name)) is not None)
-    return ep * (1 + max(numbers, default=-1))
+    return 1 + max(numbers, default=-1)
 
 
 @dataclass(frozen=True, slots=True)

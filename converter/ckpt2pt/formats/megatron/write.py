@@ -19,7 +19,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from ckpt2pt.core.buckets import Buffer
-from ckpt2pt.core.extents import DTYPE_BYTES, Box, Stored, TensorRef, intersection
+from ckpt2pt.core.extents import DTYPE_BYTES, Box, Shape, Stored, TensorRef, intersection
 from ckpt2pt.core.fill import box_ref, replicas_of
 from ckpt2pt.core.foldernames import model_rank_name
 from ckpt2pt.core.index import Index
@@ -45,6 +45,7 @@ from ckpt2pt.core.params import (
     expert_of,
     in_legacy_models,
     is_buffer,
+    without_expert,
 )
 from ckpt2pt.core.reshard import Part, Wanted, check_target, padding_remarks, part_of
 from ckpt2pt.core.slots import FileSlots, Slot, check_used, source_of
@@ -241,16 +242,15 @@ class McoreLayout:
         ]
 
     def _part(self, name: str, tp: int) -> Part:
-        """A rank's part of a parameter; of dense ones it is that of all ranks of experts."""
-        found = self._parts.get((name, tp))
-        if found is None:
-            found = part_of(source_of(self.index, Key("param", name), self.where), tp, self.wanted)
-            if expert_of(name) is None:
-                self._parts[name, tp] = found
-        return found
+        """A rank's part of a parameter: that of all ranks of experts, and one part for all experts of a layer that are alike."""
+        source = source_of(self.index, Key("param", name), self.where)
+        key = without_expert(name), source.shape, tp
+        if key not in self._parts:
+            self._parts[key] = part_of(source, tp, self.wanted)
+        return self._parts[key]
 
     @cached_property
-    def _parts(self) -> dict[tuple[str, int], Part]:
+    def _parts(self) -> dict[tuple[str, Shape, int], Part]:
         return {}
 
     def optimizers(self, chunks: Sequence[Sequence[Held]]) -> list[Optimizer]:
@@ -310,9 +310,7 @@ class McoreLayout:
 
     def copies(self, rank: Rank) -> Iterator[tuple[TensorRef, TensorRef]]:
         """Pairs of the source that must hold the same bytes, as only the first of each is converted."""
-        for found in self.tensors(rank):
-            if not self._compares(rank, found.key.name):
-                continue
+        for found in (one for one in self.tensors(rank) if self._compares(rank, one.key.name)):
             yield from replicas_of(found)
             if self.tied and found.key.name == HEAD:
                 own = source_of(self.index, Key(found.key.role, EMBEDDING), self.where)
@@ -331,6 +329,12 @@ class McoreLayout:
         """Whether it is this rank, of those that hold a parameter, that compares its copies."""
         tp, _, ep = self.place(rank)
         return not tp and (not ep or expert_of(name) is not None)
+
+    def held_by(self, stages: Iterable[int]) -> frozenset[str]:
+        """The parameters of these stages, and the head that is compared with the embedding that it is tied to."""
+        ranks = ((ep * self.topology.tensor, pp) for pp in stages for ep in range(self.expert))
+        held = {one.name for rank in ranks for chunk in self.chunks(rank) for one, _ in chunk}
+        return frozenset(held | ({HEAD} if self.tied else set()))
 
     def views(self, rank: Rank) -> Iterator[Stored]:
         """What a rank reads of the source: of each tensor the parts that it holds, and the copies that it compares."""

@@ -56,7 +56,7 @@ def _obstacle_of_save(ask: Callable[[], AnyRequest], readiness: Readiness) -> Bl
     """Megatron-LM writes its tracker when every rank has saved; a copy of a checkpoint may come file by file."""
     from ckpt2pt.discover import discover  # noqa: PLC0415 - only when asked for
     from ckpt2pt.run.targets.repair import find as find_repair  # noqa: PLC0415 - as above
-    from ckpt2pt.run.targets.source import read_source  # noqa: PLC0415 - as above
+    from ckpt2pt.run.targets.source import located, read_source  # noqa: PLC0415 - as above
 
     try:
         request = ask()
@@ -64,7 +64,10 @@ def _obstacle_of_save(ask: Callable[[], AnyRequest], readiness: Readiness) -> Bl
             inputs = discover(request).inputs
             times = [int(str(one.get("mtime_ns", 0))) for each in inputs.values() for one in each]
         else:
-            stats = find_repair(request).stats if isinstance(request, RepairRequest) else read_source(request).stats
+            if isinstance(request, RepairRequest):
+                stats = find_repair(request).stats
+            else:  # of all ranks: other workers need those that this one does not read
+                stats = located(read_source(request), None).stats
             times = [int(str(one["mtime_ns"])) for one in stats.values()]
     except UnsupportedFormatError:  # no file that is still to come changes what it is
         raise

@@ -33,7 +33,7 @@ from ckpt2pt.publish import MEGATRON, Target
 from ckpt2pt.run.conversion import Conversion
 from ckpt2pt.run.rank import RankTask
 from ckpt2pt.run.targets.request import McoreRequest
-from ckpt2pt.run.targets.source import Reading, Source, paths_of, read_source
+from ckpt2pt.run.targets.source import Reading, Source, located, paths_of, read_source
 
 if TYPE_CHECKING:
     from ckpt2pt.verification.mcore import Expected
@@ -159,8 +159,11 @@ class Found:
         return report, {f"{directory}/{name}": crc for name, crc in crcs.items()}
 
 
-def find(request: McoreRequest) -> Found:
-    """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
+def find(request: McoreRequest, stages: Sequence[int] | None = None) -> Found:
+    """Read the headers of the source, and prove that everything is there that ``stages`` of the result need, or all.
+
+    Nothing is written.
+    """
     source = read_source(request)
     state, index = source.state, without_gaps(source.index)
     _check_experts(request, source)
@@ -187,8 +190,11 @@ def find(request: McoreRequest) -> Found:
         where=source.where,
     )
     layout.check()
+    gaps = any(key not in source.index for key in index)  # the source counts its layers otherwise
+    source = located(source, None if stages is None or gaps else layout.held_by(stages))
+    layout = replace(layout, index=without_gaps(source.index))
     assumed["random generators"] = f"as at the start of a run with seed {seed_of(state)}, not those of the source"
-    found = Found(request, source, layout, assumed)
+    found = Found(replace(request, found=None), source, layout, assumed)
     keep_apart(found.target, {request.source: ref("source.path"), request.metadata: ref("metadata.path")})
     return found
 
@@ -320,7 +326,7 @@ def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
 
 def conversion_of(request: McoreRequest, stages: Sequence[int]) -> Conversion:
     """What is converted: the given stages of the result."""
-    found = find(request)
+    found = find(request, stages)
     members = range(found.layout.members)
     return Conversion(
         target=found.target,

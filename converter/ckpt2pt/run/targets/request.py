@@ -55,7 +55,7 @@ class TargetRequest:
         return Pace(workers=self.workers, in_process=self.in_process, timeout=self.timeout, reread=self.reread)
 
     def read(self) -> Checkpoint:
-        """The source as far as its headers, which are read once."""
+        """The source as far as its headers, which are read once; of a large one only types and shapes (``Checkpoint.locate``)."""
         return self.found or read(
             self.source,
             source_format=self.source_format,
@@ -65,6 +65,7 @@ class TargetRequest:
             rules=self.rules,
             weights_alone=not self.full,
             mindformers=self.mindformers,
+            described=True,
         )
 
     def identity_options(self) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -146,6 +146,24 @@ class Reading:
 
 
 @only_growing()
+def located(source: Source, names: Collection[str] | None) -> Source:
+    """The source with the places of the parameters ``names``, or of all: of a large one types and shapes are read first.
+
+    The identity is that of all its files, however many are read.
+    """
+    checkpoint = source.checkpoint
+    if checkpoint.locate is None:
+        return source
+    index = checkpoint.locate(checkpoint.index, names)
+    return replace(
+        source,
+        request=replace(source.request, found=None),
+        checkpoint=replace(checkpoint, index=index, locate=None),
+        index={key: index[key] for key in source.index},
+    )
+
+
+@only_growing()
 def read_source(request: TargetRequest) -> Source:
     """Read the headers of a checkpoint, and its metadata.
 
@@ -184,7 +202,7 @@ def read_source(request: TargetRequest) -> Source:
         layers=layers,
         dtype=dtype,
         facts=_facts(request, checkpoint, given, state) | {"precision of weights": f"{dtype}, {origin}"},
-        stats={path: stat_of(Path(path)) for path in paths_of(views_of(index.values()))},
+        stats={path: stat_of(Path(path)) for path in checkpoint.files or paths_of(views_of(index.values()))},
         remarks=(*checkpoint.warnings, *remarks, *left_out, *(f"{what}: {why}" for what, why in state.assumed.items())),
     )
 

@@ -7,7 +7,7 @@ source --run.targets.source--> global tensors --torch_dist.slots--> files, moves
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ from ckpt2pt.publish.merged import publish_merged
 from ckpt2pt.run.conversion import Conversion
 from ckpt2pt.run.rank import RankTask
 from ckpt2pt.run.targets.request import DistRequest
-from ckpt2pt.run.targets.source import Reading, Source, paths_of, read_source, views_of
+from ckpt2pt.run.targets.source import Reading, Source, located, paths_of, read_source, views_of
 
 if TYPE_CHECKING:
     from ckpt2pt.verification.report import Difference, Report
@@ -141,8 +141,11 @@ class Found:
             yield from compare_common(tree, state.scaler if self.request.full else None, self.target.folder)
 
 
-def find(request: DistRequest) -> Found:
-    """Read the headers of the source, and prove that everything is there that the result needs.  Nothing is written."""
+def find(request: DistRequest, stages: Sequence[int] | None = None) -> Found:
+    """Read the headers of the source, and prove that everything is there that ``stages`` of the work need, or all.
+
+    Nothing is written.
+    """
     source = read_source(request)
     layers = layers_of(source.index, source.where, source.state.args.get("moe_layer_freq"))
     check_expert_parallel(layers.experts, request.target_expert or 1, source.where)
@@ -156,7 +159,9 @@ def find(request: DistRequest) -> Found:
         where=source.where,
     )
     division.check()
-    found = Found(request, source, division)
+    source = located(source, None if stages is None else {name for pp in stages for name in division.names(pp)})
+    division = replace(division, index=source.index)
+    found = Found(replace(request, found=None), source, division)
     keep_apart(found.target, {request.source: ref("source.path"), request.metadata: ref("metadata.path")})
     _common(found)  # refuses what it lacks before the first byte is written
     return found
@@ -221,7 +226,7 @@ def _merge(found: Found, target: Target) -> Mapping[str, bytes]:
 
 def conversion_of(request: DistRequest, stages: Sequence[int]) -> Conversion:
     """What is converted: the given stages of the work."""
-    found = find(request)
+    found = find(request, stages)
     return Conversion(
         target=found.target,
         pace=request.pace,

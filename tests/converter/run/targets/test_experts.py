@@ -267,6 +267,41 @@ def test_a_rank_reads_the_files_of_its_own_experts_and_one_of_them_compares_the_
     assert all(folders[ep, 0] == {"mp_rank_00_000", f"mp_rank_00_{ep:03d}"} for ep in range(1, 4))
 
 
+@pytest.mark.parametrize("form", ["megatron", "torch_dist"])
+def test_a_worker_reads_the_headers_of_its_own_stages_alone(form: str, tensors: Tensors, tmp_path: Path) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=2, stages=2)
+    (source / "iter_0000002/mp_rank_00_001_001/model_optim_rng.pt").write_bytes(b"nothing")
+    assert convert(source, tmp_path / "out", form, "--target-pp-size", 2, "--stage", 0) == 0
+    assert convert(source, tmp_path / "out", form, "--target-pp-size", 2, "--stage", 1) == 65
+    assert convert(source, tmp_path / "all", form, "--target-pp-size", 2) == 65
+
+
+def test_results_of_workers_are_those_of_one_that_does_all_stages(tensors: Tensors, tmp_path: Path) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=2, stages=2)
+    sizes = ("--target-pp-size", 2, "--target-ep-size", 4)
+    assert convert(source, tmp_path / "one", "megatron", *sizes) == 0
+    for stage in range(2):
+        assert convert(source, tmp_path / "each", "megatron", *sizes, "--stage", stage) == 0
+    one, each = (
+        {path.name + path.parent.name: path.read_bytes() for path in (tmp_path / name).rglob("*.pt")}
+        for name in ("one", "each")
+    )
+    assert one == each
+    assert len(one) == 16
+
+
+def test_a_rank_of_other_experts_that_holds_fewer_is_refused(
+    tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=2)
+    fewer = {name: value for name, value in tensors.items() if ".local_experts.3." not in str(name)}
+    save_experts(tmp_path / "other", fewer, experts=2)
+    for name in ("model_optim_rng.pt", "distrib_optim.pt"):
+        (tmp_path / f"other/iter_0000002/mp_rank_00_001/{name}").replace(source / f"iter_0000002/mp_rank_00_001/{name}")
+    assert convert(source, tmp_path / "out", "megatron") == 65
+    assert "is missing, as the ranks of experts differ from the first one" in capsys.readouterr().err
+
+
 if SETS := core_sets(experts=True):
 
     @pytest.mark.parametrize("form", ["megatron", "torch_dist"])
@@ -288,3 +323,14 @@ if SETS := core_sets(experts=True):
 def as_bits(key: Key, values: Any) -> Any:
     """As a file has them: weights are bfloat16."""
     return (values.view("<u4") >> 16).astype("<u2") if key.role == "param" else values
+
+
+def test_a_worker_waits_until_ranks_that_it_does_not_read_are_whole(
+    tensors: Tensors, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=2, stages=2)
+    damaged = source / "iter_0000002/mp_rank_00_001_001/model_optim_rng.pt"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    words = ("--target-pp-size", 2, "--stage", 0, "--readiness-timeout", 1)
+    assert convert(source, tmp_path / "out", "megatron", *words) != 0
+    assert "mp_rank_00_001_001" in capsys.readouterr().err
