@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.kube.conversion.schema import MindFormers, Source, Spec, Target, from_json, to_json
 from ckpt2pt.kube.mindformers import flags_of, refuse_target
-from mindformers_made import Model, save
+from mindformers_made import Model, save, save_sharded
 
 LAUNCH = """torchrun pretrain_gpt.py --num-layers 2 --hidden-size 8 --ffn-hidden-size 12 --num-attention-heads 4 --kv-channels 4
  --group-query-attention --num-query-groups 2 --qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope
@@ -94,3 +96,53 @@ def test_main_parameters_that_do_not_round_go_to_their_own_place(tmp_path: Path)
     for target in ("megatron", "torch_dist"):
         words = ["--source", str(tmp_path / "in"), "--target", str(tmp_path / target), "--target-format", target]
         assert main(["convert", *words, "--param-map-path", str(launch), "--verify", "full"]) == 0
+
+
+def test_a_document_waits_until_the_checkpoint_is_complete(tmp_path: Path) -> None:
+    """All but metadata.json and one file are there at first, as while a training saves."""
+    model = Model()
+    folder = save_sharded(tmp_path / "ck", model.arrays, {"output_layer.weight": (2, 1)}, ranks=2)
+    late = [folder / "metadata.json", folder / "qwen3-opt-0000001-0000002.safetensors"]
+    for file in late:
+        file.rename(tmp_path / file.name)
+    (tmp_path / "launch.sh").write_text(LAUNCH)
+    (tmp_path / "train.yaml").write_text(
+        "model: {model_config: {num_layers: 2, use_interleaved_weight_layout_mlp: true}}"
+    )
+    volume = {"persistentVolumeClaim": {"claimName": "v"}}
+    spec = {
+        "model": {"numLayers": 2},
+        "source": {"volume": volume, "path": "ck", "format": "MindFormers", "mindformers": {"config": "train.yaml"}},
+        "metadata": {"path": "launch.sh"},
+        "target": {"path": "out", "format": "TorchDist"},
+        "readiness": {"timeoutSeconds": 60, "settleSeconds": 0},
+    }
+    document = {
+        "apiVersion": "ckpt2pt.dev/v1alpha1",
+        "kind": "CheckpointConversion",
+        "metadata": {"name": "mf"},
+        "spec": spec,
+    }
+    (tmp_path / "doc.json").write_text(json.dumps(document))
+    words = [sys.executable, "-m", "ckpt2pt", "run", "-f", str(tmp_path / "doc.json"), "--volume", f"v={tmp_path}"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        waited = next((line for line in process.stderr if "metadata.json is not there" in line), "")
+        for file in reversed(late):
+            (tmp_path / file.name).rename(file)
+        out, err = process.communicate(timeout=60)
+    assert waited
+    assert process.returncode == 0, err
+    assert "Succeeded" in out + err
+    assert (
+        main(
+            [
+                "verify",
+                str(tmp_path / "ck"),
+                str(tmp_path / "out"),
+                "--mindformers-config",
+                str(tmp_path / "train.yaml"),
+            ]
+        )
+        == 0
+    )

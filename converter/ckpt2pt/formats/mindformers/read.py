@@ -184,7 +184,12 @@ def _sizes(entries: Mapping[str, Entry]) -> tuple[int, int, int]:
         ),
         default=1,
     )
-    stages = {entry.ranks for entry in entries.values() if entry.ranks}
+    stages: list[set[int]] = []
+    for ranks in {entry.ranks for entry in entries.values() if entry.ranks}:
+        shared = [
+            stage for stage in stages if not stage.isdisjoint(ranks)
+        ]  # a mesh of experts may have fewer of a stage
+        stages = [stage for stage in stages if stage not in shared] + [set(ranks).union(*shared)]
     experts = max((entry.mesh.get("ep", 1) for entry in entries.values()), default=1)
     return tensor, max(1, len(stages)), experts
 

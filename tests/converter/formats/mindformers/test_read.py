@@ -168,6 +168,24 @@ def test_sizes_that_are_said_have_to_be_those_of_the_files(tmp_path: Path) -> No
     refused(tmp_path, TopologyError, "the tensor parallel size is 1, not 2", tp=2)
 
 
+def test_parallel_sizes_are_seen_in_the_layouts(tmp_path: Path) -> None:
+    """Two stages of four ranks each; a mesh of experts names fewer of them."""
+    model = Model(pynative=True)
+    folder = save_sharded(tmp_path, model.arrays, {}, ranks=1)
+    path = folder / "metadata.json"
+    metadata = json.loads(path.read_text())
+    for name, entry in metadata["state_dict_metadata"].items():
+        first = 4 if "layers.1." in name or "output" in name or "final" in name else 0
+        ranks = list(range(first, first + 4))
+        entry["layout"] = {
+            "device_matrix": [2, 2], "tensor_map": [-1], "interleaved_parallel": False, "alias_name": ["ep", "tp"],
+            "rank_list": ranks[:2] if "mlp" in name else ranks,
+        }  # fmt: skip
+    path.write_text(json.dumps(metadata))
+    found = read(tmp_path)
+    assert (found.tensor, found.pipeline, found.expert) == (1, 2, 2)
+
+
 def test_a_checkpoint_that_the_training_marked_as_unhealthy_is_a_warning(tmp_path: Path) -> None:
     save(tmp_path, Model(pynative=True).arrays, common={"ckpt_status": 1, "consumed_samples": 77})
     found = read(tmp_path)
