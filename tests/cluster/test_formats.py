@@ -110,6 +110,23 @@ def test_what_msadapter_wrote_becomes_files_of_torch(
     assert contents(volume / "repair") == made
 
 
+def test_experts_go_to_another_expert_parallel_size(
+    namespace: Kubectl, checkpoint: Path, golden: Path, volume: Path, tmp_path: Path
+) -> None:
+    source = golden / "mcore" / "0.19.0" / "moe_ep2"
+    for name, form in (("megatron", "Megatron"), ("torch-dist", "TorchDist")):
+        wanted = of_megatron(name, source, volume, form, 2)
+        wanted["spec"] |= {"model": {"numLayers": 2}, "parallelism": {"tensor": 1, "pipeline": 1}}
+        wanted["spec"]["workers"]["security"]["runAsUser"] = owner_of(checkpoint)
+        wanted["spec"]["target"]["parallelism"] = {"expert": 4, "pipeline": 2}
+        namespace.apply(wanted)
+    for name, form in (("megatron", "megatron"), ("torch-dist", "torch_dist")):
+        found = reach(namespace, "Succeeded", name)
+        assert found["stages"]["total"] == 2
+        words = ["--source", source, "--target-format", form, "--target-ep-size", 4, "--target-pp-size", 2]
+        assert contents(volume / name) == converted(words, tmp_path / name)
+
+
 # ----------------------------------------------------------------------------------------------- several pods on one result
 
 CHILD = """

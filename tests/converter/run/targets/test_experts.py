@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import ckpt2pt
 from ckpt2pt.cli.commands import main
@@ -300,6 +305,89 @@ def test_a_rank_of_other_experts_that_holds_fewer_is_refused(
         (tmp_path / f"other/iter_0000002/mp_rank_00_001/{name}").replace(source / f"iter_0000002/mp_rank_00_001/{name}")
     assert convert(source, tmp_path / "out", "megatron") == 65
     assert "is missing, as the ranks of experts differ from the first one" in capsys.readouterr().err
+
+
+KILLING = """
+import os, signal
+from pathlib import Path
+FLAG, NAME = Path({flag!r}), {name!r}
+
+def killing(published):
+    def publish(source, target, **more):
+        if str(target).endswith(NAME) and not FLAG.exists():
+            FLAG.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return published(source, target, **more)
+    return publish
+
+os.rename, os.replace, os.link = map(killing, (os.rename, os.replace, os.link))
+"""
+"""``sitecustomize``: whichever process is about to give a file of this name its name is killed, once."""
+
+
+def killed_once(tmp_path: Path, name: str) -> dict[str, str]:
+    """The environment in which a process is killed before it publishes the file ``name``."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(KILLING.format(flag=str(tmp_path / "killed"), name=name))
+    return {**os.environ, "PYTHONPATH": str(site)}
+
+
+def bytes_below(target: Path) -> dict[str, bytes]:
+    """Every file that Megatron-LM reads."""
+    found = sorted(path for path in target.rglob("*") if path.is_file() and ".ckpt2pt" not in path.parts)
+    return {str(path.relative_to(target)): path.read_bytes() for path in found}
+
+
+LAST = {"megatron": "mp_rank_00_001_001/distrib_optim.pt", "torch_dist": "__1_0.distcp"}
+
+
+@pytest.mark.parametrize("form", LAST)
+def test_a_run_that_is_killed_while_it_publishes_experts_goes_on(form: str, tensors: Tensors, tmp_path: Path) -> None:
+    source, out = save_experts(tmp_path / "source", tensors, experts=1), tmp_path / "out"
+    sizes = ("--target-ep-size", 2, "--target-pp-size", 2)
+    assert convert(source, tmp_path / "whole", form, *sizes) == 0
+    words = ["convert", "--source", source, "--target", out, "--target-format", form, *sizes, *QUIET]
+    program = [sys.executable, "-m", "ckpt2pt", *map(str, words)]
+    done = subprocess.run(program, env=killed_once(tmp_path, LAST[form]), capture_output=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (out / "latest_checkpointed_iteration.txt").exists()
+    assert convert(source, out, form, *sizes) == 0
+    assert bytes_below(out) == bytes_below(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("form", LAST)
+def test_a_worker_of_a_document_that_is_killed_with_experts_is_tried_again(
+    form: str, tensors: Tensors, tmp_path: Path
+) -> None:
+    source = save_experts(tmp_path / "source", tensors, experts=2)
+    sizes = ("--target-ep-size", 4, "--target-pp-size", 2)
+    assert convert(source, tmp_path / "whole", form, *sizes) == 0
+    kinds = {"megatron": "Megatron", "torch_dist": "TorchDist"}
+    target = {"path": "out", "format": kinds[form], "parallelism": {"expert": 4, "pipeline": 2}}
+    claim = {"persistentVolumeClaim": {"claimName": "training"}}
+    document = {
+        "apiVersion": "ckpt2pt.dev/v1alpha1",
+        "kind": "CheckpointConversion",
+        "metadata": {"name": "experts"},
+        "spec": {
+            "model": {"numLayers": 2},
+            "parallelism": {"tensor": 1, "pipeline": 1},
+            "source": {"path": "source", "volume": claim},
+            "target": {**target, "volume": claim},
+            "readiness": {"timeoutSeconds": 0},
+        },
+    }
+    path = tmp_path / "conversion.yaml"
+    path.write_text(yaml.safe_dump(document))
+    words = ["run", "-f", path, "--volume", f"training={tmp_path}", "--output", "json", "--progress", "none"]
+    program = [sys.executable, "-m", "ckpt2pt", *map(str, words)]
+    environment = killed_once(tmp_path, LAST[form])
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    stages = json.loads(done.stdout)["status"]["stageStatuses"]
+    assert [stage["attempts"] for stage in stages] == [1, 2]
+    assert bytes_below(tmp_path / "out") == bytes_below(tmp_path / "whole")
 
 
 if SETS := core_sets(experts=True):
