@@ -131,7 +131,7 @@ def read_saved(path: Path, iteration: int | None = None, *, weights_alone: bool 
 
 
 def _of_one_rank(folder: Path, names: Sequence[str], there: Mapping[str, tuple[str, int]]) -> Saved:
-    """Files of a training on one rank, which has no ``metadata.json``; those of more ranks cannot be reported from each other."""
+    """Files of a training on one rank, which has no ``metadata.json``; those of more ranks cannot be distinguished."""
     several = next((name for name in names if there[name][1] > 1), None)
     kinds = [kind for kind, _ in (there[name] for name in names)]
     if several or len(set(kinds)) != len(kinds):
