@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import experts
 import layouts
 import repairs
 import roads
@@ -311,6 +312,12 @@ def checksums(work: Path, options: argparse.Namespace) -> dict[str, object]:
     return {"source_bytes": nbytes, "medians": medians, "with / without": found}
 
 
+def mixture(work: Path, _: argparse.Namespace) -> dict[str, object]:
+    """Plans of a mixture of experts of 671 billion parameters."""
+    say("\nplans of mixtures of experts")
+    return experts.experts(work, say)
+
+
 THEMES: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
     "convert": compare,
     "memory": memory,
@@ -320,6 +327,7 @@ THEMES: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
     "layout": layout,
     "targets": formats,
     "checksums": checksums,
+    "experts": mixture,
     "repair": repair,
 }
 
