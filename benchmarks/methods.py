@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from ckpt2pt.core.extents import TensorRef
-    from ckpt2pt.core.stage import ChunkPlan
+    from ckpt2pt.core.tensor import Key, Role
     from ckpt2pt.discover import Prepared
     from ckpt2pt.discover.request import Request
+    from ckpt2pt.formats.megatron.legacy import Chunk
 
-Loaded = Mapping["TensorRef", "torch.Tensor"]
+Loaded = Mapping["Key", "torch.Tensor"]
 
 
 def build(folder: Path, layers: int, hidden: int, vocab: int, tp: int, pp: int, headers_only: int) -> None:
@@ -88,17 +88,16 @@ def prepared(folder: Path, layers: int, target: Path) -> tuple[Request, Prepared
 
 
 def optim(folder: Path, layers: int, out: Path) -> None:
-    from ckpt2pt.core.moves import OPTIM_FILE, moves  # noqa: PLC0415
+    from ckpt2pt.core.moves import OPTIM_FILE  # noqa: PLC0415
     from ckpt2pt.engine.write import Stop, write_files  # noqa: PLC0415
-    from ckpt2pt.formats.megatron.payload import payloads  # noqa: PLC0415
 
     _, rank = prepared(folder, layers, out)
     only = [
         replace(move, sinks=sinks)
-        for move in moves(rank.plan)
+        for move in rank.moves()
         if (sinks := tuple(sink for sink in move.sinks if sink.file == OPTIM_FILE))
     ]
-    files = [payload for payload in payloads(rank.plan, rank.meta.template) if payload.name == OPTIM_FILE]
+    files = [payload for payload in rank.files if payload.name == OPTIM_FILE]
     out.mkdir()
     write_files(out, files, only, stop=Stop(), advance=lambda _: None, check=False)
 
@@ -106,8 +105,8 @@ def optim(folder: Path, layers: int, out: Path) -> None:
 def grow(folder: Path, layers: int, out: Path) -> None:
     import torch  # noqa: PLC0415
 
-    def bucket(chunk: ChunkPlan, loaded: Loaded, role: int, number: int) -> torch.Tensor:
-        sources = {w.name: (w.source, *(w.moments or ()))[role] for w in chunk.weights}
+    def bucket(chunk: Chunk, loaded: Loaded, role: Role, number: int) -> torch.Tensor:
+        sources = {one.name: one.tensor.key._replace(role=role) for one in chunk.parameters}
         grown = torch.empty(0, dtype=torch.float32)
         assert chunk.buffer
         for placement in chunk.buffer.buckets[number].placements:
@@ -120,8 +119,8 @@ def grow(folder: Path, layers: int, out: Path) -> None:
 def prealloc(folder: Path, layers: int, out: Path) -> None:
     import torch  # noqa: PLC0415
 
-    def bucket(chunk: ChunkPlan, loaded: Loaded, role: int, number: int) -> torch.Tensor:
-        sources = {w.name: (w.source, *(w.moments or ()))[role] for w in chunk.weights}
+    def bucket(chunk: Chunk, loaded: Loaded, role: Role, number: int) -> torch.Tensor:
+        sources = {one.name: one.tensor.key._replace(role=role) for one in chunk.parameters}
         assert chunk.buffer
         place = chunk.buffer.buckets[number]
         whole = torch.zeros(place.numel, dtype=torch.float32)
@@ -141,24 +140,20 @@ def _save(folder: Path, layers: int, out: Path, bucket: object) -> None:
 
     assert callable(bucket)
     _, rank = prepared(folder, layers, out)
-    loaded: dict[TensorRef, torch.Tensor] = {}
-    for chunk in rank.plan.chunks:
-        for weight in chunk.weights:
-            for ref in (weight.source, *(weight.moments or ())):
-                parts = [np.fromfile(e.path, np.float32, e.nbytes // 4, offset=e.offset) for e in ref.extents]
-                loaded[ref] = torch.from_numpy(np.concatenate(parts)).reshape(ref.shape)
+    loaded: dict[Key, torch.Tensor] = {}
+    for key in rank.plan.held.index:
+        ref = rank.plan.held.ref(key)
+        parts = [np.fromfile(e.path, np.float32, e.nbytes // 4, offset=e.offset) for e in ref.extents]
+        loaded[key] = torch.from_numpy(np.concatenate(parts)).reshape(ref.shape)
     out.mkdir()
-    model: dict[str, object] = {"iteration": rank.plan.training_step.iteration, "checkpoint_version": 3.0}
+    model: dict[str, object] = {"iteration": 500, "checkpoint_version": 3.0}
     optimizer: dict[int, object] = {}
     for chunk in rank.plan.chunks:
-        model[chunk.key] = {weight.name: loaded[weight.source].to(torch.bfloat16) for weight in chunk.weights}
+        model[chunk.key] = {one.name: loaded[one.tensor.key].to(torch.bfloat16) for one in chunk.parameters}
         assert chunk.buffer
         optimizer[chunk.vpp] = {
             (torch.bfloat16, torch.float32): [
-                {
-                    role: bucket(chunk, loaded, column, number)
-                    for column, role in enumerate(("param", "exp_avg", "exp_avg_sq"))
-                }
+                {role: bucket(chunk, loaded, role, number) for role in ("param", "exp_avg", "exp_avg_sq")}
                 for number in range(len(chunk.buffer.buckets))
             ]
         }

@@ -4,7 +4,7 @@
                                   |
                        core       |  language_model.encoder.layers.7.attention.qkv_proj.weight
                                   v  language_model.encoder.layers.1.self_attention.query_key_value.weight  (stage 3)
-    pt_meta/*.json  ---------> RankPlan  (which bytes land where; nothing read yet)
+    pt_meta/*.json  ---------> Slot  (which bytes land where; nothing read yet)
                                   |
                        engine     v  every byte read once, written once
                      iter_0000500/mp_rank_00_003/{model_optim_rng,distrib_optim}.pt
@@ -12,7 +12,7 @@
                      verification v  a second, independent reading
                      latest_checkpointed_iteration.txt
 
-Above ``RankPlan`` only headers are read; below it only bytes move.  Importing this package loads nothing else: no
+Above ``Slot`` only headers are read; below it only bytes move.  Importing this package loads nothing else: no
 numpy, no torch, no YAML.
 
     with ckpt2pt.open("ms_ckpt", tp=2, pp=4) as checkpoint:

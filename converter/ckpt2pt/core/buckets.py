@@ -88,6 +88,15 @@ class Buffer:
         return sum(bucket.numel for bucket in self.buckets)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkMap:
+    """One model chunk as the metadata describes it: names in registration order, and the buffer when there is one."""
+
+    vpp: int
+    names: tuple[str, ...]
+    buffer: Buffer | None
+
+
 def parse_param_map(document: object, *, where: str, divisor: int | None) -> Buffer:
     """Build and prove the buffer that a param map describes.
 

@@ -13,6 +13,9 @@ DTYPE_BYTES: dict[str, int] = {
 }  # fmt: skip
 """Bytes of one element as stored. MindSpore stores an ``int4`` element in a whole byte."""
 
+FLOATS = frozenset({"float32", "bfloat16", "float16"})
+"""Types that convert into each other exactly, or by rounding to nearest even on the way down."""
+
 
 class Extent(NamedTuple):
     """``nbytes`` bytes of ``path`` from ``offset`` on."""

@@ -5,15 +5,16 @@ index, files' slots --core.slots: proof--> one Move for each box of a tensor, wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ckpt2pt.core.extents import DTYPE_BYTES, Box, TensorRef
 from ckpt2pt.core.index import Index
-from ckpt2pt.core.moves import Move, Sink, in_source_order, move_of
+from ckpt2pt.core.moves import Move, Sink, cut, in_source_order, move_of
 from ckpt2pt.core.plan import gather_box
 from ckpt2pt.core.slots import FileSlots, Slot, check_box, check_filled, source_of
-from ckpt2pt.core.tensor import Key, Tensor, box_of
+from ckpt2pt.core.tensor import Key, Tensor, box_of, dense_strides
 
 
 def moves_of(index: Index, files: Sequence[FileSlots], where: str) -> tuple[Move, ...]:
@@ -35,9 +36,19 @@ def moves_of(index: Index, files: Sequence[FileSlots], where: str) -> tuple[Move
 
 def bytes_read(index: Index, files: Sequence[FileSlots], where: str) -> int:
     """What is read for files: a weight and its main parameter may be of one tensor, which is read once."""
-    wanted = (slot for file in files for slot in file.slots)
-    read = {(source_of(index, slot.key, where).key, slot.box): slot.numel for slot in wanted}
-    return sum(numel * DTYPE_BYTES[index[key].dtype] for (key, _), numel in read.items())
+    read: dict[tuple[Key, Box], Tensor] = {}
+    for slot in (slot for file in files for slot in file.slots):
+        tensor = index.get(slot.key) or source_of(index, slot.key, where)
+        read[tensor.key, slot.box] = tensor
+    return sum(_held(tensor, box) * DTYPE_BYTES[tensor.dtype] for (_, box), tensor in read.items())
+
+
+def _held(tensor: Tensor, box: Box) -> int:
+    """Elements of a box but for those that are padding of the vocabulary."""
+    origin, shape = box
+    if origin and origin[0] + shape[0] > tensor.shape[0]:
+        shape = (max(0, tensor.shape[0] - origin[0]), *shape[1:])
+    return math.prod(shape)
 
 
 def _moves(index: Index, wanted: dict[tuple[Key, Box], list[tuple[str, Slot]]]) -> Iterator[Move]:
@@ -46,13 +57,19 @@ def _moves(index: Index, wanted: dict[tuple[Key, Box], list[tuple[str, Slot]]]) 
     for (key, box), slots in wanted.items():
         sinks = tuple(Sink(file=name, storage=slot.storage, start=slot.start, dtype=slot.dtype) for name, slot in slots)
         ref = box_ref(index[key], box)
-        move = move_of(key.name, key.role, ref, 0, ref.numel, sinks)
-        yield replace(move, first=first.get(key, 0))
-        first[key] = first.get(key, 0) + ref.numel
+        numel = ref.numel
+        move = move_of(key.name, key.role, ref, 0, numel, sinks)
+        yield replace(move, first=first[key]) if key in first else move
+        first[key] = first.get(key, 0) + numel
 
 
 def box_ref(tensor: Tensor, box: Box) -> TensorRef:
-    """A box of a tensor, wherever its elements lie."""
+    """A box of a tensor, wherever its elements lie: what a rank holds is most often all of a view, in one stretch."""
+    for view in tensor.views:
+        if view.shape == box[1] and view.origin == box[0] and view.strides == dense_strides(view.shape):
+            width = DTYPE_BYTES[tensor.dtype]
+            extents = cut(view.storage, view.first * width, view.numel * width)
+            return TensorRef(tensor.key.name, tensor.dtype, view.shape, extents)
     return TensorRef(tensor.key.name, tensor.dtype, box[1], (), gather_box(tensor.views, box))
 
 

@@ -11,8 +11,9 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ckpt2pt.core.params import LAYER_MODULES, MODULES, modules
 from ckpt2pt.errors import UnmappedNameError, UsageError, aside
@@ -22,7 +23,7 @@ LINEAR = MappingProxyType({"weight": ("weight",), "bias": ("bias",)})
 NORM = MappingProxyType({"weight": ("weight", "gamma"), "bias": ("bias", "beta")})
 _KINDS = {"linear": LINEAR, "norm": NORM}
 
-_LAYER_MODULES, _MODULES = modules(LAYER_MODULES), modules(MODULES)
+_LAYER_MODULES, _MODULES = tuple(modules(LAYER_MODULES).items()), tuple(modules(MODULES).items())
 _EMBEDDING, _OUTPUT = "language_model.embedding.word_embeddings", "language_model.output_layer"
 
 TIED_HEAD = "word_embeddings.weight"
@@ -40,7 +41,7 @@ _SPLIT = {"word_embeddings_for_head"}.union(
     spelled.rpartition(".")[2]
     for row in (*LAYER_MODULES, *MODULES)
     if row.kind.cuts.get("weight") is not None
-    for spelled in (row.legacy, row.mindspore)
+    for spelled in (row.name, row.legacy, row.mindspore)
     if spelled
 )
 
@@ -84,7 +85,7 @@ _PREFIX = re.compile(r"\A(?:module|model\d*)\.")
 
 
 def is_split(name: str) -> bool:
-    """Whether a parameter (Megatron's name or MindSpore's) is a matrix of which each tensor-parallel rank holds another part."""
+    """Whether a parameter (of any format) is a matrix of which each tensor-parallel rank holds another part."""
     module, _, leaf = name.rpartition(".")
     return leaf == "weight" and module.rpartition(".")[2] in _SPLIT
 
@@ -99,8 +100,7 @@ class Rules:
     pickle_globals: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SourceName:
+class SourceName(NamedTuple):
     """What one entry of a MindSpore file is: a parameter, its first or second moment, or nothing we carry."""
 
     role: Role
@@ -113,11 +113,9 @@ class NameTable:
 
     def __init__(self, rules: Rules | None = None) -> None:
         rules = rules or Rules()
-        self._layer = _parameters(_LAYER_MODULES, rules.layer_modules)
-        self._outside = _parameters(_MODULES, rules.modules)
         self._rules, self._ignore = rules, rules.ignore
-        self._layer_back = _inverse(self._layer)
-        self._outside_back = _inverse(self._outside)
+        self._layer, self._layer_back = _tables(_LAYER_MODULES, tuple(rules.layer_modules.items()))
+        self._outside, self._outside_back = _tables(_MODULES, tuple(rules.modules.items()))
 
     def to_mindspore(self, megatron: str, layer_of: Callable[[int], int]) -> tuple[str, ...]:
         """Spellings that the MindSpore file may use for a Megatron parameter, the usual one first.
@@ -145,7 +143,7 @@ class NameTable:
 
     def classify(self, entry: str) -> SourceName:
         """Say what an entry of a MindSpore file is, by its name alone."""
-        if any(entry == pattern or fnmatchcase(entry, pattern) for pattern in self._ignore):
+        if self._ignore and any(entry == pattern or fnmatchcase(entry, pattern) for pattern in self._ignore):
             return SourceName("ignored", "rule file")
         head, _, rest = entry.partition(".")
         if rest and head in MOMENTS:
@@ -157,7 +155,10 @@ class NameTable:
 
     def unused(self, entries: Iterable[str], parameters: Iterable[str]) -> frozenset[str]:
         """Rules that match none of the source's ``entries`` and of Megatron's ``parameters``."""
-        rules, there = self._rules, tuple(entries)
+        rules = self._rules
+        if not (rules.ignore or rules.modules or rules.layer_modules):
+            return frozenset()
+        there = tuple(entries)
         modules = (
             {name.rpartition(".")[0] for name in parameters} if rules.modules or rules.layer_modules else set[str]()
         )
@@ -264,14 +265,18 @@ def _kind_of(module: str) -> str:
     return "norm" if module.endswith(("norm", "layernorm")) else "linear"
 
 
-def _parameters(built_in: Mapping[str, tuple[str, str]], more: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Megatron's parameters of these modules -> MindSpore's spellings."""
-    modules = dict(built_in) | {megatron: (mindspore, _kind_of(megatron)) for megatron, mindspore in more.items()}
-    return {
+@lru_cache(4)  # each rank in turn asks for the same
+def _tables(
+    built_in: tuple[tuple[str, tuple[str, str]], ...], more: tuple[tuple[str, str], ...]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, str]]:
+    """Megatron's parameters of these modules -> MindSpore's spellings, and the way back."""
+    named = dict(built_in) | {megatron: (mindspore, _kind_of(megatron)) for megatron, mindspore in more}
+    found = {
         f"{megatron}.{leaf}": tuple(f"{mindspore}.{spelling}" for spelling in spellings)
-        for megatron, (mindspore, kind) in modules.items()
+        for megatron, (mindspore, kind) in named.items()
         for leaf, spellings in _KINDS[kind].items()
     }
+    return found, _inverse(found)
 
 
 def _inverse(table: Mapping[str, tuple[str, ...]]) -> dict[str, str]:

@@ -8,7 +8,8 @@ Cuts: megatron/core/tensor_parallel/layers.py, ``ColumnParallelLinear``, ``RowPa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from ckpt2pt.core.extents import Shape
@@ -141,7 +142,8 @@ def _parsed(name: str, pattern: re.Pattern[str] = _LAYER, rows: _Rows = _ROWS) -
     return _Name(int(found[1]) if found else None, inner, known, leaf)
 
 
-def canonical_name(legacy: str, layers: Sequence[int] | None = None) -> str:
+@lru_cache(1 << 12)  # ranks of a stage ask for the same names
+def canonical_name(legacy: str, layers: range | None = None) -> str:
     """``language_model.encoder.layers.7.self_attention.dense.weight`` -> ``decoder.layers.7.self_attention.linear_proj.weight``.
 
     ``layers`` are the global numbers of a chunk's local layers; without it numbers stay what they are.  A parameter outside

@@ -1,22 +1,24 @@
-"""A source of one layout, presented as if it had been saved in another: the entries of one rank of the target.  Pure.
+"""What a rank of the result is made from: tensors, and the part of each that it holds.  Pure.
 
-    global tensors  +  Topology of the target, (tp, pp)  ->  {MindSpore name: TensorRef that gathers its box}
+    tensors of the rank's own files, of which it holds all  -+
+    global tensors  +  Topology of the result, (tp, pp)     -+->  RankTensors: index, part
 
-Everything behind it (names, buckets, coverage, manifests) is the same as for a source that has this layout already.
+Everything behind it (names, slots, coverage, manifests) is the same for a source that has the layout of the result already and
+for one that has not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 from ckpt2pt.core.extents import Box, Shape, TensorRef
-from ckpt2pt.core.fill import replicas_of
+from ckpt2pt.core.fill import box_ref, replicas_of
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.names import TIED_HEAD, NameTable
 from ckpt2pt.core.params import EMBEDDING, HEAD, axes_of, is_padded, kind_of, layer_of, legacy_name
-from ckpt2pt.core.plan import gather_box
 from ckpt2pt.core.tensor import ROLES, Key, Tensor, box_of, sharded
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.errors import CoverageError, TopologyError, aside, refs
@@ -24,16 +26,51 @@ from ckpt2pt.errors import CoverageError, TopologyError, aside, refs
 _FIRST = (EMBEDDING, "embedding.position_embeddings.weight")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resharded:
-    """The entries of one rank; ``copies`` are pairs that must hold the same bytes, as only the first is carried.
+class Part(NamedTuple):
+    """What a rank holds of a tensor: a box of its natural axes, and the shape that the rank's file states."""
 
-    ``remarks`` are what a user should know before the result is used.
+    box: Box
+    shape: Shape
+
+
+def whole(tensor: Tensor) -> Part:
+    """All of a tensor."""
+    return Part(((0,) * len(tensor.shape), tensor.shape), tensor.fused)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankTensors:
+    """``part`` of each tensor of ``index``, and ``others``: entries of a MindSpore file that are taken as they are.
+
+    ``name`` is what MindSpore's file of the rank calls a tensor, ``copies`` are pairs that must hold the same bytes, as only
+    the first is carried, and ``remarks`` are what a user should know before the result is used.
     """
 
-    entries: Mapping[str, TensorRef]
+    index: Index = field(default_factory=dict[Key, Tensor])
+    part: Callable[[Tensor], Part] = whole
+    name: Callable[[Key], str] = str
+    others: Mapping[str, TensorRef] = field(default_factory=dict[str, TensorRef])
     copies: tuple[tuple[TensorRef, TensorRef], ...] = ()
     remarks: tuple[str, ...] = ()
+
+    def ref(self, key: Key) -> TensorRef:
+        """The rank's part of a tensor, wherever it lies."""
+        tensor = self.index[key]
+        part = self.part(tensor)
+        return box_ref(tensor, part.box)._replace(name=self.name(key), shape=part.shape)
+
+    def entries(self, where: str) -> dict[str, TensorRef]:
+        """The same of all tensors, by their names.  Raises :class:`CoverageError` where two have the same."""
+        found: dict[str, TensorRef] = {}
+        for key in self.index:
+            ref = self.ref(key)
+            if found.setdefault(ref.name, ref) is not ref:
+                raise CoverageError(
+                    f"two parameters become {ref.name}",
+                    where=where,
+                    hint=f"give each a name of its own in a rule file{aside('model.rules')}",
+                )
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,28 +87,34 @@ class Wanted:
     where: str
 
 
-def reshard(index: Index, rank: Rank, wanted: Wanted, table: NameTable) -> Resharded:
-    """The entries of one rank of the target.
+def reshard(index: Index, rank: Rank, wanted: Wanted, table: NameTable) -> RankTensors:
+    """What one rank of the target holds of global tensors.
 
     Raises :class:`TopologyError` for a tensor that cannot be cut into so many parts, and :class:`CoverageError` for one that
     no rank of the target would hold.
     """
     check_target(index, wanted)
-    entries: dict[str, TensorRef] = {}
-    copies: list[tuple[TensorRef, TensorRef]] = []
-    for tensor in held_by(index, rank, wanted):
-        is_head = tensor.key.name == EMBEDDING and rank[1] > 0  # the last stage's copy of tied embeddings
-        entry = entry_name(tensor.key, rank[1], table)
-        local = _local(tensor, entry, rank[0], wanted)
-        own = index.get(Key(tensor.key.role, HEAD)) if is_head else None
-        if own:  # the source has a copy of its own, under the name of an output layer
-            kept = local._replace(name=entry_name(tensor.key, 0, table))
-            copies.append((_local(own, entry, rank[0], wanted), kept))
-            continue
-        entries[entry] = local
-        if not rank[0]:
-            copies += ((kept._replace(name=entry), copy._replace(name=entry)) for kept, copy in replicas_of(tensor))
-    return Resharded(entries=entries, copies=tuple(copies), remarks=padding_remarks(index, rank, wanted))
+    tp, pp = rank
+    held = RankTensors(
+        index={tensor.key: tensor for tensor in held_by(index, rank, wanted)},
+        part=partial(part_of, tp=tp, wanted=wanted),
+        name=partial(entry_name, pp=pp, table=table),
+        remarks=padding_remarks(index, rank, wanted),
+    )
+    kept, copies = dict(held.index), list[tuple[TensorRef, TensorRef]]()
+    for key, tensor in held.index.items():
+        own = Key(key.role, HEAD)
+        if (
+            key.name == EMBEDDING and pp and own in held.index
+        ):  # the last stage has a copy of tied embeddings of its own
+            del kept[key]
+            copies.append((held.ref(own), held.ref(key)._replace(name=entry_name(key, 0, table))))
+        elif not tp:
+            copies += (
+                (one._replace(name=held.name(key)), copy._replace(name=held.name(key)))
+                for one, copy in replicas_of(tensor)
+            )
+    return replace(held, index=kept, copies=tuple(copies))
 
 
 def entry_name(key: Key, pp: int, table: NameTable) -> str:
@@ -97,18 +140,6 @@ def held_by(index: Index, rank: Rank, wanted: Wanted) -> Iterator[Tensor]:
             or (last and wanted.tied and key.name == EMBEDDING)
         ):
             yield tensor
-
-
-class Part(NamedTuple):
-    """What a rank holds of a tensor: a box of its natural axes, and the shape that the rank's file states."""
-
-    box: Box
-    shape: Shape
-
-
-def _local(tensor: Tensor, entry: str, tp: int, wanted: Wanted) -> TensorRef:
-    part = part_of(tensor, tp, wanted)
-    return TensorRef(entry, tensor.dtype, part.shape, (), gather_box(tensor.views, part.box))
 
 
 def part_of(tensor: Tensor, tp: int, wanted: Wanted) -> Part:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from operator import attrgetter
 from typing import NamedTuple
 
 from ckpt2pt.core.extents import DTYPE_BYTES, Box, Shape, Stored, View, intersection
@@ -66,6 +66,8 @@ def check_box(slot: Slot, tensor: Tensor, where: str) -> None:
     if not tensor.views:  # it would be taken for padding, which is zeros
         raise ValueError(f"{tensor}: nothing tells where it lies")
     origin, shape = slot.box
+    if shape == tensor.shape and not any(origin):
+        return
     inside = len(origin) == len(shape) == len(tensor.shape) and all(
         start >= 0 and (start + length <= size or (axis == 0 and is_padded(tensor.key.name)))
         for axis, (start, length, size) in enumerate(zip(origin, shape, tensor.shape, strict=True))
@@ -84,11 +86,12 @@ def check_filled(file: FileSlots, where: str) -> None:
     for slot in file.slots:
         held[slot.storage].append(slot)
     for number, slots in held.items():
-        slots.sort(key=lambda slot: slot.start)
-        wrong = next((later for one, later in pairwise(slots) if later.start < one.start + one.numel), None)
-        nbytes = sum(slot.numel * DTYPE_BYTES[slot.dtype] for slot in slots)
-        stop = max(((slot.start + slot.numel) * DTYPE_BYTES[slot.dtype] for slot in slots), default=0)
-        room = file.storages[number]
+        wrong, nbytes, stop, end, room = None, 0, 0, 0, file.storages[number]
+        for slot in sorted(slots, key=attrgetter("start")):
+            wrong = wrong or (slot if slot.start < end else None)
+            end, width = slot.start + slot.numel, DTYPE_BYTES[slot.dtype]
+            nbytes += (end - slot.start) * width
+            stop = max(stop, end * width)
         if wrong or stop > room or (nbytes != room and number not in file.padded):
             raise CoverageError(
                 f"storage {number} of {file.name} has {room} bytes, and its {len(slots)} slots fill {nbytes} of them"

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import combinations
 from typing import Literal, NamedTuple
 
-from ckpt2pt.core.extents import Box, S, Shape, Stored, View, intersection
+from ckpt2pt.core.extents import Box, Extent, S, Shape, Stored, View, intersection
 from ckpt2pt.errors import CoverageError
 
 Role = Literal["param", "main_param", "exp_avg", "exp_avg_sq"]
@@ -55,7 +56,8 @@ class Tensor(NamedTuple):
         return f"{self.key} {self.dtype}{list(self.fused)}"
 
 
-def dense_strides(shape: Sequence[int]) -> Shape:
+@lru_cache(1 << 10)
+def dense_strides(shape: Shape) -> Shape:
     """Strides of C order, in elements."""
     strides = [1]
     for length in reversed(shape[1:]):
@@ -68,6 +70,11 @@ def sharded(shape: Shape, axis: int | None, rank: int, of: int, first: int, stor
     local = tuple(length // of if number == axis else length for number, length in enumerate(shape))
     origin = tuple(rank * length if number == axis else 0 for number, length in enumerate(local))
     return View(origin, local, dense_strides(local), first, storage)
+
+
+def local_tensor(key: Key, dtype: str, shape: Shape, storage: tuple[Extent, ...]) -> Tensor:
+    """What a rank holds of a tensor, by itself: as if it were all of it."""
+    return Tensor(key, dtype, shape, shape, (View((0,) * len(shape), shape, dense_strides(shape), 0, storage),))
 
 
 def box_of(view: View[S]) -> Box:

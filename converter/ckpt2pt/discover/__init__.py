@@ -1,7 +1,7 @@
 """Find everything a conversion needs and prove that it fits together: headers only, nothing is written.
 
 source    --training | stored-->  files of each rank at one iteration, its tensors, the clock
-metadata  --metadata---------->   template, buffers                                            } -> RankPlan for each rank
+metadata  --metadata---------->   template, buffers                                            } -> LegacyRank for each rank
 """
 
 from __future__ import annotations
@@ -10,16 +10,20 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckpt2pt.core.fill import bytes_read, moves_of
 from ckpt2pt.core.foldernames import is_iteration
-from ckpt2pt.core.names import NameTable, prefix_remark
-from ckpt2pt.core.stage import RankInput, RankPlan, plan_rank
+from ckpt2pt.core.moves import Move
+from ckpt2pt.core.names import NameTable
+from ckpt2pt.core.slots import FileSlots
+from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.discover.checkpoint import INFO, Discovered, Inputs, changed, inputs_of, kind_of, only_growing
 from ckpt2pt.discover.metadata import answers, check_metadata, inputs_of_metadata, meta_of
 from ckpt2pt.discover.request import Request, digest
 from ckpt2pt.errors import ref
 from ckpt2pt.formats.folders import keep_apart
-from ckpt2pt.formats.megatron.payload import FilePayload, payloads
+from ckpt2pt.formats.megatron.legacy import LegacyRank, check_layers, plan_rank
+from ckpt2pt.formats.megatron.payload import FilePayload
 from ckpt2pt.formats.mindspore.ranks import SourceFile
 from ckpt2pt.formats.mindspore.source import files_for
 from ckpt2pt.formats.ptmeta.metadata import METADATA, RankMeta
@@ -46,11 +50,22 @@ __all__ = [
 class Prepared:
     """One rank, ready to run."""
 
-    plan: RankPlan
+    source: str
+    plan: LegacyRank
     meta: RankMeta
+    stated: Statement
+    """What the source says of optimizer and scheduler."""
     files: tuple[FilePayload, ...]
-    remarks: tuple[str, ...]
-    """What a user should know before the result is used, in whole sentences."""
+    slots: tuple[FileSlots, ...]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes to read: every parameter, and its moments in a full conversion."""
+        return bytes_read(self.plan.held.index, self.slots, self.source)
+
+    def moves(self) -> tuple[Move, ...]:
+        """What fills the files."""
+        return moves_of(self.plan.held.index, self.slots, self.source)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -146,28 +161,15 @@ def prepare(request: Request, chosen: Discovered, rank: Rank) -> Prepared:
 
 
 def _prepare(request: Request, chosen: Discovered, rank: Rank) -> Prepared:
-    tp, pp = rank
     meta = meta_of(request, rank)
-    source = kind_of(request).read(request, chosen, rank, meta)
-    found = RankInput(
-        tp=tp,
-        pp=pp,
-        source=str(request.source if request.source_topology else chosen.files[rank].path),
-        metadata=str(request.metadata or request.source),
-        index=source.held.entries,
-        stated=source.stated,
-        training_step=chosen.training_step,
-        chunks=meta.chunks,
-        sizes=meta.sizes,
-        params_dtype=meta.params_dtype,
-        tied=meta.tied,
-        copies=source.held.copies,
-        first_stage=source.first_stage,
-    )
-    plan = plan_rank(found, request.topology, NameTable(request.rules), full=request.full)
-    files = payloads(plan, meta.template, reference_samples=request.reference_samples)
-    remarks = (*source.held.remarks, *([prefix_remark(plan.prefix)] if plan.prefix else ()))
-    return Prepared(plan=plan, meta=meta, files=files, remarks=remarks)
+    where = str(request.source if request.source_topology else chosen.files[rank].path)
+    check_layers(meta.chunks, request.topology, pp=rank[1], where=str(request.metadata or request.source))
+    held, stated = kind_of(request).read(request, chosen, rank, meta)
+    table = NameTable(request.rules)
+    plan = plan_rank(held, meta, rank[1], request.topology, table, full=request.full, where=where, stated=stated.names)
+    made = plan.lay_out(meta.template, chosen.training_step, stated, reference_samples=request.reference_samples)
+    files, slots = zip(*made, strict=True)
+    return Prepared(source=where, plan=plan, meta=meta, stated=stated, files=files, slots=slots)
 
 
 def prepare_all(request: Request, chosen: Discovered, stages: Iterable[int]) -> Iterator[tuple[Rank, Prepared]]:

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from ckpt2pt.core.extents import TensorRef
-from ckpt2pt.core.reshard import Resharded, Wanted
+from ckpt2pt.core.reshard import RankTensors, Wanted
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.core.training_step import TrainingStep
@@ -80,14 +79,10 @@ class Discovered:
 
 
 class RankSource(NamedTuple):
-    """What the source holds for one rank of the result, as entries of that rank, and what it states of the optimizer.
+    """What the source holds for one rank of the result, and what it states of the optimizer."""
 
-    ``first_stage`` are the entries of the first stage, for a last stage without a copy of the tied embeddings.
-    """
-
-    held: Resharded
+    held: RankTensors
     stated: Statement
-    first_stage: Mapping[str, TensorRef] | None = None
 
 
 class Kind(Protocol):

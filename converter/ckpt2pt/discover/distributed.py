@@ -20,13 +20,13 @@ from ckpt2pt.core.names import NameTable, Rules
 from ckpt2pt.core.params import EMBEDDING, HEAD, in_legacy_models, kind_of, layer_of
 from ckpt2pt.core.reshard import held_by, reshard
 from ckpt2pt.core.stated import Statement
-from ckpt2pt.core.tensor import Key, Tensor
+from ckpt2pt.core.tensor import Tensor
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, prove_same, stat_of, step_of, wanted_of
 from ckpt2pt.discover.made import meta_of_files
 from ckpt2pt.discover.recent import Recent
 from ckpt2pt.discover.request import Request
-from ckpt2pt.discover.stored import ROLES, stated_by
+from ckpt2pt.discover.stored import carried, stated_by
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, aside
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.mindspore.filenames import UNNAMED
@@ -215,13 +215,7 @@ def tensors_for(request: Request, chosen: Discovered, rank: Rank) -> Index:
 
 def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> RankSource:
     """The tensors, cut for the rank."""
-    roles = ROLES[request.full]
-    tensors = {
-        (new := Key(roles[key.role], key.name)): tensor._replace(key=new)
-        for key, tensor in _opened(request).index.items()
-        if key.role in roles
-    }
-    wanted = wanted_of(request, meta)
+    tensors, wanted = carried(_opened(request).index, full=request.full), wanted_of(request, meta)
     return RankSource(reshard(tensors, rank, wanted, NameTable(request.rules)), stated(request, chosen, rank))
 
 

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt2pt.core.buckets import Buffer
-from ckpt2pt.core.stage import ChunkMap
+from ckpt2pt.core.buckets import Buffer, ChunkMap
 from ckpt2pt.errors import FormatError, aside
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.ptmeta.files import RankFiles, arguments_file

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt2pt.core.foldernames import model_rank_of, model_ranks, parallel_sizes, rank_name, rank_of, ranks_of
-from ckpt2pt.core.reshard import Resharded
+from ckpt2pt.core.reshard import RankTensors
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.core.training_step import TrainingStep, agree, name_conflict
@@ -85,7 +85,7 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
 def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> RankSource:
     """The tensors that the shards of a group make up."""
     file = chosen.files[rank]
-    return RankSource(Resharded(entries=index_source(file, file.ranks)), Statement())
+    return RankSource(RankTensors(others=index_source(file, file.ranks)), Statement())
 
 
 def stated(request: Request, chosen: Discovered, rank: Rank) -> Statement:

@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
-from ckpt2pt.core.stage import check_layers
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.discover.request import Request
+from ckpt2pt.formats.megatron.legacy import check_layers
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.ptmeta.metadata import (
     METADATA,

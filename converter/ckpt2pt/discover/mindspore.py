@@ -7,7 +7,7 @@ MindSpore   entries as they are, those of data-parallel shards joined           
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
@@ -15,6 +15,7 @@ from ckpt2pt.core.foldernames import rank_name
 from ckpt2pt.core.layout import weight_decay_groups
 from ckpt2pt.core.moves import Move
 from ckpt2pt.core.names import MOMENTS, prefix_remark
+from ckpt2pt.core.reshard import RankTensors
 from ckpt2pt.core.stated import decays
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.discover.checkpoint import Discovered, kind_of
@@ -130,7 +131,7 @@ def _of_megatron(request: Request, chosen: Discovered, rank: Rank) -> MindSporeR
     if not relaid:
         check_rank(stored.chunks, request.topology, pp=rank[1], sizes=meta.sizes, where=str(stored.folder))
     held = kind_of(request).read(request, chosen, rank, meta).held
-    tensors = {name: tensor for name, tensor in held.entries.items() if _is_asked_for(name, request)}
+    tensors = _asked_for(held, request)
     groups: list[dict[str, object]] = [{**group} for group in stored.template.groups]
     if relaid:
         groups = _groups_in_order(groups, tensors)
@@ -158,7 +159,7 @@ def _of_distributed(request: Request, chosen: Discovered, rank: Rank) -> MindSpo
 
     meta = own_meta(request, rank)
     held = kind_of(request).read(request, chosen, rank, meta).held
-    tensors = {name: tensor for name, tensor in held.entries.items() if _is_asked_for(name, request)}
+    tensors = _asked_for(held, request)
     groups = _groups_in_order([{**group} for group in meta.template.groups], tensors)
     iteration, scheduler = chosen.training_step.iteration, meta.template.scheduler
     return MindSporeRank(
@@ -173,8 +174,10 @@ def _of_distributed(request: Request, chosen: Discovered, rank: Rank) -> MindSpo
     )
 
 
-def _is_asked_for(name: str, request: Request) -> bool:
-    return not request.full or role_of(name) in files_of(request).contents
+def _asked_for(held: RankTensors, request: Request) -> dict[str, TensorRef]:
+    contents = files_of(request).contents
+    entries = held.entries(str(request.source)).items()
+    return {name: one for name, one in entries if not request.full or role_of(name) in contents}
 
 
 def _entry(name: str, tensor: TensorRef, dtype: str) -> Entry:
@@ -213,11 +216,13 @@ def _of_training(request: Request, chosen: Discovered, rank: Rank) -> MindSporeR
             check_covered(read_info(file.info))
     meta = meta_of_training(request)
     held = kind_of(request).read(request, chosen, rank, meta).held
-    entries = {name: tensor for name, tensor in held.entries.items() if _is_kept(name, held.entries, request)}
+    tensors = held.entries(str(request.source))
+    every = {**tensors, **held.others}
+    entries = {name: one for name, one in every.items() if _is_kept(name, every, request)}
     remarks = held.remarks
     copies = held.copies
     if request.source_topology:
-        entries, left_out = _of_other_layout(entries)
+        entries, left_out = _of_other_layout(entries, tensors)
         remarks = (*remarks, *([_left_out(left_out)] if left_out else []))
         if meta.tied and request.topology.pipeline == 1:  # one stage needs no second copy of the embeddings
             heads = {name: entries.pop(name) for name in [*entries] if name.removeprefix(f"{role_of(name)}.") == _HEAD}
@@ -239,13 +244,13 @@ def _is_kept(name: str, entries: Mapping[str, TensorRef], request: Request) -> b
     return is_scalar or role_of(name) in files_of(request).contents
 
 
-def _of_other_layout(entries: Mapping[str, TensorRef]) -> tuple[dict[str, TensorRef], list[str]]:
+def _of_other_layout(entries: Mapping[str, TensorRef], held: Collection[str]) -> tuple[dict[str, TensorRef], list[str]]:
     """The entries with their groups in the order that the rank's parameters need; and what cannot be cut anew.
 
     What is no tensor of the model is that of the source's first rank: numbers are the same on all ranks, states are not.
     """
-    tensors = {name: one for name, one in entries.items() if one.gather}
-    others = {name: one for name, one in entries.items() if not one.gather}
+    tensors = {name: one for name, one in entries.items() if name in held}
+    others = {name: one for name, one in entries.items() if name not in held}
     left_out = [name for name, one in others.items() if one.numel > 1 and one.dtype != "str"]
     kinds = {number: decays(group) for number, group in statement_of(others).groups.items()}
     order, numbers = weight_decay_groups(_parameters(tensors).values()), dict[str, int]()

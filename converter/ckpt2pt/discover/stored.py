@@ -6,20 +6,21 @@ mp_rank_*/*.pt --formats.megatron--> tensors, of a rank alone or of all --planni
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 from ckpt2pt.core.buckets import Buffer
-from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
+from ckpt2pt.core.extents import DTYPE_BYTES
 from ckpt2pt.core.foldernames import parallel_sizes
 from ckpt2pt.core.index import Collector, Index, Local
 from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE, cut
 from ckpt2pt.core.names import NameTable, Rules
-from ckpt2pt.core.reshard import Resharded, entry_name, reshard
+from ckpt2pt.core.reshard import RankTensors, entry_name, reshard
 from ckpt2pt.core.stated import Stated, Statement
-from ckpt2pt.core.tensor import Key, Role
+from ckpt2pt.core.tensor import Key, Role, Tensor, local_tensor
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, changed, prove_same, stat_of, step_of, wanted_of
 from ckpt2pt.discover.made import chunks_of, meta_of_files, template_of_files
@@ -28,7 +29,14 @@ from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import CoverageError, MissingInputError, aside, ref
 from ckpt2pt.formats.megatron.headers import MegatronRank, rank_folders, read_rank
 from ckpt2pt.formats.megatron.payload import Template, tree_payload
-from ckpt2pt.formats.megatron.read import check_ranks, collect_rank, iteration_of, layout_of_ranks, with_optimizer
+from ckpt2pt.formats.megatron.read import (
+    Takes,
+    check_ranks,
+    collect_rank,
+    iteration_of,
+    layout_of_ranks,
+    with_optimizer,
+)
 from ckpt2pt.formats.mindspore.filenames import UNNAMED
 from ckpt2pt.formats.mindspore.imported import missing_layers
 from ckpt2pt.formats.mindspore.ranks import SourceFile
@@ -107,17 +115,23 @@ def _file(folder: Path, *, full: bool) -> SourceFile:
 
 def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> RankSource:
     """The tensors of the rank of the same place; those of all ranks where the layout changes, cut anew."""
-    statement = stated(request, chosen, rank)
+    statement, table = stated(request, chosen, rank), NameTable(request.rules)
     if request.source_topology is None:
-        return RankSource(Resharded(entries=_entries(request, rank)), statement)
-    found = tensors_for(request, chosen, rank)
-    tensors = {  # parameter by parameter, as they lie in a file
+        own = _Entries(ROLES[request.full])
+        _collect(own, own_of(request), [(rank, (0, rank[1]))])
+        return RankSource(RankTensors(index=own, name=partial(entry_name, pp=rank[1], table=table)), statement)
+    tensors = carried(tensors_for(request, chosen, rank), full=request.full)
+    return RankSource(reshard(tensors, rank, wanted_of(request, meta), table), statement)
+
+
+def carried(found: Index, *, full: bool) -> Index:
+    """What is taken of a checkpoint, as what it is in the result; parameter by parameter, as tensors lie in a file."""
+    return {
         (new := Key(role, name)): found[old]._replace(key=new)
         for name in dict.fromkeys(key.name for key in found)
-        for stored, role in ROLES[request.full].items()
+        for stored, role in ROLES[full].items()
         if (old := Key(stored, name)) in found
     }
-    return RankSource(reshard(tensors, rank, wanted_of(request, meta), NameTable(request.rules)), statement)
 
 
 def stated(request: Request, chosen: Discovered, rank: Rank) -> Statement:
@@ -159,33 +173,24 @@ def prove_read(
     return found
 
 
-class _Entries(dict[str, TensorRef]):
-    """Collects what one rank holds as the entries of a MindSpore rank of the same place."""
+class _Entries(dict[Key, Tensor]):
+    """Collects what one rank holds of what is carried, as the tensors of a rank of the same place."""
 
-    def __init__(self, request: Request, pp: int) -> None:
-        self._table, self._roles, self._pp = NameTable(request.rules), ROLES[request.full], pp
-        self._where = str(request.source)
+    def __init__(self, roles: Mapping[Role, Role]) -> None:
+        self._roles = roles
 
     def add(self, role: Role, name: str, _: int, local: Local) -> None:
         """Take one tensor, if it is asked for."""
         if role in self._roles:
-            width, ref = DTYPE_BYTES[local.dtype], TensorRef(name, local.dtype, local.shape, ())
-            extents = cut(local.storage, local.first * width, ref.numel * width)
-            entry = entry_name(Key(self._roles[role], name), self._pp, self._table)
-            if entry in self:
+            width, key = DTYPE_BYTES[local.dtype], Key(self._roles[role], name)
+            extents = cut(local.storage, local.first * width, math.prod(local.shape) * width)
+            if key in self:
                 raise CoverageError(
-                    f"two parameters become {entry}",
-                    where=self._where,
-                    hint=f"give each a name of its own in a rule file{aside('model.rules')}",
+                    f"{key} is in one file by two names",
+                    where=local.storage[0].path if local.storage else name,
+                    hint="check the parallel sizes, and that all folders are of one save",
                 )
-            self[entry] = ref._replace(name=entry, extents=extents)
-
-
-def _entries(request: Request, rank: Rank) -> Mapping[str, TensorRef]:
-    own, found = own_of(request), _Entries(request, rank[1])
-    headers, layout = own.headers(rank)
-    collect_rank(found, rank, headers, own.layout, _stored_buffers(headers, layout))
-    return found
+            self[key] = local_tensor(key, local.dtype, local.shape, extents)
 
 
 def tensors_for(request: Request, chosen: Discovered, rank: Rank) -> Index:
@@ -200,15 +205,15 @@ def tensors_for(request: Request, chosen: Discovered, rank: Rank) -> Index:
 def _tensors(own: Own, tensor: int, ranks: Iterable[tuple[Rank, Rank]]) -> Index:
     """Each of ``ranks`` with the place that it takes among ``tensor`` tensor-parallel ranks."""
     collector = Collector(tensor, str(own.where))
-    for rank, place in ranks:
-        headers, layout = own.headers(rank)
-        collect_rank(collector, place, headers, own.layout, _stored_buffers(headers, layout))
+    _collect(collector, own, ranks)
     return collector.index()
 
 
-def _stored_buffers(headers: MegatronRank, layout: Layout) -> Sequence[Sequence[Buffer]]:
-    """Those whose buckets are there: without the distributed optimizer there is a tensor for each parameter."""
-    return layout.buffers if headers.buffers is not None else ()
+def _collect(into: Takes, own: Own, ranks: Iterable[tuple[Rank, Rank]]) -> None:
+    for rank, place in ranks:
+        headers, layout = own.headers(rank)
+        # Without the distributed optimizer there is a tensor for each parameter instead of buckets.
+        collect_rank(into, place, headers, own.layout, layout.buffers if headers.buffers is not None else ())
 
 
 # ---------------------------------------------------------------------------------------------------------- the metadata

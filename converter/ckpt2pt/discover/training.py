@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ckpt2pt.core.extents import TensorRef
-from ckpt2pt.core.names import is_tied_head
+from ckpt2pt.core.names import NameTable, is_tied_head
+from ckpt2pt.core.reshard import RankTensors
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.core.training_step import TrainingStep, agree, name_conflict, read_training_step
@@ -61,14 +62,20 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
 
 def read(request: Request, chosen: Discovered, rank: Rank, meta: RankMeta) -> RankSource:
     """Index one rank's file, or its group's shards; those of all ranks where the layout changes."""
-    held = sources.read_source(
-        request, chosen.files, chosen.identity, rank, sizes=meta.sizes, tied=meta.tied, header=_header_of(chosen)
-    )
-    tp, pp = rank
-    first_stage = None
-    if meta.tied and pp and not request.source_topology and any(is_tied_head(n) for c in meta.chunks for n in c.names):
-        first_stage = index_source(chosen.files[tp, 0], request.topology.group(tp, 0), _header_of(chosen))
-    return RankSource(held, _statement(chosen, rank, held.entries), first_stage)
+    header, (tp, pp) = _header_of(chosen), rank
+    if request.source_topology:
+        held = sources.read_source(
+            request, chosen.files, chosen.identity, rank, sizes=meta.sizes, tied=meta.tied, header=header
+        )
+        return RankSource(held, _statement(chosen, rank, held.others))
+    entries, first = index_source(chosen.files[rank], request.topology.group(*rank), header), None
+    statement = _statement(chosen, rank, entries)
+    if request.files:  # which takes all of them as they are
+        return RankSource(RankTensors(others=entries), statement)
+    if meta.tied and pp and any(is_tied_head(name) for chunk in meta.chunks for name in chunk.names):
+        first = index_source(chosen.files[tp, 0], request.topology.group(tp, 0), header)
+    where, table = str(chosen.files[rank].path), NameTable(request.rules)
+    return RankSource(sources.held_in(entries, table, where, full=request.full, first_stage=first), statement)
 
 
 def stated(request: Request, chosen: Discovered, rank: Rank) -> Statement:

@@ -115,3 +115,14 @@ def checksums_reported(found: Mapping[str, int]) -> str:
     return "\nsource checksums: " + ", ".join(
         form.format(found[key]) for key, form in reported.items() if found.get(key)
     )
+
+
+def spans(numbers: set[int]) -> str:
+    """``{0, 1, 2, 5}`` -> ``0-2,5``."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "none"

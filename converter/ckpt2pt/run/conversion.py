@@ -22,7 +22,6 @@ from typing import cast
 
 from ckpt2pt import __version__
 from ckpt2pt.core.foldernames import rank_name
-from ckpt2pt.core.moves import moves
 from ckpt2pt.core.names import rules_remark
 from ckpt2pt.core.progress import Reporter
 from ckpt2pt.core.topology import Rank
@@ -218,13 +217,13 @@ def _plan(request: Request, chosen: Discovered, rank: Rank, target: Target) -> R
         reading=_Reading(request, chosen, rank, prepared.meta),
         verify=request.verify,
         repair=request.overwrite,
-        directory=plan.directory,
+        directory=request.topology.directory(*rank),
         files=prepared.files,
-        moves=partial(moves, plan),
-        copies=plan.tied_copies,
-        source_bytes=plan.source_bytes,
-        facts={"source": plan.source, "ignored": dict(plan.ignored)},
-        remarks=prepared.remarks,
+        moves=prepared.moves,
+        copies=plan.copies,
+        source_bytes=prepared.source_bytes,
+        facts={"source": prepared.source, "ignored": dict(plan.ignored)},
+        remarks=plan.held.remarks,
         unused_rules=plan.unused_rules,
     )
 

@@ -15,7 +15,6 @@ from typing import cast
 from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.foldernames import TRACKER, expert_ranks, is_iteration, iterations, ranks_of, tracked_name
 from ckpt2pt.core.names import EXPERTS_IN_MINDSPORE, SHARD, NameTable, has_experts
-from ckpt2pt.core.stage import spans
 from ckpt2pt.core.training_step import STEP_ENTRIES, read_training_step
 from ckpt2pt.discover.loading import verdicts
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InputError, MissingInputError, UsageError
@@ -33,7 +32,7 @@ from ckpt2pt.io.inputs import read_whole
 from ckpt2pt.io.jsontext import parse_json
 from ckpt2pt.io.paths import is_folder, is_there, listing, status
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import short
+from ckpt2pt.io.text import short, spans
 from ckpt2pt.publish import PARTIAL, STATE, read_record, read_tracker
 from ckpt2pt.show.distributed import inspect_distributed
 from ckpt2pt.show.mindformers import inspect_mindformers

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from ckpt2pt.core.extents import DTYPE_BYTES
 from ckpt2pt.core.index import Index
-from ckpt2pt.core.stage import spans
 from ckpt2pt.core.tensor import ROLES, Tensor
 from ckpt2pt.formats.megatron.loads import SHARDINGS, WEIGHTS, classes_in
 from ckpt2pt.formats.registry import read
@@ -15,6 +14,7 @@ from ckpt2pt.formats.torch_dist.common import COMMON, read_common, sharding_of
 from ckpt2pt.formats.torch_dist.metadata import read_metadata
 from ckpt2pt.io.paths import is_file
 from ckpt2pt.io.records import Json
+from ckpt2pt.io.text import spans
 from ckpt2pt.verification.leaves import Leaves, flatten
 
 _NUMBER = re.compile(r"(?<=\.layers\.)\d+|(?<=\.local_experts\.)\d+")

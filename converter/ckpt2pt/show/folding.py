@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import cast
 
-from ckpt2pt.core.stage import spans
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import Document
+from ckpt2pt.io.text import Document, spans
 
 _OF_RANKS = ("ranks", "paramMaps")
 """Tables of ``inspect`` that have a row for every rank."""

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from ckpt2pt.core.extents import DTYPE_BYTES
-from ckpt2pt.core.stage import spans
 from ckpt2pt.formats.mindformers.read import Whole, read_saved
 from ckpt2pt.io.records import Json
+from ckpt2pt.io.text import spans
 
 _NUMBER = re.compile(r"(?<=\.layers\.)\d+")
 _STATES = {"main_param.": "main parameters", "adam_m.": "first moments", "adam_v.": "second moments"}

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ckpt2pt.core.names import rules_remark
-from ckpt2pt.core.stage import ChunkPlan, RankPlan
-from ckpt2pt.core.stage import spans as stage_spans
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.discover import Discovered, Prepared, discover, prepare_all, target_of
 from ckpt2pt.discover.loading import contradictions, kept_of_template, made_up
 from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import counted, printable, size, spelled
 from ckpt2pt.formats.folders import COVERED, covered
+from ckpt2pt.formats.megatron.legacy import Chunk, LegacyRank
 from ckpt2pt.formats.megatron.resume import Unmet, warning
+from ckpt2pt.io import text
 from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import table, warned
 from ckpt2pt.io.volume import check_room, free_bytes
@@ -99,15 +99,15 @@ def preview(
             {
                 "stage": pp,
                 "tp": tp,
-                "source": plan.source,
-                "directory": plan.directory,
-                "bytesToRead": plan.source_bytes,
+                "source": prepared.source,
+                "directory": request.topology.directory(tp, pp),
+                "bytesToRead": prepared.source_bytes,
                 "files": [{"name": name, "nbytes": size} for name, size in prepared.sizes.items()],
-                "chunks": [_chunk(chunk, plan, request, names=names) for chunk in plan.chunks],
+                "chunks": [_chunk(chunk, plan, request, pp, names=names) for chunk in plan.chunks],
                 "shards": [str(path) for file in chosen.read_for((tp, pp), request) for path in file.peers],
                 "shardInfo": str(chosen.read_for((tp, pp), request)[0].info or ""),
                 "ignored": dict(Counter(reason for _, reason in plan.ignored)),
-                "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in plan.tied_copies)],
+                "comparedCopies": [*dict.fromkeys(f"{kept.name} = {copy.name}" for kept, copy in plan.copies)],
                 "done": target.rank_manifest(tp, pp) is not None,
             }
         )
@@ -197,9 +197,9 @@ class _Warnings:
 
     def add(self, rank: Rank, prepared: Prepared) -> None:
         if not self.unmet:
-            self.contradictions = contradictions(prepared.meta.template, prepared.plan.stated)
+            self.contradictions = contradictions(prepared.meta.template, prepared.stated)
         self.unmet[rank] = prepared.meta.unmet(self.request.topology, full=self.request.full)
-        self.remarks.update(dict.fromkeys(prepared.remarks))
+        self.remarks.update(dict.fromkeys(prepared.plan.held.remarks))
         self.unused_rules.append(prepared.plan.unused_rules)
         if self.request.topology.tensor > 1:
             from ckpt2pt.verification.copies import sample_weights  # noqa: PLC0415 - numpy, for layouts that can have copies
@@ -219,13 +219,13 @@ class _Warnings:
         return found
 
 
-def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -> Json:
+def _chunk(chunk: Chunk, plan: LegacyRank, request: Request, pp: int, *, names: bool) -> Json:
     document: Json = {
         "chunk": chunk.vpp,
         "key": chunk.key,
-        **slots_of(request.topology, plan.pp, chunk.vpp),
-        "parameters": len(chunk.weights),
-        "numel": sum(weight.source.numel for weight in chunk.weights),
+        **slots_of(request.topology, pp, chunk.vpp),
+        "parameters": len(chunk.parameters),
+        "numel": sum(one.numel for one in chunk.parameters),
         "buckets": [
             {"numel": bucket.numel, "numelUnpadded": bucket.numel_unpadded}
             for bucket in (chunk.buffer.buckets if chunk.buffer else ())
@@ -234,13 +234,13 @@ def _chunk(chunk: ChunkPlan, plan: RankPlan, request: Request, *, names: bool) -
     if names:
         document["names"] = [
             {
-                "megatron": weight.name,
-                "mindspore": weight.source.name,
-                "shape": list(weight.shape),
-                "dtype": f"{weight.source.dtype} -> {weight.dtype}",
-                "bucketStart": weight.placement.start if weight.placement else None,
+                "megatron": one.name,
+                "mindspore": plan.held.name(one.tensor.key),
+                "shape": list(one.part.shape),
+                "dtype": f"{one.tensor.dtype} -> {chunk.dtype}",
+                "bucketStart": one.placement.start if one.placement else None,
             }
-            for weight in chunk.weights
+            for one in chunk.parameters
         ]
     return document
 
@@ -380,7 +380,7 @@ def _size(nbytes: object) -> str:
 
 def spans(numbers: object) -> str:
     """``[0, 1, 2, 5]`` -> ``0-2,5``."""
-    return stage_spans({int(str(n)) for n in _list(numbers)})
+    return text.spans({int(str(n)) for n in _list(numbers)})
 
 
 def _mapping(value: object) -> dict[str, object]:

@@ -65,7 +65,7 @@ def _place(request: Request, chosen: Discovered, rank: Rank) -> object:
 
 def split_weights(prepared: Prepared) -> list[TensorRef]:
     """The source tensors of which each tensor-parallel rank holds another part."""
-    return [weight.source for weight in prepared.plan.weights if is_split(weight.name)]
+    return [prepared.plan.held.ref(one.tensor.key) for one in prepared.plan.parameters if is_split(one.name)]
 
 
 def _sample(ref: TensorRef, files: Files) -> bytes:

@@ -152,7 +152,10 @@ def test_local_layers_become_global_ones() -> None:
 
 
 def test_a_module_of_a_rule_file_keeps_its_name() -> None:
-    assert canonical_name(f"{LAYER}.0.self_attention.gate.weight", [5]) == "decoder.layers.5.self_attention.gate.weight"
+    assert (
+        canonical_name(f"{LAYER}.0.self_attention.gate.weight", range(5, 6))
+        == "decoder.layers.5.self_attention.gate.weight"
+    )
     assert canonical_name("language_model.adapter.weight") == "language_model.adapter.weight"
     assert kind_of("decoder.layers.5.self_attention.gate.weight") is None
     assert kind_of("decoder.layers.5.mlp.linear_fc1.scale") is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ckpt2pt.errors import size
-from ckpt2pt.io.text import render, short, table
+from ckpt2pt.io.text import render, short, spans, table
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,10 @@ def test_a_document_is_facts_then_groups_and_tables() -> None:
         "words",
         "  a doubt",
     ]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"), [(set(), "none"), ({4}, "4"), ({0, 1, 2, 5}, "0-2,5"), ({1, 3, 5}, "1,3,5"), ({9, 8}, "8-9")]
+)
+def test_spans_are_short(numbers: set[int], text: str) -> None:
+    assert spans(numbers) == text

@@ -144,8 +144,8 @@ def copied(pipelined: Path, tmp_path: Path) -> Request:
     "moment",
     [
         "ckpt2pt.discover.training.agree",
-        "ckpt2pt.discover.payloads",
-        "ckpt2pt.run.conversion.moves",
+        "ckpt2pt.discover.plan_rank",
+        "ckpt2pt.discover.moves_of",
         "ckpt2pt.run.conversion.prove_unchanged",
     ],
 )

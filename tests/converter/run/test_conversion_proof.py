@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.core.moves import Move, moves
+from ckpt2pt.core.moves import Move
 from ckpt2pt.core.topology import Topology
+from ckpt2pt.discover import Prepared
 from ckpt2pt.discover.mindspore import MindSporeRank
 from ckpt2pt.discover.request import Request
 from ckpt2pt.engine import write
@@ -65,7 +66,8 @@ def left(folder: Path) -> list[str]:
 def test_a_wrong_plan_of_a_conversion_publishes_nothing(
     golden_j: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckpt2pt.run.conversion.moves", lambda plan: swapped(moves(plan)))
+    plan = Prepared.moves
+    monkeypatch.setattr(Prepared, "moves", lambda self: swapped(plan(self)))
     with pytest.raises(VerificationError, match="differ from the source") as caught:
         run(conversion(golden_j, tmp_path / "out", "full"), range(2), Quiet())
     assert caught.value.exit_code == 76

@@ -1,21 +1,13 @@
-"""The trees inside Megatron's two files, from a rank's plan and the template that pt_meta holds.
-
-Megatron-LM cac60ce4: megatron/checkpointing.py (``save_checkpoint``) and
-megatron/core/optimizer/distrib_optimizer.py (``save_parameter_state``).
-"""
+"""The template that pt_meta holds, files of ``torch`` before their bytes, and the parts of the trees inside them."""
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-from ckpt2pt.core import names
 from ckpt2pt.core.extents import Extent
-from ckpt2pt.core.moves import MODEL_FILE, OPTIM_FILE, OPTIM_KINDS, Storage, model_storages, optim_storages
-from ckpt2pt.core.stage import ChunkPlan, RankPlan
 from ckpt2pt.core.stated import Carried, Statement, carry
-from ckpt2pt.core.training_step import TrainingStep
 from ckpt2pt.errors import FormatError
 from ckpt2pt.formats.torchfile.archive import Layout, lay_out
 from ckpt2pt.formats.torchfile.pickles import write_pickle
@@ -28,8 +20,6 @@ from ckpt2pt.formats.torchfile.trees import (
     is_namespace,
     namespace_attrs,
     ordered_dict,
-    tensor,
-    with_attrs,
 )
 from ckpt2pt.io.inputs import quoted
 
@@ -128,72 +118,6 @@ class FilePayload:
         return lay_out(self.name.rpartition(".")[0], self.pickle, self.storages)
 
 
-def model_payload(plan: RankPlan, template: Template, *, reference_samples: bool = False) -> FilePayload:
-    """``model_optim_rng.pt``: the template with the weights and the true time put in.
-
-    ``reference_samples`` zeroes ``consumed_train_samples`` as the reference converter does.
-    """
-    storages = model_storages(plan)
-    weights = iter(range(len(storages)))
-    model = {chunk.key: _model(chunk, storages, weights) for chunk in plan.chunks}
-    copied: list[str] = []
-    rest = cast("dict[str, Value]", renumbered(cast("Value", template.tree), copied, len(storages)))
-    tree: dict[Value, Value] = {}
-    for key, value in rest.items():
-        if key != "param_name_list" and key not in model:
-            tree[key] = value
-        if key == "iteration":
-            tree.update(model)
-    if "iteration" not in tree:
-        tree["iteration"] = plan.training_step.iteration
-        tree.update(model)
-    _set_time(tree, plan.training_step, reference_samples=reference_samples)
-    _set_optimizer(tree, plan, template)
-    check_storages(copied, template.storages, template.where)
-    extents = tuple(template.storages[key] for key in copied)
-    return FilePayload(
-        name=MODEL_FILE,
-        pickle=write_pickle(tree, check=False),
-        storages=(*(storage.nbytes for storage in storages), *(extent.nbytes for extent in extents)),
-        copied=extents,
-    )
-
-
-def optim_payload(plan: RankPlan, template: Template) -> FilePayload:
-    """``distrib_optim.pt`` as Megatron 0.6 keeps it: padded buckets with their true and padded sizes.
-
-    A buffer's key are the types of its parameters and of their gradients.
-    """
-    storages = optim_storages(plan)
-    numbers = iter(range(len(storages)))
-    padded: list[Value] = []
-    unpadded: list[Value] = []
-    buffers: list[dict[Value, Value]] = []
-    for chunk in plan.chunks:
-        if chunk.buffer is None:
-            continue
-        dtype = chunk.buffer.dtype
-        key = (Global("torch", dtype), Global("torch", dtype if template.gradients_as_parameters else "float32"))
-        buckets = chunk.buffer.buckets
-        padded.append({key: [bucket.numel for bucket in buckets]})
-        unpadded.append({key: [bucket.numel_unpadded for bucket in buckets]})
-        buffers.append({key: {kind: [_tensor(storages, next(numbers)) for _ in buckets] for kind in OPTIM_KINDS}})
-    tree: dict[Value, Value] = {"per_bucket_numel": padded, "per_bucket_numel_unpadded": unpadded}
-    tree.update(enumerate(buffers))
-    return FilePayload(
-        name=OPTIM_FILE,
-        pickle=write_pickle(tree, check=False),
-        storages=tuple(storage.nbytes for storage in storages),
-        copied=(),
-    )
-
-
-def payloads(plan: RankPlan, template: Template, *, reference_samples: bool = False) -> tuple[FilePayload, ...]:
-    """The files of one rank: the model's, and the optimizer's in a full conversion."""
-    model = model_payload(plan, template, reference_samples=reference_samples)
-    return (model, optim_payload(plan, template)) if plan.full else (model,)
-
-
 def check_storages(keys: Iterable[str], storages: Container[str], where: str) -> None:
     """Refuse a pickle that names storages which its archive does not hold."""
     missing = sorted(key for key in keys if key not in storages)
@@ -216,25 +140,6 @@ def tree_payload(tree: Mapping[str, Value], storages: Container[str], where: str
     return write_pickle(new), keys
 
 
-def _tensor(storages: Sequence[Storage], number: int) -> StoredTensor:
-    storage = storages[number]
-    return tensor(storage.dtype, str(number), storage.numel, 0, storage.shape)
-
-
-def _model(chunk: ChunkPlan, storages: Sequence[Storage], numbers: Iterator[int]) -> Value:
-    """The weights of a chunk; a module's ``_extra_state`` follows its last parameter."""
-    entries: list[tuple[tuple[str, ...], Value]] = []
-    for position, weight in enumerate(chunk.weights):
-        path = names.state_dict_path(weight.name)
-        entries.append((path, _tensor(storages, next(numbers))))
-        module = weight.name.rpartition(".")[0]
-        following = chunk.weights[position + 1].name if position + 1 < len(chunk.weights) else ""
-        if module.rpartition(".")[2] in names.HAS_EXTRA_STATE and following.rpartition(".")[0] != module:
-            leaf = f"{path[-1].rpartition('.')[0]}._extra_state".removeprefix(".")
-            entries.append(((*path[:-1], leaf), None))
-    return nested(entries)
-
-
 def nested(entries: Iterable[tuple[tuple[str, ...], Value]]) -> Value:
     """The model of a legacy GPT chunk, as Megatron nests it: paths (``state_dict_path``) with what lies there."""
     root: dict[Value, Value] = {}
@@ -251,44 +156,6 @@ def nested(entries: Iterable[tuple[tuple[str, ...], Value]]) -> Value:
             node = cast("dict[Value, Value]", node.setdefault(segment, {}))
         node[path[-1]] = ordered_dict(pairs)
     return root
-
-
-def _set_time(tree: dict[Value, Value], training_step: TrainingStep, *, reference_samples: bool) -> None:
-    """Put the source's iteration and sample count where Megatron looks for them."""
-    tree["iteration"] = training_step.iteration
-    if training_step.as_saved and not reference_samples:
-        return
-    args = tree.get("args")
-    if isinstance(args, Call) and is_namespace(args):
-        known = namespace_attrs(args)
-        changes: dict[str, Value] = {"iteration": training_step.iteration} if "iteration" in known else {}
-        if reference_samples:
-            changes["consumed_train_samples"] = 0
-        elif training_step.samples is not None:
-            changes["consumed_train_samples"] = training_step.samples
-        tree["args"] = with_attrs(args, changes)
-
-
-def _set_optimizer(tree: dict[Value, Value], plan: RankPlan, template: Template) -> None:
-    """Put what the source states into scheduler and groups, and the true time."""
-    carried, training_step = template.carried(plan.stated), plan.training_step
-    if training_step.as_saved:
-        return
-    scheduler = tree.get("opt_param_scheduler")
-    if isinstance(scheduler, dict):
-        time: dict[Value, Value] = {}
-        if "num_steps" in scheduler and training_step.samples is not None:
-            time["num_steps"] = training_step.samples
-        tree["opt_param_scheduler"] = scheduler | dict(carried.scheduler.items()) | time
-    outer = tree.get("optimizer")
-    if template.groups and isinstance(outer, dict):
-        inner = cast("dict[Value, Value]", outer["optimizer"])
-        groups = cast("list[dict[Value, Value]]", inner["param_groups"])
-        changed: list[Value] = [
-            group | dict(more.items()) | {"step": training_step.iteration}
-            for group, more in zip(groups, carried.groups, strict=True)
-        ]
-        tree["optimizer"] = {**outer, "optimizer": {**inner, "param_groups": changed}}
 
 
 def _for_any_numpy(name: Global) -> Global:

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ckpt2pt.core import names
 from ckpt2pt.core.buckets import stated_shape
-from ckpt2pt.core.extents import TensorRef
-from ckpt2pt.core.stage import FLOATS
+from ckpt2pt.core.extents import FLOATS, TensorRef
 from ckpt2pt.core.stated import STYLES, is_stated
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import InputError, TopologyError, ref, refs

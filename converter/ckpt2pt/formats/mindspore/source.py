@@ -1,7 +1,7 @@
 """The source as one rank of the result sees it: as it was saved, or as if it had been saved in the layout of the result.
 
     rank_R/*.ckpt of (tp, pp) -> {entry: TensorRef} --names--> (role, canonical name) --core.index--> tensors
-    tensors + layout of the result --planning.reshard--> {entry: TensorRef} of (tp, pp) there
+    tensors + layout of the result --core.reshard--> those of (tp, pp) there
 
 Every layer carries its global number in its name, so that neither the layers nor their stages have to be known.
 """
@@ -16,11 +16,12 @@ from typing import Protocol, TypeVar, cast
 
 from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.index import Collector, Index, Local
-from ckpt2pt.core.names import NameTable, Rules, is_tied_head, without_pipeline_suffix
-from ckpt2pt.core.params import EMBEDDING, canonical_name
-from ckpt2pt.core.reshard import Resharded, Wanted, reshard
-from ckpt2pt.core.tensor import Key
+from ckpt2pt.core.names import SHARD, NameTable, Rules, is_tied_head, prefix_remark, without_pipeline_suffix
+from ckpt2pt.core.params import EMBEDDING, HEAD, canonical_name
+from ckpt2pt.core.reshard import RankTensors, Wanted, reshard
+from ckpt2pt.core.tensor import Key, Tensor, local_tensor
 from ckpt2pt.core.topology import Rank, Topology
+from ckpt2pt.errors import CoverageError, InputError, UnmappedNameError, aside
 from ckpt2pt.formats.mindspore import index_file, prove_sources
 from ckpt2pt.formats.mindspore.ranks import SourceFile, index_source
 from ckpt2pt.io.checksums import Piece
@@ -96,15 +97,12 @@ def read_source(
     sizes: Mapping[str, int | bool],
     tied: bool,
     header: Callable[[Path], Mapping[str, TensorRef]] = index_file,
-) -> Resharded:
-    """The entries of a rank of the result.
+) -> RankTensors:
+    """What a rank of the result holds where the layout changes.
 
     ``identity`` is that of the files' contents; ``header`` indexes a file.
     """
-    layout = request.source_layout
-    if request.source_topology is None:
-        return Resharded(entries=index_source(files[rank], layout.group(*rank), header))
-    table = NameTable(request.rules)
+    layout, table = request.source_layout, NameTable(request.rules)
 
     def read(rank: Rank, file: SourceFile) -> Mapping[str, TensorRef]:
         return index_source(file, layout.group(*rank), header)
@@ -117,8 +115,69 @@ def read_source(
         tied=tied,
         where=str(request.source),
     )
-    found = reshard(tensors, rank, wanted, table)
-    return replace(found, entries={**found.entries, **scalars})
+    return replace(reshard(tensors, rank, wanted, table), others=scalars)
+
+
+def held_in(
+    entries: Mapping[str, TensorRef],
+    table: NameTable,
+    where: str,
+    *,
+    full: bool = True,
+    first_stage: Mapping[str, TensorRef] | None = None,
+) -> RankTensors:
+    """What the file of one rank holds.  A tensor that no table knows has the name that the file gives it.
+
+    A last stage without a copy of its own of the tied embeddings has that of the ``first_stage``, where these are given: both
+    ends hold the same values.  Raises :class:`InputError` for shards, :class:`CoverageError` for two entries of one tensor.
+    """
+    shards = [name for name in entries if "_bucket_" in name and SHARD.fullmatch(name)]
+    if shards:
+        raise InputError(
+            f"the file holds {len(shards)} data-parallel shards ({shards[0]}, ...) instead of named parameters",
+            where=where,
+            hint="the first rank holds named parameters: convert a checkpoint whose ranks were all saved alike"
+            + aside("source.iteration"),
+        )
+    known, prefix = table.classify_all(entries, where=where)
+    index: dict[Key, Tensor] = {}
+    spelled: dict[Key, str] = {}
+    others: dict[str, TensorRef] = {}
+    canonical: dict[str, str] = {}
+    for entry, ref in entries.items():
+        role, name = known[entry]
+        if role == "ignored":
+            others[entry] = ref
+            continue
+        if name not in canonical:
+            canonical[name] = _canonical(name, table)
+        key = Key(role, canonical[name])
+        if key in index:
+            bare = without_pipeline_suffix(name)
+            if bare == without_pipeline_suffix(known[spelled[key]].name):
+                raise CoverageError(
+                    f"{spelled[key]} and {entry} are the same {role} of {bare}",
+                    where=where,
+                    hint=f"remove one of the two, or list it under ignore in a rule file{aside('model.rules')}",
+                )
+            key = Key(role, bare)
+        index[key], spelled[key] = local_tensor(key, ref.dtype, ref.shape, ref.extents), entry
+    if first_stage is not None:
+        first = held_in(first_stage, table, where)
+        for key, tensor in first.index.items():
+            own = (key, key._replace(name=HEAD))
+            if key.name == EMBEDDING and (full or key.role == "param") and index.keys().isdisjoint(own):
+                index[key], spelled[key] = tensor, first.name(key)
+    remarks = (prefix_remark(prefix),) if prefix else ()
+    return RankTensors(index=index, name=spelled.__getitem__, others=others, remarks=remarks)
+
+
+def _canonical(name: str, table: NameTable) -> str:
+    name = without_pipeline_suffix(name)
+    try:
+        return EMBEDDING if is_tied_head(name) else canonical_name(table.to_megatron(name))
+    except UnmappedNameError:
+        return name
 
 
 def collect(

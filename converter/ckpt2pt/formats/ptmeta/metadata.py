@@ -14,10 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.core.buckets import Buffer, parse_param_map
+from ckpt2pt.core.buckets import Buffer, ChunkMap, parse_param_map
 from ckpt2pt.core.layout import weight_decay_groups
 from ckpt2pt.core.names import bare, local_layer
-from ckpt2pt.core.stage import ChunkMap
 from ckpt2pt.core.topology import MAX_RANKS, Topology
 from ckpt2pt.errors import FormatError, MissingInputError, TopologyError, TryAgainError, UsageError, aside, ref, refs
 from ckpt2pt.formats.megatron.payload import Template

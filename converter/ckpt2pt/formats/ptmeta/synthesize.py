@@ -10,24 +10,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ckpt2pt.core.buckets import Buffer
+from ckpt2pt.core.buckets import Buffer, ChunkMap
 from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.layout import Parameter, bucket_numel, lay_out
 from ckpt2pt.core.names import NameTable, Rules, nearest
-from ckpt2pt.core.stage import ChunkMap, RankInput, plan_rank
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.core.training_step import TrainingStep, read_training_step
 from ckpt2pt.errors import InputError
+from ckpt2pt.formats.megatron.legacy import check_layers, plan_rank
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.mindspore import facts_of, index_file, statement_of
 from ckpt2pt.formats.mindspore.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
 from ckpt2pt.formats.mindspore.shards import has_shards
+from ckpt2pt.formats.mindspore.source import held_in
 from ckpt2pt.formats.ptmeta.arguments import Arguments, complete, integer, topology_of
 from ckpt2pt.formats.ptmeta.defaults import reported_by_checkpoint
 from ckpt2pt.formats.ptmeta.describe import Description, known
 from ckpt2pt.formats.ptmeta.files import RankFiles
 from ckpt2pt.formats.ptmeta.gpt import EMBEDDING, Argument, chunk_parameters
+from ckpt2pt.formats.ptmeta.metadata import RankMeta
 from ckpt2pt.formats.ptmeta.rng import rng_state
 from ckpt2pt.formats.ptmeta.schedule import param_groups, scheduler
 from ckpt2pt.formats.torchfile.trees import Call, Global, Value, namespace
@@ -81,8 +83,8 @@ def synthesize(said: Description, wanted: Wanted) -> Synthesized:
             for vpp in range(cut.virtual)
         }
         buffers = _buffers(chunks, arguments, pp, wanted.bucket_size)
-        compared += _check(files, chunks, buffers, cut, arguments, training_step, (tp, pp), wanted.rules)
         ranks.append(_rank(arguments, training_step, chunks, buffers, tp, pp, wanted))
+        compared += _check(files, chunks, ranks[-1], cut, wanted.rules)
     evidence = f"{compared} parameters of {len(ranks)} ranks have the names and shapes that the description gives"
     return Synthesized(
         ranks=tuple(ranks),
@@ -178,40 +180,31 @@ def _buffers(
 def _check(
     files: Mapping[tuple[int, int], SourceFile],
     chunks: Mapping[int, tuple[Parameter, ...]],
-    buffers: tuple[tuple[Buffer, ...], ...],
+    made: RankFiles,
     cut: Topology,
-    arguments: Arguments,
-    training_step: TrainingStep,
-    rank: tuple[int, int],
     rules: Rules,
 ) -> int:
     """Plan a conversion of parameters with this metadata: it refuses what is missing, left over or of another shape."""
     maps = [
-        ChunkMap(vpp=vpp, names=tuple(p.name for p in parameters), buffer=buffers[vpp][0])
+        ChunkMap(vpp=vpp, names=tuple(p.name for p in parameters), buffer=made.buffers[vpp][0])
         for vpp, parameters in chunks.items()
         if parameters
     ]
+    rank, table = (made.tp, made.pp), NameTable(rules)
     file, first = files[rank], files[rank[0], 0]
-    tied = arguments.values["untie_embeddings_and_output_weights"] is False
-    found = RankInput(
-        tp=rank[0],
-        pp=rank[1],
-        source=str(file.path),
-        index=index_source(file, cut.group(*rank)),
-        training_step=training_step,
-        chunks=maps,
-        sizes={name: value for name, value in arguments.values.items() if isinstance(value, int)},
-        params_dtype=str(arguments.values["params_dtype"]),
-        tied=tied,
-        first_stage=index_source(first, cut.group(rank[0], 0)) if tied and rank[1] else None,
-    )
+    template = Template(path=made.path, tree={"args": made.tree["args"]}, storages={})
+    meta, where = RankMeta(template=template, chunks=tuple(maps)), str(file.path)
+    first_stage = index_source(first, cut.group(rank[0], 0)) if meta.tied and rank[1] else None
+    entries = index_source(file, cut.group(*rank))
     try:
-        plan = plan_rank(found, cut, NameTable(rules), full=False)
+        check_layers(maps, cut, pp=rank[1], where=where)
+        held = held_in(entries, table, where, full=False, first_stage=first_stage)
+        plan = plan_rank(held, meta, rank[1], cut, table, full=False, where=where)
     except InputError as error:
         raise type(error)(
             f"the description does not fit the checkpoint: {error.what}", where=error.where, hint=error.hint
         ) from error
-    return sum(1 for _ in plan.weights)
+    return sum(1 for _ in plan.parameters)
 
 
 def _rank(

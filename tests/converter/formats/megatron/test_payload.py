@@ -1,68 +1,39 @@
-"""The trees of both files, before their bytes."""
+"""Parts of the trees of Megatron's files."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
 import pytest
 
-from ckpt2pt.core.extents import Extent
-from ckpt2pt.core.topology import Topology
-from ckpt2pt.discover import Prepared, discover, prepare
 from ckpt2pt.errors import FormatError
-from ckpt2pt.formats.megatron.payload import Template, model_payload, payloads
+from ckpt2pt.formats.megatron.payload import nested, tree_payload
 from ckpt2pt.formats.torchfile.pickles import read_pickle
-from ckpt2pt.formats.torchfile.trees import namespace_attrs
-from handmade import Handmade
+from ckpt2pt.formats.torchfile.trees import Call, as_tensor, tensor
 
 
-def prepared(folder: Path) -> Prepared:
-    request = Handmade(topology=Topology(num_layers=2, virtual=2), data=2).write(folder)
-    return prepare(request, discover(request), (0, 0))
-
-
-def tree(found: Prepared, **more: Any) -> dict[Any, Any]:
-    value = read_pickle(model_payload(found.plan, found.meta.template, **more).pickle, where="model")
-    assert isinstance(value, dict)
-    return dict(value)
-
-
-def test_weights_follow_the_iteration_and_the_rest_keeps_its_order(tmp_path: Path) -> None:
-    assert list(tree(prepared(tmp_path))) == [
-        "args", "checkpoint_version", "iteration", "model0", "model1", "optimizer", "opt_param_scheduler", "rng_state",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("reference", "samples"), [(False, 48), (True, 0)])
-def test_the_time_is_put_wherever_megatron_looks_for_it(reference: bool, samples: int, tmp_path: Path) -> None:
-    found = tree(prepared(tmp_path), reference_samples=reference)
-    args = namespace_attrs(found["args"])
-    assert (found["iteration"], args["iteration"], args["consumed_train_samples"]) == (12, 12, samples)
-    assert found["opt_param_scheduler"]["num_steps"] == 48
-    assert [group["step"] for group in found["optimizer"]["optimizer"]["param_groups"]] == [12, 12]
-
-
-def test_storages_of_the_template_come_after_those_of_the_weights(tmp_path: Path) -> None:
-    found = prepared(tmp_path)
-    model, optimizer = payloads(found.plan, found.meta.template)
-    assert len(model.copied) == 3
-    assert model.storages[-3:] == (5056, 16, 16) == tuple(one.nbytes for one in model.copied if isinstance(one, Extent))
-    assert len(model.storages) == len(list(found.plan.weights)) + 3
-    assert (len(optimizer.storages), optimizer.copied) == (6, ())
-
-
-def test_an_optimizer_of_another_kind_stays_as_it_is(tmp_path: Path) -> None:
-    """A full conversion refuses it before (pt/resume.py); beside weights alone nothing reads it."""
-    found = prepared(tmp_path)
-    template = Template(
-        path="p", tree=found.meta.template.tree | {"optimizer": {"state": 1}}, storages=found.meta.template.storages
+def test_storages_are_numbered_anew_in_the_order_of_the_tree() -> None:
+    pickle, keys = tree_payload(
+        {"a": tensor("float32", "7", 2, 0, (2,)), "b": tensor("float32", "3", 1, 0, (1,))}, {"3", "7"}, "p"
     )
-    assert read_pickle(model_payload(found.plan, template).pickle, where="p")["optimizer"] == {"state": 1}  # type: ignore[index,call-overload]
+    found = read_pickle(pickle, where="p")
+    assert isinstance(found, dict)
+    assert keys == ["7", "3"]
+    assert [one and one.key for one in map(as_tensor, found.values())] == ["0", "1"]
 
 
-def test_a_storage_that_the_template_does_not_hold_is_refused(tmp_path: Path) -> None:
-    found = prepared(tmp_path)
+def test_a_storage_that_is_not_there_is_refused() -> None:
     with pytest.raises(FormatError, match="does not hold"):
-        model_payload(found.plan, replace(found.meta.template, storages={}))
+        tree_payload({"a": tensor("float32", "7", 2, 0, (2,))}, {"3"}, "p")
+
+
+def test_a_legacy_model_has_its_modules_in_the_order_of_megatron() -> None:
+    found = nested(
+        [
+            (("language_model", "output_layer", "weight"), 1),
+            (("language_model", "embedding", "word_embeddings", "weight"), 2),
+        ]
+    )
+    assert isinstance(found, dict)
+    inner = found["language_model"]
+    assert isinstance(inner, dict)
+    assert [*inner] == ["embedding", "encoder", "output_layer"]
+    assert isinstance(inner["encoder"], Call), "an empty OrderedDict"

@@ -11,7 +11,8 @@ from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Rank, Topology
-from ckpt2pt.discover import discover
+from ckpt2pt.discover import discover, meta_of
+from ckpt2pt.discover.training import read
 from ckpt2pt.errors import CoverageError, TopologyError
 from ckpt2pt.formats.mindspore import index_file
 from ckpt2pt.formats.mindspore import source as module
@@ -26,9 +27,10 @@ def test_a_rank_reads_its_own_file_where_the_layout_stays(tmp_path: Path) -> Non
     request = made.write(tmp_path)
     files = discover(request).files
     assert files_for((1, 1), files, request) == (files[1, 1],)
-    found = read_source(request, files, "id", (1, 1), sizes={}, tied=False)
-    assert {path for ref in found.entries.values() for path in ref.paths} == {str(files[1, 1].path)}
-    assert not found.copies
+    chosen = discover(request)
+    held, _ = read(request, chosen, (1, 1), meta_of(request, (1, 1)))
+    assert {path for ref in held.entries("here").values() for path in ref.paths} == {str(files[1, 1].path)}
+    assert not held.copies
 
 
 def test_a_rank_may_read_any_file_where_the_layout_changes(tmp_path: Path) -> None:
@@ -38,10 +40,8 @@ def test_a_rank_may_read_any_file_where_the_layout_changes(tmp_path: Path) -> No
     assert paths_for((0, 0), files, request) == [file.path for file in files.values()]
     sizes = {"padded_vocab_size": 16, "num_attention_heads": 8}
     found = read_source(request, files, "id", (0, 0), sizes=sizes, tied=False)
-    assert {name for name, ref in found.entries.items() if ref.gather} == {
-        name for name, each in other.entries[0, 0].items() if each.shape
-    }
-    assert {"epoch_num", "step_num"} <= set(found.entries), "what is no tensor of the model is the first rank's"
+    assert found.entries("here").keys() == {name for name, each in other.entries[0, 0].items() if each.shape}
+    assert {"epoch_num", "step_num"} <= set(found.others), "what is no tensor of the model is the first rank's"
 
 
 def index_rank(_: Rank, file: SourceFile) -> Mapping[str, TensorRef]:
