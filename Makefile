@@ -7,6 +7,7 @@ READY  := .venv/.ready
 TORCH_READY := .venv/.torch
 MINDSPORE := .venv-mindspore/.ready
 LOCK   := requirements
+TRANSFORMERS := $(patsubst $(LOCK)/transformers-%.txt,.venv-transformers/%/.ready,$(wildcard $(LOCK)/transformers-*.txt))
 MEGATRON := $(patsubst $(LOCK)/megatron-%.txt,.venv-megatron/%/.ready,$(wildcard $(LOCK)/megatron-*.txt))
 
 # Parts of torch's CUDA build that `import torch` does without on a machine without a GPU: 1.6 GB of 5.
@@ -17,7 +18,7 @@ export UV_HTTP_TIMEOUT ?= 300
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup mindspore megatron demo test e2e cluster cluster-down images push tiny check layers format golden bench lock crds helm chart clean
+.PHONY: help setup mindspore megatron transformers demo test e2e cluster cluster-down images push tiny check layers format golden bench lock crds helm chart clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,18 +72,25 @@ megatron: $(MEGATRON) ## code of Megatron-LM, which judges our files, in .venv-m
 	  --no-deps --no-build --require-hashes --target $(@D) -r $<
 	@touch $@
 
+transformers: $(TRANSFORMERS) ## transformers of Hugging Face, 4 and 5, which judge our files, in .venv-transformers: a folder for each release
+
+.venv-transformers/%/.ready: $(LOCK)/transformers-%.txt $(TORCH_READY)
+	@echo "installing transformers $* into .venv-transformers (35 MB to download)"
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build --require-hashes --target $(@D) -r $<
+	@touch $@
+
 demo: $(if $(TORCH),$(TORCH_READY),$(CORE)) ## build a checkpoint of more than 1 GB, convert it, verify it; TORCH=1: with real torch
 	$(BIN)/python examples/demo.py $(if $(TORCH),--reader torch)
 
 RUN_TESTS = $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test: $(READY) ## the whole suite but the end-to-end tests: what needs no torch first, then the judges that are torch itself
-	$(RUN_TESTS) -m "not torch and not e2e and not mindspore and not megatron" $(ARGS)
+	$(RUN_TESTS) -m "not torch and not e2e and not mindspore and not megatron and not transformers" $(ARGS)
 	@$(MAKE) --no-print-directory judges
 
 .PHONY: judges
 judges: $(TORCH_READY) ## the tests in which real torch reads what we write
-	$(RUN_TESTS) -m "torch and not e2e and not mindspore and not megatron" $(ARGS)
+	$(RUN_TESTS) -m "torch and not e2e and not mindspore and not megatron and not transformers" $(ARGS)
 
 .PHONY: test-mindspore
 test-mindspore: $(MINDSPORE) ## files that we write, loaded by real mindspore
@@ -91,6 +99,10 @@ test-mindspore: $(MINDSPORE) ## files that we write, loaded by real mindspore
 .PHONY: test-megatron
 test-megatron: $(MEGATRON) ## results that we write, loaded by Megatron-LM 0.8 to 0.19 on the CPU
 	$(BIN)/pytest -m megatron tests/judges $(ARGS)
+
+.PHONY: test-transformers
+test-transformers: $(TRANSFORMERS) ## results that we write, loaded by transformers 4.57 and the newest on the CPU
+	$(BIN)/pytest -m transformers tests/judges $(ARGS)
 
 e2e: $(TORCH_READY) helm ## the program end to end: as it is installed, the chart as helm renders it, a real Kubernetes
 	$(BIN)/pytest -m e2e $(ARGS)
@@ -141,7 +153,7 @@ format: $(READY) ## fix what ruff can fix
 	$(BIN)/ruff format
 
 golden: $(TORCH_READY) ## rewrite the golden texts, then show what changed
-	GOLDEN=update $(BIN)/pytest -q -m "not e2e and not mindspore and not megatron"
+	GOLDEN=update $(BIN)/pytest -q -m "not e2e and not mindspore and not megatron and not transformers"
 	GOLDEN=update $(BIN)/pytest -q tests/charts
 	git diff --stat -- tests/golden
 
@@ -158,6 +170,7 @@ lock: $(READY) ## resolve the requirements anew (UPGRADE=1 takes newer versions)
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra torch --extra operator --group dev $(TORCH_UNUSED:%=--no-emit-package %) -o $(LOCK)/dev.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra operator --group dev --constraint $(LOCK)/dev.txt -o $(LOCK)/test.txt
 	$(COMPILE) $(if $(UPGRADE),--upgrade) pyproject.toml --extra mindspore -o $(LOCK)/mindspore.txt
+	for version in 4.57.6 5.24.0; do printf "transformers==$$version\n" | $(COMPILE) --no-emit-package numpy - -o $(LOCK)/transformers-$$version.txt; done
 
 crds: ## copy the CRD into the chart and the static manifests
 	cp crds/*.yaml charts/ckpt2pt/files/crds/
@@ -171,5 +184,5 @@ chart: $(READY) crds helm ## the copies of the CRD, the chart's README and schem
 	GOLDEN=update $(BIN)/pytest -q tests/charts -k "worker_defaults or static_manifests"
 
 clean: ## remove what make and the tests made, .venv included
-	rm -rf .venv .venv-mindspore .venv-megatron build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-mindspore .venv-megatron .venv-transformers build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

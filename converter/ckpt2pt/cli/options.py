@@ -23,6 +23,7 @@ def add_conversion_options(
     )
     _add_places(parser, writes=writes)
     _add_run_to_come(parser, lists=lists)
+    _add_huggingface(parser)
     _add_kind(parser, chosen=chosen)
     add_mindspore_files(parser.add_argument_group("files of a MindSpore result (--target-format mindspore)"))
     _add_cut(parser)
@@ -118,9 +119,9 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     )
     group.add_argument(
         "--target-format",
-        choices=("megatron06", "megatron", "torch_dist", "mindspore", "torch"),
+        choices=("megatron06", "megatron", "torch_dist", "mindspore", "torch", "safetensors"),
         default="megatron06",
-        help="what to write: megatron06, megatron (the torch format of Megatron-LM 0.7 to 0.19), torch_dist (Megatron-LM 0.15 and newer, at any layout), mindspore, torch (what MSAdapter wrote, as torch would have saved it) (spec.target.format)",
+        help="what to write: megatron06, megatron (the torch format of Megatron-LM 0.7 to 0.19), torch_dist (Megatron-LM 0.15 and newer, at any layout), mindspore, torch (what MSAdapter wrote, as torch would have saved it), safetensors (weights for Hugging Face transformers) (spec.target.format)",
     )
     group.add_argument(
         "--target-dp-size",
@@ -194,6 +195,28 @@ def _add_run_to_come(parser: argparse.ArgumentParser, *, lists: bool) -> None:
         "--megatron-version",
         metavar="0.N",
         help="release that loads it; decides something only where sizes are no multiples of 64; default 0.19 (spec.target.megatronVersion)",
+    )
+
+
+def _add_huggingface(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the training does not say (--target-format safetensors)")
+    group.add_argument(
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="tokens of the tokenizer; the rows behind them are padding and are cut; default: all rows stay (spec.target.huggingface.vocabSize)",
+    )
+    group.add_argument(
+        "--rope-scaling-factor",
+        type=float,
+        metavar="X",
+        help="factor of llama3's rope scaling that the training had, asked for where its arguments may not be true (spec.target.huggingface.ropeScalingFactor)",
+    )
+    group.add_argument(
+        "--tokenizer-from",
+        type=path,
+        metavar="DIR",
+        help="folder whose tokenizer files are copied (spec.target.huggingface.tokenizerPath)",
     )
 
 

@@ -31,7 +31,7 @@ _FORMATS: Mapping[str, SourceFormat] = {
 }  # fmt: skip
 _TARGET_FORMATS: Mapping[str, TargetFormat] = {
     "megatron06": "Megatron06", "megatron": "Megatron", "torch_dist": "TorchDist", "mindspore": "MindSpore",
-    "torch": "Torch",
+    "torch": "Torch", "safetensors": "Safetensors",
 }  # fmt: skip
 NAMES: Mapping[str, Names] = {"auto": "Auto", "mcore": "Mcore", "legacy": "Legacy"}
 TRANSFORMER_IMPLS: Mapping[str, TransformerImpl] = {
@@ -72,6 +72,7 @@ def spec_of(options: argparse.Namespace) -> Spec:
             **target_sizes(options),
             "--target-dp-size": options.target_dp_size,
             "--iteration": options.iteration,
+            "--vocab-size": getattr(options, "vocab_size", None),
         }
     )
     return schema.Spec(
@@ -164,8 +165,15 @@ def _source(options: argparse.Namespace, path: str) -> Source:
 
 
 def _target(options: argparse.Namespace, path: str) -> Target:
-    from ckpt2pt.kube.conversion.schema import CONTENTS, Degrees, MindSporeFiles, Target  # noqa: PLC0415
+    from ckpt2pt.kube.conversion.schema import (  # noqa: PLC0415
+        CONTENTS,
+        Degrees,
+        HuggingFaceFiles,
+        MindSporeFiles,
+        Target,
+    )
 
+    tokenizer: Path | None = getattr(options, "tokenizer_from", None)  # an import has none
     files = MindSporeFiles(
         format="Safetensors" if options.format == "safetensors" else "Ckpt",
         prefix=options.file_prefix,
@@ -179,6 +187,11 @@ def _target(options: argparse.Namespace, path: str) -> Target:
         megatron_version=getattr(options, "megatron_version", None),
         transformer_impl=TRANSFORMER_IMPLS[getattr(options, "transformer_impl", "auto")],
         mindspore=files,
+        huggingface=HuggingFaceFiles(
+            vocab_size=getattr(options, "vocab_size", None),
+            rope_scaling_factor=getattr(options, "rope_scaling_factor", None),
+            tokenizer_path=None if tokenizer is None else str(tokenizer),
+        ),
         overwrite=getattr(options, "overwrite", False),
         parallelism=Degrees(
             tensor=options.target_tp_size,

@@ -11,11 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import msgspec
+
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import MindSporeFiles, Request, Verify
 from ckpt2pt.errors import Ckpt2ptError, MissingInputError, TopologyError, UsageError, aside, ref, refs
 from ckpt2pt.formats.families import refuse_unsupported
+from ckpt2pt.formats.huggingface.config import Choices
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
 from ckpt2pt.formats.msadapter import check_msadapter
 from ckpt2pt.formats.ptmeta.metadata import Given, learn, read_stated, require
@@ -23,7 +26,7 @@ from ckpt2pt.io.paths import is_file
 from ckpt2pt.kube.conversion.schema import CONTENTS, MEGATRON, RELEASE, Degrees, Spec
 from ckpt2pt.kube.conversion.usable import USES, check_used, framework_of
 from ckpt2pt.kube.mindformers import flags_of, refuse_target
-from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, RepairRequest, TargetRequest
+from ckpt2pt.run.targets.request import AnyRequest, DistRequest, HuggingFaceRequest, McoreRequest, RepairRequest, TargetRequest
 
 T = TypeVar("T", bound=TargetRequest)
 
@@ -40,6 +43,7 @@ def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
     kinds: dict[str, Callable[..., AnyRequest]] = {
         "TorchDist": resolve_dist,
         "Megatron": resolve_mcore,
+        "Safetensors": resolve_huggingface,
         "Torch": partial(_by_tensors, RepairRequest),
     }
     return kinds.get(spec.target.format, resolve)(spec, in_process=in_process)
@@ -78,6 +82,18 @@ _TRANSFORMERS: Mapping[str, Literal["auto", "local", "transformer_engine"]] = {
 def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
     """The request of a conversion into torch_dist; where it is not said how work is divided, headers are read."""
     return _by_tensors(DistRequest, spec, in_process=in_process)
+
+
+def resolve_huggingface(spec: Spec, *, in_process: bool = False) -> HuggingFaceRequest:
+    """The request of a conversion into weights for Hugging Face transformers, which have no optimizer: as ``mode`` ParamsOnly says."""
+    files = spec.target.huggingface
+    return _by_tensors(
+        HuggingFaceRequest,
+        msgspec.structs.replace(spec, mode="ParamsOnly"),
+        in_process=in_process,
+        choices=Choices(vocabulary=files.vocab_size, rope_scaling_factor=files.rope_scaling_factor),
+        tokenizer=None if files.tokenizer_path is None else Path(files.tokenizer_path),
+    )
 
 
 def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:

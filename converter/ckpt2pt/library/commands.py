@@ -81,7 +81,7 @@ class Asked(TypedDict, total=False):
     mindformers_config: str | Path | None
     use_interleaved_weight_layout_mlp: bool | None
     use_contiguous_weight_layout_attention: bool | None
-    target_format: Literal["megatron06", "megatron", "torch_dist", "mindspore", "torch"]
+    target_format: Literal["megatron06", "megatron", "torch_dist", "mindspore", "torch", "safetensors"]
     names: Literal["auto", "mcore", "legacy"]
     transformer_impl: Literal["auto", "local", "transformer_engine"]
     megatron_version: str | None
@@ -95,6 +95,9 @@ class Asked(TypedDict, total=False):
     target_pp: int | None
     target_vpp: int | None
     target_ep: int | None
+    vocab_size: int | None
+    rope_scaling_factor: float | None
+    tokenizer: str | Path | None
     noop_layers: Collection[int] | None
     layers_per_stage: Sequence[int] | None
     iteration: int | None
@@ -137,6 +140,7 @@ def _request(asked: Asked) -> AnyRequest:
 
     layers, noop, metadata = asked.get("layers_per_stage"), asked.get("noop_layers"), asked.get("metadata")
     config = asked.get("mindformers_config")
+    tokenizer = asked.get("tokenizer")
     spec = schema.Spec(
         mode="ParamsOnly" if asked.get("params_only") else "Full",
         model=schema.Model(
@@ -175,6 +179,11 @@ def _request(asked: Asked) -> AnyRequest:
                 pipeline=asked.get("target_pp"),
                 virtual_pipeline=asked.get("target_vpp"),
                 expert=asked.get("target_ep"),
+            ),
+            huggingface=schema.HuggingFaceFiles(
+                vocab_size=asked.get("vocab_size"),
+                rope_scaling_factor=asked.get("rope_scaling_factor"),
+                tokenizer_path=None if tokenizer is None else str(tokenizer),
             ),
         ),
         verify=schema.LEVELS[asked.get("verify", "digest")],

@@ -63,6 +63,31 @@ MINDSPORE = Kind(
     replace=ref("target.overwrite"),
 )
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What transformers and vLLM look for beside a model (transformers, tokenization_utils_base.py and the tokenizers of each model)."""
+_HUGGINGFACE_FILES = ("model.safetensors.index.json", *TOKENIZER_FILES, "generation_config.json", "config.json")
+HUGGINGFACE = Kind(
+    reader="Hugging Face transformers",
+    folder="",
+    # Also what would win over a result, or take its place: a single file beside an index, the formats that older ones read.
+    results=("*.safetensors", "*.bin", "*.bin.index.json", *_HUGGINGFACE_FILES),
+    alone=False,
+    tracker=False,
+    option=ref("target.path"),
+    replace=ref("target.overwrite"),
+    merged=_HUGGINGFACE_FILES,
+)
+
 CLAIM = "claim.json"
 REPORT = "report.json"
 MERGED, WRITING_MERGED = "merged.json", "writing-merged.json"

@@ -22,14 +22,14 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import table, warned
 from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
-from ckpt2pt.run.targets.request import AnyRequest, DistRequest, McoreRequest, RepairRequest
+from ckpt2pt.run.targets.request import AnyRequest, DistRequest, HuggingFaceRequest, McoreRequest, RepairRequest
 from ckpt2pt.show.facts import facts_of, releases_of
 from ckpt2pt.show.folding import fold, spanned
 
 if TYPE_CHECKING:
-    from ckpt2pt.run.targets import mcore, torch_dist
+    from ckpt2pt.run.targets import huggingface, mcore, torch_dist
 
-    ByTensors = mcore.Found | torch_dist.Found
+    ByTensors = mcore.Found | torch_dist.Found | huggingface.Found
 
 log = logging.getLogger("ckpt2pt")
 
@@ -38,6 +38,7 @@ _FORMATS = {
     "Megatron": "Megatron 0.7 to 0.19",
     "Torch": "files of torch in place of those of MSAdapter",
     "TorchDist": "torch_dist of Megatron-LM 0.15 and newer",
+    "Safetensors": "Hugging Face safetensors",
     "ckpt": "MindSpore .ckpt",
     "safetensors": "MindSpore .safetensors",
 }
@@ -68,6 +69,10 @@ def planned(request: AnyRequest, stages: Sequence[int], *, names: bool = False) 
         from ckpt2pt.show.torch_dist import planned_dist  # noqa: PLC0415 - which imports this one
 
         return planned_dist(request, stages, names=names)
+    if isinstance(request, HuggingFaceRequest):
+        from ckpt2pt.show.huggingface import planned_huggingface  # noqa: PLC0415 - which imports this one
+
+        return planned_huggingface(request, stages, names=names)
     if isinstance(request, McoreRequest):
         from ckpt2pt.show.mcore import planned_mcore  # noqa: PLC0415 - which imports this one
 

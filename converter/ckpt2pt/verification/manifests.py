@@ -17,7 +17,17 @@ from ckpt2pt.io.checksums import crc32
 from ckpt2pt.io.paths import is_folder, is_there, listing, status
 from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import short
-from ckpt2pt.publish import MEGATRON, MINDSPORE, STATE, TORCH_DIST, Target, rank_name, read_record, read_tracker
+from ckpt2pt.publish import (
+    HUGGINGFACE,
+    MEGATRON,
+    MINDSPORE,
+    STATE,
+    TORCH_DIST,
+    Target,
+    rank_name,
+    read_record,
+    read_tracker,
+)
 from ckpt2pt.publish.kinds import CLAIM, MERGED, REPORT
 from ckpt2pt.verification.gather import BLOCK_BYTES, Files, spans
 from ckpt2pt.verification.report import Difference, Findings
@@ -75,6 +85,8 @@ def _recorded(folder: Path, state: Path) -> Recorded:
     files = frozenset(str(file["path"]) for one in ranks.values() for file in cast("list[Json]", one["files"]))
     if any(name.endswith(".distcp") for name in files):
         target = replace(target, kind=TORCH_DIST)
+    elif iteration is None and is_there(state / MERGED):
+        target = replace(target, kind=HUGGINGFACE)
     return Recorded(target=target, ranks=tuple(sorted(ranks)), files=files)
 
 
@@ -151,7 +163,8 @@ def _record(
 
 def extra_files(target: Target, listed: Collection[str]) -> Iterator[Difference]:
     """Checkpoint files that no rank of the conversion has, where nothing else may be."""
-    found = (path for pattern in target.kind.results for path in listing(target.folder, pattern) if target.kind.alone)
+    alone = target.kind.alone or target.kind.merged
+    found = (path for pattern in target.kind.results for path in listing(target.folder, pattern) if alone)
     for name in sorted(path.relative_to(target.folder).as_posix() for path in found):
         if name not in listed:
             yield Difference(file=name, tensor="file", problem="is unexpected")

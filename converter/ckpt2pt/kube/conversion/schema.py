@@ -28,7 +28,7 @@ CONTENTS: Mapping[str, Content] = {"param": "Param", "exp_avg": "ExpAvg", "exp_a
 
 SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron", "MSAdapter", "MindFormers"]
 """MindSpore is either of its two formats of files."""
-TargetFormat = Literal["Megatron06", "Megatron", "TorchDist", "MindSpore", "Torch"]
+TargetFormat = Literal["Megatron06", "Megatron", "TorchDist", "MindSpore", "Torch", "Safetensors"]
 """Torch is what the source is, as torch would have saved it."""
 MEGATRON: frozenset[SourceFormat] = frozenset({"Megatron", "MSAdapter"})
 """Sources that have the layout of Megatron-LM, and say themselves what metadata would say."""
@@ -124,6 +124,17 @@ class MindSporeFiles(_Fields, frozen=True, kw_only=True):
     contents: tuple[Content, ...] = ("Param", "ExpAvg", "ExpAvgSq")
 
 
+class HuggingFaceFiles(_Fields, frozen=True, kw_only=True):
+    """What the arguments of a training do not say, or not truly, of a result for Hugging Face transformers.
+
+    ``tokenizer_path`` is a folder with the files of a tokenizer, on the volume of the source.
+    """
+
+    vocab_size: Size | None = None
+    rope_scaling_factor: Annotated[float, Meta(ge=1)] | None = None
+    tokenizer_path: Word | None = None
+
+
 class Target(Place, frozen=True, kw_only=True):
     """The folder of the result."""
 
@@ -134,6 +145,7 @@ class Target(Place, frozen=True, kw_only=True):
     overwrite: bool = False
     parallelism: Degrees = Degrees()
     mindspore: MindSporeFiles = MindSporeFiles()
+    huggingface: HuggingFaceFiles = HuggingFaceFiles()
     data_parallel: Size | None = None
     zero_consumed_samples: bool = False
 

@@ -246,6 +246,13 @@ def _check_inner_paths(source: Source, findings: list[Finding]) -> None:
     for field, path in paths.items():
         if path is not None:
             _check_path(path, f"spec.source.{field}", findings)
+def _check_huggingface(spec: Spec, given: object, findings: list[Finding]) -> None:
+    tokenizer = spec.target.huggingface.tokenizer_path
+    if tokenizer is not None:
+        _check_path(tokenizer, "spec.target.huggingface.tokenizerPath", findings)
+    if spec.target.format != "Safetensors" and given is not None:
+        hint = "set spec.target.format to Safetensors, or leave it out"
+        findings.append(Finding(field="spec.target.huggingface", what="is given for another format", hint=hint))
 
 
 def _check_path(path: str, field: str, findings: list[Finding]) -> None:
@@ -289,6 +296,7 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
         findings.append(Finding(field="spec.metadata", what=what, hint="leave it out"))
     for field, why in unused(spec, framework_of(spec.source.format)):
         findings.append(Finding(field=f"spec.{field}", what=why, hint="leave it out"))
+    _check_huggingface(spec, target.get("huggingface"), findings)
     if spec.target.format != "MindSpore":
         if target.get("mindspore") is not None:
             hint = "set spec.target.format to MindSpore, or leave it out"
@@ -329,6 +337,7 @@ def worker_spec(conversion: Conversion, roots: Mapping[str, str]) -> Spec:
     spec = conversion.spec
     paths = {role: place.below(roots[role]) for role in ROLES if (place := conversion.place(role)).path}
     info, config = spec.source.opt_shard_info_path, spec.source.mindformers.config
+    files, tokenizer = spec.target.huggingface, spec.target.huggingface.tokenizer_path
     return Spec(
         mode=spec.mode,
         model=replace(spec.model, noop_layers=spec.model.noop_layers or None),  # none: as the metadata has them
@@ -347,6 +356,9 @@ def worker_spec(conversion: Conversion, roots: Mapping[str, str]) -> Spec:
             spec.target,
             volume={},
             path=paths["target"],
+            huggingface=files
+            if tokenizer is None
+            else replace(files, tokenizer_path=below(roots["source"], tokenizer)),
             parallelism=spec.target.parallelism if conversion.saved else Degrees(expert=spec.target.parallelism.expert),
         ),
         verify=spec.verify,

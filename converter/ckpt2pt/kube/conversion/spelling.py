@@ -63,6 +63,10 @@ _CONVERSION = {
     "target.dataParallel":                "--target-dp-size",
     "target.parallelism.expert":          "--target-ep-size",
     "target.zeroConsumedSamples":         "--zero-consumed-samples",
+    "target.huggingface":                 "--vocab-size --rope-scaling-factor --tokenizer-from",
+    "target.huggingface.vocabSize":       "--vocab-size",
+    "target.huggingface.ropeScalingFactor": "--rope-scaling-factor",
+    "target.huggingface.tokenizerPath":   "--tokenizer-from",
 }  # fmt: skip
 _CHOSEN = {
     "source.iteration":                   "--iteration",
@@ -194,6 +198,10 @@ ARGUMENTS = {
         "target.parallelism.pipeline":        "target_pp",
         "target.parallelism.virtualPipeline": "target_vpp",
         "target.parallelism.expert":          "target_ep",
+        "target.huggingface":                 "vocab_size, rope_scaling_factor, tokenizer",
+        "target.huggingface.vocabSize":       "vocab_size",
+        "target.huggingface.ropeScalingFactor": "rope_scaling_factor",
+        "target.huggingface.tokenizerPath":   "tokenizer",
         "verify":                             "verify",
     },
 }  # fmt: skip

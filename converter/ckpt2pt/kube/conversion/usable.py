@@ -16,6 +16,7 @@ TARGETS: Mapping[TargetFormat, str] = {
     "TorchDist": "torch_dist, which has no layout of its own",
     "MindSpore": "MindSpore",
     "Torch": "Torch, which keeps the layout and everything else",
+    "Safetensors": "safetensors of Hugging Face transformers, which is weights alone and has no layout of its own",
 }
 """The formats of results, in words."""
 
@@ -87,6 +88,13 @@ USES: Mapping[str, _Use] = {
     "target.mindspore.prefix":  _uses(lambda spec: spec.target.mindspore.prefix != _FILES.prefix, "MindSpore"),
     "target.mindspore.allReplicas": _uses(lambda spec: spec.target.mindspore.all_replicas, "MindSpore"),
     "target.mindspore.contents": _uses(lambda spec: spec.target.mindspore.contents != _FILES.contents, "MindSpore"),
+    "target.huggingface.vocabSize": _uses(lambda spec: spec.target.huggingface.vocab_size is not None, "Safetensors"),
+    "target.huggingface.ropeScalingFactor": _uses(
+        lambda spec: spec.target.huggingface.rope_scaling_factor is not None, "Safetensors"
+    ),
+    "target.huggingface.tokenizerPath": _uses(
+        lambda spec: spec.target.huggingface.tokenizer_path is not None, "Safetensors"
+    ),
 }  # fmt: skip
 """By field.  Fields that are not listed decide something of every result, or have to agree with what is found."""
 

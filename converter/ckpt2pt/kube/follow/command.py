@@ -32,7 +32,7 @@ def watch_command(options: argparse.Namespace, show: Show) -> int:
     """Flags that are given decide, then spec.follow of the document, then the defaults."""
     spec = spec_of_document(options.filename, options.volume) if options.filename else spec_of(options)
     if spec.target.format != "Megatron06":
-        given = {"MindSpore": "mindspore", "TorchDist": "torch_dist", "Torch": "torch"}.get(
+        given = {"MindSpore": "mindspore", "TorchDist": "torch_dist", "Torch": "torch", "Safetensors": "safetensors"}.get(
             spec.target.format, "megatron"
         )
         raise UsageError(

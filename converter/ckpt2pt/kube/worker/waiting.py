@@ -89,7 +89,7 @@ def request_when_complete(spec: Spec, account: Account, *, in_process: bool = Fa
     from ckpt2pt.kube.resolve import is_megatron, resolve, resolve_any  # noqa: PLC0415 - only when asked for
 
     readiness, ask_any = spec.readiness, partial(resolve_any, spec, in_process=in_process)
-    if spec.target.format in {"TorchDist", "Megatron", "Torch"}:
+    if spec.target.format in {"TorchDist", "Megatron", "Torch", "Safetensors"}:
         if readiness.timeout_seconds:
             _wait(partial(_obstacle_of_save, ask_any, readiness), readiness.timeout_seconds, account)
         return ask_any()

@@ -11,6 +11,8 @@ from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Pace, Request, Verify
 from ckpt2pt.formats.checkpoint import Checkpoint, Selection
 from ckpt2pt.formats.mindformers.flags import Flags
+from ckpt2pt.formats.huggingface.config import Choices
+from ckpt2pt.formats.huggingface.write import SHARD_BYTES
 from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.repaired import Repairable, find_repairable
 
@@ -122,4 +124,16 @@ class RepairRequest(TargetRequest):
         )
 
 
-AnyRequest = Request | McoreRequest | DistRequest | RepairRequest
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HuggingFaceRequest(TargetRequest):
+    """All options of a conversion into weights for Hugging Face transformers; ``full`` is false, as optimizer state has no place there.
+
+    ``topology`` divides the files among stages.  ``tokenizer`` is a folder with the files of one, which are copied.
+    """
+
+    choices: Choices = Choices()  # noqa: RUF009 - frozen
+    tokenizer: Path | None = None
+    shard_bytes: int = SHARD_BYTES
+
+
+AnyRequest = Request | McoreRequest | DistRequest | RepairRequest | HuggingFaceRequest

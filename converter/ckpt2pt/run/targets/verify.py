@@ -10,15 +10,17 @@ from typing import Literal
 from ckpt2pt.core.progress import Advance, Reporter
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.io.paths import is_file
-from ckpt2pt.run.targets import mcore, repair, torch_dist
-from ckpt2pt.run.targets.request import DistRequest, McoreRequest, RepairRequest
+from ckpt2pt.run.targets import huggingface, mcore, repair, torch_dist
+from ckpt2pt.run.targets.request import DistRequest, HuggingFaceRequest, McoreRequest, RepairRequest
 from ckpt2pt.verification.manifests import digest_files, extra_files, merged, published, recorded_bytes
 from ckpt2pt.verification.prove import check_there, digests, joined, reports_of
 from ckpt2pt.verification.report import Report
 
+_AnyFound = mcore.Found | torch_dist.Found | repair.Found | huggingface.Found
+
 
 def verify_by_tensors(
-    request: McoreRequest | DistRequest | RepairRequest,
+    request: McoreRequest | DistRequest | RepairRequest | HuggingFaceRequest,
     stages: Sequence[int],
     *,
     level: Literal["digest", "full"],
@@ -40,10 +42,9 @@ def verify_by_tensors(
     return joined(target, level, rest, reports)
 
 
-_AnyFound = mcore.Found | torch_dist.Found | repair.Found
-
-
-def _found(request: McoreRequest | DistRequest | RepairRequest) -> _AnyFound:
+def _found(request: McoreRequest | DistRequest | RepairRequest | HuggingFaceRequest) -> _AnyFound:
+    if isinstance(request, HuggingFaceRequest):
+        return huggingface.find(request)
     if isinstance(request, DistRequest):
         return torch_dist.find(request)
     return repair.find(request) if isinstance(request, RepairRequest) else mcore.find(request)

@@ -1,0 +1,119 @@
+"""The tensors of a ``.safetensors`` for transformers against those of the source: by the header, and the way back of each tensor.
+
+file --mindspore.safetensors--> elements --huggingface.places--> parts of Megatron core's tensors -+- bits, or rounded to nearest even
+source ------------------------------------------------------------ the same boxes ----------------+
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.core.index import Index, find
+from ckpt2pt.core.params import is_buffer, is_padded
+from ckpt2pt.core.tensor import Key, Tensor, box_of
+from ckpt2pt.errors import InputError
+from ckpt2pt.formats.huggingface.names import Family, Row, rows_of
+from ckpt2pt.formats.huggingface.places import natural_shape, placed
+from ckpt2pt.formats.huggingface.views import Heads
+from ckpt2pt.formats.mindspore.safetensors import index_safetensors
+from ckpt2pt.verification.elements import Differing, rounded
+from ckpt2pt.verification.gather import Files, Gathered, spans, stored, strided
+from ckpt2pt.verification.prove import crcs_of
+from ckpt2pt.verification.report import NOTHING_PUBLISHED, Findings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpectedShards:
+    """What a result holds: the tensors of ``index`` by the names of ``family``, of type ``dtype``, without padding.
+
+    ``zeros`` are tensors of the class that the model does not have.
+    """
+
+    index: Index
+    family: Family
+    heads: Heads
+    vocabulary: int
+    dtype: str
+    zeros: frozenset[str]
+
+    def rows(self) -> Iterator[tuple[Tensor, Row]]:
+        """Every tensor of the source with each of its names in the result."""
+        for name in dict.fromkeys(key.name for key in self.index):
+            tensor = find(self.index, Key("param", name))
+            for row in rows_of(self.family, name) if tensor else ():
+                if tensor:
+                    yield tensor, row
+
+
+def prove_shard(
+    expected: ExpectedShards, names: frozenset[str], path: Path, name: str, heed: Callable[[], None]
+) -> Mapping[str, int]:
+    """Compare a file that is to be published under ``name``, before it is; returns its CRC-32.
+
+    ``names`` are the tensors that have to be in it, ``heed`` is called after every block, and may raise.  Raises
+    :class:`VerificationError` for a difference.
+    """
+    findings = Findings()
+    crcs = compare_shard(expected, names, path, name, findings, lambda _: heed())
+    findings.report(path.parent, 0).raise_differences(hint=NOTHING_PUBLISHED)
+    return crcs
+
+
+def compare_shard(
+    expected: ExpectedShards,
+    names: frozenset[str],
+    path: Path,
+    name: str,
+    findings: Findings,
+    advance: Callable[[int], None],
+) -> Mapping[str, int]:
+    """Compare every tensor of a file; the CRC-32 of it, by its name."""
+    with Files([path], advance) as files:
+        try:
+            held = index_safetensors(path)
+        except InputError as error:
+            findings.differ(name, "file", error.what)
+            return {}
+        for own in sorted(names ^ held.keys()):
+            findings.differ(name, own, "is not in the file" if own in names else "is unexpected")
+        wanted = {row.own: (tensor, row) for tensor, row in expected.rows() if row.own in names}
+        for own in names & held.keys():
+            if own in expected.zeros:
+                _compare_zeros(held[own], name, findings, files)
+            else:
+                _compare(expected, *wanted[own], held[own], name, findings, files)
+        return crcs_of({name: path}, {str(path): sorted(files.pieces[str(path)])})
+
+
+def _compare(
+    expected: ExpectedShards, source: Tensor, row: Row, result: TensorRef, file: str, findings: Findings, files: Files
+) -> None:
+    dtype = source.dtype if is_buffer(source.key.name) else expected.dtype
+    shape = natural_shape(row.form, result.shape, expected.heads)
+    wanted = (expected.vocabulary, *source.shape[1:]) if is_padded(source.key.name) else source.shape
+    if shape != wanted or result.dtype != dtype:
+        findings.differ(file, row.own, "has another type or shape", f"{dtype}{list(wanted)}", str(result))
+        return
+    tally = Differing(dtype, dtype, strict=dtype == "float32")
+    for view in placed(row.form, result.shape, expected.heads, result.extents):
+        own, other = Gathered(source.dtype, source.views, box_of(view)), strided(dtype, view)
+        for start, stop in spans(view.numel, 4):
+            tally.see(
+                start, rounded(own.block(files, start, stop), source.dtype, dtype), other.block(files, start, stop)
+            )
+    findings.tensors += 1
+    if tally.seen != math.prod(result.shape):
+        findings.differ(file, row.own, "was not compared in full", math.prod(result.shape), tally.seen)
+    as_type = "" if dtype == "float32" else f" as {dtype}"
+    findings.settle(file, row.own, tally, f"differ from the source {source.key}{as_type}")
+
+
+def _compare_zeros(result: TensorRef, file: str, findings: Findings, files: Files) -> None:
+    elements = stored(result.dtype, result.shape, result.extents)
+    findings.tensors += 1
+    if any(elements.block(files, start, stop).any() for start, stop in spans(result.numel, 4)):
+        findings.differ(file, result.name, "is not zero")
