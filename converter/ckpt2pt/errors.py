@@ -100,6 +100,8 @@ FLAG_ONLY = {
 
 _NOUNS = FIELDS | FLAG_ONLY
 _MARK = re.compile("\x02(\\(?)([A-Za-z.]+)\x03")
+MARKER = re.compile("(\x02\\(?[A-Za-z.]+\x03)")
+"""What :func:`ref` and :func:`aside` make; a text that is split by it keeps them."""
 
 
 def ref(path: str) -> str:

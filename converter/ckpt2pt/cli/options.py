@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import Any
 
+from ckpt2pt.cli.unstated import add_huggingface, add_mindformers
 from ckpt2pt.io.flags import Group, add_target_sizes, count, counts, path, port, seconds
 
 
@@ -23,7 +24,7 @@ def add_conversion_options(
     )
     _add_places(parser, writes=writes)
     _add_run_to_come(parser, lists=lists)
-    _add_huggingface(parser)
+    add_huggingface(parser)
     _add_kind(parser, chosen=chosen)
     add_mindspore_files(parser.add_argument_group("files of a MindSpore result (--target-format mindspore)"))
     _add_cut(parser)
@@ -146,34 +147,6 @@ MINDFORMERS = {
 """What nothing in a checkpoint of MindFormers tells: options, and what they are of its flags."""
 
 
-def add_mindformers(group: Group) -> None:
-    """What nothing in a checkpoint of MindFormers tells."""
-    group.add_argument(
-        "--mindformers-config",
-        type=path,
-        metavar="YAML",
-        help="YAML of the MindFormers training, which says how rows of its fused weights are ordered (spec.source.mindformers.config)",
-    )
-    for name, what in (
-        ("use-interleaved-weight-layout-mlp", "gate and up of linear_fc1 alternate row by row"),
-        ("use-contiguous-weight-layout-attention", "linear_qkv is [Q; K; V], and not one group after the other"),
-    ):
-        first, *rest = name.split("-")
-        field = first + "".join(map(str.capitalize, rest))
-        group.add_argument(
-            f"--{name}",
-            type=_boolean,
-            metavar="true|false",
-            help=f"the same without the YAML: whether {what} (spec.source.mindformers.{field})",
-        )
-
-
-def _boolean(text: str) -> bool:
-    if (word := text.lower()) not in {"true", "false"}:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return word == "true"
-
-
 def _add_run_to_come(parser: argparse.ArgumentParser, *, lists: bool) -> None:
     group = parser.add_argument_group("the run that loads it (--target-format megatron)")
     alone: dict[str, Any] = {"nargs": "?", "const": "list"} if lists else {}
@@ -195,28 +168,6 @@ def _add_run_to_come(parser: argparse.ArgumentParser, *, lists: bool) -> None:
         "--megatron-version",
         metavar="0.N",
         help="release that loads it; decides something only where sizes are no multiples of 64; default 0.19 (spec.target.megatronVersion)",
-    )
-
-
-def _add_huggingface(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what the training does not say (--target-format safetensors)")
-    group.add_argument(
-        "--vocab-size",
-        type=int,
-        metavar="N",
-        help="tokens of the tokenizer; the rows behind them are padding and are cut; default: all rows stay (spec.target.huggingface.vocabSize)",
-    )
-    group.add_argument(
-        "--rope-scaling-factor",
-        type=float,
-        metavar="X",
-        help="factor of llama3's rope scaling that the training had, asked for where its arguments may not be true (spec.target.huggingface.ropeScalingFactor)",
-    )
-    group.add_argument(
-        "--tokenizer-from",
-        type=path,
-        metavar="DIR",
-        help="folder whose tokenizer files are copied (spec.target.huggingface.tokenizerPath)",
     )
 
 

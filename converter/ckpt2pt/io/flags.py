@@ -157,6 +157,17 @@ def seconds(text: str) -> float:
     return found
 
 
+def factor(text: str) -> float:
+    """A number above 0, for ``type=``."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 < found <= _MAX_NUMBER:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return found
+
+
 def port(text: str) -> int:
     """A port of TCP, for ``type=``."""
     if not text.isdecimal() or int(text) > _MAX_PORT:

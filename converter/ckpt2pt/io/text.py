@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
-from ckpt2pt.errors import printable, size, spelled
+from ckpt2pt.errors import MARKER, printable, size, spelled
 
 Document = Mapping[str, object]
 """Plain JSON: facts, groups of facts, and tables (lists of rows)."""
@@ -33,8 +33,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], *, right: froze
 
 
 def warned(texts: Iterable[object]) -> list[str]:
-    """A line for each warning, and those below it."""
-    return [f"warning: {spelled(str(text))}" for text in texts]
+    """A line for each warning, and those below it; options that it names are left to the edge to spell."""
+    return [f"warning: {''.join(_shown(part) for part in MARKER.split(str(text)))}" for text in texts]
+
+
+def _shown(part: str) -> str:
+    return part if MARKER.fullmatch(part) else spelled(part)
 
 
 def short(value: object, limit: int = 60) -> str:

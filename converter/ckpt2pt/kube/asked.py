@@ -29,7 +29,7 @@ _FORMATS: Mapping[str, SourceFormat] = {
     "msadapter": "MSAdapter",
     "mindformers": "MindFormers",
 }  # fmt: skip
-_TARGET_FORMATS: Mapping[str, TargetFormat] = {
+TARGET_FORMATS: Mapping[str, TargetFormat] = {
     "megatron06": "Megatron06", "megatron": "Megatron", "torch_dist": "TorchDist", "mindspore": "MindSpore",
     "torch": "Torch", "safetensors": "Safetensors",
 }  # fmt: skip
@@ -51,10 +51,10 @@ def source_format_of(word: str) -> SourceFormat:
 
 def target_format_of(word: str) -> TargetFormat:
     """The format of a result, by the word of a flag."""
-    if word not in _TARGET_FORMATS:
-        listed = " or ".join(_TARGET_FORMATS)
+    if word not in TARGET_FORMATS:
+        listed = " or ".join(TARGET_FORMATS)
         raise UsageError(f"no format {word}", where="the format of the target", hint=f"give {listed}")
-    return _TARGET_FORMATS[word]
+    return TARGET_FORMATS[word]
 
 
 def spec_of(options: argparse.Namespace) -> Spec:

@@ -26,6 +26,6 @@ def refuse_target(spec: Spec, found: str) -> None:
         raise UsageError(
             f"the source is a MindFormers checkpoint, of which no result for {TARGETS[spec.target.format]} is made",
             where=spec.source.path,
-            hint=f"choose Megatron or TorchDist{aside('target.format')}",
+            hint=f"choose Megatron, TorchDist or Safetensors{aside('target.format')}",
             field="target.format",
         )

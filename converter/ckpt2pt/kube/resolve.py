@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeVar
-
-import msgspec
 
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
-from ckpt2pt.discover.request import MindSporeFiles, Request, Verify
+from ckpt2pt.discover.request import MindSporeFiles, Request
 from ckpt2pt.errors import Ckpt2ptError, MissingInputError, TopologyError, UsageError, aside, ref, refs
 from ckpt2pt.formats.families import refuse_unsupported
-from ckpt2pt.formats.huggingface.config import Choices
 from ckpt2pt.formats.mindspore.filenames import is_passed_by, rank_of_name
 from ckpt2pt.formats.msadapter import check_msadapter
 from ckpt2pt.formats.ptmeta.metadata import Given, learn, read_stated, require
 from ckpt2pt.io.paths import is_file
-from ckpt2pt.kube.conversion.schema import CONTENTS, MEGATRON, RELEASE, Degrees, Spec
-from ckpt2pt.kube.conversion.usable import USES, check_used, framework_of
-from ckpt2pt.kube.mindformers import flags_of, refuse_target
-from ckpt2pt.run.targets.request import AnyRequest, DistRequest, HuggingFaceRequest, McoreRequest, RepairRequest, TargetRequest
-
-T = TypeVar("T", bound=TargetRequest)
+from ckpt2pt.kube.conversion.schema import CONTENTS, MEGATRON, Degrees, Spec
+from ckpt2pt.kube.conversion.usable import USES, check_used
+from ckpt2pt.kube.mindformers import refuse_target
+from ckpt2pt.kube.tensors import (
+    by_tensors,
+    level_in,
+    of_iteration,
+    resolve_dist,
+    resolve_huggingface,
+    resolve_mcore,
+    rules_in,
+)
+from ckpt2pt.run.targets.request import AnyRequest, RepairRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -44,97 +46,9 @@ def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
         "TorchDist": resolve_dist,
         "Megatron": resolve_mcore,
         "Safetensors": resolve_huggingface,
-        "Torch": partial(_by_tensors, RepairRequest),
+        "Torch": partial(by_tensors, RepairRequest),
     }
     return kinds.get(spec.target.format, resolve)(spec, in_process=in_process)
-
-
-def resolve_mcore(spec: Spec, *, in_process: bool = False) -> McoreRequest:
-    """The request of a conversion into the torch format of Megatron-LM 0.7 to 0.19; headers are read for sizes that are not said."""
-    target = spec.target
-    version = target.megatron_version or "0.19"
-    if not re.match(RELEASE, version):
-        raise UsageError(
-            f"{ref('target.megatronVersion')} is {version}",
-            where=ref("spec"),
-            hint="give a release from 0.7 to 0.19; for 0.6 choose another format of the target",
-            field="target.megatronVersion",
-        )
-    return _by_tensors(
-        McoreRequest,
-        spec,
-        in_process=in_process,
-        target_virtual=target.parallelism.virtual_pipeline or spec.parallelism.virtual_pipeline,
-        layers_per_stage=spec.model.layers_per_stage or None,
-        data=target.data_parallel or 1,
-        release=(0, int(version.partition(".")[2])),
-        names=_NAMES[target.names],
-        transformer=_TRANSFORMERS[target.transformer_impl],
-    )
-
-
-_NAMES: Mapping[str, Literal["auto", "mcore", "legacy"]] = {"Auto": "auto", "Mcore": "mcore", "Legacy": "legacy"}
-_TRANSFORMERS: Mapping[str, Literal["auto", "local", "transformer_engine"]] = {
-    "Auto": "auto", "Local": "local", "TransformerEngine": "transformer_engine",
-}  # fmt: skip
-
-
-def resolve_dist(spec: Spec, *, in_process: bool = False) -> DistRequest:
-    """The request of a conversion into torch_dist; where it is not said how work is divided, headers are read."""
-    return _by_tensors(DistRequest, spec, in_process=in_process)
-
-
-def resolve_huggingface(spec: Spec, *, in_process: bool = False) -> HuggingFaceRequest:
-    """The request of a conversion into weights for Hugging Face transformers, which have no optimizer: as ``mode`` ParamsOnly says."""
-    files = spec.target.huggingface
-    return _by_tensors(
-        HuggingFaceRequest,
-        msgspec.structs.replace(spec, mode="ParamsOnly"),
-        in_process=in_process,
-        choices=Choices(vocabulary=files.vocab_size, rope_scaling_factor=files.rope_scaling_factor),
-        tokenizer=None if files.tokenizer_path is None else Path(files.tokenizer_path),
-    )
-
-
-def _by_tensors(kind: Callable[..., T], spec: Spec, **own: object) -> T:
-    """What every conversion by global tensors is asked for, and what only this one is.
-
-    Tensor and pipeline parallel size are those of the source, which is read as far as its headers, where nobody says them.
-    """
-    sizes, result, noop = spec.parallelism, spec.target.parallelism, spec.model.noop_layers
-    said = spec.source.format
-    check_used(spec, framework_of(said))
-    source_format = said.lower()
-    if said == "Megatron" and _of_iteration(spec)[1]:
-        source_format = "torch_dist"
-    tensor, pipeline = result.tensor or sizes.tensor, result.pipeline or sizes.pipeline
-    request = kind(
-        topology=Topology(num_layers=pipeline or 1, tensor=tensor or 1, pipeline=pipeline or 1),
-        target_expert=result.expert,
-        source=Path(spec.source.path),
-        target=Path(spec.target.path),
-        source_format=source_format,
-        metadata=Path(spec.metadata.path) if spec.metadata.path else None,
-        iteration=spec.source.iteration,
-        tensor=sizes.tensor,
-        pipeline=sizes.pipeline,
-        num_layers=spec.model.num_layers,
-        noop=None if noop is None else frozenset(noop),
-        full=spec.mode == "Full",
-        zero_samples=spec.target.zero_consumed_samples,
-        mindformers=flags_of(spec),
-        rules=_rules(spec),
-        overwrite=spec.target.overwrite,
-        verify=_verify(spec),
-        workers=spec.workers.processes,
-        timeout=spec.workers.rank_timeout_seconds,
-        **own,
-    )
-    if tensor and pipeline:
-        return request
-    found = request.read()
-    tensor, pipeline = tensor or found.tensor, pipeline or found.pipeline
-    return replace(request, topology=Topology(num_layers=pipeline, tensor=tensor, pipeline=pipeline), found=found)
 
 
 def resolve(spec: Spec, *, in_process: bool = False) -> Request:
@@ -143,13 +57,13 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
     Raises :class:`UsageError` or :class:`TopologyError` for sizes that contradict what is there, or that nothing states, and
     for names of files that a conversion would pass by.
     """
-    rules, files = _rules(spec), _files(spec)
+    rules, files = rules_in(spec), _files(spec)
     source, target = Path(spec.source.path), Path(spec.target.path)
     check_used(spec, None)
     megatron, distributed = is_megatron(spec), False
     check_used(spec, "Megatron" if megatron else "MindSpore")
     if megatron:
-        source, distributed = _of_iteration(spec)  # whatever the tracker names meanwhile
+        source, distributed = of_iteration(spec)  # whatever the tracker names meanwhile
         if spec.source.format == "MSAdapter":
             check_msadapter(source)
         topology, saved = _of_megatron(spec, source, rules, distributed=distributed)
@@ -173,7 +87,7 @@ def resolve(spec: Spec, *, in_process: bool = False) -> Request:
         rules=rules,
         reference_samples=spec.target.zero_consumed_samples,
         overwrite=spec.target.overwrite,
-        verify=_verify(spec),
+        verify=level_in(spec),
         workers=spec.workers.processes,
         in_process=in_process,
         timeout=spec.workers.rank_timeout_seconds,
@@ -196,15 +110,6 @@ def _files(spec: Spec) -> MindSporeFiles | None:
 _OTHER = refs("target.parallelism.tensor", "target.parallelism.pipeline", "target.parallelism.virtualPipeline")
 _FILES = {"Ckpt": "ckpt", "Safetensors": "safetensors"}
 """Formats of MindSpore's files, where one of them is asked for."""
-
-
-def _of_iteration(spec: Spec) -> tuple[Path, bool]:
-    """The folder of the iteration of a Megatron checkpoint, and whether it is distributed."""
-    from ckpt2pt.formats.folders import source_folder  # noqa: PLC0415 - for Megatron sources
-    from ckpt2pt.formats.torch_dist.metadata import is_distributed  # noqa: PLC0415
-
-    folder = source_folder(Path(spec.source.path), spec.source.iteration)
-    return folder, is_distributed(folder)
 
 
 def is_megatron(spec: Spec) -> bool:
@@ -438,20 +343,6 @@ def _check_prefix(prefix: str, suffix: str) -> None:
     else:
         return
     raise UsageError(what, where=ref("spec"), hint=hint, field="target.mindspore.prefix")
-
-
-def _rules(spec: Spec) -> Rules:
-    asked = spec.model.rules
-    return Rules(
-        layer_modules=asked.layer_modules,
-        modules=asked.modules,
-        ignore=asked.ignore,
-        pickle_globals=asked.pickle_globals,
-    )
-
-
-def _verify(spec: Spec) -> Verify:
-    return "none" if spec.verify == "None" else "full" if spec.verify == "Full" else "digest"
 
 
 def _layouts(spec: Spec, target: Topology, rules: Rules) -> tuple[Topology, Topology | None]:

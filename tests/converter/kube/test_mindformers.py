@@ -82,7 +82,7 @@ def test_other_targets_are_refused_before_anything_is_written(
     save(tmp_path / "in", Model(pynative=True).arrays)
     words = ["--source", str(tmp_path / "in"), "--target", str(tmp_path / "out"), "--target-format", target]
     assert main(["convert", *words, "--param-map-path", str(tmp_path)]) == 64
-    assert "choose Megatron or TorchDist (--target-format)" in capsys.readouterr().err
+    assert "choose Megatron, TorchDist or Safetensors (--target-format)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

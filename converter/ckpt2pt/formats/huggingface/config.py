@@ -68,11 +68,11 @@ def config_of(model: Model, rows: int, dtype: str, choices: Choices) -> Config:
             f"nothing states how many tokens the tokenizer has: vocab_size is {rows}, with the rows that may be padding "
             f"({ref('target.huggingface.vocabSize')} cuts them)"
         )
-    if tokens > rows:
+    if not 1 <= tokens <= rows:
         raise FormatError(
             f"{ref('target.huggingface.vocabSize')} is {tokens}, and the embedding has {rows} rows",
             where=model.state.where,
-            hint=f"give at most {rows}",
+            hint=f"give 1 to {rows}",
             field="target.huggingface.vocabSize",
         )
     fields = _gpt2(model) if model.family is GPT2 else _decoder(model, choices, remarks)

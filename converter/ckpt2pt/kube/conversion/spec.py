@@ -246,6 +246,8 @@ def _check_inner_paths(source: Source, findings: list[Finding]) -> None:
     for field, path in paths.items():
         if path is not None:
             _check_path(path, f"spec.source.{field}", findings)
+
+
 def _check_huggingface(spec: Spec, given: object, findings: list[Finding]) -> None:
     tokenizer = spec.target.huggingface.tokenizer_path
     if tokenizer is not None:

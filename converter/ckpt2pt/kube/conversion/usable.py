@@ -21,7 +21,7 @@ TARGETS: Mapping[TargetFormat, str] = {
 """The formats of results, in words."""
 
 
-FROM_MINDFORMERS = frozenset({"Megatron", "TorchDist"})
+FROM_MINDFORMERS = frozenset({"Megatron", "TorchDist", "Safetensors"})
 """The results that are made of a MindFormers checkpoint."""
 
 
@@ -49,7 +49,7 @@ def _of_mindformers(given: Callable[[Spec], bool]) -> _Use:
 _FILES = MindSporeFiles()
 _BUT_TORCH = "Megatron06 Megatron TorchDist MindSpore"
 USES: Mapping[str, _Use] = {
-    "mode":                     _uses(lambda spec: spec.mode != "Full", _BUT_TORCH),
+    "mode":                     _uses(lambda spec: spec.mode != "Full", f"{_BUT_TORCH} Safetensors"),
     "target.parallelism.tensor": _uses(lambda spec: spec.target.parallelism.tensor is not None, _BUT_TORCH),
     "target.parallelism.pipeline": _uses(lambda spec: spec.target.parallelism.pipeline is not None, _BUT_TORCH),
     "model.layersPerStage":     _uses(lambda spec: bool(spec.model.layers_per_stage), "Megatron06 Megatron MindSpore"),

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import Ckpt2ptError, InterruptedRunError, UsageError, ref
 from ckpt2pt.io.flags import check_numbers
-from ckpt2pt.kube.asked import spec_of
+from ckpt2pt.kube.asked import TARGET_FORMATS, spec_of
 from ckpt2pt.kube.conversion.schema import Follow, Readiness
 from ckpt2pt.kube.follow.keep import verified_as
 from ckpt2pt.kube.follow.watch import Following, watch
@@ -32,9 +32,7 @@ def watch_command(options: argparse.Namespace, show: Show) -> int:
     """Flags that are given decide, then spec.follow of the document, then the defaults."""
     spec = spec_of_document(options.filename, options.volume) if options.filename else spec_of(options)
     if spec.target.format != "Megatron06":
-        given = {"MindSpore": "mindspore", "TorchDist": "torch_dist", "Torch": "torch", "Safetensors": "safetensors"}.get(
-            spec.target.format, "megatron"
-        )
+        given = next(word for word, target in TARGET_FORMATS.items() if target == spec.target.format)
         raise UsageError(
             f"{ref('target.format')} is {given}, and a training is followed on its way to Megatron",
             where=ref("spec"),

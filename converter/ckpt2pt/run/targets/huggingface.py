@@ -45,7 +45,7 @@ from ckpt2pt.publish.merged import publish_merged
 from ckpt2pt.run.conversion import Conversion
 from ckpt2pt.run.rank import RankTask
 from ckpt2pt.run.targets.request import HuggingFaceRequest
-from ckpt2pt.run.targets.source import Reading, Source, paths_of, read_source
+from ckpt2pt.run.targets.source import Reading, Source, located, paths_of, read_source, views_of
 
 if TYPE_CHECKING:
     from ckpt2pt.verification.huggingface import ExpectedShards
@@ -89,7 +89,7 @@ class Found:
     def facts(self) -> Json:
         """Where what is no tensor is from."""
         found = {"class": f"{self.model.family.architecture}, by the arguments and the parameters"}
-        listed = ", ".join(self.tokenizer) or f"none is written ({ref('target.huggingface.tokenizerPath')} copies one)"
+        listed = ", ".join(self.tokenizer) or "none is written"
         return {**self.source.facts, **found, "tokenizer": listed}
 
     @property
@@ -175,7 +175,7 @@ class Found:
 
 def find(request: HuggingFaceRequest) -> Found:
     """Read the headers of the source, and prove that a class holds all of it.  Nothing is written."""
-    source = read_source(replace(request, full=False))
+    source = located(read_source(replace(request, full=False)), None)
     where, index = source.where, without_gaps(source.index)
     if not source.state.args:
         raise MissingInputError(
@@ -242,7 +242,7 @@ def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
     return RankTask(
         rank=rank,
         target=target,
-        reading=Reading(found.source, paths_of(tensors), partial(_prove, found, shard)),
+        reading=Reading(found.source, paths_of(views_of(tensors)), partial(_prove, found, shard)),
         verify=request.verify,
         repair=request.overwrite,
         files=[shard] if shard else [],
@@ -293,4 +293,4 @@ def conversion_of(request: HuggingFaceRequest, stages: Sequence[int]) -> Convers
 def _inputs(found: Found, rank: Rank) -> list[Json]:
     """The files that a rank is read from."""
     shard = found.shard(rank)
-    return found.source.inputs(paths_of(shard.index().values() if shard else ()))
+    return found.source.inputs(paths_of(views_of(shard.index().values() if shard else ())))

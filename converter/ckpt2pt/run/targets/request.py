@@ -10,9 +10,9 @@ from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Pace, Request, Verify
 from ckpt2pt.formats.checkpoint import Checkpoint, Selection
-from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.formats.huggingface.config import Choices
 from ckpt2pt.formats.huggingface.write import SHARD_BYTES
+from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.repaired import Repairable, find_repairable
 

@@ -25,6 +25,7 @@ FORMATS = {
     "TorchDist": "torch_dist",
     "MindSpore": "mindspore",
     "Torch": "torch",
+    "Safetensors": "safetensors",
 }
 OF_ALL = {
     # decide something of every result, or have to agree with what is found
@@ -56,6 +57,9 @@ GIVEN: Mapping[str, tuple[object, str]] = {
     "target.mindspore.prefix": ("other", "other"),
     "target.mindspore.allReplicas": (True, ""),
     "target.mindspore.contents": (["Param"], "param"),
+    "target.huggingface.vocabSize": (101, "101"),
+    "target.huggingface.ropeScalingFactor": (8.0, "8"),
+    "target.huggingface.tokenizerPath": ("tokenizer", "tokenizer"),
 }
 REFUSED = [
     (target, field)
