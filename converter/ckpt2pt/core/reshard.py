@@ -103,6 +103,7 @@ def reshard(index: Index, rank: Rank, wanted: Wanted, table: NameTable) -> RankT
     )
     kept, copies = dict(held.index), list[tuple[TensorRef, TensorRef]]()
     for key, tensor in held.index.items():
+        held.part(tensor)  # what cannot be cut is refused for that, before what the result does not name
         own = Key(key.role, HEAD)
         if (
             key.name == EMBEDDING and pp and own in held.index
