@@ -45,7 +45,7 @@ _HUGGING_FACE = re.compile(
 _MINDFORMERS = re.compile(r"adam_[mv]\.(?:decoder|embedding|output_layer)\.")
 _CORE_MS_EXPERTS = re.compile(r"language_model\.\S*\.mlp\.(?:experts|local_experts)\.")
 _HUGGING_FACE_FILE = re.compile(r".*\.safetensors|pytorch_model\S*\.bin")
-_DEEPSPEED_FILE = re.compile(r"\w*?(?:mp_rank_\d+|layer_\d+-model_\d+)[_-](?:model|optim)_states\.pt")
+_DEEPSPEED_FILE = re.compile(r"[\w-]+[_-](?:model|optim)_states\.pt")
 _GLOBAL_STEP = re.compile(r"global_step\d+")
 
 
