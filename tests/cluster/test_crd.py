@@ -187,6 +187,22 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
         [("spec.source.format", "Ckpt"), ("spec.source.mindformers", {"config": "train.yaml"})],
         "spec.source.mindformers", "it is about a checkpoint of MindFormers",
     ),
+    "transformers-with-a-layout": (
+        [("spec.target", {"path": "out", "format": "Safetensors", "parallelism": {"tensor": 2}})],
+        "spec.target.parallelism", "weights for Hugging Face transformers have no layout of their own",
+    ),
+    "tokens-of-another-format": (
+        [("spec.target", {"path": "out", "huggingface": {"vocabSize": 101}})],
+        "spec.target.huggingface", "set target.format to Safetensors, or leave it out",
+    ),
+    "no-tokens": (
+        [("spec.target", {"path": "out", "format": "Safetensors", "huggingface": {"vocabSize": 0}})],
+        "spec.target.huggingface.vocabSize", "greater than or equal to 1",
+    ),
+    "tokenizer-outside-the-volume": (
+        [("spec.target", {"path": "out", "format": "Safetensors", "huggingface": {"tokenizerPath": "../t"}})],
+        "spec.target.huggingface.tokenizerPath", "write the path relative to the root of its volume, as run7/tokenizer",
+    ),
     "yaml-outside-the-volume": (
         [("spec.source.mindformers", {"config": "../train.yaml"})],
         "spec.source.mindformers.config", "write the path relative to the root of its volume, as run7/train.yaml",
@@ -402,6 +418,16 @@ def test_a_conversion_can_be_cancelled(conversions: Kubectl, bare: dict[str, Any
 # ------------------------------------------------------------------------------------------------------------ accepted
 
 ACCEPTED: dict[str, list[tuple[str, object]]] = {
+    "weights-for-transformers": [
+        (
+            "spec.target",
+            {
+                "path": "out",
+                "format": "Safetensors",
+                "huggingface": {"vocabSize": 101, "ropeScalingFactor": 8, "tokenizerPath": "t"},
+            },
+        ),
+    ],
     "minimal": [],
     "longest-name": [("metadata.name", "a" * 45)],
     "the-root-of-the-volume": [("spec.source.path", ".")],
