@@ -323,7 +323,14 @@ def test_targets_that_are_named_exist(path: str) -> None:
 def test_continuous_integration_goes_through_the_door() -> None:
     script = REPOSITORY / ".ci" / "run"
     commands = [line for line in script.read_text().splitlines() if line.startswith("make ")]
-    assert commands == ["make check", "make test", "make test-mindspore", "make test-megatron", "make test-transformers", "make e2e"]
+    assert commands == [
+        "make check",
+        "make test",
+        "make test-mindspore",
+        "make test-megatron",
+        "make test-transformers",
+        "make e2e",
+    ]
     assert script.stat().st_mode & 0o111
 
 
