@@ -72,20 +72,22 @@ def _recorded(folder: Path, state: Path) -> Recorded:
         if "tp" in one:
             ranks[cast("int", one["tp"]), cast("int", one["pp"])] = one
     _check_extent(ranks, stages, state)
-    iteration = iteration_of(folder.name)
+    iteration, merged_files = iteration_of(folder.name), is_there(state / MERGED)
     target = Target(
         root=folder if iteration is None else folder.parent,
         iteration=cast("int", report.get("iteration", 0)) if iteration is None else iteration,
         identity=str(claim.get("identity")),
         stages=max(len(briefs), len(stages), 1 + max((pp for _, pp in ranks), default=0)),
         tensor=1 + max((tp for tp, _ in ranks), default=0),
-        ranks={rank: str(one["identity"]) for rank, one in ranks.items()} if iteration is not None else {},
+        ranks={rank: str(one["identity"]) for rank, one in ranks.items()}
+        if iteration is not None or merged_files
+        else {},
         kind=replace(MINDSPORE, state=state.relative_to(folder).as_posix()) if iteration is None else MEGATRON,
     )
     files = frozenset(str(file["path"]) for one in ranks.values() for file in cast("list[Json]", one["files"]))
     if any(name.endswith(".distcp") for name in files):
         target = replace(target, kind=TORCH_DIST)
-    elif iteration is None and is_there(state / MERGED):
+    elif iteration is None and merged_files:
         target = replace(target, kind=HUGGINGFACE)
     return Recorded(target=target, ranks=tuple(sorted(ranks)), files=files)
 

@@ -144,7 +144,7 @@ def status_of_run(
     if iteration is not None:
         status["iteration"] = iteration
         target = conversion.spec.target
-        inner = [] if target.format == "MindSpore" else [iteration_name(iteration)]
+        inner = [] if target.format in {"MindSpore", "Safetensors"} else [iteration_name(iteration)]
         parts = [*([] if target.path == "." else [target.path]), *inner]
         status["outputPath"] = "/".join(parts) or "."
         if phase == "Succeeded":

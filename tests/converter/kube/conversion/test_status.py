@@ -71,6 +71,8 @@ def test_paths_are_relative_to_the_target_volume() -> None:
     assert document["reportPath"] == "out/iter_0000500/.ckpt2pt/report.json"
     assert status([DONE], ("spec.target.path", "."), iteration=500)["outputPath"] == "iter_0000500"
     assert not {"iteration", "outputPath", "reportPath"} & set(status([DONE], finished=END))
+    model = status([DONE], ("spec.target.format", "Safetensors"), finished=END, iteration=500)
+    assert (model["outputPath"], model["reportPath"]) == ("out", "out/.ckpt2pt/report.json")
 
 
 def test_conditions_of_success() -> None:

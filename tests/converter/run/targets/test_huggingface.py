@@ -91,10 +91,13 @@ def test_a_second_run_keeps_what_is_there_and_a_change_is_found(
     assert convert(source, tmp_path / "out") == 0
     assert convert(source, tmp_path / "out") == 0
     assert "everything was there already" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "out"), "--progress", "none"]) == 0, "by its own records"
     path = tmp_path / "out" / "model.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
+    assert main(["verify", str(tmp_path / "out"), "--progress", "none"]) == 76
+    assert "model.safetensors" in capsys.readouterr().out
     assert convert(source, tmp_path / "out", "--level", "full", command="verify") == 76
     assert "lm_head.weight" in capsys.readouterr().out
 
