@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import experts
+import exports
 import layouts
 import repairs
 import roads
@@ -288,6 +289,11 @@ def repair(work: Path, options: argparse.Namespace) -> dict[str, object]:
     return repairs.repairs(work, options.size_gb * 1e9, options.rounds, say)
 
 
+def export(work: Path, options: argparse.Namespace) -> dict[str, object]:
+    """Weights for Hugging Face transformers."""
+    return exports.exports(work, Case.of(work / "case", options.size_gb * 1e9), options.rounds, say)
+
+
 def checksums(work: Path, options: argparse.Namespace) -> dict[str, object]:
     """What the source's own checksum costs: the same conversion of files with and without one."""
     case, out = Case.of(work / "case", options.size_gb * 1e9), work / "out"
@@ -329,6 +335,7 @@ THEMES: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
     "checksums": checksums,
     "experts": mixture,
     "repair": repair,
+    "export": export,
 }
 
 

@@ -45,7 +45,7 @@ class Model:
         return {
             "num_layers": cut.num_layers, "hidden_size": self.hidden, "ffn_hidden_size": self.ffn,
             "num_attention_heads": self.heads, "kv_channels": self.hidden // self.heads, "group_query_attention": True,
-            "num_query_groups": self.groups, "max_position_embeddings": 4096, "swiglu": True, "normalization": "RMSNorm",
+            "num_query_groups": self.groups, "max_position_embeddings": 4096, "swiglu": True, "normalization": "RMSNorm", "norm_epsilon": 1e-5,
             "untie_embeddings_and_output_weights": True, "add_position_embedding": True, "padded_vocab_size": self.vocab,
             "tensor_model_parallel_size": cut.tensor, "pipeline_model_parallel_size": cut.pipeline,
             "data_parallel_size": 1, "context_parallel_size": 1, "global_batch_size": self.batch, "seed": 1,
