@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ckpt2pt.core.fill import bytes_read
 from ckpt2pt.core.params import EMBEDDING, HEAD, layer_of
@@ -18,19 +18,21 @@ from ckpt2pt.show.preview import Plan, by_tensors
 def planned_huggingface(request: HuggingFaceRequest, stages: Sequence[int], *, names: bool = False) -> Plan:
     """Plan every file of the given stages, from headers."""
     found = find(request)
-    ranks = [(tp, pp) for pp in stages for tp in range(found.members)]
-    return by_tensors(found, [_rank(found, rank, names=names) for rank in ranks if found.shard(rank)], found.remarks)
-
-
-def _rank(found: Found, rank: Rank, *, names: bool) -> Json:
-    tp, pp = rank
-    shard = found.shard(rank)
-    assert shard is not None
     own = {
         row.own: name
         for name in dict.fromkeys(key.name for key in found.index)
         for row in rows_of(found.model.family, name)
     }
+    ranks = [(tp, pp) for pp in stages for tp in range(found.members)]
+    planned = [_rank(found, rank, own, names=names) for rank in ranks if found.shard(rank)]
+    return by_tensors(found, planned, found.remarks)
+
+
+def _rank(found: Found, rank: Rank, own: Mapping[str, str], *, names: bool) -> Json:
+    """``own`` are the names of the result, and of which parameter each is."""
+    tp, pp = rank
+    shard = found.shard(rank)
+    assert shard is not None
     held = [(own[weight.name], weight) for weight in shard.weights if weight.name in own]
     sources = dict.fromkeys(name for name, _ in held)
     chunk: Json = {

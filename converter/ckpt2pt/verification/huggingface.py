@@ -7,8 +7,9 @@ source ------------------------------------------------------------ the same box
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ckpt2pt.core.extents import TensorRef
@@ -26,7 +27,7 @@ from ckpt2pt.verification.prove import crcs_of
 from ckpt2pt.verification.report import NOTHING_PUBLISHED, Findings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpectedShards:
     """What a result holds: the tensors of ``index`` by the names of ``family``, of type ``dtype``, without padding.
 
@@ -40,13 +41,12 @@ class ExpectedShards:
     dtype: str
     zeros: frozenset[str]
 
-    def rows(self) -> Iterator[tuple[Tensor, Row]]:
-        """Every tensor of the source with each of its names in the result."""
-        for name in dict.fromkeys(key.name for key in self.index):
-            tensor = find(self.index, Key("param", name))
-            for row in rows_of(self.family, name) if tensor else ():
-                if tensor:
-                    yield tensor, row
+    @cached_property
+    def rows(self) -> Mapping[str, tuple[Tensor, Row]]:
+        """By the names of the result, whatever file they are in: the tensor of the source, and which part of it that is."""
+        names = dict.fromkeys(key.name for key in self.index)
+        found = ((find(self.index, Key("param", name)), name) for name in names)
+        return {row.own: (tensor, row) for tensor, name in found if tensor for row in rows_of(self.family, name)}
 
 
 def prove_shard(
@@ -80,12 +80,11 @@ def compare_shard(
             return {}
         for own in sorted(names ^ held.keys()):
             findings.differ(name, own, "is not in the file" if own in names else "is unexpected")
-        wanted = {row.own: (tensor, row) for tensor, row in expected.rows() if row.own in names}
         for own in names & held.keys():
             if own in expected.zeros:
                 _compare_zeros(held[own], name, findings, files)
             else:
-                _compare(expected, *wanted[own], held[own], name, findings, files)
+                _compare(expected, *expected.rows[own], held[own], name, findings, files)
         return crcs_of({name: path}, {str(path): sorted(files.pieces[str(path)])})
 
 

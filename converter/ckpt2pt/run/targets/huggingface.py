@@ -140,7 +140,7 @@ class Found:
             CONFIG: as_json(self.config.fields),
         }
 
-    @property
+    @cached_property
     def expected(self) -> ExpectedShards:
         """What has to be in the result."""
         from ckpt2pt.verification.huggingface import ExpectedShards  # noqa: PLC0415 - numpy, and only when asked for
