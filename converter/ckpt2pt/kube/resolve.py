@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from ckpt2pt.core.names import Rules
@@ -21,16 +19,8 @@ from ckpt2pt.io.paths import is_file
 from ckpt2pt.kube.conversion.schema import CONTENTS, MEGATRON, Degrees, Spec
 from ckpt2pt.kube.conversion.usable import USES, check_used
 from ckpt2pt.kube.mindformers import refuse_target
-from ckpt2pt.kube.tensors import (
-    by_tensors,
-    level_in,
-    of_iteration,
-    resolve_dist,
-    resolve_huggingface,
-    resolve_mcore,
-    rules_in,
-)
-from ckpt2pt.run.targets.request import AnyRequest, RepairRequest
+from ckpt2pt.kube.tensors import BY_TENSORS, level_in, of_iteration, rules_in
+from ckpt2pt.run.targets.request import AnyRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -42,13 +32,8 @@ def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
     family that is not read, beside what :func:`resolve` raises.
     """
     refuse_unsupported(Path(spec.source.path), contents=spec.source.format == "Auto")
-    kinds: dict[str, Callable[..., AnyRequest]] = {
-        "TorchDist": resolve_dist,
-        "Megatron": resolve_mcore,
-        "Safetensors": resolve_huggingface,
-        "Torch": partial(by_tensors, RepairRequest),
-    }
-    return kinds.get(spec.target.format, resolve)(spec, in_process=in_process)
+    by_tensors = BY_TENSORS.get(spec.target.format)
+    return by_tensors(spec, in_process=in_process) if by_tensors else resolve(spec, in_process=in_process)
 
 
 def resolve(spec: Spec, *, in_process: bool = False) -> Request:

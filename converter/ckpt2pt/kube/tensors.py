@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -15,10 +16,17 @@ from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Verify
 from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.formats.huggingface.config import Choices
-from ckpt2pt.kube.conversion.schema import RELEASE, Spec
+from ckpt2pt.kube.conversion.schema import RELEASE, Spec, TargetFormat
 from ckpt2pt.kube.conversion.usable import check_used, framework_of
 from ckpt2pt.kube.mindformers import flags_of
-from ckpt2pt.run.targets.request import DistRequest, HuggingFaceRequest, McoreRequest, TargetRequest
+from ckpt2pt.run.targets.request import (
+    AnyRequest,
+    DistRequest,
+    HuggingFaceRequest,
+    McoreRequest,
+    RepairRequest,
+    TargetRequest,
+)
 
 T = TypeVar("T", bound=TargetRequest)
 
@@ -134,3 +142,12 @@ def rules_in(spec: Spec) -> Rules:
 def level_in(spec: Spec) -> Verify:
     """How the result is verified."""
     return "none" if spec.verify == "None" else "full" if spec.verify == "Full" else "digest"
+
+
+BY_TENSORS: Mapping[TargetFormat, Callable[..., AnyRequest]] = {
+    "TorchDist": resolve_dist,
+    "Megatron": resolve_mcore,
+    "Safetensors": resolve_huggingface,
+    "Torch": partial(by_tensors, RepairRequest),
+}
+"""The results that are made by global tensors, and what asks for each."""

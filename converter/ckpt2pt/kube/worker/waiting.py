@@ -87,9 +87,10 @@ def request_when_complete(spec: Spec, account: Account, *, in_process: bool = Fa
     A Megatron source tells its layout itself, so that there is no request before it is there.
     """
     from ckpt2pt.kube.resolve import is_megatron, resolve, resolve_any  # noqa: PLC0415 - only when asked for
+    from ckpt2pt.kube.tensors import BY_TENSORS  # noqa: PLC0415 - as above
 
     readiness, ask_any = spec.readiness, partial(resolve_any, spec, in_process=in_process)
-    if spec.target.format in {"TorchDist", "Megatron", "Torch", "Safetensors"}:
+    if spec.target.format in BY_TENSORS:
         if readiness.timeout_seconds:
             _wait(partial(_obstacle_of_save, ask_any, readiness), readiness.timeout_seconds, account)
         return ask_any()
