@@ -13,8 +13,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, cast
 
 from ckpt2pt.cli.options import MINDFORMERS
 from ckpt2pt.cli.parsers import PROGRAMS, Command, parser_of_all, parser_of_one
@@ -74,10 +75,10 @@ def on_the_cluster(name: str) -> Command:
 
 def main(argv: Sequence[str] | None = None, build: Callable[[], argparse.ArgumentParser] | None = None) -> int:
     """Run one command; a bug keeps its traceback and exits 70.  A worker's end is reported in its termination message."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    account = Account()
+    signal.signal(signal.SIGTERM, partial(_interrupt, account))
     raise_file_limit()
     words = list(sys.argv[1:] if argv is None else argv)
-    account = Account()
     code = _attempt(words, account, build or build_parser)
     signal.signal(signal.SIGTERM, _too_late)
     path = termination.path_of(words, os.environ)
@@ -143,7 +144,9 @@ def _tell(**error: object) -> None:
     print(json.dumps({"level": "error", **error}), file=sys.stderr)
 
 
-def _interrupt(number: int, _: FrameType | None) -> NoReturn:
+def _interrupt(account: Account, number: int, _: FrameType | None) -> None:
+    if account.over:  # an error would deny what is done
+        return
     raise InterruptedRunError(
         f"stopped by {signal.Signals(number).name}", where="before the first byte", hint="run the same command again"
     )

@@ -243,7 +243,7 @@ class Target:
                 self.fence()
             yield lock
 
-    def _claim_lock(self, heed: Callable[[], None]) -> AbstractContextManager[Lock]:
+    def _claim_lock(self, heed: Callable[[], None] = _nothing) -> AbstractContextManager[Lock]:
         return locked(self.state / "claim.lock", "looking after this folder", wait=WAIT_SECONDS, heed=heed)
 
     def fence(self) -> None:
@@ -367,20 +367,18 @@ class Target:
 
     # ----------------------------------------------------------------------------------------------------- publishing
 
-    def publish_iteration(
-        self, heed: Callable[[], None] = _nothing, join: Callable[[Target], None] | None = None
-    ) -> bool:
+    def publish_iteration(self, join: Callable[[Target], None] | None = None) -> bool:
         """Write what ``join`` writes, report and tracker when every stage is there, as it was written.  Any worker may; all write the same.
 
         Raises :class:`VerificationError` for a file that was changed since its rank was finished.
         """
         home = self.at_home
         if self.beside and (read_record(home.state / CLAIM) or {}).get("identity") == self.identity:
-            return home.publish_iteration(heed, join)  # another worker was faster
+            return home.publish_iteration(join)  # another worker was faster
         if not has_all_stages(self) or not all(self.stage_manifest(pp) for pp in range(self.stages)):
             self.fence()
             return False
-        with self.guarded(), home._claim_lock(heed):
+        with self.guarded(), home._claim_lock():
             self.fence()
             sweep_partials(self.state, REPORT)
             prove_unchanged(self)
@@ -390,7 +388,7 @@ class Target:
             if self.beside:
                 self._replace()
         if self.kind.tracker:
-            home._publish_tracker(heed)
+            home._publish_tracker()
         return True
 
     def _replace(self) -> None:
@@ -408,9 +406,9 @@ class Target:
                     sweep_partials(folder)
                 self._move(claim)
 
-    def _publish_tracker(self, heed: Callable[[], None]) -> None:
+    def _publish_tracker(self) -> None:
         lock = self.root / f".{TRACKER}.lock"
-        with locked(lock, "writing the tracker", wait=WAIT_SECONDS, heed=heed, passing=True) as held:
+        with locked(lock, "writing the tracker", wait=WAIT_SECONDS, passing=True) as held:
             for folder in (self.root, self.state):  # under this lock: another run may be writing the tracker
                 sweep_partials(folder, TRACKER)
             if self.newer is None:

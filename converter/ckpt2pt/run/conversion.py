@@ -327,19 +327,18 @@ def carry_out(conversion: Conversion, stages: Sequence[int], reporter: Reporter,
     both = "; the result that is there stays until the new one is complete, so there has to be room for both"
     check_volume(target.root, size, target.kind.option, both if target.beside else "")
     options: Json = {"version": __version__, "options": conversion.identity_options}
-    with stopped_by_signals() as stop:
+    with stopped_by_signals() as stop, ExitStack() as ending:
         target.claim({**options, "begun": _now()}, overwrite=conversion.overwrite, heed=stop.check)
         with ExitStack() as locks:
             held = [locks.enter_context(target.stage_lock(pp, stop.check)) for pp in stages]
             target.sweep(stages)
             reporter.begin(totals, target.iteration)
-            try:
-                work_through(conversion, todo, alone, reporter, stop, held)
-            finally:
-                reporter.close()
+            ending.callback(reporter.close)
+            work_through(conversion, todo, alone, reporter, stop, held)
             with target.guarded():
                 warnings = [text for pp in stages for text in _publish_stage(conversion, pp, options)]
-        published = target.publish_iteration(stop.check, conversion.join)
+        # A signal comes too late from here on: these stages are done, which an error would deny.
+        published = target.publish_iteration(conversion.join)
         if not published:
             refuse_lost(target)
     target = target.at_home if published else target

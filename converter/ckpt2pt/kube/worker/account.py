@@ -25,7 +25,7 @@ class Account:
     ``message`` says in one line why the run ended without success, ``failure`` in one word where an exit code would
     mislead.  Of a worker that follows a training the iteration is the last that is converted, and ``reason`` and
     ``message`` tell of a checkpoint that could not be.  ``conversion`` is the uid that the Job has given, ``verified`` how
-    the files of that iteration were verified.
+    the files of that iteration were verified.  ``over`` is whether the files of a run that follows nothing are as they will be.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Account:
         self.message = self.reason = self.failure = ""
         self.conversion: str | None = None
         self.verified: str | None = None
-        self.following = False
+        self.following = self.over = False
         self._began = time.monotonic()
         self._converting: float | None = None
         self._waiting = ""
@@ -63,13 +63,15 @@ class Account:
         self._left -= 1
 
     def close(self) -> None:
-        """Nothing to do."""
+        """No byte moves any more, and what is done is published."""
+        self.over = not self.following
 
     def converted(self, outcome: Outcome) -> None:
         """Note the result, and what the run warns of."""
         from ckpt2pt.kube.worker.termination import MAX_WARNING, MAX_WARNINGS, plain  # noqa: PLC0415 - a worker's alone
 
         warnings = [plain(text)[:MAX_WARNING] for text in (*outcome.remarks, *outcome.warnings)]
+        self.close()
         self.iteration = outcome.target.iteration
         self.message = self.reason = ""
         self.verified = outcome.verified

@@ -6,7 +6,9 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import pytest
@@ -15,10 +17,13 @@ from hypothesis import strategies as st
 
 from ckpt2pt.cli import commands as cli
 from ckpt2pt.cli.commands import main
+from ckpt2pt.core.foldernames import TRACKER
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.engine.write import Stop
 from ckpt2pt.errors import InputError, MissingInputError
 from ckpt2pt.kube.worker.termination import MAX_BYTES, MAX_MESSAGE, message_of, path_of, plain, render, write
+from ckpt2pt.publish import Target
+from ckpt2pt.publish.locks import locked
 from ckpt2pt.run import conversion as run
 from ckpt2pt.run.rank import RankTask
 from handmade import Handmade
@@ -247,6 +252,32 @@ def test_sigterm_before_and_in_the_middle(flags: list[str], log: Path, monkeypat
         assert (document["exitCode"], document["reason"]) == (75, "TryAgain")
         assert "SIGTERM" in document["message"]
         assert ("bytesTotal" in document) is (name == "run")
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [(Target, "publish_stage"), (Target, "publish_iteration"), (run, "_source_checksums"), (run.Outcome, "document")],
+    ids=["recorded", "published", "returned", "shown"],
+)
+def test_a_signal_after_the_end_denies_nothing(
+    flags: list[str], log: Path, tmp_path: Path, place: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker looks after the folder meanwhile, so that this one has to wait before it publishes."""
+    real = getattr(place, name)
+
+    def stopped(*args: Any, **words: Any) -> Any:
+        found = real(*args, **words)
+        if name == "publish_stage":
+            ours = ExitStack()
+            ours.enter_context(locked(args[0].state / "claim.lock", "publishing"))
+            Timer(0.2, ours.close).start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    monkeypatch.setattr(place, name, stopped)
+    assert main(["convert", *flags, "--progress", "none"]) == 0
+    assert word(log)["exitCode"] == 0
+    assert len(list(tmp_path.rglob(TRACKER))) == 1
 
 
 def test_missing_inputs_name_the_folder(flags: list[str], log: Path, tmp_path: Path) -> None:
