@@ -370,9 +370,9 @@ def _error(code: int, data: bytes, headers: Mapping[str, str], what: str) -> Api
     except ValueError:
         status = {"message": data[:512].decode("utf-8", "replace")}
     details = child(status, "details")
-    reported, causes = number(details, "retryAfterSeconds"), items(details, "causes")
+    seconds, causes = number(details, "retryAfterSeconds"), items(details, "causes")
     fields = [field for cause in causes[:_MAX_FIELDS] if (field := text(cause, "field", 200))]
     after = headers.get("Retry-After", "")
-    pause = float(after) if after.isdecimal() else float(reported)
+    pause = float(after) if after.isdecimal() else float(seconds)
     pause = min(pause, _MAX_PAUSE)
     return ApiError(code, text(status, "reason"), text(status, "message"), pause=pause, what=what, fields=fields)

@@ -28,10 +28,10 @@ _MAX_BYTES = 4096
 
 
 class Progress:
-    """``ask`` has running workers asked; ``reported`` gets what one answers, then or later."""
+    """``ask`` has running workers asked; ``on_report`` gets what one answers, then or later."""
 
-    def __init__(self, reported: Callable[[Pod, Report], None]) -> None:
-        self._reported = reported
+    def __init__(self, on_report: Callable[[Pod, Report], None]) -> None:
+        self._on_report = on_report
         self._session: aiohttp.ClientSession | None = None
         self._slots = asyncio.Semaphore(_AT_ONCE)
         self._asked: dict[str, asyncio.Task[None]] = {}
@@ -64,7 +64,7 @@ class Progress:
         self._silent.pop(pod.uid, None)
         report = report_of(data.decode("utf-8", "replace"))
         if report is not None:
-            self._reported(pod, report)
+            self._on_report(pod, report)
 
     async def _get(self, pod: Pod) -> bytes:
         """The answer; no bytes where it is not one of ours."""

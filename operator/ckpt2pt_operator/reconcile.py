@@ -237,8 +237,8 @@ class Reconciler:
                 if error.code != _FORBIDDEN:
                     raise
                 return {}
-            if reported := max(filter(None, events), default=None):
-                found[uid] = reported[1]
+            if newest := max(filter(None, events), default=None):
+                found[uid] = newest[1]
         return found
 
     # ----------------------------------------------------------------------------------------------------------- write

@@ -104,12 +104,12 @@ class Conversions:
 
     # ---------------------------------------------------------------------------------------------------- what is counted
 
-    async def _answered(self, _: object, __: object, reported: aiohttp.TraceRequestEndParams) -> None:
-        self._count(reported.method, reported.url.path, "watch" in reported.url.query, str(reported.response.status))
+    async def _answered(self, _: object, __: object, ended: aiohttp.TraceRequestEndParams) -> None:
+        self._count(ended.method, ended.url.path, "watch" in ended.url.query, str(ended.response.status))
 
-    async def _failed(self, _: object, __: object, reported: aiohttp.TraceRequestExceptionParams) -> None:
+    async def _failed(self, _: object, __: object, ended: aiohttp.TraceRequestExceptionParams) -> None:
         self.received = time.monotonic()
-        self._count(reported.method, reported.url.path, "watch" in reported.url.query, "error")
+        self._count(ended.method, ended.url.path, "watch" in ended.url.query, "error")
 
     def _count(self, method: str, path: str, watches: bool, code: str) -> None:
         verb = ("watch" if watches else "list") if method == "GET" else method.lower()

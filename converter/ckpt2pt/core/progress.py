@@ -1,4 +1,4 @@
-"""How far a conversion is, and who is reported.  Pure."""
+"""How far a conversion is, for whoever shows or counts it.  Pure."""
 
 from __future__ import annotations
 

@@ -132,8 +132,8 @@ def _matching(statement: Statement, group: Mapping[str, object]) -> dict[str, St
     """What the file's groups of the same weight decay say alike; where nothing tells their decay, what all say alike."""
     wanted = bool(group.get("wd_mult", 1.0))
     kinds = [decays(one) for one in statement.groups.values()]
-    reported = len(set(kinds)) > 1 and None not in kinds
-    alike = [one for one, kind in zip(statement.groups.values(), kinds, strict=True) if not reported or kind == wanted]
+    distinct = len(set(kinds)) > 1 and None not in kinds
+    alike = [one for one, kind in zip(statement.groups.values(), kinds, strict=True) if not distinct or kind == wanted]
     keys = dict.fromkeys(key for one in alike for key in one if key != "wd_mult")
     found = {key: [one[key] for one in alike if key in one] for key in keys}
     stated = {key: values[0] for key, values in found.items() if all(one.equals(values[0].value) for one in values)}

@@ -95,8 +95,8 @@ def _positive(value: float | None) -> int | None:
 def agree(facts: Mapping[Path, Mapping[str, float]], root: Path) -> None:
     """Refuse ranks that saved at different steps: the names may agree where the contents do not."""
     seen: dict[tuple[tuple[str, float], ...], Path] = {}
-    for path, reported in facts.items():
-        seen.setdefault(tuple(sorted(reported.items())), path)
+    for path, stated in facts.items():
+        seen.setdefault(tuple(sorted(stated.items())), path)
     if len(seen) > 1:
         (one, path), (other, rival) = list(seen.items())[:2]
         differing = sorted(dict(set(one) ^ set(other)))

@@ -121,16 +121,16 @@ def _iteration(common: Template, folder: Path) -> int:
 def _completed(template: Template, index: Index) -> tuple[Template, tuple[str, ...]]:
     """The arguments that a small Namespace leaves out: what the tensors tell, else what Megatron-LM 0.6 takes as its default."""
     weights = {key.name: tensor for key, tensor in index.items() if key.role == "param"}
-    reported = {**_reported(template.args, weights), "use_distributed_optimizer": True}
+    derived = {**_args_by_weights(template.args, weights), "use_distributed_optimizer": True}
     defaults = cast("Mapping[str, Value]", known().arguments)
     base = {name: value for name, value in defaults.items() if name not in template.args and name not in _UNKNOWN}
-    missing = tuple(sorted(base.keys() - reported.keys()))
-    args = {**base, **{name: value for name, value in reported.items() if name not in template.args}, **template.args}
+    missing = tuple(sorted(base.keys() - derived.keys()))
+    args = {**base, **{name: value for name, value in derived.items() if name not in template.args}, **template.args}
     args["use_distributed_optimizer"] = True
     return replace(template, tree={**template.tree, "args": namespace(args)}), missing
 
 
-def _reported(args: Mapping[str, Value], weights: Mapping[str, Tensor]) -> dict[str, Value]:
+def _args_by_weights(args: Mapping[str, Value], weights: Mapping[str, Tensor]) -> dict[str, Value]:
     layers = sorted({layer for name in weights if (layer := layer_of(name)) is not None})
 
     def of(inner: str, leaf: str = "weight") -> Tensor | None:

@@ -67,13 +67,13 @@ def contradictions_of(request: Request, chosen: Discovered, rank: Rank) -> tuple
 
 def made_up(request: Request) -> tuple[str, ...]:
     """A warning for what of a result neither the source nor a pt_meta of somebody states."""
-    reported = {
+    sentences = {
         "rng_state": "the states of the random number generators are",
         "optimizer": "the optimizer is",
         "arguments": "arguments are",
     }
     found = {} if request.metadata else assumptions(request)
-    return tuple(f"{reported[what]} {value}" for what, value in found.items() if what in reported)
+    return tuple(f"{sentences[what]} {value}" for what, value in found.items() if what in sentences)
 
 
 _OF_MSADAPTER: Json = {

@@ -71,8 +71,8 @@ def find(request: Request, keep: Collection[Rank]) -> Found:
     refuse_undescribed(request.source, strategy, when, names_of(topology))
     facts = {path: headers.facts(path) for file in files.values() for path in file.paths}
     agree(facts, request.source)
-    path, reported = next(iter(facts.items()))
-    misnamed = name_conflict(None if when == UNNAMED else when, reported)
+    path, stated = next(iter(facts.items()))
+    misnamed = name_conflict(None if when == UNNAMED else when, stated)
     if misnamed:
         log.warning("%s is %s: the merged file keeps the name, and convert goes by what the file holds", path, misnamed)
     groups = {

@@ -34,8 +34,8 @@ def template_at(path: Path, checkpoint: Checkpoint, *, allow: tuple[str, ...] = 
     if not is_file(path, METADATA):
         return read_arguments(path, (0, 0), allow=allow)
     said = describe(path)
-    reported = reported_by_checkpoint(said.given, checkpoint.statement, {})
-    found = complete(replace(said, given={**said.given, **reported}), data=None, vocabulary=None, today=True)
+    stated = reported_by_checkpoint(said.given, checkpoint.statement, {})
+    found = complete(replace(said, given={**said.given, **stated}), data=None, vocabulary=None, today=True)
     args = {name: value for name, value in found.values.items() if name not in _SILENT or name in said.given}
     iteration = checkpoint.iteration or 0
     samples = checkpoint.samples

@@ -79,10 +79,8 @@ class Parser(argparse.ArgumentParser):
         finally:
             for action in self._needed:
                 action.required = True
-        reported = getattr(found, "spec", None)  # has what the others would say
-        missing = [
-            _named(action) for action in self._needed if not reported and getattr(found, action.dest, None) is None
-        ]
+        spec = getattr(found, "spec", None)  # has what the others would say
+        missing = [_named(action) for action in self._needed if not spec and getattr(found, action.dest, None) is None]
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         if missing:

@@ -79,8 +79,8 @@ def unseal(data: bytes) -> Json | None:
     document = load(data)
     if document is None:
         return None
-    reported = document.pop(_SEAL, None)
-    return document if reported == _digest(document) and _is_record(document) else None
+    sealed = document.pop(_SEAL, None)
+    return document if sealed == _digest(document) and _is_record(document) else None
 
 
 # ---------------------------------------------------------------------------------------------------- form of a record

@@ -109,24 +109,27 @@ def _words(key: str) -> str:
 
 def checksums_reported(found: Mapping[str, int]) -> str:
     """For a person; nothing where no file states a checksum."""
-    reported = {
+    forms = {
         "verified": "{} verified",
         "notChecked": "{} not checked (only a part of the file is read)",
         "none": "{} files state none",
     }
     if not found.get("verified") and not found.get("notChecked"):
         return ""
-    return "\nsource checksums: " + ", ".join(
-        form.format(found[key]) for key, form in reported.items() if found.get(key)
-    )
+    return "\nsource checksums: " + ", ".join(form.format(found[key]) for key, form in forms.items() if found.get(key))
+
+
+def conflicting(conflicts: Iterable[str] = ()) -> dict[str, list[str]]:
+    """What contradicts the chosen iteration, in a document: by its name, and by the one that it had up to 0.1."""
+    return {"conflicts": [*conflicts], "doubts": [*conflicts]}
 
 
 def spans(numbers: set[int]) -> str:
     """``{0, 1, 2, 5}`` -> ``0-2,5``."""
-    spans: list[list[int]] = []
+    found: list[list[int]] = []
     for number in sorted(numbers):
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
+        if found and found[-1][1] == number - 1:
+            found[-1][1] = number
         else:
-            spans.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans) or "none"
+            found.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found) or "none"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ckpt2pt.errors import UsageError, aside
 from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.kube.conversion.schema import Spec
@@ -13,11 +11,7 @@ from ckpt2pt.kube.conversion.usable import TARGETS
 def flags_of(spec: Spec) -> Flags:
     """What is said of the fused weights."""
     said = spec.source.mindformers
-    return Flags(
-        config=Path(said.config) if said.config else None,
-        interleaved=said.use_interleaved_weight_layout_mlp,
-        contiguous=said.use_contiguous_weight_layout_attention,
-    )
+    return Flags.of(said.config, said.use_interleaved_weight_layout_mlp, said.use_contiguous_weight_layout_attention)
 
 
 def refuse_target(spec: Spec, found: str) -> None:

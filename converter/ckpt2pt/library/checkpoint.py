@@ -270,10 +270,8 @@ def open_checkpoint(
             pipeline=pp,
             iteration=iteration,
             rules=rules,
-            mindformers=Flags(
-                config=Path(mindformers_config) if mindformers_config else None,
-                interleaved=use_interleaved_weight_layout_mlp,
-                contiguous=use_contiguous_weight_layout_attention,
+            mindformers=Flags.of(
+                mindformers_config, use_interleaved_weight_layout_mlp, use_contiguous_weight_layout_attention
             ),
         )
     )

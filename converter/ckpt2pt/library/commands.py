@@ -47,11 +47,7 @@ def verify(
     from ckpt2pt.verification.across import compare_any  # noqa: PLC0415
 
     paths = (Path(left), Path(right))
-    flags = Flags(
-        config=Path(mindformers_config) if mindformers_config else None,
-        interleaved=use_interleaved_weight_layout_mlp,
-        contiguous=use_contiguous_weight_layout_attention,
-    )
+    flags = Flags.of(mindformers_config, use_interleaved_weight_layout_mlp, use_contiguous_weight_layout_attention)
     return compare_any(paths, (tp, pp), rules, ignore=ignore, ignore_padding=ignore_padding, mindformers=flags)
 
 

@@ -86,8 +86,8 @@ def _entries(record: Json) -> Iterable[tuple[str, _Listed]]:
     for file in cast("list[object]", files) if isinstance(files, list) else ():
         if not isinstance(file, dict):
             continue
-        reported = cast("Json", file)
-        path, nbytes, crc, mtime = (reported.get(key) for key in ("path", "nbytes", "crc32", "mtimeNs"))
+        entry = cast("Json", file)
+        path, nbytes, crc, mtime = (entry.get(key) for key in ("path", "nbytes", "crc32", "mtimeNs"))
         if isinstance(path, str) and isinstance(nbytes, int) and isinstance(crc, str):
             yield path, _Listed(nbytes, crc, mtime if isinstance(mtime, int) else None)
 

@@ -212,8 +212,8 @@ class Target:
             with ExitStack() as alone:
                 if not (old and self._goes_on(old)):
                     alone.enter_context(nobody_at_work(home.state))
-                reported = {entry: getattr(self, name) for entry, name in _CLAIMED.items()}
-                publish_bytes(self.state / CLAIM, seal({**reported, "host": host(), **facts}))
+                claimed = {entry: getattr(self, name) for entry, name in _CLAIMED.items()}
+                publish_bytes(self.state / CLAIM, seal({**claimed, "host": host(), **facts}))
                 if old:
                     self._take_over(old)
 

@@ -37,7 +37,7 @@ from ckpt2pt.formats.megatron.resume import warning
 from ckpt2pt.formats.ptmeta.metadata import RankMeta
 from ckpt2pt.io.paths import is_folder
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import checksums_reported, warned
+from ckpt2pt.io.text import checksums_reported, conflicting, warned
 from ckpt2pt.io.volume import check_volume
 from ckpt2pt.publish import Target
 from ckpt2pt.publish.unchanged import refuse_lost
@@ -124,8 +124,7 @@ class Outcome:
             "seconds": round(self.seconds, 3),
             "published": self.published,
             "newerIteration": self.newer,
-            "conflicts": list(self.conflicts),
-            "doubts": list(self.conflicts),  # the same by its name up to 0.1
+            **conflicting(self.conflicts),
             "warnings": list(self.warnings),
             "sourceChecksums": dict(self.source_checksums),
             "fromTemplate": list(self.kept_of_template),

@@ -32,7 +32,7 @@ from ckpt2pt.io.inputs import read_whole
 from ckpt2pt.io.jsontext import parse_json
 from ckpt2pt.io.paths import is_folder, is_there, listing, status
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import short, spans
+from ckpt2pt.io.text import conflicting, short, spans
 from ckpt2pt.publish import PARTIAL, STATE, read_record, read_tracker
 from ckpt2pt.show.distributed import inspect_distributed
 from ckpt2pt.show.mindformers import inspect_mindformers
@@ -159,8 +159,7 @@ def _training_step(path: Path, index: Mapping[str, TensorRef]) -> Json:
     return {
         "iteration": training_step.iteration,
         "because": training_step.iteration_source,
-        "conflicts": list(training_step.conflicts),
-        "doubts": list(training_step.conflicts),  # the same by its name up to 0.1
+        **conflicting(training_step.conflicts),
     }
 
 

@@ -19,7 +19,7 @@ from ckpt2pt.formats.megatron.legacy import Chunk, LegacyRank
 from ckpt2pt.formats.megatron.resume import Unmet, warning
 from ckpt2pt.io import text
 from ckpt2pt.io.records import Json
-from ckpt2pt.io.text import table, warned
+from ckpt2pt.io.text import conflicting, table, warned
 from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
 from ckpt2pt.run.targets.request import AnyRequest, DistRequest, HuggingFaceRequest, McoreRequest, RepairRequest
@@ -129,8 +129,7 @@ def head_of(
     return {
         "iteration": chosen.training_step.iteration,
         "because": chosen.training_step.iteration_source,
-        "conflicts": list(chosen.training_step.conflicts),
-        "doubts": list(chosen.training_step.conflicts),  # the same by its name up to 0.1
+        **conflicting(chosen.training_step.conflicts),
         "warnings": warnings,
         "fromTemplate": list(kept),
         "consumedSamples": chosen.training_step.samples,
@@ -148,8 +147,7 @@ def by_tensors(found: ByTensors, ranks: Sequence[Json], warnings: Iterable[str])
     head: Json = {
         "iteration": state.iteration,
         "because": "the checkpoint",
-        "conflicts": [],
-        "doubts": [],  # the same by its name up to 0.1
+        **conflicting(),
         "warnings": [*warnings],
         "fromTemplate": [],
         "consumedSamples": state.samples,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.io.records import Json
+from ckpt2pt.io.text import conflicting
 from ckpt2pt.run.targets.repair import Found, find
 from ckpt2pt.run.targets.request import RepairRequest
 from ckpt2pt.show.preview import Plan, with_ranks
@@ -18,8 +19,7 @@ def planned_repair(request: RepairRequest, stages: Sequence[int]) -> Plan:
     head: Json = {
         "iteration": found.source.iteration,
         "because": "the checkpoint",
-        "conflicts": [],
-        "doubts": [],  # the same by its name up to 0.1
+        **conflicting(),
         "warnings": [*found.remarks],
         "fromTemplate": [],
         "consumedSamples": "as many",

@@ -152,8 +152,8 @@ def _compare_tensors(
         _check_scalars(held, result, scalars, findings, file)
     else:
         collector = Collector(1, file)
-        reported = collect_entries(collector, 0, expected_index(chosen.files[0, 0]), table, file)
-        _check_numbers(_numbers(reported), _numbers(scalars), findings, file)
+        collected = collect_entries(collector, 0, expected_index(chosen.files[0, 0]), table, file)
+        _check_numbers(_numbers(collected), _numbers(scalars), findings, file)
 
 
 def _numbers(entries: Entries) -> Mapping[str, object]:
@@ -217,8 +217,8 @@ def _check_scalars(held: Held, result: Index, refs: Entries, findings: Findings,
     if held.layout and kinds <= {group.get("wd_mult") != 0 for group in groups}:
         groups = [group for group in groups if (group.get("wd_mult") != 0) in kinds]
     orders = islice(permutations(groups), _ORDERS) if held.layout else [groups]
-    reported = [list(_unlike(_scalars(held.template, held.iteration, order), values)) for order in orders]
-    for name, expected, found in min(reported, key=len):
+    mismatches = [list(_unlike(_scalars(held.template, held.iteration, order), values)) for order in orders]
+    for name, expected, found in min(mismatches, key=len):
         findings.differ(file, name, "has another value", expected, found)
 
 

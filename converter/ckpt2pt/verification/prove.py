@@ -219,8 +219,8 @@ def _index(
 
 def _check_crcs(results: Mapping[str, Path], findings: Findings, files: Files, advance: Advance) -> None:
     """Records whose checksums are wrong are reported first; what was compared is not read again."""
-    reported, findings.differences = findings.differences, []
-    unreadable = {one.file for one in reported if one.tensor == "file"}
+    earlier, findings.differences = findings.differences, []
+    unreadable = {one.file for one in earlier if one.tensor == "file"}
     for name, path in results.items():
         if f"{findings.directory}/{name}" in unreadable:
             continue
@@ -228,7 +228,7 @@ def _check_crcs(results: Mapping[str, Path], findings: Findings, files: Files, a
             Archive.open(path).verify_crcs(sorted(files.pieces.get(str(path), ())), advance)
         except InputError as error:
             findings.differ(name, "file", _first_line(error))
-    findings.differences += reported
+    findings.differences += earlier
 
 
 def _first_line(error: Ckpt2ptError) -> str:

@@ -27,10 +27,10 @@ _SETTLE = timedelta(seconds=5)
 
 def _reported_of_volumes(before: Json) -> Verdict | None:
     """The condition as it was written: looking at claims is not part of every decision."""
-    reported = condition(items(before, "conditions"), "VolumesReady")
+    written = condition(items(before, "conditions"), "VolumesReady")
     for status in ("True", "False", "Unknown"):
-        if reported.get("status") == status:
-            return status, text(reported, "reason"), text(reported, "message")
+        if written.get("status") == status:
+            return status, text(written, "reason"), text(written, "message")
     return None
 
 

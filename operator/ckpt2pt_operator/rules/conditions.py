@@ -119,12 +119,12 @@ def status_document(
         "memoryPercent": status_input.memory_percent if status_input.memory_percent != 100 else 0,
     }
     conditions = _conditions(status_input, {str(c["type"]): c for c in cast("list[Json]", found["conditions"])})
-    reported = items(before, "conditions")
+    previous = items(before, "conditions")
     found["conditions"] = [
         {
             **new,
             "observedGeneration": generation,
-            "lastTransitionTime": _since(condition(reported, str(new["type"])), new),
+            "lastTransitionTime": _since(condition(previous, str(new["type"])), new),
         }
         for new in conditions
     ]
@@ -133,7 +133,7 @@ def status_document(
 
 def refused_document(message: str, *, before: Json, generation: int, now: datetime) -> Json:
     """The status of a document that describes no conversion; results that are recorded stay."""
-    reported, when = items(before, "conditions"), stamp(now)
+    previous, when = items(before, "conditions"), stamp(now)
     refused = "InvalidSpec", message[:MAX_MESSAGE]
     verdicts = (
         ("Accepted", "False", *refused), ("Suspended", "False", *_ENDED), ("Degraded", "False", *_ENDED),
@@ -156,12 +156,12 @@ def refused_document(message: str, *, before: Json, generation: int, now: dateti
         "observedGeneration": generation,
         "completionTime": when,
         "conditions": [
-            *(old for old in reported if old.get("type") not in types),
+            *(old for old in previous if old.get("type") not in types),
             *(
                 {
                     **new,
                     "observedGeneration": generation,
-                    "lastTransitionTime": _since(condition(reported, new["type"]), new),
+                    "lastTransitionTime": _since(condition(previous, new["type"]), new),
                 }
                 for new in conditions
             ),
@@ -171,7 +171,7 @@ def refused_document(message: str, *, before: Json, generation: int, now: dateti
 
 def still(before: Json, generation: int) -> Json:
     """The status of a conversion that has ended, after another edit of its spec: as true of that one."""
-    conditions = [{**reported, "observedGeneration": generation} for reported in items(before, "conditions")]
+    conditions = [{**old, "observedGeneration": generation} for old in items(before, "conditions")]
     return {**before, "observedGeneration": generation, "conditions": conditions}
 
 
@@ -192,7 +192,7 @@ def _conditions(status_input: StatusInput, found: Mapping[str, Json]) -> list[Js
     when = found["Ready"]["lastTransitionTime"]
     over = status_input.finished is not None
 
-    def reported(kind: str, verdict: Verdict) -> Json:
+    def condition_of(kind: str, verdict: Verdict) -> Json:
         status, reason, message = verdict
         return {
             "type": kind, "status": status, "reason": reason, "message": message[:MAX_MESSAGE], "lastTransitionTime": when,
@@ -207,13 +207,13 @@ def _conditions(status_input: StatusInput, found: Mapping[str, Json]) -> list[Js
 
     overridden_by_queue = status_input.overridden_by_queue or Blocker(reason="Resumed", message="it may go on")
     ours = [
-        reported("Accepted", status_input.accepted),
-        reported("VolumesReady", status_input.volumes),
-        reported(
+        condition_of("Accepted", status_input.accepted),
+        condition_of("VolumesReady", status_input.volumes),
+        condition_of(
             "Suspended",
             blocker(None if over else status_input.suspended, overridden_by_queue.reason, overridden_by_queue.message),
         ),
-        reported("Degraded", blocker(degraded, *expected)),
+        condition_of("Degraded", blocker(degraded, *expected)),
     ]
     if over:
         return [*ours, *found.values()]

@@ -33,7 +33,7 @@ class Note:
 
 def notes(before: Json, after: Json) -> tuple[Note, ...]:
     """The events between two statuses, in the order in which things happen."""
-    reported = (
+    warnings = (
         Note(kind=note.kind, reason=note.reason, message=note.message[:_MAX])
         for note in (
             *_of_the_job(before, after),
@@ -42,7 +42,7 @@ def notes(before: Json, after: Json) -> tuple[Note, ...]:
             *_of_conditions(before, after),
         )
     )
-    return tuple(dict.fromkeys(reported))  # two conditions may say the same
+    return tuple(dict.fromkeys(warnings))  # two conditions may say the same
 
 
 def _of_the_job(before: Json, after: Json) -> Iterator[Note]:
@@ -92,7 +92,7 @@ def _of_warnings(before: Json, after: Json) -> Iterator[Note]:
 
 
 #   condition       kind when it is True       also when its reason changes
-_REPORTED: dict[str, tuple[Literal["Normal", "Warning"], bool]] = {
+_EVENTS: dict[str, tuple[Literal["Normal", "Warning"], bool]] = {
     "Degraded":     ("Warning", True),
     "Suspended":    ("Normal", True),
     "Complete":     ("Normal", False),
@@ -112,9 +112,9 @@ def _of_conditions(before: Json, after: Json) -> Iterator[Note]:
             yield Note(kind="Warning", reason=reason, message=message)
         if name == "Reconciling" and reason in _AWAITED and reason != was.get("reason"):
             yield Note(kind="Normal", reason=reason, message=message)
-        if name not in _REPORTED:
+        if name not in _EVENTS:
             continue
-        kind, follows = _REPORTED[name]
+        kind, follows = _EVENTS[name]
         if item.get("status") == "True" and (turned or (follows and reason != was.get("reason"))):
             yield Note(kind="Normal" if reason == "Cancelled" else kind, reason=reason, message=message)
         if name == "Suspended" and turned and was.get("status") == "True" and after.get("phase") == "Running":

@@ -114,9 +114,9 @@ def _counted(job: Job, index: int) -> _Counted:
 
 def behind(job: Job, pods: Sequence[Pod]) -> bool:
     """Whether what was seen of the pods is older than what the Job, which has ended, says of them."""
-    reported = {pod.index for pod in pods if pod.phase == "Succeeded"}
+    succeeded = {pod.index for pod in pods if pod.phase == "Succeeded"}
     ended = {pod.index for pod in pods if pod.over}
-    return bool(job.completed - reported or job.failed - ended or any(not pod.over for pod in pods))
+    return bool(job.completed - succeeded or job.failed - ended or any(not pod.over for pod in pods))
 
 
 def _record(

@@ -46,6 +46,11 @@ class Flags:
     interleaved: bool | None = None
     contiguous: bool | None = None
 
+    @classmethod
+    def of(cls, config: str | Path | None, interleaved: bool | None, contiguous: bool | None) -> Flags:
+        """From what a caller or a document gives; an empty path is none."""
+        return cls(config=Path(config) if config else None, interleaved=interleaved, contiguous=contiguous)
+
 
 @dataclass(frozen=True, slots=True)
 class Said:

@@ -300,10 +300,10 @@ def last_saved(root: Path, topology: Topology) -> CheckpointId | None:
     return min(seen)
 
 
-def choose(found: Iterable[CheckpointId], reported: CheckpointId | None) -> CheckpointId:
+def choose(found: Iterable[CheckpointId], named: CheckpointId | None) -> CheckpointId:
     """The newest checkpoint by what the training reports, else by epoch and step."""
     whens = sorted(found)
-    return reported if reported in whens else whens[-1]
+    return named if named in whens else whens[-1]
 
 
 def candidates(folder: Path, wanted: Wanted) -> dict[CheckpointId, SourceFile]:

@@ -258,10 +258,10 @@ class Watcher:
 
     def _report(self, wanted: CheckpointId | None) -> list[Blocker]:
         """What the training itself says it has saved comes after the files, and is what ``convert`` goes by."""
-        reported = last_saved(self._root, self._topology)
-        if reported in {None, wanted} or wanted == UNNAMED:
+        saved = last_saved(self._root, self._topology)
+        if saved in {None, wanted} or wanted == UNNAMED:
             return []
-        return [Blocker(kind="other", text=f"meta.json of the ranks still says {shown(reported)}")]
+        return [Blocker(kind="other", text=f"meta.json of the ranks still says {shown(saved)}")]
 
 
 def _temporary(folder: Path) -> dict[CheckpointId, str]:

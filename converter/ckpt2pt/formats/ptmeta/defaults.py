@@ -23,12 +23,10 @@ def reported_by_checkpoint(
 ) -> dict[str, Argument]:
     """Arguments that the checkpoint tells and ``given`` does not; ``facts`` are the entries that tell the time."""
     batch = given.get("global_batch_size") or _batch(facts)
-    reported: dict[str, Argument] = {"global_batch_size": batch} if batch else {}
-    reported |= dict(_rates(statement))
-    reported |= dict(
-        _counts(statement, batch, samples="train_samples" in given, fraction="lr_warmup_fraction" in given)
-    )
-    return {name: value for name, value in reported.items() if name not in given}
+    stated: dict[str, Argument] = {"global_batch_size": batch} if batch else {}
+    stated |= dict(_rates(statement))
+    stated |= dict(_counts(statement, batch, samples="train_samples" in given, fraction="lr_warmup_fraction" in given))
+    return {name: value for name, value in stated.items() if name not in given}
 
 
 def _batch(facts: Mapping[str, float]) -> int | None:

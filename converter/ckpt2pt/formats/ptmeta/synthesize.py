@@ -71,8 +71,8 @@ def synthesize(said: Description, wanted: Wanted) -> Synthesized:
     files = _files(wanted, cut)
     index = index_source(files[0, 0], cut.group(0, 0))
     vocabulary, statement = _vocabulary(index, cut.tensor, wanted), statement_of(index)
-    reported = reported_by_checkpoint(said.given, statement, facts_of(index))
-    arguments = complete(replace(said, given={**said.given, **reported}), data=data, vocabulary=vocabulary)
+    stated = reported_by_checkpoint(said.given, statement, facts_of(index))
+    arguments = complete(replace(said, given={**said.given, **stated}), data=data, vocabulary=vocabulary)
     _check_vocabulary(arguments, vocabulary, files[0, 0], cut.tensor)
     training_step = _training_step(files[0, 0], arguments)
     ranks: list[RankFiles] = []
@@ -89,7 +89,7 @@ def synthesize(said: Description, wanted: Wanted) -> Synthesized:
     return Synthesized(
         ranks=tuple(ranks),
         evidence=(evidence,),
-        assumed={**({"args from the checkpoint": reported} if reported else {}), **_assumed(said, arguments, wanted)},
+        assumed={**({"args from the checkpoint": stated} if stated else {}), **_assumed(said, arguments, wanted)},
         warnings=(*([cut.remark] if cut.remark else []), *_warnings(said, statement, training_step, ranks[0])),
     )
 

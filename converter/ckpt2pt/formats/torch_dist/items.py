@@ -116,15 +116,15 @@ def prove_items(path: Path, items: Iterable[Item], pieces: Sequence[Piece], *, e
     is one.  Raises :class:`FormatError` for the first that differs.
     """
     complete = True
-    reported = sorted(pieces)
-    ends = [*accumulate((first + nbytes for first, nbytes, _ in reported), max, initial=0)]
+    ordered = sorted(pieces)
+    ends = [*accumulate((first + nbytes for first, nbytes, _ in ordered), max, initial=0)]
     with InputFile(path, ref("source.path")) as file:
         for item in items:
-            stop = bisect_left(reported, (item.offset + item.nbytes, 0, 0))
+            stop = bisect_left(ordered, (item.offset + item.nbytes, 0, 0))
             if ends[stop] > item.offset:
                 records = Archive.read(ItemFile(file, item)).records.values()
                 moved = [one._replace(extent=_moved(one.extent, file, item)) for one in records]
-                complete &= prove_records(file, moved, reported, every_byte=every_byte)
+                complete &= prove_records(file, moved, ordered, every_byte=every_byte)
     return complete
 
 

@@ -309,23 +309,23 @@ class Archive:
 
 
 def prove_records(
-    file: InputFile, records: Iterable[Record], reported: Sequence[Piece], *, every_byte: bool = True
+    file: InputFile, records: Iterable[Record], read: Sequence[Piece], *, every_byte: bool = True
 ) -> bool:
-    """The same for records of a file that is open; ``reported`` are sorted, and a piece may be of several records.
+    """The same for records of a file that is open; ``read`` are sorted, and a piece may be of several records.
 
     Unless ``every_byte`` a record that was read in part is not read for the sake of its checksum; False if there is one.
     """
     complete = True
-    ends = [*accumulate((first + nbytes for first, nbytes, _ in reported), max, initial=0)]
+    ends = [*accumulate((first + nbytes for first, nbytes, _ in read), max, initial=0)]
     for record in records:
         first, stop = record.extent.offset, record.extent.offset + record.extent.nbytes
-        since, until = bisect_left(reported, (first, 0, 0)), bisect_left(reported, (stop, 0, 0))
+        since, until = bisect_left(read, (first, 0, 0)), bisect_left(read, (stop, 0, 0))
         if not record.crc32 or (since == until and ends[since] <= first):
             continue
-        if not every_byte and not _covered(stop, max(first, ends[since]), reported[since:until]):
+        if not every_byte and not _covered(stop, max(first, ends[since]), read[since:until]):
             complete = False
             continue
-        crc = file.crc32(first, stop, read=reported[since:until])
+        crc = file.crc32(first, stop, read=read[since:until])
         if crc != record.crc32:
             raise _wrong_crc(file, record, crc)
     return complete

@@ -125,8 +125,8 @@ def build_job(
         spec["suspend"] = True
     # ttlSecondsAfterFinished is not set here: termination messages have to be recorded before the pods may go.
     metadata: Json = {"name": job_name(conversion, attempt), **_home(conversion), "labels": {**labels, **queue}}
-    if reported := _reported_stages(conversion, todo):
-        metadata["annotations"] = reported
+    if annotations := _stages_annotation(conversion, todo):
+        metadata["annotations"] = annotations
     return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, "spec": spec}
 
 
@@ -134,7 +134,7 @@ def _partial(conversion: Conversion, stages: Sequence[int]) -> bool:
     return len(stages) != conversion.topology.pipeline and not conversion.one_worker
 
 
-def _reported_stages(conversion: Conversion, stages: Sequence[int]) -> dict[str, str]:
+def _stages_annotation(conversion: Conversion, stages: Sequence[int]) -> dict[str, str]:
     """The annotation of a Job, and of its pods, that does not do all stages."""
     return {STAGES_ANNOTATION: ",".join(map(str, stages))} if _partial(conversion, stages) else {}
 
@@ -216,7 +216,7 @@ def _template(
     template = cast("Json", _merged({"metadata": metadata, "spec": spec}, pod.get("podOverrides", {})))
     # By these labels and annotations the operator knows its pods; whatever else an override makes of them, the API server judges.
     metadata = cast("Json", template["metadata"])
-    for field, own in (("labels", labels), ("annotations", _reported_stages(conversion, stages))):
+    for field, own in (("labels", labels), ("annotations", _stages_annotation(conversion, stages))):
         given = metadata.get(field)
         if own:
             metadata[field] = {**cast("Json", given), **own} if isinstance(given, dict) else {**own}

@@ -184,8 +184,8 @@ def unproved(report: Report | None, conversion: Conversion, stage: int) -> str:
     wanted = PLANNED if conversion.spec.dry_run else CONVERTED
     expected = tuple(range(conversion.topology.pipeline)) if conversion.one_worker else (stage,)
     if report.exit_code != 0 or report.reason != wanted:
-        reported = f"exit code {report.exit_code}, {report.reason or 'without a reason'}"
-        return f"it ended with exit code 0, and its report says {reported}, not exit code 0, {wanted}"
+        stated = f"exit code {report.exit_code}, {report.reason or 'without a reason'}"
+        return f"it ended with exit code 0, and its report says {stated}, not exit code 0, {wanted}"
     if conversion.uid and report.conversion and report.conversion != conversion.uid:
         return f"its report is of another conversion, of uid {report.conversion}, not {conversion.uid}"
     # So many stages that a message has no room for their numbers are left out of it (kube/worker/termination.py).

@@ -30,6 +30,7 @@ from ckpt2pt.kube.conversion.schema import (
     Secret,
     Source,
     Spec,
+    Target,
     Workload,
     below,
     to_json,
@@ -210,9 +211,9 @@ def _topology(
 
 def _volume(place: Place, role: str, findings: list[Finding], default: Json | None) -> Json:
     """The volume of a role, and whether its paths can be on one."""
-    _check_path(place.path, f"spec.{role}.path", findings)
-    if isinstance(place, Source):
-        _check_inner_paths(place, findings)
+    for name, one in _paths(place).items():
+        if one is not None:
+            _check_path(one, f"spec.{role}.{name}", findings)
     if not place.volume and default is not None:
         return default
     field = f"spec.{role}.volume"
@@ -241,20 +242,14 @@ def _volume(place: Place, role: str, findings: list[Finding], default: Json | No
     return {kind: {"type": "Directory"} | found if kind == "hostPath" else found}
 
 
-def _check_inner_paths(source: Source, findings: list[Finding]) -> None:
-    paths = {"optShardInfoPath": source.opt_shard_info_path, "mindformers.config": source.mindformers.config}
-    for field, path in paths.items():
-        if path is not None:
-            _check_path(path, f"spec.source.{field}", findings)
-
-
-def _check_huggingface(spec: Spec, given: object, findings: list[Finding]) -> None:
-    tokenizer = spec.target.huggingface.tokenizer_path
-    if tokenizer is not None:
-        _check_path(tokenizer, "spec.target.huggingface.tokenizerPath", findings)
-    if spec.target.format != "Safetensors" and given is not None:
-        hint = "set spec.target.format to Safetensors, or leave it out"
-        findings.append(Finding(field="spec.target.huggingface", what="is given for another format", hint=hint))
+def _paths(place: Place) -> dict[str, str | None]:
+    """Every path of a role, by its field: all are on its volume."""
+    found: dict[str, str | None] = {"path": place.path}
+    if isinstance(place, Source):
+        found |= {"optShardInfoPath": place.opt_shard_info_path, "mindformers.config": place.mindformers.config}
+    if isinstance(place, Target):
+        found |= {"huggingface.tokenizerPath": place.huggingface.tokenizer_path}
+    return found
 
 
 def _check_path(path: str, field: str, findings: list[Finding]) -> None:
@@ -298,11 +293,11 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
         findings.append(Finding(field="spec.metadata", what=what, hint="leave it out"))
     for field, why in unused(spec, framework_of(spec.source.format)):
         findings.append(Finding(field=f"spec.{field}", what=why, hint="leave it out"))
-    _check_huggingface(spec, target.get("huggingface"), findings)
+    for part, of in (("huggingface", "Safetensors"), ("mindspore", "MindSpore")):
+        if spec.target.format != of and target.get(part) is not None:
+            hint = f"set spec.target.format to {of}, or leave it out"
+            findings.append(Finding(field=f"spec.target.{part}", what="is given for another format", hint=hint))
     if spec.target.format != "MindSpore":
-        if target.get("mindspore") is not None:
-            hint = "set spec.target.format to MindSpore, or leave it out"
-            findings.append(Finding(field="spec.target.mindspore", what="is given for another format", hint=hint))
         return
     layout = target.get("parallelism") is not None
     if layout and spec.source.format not in {"Auto", *MEGATRON} and not spec.metadata.path:

@@ -98,9 +98,9 @@ def disagreement(records: Sequence[StageRecord]) -> Ending | None:
             found.setdefault(record.iteration, []).append(str(record.stage))
     if len(found) < 2:
         return None
-    reported = "; ".join(f"iteration {each} of stage {', '.join(stages)}" for each, stages in sorted(found.items()))
+    iterations = "; ".join(f"iteration {each} of stage {', '.join(stages)}" for each, stages in sorted(found.items()))
     hint = "the source got a newer checkpoint meanwhile; retry it, or name one with spec.source.iteration"
-    return Ending(reason="IterationsDiffer", message=f"converted were {reported[:800]}; {hint}")
+    return Ending(reason="IterationsDiffer", message=f"converted were {iterations[:800]}; {hint}")
 
 
 def status_of_run(

@@ -25,10 +25,8 @@ def verified_as(request: Request, iteration: int) -> Verify | None:
     results = dict(_results(request.target))
     if iteration not in results or not _is_ours(results[iteration], request):
         return None
-    reported = [
-        (read_record(path) or {}).get("verified") for path in listing(results[iteration] / STATE, "rank-*.json")
-    ]
-    return None if None in reported else next((level for level in get_args(Verify) if level in reported), None)
+    levels = [(read_record(path) or {}).get("verified") for path in listing(results[iteration] / STATE, "rank-*.json")]
+    return None if None in levels else next((level for level in get_args(Verify) if level in levels), None)
 
 
 def prune(request: Request, keep: int) -> list[int]:

@@ -134,8 +134,8 @@ class Stages:
         if code not in FAILS_JOB | FAILS_STAGE and stage.failures <= self._retries:
             pause = min(RETRY_SECONDS * 2 ** (stage.failures - 1), MAX_RETRY_SECONDS)
             left = self._retries - stage.failures + 1
-            reported = "stage %d: %s; tried again in %g s, %d of %d retries left"
-            log.warning(reported, stage.number, error.what, pause, left, self._retries)
+            form = "stage %d: %s; tried again in %g s, %d of %d retries left"
+            log.warning(form, stage.number, error.what, pause, left, self._retries)
             self._rest()
             time.sleep(pause)
             return None

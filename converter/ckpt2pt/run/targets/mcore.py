@@ -113,8 +113,8 @@ class Found:
     def remarks(self) -> tuple[str, ...]:
         """What a user should know before the result is used."""
         advice = {_SPEC: f"; give {ref('target.transformerImpl')} for a run with Transformer Engine"}
-        reported = (f"{what}: {why}{advice.get(what, '')}" for what, why in self.assumed.items())
-        return (*self.source.remarks, *reported)
+        assumed = (f"{what}: {why}{advice.get(what, '')}" for what, why in self.assumed.items())
+        return (*self.source.remarks, *assumed)
 
     @property
     def expected(self) -> Expected:

@@ -64,11 +64,11 @@ class Found:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a user should know before the result is used."""
-        reported = (
+        remark = (
             f"random generators: those of torch are as at the start of a run with seed {self.source.seed}, as MindSpore's are of "
             "another form; those of Python and numpy are the source's"
         )
-        return (reported,) if self.source.generators else ()
+        return (remark,) if self.source.generators else ()
 
     def place(self, rank: Rank) -> Place:
         """(tp, pp, ep) of a rank of the result: those of the first experts, then those of the next."""

@@ -32,7 +32,7 @@ from ckpt2pt.run.targets.request import TargetRequest
 _HALF = ("bfloat16", "float16")
 _OF_MINDSPORE = ("mindspore", "mindformers")
 """Formats whose files are MindSpore's, and may hold float32 weights of any training."""
-_REPORTED = frozenset({
+_SHOWN_DEFAULTS = frozenset({
     "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style", "min_lr",
     "lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "make_vocab_size_divisible_by", "seed", "initial_loss_scale",
     "hysteresis",
@@ -68,14 +68,14 @@ class Source:
     def identity(self, identity_options: Json) -> str:
         """The digest of what is asked for and what it is made from."""
         state = self.state
-        reported = [
+        facts = [
             state.iteration,
             state.samples,
             state.step,
             *(repr(sorted(one.items())) for one in (state.args, state.scheduler)),
             *([] if state.scaler is None else [repr(sorted(state.scaler.items()))]),
         ]
-        return digest([identity_options, reported, repr(state.groups), sorted(map(str, self.inputs(self.stats)))])
+        return digest([identity_options, facts, repr(state.groups), sorted(map(str, self.inputs(self.stats)))])
 
     def inputs(self, paths: Iterable[str]) -> list[Json]:
         """Files of the source, as a manifest lists them."""
@@ -231,7 +231,7 @@ def _facts(request: TargetRequest, checkpoint: Checkpoint, given: Template | Non
         "arguments": where if state.args else "nobody",
     }
     if given and given.defaults:
-        found["arguments by default"] = ", ".join(sorted(given.defaults & _REPORTED))
+        found["arguments by default"] = ", ".join(sorted(given.defaults & _SHOWN_DEFAULTS))
     if request.full:
         of_step = not given and bool(state.groups) and "step" in state.groups[0]
         found |= {
