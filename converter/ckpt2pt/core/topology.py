@@ -80,7 +80,8 @@ class Topology:
         if self.layers_per_stage is None:
             if self.num_layers % chunks:
                 raise _refused(
-                    f"{self.num_layers} layers do not divide into {self.pipeline} stages of {self.virtual} chunks",
+                    f"{self.num_layers} layers do not divide into {self.pipeline} stages"
+                    f"{f' of {self.virtual} chunks' if self.virtual > 1 else ''}",
                     f"set {ref('model.numLayers')} to the count with no-op layers included, "
                     f"or give the split in {ref('model.layersPerStage')}",
                 )
