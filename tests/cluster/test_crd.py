@@ -138,11 +138,11 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     ),
     "import-that-follows": (
         [("spec.follow", {}), ("spec.target", {"path": "out", "format": "MindSpore"})],
-        "spec.follow", "a training is followed on its way to Megatron 0.6",
+        "spec.follow", "a training is followed to Megatron06, one of MindFormers",
     ),
     "follow-into-megatron-of-today": (
         [("spec.follow", {}), ("spec.target", {"path": "out", "format": "Megatron"})],
-        "spec.follow", "a training is followed on its way to Megatron 0.6",
+        "spec.follow", "a training is followed to Megatron06, one of MindFormers",
     ),
     "names-of-another-format": (
         [("spec.target", {"path": "out", "names": "Legacy"})], "spec.target.format", "set target.format to Megatron",
@@ -153,7 +153,11 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     ),
     "follow-into-torch-dist": (
         [("spec.follow", {}), ("spec.target", {"path": "out", "format": "TorchDist"})],
-        "spec.follow", "leave follow out, or set target.format to Megatron06",
+        "spec.follow", "leave follow out, or set target.format",
+    ),
+    "follow-mindformers-into-safetensors": (
+        [("spec.follow", {}), ("spec.source.format", "MindFormers"), ("spec.target", {"path": "out", "format": "Safetensors"})],
+        "spec.follow", "one of MindFormers (source.format) to Megatron or TorchDist",
     ),
     "repair-of-what-torch-wrote": (
         [("spec.source.format", "Megatron"), ("spec.metadata", ABSENT), ("spec.target", {"path": "out", "format": "Torch"})],
@@ -459,6 +463,12 @@ ACCEPTED: dict[str, list[tuple[str, object]]] = {
     "empty-dir": [("spec.target", {"path": "out", "volume": {"emptyDir": {"sizeLimit": "2Gi"}}})],
     "dry-run": [("spec.dryRun", True)],
     "follow": [("spec.follow", {"until": AFTER, "keep": 2, "intervalSeconds": 5})],
+    "follow-mindformers": [
+        ("spec.follow", {"until": AFTER, "keep": 2}),
+        ("spec.source.format", "MindFormers"),
+        ("spec.metadata", ABSENT),
+        ("spec.target", {"path": "out", "format": "TorchDist"}),
+    ],
     "rules": [("spec.model.rules", {"ignore": ["x.*"], "layerModules": {"mlp.a": "mlp.b"}})],
     "null-for-absent": [("spec.verify", None), ("spec.source.iteration", None)],
     "overrides": [("spec.workers", {"podOverrides": {"spec": {"dnsPolicy": "None", "anything": [{"deep": 1}]}}})],

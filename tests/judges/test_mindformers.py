@@ -1,4 +1,4 @@
-"""The hook in the registry of real mindformers, built from the YAML of its documentation, as a callback of real mindspore."""
+"""The hook in the registry of real mindformers, built from the YAML of its documentation, as a callback of real mindspore and of PyNative mode."""
 
 from __future__ import annotations
 
@@ -38,8 +38,21 @@ import ckpt2pt.hooks.mindformers
 from mindformers.core.callback.build_callback import build_callback
 from mindspore.train import Callback
 
+sys.modules["mindformers.pynative"] = types.ModuleType("mindformers.pynative")
+logger = sys.modules["mindformers.tools.logger"] = types.ModuleType("logger")
+logger.logger = logging.getLogger("mindformers")
+spec = importlib.util.spec_from_file_location("handler", root + "/pynative/callback/callback.py")
+handlers = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(handlers)
+
 [hook] = build_callback(json.loads(sys.argv[1]))
 assert isinstance(hook, Callback)
+handler = handlers.CallbackHandler(callbacks=[hook])
+for event in [name for name in dir(handlers.TrainerCallback) if name.startswith("on_")]:
+    if event != "on_train_end":  # which submits
+        getattr(handler, event)(types.SimpleNamespace(), types.SimpleNamespace(global_step=3))
+hook._submit = lambda *said: print(json.dumps(said))
+handler.on_train_end(types.SimpleNamespace(checkpoint=types.SimpleNamespace(save_path="/out")), types.SimpleNamespace(global_step=3))
 print(json.dumps([type(hook).__name__, hook._template, hook._options["run"]]))
 """
 
@@ -54,4 +67,5 @@ def test_the_yaml_of_the_documentation_builds_the_hook() -> None:
         capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-2]) == ["/out", 3]
     assert json.loads(done.stdout.splitlines()[-1]) == ["ConversionHook", "conversion.yaml", "run7"]

@@ -14,6 +14,12 @@ import numpy.typing as npt
 Arrays = Mapping[str, npt.NDArray[Any]]
 _DTYPES = {"<f4": ("F32", "Float32"), "<u2": ("BF16", "BFloat16"), "<i4": ("I32", "Int32"), "<i8": ("I64", "Int64")}
 """uint16 stands for bfloat16."""
+LAUNCH = """torchrun pretrain_gpt.py --num-layers 2 --hidden-size 8 --ffn-hidden-size 12 --num-attention-heads 4 --kv-channels 4
+ --group-query-attention --num-query-groups 2 --qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope
+ --untie-embeddings-and-output-weights --disable-bias-linear --seq-length 16 --max-position-embeddings 16 --micro-batch-size 1
+ --global-batch-size 8 --train-iters 100 --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1 --bf16
+ --use-distributed-optimizer --vocab-size 16 --make-vocab-size-divisible-by 1 --use-mcore-models""".replace("\n", "")
+"""The script that a :class:`Model` is trained with in Megatron-LM."""
 
 
 def write_safetensors(path: Path, arrays: Arrays) -> None:

@@ -39,6 +39,7 @@ def submit_conversion(
     *,
     latest: str | Path | None = None,
     output_dir: str | Path | None = None,
+    step: int | None = None,
     run: str | None = None,
     uid: str | None = None,
     iteration: int | None = None,
@@ -51,7 +52,7 @@ def submit_conversion(
     """Submit the CheckpointConversion of ``template`` for the checkpoint that has just been saved; call it on every rank.
 
     ``latest`` is the file that this rank saved last; without it the newest of ``output_dir`` counts, the folder of
-    ``rank_R``.  ``run`` and ``uid`` name the training (default: the template's name), ``set_fields`` holds fields like
+    ``rank_R``, or of MindFormers' ``iteration_*``, of which ``step`` names one.  ``run`` and ``uid`` name the training (default: the template's name), ``set_fields`` holds fields like
     ``{"spec.source.path": "run7"}``.  Waits at most ``ready_seconds`` for the other ranks' files and ``request_seconds``
     for the API server.  Returns the name, None on other ranks and after any error, which is logged and never raised.
     """
@@ -65,6 +66,8 @@ def submit_conversion(
             return None
         if moment:
             words += ["--epoch", str(moment[0]), "--step", str(moment[1])]
+        elif step is not None:
+            words += ["--step", str(step)]
         folder = output_dir or (Path(latest).absolute().parent.parent if latest else None)
         if folder:
             words += ["--ready-in", str(folder), "--readiness-timeout", str(float(ready_seconds))]

@@ -54,7 +54,7 @@ class ConversionHook(Callback):  # type: ignore[misc]
 
     def on_train_begin(self, run_context: Any) -> None:  # noqa: ANN401 - mindspore's
         """Say at once what would be noticed hours later."""
-        callbacks = _callbacks(run_context)
+        callbacks = callbacks_of(run_context)
         if any(_saves(callback) for callback in callbacks[_place(self, callbacks) :]):
             log.error(
                 "ConversionHook comes before ModelCheckpoint in the list of callbacks: list it last, it submits nothing now"
@@ -64,31 +64,33 @@ class ConversionHook(Callback):  # type: ignore[misc]
 
     def on_train_end(self, run_context: Any) -> None:  # noqa: ANN401 - mindspore's
         """Submit, on rank 0."""
-        callbacks = _callbacks(run_context)
+        callbacks = callbacks_of(run_context)
         before = callbacks[: _place(self, callbacks)]
         latest = next((str(found) for each in reversed(before) if (found := _saves(each) and _latest(each))), None)
         if latest is None:
             log.error("no conversion is submitted: no ModelCheckpoint before ConversionHook has saved anything")
             return
-        iteration = getattr(_parameters(run_context), "cur_step_num", None)
+        iteration = getattr(parameters_of(run_context), "cur_step_num", None)
         submit_conversion(
             self._template,
             latest=latest,
-            rank=_rank(),
+            rank=rank_of_group(),
             iteration=iteration if isinstance(iteration, int) else None,
             **self._options,
         )
 
 
-def _parameters(run_context: Any) -> Any:  # noqa: ANN401 - mindspore's
+def parameters_of(run_context: Any) -> Any:  # noqa: ANN401 - mindspore's
+    """What a training says of itself; None where it says nothing."""
     try:
         return run_context.original_args()
     except (AttributeError, TypeError):
         return None
 
 
-def _callbacks(run_context: Any) -> Sequence[object]:  # noqa: ANN401 - mindspore's
-    found: object = getattr(_parameters(run_context), "list_callback", None)
+def callbacks_of(run_context: Any) -> Sequence[object]:  # noqa: ANN401 - mindspore's
+    """All callbacks of a training, in their order."""
+    found: object = getattr(parameters_of(run_context), "list_callback", None)
     found = getattr(found, "_callbacks", found)
     return cast("Sequence[object]", found) if isinstance(found, list | tuple) else ()
 
@@ -106,7 +108,7 @@ def _latest(callback: object) -> str:
     return str(getattr(callback, "latest_ckpt_file_name", "") or "")
 
 
-def _rank() -> int:
+def rank_of_group() -> int:
     """The rank in the group where there is one, else what the launcher says."""
     try:
         from mindspore.communication import get_rank  # noqa: PLC0415

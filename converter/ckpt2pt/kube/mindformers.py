@@ -1,11 +1,16 @@
-"""What a spec says of a MindFormers source, and which results are not made of one."""
+"""What a spec says of a MindFormers source, which results are not made of one, and when it is complete."""
 
 from __future__ import annotations
 
-from ckpt2pt.errors import UsageError, aside
+from pathlib import Path
+
+from ckpt2pt.core.foldernames import mindformers_iteration_of
+from ckpt2pt.errors import Ckpt2ptError, UsageError, aside
 from ckpt2pt.formats.mindformers.flags import Flags
+from ckpt2pt.formats.mindformers.legacy import is_legacy
+from ckpt2pt.formats.mindformers.ready import Iterations
 from ckpt2pt.kube.conversion.schema import Spec
-from ckpt2pt.kube.conversion.usable import TARGETS
+from ckpt2pt.kube.conversion.usable import FOLLOWED, TARGETS
 
 
 def flags_of(spec: Spec) -> Flags:
@@ -23,3 +28,33 @@ def refuse_target(spec: Spec, found: str) -> None:
             hint=f"choose Megatron, TorchDist or Safetensors{aside('target.format')}",
             field="target.format",
         )
+
+
+def is_mindformers(spec: Spec) -> bool:
+    """Whether the source is of MindFormers, as it is said, or as it looks where that is not said."""
+    if spec.source.format != "Auto":
+        return spec.source.format == "MindFormers"
+    from ckpt2pt.formats.registry import detect  # noqa: PLC0415 - only where it is not said
+
+    try:
+        return detect(Path(spec.source.path)) == "mindformers"
+    except Ckpt2ptError:  # nothing is there yet, or its reader says what is wrong
+        return False
+
+
+def may_follow(spec: Spec) -> bool:
+    """Whether a training is followed on its way to a result that is made by global tensors."""
+    return spec.target.format in FOLLOWED and is_mindformers(spec)
+
+
+def iterations_of(spec: Spec) -> Iterations | None:
+    """What looks for the iteration that is asked for, or for the newest; None where the path is that of one, or of ranks."""
+    root = Path(spec.source.path)
+    if mindformers_iteration_of(root.name) is not None or not is_mindformers(spec) or is_legacy(root):
+        return None
+    return Iterations(
+        root,
+        weights_alone=spec.mode == "ParamsOnly" or spec.target.format == "Safetensors",
+        settle_seconds=spec.readiness.settle_seconds,
+        wanted=spec.source.iteration,
+    )

@@ -167,9 +167,59 @@ def test_other_ranks_submit_nothing(
     assert calls == []
 
 
-def test_mindformers_finds_it_by_its_name(module: Any) -> None:
-    importlib.import_module("ckpt2pt.hooks.mindformers")
-    assert Registry.found["callback.ConversionHook"] is module.ConversionHook
+@pytest.fixture
+def of_mindformers(module: Any) -> Any:
+    return importlib.import_module("ckpt2pt.hooks.mindformers")
+
+
+def test_mindformers_finds_it_by_its_name(module: Any, of_mindformers: Any) -> None:
+    found = Registry.found["callback.ConversionHook"]
+    assert found.__module__ == "ckpt2pt.hooks.mindformers"
+    assert issubclass(found, module.ConversionHook)
+
+
+def test_a_static_graph_that_writes_iterations_submits_the_last(
+    of_mindformers: Any, calls: list[list[str]], template: str
+) -> None:
+    monitor = SimpleNamespace(use_legacy_format=False, directory="/out/checkpoint", _append_step_num=100)
+    hook = of_mindformers.ConversionHook(template, run="r")
+    hook.on_train_begin(context(monitor, hook))
+    hook.on_train_end(context(monitor, hook))
+    pairs = dict(pairwise(calls[0]))
+    assert (pairs["--step"], pairs["--iteration"], pairs["--ready-in"]) == ("104", "104", "/out/checkpoint")
+    assert "--epoch" not in pairs
+
+
+def test_a_static_graph_that_writes_ranks_submits_its_latest_file(
+    of_mindformers: Any, calls: list[list[str]], template: str
+) -> None:
+    saving = Saving(LATEST)
+    saving.use_legacy_format = True  # type: ignore[attr-defined]
+    of_mindformers.ConversionHook(template).on_train_end(context(saving))
+    assert dict(pairwise(calls[0]))["--step"] == "4"
+
+
+def test_pynative_mode_calls_it_with_its_own_state(
+    of_mindformers: Any, calls: list[list[str]], template: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = SimpleNamespace(checkpoint=SimpleNamespace(save_path="/out/checkpoint"))
+    state = SimpleNamespace(global_step=7)
+    hook = of_mindformers.ConversionHook(template)
+    events = ("begin", "train_begin", "epoch_begin", "step_begin", "step_end", "epoch_end", "train_end", "end")
+    for event in events:  # pynative/callback/callback.py, CallbackHandler.call_event
+        getattr(hook, f"on_{event}")(config, state, model=None, optimizer=None)
+    [words] = calls
+    pairs = dict(pairwise(words))
+    assert (pairs["--step"], pairs["--iteration"], pairs["--ready-in"]) == ("7", "7", "/out/checkpoint")
+    of_mindformers.ConversionHook(template, output_dir="/mnt").on_train_end(None, state)
+    assert dict(pairwise(calls[1]))["--ready-in"] == "/mnt"
+    assert "give output_dir" not in caplog.text
+    hook.on_train_end(None, state)
+    hook.on_train_end(config, SimpleNamespace(global_step=None))
+    assert len(calls) == 2
+    assert caplog.text.count("give output_dir") == 2
+    of_mindformers.ConversionHook("/none.yaml").on_train_begin(config, state)
+    assert "/none.yaml is not there" in caplog.text
 
 
 # ----------------------------------------------------------------------------------------------------------- any loop

@@ -14,13 +14,7 @@ from ckpt2pt.errors import UsageError
 from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.kube.conversion.schema import MindFormers, Source, Spec, Target, from_json, to_json
 from ckpt2pt.kube.mindformers import flags_of, refuse_target
-from mindformers_made import Model, save, save_sharded
-
-LAUNCH = """torchrun pretrain_gpt.py --num-layers 2 --hidden-size 8 --ffn-hidden-size 12 --num-attention-heads 4 --kv-channels 4
- --group-query-attention --num-query-groups 2 --qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope
- --untie-embeddings-and-output-weights --disable-bias-linear --seq-length 16 --max-position-embeddings 16 --micro-batch-size 1
- --global-batch-size 8 --train-iters 100 --lr 1e-4 --min-lr 1e-5 --lr-decay-style cosine --weight-decay 0.1 --bf16
- --use-distributed-optimizer --vocab-size 16 --make-vocab-size-divisible-by 1 --use-mcore-models""".replace("\n", "")
+from mindformers_made import LAUNCH, Model, save, save_sharded
 
 
 def test_flags_survive_the_way_to_a_worker() -> None:
@@ -127,7 +121,7 @@ def test_a_document_waits_until_the_checkpoint_is_complete(tmp_path: Path) -> No
     words = [sys.executable, "-m", "ckpt2pt", "run", "-f", str(tmp_path / "doc.json"), "--volume", f"v={tmp_path}"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr
-        waited = next((line for line in process.stderr if "metadata.json is not there" in line), "")
+        waited = next((line for line in process.stderr if "iteration_00000003" in line and "is not there" in line), "")
         for file in reversed(late):
             (tmp_path / file.name).rename(file)
         out, err = process.communicate(timeout=60)

@@ -15,7 +15,7 @@ from ckpt2pt.core.foldernames import MODEL_RANK, model_rank_of, rank_name, rank_
 from ckpt2pt.errors import InputError
 
 CheckpointId = tuple[int, int]
-"""(epoch, step) as in a file's name; files without one share ``UNNAMED``."""
+"""(epoch, step) as in a file's name; files without one share ``UNNAMED``.  An iteration of MindFormers has the epoch -1."""
 UNNAMED: CheckpointId = (-1, -1)
 
 _NAMED = re.compile(r".*-(?P<epoch>\d{1,12})_(?P<step>\d{1,12})(?P<merged>_dp_merged)?\.(?:ckpt|safetensors)")
@@ -38,8 +38,10 @@ def when_of_name(name: str) -> CheckpointId:
 
 
 def shown(when: CheckpointId | None) -> str:
-    """``0_12``, for a person."""
-    return "a file without a step in its name" if when is None or when == UNNAMED else f"{when[0]}_{when[1]}"
+    """``0_12``, or ``12`` where there is no epoch, for a person."""
+    if when is None or when == UNNAMED:
+        return "a file without a step in its name"
+    return f"{when[0]}_{when[1]}" if when[0] >= 0 else str(when[1])
 
 
 def rank_of_name(name: str) -> str:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import cast
 
 from ckpt2pt.errors import UsageError
-from ckpt2pt.formats.mindspore.filenames import CheckpointId
+from ckpt2pt.formats.mindformers.ready import Iterations
+from ckpt2pt.formats.mindspore.filenames import UNNAMED, CheckpointId
 from ckpt2pt.formats.mindspore.ready import Watcher
 from ckpt2pt.kube.cluster.api import Api, Json
 from ckpt2pt.kube.cluster.control import cancel, log_of_stage, retry
@@ -109,29 +110,36 @@ def _there(api: Api, options: argparse.Namespace) -> Submitted:
 def _fields(options: argparse.Namespace, template: Json, moment: CheckpointId | None) -> dict[str, str | int]:
     metadata = cast("Json", template.get("metadata") or {})
     epoch, step = moment or (options.epoch, options.step)
+    iteration = options.iteration
+    if epoch is not None and epoch < 0:  # of MindFormers
+        epoch, iteration = 0, step if iteration is None else iteration
     known: dict[str, str | int | None] = {
         "name": options.training,
         "uid": options.uid,
         "epoch": epoch,
         "step": step,
-        "iteration": options.iteration,
+        "iteration": iteration,
         "namespace": options.namespace or cast("str | None", metadata.get("namespace")),
     }
     return {name: value for name, value in known.items() if value is not None}
 
 
 def _moment(options: argparse.Namespace, template: Json) -> CheckpointId:
-    """(epoch, step) of the checkpoint, once every rank has saved it."""
+    """(epoch, step) of the checkpoint, once every rank has saved it; of MindFormers (-1, iteration)."""
     given = None if options.step is None else (options.epoch or 0, options.step)
     blank: dict[str, str | int] = {"namespace": "x", "name": "x", "uid": "x", "epoch": 0, "step": 1, "iteration": 1}
-    topology = parse(named(template, blank, "x")).topology
-    watcher = Watcher(options.ready_in, topology)
+    conversion = parse(named(template, blank, "x"))
+    watcher: Watcher | Iterations = Watcher(options.ready_in, conversion.topology)
+    if conversion.spec.source.format == "MindFormers":
+        settle = conversion.spec.readiness.settle_seconds
+        watcher = Iterations(options.ready_in, settle_seconds=settle)
+        given = given and (-1, given[1])
     began = time.monotonic()
     while not (look := watcher.look(given)).ready:
         if time.monotonic() - began > options.readiness_timeout:
             raise look.to_error(options.readiness_timeout)
         time.sleep(POLL_SECONDS)
-    if look.wanted is None or min(look.wanted) < 0:
+    if look.wanted is None or look.wanted == UNNAMED:
         hint = "give --name instead of --ready-in"
         raise UsageError("the files tell no epoch and step by their names", where=options.ready_in, hint=hint)
     return look.wanted

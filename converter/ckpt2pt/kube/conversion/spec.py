@@ -36,7 +36,7 @@ from ckpt2pt.kube.conversion.schema import (
     to_json,
 )
 from ckpt2pt.kube.conversion.size import too_large
-from ckpt2pt.kube.conversion.usable import FROM_MINDFORMERS, framework_of, unused
+from ckpt2pt.kube.conversion.usable import FOLLOWED, FROM_MINDFORMERS, framework_of, unused
 
 API_VERSION = "ckpt2pt.dev/v1alpha1"
 KIND = "CheckpointConversion"
@@ -281,8 +281,9 @@ def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Find
         hint = f"set it to {' or '.join(sorted(FROM_MINDFORMERS))}"
         what = f"is {spec.target.format}, which is not made of a MindFormers checkpoint"
         findings.append(Finding(field="spec.target.format", what=what, hint=hint))
-    if spec.follow and spec.target.format != "Megatron06":
-        hint = "leave it out; a training is followed on its way to Megatron 0.6"
+    of_mindformers = spec.source.format == "MindFormers"
+    if spec.follow and (spec.target.format not in FOLLOWED if of_mindformers else spec.target.format != "Megatron06"):
+        hint = "leave it out; a training is followed to Megatron06, one of MindFormers to Megatron or TorchDist"
         what = f"is given, and spec.target.format is {spec.target.format}"
         findings.append(Finding(field="spec.follow", what=what, hint=hint))
     if spec.target.format == "Torch" and spec.source.format not in {"Auto", "MSAdapter"}:
@@ -310,7 +311,7 @@ def _check_workloads(spec: Spec, findings: list[Finding]) -> None:
     if follow and spec.start_after:
         hint = "give one of them; follow.until names the training"
         findings.append(Finding(field="spec.follow", what="is given beside spec.startAfter", hint=hint))
-    if follow and spec.source.format in MEGATRON | {"MindFormers"}:
+    if follow and spec.source.format in MEGATRON:
         hint = "leave it out; trainings of MindSpore alone are followed"
         what = f"is given, and source.format is {spec.source.format}"
         findings.append(Finding(field="spec.follow", what=what, hint=hint))

@@ -22,6 +22,8 @@ TARGETS: Mapping[TargetFormat, str] = {
 
 
 FROM_MINDFORMERS = frozenset({"Megatron", "TorchDist", "Safetensors"})
+FOLLOWED = frozenset({"Megatron", "TorchDist"})
+"""Results that each new checkpoint of a MindFormers training becomes: those that have a folder for each iteration."""
 """The results that are made of a MindFormers checkpoint."""
 
 

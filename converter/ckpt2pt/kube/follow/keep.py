@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from ckpt2pt.core.foldernames import iteration_name, iteration_of
 from ckpt2pt.discover.request import Request, Verify
@@ -16,11 +16,12 @@ from ckpt2pt.io.paths import is_file, listing, status
 from ckpt2pt.publish import STATE, Holdings, nobody_at_work, read_record, remove_ours, retire, tracked
 from ckpt2pt.publish.kinds import REPORT
 from ckpt2pt.publish.retire import REMOVED, files_below, foreign, records_of
+from ckpt2pt.run.targets.request import AnyRequest
 
 log = logging.getLogger("ckpt2pt")
 
 
-def verified_as(request: Request, iteration: int) -> Verify | None:
+def verified_as(request: AnyRequest, iteration: int) -> Verify | None:
     """How every file of a result was verified, at the least; None where no manifest of this conversion says it."""
     results = dict(_results(request.target))
     if iteration not in results or not _is_ours(results[iteration], request):
@@ -29,7 +30,7 @@ def verified_as(request: Request, iteration: int) -> Verify | None:
     return None if None in levels else next((level for level in get_args(Verify) if level in levels), None)
 
 
-def prune(request: Request, keep: int) -> list[int]:
+def prune(request: AnyRequest, keep: int) -> list[int]:
     """Remove what is older than the last ``keep`` complete results (0: nothing); returns their iterations."""
     root = request.target
     for left in listing(root, f".iter_*{REMOVED}"):
@@ -69,7 +70,20 @@ def _results(root: Path) -> Iterator[tuple[int, Path]]:
             yield iteration, folder
 
 
-def _is_ours(folder: Path, request: Request) -> bool:
-    """Whether the claim there is of a conversion with the same options."""
-    claim = read_record(folder / STATE / "claim.json")
-    return claim is not None and claim.get("options") == json.loads(json.dumps(request.identity_options()))
+def _is_ours(folder: Path, request: AnyRequest) -> bool:
+    """Whether the claim there is of a conversion with the same options.
+
+    One by global tensors has some besides, which its source decides: they are those of the result that the tracker names.
+    """
+    claimed = _options(folder)
+    asked = cast("dict[str, object]", json.loads(json.dumps(request.identity_options())))
+    if isinstance(request, Request):
+        return claimed == asked
+    named = tracked(request.target)
+    alike = named is not None and claimed == _options(request.target / iteration_name(named))
+    return alike and {**claimed, **asked} == claimed
+
+
+def _options(folder: Path) -> Mapping[str, object]:
+    found = (read_record(folder / STATE / "claim.json") or {}).get("options")
+    return cast("Mapping[str, object]", found) if isinstance(found, dict) else {}

@@ -1,6 +1,6 @@
 """Follow a running training: convert each checkpoint that has become whole and is newer than the tracker's.
 
-    rank_R/*  --ckpt.ready--> whole?  --run--> iter_0000500  --keep--> the last N results
+    rank_R/*, iteration_*/*  --ready--> whole?  --run--> iter_0000500  --keep--> the last N results
 
 The tracker is all that is remembered: a restarted watch goes on where it stood, and never back.
 """
@@ -11,18 +11,36 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from ckpt2pt.core.progress import Reporter
 from ckpt2pt.discover import discover
 from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import RETRIED, Ckpt2ptError, InterruptedRunError, MissingInputError, SetupError
+from ckpt2pt.formats.mindformers.ready import Iterations
 from ckpt2pt.formats.mindspore.filenames import UNNAMED, CheckpointId, shown
 from ckpt2pt.formats.mindspore.ready import Observation, Watcher
 from ckpt2pt.kube.follow.keep import prune
 from ckpt2pt.publish import tracked
 from ckpt2pt.run.conversion import Outcome, run
+from ckpt2pt.run.targets.request import AnyRequest
 
 log = logging.getLogger("ckpt2pt")
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What is followed, where its results go, and what is asked for of one checkpoint of it."""
+
+    watcher: Watcher | Iterations
+    target: Path
+    ask: Callable[[CheckpointId], AnyRequest]
+
+
+def training_of(request: Request, settle: float) -> Training:
+    """A training of MindSpore, of whose checkpoints ``request`` asks the same; ``settle`` is :attr:`Following.settle`."""
+    watcher = Watcher(request.source, request.source_layout, wanted_format=request.source_format, settle_seconds=settle)
+    return Training(watcher, request.target, lambda when: replace(request, when=when, iteration=None))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +72,7 @@ class _Memory:
 
 
 def watch(
-    request: Request,
+    training: Training,
     how: Following,
     *,
     reporter: Callable[[], Reporter],
@@ -69,10 +87,7 @@ def watch(
 
     Returns 0, or the exit code of the last error of a single round.  Raises what ends it.
     """
-    watcher = Watcher(
-        request.source, request.source_layout, wanted_format=request.source_format, settle_seconds=how.settle
-    )
-    memory = _Memory(on_failure, wait)
+    watcher, memory = training.watcher, _Memory(on_failure, wait)
     while True:
         memory.errors.clear()
         if how.once and not watcher.is_there():
@@ -81,7 +96,7 @@ def watch(
         if whole:
             memory.wait("")
         for when in whole[-how.keep :]:  # all of them when keep is 0
-            _convert(replace(request, when=when, iteration=None), how, memory, reporter=reporter, hear=hear)
+            _convert(training, when, how, memory, reporter=reporter, hear=hear)
         _tell(lacking, max(whole, default=None), how, memory)
         if not (memory.converted or memory.errors or lacking):
             _tell_idle(watcher, bool(whole), writing, how, memory)
@@ -91,7 +106,7 @@ def watch(
 
 
 def _look(
-    watcher: Watcher, how: Following, memory: _Memory
+    watcher: Watcher | Iterations, how: Following, memory: _Memory
 ) -> tuple[list[CheckpointId], dict[CheckpointId, Observation], list[Observation]]:
     """Whole checkpoints to convert, what the others lack, and those that are being written, each oldest first.
 
@@ -117,7 +132,9 @@ def _look(
     return whole, lacking, unsettled
 
 
-def _tell_idle(watcher: Watcher, whole: bool, writing: list[Observation], how: Following, memory: _Memory) -> None:
+def _tell_idle(
+    watcher: Watcher | Iterations, whole: bool, writing: list[Observation], how: Following, memory: _Memory
+) -> None:
     """Say why nothing was converted: of one round always, of a watch while there is no checkpoint at all."""
     idle = ""
     if not (whole or writing or memory.done):
@@ -145,15 +162,16 @@ def _tell(
 
 
 def _convert(
-    request: Request,
+    training: Training,
+    when: CheckpointId,
     how: Following,
     memory: _Memory,
     *,
     reporter: Callable[[], Reporter],
     hear: Callable[[Outcome, list[int]], None],
 ) -> None:
-    when = request.when or (-1, -1)
     try:
+        request = training.ask(when)
         if not _is_newer(request):
             memory.done.add(when)
             return
@@ -172,11 +190,12 @@ def _convert(
         _note(error, when, how, memory)
 
 
-def _is_newer(request: Request) -> bool:
+def _is_newer(request: AnyRequest) -> bool:
     named = tracked(request.target)
     if named is None:
         return True
-    iteration = discover(request).training_step.iteration
+    found = discover(request).training_step if isinstance(request, Request) else request.read()
+    iteration = found.iteration if found.iteration is not None else request.iteration or 0
     if iteration < named:
         log.info("iteration %d is passed over: the tracker names %d", iteration, named)
     return iteration > named

@@ -21,8 +21,10 @@ from ckpt2pt.errors import (
     UnsupportedFormatError,
     ref,
 )
+from ckpt2pt.formats.mindformers.ready import Iterations
 from ckpt2pt.formats.mindspore.ready import Watcher
 from ckpt2pt.kube.conversion.schema import Readiness, Spec
+from ckpt2pt.kube.mindformers import iterations_of
 from ckpt2pt.kube.worker.account import Account
 from ckpt2pt.run.targets.request import AnyRequest, RepairRequest
 
@@ -47,7 +49,7 @@ Blocker = tuple[Ckpt2ptError, str]
 """The error where waiting was in vain, and a sentence while it may not be."""
 
 
-def _obstacle_of_training(watcher: Watcher, timeout: float) -> Blocker | None:
+def _obstacle_of_training(watcher: Watcher | Iterations, timeout: float) -> Blocker | None:
     look = watcher.look()
     return None if look.ready else (look.to_error(timeout), look.sentence)
 
@@ -91,6 +93,12 @@ def request_when_complete(spec: Spec, account: Account, *, in_process: bool = Fa
 
     readiness, ask_any = spec.readiness, partial(resolve_any, spec, in_process=in_process)
     if spec.target.format in BY_TENSORS:
+        iterations = iterations_of(spec) if readiness.timeout_seconds else None
+        if iterations:
+            wait_for(iterations, readiness, account)
+            # What is newest is complete, whether or not the tracker names it yet, and stays what is asked for.
+            number = (iterations.look().wanted or (0, None))[1]
+            return resolve_any(replace(spec, source=replace(spec.source, iteration=number)), in_process=in_process)
         if readiness.timeout_seconds:
             _wait(partial(_obstacle_of_save, ask_any, readiness), readiness.timeout_seconds, account)
         return ask_any()
@@ -111,12 +119,17 @@ def wait_until_whole(request: Request, readiness: Readiness, account: Account) -
     Raises what :meth:`ckpt2pt.formats.mindspore.ready.Observation.to_error` says, and for a Megatron checkpoint what reading it raises.
     """
     timeout, settle = readiness.timeout_seconds, readiness.settle_seconds
-    if not timeout:
-        return
-    blocker = partial(_obstacle_of_training, watcher_of(request, settle), timeout)
-    if request.from_megatron:
-        blocker = partial(_obstacle_of_save, lambda: request, readiness)
-    _wait(blocker, timeout, account)
+    if timeout and request.from_megatron:
+        _wait(partial(_obstacle_of_save, lambda: request, readiness), timeout, account)
+    else:
+        wait_for(watcher_of(request, settle), readiness, account)
+
+
+def wait_for(watcher: Watcher | Iterations, readiness: Readiness, account: Account) -> None:
+    """The same with what looks at a training output."""
+    timeout = readiness.timeout_seconds
+    if timeout:
+        _wait(partial(_obstacle_of_training, watcher, timeout), timeout, account)
 
 
 def _wait(blocker: Callable[[], Blocker | None], timeout: float, account: Account) -> None:

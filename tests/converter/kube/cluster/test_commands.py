@@ -17,6 +17,7 @@ from ckpt2pt.kube.cluster.api import Connection
 from ckpt2pt.kube.conversion.template import name_for
 from ckptfiles import Tensor, ckpt
 from documents import changed, write
+from mindformers_made import Model, save_sharded
 
 ANSWERS: dict[str, Answer] = {"POST": (201, {}), "GET": (200, {"status": {"phase": "Succeeded"}}), "PATCH": (200, {})}
 
@@ -94,6 +95,27 @@ def test_epoch_and_step_come_from_the_files_once_every_rank_has_saved(
     [(_, _, body, _)] = server.asked
     assert body["metadata"]["name"] == name_for("demo", 0, 500)
     assert submit("--ready-in", str(tmp_path / "ms"), "--step", "600", "--readiness-timeout", "0") == 65
+
+
+def test_an_iteration_of_mindformers_is_waited_for(
+    submit: Callable[..., int], server: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "checkpoint"
+    folder = save_sharded(root, Model().arrays, {}, ranks=2, iteration=500)
+    (root / "latest_checkpointed_iteration.txt").unlink()
+    (folder / "metadata.json").rename(tmp_path / "late")
+    words = ["--set", "spec.source.format=MindFormers", "--set", "spec.target.format=TorchDist"]
+    words += ["--set", "spec.readiness.settleSeconds=0", "--set", "spec.source.iteration=${iteration}"]
+    words += ["--ready-in", str(root), "--readiness-timeout", "0"]
+    assert submit(*words) == 66
+    assert "checkpoint 500 is incomplete: metadata.json is not there" in capsys.readouterr().err
+    assert server.asked == []
+    (tmp_path / "late").rename(folder / "metadata.json")
+    assert submit(*words, "--step", "500") == 0
+    assert submit(*words) == 0
+    for _, _, body, _ in server.asked:
+        assert body["metadata"]["name"] == name_for("demo", 0, 500)
+        assert body["spec"]["source"]["iteration"] == 500
 
 
 def test_a_wait_ends_with_the_conversions_code(

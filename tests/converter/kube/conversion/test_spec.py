@@ -104,6 +104,10 @@ REFUSED = {
     "half-a-workload": ([("spec.startAfter", {"kind": "Job"})], "spec.startAfter", "name the workload"),
     "half-a-training": ([("spec.follow", {"until": {"kind": "Job"}})], "spec.follow.until", "name the workload"),
     "two-ways-to-begin": ([("spec.follow", {}), ("spec.startAfter", AFTER)], "spec.follow", "give one of them"),
+    "follow-mindformers-into-nothing": (
+        [("spec.follow", {}), ("spec.source.format", "MindFormers"), ("spec.target.format", "Safetensors")],
+        "spec.follow", "one of MindFormers to Megatron or TorchDist",
+    ),
     "follow-one-iteration": ([("spec.follow", {}), ("spec.source.iteration", 5)], "spec.follow", "leave the iteration out"),
     "rules-as-a-list": ([("spec.model.rules", {"modules": ["a"]})], "spec.model.rules.modules", "mapping"),
     "experts-in-megatron-06": (

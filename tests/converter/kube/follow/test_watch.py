@@ -17,7 +17,7 @@ import pytest
 from ckpt2pt.cli import commands as cli
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import InputError, InterruptedRunError
-from ckpt2pt.kube.follow.watch import Following, watch
+from ckpt2pt.kube.follow.watch import Following, training_of, watch
 from ckpt2pt.publish import TRACKER
 from conversions import Quiet, request_of
 from documents import changed, write
@@ -228,7 +228,7 @@ def test_a_follower_tells_what_is_broken_once_and_its_status_until_one_succeeds(
     received: list[int] = []
     with pytest.raises(InterruptedRunError, match="enough"):
         watch(
-            request,
+            training_of(request, 10.0),
             Following(),
             reporter=Quiet,
             hear=lambda outcome, _: received.append(outcome.target.iteration),
@@ -258,7 +258,7 @@ def test_a_follower_waits_for_its_source_and_says_so_once(
     monkeypatch.setattr("ckpt2pt.kube.follow.watch.time.sleep", pause)
     with pytest.raises(InterruptedRunError, match="enough"):
         watch(
-            request,
+            training_of(request, 10.0),
             Following(),
             reporter=Quiet,
             hear=lambda outcome, _: received.append(outcome.target.iteration),
@@ -288,7 +288,7 @@ def test_what_is_incomplete_ends_no_watch_and_what_is_broken_does(
     monkeypatch.setattr("ckpt2pt.kube.follow.watch.time.sleep", breaks)
     with pytest.raises(InputError, match="rank_1 is broken"):
         watch(
-            request,
+            training_of(request, 10.0),
             Following(stop_on_error=True),
             reporter=Quiet,
             hear=lambda *_: None,
@@ -383,7 +383,7 @@ def test_a_signal_that_comes_too_late_for_a_conversion_ends_the_watch(training: 
     received: list[int] = []
     with pytest.raises(InterruptedRunError, match="SIGTERM"):
         watch(
-            request,
+            training_of(request, 10.0),
             Following(interval=0.01),
             reporter=LastWord,
             hear=lambda outcome, _: received.append(outcome.target.iteration),
