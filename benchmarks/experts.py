@@ -256,7 +256,7 @@ def experts(work: Path, say: Callable[[str], None]) -> dict[str, object]:
     """Plans of 256 experts on 64 ranks of experts, and of a quarter of both, where one worker's share is the same."""
     found: list[dict[str, object]] = []
     full, quarter = Mixture(), Mixture(expert=16, experts=64)
-    cases = (("megatron", quarter, ("5",)), ("megatron", full, ("5",)), ("torch_dist", quarter, ("5",)))
+    cases = [(form, model, ("5",)) for form in ("megatron", "torch_dist") for model in (quarter, full)]
     for form, model, shares in cases:
         folder, out = work / "source", work / "told"
         sizes = [str(one) for one in (model.tensor, model.pipeline, model.expert, model.experts, model.layers)]

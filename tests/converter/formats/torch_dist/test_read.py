@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,11 @@ import ckpt2pt
 from ckpt2pt.cli.commands import main
 from ckpt2pt.core.tensor import ROLES
 from ckpt2pt.errors import CoverageError, InputError, MissingInputError
+from ckpt2pt.formats.checkpoint import Selection
 from ckpt2pt.formats.registry import detect
+from ckpt2pt.formats.torch_dist.items import Located, locate
+from ckpt2pt.formats.torch_dist.metadata import Chunk
+from ckpt2pt.formats.torch_dist.read import open_torch_dist
 from ckpt2pt.formats.torchfile.trees import namespace
 from goldens import golden_root
 from mcore import expected
@@ -38,6 +43,37 @@ def test_every_tensor_is_what_the_real_optimizer_held(folder: Path) -> None:
             found = checkpoint.get(name, role)
             assert found.shape == array.shape, name
             assert found.tobytes() == array.tobytes(), f"{role} {name}"
+
+
+@pytest.mark.parametrize("folder", SETS, ids=lambda folder: "-".join(folder.parts[-2:]))
+def test_what_is_described_reads_the_items_of_those_parameters_alone_that_are_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counted(folder: Path, chunks: Iterable[tuple[str, Chunk]]) -> Iterator[tuple[Chunk, Located]]:
+        for chunk, found in locate(folder, chunks):
+            read.append(chunk.item.file)
+            yield chunk, found
+
+    monkeypatch.setattr("ckpt2pt.formats.torch_dist.read.locate", counted)
+    complete = open_torch_dist(folder, Selection())
+    every = len(read)
+    read.clear()
+    described = open_torch_dist(folder, Selection(described=True))
+    assert described.files == complete.files
+    if described.locate is None:  # where parameters lie in buckets is proved by all of them
+        assert folder.name.endswith("td_dp")
+        assert described.index == complete.index
+        return
+    assert read == []
+    bare = {key: tensor._replace(views=(), replicas=()) for key, tensor in complete.index.items()}
+    assert list(described.index.items()) == list(bare.items())
+    name = "decoder.layers.1.self_attention.linear_proj.weight"
+    found = described.locate(described.index, {name})
+    assert 0 < len(read) < every / 4
+    assert found == {key: complete.index[key] if key.name == name else tensor for key, tensor in bare.items()}
+    assert described.locate(described.index, None) == complete.index
 
 
 @pytest.mark.parametrize("folder", sorted(MCORE.glob("handwritten/td_*")), ids=lambda folder: folder.name)

@@ -15,7 +15,7 @@ from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Verify
 from ckpt2pt.errors import FormatError, MissingInputError, TryAgainError
 from ckpt2pt.run.targets.request import TargetRequest
-from ckpt2pt.run.targets.source import read_source
+from ckpt2pt.run.targets.source import located, read_source
 from mcoresets import odd_set, script_of
 from torchdist import as_bfloat16, gpt, of_layers, whole, write_folder, write_gpt
 
@@ -73,7 +73,7 @@ def distributed(tmp_path: Path) -> TargetRequest:
 
 def test_records_of_a_distributed_source_are_proved_where_they_were_read_whole(tmp_path: Path) -> None:
     asked = distributed(tmp_path)
-    source = read_source(asked)
+    source = located(read_source(asked), None)
     [extent] = source.index[Key("exp_avg", "output_layer.weight")].views[0].storage
     path = Path(extent.path)
 
