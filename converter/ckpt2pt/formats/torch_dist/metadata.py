@@ -16,8 +16,8 @@ from typing import NamedTuple, NoReturn, cast
 
 from ckpt2pt.core.extents import DTYPE_BYTES, Shape
 from ckpt2pt.errors import CoverageError, FormatError, MissingInputError, ref
-from ckpt2pt.formats.torchfile.pickles import Shorten, read_pickle
-from ckpt2pt.formats.torchfile.trees import Call, Global, Value
+from ckpt2pt.formats.torchfile.pickles import Records, Shorten, read_pickle
+from ckpt2pt.formats.torchfile.trees import Call, Global, Record, Value
 from ckpt2pt.io.inputs import read_whole
 from ckpt2pt.io.jsontext import parse_json
 from ckpt2pt.io.paths import is_there, listing, status
@@ -108,7 +108,7 @@ def read_metadata(folder: Path) -> Metadata:
             hint=f"{_HINT}, with its hidden files",
         )
     data = read_whole(path, ref("source.path"))
-    tree = read_pickle(data, where=str(path), opcodes=_MAX_OPCODES, shorten=_SHORTEN)
+    tree = read_pickle(data, where=str(path), opcodes=_MAX_OPCODES, shorten=_SHORTEN, records=_RECORDS)
     name, module = ("MCoreMetadata", _MCORE) if _is(tree, "MCoreMetadata", _MCORE) else ("Metadata", _MODULE)
     state = _state(tree, name, path, module)
     items = _items(_dictionary(state.get("storage_data"), path), path)
@@ -159,7 +159,7 @@ def _items(stored: Mapping[Value, Value], path: Path) -> dict[tuple[str, Shape |
     """(key, origin of the chunk) -> item; the origin of an object is None."""
     found: dict[tuple[str, Shape | None], Item] = {}
     for index, value in stored.items():
-        key, origin = _fields(index, _INDEX, path)
+        key, origin, _ = _fields(index, _INDEX, path)
         file, offset, nbytes, transformed = _fields(value, _INFO, path)
         if not isinstance(key, str) or not isinstance(file, str) or not _FILE.fullmatch(file):
             _refuse("an item has no name, or no file of the folder itself", path)
@@ -260,7 +260,9 @@ def _state(value: Value, name: str, path: Path, module: str = _MODULE) -> Mappin
 
 
 def _fields(value: Value, kind: Global, path: Path) -> tuple[Value, ...]:
-    """What :data:`_SHORTEN` has kept of an object of a class."""
+    """The attributes of an object of a class that :data:`_RECORDS` lists."""
+    if isinstance(value, Record) and value[0] == kind:
+        return value[1:]
     if not isinstance(value, Call) or value.func != kind or not isinstance(value.state, tuple):
         _refuse(f"there is no {kind.name} where one has to be", path)
     return value.state
@@ -286,12 +288,13 @@ def _size(args: Value) -> Value:
 _INDEX, _CHUNK = Global(_MODULE, "MetadataIndex"), Global(_MODULE, "ChunkStorageMetadata")
 _INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 # Three objects for each chunk; with their dictionaries they would take twice the memory.
-_SHORTEN: Shorten = {
-    _INDEX: _attributes("fqn", "offset"),
-    _CHUNK: _attributes("offsets", "sizes"),
-    _INFO: _attributes("relative_path", "offset", "length", "transform_descriptors"),
-    Global("torch", "Size"): _size,
+_RECORDS: Records = {
+    _INDEX: ("fqn", "offset", "index"),
+    _CHUNK: ("offsets", "sizes"),
+    _INFO: ("relative_path", "offset", "length", "transform_descriptors"),
 }
+# Those that do not look as Python's pickler writes them.
+_SHORTEN: Shorten = {kind: _attributes(*names) for kind, names in _RECORDS.items()} | {Global("torch", "Size"): _size}
 
 
 def _dictionary(value: Value, path: Path) -> Mapping[Value, Value]:

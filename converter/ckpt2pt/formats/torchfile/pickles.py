@@ -26,10 +26,10 @@ from ckpt2pt.formats.torchfile.trees import (
     StoredTensor,
     Value,
 )
-from ckpt2pt.formats.torchfile.unpickle import MAX_OPCODES, Reader, Shorten
+from ckpt2pt.formats.torchfile.unpickle import MAX_OPCODES, Reader, Records, Shorten
 from ckpt2pt.formats.torchfile.vetting import check_tree
 
-__all__ = ["Shorten", "read_pickle", "write_pickle"]
+__all__ = ["Records", "Shorten", "read_pickle", "write_pickle"]
 
 _BYTES = Global("__builtin__", "bytes")
 _U32 = struct.Struct("<I").pack
@@ -44,15 +44,16 @@ def read_pickle(
     allow: Collection[str] = (),
     opcodes: int = MAX_OPCODES,
     shorten: Shorten = MappingProxyType({}),
+    records: Records = MappingProxyType({}),
 ) -> Value:
     """The tree a pickle describes; nothing it names is imported or called.
 
     It may ask for 48 MiB and for 20 bytes for each of its own, of which it may have 256 MiB, and may have ``opcodes``.
-    ``shorten`` saves memory where a pickle holds very many objects of a few classes.
+    ``shorten`` saves memory where a pickle holds very many objects of a few classes, and ``records`` time as well.
 
     ``allow`` holds further names, as ``module.name``; the standard library, numpy and torch cannot be among them.
     """
-    return Reader(data, where, frozenset(allow), opcodes, shorten).read()
+    return Reader(data, where, frozenset(allow), opcodes, shorten, records).read()
 
 
 def write_pickle(value: Value, *, check: bool = True) -> bytes:

@@ -57,6 +57,19 @@ class Call:
     pairs: Sequence[tuple[Value, Value]] = ()
 
 
+class Record(tuple["Value", ...]):
+    """An object of a class that was asked for, the first value, and its attributes: none of them is a container but for shapes.
+
+    As an object it is equal to itself alone.
+    """
+
+    __slots__ = ()
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
     """A tensor of the tree: a view into the storage ``data/{key}`` of the archive.  Everything counts elements.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, NoReturn
 
+from ckpt2pt.formats.torchfile.records import read_record
 from ckpt2pt.formats.torchfile.trees import GETATTRS, MISSING, Call, Global, Persistent, Value
 from ckpt2pt.formats.torchfile.vetting import check_member, check_name, check_tree, damaged, is_key, refuse_mention
 
@@ -35,6 +36,8 @@ _NEWOBJ_EX = Global("copyreg", "__newobj_ex__")
 
 Shorten = Mapping[Global, Callable[[Value], Value]]
 """What to hold in place of an object that a call of this name makes, from its arguments; or of the state that it is given."""
+Records = Mapping[Global, tuple[str, ...]]
+"""Classes of very many objects, and their attributes: each becomes a :class:`Record` of these, None where it has no such."""
 
 
 class Reader:
@@ -50,6 +53,7 @@ class Reader:
         "opcodes",
         "pending",
         "pos",
+        "records",
         "shorten",
         "stack",
         "where",
@@ -62,8 +66,10 @@ class Reader:
         allow: frozenset[str],
         opcodes: int = MAX_OPCODES,
         shorten: Shorten = MappingProxyType({}),
+        records: Records = MappingProxyType({}),
     ) -> None:
         self.data, self.where, self.allow, self.opcodes, self.shorten = data, where, allow, opcodes, shorten
+        self.records = records
         self.pos = 0
         self.stack: list[Value] = []
         self.marks: list[list[Value]] = []
@@ -184,8 +190,15 @@ class Reader:
             self.call(func, args, new=False)
 
     def op_newobj(self) -> None:
-        args = self.stack.pop()
-        self.call(self.stack.pop(), args, new=True)
+        args, kind = self.stack.pop(), self.stack.pop()
+        names = self.records.get(kind) if isinstance(kind, Global) and args == () and not self.far else None
+        # It takes no more memory for each of its bytes than any pickle may (_NBYTES_PER_BYTE).
+        found = read_record(self.data, self.pos, self.memo, kind, names) if names and isinstance(kind, Global) else None
+        if found:
+            made, self.pos = found
+            self.stack.append(made)
+        else:
+            self.call(kind, args, new=True)
 
     def op_newobj_ex(self) -> None:
         keywords, args, kind = self.stack.pop(), self.stack.pop(), self.stack.pop()

@@ -29,6 +29,7 @@ from ckpt2pt.formats.torchfile.trees import (
     Global,
     Missing,
     Persistent,
+    Record,
     StoredTensor,
     Value,
     as_storage,
@@ -159,7 +160,7 @@ def is_key(key: Value) -> bool:
         parts += 1
         if parts > _MAX_KEY_PARTS or isinstance(part, list | dict | Persistent):
             return False
-        if isinstance(part, tuple):
+        if type(part) is tuple:  # a record is hashed as an object
             pending.extend(part[: _MAX_KEY_PARTS + 1])
         elif isinstance(part, int) and part.bit_length() > _MAX_KEY_BITS:
             return False
@@ -203,7 +204,7 @@ def check_tree(root: Value, where: str) -> None:
 
 _OPEN = -1
 _MAX_PLAIN = 8
-_LEAVES = frozenset({type(None), bool, int, float, str, bytes, StoredTensor, Missing})
+_LEAVES = frozenset({type(None), bool, int, float, str, bytes, Record, StoredTensor, Missing})
 
 
 def _is_plain(node: Value) -> bool:
