@@ -21,7 +21,7 @@ from ckpt2pt.discover.checkpoint import Discovered, Found, RankSource, prove_sam
 from ckpt2pt.discover.metadata import template_of
 from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import InputError, MissingInputError, ref
-from ckpt2pt.formats.mindspore import Header, facts_of, index_file, statement_of, states_checksum
+from ckpt2pt.formats.mindspore import Header, Row, facts_of, index_file, rows_of, statement_of, states_checksum
 from ckpt2pt.formats.mindspore import source as sources
 from ckpt2pt.formats.mindspore.filenames import CheckpointId, shown
 from ckpt2pt.formats.mindspore.ranks import SourceFile, choose, find_groups, find_sources, index_source, last_saved
@@ -31,7 +31,7 @@ from ckpt2pt.io.checksums import Piece
 from ckpt2pt.io.inputs import InputFile
 
 Index = Mapping[str, TensorRef]
-_MAX_KEPT = 1 << 14  # tensors, about 8 MiB
+_MAX_KEPT = 1 << 16  # tensors, about 30 MiB; those of files that are laid out alike count once
 
 
 def find(request: Request, keep: Collection[Rank]) -> Found:
@@ -135,6 +135,7 @@ class Headers:
         self._stats: dict[Path, dict[str, int]] = {}
         self._sharded: set[Path] = set()
         self.kept: dict[Path, Header] = {}
+        self._rows: dict[tuple[Row, ...], tuple[Row, ...]] = {}
         self._room = _MAX_KEPT
 
     def facts(self, path: Path) -> dict[str, float]:
@@ -144,12 +145,20 @@ class Headers:
             with InputFile(path) as file:
                 index = index_file(file)
                 self._facts[path] = facts_of(index, file)
-                if path in self._keep and self._room >= len(index):
-                    self._room -= len(index)
-                    self.kept[path] = Header(index, statement_of(index, file), states_checksum(file))
+                if path in self._keep:
+                    self._hold(path, index, file)
             if has_shards(index):
                 self._sharded.add(path)
         return self._facts[path]
+
+    def _hold(self, path: Path, index: Index, file: InputFile) -> None:
+        rows = rows_of(index)
+        if rows not in self._rows:
+            if self._room < len(rows):
+                return
+            self._room -= len(rows)
+        rows = self._rows.setdefault(rows, rows)
+        self.kept[path] = Header(file.path, rows, statement_of(index, file), states_checksum(file))
 
     def prove_unchanged(self) -> None:
         """Refuse files that are not those any more whose headers were read."""

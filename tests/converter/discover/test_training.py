@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.topology import Topology
-from ckpt2pt.discover import discover, prepare_all
+from ckpt2pt.discover import discover, prepare_all, training
 from ckpt2pt.discover.request import Request
 from ckpt2pt.errors import InputError, MissingInputError, UsageError, ref
+from ckpt2pt.formats.mindspore import index_file
+from ckpt2pt.io.inputs import InputFile
 from ckpt2pt.run.conversion import run
+from ckpt2pt.show.preview import planned
 from ckptfiles import Tensor, ckpt
 from conversions import Quiet
 from handmade import Handmade
@@ -182,6 +186,33 @@ def test_identity_follows_options_source_and_metadata(tmp_path: Path) -> None:
 def test_only_the_stages_asked_for_are_prepared(tmp_path: Path) -> None:
     request = saves(tmp_path, (0, 90))
     assert [rank for rank, _ in prepare_all(request, discover(request), [1])] == [(0, 1)]
+
+
+def test_headers_that_are_kept_are_those_of_the_files_and_ranks_of_one_form_share_theirs(tmp_path: Path) -> None:
+    request = Handmade(topology=replace(TWO, tensor=2)).write(tmp_path)
+    chosen = discover(request, keep=list(request.topology.ranks()))
+    assert {path: header.index for path, header in chosen.headers.items()} == {
+        file.path: index_file(file.path) for file in chosen.files.values()
+    }
+    assert len(chosen.headers) == 4
+    assert len({id(header.rows) for header in chosen.headers.values()}) == 2
+
+
+def test_each_header_is_read_once_however_many_ranks_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ranks of one form, those of a tensor parallel group, the tensors of one count as kept."""
+    read: list[str] = []
+
+    def counted(file: InputFile) -> dict[str, TensorRef]:
+        read.append(file.path)
+        return index_file(file)
+
+    request = Handmade(topology=replace(TWO, tensor=2)).write(tmp_path)
+    first = [file.path for (tp, _), file in discover(request).files.items() if not tp]
+    monkeypatch.setattr(training, "_MAX_KEPT", sum(len(index_file(path)) for path in first))
+    monkeypatch.setattr(training, "index_file", counted)
+    ranks = planned(request, range(2)).document["ranks"]
+    assert isinstance(ranks, list)
+    assert len(ranks) == len(read) == len(set(read)) == 4
 
 
 def renamed(folder: Path, old: str, new: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt2pt.core.extents import TensorRef
+from ckpt2pt.core.extents import Extent, TensorRef
 from ckpt2pt.core.stated import Stated, Statement, is_stated, read_statement
 from ckpt2pt.core.training_step import STEP_ENTRIES
 from ckpt2pt.errors import FormatError
@@ -41,6 +41,7 @@ __all__ = [
     "prove_sources",
     "read_scalar",
     "read_scalars",
+    "rows_of",
     "statement_of",
     "states_checksum",
 ]
@@ -55,14 +56,35 @@ _STRUCTS = {
 }  # fmt: skip
 
 
+Row = tuple[str, str, tuple[int, ...], tuple[tuple[int, int], ...]]
+"""An entry of a file: its name, type and shape, and (offset, bytes) of each of its slices."""
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What was read of a file: where its tensors are, and what it states of optimizer and scheduler."""
+    """What was read of a file: where its tensors are, and what it states of optimizer and scheduler.
 
-    index: Mapping[str, TensorRef]
+    ``rows`` may be those of other files as well: ranks of one tensor parallel group differ in their values alone.
+    """
+
+    path: str
+    rows: tuple[Row, ...]
     statement: Statement
     checksum: bool
     """Whether it states a CRC-32 of itself."""
+
+    @property
+    def index(self) -> dict[str, TensorRef]:
+        """Its tensors, as :func:`index_file` gives them."""
+        return {
+            name: TensorRef(name, dtype, shape, tuple([Extent(self.path, *piece) for piece in pieces]))
+            for name, dtype, shape, pieces in self.rows
+        }
+
+
+def rows_of(index: Mapping[str, TensorRef]) -> tuple[Row, ...]:
+    """The same tensors without the path of their file."""
+    return tuple([(*ref[:3], tuple([(offset, nbytes) for _, offset, nbytes in ref.extents])) for ref in index.values()])
 
 
 def index_file(path: Path | InputFile, *, partial: bool = False) -> dict[str, TensorRef]:
