@@ -55,6 +55,7 @@ FIELDS = {
     "target.names":                       "the names of parameters in the target",
     "target.transformerImpl":             "the layer spec of the target",
     "target.megatronVersion":             "the release that loads the target",
+    "target.trainer":                     "the trainer of MindFormers that loads the target",
     "target.overwrite":                   "the replacement of an earlier result",
     "target.dataParallel":                "the data parallel size of the target",
     "target.zeroConsumedSamples":         "a count of samples from 0",

@@ -155,6 +155,17 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
         [("spec.follow", {}), ("spec.target", {"path": "out", "format": "TorchDist"})],
         "spec.follow", "leave follow out, or set target.format",
     ),
+    "mindformers-into-mindformers": (
+        [("spec.source.format", "MindFormers"), ("spec.target", {"path": "out", "format": "MindFormers"})],
+        "spec.target.format", "of a MindFormers checkpoint results of the formats",
+    ),
+    "a-trainer-of-another-format": (
+        [("spec.target", {"path": "out", "trainer": "Graph"})], "spec.target.trainer", "it is about a result for MindFormers",
+    ),
+    "a-layout-of-mindformers": (
+        [("spec.target", {"path": "out", "format": "MindFormers", "parallelism": {"tensor": 2}})],
+        "spec.target.parallelism", "weights for MindFormers are loaded at any parallel sizes",
+    ),
     "follow-mindformers-into-safetensors": (
         [("spec.follow", {}), ("spec.source.format", "MindFormers"), ("spec.target", {"path": "out", "format": "Safetensors"})],
         "spec.follow", "one of MindFormers (source.format) to Megatron or TorchDist",
@@ -463,6 +474,11 @@ ACCEPTED: dict[str, list[tuple[str, object]]] = {
     "empty-dir": [("spec.target", {"path": "out", "volume": {"emptyDir": {"sizeLimit": "2Gi"}}})],
     "dry-run": [("spec.dryRun", True)],
     "follow": [("spec.follow", {"until": AFTER, "keep": 2, "intervalSeconds": 5})],
+    "to-mindformers": [
+        ("spec.metadata", ABSENT),
+        ("spec.source.mindformers", {"useInterleavedWeightLayoutMlp": True}),
+        ("spec.target", {"path": "out", "format": "MindFormers", "trainer": "Graph"}),
+    ],
     "follow-mindformers": [
         ("spec.follow", {"until": AFTER, "keep": 2}),
         ("spec.source.format", "MindFormers"),

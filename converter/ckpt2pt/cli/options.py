@@ -6,7 +6,7 @@ import argparse
 import os
 from typing import Any
 
-from ckpt2pt.cli.unstated import add_huggingface, add_mindformers
+from ckpt2pt.cli.unstated import add_huggingface, add_mindformers, add_mindformers_trainer
 from ckpt2pt.io.flags import Group, add_target_sizes, count, counts, path, port, seconds
 
 
@@ -120,10 +120,11 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     )
     group.add_argument(
         "--target-format",
-        choices=("megatron06", "megatron", "torch_dist", "mindspore", "torch", "safetensors"),
+        choices=("megatron06", "megatron", "torch_dist", "mindspore", "torch", "safetensors", "mindformers"),
         default="megatron06",
-        help="what to write: megatron06, megatron (the torch format of Megatron-LM 0.7 to 0.19), torch_dist (Megatron-LM 0.15 and newer, at any layout), mindspore, torch (what MSAdapter wrote, as torch would have saved it), safetensors (weights for Hugging Face transformers) (spec.target.format)",
+        help="what to write: megatron06, megatron (the torch format of Megatron-LM 0.7 to 0.19), torch_dist (Megatron-LM 0.15 and newer, at any layout), mindspore, torch (what MSAdapter wrote, as torch would have saved it), safetensors (weights for Hugging Face transformers), mindformers (weights for MindFormers) (spec.target.format)",
     )
+    add_mindformers_trainer(group)
     group.add_argument(
         "--target-dp-size",
         type=int,

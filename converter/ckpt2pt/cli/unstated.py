@@ -29,6 +29,17 @@ def add_mindformers(group: Group) -> None:
         )
 
 
+def add_mindformers_trainer(group: Group) -> None:
+    """Which of the two trainers of MindFormers a result is for."""
+    group.add_argument(
+        "--mindformers-trainer",
+        choices=("pynative", "graph"),
+        default="pynative",
+        help="with --target-format mindformers: what loads the result, the trainer of PyNative mode (default) or that of the static graph, "
+        "of which the flags above or the YAML say how it orders rows (spec.target.trainer)",
+    )
+
+
 def _boolean(text: str) -> bool:
     if (word := text.lower()) not in {"true", "false"}:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")

@@ -31,7 +31,7 @@ _FORMATS: Mapping[str, SourceFormat] = {
 }  # fmt: skip
 TARGET_FORMATS: Mapping[str, TargetFormat] = {
     "megatron06": "Megatron06", "megatron": "Megatron", "torch_dist": "TorchDist", "mindspore": "MindSpore",
-    "torch": "Torch", "safetensors": "Safetensors",
+    "torch": "Torch", "safetensors": "Safetensors", "mindformers": "MindFormers",
 }  # fmt: skip
 NAMES: Mapping[str, Names] = {"auto": "Auto", "mcore": "Mcore", "legacy": "Legacy"}
 TRANSFORMER_IMPLS: Mapping[str, TransformerImpl] = {
@@ -192,6 +192,7 @@ def _target(options: argparse.Namespace, path: str) -> Target:
             rope_scaling_factor=getattr(options, "rope_scaling_factor", None),
             tokenizer_path=None if tokenizer is None else str(tokenizer),
         ),
+        trainer="Graph" if getattr(options, "mindformers_trainer", "pynative") == "graph" else "PyNative",
         overwrite=getattr(options, "overwrite", False),
         parallelism=Degrees(
             tensor=options.target_tp_size,

@@ -18,12 +18,13 @@ from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.formats.huggingface.config import Choices
 from ckpt2pt.kube.conversion.schema import RELEASE, Spec, TargetFormat
 from ckpt2pt.kube.conversion.usable import check_used, framework_of
-from ckpt2pt.kube.mindformers import flags_of
+from ckpt2pt.kube.mindformers import flags_of, is_mindformers, refuse_target
 from ckpt2pt.run.targets.request import (
     AnyRequest,
     DistRequest,
     HuggingFaceRequest,
     McoreRequest,
+    MindFormersRequest,
     RepairRequest,
     TargetRequest,
 )
@@ -75,6 +76,21 @@ def resolve_huggingface(spec: Spec, *, in_process: bool = False) -> HuggingFaceR
         in_process=in_process,
         choices=Choices(vocabulary=files.vocab_size, rope_scaling_factor=files.rope_scaling_factor),
         tokenizer=None if files.tokenizer_path is None else Path(files.tokenizer_path),
+    )
+
+
+def resolve_mindformers(spec: Spec, *, in_process: bool = False) -> MindFormersRequest:
+    """The request of a conversion into weights for MindFormers: as ``mode`` ParamsOnly says.
+
+    Raises :class:`UsageError` for a source of MindFormers, which needs no conversion.
+    """
+    if is_mindformers(spec):
+        refuse_target(spec, "mindformers")
+    return by_tensors(
+        MindFormersRequest,
+        msgspec.structs.replace(spec, mode="ParamsOnly"),
+        in_process=in_process,
+        trainer="graph" if spec.target.trainer == "Graph" else "pynative",
     )
 
 
@@ -148,6 +164,7 @@ BY_TENSORS: Mapping[TargetFormat, Callable[..., AnyRequest]] = {
     "TorchDist": resolve_dist,
     "Megatron": resolve_mcore,
     "Safetensors": resolve_huggingface,
+    "MindFormers": resolve_mindformers,
     "Torch": partial(by_tensors, RepairRequest),
 }
 """The results that are made by global tensors, and what asks for each."""

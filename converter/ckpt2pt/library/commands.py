@@ -77,7 +77,7 @@ class Asked(TypedDict, total=False):
     mindformers_config: str | Path | None
     use_interleaved_weight_layout_mlp: bool | None
     use_contiguous_weight_layout_attention: bool | None
-    target_format: Literal["megatron06", "megatron", "torch_dist", "mindspore", "torch", "safetensors"]
+    target_format: Literal["megatron06", "megatron", "torch_dist", "mindspore", "torch", "safetensors", "mindformers"]
     names: Literal["auto", "mcore", "legacy"]
     transformer_impl: Literal["auto", "local", "transformer_engine"]
     megatron_version: str | None
@@ -94,6 +94,7 @@ class Asked(TypedDict, total=False):
     vocab_size: int | None
     rope_scaling_factor: float | None
     tokenizer: str | Path | None
+    mindformers_trainer: Literal["pynative", "graph"]
     noop_layers: Collection[int] | None
     layers_per_stage: Sequence[int] | None
     iteration: int | None
@@ -169,6 +170,7 @@ def _request(asked: Asked) -> AnyRequest:
             names=NAMES[asked.get("names", "auto")],
             transformer_impl=TRANSFORMER_IMPLS[asked.get("transformer_impl", "auto")],
             megatron_version=asked.get("megatron_version"),
+            trainer="Graph" if asked.get("mindformers_trainer") == "graph" else "PyNative",
             overwrite=asked.get("overwrite", False),
             parallelism=schema.Degrees(
                 tensor=asked.get("target_tp"),

@@ -23,7 +23,7 @@ from ckpt2pt.publish.files import (
     sweep_partials,
     sync_folder,
 )
-from ckpt2pt.publish.kinds import HUGGINGFACE, MEGATRON, MINDSPORE, TORCH_DIST, Kind, rank_name
+from ckpt2pt.publish.kinds import HUGGINGFACE, MEGATRON, MINDFORMERS, MINDSPORE, TORCH_DIST, Kind, rank_name
 from ckpt2pt.publish.ledger import Holdings, Ledger
 from ckpt2pt.publish.leftovers import nobody_at_work
 from ckpt2pt.publish.locks import Lock, locked
@@ -34,6 +34,7 @@ from ckpt2pt.publish.tracker import read_tracker, tracked
 __all__ = [
     "HUGGINGFACE",
     "MEGATRON",
+    "MINDFORMERS",
     "MINDSPORE",
     "PARTIAL",
     "STATE",

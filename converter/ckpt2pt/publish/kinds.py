@@ -88,6 +88,17 @@ HUGGINGFACE = Kind(
     merged=_HUGGINGFACE_FILES,
 )
 
+MINDFORMERS = Kind(
+    reader="MindFormers",
+    folder="iteration_{:08d}",
+    results=("*.safetensors", "metadata.json", "common.json"),
+    alone=True,
+    tracker=True,
+    option=ref("target.path"),
+    replace=ref("target.overwrite"),
+    merged=("metadata.json", "common.json"),
+)
+
 CLAIM = "claim.json"
 REPORT = "report.json"
 MERGED, WRITING_MERGED = "merged.json", "writing-merged.json"

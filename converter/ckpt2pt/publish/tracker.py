@@ -7,7 +7,15 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from ckpt2pt.core.foldernames import RELEASE, TRACKER, iteration_name, iteration_of, tracked_name
+from ckpt2pt.core.foldernames import (
+    RELEASE,
+    TRACKER,
+    iteration_name,
+    iteration_of,
+    mindformers_iteration_name,
+    mindformers_iteration_of,
+    tracked_name,
+)
 from ckpt2pt.errors import UsageError
 from ckpt2pt.io.paths import listing, status
 from ckpt2pt.publish.files import STATE, publish_bytes, read_small
@@ -58,9 +66,12 @@ def _later(root: Path, iteration: int, since: int) -> int | None:
     completed before that tracker was written is not meant: somebody went back.
     """
     found: list[int] = []
-    for folder in listing(root, "iter_*"):
-        number = iteration_of(folder.name)
-        if number is not None and number > iteration and folder.name == iteration_name(number):
+    for folder in listing(root, "iter*"):
+        own = iteration_of(folder.name)
+        number = mindformers_iteration_of(folder.name) if own is None else own
+        if number is None or folder.name not in {iteration_name(number), mindformers_iteration_name(number)}:
+            continue
+        if number > iteration:
             report = status(folder / STATE / REPORT)
             found += [number] if report and report.st_mtime_ns >= since else []
     return max(found, default=None)

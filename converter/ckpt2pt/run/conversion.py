@@ -44,7 +44,7 @@ from ckpt2pt.publish.unchanged import refuse_lost
 from ckpt2pt.run.kept import PROOFS, is_kept
 from ckpt2pt.run.pool import stopped_by_signals, work_through
 from ckpt2pt.run.rank import RankTask
-from ckpt2pt.run.targets.request import AnyRequest, DistRequest, HuggingFaceRequest, RepairRequest
+from ckpt2pt.run.targets.request import AnyRequest, DistRequest, HuggingFaceRequest, MindFormersRequest, RepairRequest
 
 log = logging.getLogger("ckpt2pt")
 
@@ -252,6 +252,10 @@ def run(request: AnyRequest, stages: Sequence[int], reporter: Reporter) -> Outco
         from ckpt2pt.run.targets.huggingface import conversion_of as conversion_to_huggingface  # noqa: PLC0415 - as above
 
         return carry_out(conversion_to_huggingface(request, stages), stages, reporter, began)
+    if isinstance(request, MindFormersRequest):
+        from ckpt2pt.run.targets.mindformers import conversion_of as conversion_to_mindformers  # noqa: PLC0415 - as above
+
+        return carry_out(conversion_to_mindformers(request, stages), stages, reporter, began)
     from ckpt2pt.run.targets.mcore import conversion_of as conversion_of_mcore  # noqa: PLC0415 - as above
 
     return carry_out(conversion_of_mcore(request, stages), stages, reporter, began)

@@ -22,14 +22,21 @@ from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import conflicting, table, warned
 from ckpt2pt.io.volume import check_room, free_bytes
 from ckpt2pt.publish import Target
-from ckpt2pt.run.targets.request import AnyRequest, DistRequest, HuggingFaceRequest, McoreRequest, RepairRequest
+from ckpt2pt.run.targets.request import (
+    AnyRequest,
+    DistRequest,
+    HuggingFaceRequest,
+    McoreRequest,
+    MindFormersRequest,
+    RepairRequest,
+)
 from ckpt2pt.show.facts import facts_of, releases_of
 from ckpt2pt.show.folding import fold, spanned
 
 if TYPE_CHECKING:
-    from ckpt2pt.run.targets import huggingface, mcore, torch_dist
+    from ckpt2pt.run.targets import mcore, shards, torch_dist
 
-    ByTensors = mcore.Found | torch_dist.Found | huggingface.Found
+    ByTensors = mcore.Found | torch_dist.Found | shards.Shards
 
 log = logging.getLogger("ckpt2pt")
 
@@ -39,6 +46,7 @@ _FORMATS = {
     "Torch": "files of torch in place of those of MSAdapter",
     "TorchDist": "torch_dist of Megatron-LM 0.15 and newer",
     "Safetensors": "Hugging Face safetensors",
+    "MindFormers": "MindFormers, Checkpoint 2.0",
     "ckpt": "MindSpore .ckpt",
     "safetensors": "MindSpore .safetensors",
 }
@@ -73,6 +81,10 @@ def planned(request: AnyRequest, stages: Sequence[int], *, names: bool = False) 
         from ckpt2pt.show.huggingface import planned_huggingface  # noqa: PLC0415 - which imports this one
 
         return planned_huggingface(request, stages, names=names)
+    if isinstance(request, MindFormersRequest):
+        from ckpt2pt.show.huggingface import planned_mindformers  # noqa: PLC0415 - which imports this one
+
+        return planned_mindformers(request, stages, names=names)
     if isinstance(request, McoreRequest):
         from ckpt2pt.show.mcore import planned_mcore  # noqa: PLC0415 - which imports this one
 

@@ -8,7 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import cast
 
-from ckpt2pt.core.foldernames import TRACKER, iteration_of, tracked_name
+from ckpt2pt.core.foldernames import (
+    TRACKER,
+    iteration_of,
+    mindformers_iteration_name,
+    mindformers_iteration_of,
+    tracked_name,
+    tracked_number,
+)
 from ckpt2pt.core.progress import Advance, no_progress
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import InputError, MissingInputError
@@ -20,6 +27,7 @@ from ckpt2pt.io.text import short
 from ckpt2pt.publish import (
     HUGGINGFACE,
     MEGATRON,
+    MINDFORMERS,
     MINDSPORE,
     STATE,
     TORCH_DIST,
@@ -50,7 +58,9 @@ def recorded(path: Path) -> list[Recorded]:
 
     Which ranks and stages there have to be is known by the manifests above them, so that one that is missing is missed.
     """
-    folder = path if is_folder(path / STATE, "the path") else iteration_folder(path)
+    named = tracked_number(read_tracker(path))
+    found = [path] if named is None else [path, path / mindformers_iteration_name(named)]
+    folder = next((one for one in found if is_folder(one / STATE, "the path")), None) or iteration_folder(path)
     claims = [*listing(folder / STATE, CLAIM), *sorted(listing(folder / STATE, f"*/{CLAIM}"))]
     if not claims:
         raise MissingInputError("ckpt2pt has left no records there", where=folder, hint=_HINT)
@@ -72,7 +82,8 @@ def _recorded(folder: Path, state: Path) -> Recorded:
         if "tp" in one:
             ranks[cast("int", one["tp"]), cast("int", one["pp"])] = one
     _check_extent(ranks, stages, state)
-    iteration, merged_files = iteration_of(folder.name), is_there(state / MERGED)
+    own, merged_files = mindformers_iteration_of(folder.name), is_there(state / MERGED)
+    iteration = iteration_of(folder.name) if own is None else own
     target = Target(
         root=folder if iteration is None else folder.parent,
         iteration=cast("int", report.get("iteration", 0)) if iteration is None else iteration,
@@ -87,6 +98,8 @@ def _recorded(folder: Path, state: Path) -> Recorded:
     files = frozenset(str(file["path"]) for one in ranks.values() for file in cast("list[Json]", one["files"]))
     if any(name.endswith(".distcp") for name in files):
         target = replace(target, kind=TORCH_DIST)
+    elif own is not None:
+        target = replace(target, kind=MINDFORMERS)
     elif iteration is None and merged_files:
         target = replace(target, kind=HUGGINGFACE)
     return Recorded(target=target, ranks=tuple(sorted(ranks)), files=files)
@@ -127,7 +140,9 @@ def published(target: Target, stages: Sequence[int]) -> Iterator[Difference]:
     if all(manifests) and target.kind.tracker:
         named = read_tracker(target.root)
         # A later iteration in the same folder is none of our business, a tracker that leads nowhere is.
-        if not tracked_name(named) or not is_folder(target.root / tracked_name(named)):
+        number = tracked_number(named)
+        place = tracked_name(named) if number is None else target.kind.folder.format(number)
+        if not place or not is_folder(target.root / place):
             yield Difference(
                 file=TRACKER, tensor="iteration", problem="does not lead to an iteration",
                 expected=str(target.iteration), found=short(named),

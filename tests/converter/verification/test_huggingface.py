@@ -15,7 +15,7 @@ from ckpt2pt.kube.asked import spec_of
 from ckpt2pt.kube.resolve import resolve_any
 from ckpt2pt.run.targets.huggingface import Found, find
 from ckpt2pt.run.targets.request import HuggingFaceRequest
-from ckpt2pt.verification.huggingface import prove_shard
+from ckpt2pt.run.targets.shards import prove_file
 from hfsets import save_megatron
 
 NAME = "model.safetensors"
@@ -43,7 +43,7 @@ def prove(source: Path, path: Path) -> None:
     held = found(source, path.parent)
     shard = held.shard((0, 0))
     assert shard
-    prove_shard(held.expected, frozenset(one.name for one in shard.weights), path, NAME, lambda: None)
+    prove_file(held, shard, {NAME: path}, lambda: None)
 
 
 def test_what_was_written_is_proved(source: Path, result: Path) -> None:

@@ -60,8 +60,10 @@ class Said:
     sizes: Mapping[str, int]
     config: Path | None
 
-    def flag(self, name: str, *, pynative: bool, matter: str, where: Path) -> tuple[bool, str]:
-        """The value of a flag and where it is from; ``matter`` is the tensor that it decides of.
+    def flag(
+        self, name: str, *, pynative: bool, matter: str, where: Path, of: str = "the checkpoint"
+    ) -> tuple[bool, str]:
+        """The value of a flag and where it is from; ``matter`` is the tensor that it decides of, and ``of`` what holds it.
 
         Raises :class:`UsageError` where nothing says it, and where what is said contradicts the files.
         """
@@ -70,15 +72,16 @@ class Said:
         if pynative:
             if said and said[0] != _DEFAULTS[name]:
                 raise UsageError(
-                    f"{name} is {said[0]} ({said[1]}), and the checkpoint is of a training in PyNative mode, which has it {_DEFAULTS[name]}",
+                    f"{name} is {said[0]} ({said[1]}), and {of} is of a training in PyNative mode, which has it {_DEFAULTS[name]}",
                     where=where,
                     hint=f"leave {ref(field)} out, and give the YAML of this training",
                     field=field,
                 )
-            return _DEFAULTS[name], "PyNative mode, which the precision of the weights proves"
+            proof = ", which the precision of the weights proves" if of == "the checkpoint" else ""
+            return _DEFAULTS[name], f"PyNative mode{proof}"
         if said is None:
             raise UsageError(
-                f"nothing in the checkpoint says how the rows of {matter} are ordered ({name} of its training)",
+                f"nothing in {of} says how the rows of {matter} are ordered ({name} of its training)",
                 where=where,
                 hint=f"give the YAML of the training in {ref(_CONFIG)}, or say it with {ref(field)}",
                 field=field,

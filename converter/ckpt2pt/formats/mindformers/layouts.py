@@ -22,10 +22,10 @@ from ckpt2pt.core.params import is_gated
 from ckpt2pt.errors import FormatError
 from ckpt2pt.formats.mindformers.regions import Region, rows
 
-_LAYER = re.compile(r"((?:decoder\.layers\.\d{1,9}|mtp\.layers\.\d{1,9}\.transformer_layer)\.)(.+)")
+LAYER = re.compile(r"((?:decoder\.layers\.\d{1,9}|mtp\.layers\.\d{1,9}\.transformer_layer)\.)(.+)")
 _HINT = "check that the checkpoint is complete, and that all files are of one save"
 _ATTENTION = "self_attention."
-_LATENT = {"linear_qb": "linear_q_up_proj", "linear_kvb": "linear_kv_up_proj", "k_layernorm": "kv_layernorm"}
+LATENT = {"linear_qb": "linear_q_up_proj", "linear_kvb": "linear_kv_up_proj", "k_layernorm": "kv_layernorm"}
 IGNORED = (".mlp.router.fi_accu", ".mlp.router.expert_load", ".mlp.tokens_per_expert")
 """Counters of the router, which no other framework has."""
 
@@ -63,7 +63,7 @@ class Layouts:
         return found
 
     def _of(self, name: str, shape: Shape) -> Iterator[Fused]:
-        layer = _LAYER.fullmatch(name)
+        layer = LAYER.fullmatch(name)
         prefix, inner = layer.groups() if layer else ("", name)
         module, _, leaf = inner.rpartition(".")
         if module == "mlp.experts" and leaf in {"weight1", "weight2"}:
@@ -115,7 +115,7 @@ class Layouts:
 
     def _latent(self, prefix: str, module: str, leaf: str, shape: Shape) -> Iterator[Fused]:
         if module != "linear_qkv":
-            yield _renamed(f"{prefix}{_ATTENTION}{_LATENT.get(module, module)}.{leaf}", shape)
+            yield _renamed(f"{prefix}{_ATTENTION}{LATENT.get(module, module)}.{leaf}", shape)
             return
         kv_rank = self._columns(f"{prefix}self_attention.linear_kvb.weight")
         lora = f"{prefix}self_attention.linear_qb.weight"

@@ -28,7 +28,8 @@ CONTENTS: Mapping[str, Content] = {"param": "Param", "exp_avg": "ExpAvg", "exp_a
 
 SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron", "MSAdapter", "MindFormers"]
 """MindSpore is either of its two formats of files."""
-TargetFormat = Literal["Megatron06", "Megatron", "TorchDist", "MindSpore", "Torch", "Safetensors"]
+TargetFormat = Literal["Megatron06", "Megatron", "TorchDist", "MindSpore", "Torch", "Safetensors", "MindFormers"]
+Trainer = Literal["PyNative", "Graph"]
 """Torch is what the source is, as torch would have saved it."""
 MEGATRON: frozenset[SourceFormat] = frozenset({"Megatron", "MSAdapter"})
 """Sources that have the layout of Megatron-LM, and say themselves what metadata would say."""
@@ -146,6 +147,7 @@ class Target(Place, frozen=True, kw_only=True):
     parallelism: Degrees = Degrees()
     mindspore: MindSporeFiles = MindSporeFiles()
     huggingface: HuggingFaceFiles = HuggingFaceFiles()
+    trainer: Trainer = "PyNative"
     data_parallel: Size | None = None
     zero_consumed_samples: bool = False
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ckpt2pt.core.foldernames import iteration_name
+from ckpt2pt.core.foldernames import iteration_name, mindformers_iteration_name
 from ckpt2pt.kube.conversion.schema import Json
 from ckpt2pt.kube.conversion.spec import Conversion
 
@@ -144,7 +144,8 @@ def status_of_run(
     if iteration is not None:
         status["iteration"] = iteration
         target = conversion.spec.target
-        inner = [] if target.format in {"MindSpore", "Safetensors"} else [iteration_name(iteration)]
+        name = mindformers_iteration_name if target.format == "MindFormers" else iteration_name
+        inner = [] if target.format in {"MindSpore", "Safetensors"} else [name(iteration)]
         parts = [*([] if target.path == "." else [target.path]), *inner]
         status["outputPath"] = "/".join(parts) or "."
         if phase == "Succeeded":

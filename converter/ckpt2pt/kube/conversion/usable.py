@@ -17,6 +17,7 @@ TARGETS: Mapping[TargetFormat, str] = {
     "MindSpore": "MindSpore",
     "Torch": "Torch, which keeps the layout and everything else",
     "Safetensors": "safetensors of Hugging Face transformers, which is weights alone and has no layout of its own",
+    "MindFormers": "MindFormers, which is weights alone, and is loaded at any parallel sizes",
 }
 """The formats of results, in words."""
 
@@ -44,14 +45,15 @@ def _uses(given: Callable[[Spec], bool], targets: str, *, from_megatron: str | N
 
 
 def _of_mindformers(given: Callable[[Spec], bool]) -> _Use:
-    """An option that says what nothing in a checkpoint of MindFormers tells."""
-    return _Use(given, {"MindFormers": FROM_MINDFORMERS})
+    """An option that says what nothing in a checkpoint of MindFormers tells, be it source or result."""
+    result = frozenset({"MindFormers"})
+    return _Use(given, {"MindFormers": FROM_MINDFORMERS, "Megatron": result, "MindSpore": result})
 
 
 _FILES = MindSporeFiles()
 _BUT_TORCH = "Megatron06 Megatron TorchDist MindSpore"
 USES: Mapping[str, _Use] = {
-    "mode":                     _uses(lambda spec: spec.mode != "Full", f"{_BUT_TORCH} Safetensors"),
+    "mode":                     _uses(lambda spec: spec.mode != "Full", f"{_BUT_TORCH} Safetensors MindFormers"),
     "target.parallelism.tensor": _uses(lambda spec: spec.target.parallelism.tensor is not None, _BUT_TORCH),
     "target.parallelism.pipeline": _uses(lambda spec: spec.target.parallelism.pipeline is not None, _BUT_TORCH),
     "model.layersPerStage":     _uses(lambda spec: bool(spec.model.layers_per_stage), "Megatron06 Megatron MindSpore"),
@@ -75,6 +77,7 @@ USES: Mapping[str, _Use] = {
     "source.mindformers.useContiguousWeightLayoutAttention": _of_mindformers(
         lambda spec: spec.source.mindformers.use_contiguous_weight_layout_attention is not None
     ),
+    "target.trainer":           _uses(lambda spec: spec.target.trainer != "PyNative", "MindFormers"),
     "target.names":             _uses(lambda spec: spec.target.names != "Auto", "Megatron"),
     "target.transformerImpl":   _uses(lambda spec: spec.target.transformer_impl != "Auto", "Megatron"),
     "target.megatronVersion":   _uses(lambda spec: spec.target.megatron_version is not None, "Megatron"),

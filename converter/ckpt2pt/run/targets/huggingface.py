@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ckpt2pt.core.fill import moves_of, replicas_of
-from ckpt2pt.core.index import Index, without_gaps
+from ckpt2pt.core.index import without_gaps
 from ckpt2pt.core.params import EMBEDDING, expert_count
-from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.slots import source_of
 from ckpt2pt.core.tensor import Key
-from ckpt2pt.core.topology import Rank
-from ckpt2pt.errors import FormatError, MissingInputError, TryAgainError, ref
+from ckpt2pt.errors import FormatError, MissingInputError, ref
 from ckpt2pt.formats.folders import keep_apart
 from ckpt2pt.formats.huggingface.config import Config, config_of
 from ckpt2pt.formats.huggingface.families import Model, model_of
@@ -34,37 +31,39 @@ from ckpt2pt.formats.huggingface.write import (
     shards_of,
     weights_of,
 )
-from ckpt2pt.formats.megatron.loads import Releases
 from ckpt2pt.io.digests import sha256
 from ckpt2pt.io.inputs import InputFile
-from ckpt2pt.io.paths import is_file, status
+from ckpt2pt.io.paths import is_file
 from ckpt2pt.io.records import Json
-from ckpt2pt.publish import HUGGINGFACE, Target
+from ckpt2pt.publish import HUGGINGFACE, Kind
 from ckpt2pt.publish.kinds import TOKENIZER_FILES
-from ckpt2pt.publish.merged import publish_merged
 from ckpt2pt.run.conversion import Conversion
-from ckpt2pt.run.rank import RankTask
 from ckpt2pt.run.targets.request import HuggingFaceRequest
-from ckpt2pt.run.targets.source import Reading, Source, located, paths_of, read_source, views_of
+from ckpt2pt.run.targets.shards import Shard, Shards
+from ckpt2pt.run.targets.shards import conversion_of as conversion_of_shards
+from ckpt2pt.run.targets.source import located, read_source
 
 if TYPE_CHECKING:
     from ckpt2pt.verification.huggingface import ExpectedShards
-    from ckpt2pt.verification.report import Report
+    from ckpt2pt.verification.report import Findings
 
 _MAX_TOKENIZER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Shards):
     """A source that was read as far as its headers, the class that it becomes, and its files; ``tokenizer`` holds those of one, by name."""
 
     request: HuggingFaceRequest
-    source: Source
-    index: Index
+    shards: tuple[ShardFile, ...]
     model: Model
     config: Config
-    shards: tuple[ShardFile, ...]
     tokenizer: Mapping[str, bytes]
+
+    @property
+    def kind(self) -> Kind:
+        """How the folder of the result is laid out."""
+        return HUGGINGFACE
 
     @property
     def identity_options(self) -> Json:
@@ -81,11 +80,6 @@ class Found:
         }
 
     @property
-    def releases(self) -> Releases:
-        """No release of Megatron-LM loads the result."""
-        return {}
-
-    @property
     def facts(self) -> Json:
         """Where what is no tensor is from."""
         found = {"class": f"{self.model.family.architecture}, by the arguments and the parameters"}
@@ -97,39 +91,7 @@ class Found:
         """What a user should know before the result is used."""
         return (*self.source.remarks, *self.config.remarks)
 
-    @property
-    def pipeline(self) -> int:
-        """Number of stages, which divide the files."""
-        return self.request.topology.pipeline
-
-    @property
-    def members(self) -> int:
-        """The most files of a stage: each is a rank's."""
-        return -(-len(self.shards) // self.pipeline)
-
-    def shard(self, rank: Rank) -> ShardFile | None:
-        """The file of a rank; the last ones may have none."""
-        number = rank[1] * self.members + rank[0]
-        return self.shards[number] if number < len(self.shards) else None
-
-    @cached_property
-    def target(self) -> Target:
-        """The folder that the result goes into."""
-        identity = self.source.identity(self.identity_options)
-        merged = tuple(name for name in HUGGINGFACE.merged if name in self.files)
-        return Target(
-            root=self.request.target,
-            iteration=self.source.state.iteration,
-            identity=identity,
-            ranks={(tp, pp): identity for pp in range(self.pipeline) for tp in range(self.members)},
-            stages=self.pipeline,
-            tensor=self.members,
-            full=False,
-            kind=replace(HUGGINGFACE, merged=merged),
-        )
-
-    @cached_property
-    def files(self) -> Mapping[str, bytes]:
+    def _files(self) -> Mapping[str, bytes]:
         """The files that make a model of the tensors, config.json last: no program takes a folder without it for one."""
         index = {INDEX: index_of(self.shards)} if len(self.shards) > 1 else {}
         ids = {name: self.config.fields[name] for name in ("bos_token_id", "eos_token_id") if self.config.fields[name]}
@@ -154,23 +116,14 @@ class Found:
             zeros=frozenset(one.name for shard in self.shards for one in shard.weights if one.tensor is None),
         )
 
-    def listed(self, rank: Rank) -> list[str]:
-        """The file of a rank, below the folder of the result."""
-        shard = self.shard(rank)
-        return [shard.name] if shard else []
-
-    def compare(self, rank: Rank, advance: Advance) -> tuple[Report, Mapping[str, int]]:
-        """Compare the file of a rank, which is there, with the source; the CRC-32 of it."""
+    def compare_file(
+        self, shard: Shard, path: Path, findings: Findings, advance: Callable[[int], None]
+    ) -> Mapping[str, int]:
+        """Compare a file, final or not, with the source; the CRC-32 of it, by its name."""
         from ckpt2pt.verification.huggingface import compare_shard  # noqa: PLC0415 - numpy, and only when asked for
-        from ckpt2pt.verification.report import Findings  # noqa: PLC0415 - the same
 
-        shard, folder = self.shard(rank), self.target.folder
-        findings, crcs = Findings(), dict[str, int]()
-        seen = status(folder / shard.name) if shard else None
-        if shard and seen and seen.st_size == shard.lay_out().nbytes:  # else the manifest tells that it was cut
-            names = frozenset(weight.name for weight in shard.weights)
-            crcs.update(compare_shard(self.expected, names, folder / shard.name, shard.name, findings, advance))
-        return findings.report(folder, 0), crcs
+        names = frozenset(weight.name for weight in shard.weights)
+        return compare_shard(self.expected, names, path, shard.name, findings, advance)
 
 
 def find(request: HuggingFaceRequest) -> Found:
@@ -191,7 +144,7 @@ def find(request: HuggingFaceRequest) -> Found:
     rows = source_of(index, Key("param", EMBEDDING), where).fused[0]
     config = config_of(model, rows, source.dtype, request.choices)
     shards = shards_of(weights_of(index, model, config, source.dtype, where), request.shard_bytes)
-    found = Found(request, source, index, model, config, shards, _tokenizer(request.tokenizer))
+    found = Found(request, source, index, shards, model, config, _tokenizer(request.tokenizer))
     read = {request.source: ref("source.path"), request.metadata: ref("metadata.path")}
     keep_apart(found.target, {**read, request.tokenizer: ref("target.huggingface.tokenizerPath")})
     return found
@@ -222,75 +175,7 @@ def _tokenizer(folder: Path | None) -> dict[str, bytes]:
     return found
 
 
-def _prove(
-    found: Found, shard: ShardFile | None, partials: Mapping[str, Path], heed: Callable[[], None]
-) -> Mapping[str, int]:
-    from ckpt2pt.verification.huggingface import prove_shard  # noqa: PLC0415 - numpy, and only when asked for
-
-    if shard is None:
-        return {}
-    names = frozenset(weight.name for weight in shard.weights)
-    return prove_shard(found.expected, names, partials[shard.name], shard.name, heed)
-
-
-def _plan(found: Found, rank: Rank, target: Target) -> RankTask:
-    request, shard, where = found.request, found.shard(rank), found.source.where
-    tensors = list(shard.index().values()) if shard else []
-    moves = moves_of(shard.index(), [shard.slots()], where) if shard else ()
-    # What ranks of the source hold twice is compared once, by the first worker.
-    copied = [] if any(rank) else [pair for one in found.source.index.values() for pair in replicas_of(one)]
-    return RankTask(
-        rank=rank,
-        target=target,
-        reading=Reading(found.source, paths_of(views_of(tensors)), partial(_prove, found, shard)),
-        verify=request.verify,
-        repair=request.overwrite,
-        files=[shard] if shard else [],
-        moves=lambda: moves,
-        copies=copied,
-        source_bytes=sum(move.nbytes for move in moves),
-        facts={"source": where, "shard": digest_of(shard)},
-    )
-
-
-def digest_of(shard: ShardFile | None) -> str:
-    """SHA-256 of what a file holds, and where."""
-    held = [] if shard is None else [(one.name, one.dtype, one.shape) for one in shard.weights]
-    return sha256(repr((shard and shard.name, held)).encode()).hexdigest()
-
-
-def _merge(found: Found, target: Target) -> Mapping[str, bytes]:
-    """The files that make a model of those of all workers, which are there as this version of ckpt2pt would write them."""
-    for rank in target.ranks:
-        if (target.manifest_of(rank) or {}).get("shard") != digest_of(found.shard(rank)):
-            raise TryAgainError(
-                "a file was written by another version of ckpt2pt, which divides the tensors otherwise",
-                where=target.folder,
-                hint=f"run all stages with one version, with {ref('target.overwrite')}",
-            )
-    return found.files
-
-
 def conversion_of(request: HuggingFaceRequest, stages: Sequence[int]) -> Conversion:
     """What is converted: the given stages of the work."""
     found = find(request)
-    return Conversion(
-        target=found.target,
-        pace=request.pace,
-        verify=request.verify,
-        overwrite=request.overwrite,
-        identity_options=found.identity_options,
-        facts={"assumed": dict(found.source.state.assumed)},
-        inputs={(tp, pp): _inputs(found, (tp, pp)) for pp in stages for tp in range(found.members)},
-        conflicts=(),
-        warnings=found.remarks,
-        how_to_load=f" as {found.model.family.architecture}",
-        prepare=partial(_plan, found),
-        join=partial(publish_merged, partial(_merge, found), repair=request.overwrite),
-    )
-
-
-def _inputs(found: Found, rank: Rank) -> list[Json]:
-    """The files that a rank is read from."""
-    shard = found.shard(rank)
-    return found.source.inputs(paths_of(views_of(shard.index().values() if shard else ())))
+    return conversion_of_shards(found, stages, f" as {found.model.family.architecture}")

@@ -13,6 +13,7 @@ from ckpt2pt.formats.checkpoint import Checkpoint, Selection
 from ckpt2pt.formats.huggingface.config import Choices
 from ckpt2pt.formats.huggingface.write import SHARD_BYTES
 from ckpt2pt.formats.mindformers.flags import Flags
+from ckpt2pt.formats.mindformers.write import Trainer
 from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.repaired import Repairable, find_repairable
 
@@ -40,7 +41,7 @@ class TargetRequest:
     full: bool = True
     zero_samples: bool = False
     mindformers: Flags = Flags()  # noqa: RUF009 - frozen
-    """What is said of the fused weights of a MindFormers source."""
+    """What is said of the fused weights of a MindFormers source, or of the result."""
     rules: Rules = Rules()  # noqa: RUF009 - frozen
     overwrite: bool = False
     verify: Verify = "digest"
@@ -66,7 +67,7 @@ class TargetRequest:
             iteration=self.iteration,
             rules=self.rules,
             weights_alone=not self.full,
-            mindformers=self.mindformers,
+            mindformers=Flags() if isinstance(self, MindFormersRequest) else self.mindformers,
             described=True,
         )
 
@@ -136,4 +137,15 @@ class HuggingFaceRequest(TargetRequest):
     shard_bytes: int = SHARD_BYTES
 
 
-AnyRequest = Request | McoreRequest | DistRequest | RepairRequest | HuggingFaceRequest
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MindFormersRequest(TargetRequest):
+    """All options of a conversion into weights for MindFormers; ``full`` is false, as optimizer state is not written.
+
+    ``topology`` divides the files among stages; ``mindformers`` says how the training to come orders the rows of fused weights.
+    """
+
+    trainer: Trainer = "pynative"
+    shard_bytes: int = SHARD_BYTES
+
+
+AnyRequest = Request | McoreRequest | DistRequest | RepairRequest | HuggingFaceRequest | MindFormersRequest

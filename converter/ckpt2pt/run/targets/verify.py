@@ -10,17 +10,25 @@ from typing import Literal
 from ckpt2pt.core.progress import Advance, Reporter
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.io.paths import is_file
-from ckpt2pt.run.targets import huggingface, mcore, repair, torch_dist
-from ckpt2pt.run.targets.request import DistRequest, HuggingFaceRequest, McoreRequest, RepairRequest
+from ckpt2pt.run.targets import huggingface, mcore, mindformers, repair, torch_dist
+from ckpt2pt.run.targets.request import (
+    DistRequest,
+    HuggingFaceRequest,
+    McoreRequest,
+    MindFormersRequest,
+    RepairRequest,
+)
+from ckpt2pt.run.targets.shards import Shards
 from ckpt2pt.verification.manifests import digest_files, extra_files, merged, published, recorded_bytes
 from ckpt2pt.verification.prove import check_there, digests, joined, reports_of
 from ckpt2pt.verification.report import Report
 
-_AnyFound = mcore.Found | torch_dist.Found | repair.Found | huggingface.Found
+_AnyRequest = McoreRequest | DistRequest | RepairRequest | HuggingFaceRequest | MindFormersRequest
+_AnyFound = mcore.Found | torch_dist.Found | repair.Found | Shards
 
 
 def verify_by_tensors(
-    request: McoreRequest | DistRequest | RepairRequest | HuggingFaceRequest,
+    request: _AnyRequest,
     stages: Sequence[int],
     *,
     level: Literal["digest", "full"],
@@ -42,9 +50,11 @@ def verify_by_tensors(
     return joined(target, level, rest, reports)
 
 
-def _found(request: McoreRequest | DistRequest | RepairRequest | HuggingFaceRequest) -> _AnyFound:
+def _found(request: _AnyRequest) -> _AnyFound:
     if isinstance(request, HuggingFaceRequest):
         return huggingface.find(request)
+    if isinstance(request, MindFormersRequest):
+        return mindformers.find_weights(request)
     if isinstance(request, DistRequest):
         return torch_dist.find(request)
     return repair.find(request) if isinstance(request, RepairRequest) else mcore.find(request)

@@ -26,6 +26,7 @@ FORMATS = {
     "MindSpore": "mindspore",
     "Torch": "torch",
     "Safetensors": "safetensors",
+    "MindFormers": "mindformers",
 }
 OF_ALL = {
     # decide something of every result, or have to agree with what is found
@@ -46,6 +47,7 @@ GIVEN: Mapping[str, tuple[object, str]] = {
     "source.mindformers.config": ("train.yaml", "train.yaml"),
     "source.mindformers.useInterleavedWeightLayoutMlp": (True, "true"),
     "source.mindformers.useContiguousWeightLayoutAttention": (False, "false"),
+    "target.trainer": ("Graph", "graph"),
     "target.names": ("Legacy", "legacy"),
     "target.transformerImpl": ("Local", "local"),
     "target.megatronVersion": ("0.12", "0.12"),
