@@ -36,11 +36,11 @@ def moves_of(index: Index, files: Sequence[FileSlots], where: str) -> tuple[Move
 
 def bytes_read(index: Index, files: Sequence[FileSlots], where: str) -> int:
     """What is read for files: a weight and its main parameter may be of one tensor, which is read once."""
-    read: dict[tuple[Key, Box], Tensor] = {}
+    read: dict[tuple[Key, Box], int] = {}
     for slot in (slot for file in files for slot in file.slots):
         tensor = index.get(slot.key) or source_of(index, slot.key, where)
-        read[tensor.key, slot.box] = tensor
-    return sum(_held(tensor, box) * DTYPE_BYTES[tensor.dtype] for (_, box), tensor in read.items())
+        read[tensor.key, slot.box] = _held(tensor, slot.box) * DTYPE_BYTES[tensor.dtype]
+    return sum(read.values())
 
 
 def _held(tensor: Tensor, box: Box) -> int:

@@ -12,9 +12,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Protocol
 
 from ckpt2pt.core.buckets import Bucket, Buffer, Placement
-from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.errors import InputError, aside
 
 BUCKET_NUMEL = 40_000_000
@@ -69,7 +69,16 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def weight_decay_groups(parameters: Iterable[Parameter | Placement | TensorRef]) -> tuple[bool, ...]:
+class Shaped(Protocol):
+    """Anything with the name and the shape of a parameter."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+
+def weight_decay_groups(parameters: Iterable[Shaped]) -> tuple[bool, ...]:
     """Whether the weights of each parameter group decay, in Megatron's order: that of the groups' first parameters.
 
     Biases and vectors do not (core/optimizer/__init__.py, ``_get_param_groups``).  ``parameters`` are those of all

@@ -46,7 +46,7 @@ _SPLIT = {"word_embeddings_for_head"}.union(
 )
 
 Role = Literal["param", "exp_avg", "exp_avg_sq", "ignored"]
-MOMENTS: dict[str, Role] = {
+MOMENTS: dict[str, Literal["exp_avg", "exp_avg_sq"]] = {
     "exp_avg": "exp_avg", "adam_m": "exp_avg", "moment1": "exp_avg",
     "exp_avg_sq": "exp_avg_sq", "adam_v": "exp_avg_sq", "moment2": "exp_avg_sq",
 }  # fmt: skip

@@ -59,14 +59,14 @@ class RankTensors:
         part = self.part(tensor)
         return box_ref(tensor, part.box)._replace(name=self.name(key), shape=part.shape)
 
-    def entries(self, where: str) -> dict[str, TensorRef]:
-        """The same of all tensors, by their names.  Raises :class:`CoverageError` where two have the same."""
-        found: dict[str, TensorRef] = {}
+    def named(self, where: str) -> dict[str, Key]:
+        """All tensors by their names.  Raises :class:`CoverageError` where two have the same."""
+        found: dict[str, Key] = {}
         for key in self.index:
-            ref = self.ref(key)
-            if found.setdefault(ref.name, ref) is not ref:
+            name = self.name(key)
+            if found.setdefault(name, key) is not key:
                 raise CoverageError(
-                    f"two parameters become {ref.name}",
+                    f"two parameters become {name}",
                     where=where,
                     hint=f"give each a name of its own in a rule file{aside('model.rules')}",
                 )

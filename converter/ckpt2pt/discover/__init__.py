@@ -10,14 +10,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ckpt2pt.core.fill import bytes_read, moves_of
 from ckpt2pt.core.foldernames import is_iteration
-from ckpt2pt.core.moves import Move
 from ckpt2pt.core.names import NameTable
-from ckpt2pt.core.slots import FileSlots
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.topology import Rank
-from ckpt2pt.discover.checkpoint import INFO, Discovered, Inputs, changed, inputs_of, kind_of, only_growing
+from ckpt2pt.discover.checkpoint import INFO, Discovered, Filled, Inputs, changed, inputs_of, kind_of, only_growing
 from ckpt2pt.discover.metadata import answers, check_metadata, inputs_of_metadata, meta_of
 from ckpt2pt.discover.request import Request, digest
 from ckpt2pt.errors import ref
@@ -47,30 +44,13 @@ __all__ = [
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """One rank, ready to run."""
+class Prepared(Filled):
+    """One rank, ready to run; ``stated`` is what the source says of optimizer and scheduler."""
 
-    source: str
+    files: tuple[FilePayload, ...]
     plan: LegacyRank
     meta: RankMeta
     stated: Statement
-    """What the source says of optimizer and scheduler."""
-    files: tuple[FilePayload, ...]
-    slots: tuple[FileSlots, ...]
-
-    @property
-    def source_bytes(self) -> int:
-        """Bytes to read: every parameter, and its moments in a full conversion."""
-        return bytes_read(self.plan.held.index, self.slots, self.source)
-
-    def moves(self) -> tuple[Move, ...]:
-        """What fills the files."""
-        return moves_of(self.plan.held.index, self.slots, self.source)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Exact size of each file."""
-        return {file.name: file.lay_out().nbytes for file in self.files}
 
 
 @only_growing()
@@ -169,7 +149,7 @@ def _prepare(request: Request, chosen: Discovered, rank: Rank) -> Prepared:
     plan = plan_rank(held, meta, rank[1], request.topology, table, full=request.full, where=where, stated=stated.names)
     made = plan.lay_out(meta.template, chosen.training_step, stated, reference_samples=request.reference_samples)
     files, slots = zip(*made, strict=True)
-    return Prepared(source=where, plan=plan, meta=meta, stated=stated, files=files, slots=slots)
+    return Prepared(source=where, index=held.index, files=files, slots=slots, plan=plan, meta=meta, stated=stated)
 
 
 def prepare_all(request: Request, chosen: Discovered, stages: Iterable[int]) -> Iterator[tuple[Rank, Prepared]]:

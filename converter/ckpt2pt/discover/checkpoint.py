@@ -9,7 +9,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from ckpt2pt.core.fill import bytes_read, moves_of
+from ckpt2pt.core.index import Index
+from ckpt2pt.core.moves import Move
 from ckpt2pt.core.reshard import RankTensors, Wanted
+from ckpt2pt.core.slots import FileSlots
 from ckpt2pt.core.stated import Statement
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.core.training_step import TrainingStep
@@ -21,6 +25,7 @@ from ckpt2pt.formats.mindspore.source import files_for
 from ckpt2pt.formats.ptmeta.metadata import RankMeta
 from ckpt2pt.io.access import access_error
 from ckpt2pt.io.checksums import Piece
+from ckpt2pt.io.framing import Payload
 from ckpt2pt.io.inputs import sha256
 
 Inputs = list[dict[str, object]]
@@ -85,6 +90,38 @@ class RankSource(NamedTuple):
     stated: Statement
 
 
+@contextmanager
+def only_growing() -> Generator[None]:
+    """Do not look for cycles: an index and a plan only grow and hold none, and looking again and again takes a fifth longer."""
+    looks = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if looks:
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filled:
+    """Files of a rank of the result, and the slots that tensors of ``index`` fill; ``source`` is what these were read from."""
+
+    source: str
+    index: Index
+    files: Sequence[Payload]
+    slots: Sequence[FileSlots]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes to read."""
+        return bytes_read(self.index, self.slots, self.source)
+
+    @only_growing()
+    def moves(self) -> tuple[Move, ...]:
+        """What fills the files: every element is read once."""
+        return moves_of(self.index, self.slots, self.source)
+
+
 class Kind(Protocol):
     """How sources of one kind are read: :mod:`~ckpt2pt.discover.training`, :mod:`~ckpt2pt.discover.stored`, :mod:`~ckpt2pt.discover.distributed`."""
 
@@ -130,18 +167,6 @@ def kind_of(request: Request) -> Kind:
     from ckpt2pt.discover import training  # noqa: PLC0415
 
     return training
-
-
-@contextmanager
-def only_growing() -> Generator[None]:
-    """Do not look for cycles: an index and a plan only grow and hold none, and looking again and again takes a fifth longer."""
-    looks = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if looks:
-            gc.enable()
 
 
 def changed(path: Path) -> TryAgainError:

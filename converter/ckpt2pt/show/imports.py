@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from ckpt2pt.core.extents import TensorRef
 from ckpt2pt.core.names import NameTable, local_layer
 from ckpt2pt.core.topology import Rank, Topology
 from ckpt2pt.discover import Discovered, discover, target_of
@@ -47,7 +47,7 @@ def _rank(
         "bytesToRead": prepared.source_bytes,
         "files": [{"name": name if alone else file.name, "nbytes": file.lay_out().nbytes} for file in prepared.files],
         "metadata": [{"name": name, "nbytes": len(content)} for name, content in prepared.metadata.items()],
-        "chunks": [_chunk(request, pp, vpp, prepared.entries, names=names) for vpp in range(layout.virtual)],
+        "chunks": [_chunk(request, pp, vpp, prepared, names=names) for vpp in range(layout.virtual)],
         "shards": [str(path) for file in read for path in file.peers],
         "shardInfo": str(read[0].info or ""),
         "ignored": {},
@@ -57,14 +57,14 @@ def _rank(
     }
 
 
-def _chunk(request: Request, pp: int, vpp: int, entries: Sequence[Entry], *, names: bool) -> Json:
+def _chunk(request: Request, pp: int, vpp: int, prepared: MindSporeRank, *, names: bool) -> Json:
     """What of a rank is of one model chunk; MindSpore's file holds all of them."""
     layout, table, megatron = request.topology, NameTable(request.rules), request.from_megatron
-    kinds, _ = table.classify_all((entry.name for entry in entries), where=str(request.source))
+    kinds, _ = table.classify_all((entry.name for entry in prepared.entries), where=str(request.source))
     held = [
-        (entry, entry.source)
-        for entry in entries
-        if isinstance(entry.source, TensorRef) and kinds[entry.name].role != "ignored"
+        (entry, prepared.index[entry.source.key].dtype)
+        for entry in prepared.entries
+        if not isinstance(entry.source, bytes) and kinds[entry.name].role != "ignored"
     ]
     role = held[0][0].role if held else ""  # each parameter once, whatever is taken of it
     mine = [each for each in held if each[0].role == role and _is_of_chunk(each[0].name, layout, pp, vpp)]
@@ -73,19 +73,19 @@ def _chunk(request: Request, pp: int, vpp: int, entries: Sequence[Entry], *, nam
         "key": "",
         **slots_of(layout, pp, vpp),
         "parameters": len(mine),
-        "numel": sum(source.numel for _, source in mine),
+        "numel": sum(math.prod(entry.shape) for entry, _ in mine),
         "buckets": [],
     }
     if names:
         document["names"] = [
             {
-                "megatron": _megatron_name(entry, layout.slots(pp, vpp), table) if megatron else source.name,
+                "megatron": _megatron_name(entry, layout.slots(pp, vpp), table) if megatron else entry.name,
                 "mindspore": entry.name,
                 "shape": list(entry.shape),
-                "dtype": f"{source.dtype} -> {entry.dtype}",
+                "dtype": f"{dtype} -> {entry.dtype}",
                 "bucketStart": None,
             }
-            for entry, source in mine
+            for entry, dtype in mine
         ]
     return document
 

@@ -119,7 +119,7 @@ def preview(
                 "source": prepared.source,
                 "directory": request.topology.directory(tp, pp),
                 "bytesToRead": prepared.source_bytes,
-                "files": [{"name": name, "nbytes": size} for name, size in prepared.sizes.items()],
+                "files": [{"name": file.name, "nbytes": file.lay_out().nbytes} for file in prepared.files],
                 "chunks": [_chunk(chunk, plan, request, pp, names=names) for chunk in plan.chunks],
                 "shards": [str(path) for file in chosen.read_for((tp, pp), request) for path in file.peers],
                 "shardInfo": str(chosen.read_for((tp, pp), request)[0].info or ""),

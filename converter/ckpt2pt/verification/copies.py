@@ -41,8 +41,7 @@ def _split_weights(request: Request, chosen: Discovered, rank: Rank) -> list[Ten
         return split_weights(prepare(request, chosen, rank))
     from ckpt2pt.discover.mindspore import prepare_mindspore  # noqa: PLC0415 - for MindSpore results alone
 
-    entries = prepare_mindspore(request, chosen, rank).entries
-    return [e.source for e in entries if e.role == "param" and is_split(e.name) and isinstance(e.source, TensorRef)]
+    return [ref for name, ref in prepare_mindspore(request, chosen, rank).weights() if is_split(name)]
 
 
 def sample_weights(prepared: Prepared) -> dict[str, int]:

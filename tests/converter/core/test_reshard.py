@@ -14,7 +14,7 @@ from ckpt2pt.core.extents import Extent, TensorRef
 from ckpt2pt.core.index import Collector, Index, Local
 from ckpt2pt.core.names import NameTable
 from ckpt2pt.core.plan import copies
-from ckpt2pt.core.reshard import Wanted, reshard, vocabulary_rows
+from ckpt2pt.core.reshard import RankTensors, Wanted, reshard, vocabulary_rows
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import CoverageError, TopologyError
 from cutting import Arrays, core_name, cut, model
@@ -73,16 +73,20 @@ def test_every_rank_of_any_layout_holds_what_numpy_cuts(
     held: dict[int, set[str]] = {tp: set() for tp in range(after)}
     for tp, pp in topology.ranks():
         made = reshard(index, (tp, pp), wanted(topology, before), NameTable())
-        assert not held[tp] & {*made.entries("here")}, "on two stages"
-        held[tp] |= {*made.entries("here")}
-        for name, ref in made.entries("here").items():
+        assert not held[tp] & {*refs(made)}, "on two stages"
+        held[tp] |= {*refs(made)}
+        for name, ref in refs(made).items():
             bare = name.removeprefix(MOMENT)
             expected = cut(bare, arrays[name], tp, after, gated=gated)
             assert ref.shape == expected.shape
             assert (elements(ref, storages) == expected).all(), (tp, pp, name)
-        assert len(made.copies) == (0 if tp else sum(len(index_replicas(index, name)) for name in made.entries("here")))
+        assert len(made.copies) == (0 if tp else sum(len(index_replicas(index, name)) for name in refs(made)))
     everything = {name for name in arrays if not name.startswith("exp_avg_sq.")}
     assert all(names == everything for names in held.values())
+
+
+def refs(made: RankTensors) -> dict[str, TensorRef]:
+    return {name: made.ref(key) for name, key in made.named("here").items()}
 
 
 def index_replicas(index: Index, entry: str) -> tuple[Any, ...]:
@@ -94,18 +98,16 @@ def test_a_rank_refers_to_the_parts_that_it_takes_something_of_alone() -> None:
     """The plans of many ranks would not fit into memory otherwise."""
     index, _ = index_of(model(), 8)
     made = reshard(index, (1, 0), wanted(Topology(num_layers=4, tensor=4), 8), NameTable())
-    assert {len(ref.paths) for ref in made.entries("here").values()} == {1, 2}
+    assert {len(ref.paths) for ref in refs(made).values()} == {1, 2}
 
 
 def test_a_tied_head_without_a_copy_is_the_embedding() -> None:
     arrays = {name: values for name, values in model().items() if "output_layer" not in name}
     index, storages = index_of(arrays, 2)
     made = reshard(index, (0, 1), wanted(Topology(num_layers=4, pipeline=2), 2, tied=True), NameTable())
-    name = next(
-        name for name in made.entries("here") if "layers" not in name and "norm" not in name and MOMENT not in name
-    )
+    name = next(name for name in refs(made) if "layers" not in name and "norm" not in name and MOMENT not in name)
     embedding = arrays["language_model.embedding.word_embeddings.weight"]
-    assert (elements(made.entries("here")[name], storages) == embedding).all()
+    assert (elements(refs(made)[name], storages) == embedding).all()
 
 
 @pytest.mark.parametrize(
@@ -131,9 +133,9 @@ def test_what_ranks_do_not_divide_is_refused_by_name() -> None:
             (0, 0),
             wanted(Topology(num_layers=4, tensor=3), 1, sizes=sizes | {"num_attention_heads": 3}),
             NameTable(),
-        ).entries("here")
+        )
     with pytest.raises(TopologyError, match=r"linear_qkv\.weight has 24 rows, which 16 ranks do not divide"):
-        reshard(index, (0, 0), wanted(Topology(num_layers=4, tensor=16), 1, sizes=sizes), NameTable()).entries("here")
+        reshard(index, (0, 0), wanted(Topology(num_layers=4, tensor=16), 1, sizes=sizes), NameTable())
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_the_vocabulary_follows_the_target(sizes: dict[str, int], rows: int, rem
     for name in ("language_model.embedding.word_embeddings.weight", "language_model.output_layer.weight"):
         expected = np.zeros((rows, 6), "<f4")
         expected[: min(rows, 16)] = arrays[name][:rows]
-        assert (elements(made.entries("here")[name], storages) == expected).all()
+        assert (elements(refs(made)[name], storages) == expected).all()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +176,7 @@ def test_rows_that_may_be_tokens_are_refused(sizes: dict[str, int], rows: int) -
     index, _ = index_of(model(), 1)
     goal = wanted(Topology(num_layers=4), 1, sizes=sizes | {"padded_vocab_size": rows})
     with pytest.raises(TopologyError, match=f"has 16 rows in the source, {rows} in the target"):
-        reshard(index, (0, 0), goal, NameTable()).entries("here")
+        reshard(index, (0, 0), goal, NameTable())
 
 
 def test_stages_without_a_vocabulary_say_nothing_of_it() -> None:

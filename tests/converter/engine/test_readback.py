@@ -18,8 +18,8 @@ from ckpt2pt.engine.blocks import ALIGNMENT, Blocks, OutputFile, open_direct
 from ckpt2pt.engine.readback import BLOCK_BYTES, READERS, ReadBack, Region, read_back
 from ckpt2pt.engine.write import Stop, write_files
 from ckpt2pt.errors import InterruptedRunError, VerificationError
-from ckpt2pt.formats.mindspore.entries import Entry
 from ckpt2pt.formats.mindspore.writer import mindspore_file
+from entries import entry_of, moves_into
 
 SIZES = (3 * BLOCK_BYTES + 5, 70_000, 11, BLOCK_BYTES, 200_000)
 
@@ -170,12 +170,10 @@ def test_a_disk_that_lies_is_found_before_anything_is_published(
     source, folder, nbytes = tmp_path / "source", tmp_path / "out", 3 * BLOCK_BYTES
     source.write_bytes(os.urandom(nbytes))
     folder.mkdir()
-    entry = Entry(name="w", dtype="float32", shape=(nbytes // 4,), source=TensorRef(
-        name="w", dtype="float32", shape=(nbytes // 4,), extents=(Extent(str(source), 0, nbytes),)
-    ))  # fmt: skip
-    made = mindspore_file("ckpt", "x.ckpt", [entry], crc=False)
+    ref = TensorRef(name="w", dtype="float32", shape=(nbytes // 4,), extents=(Extent(str(source), 0, nbytes),))
+    made = mindspore_file("ckpt", "x.ckpt", [entry_of(ref)], crc=False)
     with pytest.raises(VerificationError, match="on the disk"):
-        write_files(folder, [made], made.moves(), stop=Stop(), advance=lambda _: None, check=True)
+        write_files(folder, [made], moves_into(made, [ref]), stop=Stop(), advance=lambda _: None, check=True)
     assert not list(folder.iterdir())
 
 

@@ -31,11 +31,11 @@ from ckpt2pt.errors import (
     VolumeTooSmallError,
 )
 from ckpt2pt.formats.megatron.payload import FilePayload
-from ckpt2pt.formats.mindspore.entries import Entry
 from ckpt2pt.formats.mindspore.writer import mindspore_file
 from ckpt2pt.formats.torchfile.archive import Archive
 from ckpt2pt.formats.torchfile.pickles import write_pickle
 from ckpt2pt.formats.torchfile.trees import tensor
+from entries import entry_of, moves_into
 
 # ------------------------------------------------------------------------------------------------------------- whole files
 
@@ -227,12 +227,10 @@ def test_a_mode_that_cannot_be_set_is_a_warning(
 
     monkeypatch.setattr(os, "fchmod", refuse)
     (tmp_path / "source").write_bytes(b"1234" * 100)
-    entry = Entry(name="w", dtype="float32", shape=(100,), source=TensorRef(
-        name="w", dtype="float32", shape=(100,), extents=(Extent(str(tmp_path / "source"), 0, 400),)
-    ))  # fmt: skip
-    file = mindspore_file("ckpt", "x.ckpt", [entry], crc=False)
+    ref = TensorRef(name="w", dtype="float32", shape=(100,), extents=(Extent(str(tmp_path / "source"), 0, 400),))
+    file = mindspore_file("ckpt", "x.ckpt", [entry_of(ref)], crc=False)
     (tmp_path / "out").mkdir()
-    write_files(tmp_path / "out", [file], file.moves(), stop=Stop(), advance=lambda _: None, check=True)
+    write_files(tmp_path / "out", [file], moves_into(file, [ref]), stop=Stop(), advance=lambda _: None, check=True)
     assert (tmp_path / "out" / "x.ckpt").read_bytes().endswith(b"1234" * 100)
     assert "mode 0400 cannot be set" in caplog.text
 

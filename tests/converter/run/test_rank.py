@@ -12,11 +12,12 @@ import pytest
 from ckpt2pt.core.extents import Extent, TensorRef
 from ckpt2pt.engine.write import ReadPieces, Stop
 from ckpt2pt.errors import Ckpt2ptError, FormatError, InterruptedRunError, VerificationError
-from ckpt2pt.formats.mindspore.entries import Entry, number_entry
+from ckpt2pt.formats.mindspore.entries import number_entry
 from ckpt2pt.formats.mindspore.writer import mindspore_file
 from ckpt2pt.io.inputs import InputFile
 from ckpt2pt.publish import MINDSPORE, STATE, Target
 from ckpt2pt.run.rank import RankTask
+from entries import entry_of, moves_into
 
 VALUES = struct.pack("<4f", 1, 2, 3, 4)
 
@@ -57,13 +58,8 @@ def task_in(folder: Path, reading: Reading, **more: object) -> RankTask:
     source.write_bytes(VALUES)
     target = Target(root=folder / "out", iteration=5, identity="a" * 64, stages=1, tensor=1, kind=MINDSPORE)
     target.claim({}, overwrite=False)
-    entries = (
-        Entry(
-            name="w", dtype="float32", shape=(4,), source=TensorRef("w", "float32", (4,), (Extent(str(source), 0, 16),))
-        ),
-        number_entry("step_num", 5, "int64"),
-    )
-    file = mindspore_file("ckpt", "rank_0/network.ckpt", entries)
+    ref = TensorRef("w", "float32", (4,), (Extent(str(source), 0, 16),))
+    file = mindspore_file("ckpt", "rank_0/network.ckpt", [entry_of(ref), number_entry("step_num", 5, "int64")])
     task = RankTask(
         rank=(0, 0),
         target=target,
@@ -71,7 +67,7 @@ def task_in(folder: Path, reading: Reading, **more: object) -> RankTask:
         verify="digest",
         repair=False,
         files=(file,),
-        moves=file.moves,
+        moves=lambda: moves_into(file, [ref]),
         source_bytes=16,
         metadata={"pt_meta/args.json": b"{}"},
         facts={"source": "here"},

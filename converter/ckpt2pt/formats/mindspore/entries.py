@@ -1,7 +1,7 @@
-"""Entries of a MindSpore file to be written -> the moves that fill it.  Pure.
+"""Entries of a MindSpore file to be written, and the slots that they are.  Pure.
 
-An entry is a parameter of the file: its elements come from a tensor that lies somewhere, cast on the way where the types
-differ, or are given as they are (scalars, texts).
+An entry is a parameter of the file: its elements are a box of a tensor, cast on the way where the types differ, or are given as
+they are (scalars, texts).
 """
 
 from __future__ import annotations
@@ -9,24 +9,33 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from operator import add
+from typing import NamedTuple
 
-from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
-from ckpt2pt.core.moves import Move, Sink, in_source_order, move_of
+from ckpt2pt.core.extents import DTYPE_BYTES, Box
+from ckpt2pt.core.slots import FileSlots, Slot
+from ckpt2pt.core.tensor import Key, boxes
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One parameter: ``shape`` and ``dtype`` as stored, ``source`` a tensor of as many elements or the payload itself.
+class TensorBox(NamedTuple):
+    """A box of a tensor, in its natural axes."""
 
-    ``role`` (param, exp_avg, ...) labels its digest beside the name.
-    """
+    key: Key
+    box: Box
+
+
+class Entry(NamedTuple):
+    """One parameter: ``shape`` and ``dtype`` as stored, ``source`` as many elements of a tensor or the payload itself."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    source: TensorRef | bytes
-    role: str = "param"
+    source: TensorBox | bytes
+
+    @property
+    def role(self) -> str:
+        """That of its tensor (param, exp_avg, ...)."""
+        return "param" if isinstance(self.source, bytes) else self.source.key.role
 
     @property
     def nbytes(self) -> int:
@@ -34,11 +43,6 @@ class Entry:
         if isinstance(self.source, bytes):
             return len(self.source)
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-    @property
-    def is_streamed(self) -> bool:
-        """True when moves fill it, False when its bytes are at hand."""
-        return not isinstance(self.source, bytes)
 
 
 def number_entry(name: str, value: float, dtype: str) -> Entry:
@@ -59,15 +63,22 @@ def slices(nbytes: int, limit: int | None) -> list[tuple[int, int]]:
     return [(start, min(limit, nbytes - start)) for start in range(0, nbytes, limit)]
 
 
-def entry_moves(file: str, entries: Iterable[Entry], limit: int | None) -> tuple[Move, ...]:
-    """Every move of ``file`` in the order of the sources.  Storages are the slices of the streamed entries, counted on."""
-    found: list[Move] = []
-    storage = 0
+def slots_of(file: str, entries: Iterable[Entry], limit: int | None) -> FileSlots:
+    """What ``file`` holds of tensors.  Storages are the slices of the entries that are no bytes, counted on."""
+    found: list[Slot] = []
+    sizes: list[int] = []
     for entry in entries:
-        if isinstance(entry.source, TensorRef):
-            width = DTYPE_BYTES[entry.dtype]
-            for start, nbytes in slices(entry.nbytes, limit):
-                sinks = (Sink(file=file, storage=storage, start=0, dtype=entry.dtype),)
-                found.append(move_of(entry.name, entry.role, entry.source, start // width, nbytes // width, sinks))
-                storage += 1
-    return in_source_order(move for move in found if move.nbytes)
+        if isinstance(entry.source, bytes):
+            continue
+        (key, box), width, nbytes = entry.source, DTYPE_BYTES[entry.dtype], entry.nbytes
+        if limit is None or nbytes <= limit:
+            found.append(Slot(key, entry.dtype, len(sizes), 0, box))
+            sizes.append(nbytes)
+            continue
+        for start, size in slices(nbytes, limit):
+            at = 0
+            for inner, shape in boxes(box[1], start // width, (start + size) // width):
+                found.append(Slot(key, entry.dtype, len(sizes), at, (tuple(map(add, box[0], inner)), shape)))
+                at += math.prod(shape)
+            sizes.append(size)
+    return FileSlots(name=file, slots=tuple(found), storages=tuple(sizes))

@@ -17,10 +17,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ckpt2pt.core.extents import DTYPE_BYTES, Extent, TensorRef
-from ckpt2pt.core.moves import Move
+from ckpt2pt.core.extents import DTYPE_BYTES, Extent
+from ckpt2pt.core.slots import FileSlots
 from ckpt2pt.errors import InputError, aside
-from ckpt2pt.formats.mindspore.entries import Entry, entry_moves, slices
+from ckpt2pt.formats.mindspore.entries import Entry, slices, slots_of
 from ckpt2pt.io.framing import Framer
 
 SLICE_BYTES = 512 << 20
@@ -127,9 +127,9 @@ class CkptFile:
         nbytes = offset + len(pending) + (_TRAILER_BYTES if self.crc else 0)
         return MindSporeLayout(tuple(stretches), tuple(places), nbytes, self.crc)
 
-    def moves(self) -> tuple[Move, ...]:
+    def slots(self) -> FileSlots:
         """What fills the storages."""
-        return entry_moves(self.name, self.entries, self.slice_bytes)
+        return slots_of(self.name, self.entries, self.slice_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +169,10 @@ class SafetensorsFile:
         return self._place(order, len(raw).to_bytes(8, "little") + raw)
 
     def _place(self, order: Sequence[Entry], head: bytes) -> MindSporeLayout:
-        numbers = {entry.name: n for n, entry in enumerate(entry for entry in self.entries if entry.is_streamed)}
+        numbers = {
+            entry.name: n
+            for n, entry in enumerate(entry for entry in self.entries if not isinstance(entry.source, bytes))
+        }
         stretches: list[_Stretch] = []
         places: dict[int, Extent] = {}
         pending, offset = head, 0
@@ -187,9 +190,9 @@ class SafetensorsFile:
             tuple(stretches), tuple(places[number] for number in range(len(places))), offset + len(pending)
         )
 
-    def moves(self) -> tuple[Move, ...]:
+    def slots(self) -> FileSlots:
         """What fills the storages."""
-        return entry_moves(self.name, self.entries, None)
+        return slots_of(self.name, self.entries, None)
 
 
 MindSporeFile = CkptFile | SafetensorsFile
@@ -210,8 +213,9 @@ def _check(entries: Sequence[Entry], known: dict[str, str]) -> None:
     for entry in entries:
         if entry.dtype not in known:
             raise ValueError(f"{entry.name}: type {entry.dtype} cannot be written")
-        held = entry.source.numel if isinstance(entry.source, TensorRef) else len(entry.source)
-        width = 1 if isinstance(entry.source, TensorRef) else DTYPE_BYTES.get(entry.dtype, 1)
+        given = isinstance(entry.source, bytes)
+        held = len(entry.source) if isinstance(entry.source, bytes) else math.prod(entry.source.box[1])
+        width = DTYPE_BYTES.get(entry.dtype, 1) if given else 1
         if entry.dtype != "str" and held != math.prod(entry.shape) * width:
             raise ValueError(f"{entry.name}: {held // width} elements for {entry.dtype}{list(entry.shape)}")
 

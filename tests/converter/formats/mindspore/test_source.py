@@ -29,7 +29,7 @@ def test_a_rank_reads_its_own_file_where_the_layout_stays(tmp_path: Path) -> Non
     assert files_for((1, 1), files, request) == (files[1, 1],)
     chosen = discover(request)
     held, _ = read(request, chosen, (1, 1), meta_of(request, (1, 1)))
-    assert {path for ref in held.entries("here").values() for path in ref.paths} == {str(files[1, 1].path)}
+    assert {path for key in held.index for path in held.ref(key).paths} == {str(files[1, 1].path)}
     assert not held.copies
 
 
@@ -40,7 +40,7 @@ def test_a_rank_may_read_any_file_where_the_layout_changes(tmp_path: Path) -> No
     assert paths_for((0, 0), files, request) == [file.path for file in files.values()]
     sizes = {"padded_vocab_size": 16, "num_attention_heads": 8}
     found = read_source(request, files, "id", (0, 0), sizes=sizes, tied=False)
-    assert found.entries("here").keys() == {name for name, each in other.entries[0, 0].items() if each.shape}
+    assert found.named("here").keys() == {name for name, each in other.entries[0, 0].items() if each.shape}
     assert {"epoch_num", "step_num"} <= set(found.others), "what is no tensor of the model is the first rank's"
 
 
