@@ -165,6 +165,46 @@ def test_weights_alone(tmp_path: Path) -> None:
     assert {name for name in whole if name.startswith("language_model")} <= some.keys()
 
 
+def test_weights_alone_for_another_layout_are_proved_by_what_is_left(tmp_path: Path) -> None:
+    """Numbers of the optimizer and of the time are left out; others have to be the source's."""
+    one, other = Relaid(topology=topology(tensor=2)), Relaid(topology=topology(tensor=4))
+    for number, decay in ((0, 1.0), (1, 0.0)):
+        one.entries[0, 0] |= {
+            name: _number(name, value)
+            for name, value in {f"wd_mult_group_{number}": decay, f"learning_rate_group_{number}": 0.5}.items()
+        }
+    request = relaid(one, other, tmp_path, full=False)
+    assert run_all(request).published
+    path = tmp_path / "out" / "rank_0" / "network.ckpt"
+    found = payloads(path)
+    assert "wd_mult_group_0" in found
+    assert not {"step_num", "learning_rate_group_0"} & found.keys()
+    tensors = {name: Tensor(name, *one) for name, one in found.items()} | {
+        "wd_mult_group_0": _number("wd_mult_group_0", 0.75)
+    }
+    os.chmod(path, 0o600)
+    path.write_bytes(ckpt(tensors.values()))
+    with pytest.raises(VerificationError, match="group 0: is no parameter group of the source"):
+        prove_import(request, discover(request), (0, 0), {"network.ckpt": path}, heed=lambda: None)
+
+
+def test_a_source_without_moments_is_proved_for_another_layout(tmp_path: Path) -> None:
+    one, other = Relaid(topology=topology(tensor=2)), Relaid(topology=topology(tensor=4))
+    for entries in one.entries.values():
+        for name in [name for name in entries if name.startswith("exp_avg")]:
+            del entries[name]
+    request = relaid(one, other, tmp_path)
+    assert run_all(request).published
+    path = tmp_path / "out" / "rank_0" / "network.ckpt"
+    tensors = {name: Tensor(name, *one) for name, one in payloads(path).items()}
+    name = next(name for name in tensors if name.endswith("mapping.weight"))
+    tensors["exp_avg." + name] = replace(tensors[name], name="exp_avg." + name)
+    os.chmod(path, 0o600)
+    path.write_bytes(ckpt(tensors.values()))
+    with pytest.raises(VerificationError, match=r"exp_avg of .*: is not in the source"):
+        prove_import(request, discover(request), (0, 0), {"network.ckpt": path}, heed=lambda: None)
+
+
 def test_a_file_for_every_data_parallel_rank(tmp_path: Path) -> None:
     assert run_all(import_request(SHARDS, tmp_path, pipeline=2, tensor=1, copies=True)).published
     found = files_of(tmp_path)
