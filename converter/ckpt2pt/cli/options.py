@@ -92,10 +92,10 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
     group.add_argument(
         "--source-format",
         "--src-model-format",
-        choices=("auto", "mindspore", "ckpt", "safetensors", "megatron", "msadapter", "mindformers"),
+        choices=("auto", "mindspore", "ckpt", "safetensors", "megatron", "msadapter", "mindformers", "huggingface"),
         default="auto",
         metavar="FORMAT",
-        help="auto (what is there), mindspore (either of its two), ckpt, safetensors, megatron (torch or torch_dist), msadapter (MindSpeed-LLM on MindSpore) or mindformers (spec.source.format)",
+        help="auto (what is there), mindspore (either of its two), ckpt, safetensors, megatron (torch or torch_dist), msadapter (MindSpeed-LLM on MindSpore), mindformers or huggingface (weights of transformers) (spec.source.format)",
     )
     add_mindformers(group)
     group.add_argument(

@@ -16,6 +16,26 @@ from ckpt2pt.errors import MissingInputError, ref
 Values = Mapping[str, object]
 """Names as Megatron has them; bool, int, float, str, None, and lists, tuples and dictionaries of these."""
 
+ARCHITECTURE = (
+    "ffn_hidden_size", "kv_channels", "group_query_attention", "num_query_groups", "max_position_embeddings",
+    "normalization", "norm_epsilon", "layernorm_epsilon", "layernorm_zero_centered_gamma", "apply_layernorm_1p",
+    "apply_residual_connection_post_layernorm", "qk_layernorm", "qk_l2_norm", "swiglu", "squared_relu", "quick_geglu",
+    "openai_gelu", "bias_gelu_fusion", "glu_linear_offset", "activation_func_clamp_value", "add_bias_linear", "add_qkv_bias",
+    "attention_output_gate", "softmax_type", "window_size", "experimental_attention_variant", "linear_attention_freq",
+    "position_embedding_type", "rotary_base", "rotary_percent", "rotary_interleaved", "rotary_seq_len_interpolation_factor",
+    "no_rope_freq", "use_rope_scaling", "rope_scaling_factor", "rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim",
+    "multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim",
+    "num_experts", "moe_layer_freq", "moe_ffn_hidden_size", "moe_latent_size", "moe_apply_probs_on_input",
+    "moe_mlp_glu_interleave_size", "moe_router_topk", "moe_router_pre_softmax", "moe_router_score_function",
+    "moe_router_enable_expert_bias", "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_scaling_factor",
+    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate", "moe_shared_expert_glu_interleave_size", "moe_aux_loss_coeff",
+    "mtp_num_layers", "untie_embeddings_and_output_weights", "use_mup", "is_hybrid_model", "hybrid_layer_pattern",
+    "hybrid_override_pattern", "heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json",
+    "init_method_std", "attention_dropout", "hidden_dropout",
+)  # fmt: skip
+"""Arguments of the model itself (Megatron-LM 0.6 to 0.19, megatron/training/arguments.py): written into every result that has
+arguments, so that a run can take them over (``--use-checkpoint-args``), and so that it can be exported."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
@@ -37,6 +57,11 @@ class State:
     scheduler: Values = field(default_factory=dict[str, object])
     scaler: Values | None = None
     assumed: Values = field(default_factory=dict[str, object])
+
+    @property
+    def architecture(self) -> dict[str, object]:
+        """The arguments that decide what the model computes, as far as they are stated."""
+        return {name: self.args[name] for name in ARCHITECTURE if self.args.get(name) is not None}
 
     @property
     def sizes(self) -> dict[str, int | bool]:

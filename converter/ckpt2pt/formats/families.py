@@ -44,7 +44,8 @@ _HUGGING_FACE = re.compile(
 )
 _MINDFORMERS = re.compile(r"adam_[mv]\.(?:decoder|embedding|output_layer)\.")
 _CORE_MS_EXPERTS = re.compile(r"language_model\.\S*\.mlp\.(?:experts|local_experts)\.")
-_HUGGING_FACE_FILE = re.compile(r".*\.safetensors|pytorch_model\S*\.bin")
+_HUGGING_FACE_FILE = re.compile(r"(?:model|consolidated)\S*\.safetensors")
+_PICKLED_FILE = re.compile(r"pytorch_model\S*\.bin")
 _DEEPSPEED_FILE = re.compile(r"[\w-]+[_-](?:model|optim)_states\.pt")
 _GLOBAL_STEP = re.compile(r"global_step\d+")
 
@@ -107,6 +108,13 @@ class Seen:
             or self.holds(_MINDFORMERS)
         )
 
+    @property
+    def of_huggingface(self) -> bool:
+        """Whether it is a model of transformers in safetensors."""
+        return self.has("model.safetensors.index.json") or (
+            self.has("config.json") and self.matches(_HUGGING_FACE_FILE)
+        )
+
     def has(self, *names: str) -> bool:
         """Whether one of these lies in the folder."""
         return not self.names.isdisjoint(names)
@@ -155,13 +163,13 @@ QUANTISED = Family(
     ),
     "give the checkpoint from before it was quantised, in bf16, fp16 or fp32",
 )
-HUGGING_FACE = Family(
-    "a Hugging Face checkpoint",
+PICKLED = Family(
+    "a Hugging Face model in pickles (pytorch_model.bin)",
     lambda seen: (
-        seen.has("model.safetensors.index.json", "pytorch_model.bin.index.json")
-        or (seen.has("config.json") and seen.matches(_HUGGING_FACE_FILE))
+        not seen.of_huggingface
+        and (seen.has("pytorch_model.bin.index.json") or (seen.has("config.json") and seen.matches(_PICKLED_FILE)))
     ),
-    "load it into Megatron-LM (tools/checkpoint/convert.py, or Megatron Bridge), save it there and give that checkpoint",
+    "save it as safetensors (transformers: save_pretrained), and give that folder",
 )
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -188,7 +196,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     LORA,
     QUANTISED,
-    HUGGING_FACE,
+    PICKLED,
     Family(
         "a mixture of experts of MindSpeed-Core-MS, whose ranks number experts of their own",
         lambda seen: seen.holds(_CORE_MS_EXPERTS),

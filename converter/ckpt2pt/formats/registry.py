@@ -49,6 +49,12 @@ def _torch_dist(path: Path, wanted: Selection) -> Checkpoint:
     return open_torch_dist(path, wanted)
 
 
+def _huggingface(path: Path, wanted: Selection) -> Checkpoint:
+    from ckpt2pt.formats.huggingface.read import open_huggingface  # noqa: PLC0415 - as the others
+
+    return open_huggingface(path, wanted)
+
+
 def _mindformers(path: Path, wanted: Selection) -> Checkpoint:
     from ckpt2pt.formats.mindformers.read import open_mindformers  # noqa: PLC0415 - as the others
 
@@ -61,6 +67,7 @@ _READERS = {
     "msadapter": Format(lambda seen: seen.of_msadapter, _msadapter),
     "megatron": Format(lambda seen: seen.suffix == ".pt", _megatron),
     "torch_dist": Format(lambda seen: any(map(is_distributed, seen.places)), _torch_dist),
+    "huggingface": Format(lambda seen: seen.of_huggingface, _huggingface),
 }
 """By name, in the order in which they are looked for."""
 FORMATS = tuple(_READERS)

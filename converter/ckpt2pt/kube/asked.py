@@ -28,6 +28,7 @@ _FORMATS: Mapping[str, SourceFormat] = {
     "auto": "Auto", "mindspore": "MindSpore", "ckpt": "Ckpt", "safetensors": "Safetensors", "megatron": "Megatron",
     "msadapter": "MSAdapter",
     "mindformers": "MindFormers",
+    "huggingface": "HuggingFace",
 }  # fmt: skip
 TARGET_FORMATS: Mapping[str, TargetFormat] = {
     "megatron06": "Megatron06", "megatron": "Megatron", "torch_dist": "TorchDist", "mindspore": "MindSpore",

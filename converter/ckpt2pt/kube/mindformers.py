@@ -9,7 +9,7 @@ from ckpt2pt.errors import Ckpt2ptError, UsageError, aside
 from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.formats.mindformers.legacy import is_legacy
 from ckpt2pt.formats.mindformers.ready import Iterations
-from ckpt2pt.kube.conversion.schema import Spec
+from ckpt2pt.kube.conversion.schema import SourceFormat, Spec
 from ckpt2pt.kube.conversion.usable import FOLLOWED, TARGETS
 
 
@@ -20,10 +20,12 @@ def flags_of(spec: Spec) -> Flags:
 
 
 def refuse_target(spec: Spec, found: str) -> None:
-    """Refuse a result of a format that is not made of a source that was ``found``, or is said, to be of MindFormers."""
-    if found == "mindformers" or spec.source.format == "MindFormers":
+    """Refuse a result of a format that is not made of a source that was ``found``, or is said, to be of MindFormers or transformers."""
+    kinds = {"mindformers": "a MindFormers checkpoint", "huggingface": "a model for transformers"}
+    kind = kinds.get(found) or kinds.get(spec.source.format.lower())
+    if kind:
         raise UsageError(
-            f"the source is a MindFormers checkpoint, of which no result for {TARGETS[spec.target.format]} is made",
+            f"the source is {kind}, of which no result for {TARGETS[spec.target.format]} is made",
             where=spec.source.path,
             hint=f"choose Megatron, TorchDist or Safetensors{aside('target.format')}",
             field="target.format",
@@ -31,13 +33,18 @@ def refuse_target(spec: Spec, found: str) -> None:
 
 
 def is_mindformers(spec: Spec) -> bool:
-    """Whether the source is of MindFormers, as it is said, or as it looks where that is not said."""
+    """Whether the source is of MindFormers."""
+    return looks_like(spec, "MindFormers")
+
+
+def looks_like(spec: Spec, wanted: SourceFormat) -> bool:
+    """Whether the source has this format, as it is said, or as it looks where that is not said."""
     if spec.source.format != "Auto":
-        return spec.source.format == "MindFormers"
+        return spec.source.format == wanted
     from ckpt2pt.formats.registry import detect  # noqa: PLC0415 - only where it is not said
 
     try:
-        return detect(Path(spec.source.path)) == "mindformers"
+        return detect(Path(spec.source.path)) == wanted.lower()
     except Ckpt2ptError:  # nothing is there yet, or its reader says what is wrong
         return False
 

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from ckpt2pt.core.names import Rules
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import MindSporeFiles, Request
@@ -18,7 +20,7 @@ from ckpt2pt.formats.ptmeta.metadata import Given, learn, read_stated, require
 from ckpt2pt.io.paths import is_file
 from ckpt2pt.kube.conversion.schema import CONTENTS, MEGATRON, Degrees, Spec
 from ckpt2pt.kube.conversion.usable import USES, check_used
-from ckpt2pt.kube.mindformers import refuse_target
+from ckpt2pt.kube.mindformers import looks_like, refuse_target
 from ckpt2pt.kube.tensors import BY_TENSORS, level_in, of_iteration, rules_in
 from ckpt2pt.run.targets.request import AnyRequest
 
@@ -32,6 +34,8 @@ def resolve_any(spec: Spec, *, in_process: bool = False) -> AnyRequest:
     family that is not read, beside what :func:`resolve` raises.
     """
     refuse_unsupported(Path(spec.source.path), contents=spec.source.format == "Auto")
+    if looks_like(spec, "HuggingFace"):  # which has weights alone, whatever is asked for
+        spec = msgspec.structs.replace(spec, mode="ParamsOnly")
     by_tensors = BY_TENSORS.get(spec.target.format)
     return by_tensors(spec, in_process=in_process) if by_tensors else resolve(spec, in_process=in_process)
 

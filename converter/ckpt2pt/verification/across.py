@@ -229,7 +229,7 @@ def differ_in_layout(left: Path, right: Path, *, asked: bool) -> bool:
             if not is_folder(path):
                 return False
             detect(path)  # says what a checkpoint is
-    if asked or formats[0] != formats[1] or formats[0] in {"torch_dist", "mindformers"}:
+    if asked or formats[0] != formats[1] or formats[0] in {"torch_dist", "mindformers", "huggingface"}:
         return True
     if formats[0] == "megatron":
         folders = [expert_ranks(listing(iteration_folder(path)), pipelined=True) for path in (left, right)]

@@ -23,17 +23,17 @@ from ckpt2pt.formats.huggingface.names import (
 )
 from ckpt2pt.formats.huggingface.views import Heads
 
-_MLA_ORIGINAL = 4096
+MLA_ORIGINAL = 4096
 """``original_max_position_embeddings`` of MLA's yarn in releases with ``rope_type``: no argument reaches it
 (core_v0.19.0, megatron/core/transformer/transformer_config.py, ``MLATransformerConfig``)."""
-_LLAMA3 = {
+LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
 """megatron/core/models/common/embeddings/rotary_pos_embedding.py, ``_apply_scaling``."""
-_LLAMA3_FACTOR = 8.0
+LLAMA3_FACTOR = 8.0
 """pretrain_gpt.py of 0.12 to 0.19 passes ``--rope-scaling-factor`` on to no model, so that it is always this."""
 
 
@@ -242,7 +242,7 @@ def _yarn(model: Model) -> dict[str, object]:
     kind = args.get("rope_type", "yarn") or "yarn"
     if kind != "yarn" or factor == 1.0:
         return {}
-    original = _MLA_ORIGINAL if "rope_type" in args else model.state.number("max_position_embeddings")
+    original = MLA_ORIGINAL if "rope_type" in args else model.state.number("max_position_embeddings")
     return {
         "rope_scaling": {
             "rope_type": "yarn",
@@ -271,15 +271,15 @@ def _scaling(model: Model, choices: Choices) -> dict[str, object] | None:
         return {"rope_type": "linear", "factor": float(factor)}
     if not llama3:
         return None
-    stated = _number(model, "rope_scaling_factor", _LLAMA3_FACTOR)
-    if choices.rope_scaling_factor is None and stated != _LLAMA3_FACTOR:
+    stated = _number(model, "rope_scaling_factor", LLAMA3_FACTOR)
+    if choices.rope_scaling_factor is None and stated != LLAMA3_FACTOR:
         raise MissingInputError(
-            f"rope_scaling_factor is {stated}: pretrain_gpt.py trains with {_LLAMA3_FACTOR} whatever it says, other programs do not",
+            f"rope_scaling_factor is {stated}: pretrain_gpt.py trains with {LLAMA3_FACTOR} whatever it says, other programs do not",
             where=model.state.where,
-            hint=f"say which one the training had: {ref('target.huggingface.ropeScalingFactor')} {_LLAMA3_FACTOR} or {stated}",
+            hint=f"say which one the training had: {ref('target.huggingface.ropeScalingFactor')} {LLAMA3_FACTOR} or {stated}",
             field="target.huggingface.ropeScalingFactor",
         )
-    return {**_LLAMA3, "factor": choices.rope_scaling_factor or stated}
+    return {**LLAMA3, "factor": choices.rope_scaling_factor or stated}
 
 
 def _gpt2(model: Model) -> dict[str, object]:

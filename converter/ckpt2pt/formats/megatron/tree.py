@@ -65,6 +65,7 @@ def model_tree(
     states what a load needs.
     """
     args: dict[str, Value] = {
+        **cast("dict[str, Value]", state.architecture),
         **sizes,
         "num_attention_heads": state.number("num_attention_heads"),
         "consumed_train_samples": state.samples or 0,

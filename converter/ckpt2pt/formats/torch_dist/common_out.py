@@ -32,29 +32,14 @@ _CONTENT: dict[Value, Value] = {
 }
 _ARGUMENTS = (
     "add_position_embedding",
-    "max_position_embeddings",
     "make_vocab_size_divisible_by",
     "padded_vocab_size",
     "tokenizer_type",
     "global_batch_size",
     "data_parallel_random_init",
     "seq_length",
-    "ffn_hidden_size",
-    "group_query_attention",
-    "num_query_groups",
-    "kv_channels",
-    "swiglu",
-    "normalization",
-    "norm_epsilon",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "qk_layernorm",
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "untie_embeddings_and_output_weights",
 )
-"""Arguments that a run compares with its own, or takes over with ``--use-checkpoint-args``; written where they are known."""
+"""Arguments that a run compares with its own, besides those of the model; written where they are known."""
 _GRADIENTS = "accumulate_allreduce_grads_in_fp32"
 """Of fp16 trainings, for whoever converts the result into a form that keeps the type of gradients."""
 
@@ -72,6 +57,7 @@ def common_tree(
     stated = {name: state.args[name] for name in _ARGUMENTS if name in state.args}
     args = {
         **stated,
+        **state.architecture,
         **({} if state.scaler is None else {"fp16": True, _GRADIENTS: state.args.get(_GRADIENTS) is True}),
         "num_attention_heads": state.number("num_attention_heads"),
         **sizes,

@@ -26,7 +26,9 @@ LEVELS: Mapping[str, Level] = {"digest": "Digest", "none": "None", "full": "Full
 CONTENTS: Mapping[str, Content] = {"param": "Param", "exp_avg": "ExpAvg", "exp_avg_sq": "ExpAvgSq"}
 """The tensors of Megatron's optimizer, as it calls them and as documents do."""
 
-SourceFormat = Literal["Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron", "MSAdapter", "MindFormers"]
+SourceFormat = Literal[
+    "Auto", "MindSpore", "Ckpt", "Safetensors", "Megatron", "MSAdapter", "MindFormers", "HuggingFace"
+]
 """MindSpore is either of its two formats of files."""
 TargetFormat = Literal["Megatron06", "Megatron", "TorchDist", "MindSpore", "Torch", "Safetensors", "MindFormers"]
 Trainer = Literal["PyNative", "Graph"]

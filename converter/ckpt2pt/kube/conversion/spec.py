@@ -36,7 +36,7 @@ from ckpt2pt.kube.conversion.schema import (
     to_json,
 )
 from ckpt2pt.kube.conversion.size import too_large
-from ckpt2pt.kube.conversion.usable import FOLLOWED, FROM_MINDFORMERS, framework_of, unused
+from ckpt2pt.kube.conversion.usable import FOLLOWED, FROM_HUGGINGFACE, FROM_MINDFORMERS, framework_of, unused
 
 API_VERSION = "ckpt2pt.dev/v1alpha1"
 KIND = "CheckpointConversion"
@@ -277,9 +277,10 @@ def _check_places(spec: Spec, findings: list[Finding]) -> None:
 
 def _check_formats(spec: Spec, target: Mapping[str, object], findings: list[Finding]) -> None:
     """Which sources become what; the CRD has the same rules."""
-    if spec.source.format == "MindFormers" and spec.target.format not in FROM_MINDFORMERS:
-        hint = f"set it to {' or '.join(sorted(FROM_MINDFORMERS))}"
-        what = f"is {spec.target.format}, which is not made of a MindFormers checkpoint"
+    made = {"MindFormers": FROM_MINDFORMERS, "HuggingFace": FROM_HUGGINGFACE}.get(spec.source.format)
+    if made and spec.target.format not in made:
+        hint = f"set it to {' or '.join(sorted(made))}"
+        what = f"is {spec.target.format}, which is not made of a {spec.source.format} checkpoint"
         findings.append(Finding(field="spec.target.format", what=what, hint=hint))
     of_mindformers = spec.source.format == "MindFormers"
     if spec.follow and (spec.target.format not in FOLLOWED if of_mindformers else spec.target.format != "Megatron06"):

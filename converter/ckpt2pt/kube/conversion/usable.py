@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.kube.conversion.schema import MEGATRON, MindSporeFiles, SourceFormat, Spec, TargetFormat
 
-Framework = Literal["MindSpore", "Megatron", "MindFormers"]
+Framework = Literal["MindSpore", "Megatron", "MindFormers", "HuggingFace"]
 
 TARGETS: Mapping[TargetFormat, str] = {
     "Megatron06": "Megatron-LM 0.6",
@@ -23,9 +23,11 @@ TARGETS: Mapping[TargetFormat, str] = {
 
 
 FROM_MINDFORMERS = frozenset({"Megatron", "TorchDist", "Safetensors"})
+"""The results that are made of a MindFormers checkpoint."""
+FROM_HUGGINGFACE = frozenset({"Megatron", "TorchDist", "Safetensors"})
+"""The results that are made of a model for transformers."""
 FOLLOWED = frozenset({"Megatron", "TorchDist"})
 """Results that each new checkpoint of a MindFormers training becomes: those that have a folder for each iteration."""
-"""The results that are made of a MindFormers checkpoint."""
 
 
 class _Use(NamedTuple):
@@ -36,11 +38,16 @@ class _Use(NamedTuple):
 
 
 def _uses(given: Callable[[Spec], bool], targets: str, *, from_megatron: str | None = None) -> _Use:
-    """``from_megatron`` are the results where they are others of a Megatron source, and of MindFormers, which is read as one."""
+    """``from_megatron`` are the results where they are others of a Megatron source, and of those that are read as one."""
     megatron = frozenset((targets if from_megatron is None else from_megatron).split())
     return _Use(
         given,
-        {"MindSpore": frozenset(targets.split()), "Megatron": megatron, "MindFormers": megatron & FROM_MINDFORMERS},
+        {
+            "MindSpore": frozenset(targets.split()),
+            "Megatron": megatron,
+            "MindFormers": megatron & FROM_MINDFORMERS,
+            "HuggingFace": megatron & FROM_HUGGINGFACE,
+        },
     )
 
 
@@ -106,8 +113,10 @@ USES: Mapping[str, _Use] = {
 
 def framework_of(source: SourceFormat) -> Framework | None:
     """The framework of a source as it is said; None where its reader finds out."""
-    if source in {"Auto", "MindFormers"}:
-        return "MindFormers" if source == "MindFormers" else None
+    if source == "Auto":
+        return None
+    if source in {"MindFormers", "HuggingFace"}:
+        return source
     return "Megatron" if source in MEGATRON else "MindSpore"
 
 

@@ -32,6 +32,8 @@ from ckpt2pt.run.targets.request import TargetRequest
 _HALF = ("bfloat16", "float16")
 _OF_MINDSPORE = ("mindspore", "mindformers")
 """Formats whose files are MindSpore's, and may hold float32 weights of any training."""
+_SAFETENSORS = (*_OF_MINDSPORE, "huggingface")
+"""Formats whose files state one checksum of all that they hold, or none."""
 _SHOWN_DEFAULTS = frozenset({
     "adam_beta1", "adam_beta2", "adam_eps", "weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style", "min_lr",
     "lr_decay_style", "lr_warmup_fraction", "lr_warmup_iters", "lr_warmup_samples", "make_vocab_size_divisible_by", "seed", "initial_loss_scale",
@@ -98,7 +100,7 @@ class Source:
         else a file of which one was read in part counts as not checked.
         """
         counts, level = {"verified": 0, "notChecked": 0, "none": 0}, self.request.verify
-        if level != "none" and self.checkpoint.format in _OF_MINDSPORE:
+        if level != "none" and self.checkpoint.format in _SAFETENSORS:
             return prove_sources(map(Path, read), read, every_byte=self.request.full or level == "full")
         for path, pieces in read.items():
             proved = level != "none"
