@@ -198,6 +198,10 @@ REFUSED: dict[str, tuple[list[tuple[str, object]], str, str]] = {
     "mindformers-into-0.6": (
         [("spec.source.format", "MindFormers")], "spec.target.format", "of a MindFormers checkpoint results of the formats",
     ),
+    "a-model-into-mindspore": (
+        [("spec.source.format", "HuggingFace"), ("spec.target", {"path": "out", "format": "MindSpore"})],
+        "spec.target.format", "of a model for transformers results of the formats",
+    ),
     "what-mindformers-does-not-tell": (
         [("spec.source.format", "Ckpt"), ("spec.source.mindformers", {"config": "train.yaml"})],
         "spec.source.mindformers", "it is about a checkpoint of MindFormers",

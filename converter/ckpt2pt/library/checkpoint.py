@@ -255,7 +255,8 @@ def open_checkpoint(
 
     ``tp`` and ``pp`` are the parallel sizes of the training that wrote it; they may be left out where the checkpoint tells
     them, which is nearly always.  ``iteration`` chooses one of several; by default the one that the tracker names, or the
-    newest that all ranks have.  ``source_format`` is ``auto``, ``mindspore``, ``megatron``, ``torch_dist`` or ``mindformers``.
+    newest that all ranks have.  ``source_format`` is ``auto``, ``mindspore``, ``megatron``, ``torch_dist``, ``mindformers``
+    or ``huggingface``.
     ``rules`` are names of parameters of your own.  The last three say of a checkpoint of MindFormers what its files do not
     (docs/mindformers.md).
 

@@ -64,7 +64,7 @@ class Asked(TypedDict, total=False):
 
     ``source`` is a MindSpore training output, with ``metadata``, the ``pt_meta`` folder; or a Megatron checkpoint, which
     says itself what that would say.  ``source_format`` is ``auto``, ``mindspore``, ``ckpt``, ``safetensors``,
-    ``megatron``, ``msadapter`` or ``mindformers``, of which ``mindformers_config`` and the two flags below it say what its files
+    ``megatron``, ``msadapter``, ``huggingface`` or ``mindformers``, of which ``mindformers_config`` and the two flags below it say what its files
     do not, ``target_format`` ``megatron06``, ``megatron``, ``torch_dist``, ``mindspore`` or ``torch``.  Sizes that are not given are those
     that metadata or checkpoint state; those of the result (``target_tp`` and its like) are those of the source.
     ``verify`` is ``none``, ``digest`` or ``full``; given, it reads again what an earlier call finished.

@@ -36,6 +36,7 @@ from ckpt2pt.io.text import conflicting, short, spans
 from ckpt2pt.publish import PARTIAL, STATE, read_record, read_tracker
 from ckpt2pt.show.distributed import inspect_distributed
 from ckpt2pt.show.mindformers import inspect_mindformers
+from ckpt2pt.show.model import inspect_model
 from ckpt2pt.verification.leaves import CONTAINERS, Leaf, Leaves, TensorLeaf, is_archive, leaf_of, open_pt
 
 _LAYER = re.compile(r"(?<=layers\.)\d+(?=[._])")
@@ -294,6 +295,8 @@ def _folder(path: Path, *, details: bool) -> Json:
         return _metadata(path, names, details=details)
     if Seen(path).of_mindformers:
         return inspect_mindformers(path, details=details)
+    if Seen(path).of_huggingface:
+        return inspect_model(path, details=details)
     if TRACKER in names or any(map(is_iteration, names)):
         return _megatron(path, names)
     if is_distributed(path):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ckpt2pt.core.extents import DTYPE_BYTES
+from ckpt2pt.core.extents import DTYPE_BYTES, TensorRef
 from ckpt2pt.formats.mindformers.read import Whole, read_saved
 from ckpt2pt.io.records import Json
 from ckpt2pt.io.text import spans
@@ -33,14 +34,16 @@ def inspect_mindformers(path: Path, *, details: bool) -> Json:
         )
         or "none",
         "files": len({extent.path for one in saved.tensors.values() for part in one.parts for extent in part.storage}),
-        "tensors": [_row(name, [whole]) for name, whole in shown.items()] if details else _collapsed(weights),
+        "tensors": rows_of(shown, details=details),
         **({"warnings": [f"{', '.join(saved.unexpected)} hold no part of it"]} if saved.unexpected else {}),
     }
 
 
-def _collapsed(weights: dict[str, Whole]) -> list[Json]:
-    """One row for the same weight of many layers."""
-    groups: dict[tuple[str, str, tuple[int, ...]], list[tuple[str, Whole]]] = {}
+def rows_of(weights: Mapping[str, Whole | TensorRef], *, details: bool) -> list[Json]:
+    """One row for the same weight of many layers, or for each where ``details`` are asked for."""
+    if details:
+        return [_row(name, [whole]) for name, whole in weights.items()]
+    groups: dict[tuple[str, str, tuple[int, ...]], list[tuple[str, Whole | TensorRef]]] = {}
     for name, whole in weights.items():
         groups.setdefault((_NUMBER.sub("{}", name), whole.dtype, whole.shape), []).append((name, whole))
     found: list[Json] = []
@@ -51,7 +54,7 @@ def _collapsed(weights: dict[str, Whole]) -> list[Json]:
     return found
 
 
-def _row(name: str, held: list[Whole]) -> Json:
+def _row(name: str, held: Sequence[Whole | TensorRef]) -> Json:
     first = held[0]
     nbytes = math.prod(first.shape) * DTYPE_BYTES.get(first.dtype, 0)
     return {

@@ -6,12 +6,20 @@ from typing import Any
 
 import pytest
 
-from ckpt2pt.core.state import State, plain_values
+from ckpt2pt.core.state import ARCHITECTURE, State, plain_values
 from ckpt2pt.errors import MissingInputError
+from ckpt2pt.formats.huggingface.families import NEUTRAL
 
 
 def state(**more: Any) -> State:
     return State(where="source", iteration=7, samples=42, step=6, **more)
+
+
+def test_arguments_of_the_model_are_all_that_an_export_looks_at() -> None:
+    """Else a result that lost one would be exported as another model."""
+    assert set(ARCHITECTURE) >= NEUTRAL.keys()
+    held = state(args={"rotary_base": 7, "softmax_type": None, "lr": 0.1})
+    assert held.architecture == {"rotary_base": 7}
 
 
 def test_group_is_found_by_its_weight_decay_and_gets_the_true_step() -> None:

@@ -37,8 +37,10 @@ SIGNS: dict[str, tuple[dict[str, bytes], str]] = {
         {"config.json": b'{"quantization_config": {"quant_method": "fp8"}}', "model.safetensors": b""}, "a quantised checkpoint",
     ),
     "quantised, by its tensors": ({"rank_0/a.safetensors": safetensors("layers.0.mlp.qweight")}, "a quantised checkpoint"),
-    "hugging face": ({"config.json": b"{}", "model.safetensors": b""}, "a Hugging Face checkpoint"),
-    "hugging face, shards": ({"model.safetensors.index.json": b"{}"}, "a Hugging Face checkpoint"),
+    "hugging face, pickles": (
+        {"config.json": b"{}", "pytorch_model.bin": b""}, r"a Hugging Face model in pickles \(pytorch_model\.bin\)",
+    ),
+    "hugging face, pickled shards": ({"pytorch_model.bin.index.json": b"{}"}, "a Hugging Face model in pickles"),
     "experts of core-ms": (
         {"rank_0/a.safetensors": safetensors("language_model.encoder.layers.0.mlp.experts.local_experts.0.mapping.weight")},
         "a mixture of experts of MindSpeed-Core-MS",
@@ -99,6 +101,8 @@ def test_a_single_file_asks_for_its_folder_and_not_for_metadata(
         {"config.json": b"{}"},
         {"metadata.json": b"\xff\xfe no JSON"},
         {"latest": b""},
+        {"config.json": b"{}", "model.safetensors": b"", "pytorch_model.bin": b""},
+        {"model.safetensors.index.json": b"{}"},
         {"iteration_00000003/common.json": b"{}"},
         {"qwen3-model-0000000-0000004.safetensors": b""},
     ],

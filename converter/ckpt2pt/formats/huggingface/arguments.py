@@ -79,6 +79,11 @@ class Fields:
             )
         return float(value)
 
+    def word(self, name: str, default: str) -> str:
+        """A word."""
+        value = self.get(name, default)
+        return value if isinstance(value, str) else repr(value)[:80]
+
     def flag(self, name: str, *, default: bool) -> bool:
         """True or false."""
         value = self.get(name, default)
@@ -164,7 +169,7 @@ def arguments_of(
 
 
 def _decoder(fields: Fields, family: Family, biases: Collection[str], remarks: list[str]) -> dict[str, Argument]:
-    if fields.get("hidden_act", "silu") not in {"silu", "swish"}:
+    if fields.word("hidden_act", "silu") not in {"silu", "swish"}:
         raise fields.refused(f"hidden_act is {fields.get('hidden_act')!r}, and Megatron-LM gates with silu (swiglu)")
     if family is MIXTRAL and fields.get("sliding_window") is not None:
         raise fields.refused(
@@ -351,7 +356,7 @@ def _experts(fields: Fields, family: Family, sparse: Collection[int], layers: in
 
 
 def _gpt2(fields: Fields) -> dict[str, Argument]:
-    heads, hidden, act = fields.count("n_head"), fields.count("n_embd"), fields.get("activation_function", "gelu_new")
+    heads, hidden, act = fields.count("n_head"), fields.count("n_embd"), fields.word("activation_function", "gelu_new")
     if act not in _TANH | {"gelu"}:
         raise fields.refused(f"activation_function is {act!r}, and Megatron-LM computes gelu")
     if hidden % heads:

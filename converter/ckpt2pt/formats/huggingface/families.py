@@ -24,7 +24,7 @@ from ckpt2pt.formats.huggingface.names import (
     Family,
 )
 
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "activation_func_clamp_value": (None,),
     "apply_layernorm_1p": (None, False),
     "apply_residual_connection_post_layernorm": (None, False),
@@ -95,7 +95,7 @@ def model_of(state: State, names: Mapping[str, object], *, layers: int, experts:
 
 
 def _refuse(state: State) -> None:
-    for name, neutral in _NEUTRAL.items():
+    for name, neutral in NEUTRAL.items():
         value = state.args.get(name)
         if not any(value is one or (type(value) is type(one) and value == one) for one in neutral):
             raise _refused(state, f"{name} is {value!r}, which no class of transformers computes")

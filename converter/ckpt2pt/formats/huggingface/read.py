@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -60,7 +60,7 @@ def open_huggingface(path: Path, wanted: Selection) -> Checkpoint:
     fields = read_config(path)
     family = family_of(fields)
     agreed((wanted.tensor, wanted.pipeline), (1, 1), path)
-    headers, remarks = _headers(path)
+    headers, remarks = read_headers(path)
     refs = {name: ref for held in headers.values() for name, ref in held.items()}
     index, left_out = _index(fields, family, refs, str(path))
     inner = {split_layer(key.name)[1] for key in index if layer_of(key.name) is not None}
@@ -68,7 +68,7 @@ def open_huggingface(path: Path, wanted: Selection) -> Checkpoint:
         fields,
         family,
         biases={name.removesuffix(".bias") for name in inner if name.endswith(".bias")},
-        sparse={cast("int", layer_of(key.name)) for key in index if has_experts(split_layer(key.name)[1])},
+        sparse=sparse_layers(key.name for key in index),
         tokens=index[Key("param", EMBEDDING)].shape[0],
     )
     dtype = next((one for one in _DTYPES if any(tensor.dtype == one for tensor in index.values())), "float32")
@@ -114,7 +114,7 @@ def _json(file: Path, limit: int) -> dict[str, object]:
     return cast("dict[str, object]", document)
 
 
-def _headers(path: Path) -> tuple[Mapping[str, Mapping[str, TensorRef]], tuple[str, ...]]:
+def read_headers(path: Path) -> tuple[Mapping[str, Mapping[str, TensorRef]], tuple[str, ...]]:
     """The tensors of each file, and what lies beside them."""
     there = {file.name for file in listing(path, "*.safetensors", InputFile.option)}
     if not is_file(path / INDEX, InputFile.option):
@@ -182,13 +182,11 @@ def _index(fields: Fields, family: Family, refs: Mapping[str, TensorRef], where:
     found: dict[str, list[tuple[TensorRef, Iterator[Stored]]]] = {}
     shapes: dict[str, Shape] = {}
     predicting: set[int] = set()
+    more = fields.values.get("num_nextn_predict_layers")
+    last = layers + (more if type(more) is int else 0)
     for own, ref in refs.items():
         layer, rest = _split(own, prefix + family.prefix.removeprefix(base))
-        if (
-            layer is not None
-            and layer >= layers
-            and layer < layers + int(str(fields.get("num_nextn_predict_layers", 0)) or 0)
-        ):
+        if layer is not None and layer >= layers and layer < last:
             predicting.add(layer)
             continue
         if _COMPUTED.search(own):
@@ -285,14 +283,21 @@ def _tensor(name: str, shape: Shape, held: list[tuple[TensorRef, Iterator[Stored
     return tensor
 
 
+def sparse_layers(names: Iterable[str]) -> frozenset[int]:
+    """The layers with experts, by canonical names."""
+    parts = map(split_layer, names)
+    return frozenset(layer for layer, inner in parts if layer is not None and has_experts(inner))
+
+
 def _check_complete(index: Index, fields: Fields, family: Family, layers: int, where: str) -> None:
     """Refuse a model that lacks what any of its class has, which transformers would make up, and layers beyond the last."""
     names = {key.name for key in index}
     other = next((layer for name in names if (layer := layer_of(name)) is not None and layer >= layers), None)
     if other is not None:
         raise CoverageError(f"layer {other} is there, and config.json has {layers} layers", where=where, hint=_HINT)
+    sparse = sparse_layers(names)
     outside = (row.name for row in family.outside if row.name != HEAD or not is_tied(fields, family))
-    for name in chain(outside, *(_wanted(names, fields, family, layer) for layer in range(layers))):
+    for name in chain(outside, *(_wanted(fields, family, layer, sparse=layer in sparse) for layer in range(layers))):
         if name not in names:
             raise CoverageError(
                 f"what {name} of Megatron core is made of is not there",
@@ -301,9 +306,8 @@ def _check_complete(index: Index, fields: Fields, family: Family, layers: int, w
             )
 
 
-def _wanted(names: Collection[str], fields: Fields, family: Family, layer: int) -> Iterator[str]:
+def _wanted(fields: Fields, family: Family, layer: int, *, sparse: bool) -> Iterator[str]:
     """The weights that a layer of the class has: one MLP or experts, and queries by way of a latent vector or directly."""
-    sparse = f"decoder.layers.{layer}.mlp.router.weight" in names
     experts = experts_of(fields, family) if sparse else 0
     direct = fields.get("q_lora_rank") is None
     for row in family.layer:

@@ -92,7 +92,7 @@ def test_every_option_is_in_the_table_or_counts_for_every_result() -> None:
 @pytest.mark.parametrize("field", USES)
 def test_a_field_is_used_or_named(field: str, target: str) -> None:
     use = USES[field]
-    sources: tuple[Framework, ...] = ("MindSpore", "Megatron", "MindFormers")
+    sources: tuple[Framework, ...] = ("MindSpore", "Megatron", "MindFormers", "HuggingFace")
     for source in sources:
         targets = use.by_source.get(source, frozenset())
         found = [name for name, _ in unused(of(target, field), source)]
