@@ -251,7 +251,7 @@ def _rotary(fields: Fields, family: Family, remarks: list[str]) -> dict[str, Arg
     if factor != LLAMA3_FACTOR:
         remarks.append(
             f"the factor of rope_scaling is {factor}: pretrain_gpt.py of Megatron-LM computes {LLAMA3_FACTOR} whatever "
-            "--rope-scaling-factor says, other programs what it says"
+            "rope_scaling_factor of its arguments says, other programs what it says"
         )
     return {**found, "use_rope_scaling": True, "rope_scaling_factor": factor}
 

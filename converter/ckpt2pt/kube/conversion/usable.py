@@ -115,7 +115,7 @@ def framework_of(source: SourceFormat) -> Framework | None:
     """The framework of a source as it is said; None where its reader finds out."""
     if source == "Auto":
         return None
-    if source in {"MindFormers", "HuggingFace"}:
+    if source == "MindFormers" or source == "HuggingFace":  # noqa: PLR1714 - a set narrows no type
         return source
     return "Megatron" if source in MEGATRON else "MindSpore"
 
