@@ -265,6 +265,11 @@ def _latent(fields: Fields, epsilon: float, remarks: list[str]) -> dict[str, Arg
     if not fields.flag("norm_topk_prob", default=True):
         raise fields.refused("norm_topk_prob is False, and Megatron-LM normalises the scores of a sigmoid router")
     query = fields.get("q_lora_rank")
+    if query is None:
+        # 0.19.2, megatron/core/transformer/mla_qk_norm_config.py; 0.12 to 0.18 build a plain linear_q_proj.
+        remarks.append(
+            "q_lora_rank is null: Megatron-LM 0.19 puts a norm before linear_q_proj then, which this model has not; 0.12 to 0.18 do not"
+        )
     return {
         "multi_latent_attention": True,
         "group_query_attention": False,
@@ -303,8 +308,14 @@ def _yarn(fields: Fields) -> dict[str, Argument]:
 
 
 def experts_of(fields: Fields, family: Family) -> int:
-    """How many experts a layer has."""
-    return fields.count({MIXTRAL: "num_local_experts", DEEPSEEK_V3: "n_routed_experts"}.get(family, "num_experts"))
+    """How many experts a layer has.
+
+    Qwen3-MoE has one name in transformers 4 and the other in 5 (configuration_qwen3_moe.py of 4.57.6 and of 5.24.0).
+    """
+    if family is DEEPSEEK_V3:
+        return fields.count("n_routed_experts")
+    names = ("num_local_experts", "num_experts") if family is MIXTRAL else ("num_experts", "num_local_experts")
+    return fields.count(next((name for name in names if fields.get(name) is not None), names[0]))
 
 
 def _experts(fields: Fields, family: Family, sparse: Collection[int], layers: int) -> dict[str, Argument]:
