@@ -101,7 +101,7 @@ test-megatron: $(MEGATRON) ## results that we write, loaded by Megatron-LM 0.8 t
 	$(BIN)/pytest -m megatron tests/judges $(ARGS)
 
 .PHONY: test-transformers
-test-transformers: $(TRANSFORMERS) ## results that we write, loaded by transformers 4.57 and the newest on the CPU
+test-transformers: $(TRANSFORMERS) .venv-megatron/0.19.2/.ready ## transformers 4.57 and 5 on the CPU: they load our results, and Megatron-LM computes what they said
 	$(BIN)/pytest -m transformers tests/judges $(ARGS)
 
 e2e: $(TORCH_READY) helm ## the program end to end: as it is installed, the chart as helm renders it, a real Kubernetes
