@@ -24,7 +24,7 @@ TARGETS: Mapping[TargetFormat, str] = {
 
 FROM_MINDFORMERS = frozenset({"Megatron", "TorchDist", "Safetensors"})
 """The results that are made of a MindFormers checkpoint."""
-FROM_HUGGINGFACE = frozenset({"Megatron", "TorchDist", "Safetensors"})
+FROM_HUGGINGFACE = frozenset({"Megatron", "TorchDist", "Safetensors", "MindFormers"})
 """The results that are made of a model for transformers."""
 FOLLOWED = frozenset({"Megatron", "TorchDist"})
 """Results that each new checkpoint of a MindFormers training becomes: those that have a folder for each iteration."""
@@ -54,7 +54,9 @@ def _uses(given: Callable[[Spec], bool], targets: str, *, from_megatron: str | N
 def _of_mindformers(given: Callable[[Spec], bool]) -> _Use:
     """An option that says what nothing in a checkpoint of MindFormers tells, be it source or result."""
     result = frozenset({"MindFormers"})
-    return _Use(given, {"MindFormers": FROM_MINDFORMERS, "Megatron": result, "MindSpore": result})
+    return _Use(
+        given, {"MindFormers": FROM_MINDFORMERS, "Megatron": result, "MindSpore": result, "HuggingFace": result}
+    )
 
 
 _FILES = MindSporeFiles()
@@ -115,7 +117,7 @@ def framework_of(source: SourceFormat) -> Framework | None:
     """The framework of a source as it is said; None where its reader finds out."""
     if source == "Auto":
         return None
-    if source == "MindFormers" or source == "HuggingFace":  # noqa: PLR1714 - a set narrows no type
+    if source == "MindFormers" or source == "HuggingFace":
         return source
     return "Megatron" if source in MEGATRON else "MindSpore"
 
