@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ckpt2pt.core.fill import moves_of, replicas_of
 from ckpt2pt.core.index import Index
 from ckpt2pt.core.progress import Advance
+from ckpt2pt.core.tensor import Tensor
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import TryAgainError, ref
 from ckpt2pt.formats.huggingface.write import ShardFile
@@ -149,19 +150,16 @@ def prove_file(
 
 def _plan(found: Shards, rank: Rank, target: Target) -> RankTask:
     request, shard, where = found.request, found.shard(rank), found.source.where
-    tensors = list(shard.index().values()) if shard else []
     moves = moves_of(shard.index(), [shard.slots()], where) if shard else ()
-    # What ranks of the source hold twice is compared once, by the first worker.
-    copied = [] if any(rank) else [pair for one in found.source.index.values() for pair in replicas_of(one)]
     return RankTask(
         rank=rank,
         target=target,
-        reading=Reading(found.source, paths_of(views_of(tensors)), partial(prove_file, found, shard)),
+        reading=Reading(found.source, _paths(found, rank), partial(prove_file, found, shard)),
         verify=request.verify,
         repair=request.overwrite,
         files=[shard] if shard else [],
         moves=lambda: moves,
-        copies=copied,
+        copies=[pair for one in _compared(found, rank) for pair in replicas_of(one)],
         source_bytes=sum(move.nbytes for move in moves),
         facts={"source": where, "shard": digest_of(shard)},
     )
@@ -204,7 +202,18 @@ def conversion_of(found: Shards, stages: Sequence[int], how_to_load: str) -> Con
     )
 
 
-def _inputs(found: Shards, rank: Rank) -> list[Json]:
-    """The files that a rank is read from."""
+def _compared(found: Shards, rank: Rank) -> list[Tensor]:
+    """What ranks of the source hold twice, which is compared once, by the first worker."""
+    return [] if any(rank) else [one for one in found.source.index.values() if one.replicas]
+
+
+def _paths(found: Shards, rank: Rank) -> tuple[str, ...]:
+    """The files that a rank is read from, and those that it compares."""
     shard = found.shard(rank)
-    return found.source.inputs(paths_of(views_of(shard.index().values() if shard else ())))
+    own = shard.index().values() if shard else ()
+    return paths_of((*views_of(own), *views_of(_compared(found, rank))))
+
+
+def _inputs(found: Shards, rank: Rank) -> list[Json]:
+    """The same, as a manifest lists them."""
+    return found.source.inputs(_paths(found, rank))

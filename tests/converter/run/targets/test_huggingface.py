@@ -11,6 +11,8 @@ import pytest
 
 import ckpt2pt
 from ckpt2pt.cli.commands import main
+from ckpt2pt.core.topology import Topology
+from ckpt2pt.run.targets.huggingface import conversion_of
 from ckpt2pt.run.targets.request import HuggingFaceRequest
 from goldens import golden_root
 from hfsets import NAMES, SETS, TOKENS, folder_of, save_megatron
@@ -191,3 +193,14 @@ def test_more_tokens_than_rows_are_refused(tmp_path: Path, capsys: pytest.Captur
     source = save_megatron("llama", tmp_path / "megatron")
     assert convert(source, tmp_path / "out", "--vocab-size", "129") == 65
     assert "--vocab-size is 129, and the embedding has 128 rows" in capsys.readouterr().err
+
+
+def test_the_first_worker_lists_the_files_of_the_copies_that_it_compares(tmp_path: Path) -> None:
+    """A later stage's norms are on both ranks, and no tensor of the first file is there."""
+    source = golden_root() / "mcore" / "0.19.0" / "llama_tp2pp2"
+    request = HuggingFaceRequest(
+        source=source, target=tmp_path, full=False, topology=Topology(num_layers=1), shard_bytes=1
+    )
+    inputs = conversion_of(request, [0]).inputs
+    assert {"mp_rank_00_001", "mp_rank_01_001"} <= {str(one["source"]).partition("/")[0] for one in inputs[0, 0]}
+    assert len(inputs[1, 0]) < len(inputs[0, 0])
