@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ckpt2pt.core.extents import Box, Shape, Stored, View
 from ckpt2pt.core.index import Index
-from ckpt2pt.core.params import axes_of, is_buffer, kind_of, layer_of
+from ckpt2pt.core.params import axes_of, is_buffer, is_padded, kind_of, layer_of
 from ckpt2pt.core.slots import FileSlots, Slot, check_used, source_of
 from ckpt2pt.core.tensor import ROLES, Key, Role, Tensor, check_coverage, dense_strides
 from ckpt2pt.core.topology import Rank
@@ -37,6 +37,8 @@ class Division:
     dtype: str
     full: bool
     where: str
+    rows: int | None = None
+    """Rows of the vocabulary in the result, where it is padded; None: as many as in the source."""
 
     @property
     def roles(self) -> Sequence[Role]:
@@ -62,7 +64,7 @@ class Division:
         boxes: dict[str, list[Box]] = {}
         for pp in range(self.pipeline):
             for name in self.names(pp):
-                tensor = source_of(self.index, Key("param", name), self.where)
+                tensor = self._padded(source_of(self.index, Key("param", name), self.where))
                 boxes.setdefault(name, []).extend(box for tp in range(self.tensor) for box in self._boxes(tensor, tp))
         check_used(self.index, boxes, self.roles, {}, self.where)
 
@@ -78,7 +80,7 @@ class Division:
         for name in self.names(pp):
             for role in ROLES[:1] if is_buffer(name) else self.roles:
                 key = Key(role, name)
-                tensor = source_of(self.index, key, self.where)
+                tensor = self._padded(source_of(self.index, key, self.where))
                 for box in self._boxes(tensor, tp):
                     for part in self._parts(key, tensor, box):
                         slots.append(Slot(key, part.dtype, len(parts), 0, box))
@@ -90,6 +92,18 @@ class Division:
             DistcpFile(name=name, parts=tuple(parts), objects=objects),
             FileSlots(name=name, slots=tuple(slots), storages=tuple(part.nbytes for part in parts)),
         )
+
+    @property
+    def result(self) -> Index:
+        """The tensors as they are in the result."""
+        return {key: self._padded(tensor) for key, tensor in self.index.items()}
+
+    def _padded(self, tensor: Tensor) -> Tensor:
+        """With the rows that the vocabulary has in the result: those behind the source's are zeros."""
+        if self.rows is None or not is_padded(tensor.key.name):
+            return tensor
+        shape = (self.rows, *tensor.fused[1:])
+        return tensor._replace(shape=shape, fused=shape)
 
     def names(self, pp: int) -> Iterator[str]:
         """The parameters that the workers of a stage write."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ckpt2pt.core.fill import moves_of, replicas_of
 from ckpt2pt.core.params import EMBEDDING, check_expert_parallel
 from ckpt2pt.core.progress import Advance
+from ckpt2pt.core.reshard import vocabulary_rows
 from ckpt2pt.core.slots import source_of
 from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Rank
@@ -54,8 +55,9 @@ class Found:
     @property
     def identity_options(self) -> Json:
         """What decides what is written."""
-        chained = {"chainedOptimizers": True} if self.chained else {}
-        return {**self.request.identity_options(), "format": "TorchDist", "virtualPipeline": 1, **chained}
+        more: Json = {"chainedOptimizers": True} if self.chained else {}
+        more |= {} if self.division.rows is None else {"vocabulary": self.division.rows}
+        return {**self.request.identity_options(), "format": "TorchDist", "virtualPipeline": 1, **more}
 
     @property
     def expert(self) -> int:
@@ -113,7 +115,7 @@ class Found:
         path = folder / file.name
         seen = status(path)
         if seen and seen.st_size == file.lay_out().nbytes:  # else the manifest tells that it was cut
-            crcs.update(compare_parts(division.index, list(division.layers.numbers), file, path, findings, advance))
+            crcs.update(compare_parts(division.result, list(division.layers.numbers), file, path, findings, advance))
         return findings.report(folder, 0), crcs
 
     @property
@@ -127,6 +129,8 @@ class Found:
         }
         if embedding := division.index.get(Key("param", EMBEDDING)):
             found["hidden_size"] = embedding.fused[1]
+        if division.rows is not None:
+            found["padded_vocab_size"] = division.rows
         if division.layers.experts:
             found |= {"num_experts": division.layers.experts, "expert_model_parallel_size": self.expert}
         return found
@@ -149,7 +153,11 @@ def find(request: DistRequest, stages: Sequence[int] | None = None) -> Found:
     source = read_source(request)
     layers = layers_of(source.index, source.where, source.state.args.get("moe_layer_freq"))
     check_expert_parallel(layers.experts, request.target_expert or 1, source.where)
+    held = source.index.get(Key("param", EMBEDDING))
+    # A model of transformers has as many rows as tokens; every training has saved its padding.
+    pads = held is not None and source.checkpoint.format == "huggingface"
     division = Division(
+        rows=vocabulary_rows(source.state.args, held.fused[0], request.topology.tensor) if held and pads else None,
         index=source.index,
         layers=layers,
         tensor=request.topology.tensor,
@@ -175,7 +183,7 @@ def _prove(found: Found, file: DistcpFile, partials: Mapping[str, Path], heed: C
     from ckpt2pt.verification.torch_dist import prove_parts  # noqa: PLC0415 - numpy, and only when asked for
 
     division = found.division
-    return prove_parts(division.index, list(division.layers.numbers), file, partials[file.name], heed)
+    return prove_parts(division.result, list(division.layers.numbers), file, partials[file.name], heed)
 
 
 def _plan(found: Found, rank: Rank, target: Target) -> RankTask:

@@ -337,3 +337,16 @@ def test_any_config_ends_in_a_checkpoint_or_an_error_of_ours(data: st.DataObject
     config[field] = data.draw(wild)
     with suppress(FormatError, CoverageError, MissingInputError):
         read(save(tmp_path, config, arrays_of(config_of(name))), source_format="huggingface")
+
+
+@pytest.mark.parametrize("through", ["megatron", "torch_dist"])
+def test_the_vocabulary_is_filled_up_with_zeros(through: str, tmp_path: Path) -> None:
+    config = config_of("llama")
+    source = save(tmp_path / "model", config, arrays_of(config))
+    words = ["convert", "--source", str(source), "--target", str(tmp_path / "out"), "--target-format", through]
+    assert main([*words, "--target-tp-size", "2", "--progress", "none", "--multiprocess-off"]) == 0
+    with ckpt2pt.open(tmp_path / "out") as checkpoint:
+        for name in (EMBEDDING, HEAD):
+            assert checkpoint[name].shape == (256, 16)
+            assert not checkpoint[name][40:].any()
+            assert checkpoint[name][:40].any()
