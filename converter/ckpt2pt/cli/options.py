@@ -122,6 +122,7 @@ def _add_places(parser: argparse.ArgumentParser, *, writes: bool) -> None:
         "--target-format",
         choices=("megatron06", "megatron", "torch_dist", "mindspore", "torch", "safetensors", "mindformers"),
         default="megatron06",
+        metavar="FORMAT",
         help="what to write: megatron06, megatron (the torch format of Megatron-LM 0.7 to 0.19), torch_dist (Megatron-LM 0.15 and newer, at any layout), mindspore, torch (what MSAdapter wrote, as torch would have saved it), safetensors (weights for Hugging Face transformers), mindformers (weights for MindFormers) (spec.target.format)",
     )
     add_mindformers_trainer(group)

@@ -35,7 +35,7 @@ def add_mindformers_trainer(group: Group) -> None:
         "--mindformers-trainer",
         choices=("pynative", "graph"),
         default="pynative",
-        help="with --target-format mindformers: what loads the result, the trainer of PyNative mode (default) or that of the static graph, "
+        help="with --target-format mindformers: what loads the result, the trainer of PyNative mode or that of the static graph (default: pynative), "
         "of which the flags above or the YAML say how it orders rows (spec.target.trainer)",
     )
 

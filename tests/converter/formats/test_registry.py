@@ -57,7 +57,9 @@ def test_a_single_file_asks_for_its_folder(tmp_path: Path) -> None:
 def test_an_unknown_format_is_reported_with_those_that_there_are(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no format zarr") as caught:
         read(tmp_path, source_format="zarr")
-    assert caught.value.hint == "give auto or one of mindformers, mindspore, msadapter, megatron, torch_dist"
+    assert (
+        caught.value.hint == "give auto or one of mindformers, mindspore, msadapter, megatron, torch_dist, huggingface"
+    )
 
 
 def test_a_format_that_is_given_is_not_detected(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def copied(pipelined: Path, tmp_path: Path) -> Request:
     [
         "ckpt2pt.discover.training.agree",
         "ckpt2pt.discover.plan_rank",
-        "ckpt2pt.discover.moves_of",
+        "ckpt2pt.discover.checkpoint.moves_of",
         "ckpt2pt.run.conversion.prove_unchanged",
     ],
 )

@@ -14,6 +14,7 @@ import ckpt2pt
 from ckpt2pt.cli.commands import main
 from ckpt2pt.core.params import EMBEDDING, HEAD
 from ckpt2pt.core.progress import SILENCE
+from ckpt2pt.core.state import ARCHITECTURE
 from ckpt2pt.core.tensor import Key
 from ckpt2pt.core.topology import Topology
 from ckpt2pt.errors import MissingInputError, TopologyError, UsageError
@@ -132,7 +133,7 @@ def test_rest_of_the_file_is_small_and_plain(tmp_path: Path) -> None:
             "consumed_train_samples": 12,
             "pipeline_model_parallel_size": 2,
         }
-        assert len(args) == 7
+        assert len(args.keys() - {*ARCHITECTURE}) == 6
         groups = "/optimizer/optimizer/param_groups"
         assert [leaves[f"{groups}/{group}/wd_mult"] for group in (0, 1)] == wanted
         assert [leaves[f"{groups}/{group}/step"] for group in (0, 1)] == [2, 2]
