@@ -147,6 +147,7 @@ def of_mindformers(checkpoint: Path, volume: Path, **spec: Any) -> dict[str, Any
         "metadata": {"name": "golden"},
         "spec": {
             "model": {"numLayers": 4},
+            "parallelism": {"tensor": 2, "pipeline": 2},
             "source": source,
             "metadata": {"path": "launch.sh"},
             "target": {"path": "out", "format": "TorchDist"},

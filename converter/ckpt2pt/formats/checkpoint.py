@@ -86,7 +86,7 @@ def agreed(asked: tuple[int | None, int | None], there: tuple[int, int], where: 
             raise TopologyError(
                 f"the {what} parallel size is {other}, not {one}",
                 where=where,
-                hint=f"leave it out, or give {other}",
+                hint=f"give {other}: in a document a size that is left out is 1",
             )
     return there
 

@@ -20,4 +20,4 @@ def test_a_contradiction_says_what_is_there(asked: tuple[int | None, int | None]
     with pytest.raises(TopologyError, match=f"the {what} parallel size is [24], not") as caught:
         agreed(asked, (2, 4), Path("here"))
     assert caught.value.where == "here"
-    assert caught.value.hint.startswith("leave it out, or give ")
+    assert caught.value.hint.startswith("give ")
