@@ -60,7 +60,26 @@ def compare_shard(
     findings: Findings,
     advance: Callable[[int], None],
 ) -> Mapping[str, int]:
-    """Compare every tensor of a file; the CRC-32 of it, by its name."""
+    """Compare every tensor of a file, which are to be ``names``; the CRC-32 of it, by its name."""
+
+    def compare(result: TensorRef, files: Files) -> None:
+        if result.name in expected.zeros:
+            _compare_zeros(result, name, findings, files)
+        else:
+            _compare(expected, *expected.rows[result.name], result, name, findings, files)
+
+    return _compare_file(names, path, name, findings, advance, compare)
+
+
+def _compare_file(
+    names: frozenset[str],
+    path: Path,
+    name: str,
+    findings: Findings,
+    advance: Callable[[int], None],
+    compare: Callable[[TensorRef, Files], None],
+) -> Mapping[str, int]:
+    """Which tensors there are, and each of them as ``compare`` does it."""
     with Files([path], advance) as files:
         try:
             held = index_safetensors(path)
@@ -69,11 +88,8 @@ def compare_shard(
             return {}
         for own in sorted(names ^ held.keys()):
             findings.differ(name, own, "is not in the file" if own in names else "is unexpected")
-        for own in names & held.keys():
-            if own in expected.zeros:
-                _compare_zeros(held[own], name, findings, files)
-            else:
-                _compare(expected, *expected.rows[own], held[own], name, findings, files)
+        for own in sorted(names & held.keys()):
+            compare(held[own], files)
         return crcs_of({name: path}, {str(path): sorted(files.pieces[str(path)])})
 
 
@@ -124,18 +140,15 @@ def compare_stored(
     findings: Findings,
     advance: Callable[[int], None],
 ) -> Mapping[str, int]:
-    """Compare every tensor of a file, which are to be ``names``; the CRC-32 of it, by its name."""
-    with Files([path], advance) as files:
-        try:
-            held = index_safetensors(path)
-        except InputError as error:
-            findings.differ(name, "file", error.what)
-            return {}
-        for own in sorted(names ^ held.keys()):
-            findings.differ(name, own, "is not in the file" if own in names else "is unexpected")
-        for own in sorted(names & held.keys()):
-            _compare_regions(expected, held[own], name, findings, files)
-        return crcs_of({name: path}, {str(path): sorted(files.pieces[str(path)])})
+    """The same for weights of MindFormers."""
+    return _compare_file(
+        names,
+        path,
+        name,
+        findings,
+        advance,
+        lambda result, files: _compare_regions(expected, result, name, findings, files),
+    )
 
 
 def _compare_regions(expected: ExpectedFiles, result: TensorRef, file: str, findings: Findings, files: Files) -> None:

@@ -42,7 +42,7 @@ def view_of(tensor: Tensor, own: str, form: Form, *, heads: Heads, vocabulary: i
     if form == "whole":
         return tensor
     if form == "transposed":
-        return _ordered(tensor, tuple(reversed(range(len(tensor.shape)))))
+        return ordered(tensor, tuple(reversed(range(len(tensor.shape)))))
     if form == "vocabulary":
         return _part(tensor, 0, 0, _at_least(tensor, vocabulary))
     if form in {"gate", "up"}:
@@ -63,11 +63,11 @@ def _attention(tensor: Tensor, form: Form, heads: Heads) -> Tensor:
             raise FormatError(
                 f"{tensor} has several queries to a key", where=tensor.key.name, hint="check num_query_groups"
             )
-        found = _ordered(found, (1, 0, 2, *range(3, 3 + len(rest))))
+        found = ordered(found, (1, 0, 2, *range(3, 3 + len(rest))))
         found = _fused(found, (heads.rows, *rest))
         if not rest:
             return found
-        return _ordered(found, (3, 0, 1, 2))._replace(fused=(*rest, heads.rows))
+        return ordered(found, (3, 0, 1, 2))._replace(fused=(*rest, heads.rows))
     first, count = {"query": (0, heads.queries), "key": (heads.queries, 1), "value": (heads.queries + 1, 1)}[form]
     found = _part(found, 1, first, count)
     fused = (heads.groups * count * heads.channels, *rest)
@@ -79,7 +79,7 @@ def _halves(tensor: Tensor, heads: Heads, fused: Shape) -> Tensor:
     if heads.interleaved:
         groups, count, channels, *rest = tensor.shape
         tensor = _split(_joined(tensor), (groups, count, channels // 2, 2))
-        tensor = _ordered(tensor, (0, 1, 3, 2, *range(4, 4 + len(rest))))
+        tensor = ordered(tensor, (0, 1, 3, 2, *range(4, 4 + len(rest))))
     return _fused(tensor, fused)
 
 
@@ -152,7 +152,7 @@ def _at_least(tensor: Tensor, rows: int) -> int:
     return rows
 
 
-def _ordered(tensor: Tensor, order: Sequence[int]) -> Tensor:
+def ordered(tensor: Tensor, order: Sequence[int]) -> Tensor:
     """The same elements with the axes in another order."""
 
     def of(values: Sequence[int]) -> Shape:

@@ -1,6 +1,6 @@
 """Weights as MindFormers loads them, in files of at most 5 GB, each tensor whole in one of them.
 
-    tensors --stored_weights--> the tensors of MindFormers --files_of--> StoredFile --lay_out--> the engine puts elements there
+    tensors --stored_weights--> the tensors of MindFormers --files_of--> ShardFile --lay_out--> the engine puts elements there
                                                                 '-- metadata.json: which file holds which tensor; common.json
 
 Files are numbered, whoever loads them: ``load_checkpoint`` finds each part of a tensor by ``metadata.json``, and cuts it for its
@@ -11,47 +11,30 @@ metadata.py (``load_metadata``, ``generate_default_metadata_from_checkpoint``), 
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from ckpt2pt.core.extents import DTYPE_BYTES, Extent, Shape, View
+from ckpt2pt.core.extents import Shape
 from ckpt2pt.core.index import Index, find
 from ckpt2pt.core.params import is_buffer, kind_of
-from ckpt2pt.core.slots import FileSlots, Slot
 from ckpt2pt.core.tensor import Key, Tensor
 from ckpt2pt.errors import CoverageError
-from ckpt2pt.formats.huggingface.views import Heads, view_of
-from ckpt2pt.formats.huggingface.write import SHARD_BYTES, ShardLayout
+from ckpt2pt.formats.huggingface.views import Heads, ordered, view_of
 from ckpt2pt.formats.mindformers.layouts import LATENT, LAYER
+from ckpt2pt.formats.safetensors import SHARD_BYTES, ShardFile, Weight, divided
 
 Trainer = Literal["pynative", "graph"]
 
 _PREFIX = "checkpoint-model"
-_DTYPES = {"bfloat16": ("BF16", "BFloat16"), "float16": ("F16", "Float16"), "float32": ("F32", "Float32")}
-"""As safetensors spell a type, and ``metadata.json``."""
-_ALIGNMENT = 8
+_DTYPES = {"bfloat16": "BFloat16", "float16": "Float16", "float32": "Float32"}
+"""As ``metadata.json`` spells a type."""
 _EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
 _NOWHERE = re.compile(r".+\.(?:local_experts\.\d+\.linear_fc[12]\.bias|shared_experts\.gate_weight)")
 _GATED = re.compile(r"mlp\.(?:shared_experts\.)?linear_fc1\.(?:weight|bias)")
 _EXACT = re.compile(r"embedding\..+|.*(?:norm|norm_weight|norm_bias|router)\.[a-z_]+")
 """What PyNative mode holds in float32: embeddings, norms, the router (mindformers/pynative; golden sets)."""
-
-
-class Stored(NamedTuple):
-    """A tensor of MindFormers; ``parts`` follow each other in it, each in C order of its own axes."""
-
-    name: str
-    dtype: str
-    shape: Shape
-    parts: tuple[Tensor, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its elements."""
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +51,7 @@ class Form:
     dtype: str
 
 
-def stored_weights(index: Index, form: Form, where: str) -> Iterator[Stored]:
+def stored_weights(index: Index, form: Form, where: str) -> Iterator[Weight]:
     """Every weight by the names of MindFormers, in the order of the model.
 
     Raises :class:`CoverageError` for a parameter that MindFormers has no place for.
@@ -87,7 +70,7 @@ def stored_weights(index: Index, form: Form, where: str) -> Iterator[Stored]:
             held.append((place, part._replace(key=Key("param", f"{own}[{place}]"), replicas=())))
     for own, held in found.items():
         parts = tuple(part for _, part in sorted(held, key=lambda one: one[0]))
-        yield Stored(own, _dtype(own, form), _shape(own, parts, form), parts)
+        yield Weight(own, _dtype(own, form), _shape(own, parts, form), parts)
 
 
 def _parts(name: str, tensor: Tensor, form: Form) -> Iterator[tuple[str, int, Tensor]]:
@@ -120,15 +103,8 @@ _RENAMED = {ours: theirs for theirs, ours in LATENT.items()}
 
 
 def _ordered(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    """The same elements with the axes in another order."""
-
-    def of(values: Sequence[int]) -> Shape:
-        return tuple(values[axis] for axis in order)
-
-    views = tuple(
-        View(of(view.origin), of(view.shape), of(view.strides), view.first, view.storage) for view in tensor.views
-    )
-    return tensor._replace(shape=of(tensor.shape), views=views)
+    """The same elements with the axes in another order; ``fused`` stays what Megatron core has."""
+    return ordered(tensor, order)._replace(fused=tensor.fused)
 
 
 def _shape(own: str, parts: Sequence[Tensor], form: Form) -> Shape:
@@ -147,69 +123,16 @@ def _dtype(own: str, form: Form) -> str:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredFile:
-    """A ``.safetensors`` to be written; the widest types come first, so that each tensor is aligned."""
-
-    name: str
-    weights: tuple[Stored, ...]
-    mode: int = 0o644
-
-    @property
-    def copied(self) -> tuple[Extent, ...]:
-        """Nothing: every storage is filled by moves."""
-        return ()
-
-    def lay_out(self) -> ShardLayout:
-        """Lay the header out and the data behind it.  Pure."""
-        header: dict[str, object] = {"__metadata__": {"format": "ms"}}
-        starts: list[int] = []
-        at = 0
-        for weight in self.weights:
-            starts.append(at)
-            at += weight.nbytes
-            dtype = _DTYPES[weight.dtype][0]
-            header[weight.name] = {"dtype": dtype, "shape": list(weight.shape), "data_offsets": [starts[-1], at]}
-        raw = json.dumps(header, separators=(",", ":")).encode()
-        raw += b" " * (-len(raw) % _ALIGNMENT)
-        raw = len(raw).to_bytes(8, "little") + raw
-        return ShardLayout(raw, tuple(len(raw) + start for start in starts), tuple(one.nbytes for one in self.weights))
-
-    def slots(self) -> FileSlots:
-        """What fills it."""
-        found: list[Slot] = []
-        for number, weight in enumerate(self.weights):
-            start = 0
-            for part in weight.parts:
-                found.append(Slot(part.key, weight.dtype, number, start, ((0,) * len(part.shape), part.shape)))
-                start += part.numel
-        return FileSlots(name=self.name, slots=tuple(found), storages=tuple(one.nbytes for one in self.weights))
-
-    def index(self) -> Index:
-        """The tensors that slots name."""
-        return {part.key: part for weight in self.weights for part in weight.parts}
-
-
-def files_of(weights: Iterator[Stored], limit: int = SHARD_BYTES) -> tuple[StoredFile, ...]:
-    """Files of at most ``limit`` bytes of tensors, but for a tensor that is larger; none is cut."""
-    found: list[list[Stored]] = [[]]
-    room = limit
-    for weight in weights:
-        if found[-1] and weight.nbytes > room:
-            found.append([])
-            room = limit
-        found[-1].append(weight)
-        room -= weight.nbytes
+def files_of(weights: Iterable[Weight], limit: int = SHARD_BYTES) -> tuple[ShardFile, ...]:
+    """The files of the weights, numbered from 0 on, whoever loads them."""
+    found = divided(weights, limit)
     return tuple(
-        StoredFile(
-            name=f"{_PREFIX}-{number:07d}-{len(found):07d}.safetensors",
-            weights=tuple(sorted(held, key=lambda one: -DTYPE_BYTES[one.dtype])),
-        )
+        ShardFile(name=f"{_PREFIX}-{number:07d}-{len(found):07d}.safetensors", weights=held, program="ms")
         for number, held in enumerate(found)
     )
 
 
-def metadata_of(files: Sequence[StoredFile]) -> bytes:
+def metadata_of(files: Sequence[ShardFile]) -> bytes:
     """``metadata.json``: each tensor is one part, in one file.
 
     A tensor without a layout is looked for with rank 0, or with any rank in newer releases (reshard.py, ``_find_file_for_rank``).
@@ -220,7 +143,7 @@ def metadata_of(files: Sequence[StoredFile]) -> bytes:
         for name, dtype, shape, _ in file.weights:
             tensors[name] = {
                 "properties": {
-                    "dtype": _DTYPES[dtype][1],
+                    "dtype": _DTYPES[dtype],
                     "replica_id": [0],
                     "allow_shape_mismatch": False,
                     "allow_to_save": True,

@@ -25,12 +25,12 @@ from ckpt2pt.formats.huggingface.write import (
     CONFIG,
     GENERATION_CONFIG,
     INDEX,
-    ShardFile,
     as_json,
     index_of,
     shards_of,
     weights_of,
 )
+from ckpt2pt.formats.safetensors import ShardFile
 from ckpt2pt.io.digests import sha256
 from ckpt2pt.io.inputs import InputFile
 from ckpt2pt.io.paths import is_file
@@ -39,7 +39,7 @@ from ckpt2pt.publish import HUGGINGFACE, Kind
 from ckpt2pt.publish.kinds import TOKENIZER_FILES
 from ckpt2pt.run.conversion import Conversion
 from ckpt2pt.run.targets.request import HuggingFaceRequest
-from ckpt2pt.run.targets.shards import Shard, Shards
+from ckpt2pt.run.targets.shards import Shards
 from ckpt2pt.run.targets.shards import conversion_of as conversion_of_shards
 from ckpt2pt.run.targets.source import located, read_source
 
@@ -55,7 +55,6 @@ class Found(Shards):
     """A source that was read as far as its headers, the class that it becomes, and its files; ``tokenizer`` holds those of one, by name."""
 
     request: HuggingFaceRequest
-    shards: tuple[ShardFile, ...]
     model: Model
     config: Config
     tokenizer: Mapping[str, bytes]
@@ -113,11 +112,11 @@ class Found(Shards):
             heads=self.config.heads,
             vocabulary=self.config.vocabulary,
             dtype=self.source.dtype,
-            zeros=frozenset(one.name for shard in self.shards for one in shard.weights if one.tensor is None),
+            zeros=frozenset(one.name for shard in self.shards for one in shard.weights if not one.parts),
         )
 
     def compare_file(
-        self, shard: Shard, path: Path, findings: Findings, advance: Callable[[int], None]
+        self, shard: ShardFile, path: Path, findings: Findings, advance: Callable[[int], None]
     ) -> Mapping[str, int]:
         """Compare a file, final or not, with the source; the CRC-32 of it, by its name."""
         from ckpt2pt.verification.huggingface import compare_shard  # noqa: PLC0415 - numpy, and only when asked for

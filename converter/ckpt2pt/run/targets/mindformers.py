@@ -22,12 +22,13 @@ from ckpt2pt.formats.huggingface.views import Heads
 from ckpt2pt.formats.mindformers.flags import CONTIGUOUS, INTERLEAVED, check_sizes, read_flags
 from ckpt2pt.formats.mindformers.folder import COMMON, METADATA
 from ckpt2pt.formats.mindformers.layouts import Layouts, groups_of, same_in_both
-from ckpt2pt.formats.mindformers.write import Form, StoredFile, common_of, files_of, metadata_of, stored_weights
+from ckpt2pt.formats.mindformers.write import Form, common_of, files_of, metadata_of, stored_weights
+from ckpt2pt.formats.safetensors import ShardFile
 from ckpt2pt.io.records import Json
 from ckpt2pt.publish import MINDFORMERS, Kind
 from ckpt2pt.run.conversion import Conversion
 from ckpt2pt.run.targets.request import MindFormersRequest
-from ckpt2pt.run.targets.shards import Shard, Shards
+from ckpt2pt.run.targets.shards import Shards
 from ckpt2pt.run.targets.shards import conversion_of as conversion_of_shards
 from ckpt2pt.run.targets.source import Source, located, read_source
 
@@ -43,7 +44,6 @@ class Found(Shards):
     """A source that was read as far as its headers, how its parameters are fused, and the files that they become."""
 
     request: MindFormersRequest
-    shards: tuple[StoredFile, ...]
     form: Form
     said: tuple[str, ...]
 
@@ -99,7 +99,7 @@ class Found(Shards):
         )
 
     def compare_file(
-        self, shard: Shard, path: Path, findings: Findings, advance: Callable[[int], None]
+        self, shard: ShardFile, path: Path, findings: Findings, advance: Callable[[int], None]
     ) -> Mapping[str, int]:
         """Compare a file, final or not, with the source; the CRC-32 of it, by its name."""
         from ckpt2pt.verification.huggingface import compare_stored  # noqa: PLC0415 - numpy, and only when asked for

@@ -11,11 +11,11 @@ from ckpt2pt.core.topology import Topology
 from ckpt2pt.discover.request import Pace, Request, Verify
 from ckpt2pt.formats.checkpoint import Checkpoint, Selection
 from ckpt2pt.formats.huggingface.config import Choices
-from ckpt2pt.formats.huggingface.write import SHARD_BYTES
 from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.formats.mindformers.write import Trainer
 from ckpt2pt.formats.registry import read
 from ckpt2pt.formats.repaired import Repairable, find_repairable
+from ckpt2pt.formats.safetensors import SHARD_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,9 +19,8 @@ from ckpt2pt.core.progress import Advance
 from ckpt2pt.core.tensor import Tensor
 from ckpt2pt.core.topology import Rank
 from ckpt2pt.errors import TryAgainError, ref
-from ckpt2pt.formats.huggingface.write import ShardFile
 from ckpt2pt.formats.megatron.loads import Releases
-from ckpt2pt.formats.mindformers.write import StoredFile
+from ckpt2pt.formats.safetensors import ShardFile
 from ckpt2pt.io.digests import sha256
 from ckpt2pt.io.paths import status
 from ckpt2pt.io.records import Json
@@ -35,8 +34,6 @@ from ckpt2pt.run.targets.source import Reading, Source, paths_of, views_of
 if TYPE_CHECKING:
     from ckpt2pt.verification.report import Findings, Report
 
-Shard = ShardFile | StoredFile
-
 
 @dataclass(frozen=True)
 class Shards(ABC):
@@ -45,7 +42,7 @@ class Shards(ABC):
     request: HuggingFaceRequest | MindFormersRequest
     source: Source
     index: Index
-    shards: Sequence[Shard]
+    shards: Sequence[ShardFile]
 
     @property
     @abstractmethod
@@ -67,7 +64,7 @@ class Shards(ABC):
 
     @abstractmethod
     def compare_file(
-        self, shard: Shard, path: Path, findings: Findings, advance: Callable[[int], None]
+        self, shard: ShardFile, path: Path, findings: Findings, advance: Callable[[int], None]
     ) -> Mapping[str, int]:
         """Compare a file, final or not, with the source; the CRC-32 of it, by its name."""
 
@@ -96,7 +93,7 @@ class Shards(ABC):
         """The most files of a stage: each is a rank's."""
         return -(-len(self.shards) // self.pipeline)
 
-    def shard(self, rank: Rank) -> Shard | None:
+    def shard(self, rank: Rank) -> ShardFile | None:
         """The file of a rank; the last ones may have none."""
         number = rank[1] * self.members + rank[0]
         return self.shards[number] if number < len(self.shards) else None
@@ -135,7 +132,7 @@ class Shards(ABC):
 
 
 def prove_file(
-    found: Shards, shard: Shard | None, partials: Mapping[str, Path], heed: Callable[[], None]
+    found: Shards, shard: ShardFile | None, partials: Mapping[str, Path], heed: Callable[[], None]
 ) -> Mapping[str, int]:
     """Compare a file that is to be published, before it is.  Raises :class:`VerificationError` for a difference."""
     from ckpt2pt.verification.report import NOTHING_PUBLISHED, Findings  # noqa: PLC0415 - only when asked for
@@ -165,7 +162,7 @@ def _plan(found: Shards, rank: Rank, target: Target) -> RankTask:
     )
 
 
-def digest_of(shard: Shard | None) -> str:
+def digest_of(shard: ShardFile | None) -> str:
     """SHA-256 of what a file holds, and where."""
     held = [] if shard is None else [(one.name, one.dtype, one.shape) for one in shard.weights]
     return sha256(repr((shard and shard.name, held)).encode()).hexdigest()
