@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 from ckpt2pt.errors import FormatError, field_of, ref
 from ckpt2pt.io import digests
 from ckpt2pt.io.access import access_error, ended
 from ckpt2pt.io.checksums import Piece, crc32, crc32_combine
 from ckpt2pt.io.files import OpenFiles, read_bytes
+from ckpt2pt.io.jsontext import parse_json
 from ckpt2pt.io.paths import status
 
 MAX_JSON_BYTES = 256 << 20
@@ -149,6 +150,17 @@ def read_whole(path: Path, option: str, limit: int = MAX_JSON_BYTES) -> bytes:
     with InputFile(path, option, keep=True) as file:
         _check_size(file, limit, option)
         return file.read(0, file.size)
+
+
+def read_object(path: Path, option: str, limit: int, hint: str) -> dict[str, object]:
+    """A small file that is one JSON object.  Raises :class:`FormatError` for any other."""
+    try:
+        document = parse_json(read_whole(path, option, limit))
+    except ValueError as error:
+        raise FormatError(f"not a JSON document: {str(error)[:200]}", where=path, hint=hint) from error
+    if not isinstance(document, dict):
+        raise FormatError("not a JSON object", where=path, hint=hint)
+    return cast("dict[str, object]", document)
 
 
 def read_head(path: Path, option: str, limit: int) -> bytes:

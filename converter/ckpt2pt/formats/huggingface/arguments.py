@@ -38,7 +38,6 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "rope_interleave": (True,),
     "scoring_func": ("sigmoid",),
     "topk_method": ("noaux_tc",),
-    "layer_types": (),
 }
 """Fields that change what a class computes, and that no argument of Megatron-LM has a counterpart for: the values that change nothing."""
 
@@ -121,6 +120,11 @@ def is_tied(fields: Fields, family: Family) -> bool:
     return fields.flag("tie_word_embeddings", default=family.model_type in _TIED)
 
 
+def layers_of(fields: Fields, family: Family) -> int:
+    """How many layers there are."""
+    return fields.count("n_layer" if family is GPT2 else "num_hidden_layers")
+
+
 def heads_of(fields: Fields, family: Family) -> Heads:
     """Heads, and the channels of each."""
     if family is GPT2:
@@ -147,7 +151,7 @@ def arguments_of(
     """
     for name, neutral in _NEUTRAL.items():
         value = fields.get(name)
-        if value is not None and neutral and not any(value == one and type(value) is type(one) for one in neutral):
+        if value is not None and not any(value == one and type(value) is type(one) for one in neutral):
             raise fields.refused(f"{name} is {repr(value)[:80]}, which Megatron-LM does not compute")
     remarks: list[str] = []
     found = _gpt2(fields) if family is GPT2 else _decoder(fields, family, biases, remarks)
@@ -157,7 +161,7 @@ def arguments_of(
             "give the config.json that belongs to these tensors",
         )
     if sparse:
-        found |= _experts(fields, family, sparse, int(str(found["num_layers"])))
+        found |= _experts(fields, family, sparse)
     found |= {
         "untie_embeddings_and_output_weights": not is_tied(fields, family),
         "vocab_size": tokens,
@@ -177,7 +181,7 @@ def _decoder(fields: Fields, family: Family, biases: Collection[str], remarks: l
         )
     heads, epsilon = heads_of(fields, family), fields.real("rms_norm_eps", 1e-5 if family is MIXTRAL else 1e-6)
     found: dict[str, Argument] = {
-        "num_layers": fields.count("num_hidden_layers"),
+        "num_layers": layers_of(fields, family),
         "hidden_size": fields.count("hidden_size"),
         "ffn_hidden_size": fields.count("intermediate_size"),
         "num_attention_heads": heads.groups * heads.queries,
@@ -318,7 +322,8 @@ def experts_of(fields: Fields, family: Family) -> int:
     return fields.count(next((name for name in names if fields.get(name) is not None), names[0]))
 
 
-def _experts(fields: Fields, family: Family, sparse: Collection[int], layers: int) -> dict[str, Argument]:
+def _experts(fields: Fields, family: Family, sparse: Collection[int]) -> dict[str, Argument]:
+    layers = layers_of(fields, family)
     top = fields.count("num_experts_per_tok", {MIXTRAL: 2, QWEN2_MOE: 4}.get(family, 8))
     found: dict[str, Argument] = {
         "num_experts": experts_of(fields, family),
@@ -374,7 +379,7 @@ def _gpt2(fields: Fields) -> dict[str, Argument]:
         raise fields.refused(f"n_embd is {hidden} and n_head {heads}")
     epsilon = fields.real("layer_norm_epsilon", 1e-5)
     return {
-        "num_layers": fields.count("n_layer"),
+        "num_layers": layers_of(fields, GPT2),
         "hidden_size": hidden,
         "ffn_hidden_size": fields.count("n_inner", 4 * hidden),
         "num_attention_heads": heads,

@@ -19,15 +19,22 @@ from ckpt2pt.core.params import EMBEDDING, HEAD, has_experts, layer_of, split_la
 from ckpt2pt.core.tensor import Key, Tensor, check_coverage, dense_strides
 from ckpt2pt.errors import CoverageError, FormatError, MissingInputError
 from ckpt2pt.formats.checkpoint import Checkpoint, Selection, agreed
-from ckpt2pt.formats.huggingface.arguments import Fields, arguments_of, experts_of, family_of, heads_of, is_tied
+from ckpt2pt.formats.huggingface.arguments import (
+    Fields,
+    arguments_of,
+    experts_of,
+    family_of,
+    heads_of,
+    is_tied,
+    layers_of,
+)
 from ckpt2pt.formats.huggingface.names import DEEPSEEK_V3, GPT2, Family, Form, Row
 from ckpt2pt.formats.huggingface.places import natural_shape, placed
 from ckpt2pt.formats.huggingface.write import CONFIG, INDEX, SINGLE
 from ckpt2pt.formats.megatron.payload import Template
 from ckpt2pt.formats.mindspore.safetensors import index_safetensors
 from ckpt2pt.formats.torchfile.trees import Global, Value, namespace
-from ckpt2pt.io.inputs import InputFile, quoted, read_whole
-from ckpt2pt.io.jsontext import parse_json
+from ckpt2pt.io.inputs import InputFile, quoted, read_object
 from ckpt2pt.io.paths import is_file, listing
 
 _MAX_CONFIG_BYTES = 1 << 20
@@ -51,18 +58,40 @@ class _Part(NamedTuple):
     """Which of those that a fused tensor holds."""
 
 
+class Saved(NamedTuple):
+    """What the files of a model say: config.json, the class, the tensors of each file, and what lies beside them."""
+
+    fields: Fields
+    family: Family
+    headers: Mapping[str, Mapping[str, TensorRef]]
+    remarks: tuple[str, ...]
+
+    @property
+    def tensors(self) -> dict[str, TensorRef]:
+        """All of them, by the names of the class."""
+        return {name: ref for held in self.headers.values() for name, ref in held.items()}
+
+
 def open_huggingface(path: Path, wanted: Selection) -> Checkpoint:
     """Read config.json and the headers of all files.
 
     Raises :class:`FormatError` for a class that is not read, :class:`CoverageError` for tensors that are missing or unexpected,
     :class:`MissingInputError` for files that are not there.
     """
-    fields = read_config(path)
-    family = family_of(fields)
+    return checkpoint_of(read_saved(path), path, wanted)
+
+
+def read_saved(path: Path) -> Saved:
+    """The same, as it is written down."""
+    fields = _config(path)
+    return Saved(fields, family_of(fields), *_headers(path))
+
+
+def checkpoint_of(saved: Saved, path: Path, wanted: Selection) -> Checkpoint:
+    """The global tensors, proved to be all that the class has, and the arguments of Megatron-LM."""
+    fields, family, _, remarks = saved
     agreed((wanted.tensor, wanted.pipeline), (1, 1), path)
-    headers, remarks = read_headers(path)
-    refs = {name: ref for held in headers.values() for name, ref in held.items()}
-    index, left_out = _index(fields, family, refs, str(path))
+    index, left_out = _index(fields, family, saved.tensors, str(path))
     inner = {split_layer(key.name)[1] for key in index if layer_of(key.name) is not None}
     args, said = arguments_of(
         fields,
@@ -94,27 +123,17 @@ def open_huggingface(path: Path, wanted: Selection) -> Checkpoint:
     )
 
 
-def read_config(path: Path) -> Fields:
+def _config(path: Path) -> Fields:
     """The fields of config.json."""
     file = path / CONFIG
     if not is_file(file, InputFile.option):
         raise MissingInputError(
             f"{CONFIG} is not there, which says what model the tensors are of", where=path, hint=_HINT
         )
-    return Fields(_json(file, _MAX_CONFIG_BYTES), str(file))
+    return Fields(read_object(file, InputFile.option, _MAX_CONFIG_BYTES, _HINT), str(file))
 
 
-def _json(file: Path, limit: int) -> dict[str, object]:
-    try:
-        document = parse_json(read_whole(file, InputFile.option, limit))
-    except ValueError as error:
-        raise FormatError(f"not a JSON document: {str(error)[:200]}", where=file, hint=_HINT) from error
-    if not isinstance(document, dict):
-        raise FormatError("not a JSON object", where=file, hint=_HINT)
-    return cast("dict[str, object]", document)
-
-
-def read_headers(path: Path) -> tuple[Mapping[str, Mapping[str, TensorRef]], tuple[str, ...]]:
+def _headers(path: Path) -> tuple[Mapping[str, Mapping[str, TensorRef]], tuple[str, ...]]:
     """The tensors of each file, and what lies beside them."""
     there = {file.name for file in listing(path, "*.safetensors", InputFile.option)}
     if not is_file(path / INDEX, InputFile.option):
@@ -153,7 +172,7 @@ def _beside(others: set[str]) -> tuple[str, ...]:
 
 def _listed(file: Path) -> dict[str, str]:
     """Tensor -> file, each of them a name in this very folder."""
-    weights = _json(file, _MAX_INDEX_BYTES).get("weight_map")
+    weights = read_object(file, InputFile.option, _MAX_INDEX_BYTES, _HINT).get("weight_map")
     if not isinstance(weights, dict) or not weights:
         raise FormatError("it has no weight_map", where=file, hint=_HINT)
     found: dict[str, str] = {}
@@ -169,7 +188,7 @@ def _listed(file: Path) -> dict[str, str]:
 
 
 def _index(fields: Fields, family: Family, refs: Mapping[str, TensorRef], where: str) -> tuple[Index, tuple[str, ...]]:
-    heads, layers = heads_of(fields, family), fields.count("n_layer" if family is GPT2 else "num_hidden_layers")
+    heads, layers = heads_of(fields, family), layers_of(fields, family)
     if layers > len(refs):
         raise CoverageError(
             f"{len(refs)} tensors are there, and config.json has {layers} layers", where=where, hint=_HINT

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from ckpt2pt.core.foldernames import TRACKER, mindformers_iteration_name, mindformers_iteration_of, tracked_number
-from ckpt2pt.errors import FormatError, InputError, MissingInputError, ref
-from ckpt2pt.io.inputs import read_whole
-from ckpt2pt.io.jsontext import parse_json
+from ckpt2pt.errors import InputError, MissingInputError, ref
+from ckpt2pt.io.inputs import read_object
 from ckpt2pt.io.paths import is_file, is_folder, listing
 from ckpt2pt.io.text import short
 from ckpt2pt.publish import read_tracker
@@ -127,11 +126,5 @@ def read_common(folder: Path) -> Common:
     path = folder / COMMON
     if not is_file(path, _OPTION):
         return Common()
-    try:
-        document = parse_json(read_whole(path, _OPTION, _MAX_COMMON_BYTES))
-    except ValueError as error:
-        raise FormatError(f"not a JSON document: {str(error)[:200]}", where=path, hint=_HINT) from error
-    if not isinstance(document, dict):
-        raise FormatError("not a JSON object", where=path, hint=_HINT)
-    values = cast("dict[str, object]", document)
+    values = read_object(path, _OPTION, _MAX_COMMON_BYTES, _HINT)
     return Common({name: value for name, value in values.items() if type(value) is int and 0 <= value < 1 << 62})

@@ -96,6 +96,8 @@ class Division:
     @property
     def result(self) -> Index:
         """The tensors as they are in the result."""
+        if self.rows is None:
+            return self.index
         return {key: self._padded(tensor) for key, tensor in self.index.items()}
 
     def _padded(self, tensor: Tensor) -> Tensor:
