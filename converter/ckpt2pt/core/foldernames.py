@@ -78,6 +78,12 @@ def mindformers_iteration_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
+def any_iteration_of(name: str) -> int | None:
+    """The iteration of a folder that Megatron-LM or MindFormers named; None for any other name."""
+    number = iteration_of(name)
+    return mindformers_iteration_of(name) if number is None else number
+
+
 def tracked_number(text: str) -> int | None:
     """The iteration that a tracker of this text names; None for any other text."""
     return int(text) if _TRACKED.fullmatch(text := text.strip()) else None

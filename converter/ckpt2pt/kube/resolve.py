@@ -20,7 +20,7 @@ from ckpt2pt.formats.ptmeta.metadata import Given, learn, read_stated, require
 from ckpt2pt.io.paths import is_file
 from ckpt2pt.kube.conversion.schema import CONTENTS, MEGATRON, Degrees, Spec
 from ckpt2pt.kube.conversion.usable import USES, check_used
-from ckpt2pt.kube.mindformers import looks_like, refuse_target
+from ckpt2pt.kube.sources import looks_like, refuse_target
 from ckpt2pt.kube.tensors import BY_TENSORS, level_in, of_iteration, rules_in
 from ckpt2pt.run.targets.request import AnyRequest
 

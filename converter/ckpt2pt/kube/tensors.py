@@ -18,7 +18,7 @@ from ckpt2pt.errors import UsageError, ref
 from ckpt2pt.formats.huggingface.config import Choices
 from ckpt2pt.kube.conversion.schema import RELEASE, Spec, TargetFormat
 from ckpt2pt.kube.conversion.usable import check_used, framework_of
-from ckpt2pt.kube.mindformers import flags_of, is_mindformers, refuse_target
+from ckpt2pt.kube.sources import flags_of, is_mindformers, refuse_target
 from ckpt2pt.run.targets.request import (
     AnyRequest,
     DistRequest,

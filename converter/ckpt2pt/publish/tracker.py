@@ -10,10 +10,10 @@ from pathlib import Path
 from ckpt2pt.core.foldernames import (
     RELEASE,
     TRACKER,
+    any_iteration_of,
     iteration_name,
     iteration_of,
     mindformers_iteration_name,
-    mindformers_iteration_of,
     tracked_name,
 )
 from ckpt2pt.errors import UsageError
@@ -67,8 +67,7 @@ def _later(root: Path, iteration: int, since: int) -> int | None:
     """
     found: list[int] = []
     for folder in listing(root, "iter*"):
-        own = iteration_of(folder.name)
-        number = mindformers_iteration_of(folder.name) if own is None else own
+        number = any_iteration_of(folder.name)
         if number is None or folder.name not in {iteration_name(number), mindformers_iteration_name(number)}:
             continue
         if number > iteration:

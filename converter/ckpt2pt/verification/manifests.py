@@ -10,7 +10,7 @@ from typing import cast
 
 from ckpt2pt.core.foldernames import (
     TRACKER,
-    iteration_of,
+    any_iteration_of,
     mindformers_iteration_name,
     mindformers_iteration_of,
     tracked_name,
@@ -82,8 +82,7 @@ def _recorded(folder: Path, state: Path) -> Recorded:
         if "tp" in one:
             ranks[cast("int", one["tp"]), cast("int", one["pp"])] = one
     _check_extent(ranks, stages, state)
-    own, merged_files = mindformers_iteration_of(folder.name), is_there(state / MERGED)
-    iteration = iteration_of(folder.name) if own is None else own
+    iteration, merged_files = any_iteration_of(folder.name), is_there(state / MERGED)
     target = Target(
         root=folder if iteration is None else folder.parent,
         iteration=cast("int", report.get("iteration", 0)) if iteration is None else iteration,
@@ -98,7 +97,7 @@ def _recorded(folder: Path, state: Path) -> Recorded:
     files = frozenset(str(file["path"]) for one in ranks.values() for file in cast("list[Json]", one["files"]))
     if any(name.endswith(".distcp") for name in files):
         target = replace(target, kind=TORCH_DIST)
-    elif own is not None:
+    elif mindformers_iteration_of(folder.name) is not None:
         target = replace(target, kind=MINDFORMERS)
     elif iteration is None and merged_files:
         target = replace(target, kind=HUGGINGFACE)

@@ -19,8 +19,8 @@ from ckpt2pt.kube.conversion.schema import Follow, Readiness, Spec
 from ckpt2pt.kube.follow.keep import verified_as
 from ckpt2pt.kube.follow.watch import Following, Training, training_of, watch
 from ckpt2pt.kube.local.runner import spec_of_document
-from ckpt2pt.kube.mindformers import may_follow
 from ckpt2pt.kube.resolve import resolve, resolve_any
+from ckpt2pt.kube.sources import may_follow
 from ckpt2pt.kube.worker.account import Account, Both
 from ckpt2pt.kube.worker.endpoint import served
 from ckpt2pt.kube.worker.waiting import wait_for

@@ -24,7 +24,7 @@ from ckpt2pt.errors import (
 from ckpt2pt.formats.mindformers.ready import Iterations
 from ckpt2pt.formats.mindspore.ready import Watcher
 from ckpt2pt.kube.conversion.schema import Readiness, Spec
-from ckpt2pt.kube.mindformers import iterations_of
+from ckpt2pt.kube.sources import iterations_of
 from ckpt2pt.kube.worker.account import Account
 from ckpt2pt.run.targets.request import AnyRequest, RepairRequest
 

@@ -1,4 +1,4 @@
-"""What a spec says of a MindFormers source, which results are not made of one, and when it is complete."""
+"""What a spec says of its source or how that looks: its format, results that are not made of it, and of MindFormers when it is complete."""
 
 from __future__ import annotations
 

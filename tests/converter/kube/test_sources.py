@@ -13,7 +13,7 @@ from ckpt2pt.cli.commands import main
 from ckpt2pt.errors import UsageError
 from ckpt2pt.formats.mindformers.flags import Flags
 from ckpt2pt.kube.conversion.schema import MindFormers, Source, Spec, Target, from_json, to_json
-from ckpt2pt.kube.mindformers import flags_of, refuse_target
+from ckpt2pt.kube.sources import flags_of, refuse_target
 from mindformers_made import LAUNCH, Model, save, save_sharded
 
 
