@@ -2,7 +2,7 @@
 
     Slot   linear_fc1 [0:2, 8:16, 0:8], in C order, from element 64 of storage 0 on, as float32
 
-A writer of a format says nothing but slots; ``planning.fill.moves_of`` finds the bytes in the source.
+A writer of a format says nothing but slots; ``core.fill.moves_of`` finds the bytes in the source.
 """
 
 from __future__ import annotations

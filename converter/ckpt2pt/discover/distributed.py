@@ -1,6 +1,6 @@
 """A distributed checkpoint (torch_dist) as the source of a conversion: whole tensors, and the metadata that follows from its arguments.
 
-.metadata, *.distcp --formats.torch_dist--> tensors --planning.reshard--> entries of a rank of the result
+.metadata, *.distcp --formats.torch_dist--> tensors --core.reshard--> entries of a rank of the result
 common state        --ptmeta.relayout-----> template, buffers of that rank
 
 It has no layout of its own: that of the result is asked for, or is what its arguments say.

@@ -1,6 +1,6 @@
 """A Megatron checkpoint as the source of a conversion: its ranks, its tensors, and the metadata that it is itself.
 
-mp_rank_*/*.pt --formats.megatron--> tensors, of a rank alone or of all --planning.reshard--> entries of a rank of the result
+mp_rank_*/*.pt --formats.megatron--> tensors, of a rank alone or of all --core.reshard--> entries of a rank of the result
                --ptmeta.capture----> template, buffers --ptmeta.relayout, where the layout changes--> those of that rank
 """
 
