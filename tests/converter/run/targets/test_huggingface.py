@@ -197,7 +197,7 @@ def test_more_tokens_than_rows_are_refused(tmp_path: Path, capsys: pytest.Captur
 
 def test_the_first_worker_lists_the_files_of_the_copies_that_it_compares(tmp_path: Path) -> None:
     """A later stage's norms are on both ranks, and no tensor of the first file is there."""
-    source = golden_root() / "mcore" / "0.19.0" / "llama_tp2pp2"
+    source = golden_root() / "megatron06" / "b_tp2pp2" / "A"
     request = HuggingFaceRequest(
         source=source, target=tmp_path, full=False, topology=Topology(num_layers=1), shard_bytes=1
     )

@@ -179,10 +179,9 @@ def test_what_a_static_graph_needs_is_asked_for(
 
 
 def test_what_mindformers_has_no_place_for_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = golden_root() / "mcore" / "0.19.0" / "llama_tp2pp2"
+    source = golden_root() / "mcore" / "0.19.0" / "moe_ep2"
     assert convert(tmp_path, tmp_path / "out") != 0
     save(tmp_path / "in", Model(pynative=True).arrays)
     assert convert(tmp_path / "in", tmp_path / "out") == 64, "it is one of MindFormers"
     assert "is a MindFormers checkpoint, of which no result for MindFormers" in capsys.readouterr().err
-    if source.is_dir():
-        assert convert(source, tmp_path / "of-two", "--verify", "full") == 0
+    assert convert(source, tmp_path / "of-two", "--verify", "full") == 0
